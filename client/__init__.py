@@ -1,0 +1,1 @@
+"""A site: its shard, local training, policy."""

@@ -1,0 +1,1 @@
+"""Mechanisms, accounting and audit of differential privacy."""

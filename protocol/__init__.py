@@ -1,0 +1,1 @@
+"""What server and client agree on: job, messages, random streams, hashes."""

@@ -1,0 +1,1 @@
+"""Coordination: rounds, cohort sampling, checkpoints, serving, provisioning."""

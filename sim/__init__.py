@@ -1,0 +1,1 @@
+"""One machine: in-process engine, Ray, partitioning."""

@@ -1,0 +1,1 @@
+"""How updates merge into the next global model: pure functions on tensors."""

@@ -1,0 +1,1 @@
+"""What is learnt: data format, backbone and head, loss, metrics."""
