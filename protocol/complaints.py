@@ -1,0 +1,70 @@
+"""Turn pydantic's findings into the one line a person reads."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
+    """One line: file, key, what was found, what was expected; then how many more there are."""
+    findings = error.errors(include_url=False)
+    lines = [_finding(finding, model) for finding in findings[:3]]
+    more = f" (and {len(findings) - 3} more)" if len(findings) > 3 else ""
+    return f"{origin}: " + "; ".join(lines) + more
+
+
+def _finding(finding: Any, model: type[BaseModel]) -> str:
+    key = _key(finding["loc"], model)
+    found = _short(finding["input"])
+    match finding["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown key{_nearest(finding['loc'], model)}"
+        case "missing":
+            return f"{key}: missing, expected a value"
+        case "value_error":
+            return f"{key}: {finding['ctx']['error']}" if key else str(finding["ctx"]["error"])
+        case "union_tag_not_found":
+            return f"{key}: the key kind is missing, expected one of {finding['ctx'].get('expected_tags', _tags(key))}"
+        case "union_tag_invalid":
+            return f"{key}.kind: expected one of {finding['ctx']['expected_tags']}, found {finding['ctx']['tag']!r}"
+        case "string_pattern_mismatch":
+            return f"{key}: expected a match of {finding['ctx']['pattern']}, found {found}"
+    expected = finding["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key}: expected {expected}, found {found}"
+
+
+def _tags(key: str) -> str:
+    return "'iid', 'dirichlet', 'pathological', 'natural'" if key.endswith("partition") else "the known kinds"
+
+
+def _key(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
+    """The dotted key as the user wrote it: a union's tag is no part of it."""
+    return ".".join(str(part) for part in loc if part not in ("iid", "dirichlet", "pathological", "natural"))
+
+
+def _nearest(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
+    known = _fields_at(model, loc[:-1])
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f", expected one of {', '.join(sorted(known))}"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """The keys allowed in the table at `path`."""
+    for part in path:
+        if part not in model.model_fields:
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+        models = [a for a in candidates if issubclass(a, BaseModel)]
+        tag = path[path.index(part) + 1] if path.index(part) + 1 < len(path) else None
+        tagged = [m for m in models if tag is not None and m.__name__.lower() == tag]
+        model = (tagged or models or [model])[0]
+    return list(model.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

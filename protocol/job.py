@@ -1,0 +1,292 @@
+"""The job: one frozen, validated description of a federated fine-tuning run. Data, never code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from protocol.complaints import explain
+from protocol.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+
+class Section(BaseModel):
+    """A table of the job: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class TaskSection(Section):
+    """`[task]`: what is learnt."""
+
+    name: str
+
+
+class Iid(Section):
+    """Every client draws from the same distribution."""
+
+    kind: Literal["iid"] = "iid"
+
+
+class Dirichlet(Section):
+    """Label skew: each class is dealt to the clients in Dirichlet(alpha) proportions."""
+
+    kind: Literal["dirichlet"]
+    alpha: Positive
+    min_examples: Annotated[int, Field(ge=0)] = 2
+
+
+class Pathological(Section):
+    """Every client holds only a few classes."""
+
+    kind: Literal["pathological"]
+    classes_per_client: Count
+
+
+class Natural(Section):
+    """One client for each value of a column: a user, a hospital."""
+
+    kind: Literal["natural"]
+    by: str
+
+
+Partition = Annotated[Iid | Dirichlet | Pathological | Natural, Field(discriminator="kind")]
+
+
+class DataSection(Section):
+    """`[data]`: where examples come from; a real client's shard is its own `--data` instead."""
+
+    source: str
+    partition: Partition = Iid()
+    text: str | None = None
+    image: str | None = None
+    label: str | None = None
+    classes: tuple[str, ...] | None = None
+    test: str | None = None
+    test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
+    validation_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+
+
+class BackboneSection(Section):
+    """`[backbone]`: the pretrained network and how its inputs are prepared."""
+
+    name: str
+    weights: str = "pretrained"
+    offline: bool = False
+    max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
+    pool: Literal["mean", "first"] = "mean"
+
+
+class TuneSection(Section):
+    """`[tune]`: which tensors are trained and travel."""
+
+    method: Literal["head", "last-k", "lora", "full"] = "head"
+    layers: Count | None = None
+    rank: Count | None = None
+    alpha: Positive | None = None
+    targets: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _only_what_the_method_uses(self) -> TuneSection:
+        used = {"last-k": {"layers"}, "lora": {"rank", "alpha", "targets"}}.get(self.method, set())
+        for key in ("layers", "rank", "alpha", "targets"):
+            if getattr(self, key) is not None and key not in used:
+                raise ValueError(f"{key} has no meaning with method = {self.method!r}: remove it")
+        return self
+
+
+class TrainSection(Section):
+    """`[train]`: one client's local training in one round."""
+
+    epochs: Count = 1
+    batch_size: Count = 16
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Decay = 0.0
+    weight_decay: NotNegative = 0.0
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _momentum_is_for_sgd(self) -> TrainSection:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum has no meaning with optimizer = {self.optimizer!r}: remove it")
+        return self
+
+
+class FederationSection(Section):
+    """`[federation]`: who takes part in a round."""
+
+    clients: Count = 20
+    cohort: Count | None = None
+    cohort_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    quorum: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    round_timeout: Positive = 3600.0
+    wait: Positive = 600.0
+
+    @model_validator(mode="after")
+    def _cohort_fits(self) -> FederationSection:
+        if self.cohort is not None and self.cohort_rate is not None:
+            raise ValueError("cohort and cohort_rate exclude each other: keep one")
+        if self.cohort is not None and self.cohort > self.clients:
+            raise ValueError(f"cohort must be at most clients = {self.clients}, found {self.cohort}")
+        return self
+
+
+class StrategySection(Section):
+    """`[strategy]`: how updates merge; which parameters apply depends on the name."""
+
+    name: str = "fedavg"
+    lr: Positive | None = None
+    momentum: Decay | None = None
+    beta1: Decay | None = None
+    beta2: Decay | None = None
+    tau: Positive | None = None
+    proximal_mu: NotNegative | None = None
+    options: dict[str, bool | int | float | str] | None = None
+
+
+class PrivacySection(Section):
+    """`[privacy]`: the unit that is protected and its budget."""
+
+    unit: Literal["none"] = "none"
+
+
+class EvaluateSection(Section):
+    """`[evaluate]`: how often the global model is measured, and against what."""
+
+    every: Count = 1
+    baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
+
+
+class Job(Section):
+    """A whole job. Two jobs are the same job exactly when their `hash` is equal."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    task: TaskSection
+    data: DataSection
+    backbone: BackboneSection
+    tune: TuneSection = TuneSection()
+    train: TrainSection = TrainSection()
+    federation: FederationSection = FederationSection()
+    strategy: StrategySection = StrategySection()
+    privacy: PrivacySection = PrivacySection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:
+        """Read, override (`key=value`) and validate a job file.
+
+        Paths in the file are relative to its folder and come back absolute.
+
+        Raises:
+            ConfigError: one line that names the file, the key, what was found and what is expected.
+        """
+        table = read_toml(path)
+        for override in overrides:
+            apply_override(table, override)
+        return cls.parse(table, origin=str(path), folder=path.parent)
+
+    @classmethod
+    def parse(cls, table: Mapping[str, Any], *, origin: str, folder: Path | None = None) -> Job:
+        """Validate a job that is already a mapping; `origin` is what error messages call it."""
+        try:
+            job = cls.model_validate_json(json.dumps(table, default=str))
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, origin)) from None
+        return job if folder is None else _with_absolute_paths(job, folder, origin)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Read back what `canonical` wrote."""
+        return cls.parse(json.loads(text), origin="job")
+
+    @property
+    def canonical(self) -> str:
+        """The job as JSON with every default written out and keys sorted."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical form, in hex."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; every failure is one ConfigError line that names it."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: found a folder, expected a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; expected a UTF-8 TOML file") from None
+    if not text.strip():
+        raise ConfigError(f"{path}: the file is empty, expected TOML")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in a parsed job; the value is TOML, or else a plain string."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: expected key=value, such as train.lr=0.05")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {part} is not a table")
+        table = inner
+    table[parts[-1]] = value
+
+
+def _with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
+    """Make the job's paths absolute, so that its resolved form replays from anywhere."""
+    data = job.data.model_copy(
+        update={
+            "source": _absolute(job.data.source, folder, origin, "data.source"),
+            "test": job.data.test and _absolute(job.data.test, folder, origin, "data.test"),
+        }
+    )
+    backbone = job.backbone.model_copy(
+        update={
+            "name": _absolute(job.backbone.name, folder, origin, "backbone.name"),
+            "weights": _absolute(job.backbone.weights, folder, origin, "backbone.weights"),
+        }
+    )
+    return job.model_copy(update={"data": data, "backbone": backbone})
+
+
+def _absolute(value: str, folder: Path, origin: str, key: str) -> str:
+    """A value that looks like a path (has a slash, `~`, or a dot in front), made absolute."""
+    if "$" in value:
+        raise ConfigError(f"{origin}: {key}: environment variables are not expanded, found {value!r}")
+    if ":" in value.split("/")[0] or not (value.startswith((".", "~")) or "/" in value):
+        return value
+    return str((folder / Path(value).expanduser()).resolve())

@@ -1,0 +1,42 @@
+"""Named random streams: every draw says what it is for, so no order of execution can change it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+Purpose = str | int
+
+
+def stream_seed(seed: int, *purpose: Purpose) -> int:
+    """63 bits that depend on the job's seed and on the purpose, and on nothing else.
+
+    >>> stream_seed(7, "cohort", 1) == stream_seed(7, "cohort", 1) != stream_seed(7, "cohort", 2)
+    True
+    """
+    text = json.dumps([seed, *purpose], separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def stream(seed: int, *purpose: Purpose) -> torch.Generator:
+    """A fresh CPU generator for one purpose, such as `stream(7, "shuffle", round, client)`."""
+    return torch.Generator().manual_seed(stream_seed(seed, *purpose))
+
+
+@contextmanager
+def global_stream(seed: int, *purpose: Purpose) -> Iterator[None]:
+    """Lend torch's global CPU and GPU generators one purpose's state, and give the old state back.
+
+    For library code that draws from the global generator and takes no other: weight
+    initialisation, dropout.
+    """
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(stream_seed(seed, *purpose))
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(stream_seed(seed, *purpose))
+        yield

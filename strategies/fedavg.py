@@ -1,0 +1,47 @@
+"""FedAvg (McMahan et al. 2017), FedAvgM (Hsu et al. 2019) and FedProx (Li et al. 2020).
+
+All three move the global model by the mean delta times a server learning rate. FedAvgM keeps
+a momentum of it: v <- momentum * v + mean, x <- x + lr * v. FedProx changes only what clients
+minimise, by adding mu / 2 * ||w - w_global||^2 to their loss; its mu travels in the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from protocol.messages import Update
+from protocol.tensors import Tensors
+from strategies.mean import moved, weighted_mean
+from strategies.seam import Plan, State
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Move by `lr` times the mean delta, with momentum if any; clients pay `proximal_mu` for moving."""
+
+    lr: float = 1.0
+    momentum: float = 0.0
+    proximal_mu: float = 0.0
+
+    def begin(self, model: Tensors) -> State:
+        if self.momentum == 0:
+            return {}
+        return {f"momentum.{name}": torch.zeros_like(p, dtype=torch.float64) for name, p in model.items()}
+
+    def plan(self, state: State, round: int) -> Plan:
+        return {"proximal_mu": self.proximal_mu} if self.proximal_mu else {}
+
+    def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
+        mean = weighted_mean(updates)
+        if self.momentum == 0:
+            return moved(model, {name: self.lr * d for name, d in mean.items()}), state
+        velocity = {
+            name: self.momentum * cast(torch.Tensor, state[f"momentum.{name}"]) + d
+            for name, d in mean.items()
+        }
+        step = {name: self.lr * v for name, v in velocity.items()}
+        return moved(model, step), {f"momentum.{name}": v for name, v in velocity.items()}

@@ -1,0 +1,69 @@
+"""FedAdagrad, FedAdam and FedYogi: adaptive server steps on the mean delta.
+
+Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2, with d the mean delta:
+m <- beta1 m + (1 - beta1) d;  v <- rule(v, d);  x <- x + lr m / (sqrt(v) + tau).
+As in the paper there is no bias correction (torch's Adam has one), Adagrad sums squares
+without decay, and v starts at tau^2, the smallest start the paper allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from protocol.messages import Update
+from protocol.tensors import Tensors
+from strategies.mean import moved, weighted_mean
+from strategies.seam import Plan, State
+
+SecondMoment = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""(v, d, beta2) -> the next v."""
+
+
+def adagrad(v: torch.Tensor, d: torch.Tensor, beta2: float) -> torch.Tensor:
+    """Squares summed without decay; `beta2` is not used."""
+    return v + d * d
+
+
+def adam(v: torch.Tensor, d: torch.Tensor, beta2: float) -> torch.Tensor:
+    """An exponential mean of squares."""
+    return beta2 * v + (1 - beta2) * d * d
+
+
+def yogi(v: torch.Tensor, d: torch.Tensor, beta2: float) -> torch.Tensor:
+    """Adam's mean, but it moves by at most (1 - beta2) d^2 a round."""
+    return v - (1 - beta2) * d * d * torch.sign(v - d * d)
+
+
+@dataclass(frozen=True)
+class FedOpt:
+    """Move by an adaptive step; `tau` keeps it finite where nothing has moved yet."""
+
+    second_moment: SecondMoment
+    lr: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def begin(self, model: Tensors) -> State:
+        state: State = {}
+        for name, p in model.items():
+            state[f"m.{name}"] = torch.zeros_like(p, dtype=torch.float64)
+            state[f"v.{name}"] = torch.full_like(p, self.tau**2, dtype=torch.float64)
+        return state
+
+    def plan(self, state: State, round: int) -> Plan:
+        return {}
+
+    def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
+        step: Tensors = {}
+        after: State = {}
+        for name, d in weighted_mean(updates).items():
+            m = self.beta1 * cast(torch.Tensor, state[f"m.{name}"]) + (1 - self.beta1) * d
+            v = self.second_moment(cast(torch.Tensor, state[f"v.{name}"]), d, self.beta2)
+            step[name] = self.lr * m / (torch.sqrt(v) + self.tau)
+            after[f"m.{name}"], after[f"v.{name}"] = m, v
+        return moved(model, step), after
