@@ -1,0 +1,56 @@
+"""Local training by autograd: one client after the other, the loop written out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from client.batches import batches
+from client.steps import torch_optimizer
+from protocol.messages import Update
+from protocol.streams import global_stream
+from protocol.tensors import Tensors
+from tasks import tuning
+from tasks.learner import Learner
+from tasks.seam import Shard
+
+
+def train_model(
+    learner: Learner, tensors: Tensors, shard: Shard, *, client: str, round: int, plan: Mapping[str, float]
+) -> Update:
+    """Train from the global tensors on one shard; the update is how far they moved."""
+    job, device, mu = learner.job, learner.job.train.device, plan.get("proximal_mu", 0.0)
+    model = learner.model
+    tuning.load_values(model, tensors)
+    tuning.training_mode(model)
+    parameters = tuning.trainable(model)
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch_optimizer(list(parameters.values()), job.train)
+    summed = 0.0
+    with global_stream(job.seed, "dropout", round, client):
+        for rows in batches(len(shard), job, round, client):
+            batch = model.backbone.prepare([shard.inputs[row] for row in rows])
+            outputs = model({name: t.to(device) for name, t in batch.items()})
+            loss = learner.task.loss(outputs, shard.targets[rows].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            if mu:
+                _pull_back(parameters, start, mu)
+            optimizer.step()
+            summed += float(loss.detach()) * len(rows)
+    count = float(len(shard) * job.train.epochs)
+    return Update(
+        client=client,
+        round=round,
+        delta={name: (p.detach() - start[name]).cpu() for name, p in parameters.items()},
+        num_examples=len(shard),
+        states={"train_loss.sum": torch.tensor(summed).double(), "train_loss.count": torch.tensor(count).double()},
+    )
+
+
+def _pull_back(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
+    """Add FedProx's gradient mu (w - w_global) (Li et al. 2020)."""
+    for name, p in parameters.items():
+        if p.grad is not None:
+            p.grad += mu * (p.detach() - start[name])

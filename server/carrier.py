@@ -1,0 +1,23 @@
+"""Who carries the messages: in-process, Ray, or real processes. The rounds don't know which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from protocol.job import Job
+from protocol.messages import Hello, Reply, Request
+
+
+class Carrier(Protocol):
+    """Delivers requests to clients by name and brings their replies, in any order."""
+
+    engine: str
+
+    def hello(self, job: Job) -> list[Hello]:
+        """All clients that could be reached; waits until the job's number of them is there."""
+        ...
+
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+        """Replies of the named clients as they come; those that miss the deadline are left out."""
+        ...

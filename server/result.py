@@ -1,0 +1,86 @@
+"""What a run ends with: `result.json` and the model on disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from protocol.messages import Measurement
+from protocol.tensors import tensors_sha256
+from server.rounds import Run, measure_clients
+
+Baselines = Mapping[str, Mapping[str, float]]
+
+
+def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
+    """Measure the final model everywhere, and write the model and `result.json`."""
+    measurements = measure_clients(run)
+    result = {
+        "name": run.job.name,
+        "job_hash": run.job.hash,
+        "model_sha256": tensors_sha256(run.tensors),
+        "engine": run.carrier.engine,
+        "task": run.job.task.name,
+        "strategy": run.job.strategy.name,
+        "seed": run.job.seed,
+        "seconds": seconds,
+        "clients_trained": sum(line["trained"] for line in run.log),
+        "bytes_up": run.bytes_up,
+        "bytes_down": run.bytes_down,
+        "peak_rss_mb": peak_rss_mb(),
+        "rounds": run.log,
+        "final": {
+            "server": final_server(run),
+            "clients": {m.client: _client(run, m) for m in measurements},
+        },
+        "baselines": {name: dict(metrics) for name, metrics in baselines.items()},
+        "privacy": {
+            "unit": "none", "epsilon": None, "delta": None, "accountant": None,
+            "noise_multiplier": None, "clipping_norm": None, "where": None, "seeded_noise": None,
+        },
+        "facts": run.learner.facts,
+        "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
+        "trainable": {n: list(t.shape) for n, t in run.tensors.items()},
+        "machine": machine(run.job.train.threads),
+        "notes": notes,
+    }  # fmt: skip
+    run.directory.save_model(run.tensors, {"job": run.job.model_dump(mode="json"), "facts": run.learner.facts})
+    run.directory.save_result(result)
+    return result
+
+
+def final_server(run: Run) -> dict[str, float]:
+    """The final model on the server's test set; empty where the server has none."""
+    if run.test is None:
+        return {}
+    return run.learner.compute(run.learner.evaluate(run.tensors, run.test))
+
+
+def _client(run: Run, measurement: Measurement) -> dict[str, float]:
+    metrics = run.learner.compute(measurement.states) if measurement.num_examples else {}
+    return metrics | {"examples": measurement.num_examples}
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process and its biggest child have held."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the bits of a run depend on besides the job: processor, libraries, threads."""
+    packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
+    return {
+        "processor": platform.machine(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }

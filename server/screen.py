@@ -1,0 +1,85 @@
+"""Look at every update before it is merged; a bad one is set aside with its client's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from protocol.messages import Failure, Measurement, Reply, Update
+from protocol.tensors import Tensors
+
+MAX_EXAMPLES = 1_000_000_000
+MAX_NORM = 1e6
+"""L2 norm of a delta above which it is taken for an accident."""
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Good updates in canonical order (by client name), and why the others were set aside."""
+
+    updates: tuple[Update, ...]
+    set_aside: dict[str, str]
+
+
+def screen(replies: Iterable[Reply], cohort: Sequence[str], model: Tensors, round: int) -> Screened:
+    """Sort the replies of a round into usable and set aside; who didn't reply is set aside too."""
+    good: dict[str, Update] = {}
+    aside: dict[str, str] = {}
+    for reply in replies:
+        fault = _fault(reply, cohort, model, round)
+        if fault is None and reply.client in good:
+            aside[f"{reply.client} (again)"] = "duplicate reply; the first one counts"
+        elif fault is None and isinstance(reply, Update):
+            good[reply.client] = reply
+        else:
+            aside[reply.client] = fault or f"unexpected {type(reply).__name__}"
+    for name in cohort:
+        if name not in good and name not in aside:
+            aside[name] = "no reply before the deadline"
+    return Screened(tuple(good[name] for name in sorted(good)), dict(sorted(aside.items())))
+
+
+def _fault(reply: Reply, cohort: Sequence[str], model: Tensors, round: int) -> str | None:
+    if reply.client not in cohort:
+        return "not in this round's cohort"
+    match reply:
+        case Failure():
+            return reply.reason
+        case Measurement():
+            return "sent a measurement, expected an update"
+    if reply.round != round:
+        return f"reply to round {reply.round}, expected round {round}"
+    n = reply.num_examples
+    if not isinstance(n, int) or isinstance(n, bool) or not 0 < n <= MAX_EXAMPLES:
+        return f"num_examples: expected an integer from 1 to {MAX_EXAMPLES}, found {n!r}"
+    return _tensor_fault(reply.delta, model) or _states_fault(reply.states)
+
+
+def _states_fault(states: Tensors) -> str | None:
+    if set(states) != {"train_loss.sum", "train_loss.count"}:
+        return f"metric states: expected train_loss.sum and train_loss.count, found {sorted(states)[:5]}"
+    for name, value in states.items():
+        if value.shape != () or not torch.isfinite(value):
+            return f"metric state {name} is not one finite number"
+    return None
+
+
+def _tensor_fault(delta: Tensors, model: Tensors) -> str | None:
+    if set(delta) != set(model):
+        odd = sorted(set(delta) ^ set(model))[0]
+        return f"tensor {odd} is {'unexpected' if odd in delta else 'missing'}"
+    squares = 0.0
+    for name, expected in model.items():
+        found = delta[name]
+        if found.shape != expected.shape:
+            return f"tensor {name} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+        if found.dtype != expected.dtype:
+            return f"tensor {name} is {found.dtype}, expected {expected.dtype}"
+        if not torch.isfinite(found).all():
+            return f"tensor {name} has values that are not finite"
+        squares += float(found.to(torch.float64).square().sum())
+    if squares**0.5 > MAX_NORM:
+        return f"the update's norm is {squares**0.5:.3g}, expected at most {MAX_NORM:.0g}"
+    return None

@@ -1,0 +1,31 @@
+"""The in-process engine: clients in this process, or in worker processes, no serialisation at one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from client.site import Site
+from protocol.job import Job
+from protocol.messages import Hello, Reply, Request
+from sim.population import Population
+
+
+@dataclass
+class InlineCarrier:
+    """Calls the clients' code directly: breakpoints work, nothing is copied."""
+
+    site: Site
+    population: Population
+    engine: str = "inline"
+
+    @classmethod
+    def of(cls, population: Population) -> InlineCarrier:
+        """A carrier to every client of the population."""
+        return cls(Site(population), population)
+
+    def hello(self, job: Job) -> list[Hello]:
+        return self.site.hello(job)
+
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+        return self.site.answer(request, names)

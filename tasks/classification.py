@@ -1,0 +1,148 @@
+"""Text and image classification: a linear head on a backbone's features, cross-entropy, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from protocol.errors import ConfigError, DataError
+from protocol.job import BackboneSection, DataSection
+from protocol.messages import Facts
+from tasks.images import image_bytes
+from tasks.lazy import LazyInputs
+from tasks.reading import Columns, Findings, Table, example_keys, inspect, read_images, read_texts
+from tasks.seam import Encoder, Shard
+from tasks.text_encoder import load_text_encoder
+from tasks.vision_encoder import load_vision_encoder
+from tasks.weights import Backbone
+
+if TYPE_CHECKING:
+    import datasets
+    from torchmetrics import MetricCollection
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One of several classes for each example; texts and images differ in reading and encoding."""
+
+    name: str
+    column: str
+    summary: str
+    reader: Callable[[Path, Columns], Table]
+    convert: Callable[[Any], Any]
+    load_encoder: Callable[[Backbone, BackboneSection, int], Encoder]
+
+    def read(self, source: Path, data: DataSection) -> Table:
+        return self.reader(source, _columns(data))
+
+    def inspect(self, source: Path, data: DataSection) -> Findings:
+        return inspect(source, self.name, _columns(data))
+
+    def describe(self, dataset: datasets.Dataset, data: DataSection) -> Facts:
+        """The classes, in order: those the job names, or else those of the data, sorted.
+
+        Raises:
+            DataError: the data has a class that the job doesn't name.
+        """
+        present = set(dataset.unique("label"))
+        if data.classes is None:
+            return {"classes": sorted(present)}
+        unknown = sorted(present - set(data.classes))
+        if unknown:
+            raise DataError(f"label {unknown[0]!r} is not in data.classes = {list(data.classes)}")
+        return {"classes": list(data.classes), "pinned": True}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """Pinned classes as they are, else the sorted union.
+
+        Raises:
+            ConfigError: there are fewer than two classes.
+        """
+        pinned = next((f for f in facts if f.get("pinned")), None)
+        classes = pinned["classes"] if pinned else sorted({c for f in facts for c in f["classes"]})
+        if len(classes) < 2:
+            raise ConfigError(f"classification needs at least two classes, found {classes}")
+        return {"classes": classes}
+
+    def shard(self, dataset: datasets.Dataset, facts: Facts) -> Shard:
+        keys = example_keys(dataset)
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        index = {name: i for i, name in enumerate(facts["classes"])}
+        labels = dataset["label"]
+        try:
+            targets = torch.tensor([index[labels[row]] for row in order], dtype=torch.int64)
+        except KeyError as unknown:
+            raise DataError(f"label {unknown} is not one of the run's classes {facts['classes']}") from None
+        inputs = LazyInputs(dataset, self.column, tuple(order), self.convert)
+        return Shard(inputs, targets, tuple(keys[row] for row in order))
+
+    def raw_input(self, path: str) -> Any:
+        if self.column == "image":
+            return Path(path).read_bytes()
+        return Path(path).read_text("utf-8") if Path(path).is_file() else path
+
+    def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
+        return self.load_encoder(backbone, section, seed)
+
+    def head(self, width: int, facts: Facts) -> nn.Module:
+        return nn.Linear(width, len(facts["classes"]))
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+        count = len(facts["classes"])
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(count, average="micro"),
+                "macro_f1": MulticlassF1Score(count, average="macro"),
+            },
+            compute_groups=False,
+        )
+
+    def answer(self, outputs: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
+        """The most likely class and its probability, and all probabilities."""
+        rows = []
+        for row in torch.softmax(outputs, dim=-1):
+            best = int(row.argmax())
+            probabilities = {c: round(float(p), 4) for c, p in zip(facts["classes"], row, strict=True)}
+            rows.append(
+                {"label": facts["classes"][best], "probability": float(row[best]), "all": probabilities}
+            )
+        return rows
+
+
+def _columns(data: DataSection) -> Columns:
+    return Columns(text=data.text, image=data.image, label=data.label)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+TEXT_CLASSIFICATION = Classification(
+    name="text-classification",
+    column="text",
+    summary="one label for a text; any transformers encoder; accuracy, macro F1",
+    reader=read_texts,
+    convert=_same,
+    load_encoder=load_text_encoder,
+)
+
+IMAGE_CLASSIFICATION = Classification(
+    name="image-classification",
+    column="image",
+    summary="one label for an image; any torchvision or transformers vision model; accuracy, macro F1",
+    reader=read_images,
+    convert=image_bytes,
+    load_encoder=load_vision_encoder,
+)
+

@@ -1,0 +1,169 @@
+"""Features of a frozen backbone, computed once for every example, kept on disk.
+
+An example's features depend on its own content, the backbone's weights and the preparation
+of inputs, never on another example: batches have fixed shapes and one thread each. A
+simulator and a site therefore get the same bits, and a cache can be shared between runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from protocol.errors import DataError
+from protocol.job import BackboneSection
+from tasks.seam import Batch, Encoder, Shard
+from tasks.weights import Backbone
+
+BATCH = 16
+"""Rows of every batch that features are computed in; part of the cache's key."""
+
+Progress = Callable[[int, int], None]
+"""Called with (examples done, examples in all)."""
+
+
+def cache_key(backbone: Backbone, section: BackboneSection, threads: int) -> str:
+    """SHA-256 over everything but the example that a feature's bits depend on."""
+    import torchvision
+    import transformers
+
+    parts = {
+        "weights": backbone.fingerprint,
+        "name": backbone.name,
+        "max_tokens": section.max_tokens,
+        "image_size": section.image_size,
+        "pool": section.pool,
+        "batch": BATCH,
+        "threads": threads,
+        "versions": [torch.__version__, torchvision.__version__, transformers.__version__],
+        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class FeatureCache:
+    """Features by example key, in safetensors files of one folder; safe to share and to kill."""
+
+    folder: Path
+    _rows: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    _parts: list[torch.Tensor] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        """Places of the keys that have no features yet, the first of equal keys only."""
+        if any(key not in self._rows for key in keys):
+            self._read_new_files()
+        first: dict[bytes, int] = {}
+        for place, key in enumerate(keys):
+            if key not in self._rows:
+                first.setdefault(key, place)
+        return sorted(first.values())
+
+    def take(self, keys: Sequence[bytes]) -> torch.Tensor:
+        """Features [len(keys), width] of keys that are all there."""
+        places = [self._rows[key] for key in keys]
+        width = self._parts[places[0][0]].shape[1]
+        out = torch.empty((len(keys), width))
+        for row, (part, index) in enumerate(places):
+            out[row] = self._parts[part][index]
+        return out
+
+    def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
+        """Add features; written under a temporary name, then renamed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).copy()).reshape(-1, 32)
+        name = hashlib.sha256(b"".join(keys)).hexdigest()[:24] + ".safetensors"
+        temporary = self.folder / f".{os.getpid()}-{name}"
+        save_file({"keys": table, "features": features.contiguous()}, temporary)
+        temporary.replace(self.folder / name)
+        self._add(name, keys, features)
+
+    def _read_new_files(self) -> None:
+        for file in sorted(self.folder.glob("[!.]*.safetensors")):
+            if file.name not in self._seen:
+                part = load_file(file)
+                flat = part["keys"].numpy().tobytes()
+                keys = [flat[i : i + 32] for i in range(0, len(flat), 32)]
+                self._add(file.name, keys, part["features"])
+
+    def _add(self, name: str, keys: Sequence[bytes], features: torch.Tensor) -> None:
+        self._seen.add(name)
+        self._parts.append(features)
+        part = len(self._parts) - 1
+        for row, key in enumerate(keys):
+            self._rows.setdefault(key, (part, row))
+
+
+def extract(
+    encoder: Encoder, inputs: Sequence[Any], *, threads: int, device: str, progress: Progress | None = None
+) -> torch.Tensor:
+    """Features [len(inputs), width] in float32, by as many workers as the machine has cores.
+
+    Every worker computes with `threads` threads, so the number of workers changes no bit.
+
+    Raises:
+        DataError: a feature isn't finite.
+    """
+    out = torch.empty((len(inputs), encoder.width))
+    done = 0
+    encoder = encoder.to(device).eval()
+
+    def run(item: tuple[list[int], Batch]) -> list[int]:
+        torch.set_num_threads(threads)
+        rows, batch = item
+        with torch.inference_mode():
+            features = encoder({k: v.to(device) for k, v in batch.items()})[: len(rows)]
+        out[torch.tensor(rows)] = features.to("cpu", torch.float32)
+        return rows
+
+    workers = max(1, (os.cpu_count() or 1) // threads) if device == "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        for rows in _lazily(pool, run, encoder.fixed_batches(inputs, BATCH), 2 * workers):
+            done += len(rows)
+            if progress is not None:
+                progress(done, len(inputs))
+    if not torch.isfinite(out).all():
+        bad = int((~torch.isfinite(out).all(dim=1)).nonzero()[0])
+        raise DataError(f"example {bad + 1} has features that are not finite")
+    return out
+
+
+def _lazily(pool: ThreadPoolExecutor, run: Any, items: Any, ahead: int) -> Any:
+    """`pool.map` that prepares only a few items ahead of the work."""
+    waiting = []
+    for item in items:
+        waiting.append(pool.submit(run, item))
+        if len(waiting) > ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def cached_features(
+    cache: FeatureCache,
+    shard: Shard,
+    encoder: Callable[[], Encoder],
+    *,
+    threads: int,
+    device: str,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """A shard's features [n, width]; the backbone is loaded only if some are missing."""
+    missing = cache.missing(shard.keys)
+    if missing:
+        inputs = [shard.inputs[row] for row in missing]
+        features = extract(encoder(), inputs, threads=threads, device=device, progress=progress)
+        cache.put([shard.keys[row] for row in missing], features)
+    return cache.take(shard.keys)

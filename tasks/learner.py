@@ -1,0 +1,176 @@
+"""What one process keeps warm for a job: the task, the backbone, the features, the measuring."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from protocol.cache import cache_root
+from protocol.errors import ConfigError
+from protocol.job import Job
+from protocol.messages import Facts
+from protocol.streams import global_stream
+from protocol.tensors import Tensors
+from tasks import tuning
+from tasks.features import FeatureCache, Progress, cache_key, cached_features
+from tasks.seam import Encoder, Model, Shard, Task
+from tasks.vision_encoder import torchvision_trunk
+from tasks.weights import Backbone, resolve
+
+EVALUATION_BATCH = 64
+
+
+@dataclass
+class Learner:
+    """Builds, measures and prepares; it trains nothing itself. `facts` are the run's."""
+
+    job: Job
+    task: Task
+    facts: Facts
+    backbone: Backbone
+    progress: Progress | None = None
+
+    @classmethod
+    def of(cls, job: Job, task: Task, facts: Facts, progress: Progress | None = None) -> Learner:
+        """A learner with its weights resolved and its device checked.
+
+        Raises:
+            WeightsError: the backbone's weights can't be had.
+            ConfigError: the device isn't there.
+        """
+        check_device(job.train.device)
+        return cls(job, task, facts, resolve(job.backbone, job.seed), progress)
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether the backbone is frozen as a whole, so that its features never change."""
+        return self.job.tune.method == "head"
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The backbone, loaded at first use."""
+        return self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
+
+    @cached_property
+    def model(self) -> Model:
+        """Backbone and head on the job's device, with what the job tunes marked as trainable."""
+        model = Model(self.encoder, self._fresh_head(self.encoder.width))
+        tuning.mark_trainable(model, self.job.tune, self.job.seed)
+        return model.to(self.job.train.device)
+
+    @cached_property
+    def _cache(self) -> FeatureCache:
+        key = cache_key(self.backbone, self.job.backbone, self.job.train.threads)
+        return FeatureCache(cache_root() / "features" / key[:32])
+
+    def initial(self) -> Tensors:
+        """The trainable tensors before the first round, named as in the model."""
+        if self.uses_features:
+            head = self._fresh_head(self._width())
+            return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
+        return {name: t.cpu() for name, t in tuning.values(self.model).items()}
+
+    def features(self, shard: Shard) -> torch.Tensor:
+        """Features [n, width] of a shard, from the cache where they are there."""
+        return cached_features(
+            self._cache,
+            shard,
+            lambda: self.encoder,
+            threads=self.job.train.threads,
+            device=self.job.train.device,
+            progress=self.progress,
+        )
+
+    def outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
+        """What the model with these tensors says of a shard, [n, outputs]."""
+        if self.uses_features:
+            features = self.features(shard)
+            return features @ tensors["head.weight"].T + tensors["head.bias"]
+        model = self.model.eval()
+        tuning.load_values(model, tensors)
+        device = self.job.train.device
+        parts = []
+        with torch.inference_mode():
+            for rows, batch in model.backbone.fixed_batches(shard.inputs, EVALUATION_BATCH):
+                output = model({k: v.to(device) for k, v in batch.items()})[: len(rows)].cpu()
+                parts.append((rows, output))
+        ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
+        return torch.stack([ordered[row] for row in range(len(shard))])
+
+    def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
+        """Metric states of the model with these tensors on a shard; they add up over shards."""
+        outputs = self.outputs(tensors, shard)
+        metrics = self.task.metrics(self.facts)
+        metrics.update(outputs, shard.targets)
+        states = {
+            f"{name}.{state}": getattr(metric, state).clone()
+            for name, metric in metrics.items()
+            for state in metric._defaults
+        }
+        loss = self.task.loss(outputs.to(torch.float64), shard.targets) * len(shard)
+        return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
+
+    def compute(self, states: Tensors) -> dict[str, float]:
+        """Metrics from added-up states."""
+        metrics = self.task.metrics(self.facts)
+        for name, metric in metrics.items():
+            for state in metric._defaults:
+                setattr(metric, state, states[f"{name}.{state}"])
+            metric._update_count = 1
+        values = {name: float(value) for name, value in metrics.compute().items()}
+        return values | {"loss": float(states["loss.sum"] / states["loss.count"])}
+
+    def split(self, shard: Shard) -> tuple[Shard, Shard]:
+        """(training part, validation part), chosen by the hash of the content alone."""
+        rows = ranked(shard.keys, self.job.seed, "validation")
+        count = min(round(len(shard) * self.job.data.validation_fraction), len(shard) - 1)
+        return shard.select(sorted(rows[count:])), shard.select(sorted(rows[:count]))
+
+    def _width(self) -> int:
+        width = known_width(self.backbone)
+        return width if width is not None else self.encoder.width
+
+    def _fresh_head(self, width: int) -> Any:
+        with global_stream(self.job.seed, "init", "head"):
+            return self.task.head(width, self.facts)
+
+
+def known_width(backbone: Backbone) -> int | None:
+    """The width of a backbone's features, where it can be told without loading the weights."""
+    if backbone.kind == "torchvision":
+        with torch.device("meta"):
+            return torchvision_trunk(backbone.name, 0)[1]
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(backbone.folder, local_files_only=True)
+    return getattr(config, "hidden_size", None)
+
+
+def ranked(keys: Sequence[bytes], seed: int, purpose: str) -> list[int]:
+    """Rows in an order that depends on seed, purpose and content, and not on where they stood."""
+    prefix = f"{seed}/{purpose}/".encode()
+    marks = [hashlib.sha256(prefix + key).digest() for key in keys]
+    return sorted(range(len(keys)), key=marks.__getitem__)
+
+
+def added(states: Iterable[Tensors]) -> Tensors:
+    """Metric states summed in the order given."""
+    total: Tensors = {}
+    for state in states:
+        for name, value in state.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError unless torch can compute on it here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(f"train.device: {device!r} cannot be used on this machine: {why}") from None

@@ -1,0 +1,121 @@
+"""Weights from disk: safetensors, or torch files with `weights_only`; checked before use."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from protocol.errors import WeightsError
+from protocol.streams import global_stream
+from protocol.tensors import Tensors
+from tasks.weights import Backbone
+
+
+def load_weights(path: Path) -> Tensors:
+    """All tensors of a `.safetensors` or a torch file.
+
+    Raises:
+        WeightsError: the file is truncated, holds more than tensors, or a value isn't finite.
+    """
+    tensors = _read(path)
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Tensors, path: Path) -> None:
+    """Raises WeightsError for the first tensor with a value that isn't finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{path}: tensor {name} has values that are not finite")
+
+
+def _read(path: Path) -> Tensors:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise WeightsError(f"{path}: not a readable safetensors file: {error}") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            f"{path}: holds objects other than tensors and was not loaded; expected a state dict"
+        ) from None
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise WeightsError(f"{path}: not a readable torch file: {str(error).splitlines()[0]}") from None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise WeightsError(f"{path}: expected a dict of tensors, found {type(loaded).__name__}")
+    return {str(k): v for k, v in state.items()}
+
+
+def fill(module: nn.Module, state: Tensors, path: Path, *, ignore: tuple[str, ...] = ()) -> None:
+    """Copy a state dict into a module; names and shapes must agree, but for the ignored prefixes.
+
+    Raises:
+        WeightsError: a tensor is missing, unexpected, or of another shape.
+    """
+    own = module.state_dict()
+    given = {k: v for k, v in state.items() if not k.startswith(ignore)} if ignore else dict(state)
+    for name, tensor in own.items():
+        if name not in given:
+            if name.endswith("num_batches_tracked"):
+                given[name] = tensor
+                continue
+            raise WeightsError(f"{path}: tensor {name} is missing (it has {len(given)} others)")
+        if given[name].shape != tensor.shape:
+            found, expected = tuple(given[name].shape), tuple(tensor.shape)
+            raise WeightsError(f"{path}: tensor {name} has shape {found}, expected {expected}")
+    extra = sorted(set(given) - set(own))
+    if extra:
+        raise WeightsError(f"{path}: unexpected tensor {extra[0]}: weights of another network?")
+    module.load_state_dict(given)
+
+
+def load_transformer(backbone: Backbone, seed: int) -> Any:
+    """Any `transformers` network without a task's head, float32, in eval mode.
+
+    Random weights come from the job's seed, pretrained ones from the folder that was resolved.
+
+    Raises:
+        WeightsError: the folder isn't a model's, or lacks tensors that the network needs.
+    """
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(backbone.folder, local_files_only=True)
+        with global_stream(seed, "init", "backbone"):
+            if backbone.weights is None:
+                return AutoModel.from_config(config).float().eval()
+            network, report = _pretrained(AutoModel, backbone, config)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise WeightsError(f"{backbone.weights or backbone.folder}: transformers cannot load it: {why}") from None
+    missing = sorted(n for n in report["missing_keys"] if not n.startswith("pooler."))
+    if missing:
+        raise WeightsError(f"{backbone.weights}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    check_finite(network.state_dict(), backbone.weights)
+    return network.eval()
+
+
+def _pretrained(auto: Any, backbone: Backbone, config: Any) -> Any:
+    """(network, loading report), from a folder, or from a file under the folder's config."""
+    weights = backbone.weights
+    assert weights is not None
+    if weights.is_dir():
+        return auto.from_pretrained(
+            weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    return auto.from_pretrained(
+        None, config=config, state_dict=load_weights(weights), dtype=torch.float32, output_loading_info=True
+    )

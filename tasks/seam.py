@@ -1,0 +1,137 @@
+"""The seam of a task: what is read, what is built, what is minimised, what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from protocol.job import BackboneSection, DataSection
+from protocol.messages import Facts
+from protocol.tensors import Tensors
+
+if TYPE_CHECKING:
+    import datasets
+    from torchmetrics import MetricCollection
+
+    from tasks.reading import Findings, Table
+    from tasks.weights import Backbone
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Examples of one owner in canonical order: by the hash of their content.
+
+    The order on disk, the file format and the names of files thus change nothing.
+    `inputs` are raw (texts, or encoded images), `targets` is what the task predicts, [n].
+    """
+
+    inputs: Sequence[Any]
+    targets: torch.Tensor
+    keys: tuple[bytes, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def select(self, rows: Sequence[int]) -> Shard:
+        """Those rows, in that order."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        return Shard([self.inputs[r] for r in rows], self.targets[index], tuple(self.keys[r] for r in rows))
+
+
+class Encoder(nn.Module):
+    """A backbone without its own head: prepared inputs to features [batch, width]."""
+
+    width: int
+
+    def prepare(self, inputs: Sequence[Any]) -> Batch:
+        """Raw inputs as one batch of tensors."""
+        raise NotImplementedError
+
+    def fixed_batches(self, inputs: Sequence[Any], size: int) -> Iterable[tuple[list[int], Batch]]:
+        """(rows, batch) whose shapes don't depend on which other inputs there are.
+
+        A row's features are then the same bits whoever its neighbours are.
+        """
+        raise NotImplementedError
+
+
+class Model(nn.Module):
+    """A backbone and a head on its features."""
+
+    def __init__(self, backbone: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Head outputs, [batch, outputs]."""
+        output: torch.Tensor = self.head(self.backbone(batch))
+        return output
+
+
+class Task(Protocol):
+    """One kind of learning problem; a new one is a file and a line in the registry."""
+
+    @property
+    def name(self) -> str:
+        """What jobs call it."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """One line for `atoll list tasks`."""
+        ...
+
+    def read(self, source: Path, data: DataSection) -> Table:
+        """One owner's data, every example checked."""
+        ...
+
+    def inspect(self, source: Path, data: DataSection) -> Findings:
+        """What is in the data and what is wrong with it, for `atoll check`."""
+        ...
+
+    def describe(self, dataset: datasets.Dataset, data: DataSection) -> Facts:
+        """What must be known of the data before a model can be built."""
+        ...
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """The facts that hold for all clients together."""
+        ...
+
+    def shard(self, dataset: datasets.Dataset, facts: Facts) -> Shard:
+        """Rows as inputs and targets, in canonical order."""
+        ...
+
+    def raw_input(self, path: str) -> Any:
+        """One input of `atoll predict` as a shard holds it."""
+        ...
+
+    def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
+        """The backbone as an encoder of this task's inputs."""
+        ...
+
+    def head(self, width: int, facts: Facts) -> nn.Module:
+        """A fresh head; its initial values come from the global generator."""
+        ...
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean over the batch."""
+        ...
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        """Metrics whose states add up over clients."""
+        ...
+
+    def answer(self, outputs: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
+        """What `atoll predict` prints for each row of outputs."""
+        ...
+
+
+__all__ = ["Batch", "Encoder", "Facts", "Model", "Shard", "Task", "Tensors"]

@@ -1,0 +1,97 @@
+"""Any transformers text encoder as features: the last hidden states, pooled over the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from protocol.errors import WeightsError
+from protocol.job import BackboneSection
+from tasks.loading import load_transformer
+from tasks.seam import Batch, Encoder
+from tasks.weights import Backbone
+
+LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Token counts that inputs are padded to when features are computed."""
+
+
+class TextEncoder(Encoder):
+    """Texts to pooled features [batch, width]."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, section: BackboneSection) -> None:
+        super().__init__()
+        self.model = model
+        self.width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self._tokenizer = tokenizer
+        self._max_tokens = min(section.max_tokens, _longest(tokenizer, model))
+        self._pool = section.pool
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Mean of the tokens' states (or the first one), [batch, width]."""
+        states: torch.Tensor = self.model(**batch).last_hidden_state
+        if self._pool == "first":
+            return states[:, 0]
+        mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)
+
+    def prepare(self, inputs: Sequence[str]) -> Batch:
+        return self._padded(self._token_ids(inputs), None)
+
+    def fixed_batches(self, inputs: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
+        ids = self._token_ids(inputs)
+        lengths = [_bucket(len(i), self._max_tokens) for i in ids]
+        for length in sorted(set(lengths)):
+            members = [row for row, bucket in enumerate(lengths) if bucket == length]
+            for start in range(0, len(members), size):
+                rows = members[start : start + size]
+                filled = rows + [rows[-1]] * (size - len(rows))
+                yield rows, self._padded([ids[r] for r in filled], length)
+
+    def _token_ids(self, inputs: Sequence[str]) -> list[list[int]]:
+        coded = self._tokenizer(list(inputs), truncation=True, max_length=self._max_tokens, padding=False)
+        ids: list[list[int]] = coded["input_ids"]
+        return ids
+
+    def _padded(self, ids: Sequence[list[int]], length: int | None) -> Batch:
+        length = length or max(len(i) for i in ids)
+        pad = self._tokenizer.pad_token_id or 0
+        tokens = torch.full((len(ids), length), pad, dtype=torch.int64)
+        mask = torch.zeros((len(ids), length), dtype=torch.int64)
+        for row, tokens_of_row in enumerate(ids):
+            tokens[row, : len(tokens_of_row)] = torch.tensor(tokens_of_row, dtype=torch.int64)
+            mask[row, : len(tokens_of_row)] = 1
+        return {"input_ids": tokens, "attention_mask": mask}
+
+
+def load_text_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> TextEncoder:
+    """Build the network in eval mode with the resolved weights.
+
+    Raises:
+        WeightsError: it isn't a transformers encoder, or its files are damaged.
+    """
+    if backbone.kind != "hf" or backbone.folder is None:
+        raise WeightsError(f"backbone.name: {section.name} does not read text, expected hf:NAME or a folder")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise WeightsError(f"{backbone.folder}: no tokenizer that transformers can load: {why}") from None
+    network = load_transformer(backbone, seed)
+    network = getattr(network, "encoder", network) if network.config.is_encoder_decoder else network
+    return TextEncoder(network, tokenizer, section)
+
+
+def _bucket(length: int, longest: int) -> int:
+    return next((b for b in LENGTHS if b >= length and b <= longest), longest)
+
+
+def _longest(tokenizer: Any, model: Any) -> int:
+    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+    if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2  # these count positions from pad_token_id + 1
+    return int(min(positions, tokenizer.model_max_length))

