@@ -18,16 +18,12 @@ _KINDS = {
 }
 
 
-def is_within(path: Path, root: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-
-
 def resolved(path: Path, root: Path) -> Path:
     """Where `path` leads, which must be inside `root` and exist; no link may lead out or in circles."""
     try:
         real = Path(os.path.realpath(path, strict=True))
-    except OSError as error:
-        raise DataError(f"{shown(path)}: {_why(error)}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{shown(path)}: {_why(error)}, expected a file") from None
     if not real.is_relative_to(os.path.realpath(root)):
         raise DataError(f"{shown(path)}: leads out of {shown(root)} to {shown(real)}, expected a file inside")
     return real
@@ -86,5 +82,5 @@ def _files_of_class(folder: Path, root: Path, journal: Journal) -> Iterator[tupl
             journal.refuse(problem)
 
 
-def _why(error: OSError) -> str:
-    return (error.strerror or type(error).__name__).lower()
+def _why(error: OSError | ValueError) -> str:
+    return str(getattr(error, "strerror", error)).lower()

@@ -134,14 +134,14 @@ def _high_byte(values: np.ndarray, name: str) -> np.ndarray:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65_535:
         raise DataError(f"{name}: integers from {low} to {high}, expected 0 to 65535")
-    return values >> 8
+    return np.asarray(values >> 8)
 
 
 def _from_unit(values: np.ndarray, name: str) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 1):
         raise DataError(f"{name}: floats from {low:g} to {high:g}, expected 0 to 1")
-    return np.rint(values * 255)
+    return np.asarray(np.rint(values * 255))
 
 
 def _grey(values: np.ndarray) -> Image.Image:

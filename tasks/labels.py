@@ -3,6 +3,7 @@
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from protocol.errors import DataError
 from tasks.problems import shown
@@ -13,24 +14,33 @@ _WHOLE = re.compile(r"([-+]?)0*(\d+)\.0+")
 _NUMBER = re.compile(r"[-+]?(\d+[.,]\d*|[.,]\d+|\d+(?=e))(e[-+]?\d+)?|[-+]?inf(inity)?", re.IGNORECASE)
 
 
-def class_name(value: object, where: str) -> str:
+def class_name(value: object, where: str, names: Sequence[str] | None = None) -> str:
     """The class that `value` names.
 
     Text is stripped and brought to Unicode's NFC; whole numbers, also written 1.0, become "1".
-    A missing label, a fraction, or anything that is no scalar raises `DataError`.
+    With `names`, a whole number is an index into them. A missing label, a fraction, or anything else
+    raises `DataError`.
 
     >>> class_name(" sport ", "a.csv line 2"), class_name(1, ""), class_name("1.0", ""), class_name(True, "")
     ('sport', '1', '1', 'true')
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{where}: the label is missing, expected a class")
+    if names is not None and isinstance(value, int):
+        value = _at(value, names, where)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return _number_name(value, where)
     if isinstance(value, str):
         return _text_name(value, where)
-    raise DataError(f"{where}: the label is {type(value).__name__}, expected text or a whole number")
+    raise DataError(f"{where}: the label is {shown(str(value))}, expected text or a whole number")
+
+
+def _at(index: int, names: Sequence[str], where: str) -> str:
+    if not 0 <= index < len(names):
+        raise DataError(f"{where}: the label is class index {index}, expected 0 to {len(names) - 1}")
+    return names[index]
 
 
 def _number_name(value: int | float, where: str) -> str:

@@ -29,10 +29,11 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 class Rows:
     """Rows as found, before their columns are checked.
 
-    `where` names row i for a message; paths in the rows are relative to `folder`; `class_names`
-    has, for a column of class indices, what they stand for.
+    `name` and `where(i)` name them and row i in messages; paths in the rows are relative to `folder`;
+    `class_names` has, for a column of class indices, what they stand for.
     """
 
+    name: str
     table: pa.Table
     where: Callable[[int], str]
     folder: Path
@@ -49,7 +50,9 @@ def read_file(path: Path, journal: Journal) -> Rows:
         return _read_json_lines(path, journal)
     if suffix == ".parquet":
         return _read_parquet(path)
-    raise DataError(f"{shown(path)}: format {suffix or 'unknown'!r}, expected {', '.join(SUFFIXES)} or a folder")
+    raise DataError(
+        f"{shown(path)}: format {suffix or 'unknown'!r}, expected {', '.join(SUFFIXES)} or a folder"
+    )
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -67,7 +70,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
     except pa.ArrowInvalid:
         found = " and ".join(str(part.table.column_names) for part in parts)
         raise DataError(f"{shown(parts[0].folder)}: files with columns {found}, expected the same") from None
-    return Rows(table, where, parts[0].folder, parts[0].class_names)
+    return Rows(shown(parts[0].folder), table, where, parts[0].folder, parts[0].class_names)
 
 
 # Text lines
@@ -106,8 +109,10 @@ def _read_csv(path: Path, delimiter: str, journal: Journal) -> Rows:
         except csv.Error as error:
             raise DataError(f"{shown(path)} line {reader.line_num}: {error}, expected strict CSV") from None
     values = zip(*rows, strict=True) if rows else [()] * len(header)
-    columns = {name: pa.array(column, pa.string()) for name, column in zip(header, values, strict=True) if name}
-    return Rows(pa.table(columns), lambda row: f"{shown(path)} line {numbers[row]}", path.parent)
+    columns = {
+        name: pa.array(column, pa.string()) for name, column in zip(header, values, strict=True) if name
+    }
+    return Rows(shown(path), pa.table(columns), lambda row: f"{shown(path)} line {numbers[row]}", path.parent)
 
 
 def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
@@ -117,7 +122,9 @@ def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
     names = [name.strip() for name in header]
     for other in {",", ";", "\t", "|"} - {delimiter}:
         if len(names) == 1 and other in names[0]:
-            raise DataError(f"{where}: one column {names[0]!r}, expected {delimiter!r} between columns, not {other!r}")
+            raise DataError(
+                f"{where}: one column {names[0]!r}, expected {delimiter!r} between columns, not {other!r}"
+            )
     if len(set(names)) < len(names):
         raise DataError(f"{where}: columns {names}, expected each name once")
     return names
@@ -157,7 +164,8 @@ def _read_json_lines(path: Path, journal: Journal) -> Rows:
         return f"{shown(path)} line {numbers[row]}"
 
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return Rows(pa.table({name: _column(name, rows, where) for name in names}), where, path.parent)
+    table = pa.table({name: _column(name, rows, where) for name in names})
+    return Rows(shown(path), table, where, path.parent)
 
 
 def _json_row(line: str, where: str) -> dict[str, object]:
@@ -193,8 +201,12 @@ def _column(name: str, rows: Sequence[dict[str, object]], where: Callable[[int],
         pass
     kinds = [type(value).__name__ for value in values]
     known = next(index for index, value in enumerate(values) if value is not None)
-    odd = next((index for index in range(known, len(kinds)) if kinds[index] not in (kinds[known], "NoneType")), known)
-    raise DataError(f"{where(odd)}: column {name!r} is {kinds[odd]}, expected {kinds[known]} as in {where(known)}")
+    odd = next(
+        (index for index in range(known, len(kinds)) if kinds[index] not in (kinds[known], "NoneType")), known
+    )
+    raise DataError(
+        f"{where(odd)}: column {name!r} is {kinds[odd]}, expected {kinds[known]} as in {where(known)}"
+    )
 
 
 # Arrow
@@ -206,7 +218,8 @@ def _read_parquet(path: Path) -> Rows:
         table = _mapped(pq.ParquetFile(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{shown(path)}: damaged Parquet: {_first_line(error)}") from None
-    return Rows(table, lambda row: f"{shown(path)} row {row + 1}", path.parent, _class_names(table.schema))
+    names = _class_names(table.schema)
+    return Rows(shown(path), table, lambda row: f"{shown(path)} row {row + 1}", path.parent, names)
 
 
 def _mapped(file: pq.ParquetFile) -> pa.Table:
@@ -244,8 +257,9 @@ def read_saved(folder: Path) -> dict[str, Rows]:
 
 
 def _saved_rows(folder: Path, split: str, saved: datasets.Dataset) -> Rows:
+    name = f"{shown(folder)} {split}"
     names = _class_names(saved.features.arrow_schema)
-    return Rows(saved.data.table, lambda row: f"{shown(folder)} {split} row {row + 1}", folder, names)
+    return Rows(name, saved.data.table, lambda row: f"{name} row {row + 1}", folder, names)
 
 
 def _first_line(error: BaseException) -> str:

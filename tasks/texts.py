@@ -8,7 +8,11 @@ from tasks.problems import Journal, shown
 MAX_TEXT_BYTES = 1_000_000
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_BINARY = {b"%PDF": "a PDF", b"PK\x03\x04": "a ZIP archive (also DOCX, ODT)", b"\xd0\xcf\x11\xe0": "an old Office file"}
+_BINARY = {
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a ZIP archive (also DOCX, ODT)",
+    b"\xd0\xcf\x11\xe0": "an old Office file",
+}
 
 
 def checked_text(data: bytes | None, where: str) -> str:
