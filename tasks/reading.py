@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from protocol.errors import ConfigError, DataError
 from tasks.columns import (
+    USUAL,
     Columns,
     as_dataset,
     column_name,
