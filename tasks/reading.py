@@ -130,6 +130,27 @@ def _cells(table: datasets.Dataset, name: str) -> Iterator[Any]:
         yield from batch.column(0).to_pylist()
 
 
+def table_of(splits: Mapping[str, pa.Table]) -> Table:
+    """Splits that are canonical already, and trusted: their images are not decoded."""
+    journal = Journal()
+    _remark_all({split: _trusted(part) for split, part in splits.items()}, journal)
+    data = {
+        split: as_dataset(dict(zip(part.column_names, part.columns, strict=True)))
+        for split, part in splits.items()
+    }
+    return Table(data["train"], data.get("test"), journal.notes)
+
+
+def _trusted(part: pa.Table) -> list[_Example]:
+    cells = _values(part.column("image" if "image" in part.column_names else "text"))
+    contents = (cell if isinstance(cell, bytes) else image_bytes(cell) for cell in cells)
+    labels = part.column("label").to_pylist()
+    return [
+        _Example(hashlib.sha256(content).digest(), label, ())
+        for content, label in zip(contents, labels, strict=True)
+    ]
+
+
 # Reading
 
 
