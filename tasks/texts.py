@@ -1,0 +1,58 @@
+"""What counts as a text: UTF-8, not empty, no NUL, at most `MAX_TEXT_BYTES`."""
+
+from pathlib import Path
+
+from protocol.errors import DataError
+from tasks.problems import Journal, shown
+
+MAX_TEXT_BYTES = 1_000_000
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_BINARY = {
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a ZIP archive (also DOCX, ODT)",
+    b"\xd0\xcf\x11\xe0": "an old Office file",
+}
+
+
+def checked_text(data: bytes | None, where: str) -> str:
+    """`data` as text, or a `DataError` that names the first byte which keeps it from being one."""
+    if data is None:
+        raise DataError(f"{where}: the text is missing")
+    if len(data) > MAX_TEXT_BYTES:
+        raise DataError(f"{where}: {len(data)} bytes of text, at most {MAX_TEXT_BYTES} allowed")
+    text = decoded(data, where)
+    if not text.strip():
+        raise DataError(f"{where}: empty, expected some text")
+    if (nul := data.find(b"\0")) >= 0:
+        raise DataError(f"{where}: byte {nul} is NUL, expected text")
+    return text
+
+
+def decoded(data: bytes, where: str, start: int = 0) -> str:
+    """`data`, which begins at byte `start` of its file, read as strict UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte {start + error.start} is 0x{data[error.start]:02x}"
+        raise DataError(f"{where}: {found}, expected UTF-8 text") from None
+
+
+def read_text_file(path: Path, journal: Journal) -> str:
+    """The whole text of a file, without its byte order mark."""
+    size = path.stat().st_size
+    if size > MAX_TEXT_BYTES:
+        raise DataError(f"{shown(path)}: {size} bytes of text, at most {MAX_TEXT_BYTES} allowed")
+    data = path.read_bytes()
+    if data.startswith(_UTF_16_MARKS):
+        raise DataError(f"{shown(path)}: byte 0 is 0x{data[0]:02x}: UTF-16, expected UTF-8 text")
+    for start, name in _BINARY.items():
+        if data.startswith(start):
+            raise DataError(f"{shown(path)}: {name}, expected UTF-8 text")
+    return checked_text(without_mark(data, shown(path), journal), shown(path))
+
+
+def without_mark(data: bytes, where: str, journal: Journal) -> bytes:
+    if data.startswith(BYTE_ORDER_MARK):
+        journal.remark("a byte order mark was dropped", where)
+    return data.removeprefix(BYTE_ORDER_MARK)
