@@ -11,7 +11,7 @@ import torch
 
 from client.heads import HeadWork, train_heads
 from client.train import train_model
-from protocol.errors import ConfigError, InputError
+from protocol.errors import InputError
 from protocol.job import Job
 from protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
 from tasks import task_named
@@ -99,7 +99,7 @@ class Site:
             self._learners.clear()
             self._held.clear()
             learner = Learner.of(job, task_named(job.task.name), facts)
-            check_fingerprint(learner, facts)
+            learner.check_fingerprint()
             self._learners[key] = learner
         return self._learners[key]
 
@@ -117,16 +117,6 @@ class Site:
         return self._held[key]
 
 
-def check_fingerprint(learner: Learner, facts: Facts) -> None:
-    """Raises ConfigError unless this machine's backbone weights are the server's."""
-    expected, found = facts.get("backbone"), learner.backbone.fingerprint
-    if expected is not None and expected != found:
-        raise ConfigError(
-            f"backbone {learner.backbone.name}: these weights are not the server's"
-            f" (here {found[:12]} from {learner.backbone.origin}, there {expected[:12]})"
-        )
-
-
 def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
     if learner.uses_features:
@@ -136,7 +126,8 @@ def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator
         return
     for name, h in held.items():
         yield train_model(
-            learner, request.tensors, h.train, client=name, round=request.round, plan=request.plan
+            learner, request.tensors, h.train, learner.job,
+            client=name, round=request.round, plan=request.plan,
         )
 
 

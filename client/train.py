@@ -8,6 +8,7 @@ import torch
 
 from client.batches import batches
 from client.steps import torch_optimizer
+from protocol.job import Job
 from protocol.messages import Update
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
@@ -17,10 +18,17 @@ from tasks.seam import Shard
 
 
 def train_model(
-    learner: Learner, tensors: Tensors, shard: Shard, *, client: str, round: int, plan: Mapping[str, float]
+    learner: Learner,
+    tensors: Tensors,
+    shard: Shard,
+    job: Job,
+    *,
+    client: str,
+    round: int,
+    plan: Mapping[str, float],
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved."""
-    job, device, mu = learner.job, learner.job.train.device, plan.get("proximal_mu", 0.0)
+    device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     model = learner.model
     tuning.load_values(model, tensors)
     tuning.training_mode(model)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import datasets
 
 from protocol.job import Job
 from sim.partition import partition
-from tasks import task_named
+from server.testset import hold_out, read_source
 from tasks.learner import Learner, ranked
-from tasks.reading import Table, example_keys
+from tasks.reading import example_keys
 from tasks.seam import Shard
-from tasks.sources import SOURCES, load_source
 
 
 @dataclass(frozen=True)
@@ -58,28 +56,3 @@ def client_names(count: int) -> list[str]:
     """`client-0000`, `client-0001`, …; wide enough that sorting is counting."""
     width = max(4, len(str(count - 1)))
     return [f"client-{i:0{width}d}" for i in range(count)]
-
-
-def read_source(job: Job) -> Table:
-    """The job's source: a built-in name, or a path in the task's own format."""
-    if job.data.source in SOURCES or not Path(job.data.source).is_absolute():
-        return load_source(job.data.source, offline=job.backbone.offline)
-    return task_named(job.task.name).read(Path(job.data.source), job.data)
-
-
-def hold_out(table: Table, job: Job) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(what is dealt to clients, the server's test set): never one example in both.
-
-    The test set is the job's own `data.test`, or the source's test split, or a fraction of the
-    source chosen by content, so that equal examples fall on the same side.
-    """
-    if job.data.test is not None:
-        return table.train, task_named(job.task.name).read(Path(job.data.test), job.data).train
-    if table.test is not None:
-        return table.train, table.test
-    keys = example_keys(table.train)
-    order = ranked(keys, job.seed, "test")
-    count = round(len(keys) * job.data.test_fraction)
-    while 0 < count < len(keys) and keys[order[count - 1]] == keys[order[count]]:
-        count += 1
-    return table.train.select(sorted(order[count:])), table.train.select(sorted(order[:count]))

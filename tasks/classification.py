@@ -20,6 +20,7 @@ from tasks.seam import Encoder, Shard
 from tasks.text_encoder import load_text_encoder
 from tasks.vision_encoder import load_vision_encoder
 from tasks.weights import Backbone
+from tasks.writing import write_images, write_texts
 
 if TYPE_CHECKING:
     import datasets
@@ -34,11 +35,15 @@ class Classification:
     column: str
     summary: str
     reader: Callable[[Path, Columns], Table]
+    writer: Callable[[datasets.Dataset, Path], None]
     convert: Callable[[Any], Any]
     load_encoder: Callable[[Backbone, BackboneSection, int], Encoder]
 
     def read(self, source: Path, data: DataSection) -> Table:
         return self.reader(source, _columns(data))
+
+    def write(self, dataset: datasets.Dataset, folder: Path) -> None:
+        self.writer(dataset, folder)
 
     def inspect(self, source: Path, data: DataSection) -> Findings:
         return inspect(source, self.name, _columns(data))
@@ -133,6 +138,7 @@ TEXT_CLASSIFICATION = Classification(
     column="text",
     summary="one label for a text; any transformers encoder; accuracy, macro F1",
     reader=read_texts,
+    writer=write_texts,
     convert=_same,
     load_encoder=load_text_encoder,
 )
@@ -142,6 +148,7 @@ IMAGE_CLASSIFICATION = Classification(
     column="image",
     summary="one label for an image; any torchvision or transformers vision model; accuracy, macro F1",
     reader=read_images,
+    writer=write_images,
     convert=image_bytes,
     load_encoder=load_vision_encoder,
 )

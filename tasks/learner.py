@@ -17,7 +17,7 @@ from protocol.messages import Facts
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
 from tasks import tuning
-from tasks.features import FeatureCache, Progress, cache_key, cached_features
+from tasks.features import FeatureCache, Progress, cache_key, cached_features, extract
 from tasks.seam import Encoder, Model, Shard, Task
 from tasks.vision_encoder import torchvision_trunk
 from tasks.weights import Backbone, resolve
@@ -85,6 +85,23 @@ class Learner:
             device=self.job.train.device,
             progress=self.progress,
         )
+
+    def check_fingerprint(self) -> None:
+        """Raises ConfigError unless the weights here are those the run's facts name."""
+        expected, found = self.facts.get("backbone"), self.backbone.fingerprint
+        if expected is not None and expected != found:
+            raise ConfigError(
+                f"backbone {self.backbone.name}: these weights are not the run's"
+                f" (here {found[:12]} from {self.backbone.origin}, there {expected[:12]})"
+            )
+
+    def fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
+        """As `outputs`, but nothing is looked up in the cache or left there."""
+        if not self.uses_features:
+            return self.outputs(tensors, shard)
+        train = self.job.train
+        features = extract(self.encoder, shard.inputs, threads=train.threads, device=train.device)
+        return features @ tensors["head.weight"].T + tensors["head.bias"]
 
     def outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         """What the model with these tensors says of a shard, [n, outputs]."""

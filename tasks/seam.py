@@ -93,6 +93,10 @@ class Task(Protocol):
         """One owner's data, every example checked."""
         ...
 
+    def write(self, dataset: datasets.Dataset, folder: Path) -> None:
+        """Write rows into a new folder, as `read` reads them back."""
+        ...
+
     def inspect(self, source: Path, data: DataSection) -> Findings:
         """What is in the data and what is wrong with it, for `atoll check`."""
         ...

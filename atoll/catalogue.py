@@ -1,0 +1,57 @@
+"""What `atoll list` can list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Lines = list[tuple[str, str]]
+
+
+def tasks() -> Lines:
+    from tasks import TASKS
+
+    return [(name, task.summary) for name, task in TASKS.items()]
+
+
+def backbones() -> Lines:
+    from tasks.weights import PACKAGED, torchvision_names
+
+    packaged = [(name, f"pretrained weights from package {package}") for name, (package, _) in PACKAGED.items()]
+    open_ended = [
+        ("hf:NAME", "any transformers encoder, from its cache or the hub"),
+        ("FOLDER", "any folder written by save_pretrained"),
+    ]
+    vision = [(f"torchvision:{n}", "torchvision") for n in torchvision_names() if f"torchvision:{n}" not in PACKAGED]
+    return packaged + open_ended + vision
+
+
+def strategies() -> Lines:
+    from strategies import STRATEGIES
+    from strategies.flower import flower_names
+
+    ours = [(name, f"{entry.summary}; keys: {', '.join(entry.keys)}") for name, entry in STRATEGIES.items()]
+    return ours + [(f"flwr:{name}", "Flower's own") for name in flower_names()]
+
+
+def partitions() -> Lines:
+    return [
+        ("iid", 'every client alike: { kind = "iid" }'),
+        ("dirichlet", 'label skew: { kind = "dirichlet", alpha = 0.3 }'),
+        ("pathological", 'few classes a client: { kind = "pathological", classes_per_client = 2 }'),
+        ("natural", 'one client a value of a column: { kind = "natural", by = "hospital" }'),
+    ]
+
+
+def sources() -> Lines:
+    from tasks.sources import SOURCES
+
+    return [(name, f"{source.description} ({source.licence})") for name, source in SOURCES.items()]
+
+
+CATALOGUE: dict[str, Callable[[], Lines]] = {
+    "tasks": tasks,
+    "backbones": backbones,
+    "strategies": strategies,
+    "partitions": partitions,
+    "sources": sources,
+}

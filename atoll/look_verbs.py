@@ -1,0 +1,141 @@
+"""Verbs that look: report, predict, check, list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from atoll.show import out
+from protocol.errors import ConfigError, DataError
+from protocol.job import DataSection, Job
+from protocol.tensors import from_bytes
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command(epilog="Example: atoll report runs/bbc-news")(report)
+    app.command(epilog='Example: atoll predict runs/bbc-news "Shares fell sharply"')(predict)
+    app.command(epilog="Example: atoll check my-photos --task image-classification")(check)
+    app.command("list", epilog="Example: atoll list backbones")(list_)
+
+
+def report(run: RunDir) -> None:
+    """Write RUN/report.html anew from RUN/result.json."""
+    from server.report import write_report
+
+    write_report(run, read_result(run))
+    out.print(f"report  {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """A complete run's result.
+
+    Raises:
+        ConfigError: RUN isn't one.
+    """
+    path = run / "result.json"
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such run directory")
+    if not path.is_file():
+        raise ConfigError(f"{run}: has no result.json; a run that was broken off goes on with --resume")
+    try:
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    return result
+
+
+def predict(
+    run: RunDir,
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Texts, or files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Use the trained model on new inputs."""
+    answers = predictions(run, inputs)
+    if as_json:
+        for given, answer in zip(inputs, answers, strict=True):
+            typer.echo(json.dumps({"input": given} | answer))
+        return
+    table = Table("input", "label", "probability")
+    for given, answer in zip(inputs, answers, strict=True):
+        shown = given if len(given) <= 60 else given[:57] + "…"
+        table.add_row(escape(shown), escape(answer["label"]), f"{answer['probability']:.3f}")
+    out.print(table)
+
+
+def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
+    """The model's answer to each input.
+
+    Raises:
+        ConfigError: RUN holds no model. DataError: an input cannot be read.
+    """
+    import torch
+
+    from tasks import task_named
+    from tasks.learner import Learner
+    from tasks.seam import Shard
+
+    about = run / "model" / "model.json"
+    if not about.is_file():
+        raise ConfigError(f"{run}: holds no finished model (no model/model.json)")
+    saved = json.loads(about.read_text("utf-8"))
+    job = Job.parse(saved["job"], origin=str(about))
+    task = task_named(job.task.name)
+    tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
+    learner = Learner.of(job, task, saved["facts"])
+    learner.check_fingerprint()
+    try:
+        raw = [task.raw_input(given) for given in inputs]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    shard = Shard(raw, torch.zeros(len(raw), dtype=torch.int64), tuple(bytes(32) for _ in raw))
+    return task.answer(learner.fresh_outputs(tensors, shard), saved["facts"])
+
+
+def check(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A shard: a folder or a file.")],
+    task: Annotated[str, typer.Option("--task", metavar="T", help="See: atoll list tasks.")],
+    text: Annotated[str | None, typer.Option(help="The text column, if it isn't found.")] = None,
+    image: Annotated[str | None, typer.Option(help="The image column, if it isn't found.")] = None,
+    label: Annotated[str | None, typer.Option(help="The label column, if it isn't found.")] = None,
+) -> None:
+    """Look at a site's data before it joins: what is there, and what is wrong with it."""
+    from tasks import task_named
+
+    section = DataSection(source=str(data), text=text, image=image, label=label)
+    findings = task_named(task).inspect(data, section)
+    table = Table("class", "train", "test")
+    for name in sorted({*findings.train, *findings.test}):
+        table.add_row(escape(name), str(findings.train.get(name, 0)), str(findings.test.get(name, 0)))
+    table.add_row("all", str(sum(findings.train.values())), str(sum(findings.test.values())), style="bold")
+    out.print(table)
+    out.print(f"sizes       {findings.sizes}", highlight=False)
+    out.print(f"duplicates  {findings.duplicates}", highlight=False)
+    for note in findings.notes:
+        out.print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
+    for problem in findings.problems:
+        out.print(f"[red]unreadable[/]  {escape(problem)}", highlight=False, soft_wrap=True)
+    if findings.bad:
+        raise DataError(f"{data}: {findings.bad} examples cannot be used; mend or remove them")
+    out.print("[green]ready[/]: a run can use this data as it is")
+
+
+def list_(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="tasks, backbones, strategies, partitions or sources")],
+) -> None:
+    """What there is, one line each."""
+    from atoll.catalogue import CATALOGUE
+
+    if what not in CATALOGUE:
+        raise ConfigError(f"list {what}: expected one of {', '.join(CATALOGUE)}")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, summary in CATALOGUE[what]():
+        table.add_row(escape(name), escape(summary))
+    out.print(table)

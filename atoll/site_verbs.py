@@ -1,0 +1,122 @@
+"""Verbs of a real federation: provision, serve, join, submit, status, logs, stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from atoll.run_verbs import JobFile, Overrides, unused
+from atoll.show import ending, out
+from protocol.errors import ConfigError
+from protocol.job import Job
+
+Kit = Annotated[Path, typer.Argument(metavar="KIT", help="A kit written by atoll provision.")]
+ServerKitOption = Annotated[Path, typer.Option("--server", metavar="KIT", help="The server's kit, on its host.")]
+RunId = Annotated[int, typer.Argument(metavar="RUN_ID", help="As atoll submit and status print it.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command(epilog="Example: atoll provision sites.toml --out kits")(provision)
+    app.command(epilog="Example: atoll serve kits/server")(serve)
+    app.command(epilog="Example: atoll join kits/site-a --data /data/site-a")(join)
+    app.command(epilog="Example: atoll submit jobs/bbc-news.toml --server kits/server")(submit)
+    app.command(epilog="Example: atoll status --server kits/server")(status)
+    app.command(epilog="Example: atoll logs 1234 --server kits/server")(logs)
+    app.command(epilog="Example: atoll stop 1234 --server kits/server")(stop)
+
+
+def tell(line: str) -> None:
+    """One line of what an operator should know."""
+    out.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def provision(
+    sites: Annotated[Path, typer.Argument(metavar="SITES", help="TOML with [server] and [[site]] tables.")],
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the kits go.")],
+) -> None:
+    """Make a certificate authority, a server kit, and one kit for every site."""
+    from server.provision import provision as make_kits
+
+    for kit in make_kits(sites, out_dir):
+        tell(f"kit  {kit}")
+    tell("give each site its own kit over a safe channel; keep the folder ca offline")
+
+
+def serve(kit: Kit) -> None:
+    """Run a federation's server until it is stopped."""
+    from server.serve import serve as serve_kit
+
+    serve_kit(kit, tell=tell)
+
+
+def join(
+    kit: Kit,
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", metavar="DIR", help="The shard; more than one: clients named as the folders."),
+    ],
+) -> None:
+    """Take part with this site's data until it is stopped."""
+    from client.join import join as join_kit
+
+    join_kit(kit, data, tell=tell)
+
+
+def submit(
+    job: JobFile,
+    server: ServerKitOption,
+    out_dir: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
+) -> None:
+    """Run a job on the live federation, and wait for its end."""
+    from server.submit import submit as submit_job
+
+    loaded = Job.load(job, overrides or ())
+    where = out_dir or unused(server / "runs" / loaded.name, resume=resume)
+    if resume and not (where / "job.toml").is_file():
+        raise ConfigError(f"{where}: nothing to resume, there is no job.toml")
+    if not resume and where.exists() and any(where.iterdir()):
+        raise ConfigError(f"{where}: exists and is not empty; use --resume to go on, or another --out")
+    submit_job(loaded.canonical, server, out=where, show=tell, started=lambda run: tell(f"run id  {run}"))
+    ending(_result(where), where)
+
+
+def _result(where: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((where / "result.json").read_text("utf-8"))
+    return result
+
+
+def status(server: ServerKitOption) -> None:
+    """Which sites are connected, and how the latest runs stand."""
+    from server.submit import status as ask
+
+    federation = ask(server)
+    tell(f"online   {', '.join(federation.online) or 'none'}")
+    tell(f"offline  {', '.join(federation.offline) or 'none'}")
+    table = Table("run id", "status", "submitted", "details")
+    for run in federation.runs:
+        table.add_row(str(run.run_id), run.outcome or run.status, run.submitted, escape(run.details))
+    out.print(table)
+
+
+def logs(run: RunId, server: ServerKitOption) -> None:
+    """A run's log, from its beginning to its end."""
+    from server.submit import logs as show_logs
+
+    ended = show_logs(server, run, show=tell)
+    tell(f"run {run} {ended.outcome}")
+
+
+def stop(run: RunId, server: ServerKitOption) -> None:
+    """Stop a run; what its rounds have made stays in its run directory."""
+    from server.submit import stop as stop_run
+
+    ended = stop_run(server, run)
+    tell(f"run {run} {ended.outcome or ended.status}")

@@ -1,0 +1,83 @@
+"""The client as a Flower ClientApp: Flower's messages in, the site's answers out.
+
+Names of several clients can travel in one message: a site may host more than one, and an
+engine sends them in blocks. Bodies are safetensors bytes in an array record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import cast
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.shards import FolderShards
+from client.site import Site
+from protocol.errors import DataError
+from protocol.job import Job
+from protocol.messages import decode_request, encode_reply, hello_to_json
+
+SiteOf = Callable[[Job, Context], Site]
+"""Which site answers in this process, given the job and Flower's context."""
+
+_sites: dict[tuple[str, str], Site] = {}
+
+
+def folder_site(job: Job, context: Context) -> Site:
+    """The resident site of a real SuperNode, which names its client and its data."""
+    config = context.node_config
+    key = (str(config["name"]), str(config["data-path"]))
+    if key not in _sites:
+        _sites[key] = Site(FolderShards.of(*key))
+    return _sites[key]
+
+
+def register(app: ClientApp, site_of: SiteOf) -> None:
+    """Give a ClientApp its three handlers."""
+
+    @app.query()
+    def hello(message: Message, context: Context) -> Message:
+        job = Job.from_json(_text(message, "job"))
+        hellos = [hello_to_json(h) for h in site_of(job, context).hello(job)]
+        return Message(RecordDict({"hellos": ConfigRecord({"json": hellos})}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return work(message, context, site_of)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return work(message, context, site_of)
+
+
+def work(message: Message, context: Context, site_of: SiteOf) -> Message:
+    """Replies of the clients that the message names, each with its own head and body."""
+    request = decode_request(_text(message, "request"), _body(message))
+    names = json.loads(_text(message, "names"))
+    site = site_of(Job.from_json(request.job), context)
+    encoded = {reply.client: encode_reply(reply) for reply in site.answer(request, names)}
+    bodies = ArrayRecord({name: bytes_array(body) for name, (_, body) in encoded.items()})
+    heads = ConfigRecord({name: head for name, (head, _) in encoded.items()})
+    return Message(RecordDict({"bodies": bodies, "heads": heads}), reply_to=message)
+
+
+def bytes_array(body: bytes) -> Array:
+    """Bytes as one of Flower's arrays, which it cuts into pieces and streams."""
+    return Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)
+
+
+def _text(message: Message, key: str) -> str:
+    try:
+        return cast(str, message.content.config_records["head"][key])
+    except KeyError:
+        raise DataError(f"message without {key!r}: sent by another version of Atoll?") from None
+
+
+def _body(message: Message) -> bytes:
+    return message.content.array_records["body"]["tensors"].data
+
+
+app = ClientApp()
+register(app, folder_site)

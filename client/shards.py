@@ -1,0 +1,59 @@
+"""A real site's shards: one folder or file for each client that lives there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from protocol.errors import ConfigError, DataError
+from protocol.job import Job
+from tasks import task_named
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass
+class FolderShards:
+    """Paths by client name; read, checked and remembered for as long as the files stay the same."""
+
+    paths: dict[str, Path]
+    _read: dict[str, tuple[str, datasets.Dataset]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, site: str, data_path: str) -> FolderShards:
+        """One path is the site's own shard; several (`:` between them) are clients named as their folders.
+
+        Raises:
+            ConfigError: two of them have one name.
+        """
+        paths = [Path(p) for p in data_path.split(os.pathsep)]
+        if len(paths) == 1:
+            return cls({site: paths[0]})
+        named = {path.name: path for path in paths}
+        if len(named) < len(paths):
+            raise ConfigError(f"--data: {len(paths)} folders with {len(named)} names, expected a name for each")
+        return cls(named)
+
+    def names(self, job: Job) -> list[str]:
+        return sorted(self.paths)
+
+    def dataset(self, job: Job, client: str) -> datasets.Dataset:
+        if client not in self.paths:
+            raise DataError(f"client {client} does not live at this site")
+        data = job.data
+        reading = json.dumps([job.task.name, data.text, data.image, data.label, _stamp(self.paths[client])])
+        known = self._read.get(client)
+        if known is None or known[0] != reading:
+            table = task_named(job.task.name).read(self.paths[client], data)
+            self._read[client] = known = (reading, table.train)
+        return known[1]
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files, to notice when they change."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

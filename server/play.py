@@ -1,0 +1,54 @@
+"""A run from beginning to end, whoever carries its messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from protocol.job import Job
+from server.carrier import Carrier
+from server.report import write_report
+from server.result import Baselines, finish
+from server.rounds import Run, TestSet, Watch, all_rounds, open_run
+from server.rundir import RunDirectory
+
+
+def unwatched(step: str, what: dict[str, Any]) -> None:
+    """Watch nothing."""
+
+
+def no_baselines(run: Run) -> tuple[Baselines, list[str]]:
+    """What a real federation can compare with: the model before training, never pooled data."""
+    asked, baselines, notes = run.job.evaluate.baselines, {}, []
+    if "zero_shot" in asked and run.test is not None:
+        baselines["zero_shot"] = run.learner.compute(run.learner.evaluate(run.first_model, run.test))
+    left_out = [name for name in asked if name not in baselines]
+    if left_out:
+        notes.append(f"baselines left out, for data stays at the sites: {', '.join(left_out)}")
+    return baselines, notes
+
+
+def play(
+    job: Job,
+    carrier: Carrier,
+    out: Path,
+    test_set: TestSet,
+    *,
+    baselines: Callable[[Run], tuple[Baselines, list[str]]] = no_baselines,
+    watch: Watch = unwatched,
+    resume: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Run a job and leave a complete run directory; returns what `result.json` holds."""
+    started = time.monotonic()
+    directory = RunDirectory.open(out, job, resume=resume, force=force)
+    run = open_run(job, carrier, directory, test_set, watch, resume=resume)
+    all_rounds(run)
+    watch("baselines", {})
+    compared, notes = baselines(run)
+    watch("finish", {})
+    result = finish(run, compared, time.monotonic() - started, notes)
+    write_report(out, result)
+    return result

@@ -1,0 +1,66 @@
+"""Simulate a job on this machine with the engine that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from protocol.job import Job
+from server.carrier import Carrier
+from server.play import play
+from server.rounds import Watch
+from sim.baselines import Comparison
+from sim.inline import InlineCarrier
+from sim.population import Population
+from sim.workers import PooledCarrier
+from tasks.features import Progress
+from tasks.learner import Learner
+from tasks.seam import Shard
+
+ENGINES = ("inline", "ray")
+
+
+def simulate(
+    job: Job,
+    out: Path,
+    *,
+    engine: str = "inline",
+    workers: int = 1,
+    watch: Watch,
+    progress: Progress | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Run a job in simulation; returns what `result.json` holds.
+
+    The final bits depend neither on the engine nor on the number of workers.
+    """
+    population = Population.of(job)
+    watch("population", {"population": population})
+    options: dict[str, Any] = {"baselines": Comparison(population), "watch": watch, "resume": resume, "force": force}
+    if engine == "ray":
+        from sim.ray import simulate_on_ray
+
+        return simulate_on_ray(job, out, population, workers, warmed(population, progress), options)
+    carrier: Carrier = PooledCarrier(population, workers) if workers > 1 else InlineCarrier.of(population)
+    try:
+        return play(job, carrier, out, warmed(population, progress), **options)
+    finally:
+        if isinstance(carrier, PooledCarrier):
+            carrier.close()
+
+
+def warmed(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:
+    """The test set; before it is handed out, all features are computed, with every core at work."""
+
+    def test_set(learner: Learner) -> Shard | None:
+        learner.progress = progress
+        if learner.uses_features:
+            learner.features(learner.task.shard(population.train, learner.facts))
+        test = population.test_shard(learner)
+        if test is not None and learner.uses_features:
+            learner.features(test)
+        return test
+
+    return test_set

@@ -1,0 +1,101 @@
+"""The in-process engine over several worker processes: blocks of clients, the same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+from client.site import Site
+from protocol.errors import JobError
+from protocol.job import Job
+from protocol.messages import (
+    Hello,
+    Reply,
+    Request,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+)
+from sim.population import Population
+
+RETRIES = 3
+
+_site: list[Site] = []
+"""In a worker process: the site that answers for the simulated clients."""
+
+
+@dataclass
+class PooledCarrier:
+    """Deals a cohort to worker processes; a worker that dies is replaced and its block done again."""
+
+    population: Population
+    workers: int
+    engine: str = "inline"
+    _pool: list[ProcessPoolExecutor] = field(default_factory=list)
+
+    def hello(self, job: Job) -> list[Hello]:
+        return Site(self.population).hello(job)
+
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+        """Replies of all blocks, in order of completion.
+
+        Raises:
+            JobError: workers keep dying.
+        """
+        head, body = encode_request(request)
+        waiting = blocks(names, self.workers, whole=self.population.job.tune.method == "head")
+        for _ in range(RETRIES):
+            lost: list[list[str]] = []
+            running = {self._start().submit(answer, head, body, block): block for block in waiting}
+            for future in as_completed(running):
+                replies = _result(future)
+                if replies is None:
+                    lost.append(running[future])
+                    continue
+                yield from (decode_reply(*reply) for reply in replies)
+            if not lost:
+                return
+            self.close()
+            waiting = lost
+        raise JobError(f"worker processes died {RETRIES} times over {len(waiting)} blocks; out of memory?")
+
+    def _start(self) -> ProcessPoolExecutor:
+        if not self._pool:
+            context = multiprocessing.get_context("spawn")
+            self._pool.append(
+                ProcessPoolExecutor(self.workers, context, open_site, (self.population.job.canonical,))
+            )
+        return self._pool[0]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        while self._pool:
+            self._pool.pop().shutdown(wait=False, cancel_futures=True)
+
+
+def _result(future: Future[list[tuple[str, bytes]]]) -> list[tuple[str, bytes]] | None:
+    """What a worker sent, or nothing if it died."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return None
+
+
+def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]]:
+    """Consecutive clients for each worker; one by one where clients train one after the other."""
+    size = max(1, -(-len(names) // workers)) if whole else 1
+    return [list(names[start : start + size]) for start in range(0, len(names), size)]
+
+
+def open_site(job: str) -> None:
+    """In a new worker process: read the source and wait for work."""
+    _site.append(Site(Population.of(Job.from_json(job))))
+
+
+def answer(head: str, body: bytes, names: list[str]) -> list[tuple[str, bytes]]:
+    """In a worker process: the named clients' replies, encoded."""
+    return [encode_reply(reply) for reply in _site[0].answer(decode_request(head, body), names)]
