@@ -42,7 +42,7 @@ def simulate(
     if engine == "ray":
         from sim.ray import simulate_on_ray
 
-        return simulate_on_ray(job, out, population, workers, warmed(population, progress), options)
+        return simulate_on_ray(job, out, workers, warmed(population, progress), options)
     carrier: Carrier = PooledCarrier(population, workers) if workers > 1 else InlineCarrier.of(population)
     try:
         return play(job, carrier, out, warmed(population, progress), **options)

@@ -1,0 +1,94 @@
+"""Flower's simulation engine on Ray: the path to a cluster.
+
+A virtual node hosts a block of clients, and one message asks for work of all of them, so the
+engine's cost is paid once a block. With RAY_ADDRESS set, Ray joins that cluster and its
+workers do the work; otherwise it starts on this machine with as many CPUs as workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from client.app import register
+from client.site import Site
+from protocol.job import Job
+from server.app import FlowerCarrier
+from server.play import play
+from server.rounds import TestSet
+from sim.population import Population
+
+if TYPE_CHECKING:
+    import datasets
+
+BLOCKS_PER_WORKER = 4
+"""Blocks that a worker gets in turn where clients train one by one, so that none waits for long."""
+
+_populations: dict[str, Population] = {}
+_sites: dict[tuple[str, int, int], Site] = {}
+
+
+@dataclass(frozen=True)
+class Block:
+    """The clients of one virtual node: every n-th of the population."""
+
+    population: Population
+    number: int
+    total: int
+
+    def names(self, job: Job) -> list[str]:
+        return self.population.names(job)[self.number :: self.total]
+
+    def dataset(self, job: Job, client: str) -> datasets.Dataset:
+        return self.population.dataset(job, client)
+
+
+def block_site(job: Job, context: Context) -> Site:
+    """In a Ray actor: the warm site of a virtual node."""
+    config = context.node_config
+    number, total = int(config["partition-id"]), int(config["num-partitions"])
+    key = (job.hash, number, total)
+    if job.hash not in _populations:
+        _populations[job.hash] = Population.of(job)
+    if key not in _sites:
+        _sites[key] = Site(Block(_populations[job.hash], number, total))
+    return _sites[key]
+
+
+def simulate_on_ray(
+    job: Job, out: Path, workers: int, test_set: TestSet, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Run a job on Flower's engine; returns what `result.json` holds."""
+    results: list[dict[str, Any]] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        results.append(play(job, FlowerCarrier(grid, "ray"), out, test_set, **options))
+
+    client = ClientApp()
+    register(client, block_site)
+    per_worker = 1 if job.tune.method == "head" else BLOCKS_PER_WORKER
+    local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * job.train.threads}
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        run_simulation(
+            server,
+            client,
+            num_supernodes=min(job.federation.clients, workers * per_worker),
+            backend_config={
+                "client_resources": {"num_cpus": job.train.threads, "num_gpus": 0.0},
+                "init_args": {"log_to_driver": False, "logging_level": logging.ERROR, **local},
+            },
+        )
+    return results[0]
