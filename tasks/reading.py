@@ -32,7 +32,7 @@ from tasks.folders import checked_file
 from tasks.images import decode, image_bytes
 from tasks.labels import class_name
 from tasks.problems import Journal, shown
-from tasks.shards import image_classes, open_shard, text_classes
+from tasks.shards import NothingThere, image_classes, open_shard, text_classes
 from tasks.tables import Rows
 from tasks.texts import checked_text
 
@@ -78,6 +78,14 @@ class _Example:
 
 
 @dataclass(frozen=True)
+class _Split:
+    """The canonical columns of a split, and what is remembered of its readable rows."""
+
+    columns: dict[str, pa.ChunkedArray]
+    examples: list[_Example]
+
+
+@dataclass(frozen=True)
 class _Kind:
     """How texts differ from images, for reading."""
 
@@ -104,8 +112,9 @@ def inspect(path: Path, task_name: str, columns: Columns = USUAL) -> Findings:
         raise ConfigError(f"task {task_name!r}: expected one of {', '.join(_KINDS)}")
     journal = Journal()
     kind = _KINDS[task_name]
-    rows = open_shard(path, kind.read_classes, journal)
-    examples = {split: _examples(part, kind, columns, journal)[1] for split, part in rows.items()}
+    examples = {split: part.examples for split, part in _gather(path, kind, columns, journal).items()}
+    if not journal.problems:
+        _check_filled(examples, path)
     return _findings(examples, kind, journal)
 
 
@@ -156,16 +165,26 @@ def _trusted(part: pa.Table) -> list[_Example]:
 
 def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
     journal = Journal()
-    rows = open_shard(path, kind.read_classes, journal)
-    tables, examples = {}, {}
-    for split, part in rows.items():
-        tables[split], examples[split] = _examples(part, kind, columns, journal)
+    splits = _gather(path, kind, columns, journal)
     journal.close()
+    examples = {split: part.examples for split, part in splits.items()}
     _check_filled(examples, path)
     _remark_all(examples, journal)
-    return Table(
-        as_dataset(tables["train"]), as_dataset(tables["test"]) if "test" in tables else None, journal.notes
-    )
+    data = {split: as_dataset(part.columns) for split, part in splits.items()}
+    return Table(data["train"], data.get("test"), journal.notes)
+
+
+def _gather(path: Path, kind: _Kind, columns: Columns, journal: Journal) -> dict[str, _Split]:
+    """The splits, whole only if no problem was noted."""
+    splits: dict[str, _Split] = {}
+    try:
+        for name, rows in open_shard(path, kind.read_classes, journal).items():
+            splits[name] = _split(rows, kind, columns, journal)
+    except NothingThere:
+        raise
+    except DataError as problem:
+        journal.refuse(problem)
+    return splits
 
 
 def _check_filled(examples: Mapping[str, list[_Example]], path: Path) -> None:
@@ -174,10 +193,7 @@ def _check_filled(examples: Mapping[str, list[_Example]], path: Path) -> None:
             raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
 
 
-def _examples(
-    rows: Rows, kind: _Kind, columns: Columns, journal: Journal
-) -> tuple[dict[str, pa.ChunkedArray], list[_Example]]:
-    """The canonical columns, whole only if no problem was noted, and what is remembered of each good row."""
+def _split(rows: Rows, kind: _Kind, columns: Columns, journal: Journal) -> _Split:
     content_name = column_name(rows, kind.role, getattr(columns, kind.role))
     label_name = column_name(rows, "label", columns.label)
     if content_name == label_name:
@@ -188,7 +204,7 @@ def _examples(
     examples = list(_checked(rows, content, label_name, kind, journal))
     labels = pa.chunked_array([pa.array([example.label for example in examples], pa.string())])
     others = other_columns(rows, (content_name, label_name), kind.role, journal)
-    return {kind.role: content, "label": labels, **others}, examples
+    return _Split({kind.role: content, "label": labels, **others}, examples)
 
 
 def _checked(
@@ -287,7 +303,7 @@ def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, journal: Jour
     _remark_all(examples, journal)
     sizes = sorted(example.size for found in examples.values() for example in found)
     return Findings(
-        train=_classes(examples["train"]),
+        train=_classes(examples.get("train", [])),
         test=_classes(examples.get("test", [])),
         sizes=_spread(sizes, kind) if sizes else "",
         bad=len(journal.problems),

@@ -6,6 +6,7 @@ import csv
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from protocol.errors import DataError
-from tasks.problems import Journal, shown
+from tasks.problems import Journal, opened, shown
 from tasks.texts import decoded, without_mark
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _line(line: bytes, where: str, start: int, journal: Journal) -> str:
 
 
 def _read_csv(path: Path, delimiter: str, journal: Journal) -> Rows:
-    with path.open("rb") as file:
+    with opened(path) as file, _long_fields():
         reader = csv.reader(_lines(file, path, journal), delimiter=delimiter, strict=True)
         try:
             header = _checked_header(next(reader, []), delimiter, path)
@@ -113,6 +114,16 @@ def _read_csv(path: Path, delimiter: str, journal: Journal) -> Rows:
         name: pa.array(column, pa.string()) for name, column in zip(header, values, strict=True) if name
     }
     return Rows(shown(path), pa.table(columns), lambda row: f"{shown(path)} line {numbers[row]}", path.parent)
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Fields as long as a line may be; the csv module keeps its limit, 131,072 characters, globally."""
+    usual = csv.field_size_limit(MAX_LINE_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
@@ -150,7 +161,7 @@ def _same_width(
 
 def _read_json_lines(path: Path, journal: Journal) -> Rows:
     rows, numbers = [], []
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(_lines(file, path, journal), start=1):
             if not line.strip():
                 continue
@@ -215,8 +226,9 @@ def _column(name: str, rows: Sequence[dict[str, object]], where: Callable[[int],
 def _read_parquet(path: Path) -> Rows:
     """The rows of a Parquet file, decoded once to a nameless temporary file that is mapped, not held."""
     try:
-        table = _mapped(pq.ParquetFile(path))
-    except (pa.ArrowException, OSError) as error:
+        with opened(path) as file:
+            table = _mapped(pq.ParquetFile(file))
+    except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{shown(path)}: damaged Parquet: {_first_line(error)}") from None
     names = _class_names(table.schema)
     return Rows(shown(path), table, lambda row: f"{shown(path)} row {row + 1}", path.parent, names)
