@@ -62,7 +62,7 @@ def text_column(rows: Rows, name: str) -> pa.ChunkedArray:
     column = _plain(rows.table.column(name))
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise DataError(f"{rows.name}: column {name!r} is {column.type}, expected text")
-    return column
+    return column.cast(pa.string())
 
 
 def image_column(rows: Rows, name: str) -> pa.ChunkedArray:
@@ -125,12 +125,15 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def as_dataset(columns: dict[str, pa.ChunkedArray]) -> datasets.Dataset:
-    """A dataset that knows no file of its own, so that no method of it writes beside the data."""
+def as_dataset(columns: dict[str, pa.ChunkedArray], fingerprint: str) -> datasets.Dataset:
+    """A dataset that knows no file of its own, so that no method of it writes beside the data.
+
+    Without a fingerprint it would pickle all of the table, mapped files too, to make one.
+    """
     import datasets
 
     table = pa.table(columns)
     features = datasets.Features.from_arrow_schema(table.schema)
     if "image" in features:
         features["image"] = datasets.Image(decode=False)
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=fingerprint)

@@ -68,7 +68,7 @@ class Findings:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Example:
     """What is remembered of one readable example: its content's hash, its class and its size."""
 
@@ -142,12 +142,19 @@ def _cells(table: datasets.Dataset, name: str) -> Iterator[Any]:
 def table_of(splits: Mapping[str, pa.Table]) -> Table:
     """Splits that are canonical already, and trusted: their images are not decoded."""
     journal = Journal()
-    _remark_all({split: _trusted(part) for split, part in splits.items()}, journal)
+    examples = {split: _trusted(part) for split, part in splits.items()}
+    _remark_all(examples, journal)
     data = {
-        split: as_dataset(dict(zip(part.column_names, part.columns, strict=True)))
+        split: as_dataset(
+            dict(zip(part.column_names, part.columns, strict=True)), _fingerprint(examples[split])
+        )
         for split, part in splits.items()
     }
     return Table(data["train"], data.get("test"), journal.notes)
+
+
+def _fingerprint(examples: Iterable[_Example]) -> str:
+    return hashlib.sha256(b"".join(example.digest for example in examples)).hexdigest()[:16]
 
 
 def _trusted(part: pa.Table) -> list[_Example]:
@@ -170,7 +177,7 @@ def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
     examples = {split: part.examples for split, part in splits.items()}
     _check_filled(examples, path)
     _remark_all(examples, journal)
-    data = {split: as_dataset(part.columns) for split, part in splits.items()}
+    data = {split: as_dataset(part.columns, _fingerprint(part.examples)) for split, part in splits.items()}
     return Table(data["train"], data.get("test"), journal.notes)
 
 

@@ -31,7 +31,7 @@ def open_shard(path: Path, read_classes: ClassReader, journal: Journal) -> dict[
     if not path.exists():
         raise NothingThere(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
     if not path.is_dir():
-        return {"train": tables.read_file(checked_file(path, path.parent), journal)}
+        return {"train": tables.read_file(checked_file(path, path.resolve().parent), journal)}
     return _used(_open_folder(path, read_classes, journal), path, journal)
 
 
@@ -39,7 +39,7 @@ def _used(splits: dict[str, Rows], path: Path, journal: Journal) -> dict[str, Ro
     if "train" not in splits:
         raise DataError(f"{shown(path)}: splits {sorted(splits)}, expected train, and test if there is one")
     for name in sorted(splits.keys() - {"train", "test"}):
-        journal.remark(f"split {name} is not used", shown(path))
+        journal.remark(f"split {shown(name)} is not used", shown(path))
     return {name: splits[name] for name in ("train", "test") if name in splits}
 
 

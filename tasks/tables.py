@@ -228,9 +228,9 @@ def _read_parquet(path: Path) -> Rows:
     try:
         with opened(path) as file:
             table = _mapped(pq.ParquetFile(file))
-    except (pa.ArrowException, ValueError) as error:
+        names = _class_names(table.schema)
+    except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{shown(path)}: damaged Parquet: {_first_line(error)}") from None
-    names = _class_names(table.schema)
     return Rows(shown(path), table, lambda row: f"{shown(path)} row {row + 1}", path.parent, names)
 
 
@@ -247,6 +247,8 @@ def _mapped(file: pq.ParquetFile) -> pa.Table:
 def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
     import datasets
 
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
     features = datasets.Features.from_arrow_schema(schema)
     return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
 

@@ -173,6 +173,13 @@ def damaged_parquet(root: Path) -> Path:
     return root / "d.parquet"
 
 
+def odd_features(root: Path) -> Path:
+    table = pa.table({"text": ["x", "y"], "label": ["n", "y"]})
+    odd = {"huggingface": '{"info": {"features": {"text": {"_type": "Odd"}}}}'}
+    pq.write_table(table.replace_schema_metadata(odd), root / "d.parquet")
+    return root / "d.parquet"
+
+
 def damaged_saved(root: Path) -> Path:
     datasets.Dataset.from_dict({"text": ["x"] * 99, "label": ["n"] * 99}).save_to_disk(root / "d")
     next((root / "d").glob("*.arrow")).write_bytes(b"no arrow")
@@ -259,6 +266,16 @@ def fifo(folder: Path) -> None:
     os.mkfifo(folder / "pipe.txt")
 
 
+def shard_fifo(root: Path) -> Path:
+    os.mkfifo(root / "d.csv")
+    return root / "d.csv"
+
+
+def shard_loop(root: Path) -> Path:
+    (root / "d.csv").symlink_to(root / "d.csv")
+    return root / "d.csv"
+
+
 def bound_socket(folder: Path) -> None:
     # The path of a socket must be short.
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
@@ -322,6 +339,7 @@ CASES = [
     Case(46, "a column twice", file("d.csv", "text,text,label\n"), error="expected each name once"),
     Case(46, "broken JSON", json_rows('{"text": \n'), error="d.jsonl line 1: .*expected a JSON object"),
     Case(46, "damaged Parquet", damaged_parquet, error="d.parquet: damaged Parquet"),
+    Case(46, "Parquet of an odd type", odd_features, error="d.parquet: damaged Parquet: Feature type 'Odd'"),
     Case(46, "a damaged saved dataset", damaged_saved, error="d: damaged dataset"),
     Case(46, "an unknown format", file("d.xlsx", b"PK\3\4"), error=r"d.xlsx: format '.xlsx', expected .csv, .tsv"),
     Case(47, "Latin-1 file", text(b"caf\xe9"), error="bad.txt: byte 3 is 0xe9, expected UTF-8 text"),
@@ -341,6 +359,8 @@ CASES = [
     Case(49, "a FIFO", in_folder(fifo), error="a/pipe.txt: a fifo, expected a regular file"),
     Case(49, "a socket", in_folder(bound_socket), error="a/socket.txt: a socket, expected a regular file"),
     Case(49, "a device", in_folder(device), error="a/zero.txt: leads out of"),
+    Case(49, "a shard that is a FIFO", shard_fifo, error="d.csv: a fifo, expected a regular file"),
+    Case(49, "a shard that is a loop", shard_loop, error="d.csv: no such file or folder"),
     Case(49, "a folder in a class", in_folder(nested), error="a/deeper: a folder, expected a regular file"),
     Case(49, "a path out of the CSV's folder", listed_outside, error=r"line 2: .*leads out of", images=True),
     Case(50, "a listed file that is gone", listed_missing, error="d.csv line 2: .*gone.png: no such", images=True),
@@ -412,7 +432,6 @@ def test_a_file_without_read_permission_is_named():
         for path in (root, root / "a", root / "b"):
             path.chmod(0o755)
         (root / "a" / "bad.txt").chmod(0)
-        read_texts(text("warm")(Path(tempfile.mkdtemp(dir=folder))))
         with as_nobody(), pytest.raises(DataError, match=r"bad.txt: cannot be read: permission denied"):
             read_texts(root)
 

@@ -160,6 +160,12 @@ def test_a_text_in_a_csv_may_be_longer_than_the_csv_module_allows(tmp_path):
     assert csv.field_size_limit() == limit
 
 
+def test_a_shard_may_be_named_by_a_link_to_its_file(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.csv").symlink_to(csv_file(tmp_path / "elsewhere" / "d.csv"))
+    assert pairs(read_texts(tmp_path / "link.csv")) == set(TEXTS)
+
+
 def test_natural_keys_are_kept_and_lists_are_dropped_with_a_note(tmp_path):
     row = {"review": "good", "stars": 5, "user": "u1", "tokens": ["good"], "category": "+"}
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "category": "-"}))
@@ -247,6 +253,15 @@ def test_images_inside_arrow_files_are_kept_as_bytes(tmp_path, form):
     table = read_images(tmp_path / "d" if form == "saved" else tmp_path / "d.parquet")
     assert [image_bytes(row["image"]) for row in table.train] == data
     assert table.train["label"] == ["n", "y"]
+
+
+def test_mapped_images_are_not_copied_into_memory(tmp_path):
+    data = encoded(colour(1)) + bytes(1_000_000)
+    images = [{"bytes": data, "path": None}] * 50
+    pq.write_table(pa.table({"image": images, "label": list("xy") * 25}), tmp_path / "d.parquet")
+    before = pa.total_allocated_bytes()
+    table = read_images(tmp_path / "d.parquet")
+    assert table.train.num_rows == 50 and pa.total_allocated_bytes() - before < 5_000_000
 
 
 def test_saving_a_table_of_image_files_takes_their_bytes_along(tmp_path):
