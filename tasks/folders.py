@@ -21,7 +21,10 @@ _KINDS = {
 def resolved(path: Path, root: Path) -> Path:
     """Where `path` leads, which must be inside `root` and exist; no link may lead out or in circles."""
     try:
+        str(path).encode("utf-8")
         real = Path(os.path.realpath(path, strict=True))
+    except UnicodeEncodeError:
+        raise DataError(f"{shown(path)}: a name that is not UTF-8, expected one that is") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{shown(path)}: {_why(error)}, expected a file") from None
     if not real.is_relative_to(os.path.realpath(root)):

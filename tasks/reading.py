@@ -92,7 +92,7 @@ class _Kind:
     role: str
     read_classes: Callable[[Path, Path, Journal], Rows]
     column: Callable[[Rows, str], pa.ChunkedArray]
-    check: Callable[[Any, Path, str, Journal], tuple[bytes, tuple[int, ...]]]
+    check: Callable[[Any, Rows, str, Journal], tuple[bytes, tuple[int, ...]]]
     sizes: Callable[[tuple[int, ...]], str]
 
 
@@ -191,6 +191,8 @@ def _gather(path: Path, kind: _Kind, columns: Columns, journal: Journal) -> dict
         raise
     except DataError as problem:
         journal.refuse(problem)
+    except OSError as error:
+        journal.refuse(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
     return splits
 
 
@@ -201,6 +203,8 @@ def _check_filled(examples: Mapping[str, list[_Example]], path: Path) -> None:
 
 
 def _split(rows: Rows, kind: _Kind, columns: Columns, journal: Journal) -> _Split:
+    if journal.problems and not rows.table.num_rows:
+        return _Split({}, [])
     content_name = column_name(rows, kind.role, getattr(columns, kind.role))
     label_name = column_name(rows, "label", columns.label)
     if content_name == label_name:
@@ -222,7 +226,7 @@ def _checked(
     for row, (cell, label) in enumerate(zip(_values(content), labels, strict=True)):
         where = rows.where(row)
         try:
-            digest, size = kind.check(cell, rows.folder, where, journal)
+            digest, size = kind.check(cell, rows, where, journal)
             yield _Example(digest, class_name(label, where, names), size)
         except DataError as problem:
             journal.refuse(problem if str(problem).startswith(where) else DataError(f"{where}: {problem}"))
@@ -238,16 +242,16 @@ def _values(column: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def _check_text(
-    cell: bytes | None, folder: Path, where: str, journal: Journal
+    cell: bytes | None, rows: Rows, where: str, journal: Journal
 ) -> tuple[bytes, tuple[int, ...]]:
     text = checked_text(cell, where)
     return hashlib.sha256(text.encode()).digest(), (len(text),)
 
 
 def _check_image(
-    cell: Mapping[str, Any], folder: Path, where: str, journal: Journal
+    cell: Mapping[str, Any], rows: Rows, where: str, journal: Journal
 ) -> tuple[bytes, tuple[int, ...]]:
-    data, name = _safe_bytes(cell, folder, where)
+    data, name = _safe_bytes(cell, rows, where)
     decoded = decode(data, name)
     if decoded.more_frames:
         journal.remark("of several frames or pages only the first is used", name)
@@ -255,14 +259,14 @@ def _check_image(
     return hashlib.sha256(data).digest(), (width * height, width, height)
 
 
-def _safe_bytes(cell: Mapping[str, Any], folder: Path, where: str) -> tuple[bytes, str]:
-    """An image's bytes and name; a file is opened only if it is a regular one inside `folder`."""
+def _safe_bytes(cell: Mapping[str, Any], rows: Rows, where: str) -> tuple[bytes, str]:
+    """An image's bytes and name; a file is opened only if it is a regular one inside the shard."""
     if cell["bytes"] is not None:
         return image_bytes(cell), where
     if not cell["path"]:
         raise DataError(f"{where}: no image, expected its bytes or its path")
-    path = checked_file(Path(cell["path"]), folder)
-    return image_bytes(cell), shown(path)
+    path = checked_file(Path(cell["path"]), rows.folder)
+    return image_bytes(cell), where if rows.is_canonical else f"{where}: {shown(path)}"
 
 
 # Remarks

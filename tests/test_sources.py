@@ -76,6 +76,14 @@ def test_a_second_load_takes_under_a_second_and_is_equal(name):
     assert second.train[:50] == first.train[:50] and second.notes == first.notes
 
 
+def test_a_damaged_cache_says_what_to_remove(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATOLL_CACHE", str(tmp_path))
+    load_source("digits")
+    (tmp_path / "sources" / "digits-1" / "train.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(DataError, match=r"train.parquet: damaged: .*remove .*digits-1"):
+        load_source("digits")
+
+
 def test_an_unknown_source_suggests_the_nearest():
     with pytest.raises(ConfigError, match="'bbc-new': did you mean 'bbc-news'"):
         load_source("bbc-new")
