@@ -19,6 +19,8 @@ from tasks.problems import Journal, opened, shown
 from tasks.texts import decoded, without_mark
 
 if TYPE_CHECKING:
+    from _csv import Reader as CsvReader
+
     import datasets
 
 MAX_LINE_BYTES = 8_000_000
@@ -90,8 +92,9 @@ def _lines(file: BinaryIO, path: Path, journal: Journal) -> Iterator[str]:
         where = f"{shown(path)} line {number}"
         if len(line) > MAX_LINE_BYTES:
             raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes, the most that is allowed")
-        yield _line(without_mark(line, shown(path), journal) if number == 1 else line, where, start, journal)
+        content = without_mark(line, shown(path), journal) if number == 1 else line
         start += len(line)
+        yield _line(content, where, start - len(content), journal)
 
 
 def _line(line: bytes, where: str, start: int, journal: Journal) -> str:
@@ -137,8 +140,8 @@ def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
     if not header:
         raise DataError(f"{where}: empty, expected a header with column names")
     names = [name.strip() for name in header]
-    for other in {",", ";", "\t", "|"} - {delimiter}:
-        if len(names) == 1 and other in names[0]:
+    for other in (",", ";", "\t", "|"):
+        if len(names) == 1 and other in names[0] and other != delimiter:
             raise DataError(
                 f"{where}: one column {names[0]!r}, expected {delimiter!r} between columns, not {other!r}"
             )
@@ -148,9 +151,10 @@ def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
 
 
 def _same_width(
-    reader: Iterator[list[str]], header: list[str], path: Path, journal: Journal
+    reader: CsvReader, header: list[str], path: Path, journal: Journal
 ) -> tuple[list[list[str]], list[int]]:
-    rows, numbers, line = [], [], 2
+    rows, numbers = [], []
+    line = reader.line_num + 1
     for row in reader:
         if row and len(row) != len(header):
             found = f"{len(row)} columns, expected {len(header)} as in the header"
@@ -158,7 +162,7 @@ def _same_width(
         elif row:
             rows.append(row)
             numbers.append(line)
-        line = reader.line_num + 1  # type: ignore[attr-defined]
+        line = reader.line_num + 1
     return rows, numbers
 
 

@@ -180,6 +180,19 @@ def odd_features(root: Path) -> Path:
     return root / "d.parquet"
 
 
+def not_utf8_label(root: Path) -> Path:
+    raw = pa.array([b"good", b"b\xe9"], pa.binary())
+    table = pa.table({"text": ["x", "y"], "label": pa.Array.from_buffers(pa.string(), 2, raw.buffers())})
+    pq.write_table(table, root / "d.parquet")
+    return root / "d.parquet"
+
+
+def null_image(root: Path) -> Path:
+    table = pa.table({"image": [{"bytes": png(1, 1), "path": None}, None], "label": ["n", "y"]})
+    pq.write_table(table, root / "d.parquet")
+    return root / "d.parquet"
+
+
 def other_classes(root: Path) -> Path:
     for part, names in enumerate((["y", "n"], ["n", "y"])):
         rows = datasets.Dataset.from_dict({"text": ["x", "y"], "label": names})
@@ -248,6 +261,14 @@ def listed_outside(root: Path) -> Path:
     (root / "shard").mkdir()
     (root / "shard" / "d.csv").write_text("path,label\n../secret.png,x\n")
     return root / "shard" / "d.csv"
+
+
+def saved_link_out(root: Path) -> Path:
+    datasets.Dataset.from_dict({"text": ["x"], "label": ["n"]}).save_to_disk(root / "d")
+    data = next((root / "d").glob("*.arrow"))
+    data.rename(root / "outside.arrow")
+    data.symlink_to(root / "outside.arrow")
+    return root / "d"
 
 
 def listed_missing(root: Path) -> Path:
@@ -330,6 +351,7 @@ CASES = [
     Case(29, "a JSON list", json_rows({"text": "x", "label": [1]}), error=r"line 1: the label is \[1\], expected"),
     Case(29, "a control character", file("d.csv", HEAD + "x,a\x1b[31m\n"), error=r"line 2: the label is 'a\\x1b"),
     Case(32, "0 bytes", image(b""), error="bad.png: 0 bytes, expected an image", images=True),
+    Case(32, "no image at all", null_image, error="d.parquet row 2: no image, expected its bytes or", images=True),
     Case(33, "a truncated JPEG", image(encoded(noise(), "JPEG")[:-900]), error="damaged image", images=True),
     Case(34, "a flipped checksum", image(flipped(encoded(noise(), "PNG"))), error="damaged image", images=True),
     Case(35, "text named jpg", image(b"hello there", "bad.jpg"), error="bad.jpg: text, expected an", images=True),
@@ -359,7 +381,7 @@ CASES = [
     Case(46, "an open quote", file("d.csv", HEAD + '"x,y\n'), error="d.csv line 2: .*expected strict CSV"),
     Case(46, "NUL in CSV", file("d.csv", HEAD + "x\0,y\n"), error="d.csv line 2: byte 12 is NUL, expected text"),
     Case(46, "a column twice", file("d.csv", "text,text,label\n"), error="expected each name once"),
-    Case(46, "broken JSON", json_rows('{"text": \n'), error="d.jsonl line 1 column 10: .*expected a JSON object"),
+    Case(46, "broken JSON", json_rows('{"text": \n'), error="d.jsonl line 1 column 9: .*expected a JSON object"),
     Case(46, "damaged Parquet", damaged_parquet, error="d.parquet: damaged Parquet"),
     Case(46, "parts with other classes", other_classes, error=r"00001-of-00002.parquet: columns text .*'label': \['n', 'y'\].* as in .*00000-of"),
     Case(46, "Parquet of an odd type", odd_features, error="d.parquet: damaged Parquet: Feature type 'Odd'"),
@@ -368,7 +390,9 @@ CASES = [
     Case(47, "Latin-1 file", text(b"caf\xe9"), error="bad.txt: byte 3 is 0xe9, expected UTF-8 text"),
     Case(47, "UTF-16 file", text("hi".encode("utf-16")), error="bad.txt: byte 0 is 0xff: UTF-16, expected UTF-8"),
     Case(47, "Latin-1 CSV", file("d.csv", HEAD.encode() + b"x\xe9,y\n"), error="line 2: byte 12 is 0xe9, exp"),
+    Case(47, "Latin-1 after a mark", file("d.csv", b"\xef\xbb\xbftext,label\xe9\n"), error="line 1: byte 13 is 0xe9"),
     Case(47, "Latin-1 Parquet", not_utf8_parquet, error="d.parquet row 2: byte 1 is 0xe9, expected UTF-8 text"),
+    Case(47, "Latin-1 label", not_utf8_label, error="d.parquet: column 'label': .*invalid UTF.?8"),
     Case(47, "a byte order mark", text(b"\xef\xbb\xbfhi"), note="a byte order mark was dropped: .*bad.txt"),
     Case(48, "empty text", text(" \n"), error="bad.txt: empty, expected some text"),
     Case(48, "NUL in text", text("a\0"), error="bad.txt: byte 1 is NUL, expected text"),
@@ -377,6 +401,7 @@ CASES = [
     Case(48, "2 MB field", file("d.csv", HEAD + "x" * 2 * 10**6 + ",y"), error="line 2: 2000000 bytes of text, at most 1000000"),
     Case(48, "lone surrogate", json_rows({"text": "\ud800", "label": "x"}), error=r"line 1: the lone surrogate \\ud"),
     Case(49, "a link out", in_folder(link_out), error="a/bad.txt: leads out of .*shard to .*secret.txt"),
+    Case(49, "a saved dataset's link out", saved_link_out, error="data-00000-of-00001.arrow: leads out of .*/d to"),
     Case(49, "a class folder out", in_folder(folder_out), error="shard/c: leads out of .*shard to .*elsewhere"),
     Case(49, "a loop", in_folder(loop), error="a/loop.txt: too many levels of symbolic links"),
     Case(49, "a FIFO", in_folder(fifo), error="a/pipe.txt: a fifo, expected a regular file"),
