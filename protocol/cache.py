@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from protocol.errors import InputError
+
 
 def cache_root() -> Path:
     """`$ATOLL_CACHE`, or `~/.cache/atoll`; it need not exist yet."""
@@ -19,13 +21,19 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
     `fill` gets an empty folder beside it, renamed into place when it returns.
     """
-    if folder.is_dir():
-        return folder
+    try:
+        if not folder.is_dir():
+            _make(folder, fill)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error}; expected a writable $ATOLL_CACHE") from None
+    return folder
+
+
+def _make(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             _publish(folder, fill)
-    return folder
 
 
 def _publish(folder: Path, fill: Callable[[Path], None]) -> None:

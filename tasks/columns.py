@@ -59,15 +59,17 @@ def column_name(rows: Rows, role: str, chosen: str | None) -> str:
 
 def text_column(rows: Rows, name: str) -> pa.ChunkedArray:
     """The texts, as strings; a column of another type is refused."""
-    column = _plain(rows.table.column(name))
+    column = _plain(rows, name)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         raise DataError(f"{rows.name}: column {name!r} is {column.type}, expected text")
-    return column
+    # As bytes, for whether a text is UTF-8 is said of its row, later.
+    _check_sound(column.cast(pa.large_binary()), rows, name)
+    return column.cast(pa.string())
 
 
 def image_column(rows: Rows, name: str) -> pa.ChunkedArray:
     """The images as structs of bytes and path, without a copy of the bytes; paths are made absolute."""
-    column = _plain(rows.table.column(name))
+    column = _sound(rows, name)
     where = f"{rows.name}: column {name!r}"
     fields = [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
     structs = []
@@ -87,7 +89,9 @@ def _absolute(paths: pa.Array, data: pa.Array, folder: Path) -> pa.Array:
 def _bytes_and_paths(chunk: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
     kind = chunk.type
     if pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}:
-        return chunk.field("bytes").cast(pa.binary()), chunk.field("path").cast(pa.string())
+        # flatten() heeds that a whole struct may be null, field() doesn't.
+        parts = dict(zip((field.name for field in kind), chunk.flatten(), strict=True))
+        return parts["bytes"].cast(pa.binary()), parts["path"].cast(pa.string())
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return pa.nulls(len(chunk), pa.binary()), chunk
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -97,7 +101,7 @@ def _bytes_and_paths(chunk: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
 
 def label_values(rows: Rows, name: str) -> list[object]:
     """The labels as Python values, class indices still as indices."""
-    values: list[object] = _plain(rows.table.column(name)).to_pylist()
+    values: list[object] = _sound(rows, name).to_pylist()
     return values
 
 
@@ -105,13 +109,13 @@ def other_columns(rows: Rows, used: Sequence[str], role: str, journal: Journal) 
     """The scalar columns that are not learnt from, such as a user or a hospital; the rest is noted."""
     kept = {}
     for name in rows.table.column_names:
-        column = _plain(rows.table.column(name))
         if name in used:
             continue
-        if name in (role, "label") or not _is_scalar(column.type):
-            journal.remark(f"column {name!r} ({column.type}) is not kept", rows.name)
+        kind = _plain(rows, name).type
+        if name in (role, "label") or not _is_scalar(kind):
+            journal.remark(f"column {name!r} ({kind}) is not kept", rows.name)
         else:
-            kept[name] = column
+            kept[name] = _sound(rows, name)
     return kept
 
 
@@ -121,16 +125,36 @@ def _is_scalar(kind: pa.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _plain(rows: Rows, name: str) -> pa.ChunkedArray:
+    """A column, with a dictionary's values in place of their indices."""
+    column = rows.table.column(name)
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def as_dataset(columns: dict[str, pa.ChunkedArray]) -> datasets.Dataset:
-    """A dataset that knows no file of its own, so that no method of it writes beside the data."""
+def _sound(rows: Rows, name: str) -> pa.ChunkedArray:
+    column = _plain(rows, name)
+    _check_sound(column, rows, name)
+    return column
+
+
+def _check_sound(column: pa.ChunkedArray, rows: Rows, name: str) -> None:
+    """Arrow trusts offsets and UTF-8 of a file that it maps, unless asked to look."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        found = str(error).splitlines()[0]
+        raise DataError(f"{rows.name}: column {name!r}: {found}, expected sound Arrow data") from None
+
+
+def as_dataset(columns: dict[str, pa.ChunkedArray], fingerprint: str) -> datasets.Dataset:
+    """A dataset that knows no file of its own, so that no method of it writes beside the data.
+
+    Without a fingerprint it would pickle all of the table, mapped files too, to make one.
+    """
     import datasets
 
     table = pa.table(columns)
     features = datasets.Features.from_arrow_schema(table.schema)
     if "image" in features:
         features["image"] = datasets.Image(decode=False)
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=fingerprint)

@@ -21,7 +21,10 @@ _KINDS = {
 def resolved(path: Path, root: Path) -> Path:
     """Where `path` leads, which must be inside `root` and exist; no link may lead out or in circles."""
     try:
+        str(path).encode("utf-8")
         real = Path(os.path.realpath(path, strict=True))
+    except UnicodeEncodeError:
+        raise DataError(f"{shown(path)}: a name that is not UTF-8, expected one that is") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{shown(path)}: {_why(error)}, expected a file") from None
     if not real.is_relative_to(os.path.realpath(root)):
@@ -35,8 +38,6 @@ def checked_file(path: Path, root: Path) -> Path:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
         raise DataError(f"{shown(path)}: {kind}, expected a regular file")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{shown(path)}: cannot be read: permission denied")
     return path
 
 

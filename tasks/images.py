@@ -31,12 +31,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from protocol.errors import DataError
-from tasks.problems import shown
+from tasks.problems import opened
 
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 65_535
 MAX_IMAGE_BYTES = 200_000_000
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 _PLAIN_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 # What Pillow's decoders are known to raise on damaged files.
@@ -83,22 +83,17 @@ def image_bytes(cell: Mapping[str, object]) -> bytes:
         return data
     if not isinstance(path, str):
         raise DataError("an image has neither bytes nor a path")
-    return _file_bytes(Path(path))
-
-
-def _file_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_IMAGE_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    with opened(Path(path)) as file:
+        return file.read(MAX_IMAGE_BYTES + 1)
 
 
 def _decode(data: bytes, name: str) -> Decoded:
-    with Image.open(BytesIO(data), formats=FORMATS) as opened:
-        _check_size(opened, name)
+    # With a list of formats, open() doesn't load the plugins that they need.
+    Image.init()
+    with Image.open(BytesIO(data), formats=FORMATS) as image:
+        _check_size(image, name)
         # Only this looks at a PNG's checksums, and only load() at the pixels.
-        opened.verify()
+        image.verify()
     with Image.open(BytesIO(data), formats=FORMATS) as image:
         more = bool(getattr(image, "is_animated", False))
         image.load()

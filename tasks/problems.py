@@ -1,7 +1,10 @@
 """What is wrong or remarkable in one shard, collected so that all of it can be told at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from protocol.errors import DataError
 
@@ -10,6 +13,17 @@ def shown(path: Path | str) -> str:
     """A name fit for one line of a message, whatever bytes it is made of."""
     name = str(path)
     return name if name.isprintable() else ascii(name)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file at `path`, open to be read; whatever the system says against it names the file."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        why = (error.strerror or type(error).__name__).lower()
+        raise DataError(f"{shown(path)}: cannot be read: {why}; expected a readable file") from None
 
 
 @dataclass

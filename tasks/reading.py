@@ -32,7 +32,7 @@ from tasks.folders import checked_file
 from tasks.images import decode, image_bytes
 from tasks.labels import class_name
 from tasks.problems import Journal, shown
-from tasks.shards import image_classes, open_shard, text_classes
+from tasks.shards import NothingThere, image_classes, open_shard, text_classes
 from tasks.tables import Rows
 from tasks.texts import checked_text
 
@@ -68,7 +68,7 @@ class Findings:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Example:
     """What is remembered of one readable example: its content's hash, its class and its size."""
 
@@ -78,13 +78,21 @@ class _Example:
 
 
 @dataclass(frozen=True)
+class _Split:
+    """The canonical columns of a split, and what is remembered of its readable rows."""
+
+    columns: dict[str, pa.ChunkedArray]
+    examples: list[_Example]
+
+
+@dataclass(frozen=True)
 class _Kind:
     """How texts differ from images, for reading."""
 
     role: str
     read_classes: Callable[[Path, Path, Journal], Rows]
     column: Callable[[Rows, str], pa.ChunkedArray]
-    check: Callable[[Any, Path, str, Journal], tuple[bytes, tuple[int, ...]]]
+    check: Callable[[Any, Rows, str, Journal], tuple[bytes, tuple[int, ...]]]
     sizes: Callable[[tuple[int, ...]], str]
 
 
@@ -104,8 +112,9 @@ def inspect(path: Path, task_name: str, columns: Columns = USUAL) -> Findings:
         raise ConfigError(f"task {task_name!r}: expected one of {', '.join(_KINDS)}")
     journal = Journal()
     kind = _KINDS[task_name]
-    rows = open_shard(path, kind.read_classes, journal)
-    examples = {split: _examples(part, kind, columns, journal)[1] for split, part in rows.items()}
+    examples = {split: part.examples for split, part in _gather(path, kind, columns, journal).items()}
+    if not journal.problems:
+        _check_filled(examples, path)
     return _findings(examples, kind, journal)
 
 
@@ -133,12 +142,19 @@ def _cells(table: datasets.Dataset, name: str) -> Iterator[Any]:
 def table_of(splits: Mapping[str, pa.Table]) -> Table:
     """Splits that are canonical already, and trusted: their images are not decoded."""
     journal = Journal()
-    _remark_all({split: _trusted(part) for split, part in splits.items()}, journal)
+    examples = {split: _trusted(part) for split, part in splits.items()}
+    _remark_all(examples, journal)
     data = {
-        split: as_dataset(dict(zip(part.column_names, part.columns, strict=True)))
+        split: as_dataset(
+            dict(zip(part.column_names, part.columns, strict=True)), _fingerprint(examples[split])
+        )
         for split, part in splits.items()
     }
     return Table(data["train"], data.get("test"), journal.notes)
+
+
+def _fingerprint(examples: Iterable[_Example]) -> str:
+    return hashlib.sha256(b"".join(example.digest for example in examples)).hexdigest()[:16]
 
 
 def _trusted(part: pa.Table) -> list[_Example]:
@@ -156,16 +172,28 @@ def _trusted(part: pa.Table) -> list[_Example]:
 
 def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
     journal = Journal()
-    rows = open_shard(path, kind.read_classes, journal)
-    tables, examples = {}, {}
-    for split, part in rows.items():
-        tables[split], examples[split] = _examples(part, kind, columns, journal)
+    splits = _gather(path, kind, columns, journal)
     journal.close()
+    examples = {split: part.examples for split, part in splits.items()}
     _check_filled(examples, path)
     _remark_all(examples, journal)
-    return Table(
-        as_dataset(tables["train"]), as_dataset(tables["test"]) if "test" in tables else None, journal.notes
-    )
+    data = {split: as_dataset(part.columns, _fingerprint(part.examples)) for split, part in splits.items()}
+    return Table(data["train"], data.get("test"), journal.notes)
+
+
+def _gather(path: Path, kind: _Kind, columns: Columns, journal: Journal) -> dict[str, _Split]:
+    """The splits, whole only if no problem was noted."""
+    splits: dict[str, _Split] = {}
+    try:
+        for name, rows in open_shard(path, kind.read_classes, journal).items():
+            splits[name] = _split(rows, kind, columns, journal)
+    except NothingThere:
+        raise
+    except DataError as problem:
+        journal.refuse(problem)
+    except OSError as error:
+        journal.refuse(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
+    return splits
 
 
 def _check_filled(examples: Mapping[str, list[_Example]], path: Path) -> None:
@@ -174,10 +202,9 @@ def _check_filled(examples: Mapping[str, list[_Example]], path: Path) -> None:
             raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
 
 
-def _examples(
-    rows: Rows, kind: _Kind, columns: Columns, journal: Journal
-) -> tuple[dict[str, pa.ChunkedArray], list[_Example]]:
-    """The canonical columns, whole only if no problem was noted, and what is remembered of each good row."""
+def _split(rows: Rows, kind: _Kind, columns: Columns, journal: Journal) -> _Split:
+    if journal.problems and not rows.table.num_rows:
+        return _Split({}, [])
     content_name = column_name(rows, kind.role, getattr(columns, kind.role))
     label_name = column_name(rows, "label", columns.label)
     if content_name == label_name:
@@ -188,7 +215,7 @@ def _examples(
     examples = list(_checked(rows, content, label_name, kind, journal))
     labels = pa.chunked_array([pa.array([example.label for example in examples], pa.string())])
     others = other_columns(rows, (content_name, label_name), kind.role, journal)
-    return {kind.role: content, "label": labels, **others}, examples
+    return _Split({kind.role: content, "label": labels, **others}, examples)
 
 
 def _checked(
@@ -199,7 +226,7 @@ def _checked(
     for row, (cell, label) in enumerate(zip(_values(content), labels, strict=True)):
         where = rows.where(row)
         try:
-            digest, size = kind.check(cell, rows.folder, where, journal)
+            digest, size = kind.check(cell, rows, where, journal)
             yield _Example(digest, class_name(label, where, names), size)
         except DataError as problem:
             journal.refuse(problem if str(problem).startswith(where) else DataError(f"{where}: {problem}"))
@@ -215,16 +242,16 @@ def _values(column: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def _check_text(
-    cell: bytes | None, folder: Path, where: str, journal: Journal
+    cell: bytes | None, rows: Rows, where: str, journal: Journal
 ) -> tuple[bytes, tuple[int, ...]]:
     text = checked_text(cell, where)
     return hashlib.sha256(text.encode()).digest(), (len(text),)
 
 
 def _check_image(
-    cell: Mapping[str, Any], folder: Path, where: str, journal: Journal
+    cell: Mapping[str, Any], rows: Rows, where: str, journal: Journal
 ) -> tuple[bytes, tuple[int, ...]]:
-    data, name = _safe_bytes(cell, folder, where)
+    data, name = _safe_bytes(cell, rows, where)
     decoded = decode(data, name)
     if decoded.more_frames:
         journal.remark("of several frames or pages only the first is used", name)
@@ -232,14 +259,14 @@ def _check_image(
     return hashlib.sha256(data).digest(), (width * height, width, height)
 
 
-def _safe_bytes(cell: Mapping[str, Any], folder: Path, where: str) -> tuple[bytes, str]:
-    """An image's bytes and name; a file is opened only if it is a regular one inside `folder`."""
+def _safe_bytes(cell: Mapping[str, Any], rows: Rows, where: str) -> tuple[bytes, str]:
+    """An image's bytes and name; a file is opened only if it is a regular one inside the shard."""
     if cell["bytes"] is not None:
         return image_bytes(cell), where
     if not cell["path"]:
         raise DataError(f"{where}: no image, expected its bytes or its path")
-    path = checked_file(Path(cell["path"]), folder)
-    return image_bytes(cell), shown(path)
+    path = checked_file(Path(cell["path"]), rows.folder)
+    return image_bytes(cell), where if rows.is_canonical else f"{where}: {shown(path)}"
 
 
 # Remarks
@@ -287,7 +314,7 @@ def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, journal: Jour
     _remark_all(examples, journal)
     sizes = sorted(example.size for found in examples.values() for example in found)
     return Findings(
-        train=_classes(examples["train"]),
+        train=_classes(examples.get("train", [])),
         test=_classes(examples.get("test", [])),
         sizes=_spread(sizes, kind) if sizes else "",
         bad=len(journal.problems),

@@ -17,6 +17,11 @@ _SPLIT_FILE = re.compile(r"(train|test|validation|val)(-\d+-of-\d+)?")
 _SPLITS = {"train", "test", "validation", "val"}
 _EXPECTED = f"a folder per class, or one file of {', '.join(tables.SUFFIXES)}"
 
+
+class NothingThere(DataError):
+    """There is no data at the path, so there is nothing to inspect either."""
+
+
 ClassReader = Callable[[Path, Path, Journal], Rows]
 """Reads (shard, folder that holds the class folders) into canonical rows."""
 
@@ -24,9 +29,9 @@ ClassReader = Callable[[Path, Path, Journal], Rows]
 def open_shard(path: Path, read_classes: ClassReader, journal: Journal) -> dict[str, Rows]:
     """The rows of "train" and, where there is one, of "test"."""
     if not path.exists():
-        raise DataError(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
+        raise NothingThere(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
     if not path.is_dir():
-        return {"train": tables.read_file(checked_file(path, path.parent), journal)}
+        return {"train": tables.read_file(checked_file(path, path.resolve().parent), journal)}
     return _used(_open_folder(path, read_classes, journal), path, journal)
 
 
@@ -34,7 +39,7 @@ def _used(splits: dict[str, Rows], path: Path, journal: Journal) -> dict[str, Ro
     if "train" not in splits:
         raise DataError(f"{shown(path)}: splits {sorted(splits)}, expected train, and test if there is one")
     for name in sorted(splits.keys() - {"train", "test"}):
-        journal.remark(f"split {name} is not used", shown(path))
+        journal.remark(f"split {shown(name)} is not used", shown(path))
     return {name: splits[name] for name in ("train", "test") if name in splits}
 
 
@@ -48,7 +53,7 @@ def _open_folder(path: Path, read_classes: ClassReader, journal: Journal) -> dic
     folders = [entry for entry in entries if entry.is_dir()]
     if not folders and not any(entry.is_symlink() for entry in entries):
         found = f"{len(entries)} files" if entries else "nothing"
-        raise DataError(f"{shown(path)}: holds {found} and no class folder, expected {_EXPECTED}")
+        raise NothingThere(f"{shown(path)}: holds {found} and no class folder, expected {_EXPECTED}")
     if _is_split(folders):
         return {split.name: _open_split(path, split, read_classes, journal) for split in folders}
     return {"train": read_classes(path, path, journal)}

@@ -58,7 +58,15 @@ def load_source(name: str, *, offline: bool = False, progress: Progress | None =
         cache_root() / "sources" / f"{name}-{_CACHE_FORMAT}",
         lambda staging: _write(source.decode(offline, progress), staging),
     )
-    return table_of({path.stem: pq.read_table(path) for path in sorted(folder.glob("*.parquet"))})
+    return table_of({path.stem: _read(path) for path in sorted(folder.glob("*.parquet"))})
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except pa.ArrowException as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise DataError(f"{path}: damaged: {first}; expected to be whole, remove {path.parent}") from None
 
 
 def _nearest(name: str) -> str:

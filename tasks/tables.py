@@ -6,6 +6,7 @@ import csv
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
@@ -14,10 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from protocol.errors import DataError
-from tasks.problems import Journal, shown
+from tasks.problems import Journal, opened, shown
 from tasks.texts import decoded, without_mark
 
 if TYPE_CHECKING:
+    from _csv import Reader as CsvReader
+
     import datasets
 
 MAX_LINE_BYTES = 8_000_000
@@ -65,12 +68,18 @@ def joined(parts: Sequence[Rows]) -> Rows:
         index = max(index for index, start in enumerate(starts) if start <= row)
         return parts[index].where(row - starts[index])
 
-    try:
-        table = pa.concat_tables([part.table for part in parts])
-    except pa.ArrowInvalid:
-        found = " and ".join(str(part.table.column_names) for part in parts)
-        raise DataError(f"{shown(parts[0].folder)}: files with columns {found}, expected the same") from None
-    return Rows(shown(parts[0].folder), table, where, parts[0].folder, parts[0].class_names)
+    first = parts[0]
+    for part in parts[1:]:
+        if part.table.schema != first.table.schema or part.class_names != first.class_names:
+            found = f"columns {_described(part)}, expected {_described(first)} as in {first.name}"
+            raise DataError(f"{part.name}: {found}")
+    table = pa.concat_tables([part.table for part in parts])
+    return Rows(shown(first.folder), table, where, first.folder, first.class_names)
+
+
+def _described(rows: Rows) -> str:
+    classes = f" with classes {rows.class_names}" if rows.class_names else ""
+    return ", ".join(f"{field.name} ({field.type})" for field in rows.table.schema) + classes
 
 
 # Text lines
@@ -79,12 +88,13 @@ def joined(parts: Sequence[Rows]) -> Rows:
 def _lines(file: BinaryIO, path: Path, journal: Journal) -> Iterator[str]:
     """Each line as text; one that is not UTF-8 or holds NUL is refused, and goes on with marks for it."""
     start = 0
-    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
         where = f"{shown(path)} line {number}"
-        if len(line) == MAX_LINE_BYTES:
+        if len(line) > MAX_LINE_BYTES:
             raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes, the most that is allowed")
-        yield _line(without_mark(line, shown(path), journal) if number == 1 else line, where, start, journal)
+        content = without_mark(line, shown(path), journal) if number == 1 else line
         start += len(line)
+        yield _line(content, where, start - len(content), journal)
 
 
 def _line(line: bytes, where: str, start: int, journal: Journal) -> str:
@@ -101,7 +111,7 @@ def _line(line: bytes, where: str, start: int, journal: Journal) -> str:
 
 
 def _read_csv(path: Path, delimiter: str, journal: Journal) -> Rows:
-    with path.open("rb") as file:
+    with opened(path) as file, _long_fields():
         reader = csv.reader(_lines(file, path, journal), delimiter=delimiter, strict=True)
         try:
             header = _checked_header(next(reader, []), delimiter, path)
@@ -115,13 +125,23 @@ def _read_csv(path: Path, delimiter: str, journal: Journal) -> Rows:
     return Rows(shown(path), pa.table(columns), lambda row: f"{shown(path)} line {numbers[row]}", path.parent)
 
 
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Fields as long as a line may be; the csv module keeps its limit, 131,072 characters, globally."""
+    usual = csv.field_size_limit(MAX_LINE_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(usual)
+
+
 def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
     where = f"{shown(path)} line 1"
     if not header:
         raise DataError(f"{where}: empty, expected a header with column names")
     names = [name.strip() for name in header]
-    for other in {",", ";", "\t", "|"} - {delimiter}:
-        if len(names) == 1 and other in names[0]:
+    for other in (",", ";", "\t", "|"):
+        if len(names) == 1 and other in names[0] and other != delimiter:
             raise DataError(
                 f"{where}: one column {names[0]!r}, expected {delimiter!r} between columns, not {other!r}"
             )
@@ -131,9 +151,10 @@ def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
 
 
 def _same_width(
-    reader: Iterator[list[str]], header: list[str], path: Path, journal: Journal
+    reader: CsvReader, header: list[str], path: Path, journal: Journal
 ) -> tuple[list[list[str]], list[int]]:
-    rows, numbers, line = [], [], 2
+    rows, numbers = [], []
+    line = reader.line_num + 1
     for row in reader:
         if row and len(row) != len(header):
             found = f"{len(row)} columns, expected {len(header)} as in the header"
@@ -141,7 +162,7 @@ def _same_width(
         elif row:
             rows.append(row)
             numbers.append(line)
-        line = reader.line_num + 1  # type: ignore[attr-defined]
+        line = reader.line_num + 1
     return rows, numbers
 
 
@@ -150,12 +171,12 @@ def _same_width(
 
 def _read_json_lines(path: Path, journal: Journal) -> Rows:
     rows, numbers = [], []
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(_lines(file, path, journal), start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(_json_row(line, f"{shown(path)} line {number}"))
+                rows.append(_json_row(line.rstrip(), f"{shown(path)} line {number}"))
                 numbers.append(number)
             except DataError as problem:
                 journal.refuse(problem)
@@ -175,6 +196,8 @@ def _json_row(line: str, where: str) -> dict[str, object]:
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(error.object[error.start]):04x}"
         raise DataError(f"{where}: the lone surrogate {surrogate}, expected valid Unicode") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} column {error.colno}: {error.msg}; expected a JSON object") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}, expected a JSON object") from None
     if not isinstance(row, dict):
@@ -215,10 +238,11 @@ def _column(name: str, rows: Sequence[dict[str, object]], where: Callable[[int],
 def _read_parquet(path: Path) -> Rows:
     """The rows of a Parquet file, decoded once to a nameless temporary file that is mapped, not held."""
     try:
-        table = _mapped(pq.ParquetFile(path))
-    except (pa.ArrowException, OSError) as error:
+        with opened(path) as file:
+            table = _mapped(pq.ParquetFile(file))
+        names = _class_names(table.schema)
+    except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{shown(path)}: damaged Parquet: {_first_line(error)}") from None
-    names = _class_names(table.schema)
     return Rows(shown(path), table, lambda row: f"{shown(path)} row {row + 1}", path.parent, names)
 
 
@@ -235,6 +259,8 @@ def _mapped(file: pq.ParquetFile) -> pa.Table:
 def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
     import datasets
 
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
     features = datasets.Features.from_arrow_schema(schema)
     return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from protocol.errors import DataError
-from tasks.problems import Journal, shown
+from tasks.problems import Journal, opened, shown
 
 MAX_TEXT_BYTES = 1_000_000
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -40,10 +40,11 @@ def decoded(data: bytes, where: str, start: int = 0) -> str:
 
 def read_text_file(path: Path, journal: Journal) -> str:
     """The whole text of a file, without its byte order mark."""
-    size = path.stat().st_size
-    if size > MAX_TEXT_BYTES:
-        raise DataError(f"{shown(path)}: {size} bytes of text, at most {MAX_TEXT_BYTES} allowed")
-    data = path.read_bytes()
+    with opened(path) as file:
+        data = file.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        found = path.stat().st_size
+        raise DataError(f"{shown(path)}: {found} bytes of text, at most {MAX_TEXT_BYTES} allowed")
     if data.startswith(_UTF_16_MARKS):
         raise DataError(f"{shown(path)}: byte 0 is 0x{data[0]:02x}: UTF-16, expected UTF-8 text")
     for start, name in _BINARY.items():
