@@ -16,12 +16,16 @@ def tasks() -> Lines:
 def backbones() -> Lines:
     from tasks.weights import PACKAGED, torchvision_names
 
-    packaged = [(name, f"pretrained weights from package {package}") for name, (package, _) in PACKAGED.items()]
+    packaged = [
+        (name, f"pretrained weights from package {package}") for name, (package, _) in PACKAGED.items()
+    ]
     open_ended = [
         ("hf:NAME", "any transformers encoder, from its cache or the hub"),
         ("FOLDER", "any folder written by save_pretrained"),
     ]
-    vision = [(f"torchvision:{n}", "torchvision") for n in torchvision_names() if f"torchvision:{n}" not in PACKAGED]
+    vision = [
+        (f"torchvision:{n}", "torchvision") for n in torchvision_names() if f"torchvision:{n}" not in PACKAGED
+    ]
     return packaged + open_ended + vision
 
 

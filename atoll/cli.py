@@ -48,7 +48,9 @@ def quiet_libraries(debug: bool) -> None:
     from rich.logging import RichHandler
 
     handler = RichHandler(console=err, show_path=debug, show_time=False, markup=False)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], format="%(message)s")
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], format="%(message)s"
+    )
     if debug:
         return
     warnings.simplefilter("ignore")

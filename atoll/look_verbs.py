@@ -128,7 +128,9 @@ def check(
 
 
 def list_(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="tasks, backbones, strategies, partitions or sources")],
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="tasks, backbones, strategies, partitions or sources")
+    ],
 ) -> None:
     """What there is, one line each."""
     from atoll.catalogue import CATALOGUE

@@ -12,7 +12,8 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.lr=0.05.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.lr=0.05."),
 ]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file (TOML).")]
 OutDir = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the run directory goes.")]

@@ -31,7 +31,9 @@ class Watcher:
         """Progress of the feature extraction."""
         key = f"features {total}"
         if key not in self._bars:
-            self._bars[key] = self.display.add_task("features", total=total, note="every example once, then cached")
+            self._bars[key] = self.display.add_task(
+                "features", total=total, note="every example once, then cached"
+            )
         self.display.update(self._bars[key], completed=done)
 
     def step(self, name: str, what: dict[str, Any]) -> None:
@@ -65,13 +67,17 @@ class Watcher:
 
     def _hello(self, what: dict[str, Any]) -> None:
         backbone, hellos = what["backbone"], what["hellos"]
-        self.display.print(f"backbone  {escape(backbone.name)}, weights from {escape(backbone.origin)}", soft_wrap=True)
+        self.display.print(
+            f"backbone  {escape(backbone.name)}, weights from {escape(backbone.origin)}", soft_wrap=True
+        )
         taking = [h for h in hellos if not h.refusal]
         sizes = sorted(h.num_examples for h in taking)
         spread = f", {sizes[0]} to {sizes[-1]} examples each" if sizes else ""
         self.display.print(f"clients   {len(taking)}{spread}")
         for hello in (h for h in hellos if h.refusal):
-            self.display.print(f"[yellow]{escape(hello.client)} does not take part: {escape(hello.refusal)}[/]")
+            self.display.print(
+                f"[yellow]{escape(hello.client)} does not take part: {escape(hello.refusal)}[/]"
+            )
 
     def _round_bar(self, done: int) -> TaskID:
         if "rounds" not in self._bars:

@@ -16,7 +16,9 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 
 Kit = Annotated[Path, typer.Argument(metavar="KIT", help="A kit written by atoll provision.")]
-ServerKitOption = Annotated[Path, typer.Option("--server", metavar="KIT", help="The server's kit, on its host.")]
+ServerKitOption = Annotated[
+    Path, typer.Option("--server", metavar="KIT", help="The server's kit, on its host.")
+]
 RunId = Annotated[int, typer.Argument(metavar="RUN_ID", help="As atoll submit and status print it.")]
 
 

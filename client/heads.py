@@ -85,7 +85,10 @@ def _train_group(
         Update(
             client=work.client,
             round=round,
-            delta={"head.weight": delta["weight"][i, :, :width].clone(), "head.bias": delta["bias"][i].clone()},
+            delta={
+                "head.weight": delta["weight"][i, :, :width].clone(),
+                "head.bias": delta["bias"][i].clone(),
+            },
             num_examples=len(work.targets),
             states={
                 "train_loss.sum": losses[i].cpu(),
@@ -111,8 +114,13 @@ def _assemble(works: list[HeadWork], plans: list[list[list[int]]], rows: int, de
             share[i, step, : len(batch)] = 1.0 / len(batch)
         offset += len(work.targets)
     targets = torch.cat([work.targets for work in works])
-    on = [t.to(device) for t in (table, targets, index, share)]
-    return _Cohort(*on, steps=[len(plan) for plan in plans])
+    return _Cohort(
+        table.to(device),
+        targets.to(device),
+        index.to(device),
+        share.to(device),
+        steps=[len(plan) for plan in plans],
+    )
 
 
 def _stack(head: Tensors, clients: int, padded: int, device: str) -> Tensors:

@@ -35,7 +35,9 @@ class FolderShards:
             return cls({site: paths[0]})
         named = {path.name: path for path in paths}
         if len(named) < len(paths):
-            raise ConfigError(f"--data: {len(paths)} folders with {len(named)} names, expected a name for each")
+            raise ConfigError(
+                f"--data: {len(paths)} folders with {len(named)} names, expected a name for each"
+            )
         return cls(named)
 
     def names(self, job: Job) -> list[str]:

@@ -126,8 +126,13 @@ def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator
         return
     for name, h in held.items():
         yield train_model(
-            learner, request.tensors, h.train, learner.job,
-            client=name, round=request.round, plan=request.plan,
+            learner,
+            request.tensors,
+            h.train,
+            learner.job,
+            client=name,
+            round=request.round,
+            plan=request.plan,
         )
 
 

@@ -73,6 +73,4 @@ def torch_optimizer(parameters: Any, train: TrainSection) -> torch.optim.Optimiz
             parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
         )
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(
-        parameters, lr=train.lr, betas=(BETA1, BETA2), eps=EPSILON, weight_decay=train.weight_decay
-    )
+    return kind(parameters, lr=train.lr, betas=(BETA1, BETA2), eps=EPSILON, weight_decay=train.weight_decay)

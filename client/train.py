@@ -42,7 +42,7 @@ def train_model(
             outputs = model({name: t.to(device) for name, t in batch.items()})
             loss = learner.task.loss(outputs, shard.targets[rows].to(device))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if mu:
                 _pull_back(parameters, start, mu)
             optimizer.step()
@@ -53,7 +53,10 @@ def train_model(
         round=round,
         delta={name: (p.detach() - start[name]).cpu() for name, p in parameters.items()},
         num_examples=len(shard),
-        states={"train_loss.sum": torch.tensor(summed).double(), "train_loss.count": torch.tensor(count).double()},
+        states={
+            "train_loss.sum": torch.tensor(summed).double(),
+            "train_loss.count": torch.tensor(count).double(),
+        },
     )
 
 

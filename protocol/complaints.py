@@ -17,7 +17,7 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
 
 
 def _finding(finding: Any, model: type[BaseModel]) -> str:
-    key = _key(finding["loc"], model)
+    key = _key(finding["loc"])
     found = _short(finding["input"])
     match finding["type"]:
         case "extra_forbidden":
@@ -27,22 +27,23 @@ def _finding(finding: Any, model: type[BaseModel]) -> str:
         case "value_error":
             return f"{key}: {finding['ctx']['error']}" if key else str(finding["ctx"]["error"])
         case "union_tag_not_found":
-            return f"{key}: the key kind is missing, expected one of {finding['ctx'].get('expected_tags', _tags(key))}"
+            return f"{key}: the key kind is missing, expected one of {', '.join(map(repr, KINDS))}"
         case "union_tag_invalid":
-            return f"{key}.kind: expected one of {finding['ctx']['expected_tags']}, found {finding['ctx']['tag']!r}"
+            tags, tag = finding["ctx"]["expected_tags"], finding["ctx"]["tag"]
+            return f"{key}.kind: expected one of {tags}, found {tag!r}"
         case "string_pattern_mismatch":
             return f"{key}: expected a match of {finding['ctx']['pattern']}, found {found}"
     expected = finding["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{key}: expected {expected}, found {found}"
 
 
-def _tags(key: str) -> str:
-    return "'iid', 'dirichlet', 'pathological', 'natural'" if key.endswith("partition") else "the known kinds"
+KINDS = ("iid", "dirichlet", "pathological", "natural")
+"""Tags of the one tagged union there is, `data.partition`."""
 
 
-def _key(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
+def _key(loc: tuple[Any, ...]) -> str:
     """The dotted key as the user wrote it: a union's tag is no part of it."""
-    return ".".join(str(part) for part in loc if part not in ("iid", "dirichlet", "pathological", "natural"))
+    return ".".join(str(part) for part in loc if part not in KINDS)
 
 
 def _nearest(loc: tuple[Any, ...], model: type[BaseModel]) -> str:

@@ -82,7 +82,9 @@ class FlowerCarrier:
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
         head, body = encode_request(request)
-        tensors = ArrayRecord({"tensors": Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)})
+        tensors = ArrayRecord(
+            {"tensors": Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)}
+        )
         messages = []
         for node, clients in self._by_node(names).items():
             config = ConfigRecord({"request": head, "names": json.dumps(clients)})

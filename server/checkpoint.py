@@ -55,7 +55,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             shutil.rmtree(old)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise JobError(f"{final}: checkpoint not written ({error.strerror}); the one before it is intact") from None
+        raise JobError(
+            f"{final}: checkpoint not written ({error.strerror}); the one before it is intact"
+        ) from None
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

@@ -50,7 +50,9 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "machine": machine(run.job.train.threads),
         "notes": notes,
     }  # fmt: skip
-    run.directory.save_model(run.tensors, {"job": run.job.model_dump(mode="json"), "facts": run.learner.facts})
+    run.directory.save_model(
+        run.tensors, {"job": run.job.model_dump(mode="json"), "facts": run.learner.facts}
+    )
     run.directory.save_result(result)
     return result
 

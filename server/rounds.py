@@ -173,8 +173,8 @@ def train(run: Run, cohort: Sequence[str], round: int) -> Screened:
         )  # fmt: skip
     reasons = "; ".join(f"{name}: {why}" for name, why in list(screened.set_aside.items())[:3])
     raise InconsistentUpdates(
-        f"round {round}: {len(screened.updates)} of {len(cohort)} usable updates, needed {needed} ({reasons});"
-        " the last checkpoint is whole, go on with --resume"
+        f"round {round}: {len(screened.updates)} of {len(cohort)} usable updates,"
+        f" needed {needed} ({reasons}); the last checkpoint is whole, go on with --resume"
     )
 
 
@@ -248,4 +248,3 @@ def _log_line(
         "set_aside": screened.set_aside,
         "model_sha256": tensors_sha256(run.tensors),
     }
-

@@ -39,7 +39,9 @@ class RunDirectory:
         if resume and not (path / "job.toml").is_file():
             raise ConfigError(f"{path}: nothing to resume, there is no job.toml")
         if not (resume or force) and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(f"{path}: exists and is not empty; use --resume to go on, --force to start anew")
+            raise ConfigError(
+                f"{path}: exists and is not empty; use --resume to go on, --force to start anew"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path)

@@ -38,7 +38,12 @@ def simulate(
     """
     population = Population.of(job)
     watch("population", {"population": population})
-    options: dict[str, Any] = {"baselines": Comparison(population), "watch": watch, "resume": resume, "force": force}
+    options: dict[str, Any] = {
+        "baselines": Comparison(population),
+        "watch": watch,
+        "resume": resume,
+        "force": force,
+    }
     if engine == "ray":
         from sim.ray import simulate_on_ray
 

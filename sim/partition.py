@@ -32,7 +32,9 @@ def partition(table: datasets.Dataset, order: Sequence[int], job: Job) -> list[l
     partitioner.dataset = deck
     clients = job.federation.clients
     if len(order) < clients:
-        raise ConfigError(f"federation.clients: {clients} clients cannot share {len(order)} training examples")
+        raise ConfigError(
+            f"federation.clients: {clients} clients cannot share {len(order)} training examples"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it redraws, and says so at length
@@ -42,7 +44,9 @@ def partition(table: datasets.Dataset, order: Sequence[int], job: Job) -> list[l
         raise ConfigError(f"data.partition: {_first_sentence(error)}") from None
     empty = sum(not shard for shard in shards)
     if empty:
-        raise ConfigError(f"data.partition: {empty} of {clients} clients would get no example; use fewer clients")
+        raise ConfigError(
+            f"data.partition: {empty} of {clients} clients would get no example; use fewer clients"
+        )
     return shards
 
 

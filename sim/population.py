@@ -8,8 +8,8 @@ from functools import cached_property
 import datasets
 
 from protocol.job import Job
-from sim.partition import partition
 from server.testset import hold_out, read_source
+from sim.partition import partition
 from tasks.learner import Learner, ranked
 from tasks.reading import example_keys
 from tasks.seam import Shard

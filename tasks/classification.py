@@ -15,7 +15,8 @@ from protocol.job import BackboneSection, DataSection
 from protocol.messages import Facts
 from tasks.images import image_bytes
 from tasks.lazy import LazyInputs
-from tasks.reading import Columns, Findings, Table, example_keys, inspect, read_images, read_texts
+from tasks.columns import Columns
+from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts
 from tasks.seam import Encoder, Shard
 from tasks.text_encoder import load_text_encoder
 from tasks.vision_encoder import load_vision_encoder
@@ -152,4 +153,3 @@ IMAGE_CLASSIFICATION = Classification(
     convert=image_bytes,
     load_encoder=load_vision_encoder,
 )
-

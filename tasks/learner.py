@@ -164,7 +164,7 @@ def known_width(backbone: Backbone) -> int | None:
             return torchvision_trunk(backbone.name, 0)[1]
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(backbone.folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
     return getattr(config, "hidden_size", None)
 
 

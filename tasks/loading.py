@@ -90,17 +90,19 @@ def load_transformer(backbone: Backbone, seed: int) -> Any:
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        config = AutoConfig.from_pretrained(backbone.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
         with global_stream(seed, "init", "backbone"):
             if backbone.weights is None:
-                return AutoModel.from_config(config).float().eval()
+                return AutoModel.from_config(config).float().eval()  # type: ignore[no-untyped-call]
             network, report = _pretrained(AutoModel, backbone, config)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{backbone.weights or backbone.folder}: transformers cannot load it: {why}") from None
+        raise WeightsError(
+            f"{backbone.weights or backbone.folder}: transformers cannot load it: {why}"
+        ) from None
     missing = sorted(n for n in report["missing_keys"] if not n.startswith("pooler."))
     if missing:
         raise WeightsError(f"{backbone.weights}: tensor {missing[0]} is missing ({len(missing)} in all)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -64,10 +66,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     Containers, and whatever holds most of the parameters of its parent, are opened; a block is
     what is left: a transformer layer, a residual unit.
     """
-    if isinstance(module, nn.Sequential | nn.ModuleList):
-        parts = list(module.children())
-    else:
-        parts = [module]
+    parts = list(module.children()) if isinstance(module, nn.Sequential | nn.ModuleList) else [module]
     opened: list[nn.Module] = []
     for part in parts:
         opened += _open(part)
@@ -84,7 +83,7 @@ def _open(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
-def _is_trunk(module: nn.Module, lists: list[nn.Module]) -> bool:
+def _is_trunk(module: nn.Module, lists: Sequence[nn.Module]) -> bool:
     """Whether a module is a row of blocks rather than a block: lists, or one child, hold nearly all."""
     total = _size(module)
     biggest = max((_size(c) for c in module.children()), default=0)
@@ -108,10 +107,14 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [n for n, m in model.backbone.named_modules() if _takes_lora(m)]
-    wanted = [n for n in names if tune.targets is None or n.split(".")[-1] in tune.targets or n in tune.targets]
+    wanted = [
+        n for n in names if tune.targets is None or n.split(".")[-1] in tune.targets or n in tune.targets
+    ]
     if not wanted:
         known = ", ".join(sorted({n.split(".")[-1] for n in names}))
-        raise ConfigError(f"tune.targets: no layer is called {list(tune.targets or ())}, expected some of {known}")
+        raise ConfigError(
+            f"tune.targets: no layer is called {list(tune.targets or ())}, expected some of {known}"
+        )
     rank = tune.rank or 8
     config = LoraConfig(r=rank, lora_alpha=tune.alpha or 2 * rank, target_modules=wanted, lora_dropout=0.0)  # type: ignore[arg-type]
     with global_stream(seed, "init", "lora"):

@@ -107,7 +107,7 @@ def _fitting(state: dict[str, torch.Tensor], trunk: nn.Module) -> dict[str, torc
     """Without the classifier that was cut off; anything else unexpected stays and is an error."""
     own = set(trunk.state_dict())
     modules = {name for name, module in trunk.named_modules() if isinstance(module, nn.Identity)}
-    gone = tuple(f"{m}." for m in modules) + ("aux1.", "aux2.", "AuxLogits.")
+    gone = (*tuple(f"{m}." for m in modules), "aux1.", "aux2.", "AuxLogits.")
     return {n: t for n, t in state.items() if n in own or not n.startswith(gone)}
 
 
@@ -126,9 +126,11 @@ def _transformers_encoder(backbone: Backbone, section: BackboneSection, seed: in
     network = getattr(network, "vision_model", network)
     width = getattr(network.config, "hidden_size", None) or (network.config.hidden_sizes or [0])[-1]
     if not width or not hasattr(network.config, "num_channels"):
-        raise WeightsError(f"backbone.name: {section.name} is not a vision model, found {network.config.model_type}")
+        raise WeightsError(
+            f"backbone.name: {section.name} is not a vision model, found {network.config.model_type}"
+        )
     try:
-        processor = AutoImageProcessor.from_pretrained(backbone.folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(str(backbone.folder), local_files_only=True)  # type: ignore[no-untyped-call]
         mean, std = processor.image_mean, processor.image_std
     except OSError:
         raise WeightsError(f"{backbone.folder}: has no preprocessor_config.json, expected one") from None

@@ -53,7 +53,8 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     if scheme == "torchvision":
         return _resolve_torchvision(section, name, seed)
     raise WeightsError(
-        f"backbone.name: unknown kind {scheme!r} in {section.name!r}, expected hf:NAME, torchvision:NAME or a folder"
+        f"backbone.name: unknown kind {scheme!r} in {section.name!r},"
+        " expected hf:NAME, torchvision:NAME or a folder"
     )
 
 
@@ -81,9 +82,7 @@ def _resolve_hf(section: BackboneSection, name: str, seed: int) -> Backbone:
     return _hf_backbone(section, name, _hub_download(section.name, name, tried), "download", seed)
 
 
-def _hf_backbone(
-    section: BackboneSection, name: str, folder: Path, origin: str, seed: int
-) -> Backbone:
+def _hf_backbone(section: BackboneSection, name: str, folder: Path, origin: str, seed: int) -> Backbone:
     if section.weights == "random":
         return Backbone("hf", name, f"random, seed {seed}", folder, None, _random_print(folder.name, seed))
     weights = folder if section.weights == "pretrained" else Path(section.weights)
@@ -183,7 +182,9 @@ def _torchvision_entry(section: BackboneSection, name: str, wanted: list[Any]) -
     files = [checkpoints / str(w.url).rsplit("/", 1)[-1] for w in wanted]
     for file in files:
         if file.is_file():
-            return Backbone("torchvision", name, f"torchvision's cache {file}", None, file, _files_print([file]))
+            return Backbone(
+                "torchvision", name, f"torchvision's cache {file}", None, file, _files_print([file])
+            )
     tried = [f"{checkpoints}/{files[0].name}"]
     if section.name in PACKAGED and section.weights in ("pretrained", "IMAGENET1K_V1"):
         package, inside = PACKAGED[section.name]

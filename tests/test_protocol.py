@@ -1,0 +1,124 @@
+"""Streams, hashes and messages: against definitions written out, and against hostile bytes."""
+
+import hashlib
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import DataError
+from protocol.messages import (
+    Failure,
+    Hello,
+    Measurement,
+    Request,
+    Update,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+    hello_from_json,
+    hello_to_json,
+)
+from protocol.streams import global_stream, stream, stream_seed
+from protocol.tensors import from_bytes, tensors_sha256, to_bytes
+
+
+def test_a_streams_seed_is_the_hash_of_its_purpose() -> None:
+    digest = hashlib.sha256(b'[7,"cohort",1]').digest()
+    assert stream_seed(7, "cohort", 1) == int.from_bytes(digest[:8], "little") >> 1
+
+
+def test_streams_do_not_touch_each_other_or_the_global_generator() -> None:
+    before = torch.random.get_rng_state()
+    a = torch.rand(5, generator=stream(1, "a"))
+    assert torch.equal(a, torch.rand(5, generator=stream(1, "a")))
+    assert not torch.equal(a, torch.rand(5, generator=stream(1, "b")))
+    with global_stream(1, "init"):
+        first = torch.rand(3)
+    with global_stream(1, "init"):
+        assert torch.equal(first, torch.rand(3))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_purposes_that_spell_alike_stay_apart() -> None:
+    assert stream_seed(1, "a", 11) != stream_seed(1, "a", 1, 1) != stream_seed(1, "a1", 1)
+    assert stream_seed(1, "a", "1") != stream_seed(1, "a", 1)
+
+
+def test_the_hash_of_tensors_is_over_name_dtype_shape_and_little_endian_bytes() -> None:
+    tensors = {"b": torch.tensor([[1.5, -2.0]]), "a": torch.tensor([3], dtype=torch.int64)}
+    expected = hashlib.sha256(
+        b"a\0int64\0"
+        + b"1\0"
+        + struct.pack("<q", 3)
+        + b"b\0float32\0"
+        + b"1,2\0"
+        + struct.pack("<2f", 1.5, -2.0)
+    ).hexdigest()
+    assert tensors_sha256(tensors) == expected
+    assert tensors_sha256(dict(reversed(tensors.items()))) == expected
+    assert tensors_sha256({**tensors, "b": tensors["b"].T}) != expected
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), max_size=20))
+def test_tensors_survive_the_wire(values: list[float]) -> None:
+    sent = {
+        "x": torch.tensor(values),
+        "empty": torch.zeros(0, 3),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }
+    got = from_bytes(to_bytes(sent))
+    assert tensors_sha256(got) == tensors_sha256(sent)
+
+
+REPLIES = [
+    Update("c", 3, {"w": torch.tensor([1.0])}, 5, {"train_loss.sum": torch.tensor(2.0).double()}),
+    Measurement("c", 3, 5, {"accuracy.tp": torch.tensor([1, 2])}),
+    Failure("c", "disk full"),
+]
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda r: type(r).__name__)
+def test_a_reply_survives_the_wire(reply: Update | Measurement | Failure) -> None:
+    got = decode_reply(*encode_reply(reply))
+    assert type(got) is type(reply)
+    assert encode_reply(got) == encode_reply(reply)
+
+
+def test_a_request_and_a_hello_survive_the_wire() -> None:
+    request = Request("train", "{}", "ab", 2, {"classes": ["x"]}, {"w": torch.ones(2)}, {"proximal_mu": 0.1})
+    assert encode_request(decode_request(*encode_request(request))) == encode_request(request)
+    hello = Hello("c", {"classes": ["x"]}, 4)
+    assert hello_from_json(hello_to_json(hello)) == hello
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "pattern"),
+    [
+        ("{", b"", "malformed message head"),
+        ("[]", b"", "message version: expected 1"),
+        ('{"version": 2, "kind": "Update"}', b"", "expected 1, found 2"),  # row 65
+        ('{"version": 1, "kind": "Pickle"}', to_bytes({}), "unknown kind"),
+        ('{"version": 1, "kind": "Update"}', to_bytes({}), "malformed Update"),
+        ('{"version": 1, "kind": "Failure"}', b"\x80\x04cos\nsystem", "not a safetensors message"),  # row 61
+        (
+            '{"version": 1, "kind": "Failure"}',
+            struct.pack("<Q", 2**60),
+            "not a safetensors message",
+        ),  # row 54
+        ('{"version": 1, "kind": "Failure"}', b"", "not a safetensors message"),
+    ],
+)
+def test_a_malformed_message_is_one_typed_error(head: str, body: bytes, pattern: str) -> None:
+    with pytest.raises(DataError, match=pattern):
+        decode_reply(head, body)
+
+
+def test_a_claimed_size_without_bytes_allocates_nothing() -> None:  # row 67
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    with pytest.raises(DataError, match="not a safetensors message"):
+        from_bytes(struct.pack("<Q", len(header)) + header)
