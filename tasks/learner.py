@@ -19,7 +19,7 @@ from protocol.tensors import Tensors
 from tasks import tuning
 from tasks.features import FeatureCache, Progress, cache_key, cached_features, extract
 from tasks.seam import Encoder, Model, Shard, Task
-from tasks.vision_encoder import torchvision_trunk
+from tasks.vision_encoder import torchvision_width
 from tasks.weights import Backbone, resolve
 
 EVALUATION_BATCH = 64
@@ -160,8 +160,7 @@ class Learner:
 def known_width(backbone: Backbone) -> int | None:
     """The width of a backbone's features, where it can be told without loading the weights."""
     if backbone.kind == "torchvision":
-        with torch.device("meta"):
-            return torchvision_trunk(backbone.name, 0)[1]
+        return torchvision_width(backbone.name)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)

@@ -48,6 +48,7 @@ class Shard:
 class Encoder(nn.Module):
     """A backbone without its own head: prepared inputs to features [batch, width]."""
 
+    model: nn.Module
     width: int
 
     def prepare(self, inputs: Sequence[Any]) -> Batch:

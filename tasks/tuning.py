@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -13,7 +11,8 @@ from protocol.streams import global_stream
 from protocol.tensors import Tensors
 from tasks.seam import Model
 
-Norms = (nn.modules.batchnorm._BatchNorm,)
+BatchNorms = (nn.modules.batchnorm._BatchNorm,)
+Norms = (*BatchNorms, nn.LayerNorm, nn.GroupNorm)
 
 
 def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
@@ -25,7 +24,7 @@ def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
     model.requires_grad_(False)
     match tune.method:
         case "last-k":
-            for module in _last_blocks(model.backbone, tune.layers or 1):
+            for module in _last_blocks(model.backbone.model, tune.layers or 1):
                 module.requires_grad_(True)
         case "lora":
             _inject_lora(model, tune, seed)
@@ -55,51 +54,47 @@ def training_mode(module: nn.Module, inherited: bool = True) -> None:
     """Dropout works where something is tuned; the statistics of batch norm never move."""
     parameters = list(module.parameters())
     tuned = any(p.requires_grad for p in parameters) if parameters else inherited
-    module.training = tuned and not isinstance(module, Norms)
+    module.training = tuned and not isinstance(module, BatchNorms)
     for child in module.children():
         training_mode(child, module.training)
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The network as a sequence of blocks, in order, from input to output.
+CONTAINERS = (nn.Sequential, nn.ModuleList)
 
-    Containers, and whatever holds most of the parameters of its parent, are opened; a block is
-    what is left: a transformer layer, a residual unit.
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The network as a row of blocks from input to output: transformer layers, residual units, …
+
+    Plain containers are opened, and outside of them whatever is mainly a wrapper around one; what
+    is in a container and is none itself is a block.
     """
-    parts = list(module.children()) if isinstance(module, nn.Sequential | nn.ModuleList) else [module]
-    opened: list[nn.Module] = []
-    for part in parts:
-        opened += _open(part)
-    return [b for b in opened if any(True for _ in b.parameters())]
+    found = [block for child in network.children() for block in _opened(child)]
+    return [block for block in found if _size(block)]
 
 
-def _open(module: nn.Module) -> list[nn.Module]:
-    children = list(module.children())
-    lists = [c for c in children if isinstance(c, nn.Sequential | nn.ModuleList)]
-    if isinstance(module, nn.ModuleList) or not children:
-        return children or [module]
-    if _is_trunk(module, lists):
-        return [block for child in children for block in blocks(child)]
-    return [module]
+def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
+    is_container = type(module) in CONTAINERS
+    if not is_container and (listed or not _wraps_a_container(module)):
+        return [module]
+    return [block for child in module.children() for block in _opened(child, listed=is_container)]
 
 
-def _is_trunk(module: nn.Module, lists: Sequence[nn.Module]) -> bool:
-    """Whether a module is a row of blocks rather than a block: lists, or one child, hold nearly all."""
-    total = _size(module)
-    biggest = max((_size(c) for c in module.children()), default=0)
-    in_lists = sum(_size(c) for c in lists if len(list(c.children())) > 1)
-    return biggest > 0.9 * total or in_lists > 0.5 * total
+def _wraps_a_container(module: nn.Module) -> bool:
+    inner = [child for child in module.children() if type(child) in CONTAINERS]
+    return len(inner) == 1 and _size(inner[0]) > 0.8 * _size(module)
 
 
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _last_blocks(backbone: nn.Module, count: int) -> list[nn.Module]:
-    found = blocks(backbone)
-    if count > len(found):
-        raise ConfigError(f"tune.layers: this backbone has {len(found)} blocks, found {count}")
-    return found[-count:]
+def _last_blocks(network: nn.Module, count: int) -> list[nn.Module]:
+    """The last `count` blocks; a norm that stands alone belongs to the block before it."""
+    found = blocks(network)
+    starts = [place for place, block in enumerate(found) if not isinstance(block, Norms)]
+    if count > len(starts):
+        raise ConfigError(f"tune.layers: this backbone has {len(starts)} blocks, found {count}")
+    return found[starts[-count] :]
 
 
 def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:

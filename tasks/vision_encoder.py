@@ -93,6 +93,15 @@ def torchvision_trunk(name: str, seed: int) -> tuple[nn.Module, int]:
     return network, _cut_classifier(network)
 
 
+def torchvision_width(name: str) -> int:
+    """Width of a torchvision network's features, without its weights where it can be told so."""
+    try:
+        with torch.device("meta"):
+            return torchvision_trunk(name, 0)[1]
+    except NotImplementedError:  # some compute their initial values on the way
+        return torchvision_trunk(name, 0)[1]
+
+
 def _cut_classifier(network: nn.Module) -> int:
     """Replace the last linear layer (or, in SqueezeNet, convolution) by nothing; its input width."""
     last_linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1:]

@@ -1,0 +1,150 @@
+"""What is trained: blocks, LoRA against peft's own count, batch norm that never moves."""
+
+import pytest
+import torch
+from torch import nn
+
+from client.train import train_model
+from protocol.errors import ConfigError
+from protocol.job import Job, TuneSection
+from tasks import task_named, tuning
+from tasks.learner import Learner
+from tasks.seam import Model, Shard
+from tasks.vision_encoder import torchvision_trunk
+from tests.small import grey_png_shard, image_job
+
+
+def learner(name: str = "mobilenet_v2", **tune: object) -> Learner:
+    job = image_job(name, tune=tune)
+    return Learner.of(job, task_named(job.task.name), {"classes": ["a", "b", "c"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kind"),
+    [
+        ("resnet18", 8, "BasicBlock"),
+        ("resnet50", 16, "Bottleneck"),
+        ("vgg11", 8, "Conv2d"),
+        ("vit_b_16", 12, "EncoderBlock"),
+        ("convnext_tiny", 18, "CNBlock"),
+        ("mobilenet_v2", 17, "InvertedResidual"),
+        ("densenet121", 4, "_DenseBlock"),
+        ("swin_t", 12, "SwinTransformerBlock"),
+        ("squeezenet1_1", 8, "Fire"),
+        ("googlenet", 9, "Inception"),
+    ],
+)
+def test_a_network_opens_into_its_own_blocks(name: str, count: int, kind: str) -> None:
+    with torch.device("meta"):
+        trunk, _ = torchvision_trunk(name, 0)
+    found = tuning.blocks(trunk)
+    assert sum(type(block).__name__ == kind for block in found) == count
+    held = [p for block in found for p in block.parameters()]
+    assert len({id(p) for p in held}) == len(held), "a parameter is in two blocks"
+    assert sum(p.numel() for p in held) >= 0.9 * sum(p.numel() for p in trunk.parameters())
+
+
+def test_a_bert_opens_into_its_layers() -> None:
+    from transformers import BertConfig, BertModel
+
+    with torch.device("meta"):
+        model = BertModel(BertConfig(num_hidden_layers=3), add_pooling_layer=False)
+    assert [type(b).__name__ for b in tuning.blocks(model)] == ["BertEmbeddings"] + 3 * ["BertLayer"]
+
+
+def test_last_k_tunes_the_last_blocks_and_the_head() -> None:
+    names = set(tuning.trainable(learner(method="last-k", layers=2).model))
+    assert {"head.weight", "head.bias"} < names
+    assert {n.split(".")[3] for n in names if n.startswith("backbone")} == {"17", "18"}
+
+
+def test_asking_for_more_blocks_than_there_are_says_how_many_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"tune\.layers: this backbone has 19 blocks, found 99"):
+        learner(method="last-k", layers=99).model  # noqa: B018
+
+
+def test_lora_tunes_only_its_factors_and_the_head() -> None:
+    tensors = learner("vit_b_16", method="lora", rank=4, targets=["0", "3"]).initial()
+    assert set(tensors) > {"head.weight", "head.bias"}
+    assert all("lora_" in n for n in tensors if not n.startswith("head."))
+    a = [t for n, t in tensors.items() if "lora_A" in n]
+    b = [t for n, t in tensors.items() if "lora_B" in n]
+    assert all(t.shape[0] == 4 for t in a)
+    assert all((t == 0).all() for t in b), "LoRA starts as the identity"
+
+
+def test_lora_targets_that_match_nothing_are_an_error_that_names_layers() -> None:  # row 62
+    with pytest.raises(ConfigError, match=r"tune\.targets: no layer is called \['query'\], expected some of"):
+        learner(method="lora", targets=["query"]).model  # noqa: B018
+
+
+def test_the_first_tensors_depend_on_the_seed_alone() -> None:
+    a, b = (learner(method="lora", rank=2).initial() for _ in range(2))
+    torch.manual_seed(0)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("method", ["last-k", "lora", "full"])
+def test_training_moves_what_is_tuned_and_never_batch_norms_statistics(method: str) -> None:
+    found = learner(method=method)
+    shard = grey_png_shard(12, classes=3)
+    before = {n: b.clone() for n, b in found.model.named_buffers()}
+    frozen = {n: p.clone() for n, p in found.model.named_parameters() if not p.requires_grad}
+    update = train_model(found, found.initial(), shard, found.job, client="c", round=1, plan={})
+    assert all(torch.equal(b, before[n]) for n, b in found.model.named_buffers())
+    assert all(torch.equal(dict(found.model.named_parameters())[n], p) for n, p in frozen.items())
+    assert set(update.delta) == set(tuning.trainable(found.model))
+    assert any((d != 0).any() for n, d in update.delta.items() if n.startswith("backbone"))
+
+
+def test_training_twice_from_the_same_tensors_gives_the_same_bits() -> None:
+    shard = grey_png_shard(10, classes=3)
+    found = learner(method="full")
+    first = found.initial()
+    runs = [train_model(found, first, shard, found.job, client="c", round=1, plan={}) for _ in range(2)]
+    fresh = learner(method="full")
+    runs.append(train_model(fresh, fresh.initial(), shard, found.job, client="c", round=1, plan={}))
+    for run in runs[1:]:
+        assert all(torch.equal(run.delta[n], runs[0].delta[n]) for n in first)
+
+
+def test_the_proximal_term_holds_a_client_back() -> None:
+    shard, found = grey_png_shard(12, classes=3), learner(method="last-k")
+    norms = [
+        sum(float(d.square().sum()) for d in train_model(
+            found, found.initial(), shard, found.job, client="c", round=1, plan={"proximal_mu": mu}
+        ).delta.values())
+        for mu in (0.0, 5.0)
+    ]  # fmt: skip
+    assert norms[1] < norms[0]
+
+
+def test_dropout_works_in_tuned_parts_only() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+            self.tuned = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2))
+
+    model = Model(Encoder(), nn.Linear(2, 2))  # type: ignore[arg-type]
+    model.backbone.frozen.requires_grad_(False)  # type: ignore[union-attr]
+    tuning.training_mode(model)
+    modes = {n: m.training for n, m in model.named_modules() if not list(m.children())}
+    assert modes == {
+        "backbone.frozen.0": False, "backbone.frozen.1": False,
+        "backbone.tuned.0": True, "backbone.tuned.1": True, "backbone.tuned.2": False,
+        "head": True,
+    }  # fmt: skip
+
+
+def test_a_key_without_meaning_for_the_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank has no meaning"):
+        TuneSection(method="full", rank=3)
+
+
+def test_shards_select_keeps_rows_together() -> None:
+    shard: Shard = grey_png_shard(6, classes=3)
+    part = shard.select([4, 1])
+    assert part.keys == (shard.keys[4], shard.keys[1])
+    assert part.targets.tolist() == [shard.targets[4], shard.targets[1]]
+    assert isinstance(image_job("resnet18"), Job)
