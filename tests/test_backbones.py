@@ -1,0 +1,236 @@
+"""Every torchvision classifier becomes an encoder; weights are found in order or asked for in one line."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from protocol.errors import WeightsError
+from protocol.job import BackboneSection
+from tasks.features import BATCH, extract
+from tasks.loading import load_weights
+from tasks.text_encoder import load_text_encoder
+from tasks.vision_encoder import load_vision_encoder, torchvision_trunk, torchvision_width
+from tasks.weights import resolve, torchvision_names
+from tests.small import grey_png_shard
+
+SMALL = [
+    "alexnet", "squeezenet1_0", "squeezenet1_1", "resnet18", "shufflenet_v2_x0_5", "mobilenet_v2",
+    "mobilenet_v3_small", "mnasnet0_5", "efficientnet_b0", "regnet_y_400mf", "googlenet", "densenet121",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_torchvision_network_gives_one_feature_vector_an_image(name: str) -> None:
+    trunk, width = torchvision_trunk(name, 0)
+    trunk.eval()
+    with torch.inference_mode():
+        features = trunk(torch.zeros(2, 3, 64, 64)).flatten(1)
+    assert features.shape == (2, width)
+    assert torchvision_width(name) == width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(torchvision_names()) - set(SMALL)))
+def test_every_other_torchvision_classifier_too(name: str) -> None:
+    """On `meta`, where nothing is computed; a few initialise in a way that needs real tensors."""
+    try:
+        with torch.device("meta"):
+            trunk, width = torchvision_trunk(name, 0)
+            size = 299 if name == "inception_v3" else 256 if name.startswith(("swin_v2",)) else 224
+            images = torch.zeros(2, 3, size, size)
+            size_of = getattr(trunk, "image_size", size)
+            features = trunk.eval()(images if size_of == size else torch.zeros(2, 3, size_of, size_of))
+    except NotImplementedError:
+        trunk, width = torchvision_trunk(name, 0)
+        features = trunk.eval()(torch.zeros(2, 3, 224, 224))
+    assert features.flatten(1).shape == (2, width)
+
+
+def test_random_weights_come_from_the_seed_and_only_when_asked_for() -> None:
+    section = BackboneSection(name="torchvision:squeezenet1_1", weights="random", image_size=32)
+    a, b, c = (load_vision_encoder(resolve(section, s), section, s).state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert any(not torch.equal(a[n], c[n]) for n in a)
+    assert resolve(section, 1).origin == "random, seed 1"
+    assert resolve(section, 1).fingerprint != resolve(section, 2).fingerprint
+
+
+def test_weights_that_are_nowhere_are_asked_for_in_one_line_without_a_download(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:  # row 52
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(WeightsError) as caught:
+        resolve(BackboneSection(name="torchvision:resnet50", offline=True), 1)
+    line = str(caught.value)
+    assert "looked in" in line and str(tmp_path) in line and "offline" in line and "put resnet50-" in line
+    assert "\n" not in line and not any(tmp_path.rglob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("torchvision:resnet5O", "did you mean resnet50"),  # row 51
+        ("keras:resnet50", "unknown kind 'keras'"),
+        ("/nowhere", "no config.json"),
+        ("hf:no/such-model", "no weights found; looked in transformers' cache; offline"),
+    ],
+)
+def test_an_unknown_backbone_is_answered_in_one_line(name: str, pattern: str) -> None:
+    with pytest.raises(WeightsError, match=pattern) as caught:
+        resolve(BackboneSection(name=name, offline=True), 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_librarys_own_cache_comes_before_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    trunk, _ = torchvision_trunk("squeezenet1_1", 3)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(trunk.state_dict(), folder / "squeezenet1_1-b8a52dc0.pth")
+    section = BackboneSection(name="torchvision:squeezenet1_1", offline=True, image_size=32)
+    found = resolve(section, 1)
+    assert found.origin.startswith("torchvision's cache")
+    loaded = load_vision_encoder(found, section, 1).model.state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in trunk.state_dict().items())
+
+
+class Gadget:
+    def __reduce__(self) -> object:
+        return os.system, ("touch canary",)
+
+
+def damage(tmp_path: Path, kind: str) -> Path:
+    good = {k: v.clone() for k, v in torchvision_trunk("squeezenet1_1", 1)[0].state_dict().items()}
+    name = next(iter(good))
+    path = tmp_path / "w.safetensors"
+    match kind:
+        case "nan":
+            good[name][0] = torch.nan
+        case "missing":
+            del good[name]
+        case "extra":
+            good["surplus.weight"] = torch.ones(1)
+        case "shape":
+            good[name] = torch.ones(2, 2)
+    save_file(good, path)
+    match kind:
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:1000])
+        case "huge header":
+            path.write_bytes(struct.pack("<Q", 2**60) + b"{}")
+        case "overlap":
+            header = json.dumps(
+                {n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "ab"}
+            ).encode()
+            path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+        case "pickle":
+            path = tmp_path / "w.pth"
+            path.write_bytes(pickle.dumps({"x": Gadget()}))
+        case "list":
+            path = tmp_path / "w.pth"
+            torch.save([1, 2], path)
+        case "text":
+            path = tmp_path / "w.pth"
+            path.write_text("hello")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("truncated", "not a readable safetensors"),  # row 53
+        ("huge header", "not a readable safetensors"),  # row 54
+        ("overlap", "not a readable safetensors"),  # row 55
+        ("nan", "not finite"),  # row 56
+        ("missing", "is missing"),  # row 57
+        ("extra", "unexpected tensor surplus.weight"),  # row 58
+        ("shape", r"has shape \(2, 2\), expected"),  # row 59
+        ("pickle", "objects other than tensors"),  # row 61
+        ("list", "expected a dict of tensors"),
+        ("text", "objects other than tensors|not a readable torch file"),
+    ],
+)
+def test_a_damaged_weights_file_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, pattern: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = damage(tmp_path, kind)
+    section = BackboneSection(name="torchvision:squeezenet1_1", weights=str(path), image_size=32)
+    with pytest.raises(WeightsError, match=pattern) as caught:
+        load_vision_encoder(resolve(section, 1), section, 1)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "canary").exists()
+
+
+def tiny_bert(folder: Path) -> Path:
+    """A really saved transformers encoder of two small layers, with its tokenizer."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "good", "bad"]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_of_save_pretrained_is_a_backbone(tmp_path: Path) -> None:
+    section = BackboneSection(name=str(tiny_bert(tmp_path / "bert")), max_tokens=16)
+    found = resolve(section, 1)
+    encoder = load_text_encoder(found, section, 1).eval()
+    saved = load_file(tmp_path / "bert" / "model.safetensors")
+    loaded = encoder.model.state_dict()
+    assert all(torch.equal(loaded[n], t) for n, t in saved.items() if n in loaded)
+    assert encoder(encoder.prepare(["good", "a b c d"])).shape == (2, 32)
+
+
+@pytest.mark.parametrize("kind", ["nan", "truncated", "missing"])
+def test_a_damaged_transformers_folder_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tiny_bert(tmp_path / "bert") / "model.safetensors"
+    state = load_file(path)
+    name = "encoder.layer.0.output.dense.weight"
+    if kind == "nan":
+        state[name][0] = torch.nan
+    if kind == "missing":
+        del state[name]
+    save_file(state, path, metadata={"format": "pt"})
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:500])
+    section = BackboneSection(name=str(tmp_path / "bert"))
+    with pytest.raises(WeightsError) as caught:
+        load_text_encoder(resolve(section, 1), section, 1)
+    assert str(tmp_path / "bert") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_features_do_not_depend_on_neighbours_or_place_or_workers(tmp_path: Path, kind: str) -> None:
+    if kind == "text":
+        section = BackboneSection(name=str(tiny_bert(tmp_path / "bert")), max_tokens=32)
+        encoder = load_text_encoder(resolve(section, 1), section, 1)
+        inputs: list[object] = ["abc " * (1 + i % 7) + "good" * (i % 2) for i in range(2 * BATCH + 5)]
+    else:
+        section = BackboneSection(name="torchvision:mobilenet_v2", weights="random", image_size=32)
+        encoder = load_vision_encoder(resolve(section, 1), section, 1)
+        inputs = list(grey_png_shard(2 * BATCH + 5, classes=3).inputs)
+    whole = extract(encoder, inputs, threads=1, device="cpu")
+    for rows in ([0], [36, 3, 20], list(range(36, -1, -1)), list(range(5, 22))):
+        part = extract(encoder, [inputs[r] for r in rows], threads=1, device="cpu")
+        assert torch.equal(part, whole[rows]), rows
+
+
+def test_load_weights_reads_what_torch_saves(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "w.pth")
+    assert load_weights(tmp_path / "w.pth")["a"].tolist() == [1, 1]
