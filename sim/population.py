@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import datasets
 
@@ -17,11 +16,12 @@ from tasks.seam import Shard
 
 @dataclass(frozen=True)
 class Population:
-    """All clients of a simulation; a client's rows are picked when they are asked for."""
+    """All clients of a simulation: `rows` of `train` for each; its shard is made when it is asked for."""
 
     job: Job
     train: datasets.Dataset
     test: datasets.Dataset
+    rows: list[list[int]]
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -33,13 +33,7 @@ class Population:
         """
         table = read_source(job)
         train, test = hold_out(table, job)
-        return cls(job, train, test, table.notes)
-
-    @cached_property
-    def rows(self) -> list[list[int]]:
-        """Rows of `train` that each client holds."""
-        order = ranked(example_keys(self.train), self.job.seed, "partition")
-        return partition(self.train, order, self.job)
+        return cls(job, train, test, deal(train, job), table.notes)
 
     def names(self, job: Job) -> list[str]:
         return client_names(job.federation.clients)
@@ -50,6 +44,11 @@ class Population:
     def test_shard(self, learner: Learner) -> Shard | None:
         """The server's own test set; None where the job holds nothing out."""
         return learner.task.shard(self.test, learner.facts) if len(self.test) else None
+
+
+def deal(train: datasets.Dataset, job: Job) -> list[list[int]]:
+    """Rows of `train` that each client holds."""
+    return partition(train, ranked(example_keys(train), job.seed, "partition"), job)
 
 
 def client_names(count: int) -> list[str]:

@@ -1,0 +1,130 @@
+"""Checkpoints: killed at any system call, torn, flipped, foreign; the last whole one is used."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol.errors import ConfigError, JobError
+from server import checkpoint
+from server.checkpoint import Checkpoint, latest, save
+
+
+def at(round: int) -> Checkpoint:
+    return Checkpoint(
+        round=round,
+        job_hash="ab" * 32,
+        tensors={"w": torch.full((3,), float(round))},
+        state={"m.w": torch.full((3,), round / 2, dtype=torch.float64), "round": float(round)},
+        log=tuple({"round": r} for r in range(1, round + 1)),
+        facts={"classes": ["a", "b"]},
+    )
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    save(tmp_path, at(3))
+    found = latest(tmp_path, "ab" * 32)
+    assert found is not None
+    assert (found.round, found.job_hash, found.log, found.facts) == (3, "ab" * 32, at(3).log, at(3).facts)
+    assert torch.equal(found.tensors["w"], at(3).tensors["w"])
+    assert found.state["round"] == 3.0
+    assert torch.equal(found.state["m.w"], at(3).state["m.w"])  # type: ignore[arg-type]
+
+
+def test_only_the_last_two_are_kept(tmp_path: Path) -> None:
+    for round in range(1, 6):
+        save(tmp_path, at(round))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000004", "round-000005"]
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "state.sha256"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    save(tmp_path, at(1))
+    save(tmp_path, at(2))
+    path = tmp_path / "round-000002" / file
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes({"flip": bytes(content), "truncate": content[:-3], "empty": b""}[damage])
+    found = latest(tmp_path, "ab" * 32)
+    assert found is not None and found.round == 1
+    assert "round-000002 is damaged" in caplog.text
+
+
+def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, at(1))
+    with pytest.raises(ConfigError, match="belongs to job abababababab, this one is cdcdcdcdcdcd"):
+        latest(tmp_path, "cd" * 32)
+
+
+def test_a_checkpoint_of_another_schema_is_refused_with_both_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SCHEMA", 9)
+    save(tmp_path, at(1))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="schema 9, this version of Atoll reads 1"):
+        latest(tmp_path, "ab" * 32)
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_an_error_of_the_disk_leaves_the_older_checkpoint_and_names_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    save(tmp_path, at(1))
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), fail)
+    with pytest.raises(JobError, match=r"round-000002: checkpoint not written \(No space left on device\)"):
+        save(tmp_path, at(2))
+    monkeypatch.undo()
+    found = latest(tmp_path, "ab" * 32)
+    assert found is not None and found.round == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000001"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+from tests.test_checkpoint import at, save
+print("ready", flush=True)
+for round in range(2, 100_000):
+    save(Path(sys.argv[1]), at(round))
+"""
+
+
+def test_a_kill_at_any_time_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Fifty writers, each killed after another fraction of a save."""
+    folder, reached = tmp_path / "c", set()
+    save(folder, at(1))
+    command = [sys.executable, "-c", WRITER, str(folder), str(Path.cwd())]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    for moment in range(50):
+        time.sleep(0.003 + moment * 0.0007)
+        os.kill(writer.pid, signal.SIGSTOP)  # everything on the disk is now as a kill would leave it
+        copy = tmp_path / f"copy{moment}"
+        shutil.copytree(folder, copy)
+        os.kill(writer.pid, signal.SIGCONT)
+        found = latest(copy, "ab" * 32)
+        assert found is not None
+        assert torch.equal(found.tensors["w"], at(found.round).tensors["w"])
+        reached.add(found.round)
+    writer.kill()
+    writer.wait()
+    assert len(reached) > 10

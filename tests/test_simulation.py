@@ -1,0 +1,275 @@
+"""A whole run in process: it learns, it repeats bit for bit, it goes on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.errors import ConfigError, InconsistentUpdates, InputError
+from protocol.job import Job
+from protocol.messages import Failure, Reply, Request, Update
+from server.play import play
+from server.rounds import sample
+from sim.engine import simulate, warmed
+from sim.inline import InlineCarrier
+from sim.population import Population, client_names
+
+DIGITS = {
+    "name": "digits",
+    "seed": 11,
+    "task": {"name": "image-classification"},
+    "data": {"source": "digits", "partition": {"kind": "dirichlet", "alpha": 0.5}},
+    "backbone": {"name": "torchvision:squeezenet1_1", "weights": "random", "image_size": 32},
+    "train": {"lr": 0.02, "batch_size": 16},
+    "federation": {"clients": 6, "cohort": 4, "rounds": 4},
+}
+
+
+def job(**tables: Any) -> Job:
+    return Job.parse(DIGITS | {k: DIGITS.get(k, {}) | v for k, v in tables.items()}, origin="test")
+
+
+def unwatched(step: str, what: dict[str, Any]) -> None: ...
+
+
+def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
+    return simulate(job, out, watch=unwatched, **options)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(job(), tmp_path_factory.mktemp("reference") / "run")
+
+
+def test_a_run_learns_and_leaves_the_run_directory_of_the_contract(tmp_path: Path) -> None:
+    result = run(
+        job(
+            backbone={"name": "torchvision:mobilenet_v2", "weights": "pretrained"},
+            evaluate={"baselines": ["zero_shot", "local_only", "pooled"]},
+            federation={"rounds": 10},
+        ),
+        tmp_path / "r",
+    )
+    names = {p.name for p in (tmp_path / "r").iterdir()} - {".lock"}
+    assert names == {"job.toml", "metrics.jsonl", "result.json", "report.html", "model", "checkpoints"}
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result["rounds"]
+    assert len(lines) == 10
+    assert {"round", "cohort", "loss", "metrics", "seconds", "set_aside"} <= set(lines[0])
+    expected = {
+        "job_hash", "model_sha256", "engine", "task", "strategy", "seed", "seconds", "clients_trained",
+        "bytes_up", "bytes_down", "peak_rss_mb", "rounds", "final", "baselines", "privacy",
+    }  # fmt: skip
+    assert expected <= set(json.loads((tmp_path / "r" / "result.json").read_text()))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    found = {name: m["accuracy"] for name, m in result["baselines"].items()}
+    assert found["zero_shot"] < found["local_only"] < found["pooled"]
+    assert result["final"]["server"]["accuracy"] > found["zero_shot"] + 0.2
+    assert set(result["final"]["clients"]) == set(client_names(6))
+    assert result["clients_trained"] == 40
+    # ten rounds of four clients and one evaluation of six, of 10 x 1280 weights and 10 biases of 4 bytes
+    assert result["bytes_up"] == 40 * 4 * 12810
+    assert result["bytes_down"] == (40 + 6) * 4 * 12810
+
+
+def test_the_same_job_gives_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
+    again = run(job(), tmp_path / "r")
+    assert again["model_sha256"] == reference["model_sha256"]
+    assert [r["model_sha256"] for r in again["rounds"]] == [r["model_sha256"] for r in reference["rounds"]]
+    assert run(job().model_copy(update={"seed": 12}), tmp_path / "s")["model_sha256"] != again["model_sha256"]
+
+
+@pytest.mark.slow
+def test_four_workers_give_the_bits_of_one(tmp_path: Path, reference: dict[str, Any]) -> None:
+    assert run(job(), tmp_path / "r", workers=4)["model_sha256"] == reference["model_sha256"]
+
+
+def test_the_replayed_job_file_gives_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
+    run(job(federation={"rounds": 1}), tmp_path / "first")
+    replay = Job.load(tmp_path / "first" / "job.toml", ["federation.rounds=4"])
+    assert run(replay, tmp_path / "second")["model_sha256"] == reference["model_sha256"]
+
+
+class Breaks(InlineCarrier):
+    """Stops the run at a given exchange, as a kill would between two rounds."""
+
+    left = 2
+
+    def exchange(self, request: Request, names: Any, timeout: float) -> Any:
+        if request.kind == "train":
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return super().exchange(request, names, timeout)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
+    population = Population.of(job())
+    with pytest.raises(KeyboardInterrupt):
+        play(job(), Breaks.of(population), tmp_path / "r", warmed(population, None))
+    assert not (tmp_path / "r" / "result.json").exists()
+    result = run(job(), tmp_path / "r", resume=True)
+    assert result["model_sha256"] == reference["model_sha256"]
+    assert [r["round"] for r in result["rounds"]] == [1, 2, 3, 4]
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from protocol.job import Job
+from sim.engine import simulate
+def watch(step, what):
+    print(step, flush=True)
+simulate(Job.load(Path(sys.argv[1])), Path(sys.argv[2]), watch=watch, resume=sys.argv[3] == "resume")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "flwr:FedYogi"])
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, strategy: str) -> None:
+    from server.rundir import job_toml
+
+    setting = job(strategy={"name": strategy}, federation={"rounds": 40})
+    expected = run(setting, tmp_path / "whole")["model_sha256"]
+    (tmp_path / "job.toml").write_text(job_toml(setting))
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "job.toml"), str(tmp_path / "r")]
+    for attempt, rounds in enumerate((3, 9, 14)):
+        mode = "resume" if attempt else "new"
+        process = subprocess.Popen([*command, mode], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        seen = 0
+        for line in process.stdout:
+            seen += line.strip() == "round"
+            if seen == rounds:
+                time.sleep(0.002 * attempt)
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    assert run(setting, tmp_path / "r", resume=True)["model_sha256"] == expected
+
+
+def test_a_run_directory_in_use_refuses_a_second_process(tmp_path: Path) -> None:
+    population = Population.of(job())
+
+    class Second(InlineCarrier):
+        def hello(self, job: Job) -> Any:
+            with pytest.raises(ConfigError, match=f"another process runs in it .pid {os.getpid()}"):
+                run(job, tmp_path / "r", resume=True)
+            return super().hello(job)
+
+    play(job(federation={"rounds": 1}), Second.of(population), tmp_path / "r", warmed(population, None))
+
+
+def test_an_old_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:  # row 80
+    setting = job(federation={"rounds": 1})
+    run(setting, tmp_path / "r")
+    before = (tmp_path / "r" / "result.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"exists and is not empty; use --resume to go on, --force"):
+        run(setting, tmp_path / "r")
+    assert (tmp_path / "r" / "result.json").read_bytes() == before
+    run(setting, tmp_path / "r", force=True)
+
+
+def test_resuming_with_a_changed_job_names_what_changed(tmp_path: Path) -> None:
+    run(job(federation={"rounds": 1}), tmp_path / "r")
+    with pytest.raises(ConfigError, match=r"changed job: train\.lr"):
+        run(job(federation={"rounds": 1}, train={"lr": 0.3}), tmp_path / "r", resume=True)
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        run(job(), tmp_path / "other", resume=True)
+
+
+class Hostile(InlineCarrier):
+    """One client sends rubbish, one fails, one is silent; the rest are honest."""
+
+    def exchange(self, request: Request, names: Any, timeout: float) -> Any:
+        for reply in super().exchange(request, names, timeout):
+            yield from self._twisted(reply)
+
+    def _twisted(self, reply: Reply) -> Any:
+        match reply:
+            case Update(client="client-0000"):
+                nan = {n: t * float("nan") for n, t in reply.delta.items()}
+                yield Update(reply.client, reply.round, nan, reply.num_examples, reply.states)
+            case Update(client="client-0001"):
+                yield Failure(reply.client, "disk full")
+            case Update(client="client-0002"):
+                return
+            case _:
+                yield reply
+
+
+def test_bad_clients_are_set_aside_by_name_and_the_run_goes_on(tmp_path: Path) -> None:
+    population = Population.of(job(federation={"cohort": 6}))
+    setting = population.job
+    result = play(setting, Hostile.of(population), tmp_path / "r", warmed(population, None))
+    aside = result["rounds"][0]["set_aside"]
+    assert set(aside) == {"client-0000", "client-0001", "client-0002"}
+    assert "not finite" in aside["client-0000"]
+    assert aside["client-0001"] == "disk full"
+    assert "no reply" in aside["client-0002"]
+    assert result["rounds"][-1]["loss"] < result["rounds"][0]["loss"]
+
+
+def test_a_round_below_its_quorum_is_abandoned_and_the_model_stays(tmp_path: Path) -> None:
+    population = Population.of(job(federation={"cohort": 6, "quorum": 0.6}))
+    with pytest.raises(InconsistentUpdates, match=r"round 1: 3 of 6 usable updates, needed 4"):
+        play(population.job, Hostile.of(population), tmp_path / "r", warmed(population, None))
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_a_poisson_cohort_has_the_rate_and_may_be_empty() -> None:
+    names = client_names(200)
+    setting = job(federation={"clients": 200, "cohort_rate": 0.1, "cohort": None})
+    sizes = [len(sample(names, setting, r)) for r in range(1, 201)]
+    assert abs(sum(sizes) / 200 - 20) < 4 * (200 * 0.09) ** 0.5 / 200**0.5 * 1.0 + 0.5
+    assert len(set(sizes)) > 5
+    few = job(federation={"clients": 6, "cohort_rate": 0.01, "cohort": None})
+    assert any(sample(client_names(6), few, r) == [] for r in range(1, 5))
+
+
+def test_an_empty_cohort_leaves_the_model_as_it_is(tmp_path: Path) -> None:
+    result = run(job(federation={"cohort_rate": 1e-6, "cohort": None, "rounds": 2}), tmp_path / "r")
+    assert [line["cohort"] for line in result["rounds"]] == [[], []]
+    assert len({line["model_sha256"] for line in result["rounds"]}) == 1
+
+
+def test_a_fixed_cohort_is_drawn_evenly() -> None:
+    names, counts = client_names(10), dict.fromkeys(client_names(10), 0)
+    setting = job(federation={"clients": 10, "cohort": 3})
+    for round in range(1, 1001):
+        cohort = sample(names, setting, round)
+        assert len(set(cohort)) == 3 and cohort == sorted(cohort)
+        for name in cohort:
+            counts[name] += 1
+    assert all(abs(n - 300) < 5 * (1000 * 0.3 * 0.7) ** 0.5 for n in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("tables", "pattern"),
+    [
+        ({"data": {"source": "digitz"}}, "digits"),
+        ({"task": {"name": "image-clasification"}}, "did you mean 'image-classification'"),
+        ({"federation": {"clients": 5000, "cohort": None}}, "5000 clients cannot share"),
+        ({"data": {"partition": {"kind": "natural", "by": "hospital"}}}, "no column 'hospital'"),
+        ({"train": {"device": "cuda"}}, "train.device: 'cuda' cannot be used"),  # row 85
+        ({"train": {"device": "toaster"}}, "train.device: 'toaster' cannot be used"),
+        ({"data": {"classes": ("0", "1")}}, r"label '2' is not in data.classes"),
+    ],
+)
+def test_a_job_that_cannot_run_here_says_so_in_one_line(tmp_path: Path, tables: Any, pattern: str) -> None:
+    import torch
+
+    if "cuda" in str(tables) and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match=pattern) as caught:
+        run(job(**tables), tmp_path / "r")
+    assert "\n" not in str(caught.value)
