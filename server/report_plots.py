@@ -164,13 +164,15 @@ def _dots(axes: Axes, bins: dict[int, list[float]]) -> None:
 
 def scatter_plot(name: str, title: str, points: Points, *, percent: bool) -> str:
     """A client's metric against its number of examples."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 
     with Drawing(name, title) as drawing:
         axes = drawing.axes
         xs, ys = zip(*points, strict=True)
         if max(xs) > 50 * min(xs):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.scatter(xs, ys, s=34, color=COLOURS["--federated"], alpha=0.55, linewidths=0)

@@ -55,6 +55,7 @@ p { margin: 0 0 12px; max-width: 46em; text-wrap: pretty; }
 .note, caption, figcaption, .none { color: var(--muted); font-size: 14px; }
 .none { font-size: inherit; }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 10px; background: var(--card); }
+.scroll + .note { margin-top: 10px; }
 .long { max-height: 520px; overflow-y: auto; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--federated); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; overflow-wrap: normal; }
@@ -143,7 +144,8 @@ footer { margin-top: 64px; padding-top: 18px; padding-bottom: 56px; color: var(-
   body { font-size: 10.5pt; }
   header, main, footer { padding: 0; max-width: none; }
   section { margin-top: 28pt; }
-  .long { max-height: none; }
+  .scroll + .note { margin-top: 10px; }
+.long { max-height: none; }
   .scroll { overflow: visible; }
   .long thead th { position: static; }
   figure, tr, .tiles, pre { break-inside: avoid; }
