@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from server.comparison import NAMES, comparison_of
+
 out = Console()
 err = Console(stderr=True)
 
@@ -111,37 +113,18 @@ def watching(rounds: int) -> Iterator[Watcher]:
             watcher.close()
 
 
-NAMES = {
-    "zero_shot": "untrained head",
-    "local_only": "every client alone (mean)",
-    "federated": "federated",
-    "pooled": "pooled (all data in one place)",
-}
-
-
 def comparison(result: dict[str, Any]) -> Table:
     """The baselines and the federated model on the same test set, a row each."""
-    rows = {name: result["baselines"].get(name) for name in ("zero_shot", "local_only")}
-    rows["federated"] = result["final"]["server"] or mean_over_clients(result)
-    rows["pooled"] = result["baselines"].get("pooled")
-    metrics = [m for m in rows["federated"] or {} if m != "examples"]
+    compared = comparison_of(result)
     table = Table(title=f"{result['name']}: {result['task']}, {result['strategy']}", title_justify="left")
     table.add_column("model")
-    for metric in metrics:
+    for metric in compared.metrics:
         table.add_column(metric.replace("_", " "), justify="right")
-    for name, values in rows.items():
-        if values:
-            style = "bold" if name == "federated" else ""
-            table.add_row(NAMES[name], *(f"{values[m]:.3f}" for m in metrics), style=style)
+    for name in compared.rows:
+        values = (compared.value(name, metric) for metric in compared.metrics)
+        style = "bold" if name == "federated" else ""
+        table.add_row(NAMES[name], *("-" if v is None else f"{v:.3f}" for v in values), style=style)
     return table
-
-
-def mean_over_clients(result: dict[str, Any]) -> dict[str, float]:
-    """Metrics averaged over clients, weighted by their validation examples."""
-    clients = [c for c in result["final"]["clients"].values() if c["examples"]]
-    total = sum(c["examples"] for c in clients)
-    names = [n for n in clients[0] if n != "examples"] if clients else []
-    return {n: sum(c[n] * c["examples"] for c in clients) / total for n in names}
 
 
 def ending(result: dict[str, Any], run: Any) -> None:

@@ -1,0 +1,245 @@
+"""Numbers, names and sentences of the report, as people say them. Plain text: nothing here is HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from protocol.job import Job
+from server.comparison import Comparison, finite, lower_is_better, whole_percent
+from strategies import STRATEGIES
+
+NOT_MEASURED = "not measured"
+FEW_CLASSES = 8
+SHOUTED = {"f1": "F1", "auroc": "AUROC", "auc": "AUC", "mse": "MSE", "mae": "MAE"}
+STRATEGY_NAMES = {
+    "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
+    "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
+}  # fmt: skip
+ENGINES = {"inline": "in process (inline)", "ray": "Flower's engine on Ray"}
+
+
+def metric_words(name: str) -> str:
+    """A metric's name in words.
+
+    >>> metric_words("macro_f1")
+    'macro F1'
+    """
+    return " ".join(SHOUTED.get(word, word) for word in name.split("_"))
+
+
+def metric_value(name: str, value: object) -> str:
+    """Accuracies in percent, all else with three decimals.
+
+    >>> metric_value("accuracy", 0.9258), metric_value("loss", float("nan"))
+    ('92.6 %', 'not measured')
+    """
+    number = finite(value)
+    if number is None:
+        return NOT_MEASURED
+    if "accuracy" in name:
+        return f"{number * 100:.1f} %"
+    return f"{number:.3f}" if abs(number) < 1000 else f"{number:.3g}"
+
+
+def size(count: float) -> str:
+    """Bytes in SI units.
+
+    >>> size(1_540_000), size(77_000), size(12)
+    ('1.54 MB', '77 kB', '12 bytes')
+    """
+    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if count >= 1000**power * 0.9995:
+            return f"{count / 1000**power:.3g} {unit}"
+    return counted(round(count), "byte")
+
+
+def duration(seconds: float | None) -> str:
+    """A span of time with about three digits.
+
+    >>> duration(0.0719), duration(4.196), duration(75), duration(3720)
+    ('72 ms', '4.2 s', '1 min 15 s', '1 h 2 min')
+    """
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count and its noun.
+
+    >>> counted(1, "round"), counted(1925, "number")
+    ('1 round', '1,925 numbers')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Of sorted values, by linear interpolation.
+
+    >>> quantile([0.0, 1.0, 4.0], 0.75)
+    2.5
+    """
+    place = (len(ordered) - 1) * share
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def what_was_tuned(result: dict[str, Any], job: Job | None) -> str:
+    """One sentence: the backbone, what of it was trained, and for which task."""
+    backbone = result.get("backbone", {}).get("name", "the backbone")
+    method = job.tune.method if job else None
+    tuned = {
+        "head": f"A new last layer, the head, was trained on top of {backbone}, which stayed frozen",
+        "last-k": f"The last layers of {backbone} and a new head were trained",
+        "lora": f"Low-rank adapters (LoRA) inside the frozen {backbone} and a new head were trained",
+        "full": f"All weights of {backbone} and a new head were trained",
+    }.get(method or "", f"A model on top of {backbone} was trained")
+    return f"{tuned}, for {result['task'].replace('-', ' ')}{_classes(result)}."
+
+
+def _classes(result: dict[str, Any]) -> str:
+    classes = [str(c) for c in result.get("facts", {}).get("classes", [])]
+    if not classes:
+        return ""
+    return f" into {len(classes)} classes" + (f": {listed(classes)}" if len(classes) <= FEW_CLASSES else "")
+
+
+def on_what_data(result: dict[str, Any], job: Job | None) -> str:
+    """One sentence: the data and how it lay with the clients."""
+    clients = counted(len(result["final"]["clients"]), "client")
+    if job is None:
+        return f"The data lay with {clients}."
+    if result["engine"] not in ENGINES:
+        return f"{clients[0].upper()}{clients[1:]} trained on their own data, which never left their sites."
+    source = job.data.source.rstrip("/").rsplit("/", 1)[-1]
+    return f"The data, {source}, was dealt to {clients} {_dealt(job)}."
+
+
+def _dealt(job: Job) -> str:
+    partition = job.data.partition
+    match partition.kind:
+        case "dirichlet":
+            return f"with unequal shares of each class (Dirichlet, alpha {partition.alpha:g})"
+        case "pathological":
+            return f"so that each holds no more than {partition.classes_per_client} of the classes"
+        case "natural":
+            return f"by the column {partition.by}"
+        case _:
+            return "evenly, at random"
+
+
+def how_it_went(result: dict[str, Any]) -> str:
+    """One sentence: rounds, cohorts, and how updates merged."""
+    sizes = sorted({len(line["cohort"]) for line in result["rounds"]})
+    cohort = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}" if sizes else "0"
+    rounds, all_clients = len(result["rounds"]), len(result["final"]["clients"])
+    clients = "all clients" if sizes == [all_clients] else f"{cohort} of the {counted(all_clients, 'client')}"
+    when = "In one round" if rounds == 1 else f"In each of {rounds:,} rounds"
+    return (
+        f"{when}, {clients} trained and sent back how {_trainable(result)} had moved;"
+        f" the server merged these updates by {strategy_words(result['strategy'])}."
+    )
+
+
+def strategy_words(name: str) -> str:
+    """A strategy's proper name and what it does."""
+    known = STRATEGIES.get(name)
+    return f"{STRATEGY_NAMES.get(name, name)}: {known.summary}" if known else name
+
+
+def _trainable(result: dict[str, Any]) -> str:
+    numbers = sum(prod(shape) for shape in result.get("trainable", {}).values())
+    return f"the {numbers:,} trained numbers" if numbers else "the trained numbers"
+
+
+def what_it_cost(result: dict[str, Any]) -> str:
+    """One sentence: traffic and time."""
+    return (
+        f"In all, {size(result['bytes_up'])} travelled up to the server and {size(result['bytes_down'])} down"
+        f" to the clients, and the run took {duration(result['seconds'])}."
+    )
+
+
+def what_was_private(privacy: dict[str, Any]) -> str:
+    """One or two sentences: the privacy claim, or that there is none."""
+    if privacy["unit"] == "none":
+        return "Privacy: this run made no privacy claim; no noise was added to what the clients sent."
+    epsilon, delta = finite(privacy["epsilon"]), finite(privacy["delta"])
+    spent = "an epsilon that was not recorded" if epsilon is None else f"epsilon {epsilon:.3g}"
+    at = "" if delta is None else f" at delta {delta:.2g}"
+    seeded = (
+        " Its noise was seeded, as a simulation's is, so this very run was not private."
+        if privacy["seeded_noise"]
+        else ""
+    )
+    return f"Privacy: the unit is the {privacy['unit']}, with {spent}{at}.{seeded}"
+
+
+def reading(compared: Comparison) -> str:
+    """The comparison table in one sentence."""
+    metric = compared.headline
+    federated = compared.value("federated", metric) if metric else None
+    if metric is None or federated is None:
+        return "The federated model was not measured."
+    said = {row: metric_value(metric, compared.value(row, metric)) for row in compared.rows}
+    word, share = metric_words(metric), compared.gap_closed
+    if share is not None:
+        return _gap_sentence(share, word, said)
+    rows = compared.rows if compared.on_test_set else {}
+    if "local_only" in rows and "pooled" in rows:
+        return (
+            f"Clients alone ({said['local_only']}) and pooled data ({said['pooled']}) leave no gap in {word}"
+            f" that federation could close; it reached {said['federated']}."
+        )
+    if "local_only" in rows:
+        return (
+            f"Federation reached {said['federated']} {word};"
+            f" a client alone reaches {said['local_only']} on average."
+        )
+    if "pooled" in rows:
+        return f"Federation reached {said['federated']} {word}, pooled data {said['pooled']}."
+    if "zero_shot" in rows:
+        return f"Training took {word} from {said['zero_shot']} to {said['federated']}."
+    return f"Federation reached {said['federated']} {word}; there is no baseline to compare it with."
+
+
+def _gap_sentence(share: float, word: str, said: dict[str, str]) -> str:
+    if share < 0:
+        return (
+            f"Federation did worse than clients alone: {said['federated']} {word}"
+            f" against {said['local_only']} on average."
+        )
+    if share >= 1:
+        return (
+            f"Federation did as well as pooled data or better: {said['federated']} {word}"
+            f" against {said['pooled']} with all data in one place"
+            f" and {said['local_only']} for a client alone."
+        )
+    return (
+        f"Federation closed {whole_percent(share)} of the gap in {word} between clients alone"
+        f" ({said['local_only']}) and pooled data ({said['pooled']})."
+    )
+
+
+def better(metric: str) -> str:
+    """Which way a metric improves."""
+    return "lower is better" if lower_is_better(metric) else "higher is better"
