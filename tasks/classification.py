@@ -13,9 +13,9 @@ from torch import nn
 from protocol.errors import ConfigError, DataError
 from protocol.job import BackboneSection, DataSection
 from protocol.messages import Facts
+from tasks.columns import Columns
 from tasks.images import image_bytes
 from tasks.lazy import LazyInputs
-from tasks.columns import Columns
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts
 from tasks.seam import Encoder, Shard
 from tasks.text_encoder import load_text_encoder
