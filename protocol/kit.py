@@ -135,9 +135,7 @@ class ServerKit:
     def load(cls, folder: Path) -> "ServerKit":
         table = read_table(folder / "kit.toml", _ServerTable)
         kit = cls(folder.resolve(), table.server, tuple(table.sites))
-        _require(
-            kit.authority, kit.certificate, kit.key, kit.secret, *(kit.node_key(s) for s in kit.sites)
-        )
+        _require(kit.authority, kit.certificate, kit.key, kit.secret, *(kit.node_key(s) for s in kit.sites))
         return kit
 
 

@@ -119,9 +119,7 @@ def _authority() -> Authority:
     return Authority(key, builder.sign(key, hashes.SHA384()))
 
 
-def _server_certificate(
-    authority: Authority, key: ec.EllipticCurvePrivateKey, host: str
-) -> x509.Certificate:
+def _server_certificate(authority: Authority, key: ec.EllipticCurvePrivateKey, host: str) -> x509.Certificate:
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     builder = (
         _builder(_common_name("Atoll server"), authority.certificate.subject, key.public_key(), SERVER_DAYS)

@@ -1,0 +1,221 @@
+"""What a site asks of Flower: a SuperNode, and its tasks, answered by the installed code.
+
+Flower starts a new process for every message and runs the code that came in the run's bundle. Here one
+resident process takes the tasks and runs `client.app` as installed on this site, so backbone, features
+and shard stay warm, and code from outside is never run. Every non-public Flower call of a site is in
+this file.
+"""
+
+import hashlib
+import io
+import logging
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import httpx
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from protocol.code import ROOMS, differing
+from protocol.errors import JobError
+from protocol.signals import Interrupted
+
+logger = logging.getLogger(__name__)
+
+App = Callable[[Message, Context], Message]
+AnswerT = TypeVar("AnswerT")
+
+FAST_SECONDS = 0.1
+SLOW_SECONDS = 1.0
+WARM_SECONDS = 120.0
+"""How long after a message a site goes on asking fast."""
+ARRIVAL_SECONDS = 600.0
+"""How long a task's message may take to arrive at the SuperNode after the task."""
+
+
+@dataclass
+class Pace:
+    """How long to wait before asking again: briefly while a run is going on, longer when idle."""
+
+    fast_until: float = 0.0
+
+    def worked(self) -> None:
+        self.fast_until = time.monotonic() + WARM_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        return FAST_SECONDS if time.monotonic() < self.fast_until else SLOW_SECONDS
+
+
+class CodeDiffers(JobError):
+    """A run's bundle is not the code that is installed on this site."""
+
+
+@dataclass
+class Executor:
+    """Takes the SuperNode's tasks, one at a time, and answers them with the installed ClientApp."""
+
+    address: str
+    secret: bytes
+    app: App
+    hashes: dict[str, str]
+    node_config: dict[str, str | int | float | bool]
+    accepted: set[str] = field(default_factory=set)
+    states: dict[int, RecordDict] = field(default_factory=dict)
+
+    def acquire(self) -> str:
+        """The token of the SuperNode's next task, or nothing."""
+        signed = SuperExecAuthHttpInterceptor(
+            master_secret=self.secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
+        )
+        with _connection(self.address, signed) as client:
+            try:
+                answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+            except httpx.HTTPError as error:
+                logger.debug("the SuperNode does not answer: %s", error)
+                return ""
+        return answer.token
+
+    def run(self, token: str) -> None:
+        """Answer one task, with an error if the app raises one."""
+        with _connection(self.address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeat(client):
+            message, context, run, fab = pull_task_input(client)
+            try:
+                reply = self._answer(message, context, run.run_id, fab.content)
+            except Interrupted:
+                leaving = Error(ErrorCode.NODE_UNAVAILABLE, "the site is leaving")
+                push_message(client, Message(leaving, reply_to=message), context)
+                raise
+            push_message(client, reply, context)
+            push_task_output(client, None, SubStatus.COMPLETED, "")
+
+    def _answer(self, message: Message, context: Context, run_id: int, fab: bytes) -> Message:
+        try:
+            self._check(fab)
+            context.node_config = {**self.node_config}
+            context.state = self.states.setdefault(run_id, context.state)
+            reply = self.app(message, context)
+            self.states[run_id] = context.state
+            return reply
+        except CodeDiffers as error:
+            logger.error("refused a task of run %d: %s", run_id, error)
+            return Message(Error(ErrorCode.INVALID_FAB, str(error)), reply_to=message)
+        except Exception as error:
+            # Its text may quote the shard, so the server learns the kind only.
+            logger.exception("a task of run %d failed", run_id)
+            reason = f"{type(error).__name__}; the site's log has the rest"
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+    def _check(self, fab: bytes) -> None:
+        """Raise CodeDiffers unless the bundle's code is the installed code, file by file."""
+        digest = hashlib.sha256(fab).hexdigest()
+        if digest in self.accepted:
+            return
+        different = differing(self.hashes, bundle_hashes(fab))
+        if different:
+            raise CodeDiffers(
+                f"site {self.node_config['name']}: the run's code is not the code installed here; "
+                f"different: {', '.join(different[:5])}{' …' if different[5:] else ''}"
+            )
+        self.accepted.add(digest)
+
+
+def bundle_hashes(fab: bytes) -> dict[str, str]:
+    """The sha256 of every Python file of the rooms in a bundle, read in memory."""
+    with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+        return {
+            name: hashlib.sha256(archive.read(name)).hexdigest()
+            for name in archive.namelist()
+            if name.endswith(".py") and name.split("/")[0] in ROOMS
+        }
+
+
+class _Client(RuntimeHttpClient):
+    """Runtime calls that wait for a message on its way: a task is there before its message is."""
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        return _until(lambda: super(_Client, self).PullMessages(request), lambda r: bool(r.messages_list))
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
+        return _until(
+            lambda: super(_Client, self).PullObject(request),
+            lambda r: r.object_available or not r.object_found,
+        )
+
+
+def _until(ask: Callable[[], AnswerT], arrived: Callable[[AnswerT], bool]) -> AnswerT:
+    deadline = time.monotonic() + ARRIVAL_SECONDS
+    while not arrived(answer := ask()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return answer
+
+
+@contextmanager
+def _connection(address: str, proof: ProtobufClientInterceptor) -> Iterator[RuntimeHttpClient]:
+    version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
+    client = _Client.from_server_address(address, True, None, interceptors=[version, proof])
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextmanager
+def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
+    """Within, the SuperNode hears that the task is being worked on."""
+
+    def beat() -> bool:
+        try:
+            return bool(client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+        except httpx.HTTPError:
+            return False
+
+    sender = HeartbeatSender(beat)
+    sender.start()
+    try:
+        yield
+    finally:
+        sender.stop()
+
+
+class _PacedTime:
+    """Stands in for `time` in the SuperNode's loop, whose pauses of 3 s and 0.5 s are literals."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+
+    def sleep(self, seconds: float) -> None:
+        if seconds < 3:
+            self._pace.worked()
+            time.sleep(min(seconds, 0.02))
+        else:
+            time.sleep(min(seconds, self._pace.seconds))
+
+
+def supernode() -> None:
+    """Flower's SuperNode, asking often while a run is going on; the entry of a child process."""
+    vars(start_client_internal)["time"] = _PacedTime()
+    flower_supernode()

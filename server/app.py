@@ -1,0 +1,68 @@
+"""A toy ServerApp, until the real one is here."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+app = ServerApp()
+logger = logging.getLogger(__name__)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Some rounds in which every site adds one to the arrays; the last replies go to `out`."""
+    job = json.loads(str(context.run_config["job"]))
+    out = Path(str(context.run_config["out"]))
+    out.mkdir(parents=True, exist_ok=True)
+    names = wait_for_sites(grid, job["sites"])
+    arrays = {f"a{i}": np.arange(job.get("size", 4), dtype=np.float32) for i in range(job.get("arrays", 2))}
+    rounds = []
+    for number in range(1, job["rounds"] + 1):
+        began = time.monotonic()
+        replies = one_round(grid, names, arrays, job, number)
+        rounds.append({"round": number, "seconds": time.monotonic() - began, "replies": replies})
+        print(f"round {number}: {rounds[-1]['seconds']:.2f} s", flush=True)
+        arrays = {name: array + 1 for name, array in arrays.items()}
+        (out / "rounds.json").write_text(json.dumps(rounds))
+    if job.get("fail_server"):
+        raise RuntimeError("the toy was asked to fail")
+
+
+def wait_for_sites(grid: Grid, number: int) -> dict[int, str]:
+    while True:
+        names = {node.node_id: node.name for node in grid.get_nodes()}
+        if len(names) >= number:
+            return names
+        time.sleep(0.3)
+
+
+def one_round(grid: Grid, names: dict[int, str], arrays: dict, job: dict, number: int) -> dict[str, object]:
+    record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    config = ConfigRecord(job.get("config", {}))
+    messages = [
+        Message(RecordDict({"arrays": record, "config": config}), node, "train", group_id=str(number))
+        for node in names
+    ]
+    waiting = set(grid.push_messages(messages))
+    pushed = time.monotonic()
+    replies: dict[str, object] = {}
+    while waiting:
+        for reply in grid.pull_messages(waiting):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            name = names[reply.metadata.src_node_id]
+            replies[name] = read(reply, arrays, time.monotonic() - pushed)
+        time.sleep(0.1)
+    return replies
+
+
+def read(reply: Message, sent: dict, seconds: float) -> object:
+    if reply.has_error():
+        return {"error": reply.error.reason}
+    arrays = reply.content.array_records["arrays"]
+    exact = all(np.array_equal(arrays[name].numpy(), sent[name] + 1) for name in sent)
+    return {**dict(reply.content.config_records["who"]), "exact": exact, "seconds": seconds}
