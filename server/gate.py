@@ -69,6 +69,7 @@ class Gate:
             self._answer,
             ssl_certfile=str(kit.certificate),
             ssl_keyfile=str(kit.key),
+            interface="asgi3",
             lifespan="off",
             log_config=None,
             access_log=False,
