@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,9 +124,9 @@ class Executor:
         except CodeDiffers as error:
             logger.error("refused a task of run %d: %s", run_id, error)
             return Message(Error(ErrorCode.INVALID_FAB, str(error)), reply_to=message)
-        except Exception as error:
-            # Its text may quote the shard, so the server learns the kind only.
-            logger.exception("a task of run %d failed", run_id)
+        except Exception as error:  # noqa: BLE001 - whatever the app raises, the server must hear of it
+            _log_failure(run_id, error)
+            # The error's text may quote the shard, so the server learns the kind only.
             reason = f"{type(error).__name__}; the site's log has the rest"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
@@ -141,6 +142,14 @@ class Executor:
                 f"different: {', '.join(different[:5])}{' …' if different[5:] else ''}"
             )
         self.accepted.add(digest)
+
+
+def _log_failure(run_id: int, error: Exception) -> None:
+    """Say where it failed; what it said only if it is our own line, for others may quote examples."""
+    said = str(error) if isinstance(error, JobError) else "its text is in the log at level DEBUG"
+    where = "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()
+    logger.error("a task of run %d failed: %s: %s\n%s", run_id, type(error).__name__, said, where)
+    logger.debug("the failure in full", exc_info=error)
 
 
 def bundle_hashes(fab: bytes) -> dict[str, str]:

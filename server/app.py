@@ -20,13 +20,15 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config["out"]))
     out.mkdir(parents=True, exist_ok=True)
     names = wait_for_sites(grid, job["sites"])
-    arrays = {f"a{i}": np.arange(job.get("size", 4), dtype=np.float32) for i in range(job.get("arrays", 2))}
+    arrays = {
+        f"a{i}": i + np.arange(job.get("size", 4), dtype=np.float32) for i in range(job.get("arrays", 2))
+    }
     rounds = []
     for number in range(1, job["rounds"] + 1):
         began = time.monotonic()
         replies = one_round(grid, names, arrays, job, number)
         rounds.append({"round": number, "seconds": time.monotonic() - began, "replies": replies})
-        print(f"round {number}: {rounds[-1]['seconds']:.2f} s", flush=True)
+        logging.getLogger("flwr").info("round %d: %.2f s", number, rounds[-1]["seconds"])
         arrays = {name: array + 1 for name, array in arrays.items()}
         (out / "rounds.json").write_text(json.dumps(rounds))
     if job.get("fail_server"):
