@@ -46,6 +46,9 @@ from protocol.signals import Interrupted
 
 logger = logging.getLogger(__name__)
 
+logging.getLogger("httpx").setLevel(logging.WARNING)
+"""It has a line for every call, and a site calls ten times a second."""
+
 App = Callable[[Message, Context], Message]
 AnswerT = TypeVar("AnswerT")
 

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -43,7 +44,9 @@ def wait_for_sites(grid: Grid, number: int) -> dict[int, str]:
         time.sleep(0.3)
 
 
-def one_round(grid: Grid, names: dict[int, str], arrays: dict, job: dict, number: int) -> dict[str, object]:
+def one_round(
+    grid: Grid, names: dict[int, str], arrays: dict[str, Any], job: dict[str, Any], number: int
+) -> dict[str, object]:
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
     config = ConfigRecord(job.get("config", {}))
     messages = [
@@ -62,7 +65,7 @@ def one_round(grid: Grid, names: dict[int, str], arrays: dict, job: dict, number
     return replies
 
 
-def read(reply: Message, sent: dict, seconds: float) -> object:
+def read(reply: Message, sent: dict[str, Any], seconds: float) -> object:
     if reply.has_error():
         return {"error": reply.error.reason}
     arrays = reply.content.array_records["arrays"]

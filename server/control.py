@@ -1,6 +1,8 @@
 """Flower's Control API as the server uses it; with the two apps, the server's only Flower calls."""
 
 import hashlib
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from protocol.code import installed_files
 from protocol.errors import JobError
+
+logging.getLogger("httpx").setLevel(logging.WARNING)
+"""It has a line for every call, and the sites call all the time."""
 
 _APP = """
 [project]
@@ -95,7 +100,10 @@ def bundle() -> bytes:
         version = "0.0.0"
     files: dict[str, bytes | Path] = {"pyproject.toml": _APP.format(version=version).encode()}
     files.update(installed_files())
-    return build_fab_from_files(files)[0]
+    with warnings.catch_warnings():
+        # Flower 1.41 asks pathspec for a pattern style that pathspec has deprecated.
+        warnings.filterwarnings("ignore", "GitWildMatchPattern", DeprecationWarning)
+        return build_fab_from_files(files)[0]
 
 
 class Control:
@@ -147,12 +155,17 @@ class Control:
             raise JobError(f"the SuperLink did not start the run: {response.note or 'no reason given'}")
         return response.run_id
 
-    def runs(self, run_id: int | None = None) -> list[Run]:
-        """The latest runs, newest first, or the one asked for."""
+    def runs(self) -> list[Run]:
+        """The latest runs, newest first."""
         with _one_line(self._address):
-            response = self._client.ListRuns(ListRunsRequest(run_id=run_id))
+            response = self._client.ListRuns(ListRunsRequest())
         runs = [_run(run) for run in response.run_dict.values()]
         return sorted(runs, key=lambda run: run.submitted, reverse=True)
+
+    def run(self, run_id: int) -> Run:
+        """How one run stands."""
+        with _one_line(self._address):
+            return _run(self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id])
 
     def stop(self, run_id: int) -> bool:
         """Whether the run was stopped by this call."""

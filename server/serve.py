@@ -154,7 +154,7 @@ class _Server:
     def close(self) -> None:
         """Stop the executor first: a ServerApp can then still say how it ended."""
         self.superexec.stop()
-        self.superlink.stop()
+        self.superlink.stop(grace=3)
         self.control.close()
 
 

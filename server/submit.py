@@ -68,7 +68,7 @@ def follow(kit: Path, run_id: int, *, show: Callable[[str], None]) -> Run:
                 for part in control.log(run_id, after):
                     after, seen = part.until, time.monotonic()
                     _show_lines(part.text, show)
-                run = _find(control, run_id)
+                run = control.run(run_id)
             if run.finished:
                 return run
             seen = time.monotonic()
@@ -86,7 +86,7 @@ def _show_lines(text: str, show: Callable[[str], None]) -> None:
 def logs(kit: Path, run_id: int, *, show: Callable[[str], None]) -> Run:
     """Show a run's log from its beginning to its end; returns how it ended."""
     with _control(kit) as control:
-        _find(control, run_id)
+        control.run(run_id)
     return follow(kit, run_id, show=show)
 
 
@@ -104,16 +104,9 @@ def status(kit: Path) -> Federation:
 def stop(kit: Path, run_id: int) -> Run:
     """Stop a run; returns how it stands then."""
     with _control(kit) as control:
-        if not _find(control, run_id).finished:
+        if not control.run(run_id).finished:
             control.stop(run_id)
-        return _find(control, run_id)
-
-
-def _find(control: Control, run_id: int) -> Run:
-    runs = control.runs(run_id)
-    if not runs:
-        raise ConfigError(f"no run {run_id} on this server")
-    return runs[0]
+        return control.run(run_id)
 
 
 @contextmanager

@@ -33,7 +33,8 @@ SCRIPT = """
 import logging, sys, signal
 from pathlib import Path
 from protocol.errors import JobError
-logging.basicConfig(level=logging.INFO)
+logging.basicConfig(level=logging.DEBUG)
+logging.getLogger("httpcore").setLevel(30)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     {call}
@@ -113,6 +114,11 @@ class Federation:
         written: list[dict[str, Any]] = json.loads((out / "rounds.json").read_text())
         return written
 
+    def submit(self, out: Path, rounds: int) -> Running:
+        """Submit in a process of its own."""
+        arguments = f"{self.job(2, rounds)!r}, Path({str(self.server)!r}), out=Path({str(out)!r})"
+        return self.start("submit", f"from server.submit import submit; submit({arguments})")
+
     def processes(self) -> list[str]:
         """The command line of every process that was started with one of these kits."""
         lines = []
@@ -187,7 +193,7 @@ def ask(port: int, authority: Path, path: str, method: str = "POST") -> tuple[in
     context = ssl.create_default_context(cafile=str(authority))
     connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
     try:
-        connection.request(method, path, body=b"", headers={"content-type": "application/x-protobuf"})
+        connection.request(method, path, body=b"", headers={"content-type": "application/protobuf"})
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -242,14 +248,13 @@ def test_logs_can_be_read_again_and_an_unknown_run_is_named(federation: Federati
     run = logs(federation.server, status(federation.server).runs[0].run_id, show=lines.append)
     assert run.completed
     assert any("round 1:" in line for line in lines)
-    with pytest.raises(ConfigError, match="no run 12345"):
+    with pytest.raises(JobError, match="Run ID not found"):
         logs(federation.server, 12345, show=lines.append)
 
 
 def test_submit_can_be_left_and_its_run_stopped(federation: Federation) -> None:
-    job, out = federation.job(2, rounds=500), federation.folder / "left"
-    call = f"from server.submit import submit; submit({job!r}, Path({str(federation.server)!r}), out=Path({str(out)!r}))"
-    left = federation.start("submit", call)
+    out = federation.folder / "left"
+    left = federation.submit(out, rounds=500)
     wait_until((out / "rounds.json").exists, 40, "the first round")
     left.process.send_signal(signal.SIGINT)
     assert left.process.wait(timeout=10) != 0
@@ -306,10 +311,7 @@ def test_a_killed_site_rejoins(federation: Federation) -> None:
 
 def test_a_run_survives_a_killed_superlink(federation: Federation) -> None:
     out = federation.folder / "survivor"
-    call = (
-        f"submit({federation.job(2, rounds=12)!r}, Path({str(federation.server)!r}), out=Path({str(out)!r}))"
-    )
-    submitted = federation.start("submit", f"from server.submit import submit; {call}")
+    submitted = federation.submit(out, rounds=12)
     wait_until((out / "rounds.json").exists, 40, "the first round")
     os.kill(pid_of(federation, "flower_superlink"), signal.SIGKILL)
     assert submitted.process.wait(timeout=80) == 0, submitted.text()
@@ -329,12 +331,12 @@ def test_a_second_server_and_a_second_site_on_one_kit_are_refused(federation: Fe
     with pytest.raises(ConfigError, match=f"a server already runs on this kit, pid {pid}"):
         serve(federation.server)
     pid = federation.running["north"].process.pid
-    second = federation.start("second", federation_call(federation, "north"))
+    second = federation.start("second", join_call(federation, "north"))
     assert second.process.wait(timeout=30) != 0
     assert f"a site already runs on this kit, pid {pid}" in second.text()
 
 
-def federation_call(federation: Federation, site: str) -> str:
+def join_call(federation: Federation, site: str) -> str:
     return f"from client.join import join; join(Path({str(federation.kits[site])!r}), Path('.'))"
 
 
