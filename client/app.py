@@ -1,6 +1,7 @@
 """A toy ClientApp, until the real one is here."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -19,6 +20,7 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Adds one to every array, counts its rounds, sleeps or fails where it is asked to."""
     config = message.content.config_records["config"]
+    (Path(str(context.node_config["data-path"])) / "working").touch()
     time.sleep(float(config.get("sleep", 0.0)))  # type: ignore[arg-type]
     if config.get("fail") == context.node_config["name"]:
         raise ValueError("row 17 of Ann Smith is wrong")

@@ -104,9 +104,10 @@ class Executor:
         return answer.token
 
     def run(self, token: str) -> None:
-        """Answer one task, with an error if the app raises one."""
+        """Answer one task: with what the app replies, or with an error if it raises one or we must go."""
         with _connection(self.address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeat(client):
             message, context, run, fab = pull_task_input(client)
+            began = time.monotonic()
             try:
                 reply = self._answer(message, context, run.run_id, fab.content)
             except Interrupted:
@@ -115,6 +116,8 @@ class Executor:
                 raise
             push_message(client, reply, context)
             push_task_output(client, None, SubStatus.COMPLETED, "")
+        what = f"run {run.run_id}, round {message.metadata.group_id or '-'}, {message.metadata.message_type}"
+        logger.info("%s: answered in %.1f s", what, time.monotonic() - began)
 
     def _answer(self, message: Message, context: Context, run_id: int, fab: bytes) -> Message:
         try:

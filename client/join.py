@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SUPERNODE = "client.executor:supernode"
 CONNECT_SECONDS = 10.0
+SHORTEST_PAUSE = 1.0
 LONGEST_PAUSE = 10.0
 REFUSED_SECONDS = 240.0
 """A vanished connection of the same site is forgotten by the server after a minute; then it's the key."""
@@ -64,7 +65,7 @@ class _Site:
     tell: Callable[[str], None]
     stop: threading.Event
     working: bool = False
-    pause: float = 1.0
+    pause: float = SHORTEST_PAUSE
     refused_since: float | None = None
     pace: Pace = field(default_factory=Pace)
 
@@ -148,22 +149,20 @@ class _Site:
     def _explain_end(self) -> None:
         words = self.supernode.last_words()
         logger.debug("last words of the supernode:\n%s", words)
-        if self.executor_connected(words):
-            self.refused_since, self.pause = None, 1.0
+        if "SuperNode ID: " in words:
+            self.refused_since, self.pause = None, SHORTEST_PAUSE
         if "Exit Code: 305" not in words:
             self.tell("the connection to the server ended; connecting again")
             return
         self.refused_since = self.refused_since or time.monotonic()
         if time.monotonic() - self.refused_since > REFUSED_SECONDS:
             raise JobError(f"the server at {self.kit.address} does not know the key of site {self.kit.name}")
+        said = re.search(r"connection to the SuperLink\.\n(.*)", words)
         self.tell(
-            "refused by the server: this site's last connection has not timed out yet (up to a minute), "
-            "or it is connected from elsewhere, or the server does not know its key"
+            f"refused by the server ({said.group(1) if said else 'no reason given'}): this site's last "
+            "connection has not timed out yet (up to a minute), it is connected from elsewhere, "
+            "or the server does not know its key"
         )
-
-    @staticmethod
-    def executor_connected(words: str) -> bool:
-        return re.search(r"SuperNode ID: \d+", words) is not None
 
     def close(self) -> None:
         self.supernode.stop()

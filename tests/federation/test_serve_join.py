@@ -33,8 +33,7 @@ SCRIPT = """
 import logging, sys, signal
 from pathlib import Path
 from protocol.errors import JobError
-logging.basicConfig(level=logging.DEBUG)
-logging.getLogger("httpcore").setLevel(30)
+logging.basicConfig(level=logging.INFO)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     {call}
@@ -114,9 +113,9 @@ class Federation:
         written: list[dict[str, Any]] = json.loads((out / "rounds.json").read_text())
         return written
 
-    def submit(self, out: Path, rounds: int) -> Running:
+    def submit(self, out: Path, rounds: int, **more: Any) -> Running:
         """Submit in a process of its own."""
-        arguments = f"{self.job(2, rounds)!r}, Path({str(self.server)!r}), out=Path({str(out)!r})"
+        arguments = f"{self.job(2, rounds, **more)!r}, Path({str(self.server)!r}), out=Path({str(out)!r})"
         return self.start("submit", f"from server.submit import submit; submit({arguments})")
 
     def processes(self) -> list[str]:
@@ -311,11 +310,11 @@ def test_a_killed_site_rejoins(federation: Federation) -> None:
 
 def test_a_run_survives_a_killed_superlink(federation: Federation) -> None:
     out = federation.folder / "survivor"
-    submitted = federation.submit(out, rounds=12)
+    submitted = federation.submit(out, rounds=6)
     wait_until((out / "rounds.json").exists, 40, "the first round")
     os.kill(pid_of(federation, "flower_superlink"), signal.SIGKILL)
     assert submitted.process.wait(timeout=80) == 0, submitted.text()
-    assert len(json.loads((out / "rounds.json").read_text())) == 12
+    assert len(json.loads((out / "rounds.json").read_text())) == 6
 
 
 def pid_of(federation: Federation, program: str) -> int:
@@ -324,6 +323,27 @@ def pid_of(federation: Federation, program: str) -> int:
         if program.encode() in line and str(federation.server).encode() in line:
             return int(path.parent.name)
     raise AssertionError(f"no {program}")
+
+
+def test_a_server_can_be_restarted_under_its_sites(federation: Federation) -> None:
+    assert federation.running["server"].end() == 0
+    federation.serve()
+    federation.wait_online("north", "south")
+    assert all(reply["exact"] for reply in federation.run(2)[0]["replies"].values())
+
+
+def test_a_site_that_leaves_in_the_middle_of_its_work_says_so(federation: Federation) -> None:
+    working, out = federation.folder / "data" / "north" / "working", federation.folder / "leaving"
+    working.unlink()
+    submitted = federation.submit(out, rounds=1, config={"sleep": 5.0})
+    wait_until(working.exists, 40, "north to work")
+    assert federation.running["north"].end() == 0
+    assert submitted.process.wait(timeout=40) == 0, submitted.text()
+    replies = json.loads((out / "rounds.json").read_text())[0]["replies"]
+    assert replies["north"] == {"error": "the site is leaving"}
+    assert replies["south"]["exact"]
+    federation.join("north")
+    federation.wait_online("north")
 
 
 def test_a_second_server_and_a_second_site_on_one_kit_are_refused(federation: Federation) -> None:
