@@ -23,7 +23,7 @@ def train(message: Message, context: Context) -> Message:
     (Path(str(context.node_config["data-path"])) / "working").touch()
     time.sleep(float(config.get("sleep", 0.0)))  # type: ignore[arg-type]
     if config.get("fail") == context.node_config["name"]:
-        raise ValueError("row 17 of Ann Smith is wrong")
+        raise ValueError(f"row 17 of {config['secret']!r} is wrong")
     seen = context.state.config_records.get("seen", ConfigRecord({"rounds": 0}))
     seen["rounds"] = int(seen["rounds"]) + 1  # type: ignore[arg-type]
     context.state["seen"] = seen

@@ -9,13 +9,13 @@ this file.
 import hashlib
 import io
 import logging
+import threading
 import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
@@ -29,6 +29,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -50,14 +51,13 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 """It has a line for every call, and a site calls ten times a second."""
 
 App = Callable[[Message, Context], Message]
-AnswerT = TypeVar("AnswerT")
 
 FAST_SECONDS = 0.1
 SLOW_SECONDS = 1.0
 WARM_SECONDS = 120.0
 """How long after a message a site goes on asking fast."""
-ARRIVAL_SECONDS = 600.0
-"""How long a task's message may take to arrive at the SuperNode after the task."""
+ARRIVAL_SECONDS = 0.02
+"""How long to wait before asking again for what is on its way; Flower waits 1 to 10 s."""
 
 
 @dataclass
@@ -89,9 +89,15 @@ class Executor:
     node_config: dict[str, str | int | float | bool]
     accepted: set[str] = field(default_factory=set)
     states: dict[int, RecordDict] = field(default_factory=dict)
+    next_token: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def acquire(self) -> str:
         """The token of the SuperNode's next task, or nothing."""
+        token, self.next_token = self.next_token or self._ask(), ""
+        return token
+
+    def _ask(self) -> str:
         signed = SuperExecAuthHttpInterceptor(
             master_secret=self.secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
         )
@@ -103,19 +109,33 @@ class Executor:
                 return ""
         return answer.token
 
+    def overtaken(self) -> bool:
+        """Whether there is a next task; the SuperNode handles one message at a time."""
+        with self.lock:
+            self.next_token = self.next_token or self._ask()
+            return bool(self.next_token)
+
     def run(self, token: str) -> None:
-        """Answer one task: with what the app replies, or with an error if it raises one or we must go."""
+        """Answer one task, unless it is withdrawn meanwhile, as when its run is stopped."""
         with _connection(self.address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeat(client):
-            message, context, run, fab = pull_task_input(client)
-            began = time.monotonic()
+            client.overtaken = self.overtaken
             try:
-                reply = self._answer(message, context, run.run_id, fab.content)
-            except Interrupted:
-                leaving = Error(ErrorCode.NODE_UNAVAILABLE, "the site is leaving")
-                push_message(client, Message(leaving, reply_to=message), context)
-                raise
-            push_message(client, reply, context)
-            push_task_output(client, None, SubStatus.COMPLETED, "")
+                self._run(client)
+            except (httpx.HTTPError, ObjectPullError, RuntimeError) as error:
+                logger.warning("a task was withdrawn: %s", " ".join(str(error).split()))
+
+    def _run(self, client: RuntimeHttpClient) -> None:
+        """Send what the app replies, or an error if it raises one or we are to leave."""
+        message, context, run, fab = pull_task_input(client)
+        began = time.monotonic()
+        try:
+            reply = self._answer(message, context, run.run_id, fab.content)
+        except Interrupted:
+            leaving = Error(ErrorCode.NODE_UNAVAILABLE, "the site is leaving")
+            push_message(client, Message(leaving, reply_to=message), context)
+            raise
+        push_message(client, reply, context)
+        push_task_output(client, None, SubStatus.COMPLETED, "")
         what = f"run {run.run_id}, round {message.metadata.group_id or '-'}, {message.metadata.message_type}"
         logger.info("%s: answered in %.1f s", what, time.monotonic() - began)
 
@@ -169,27 +189,41 @@ def bundle_hashes(fab: bytes) -> dict[str, str]:
 
 
 class _Client(RuntimeHttpClient):
-    """Runtime calls that wait for a message on its way: a task is there before its message is."""
+    """Runtime calls that wait for a message on its way: a task is there before its message is.
+
+    When a run is stopped at that moment, Flower 1.41 drops the message and leaves the task; the only
+    sign is that the SuperNode goes on to a next task.
+    """
+
+    overtaken: Callable[[], bool] = staticmethod(lambda: False)
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
-        return _until(lambda: super(_Client, self).PullMessages(request), lambda r: bool(r.messages_list))
+        for _ in self._waiting():
+            if (answer := super().PullMessages(request)).messages_list:
+                break
+        return answer
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
-        return _until(
-            lambda: super(_Client, self).PullObject(request),
-            lambda r: r.object_available or not r.object_found,
-        )
+        for _ in self._waiting():
+            answer = super().PullObject(request)
+            if answer.object_available or not answer.object_found:
+                break
+        return answer
 
-
-def _until(ask: Callable[[], AnswerT], arrived: Callable[[AnswerT], bool]) -> AnswerT:
-    deadline = time.monotonic() + ARRIVAL_SECONDS
-    while not arrived(answer := ask()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return answer
+    def _waiting(self) -> Iterator[None]:
+        yield
+        look = time.monotonic() + SLOW_SECONDS
+        while True:
+            time.sleep(ARRIVAL_SECONDS)
+            if time.monotonic() > look:
+                look = time.monotonic() + SLOW_SECONDS
+                if self.overtaken():
+                    raise RuntimeError("its run was stopped before its message had arrived")
+            yield
 
 
 @contextmanager
-def _connection(address: str, proof: ProtobufClientInterceptor) -> Iterator[RuntimeHttpClient]:
+def _connection(address: str, proof: ProtobufClientInterceptor) -> Iterator[_Client]:
     version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
     client = _Client.from_server_address(address, True, None, interceptors=[version, proof])
     try:

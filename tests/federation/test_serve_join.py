@@ -231,7 +231,7 @@ def test_control_answers_on_loopback_so_the_gate_is_what_hides_it(federation: Fe
 
 
 def test_a_failing_site_costs_its_reply_only_and_tells_no_data(federation: Federation) -> None:
-    replies = federation.run(2, config={"fail": "south"})[0]["replies"]
+    replies = federation.run(2, config={"fail": "south", "secret": SECRET})[0]["replies"]
     assert replies["south"] == {"error": "ValueError; the site's log has the rest"}
     assert replies["north"]["exact"]
 
