@@ -1,0 +1,162 @@
+"""A federation's server: Flower's SuperLink on loopback, its executor, and the gate for the sites."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protocol.child import Child, environment, free_port
+from protocol.errors import JobError
+from protocol.kit import ServerKit
+from protocol.lock import only_one
+from protocol.signals import stop_on_signals
+from server.control import Control, Unreachable
+from server.gate import Gate, listen
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 90.0
+WATCH_SECONDS = 1.0
+LONGEST_PAUSE = 30.0
+
+
+def serve(
+    kit: Path, *, tell: Callable[[str], None] = logger.info, stop: threading.Event | None = None
+) -> None:
+    """Serve the federation until SIGTERM, SIGINT or `stop`; `tell` gets a line for what an operator sees.
+
+    The SuperLink and its executor are restarted when they die. Runs and registered sites are in a
+    database in the kit, so a run goes on after a restart of the SuperLink.
+    """
+    loaded = ServerKit.load(kit)
+    stop = stop or threading.Event()
+    with ExitStack() as stack:
+        stack.enter_context(only_one(loaded.state / "serve.lock", "a server"))
+        listener = stack.enter_context(listen(loaded.address))
+        stack.enter_context(stop_on_signals(stop))
+        server = _Server(loaded, free_port(), tell, stop)
+        stack.callback(server.close)
+        server.open()
+        gate = Gate(loaded, listener, server.superlink_address)
+        stack.callback(gate.stop)
+        gate.start()
+        stack.enter_context(_runtime_file(loaded, server.superlink_address))
+        tell(f"ready on {loaded.address}; waiting for {', '.join(loaded.sites)}")
+        server.watch()
+    tell("stopped")
+
+
+@contextmanager
+def _runtime_file(kit: ServerKit, control: str) -> Iterator[None]:
+    """Within, the kit says where `submit` finds the Control API."""
+    path = runtime_path(kit)
+    path.write_text(json.dumps({"control": control}), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def runtime_path(kit: ServerKit) -> Path:
+    return kit.state / "serve.json"
+
+
+@dataclass
+class _Server:
+    """The two Flower programs of a server, and which sites are connected."""
+
+    kit: ServerKit
+    port: int
+    tell: Callable[[str], None]
+    stop: threading.Event
+    online: set[str] = field(default_factory=set)
+    pause: float = 1.0
+
+    def __post_init__(self) -> None:
+        env = environment(self.kit.state / "flwr", FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
+        self.superlink = Child("superlink", SUPERLINK, self._superlink_arguments(), env)
+        self.superexec = Child("superexec", SUPEREXEC, self._superexec_arguments(), env)
+        self.control = Control(self.superlink_address, self.kit.authority)
+
+    @property
+    def superlink_address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def _superlink_arguments(self) -> list[str]:
+        kit = self.kit
+        return [
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--ssl-ca-certfile", str(kit.authority)),
+            *("--ssl-certfile", str(kit.certificate), "--ssl-keyfile", str(kit.key)),
+            *("--database", str(kit.state / "superlink.db")),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(kit.secret)),
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+        ]
+
+    def _superexec_arguments(self) -> list[str]:
+        return [
+            *("--runtime-api-address", self.superlink_address),
+            *("--root-certificates", str(self.kit.authority)),
+            *("--superexec-auth-secret-file", str(self.kit.secret)),
+        ]
+
+    def open(self) -> None:
+        self.superlink.start()
+        self._wait_for_superlink()
+        self.control.admit({site: self.kit.node_key(site) for site in self.kit.sites})
+        self.superexec.start()
+
+    def _wait_for_superlink(self) -> None:
+        """Return once the SuperLink answers, or once we are to stop."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self.stop.wait(0.1):
+            try:
+                self.control.nodes()
+                return
+            except Unreachable:
+                if not self.superlink.running or time.monotonic() > deadline:
+                    raise JobError(f"the SuperLink did not start:\n{self.superlink.last_words()}") from None
+
+    def watch(self) -> None:
+        """Keep both programs running and tell who comes and goes, until we are to stop."""
+        while not self.stop.wait(WATCH_SECONDS):
+            for child in (self.superlink, self.superexec):
+                if not child.running:
+                    self._restart(child)
+            self._look_around()
+
+    def _restart(self, child: Child) -> None:
+        self.tell(f"the {child.name} ended; starting it again")
+        logger.warning("last words of the %s:\n%s", child.name, child.last_words())
+        child.stop(grace=0)
+        self.stop.wait(self.pause)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        if not self.stop.is_set():
+            child.start()
+
+    def _look_around(self) -> None:
+        try:
+            online = {node.name for node in self.control.nodes() if node.online}
+        except Unreachable:
+            return
+        self.pause = 1.0
+        for name in sorted(online - self.online):
+            self.tell(f"{name} is connected ({len(online)} of {len(self.kit.sites)})")
+        for name in sorted(self.online - online):
+            self.tell(f"{name} is gone ({len(online)} of {len(self.kit.sites)})")
+        self.online = online
+
+    def close(self) -> None:
+        """Stop the executor first: a ServerApp can then still say how it ended."""
+        self.superexec.stop()
+        self.superlink.stop(grace=3)
+        self.control.close()
+
+
+SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
+SUPEREXEC = "flwr.supercore.cli.flower_superexec:flower_superexec"
