@@ -3,11 +3,12 @@
 import email.utils
 import http.client
 import logging
+import os
 import re
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,20 +37,27 @@ FORWARD_SECONDS = 0.5
 
 
 def join(
-    kit: Path, data: Path, *, tell: Callable[[str], None] = logger.info, stop: threading.Event | None = None
+    kit: Path,
+    data: Sequence[Path],
+    *,
+    tell: Callable[[str], None] = logger.info,
+    stop: threading.Event | None = None,
 ) -> None:
-    """Take part in the kit's federation with this shard until SIGTERM, SIGINT or `stop`.
+    """Take part in the kit's federation until SIGTERM, SIGINT or `stop`.
+
+    One path is the site's own shard; of several, each is a client named as its folder.
 
     A server that isn't up, or is restarted, is waited for. Raises JobError where waiting can't help:
     the server's certificate is another authority's, or it refuses this site's key for minutes.
     """
     loaded = SiteKit.load(kit)
-    if not data.exists():
-        raise DataError(f"{data}: no such file or folder")
+    for path in data:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
     stop = stop or threading.Event()
     with ExitStack() as stack:
         stack.enter_context(only_one(loaded.state / "join.lock", "a site"))
-        site = _Site(loaded, data.resolve(), tell, stop)
+        site = _Site(loaded, os.pathsep.join(str(path.resolve()) for path in data), tell, stop)
         stack.callback(site.close)
         stack.enter_context(stop_on_signals(stop, working=lambda: site.working))
         site.stay()
@@ -61,7 +69,7 @@ class _Site:
     """The SuperNode of a site and the executor that answers for it."""
 
     kit: SiteKit
-    data: Path
+    data: str
     tell: Callable[[str], None]
     stop: threading.Event
     working: bool = False
@@ -82,7 +90,7 @@ class _Site:
             secret=self.kit.secret.read_bytes(),
             app=app,
             hashes=installed_hashes(),
-            node_config={"name": self.kit.name, "data-path": str(self.data)},
+            node_config={"name": self.kit.name, "data-path": self.data},
         )
 
     def _arguments(self, address: str) -> list[str]:
