@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,8 @@ from atoll.run_verbs import JobFile, Overrides, unused
 from atoll.show import ending, out
 from protocol.errors import ConfigError
 from protocol.job import Job
+
+logger = logging.getLogger(__name__)
 
 Kit = Annotated[Path, typer.Argument(metavar="KIT", help="A kit written by atoll provision.")]
 ServerKitOption = Annotated[
@@ -36,6 +39,16 @@ def register(app: typer.Typer) -> None:
 def tell(line: str) -> None:
     """One line of what an operator should know."""
     out.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def show_ours(line: str) -> None:
+    """Of a run's log the lines that are Atoll's; the rest is Flower's, and shown with --debug."""
+    from server.app import MARK
+
+    if line.startswith(MARK):
+        tell(line.removeprefix(MARK))
+    else:
+        logger.debug("%s", line)
 
 
 def provision(
@@ -67,6 +80,7 @@ def join(
     """Take part with this site's data until it is stopped."""
     from client.join import join as join_kit
 
+    logging.getLogger("client").setLevel(logging.INFO)
     join_kit(kit, data, tell=tell)
 
 
@@ -86,7 +100,9 @@ def submit(
         raise ConfigError(f"{where}: nothing to resume, there is no job.toml")
     if not resume and where.exists() and any(where.iterdir()):
         raise ConfigError(f"{where}: exists and is not empty; use --resume to go on, or another --out")
-    submit_job(loaded.canonical, server, out=where, show=tell, started=lambda run: tell(f"run id  {run}"))
+    submit_job(
+        loaded.canonical, server, out=where, show=show_ours, started=lambda run: tell(f"run id    {run}")
+    )
     ending(_result(where), where)
 
 
@@ -112,7 +128,7 @@ def logs(run: RunId, server: ServerKitOption) -> None:
     """A run's log, from its beginning to its end."""
     from server.submit import logs as show_logs
 
-    ended = show_logs(server, run, show=tell)
+    ended = show_logs(server, run, show=show_ours)
     tell(f"run {run} {ended.outcome}")
 
 

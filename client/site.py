@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +21,8 @@ from tasks.seam import Shard
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 KEPT_SHARDS = 4096
 """Clients whose shard and features a process keeps in memory; the least recent are let go."""
@@ -79,6 +82,7 @@ class Site:
             yield from (Failure(name, str(error)) for name in names)
             return
         torch.set_num_threads(job.train.threads)
+        logger.info("round %d of %s: %s %s", request.round, job.name, request.kind, ", ".join(names))
         held = {}
         for name in names:
             try:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from protocol.errors import DataError, InconsistentUpdates
+from protocol.errors import DataError, InconsistentUpdates, JobError
 from protocol.job import Job
 from protocol.messages import Hello, Reply, Request, decode_reply, encode_request, hello_from_json
 from server.play import play
@@ -21,6 +23,8 @@ from server.testset import server_test_set
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+MARK = "atoll: "
+"""Stands before our lines in a log that is Flower's too."""
 
 
 @dataclass
@@ -135,6 +139,45 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Play the job that the run's configuration carries; results go to its `out`."""
+    speak_up()
     job = Job.from_json(str(context.run_config["job"]))
     out = Path(str(context.run_config["out"]))
-    play(job, FlowerCarrier(grid, "flower"), out, server_test_set(job), resume=(out / "job.toml").is_file())
+    resume = (out / "job.toml").is_file()
+    carrier = FlowerCarrier(grid, "flower")
+    try:
+        play(job, carrier, out, server_test_set(job), watch=announce, resume=resume)
+    except JobError as error:
+        logger.error("error: %s", error)
+        raise
+
+
+def speak_up() -> None:
+    """Write our own log lines to standard output, which Flower carries to `atoll submit` and `logs`."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter(MARK + "%(message)s"))
+    for room in ("server", "strategies", "tasks"):
+        logging.getLogger(room).addHandler(handler)
+        logging.getLogger(room).setLevel(logging.INFO)
+
+
+def announce(step: str, what: dict[str, Any]) -> None:
+    """A line for every step of the run."""
+    match step:
+        case "hello":
+            taking = [h.client for h in what["hellos"] if not h.refusal]
+            logger.info("clients   %s", ", ".join(taking))
+            logger.info("backbone  %s, weights from %s", what["backbone"].name, what["backbone"].origin)
+        case "resumed":
+            logger.info("resumed after round %d", what["round"])
+        case "round":
+            logger.info("%s", round_in_words(what))
+        case "finish":
+            logger.info("final measurements")
+
+
+def round_in_words(line: dict[str, Any]) -> str:
+    """A round's line for people: number, loss, metrics, seconds, how many were set aside."""
+    parts = [] if line["loss"] is None else [f"loss {line['loss']:.3f}"]
+    parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]
+    parts += [f"{len(line['set_aside'])} set aside"] if line["set_aside"] else []
+    return f"round {line['round']:<4} {', '.join(parts)}  ({line['seconds']:.1f} s)"
