@@ -2,15 +2,19 @@
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 app = ServerApp()
+LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 logger = logging.getLogger(__name__)
 
 
@@ -48,20 +52,30 @@ def one_round(
     grid: Grid, names: dict[int, str], arrays: dict[str, Any], job: dict[str, Any], number: int
 ) -> dict[str, object]:
     record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-    config = ConfigRecord(job.get("config", {}))
+    content = RecordDict({"arrays": record, "config": ConfigRecord(job.get("config", {}))})
     replies: dict[str, object] = {}
-    pushed, waiting = 0.0, set[str]()
+    sent: dict[str, int] = {}
+    pushed = -math.inf
     while len(replies) < len(names):
         if time.monotonic() - pushed > 15:
             left = [node for node, name in names.items() if name not in replies]
-            content = RecordDict({"arrays": record, "config": config})
-            messages = [Message(content, node, "train", group_id=str(number)) for node in left]
-            waiting, pushed = waiting | set(grid.push_messages(messages)), time.monotonic()
-        for reply in grid.pull_messages(waiting):
-            waiting.discard(reply.metadata.reply_to_message_id)
-            replies[names[reply.metadata.src_node_id]] = read(reply, arrays)
+            sent, pushed = sent | push(grid, content, left, number), time.monotonic()
+        for reply in grid.pull_messages(sent):
+            node = sent.pop(reply.metadata.reply_to_message_id)
+            if not (reply.has_error() and reply.error.code in LOST):
+                replies[names[node]] = read(reply, arrays)
         time.sleep(0.1)
     return replies
+
+
+def push(grid: Grid, content: RecordDict, nodes: list[int], number: int) -> dict[str, int]:
+    """Send to the nodes; returns which message went to which."""
+    while True:
+        messages = [Message(content, node, "train", group_id=str(number)) for node in nodes]
+        try:
+            return dict(zip(grid.push_messages(messages), nodes, strict=True))
+        except ObjectPushError:
+            logger.warning("the SuperLink went away in the middle of a push; pushing again")
 
 
 def read(reply: Message, sent: dict[str, Any]) -> object:
