@@ -6,6 +6,7 @@ engine sends them in blocks. Bodies are safetensors bytes in an array record.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import cast
@@ -23,6 +24,8 @@ SiteOf = Callable[[Job, Context], Site]
 """Which site answers in this process, given the job and Flower's context."""
 
 _sites: dict[tuple[str, str], Site] = {}
+_answered: dict[str, list[tuple[str, str, bytes]]] = {}
+"""The last request, and the replies to it: client, head, body."""
 
 
 def folder_site(job: Job, context: Context) -> Site:
@@ -53,13 +56,20 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
 
 
 def work(message: Message, context: Context, site_of: SiteOf) -> Message:
-    """Replies of the clients that the message names, each with its own head and body."""
-    request = decode_request(_text(message, "request"), _body(message))
-    names = json.loads(_text(message, "names"))
-    site = site_of(Job.from_json(request.job), context)
-    encoded = {reply.client: encode_reply(reply) for reply in site.answer(request, names)}
-    bodies = ArrayRecord({name: bytes_array(body) for name, (_, body) in encoded.items()})
-    heads = ConfigRecord({name: head for name, (head, _) in encoded.items()})
+    """Replies of the clients that the message names, each with its own head and body.
+
+    A request that comes again, because the reply was lost on its way, gets the same reply.
+    """
+    head, names = _text(message, "request"), _text(message, "names")
+    asked = hashlib.sha256(b"\0".join((head.encode(), names.encode(), _body(message)))).hexdigest()
+    if asked not in _answered:
+        request = decode_request(head, _body(message))
+        site = site_of(Job.from_json(request.job), context)
+        replies = [(r.client, *encode_reply(r)) for r in site.answer(request, json.loads(names))]
+        _answered.clear()
+        _answered[asked] = replies
+    bodies = ArrayRecord({name: bytes_array(body) for name, _, body in _answered[asked]})
+    heads = ConfigRecord({name: head for name, head, _ in _answered[asked]})
     return Message(RecordDict({"bodies": bodies, "heads": heads}), reply_to=message)
 
 

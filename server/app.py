@@ -6,17 +6,19 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from protocol.errors import DataError, InconsistentUpdates, JobError
 from protocol.job import Job
-from protocol.messages import Hello, Reply, Request, decode_reply, encode_request, hello_from_json
+from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
 from server.play import play
 from server.testset import server_test_set
 
@@ -27,14 +29,23 @@ MARK = "atoll: "
 """Stands before our lines in a log that is Flower's too."""
 
 
+LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+"""A message that went away with a process that died; it is sent again."""
+RESEND_SECONDS = 60.0
+"""Without an answer a message is sent again after this time, then after twice as long, and so on.
+
+A site answers the same request with the same reply and does not train twice.
+"""
+
+
 @dataclass
 class FlowerCarrier:
     """Brings requests to the nodes behind a Flower grid, and knows which client lives at which node."""
 
     grid: Grid
     engine: str
+    resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
-    quiet: set[int] = field(default_factory=set)
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
 
     def hello(self, job: Job) -> list[Hello]:
@@ -46,76 +57,111 @@ class FlowerCarrier:
         needed, deadline = job.federation.clients, time.monotonic() + job.federation.wait
         told = -1
         while True:
-            self._greet(job, deadline)
-            hellos = [h for node in self.greeted.values() for h in node]
+            self._greet(job, min(60.0, max(deadline - time.monotonic(), 1.0)))
+            hellos = self._by_client()
             if len(hellos) >= needed:
-                return self._accept(hellos)
+                return hellos
             if len(hellos) != told:
                 told = len(hellos)
                 logger.info("%d of %d clients are here, waiting for the others", told, needed)
             if time.monotonic() > deadline:
                 raise InconsistentUpdates(
                     f"{len(hellos)} of {needed} clients joined within {job.federation.wait:.0f} s:"
-                    f" {', '.join(sorted(h.client for h in hellos)) or 'none'}"
+                    f" {', '.join(h.client for h in hellos) or 'none'}"
                 )
             time.sleep(POLL_SECONDS)
 
-    def _greet(self, job: Job, deadline: float) -> None:
-        strangers = [node for node in self.grid.get_node_ids() if node not in self.greeted]
+    def _greet(self, job: Job, timeout: float) -> None:
         content = RecordDict({"head": ConfigRecord({"job": job.canonical})})
-        messages = [Message(content, dst_node_id=node, message_type="query") for node in strangers]
-        for reply in self._replies(messages, min(60.0, deadline - time.monotonic())):
+        strangers = [node for node in self.grid.get_node_ids() if node not in self.greeted]
+        for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout):
+            self.greeted[node] = []
             if reply.has_error():
-                logger.warning("node %d: %s", reply.metadata.src_node_id, reply.error.reason)
+                logger.warning("node %d takes no part: %s", node, reply.error.reason)
                 continue
-            texts = reply.content.config_records["hellos"]["json"]
-            self.greeted[reply.metadata.src_node_id] = [hello_from_json(t) for t in texts]  # type: ignore[union-attr, arg-type]
+            texts = cast(list[str], reply.content.config_records["hellos"]["json"])
+            self.greeted[node] = [hello_from_json(text) for text in texts]
 
-    def _accept(self, hellos: list[Hello]) -> list[Hello]:
-        """The first to bear a name keeps it; a second one is refused by name."""
-        by_name: dict[str, Hello] = {}
+    def _by_client(self) -> list[Hello]:
+        """All that were greeted, by name. A name belongs to the node that is registered under it."""
+        registered = {node.name: node.node_id for node in self.grid.get_nodes() if node.name}
+        found: dict[str, Hello] = {}
         for node in sorted(self.greeted):
             for hello in self.greeted[node]:
-                if hello.client in by_name:
-                    logger.warning("two nodes call themselves %s: the second is left out", hello.client)
+                owner = registered.get(hello.client, self.nodes.get(hello.client, node))
+                if owner != node or (hello.client in found and self.nodes[hello.client] != node):
+                    logger.warning(
+                        "node %d calls itself %s, which another one is: left out", node, hello.client
+                    )
                     continue
-                by_name[hello.client] = hello
-                self.nodes[hello.client] = node
-        return [by_name[name] for name in sorted(by_name)]
+                found[hello.client], self.nodes[hello.client] = hello, node
+        return [found[name] for name in sorted(found)]
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
         head, body = encode_request(request)
-        tensors = ArrayRecord(
-            {"tensors": Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)}
-        )
-        messages = []
-        for node, clients in self._by_node(names).items():
+        tensors = ArrayRecord({"tensors": bytes_array(body)})
+        letters = {}
+        for node, clients in self._hosts(names).items():
             config = ConfigRecord({"request": head, "names": json.dumps(clients)})
-            content = RecordDict({"head": config, "body": tensors})
-            messages.append(Message(content, dst_node_id=node, message_type=request.kind, ttl=timeout + 60))
-        for reply in self._replies(messages, timeout):
+            letters[node] = RecordDict({"head": config, "body": tensors})
+        for node, reply in self._converse(letters, request.kind, timeout):
             if reply.has_error():
-                logger.warning("node %d: %s", reply.metadata.src_node_id, reply.error.reason)
+                logger.warning("node %d: %s", node, reply.error.reason)
+                why = reply.error.reason or "the site gave no reason"
+                yield from (Failure(name, why) for name in self._hosts(names)[node])
                 continue
             yield from _decoded(reply)
 
-    def _by_node(self, names: Sequence[str]) -> dict[int, list[str]]:
+    def _hosts(self, names: Sequence[str]) -> dict[int, list[str]]:
         hosts: dict[int, list[str]] = {}
         for name in names:
             hosts.setdefault(self.nodes[name], []).append(name)
         return hosts
 
-    def _replies(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-        """Replies as they come, until all are there or the time is up."""
-        waiting = set(self.grid.push_messages(messages))
-        deadline = time.monotonic() + timeout
-        while waiting and time.monotonic() < deadline:
-            for reply in self.grid.pull_messages(waiting):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply
-            if waiting:
+    def _converse(
+        self, letters: Mapping[int, RecordDict], kind: str, timeout: float
+    ) -> Iterator[tuple[int, Message]]:
+        """(node, its reply) as replies come, until all are there or the time is up; one for a node."""
+        start = time.monotonic()
+        pauses = dict.fromkeys(letters, self.resend_after)
+        due = dict.fromkeys(letters, start)
+        sent: dict[str, int] = {}
+        while due and time.monotonic() < start + timeout:
+            late = {node: letters[node] for node, moment in due.items() if time.monotonic() >= moment}
+            sent |= self._push(late, kind, timeout)
+            for node in late:
+                due[node], pauses[node] = time.monotonic() + pauses[node], 2 * pauses[node]
+            for reply in self.grid.pull_messages(list(sent)):
+                node = sent.pop(reply.metadata.reply_to_message_id)
+                if node not in due:
+                    continue  # answered already
+                if reply.has_error() and reply.error.code in LOST:
+                    due[node] = time.monotonic() + 1.0
+                    continue
+                del due[node]
+                yield node, reply
+            if due:
                 time.sleep(POLL_SECONDS)
+
+    def _push(self, letters: Mapping[int, RecordDict], kind: str, timeout: float) -> dict[str, int]:
+        """Send letters to their nodes; which message id went to which node."""
+        while letters:
+            messages = [
+                Message(content, dst_node_id=node, message_type=kind, ttl=timeout + 60)
+                for node, content in letters.items()
+            ]
+            try:
+                return dict(zip(self.grid.push_messages(messages), letters, strict=True))
+            except ObjectPushError:
+                logger.warning("the SuperLink went away in the middle of a push; pushing again")
+                time.sleep(1.0)
+        return {}
+
+
+def bytes_array(body: bytes) -> Array:
+    """Bytes as one of Flower's arrays, which it cuts into pieces and streams."""
+    return Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)
 
 
 def _decoded(reply: Message) -> Iterator[Reply]:

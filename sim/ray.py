@@ -8,6 +8,7 @@ workers do the work; otherwise it starts on this machine with as many CPUs as wo
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def simulate_on_ray(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(play(job, FlowerCarrier(grid, "ray"), out, test_set, **options))
+        results.append(play(job, FlowerCarrier(grid, "ray", resend_after=math.inf), out, test_set, **options))
 
     client = ClientApp()
     register(client, block_site)

@@ -51,7 +51,9 @@ def test_a_module_stays_readable(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno} lines"
+            assert node.end_lineno - node.lineno < 60, (
+                f"{node.name} has {node.end_lineno - node.lineno} lines"
+            )
 
 
 def test_no_module_is_a_drawer() -> None:
@@ -63,7 +65,9 @@ def test_no_module_is_a_drawer() -> None:
 def test_nothing_unpickles_or_seeds_globally() -> None:
     for path in MODULES:
         text = path.read_text("utf-8")
-        assert not re.search(r"pickle\.loads?\(|torch\.manual_seed\(|np\.random\.seed\(|(?<!\.)\brandom\.seed\(", text), path
+        assert not re.search(
+            r"pickle\.loads?\(|torch\.manual_seed\(|np\.random\.seed\(|(?<!\.)\brandom\.seed\(", text
+        ), path
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, path
 
