@@ -234,3 +234,29 @@ def test_features_do_not_depend_on_neighbours_or_place_or_workers(tmp_path: Path
 def test_load_weights_reads_what_torch_saves(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "w.pth")
     assert load_weights(tmp_path / "w.pth")["a"].tolist() == [1, 1]
+
+
+def test_a_transformers_vision_model_is_a_backbone_for_images(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    section = BackboneSection(name=str(tmp_path / "vit"))
+    encoder = load_vision_encoder(resolve(section, 1), section, 1)
+    shard = grey_png_shard(20, classes=2)
+    features = extract(encoder, shard.inputs, threads=1, device="cpu")
+    assert features.shape == (20, 32)
+    assert torch.equal(extract(encoder, shard.inputs[7:9], threads=1, device="cpu"), features[7:9])
+
+
+def test_a_text_model_is_refused_for_images_and_a_vision_model_for_texts(tmp_path: Path) -> None:
+    text = BackboneSection(name=str(tiny_bert(tmp_path / "bert")))
+    with pytest.raises(WeightsError, match="is not a vision model, found bert"):
+        load_vision_encoder(resolve(text, 1), text, 1)
+    vision = BackboneSection(name="torchvision:squeezenet1_1", weights="random")
+    with pytest.raises(WeightsError, match="does not read text"):
+        load_text_encoder(resolve(vision, 1), vision, 1)
