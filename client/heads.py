@@ -13,154 +13,209 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from client.batches import batches
+from client.batches import epoch_seeds, permutations
 from client.steps import stepper
+from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
-from protocol.messages import Update
 from protocol.tensors import Tensors
 
 ALIGN = 16
 
 
 @dataclass(frozen=True)
-class HeadWork:
-    """One client's part of a round: features [n, width] and targets [n]."""
+class Examples:
+    """Features [n, padded width] and targets [n] that several clients' rows point into."""
 
-    client: str
     features: torch.Tensor
     targets: torch.Tensor
 
+    @classmethod
+    def of(cls, features: torch.Tensor, targets: torch.Tensor) -> Examples:
+        """Features [n, width] with zeros behind, up to a multiple of 16 columns."""
+        padding = -features.shape[1] % ALIGN
+        return cls(torch.nn.functional.pad(features, (0, padding)).contiguous(), targets)
+
+
+@dataclass(frozen=True)
+class HeadWork:
+    """One client's part of a round: its rows of the examples."""
+
+    client: str
+    rows: NDArray[np.int64]
+
 
 def train_heads(
-    head: Tensors, works: Sequence[HeadWork], job: Job, round: int, plan: Mapping[str, float]
-) -> list[Update]:
+    head: Tensors,
+    examples: Examples,
+    works: Sequence[HeadWork],
+    job: Job,
+    round: int,
+    plan: Mapping[str, float],
+) -> StackedUpdates:
     """Local training of `head.weight` [outputs, width] and `head.bias` [outputs] at every client.
 
     Softmax cross-entropy, mean over the batch; the updates come in the order of `works`.
     """
     groups: dict[int, list[HeadWork]] = {}
     for work in works:
-        groups.setdefault(_rows_per_batch(len(work.targets), job.train.batch_size), []).append(work)
-    updates = [u for rows, group in groups.items() for u in _train_group(head, group, rows, job, round, plan)]
-    place = {work.client: i for i, work in enumerate(works)}
-    return sorted(updates, key=lambda update: place[update.client])
+        groups.setdefault(rows_per_batch(len(work.rows), job.train.batch_size), []).append(work)
+    parts = [_train_group(head, examples, g, size, job, round, plan) for size, g in groups.items()]
+    trained = joined(parts)
+    place = {client: i for i, client in enumerate(trained.clients)}
+    return trained.take([place[work.client] for work in works])
 
 
-def _rows_per_batch(count: int, batch_size: int) -> int:
+def rows_per_batch(count: int, batch_size: int) -> int:
     """Rows a batch is padded to: at least two, and a power of two where the shard is smaller."""
     fitting: int = 1 << max(count - 1, 1).bit_length()
     return max(2, min(batch_size, fitting))
 
 
 @dataclass(frozen=True)
-class _Cohort:
-    """A group's examples in one table, and which rows each client's steps take.
+class _Schedule:
+    """Which rows each client's steps take; clients with most steps come first.
 
-    Clients are sorted so that those with most steps come first: those still training at
-    any step are then a prefix. `rows` is [clients, steps, batch] into the table, with
-    the first row where a batch is padded; `share` is 1 / batch size, or 0 for padding.
+    Those still training at any step are then a prefix. `rows` is [steps, clients, batch] into
+    the examples, the client's first row where a batch is padded; `share` is 1 / batch size, or 0
+    for padding; `steps` counts each client's.
     """
 
-    table: torch.Tensor
-    targets: torch.Tensor
+    works: list[HeadWork]
     rows: torch.Tensor
     share: torch.Tensor
     steps: list[int]
 
 
 def _train_group(
-    head: Tensors, works: list[HeadWork], rows: int, job: Job, round: int, plan: Mapping[str, float]
-) -> list[Update]:
-    plans = {work.client: batches(len(work.targets), job, round, work.client) for work in works}
-    works = sorted(works, key=lambda work: -len(plans[work.client]))
-    cohort = _assemble(works, [plans[w.client] for w in works], rows, job.train.device)
-    start = _stack(head, len(works), cohort.table.shape[1], job.train.device)
+    head: Tensors,
+    examples: Examples,
+    works: list[HeadWork],
+    size: int,
+    job: Job,
+    round: int,
+    plan: Mapping[str, float],
+) -> StackedUpdates:
+    device = job.train.device
+    schedule = _schedule(works, size, job, round)
+    start = _stack(head, len(works), examples.features.shape[1], device)
     now = {name: tensor.clone() for name, tensor in start.items()}
-    losses = _descend(now, start, cohort, job, plan.get("proximal_mu", 0.0))
+    losses = _descend(now, start, examples, schedule, job, plan.get("proximal_mu", 0.0))
     width = head["head.weight"].shape[1]
-    delta = {name: (now[name] - start[name]).cpu() for name in now}
-    return [
-        Update(
-            client=work.client,
-            round=round,
-            delta={
-                "head.weight": delta["weight"][i, :, :width].clone(),
-                "head.bias": delta["bias"][i].clone(),
-            },
-            num_examples=len(work.targets),
-            states={
-                "train_loss.sum": losses[i].cpu(),
-                "train_loss.count": torch.tensor(float(len(work.targets) * job.train.epochs)).double(),
-            },
-        )
-        for i, work in enumerate(works)
-    ]
-
-
-def _assemble(works: list[HeadWork], plans: list[list[list[int]]], rows: int, device: str) -> _Cohort:
-    width = works[0].features.shape[1]
-    padded = -(-width // ALIGN) * ALIGN
-    table = torch.zeros((sum(len(w.targets) for w in works), padded))
-    index = torch.zeros((len(works), len(plans[0]), rows), dtype=torch.int64)
-    share = torch.zeros((len(works), len(plans[0]), rows))
-    offset = 0
-    for i, (work, plan) in enumerate(zip(works, plans, strict=True)):
-        table[offset : offset + len(work.targets), :width] = work.features
-        index[i] = offset
-        for step, batch in enumerate(plan):
-            index[i, step, : len(batch)] = torch.tensor(batch, dtype=torch.int64) + offset
-            share[i, step, : len(batch)] = 1.0 / len(batch)
-        offset += len(work.targets)
-    targets = torch.cat([work.targets for work in works])
-    return _Cohort(
-        table.to(device),
-        targets.to(device),
-        index.to(device),
-        share.to(device),
-        steps=[len(plan) for plan in plans],
+    counts = tuple(len(work.rows) for work in schedule.works)
+    return StackedUpdates(
+        clients=tuple(work.client for work in schedule.works),
+        round=round,
+        delta={
+            "head.weight": (now["weight"].sub_(start["weight"]))[:, :, :width].cpu().contiguous(),
+            "head.bias": now["bias"].sub_(start["bias"]).cpu(),
+        },
+        num_examples=counts,
+        states={
+            "train_loss.sum": losses.cpu(),
+            "train_loss.count": torch.tensor(counts, dtype=torch.float64) * job.train.epochs,
+        },
     )
+
+
+def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedule:
+    works = sorted(works, key=lambda work: -len(work.rows))
+    counts = np.array([len(work.rows) for work in works])
+    per_epoch = -(-counts // job.train.batch_size)
+    epochs = job.train.epochs
+    seeds = [epoch_seeds(job, round, work.client) for work in works]
+    own = np.zeros((len(works), counts.max()), dtype=np.int64)
+    for i, work in enumerate(works):
+        own[i, : counts[i]] = work.rows
+    rows = np.repeat(own[:, :1, None], int(per_epoch[0]) * epochs * size, axis=2).reshape(
+        len(works), int(per_epoch[0]) * epochs, size
+    )
+    share = np.zeros(rows.shape, dtype=np.float32)
+    for epoch in range(epochs):
+        order = permutations(counts.tolist(), [s[epoch] for s in seeds])
+        shuffled = np.take_along_axis(own, order, axis=1)
+        _lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
+    return _Schedule(
+        works,
+        torch.from_numpy(rows.transpose(1, 0, 2).copy()).to(job.train.device),
+        torch.from_numpy(share.transpose(1, 0, 2).copy()).to(job.train.device),
+        (per_epoch * epochs).tolist(),
+    )
+
+
+def _lay_out(
+    rows: NDArray[np.int64],
+    share: NDArray[np.float32],
+    shuffled: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    batch: int,
+    epoch: int,
+) -> None:
+    """Write one epoch's batches behind the epochs before it; clients of equal count all at once."""
+    for count in np.unique(counts).tolist():
+        members = np.flatnonzero(counts == count)
+        steps = -(-count // batch)
+        filled = np.zeros((len(members), steps * batch), dtype=np.int64)
+        filled[:, :count] = shuffled[members, :count]
+        filled[:, count:] = shuffled[members, :1]
+        weights = np.zeros(steps * batch, dtype=np.float32)
+        weights[:count] = 1.0 / batch
+        weights[(steps - 1) * batch : count] = 1.0 / (count - (steps - 1) * batch)
+        span = slice(epoch * steps, (epoch + 1) * steps)
+        rows[members, span, :batch] = filled.reshape(-1, steps, batch)
+        share[members, span, :batch] = weights.reshape(steps, batch)
 
 
 def _stack(head: Tensors, clients: int, padded: int, device: str) -> Tensors:
     outputs, width = head["head.weight"].shape
-    weight = torch.zeros((clients, outputs, padded))
-    weight[:, :, :width] = head["head.weight"]
-    return {"weight": weight.to(device), "bias": head["head.bias"].repeat(clients, 1).to(device)}
+    weight = torch.zeros((outputs, padded))
+    weight[:, :width] = head["head.weight"]
+    return {
+        "weight": weight.to(device).repeat(clients, 1, 1),
+        "bias": head["head.bias"].to(device).repeat(clients, 1),
+    }
 
 
-def _descend(now: Tensors, start: Tensors, cohort: _Cohort, job: Job, mu: float) -> torch.Tensor:
+def _descend(
+    now: Tensors, start: Tensors, examples: Examples, schedule: _Schedule, job: Job, mu: float
+) -> torch.Tensor:
     """Move `now` in place through all local steps; each client's summed loss, [clients]."""
     step = {name: stepper(job.train) for name in now}
-    losses = torch.zeros(len(cohort.steps), dtype=torch.float64, device=now["bias"].device)
-    ones = torch.ones((len(cohort.steps), cohort.rows.shape[2], 2), device=now["bias"].device)
-    for s in range(cohort.rows.shape[1]):
-        active = sum(count > s for count in cohort.steps)
-        inputs = cohort.table[cohort.rows[:active, s]]
-        targets = cohort.targets[cohort.rows[:active, s]]
-        share = cohort.share[:active, s]
-        logits = torch.bmm(inputs, now["weight"][:active].transpose(1, 2)) + now["bias"][:active].unsqueeze(1)
-        error = _softmax_error(logits, targets, share)
+    losses = torch.zeros(len(schedule.steps), dtype=torch.float64, device=now["bias"].device)
+    ones = torch.ones((len(schedule.steps), schedule.rows.shape[2], 2), device=now["bias"].device)
+    for s in range(len(schedule.rows)):
+        active = sum(count > s for count in schedule.steps)
+        rows, share = schedule.rows[s, :active], schedule.share[s, :active]
+        inputs = examples.features.index_select(0, rows.flatten()).view(*rows.shape, -1)
+        targets = examples.targets[rows]
+        logits = torch.bmm(inputs, now["weight"][:active].transpose(1, 2))
+        logits += now["bias"][:active].unsqueeze(1)
+        error, loss = _softmax_error(logits, targets, share)
         gradient = {
             "weight": torch.bmm(error.transpose(1, 2), inputs),
             "bias": torch.bmm(error.transpose(1, 2), ones[:active])[:, :, 0].contiguous(),
         }
-        losses[:active] += _summed_loss(logits, targets, share)
+        losses[:active] += loss
         for name, tensor in now.items():
             g = gradient[name]
             if mu:
-                g = g + (tensor[:active] - start[name][:active]) * mu
+                g += (tensor[:active] - start[name][:active]) * mu
             step[name](tensor[:active], g)
     return losses
 
 
-def _softmax_error(logits: torch.Tensor, targets: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Gradient of the mean cross-entropy in the logits: (softmax - one-hot) / batch size."""
-    one_hot = torch.zeros_like(logits).scatter_(2, targets.unsqueeze(2), 1.0)
-    return (torch.softmax(logits, dim=2) - one_hot) * share.unsqueeze(2)
+def _softmax_error(
+    logits: torch.Tensor, targets: torch.Tensor, share: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of the mean cross-entropy in the logits, each client's summed cross-entropy).
 
-
-def _summed_loss(logits: torch.Tensor, targets: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    log_likelihood = torch.log_softmax(logits, dim=2).gather(2, targets.unsqueeze(2)).squeeze(2)
-    return -(log_likelihood * (share > 0)).to(torch.float64).sum(dim=1)
+    The gradient is (softmax - one-hot) / batch size, [clients, batch, outputs].
+    """
+    probabilities = torch.softmax(logits, dim=2)
+    place, share = targets.unsqueeze(2), share.unsqueeze(2)
+    likelihood = probabilities.gather(2, place).clamp_min_(torch.finfo(torch.float32).tiny)
+    loss = -(likelihood.log_() * (share > 0)).sum(dim=(1, 2), dtype=torch.float64)
+    return probabilities.mul_(share).scatter_add_(2, place, -share), loss

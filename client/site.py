@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
-from client.heads import HeadWork, train_heads
+from client.heads import Examples, HeadWork, train_heads
 from client.train import train_model
 from protocol.errors import InputError
 from protocol.job import Job
@@ -124,9 +125,9 @@ class Site:
 def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
     if learner.uses_features:
-        works = [HeadWork(n, h.features, h.train.targets) for n, h in held.items() if h.features is not None]
-        if works:
-            yield from train_heads(request.tensors, works, learner.job, request.round, request.plan)
+        if held:
+            examples, works = heads_of(held)
+            yield from train_heads(request.tensors, examples, works, learner.job, request.round, request.plan)
         return
     for name, h in held.items():
         yield train_model(
@@ -138,6 +139,17 @@ def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator
             round=request.round,
             plan=request.plan,
         )
+
+
+def heads_of(held: dict[str, Held]) -> tuple[Examples, list[HeadWork]]:
+    """The held shards' features in one table, and which of its rows are whose."""
+    parts = [h.features for h in held.values() if h.features is not None]
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    works = [
+        HeadWork(name, np.arange(end - len(part), end))
+        for name, part, end in zip(held, parts, ends, strict=True)
+    ]
+    return Examples.of(torch.cat(parts), torch.cat([h.train.targets for h in held.values()])), works
 
 
 def evaluate(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator[Measurement]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from client.heads import HeadWork, train_heads
+from client.heads import train_heads
+from client.site import Held, heads_of
 from client.train import train_model
 from protocol.job import Job
+from protocol.messages import Update
 from protocol.tensors import Tensors
 from server.result import Baselines
 from server.rounds import Run
@@ -51,8 +53,8 @@ def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     """Final tensors of each owner that trains alone on its shard."""
     job, learner, first = long_job(run.job), run.learner, run.first_model
     if learner.uses_features:
-        works = [HeadWork(name, learner.features(shard), shard.targets) for name, shard in shards.items()]
-        updates = train_heads(first, works, job, 0, {})
+        held = {name: Held(shard, shard, learner.features(shard)) for name, shard in shards.items()}
+        updates: Sequence[Update] = train_heads(first, *heads_of(held), job, 0, {})
     else:
         updates = [
             train_model(learner, first, shard, job, client=name, round=0, plan={})

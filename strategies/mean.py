@@ -6,31 +6,44 @@ Data", algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
+from protocol.cohort import stacked
 from protocol.errors import InconsistentUpdates
 from protocol.messages import Update
 from protocol.tensors import Tensors
 
 
-def weighted_mean(updates: Iterable[Update]) -> Tensors:
-    """Deltas averaged by example count, in float64, one update in memory at a time.
+def weighted_mean(updates: Sequence[Update]) -> Tensors:
+    """Deltas averaged by example count, in float64.
+
+    The sum runs over the stacked updates in the order given, so the same updates in the same
+    order give the same bits, whether they arrived one by one or trained as one cohort.
 
     Raises:
         InconsistentUpdates: there is no update, or none has an example.
     """
-    total: Tensors = {}
-    weight = 0
-    for update in updates:
-        for name, delta in update.delta.items():
-            term = delta.to(torch.float64) * update.num_examples
-            total[name] = total[name] + term if name in total else term
-        weight += update.num_examples
-    if weight == 0:
+    cohort = stacked(updates) if len(updates) else None
+    total = sum(cohort.num_examples) if cohort else 0
+    if cohort is None or total == 0:
         raise InconsistentUpdates("no examples behind any update: nothing to average")
-    return {name: value / weight for name, value in total.items()}
+    weights = torch.tensor(cohort.num_examples, dtype=torch.float64)
+    return {name: _weighted_sum(weights, delta) / total for name, delta in cohort.delta.items()}
+
+
+COLUMNS = 1 << 16
+"""Values of a client that are summed in float64 at a time: memory stays bounded for large models."""
+
+
+def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Sum over the first dimension, [clients, …] to […], in float64."""
+    flat = values.reshape(len(values), -1)
+    parts = [
+        (weights.unsqueeze(1) * part.to(torch.float64)).sum(0) for part in torch.split(flat, COLUMNS, dim=1)
+    ]
+    return torch.cat(parts).reshape(values.shape[1:])
 
 
 def moved(model: Tensors, step: Tensors) -> Tensors:

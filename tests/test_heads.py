@@ -1,16 +1,20 @@
 """Batched heads: torch's autograd as the oracle for the values, each client alone for the bits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.batches import batches
-from client.heads import HeadWork, train_heads
+from client.heads import Examples, HeadWork
+from client.heads import train_heads as train_stacked
 from client.steps import torch_optimizer
 from protocol.job import Job
+from protocol.messages import Update
 from protocol.tensors import Tensors
 
 
@@ -26,10 +30,29 @@ def job(**train: object) -> Job:
     return Job.parse(table, origin="test")
 
 
-def work(client: str, count: int, width: int, classes: int, seed: int) -> HeadWork:
+@dataclass(frozen=True)
+class Own:
+    """One client's own examples."""
+
+    client: str
+    features: torch.Tensor
+    targets: torch.Tensor
+
+
+def train_heads(
+    start: Tensors, works: Sequence[Own], job: Job, round: int, plan: Mapping[str, float]
+) -> Sequence[Update]:
+    """All clients' examples in one table, as a simulation has them."""
+    table = Examples.of(torch.cat([w.features for w in works]), torch.cat([w.targets for w in works]))
+    ends = np.cumsum([len(w.targets) for w in works])
+    rows = [HeadWork(w.client, np.arange(e - len(w.targets), e)) for w, e in zip(works, ends, strict=True)]
+    return train_stacked(start, table, rows, job, round, plan)
+
+
+def work(client: str, count: int, width: int, classes: int, seed: int) -> Own:
     g = torch.Generator().manual_seed(seed)
     features = torch.randn(count, width, generator=g)
-    return HeadWork(client, features, torch.randint(classes, (count,), generator=g))
+    return Own(client, features, torch.randint(classes, (count,), generator=g))
 
 
 def head(width: int, classes: int) -> Tensors:
@@ -40,7 +63,7 @@ def head(width: int, classes: int) -> Tensors:
     }
 
 
-def by_autograd(start: Tensors, item: HeadWork, job: Job, plan: Mapping[str, float]) -> Tensors:
+def by_autograd(start: Tensors, item: Own, job: Job, plan: Mapping[str, float]) -> Tensors:
     """The obvious way: one client, nn.Linear, autograd, torch.optim, in float64."""
     layer = torch.nn.Linear(*reversed(start["head.weight"].shape)).double()
     layer.weight.data.copy_(start["head.weight"])
@@ -151,3 +174,20 @@ def test_order_depends_on_round_client_and_seed_and_on_nothing_else() -> None:
     assert batches(50, job(), 1, "a") == batches(50, job(), 1, "a")
     others = [batches(50, job(), 2, "a"), batches(50, job(), 1, "b"), batches(50, job(epochs=2), 1, "a")[4:]]
     assert all(batches(50, job(), 1, "a") != other for other in others)
+
+
+def test_permutations_are_uniform_and_differ_between_seeds() -> None:
+    from client.batches import permutations
+
+    many = permutations([4] * 24_000, range(24_000))
+    counts = np.unique(many, axis=0, return_counts=True)[1]
+    assert len(counts) == 24
+    assert abs(counts - 1000).max() < 5 * 1000**0.5
+
+
+def test_splitmix64_gives_its_published_numbers() -> None:
+    """The first outputs from seed 1234567, as listed with the reference implementation."""
+    from client.batches import random_numbers
+
+    found = random_numbers(np.array([1234567], dtype=np.uint64), 3)[0].tolist()
+    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
