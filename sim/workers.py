@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 from client.site import Site
 from protocol.errors import JobError
@@ -50,7 +53,8 @@ class PooledCarrier:
         waiting = blocks(names, self.workers, whole=self.population.job.tune.method == "head")
         for _ in range(RETRIES):
             lost: list[list[str]] = []
-            running = {self._start().submit(answer, head, body, block): block for block in waiting}
+            with interrupts_held_back():
+                running = {self._start().submit(answer, head, body, block): block for block in waiting}
             for future in as_completed(running):
                 replies = _result(future)
                 if replies is None:
@@ -72,9 +76,29 @@ class PooledCarrier:
         return self._pool[0]
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes at once: what they are at is lost, and they hold nothing else."""
         while self._pool:
-            self._pool.pop().shutdown(wait=False, cancel_futures=True)
+            pool = self._pool.pop()
+            processes = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Processes started within never see Ctrl-C: it is for the one that started them to end them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Future[list[tuple[str, bytes]]]) -> list[tuple[str, bytes]] | None:
