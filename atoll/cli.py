@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from types import FrameType
@@ -33,6 +34,8 @@ site_verbs.register(app)
 look_verbs.register(app)
 
 INTERRUPTED = 130
+PATIENCE = 2.0
+"""Seconds that an interrupted command waits for its own threads."""
 
 
 @app.callback(invoke_without_command=True)
@@ -70,12 +73,27 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupt_once)
     code = run(sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is only the way out left
+    if code == INTERRUPTED and not _all_threads_end():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
+def _all_threads_end() -> bool:
+    """Give other threads a moment; one of a library may wait for replies that nobody sends any more."""
+    others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    end = time.monotonic() + PATIENCE
+    for thread in others:
+        thread.join(max(0.0, end - time.monotonic()))
+    return not any(thread.is_alive() for thread in others)
+
+
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """The first Ctrl-C ends the work; more of them don't disturb its tidying up, which is short."""
+    """The first Ctrl-C ends the work; more don't disturb its tidying up, which is short and silent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.disable()
     raise KeyboardInterrupt
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from typing import Self
 
 from client.site import Site
@@ -94,6 +95,7 @@ class PooledCarrier:
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
     """Processes started within never see Ctrl-C: it is for the one that started them to end them."""
+    resource_tracker.ensure_running()  # it lets them through again when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
