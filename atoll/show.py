@@ -173,7 +173,7 @@ def watching(rounds: int) -> Iterator[Watcher]:
 
 def _bars() -> Progress:
     columns = (
-        TextColumn("{task.description:<8}"),
+        TextColumn("{task.description:<9}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

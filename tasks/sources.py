@@ -53,7 +53,7 @@ def load_source(name: str, *, offline: bool = False, progress: Progress | None =
     """The data set called `name`; it is fetched, where it must be, at first use only."""
     source = SOURCES.get(name)
     if source is None:
-        raise ConfigError(f"data.source: no source {name!r}, {_nearest(name)}")
+        raise ConfigError(f"data.source {name!r}: {_nearest(name)}")
     folder = cached_folder(
         cache_root() / "sources" / f"{name}-{_CACHE_FORMAT}",
         lambda staging: _write(source.decode(offline, progress), staging),
