@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -118,8 +120,16 @@ def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]
 
 
 def open_site(job: str) -> None:
-    """In a new worker process: read the source and wait for work."""
+    """In a new worker process: read the source and wait for work, for as long as the parent lives."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _site.append(Site(Population.of(Job.from_json(job))))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def answer(head: str, body: bytes, names: list[str]) -> list[tuple[str, bytes]]:
