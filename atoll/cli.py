@@ -17,7 +17,7 @@ import typer
 
 from atoll import __version__, look_verbs, run_verbs, site_verbs
 from atoll.show import OneLine, err, plain
-from atoll.usage import what_is_wrong
+from atoll.usage import verbs_of, what_is_wrong
 from protocol.errors import JobError
 
 app = typer.Typer(
@@ -130,7 +130,7 @@ def run(arguments: list[str]) -> int:
     if debug:  # welcome anywhere on the line
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
     try:
-        outcome = app(arguments, prog_name="atoll", standalone_mode=False)
+        outcome = verbs_of(app).main(arguments, prog_name="atoll", standalone_mode=False)
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except click.exceptions.Exit as leaving:
@@ -139,7 +139,7 @@ def run(arguments: list[str]) -> int:
         typer.echo(error.format_message())
         return 2
     except click.UsageError as error:
-        return _complain(what_is_wrong(error, arguments, app), 2, debug)
+        return _complain(what_is_wrong(error, arguments, verbs_of(app)), 2, debug)
     except run_verbs.Interrupted as stopped:
         return _complain(str(stopped), INTERRUPTED, debug, label="interrupted")
     except JobError as error:

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from atoll.show import out
+from atoll.show import out, plain
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job
 from protocol.tensors import from_bytes
@@ -76,10 +76,9 @@ def predict(
         for given, answer in zip(inputs, answers, strict=True):
             typer.echo(json.dumps({"input": given} | answer))
         return
-    table = Table("input", "label", "probability")
+    table = Table(Column("input", no_wrap=True, max_width=60), "label", "probability")
     for given, answer in zip(inputs, answers, strict=True):
-        shown = given if len(given) <= 60 else given[:57] + "…"
-        table.add_row(escape(shown), escape(answer["label"]), f"{answer['probability']:.3f}")
+        table.add_row(plain(given), escape(answer["label"]), f"{answer['probability']:.3f}")
     out.print(table)
 
 

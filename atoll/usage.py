@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from pathlib import Path
+from typing import get_type_hints
 
 import click
 import typer
+from typer.core import TyperArgument
 from typer.main import get_command
 
 
-def what_is_wrong(error: click.UsageError, arguments: list[str], app: typer.Typer) -> str:
-    """One line: what was found, the nearest thing there is, and where to read on."""
+@cache
+def verbs_of(app: typer.Typer) -> click.Group:
+    """The app's verbs, each argument with its help, which Typer 0.20 loses under click 8.5."""
     verbs = get_command(app)
     assert isinstance(verbs, click.Group)
+    for registered in app.registered_commands:
+        assert registered.callback is not None
+        hints = get_type_hints(registered.callback, include_extras=True)
+        for param in verbs.commands[registered.name or registered.callback.__name__].params:
+            told = [info.help for info in getattr(hints[param.name or ""], "__metadata__", ())]
+            if isinstance(param, TyperArgument) and told:
+                param.help = told[0]
+    return verbs
+
+
+def what_is_wrong(error: click.UsageError, arguments: list[str], verbs: click.Group) -> str:
+    """One line: what was found, the nearest thing there is, and where to read on."""
     verb = next((a for a in arguments if a in verbs.commands), None)
     place = f"atoll {verb}" if verb else "atoll"
     return f"{_finding(error, arguments, verbs, verb)} (see {place} --help)"
