@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
+from types import FrameType
 
 import click
 import typer
 
 from atoll import __version__, look_verbs, run_verbs, site_verbs
-from atoll.show import err
+from atoll.show import OneLine, err, plain
+from atoll.usage import verbs_of, what_is_wrong
 from protocol.errors import JobError
 
 app = typer.Typer(
@@ -29,6 +34,8 @@ site_verbs.register(app)
 look_verbs.register(app)
 
 INTERRUPTED = 130
+PATIENCE = 2.0
+"""Seconds that an interrupted command waits for its own threads."""
 
 
 @app.callback(invoke_without_command=True)
@@ -45,14 +52,13 @@ def options(
 
 def quiet_libraries(debug: bool) -> None:
     """One voice on the terminal: ours. `--debug` lets everyone speak."""
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=err, show_path=debug, show_time=False, markup=False)
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], format="%(message)s"
-    )
     if debug:
+        from rich.logging import RichHandler
+
+        chatty = RichHandler(console=err, show_time=False, markup=False)
+        logging.basicConfig(level=logging.DEBUG, handlers=[chatty], format="%(message)s")
         return
+    logging.basicConfig(level=logging.WARNING, handlers=[OneLine()])
     warnings.simplefilter("ignore")
     for name in ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "torch", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -62,7 +68,46 @@ def main() -> None:
     """Entry point: runs a verb and turns every error into one line and an exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    sys.exit(run(sys.argv[1:]))
+    _stand_on_open_streams()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt_once)
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is only the way out left
+    if code == INTERRUPTED and not _all_threads_end():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _all_threads_end() -> bool:
+    """Give other threads a moment; one of a library may wait for replies that nobody sends any more."""
+    others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+    end = time.monotonic() + PATIENCE
+    for thread in others:
+        thread.join(max(0.0, end - time.monotonic()))
+    return not any(thread.is_alive() for thread in others)
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C ends the work; more don't disturb its tidying up, which is short and silent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.disable()
+    raise KeyboardInterrupt
+
+
+def _stand_on_open_streams() -> None:
+    """Where a standard stream is closed, or can't write a letter: nowhere, or a replacement for it."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - for as long as we live
+        else:
+            stream.reconfigure(errors="replace")
 
 
 QUIET = {
@@ -85,7 +130,7 @@ def run(arguments: list[str]) -> int:
     if debug:  # welcome anywhere on the line
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
     try:
-        outcome = app(arguments, standalone_mode=False)
+        outcome = verbs_of(app).main(arguments, prog_name="atoll", standalone_mode=False)
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except click.exceptions.Exit as leaving:
@@ -94,14 +139,15 @@ def run(arguments: list[str]) -> int:
         typer.echo(error.format_message())
         return 2
     except click.UsageError as error:
-        return _complain(_usage(error), 2, debug)
+        return _complain(what_is_wrong(error, arguments, verbs_of(app)), 2, debug)
+    except run_verbs.Interrupted as stopped:
+        return _complain(str(stopped), INTERRUPTED, debug, label="interrupted")
     except JobError as error:
         return _complain(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        return _complain("interrupted", INTERRUPTED, debug)
+        return _complain("nothing more was done", INTERRUPTED, debug, label="interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _nobody_listens()
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", 1, debug)
@@ -109,21 +155,19 @@ def run(arguments: list[str]) -> int:
         return _complain(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
 
 
-def _usage(error: click.UsageError) -> str:
-    verb = error.ctx.command_path if error.ctx else "atoll"
-    return f"{' '.join(error.format_message().split())} (see {verb} --help)"
+def _nobody_listens() -> int:
+    """The reader of our output is gone: what is still to be flushed goes nowhere, without a word."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return 1
 
 
-def _complain(message: str, code: int, debug: bool) -> int:
+def _complain(message: str, code: int, debug: bool, *, label: str = "error") -> int:
     if debug:
         traceback.print_exc()
-    line = " ".join(message.split("\n"))
-    err.print(f"[bold red]error:[/] {_plain(line)}", highlight=False, soft_wrap=True)
+    try:
+        err.print(f"[bold red]{label}:[/] {plain(message)}", highlight=False, soft_wrap=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return code
-
-
-def _plain(text: str) -> str:
-    """Text from outside, so that it can't format, hide or forge what the terminal shows."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() else "�" for c in text))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from atoll.show import out
+from atoll.show import out, plain
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job
 from protocol.tensors import from_bytes
@@ -41,15 +43,26 @@ def read_result(run: Path) -> dict[str, Any]:
         ConfigError: RUN isn't one.
     """
     path = run / "result.json"
-    if not run.is_dir():
-        raise ConfigError(f"{run}: no such run directory")
-    if not path.is_file():
-        raise ConfigError(f"{run}: has no result.json; a run that was broken off goes on with --resume")
+    check_finished(run, path)
     try:
         result: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     return result
+
+
+def check_finished(run: Path, product: Path) -> None:
+    """Raises ConfigError unless RUN is a run directory whose run has come to the `product`."""
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such run directory")
+    if not (run / "job.toml").is_file():
+        raise ConfigError(f"{run}: no run directory, expected one that atoll simulate or submit wrote")
+    if not product.is_file():
+        raise ConfigError(
+            f"{run}: the run is not finished (no {product.relative_to(run)});"
+            f" go on with: atoll simulate {shlex.quote(str(run / 'job.toml'))}"
+            f" --out {shlex.quote(str(run))} --resume"
+        )
 
 
 def predict(
@@ -63,10 +76,9 @@ def predict(
         for given, answer in zip(inputs, answers, strict=True):
             typer.echo(json.dumps({"input": given} | answer))
         return
-    table = Table("input", "label", "probability")
+    table = Table(Column("input", no_wrap=True, max_width=60), "label", "probability")
     for given, answer in zip(inputs, answers, strict=True):
-        shown = given if len(given) <= 60 else given[:57] + "…"
-        table.add_row(escape(shown), escape(answer["label"]), f"{answer['probability']:.3f}")
+        table.add_row(plain(given), escape(answer["label"]), f"{answer['probability']:.3f}")
     out.print(table)
 
 
@@ -83,18 +95,17 @@ def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
     from tasks.seam import Shard
 
     about = run / "model" / "model.json"
-    if not about.is_file():
-        raise ConfigError(f"{run}: holds no finished model (no model/model.json)")
-    saved = json.loads(about.read_text("utf-8"))
-    job = Job.parse(saved["job"], origin=str(about))
+    check_finished(run, about)
+    try:
+        saved = json.loads(about.read_text("utf-8"))
+        job = Job.parse(saved["job"], origin=str(about))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{about}: damaged: {error}") from None
     task = task_named(job.task.name)
     tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
     learner = Learner.of(job, task, saved["facts"])
     learner.check_fingerprint()
-    try:
-        raw = [task.raw_input(given) for given in inputs]
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    raw = [task.raw_input(given) for given in inputs]
     shard = Shard(raw, torch.zeros(len(raw), dtype=torch.int64), tuple(bytes(32) for _ in raw))
     return task.answer(learner.fresh_outputs(tensors, shard), saved["facts"])
 
@@ -136,8 +147,10 @@ def list_(
     from atoll.catalogue import CATALOGUE
 
     if what not in CATALOGUE:
-        raise ConfigError(f"list {what}: expected one of {', '.join(CATALOGUE)}")
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, summary in CATALOGUE[what]():
-        table.add_row(escape(name), escape(summary))
-    out.print(table)
+        near = difflib.get_close_matches(what, CATALOGUE, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(CATALOGUE)}"
+        raise ConfigError(f"list {what}: {hint}")
+    lines = CATALOGUE[what]()
+    width = max(len(name) for name, _ in lines)
+    for name, summary in lines:
+        typer.echo(f"{name:<{width}}  {summary}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from atoll.show import ending, out, watching
-from protocol.errors import ConfigError
+from atoll.show import ending, out, plain, watching
+from protocol.errors import ConfigError, JobError
 from protocol.job import Job
 
 Overrides = Annotated[
@@ -17,7 +21,10 @@ Overrides = Annotated[
 ]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file (TOML).")]
 OutDir = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the run directory goes.")]
-ENGINES = ("inline", "loop", "cohort", "ray")
+
+
+class Interrupted(JobError):
+    """Ctrl-C; the message says what is kept, and how to go on."""
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +51,7 @@ def simulate(
     """Run a whole federation on this machine."""
     if engine not in ("inline", "ray"):
         raise ConfigError(f"--engine: expected inline or ray, found {engine!r}")
-    loaded = Job.load(job, overrides or ())
+    loaded = load(job, overrides)
     default = Path("runs") / loaded.name
     run_here(loaded, out, engine=engine, workers=workers, resume=resume, force=force, default=default)
 
@@ -63,18 +70,74 @@ def run_here(
     from sim.engine import simulate as simulate_job
 
     where = where or (default if force else unused(default, resume=resume))
-    with watching(job.federation.rounds) as watcher:
-        result = simulate_job(
-            job,
-            where,
-            engine=engine,
-            workers=workers,
-            watch=watcher.step,
-            progress=watcher.features,
-            resume=resume,
-            force=force,
-        )
+    finished = _finished(where, job) if resume else None
+    if finished is not None:
+        out.print(plain(f"{where}: this run is complete, nothing is left to do"), soft_wrap=True)
+        ending(finished, where)
+        return
+    try:
+        with watching(job.federation.rounds) as watcher:
+            result = simulate_job(
+                job,
+                where,
+                engine=engine,
+                workers=workers,
+                watch=watcher.step,
+                progress=watcher.features,
+                resume=resume,
+                force=force,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(how_to_go_on(where, job.federation.rounds)) from None
     ending(result, where)
+
+
+def _finished(where: Path, job: Job) -> dict[str, Any] | None:
+    """The result of a run of this very job that has nothing left to do."""
+    try:
+        result: dict[str, Any] = json.loads((where / "result.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = result.get("job_hash") == job.hash and (where / "report.html").is_file()
+    return result if whole else None
+
+
+def how_to_go_on(where: Path, rounds: int) -> str:
+    """What an interrupted run has left, and the command that continues it."""
+    if not (where / "job.toml").is_file():
+        return "no round had begun, and nothing is left behind"
+    whole = [int(p.name.removeprefix("round-")) for p in (where / "checkpoints").glob("round-*")]
+    command = shlex.join(["atoll", *resuming(sys.argv[1:], where)])
+    return f"{max(whole, default=0)} of {rounds} rounds are whole in {where}; go on with: {command}"
+
+
+def resuming(arguments: list[str], where: Path) -> list[str]:
+    """The command line that resumes the run which this one started in `where`."""
+    kept = [a for a in arguments if a not in ("--force", "--resume")]
+    if kept[:1] == ["demo"]:
+        kept = ["simulate", str(where / "job.toml"), *kept[1:]]
+    if not any(a == "--out" or a.startswith("--out=") for a in kept):
+        kept += ["--out", str(where)]
+    return [*kept, "--resume"]
+
+
+def load(path: Path, overrides: list[str] | None) -> Job:
+    """The job; a path in it that would be right from here, but not from the job's folder, is told apart."""
+    job = Job.load(path, overrides or ())
+    paths = {
+        "data.source": job.data.source, "data.test": job.data.test,
+        "backbone.name": job.backbone.name, "backbone.weights": job.backbone.weights,
+    }  # fmt: skip
+    for key, value in paths.items():
+        if value is None or not Path(value).is_absolute() or Path(value).exists():
+            continue
+        meant = Path(os.path.relpath(value, path.parent.resolve())).absolute()
+        if meant.exists():
+            raise ConfigError(
+                f"{path}: {key}: no {value}; paths in a job start at its own folder,"
+                f" did you mean {meant.resolve()}?"
+            )
+    return job
 
 
 def unused(path: Path, *, resume: bool) -> Path:
@@ -93,9 +156,13 @@ def partition(
     """Write the simulated clients' shards as folders, one a client, for a real federation."""
     from sim.shards import write_shards
 
-    names = write_shards(Job.load(job, overrides or ()), out_dir)
-    out.print(f"{len(names)} shards written to {out_dir}: {names[0]} … {names[-1]}", highlight=False)
-    out.print(f"join one with: atoll join KIT --data {out_dir / names[0]}", highlight=False)
+    names = write_shards(load(job, overrides), out_dir)
+    first = shlex.quote(str(out_dir / names[0]))
+    for line in (
+        f"{len(names)} shards written to {out_dir}: {names[0]} to {names[-1]}",
+        f"join one with: atoll join KIT --data {first}",
+    ):
+        out.print(plain(line), highlight=False, soft_wrap=True)
 
 
 def _demo_job() -> Job:

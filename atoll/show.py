@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,29 +17,112 @@ from rich.table import Table
 
 from server.comparison import NAMES, comparison_of
 
-out = Console()
-err = Console(stderr=True)
+PIPED_WIDTH = 160
+"""Columns of a table that goes to a file or a pipe, where nothing has to fit a screen."""
+EVERY = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
 
-WIDE = 100
-"""Rows of a table above which only the ends are shown."""
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that fits its terminal, or is wide and plain where there is none."""
+    stream = sys.stderr if stderr else sys.stdout
+    is_terminal = stream is not None and stream.isatty()
+    return Console(stderr=stderr, width=None if is_terminal else PIPED_WIDTH)
+
+
+out = console()
+err = console(stderr=True)
+
+
+def plain(text: str) -> str:
+    """Text from outside, in one line, so that it can't format, hide or forge what the terminal shows."""
+    return escape("".join(c if c.isprintable() else "�" for c in " ".join(text.split("\n"))))
+
+
+class OneLine(logging.Handler):
+    """A line for every warning; on a terminal above the progress, else on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        place = out if out.is_terminal and err.is_terminal else err
+        what = record.levelname.lower()
+        place.print(f"[yellow]{what}:[/] {plain(record.getMessage())}", highlight=False, soft_wrap=True)
+
+
+class Gauge(Protocol):
+    """Where progress is shown."""
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        ...
+
+    def show(self, name: str, done: int, total: int | None, note: str) -> None:
+        """How far something has got; without a total, that it goes on."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is to come."""
+        ...
+
+
+@dataclass
+class Bars:
+    """Bars that move, for a terminal; nothing is drawn before there is something to show."""
+
+    display: Progress
+    _bars: dict[str, TaskID] = field(default_factory=dict)
+    _total: dict[str, int | None] = field(default_factory=dict)
+
+    def say(self, line: str) -> None:
+        self.display.console.print(line, highlight=False, soft_wrap=True)
+
+    def show(self, name: str, done: int, total: int | None, note: str) -> None:
+        if not self._bars:
+            self.display.start()
+        if name not in self._bars or self._total[name] != total:
+            self._bars[name] = self.display.add_task(name, total=total, note=note)
+            self._total[name] = total
+        self.display.update(self._bars[name], completed=done, note=note)
+
+    def close(self) -> None:
+        for name, total in self._total.items():
+            if total is None:
+                self.display.remove_task(self._bars[name])
+        if self._bars:
+            self.display.stop()
+
+
+@dataclass
+class Lines:
+    """A plain line now and then, for a file or a pipe: the first, the last, and one every few seconds."""
+
+    every: float = EVERY
+    _last: dict[str, float] = field(default_factory=dict)
+
+    def say(self, line: str) -> None:
+        out.print(line, highlight=False, soft_wrap=True)
+        out.file.flush()
+
+    def show(self, name: str, done: int, total: int | None, note: str) -> None:
+        now = time.monotonic()
+        if name in self._last and done != total and now - self._last[name] < self.every:
+            return
+        self._last[name] = now
+        count = "" if total is None else f"{done} of {total}"
+        self.say("  ".join(part for part in (f"{name:<8}", count, note) if part))
+
+    def close(self) -> None: ...
 
 
 @dataclass
 class Watcher:
-    """Follows a run's steps on a progress display."""
+    """Follows a run's steps on a gauge."""
 
-    display: Progress
+    gauge: Gauge
     rounds: int
-    _bars: dict[str, TaskID] = field(default_factory=dict)
 
     def features(self, done: int, total: int) -> None:
         """Progress of the feature extraction."""
-        key = f"features {total}"
-        if key not in self._bars:
-            self._bars[key] = self.display.add_task(
-                "features", total=total, note="every example once, then cached"
-            )
-        self.display.update(self._bars[key], completed=done)
+        self.gauge.show("features", done, total, "every example once, then cached")
 
     def step(self, name: str, what: dict[str, Any]) -> None:
         """One step of the run."""
@@ -46,58 +132,46 @@ class Watcher:
             case "hello":
                 self._hello(what)
             case "resumed":
-                self.display.print(f"resumed after round {what['round']}")
-                self._round_bar(what["round"])
+                self.gauge.say(f"resumed   after round {what['round']} of {self.rounds}")
             case "round":
                 self._round(what)
             case "baselines":
-                self._bars["finish"] = self.display.add_task("baselines", total=None, note="")
+                self.gauge.show("finish", 0, None, "baselines")
             case "finish":
-                self.display.update(self._bars["finish"], description="final measurements")
-
-    def close(self) -> None:
-        """Take the last spinner down."""
-        if "finish" in self._bars:
-            self.display.remove_task(self._bars["finish"])
+                self.gauge.show("finish", 0, None, "final measurements")
 
     def _population(self, population: Any) -> None:
         for note in population.notes:
-            self.display.print(f"note: {escape(note)}", highlight=False)
-        self.display.print(
+            self.gauge.say(f"note      {plain(note)}")
+        self.gauge.say(
             f"data      {len(population.train)} examples to train on, {len(population.test)} held out"
         )
 
     def _hello(self, what: dict[str, Any]) -> None:
-        backbone, hellos = what["backbone"], what["hellos"]
-        self.display.print(
-            f"backbone  {escape(backbone.name)}, weights from {escape(backbone.origin)}", soft_wrap=True
-        )
-        taking = [h for h in hellos if not h.refusal]
-        sizes = sorted(h.num_examples for h in taking)
-        spread = f", {sizes[0]} to {sizes[-1]} examples each" if sizes else ""
-        self.display.print(f"clients   {len(taking)}{spread}")
-        for hello in (h for h in hellos if h.refusal):
-            self.display.print(
-                f"[yellow]{escape(hello.client)} does not take part: {escape(hello.refusal)}[/]"
-            )
-
-    def _round_bar(self, done: int) -> TaskID:
-        if "rounds" not in self._bars:
-            self._bars["rounds"] = self.display.add_task("rounds", total=self.rounds, completed=done, note="")
-        return self._bars["rounds"]
+        backbone = what["backbone"]
+        self.gauge.say(f"backbone  {plain(backbone.name)}, weights from {plain(backbone.origin)}")
+        sizes = sorted(h.num_examples for h in what["hellos"])
+        self.gauge.say(f"clients   {len(sizes)}, {sizes[0]} to {sizes[-1]} examples each")
 
     def _round(self, line: dict[str, Any]) -> None:
-        bar = self._round_bar(line["round"] - 1)
         parts = [] if line["loss"] is None else [f"loss {line['loss']:.3f}"]
         parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]
         if line["set_aside"]:
             parts.append(f"{len(line['set_aside'])} set aside")
-        self.display.update(bar, completed=line["round"], note=", ".join(parts))
+        self.gauge.show("rounds", line["round"], self.rounds, ", ".join(parts))
 
 
 @contextmanager
 def watching(rounds: int) -> Iterator[Watcher]:
     """A live display for the time of a run; plain lines where there is no terminal."""
+    gauge: Gauge = Bars(_bars()) if out.is_terminal else Lines()
+    try:
+        yield Watcher(gauge, rounds)
+    finally:
+        gauge.close()
+
+
+def _bars() -> Progress:
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(bar_width=24),
@@ -105,12 +179,7 @@ def watching(rounds: int) -> Iterator[Watcher]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=out) as display:
-        watcher = Watcher(display, rounds)
-        try:
-            yield watcher
-        finally:
-            watcher.close()
+    return Progress(*columns, console=out)
 
 
 def comparison(result: dict[str, Any]) -> Table:
@@ -132,7 +201,10 @@ def ending(result: dict[str, Any], run: Any) -> None:
     out.print()
     out.print(comparison(result))
     for note in result["notes"]:
-        out.print(f"note: {escape(note)}", highlight=False)
-    out.print(f"model sha256   {result['model_sha256']}", highlight=False, soft_wrap=True)
-    out.print(f"run directory  {run}", highlight=False, soft_wrap=True)
-    out.print(f"report         {run / 'report.html'}", highlight=False, soft_wrap=True)
+        out.print(f"note           {plain(note)}", highlight=False, soft_wrap=True)
+    for name, what in (
+        ("model sha256", result["model_sha256"]),
+        ("run directory", run),
+        ("report", run / "report.html"),
+    ):
+        out.print(f"{name:<13}  {plain(str(what))}", highlight=False, soft_wrap=True)

@@ -47,9 +47,14 @@ def _key(loc: tuple[Any, ...]) -> str:
 
 
 def _nearest(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
-    known = _fields_at(model, loc[:-1])
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f", expected one of {', '.join(sorted(known))}"
+    known, key = _fields_at(model, loc[:-1]), str(loc[-1])
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if close:
+        return f", did you mean {close[0]!r}?"
+    elsewhere = [f"{name}.{key}" for name in model.model_fields if key in _fields_at(model, (name,))]
+    if elsewhere and len(loc) == 1:
+        return f", did you mean {' or '.join(map(repr, elsewhere))}?"
+    return f", expected one of {', '.join(sorted(known))}"
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

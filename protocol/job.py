@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -289,4 +290,6 @@ def _absolute(value: str, folder: Path, origin: str, key: str) -> str:
         raise ConfigError(f"{origin}: {key}: environment variables are not expanded, found {value!r}")
     if ":" in value.split("/")[0] or not (value.startswith((".", "~")) or "/" in value):
         return value
-    return str((folder / Path(value).expanduser()).resolve())
+    if "\0" in value:
+        raise ConfigError(f"{origin}: {key}: NUL cannot be part of a path, found {value!r}")
+    return os.path.realpath(folder / os.path.expanduser(value))  # noqa: PTH111 - these raise at nothing

@@ -139,8 +139,12 @@ def write_synced(path: Path, content: bytes) -> None:
 def replace_synced(path: Path, content: bytes) -> None:
     """Put a file in place whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_synced(temporary, content)
-    temporary.replace(path)
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

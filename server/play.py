@@ -13,6 +13,10 @@ from server.report import write_report
 from server.result import Baselines, finish
 from server.rounds import Run, TestSet, Watch, all_rounds, open_run
 from server.rundir import RunDirectory
+from strategies import build_strategy
+from tasks import task_named
+from tasks.learner import check_device
+from tasks.weights import resolve
 
 
 def unwatched(step: str, what: dict[str, Any]) -> None:
@@ -43,12 +47,25 @@ def play(
 ) -> dict[str, Any]:
     """Run a job and leave a complete run directory; returns what `result.json` holds."""
     started = time.monotonic()
-    directory = RunDirectory.open(out, job, resume=resume, force=force)
-    run = open_run(job, carrier, directory, test_set, watch, resume=resume)
-    all_rounds(run)
-    watch("baselines", {})
-    compared, notes = baselines(run)
-    watch("finish", {})
-    result = finish(run, compared, time.monotonic() - started, notes)
-    write_report(out, result)
+    with RunDirectory.open(out, job, resume=resume, force=force) as directory:
+        run = open_run(job, carrier, directory, test_set, watch, resume=resume)
+        directory.settle()
+        all_rounds(run)
+        watch("baselines", {})
+        compared, notes = baselines(run)
+        watch("finish", {})
+        result = finish(run, compared, time.monotonic() - started, notes)
+        write_report(out, result)
     return result
+
+
+def check_job(job: Job) -> None:
+    """What can be said of a job before any data is read.
+
+    Raises:
+        ConfigError, WeightsError: it names something that there is not, or not on this machine.
+    """
+    task_named(job.task.name)
+    build_strategy(job.strategy)
+    check_device(job.train.device)
+    resolve(job.backbone, job.seed)

@@ -85,18 +85,27 @@ def open_run(
 
 
 def _accepted(hellos: Sequence[Hello], job: Job) -> list[Hello]:
-    for hello in hellos:
-        if hello.refusal:
-            logger.warning("%s does not take part: %s", hello.client, hello.refusal)
     accepted = [h for h in hellos if not h.refusal]
     needed = job.federation.cohort or 1
     if len(accepted) < needed:
-        reasons = "; ".join(f"{h.client}: {h.refusal}" for h in hellos if h.refusal)
         raise ConfigError(
-            f"{len(accepted)} of {len(hellos)} clients take part, a round needs {needed}"
-            + (f" ({reasons})" if reasons else "")
+            f"{len(accepted)} of {len(hellos)} clients take part, a round needs {needed}{_reasons(hellos)}"
         )
+    for hello in hellos:
+        if hello.refusal:
+            logger.warning("%s does not take part: %s", hello.client, hello.refusal)
     return accepted
+
+
+def _reasons(hellos: Sequence[Hello]) -> str:
+    """Why clients don't take part: each of a few reasons once, with the first client that gave it."""
+    first: dict[str, str] = {}
+    for hello in hellos:
+        if hello.refusal:
+            first.setdefault(hello.refusal, hello.client)
+    told = [f"{client}: {refusal}" for refusal, client in list(first.items())[:3]]
+    more = [f"and {len(first) - 3} other reasons"] if len(first) > 3 else []
+    return f" ({'; '.join(told + more)})" if told else ""
 
 
 def _continue_from(run: Run, found: Checkpoint) -> None:

@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 import tomli_w
 
@@ -22,12 +23,21 @@ from server.checkpoint import Checkpoint, latest, replace_synced, save
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunDirectory:
-    """Holds the directory's lock for as long as it lives; one process runs in it at a time."""
+    """Holds the directory's lock until it is left; one process runs in it at a time.
+
+    A job that is refused before `settle` leaves everything as it was: what opening made is taken
+    back, and an old run that `force` would replace is whole.
+    """
 
     path: Path
     lock: TextIO
+    job: Job
+    made: tuple[Path, ...]
+    is_new: bool
+    replaces: bool = False
+    settled: bool = False
 
     @classmethod
     def open(cls, path: Path, job: Job, *, resume: bool, force: bool) -> RunDirectory:
@@ -36,23 +46,49 @@ class RunDirectory:
         Raises:
             ConfigError: it cannot be written, holds another run, or another process runs in it.
         """
-        if resume and not (path / "job.toml").is_file():
-            raise ConfigError(f"{path}: nothing to resume, there is no job.toml")
-        if not (resume or force) and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"{path}: exists and is not empty; use --resume to go on, --force to start anew"
-            )
+        check_free(path, job, resume=resume, force=force)
+        made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _locked(path)
-            if resume:
-                _check_same_job(path / "job.toml", job)
-            elif force:
-                _clear(path)
-            replace_synced(path / "job.toml", job_toml(job).encode())
+            is_new = not (path / "job.toml").is_file()
+            directory = cls(path, lock, job, made, is_new, replaces=force and not is_new)
+            if is_new:
+                directory._write_job()
         except OSError as error:
+            _remove_empty(made)
             raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
-        return cls(path, lock)
+        except ConfigError:
+            _remove_empty(made)
+            raise
+        return directory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.settled and self.is_new:
+            for name in ("job.toml", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            _remove_empty(self.made)
+        self.lock.close()
+
+    def settle(self) -> None:
+        """The job can run: what an old run left is replaced now, and what is written from here on stays."""
+        if self.replaces:
+            _clear(self.path)
+            self._write_job()
+        self.settled = True
+
+    def _write_job(self) -> None:
+        try:
+            replace_synced(self.path / "job.toml", job_toml(self.job).encode())
+        except OSError as error:
+            if self.is_new:
+                (self.path / ".lock").unlink(missing_ok=True)
+            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add a round's line; a full disk costs the line, not the run."""
@@ -90,6 +126,44 @@ class RunDirectory:
             raise JobError(f"{self.path / 'result.json'}: not written ({error.strerror})") from None
 
 
+def check_free(path: Path, job: Job, *, resume: bool, force: bool) -> None:
+    """Look whether a run of this job may go to `path`, and change nothing.
+
+    Raises:
+        ConfigError: it holds another run, or something that is no run, or there is nothing to resume.
+    """
+    try:
+        if resume:
+            if not (path / "job.toml").is_file():
+                raise ConfigError(f"{path}: nothing to resume, there is no job.toml; leave --resume out")
+            _check_same_job(path / "job.toml", job)
+        elif force and _is_taken(path) and not (path / "job.toml").is_file():
+            raise ConfigError(f"{path}: no run directory (no job.toml), --force replaces nothing else")
+        elif not force and _is_taken(path):
+            raise ConfigError(
+                f"{path}: exists and is not empty; use --resume to go on, --force to start anew,"
+                " or another --out"
+            )
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether something lies there; a lock alone is what a run killed at its start leaves."""
+    if not path.is_dir():
+        return path.exists() or path.is_symlink()
+    return any(entry.name != ".lock" for entry in path.iterdir())
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders, the innermost first, that are there and empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
 def job_toml(job: Job) -> str:
     """The job with every default written out, as TOML that replays it."""
     return tomli_w.dumps(_without_none(job.model_dump(mode="json")))
@@ -109,7 +183,10 @@ def _check_same_job(path: Path, job: Job) -> None:
         return
     old, new = before.model_dump(mode="json"), job.model_dump(mode="json")
     changed = sorted(_differences(old, new))
-    raise ConfigError(f"{path.parent}: cannot resume with a changed job: {', '.join(changed)}")
+    raise ConfigError(
+        f"{path.parent}: cannot resume with a changed job: {', '.join(changed)};"
+        " start it anew with another --out"
+    )
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterable[str]:
@@ -125,11 +202,14 @@ def _locked(path: Path) -> TextIO:
     file = (path / ".lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        is_there = os.path.samestat(os.fstat(file.fileno()), (path / ".lock").stat())
+    except (BlockingIOError, FileNotFoundError):
+        is_there = False
+    if not is_there:  # held, or its holder was refused and took it away
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
-        raise ConfigError(f"{path}: another process runs in it (pid {holder})") from None
+        raise ConfigError(f"{path}: another process runs in it (pid {holder})")
     file.seek(0)
     file.truncate()
     file.write(f"{os.getpid()}\n")

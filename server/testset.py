@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 
+from protocol.errors import ConfigError
 from protocol.job import Job
 from server.rounds import TestSet
 from tasks import task_named
@@ -22,11 +23,23 @@ def read_source(job: Job) -> Table:
     """The job's source: a built-in name, or a path in the task's own format.
 
     Raises:
-        DataError: it is missing or unfit.
+        ConfigError, DataError: it is missing or unfit.
     """
     if Path(job.data.source).is_absolute():
         return task_named(job.task.name).read(Path(job.data.source), job.data)
+    check_source(job)
     return load_source(job.data.source, offline=job.backbone.offline)
+
+
+def check_source(job: Job) -> None:
+    """Raises ConfigError if the source is a built-in one that holds no data of the job's task."""
+    source = SOURCES.get(job.data.source)
+    if source is not None and source.task != job.task.name:
+        fitting = [name for name, other in SOURCES.items() if other.task == job.task.name]
+        raise ConfigError(
+            f"data.source: {source.name} is for {source.task}, the job's task is {job.task.name};"
+            f" expected {' or '.join([*fitting, 'a path'])}"
+        )
 
 
 def hold_out(table: Table, job: Job) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from protocol.job import Job
-from server.carrier import Carrier
-from server.play import play
+from server.play import check_job, play
 from server.rounds import Watch
+from server.rundir import check_free
 from sim.baselines import Comparison
 from sim.inline import InlineCarrier
 from sim.population import Population
@@ -36,6 +36,8 @@ def simulate(
 
     The final bits depend neither on the engine nor on the number of workers.
     """
+    check_free(out, job, resume=resume, force=force)
+    check_job(job)
     population = Population.of(job)
     watch("population", {"population": population})
     options: dict[str, Any] = {
@@ -48,12 +50,10 @@ def simulate(
         from sim.ray import simulate_on_ray
 
         return simulate_on_ray(job, out, workers, warmed(population, progress), options)
-    carrier: Carrier = PooledCarrier(population, workers) if workers > 1 else InlineCarrier.of(population)
-    try:
+    if workers == 1:
+        return play(job, InlineCarrier.of(population), out, warmed(population, progress), **options)
+    with PooledCarrier(population, workers) as carrier:
         return play(job, carrier, out, warmed(population, progress), **options)
-    finally:
-        if isinstance(carrier, PooledCarrier):
-            carrier.close()
 
 
 def warmed(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:

@@ -33,7 +33,7 @@ def partition(table: datasets.Dataset, order: Sequence[int], job: Job) -> list[l
     clients = job.federation.clients
     if len(order) < clients:
         raise ConfigError(
-            f"federation.clients: {clients} clients cannot share {len(order)} training examples"
+            f"federation.clients: {clients} clients cannot share {len(order)} training examples, set fewer"
         )
     try:
         with warnings.catch_warnings():

@@ -80,7 +80,8 @@ def simulate_on_ray(
     register(client, block_site)
     per_worker = 1 if job.tune.method == "head" else BLOCKS_PER_WORKER
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * job.train.threads}
-    logging.getLogger("flwr").setLevel(logging.ERROR)
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the carrier tells of each failed reply
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         run_simulation(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from protocol.errors import ConfigError
 from protocol.job import Job
+from server.testset import check_source
 from sim.population import Population
 from tasks import task_named
 
@@ -20,20 +22,30 @@ def write_shards(job: Job, out: Path) -> list[str]:
     Raises:
         ConfigError: `out` exists and isn't empty, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = out.absolute()
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigError(f"{out}: exists and is not empty, expected a new folder")
+    check_source(job)
     population = Population.of(job)
-    task = task_named(job.task.name)
     staging = out.with_name(f".{out.name}.partial")
     try:
-        names = population.names(job)
-        for name in names:
-            task.write(population.dataset(job, name), staging / name)
-        if len(population.test):
-            task.write(population.test, staging / TEST)
+        shutil.rmtree(staging, ignore_errors=True)
+        names = _write_all(population, staging)
         if out.exists():
             out.rmdir()
         staging.rename(out)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return names
+
+
+def _write_all(population: Population, folder: Path) -> list[str]:
+    job = population.job
+    task, names = task_named(job.task.name), population.names(job)
+    for name in names:
+        task.write(population.dataset(job, name), folder / name, job.data)
+    if len(population.test):
+        task.write(population.test, folder / TEST, job.data)
     return names

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from typing import Self
 
 from client.site import Site
 from protocol.errors import JobError
@@ -50,7 +56,8 @@ class PooledCarrier:
         waiting = blocks(names, self.workers, whole=self.population.job.tune.method == "head")
         for _ in range(RETRIES):
             lost: list[list[str]] = []
-            running = {self._start().submit(answer, head, body, block): block for block in waiting}
+            with interrupts_held_back():
+                running = {self._start().submit(answer, head, body, block): block for block in waiting}
             for future in as_completed(running):
                 replies = _result(future)
                 if replies is None:
@@ -72,9 +79,30 @@ class PooledCarrier:
         return self._pool[0]
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes at once: what they are at is lost, and they hold nothing else."""
         while self._pool:
-            self._pool.pop().shutdown(wait=False, cancel_futures=True)
+            pool = self._pool.pop()
+            processes = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Processes started within never see Ctrl-C: it is for the one that started them to end them."""
+    resource_tracker.ensure_running()  # it lets them through again when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _result(future: Future[list[tuple[str, bytes]]]) -> list[tuple[str, bytes]] | None:
@@ -92,8 +120,16 @@ def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]
 
 
 def open_site(job: str) -> None:
-    """In a new worker process: read the source and wait for work."""
+    """In a new worker process: read the source and wait for work, for as long as the parent lives."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _site.append(Site(Population.of(Job.from_json(job))))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def answer(head: str, body: bytes, names: list[str]) -> list[tuple[str, bytes]]:

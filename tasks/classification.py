@@ -14,11 +14,12 @@ from protocol.errors import ConfigError, DataError
 from protocol.job import BackboneSection, DataSection
 from protocol.messages import Facts
 from tasks.columns import Columns
-from tasks.images import image_bytes
+from tasks.images import image_bytes, read_image_input
 from tasks.lazy import LazyInputs
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts
 from tasks.seam import Encoder, Shard
 from tasks.text_encoder import load_text_encoder
+from tasks.texts import read_text_input
 from tasks.vision_encoder import load_vision_encoder
 from tasks.weights import Backbone
 from tasks.writing import write_images, write_texts
@@ -36,15 +37,15 @@ class Classification:
     column: str
     summary: str
     reader: Callable[[Path, Columns], Table]
-    writer: Callable[[datasets.Dataset, Path], None]
+    writer: Callable[[datasets.Dataset, Path, Columns], None]
     convert: Callable[[Any], Any]
     load_encoder: Callable[[Backbone, BackboneSection, int], Encoder]
 
     def read(self, source: Path, data: DataSection) -> Table:
         return self.reader(source, _columns(data))
 
-    def write(self, dataset: datasets.Dataset, folder: Path) -> None:
-        self.writer(dataset, folder)
+    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+        self.writer(dataset, folder, _columns(data))
 
     def inspect(self, source: Path, data: DataSection) -> Findings:
         return inspect(source, self.name, _columns(data))
@@ -87,10 +88,13 @@ class Classification:
         inputs = LazyInputs(dataset, self.column, tuple(order), self.convert)
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
-    def raw_input(self, path: str) -> Any:
-        if self.column == "image":
-            return Path(path).read_bytes()
-        return Path(path).read_text("utf-8") if Path(path).is_file() else path
+    def raw_input(self, given: str) -> Any:
+        """The bytes of an image file; a text file's text, or the text itself.
+
+        Raises:
+            DataError: it can't be read, or isn't of this task.
+        """
+        return read_image_input(given) if self.column == "image" else read_text_input(given)
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         return self.load_encoder(backbone, section, seed)

@@ -50,10 +50,11 @@ def column_name(rows: Rows, role: str, chosen: str | None) -> str:
     usual = ", ".join(_USUAL[role])
     if found:
         raise DataError(
-            f"{rows.name}: columns {found} could each be the {role}, expected its name to be given"
+            f"{rows.name}: columns {found} could each be the {role}, expected its name as data.{role}"
         )
     raise DataError(
-        f"{rows.name}: columns {names}, expected one for the {role} (such as {usual}) or its name"
+        f"{rows.name}: columns {names}, expected one for the {role} (such as {usual});"
+        f" its name can be given as data.{role}, or to atoll check as --{role}"
     )
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from protocol.errors import DataError
-from tasks.problems import opened
+from tasks.problems import opened, shown
 
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 65_535
@@ -85,6 +85,17 @@ def image_bytes(cell: Mapping[str, object]) -> bytes:
         raise DataError("an image has neither bytes nor a path")
     with opened(Path(path)) as file:
         return file.read(MAX_IMAGE_BYTES + 1)
+
+
+def read_image_input(given: str) -> bytes:
+    """The bytes of an image file that someone names, once it is seen to decode."""
+    path = Path(given)
+    if path.is_dir():
+        raise DataError(f"{shown(given)}: a folder, expected an image file")
+    with opened(path) as file:
+        data = file.read(MAX_IMAGE_BYTES + 1)
+    decode(data, shown(given))
+    return data
 
 
 def _decode(data: bytes, name: str) -> Decoded:

@@ -94,8 +94,8 @@ class Task(Protocol):
         """One owner's data, every example checked."""
         ...
 
-    def write(self, dataset: datasets.Dataset, folder: Path) -> None:
-        """Write rows into a new folder, as `read` reads them back."""
+    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+        """Write rows into a new folder, as `read` with the same `data` reads them back."""
         ...
 
     def inspect(self, source: Path, data: DataSection) -> Findings:
@@ -114,7 +114,7 @@ class Task(Protocol):
         """Rows as inputs and targets, in canonical order."""
         ...
 
-    def raw_input(self, path: str) -> Any:
+    def raw_input(self, given: str) -> Any:
         """One input of `atoll predict` as a shard holds it."""
         ...
 

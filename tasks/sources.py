@@ -53,7 +53,7 @@ def load_source(name: str, *, offline: bool = False, progress: Progress | None =
     """The data set called `name`; it is fetched, where it must be, at first use only."""
     source = SOURCES.get(name)
     if source is None:
-        raise ConfigError(f"source {name!r}: {_nearest(name)}")
+        raise ConfigError(f"data.source {name!r}: {_nearest(name)}")
     folder = cached_folder(
         cache_root() / "sources" / f"{name}-{_CACHE_FORMAT}",
         lambda staging: _write(source.decode(offline, progress), staging),
@@ -71,7 +71,7 @@ def _read(path: Path) -> pa.Table:
 
 def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name, SOURCES, n=1)
-    known = f"expected a path or one of {', '.join(SOURCES)}"
+    known = f"expected one of {', '.join(SOURCES)}, or a path such as ./{name}"
     return f"did you mean {near[0]!r}? {known}" if near else known
 
 

@@ -12,6 +12,9 @@ _BINARY = {
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a ZIP archive (also DOCX, ODT)",
     b"\xd0\xcf\x11\xe0": "an old Office file",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
 }
 
 
@@ -51,6 +54,24 @@ def read_text_file(path: Path, journal: Journal) -> str:
         if data.startswith(start):
             raise DataError(f"{shown(path)}: {name}, expected UTF-8 text")
     return checked_text(without_mark(data, shown(path), journal), shown(path))
+
+
+def read_text_input(given: str) -> str:
+    """What someone wants to know the class of: the text of the file of that name, or else the text itself.
+
+    One word that ends in `.txt` is meant as a file.
+    """
+    path = Path(given)
+    try:
+        is_file = path.is_file()
+        is_folder = bool(given) and path.is_dir()
+    except OSError:  # too long for a name, so it is a text
+        is_file = is_folder = False
+    if is_folder:
+        raise DataError(f"{shown(given)}: a folder, expected a text or a file")
+    if is_file or (given.lower().endswith(".txt") and len(given.split()) == 1):
+        return read_text_file(path, Journal())
+    return checked_text(given.encode("utf-8", "surrogateescape"), f"input {shown(repr(given[:40]))}")
 
 
 def without_mark(data: bytes, where: str, journal: Journal) -> bytes:

@@ -60,10 +60,15 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
 
 def _resolve_hf_folder(section: BackboneSection, folder: Path, seed: int) -> Backbone:
     if not (folder / "config.json").is_file():
-        raise WeightsError(
-            f"backbone.name: {folder} has no config.json, expected a folder written by save_pretrained"
-        )
+        raise WeightsError(f"backbone.name: {_no_folder(section.name, folder)}")
     return _hf_backbone(section, str(folder), folder, f"local folder {folder}", seed)
+
+
+def _no_folder(name: str, folder: Path) -> str:
+    if "/" not in name and not folder.exists():
+        kind = "torchvision" if name in torchvision_names() else "hf"
+        return f"no folder {name}, did you mean '{kind}:{name}'?"
+    return f"{folder} has no config.json, expected a folder written by save_pretrained"
 
 
 def _resolve_hf(section: BackboneSection, name: str, seed: int) -> Backbone:

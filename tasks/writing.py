@@ -3,37 +3,71 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.columns import Columns
 from tasks.images import image_bytes
 
 if TYPE_CHECKING:
     import datasets
 
 SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"BM": ".bmp", b"GIF8": ".gif", b"RIFF": ".webp"}
+ROWS = 256
+"""Images of a Parquet file that are in memory at a time."""
 
 
-def write_texts(dataset: datasets.Dataset, folder: Path) -> None:
-    """`data.jsonl`, one row a line, with all columns."""
+def write_texts(dataset: datasets.Dataset, folder: Path, columns: Columns) -> None:
+    """`data.jsonl`, one row a line, with all columns, named as the job names them."""
     folder.mkdir(parents=True)
     with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
         for row in dataset:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            named = {_name(key, columns): _json_value(value) for key, value in row.items()}
+            file.write(json.dumps(named, ensure_ascii=False) + "\n")
 
 
-def write_images(dataset: datasets.Dataset, folder: Path) -> None:
+def _name(column: str, columns: Columns) -> str:
+    """What the job calls a canonical column; the others keep their names."""
+    chosen = getattr(columns, column) if column in ("text", "image", "label") else None
+    return chosen or column
+
+
+def _json_value(value: Any) -> Any:
+    """A cell of a column that is not learnt from, as JSON can say it: a date as text, no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def write_images(dataset: datasets.Dataset, folder: Path, columns: Columns) -> None:
     """A folder per class with the images' own bytes; Parquet where a class can't name a folder."""
     folder.mkdir(parents=True)
     labels = sorted(set(dataset["label"]))
     if not all(_names_a_folder(label) for label in labels):
-        dataset.to_parquet(str(folder / "data.parquet"))
+        _write_parquet(dataset, folder / "data.parquet", columns)
         return
     for label in labels:
         (folder / label).mkdir()
     for number, row in enumerate(dataset):
         data = image_bytes(row["image"])
         (folder / row["label"] / f"{number:07d}{_suffix(data)}").write_bytes(data)
+
+
+def _write_parquet(dataset: datasets.Dataset, path: Path, columns: Columns) -> None:
+    """All columns, the images as bytes wherever they came from."""
+    kinds = {name: dataset.features.arrow_schema.field(name).type for name in dataset.column_names}
+    schema = pa.schema([(_name(name, columns), kind) for name, kind in kinds.items()])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(dataset), ROWS):
+            rows = [dataset[row] for row in range(start, min(start + ROWS, len(dataset)))]
+            cells = {name: [row[name] for row in rows] for name in kinds}
+            cells["image"] = [{"bytes": image_bytes(cell), "path": None} for cell in cells["image"]]
+            arrays = [pa.array(cells[name], kind) for name, kind in kinds.items()]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 def _names_a_folder(label: str) -> bool:

@@ -1,0 +1,75 @@
+"""A command line that cannot be understood, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from pathlib import Path
+from typing import get_type_hints
+
+import click
+import typer
+from typer.core import TyperArgument
+from typer.main import get_command
+
+
+@cache
+def verbs_of(app: typer.Typer) -> click.Group:
+    """The app's verbs, each argument with its help, which Typer 0.20 loses under click 8.5."""
+    verbs = get_command(app)
+    assert isinstance(verbs, click.Group)
+    for registered in app.registered_commands:
+        assert registered.callback is not None
+        hints = get_type_hints(registered.callback, include_extras=True)
+        for param in verbs.commands[registered.name or registered.callback.__name__].params:
+            told = [info.help for info in getattr(hints[param.name or ""], "__metadata__", ())]
+            if isinstance(param, TyperArgument) and told:
+                param.help = told[0]
+    return verbs
+
+
+def what_is_wrong(error: click.UsageError, arguments: list[str], verbs: click.Group) -> str:
+    """One line: what was found, the nearest thing there is, and where to read on."""
+    verb = next((a for a in arguments if a in verbs.commands), None)
+    place = f"atoll {verb}" if verb else "atoll"
+    return f"{_finding(error, arguments, verbs, verb)} (see {place} --help)"
+
+
+def _finding(error: click.UsageError, arguments: list[str], verbs: click.Group, verb: str | None) -> str:
+    command: click.Command = verbs.commands[verb] if verb else verbs
+    match error:
+        case click.NoSuchOption():
+            return _no_such_option(error.option_name, command, arguments)
+        case click.MissingParameter():
+            kind = error.param_type or (error.param.param_type_name if error.param else "argument")
+            hint = error.param_hint or (
+                error.param.get_error_hint(error.ctx) if error.param and error.ctx else ""
+            )
+            name = " ".join([hint] if isinstance(hint, str) else hint).replace("'", "")
+            return f"{kind} {name} is missing. {command.epilog or ''}".rstrip()
+    message = " ".join(error.format_message().split())
+    if message.startswith("No such command"):
+        return _no_such_verb(next((a for a in arguments if not a.startswith("-")), ""), verbs)
+    return message.rstrip(".")
+
+
+def _no_such_verb(found: str, verbs: click.Group) -> str:
+    if found.endswith(".toml"):
+        return f"{found!r} is no verb, did you mean atoll simulate {found}?"
+    near = difflib.get_close_matches(found, verbs.commands, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(verbs.commands)}"
+    return f"no such verb {found!r}, {hint}"
+
+
+def _no_such_option(found: str, command: click.Command, arguments: list[str]) -> str:
+    if any(a.startswith("-") and Path(a).exists() for a in arguments):
+        path = next(a for a in arguments if a.startswith("-") and Path(a).exists())
+        return f"no such option {found!r}, did you mean the path ./{path}?"
+    known = [
+        "--help",
+        "--debug",
+        *(name for option in command.params for name in option.opts if name[0] == "-"),
+    ]
+    near = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(known))}"
+    return f"no such option {found!r}, {hint}"
