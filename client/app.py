@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -31,9 +32,9 @@ _answered: dict[str, list[tuple[str, str, bytes]]] = {}
 def folder_site(job: Job, context: Context) -> Site:
     """The resident site of a real SuperNode, which names its client and its data."""
     config = context.node_config
-    key = (str(config["name"]), str(config["data-path"]))
+    name, paths = key = (str(config["name"]), str(config["data-paths"]))
     if key not in _sites:
-        _sites[key] = Site(FolderShards.of(*key))
+        _sites[key] = Site(FolderShards.of(name, [Path(p) for p in json.loads(paths)]), discreet=True)
     return _sites[key]
 
 

@@ -2,8 +2,8 @@
 
 import email.utils
 import http.client
+import json
 import logging
-import os
 import re
 import ssl
 import threading
@@ -57,7 +57,7 @@ def join(
     stop = stop or threading.Event()
     with ExitStack() as stack:
         stack.enter_context(only_one(loaded.state / "join.lock", "a site"))
-        site = _Site(loaded, os.pathsep.join(str(path.resolve()) for path in data), tell, stop)
+        site = _Site(loaded, [path.resolve() for path in data], tell, stop)
         stack.callback(site.close)
         stack.enter_context(stop_on_signals(stop, working=lambda: site.working))
         site.stay()
@@ -69,7 +69,7 @@ class _Site:
     """The SuperNode of a site and the executor that answers for it."""
 
     kit: SiteKit
-    data: str
+    data: list[Path]
     tell: Callable[[str], None]
     stop: threading.Event
     working: bool = False
@@ -90,7 +90,7 @@ class _Site:
             secret=self.kit.secret.read_bytes(),
             app=app,
             hashes=installed_hashes(),
-            node_config={"name": self.kit.name, "data-path": self.data},
+            node_config={"name": self.kit.name, "data-paths": json.dumps([str(p) for p in self.data])},
         )
 
     def _arguments(self, address: str) -> list[str]:
