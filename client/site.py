@@ -98,7 +98,6 @@ class Site:
             yield from (Failure(name, self._told(name, error, request.job)) for name in names)
             return
         torch.set_num_threads(job.train.threads)
-        logger.info("round %d of %s: %s %s", request.round, job.name, request.kind, ", ".join(names))
         held = {}
         for name in names:
             try:

@@ -16,7 +16,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from protocol.errors import DataError, InconsistentUpdates, JobError
+from protocol.errors import DataError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
 from server.play import play
@@ -211,11 +211,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
     carrier = FlowerCarrier(grid, "flower")
-    try:
-        play(job, carrier, out, server_test_set(job), watch=announce, resume=resume)
-    except JobError as error:
-        logger.error("error: %s", error)
-        raise
+    play(job, carrier, out, server_test_set(job), watch=announce, resume=resume)
 
 
 def speak_up() -> None:
