@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from atoll.run_verbs import JobFile, Overrides, unused
 from atoll.show import ending, out
@@ -41,6 +42,27 @@ def tell(line: str) -> None:
     out.print(escape(line), highlight=False, soft_wrap=True)
 
 
+def tell_when(line: str) -> None:
+    """As `tell`, with the time in front: for what runs for days."""
+    tell(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}")
+
+
+class Telling(logging.Handler):
+    """Log records as lines among the others, without levels and frames."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell_when(record.getMessage())
+
+
+def speak_for(room: str) -> None:
+    """Let a room's log lines be lines of the verb; `--debug` has set a level of its own and keeps it."""
+    if logging.getLogger().level > logging.DEBUG:
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(Telling())
+        logger.propagate = False
+
+
 def show_ours(line: str) -> None:
     """Of a run's log the lines that are Atoll's; the rest is Flower's, and shown with --debug."""
     from server.app import MARK
@@ -67,7 +89,8 @@ def serve(kit: Kit) -> None:
     """Run a federation's server until it is stopped."""
     from server.serve import serve as serve_kit
 
-    serve_kit(kit, tell=tell)
+    speak_for("server")
+    serve_kit(kit, tell=tell_when)
 
 
 def join(
@@ -80,8 +103,8 @@ def join(
     """Take part with this site's data until it is stopped."""
     from client.join import join as join_kit
 
-    logging.getLogger("client").setLevel(logging.INFO)
-    join_kit(kit, data, tell=tell)
+    speak_for("client")
+    join_kit(kit, data, tell=tell_when)
 
 
 def submit(
@@ -118,10 +141,16 @@ def status(server: ServerKitOption) -> None:
     federation = ask(server)
     tell(f"online   {', '.join(federation.online) or 'none'}")
     tell(f"offline  {', '.join(federation.offline) or 'none'}")
-    table = Table("run id", "status", "submitted", "details")
+    table = Table(Column("run id", no_wrap=True), "status", Column("submitted", no_wrap=True), "details")
     for run in federation.runs:
-        table.add_row(str(run.run_id), run.outcome or run.status, run.submitted, escape(run.details))
-    out.print(table)
+        table.add_row(str(run.run_id), run.outcome or run.status, moment(run.submitted), escape(run.details))
+    if federation.runs:
+        out.print(table)
+
+
+def moment(iso: str) -> str:
+    """A time of the server's as this machine's clock shows it."""
+    return f"{datetime.fromisoformat(iso).astimezone():%Y-%m-%d %H:%M:%S}" if iso else ""
 
 
 def logs(run: RunId, server: ServerKitOption) -> None:
@@ -129,7 +158,7 @@ def logs(run: RunId, server: ServerKitOption) -> None:
     from server.submit import logs as show_logs
 
     ended = show_logs(server, run, show=show_ours)
-    tell(f"run {run} {ended.outcome}")
+    tell(f"run {run} {ended.outcome}" + (f": {ended.details}" if ended.details else ""))
 
 
 def stop(run: RunId, server: ServerKitOption) -> None:

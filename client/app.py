@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -19,6 +23,8 @@ from client.site import Site
 from protocol.errors import DataError
 from protocol.job import Job
 from protocol.messages import decode_request, encode_reply, hello_to_json
+
+logger = logging.getLogger(__name__)
 
 SiteOf = Callable[[Job, Context], Site]
 """Which site answers in this process, given the job and Flower's context."""
@@ -31,9 +37,9 @@ _answered: dict[str, list[tuple[str, str, bytes]]] = {}
 def folder_site(job: Job, context: Context) -> Site:
     """The resident site of a real SuperNode, which names its client and its data."""
     config = context.node_config
-    key = (str(config["name"]), str(config["data-path"]))
+    name, paths = key = (str(config["name"]), str(config["data-paths"]))
     if key not in _sites:
-        _sites[key] = Site(FolderShards.of(*key))
+        _sites[key] = Site(FolderShards.of(name, [Path(p) for p in json.loads(paths)]), discreet=True)
     return _sites[key]
 
 
@@ -43,8 +49,11 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
     @app.query()
     def hello(message: Message, context: Context) -> Message:
         job = Job.from_json(_text(message, "job"))
-        hellos = [hello_to_json(h) for h in site_of(job, context).hello(job)]
-        return Message(RecordDict({"hellos": ConfigRecord({"json": hellos})}), reply_to=message)
+        hellos = site_of(job, context).hello(job)
+        for h in (h for h in hellos if not h.refusal):
+            logger.info("job %s: %s has %d examples for it", job.name, h.client, h.num_examples)
+        texts = [hello_to_json(h) for h in hellos]
+        return Message(RecordDict({"hellos": ConfigRecord({"json": texts})}), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -64,13 +73,24 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     asked = hashlib.sha256(b"\0".join((head.encode(), names.encode(), _body(message)))).hexdigest()
     if asked not in _answered:
         request = decode_request(head, _body(message))
-        site = site_of(Job.from_json(request.job), context)
-        replies = [(r.client, *encode_reply(r)) for r in site.answer(request, json.loads(names))]
+        job = Job.from_json(request.job)
+        with timed(f"round {request.round} of {job.name}: {request.kind} {', '.join(json.loads(names))}"):
+            answers = site_of(job, context).answer(request, json.loads(names))
+            replies = [(r.client, *encode_reply(r)) for r in answers]
         _answered.clear()
         _answered[asked] = replies
     bodies = ArrayRecord({name: bytes_array(body) for name, _, body in _answered[asked]})
     heads = ConfigRecord({name: head for name, head, _ in _answered[asked]})
     return Message(RecordDict({"bodies": bodies, "heads": heads}), reply_to=message)
+
+
+@contextmanager
+def timed(work: str) -> Iterator[None]:
+    """Say what is begun, and how long it took."""
+    logger.info("%s", work)
+    began = time.monotonic()
+    yield
+    logger.info("%s: done in %.1f s", work, time.monotonic() - began)
 
 
 def bytes_array(body: bytes) -> Array:

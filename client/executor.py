@@ -136,8 +136,8 @@ class Executor:
             raise
         push_message(client, reply, context)
         push_task_output(client, None, SubStatus.COMPLETED, "")
-        what = f"run {run.run_id}, round {message.metadata.group_id or '-'}, {message.metadata.message_type}"
-        logger.info("%s: answered in %.1f s", what, time.monotonic() - began)
+        what = message.metadata.message_type
+        logger.debug("run %d, %s: answered in %.3f s", run.run_id, what, time.monotonic() - began)
 
     def _answer(self, message: Message, context: Context, run_id: int, fab: bytes) -> Message:
         try:

@@ -2,8 +2,8 @@
 
 import email.utils
 import http.client
+import json
 import logging
-import os
 import re
 import ssl
 import threading
@@ -25,6 +25,8 @@ from protocol.signals import Interrupted, stop_on_signals
 logger = logging.getLogger(__name__)
 
 SUPERNODE = "client.executor:supernode"
+CONNECTED = "SuperNode ID: "
+"""What the SuperNode writes once the server has let it in."""
 CONNECT_SECONDS = 10.0
 SHORTEST_PAUSE = 1.0
 LONGEST_PAUSE = 10.0
@@ -57,7 +59,7 @@ def join(
     stop = stop or threading.Event()
     with ExitStack() as stack:
         stack.enter_context(only_one(loaded.state / "join.lock", "a site"))
-        site = _Site(loaded, os.pathsep.join(str(path.resolve()) for path in data), tell, stop)
+        site = _Site(loaded, [path.resolve() for path in data], tell, stop)
         stack.callback(site.close)
         stack.enter_context(stop_on_signals(stop, working=lambda: site.working))
         site.stay()
@@ -69,10 +71,11 @@ class _Site:
     """The SuperNode of a site and the executor that answers for it."""
 
     kit: SiteKit
-    data: str
+    data: list[Path]
     tell: Callable[[str], None]
     stop: threading.Event
     working: bool = False
+    connected: bool = False
     pause: float = SHORTEST_PAUSE
     refused_since: float | None = None
     pace: Pace = field(default_factory=Pace)
@@ -90,7 +93,7 @@ class _Site:
             secret=self.kit.secret.read_bytes(),
             app=app,
             hashes=installed_hashes(),
-            node_config={"name": self.kit.name, "data-path": self.data},
+            node_config={"name": self.kit.name, "data-paths": json.dumps([str(p) for p in self.data])},
         )
 
     def _arguments(self, address: str) -> list[str]:
@@ -110,7 +113,13 @@ class _Site:
             elif token := self.executor.acquire():
                 self._work(token)
             else:
+                self._tell_connected()
                 self.stop.wait(self.pace.seconds)
+
+    def _tell_connected(self) -> None:
+        if not self.connected and any(CONNECTED in line for line in list(self.supernode.tail)):
+            self.connected = True
+            self.tell(f"{self.kit.name} is connected to the server at {self.kit.address}")
 
     def _work(self, token: str) -> None:
         self.working = True
@@ -157,7 +166,8 @@ class _Site:
     def _explain_end(self) -> None:
         words = self.supernode.last_words()
         logger.debug("last words of the supernode:\n%s", words)
-        if "SuperNode ID: " in words:
+        self.connected = False
+        if CONNECTED in words:
             self.refused_since, self.pause = None, SHORTEST_PAUSE
         if "Exit Code: 305" not in words:
             self.tell("the connection to the server ended; connecting again")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,19 @@ from typing import TYPE_CHECKING
 from protocol.errors import ConfigError, DataError
 from protocol.job import Job
 from tasks import task_named
+from tasks.reading import example_keys
 
 if TYPE_CHECKING:
     import datasets
+
+
+@dataclass(frozen=True)
+class Read:
+    """A path's rows, as they were when `reading` (files, their times, the job's columns) was this."""
+
+    reading: str
+    dataset: datasets.Dataset
+    fingerprint: str
 
 
 @dataclass
@@ -21,16 +32,15 @@ class FolderShards:
     """Paths by client name; read, checked and remembered for as long as the files stay the same."""
 
     paths: dict[str, Path]
-    _read: dict[str, tuple[str, datasets.Dataset]] = field(default_factory=dict)
+    _read: dict[str, Read] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, site: str, data_path: str) -> FolderShards:
-        """One path is the site's own shard; several (`:` between them) are clients named as their folders.
+    def of(cls, site: str, paths: Sequence[Path]) -> FolderShards:
+        """One path is the site's own shard; several are clients named as their folders.
 
         Raises:
             ConfigError: two of them have one name.
         """
-        paths = [Path(p) for p in data_path.split(os.pathsep)]
         if len(paths) == 1:
             return cls({site: paths[0]})
         named = {path.name: path for path in paths}
@@ -44,15 +54,22 @@ class FolderShards:
         return sorted(self.paths)
 
     def dataset(self, job: Job, client: str) -> datasets.Dataset:
+        return self._current(job, client).dataset
+
+    def fingerprint(self, job: Job, client: str) -> str:
+        return self._current(job, client).fingerprint
+
+    def _current(self, job: Job, client: str) -> Read:
         if client not in self.paths:
             raise DataError(f"client {client} does not live at this site")
         data = job.data
         reading = json.dumps([job.task.name, data.text, data.image, data.label, _stamp(self.paths[client])])
         known = self._read.get(client)
-        if known is None or known[0] != reading:
-            table = task_named(job.task.name).read(self.paths[client], data)
-            self._read[client] = known = (reading, table.train)
-        return known[1]
+        if known is None or known.reading != reading:
+            rows = task_named(job.task.name).read(self.paths[client], data).train
+            fingerprint = hashlib.sha256(b"".join(sorted(example_keys(rows)))).hexdigest()
+            self._read[client] = known = Read(reading, rows, fingerprint)
+        return known
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:

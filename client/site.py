@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from client.discretion import discreet
 from client.heads import Examples, HeadWork, train_heads
 from client.train import train_model
-from protocol.errors import InputError
+from protocol.errors import DataChanged, InputError
 from protocol.job import Job
 from protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
 from tasks import task_named
@@ -44,6 +45,14 @@ class Shards(Protocol):
         """
         ...
 
+    def fingerprint(self, job: Job, client: str) -> str:
+        """A hash of the rows' content; always the same where rows can't change.
+
+        Raises:
+            DataError: they are not fit for the job's task.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Held:
@@ -56,11 +65,17 @@ class Held:
 
 @dataclass
 class Site:
-    """Answers for the clients that live in this process; everything costly stays warm."""
+    """Answers for the clients that live in this process; everything costly stays warm.
+
+    A shard must not change while a run goes on. The data of a `discreet` site is not the server's
+    to see: why it can't be used stays in the site's log, and the server gets a fixed sentence.
+    """
 
     shards: Shards
+    discreet: bool = False
     _learners: dict[str, Learner] = field(default_factory=dict)
-    _held: dict[tuple[str, str], Held] = field(default_factory=dict)
+    _held: dict[tuple[str, str, str], Held] = field(default_factory=dict)
+    _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def hello(self, job: Job) -> list[Hello]:
         """Who lives here, what their data looks like, or why they do not take part."""
@@ -70,8 +85,9 @@ class Site:
         try:
             dataset = self.shards.dataset(job, name)
             facts = task_named(job.task.name).describe(dataset, job.data)
+            self._fingerprints[name, job.hash] = self.shards.fingerprint(job, name)
         except InputError as error:
-            return Hello(name, {}, 0, refusal=str(error))
+            return Hello(name, {}, 0, refusal=self._told(name, error, job.canonical))
         return Hello(name, facts, len(dataset))
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterator[Reply]:
@@ -80,18 +96,24 @@ class Site:
             job = Job.from_json(request.job)
             learner = self.learner(job, request.facts)
         except InputError as error:
-            yield from (Failure(name, str(error)) for name in names)
+            yield from (Failure(name, self._told(name, error, request.job)) for name in names)
             return
         torch.set_num_threads(job.train.threads)
-        logger.info("round %d of %s: %s %s", request.round, job.name, request.kind, ", ".join(names))
         held = {}
         for name in names:
             try:
                 held[name] = self._hold(learner, name, request.facts)
             except InputError as error:
-                yield Failure(name, str(error))
+                yield Failure(name, self._told(name, error, request.job))
         work = train if request.kind == "train" else evaluate
         yield from work(learner, request, held)
+
+    def _told(self, client: str, error: InputError, known: str) -> str:
+        """What the server is told of an error; a discreet site keeps the whole line in its own log."""
+        if not self.discreet:
+            return str(error)
+        logger.warning("%s takes no part: %s", client, error)
+        return discreet(error, known)
 
     def learner(self, job: Job, facts: Facts) -> Learner:
         """The warm learner of a job; its weights must be the very ones the server has.
@@ -109,7 +131,7 @@ class Site:
         return self._learners[key]
 
     def _hold(self, learner: Learner, name: str, facts: Facts) -> Held:
-        key = (name, learner.job.hash)
+        key = (name, learner.job.hash, self._unchanged(learner.job, name))
         if key in self._held:
             self._held[key] = self._held.pop(key)
             return self._held[key]
@@ -120,6 +142,17 @@ class Site:
             self._held.pop(next(iter(self._held)))
         self._held[key] = Held(part, validation, features)
         return self._held[key]
+
+    def _unchanged(self, job: Job, name: str) -> str:
+        """The shard's fingerprint, which is the one it had at the run's hello, or at its first use.
+
+        Raises:
+            DataChanged: it is another one.
+        """
+        found = self.shards.fingerprint(job, name)
+        if found != self._fingerprints.setdefault((name, job.hash), found):
+            raise DataChanged("its data changed during the run; the next run takes it as it is then")
+        return found
 
 
 def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator[Update]:

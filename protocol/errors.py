@@ -21,6 +21,10 @@ class DataError(InputError):
     """A shard or a source is wrong; the message names the file or column."""
 
 
+class DataChanged(DataError):
+    """A shard is no longer what it was when the run began."""
+
+
 class WeightsError(InputError):
     """A backbone's weights are missing or damaged; the message says where they were looked for."""
 

@@ -16,7 +16,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from protocol.errors import DataError, InconsistentUpdates, JobError
+from protocol.errors import DataError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
 from server.play import play
@@ -25,10 +25,13 @@ from server.testset import server_test_set
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+LOOK_SECONDS = 1.0
+"""How often to look whether a node connected anew while its answer is awaited."""
 MARK = "atoll: "
 """Stands before our lines in a log that is Flower's too."""
 
 
+NO_REASON = "the site gave no reason"
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """A message that went away with a process that died; it is sent again."""
 RESEND_SECONDS = 60.0
@@ -47,6 +50,7 @@ class FlowerCarrier:
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
+    left_out: set[tuple[int, str]] = field(default_factory=set)
 
     def hello(self, job: Job) -> list[Hello]:
         """Ask every node who lives there, until the job's number of clients is there.
@@ -55,29 +59,29 @@ class FlowerCarrier:
             InconsistentUpdates: they weren't there after `federation.wait` seconds.
         """
         needed, deadline = job.federation.clients, time.monotonic() + job.federation.wait
-        told = -1
+        told = ""
         while True:
             self._greet(job, min(60.0, max(deadline - time.monotonic(), 1.0)))
             hellos = self._by_client()
             if len(hellos) >= needed:
                 return hellos
-            if len(hellos) != told:
-                told = len(hellos)
-                logger.info("%d of %d clients are here, waiting for the others", told, needed)
+            here = ", ".join(h.client for h in hellos) or "none yet"
+            if here != told:
+                told = here
+                logger.info("waiting   %d of %d clients are here: %s", len(hellos), needed, told)
             if time.monotonic() > deadline:
                 raise InconsistentUpdates(
-                    f"{len(hellos)} of {needed} clients joined within {job.federation.wait:.0f} s:"
-                    f" {', '.join(h.client for h in hellos) or 'none'}"
+                    f"{len(hellos)} of {needed} clients joined within {job.federation.wait:.0f} s: {told}"
                 )
             time.sleep(POLL_SECONDS)
 
     def _greet(self, job: Job, timeout: float) -> None:
         content = RecordDict({"head": ConfigRecord({"job": job.canonical})})
-        strangers = [node for node in self.grid.get_node_ids() if node not in self.greeted]
+        sites = {node.node_id: node.name or f"node {node.node_id}" for node in self.grid.get_nodes()}
+        strangers = [node for node in sites if node not in self.greeted]
         for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout):
-            self.greeted[node] = []
             if reply.has_error():
-                logger.warning("node %d takes no part: %s", node, reply.error.reason)
+                self.greeted[node] = [Hello(sites[node], {}, 0, refusal=reply.error.reason or NO_REASON)]
                 continue
             texts = cast(list[str], reply.content.config_records["hellos"]["json"])
             self.greeted[node] = [hello_from_json(text) for text in texts]
@@ -90,12 +94,15 @@ class FlowerCarrier:
             for hello in self.greeted[node]:
                 owner = registered.get(hello.client, self.nodes.get(hello.client, node))
                 if owner != node or (hello.client in found and self.nodes[hello.client] != node):
-                    logger.warning(
-                        "node %d calls itself %s, which another one is: left out", node, hello.client
-                    )
+                    self._leave_out(node, hello.client)
                     continue
                 found[hello.client], self.nodes[hello.client] = hello, node
         return [found[name] for name in sorted(found)]
+
+    def _leave_out(self, node: int, client: str) -> None:
+        if (node, client) not in self.left_out:
+            self.left_out.add((node, client))
+            logger.warning("node %d calls itself %s, which another one is: left out", node, client)
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
@@ -107,8 +114,7 @@ class FlowerCarrier:
             letters[node] = RecordDict({"head": config, "body": tensors})
         for node, reply in self._converse(letters, request.kind, timeout):
             if reply.has_error():
-                logger.warning("node %d: %s", node, reply.error.reason)
-                why = reply.error.reason or "the site gave no reason"
+                why = reply.error.reason or NO_REASON
                 yield from (Failure(name, why) for name in self._hosts(names)[node])
                 continue
             yield from _decoded(reply)
@@ -127,7 +133,11 @@ class FlowerCarrier:
         pauses = dict.fromkeys(letters, self.resend_after)
         due = dict.fromkeys(letters, start)
         sent: dict[str, int] = {}
+        activated, look = self._activations(), start + LOOK_SECONDS
         while due and time.monotonic() < start + timeout:
+            if time.monotonic() > look:
+                due |= dict.fromkeys(due.keys() & self._anew(activated), look)
+                look = time.monotonic() + LOOK_SECONDS
             late = {node: letters[node] for node, moment in due.items() if time.monotonic() >= moment}
             sent |= self._push(late, kind, timeout)
             for node in late:
@@ -143,6 +153,17 @@ class FlowerCarrier:
                 yield node, reply
             if due:
                 time.sleep(POLL_SECONDS)
+
+    def _activations(self) -> dict[int, str]:
+        """When each node that is online connected."""
+        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
+
+    def _anew(self, activated: dict[int, str]) -> set[int]:
+        """Nodes that connected since `activated`, now brought up to date: what they were sent is lost."""
+        now = self._activations()
+        anew = {node for node, moment in now.items() if activated.get(node, moment) != moment}
+        activated |= now
+        return anew
 
     def _push(self, letters: Mapping[int, RecordDict], kind: str, timeout: float) -> dict[str, int]:
         """Send letters to their nodes; which message id went to which node."""
@@ -190,11 +211,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
     carrier = FlowerCarrier(grid, "flower")
-    try:
-        play(job, carrier, out, server_test_set(job), watch=announce, resume=resume)
-    except JobError as error:
-        logger.error("error: %s", error)
-        raise
+    play(job, carrier, out, server_test_set(job), watch=announce, resume=resume)
 
 
 def speak_up() -> None:

@@ -206,6 +206,6 @@ def _run(run: ProtoRun) -> Run:
         run_id=run.run_id,
         status=run.status.status,
         outcome=run.status.sub_status,
-        details=run.status.details,
+        details=run.status.details.removeprefix("ServerApp failed with exception: "),
         submitted=run.pending_at,
     )

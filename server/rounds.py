@@ -133,11 +133,13 @@ def play_round(run: Run) -> None:
     round = run.round + 1
     cohort = sample(run.population, run.job, round)
     screened = train(run, cohort, round)
+    at_clients = time.monotonic() - started
     if screened.updates:
         run.tensors, run.state = run.strategy.merge(run.tensors, screened.updates, run.state)
     run.round = round
     metrics = measure(run) if round % run.job.evaluate.every == 0 else {}
-    line = _log_line(run, cohort, screened, metrics, time.monotonic() - started)
+    seconds = {"seconds": time.monotonic() - started, "seconds_at_clients": at_clients}
+    line = _log_line(run, cohort, screened, metrics, seconds)
     run.log.append(line)
     run.directory.append_metrics(line)
     checkpoint(run)
@@ -241,7 +243,11 @@ def _request(run: Run, kind: str, round: int, plan: Any) -> Request:
 
 
 def _log_line(
-    run: Run, cohort: Sequence[str], screened: Screened, metrics: dict[str, float], seconds: float
+    run: Run,
+    cohort: Sequence[str],
+    screened: Screened,
+    metrics: dict[str, float],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     states = added(u.states for u in screened.updates)
     count = float(states["train_loss.count"]) if states else 0.0
@@ -250,7 +256,7 @@ def _log_line(
         "cohort": list(cohort),
         "loss": float(states["train_loss.sum"]) / count if count else None,
         "metrics": metrics,
-        "seconds": seconds,
+        **seconds,
         "trained": len(screened.updates),
         "bytes_up": run.bytes_up,
         "bytes_down": run.bytes_down,

@@ -145,11 +145,12 @@ class _Server:
         except Unreachable:
             return
         self.pause = 1.0
-        for name in sorted(online - self.online):
-            self.tell(f"{name} is connected ({len(online)} of {len(self.kit.sites)})")
         for name in sorted(self.online - online):
-            self.tell(f"{name} is gone ({len(online)} of {len(self.kit.sites)})")
-        self.online = online
+            self.online.remove(name)
+            self.tell(f"{name} is gone ({len(self.online)} of {len(self.kit.sites)})")
+        for name in sorted(online - self.online):
+            self.online.add(name)
+            self.tell(f"{name} is connected ({len(self.online)} of {len(self.kit.sites)})")
 
     def close(self) -> None:
         """Stop the executor first: a ServerApp can then still say how it ended."""

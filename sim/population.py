@@ -41,6 +41,10 @@ class Population:
     def dataset(self, job: Job, client: str) -> datasets.Dataset:
         return self.train.select(self.rows[int(client.removeprefix("client-"))])
 
+    def fingerprint(self, job: Job, client: str) -> str:
+        """Nothing: simulated clients' rows are fixed for the run."""
+        return ""
+
     def test_shard(self, learner: Learner) -> Shard | None:
         """The server's own test set; None where the job holds nothing out."""
         return learner.task.shard(self.test, learner.facts) if len(self.test) else None

@@ -52,6 +52,10 @@ class Block:
     def dataset(self, job: Job, client: str) -> datasets.Dataset:
         return self.population.dataset(job, client)
 
+    def fingerprint(self, job: Job, client: str) -> str:
+        """Nothing: simulated clients' rows are fixed for the run."""
+        return ""
+
 
 def block_site(job: Job, context: Context) -> Site:
     """In a Ray actor: the warm site of a virtual node."""
