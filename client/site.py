@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -90,23 +91,24 @@ class Site:
             return Hello(name, {}, 0, refusal=self._told(name, error, job.canonical))
         return Hello(name, facts, len(dataset))
 
-    def answer(self, request: Request, names: Sequence[str]) -> Iterator[Reply]:
+    def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """One reply for each named client; what went wrong at one does not touch the others."""
         try:
             job = Job.from_json(request.job)
             learner = self.learner(job, request.facts)
         except InputError as error:
-            yield from (Failure(name, self._told(name, error, request.job)) for name in names)
-            return
+            return [Failure(name, self._told(name, error, request.job)) for name in names]
         torch.set_num_threads(job.train.threads)
-        held = {}
+        held: dict[str, Held] = {}
+        failures: list[Reply] = []
         for name in names:
             try:
                 held[name] = self._hold(learner, name, request.facts)
             except InputError as error:
-                yield Failure(name, self._told(name, error, request.job))
+                failures.append(Failure(name, self._told(name, error, request.job)))
         work = train if request.kind == "train" else evaluate
-        yield from work(learner, request, held)
+        replies = work(learner, request, held)
+        return chain(failures, replies) if failures else replies
 
     def _told(self, client: str, error: InputError, known: str) -> str:
         """What the server is told of an error; a discreet site keeps the whole line in its own log."""
@@ -155,23 +157,18 @@ class Site:
         return found
 
 
-def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator[Update]:
+def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterable[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
-    if learner.uses_features:
-        if held:
-            examples, works = heads_of(held)
-            yield from train_heads(request.tensors, examples, works, learner.job, request.round, request.plan)
-        return
-    for name, h in held.items():
-        yield train_model(
-            learner,
-            request.tensors,
-            h.train,
-            learner.job,
-            client=name,
-            round=request.round,
-            plan=request.plan,
+    if learner.uses_features and held:
+        examples, works = heads_of(held)
+        return train_heads(request.tensors, examples, works, learner.job, request.round, request.plan)
+    return (
+        train_model(
+            learner, request.tensors, h.train, learner.job,
+            client=name, round=request.round, plan=request.plan,
         )
+        for name, h in held.items()
+    )  # fmt: skip
 
 
 def heads_of(held: dict[str, Held]) -> tuple[Examples, list[HeadWork]]:

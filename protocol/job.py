@@ -7,6 +7,7 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -214,17 +215,29 @@ class Job(Section):
     @classmethod
     def from_json(cls, text: str) -> Job:
         """Read back what `canonical` wrote."""
-        return cls.parse(json.loads(text), origin="job")
+        return _read_back(text)
 
-    @property
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Job:
+        """A copy with some tables replaced; what was derived from the old ones is derived anew."""
+        copy = super().model_copy(update=update, deep=deep)
+        for derived in ("canonical", "hash"):
+            copy.__dict__.pop(derived, None)
+        return copy
+
+    @cached_property
     def canonical(self) -> str:
         """The job as JSON with every default written out and keys sorted."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of the canonical form, in hex."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _read_back(text: str) -> Job:
+    return Job.parse(json.loads(text), origin="job")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

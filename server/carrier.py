@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from protocol.job import Job
@@ -18,6 +18,6 @@ class Carrier(Protocol):
         """All clients that could be reached; waits until the job's number of them is there."""
         ...
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         """Replies of the named clients as they come; those that miss the deadline are left out."""
         ...

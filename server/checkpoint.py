@@ -31,7 +31,8 @@ class Checkpoint:
     job_hash: str
     tensors: Tensors
     state: State
-    log: tuple[dict[str, Any], ...]
+    bytes_up: int
+    bytes_down: int
     facts: dict[str, Any]
 
 
@@ -75,7 +76,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "job_hash": checkpoint.job_hash,
         "numbers": numbers,
         "facts": checkpoint.facts,
-        "log": checkpoint.log,
+        "bytes": [checkpoint.bytes_up, checkpoint.bytes_down],
         "tensors_sha256": hashlib.sha256(body).hexdigest(),
     }
     text = json.dumps(head)
@@ -119,7 +120,8 @@ def _read(path: Path) -> Checkpoint:
         job_hash=head["job_hash"],
         tensors={n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")},
         state=state | head["numbers"],
-        log=tuple(head["log"]),
+        bytes_up=head["bytes"][0],
+        bytes_down=head["bytes"][1],
         facts=head["facts"],
     )
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from protocol.cohort import StackedUpdates, stacked
 from protocol.errors import ConfigError, InconsistentUpdates
 from protocol.job import Job
-from protocol.messages import Failure, Hello, Measurement, Request
+from protocol.messages import Failure, Hello, Measurement, Reply, Request
 from protocol.streams import stream
 from protocol.tensors import Tensors, tensors_sha256
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint
 from server.rundir import RunDirectory
-from server.screen import Screened, screen
+from server.screen import Screened, screen, screen_stack
 from strategies import State, Strategy, build_strategy
 from tasks import task_named
 from tasks.learner import Learner, added
@@ -115,9 +116,8 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     run.round, run.tensors, run.state = found.round, found.tensors, found.state
-    run.log = list(found.log)
-    run.bytes_up, run.bytes_down = run.log[-1]["bytes_up"], run.log[-1]["bytes_down"]
-    run.directory.rewrite_metrics(run.log)
+    run.bytes_up, run.bytes_down = found.bytes_up, found.bytes_down
+    run.log = run.directory.wind_back(found.round)
     run.watch("resumed", {"round": run.round})
 
 
@@ -171,9 +171,9 @@ def train(run: Run, cohort: Sequence[str], round: int) -> Screened:
         plan = run.strategy.plan(run.state, round)
         request = _request(run, "train", round, plan)
         replies = run.carrier.exchange(request, cohort, run.job.federation.round_timeout)
-        screened = screen(replies, cohort, run.tensors, round)
+        screened = look_at(replies, cohort, run.tensors, round)
         run.bytes_down += len(cohort) * size_of(run.tensors)
-        run.bytes_up += sum(size_of(u.delta) for u in screened.updates)
+        run.bytes_up += len(screened.updates) * size_of(run.tensors)
         for name, reason in screened.set_aside.items():
             logger.warning("round %d: set aside %s: %s", round, name, reason)
         if len(screened.updates) >= needed or not cohort:
@@ -187,6 +187,13 @@ def train(run: Run, cohort: Sequence[str], round: int) -> Screened:
         f"round {round}: {len(screened.updates)} of {len(cohort)} usable updates,"
         f" needed {needed} ({reasons}); the last checkpoint is whole, go on with --resume"
     )
+
+
+def look_at(replies: Iterable[Reply], cohort: Sequence[str], model: Tensors, round: int) -> Screened:
+    """Screen the replies, stacked ones all at once."""
+    if isinstance(replies, StackedUpdates):
+        return screen_stack(replies, cohort, model, round)
+    return screen(replies, cohort, model, round)
 
 
 def size_of(tensors: Tensors) -> int:
@@ -226,7 +233,15 @@ def measure_clients(run: Run) -> list[Measurement]:
 def checkpoint(run: Run) -> None:
     """Make the round durable: a run killed from here on resumes after it."""
     run.directory.save_checkpoint(
-        Checkpoint(run.round, run.job.hash, run.tensors, run.state, tuple(run.log), run.learner.facts)
+        Checkpoint(
+            round=run.round,
+            job_hash=run.job.hash,
+            tensors=run.tensors,
+            state=run.state,
+            bytes_up=run.bytes_up,
+            bytes_down=run.bytes_down,
+            facts=run.learner.facts,
+        )
     )
 
 
@@ -249,12 +264,12 @@ def _log_line(
     metrics: dict[str, float],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    states = added(u.states for u in screened.updates)
-    count = float(states["train_loss.count"]) if states else 0.0
+    states = stacked(screened.updates).states if screened.updates else {}
+    count = float(states["train_loss.count"].sum()) if states else 0.0
     return {
         "round": run.round,
         "cohort": list(cohort),
-        "loss": float(states["train_loss.sum"]) / count if count else None,
+        "loss": float(states["train_loss.sum"].sum()) / count if count else None,
         "metrics": metrics,
         **seconds,
         "trained": len(screened.updates),

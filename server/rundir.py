@@ -98,10 +98,21 @@ class RunDirectory:
         except OSError as error:
             logger.warning("%s: metrics.jsonl not written (%s)", self.path, error.strerror)
 
-    def rewrite_metrics(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Bring the file back to what the checkpoint knows."""
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        replace_synced(self.path / "metrics.jsonl", text.encode())
+    def wind_back(self, round: int) -> list[dict[str, Any]]:
+        """The lines up to a round; later ones, of rounds that will be played again, are removed."""
+        path = self.path / "metrics.jsonl"
+        lines = []
+        for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
+            try:
+                line = json.loads(text)
+            except ValueError:  # the kill came while it was written
+                continue
+            if line["round"] <= round:
+                lines.append(line)
+        if len(lines) != round:
+            logger.warning("%s: lines of %d rounds are missing", path, round - len(lines))
+        replace_synced(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return lines
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Make a round durable."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from client.site import Site
@@ -27,5 +27,5 @@ class InlineCarrier:
     def hello(self, job: Job) -> list[Hello]:
         return self.site.hello(job)
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         return self.site.answer(request, names)

@@ -22,7 +22,8 @@ def at(round: int) -> Checkpoint:
         job_hash="ab" * 32,
         tensors={"w": torch.full((3,), float(round))},
         state={"m.w": torch.full((3,), round / 2, dtype=torch.float64), "round": float(round)},
-        log=tuple({"round": r} for r in range(1, round + 1)),
+        bytes_up=10 * round,
+        bytes_down=20 * round,
         facts={"classes": ["a", "b"]},
     )
 
@@ -31,7 +32,8 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     save(tmp_path, at(3))
     found = latest(tmp_path, "ab" * 32)
     assert found is not None
-    assert (found.round, found.job_hash, found.log, found.facts) == (3, "ab" * 32, at(3).log, at(3).facts)
+    assert (found.round, found.job_hash, found.facts) == (3, "ab" * 32, at(3).facts)
+    assert (found.bytes_up, found.bytes_down) == (30, 60)
     assert torch.equal(found.tensors["w"], at(3).tensors["w"])
     assert found.state["round"] == 3.0
     assert torch.equal(found.state["m.w"], at(3).state["m.w"])  # type: ignore[arg-type]

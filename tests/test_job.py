@@ -157,5 +157,12 @@ def test_a_job_is_frozen(good: Path) -> None:
         job.train.lr = 1.0  # type: ignore[misc]
 
 
+def test_a_changed_copy_of_a_job_has_a_hash_of_its_own(good: Path) -> None:
+    job = Job.load(good)
+    before = job.hash
+    copy = job.model_copy(update={"seed": 8})
+    assert copy.hash == Job.load(good, ["seed=8"]).hash != before == job.hash
+
+
 def test_toml_of_any_kind_is_read_the_same_way(good: Path) -> None:
     assert read_toml(good)["seed"] == 7
