@@ -50,8 +50,8 @@ def simulate(
         from sim.ray import simulate_on_ray
 
         return simulate_on_ray(job, out, workers, warmed(population, progress), options)
-    if workers == 1:
-        return play(job, InlineCarrier.of(population), out, warmed(population, progress), **options)
+    if workers == 1 or job.tune.method == "head":
+        return play(job, InlineCarrier.of(population, workers), out, warmed(population, progress), **options)
     with PooledCarrier(population, workers) as carrier:
         return play(job, carrier, out, warmed(population, progress), **options)
 
@@ -62,7 +62,7 @@ def warmed(population: Population, progress: Progress | None) -> Callable[[Learn
     def test_set(learner: Learner) -> Shard | None:
         learner.progress = progress
         if learner.uses_features:
-            learner.features(learner.task.shard(population.train, learner.facts))
+            learner.features(population.whole(learner))
         test = population.test_shard(learner)
         if test is not None and learner.uses_features:
             learner.features(test)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
-from client.site import Site
 from protocol.job import Job
 from protocol.messages import Hello, Reply, Request
+from sim.indexed import IndexedSite
 from sim.population import Population
 
 
@@ -15,14 +16,13 @@ from sim.population import Population
 class InlineCarrier:
     """Calls the clients' code directly: breakpoints work, nothing is copied."""
 
-    site: Site
-    population: Population
+    site: IndexedSite
     engine: str = "inline"
 
     @classmethod
-    def of(cls, population: Population) -> InlineCarrier:
-        """A carrier to every client of the population."""
-        return cls(Site(population), population)
+    def of(cls, population: Population, workers: int = 1) -> Self:
+        """A carrier to every client of the population; heads train in so many threads."""
+        return cls(IndexedSite(population, population=population, workers=workers))
 
     def hello(self, job: Job) -> list[Hello]:
         return self.site.hello(job)

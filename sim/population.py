@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import datasets
 
@@ -11,7 +13,7 @@ from server.testset import hold_out, read_source
 from sim.partition import partition
 from tasks.learner import Learner, ranked
 from tasks.reading import example_keys
-from tasks.seam import Shard
+from tasks.seam import Shard, canonical_order
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,10 @@ class Population:
     job: Job
     train: datasets.Dataset
     test: datasets.Dataset
+    keys: list[bytes]
     rows: list[list[int]]
     notes: tuple[str, ...] = ()
+    _whole: dict[str, Shard] = field(default_factory=dict)
 
     @classmethod
     def of(cls, job: Job) -> Population:
@@ -33,7 +37,9 @@ class Population:
         """
         table = read_source(job)
         train, test = hold_out(table, job)
-        return cls(job, train, test, deal(train, job), table.notes)
+        keys = example_keys(train)
+        rows = partition(train, ranked(keys, job.seed, "partition"), job)
+        return cls(job, train, test, keys, rows, table.notes)
 
     def names(self, job: Job) -> list[str]:
         return client_names(job.federation.clients)
@@ -45,14 +51,22 @@ class Population:
         """Nothing: simulated clients' rows are fixed for the run."""
         return ""
 
+    def whole(self, learner: Learner) -> Shard:
+        """All training examples as one shard; its i-th is row `order[i]` of `train`."""
+        key = json.dumps(learner.facts, sort_keys=True)
+        if key not in self._whole:
+            self._whole.clear()
+            self._whole[key] = learner.task.shard(self.train, learner.facts, self.keys)
+        return self._whole[key]
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Rows of `train` in canonical order."""
+        return canonical_order(self.keys)
+
     def test_shard(self, learner: Learner) -> Shard | None:
         """The server's own test set; None where the job holds nothing out."""
         return learner.task.shard(self.test, learner.facts) if len(self.test) else None
-
-
-def deal(train: datasets.Dataset, job: Job) -> list[list[int]]:
-    """Rows of `train` that each client holds."""
-    return partition(train, ranked(example_keys(train), job.seed, "partition"), job)
 
 
 def client_names(count: int) -> list[str]:

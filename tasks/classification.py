@@ -17,7 +17,7 @@ from tasks.columns import Columns
 from tasks.images import image_bytes, read_image_input
 from tasks.lazy import LazyInputs
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts
-from tasks.seam import Encoder, Shard
+from tasks.seam import Encoder, Shard, canonical_order
 from tasks.text_encoder import load_text_encoder
 from tasks.texts import read_text_input
 from tasks.vision_encoder import load_vision_encoder
@@ -76,11 +76,11 @@ class Classification:
             raise ConfigError(f"classification needs at least two classes, found {classes}")
         return {"classes": classes}
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts) -> Shard:
-        keys = example_keys(dataset)
-        order = sorted(range(len(keys)), key=keys.__getitem__)
+    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = example_keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
         index = {name: i for i, name in enumerate(facts["classes"])}
-        labels = dataset["label"]
+        labels = dataset["label"][:]
         try:
             targets = torch.tensor([index[labels[row]] for row in order], dtype=torch.int64)
         except KeyError as unknown:

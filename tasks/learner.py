@@ -71,7 +71,7 @@ class Learner:
     def initial(self) -> Tensors:
         """The trainable tensors before the first round, named as in the model."""
         if self.uses_features:
-            head = self._fresh_head(self._width())
+            head = self._fresh_head(self.width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
         return {name: t.cpu() for name, t in tuning.values(self.model).items()}
 
@@ -148,7 +148,9 @@ class Learner:
         count = min(round(len(shard) * self.job.data.validation_fraction), len(shard) - 1)
         return shard.select(sorted(rows[count:])), shard.select(sorted(rows[:count]))
 
-    def _width(self) -> int:
+    @cached_property
+    def width(self) -> int:
+        """The width of the backbone's features."""
         width = known_width(self.backbone)
         return width if width is not None else self.encoder.width
 

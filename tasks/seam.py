@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import torch
 from torch import nn
@@ -22,6 +22,26 @@ if TYPE_CHECKING:
     from tasks.weights import Backbone
 
 Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Picked(Sequence[Any]):
+    """Some rows of another sequence, looked up when they are needed."""
+
+    source: Sequence[Any]
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Any: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Any]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return Picked(self.source, self.rows[place])
+        return self.source[self.rows[place]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,13 @@ class Shard:
     def select(self, rows: Sequence[int]) -> Shard:
         """Those rows, in that order."""
         index = torch.tensor(rows, dtype=torch.int64)
-        return Shard([self.inputs[r] for r in rows], self.targets[index], tuple(self.keys[r] for r in rows))
+        keys = tuple(self.keys[row] for row in rows)
+        return Shard(Picked(self.inputs, tuple(rows)), self.targets[index], keys)
+
+
+def canonical_order(keys: Sequence[bytes]) -> list[int]:
+    """Rows in the order of their examples' hashes."""
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 class Encoder(nn.Module):
@@ -110,8 +136,8 @@ class Task(Protocol):
         """The facts that hold for all clients together."""
         ...
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts) -> Shard:
-        """Rows as inputs and targets, in canonical order."""
+    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
         ...
 
     def raw_input(self, given: str) -> Any:
