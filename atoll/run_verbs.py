@@ -36,6 +36,8 @@ def register(app: typer.Typer) -> None:
 
 def demo(out: OutDir = None) -> None:
     """Fine-tune a head on a real sentence encoder over 20 clients; offline, about a minute."""
+    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty, choose another --out")
     run_here(_demo_job(), out, force=out is None, default=Path("runs/demo"))
 
 

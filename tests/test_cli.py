@@ -242,6 +242,10 @@ def test_a_run_on_bad_data_ends_in_one_line_and_leaves_nothing(
         ("lr=0.1", "lr: unknown key, did you mean 'train.lr' or 'strategy.lr'"),
         ("rounds=3", "rounds: unknown key, did you mean 'federation.rounds'"),
         ("train.lr", "--set train.lr: expected key=value, such as train.lr=0.05"),
+        (
+            "data.partition={kind=natural,by=label}",
+            "not valid TOML: .*put it in single quotes, for the shell",
+        ),
         ("=3", "--set =3: expected key=value"),
         ("train..lr=3", "expected key=value"),
         ("train.lr=0,1", "train.lr: expected number, found '0,1'"),
@@ -270,6 +274,10 @@ def test_a_refused_job_leaves_an_old_run_whole_even_with_force(
     refused(say("simulate", job, "--out", image_run, "--resume"), "changed job: data.classes")
     refused(say("simulate", job, "--out", image_run), "exists and is not empty; use --resume")  # row 80
     assert snapshot(image_run) == before
+
+
+def test_a_second_demo_into_the_same_folder_is_refused(say: Say, image_run: Path) -> None:
+    refused(say("demo", "--out", image_run), "exists and is not empty, choose another --out")
 
 
 def test_force_replaces_nothing_but_a_run(say: Say, tmp_path: Path) -> None:
@@ -416,6 +424,9 @@ def test_check_says_what_is_there_and_whether_it_can_be_used(say: Say, tmp_path:
     code, printed, said = say("check", good, "--task", "text-classification")
     assert refused((code, printed, said), "good: 1 examples cannot be used; mend or remove them")
     assert "unreadable  " in printed and "empty.txt: empty, expected some text" in printed
+    (tmp_path / "d.csv").write_text("text,label\nx,a\n")
+    bad = say("check", tmp_path / "d.csv", "--task", "text-classification", "--label", "nope")
+    assert bad[1] == "" and refused(bad, "d.csv: columns .*, expected one called 'nope' as the label")
     refused(say("check", good, "--task", "text"), "unknown task 'text'")
     refused(say("check", tmp_path / "none", "--task", "text-classification"), "none: no such file or folder")
 
