@@ -158,7 +158,10 @@ def partition(
     """Write the simulated clients' shards as folders, one a client, for a real federation."""
     from sim.shards import write_shards
 
-    names = write_shards(load(job, overrides), out_dir)
+    try:
+        names = write_shards(load(job, overrides), out_dir)
+    except KeyboardInterrupt:
+        raise Interrupted(f"no shard is left in {out_dir}") from None
     first = shlex.quote(str(out_dir / names[0]))
     for line in (
         f"{len(names)} shards written to {out_dir}: {names[0]} to {names[-1]}",

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from atoll.catalogue import CATALOGUE
 from atoll.cli import app
 from atoll.cli import run as command_line
 from atoll.usage import verbs_of
@@ -682,6 +683,32 @@ def test_ctrl_c_before_the_first_round_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_ctrl_c_in_a_partition_leaves_no_shard(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = toml(tmp_path / "job.toml", DIGITS)
+    task, written = task_named("image-classification"), type(task_named("image-classification")).write
+
+    def write(self: Any, *arguments: Any) -> None:
+        if arguments[1].name == "client-0001":
+            raise KeyboardInterrupt
+        written(self, *arguments)
+
+    monkeypatch.setattr(type(task), "write", write)
+    code, printed, said = say("partition", job, "--out", tmp_path / "shards")
+    assert (code, printed, said) == (130, "", f"interrupted: no shard is left in {tmp_path}/shards\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_ctrl_c_in_any_verb_is_said(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed() -> Iterator[None]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CATALOGUE, "tasks", pressed)
+    answer = say("list", "tasks")
+    assert answer == (130, "", "interrupted: this command was stopped before its end\n")
+
+
 def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_path: Path) -> None:
     job = toml(tmp_path / "job.toml", DIGITS, federation={"rounds": 3})
     odd = {"LC_ALL": "C", "LANG": "C", "TZ": "Nowhere/Odd+99", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
@@ -712,7 +739,7 @@ def test_a_bug_of_ours_is_one_line_too(say: Say, monkeypatch: pytest.MonkeyPatch
     def broken() -> Iterator[None]:
         raise ZeroDivisionError("[red]line 1\nline 2\x1b[31m")
 
-    monkeypatch.setitem(__import__("atoll.catalogue").catalogue.CATALOGUE, "tasks", broken)
+    monkeypatch.setitem(CATALOGUE, "tasks", broken)
     code, _, said = say("list", "tasks")
     assert code == 1
     assert said == "error: internal error: ZeroDivisionError: [red]line 1 line 2�[31m (--debug shows where)\n"
