@@ -132,6 +132,10 @@ def run(arguments: list[str]) -> int:
     try:
         outcome = verbs_of(app).main(arguments, prog_name="atoll", standalone_mode=False)
         sys.stdout.flush()
+        if outcome == INTERRUPTED:  # what Typer makes of Ctrl-C
+            return _complain(
+                "this command was stopped before its end", INTERRUPTED, False, label="interrupted"
+            )
         return outcome if isinstance(outcome, int) else 0
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
@@ -145,7 +149,7 @@ def run(arguments: list[str]) -> int:
     except JobError as error:
         return _complain(str(error), error.exit_code, debug)
     except (KeyboardInterrupt, click.exceptions.Abort):
-        return _complain("nothing more was done", INTERRUPTED, debug, label="interrupted")
+        return _complain("this command was stopped before its end", INTERRUPTED, debug, label="interrupted")
     except BrokenPipeError:
         return _nobody_listens()
     except OSError as error:

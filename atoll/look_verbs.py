@@ -122,6 +122,8 @@ def check(
 
     section = DataSection(source=str(data), text=text, image=image, label=label)
     findings = task_named(task).inspect(data, section)
+    if findings.bad == 1 and not (findings.train or findings.test):  # all of it is one fault
+        raise DataError(findings.problems[0])
     table = Table("class", "train", "test")
     for name in sorted({*findings.train, *findings.test}):
         table.add_row(escape(name), str(findings.train.get(name, 0)), str(findings.test.get(name, 0)))

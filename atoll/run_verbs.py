@@ -36,6 +36,8 @@ def register(app: typer.Typer) -> None:
 
 def demo(out: OutDir = None) -> None:
     """Fine-tune a head on a real sentence encoder over 20 clients; offline, about a minute."""
+    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not empty, choose another --out")
     run_here(_demo_job(), out, force=out is None, default=Path("runs/demo"))
 
 
@@ -156,7 +158,10 @@ def partition(
     """Write the simulated clients' shards as folders, one a client, for a real federation."""
     from sim.shards import write_shards
 
-    names = write_shards(load(job, overrides), out_dir)
+    try:
+        names = write_shards(load(job, overrides), out_dir)
+    except KeyboardInterrupt:
+        raise Interrupted(f"no shard is left in {out_dir}") from None
     first = shlex.quote(str(out_dir / names[0]))
     for line in (
         f"{len(names)} shards written to {out_dir}: {names[0]} to {names[-1]}",

@@ -270,7 +270,11 @@ def apply_override(table: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected key=value, such as train.lr=0.05")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text.strip()[:1] in ("{", "[", '"', "'"):
+            raise ConfigError(
+                f"--set {override}: not valid TOML: {error}; put it in single quotes, for the shell"
+            ) from None
         value = text
     for part in parts[:-1]:
         inner = table.setdefault(part, {})

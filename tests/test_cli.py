@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from atoll.catalogue import CATALOGUE
 from atoll.cli import app
 from atoll.cli import run as command_line
 from atoll.usage import verbs_of
@@ -242,6 +243,10 @@ def test_a_run_on_bad_data_ends_in_one_line_and_leaves_nothing(
         ("lr=0.1", "lr: unknown key, did you mean 'train.lr' or 'strategy.lr'"),
         ("rounds=3", "rounds: unknown key, did you mean 'federation.rounds'"),
         ("train.lr", "--set train.lr: expected key=value, such as train.lr=0.05"),
+        (
+            "data.partition={kind=natural,by=label}",
+            "not valid TOML: .*put it in single quotes, for the shell",
+        ),
         ("=3", "--set =3: expected key=value"),
         ("train..lr=3", "expected key=value"),
         ("train.lr=0,1", "train.lr: expected number, found '0,1'"),
@@ -270,6 +275,10 @@ def test_a_refused_job_leaves_an_old_run_whole_even_with_force(
     refused(say("simulate", job, "--out", image_run, "--resume"), "changed job: data.classes")
     refused(say("simulate", job, "--out", image_run), "exists and is not empty; use --resume")  # row 80
     assert snapshot(image_run) == before
+
+
+def test_a_second_demo_into_the_same_folder_is_refused(say: Say, image_run: Path) -> None:
+    refused(say("demo", "--out", image_run), "exists and is not empty, choose another --out")
 
 
 def test_force_replaces_nothing_but_a_run(say: Say, tmp_path: Path) -> None:
@@ -416,6 +425,9 @@ def test_check_says_what_is_there_and_whether_it_can_be_used(say: Say, tmp_path:
     code, printed, said = say("check", good, "--task", "text-classification")
     assert refused((code, printed, said), "good: 1 examples cannot be used; mend or remove them")
     assert "unreadable  " in printed and "empty.txt: empty, expected some text" in printed
+    (tmp_path / "d.csv").write_text("text,label\nx,a\n")
+    bad = say("check", tmp_path / "d.csv", "--task", "text-classification", "--label", "nope")
+    assert bad[1] == "" and refused(bad, "d.csv: columns .*, expected one called 'nope' as the label")
     refused(say("check", good, "--task", "text"), "unknown task 'text'")
     refused(say("check", tmp_path / "none", "--task", "text-classification"), "none: no such file or folder")
 
@@ -671,6 +683,32 @@ def test_ctrl_c_before_the_first_round_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_ctrl_c_in_a_partition_leaves_no_shard(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = toml(tmp_path / "job.toml", DIGITS)
+    task, written = task_named("image-classification"), type(task_named("image-classification")).write
+
+    def write(self: Any, *arguments: Any) -> None:
+        if arguments[1].name == "client-0001":
+            raise KeyboardInterrupt
+        written(self, *arguments)
+
+    monkeypatch.setattr(type(task), "write", write)
+    code, printed, said = say("partition", job, "--out", tmp_path / "shards")
+    assert (code, printed, said) == (130, "", f"interrupted: no shard is left in {tmp_path}/shards\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_ctrl_c_in_any_verb_is_said(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed() -> Iterator[None]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CATALOGUE, "tasks", pressed)
+    answer = say("list", "tasks")
+    assert answer == (130, "", "interrupted: this command was stopped before its end\n")
+
+
 def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_path: Path) -> None:
     job = toml(tmp_path / "job.toml", DIGITS, federation={"rounds": 3})
     odd = {"LC_ALL": "C", "LANG": "C", "TZ": "Nowhere/Odd+99", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
@@ -701,7 +739,7 @@ def test_a_bug_of_ours_is_one_line_too(say: Say, monkeypatch: pytest.MonkeyPatch
     def broken() -> Iterator[None]:
         raise ZeroDivisionError("[red]line 1\nline 2\x1b[31m")
 
-    monkeypatch.setitem(__import__("atoll.catalogue").catalogue.CATALOGUE, "tasks", broken)
+    monkeypatch.setitem(CATALOGUE, "tasks", broken)
     code, _, said = say("list", "tasks")
     assert code == 1
     assert said == "error: internal error: ZeroDivisionError: [red]line 1 line 2�[31m (--debug shows where)\n"
