@@ -16,7 +16,7 @@ import click
 import typer
 
 from atoll import __version__, look_verbs, run_verbs, site_verbs
-from atoll.show import OneLine, err, plain
+from atoll.show import OneLine, err, interrupted, plain
 from atoll.usage import verbs_of, what_is_wrong
 from protocol.errors import JobError
 
@@ -94,6 +94,7 @@ def _interrupt_once(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.disable()
+    interrupted.set()
     raise KeyboardInterrupt
 
 

@@ -27,6 +27,9 @@ class Interrupted(JobError):
     """Ctrl-C; the message says what is kept, and how to go on."""
 
 
+ENGINES = ("inline", "loop", "cohort", "ray")
+
+
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command(epilog="Example: atoll demo")(demo)
@@ -43,16 +46,18 @@ def demo(out: OutDir = None) -> None:
 
 def simulate(
     job: JobFile,
-    engine: Annotated[str, typer.Option(help="inline or ray; the final bits are the same.")] = "inline",
-    workers: Annotated[int, typer.Option(min=1, max=1024, help="Worker processes.")] = 1,
+    engine: Annotated[
+        str, typer.Option(help="inline, loop, cohort or ray; the bits are the same.")
+    ] = "inline",
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="How many work at a time.")] = 1,
     out: OutDir = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an old run in --out.")] = False,
 ) -> None:
     """Run a whole federation on this machine."""
-    if engine not in ("inline", "ray"):
-        raise ConfigError(f"--engine: expected inline or ray, found {engine!r}")
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     loaded = load(job, overrides)
     default = Path("runs") / loaded.name
     run_here(loaded, out, engine=engine, workers=workers, resume=resume, force=force, default=default)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +114,17 @@ class Lines:
     def close(self) -> None: ...
 
 
+interrupted = threading.Event()
+"""Set by Ctrl-C. Python drops an exception that is raised while an object is destroyed, so
+raising one there is not enough: every step of a run looks here as well."""
+
+
+def stop_if_asked() -> None:
+    """Raises KeyboardInterrupt if Ctrl-C was pressed and the first one was lost."""
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
 @dataclass
 class Watcher:
     """Follows a run's steps on a gauge."""
@@ -122,11 +134,15 @@ class Watcher:
 
     def features(self, done: int, total: int) -> None:
         """Progress of the feature extraction."""
+        stop_if_asked()
         self.gauge.show("features", done, total, "every example once, then cached")
 
     def step(self, name: str, what: dict[str, Any]) -> None:
         """One step of the run."""
+        stop_if_asked()
         match name:
+            case "path":
+                self.gauge.say(f"training  {what['path']}")
             case "population":
                 self._population(what["population"])
             case "hello":
@@ -154,7 +170,7 @@ class Watcher:
         self.gauge.say(f"clients   {len(sizes)}, {sizes[0]} to {sizes[-1]} examples each")
 
     def _round(self, line: dict[str, Any]) -> None:
-        parts = [] if line["loss"] is None else [f"loss {line['loss']:.3f}"]
+        parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
         parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]
         if line["set_aside"]:
             parts.append(f"{len(line['set_aside'])} set aside")

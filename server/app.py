@@ -240,7 +240,7 @@ def announce(step: str, what: dict[str, Any]) -> None:
 
 def round_in_words(line: dict[str, Any]) -> str:
     """A round's line for people: number, loss, metrics, seconds, how many were set aside."""
-    parts = [] if line["loss"] is None else [f"loss {line['loss']:.3f}"]
+    parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
     parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]
     parts += [f"{len(line['set_aside'])} set aside"] if line["set_aside"] else []
     return f"round {line['round']:<4} {', '.join(parts)}  ({line['seconds']:.1f} s)"

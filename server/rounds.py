@@ -185,7 +185,8 @@ def train(run: Run, cohort: Sequence[str], round: int) -> Screened:
     reasons = "; ".join(f"{name}: {why}" for name, why in list(screened.set_aside.items())[:3])
     raise InconsistentUpdates(
         f"round {round}: {len(screened.updates)} of {len(cohort)} usable updates,"
-        f" needed {needed} ({reasons}); the last checkpoint is whole, go on with --resume"
+        f" needed {needed} ({reasons})"
+        + ("; go on after the last whole round with --resume" if run.round else "")
     )
 
 

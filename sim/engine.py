@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from protocol.errors import ConfigError
 from protocol.job import Job
+from server.carrier import Carrier
 from server.play import check_job, play
 from server.rounds import Watch
 from server.rundir import check_free
 from sim.baselines import Comparison
-from sim.inline import InlineCarrier
+from sim.inline import InlineCarrier, LoopCarrier
 from sim.population import Population
 from sim.workers import PooledCarrier
 from tasks.features import Progress
 from tasks.learner import Learner
 from tasks.seam import Shard
 
-ENGINES = ("inline", "ray")
+ENGINES = ("inline", "loop", "cohort", "ray")
 
 
 def simulate(
@@ -36,6 +39,7 @@ def simulate(
 
     The final bits depend neither on the engine nor on the number of workers.
     """
+    check_engine(job, engine)
     check_free(out, job, resume=resume, force=force)
     check_job(job)
     population = Population.of(job)
@@ -50,10 +54,39 @@ def simulate(
         from sim.ray import simulate_on_ray
 
         return simulate_on_ray(job, out, workers, warmed(population, progress), options)
-    if workers == 1 or job.tune.method == "head":
-        return play(job, InlineCarrier.of(population, workers), out, warmed(population, progress), **options)
-    with PooledCarrier(population, workers) as carrier:
+    with ExitStack() as stack:
+        carrier = _carrier(population, engine, workers, stack)
+        watch("path", {"path": path_taken(job, engine, workers)})
         return play(job, carrier, out, warmed(population, progress), **options)
+
+
+def check_engine(job: Job, engine: str) -> None:
+    """Raises ConfigError unless there is such an engine and it can train what the job tunes."""
+    if engine not in ENGINES:
+        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
+    if engine == "cohort" and job.tune.method != "head":
+        raise ConfigError(
+            f"--engine cohort: trains heads only, found tune.method = {job.tune.method!r}; use inline"
+        )
+
+
+def _carrier(population: Population, engine: str, workers: int, stack: ExitStack) -> Carrier:
+    if engine == "loop":
+        return LoopCarrier.of(population)
+    if workers > 1 and population.job.tune.method != "head":
+        return stack.enter_context(PooledCarrier(population, workers))
+    return InlineCarrier.of(population, workers)
+
+
+def path_taken(job: Job, engine: str, workers: int) -> str:
+    """How clients train, and why, in one line."""
+    if engine == "loop":
+        return "one client after the other, as --engine loop asks"
+    if job.tune.method == "head":
+        threads = "" if workers == 1 else f" in {workers} threads"
+        return f"a cohort's heads at once{threads}: the backbone is frozen"
+    places = "in this process" if workers == 1 else f"in {workers} processes"
+    return f"one client after the other {places}: {job.tune.method} tunes the backbone"
 
 
 def warmed(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:

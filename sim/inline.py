@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from client.site import Site
 from protocol.job import Job
 from protocol.messages import Hello, Reply, Request
 from sim.indexed import IndexedSite
@@ -29,3 +30,22 @@ class InlineCarrier:
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         return self.site.answer(request, names)
+
+
+@dataclass
+class LoopCarrier:
+    """One client after the other, each as a real client trains: alone, from a shard of its own."""
+
+    site: Site
+    engine: str = "loop"
+
+    @classmethod
+    def of(cls, population: Population) -> Self:
+        """A carrier to every client of the population."""
+        return cls(Site(population))
+
+    def hello(self, job: Job) -> list[Hello]:
+        return self.site.hello(job)
+
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
+        return (reply for name in names for reply in self.site.answer(request, [name]))

@@ -14,6 +14,7 @@ import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from tasks.weights import Backbone
 
 BATCH = 16
 """Rows of every batch that features are computed in; part of the cache's key."""
+
+CHUNK = 2048
+"""Examples after which features are put on the disk: no more than these are lost in a kill."""
 
 Progress = Callable[[int, int], None]
 """Called with (examples done, examples in all)."""
@@ -162,8 +166,15 @@ def cached_features(
 ) -> torch.Tensor:
     """A shard's features [n, width]; the backbone is loaded only if some are missing."""
     missing = cache.missing(shard.keys)
-    if missing:
-        inputs = [shard.inputs[row] for row in missing]
-        features = extract(encoder(), inputs, threads=threads, device=device, progress=progress)
-        cache.put([shard.keys[row] for row in missing], features)
+    for start in range(0, len(missing), CHUNK):
+        rows = missing[start : start + CHUNK]
+        told = None if progress is None else partial(_told_from, progress, start, len(missing))
+        inputs = [shard.inputs[row] for row in rows]
+        features = extract(encoder(), inputs, threads=threads, device=device, progress=told)
+        cache.put([shard.keys[row] for row in rows], features)
     return cache.take(shard.keys)
+
+
+def _told_from(progress: Progress, start: int, total: int, done: int, part: int) -> None:
+    """Progress of a part as progress of the whole."""
+    progress(start + done, total)

@@ -85,6 +85,23 @@ def test_the_same_job_gives_the_same_bits(tmp_path: Path, reference: dict[str, A
     assert run(job().model_copy(update={"seed": 12}), tmp_path / "s")["model_sha256"] != again["model_sha256"]
 
 
+@pytest.mark.parametrize("options", [{"engine": "loop"}, {"engine": "cohort"}, {"workers": 3}], ids=str)
+def test_every_engine_gives_the_same_bits(
+    tmp_path: Path, reference: dict[str, Any], options: dict[str, Any]
+) -> None:
+    result = run(job(), tmp_path / "r", **options)
+    assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in reference["rounds"]]
+    assert result["final"]["clients"] == reference["final"]["clients"]
+
+
+def test_an_engine_that_cannot_train_this_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--engine cohort: trains heads only, found tune.method = 'full'"):
+        run(job(tune={"method": "full"}), tmp_path / "r", engine="cohort")
+    with pytest.raises(ConfigError, match="engine: expected one of inline, loop, cohort, ray, found 'x'"):
+        run(job(), tmp_path / "r", engine="x")
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.slow
 def test_four_workers_give_the_bits_of_one(tmp_path: Path, reference: dict[str, Any]) -> None:
     assert run(job(), tmp_path / "r", workers=4)["model_sha256"] == reference["model_sha256"]
