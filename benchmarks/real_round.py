@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +33,7 @@ from sim.shards import write_shards
 ROOT = Path(__file__).parents[1]
 STARTER = """
 import logging, sys
+from itertools import pairwise
 from pathlib import Path
 logging.basicConfig(format="%(created)f %(message)s", level=logging.WARNING)
 logging.getLogger("client").setLevel(logging.INFO)
@@ -118,7 +120,7 @@ def shares(seen: list[tuple[float, dict[str, Any]]], logs: list[Path]) -> dict[s
     """Seconds of every warm round by what they were spent on; the site that begins last counts."""
     sites = [work_of(log) for log in logs]
     table: dict[str, list[float]] = {name: [] for name in ROWS}
-    for (before, _), (end, line) in zip(seen, seen[1:], strict=False):
+    for (before, _), (end, line) in pairwise(seen):
         start = end - line["seconds"]
         back = start + line["seconds_at_clients"]
         spans = [site[line["round"]] for site in sites]

@@ -14,7 +14,7 @@ from typing import Any, cast
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_objects
 
 from protocol.errors import DataError, InconsistentUpdates
 from protocol.job import Job
@@ -31,6 +31,8 @@ MARK = "atoll: "
 """Stands before our lines in a log that is Flower's too."""
 
 
+ARRIVAL_SECONDS = 0.02
+"""How long to wait before asking again for an array that is on its way; Flower waits 1 s, then 2 s, …"""
 NO_REASON = "the site gave no reason"
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """A message that went away with a process that died; it is sent again."""
@@ -207,6 +209,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Play the job that the run's configuration carries; results go to its `out`."""
     speak_up()
+    pull_objects.__kwdefaults__ = {**(pull_objects.__kwdefaults__ or {}), "initial_backoff": ARRIVAL_SECONDS}
     job = Job.from_json(str(context.run_config["job"]))
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
