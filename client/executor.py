@@ -131,7 +131,7 @@ class Executor:
         try:
             reply = self._answer(message, context, run.run_id, fab.content)
         except Interrupted:
-            leaving = Error(ErrorCode.NODE_UNAVAILABLE, "the site is leaving")
+            leaving = Error(ErrorCode.UNKNOWN, "the site is leaving")
             push_message(client, Message(leaving, reply_to=message), context)
             raise
         push_message(client, reply, context)
