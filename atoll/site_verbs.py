@@ -124,7 +124,12 @@ def submit(
     if not resume and where.exists() and any(where.iterdir()):
         raise ConfigError(f"{where}: exists and is not empty; use --resume to go on, or another --out")
     submit_job(
-        loaded.canonical, server, out=where, show=show_ours, started=lambda run: tell(f"run id    {run}")
+        loaded.canonical,
+        server,
+        out=where,
+        show=show_ours,
+        tell=tell,
+        started=lambda run: tell(f"run id    {run}"),
     )
     ending(_result(where), where)
 

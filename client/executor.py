@@ -29,7 +29,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -131,7 +131,7 @@ class Executor:
         try:
             reply = self._answer(message, context, run.run_id, fab.content)
         except Interrupted:
-            leaving = Error(ErrorCode.NODE_UNAVAILABLE, "the site is leaving")
+            leaving = Error(ErrorCode.UNKNOWN, "the site is leaving")
             push_message(client, Message(leaving, reply_to=message), context)
             raise
         push_message(client, reply, context)
@@ -267,4 +267,5 @@ class _PacedTime:
 def supernode() -> None:
     """Flower's SuperNode, asking often while a run is going on; the entry of a child process."""
     vars(start_client_internal)["time"] = _PacedTime()
+    pull_objects.__kwdefaults__ = {**(pull_objects.__kwdefaults__ or {}), "initial_backoff": ARRIVAL_SECONDS}
     flower_supernode()

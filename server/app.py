@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, cast
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_objects
 
 from protocol.errors import DataError, InconsistentUpdates
 from protocol.job import Job
@@ -31,6 +32,11 @@ MARK = "atoll: "
 """Stands before our lines in a log that is Flower's too."""
 
 
+ARRIVAL_SECONDS = 0.02
+"""How long to wait before asking again for an array that is on its way; Flower waits 1 s, then 2 s, …"""
+REJOIN_SECONDS = 120.0
+"""What a site whose connection is lost has to come back; the server notices after up to a minute."""
+GONE = "its site is not connected"
 NO_REASON = "the site gave no reason"
 LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """A message that went away with a process that died; it is sent again."""
@@ -50,6 +56,7 @@ class FlowerCarrier:
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
+    gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)
 
     def hello(self, job: Job) -> list[Hello]:
@@ -79,11 +86,13 @@ class FlowerCarrier:
         content = RecordDict({"head": ConfigRecord({"job": job.canonical})})
         sites = {node.node_id: node.name or f"node {node.node_id}" for node in self.grid.get_nodes()}
         strangers = [node for node in sites if node not in self.greeted]
-        for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout):
-            if reply.has_error():
-                self.greeted[node] = [Hello(sites[node], {}, 0, refusal=reply.error.reason or NO_REASON)]
+        for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout, patience=0):
+            if reply == GONE:
+                continue  # it is greeted when it is back
+            if isinstance(reply, str):
+                self.greeted[node] = [Hello(sites[node], {}, 0, refusal=reply)]
                 continue
-            texts = cast(list[str], reply.content.config_records["hellos"]["json"])
+            texts = cast(list[str], reply.config_records["hellos"]["json"])
             self.greeted[node] = [hello_from_json(text) for text in texts]
 
     def _by_client(self) -> list[Hello]:
@@ -112,10 +121,9 @@ class FlowerCarrier:
         for node, clients in self._hosts(names).items():
             config = ConfigRecord({"request": head, "names": json.dumps(clients)})
             letters[node] = RecordDict({"head": config, "body": tensors})
-        for node, reply in self._converse(letters, request.kind, timeout):
-            if reply.has_error():
-                why = reply.error.reason or NO_REASON
-                yield from (Failure(name, why) for name in self._hosts(names)[node])
+        for node, reply in self._converse(letters, request.kind, timeout, REJOIN_SECONDS):
+            if isinstance(reply, str):
+                yield from (Failure(name, reply) for name in self._hosts(names)[node])
                 continue
             yield from _decoded(reply)
 
@@ -126,9 +134,12 @@ class FlowerCarrier:
         return hosts
 
     def _converse(
-        self, letters: Mapping[int, RecordDict], kind: str, timeout: float
-    ) -> Iterator[tuple[int, Message]]:
-        """(node, its reply) as replies come, until all are there or the time is up; one for a node."""
+        self, letters: Mapping[int, RecordDict], kind: str, timeout: float, patience: float
+    ) -> Iterator[tuple[int, RecordDict | str]]:
+        """(node, what it replied, or why it did not) as replies come; nothing of one that is too late.
+
+        A node whose connection is gone has `patience` seconds to come back and is then asked again.
+        """
         start = time.monotonic()
         pauses = dict.fromkeys(letters, self.resend_after)
         due = dict.fromkeys(letters, start)
@@ -136,7 +147,7 @@ class FlowerCarrier:
         activated, look = self._activations(), start + LOOK_SECONDS
         while due and time.monotonic() < start + timeout:
             if time.monotonic() > look:
-                due |= dict.fromkeys(due.keys() & self._anew(activated), look)
+                due |= dict.fromkeys(due.keys() & self._back(activated), look)
                 look = time.monotonic() + LOOK_SECONDS
             late = {node: letters[node] for node, moment in due.items() if time.monotonic() >= moment}
             sent |= self._push(late, kind, timeout)
@@ -148,22 +159,40 @@ class FlowerCarrier:
                     continue  # answered already
                 if reply.has_error() and reply.error.code in LOST:
                     due[node] = time.monotonic() + 1.0
-                    continue
+                elif reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                    due[node] = math.inf
+                    self._miss(node, patience)
+                else:
+                    del due[node]
+                    yield node, _content(reply)
+            for node in [n for n in due if self._is_gone(n, patience)]:
                 del due[node]
-                yield node, reply
+                yield node, GONE
             if due:
                 time.sleep(POLL_SECONDS)
+
+    def _miss(self, node: int, patience: float) -> None:
+        if node not in self.gone:
+            self.gone[node] = time.monotonic()
+            names = ", ".join(name for name, home in self.nodes.items() if home == node)
+            if patience:
+                logger.warning("%s: connection lost, waiting up to %.0f s", names or node, patience)
+
+    def _is_gone(self, node: int, patience: float) -> bool:
+        return node in self.gone and time.monotonic() >= self.gone[node] + patience
 
     def _activations(self) -> dict[int, str]:
         """When each node that is online connected."""
         return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}
 
-    def _anew(self, activated: dict[int, str]) -> set[int]:
+    def _back(self, activated: dict[int, str]) -> set[int]:
         """Nodes that connected since `activated`, now brought up to date: what they were sent is lost."""
         now = self._activations()
-        anew = {node for node, moment in now.items() if activated.get(node, moment) != moment}
+        back = {n for n, moment in now.items() if n in self.gone or activated.get(n, moment) != moment}
         activated |= now
-        return anew
+        for node in back:
+            self.gone.pop(node, None)
+        return back
 
     def _push(self, letters: Mapping[int, RecordDict], kind: str, timeout: float) -> dict[str, int]:
         """Send letters to their nodes; which message id went to which node."""
@@ -185,10 +214,14 @@ def bytes_array(body: bytes) -> Array:
     return Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)
 
 
-def _decoded(reply: Message) -> Iterator[Reply]:
+def _content(reply: Message) -> RecordDict | str:
+    return (reply.error.reason or NO_REASON) if reply.has_error() else reply.content
+
+
+def _decoded(reply: RecordDict) -> Iterator[Reply]:
     """The clients' replies in one message; an unreadable one is dropped and named in the log."""
-    bodies = reply.content.array_records["bodies"]
-    for name, head in reply.content.config_records["heads"].items():
+    bodies = reply.array_records["bodies"]
+    for name, head in reply.config_records["heads"].items():
         try:
             decoded = decode_reply(str(head), bodies[name].data)
         except (DataError, KeyError) as error:
@@ -207,6 +240,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Play the job that the run's configuration carries; results go to its `out`."""
     speak_up()
+    pull_objects.__kwdefaults__ = {**(pull_objects.__kwdefaults__ or {}), "initial_backoff": ARRIVAL_SECONDS}
     job = Job.from_json(str(context.run_config["job"]))
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()

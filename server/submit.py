@@ -34,12 +34,13 @@ def submit(
     *,
     out: Path,
     show: Callable[[str], None] = logger.info,
+    tell: Callable[[str], None] = logger.info,
     started: Callable[[int], None] = lambda run_id: None,
 ) -> int:
     """Run a job on the federation and wait for its end; returns the run's id.
 
-    `show` gets the server's log line by line. Raises JobError unless the run completed. A
-    KeyboardInterrupt leaves the run going, after saying how to follow and to stop it.
+    `show` gets the run's log line by line. Raises JobError unless the run completed. A
+    KeyboardInterrupt leaves the run going, after `tell` got how to follow and to stop it.
     """
     with _control(kit) as control:
         run_id = control.start(bundle(), job_json, str(out.resolve()))
@@ -47,9 +48,9 @@ def submit(
     try:
         run = follow(kit, run_id, show=show)
     except KeyboardInterrupt:
-        show(f"run {run_id} goes on")
-        show(f"follow it with: atoll logs {run_id} --server {kit}")
-        show(f"stop it with:   atoll stop {run_id} --server {kit}")
+        tell(f"run {run_id} goes on")
+        tell(f"follow it with: atoll logs {run_id} --server {kit}")
+        tell(f"stop it with:   atoll stop {run_id} --server {kit}")
         raise
     if not run.completed:
         raise JobError(f"run {run_id} {run.outcome}: {run.details or 'no reason given'}")

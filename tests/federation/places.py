@@ -1,0 +1,200 @@
+"""A federation of real processes on loopback: a server, its sites, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from protocol.child import free_port
+from protocol.errors import JobError
+from protocol.job import Job
+from server.provision import provision
+from server.rundir import job_toml
+from server.submit import status, submit
+
+
+def unwatched(step: str, what: dict[str, Any]) -> None: ...
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.01)
+
+
+@dataclass
+class Running:
+    """One verb of the command line as a process of its own, and what it wrote."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def says(self, words: str, seconds: float = 90, times: int = 1) -> None:
+        """Wait until it has said this, so often."""
+        try:
+            wait_until(lambda: self.text().count(words) >= times, seconds, words)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said:\n{self.text()}") from None
+
+    def ends(self, seconds: float = 120) -> int:
+        """Its exit status, once it has ended by itself."""
+        return self.process.wait(timeout=seconds)
+
+    def end(self) -> int:
+        """Its exit status, after SIGTERM."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(timeout=60)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def atoll(
+    log: Path, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Running:
+    """Start a verb."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "atoll", *arguments],
+            stdout=output,
+            stderr=output,
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+        )
+    return Running(process, log)
+
+
+def provisioned(folder: Path, names: tuple[str, ...], port: int) -> dict[str, Path]:
+    """Kits by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sites = "".join(f'[[site]]\nname = "{name}"\n' for name in names)
+    (folder / "sites.toml").write_text(f'[server]\nhost = "127.0.0.1"\nport = {port}\n{sites}')
+    return {kit.name: kit for kit in provision(folder / "sites.toml", folder / "kits")}
+
+
+@dataclass
+class Federation:
+    """Kits, and whatever was started with them."""
+
+    folder: Path
+    kits: dict[str, Path]
+    running: dict[str, Running] = field(default_factory=dict)
+    count: int = 0
+
+    @property
+    def server(self) -> Path:
+        return self.kits["server"]
+
+    def start(self, name: str, *arguments: str, **options: Any) -> Running:
+        self.count += 1
+        self.running[name] = atoll(self.folder / f"{self.count:03d}-{name}.log", *arguments, **options)
+        return self.running[name]
+
+    def serve(self) -> Running:
+        running = self.start("server", "serve", str(self.server))
+        running.says("ready on")
+        return running
+
+    def join(self, site: str, *data: Path, kit: Path | None = None, **options: Any) -> Running:
+        paths = [word for path in data for word in ("--data", str(path))]
+        return self.start(site, "join", str(kit or self.kits[site]), *paths, **options)
+
+    def online(self) -> set[str]:
+        try:
+            return set(status(self.server).online)
+        except JobError:
+            return set()
+
+    def wait_online(self, *sites: str) -> None:
+        """Until these sites are connected."""
+        wait_until(lambda: set(sites) <= self.online(), 120, f"{sites} to connect")
+
+    def wait_alone(self) -> None:
+        """Until no site is connected."""
+        wait_until(lambda: not self.online(), 120, f"{self.online()} to leave")
+
+    def run(self, job: Job, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+        """Submit a job, wait for its end; its result."""
+        self.count += 1
+        out = self.folder / f"run-{self.count:03d}"
+        submit(job.canonical, self.server, out=out, show=show)
+        return result_of(out)
+
+    def submit(self, job: Job, out: Path, *options: str) -> Running:
+        """Submit in a process of its own."""
+        file = out.with_suffix(".toml")
+        file.write_text(job_toml(job))
+        arguments = ("submit", str(file), "--server", str(self.server), "--out", str(out), *options)
+        return self.start("submit", *arguments)
+
+    def latest(self) -> int:
+        """The id of the latest run."""
+        return status(self.server).runs[0].run_id
+
+    def pid_of(self, program: str) -> int:
+        """The process of the server that runs one of Flower's programs."""
+        control = json.loads((self.server / "state" / "serve.json").read_text())["control"]
+        for pid, line in command_lines():
+            if program in line and (str(self.server) in line or control in line):
+                return pid
+        raise AssertionError(f"no {program}")
+
+    def processes(self) -> list[str]:
+        """The command line of every process that was started with one of these kits."""
+        return [line for _, line in command_lines() if str(self.folder) in line]
+
+    def close(self) -> None:
+        """End what is still running, the server last."""
+        for name, running in reversed(list(self.running.items())):
+            if name != "server":
+                running.process.send_signal(signal.SIGCONT)
+                running.end()
+        if "server" in self.running:
+            self.running["server"].end()
+
+
+@contextmanager
+def federation_of(folder: Path, *names: str) -> Iterator[Federation]:
+    """A server for these sites, for the time of the block."""
+    made = Federation(folder, provisioned(folder, names, free_port()))
+    try:
+        made.serve()
+        yield made
+    finally:
+        made.close()
+
+
+def result_of(out: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return result
+
+
+def rounds_of(out: Path) -> list[dict[str, Any]]:
+    """The rounds that a run has written so far."""
+    metrics = out / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def command_lines() -> Iterator[tuple[int, str]]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        yield int(path.parent.name), line

@@ -1,0 +1,111 @@
+"""Sites and servers that die, leave, come late or change their data in the middle of a run."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+from server.submit import status, stop
+from tests.federation.conftest import CLIENTS, Ring, job
+from tests.federation.places import result_of, rounds_of, wait_until
+
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(240)]
+
+SLOW = {"epochs": 200}
+"""Passes over the data that take a second or two: time to interfere."""
+
+
+def test_a_site_killed_at_work_and_at_its_upload_costs_no_bit(ring: Ring) -> None:  # row 4
+    setting = job(train=SLOW, federation={"rounds": 3})
+    federation, out = ring.whole(), ring.federation.folder / "killed"
+    submitted = federation.submit(setting, out)
+    ring.alone().says("round 2 of digits: train client-0000")
+    ring.alone().kill()
+    ring.alone().says("round 3 of digits: train client-0000: done")
+    ring.alone().kill()
+    ring.alone()
+    assert submitted.ends() == 0, submitted.text()
+    assert result_of(out)["model_sha256"] == ring.expected(setting)
+    assert all(not line["set_aside"] for line in result_of(out)["rounds"])
+
+
+def test_a_site_that_leaves_is_set_aside_by_name_and_the_rounds_close_without_it(ring: Ring) -> None:  # row 5
+    setting = job(train=SLOW, federation={"rounds": 2, "round_timeout": 12})
+    federation, out = ring.whole(), ring.federation.folder / "leaving"
+    submitted = federation.submit(setting, out)
+    ring.alone().says("round 1 of digits: train client-0000")
+    assert ring.alone().end() == 0
+    assert submitted.ends() == 0, submitted.text()
+    first, second = result_of(out)["rounds"]
+    assert first["set_aside"] == {"client-0000": "the site is leaving"}
+    assert second["set_aside"] == {"client-0000": "no reply before the deadline"}
+    assert 12 <= second["seconds"] < 15
+    assert set(result_of(out)["final"]["clients"]) == set(CLIENTS[1:])
+
+
+def test_below_its_quorum_a_run_fails_in_one_line_and_keeps_the_last_round(ring: Ring) -> None:  # row 8
+    setting = job(train=SLOW, federation={"rounds": 3, "round_timeout": 5, "quorum": 1.0})
+    federation, out = ring.whole(), ring.federation.folder / "below"
+    submitted = federation.submit(setting, out)
+    ring.alone().says("round 2 of digits: train client-0000")
+    ring.alone().kill()
+    assert submitted.ends() == 1, submitted.text()
+    assert "round 2: 2 of 3 usable updates, needed 3 (client-0000: no reply before" in submitted.text()
+    assert submitted.text().count("error: ") == 1 and "Traceback" not in submitted.text()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["round-000001"]
+    run = status(federation.server).runs[0]
+    assert run.outcome == "failed" and run.details.startswith("round 2: 2 of 3 usable updates")
+
+
+def test_a_run_whose_server_app_was_killed_is_resumed_to_the_same_bits(ring: Ring) -> None:
+    setting = job(federation={"rounds": 6})
+    federation, out = ring.whole(), ring.federation.folder / "resumed"
+    submitted = federation.submit(setting, out)
+    wait_until(lambda: len(rounds_of(out)) >= 2, 90, "two rounds")
+    os.kill(federation.pid_of("flwr-serverapp"), signal.SIGKILL)
+    submitted.process.send_signal(signal.SIGINT)
+    assert submitted.ends() == 130
+    assert stop(federation.server, federation.latest()).outcome == "stopped"
+    assert not (out / "result.json").exists()
+    resumed = federation.submit(setting, out, "--resume")
+    assert resumed.ends() == 0, resumed.text()
+    assert "resumed after round" in resumed.text()
+    assert result_of(out)["model_sha256"] == ring.expected(setting)
+
+
+def test_a_late_site_at_a_restarted_server_ends_in_the_same_bits(ring: Ring) -> None:  # rows 37, 39
+    federation, out = ring.whole(), ring.federation.folder / "late"
+    assert ring.alone().end() == 0
+    assert federation.running["server"].end() == 0
+    ring.pair().says("waiting for the server at")
+    federation.serve()
+    federation.wait_online("pair")
+    submitted = federation.submit(job(), out)
+    submitted.says("2 of 3 clients are here: client-0001, client-0002")
+    ring.alone()
+    assert submitted.ends() == 0, submitted.text()
+    assert result_of(out)["model_sha256"] == ring.expected(job())
+
+
+def test_data_that_changes_in_a_run_is_refused_until_the_next_run(ring: Ring) -> None:  # row 40
+    setting = job(train=SLOW, federation={"rounds": 3})
+    federation, out = ring.whole(), ring.federation.folder / "changed"
+    submitted = federation.submit(setting, out)
+    ring.alone().says("round 1 of digits: train client-0000")
+    image = next((ring.shards / "client-0000").rglob("*.png"))
+    other = next((ring.shards / "client-0001").rglob("*.png"))
+    image.touch()  # a new time alone is no change
+    ring.alone().says("round 2 of digits: train client-0000")
+    kept = image.read_bytes()
+    shutil.copy(other, image)
+    assert submitted.ends() == 0, submitted.text()
+    first, second, third = (line["set_aside"] for line in result_of(out)["rounds"])
+    assert (first, second) == ({}, {})
+    assert third == {"client-0000": "its data changed during the run; the site's log says more"}
+    try:
+        assert federation.run(job())["rounds"][0]["set_aside"] == {}
+    finally:
+        image.write_bytes(kept)
+        time.sleep(0.01)
