@@ -716,7 +716,7 @@ def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_pat
     printed, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "")  # row 84
     assert "\x1b" not in printed and "\r" not in printed and printed.isascii()
-    assert "rounds    1 of 3  train loss " in printed and "rounds    3 of 3  loss " in printed
+    assert "rounds    1 of 3  train loss " in printed and "rounds    3 of 3  train loss " in printed
     assert (tmp_path / "rün" / "result.json").is_file()
 
 
