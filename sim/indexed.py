@@ -40,6 +40,7 @@ class Index:
     rows: list[NDArray[np.int64]]
     validation_rank: NDArray[np.int64]
     examples: Examples | None
+    _train_rows: dict[int, NDArray[np.int64]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, population: Population, learner: Learner) -> Index:
@@ -52,6 +53,12 @@ class Index:
         fits = learner.uses_features and len(whole) * learner.width * 4 <= TABLE_BYTES
         examples = Examples.of(learner.features(whole), whole.targets) if fits else None
         return cls(whole, [np.sort(place[rows]) for rows in population.rows], rank, examples)
+
+    def train_rows(self, client: int, fraction: float) -> NDArray[np.int64]:
+        """The training rows alone, remembered."""
+        if client not in self._train_rows:
+            self._train_rows[client] = self.split(client, fraction)[0]
+        return self._train_rows[client]
 
     def split(self, client: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(training rows, validation rows) of a client, as `Learner.split` chooses them."""
@@ -93,7 +100,7 @@ class IndexedSite(Site):
             return super().answer(request, names)
         torch.set_num_threads(learner.job.train.threads)
         fraction = learner.job.data.validation_fraction
-        works = [HeadWork(name, index.split(number_of(name), fraction)[0]) for name in names]
+        works = [HeadWork(name, index.train_rows(number_of(name), fraction)) for name in names]
         return self._train(index.examples, works, learner.job, request)
 
     def _train(self, examples: Examples, works: list[HeadWork], job: Job, request: Request) -> StackedUpdates:

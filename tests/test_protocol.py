@@ -32,6 +32,13 @@ def test_a_streams_seed_is_the_hash_of_its_purpose() -> None:
     assert stream_seed(7, "cohort", 1) == int.from_bytes(digest[:8], "little") >> 1
 
 
+@given(st.lists(st.one_of(st.text(), st.integers())))
+def test_a_purpose_is_spelt_as_json(purpose: list[str | int]) -> None:
+    text = json.dumps([7, *purpose], separators=(",", ":"))
+    expected = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    assert stream_seed(7, *purpose) == expected
+
+
 def test_streams_do_not_touch_each_other_or_the_global_generator() -> None:
     before = torch.random.get_rng_state()
     a = torch.rand(5, generator=stream(1, "a"))
