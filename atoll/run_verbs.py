@@ -113,7 +113,7 @@ def how_to_go_on(where: Path, rounds: int) -> str:
     """What an interrupted run has left, and the command that continues it."""
     if not (where / "job.toml").is_file():
         return "no round had begun, and nothing is left behind"
-    whole = [int(p.name.removeprefix("round-")) for p in (where / "checkpoints").glob("round-*")]
+    whole = [int(p.stem.removeprefix("round-")) for p in (where / "checkpoints").glob("round-*")]
     command = shlex.join(["atoll", *resuming(sys.argv[1:], where)])
     return f"{max(whole, default=0)} of {rounds} rounds are whole in {where}; go on with: {command}"
 

@@ -15,9 +15,10 @@ from protocol.errors import DataError
 Tensors = dict[str, torch.Tensor]
 
 
-def to_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Safetensors bytes; nothing but names, dtypes, shapes and values."""
-    return save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
+def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Safetensors bytes: names, dtypes, shapes and values, and words beside them."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    return save(plain, metadata)
 
 
 def from_bytes(blob: bytes) -> Tensors:

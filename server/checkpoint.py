@@ -6,15 +6,15 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from protocol.errors import ConfigError, DataError, JobError
-from protocol.tensors import Tensors, from_bytes, to_bytes
+from protocol.errors import ConfigError, JobError
+from protocol.tensors import Tensors, tensors_sha256, to_bytes
 from strategies import State
 
 logger = logging.getLogger(__name__)
@@ -42,26 +42,21 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         JobError: the disk is full or the folder cannot be written; older checkpoints are intact.
     """
-    final = folder / f"round-{checkpoint.round:06d}"
-    temporary = folder / f".{final.name}.{os.getpid()}"
+    final = folder / f"round-{checkpoint.round:06d}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write(temporary, checkpoint)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_folder(folder)
+        replace_synced(final, _encoded(checkpoint))
         for old in _rounds(folder)[:-KEEP]:
-            shutil.rmtree(old)
+            old.unlink()
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary_of(final).unlink(missing_ok=True)
         raise JobError(
             f"{final}: checkpoint not written ({error.strerror}); the one before it is intact"
         ) from None
 
 
-def _write(folder: Path, checkpoint: Checkpoint) -> None:
+def _encoded(checkpoint: Checkpoint) -> bytes:
+    """A safetensors file; numbers and words are in its metadata, with a hash of themselves."""
     tensors = {f"model/{n}": t for n, t in checkpoint.tensors.items()}
     numbers: dict[str, float] = {}
     for name, value in checkpoint.state.items():
@@ -69,20 +64,18 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
             tensors[f"state/{name}"] = value
         else:
             numbers[name] = value
-    body = to_bytes(tensors)
-    head = {
-        "schema": SCHEMA,
-        "round": checkpoint.round,
-        "job_hash": checkpoint.job_hash,
-        "numbers": numbers,
-        "facts": checkpoint.facts,
-        "bytes": [checkpoint.bytes_up, checkpoint.bytes_down],
-        "tensors_sha256": hashlib.sha256(body).hexdigest(),
-    }
-    text = json.dumps(head)
-    write_synced(folder / "tensors.safetensors", body)
-    write_synced(folder / "state.json", text.encode())
-    write_synced(folder / "state.sha256", hashlib.sha256(text.encode()).hexdigest().encode())
+    head = json.dumps(
+        {
+            "schema": SCHEMA,
+            "round": checkpoint.round,
+            "job_hash": checkpoint.job_hash,
+            "numbers": numbers,
+            "facts": checkpoint.facts,
+            "bytes": [checkpoint.bytes_up, checkpoint.bytes_down],
+            "tensors_sha256": tensors_sha256(tensors),
+        }
+    )
+    return to_bytes(tensors, {"head": head, "head_sha256": hashlib.sha256(head.encode()).hexdigest()})
 
 
 def latest(folder: Path, job_hash: str) -> Checkpoint | None:
@@ -94,7 +87,7 @@ def latest(folder: Path, job_hash: str) -> Checkpoint | None:
     for path in reversed(_rounds(folder)):
         try:
             found = _read(path)
-        except (OSError, ValueError, KeyError, DataError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             logger.warning("%s is damaged (%s); going back to the checkpoint before it", path, error)
             continue
         if found.job_hash != job_hash:
@@ -104,16 +97,17 @@ def latest(folder: Path, job_hash: str) -> Checkpoint | None:
 
 
 def _read(path: Path) -> Checkpoint:
-    text = (path / "state.json").read_bytes()
-    if hashlib.sha256(text).hexdigest() != (path / "state.sha256").read_text():
-        raise ValueError("state.json does not match its SHA-256")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = metadata["head"]
+    if hashlib.sha256(text.encode()).hexdigest() != metadata["head_sha256"]:
+        raise ValueError("its head does not match its SHA-256")
     head = json.loads(text)
     if head["schema"] != SCHEMA:
         raise ConfigError(f"{path}: checkpoint schema {head['schema']}, this version of Atoll reads {SCHEMA}")
-    body = (path / "tensors.safetensors").read_bytes()
-    if hashlib.sha256(body).hexdigest() != head["tensors_sha256"]:
-        raise ValueError("tensors.safetensors does not match its SHA-256")
-    tensors = from_bytes(body)
+    if tensors_sha256(tensors) != head["tensors_sha256"]:
+        raise ValueError("its tensors do not match their SHA-256")
     state: State = {n.removeprefix("state/"): t for n, t in tensors.items() if n.startswith("state/")}
     return Checkpoint(
         round=head["round"],
@@ -127,7 +121,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _rounds(folder: Path) -> list[Path]:
-    return sorted(folder.glob("round-*")) if folder.is_dir() else []
+    return sorted(folder.glob("round-*.safetensors")) if folder.is_dir() else []
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -138,9 +132,14 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def temporary_of(path: Path) -> Path:
+    """Where a file is written before it takes its place; a run's lock keeps others away."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def replace_synced(path: Path, content: bytes) -> None:
     """Put a file in place whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_of(path)
     try:
         write_synced(temporary, content)
         temporary.replace(path)

@@ -42,26 +42,49 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 def test_only_the_last_two_are_kept(tmp_path: Path) -> None:
     for round in range(1, 6):
         save(tmp_path, at(round))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-000004", "round-000005"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "round-000004.safetensors",
+        "round-000005.safetensors",
+    ]
 
 
-@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "state.sha256"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+@pytest.mark.parametrize("damage", [0, 12, 60, 200, 400, -40, -9, -1, "truncate", "empty", "words"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: int | str
 ) -> None:
+    """A flipped bit at many places, of the header, of the words and of the values; a torn file."""
     save(tmp_path, at(1))
     save(tmp_path, at(2))
-    path = tmp_path / "round-000002" / file
+    path = tmp_path / "round-000002.safetensors"
     content = bytearray(path.read_bytes())
-    if damage == "remove":
-        path.unlink()
-    else:
-        content[len(content) // 2] ^= 1
-        path.write_bytes({"flip": bytes(content), "truncate": content[:-3], "empty": b""}[damage])
+    match damage:
+        case int():
+            content[damage] ^= 1
+        case "truncate":
+            del content[-3:]
+        case "empty":
+            content.clear()
+        case "words":
+            content = bytearray(bytes(content).replace(b"abababab", b"abababac"))
+    path.write_bytes(content)
     found = latest(tmp_path, "ab" * 32)
     assert found is not None and found.round == 1
-    assert "round-000002 is damaged" in caplog.text
+    assert "round-000002.safetensors is damaged" in caplog.text
+
+
+def test_every_single_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
+    save(tmp_path, at(1))
+    path = tmp_path / "round-000001.safetensors"
+    whole = path.read_bytes()
+    for place in range(0, len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1 << (place % 8)
+        path.write_bytes(content)
+        found = latest(tmp_path, "ab" * 32)
+        if found is not None:
+            assert (found.round, found.bytes_up, found.facts) == (1, 10, {"classes": ["a", "b"]})
+            assert torch.equal(found.tensors["w"], at(1).tensors["w"])
+            assert torch.equal(found.state["m.w"], at(1).state["m.w"])  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
@@ -80,7 +103,7 @@ def test_a_checkpoint_of_another_schema_is_refused_with_both_versions(
         latest(tmp_path, "ab" * 32)
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_an_error_of_the_disk_leaves_the_older_checkpoint_and_names_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -89,13 +112,15 @@ def test_an_error_of_the_disk_leaves_the_older_checkpoint_and_names_the_path(
     def fail(*arguments: object, **keywords: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), fail)
-    with pytest.raises(JobError, match=r"round-000002: checkpoint not written \(No space left on device\)"):
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), fail)
+    with pytest.raises(
+        JobError, match=r"round-000002\.safetensors: checkpoint not written \(No space left on device\)"
+    ):
         save(tmp_path, at(2))
     monkeypatch.undo()
     found = latest(tmp_path, "ab" * 32)
     assert found is not None and found.round == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["round-000001"]
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000001.safetensors"]
 
 
 WRITER = """

@@ -54,7 +54,7 @@ def test_below_its_quorum_a_run_fails_in_one_line_and_keeps_the_last_round(ring:
     assert submitted.ends() == 1, submitted.text()
     assert "round 2: 2 of 3 usable updates, needed 3 (client-0000: no reply before" in submitted.text()
     assert submitted.text().count("error: ") == 1 and "Traceback" not in submitted.text()
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["round-000001"]
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["round-000001.safetensors"]
     run = status(federation.server).runs[0]
     assert run.outcome == "failed" and run.details.startswith("round 2: 2 of 3 usable updates")
 

@@ -123,7 +123,7 @@ def test_a_killed_and_resumed_run_gives_the_same_bits(places: Places, name: str)
     out = places.folder / f"killed-{name}"
     log = places.folder / f"killed-{name}.log"
     running = atoll(log, "simulate", str(job), "--out", str(out))
-    wait_until((out / "checkpoints" / "round-000001").exists, 120, "the first checkpoint")
+    wait_until((out / "checkpoints" / "round-000001.safetensors").exists, 120, "the first checkpoint")
     running.kill()
     assert not (out / "result.json").exists(), "it was too fast to be killed"
     assert atoll(log, "simulate", str(job), "--out", str(out), "--resume").ends() == 0, running.text()
