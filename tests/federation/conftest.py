@@ -33,9 +33,11 @@ DIGITS: dict[str, Any] = {
 }
 
 
-def job(**tables: Any) -> Job:
-    """The image job with some keys changed."""
-    return Job.parse(DIGITS | {k: DIGITS.get(k, {}) | v for k, v in tables.items()}, origin="test")
+def job(name: str = "digits", **tables: Any) -> Job:
+    """The image job with some keys changed; its name tells a run's lines from those of another."""
+    return Job.parse(
+        DIGITS | {"name": name} | {k: DIGITS.get(k, {}) | v for k, v in tables.items()}, origin="test"
+    )
 
 
 @dataclass

@@ -18,12 +18,12 @@ SLOW = {"epochs": 200}
 
 
 def test_a_site_killed_at_work_and_at_its_upload_costs_no_bit(ring: Ring) -> None:  # row 4
-    setting = job(train=SLOW, federation={"rounds": 3})
+    setting = job("killed", train=SLOW, federation={"rounds": 3})
     federation, out = ring.whole(), ring.federation.folder / "killed"
     submitted = federation.submit(setting, out)
-    ring.alone().says("round 2 of digits: train client-0000")
+    ring.alone().says("round 2 of killed: train client-0000")
     ring.alone().kill()
-    ring.alone().says("round 3 of digits: train client-0000: done")
+    ring.alone().says("round 3 of killed: train client-0000: done")
     ring.alone().kill()
     ring.alone()
     assert submitted.ends() == 0, submitted.text()
@@ -32,10 +32,10 @@ def test_a_site_killed_at_work_and_at_its_upload_costs_no_bit(ring: Ring) -> Non
 
 
 def test_a_site_that_leaves_is_set_aside_by_name_and_the_rounds_close_without_it(ring: Ring) -> None:  # row 5
-    setting = job(train=SLOW, federation={"rounds": 2, "round_timeout": 12})
+    setting = job("leaving", train=SLOW, federation={"rounds": 2, "round_timeout": 12})
     federation, out = ring.whole(), ring.federation.folder / "leaving"
     submitted = federation.submit(setting, out)
-    ring.alone().says("round 1 of digits: train client-0000")
+    ring.alone().says("round 1 of leaving: train client-0000")
     assert ring.alone().end() == 0
     assert submitted.ends() == 0, submitted.text()
     first, second = result_of(out)["rounds"]
@@ -46,10 +46,10 @@ def test_a_site_that_leaves_is_set_aside_by_name_and_the_rounds_close_without_it
 
 
 def test_below_its_quorum_a_run_fails_in_one_line_and_keeps_the_last_round(ring: Ring) -> None:  # row 8
-    setting = job(train=SLOW, federation={"rounds": 3, "round_timeout": 5, "quorum": 1.0})
+    setting = job("below", train=SLOW, federation={"rounds": 3, "round_timeout": 5, "quorum": 1.0})
     federation, out = ring.whole(), ring.federation.folder / "below"
     submitted = federation.submit(setting, out)
-    ring.alone().says("round 2 of digits: train client-0000")
+    ring.alone().says("round 2 of below: train client-0000")
     ring.alone().kill()
     assert submitted.ends() == 1, submitted.text()
     assert "round 2: 2 of 3 usable updates, needed 3 (client-0000: no reply before" in submitted.text()
@@ -60,7 +60,7 @@ def test_below_its_quorum_a_run_fails_in_one_line_and_keeps_the_last_round(ring:
 
 
 def test_a_run_whose_server_app_was_killed_is_resumed_to_the_same_bits(ring: Ring) -> None:
-    setting = job(federation={"rounds": 6})
+    setting = job("resumed", federation={"rounds": 6})
     federation, out = ring.whole(), ring.federation.folder / "resumed"
     submitted = federation.submit(setting, out)
     wait_until(lambda: len(rounds_of(out)) >= 2, 90, "two rounds")
@@ -79,7 +79,6 @@ def test_a_late_site_at_a_restarted_server_ends_in_the_same_bits(ring: Ring) -> 
     federation, out = ring.whole(), ring.federation.folder / "late"
     assert ring.alone().end() == 0
     assert federation.running["server"].end() == 0
-    ring.pair().says("waiting for the server at")
     federation.serve()
     federation.wait_online("pair")
     submitted = federation.submit(job(), out)
@@ -90,14 +89,14 @@ def test_a_late_site_at_a_restarted_server_ends_in_the_same_bits(ring: Ring) -> 
 
 
 def test_data_that_changes_in_a_run_is_refused_until_the_next_run(ring: Ring) -> None:  # row 40
-    setting = job(train=SLOW, federation={"rounds": 3})
+    setting = job("changed", train=SLOW, federation={"rounds": 3})
     federation, out = ring.whole(), ring.federation.folder / "changed"
     submitted = federation.submit(setting, out)
-    ring.alone().says("round 1 of digits: train client-0000")
+    ring.alone().says("round 1 of changed: train client-0000")
     image = next((ring.shards / "client-0000").rglob("*.png"))
     other = next((ring.shards / "client-0001").rglob("*.png"))
     image.touch()  # a new time alone is no change
-    ring.alone().says("round 2 of digits: train client-0000")
+    ring.alone().says("round 2 of changed: train client-0000")
     kept = image.read_bytes()
     shutil.copy(other, image)
     assert submitted.ends() == 0, submitted.text()
