@@ -33,7 +33,6 @@ from sim.shards import write_shards
 ROOT = Path(__file__).parents[1]
 STARTER = """
 import logging, sys
-from itertools import pairwise
 from pathlib import Path
 logging.basicConfig(format="%(created)f %(message)s", level=logging.WARNING)
 logging.getLogger("client").setLevel(logging.INFO)
