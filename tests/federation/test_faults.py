@@ -96,7 +96,7 @@ def test_data_that_changes_in_a_run_is_refused_until_the_next_run(ring: Ring) ->
     image = next((ring.shards / "client-0000").rglob("*.png"))
     other = next((ring.shards / "client-0001").rglob("*.png"))
     image.touch()  # a new time alone is no change
-    ring.alone().says("round 2 of changed: train client-0000")
+    ring.alone().says("round 2 of changed: train client-0000: done")
     kept = image.read_bytes()
     shutil.copy(other, image)
     assert submitted.ends() == 0, submitted.text()
