@@ -31,6 +31,8 @@ def _finding(finding: Any, model: type[BaseModel]) -> str:
         case "union_tag_invalid":
             tags, tag = finding["ctx"]["expected_tags"], finding["ctx"]["tag"]
             return f"{key}.kind: expected one of {tags}, found {tag!r}"
+        case "too_short":
+            return f"{key}: expected at least {finding['ctx']['min_length']}, found {found}"
         case "string_pattern_mismatch":
             return f"{key}: expected a match of {finding['ctx']['pattern']}, found {found}"
     expected = finding["msg"].removeprefix("Input should be ").removeprefix("a valid ")

@@ -3,14 +3,15 @@
 import ipaddress
 import json
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from protocol.complaints import explain
 from protocol.errors import ConfigError
+from protocol.job import read_toml
 
 RESERVED = ("server", "ca")
 
@@ -133,7 +134,7 @@ class ServerKit:
 
     @classmethod
     def load(cls, folder: Path) -> "ServerKit":
-        table = read_table(folder / "kit.toml", _ServerTable)
+        table = _kit_table(folder, _ServerTable)
         kit = cls(folder.resolve(), table.server, tuple(table.sites))
         _require(kit.authority, kit.certificate, kit.key, kit.secret, *(kit.node_key(s) for s in kit.sites))
         return kit
@@ -166,7 +167,7 @@ class SiteKit:
 
     @classmethod
     def load(cls, folder: Path) -> "SiteKit":
-        table = read_table(folder / "kit.toml", _SiteTable)
+        table = _kit_table(folder, _SiteTable)
         kit = cls(folder.resolve(), table.name, table.server)
         _require(kit.authority, kit.key, kit.secret)
         return kit
@@ -189,24 +190,19 @@ def _address_table(address: Address) -> str:
 TableT = TypeVar("TableT", bound=BaseModel)
 
 
+def _kit_table(folder: Path, model: type[TableT]) -> TableT:
+    if not (folder / "kit.toml").is_file():
+        raise ConfigError(f"{folder}: is no kit (it has no kit.toml); atoll provision makes kits")
+    return read_table(folder / "kit.toml", model)
+
+
 def read_table(path: Path, model: type[TableT]) -> TableT:
     """A TOML file as its model; every way it can be wrong is one line that names file and key."""
+    table = read_toml(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
         return model.model_validate(table)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
-
-
-def _first_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {' '.join(message.split())}"
+        raise ConfigError(explain(error, model, str(path))) from None
 
 
 def _require(*paths: Path) -> None:
