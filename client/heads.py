@@ -34,10 +34,11 @@ class Examples:
     targets: torch.Tensor
 
     @classmethod
-    def of(cls, features: torch.Tensor, targets: torch.Tensor) -> Examples:
-        """Features [n, width] with zeros behind, up to a multiple of 16 columns."""
+    def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> Examples:
+        """Features [n, width] with zeros behind, up to a multiple of 16 columns, on the device to train on."""
         padding = -features.shape[1] % ALIGN
-        return cls(torch.nn.functional.pad(features, (0, padding)).contiguous(), targets)
+        padded = torch.nn.functional.pad(features, (0, padding)).contiguous()
+        return cls(padded.to(device), targets.to(device))
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class Site:
 def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterable[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
     if learner.uses_features and held:
-        examples, works = heads_of(held)
+        examples, works = heads_of(held, learner.job.train.device)
         return train_heads(request.tensors, examples, works, learner.job, request.round, request.plan)
     return (
         train_model(
@@ -171,7 +171,7 @@ def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterable
     )  # fmt: skip
 
 
-def heads_of(held: dict[str, Held]) -> tuple[Examples, list[HeadWork]]:
+def heads_of(held: dict[str, Held], device: str) -> tuple[Examples, list[HeadWork]]:
     """The held shards' features in one table, and which of its rows are whose."""
     parts = [h.features for h in held.values() if h.features is not None]
     ends = np.cumsum([len(part) for part in parts]).tolist()
@@ -179,7 +179,8 @@ def heads_of(held: dict[str, Held]) -> tuple[Examples, list[HeadWork]]:
         HeadWork(name, np.arange(end - len(part), end))
         for name, part, end in zip(held, parts, ends, strict=True)
     ]
-    return Examples.of(torch.cat(parts), torch.cat([h.train.targets for h in held.values()])), works
+    targets = torch.cat([h.train.targets for h in held.values()])
+    return Examples.of(torch.cat(parts), targets, device), works
 
 
 def evaluate(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator[Measurement]:

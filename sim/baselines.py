@@ -54,7 +54,7 @@ def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     job, learner, first = long_job(run.job), run.learner, run.first_model
     if learner.uses_features:
         held = {name: Held(shard, shard, learner.features(shard)) for name, shard in shards.items()}
-        updates: Sequence[Update] = train_heads(first, *heads_of(held), job, 0, {})
+        updates: Sequence[Update] = train_heads(first, *heads_of(held, job.train.device), job, 0, {})
     else:
         updates = [
             train_model(learner, first, shard, job, client=name, round=0, plan={})

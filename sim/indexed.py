@@ -51,7 +51,8 @@ class Index:
         rank = np.empty(len(whole), dtype=np.int64)
         rank[ranked(whole.keys, learner.job.seed, "validation")] = np.arange(len(whole))
         fits = learner.uses_features and len(whole) * learner.width * 4 <= TABLE_BYTES
-        examples = Examples.of(learner.features(whole), whole.targets) if fits else None
+        device = learner.job.train.device
+        examples = Examples.of(learner.features(whole), whole.targets, device) if fits else None
         return cls(whole, [np.sort(place[rows]) for rows in population.rows], rank, examples)
 
     def train_rows(self, client: int, fraction: float) -> NDArray[np.int64]:
