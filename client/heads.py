@@ -35,7 +35,7 @@ class Examples:
 
     @classmethod
     def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> Examples:
-        """Features [n, width] with zeros behind, up to a multiple of 16 columns, on the device to train on."""
+        """Features [n, width] with zeros behind, up to a multiple of 16 columns, on their device."""
         padding = -features.shape[1] % ALIGN
         padded = torch.nn.functional.pad(features, (0, padding)).contiguous()
         return cls(padded.to(device), targets.to(device))
