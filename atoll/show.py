@@ -120,8 +120,8 @@ raising one there is not enough: every step of a run looks here as well."""
 
 
 def stop_if_asked() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed and the first one was lost."""
-    if interrupted.is_set():
+    """Raises KeyboardInterrupt if Ctrl-C was pressed and the first one was lost; in the main thread."""
+    if interrupted.is_set() and threading.current_thread() is threading.main_thread():
         raise KeyboardInterrupt
 
 
