@@ -15,7 +15,7 @@ from protocol.job import BackboneSection, DataSection
 from protocol.messages import Facts
 from tasks.columns import Columns
 from tasks.images import image_bytes, read_image_input
-from tasks.lazy import LazyInputs
+from tasks.lazy import Cells, Picked
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts
 from tasks.seam import Encoder, Shard, canonical_order
 from tasks.text_encoder import load_text_encoder
@@ -85,7 +85,7 @@ class Classification:
             targets = torch.tensor([index[labels[row]] for row in order], dtype=torch.int64)
         except KeyError as unknown:
             raise DataError(f"label {unknown} is not one of the run's classes {facts['classes']}") from None
-        inputs = LazyInputs(dataset, self.column, tuple(order), self.convert)
+        inputs = Picked(Cells(dataset, self.column, self.convert), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
     def raw_input(self, given: str) -> Any:

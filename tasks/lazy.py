@@ -1,4 +1,4 @@
-"""A column of a dataset, read row by row when it is needed."""
+"""Sequences that look a value up when it is needed, and hold nothing in memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LazyInputs(Sequence[Any]):
-    """Converted cells of one column, in the order of `rows`; nothing is held in memory."""
+class Picked(Sequence[Any]):
+    """Some rows of a lookup, in the order given."""
 
-    dataset: datasets.Dataset
-    column: str
+    lookup: Callable[[int], Any]
     rows: tuple[int, ...]
-    convert: Callable[[Any], Any]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -28,5 +26,17 @@ class LazyInputs(Sequence[Any]):
     def __getitem__(self, place: slice) -> Sequence[Any]: ...
     def __getitem__(self, place: int | slice) -> Any:
         if isinstance(place, slice):
-            return LazyInputs(self.dataset, self.column, self.rows[place], self.convert)
-        return self.convert(self.dataset[self.rows[place]][self.column])
+            return Picked(self.lookup, self.rows[place])
+        return self.lookup(self.rows[place])
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Converted cells of one column of a dataset, by row."""
+
+    dataset: datasets.Dataset
+    column: str
+    convert: Callable[[Any], Any]
+
+    def __call__(self, row: int) -> Any:
+        return self.convert(self.dataset[row][self.column])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from protocol.job import BackboneSection, DataSection
 from protocol.messages import Facts
 from protocol.tensors import Tensors
+from tasks.lazy import Picked
 
 if TYPE_CHECKING:
     import datasets
@@ -22,26 +23,6 @@ if TYPE_CHECKING:
     from tasks.weights import Backbone
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Picked(Sequence[Any]):
-    """Some rows of another sequence, looked up when they are needed."""
-
-    source: Sequence[Any]
-    rows: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, place: int) -> Any: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Any]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        if isinstance(place, slice):
-            return Picked(self.source, self.rows[place])
-        return self.source[self.rows[place]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +44,7 @@ class Shard:
         """Those rows, in that order."""
         index = torch.tensor(rows, dtype=torch.int64)
         keys = tuple(self.keys[row] for row in rows)
-        return Shard(Picked(self.inputs, tuple(rows)), self.targets[index], keys)
+        return Shard(Picked(self.inputs.__getitem__, tuple(rows)), self.targets[index], keys)
 
 
 def canonical_order(keys: Sequence[bytes]) -> list[int]:
