@@ -17,7 +17,13 @@ STRATEGY_NAMES = {
     "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
 }  # fmt: skip
-ENGINES = {"inline": "in process (inline)", "ray": "Flower's engine on Ray"}
+ENGINES = {
+    "inline": "in process (inline)",
+    "loop": "in process, one client after the other (loop)",
+    "ray": "Flower's engine on Ray",
+}
+SITES = "flower"
+"""The engine of real sites: only of its runs may a report say that data never left them."""
 
 
 def metric_words(name: str) -> str:
@@ -128,7 +134,7 @@ def on_what_data(result: dict[str, Any], job: Job | None) -> str:
     clients = counted(len(result["final"]["clients"]), "client")
     if job is None:
         return f"The data lay with {clients}."
-    if result["engine"] not in ENGINES:
+    if result["engine"] == SITES:
         return f"{clients[0].upper()}{clients[1:]} trained on their own data, which never left their sites."
     source = job.data.source.rstrip("/").rsplit("/", 1)[-1]
     return f"The data, {source}, was dealt to {clients} {_dealt(job)}."

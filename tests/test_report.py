@@ -377,3 +377,13 @@ def luminance(colour: str) -> float:
 def contrast(one: str, other: str) -> float:
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("engine", ["inline", "loop", "ray", "flower"])
+def test_only_a_run_of_real_sites_says_that_data_never_left_them(
+    run: tuple[Path, Result], result: Result, tmp_path: Path, engine: str
+) -> None:
+    (tmp_path / "job.toml").write_bytes((run[0] / "job.toml").read_bytes())
+    text = outline(page(tmp_path, result | {"engine": engine})).text
+    assert ("never left their sites" in text) == (engine == "flower")
+    assert ("was dealt to" in text) == (engine != "flower")
