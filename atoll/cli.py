@@ -18,6 +18,7 @@ import typer
 from atoll import __version__, look_verbs, run_verbs, site_verbs
 from atoll.show import OneLine, err, interrupted, plain
 from atoll.usage import verbs_of, what_is_wrong
+from protocol import child
 from protocol.errors import JobError
 
 app = typer.Typer(
@@ -111,10 +112,7 @@ def _stand_on_open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+QUIET = child.QUIET | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

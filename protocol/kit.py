@@ -101,16 +101,31 @@ class _SiteTable(_Table):
 
 
 @dataclass(frozen=True)
-class ServerKit:
-    """A server's folder: who it is, whom it lets in, and where its own state lives."""
+class _Kit:
+    """What every kit's folder has."""
 
     folder: Path
-    address: Address
-    sites: tuple[str, ...]
 
     @property
     def authority(self) -> Path:
         return self.folder / "ca.crt"
+
+    @property
+    def secret(self) -> Path:
+        return self.folder / "superexec.secret"
+
+    @property
+    def state(self) -> Path:
+        """What the running program writes: database, lock, its own FLWR_HOME."""
+        return self.folder / "state"
+
+
+@dataclass(frozen=True)
+class ServerKit(_Kit):
+    """A server's folder: who it is, whom it lets in, and where its own state lives."""
+
+    address: Address
+    sites: tuple[str, ...]
 
     @property
     def certificate(self) -> Path:
@@ -119,15 +134,6 @@ class ServerKit:
     @property
     def key(self) -> Path:
         return self.folder / "server.key"
-
-    @property
-    def secret(self) -> Path:
-        return self.folder / "superexec.secret"
-
-    @property
-    def state(self) -> Path:
-        """What the running server writes: database, lock, its own FLWR_HOME."""
-        return self.folder / "state"
 
     def node_key(self, site: str) -> Path:
         return self.folder / "nodes" / f"{site}.pub"
@@ -141,29 +147,15 @@ class ServerKit:
 
 
 @dataclass(frozen=True)
-class SiteKit:
+class SiteKit(_Kit):
     """A site's folder: its name, its key, and the server it trusts."""
 
-    folder: Path
     name: str
     address: Address
 
     @property
-    def authority(self) -> Path:
-        return self.folder / "ca.crt"
-
-    @property
     def key(self) -> Path:
         return self.folder / "node.key"
-
-    @property
-    def secret(self) -> Path:
-        return self.folder / "superexec.secret"
-
-    @property
-    def state(self) -> Path:
-        """What the running site writes: lock, its own FLWR_HOME."""
-        return self.folder / "state"
 
     @classmethod
     def load(cls, folder: Path) -> "SiteKit":

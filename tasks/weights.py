@@ -33,11 +33,6 @@ class Backbone:
     weights: Path | None
     fingerprint: str
 
-    @property
-    def is_random(self) -> bool:
-        """Whether the weights are drawn from the job's seed."""
-        return self.origin.startswith("random")
-
 
 def resolve(section: BackboneSection, seed: int) -> Backbone:
     """Find the weights: local path, the library's cache, a package, then download unless offline.
