@@ -43,6 +43,7 @@ def partitions() -> Lines:
         ("dirichlet", 'label skew: { kind = "dirichlet", alpha = 0.3 }'),
         ("pathological", 'few classes a client: { kind = "pathological", classes_per_client = 2 }'),
         ("natural", 'one client a value of a column: { kind = "natural", by = "hospital" }'),
+        ("resampled", 'each client draws its own, any number of them: { kind = "resampled", examples = 50 }'),
     ]
 
 

@@ -166,8 +166,8 @@ class Watcher:
     def _hello(self, what: dict[str, Any]) -> None:
         backbone = what["backbone"]
         self.gauge.say(f"backbone  {plain(backbone.name)}, weights from {plain(backbone.origin)}")
-        sizes = sorted(h.num_examples for h in what["hellos"])
-        self.gauge.say(f"clients   {len(sizes)}, {sizes[0]} to {sizes[-1]} examples each")
+        sizes = what["roll"].sizes
+        self.gauge.say(f"clients   {len(sizes)}, {sizes.min()} to {sizes.max()} examples each")
 
     def _round(self, line: dict[str, Any]) -> None:
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from protocol.job import Job
+from sim.dealing import Dealt
 from sim.population import Population
 from tasks.features import FeatureCache
 from tasks.reading import example_keys
@@ -52,9 +53,9 @@ def population_of(
         }
     )
     keys = example_keys(table)
-    rows = np.arange(clients * examples).reshape(clients, examples).tolist()
+    dealt = Dealt(np.arange(clients * examples), np.arange(clients + 1) * examples)
     _fill_cache(job, keys, features.reshape(-1, width))
-    return Population(job, table, table.select([]), keys, rows)
+    return Population(job, table, table.select([]), keys, dealt)
 
 
 def _backbone(folder: Path, width: int) -> Path:

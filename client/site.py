@@ -34,7 +34,7 @@ KEPT_SHARDS = 4096
 class Shards(Protocol):
     """Where a site's data comes from: folders of its own, or a simulated population."""
 
-    def names(self, job: Job) -> list[str]:
+    def names(self, job: Job) -> Sequence[str]:
         """The clients that live here."""
         ...
 

@@ -62,7 +62,18 @@ class Natural(Section):
     by: str
 
 
-Partition = Annotated[Iid | Dirichlet | Pathological | Natural, Field(discriminator="kind")]
+class Resampled(Section):
+    """Every client draws its own examples from the whole source, so that clients may share some.
+
+    With `alpha` each draws them in class shares of its own, from Dirichlet(alpha).
+    """
+
+    kind: Literal["resampled"]
+    examples: Count
+    alpha: Positive | None = None
+
+
+Partition = Annotated[Iid | Dirichlet | Pathological | Natural | Resampled, Field(discriminator="kind")]
 
 
 class DataSection(Section):
@@ -170,6 +181,7 @@ class EvaluateSection(Section):
     """`[evaluate]`: how often the global model is measured, and against what."""
 
     every: Count = 1
+    clients: Count = 10_000
     baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
 
 

@@ -28,6 +28,7 @@ from protocol.errors import DataError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
 from server.play import play
+from server.roll import Roll
 from server.testset import server_test_set
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class FlowerCarrier:
     gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)
 
-    def hello(self, job: Job) -> list[Hello]:
+    def hello(self, job: Job) -> Roll:
         """Ask every node who lives there, until the job's number of clients is there.
 
         Raises:
@@ -78,7 +79,7 @@ class FlowerCarrier:
             self._greet(job, min(60.0, max(deadline - time.monotonic(), 1.0)))
             hellos = self._by_client()
             if len(hellos) >= needed:
-                return hellos
+                return Roll.of(hellos)
             here = ", ".join(h.client for h in hellos) or "none yet"
             if here != told:
                 told = here
@@ -305,7 +306,7 @@ def announce(step: str, what: dict[str, Any]) -> None:
     """A line for every step of the run."""
     match step:
         case "hello":
-            taking = [h.client for h in what["hellos"] if not h.refusal]
+            taking = what["roll"].names
             logger.info("clients   %s", ", ".join(taking))
             logger.info("backbone  %s, weights from %s", what["backbone"].name, what["backbone"].origin)
         case "resumed":

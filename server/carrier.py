@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from protocol.job import Job
-from protocol.messages import Hello, Reply, Request
+from protocol.messages import Reply, Request
+from server.roll import Roll
 
 
 class Carrier(Protocol):
@@ -14,7 +15,7 @@ class Carrier(Protocol):
 
     engine: str
 
-    def hello(self, job: Job) -> list[Hello]:
+    def hello(self, job: Job) -> Roll:
         """All clients that could be reached; waits until the job's number of them is there."""
         ...
 

@@ -7,7 +7,7 @@ from typing import Any
 from server.comparison import finite, lower_is_better
 from server.report_html import Markup, Table, facts, figure, paragraph, section
 from server.report_plots import scatter_plot, spread_plot
-from server.report_words import counted, metric_value, metric_words, quantile
+from server.report_words import counted, metric_value, metric_words, population, quantile
 
 ALL_UP_TO = 200
 """Clients above which the table shows the ends only."""
@@ -28,10 +28,16 @@ def clients_section(result: dict[str, Any], metric: str | None) -> Markup:
     ranked = sorted(measured, key=lambda item: (_badness(item[1], metric), item[0]))
     return section(
         "Clients",
-        paragraph(_summary(ranked, len(without), metric), "reading"),
+        paragraph(_sampled(result) + _summary(ranked, len(without), metric), "reading"),
         _spread(ranked, metric),
         _table(ranked, without, metric),
     )
+
+
+def _sampled(result: dict[str, Any]) -> str:
+    """Which part of the clients measured, if not all did."""
+    measured, everybody = len(result["final"]["clients"]), population(result)
+    return f"{measured:,} of {everybody:,} clients measured. " if measured < everybody else ""
 
 
 def _badness(client: dict[str, Any], metric: str) -> float:

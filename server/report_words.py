@@ -131,13 +131,18 @@ def _classes(result: dict[str, Any]) -> str:
 
 def on_what_data(result: dict[str, Any], job: Job | None) -> str:
     """One sentence: the data and how it lay with the clients."""
-    clients = counted(len(result["final"]["clients"]), "client")
+    clients = counted(population(result), "client")
     if job is None:
         return f"The data lay with {clients}."
     if result["engine"] == SITES:
         return f"{clients[0].upper()}{clients[1:]} trained on their own data, which never left their sites."
     source = job.data.source.rstrip("/").rsplit("/", 1)[-1]
     return f"The data, {source}, was dealt to {clients} {_dealt(job)}."
+
+
+def population(result: dict[str, Any]) -> int:
+    """How many clients there were, measured or not."""
+    return int(result.get("population", len(result["final"]["clients"])))
 
 
 def _dealt(job: Job) -> str:
@@ -149,6 +154,13 @@ def _dealt(job: Job) -> str:
             return f"so that each holds no more than {partition.classes_per_client} of the classes"
         case "natural":
             return f"by the column {partition.by}"
+        case "resampled":
+            skew = (
+                f" in class shares of its own (Dirichlet, alpha {partition.alpha:g})"
+                if partition.alpha
+                else ""
+            )
+            return f"by drawing {partition.examples} for each{skew}: clients may share examples"
         case _:
             return "evenly, at random"
 
@@ -157,7 +169,7 @@ def how_it_went(result: dict[str, Any]) -> str:
     """One sentence: rounds, cohorts, and how updates merged."""
     sizes = sorted({len(line["cohort"]) for line in result["rounds"]})
     cohort = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}" if sizes else "0"
-    rounds, all_clients = len(result["rounds"]), len(result["final"]["clients"])
+    rounds, all_clients = len(result["rounds"]), population(result)
     clients = "all clients" if sizes == [all_clients] else f"{cohort} of the {counted(all_clients, 'client')}"
     when = "In one round" if rounds == 1 else f"In each of {rounds:,} rounds"
     return (

@@ -30,6 +30,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "strategy": run.job.strategy.name,
         "seed": run.job.seed,
         "seconds": seconds,
+        "population": len(run.population),
         "clients_trained": sum(line["trained"] for line in run.log),
         "bytes_up": run.bytes_up,
         "bytes_down": run.bytes_down,

@@ -13,7 +13,7 @@ import torch
 from protocol.cohort import StackedUpdates, stacked
 from protocol.errors import ConfigError, InconsistentUpdates
 from protocol.job import Job
-from protocol.messages import Failure, Hello, Measurement, Reply, Request
+from protocol.messages import Failure, Measurement, Reply, Request
 from protocol.streams import stream
 from protocol.tensors import Tensors, tensors_sha256
 from server.carrier import Carrier
@@ -46,7 +46,7 @@ class Run:
     directory: RunDirectory
     learner: Learner
     strategy: Strategy
-    population: tuple[str, ...]
+    population: Sequence[str]
     tensors: Tensors
     state: State
     test: Shard | None
@@ -67,46 +67,22 @@ def open_run(
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
     """
     strategy = build_strategy(job.strategy)
-    hellos = _accepted(carrier.hello(job), job)
+    roll = carrier.hello(job)
+    roll.check(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.agree([h.facts for h in hellos]))
+    learner = Learner.of(job, task, task.agree(roll.facts))
     learner.facts = learner.facts | {"backbone": learner.backbone.fingerprint}
     torch.set_num_threads(job.train.threads)
     first = learner.initial()
-    population = tuple(sorted(h.client for h in hellos))
-    watch("hello", {"hellos": hellos, "backbone": learner.backbone, "facts": learner.facts})
+    watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
     run = Run(
-        job, carrier, directory, learner, strategy, population, dict(first), strategy.begin(first),
+        job, carrier, directory, learner, strategy, roll.names, dict(first), strategy.begin(first),
         test_set(learner), watch, first_model=first,
     )  # fmt: skip
     found = directory.latest_checkpoint(job.hash) if resume else None
     if found is not None:
         _continue_from(run, found)
     return run
-
-
-def _accepted(hellos: Sequence[Hello], job: Job) -> list[Hello]:
-    accepted = [h for h in hellos if not h.refusal]
-    needed = job.federation.cohort or 1
-    if len(accepted) < needed:
-        raise ConfigError(
-            f"{len(accepted)} of {len(hellos)} clients take part, a round needs {needed}{_reasons(hellos)}"
-        )
-    for hello in hellos:
-        if hello.refusal:
-            logger.warning("%s does not take part: %s", hello.client, hello.refusal)
-    return accepted
-
-
-def _reasons(hellos: Sequence[Hello]) -> str:
-    """Why clients don't take part: each of a few reasons once, with the first client that gave it."""
-    first: dict[str, str] = {}
-    for hello in hellos:
-        if hello.refusal:
-            first.setdefault(hello.refusal, hello.client)
-    told = [f"{client}: {refusal}" for refusal, client in list(first.items())[:3]]
-    more = [f"and {len(first) - 3} other reasons"] if len(first) > 3 else []
-    return f" ({'; '.join(told + more)})" if told else ""
 
 
 def _continue_from(run: Run, found: Checkpoint) -> None:
@@ -152,12 +128,23 @@ def sample(population: Sequence[str], job: Job, round: int) -> list[str]:
     rate, count = job.federation.cohort_rate, job.federation.cohort
     if rate is not None:
         coins = torch.rand(len(population), generator=generator, dtype=torch.float64)
-        chosen = (coins < rate).nonzero().flatten()
-    elif count is None or count >= len(population):
+        return [population[i] for i in (coins < rate).nonzero().flatten().tolist()]
+    return some(population, len(population) if count is None else count, generator)
+
+
+def some(population: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+    """`count` different names, every set of them equally likely, sorted; all where there are no more.
+
+    Floyd's algorithm (Bentley and Floyd 1987): its work depends on the sample, not on the population.
+    """
+    if count >= len(population):
         return list(population)
-    else:
-        chosen = torch.randperm(len(population), generator=generator)[:count]
-    return [population[i] for i in sorted(chosen.tolist())]
+    chosen: set[int] = set()
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    for last, u in zip(range(len(population) - count, len(population)), uniform, strict=True):
+        place = int(u * (last + 1))
+        chosen.add(last if place in chosen else place)
+    return [population[i] for i in sorted(chosen)]
 
 
 def train(run: Run, cohort: Sequence[str], round: int) -> Screened:
@@ -217,18 +204,25 @@ def measure(run: Run) -> dict[str, float]:
 
 
 def measure_clients(run: Run) -> list[Measurement]:
-    """The global model on every client's validation split, by client name."""
+    """The global model on every panel member's validation split, by client name."""
+    panel = panel_of(run)
     request = _request(run, "evaluate", run.round, {})
-    replies = run.carrier.exchange(request, run.population, run.job.federation.round_timeout)
-    run.bytes_down += len(run.population) * size_of(run.tensors)
+    replies = run.carrier.exchange(request, panel, run.job.federation.round_timeout)
+    run.bytes_down += len(panel) * size_of(run.tensors)
+    asked = set(panel)
     measurements = []
     for reply in replies:
         match reply:
-            case Measurement() if reply.client in run.population:
+            case Measurement() if reply.client in asked:
                 measurements.append(reply)
             case Failure():
                 logger.warning("evaluation: set aside %s: %s", reply.client, reply.reason)
     return sorted(measurements, key=lambda m: m.client)
+
+
+def panel_of(run: Run) -> list[str]:
+    """The clients that measure the model, the same in every round: all, or `evaluate.clients` of them."""
+    return some(run.population, run.job.evaluate.clients, stream(run.job.seed, "panel"))
 
 
 def checkpoint(run: Run) -> None:

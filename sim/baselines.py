@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from client.heads import train_heads
 from client.site import Held, heads_of
@@ -14,8 +14,9 @@ from protocol.job import Job
 from protocol.messages import Update
 from protocol.tensors import Tensors
 from server.result import Baselines
-from server.rounds import Run
-from sim.population import Population
+from server.rounds import Run, panel_of
+from sim.indexed import Index
+from sim.population import Population, number_of
 from tasks.seam import Shard
 
 
@@ -24,7 +25,8 @@ class Comparison:
     """Trains outside the federation, from the same first model, for as many passes over the data.
 
     A client that is in every cohort makes `rounds * train.epochs` passes; in expectation
-    one makes that times cohort / clients, and so do these.
+    one makes that times cohort / clients, and so do these. Of a large population the panel
+    stands for all: the clients that measure the model.
     """
 
     population: Population
@@ -33,20 +35,24 @@ class Comparison:
         asked = run.job.evaluate.baselines
         if run.test is None:
             return {}, ["baselines left out: the job holds no test data out"] if asked else []
+        panel = panel_of(run)
         found: dict[str, Mapping[str, float]] = {}
         if "zero_shot" in asked:
             found["zero_shot"] = run.learner.compute(run.learner.evaluate(run.first_model, run.test))
+        if not {"local_only", "pooled"} & set(asked):
+            return found, []
+        index = Index(self.population, run.learner)
+        rows = [train for train, _ in index.splits([number_of(name) for name in panel])]
         if "local_only" in asked:
-            alone = trained(run, {n: self._train_part(run, n) for n in run.population})
+            shards = (index.whole.select(own.tolist()) for own in rows)
+            alone = trained(run, dict(zip(panel, shards, strict=True)))
             found["local_only"] = _mean([_measured(run, tensors) for tensors in alone.values()])
         if "pooled" in asked:
-            everything = joined([self._train_part(run, name) for name in run.population])
+            everything = index.whole.select(np.unique(np.concatenate(rows)).tolist())
             found["pooled"] = _measured(run, trained(run, {"pooled": everything})["pooled"])
-        return found, []
-
-    def _train_part(self, run: Run, client: str) -> Shard:
-        shard = run.learner.task.shard(self.population.dataset(run.job, client), run.learner.facts)
-        return run.learner.split(shard)[0]
+        if len(panel) == len(run.population):
+            return found, []
+        return found, [f"local_only and pooled are of {len(panel)} of {len(run.population)} clients"]
 
 
 def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
@@ -69,14 +75,6 @@ def long_job(job: Job) -> Job:
     rate = federation.cohort_rate or (federation.cohort or federation.clients) / federation.clients
     passes = max(1, round(federation.rounds * job.train.epochs * rate))
     return job.model_copy(update={"train": job.train.model_copy(update={"epochs": passes})})
-
-
-def joined(shards: list[Shard]) -> Shard:
-    """All examples in one place, in canonical order."""
-    inputs = [x for shard in shards for x in shard.inputs]
-    keys = tuple(key for shard in shards for key in shard.keys)
-    whole = Shard(inputs, torch.cat([shard.targets for shard in shards]), keys)
-    return whole.select(sorted(range(len(keys)), key=keys.__getitem__))
 
 
 def _measured(run: Run, tensors: Tensors) -> dict[str, float]:

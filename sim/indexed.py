@@ -2,71 +2,97 @@
 
 The whole training data is one shard in canonical order, so a client's rows, sorted, are the
 client's own shard in canonical order, and its validation split follows from ranks that are
-computed once. What a real client does with its own data gives the same rows.
+computed once. What a real client does with its own data gives the same rows. Of a client
+nothing is kept but its rows, and those of the clients seen last.
 """
 
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from client.heads import Examples, HeadWork, train_heads
 from client.site import Held, Site
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
-from protocol.messages import Facts, Hello, Reply, Request
-from sim.population import Population, client_names
-from tasks import task_named
+from protocol.messages import Facts, Measurement, Reply, Request
+from sim.dealing import Rows
+from sim.population import Population, number_of
 from tasks.learner import Learner, ranked
 from tasks.seam import Shard
 
-TABLE_BYTES = 2 << 30
-"""Features of more than this are not held as one table; clients then look theirs up one by one."""
+TABLE_BYTES = 1 << 30
+"""Features of more than this are not held as one table; a cohort's are then looked up every round."""
 FEWEST = 16
 """Clients that are worth a thread of their own."""
+KEPT_ROWS = 1 << 14
+"""Clients whose rows are remembered."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The population as one shard, each client's rows of it, and the order validation is drawn in."""
+    """The population as one shard, and the order in which validation examples are drawn."""
 
-    whole: Shard
-    rows: list[NDArray[np.int64]]
-    validation_rank: NDArray[np.int64]
-    examples: Examples | None
-    _train_rows: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    population: Population
+    learner: Learner
+    _splits: OrderedDict[int, tuple[Rows, Rows]] = field(default_factory=OrderedDict)
 
-    @classmethod
-    def of(cls, population: Population, learner: Learner) -> Index:
-        """Index a population for a learner; features are taken from its cache."""
-        whole = population.whole(learner)
-        place = np.empty(len(whole), dtype=np.int64)
-        place[np.array(population.order)] = np.arange(len(whole))
-        rank = np.empty(len(whole), dtype=np.int64)
-        rank[ranked(whole.keys, learner.job.seed, "validation")] = np.arange(len(whole))
-        fits = learner.uses_features and len(whole) * learner.width * 4 <= TABLE_BYTES
-        device = learner.job.train.device
-        examples = Examples.of(learner.features(whole), whole.targets, device) if fits else None
-        return cls(whole, [np.sort(place[rows]) for rows in population.rows], rank, examples)
+    @cached_property
+    def whole(self) -> Shard:
+        """All training examples in canonical order."""
+        return self.population.whole(self.learner)
 
-    def train_rows(self, client: int, fraction: float) -> NDArray[np.int64]:
-        """The training rows alone, remembered."""
-        if client not in self._train_rows:
-            self._train_rows[client] = self.split(client, fraction)[0]
-        return self._train_rows[client]
+    @cached_property
+    def examples(self) -> Examples | None:
+        """Features of all training examples, if they are few enough for one table."""
+        whole, learner = self.whole, self.learner
+        if len(whole) * learner.width * 4 > TABLE_BYTES:
+            return None
+        return Examples.of(learner.features(whole), whole.targets, learner.job.train.device)
 
-    def split(self, client: int, fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(training rows, validation rows) of a client, as `Learner.split` chooses them."""
-        rows = self.rows[client]
-        count = min(round(len(rows) * fraction), len(rows) - 1)
-        drawn = rows[np.argsort(self.validation_rank[rows], kind="stable")]
+    @cached_property
+    def _validation_rank(self) -> Rows:
+        rank = np.empty(len(self.whole), dtype=np.int64)
+        rank[ranked(self.whole.keys, self.learner.job.seed, "validation")] = np.arange(len(self.whole))
+        return rank
+
+    def splits(self, clients: Sequence[int]) -> list[tuple[Rows, Rows]]:
+        """(training rows, validation rows) of each client, as `Learner.split` chooses them."""
+        new = [client for client in clients if client not in self._splits]
+        for client, rows in zip(new, self.population.dealing.rows(new), strict=True):
+            self._splits[client] = self._split(self.population.place[rows])
+        found = [self._splits[client] for client in clients]
+        for client in clients:
+            self._splits.move_to_end(client)
+        while len(self._splits) > KEPT_ROWS:
+            self._splits.popitem(last=False)
+        return found
+
+    def _split(self, rows: Rows) -> tuple[Rows, Rows]:
+        rows = np.sort(rows)
+        count = min(round(len(rows) * self.learner.job.data.validation_fraction), len(rows) - 1)
+        if not count:
+            return rows, rows[:0]
+        drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
         return np.sort(drawn[count:]), np.sort(drawn[:count])
+
+    def works(self, names: Sequence[str]) -> tuple[Examples, list[HeadWork]]:
+        """Examples, and which of their rows those clients train on."""
+        parts = [train for train, _ in self.splits([number_of(name) for name in names])]
+        if self.examples is not None:
+            return self.examples, [HeadWork(n, rows) for n, rows in zip(names, parts, strict=True)]
+        used, places = np.unique(np.concatenate(parts), return_inverse=True)
+        cohort = self.whole.select(used.tolist())
+        examples = Examples.of(self.learner.features(cohort), cohort.targets, self.learner.job.train.device)
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        return examples, [HeadWork(n, rows) for n, rows in zip(names, np.split(places, ends), strict=True)]
 
 
 @dataclass
@@ -81,28 +107,16 @@ class IndexedSite(Site):
     workers: int = 1
     _index: dict[int, Index] = field(default_factory=dict)
 
-    def hello(self, job: Job) -> list[Hello]:
-        """As a site, but the labels are looked at once for all."""
-        population, task = self.population, task_named(job.task.name)
-        labels, codes = np.unique(np.array(population.train["label"]), return_inverse=True)
-        common = task.describe(population.train, job.data)
-        hellos = []
-        for name, rows in zip(client_names(job.federation.clients), population.rows, strict=True):
-            present = labels[np.unique(codes[rows])].tolist()
-            facts: Facts = common if common.get("pinned") else {"classes": present}
-            hellos.append(Hello(name, facts, len(rows)))
-        return hellos
-
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """As a site; heads train on the table, without a shard being built."""
         learner = self.learner(Job.from_json(request.job), request.facts)
-        index = self._indexed(learner)
-        if request.kind != "train" or index.examples is None or not names:
-            return super().answer(request, names)
         torch.set_num_threads(learner.job.train.threads)
-        fraction = learner.job.data.validation_fraction
-        works = [HeadWork(name, index.train_rows(number_of(name), fraction)) for name in names]
-        return self._train(index.examples, works, learner.job, request)
+        if request.kind != "train":
+            return self._measure(learner, request, names)
+        if not learner.uses_features or not names:
+            return super().answer(request, names)
+        examples, works = self.index(learner).works(names)
+        return self._train(examples, works, learner.job, request)
 
     def _train(self, examples: Examples, works: list[HeadWork], job: Job, request: Request) -> StackedUpdates:
         def block(part: list[HeadWork]) -> StackedUpdates:
@@ -120,19 +134,21 @@ class IndexedSite(Site):
         size = -(-len(works) // count)
         return (works[start : start + size] for start in range(0, len(works), size))
 
-    def _indexed(self, learner: Learner) -> Index:
+    def _measure(self, learner: Learner, request: Request, names: Sequence[str]) -> Iterator[Measurement]:
+        index = self.index(learner)
+        for name, (_, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
+            part = index.whole.select(rows.tolist())
+            states = learner.evaluate(request.tensors, part) if len(part) else {}
+            yield Measurement(name, request.round, len(part), states)
+
+    def index(self, learner: Learner) -> Index:
+        """The population as this learner sees it."""
         if id(learner) not in self._index:
-            self._index = {id(learner): Index.of(self.population, learner)}
+            self._index = {id(learner): Index(self.population, learner)}
         return self._index[id(learner)]
 
     def _hold(self, learner: Learner, name: str, facts: Facts) -> Held:
-        index = self._indexed(learner)
-        train, validation = index.split(number_of(name), learner.job.data.validation_fraction)
+        index = self.index(learner)
+        [(train, validation)] = index.splits([number_of(name)])
         part = index.whole.select(train.tolist())
-        features = learner.features(part) if learner.uses_features else None
-        return Held(part, index.whole.select(validation.tolist()), features)
-
-
-def number_of(client: str) -> int:
-    """3 of `client-0003`."""
-    return int(client.removeprefix("client-"))
+        return Held(part, index.whole.select(validation.tolist()), None)

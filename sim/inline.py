@@ -8,7 +8,8 @@ from typing import Self
 
 from client.site import Site
 from protocol.job import Job
-from protocol.messages import Hello, Reply, Request
+from protocol.messages import Reply, Request
+from server.roll import Roll
 from sim.indexed import IndexedSite
 from sim.population import Population
 
@@ -17,16 +18,17 @@ from sim.population import Population
 class InlineCarrier:
     """Calls the clients' code directly: breakpoints work, nothing is copied."""
 
+    population: Population
     site: IndexedSite
     engine: str = "inline"
 
     @classmethod
     def of(cls, population: Population, workers: int = 1) -> Self:
         """A carrier to every client of the population; heads train in so many threads."""
-        return cls(IndexedSite(population, population=population, workers=workers))
+        return cls(population, IndexedSite(population, population=population, workers=workers))
 
-    def hello(self, job: Job) -> list[Hello]:
-        return self.site.hello(job)
+    def hello(self, job: Job) -> Roll:
+        return self.population.roll(job)
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         return self.site.answer(request, names)
@@ -36,16 +38,17 @@ class InlineCarrier:
 class LoopCarrier:
     """One client after the other, each as a real client trains: alone, from a shard of its own."""
 
+    population: Population
     site: Site
     engine: str = "loop"
 
     @classmethod
     def of(cls, population: Population) -> Self:
         """A carrier to every client of the population."""
-        return cls(Site(population))
+        return cls(population, Site(population))
 
-    def hello(self, job: Job) -> list[Hello]:
-        return self.site.hello(job)
+    def hello(self, job: Job) -> Roll:
+        return self.population.roll(job)
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         return (reply for name in names for reply in self.site.answer(request, [name]))

@@ -1,86 +1,124 @@
-"""Split one source over simulated clients, by flwr-datasets' partitioners."""
+"""Split one source over simulated clients, by flwr-datasets' partitioners or as they do.
+
+Its partitioners make one table a client; where a million clients are usual (IID, natural) the same
+rows come out of one array operation here.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import datasets
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    NaturalIdPartitioner,
-    PathologicalPartitioner,
-)
+import numpy as np
+from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
 
 from protocol.errors import ConfigError
-from protocol.job import Dirichlet, Iid, Job, Natural, Pathological
+from protocol.job import Dirichlet, Iid, Job, Natural, Pathological, Resampled
 from protocol.streams import stream_seed
+from sim.dealing import Dealing, Dealt, Drawn, Rows
 
 
-def partition(table: datasets.Dataset, order: Sequence[int], job: Job) -> list[list[int]]:
-    """Rows of `table` for each client. `order` is how rows are dealt: it depends on content alone.
+def partition(table: datasets.Dataset, order: Sequence[int], job: Job) -> Dealing:
+    """Which rows of `table` each client holds. `order` is how they are dealt: by content alone.
 
     Raises:
         ConfigError: the data can't be split that way.
     """
-    column = _column(job, table)
-    values = table[column]
-    deck = datasets.Dataset.from_dict({"row": list(order), column: [values[row] for row in order]})
-    partitioner = _partitioner(job, column)
-    partitioner.dataset = deck
-    clients = job.federation.clients
-    if len(order) < clients:
+    clients, rule = job.federation.clients, job.data.partition
+    if len(order) < (rule.examples if isinstance(rule, Resampled) else clients):
+        raise ConfigError(_too_few(len(order), job))
+    deck = np.asarray(order, dtype=np.int64)
+    match rule:
+        case Iid():
+            return _evenly(deck, clients)
+        case Natural():
+            return _by_value(deck, table, rule.by, clients)
+        case Resampled():
+            return _drawn(deck, table, rule, job)
+        case _:
+            return _by_partitioner(deck, table, job)
+
+
+def _too_few(count: int, job: Job) -> str:
+    if isinstance(job.data.partition, Resampled):
+        asked = job.data.partition.examples
+        return f"data.partition.examples: found {asked}, expected at most the {count} training examples"
+    return (
+        f"federation.clients: {job.federation.clients} clients cannot share {count} training examples,"
+        ' set fewer, or partition = { kind = "resampled", … } so that clients may share examples'
+    )
+
+
+def _evenly(deck: Rows, clients: int) -> Dealt:
+    """As flwr-datasets' IidPartitioner: consecutive runs, the first ones longer by one."""
+    size, longer = divmod(len(deck), clients)
+    numbers = np.arange(clients + 1)
+    return Dealt(deck, numbers * size + np.minimum(numbers, longer))
+
+
+def _by_value(deck: Rows, table: datasets.Dataset, by: str, clients: int) -> Dealt:
+    """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
+    if by not in table.column_names:
         raise ConfigError(
-            f"federation.clients: {clients} clients cannot share {len(order)} training examples, set fewer"
+            f"data.partition.by: no column {by!r}, found {', '.join(sorted(table.column_names))}"
         )
+    column = np.array(table[by])
+    if column.dtype == object:
+        missing = sum(value is None for value in column.tolist())
+        raise ConfigError(
+            f"data.partition.by: column {by!r} is empty in {missing} rows, expected a value in each"
+        )
+    values, owner = np.unique(column[deck], return_inverse=True)
+    if len(values) != clients:
+        raise ConfigError(
+            f"federation.clients: column {by!r} has {len(values)} values, found clients = {clients}"
+        )
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owner))]).astype(np.int64)
+    return Dealt(deck[np.argsort(owner, kind="stable")], starts)
+
+
+def _drawn(deck: Rows, table: datasets.Dataset, rule: Resampled, job: Job) -> Drawn:
+    _, label = np.unique(np.array(table["label"])[deck], return_inverse=True)
+    return Drawn(
+        deck[np.argsort(label, kind="stable")],
+        np.bincount(label),
+        job.federation.clients,
+        rule.examples,
+        rule.alpha,
+        stream_seed(job.seed, "partition"),
+    )
+
+
+def _by_partitioner(deck: Rows, table: datasets.Dataset, job: Job) -> Dealt:
+    labels = table["label"]
+    partitioner = _partitioner(job)
+    partitioner.dataset = datasets.Dataset.from_dict(
+        {"row": deck, "label": [labels[row] for row in deck.tolist()]}
+    )
+    clients = job.federation.clients
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it redraws, and says so at length
-            _check_count(partitioner, job)
-            shards = [list(partitioner.load_partition(i)["row"]) for i in range(clients)]
+            hands = [list(partitioner.load_partition(i)["row"]) for i in range(clients)]
     except ValueError as error:
         raise ConfigError(f"data.partition: {_first_sentence(error)}") from None
-    empty = sum(not shard for shard in shards)
+    empty = sum(not hand for hand in hands)
     if empty:
         raise ConfigError(
             f"data.partition: {empty} of {clients} clients would get no example; use fewer clients"
         )
-    return shards
+    return Dealt.of(hands)
 
 
-def _column(job: Job, table: datasets.Dataset) -> str:
-    rule = job.data.partition
-    if not isinstance(rule, Natural):
-        return "label"
-    if rule.by not in table.column_names:
-        raise ConfigError(
-            f"data.partition.by: no column {rule.by!r}, found {', '.join(sorted(table.column_names))}"
-        )
-    return rule.by
-
-
-def _partitioner(job: Job, column: str) -> Any:
-    seed = stream_seed(job.seed, "partition")
-    clients = job.federation.clients
+def _partitioner(job: Job) -> DirichletPartitioner | PathologicalPartitioner:
+    seed, clients = stream_seed(job.seed, "partition"), job.federation.clients
     match job.data.partition:
-        case Iid():
-            return IidPartitioner(clients)
         case Dirichlet(alpha=alpha, min_examples=least):
-            return DirichletPartitioner(clients, column, alpha, min_partition_size=least, seed=seed)
+            return DirichletPartitioner(clients, "label", alpha, min_partition_size=least, seed=seed)
         case Pathological(classes_per_client=count):
-            return PathologicalPartitioner(clients, column, count, seed=seed)
-        case Natural():
-            return NaturalIdPartitioner(column)
-
-
-def _check_count(partitioner: Any, job: Job) -> None:
-    if isinstance(job.data.partition, Natural) and partitioner.num_partitions != job.federation.clients:
-        raise ConfigError(
-            f"federation.clients: column {job.data.partition.by!r} has {partitioner.num_partitions} values,"
-            f" found clients = {job.federation.clients}"
-        )
+            return PathologicalPartitioner(clients, "label", count, seed=seed)
+    raise ConfigError(f"data.partition: unknown kind {job.data.partition.kind!r}")
 
 
 def _first_sentence(error: ValueError) -> str:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import datasets
+import numpy as np
 
 from protocol.job import Job
+from server.roll import Roll
 from server.testset import hold_out, read_source
+from sim.dealing import Dealing, Rows
 from sim.partition import partition
+from tasks import task_named
+from tasks.lazy import Picked
 from tasks.learner import Learner, ranked
 from tasks.reading import example_keys
 from tasks.seam import Shard, canonical_order
@@ -18,13 +24,13 @@ from tasks.seam import Shard, canonical_order
 
 @dataclass(frozen=True)
 class Population:
-    """All clients of a simulation: `rows` of `train` for each; its shard is made when it is asked for."""
+    """All clients of a simulation; a client's rows of `train`, and its shard, are made when asked for."""
 
     job: Job
     train: datasets.Dataset
     test: datasets.Dataset
     keys: list[bytes]
-    rows: list[list[int]]
+    dealing: Dealing
     notes: tuple[str, ...] = ()
     _whole: dict[str, Shard] = field(default_factory=dict)
 
@@ -38,21 +44,28 @@ class Population:
         table = read_source(job)
         train, test = hold_out(table, job)
         keys = example_keys(train)
-        rows = partition(train, ranked(keys, job.seed, "partition"), job)
-        return cls(job, train, test, keys, rows, table.notes)
+        dealing = partition(train, ranked(keys, job.seed, "partition"), job)
+        return cls(job, train, test, keys, dealing, table.notes)
 
-    def names(self, job: Job) -> list[str]:
+    def names(self, job: Job) -> Sequence[str]:
         return client_names(job.federation.clients)
 
+    def roll(self, job: Job) -> Roll:
+        """All clients, without asking each: what they hold between them is one table."""
+        held = self.dealing.held()
+        table = self.train if len(held) == len(self.train) else self.train.select(held)
+        facts = task_named(job.task.name).describe(table, job.data)
+        return Roll(self.names(job), self.dealing.sizes, [facts])
+
     def dataset(self, job: Job, client: str) -> datasets.Dataset:
-        return self.train.select(self.rows[int(client.removeprefix("client-"))])
+        return self.train.select(self.dealing.rows([number_of(client)])[0])
 
     def fingerprint(self, job: Job, client: str) -> str:
         """Nothing: simulated clients' rows are fixed for the run."""
         return ""
 
     def whole(self, learner: Learner) -> Shard:
-        """All training examples as one shard; its i-th is row `order[i]` of `train`."""
+        """All training examples as one shard; row i of `train` is its `place[i]`-th."""
         key = json.dumps(learner.facts, sort_keys=True)
         if key not in self._whole:
             self._whole.clear()
@@ -60,16 +73,23 @@ class Population:
         return self._whole[key]
 
     @cached_property
-    def order(self) -> list[int]:
-        """Rows of `train` in canonical order."""
-        return canonical_order(self.keys)
+    def place(self) -> Rows:
+        """Where each row of `train` stands in `whole`."""
+        place = np.empty(len(self.keys), dtype=np.int64)
+        place[np.array(canonical_order(self.keys))] = np.arange(len(self.keys))
+        return place
 
     def test_shard(self, learner: Learner) -> Shard | None:
         """The server's own test set; None where the job holds nothing out."""
         return learner.task.shard(self.test, learner.facts) if len(self.test) else None
 
 
-def client_names(count: int) -> list[str]:
-    """`client-0000`, `client-0001`, …; wide enough that sorting is counting."""
+def client_names(count: int) -> Sequence[str]:
+    """`client-0000`, `client-0001`, …; wide enough that sorting is counting. Made when asked for."""
     width = max(4, len(str(count - 1)))
-    return [f"client-{i:0{width}d}" for i in range(count)]
+    return Picked(lambda i: f"client-{i:0{width}d}", range(count))
+
+
+def number_of(client: str) -> int:
+    """3 of `client-0003`."""
+    return int(client.removeprefix("client-"))

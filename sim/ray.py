@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ class Block:
     number: int
     total: int
 
-    def names(self, job: Job) -> list[str]:
+    def names(self, job: Job) -> Sequence[str]:
         return self.population.names(job)[self.number :: self.total]
 
     def dataset(self, job: Job, client: str) -> datasets.Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from protocol.errors import ConfigError
@@ -14,7 +15,7 @@ from tasks import task_named
 TEST = "held-out-test"
 
 
-def write_shards(job: Job, out: Path) -> list[str]:
+def write_shards(job: Job, out: Path) -> Sequence[str]:
     """A folder a client, in the task's own format, and the test set beside them; the clients' names.
 
     The folder appears whole or not at all.
@@ -41,7 +42,7 @@ def write_shards(job: Job, out: Path) -> list[str]:
     return names
 
 
-def _write_all(population: Population, folder: Path) -> list[str]:
+def _write_all(population: Population, folder: Path) -> Sequence[str]:
     job = population.job
     task, names = task_named(job.task.name), population.names(job)
     for name in names:

@@ -18,7 +18,6 @@ from client.site import Site
 from protocol.errors import JobError
 from protocol.job import Job
 from protocol.messages import (
-    Hello,
     Reply,
     Request,
     decode_reply,
@@ -26,6 +25,7 @@ from protocol.messages import (
     encode_reply,
     encode_request,
 )
+from server.roll import Roll
 from sim.population import Population
 
 RETRIES = 3
@@ -43,8 +43,8 @@ class PooledCarrier:
     engine: str = "inline"
     _pool: list[ProcessPoolExecutor] = field(default_factory=list)
 
-    def hello(self, job: Job) -> list[Hello]:
-        return Site(self.population).hello(job)
+    def hello(self, job: Job) -> Roll:
+        return self.population.roll(job)
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """Replies of all blocks, in order of completion.

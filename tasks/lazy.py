@@ -15,7 +15,7 @@ class Picked(Sequence[Any]):
     """Some rows of a lookup, in the order given."""
 
     lookup: Callable[[int], Any]
-    rows: tuple[int, ...]
+    rows: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -182,7 +182,7 @@ def test_atoll_alone_prints_its_help(say: Say) -> None:
         ("tasks", {"text-classification", "image-classification"}),
         ("backbones", {"hf:all-MiniLM-L6-v2", "torchvision:mobilenet_v2", "torchvision:resnet50"}),
         ("strategies", {"fedavg", "fedadam"}),
-        ("partitions", {"iid", "dirichlet", "pathological", "natural"}),
+        ("partitions", {"iid", "dirichlet", "pathological", "natural", "resampled"}),
         ("sources", {"bbc-news", "digits", "fashion-mnist"}),
     ],
 )

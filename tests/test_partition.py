@@ -6,11 +6,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr_datasets.partitioner import IidPartitioner, NaturalIdPartitioner
 
 from protocol.errors import ConfigError
 from protocol.job import Job
-from sim.population import Population
+from sim.dealing import Drawn, dirichlet
+from sim.population import Population, client_names, number_of
+from tasks.learner import ranked
 from tasks.reading import example_keys
 
 
@@ -38,6 +42,11 @@ def population(
     return Population.of(Job.parse(table, origin="test"))
 
 
+def hands(found: Population) -> list[list[int]]:
+    """The rows of every client."""
+    return [rows.tolist() for rows in found.dealing.rows(range(len(found.dealing.sizes)))]
+
+
 RULES: list[dict[str, Any]] = [
     {"kind": "iid"},
     {"kind": "dirichlet", "alpha": 0.5},
@@ -49,14 +58,14 @@ RULES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r["kind"])
 def test_every_training_example_goes_to_exactly_one_client(tmp_path: Path, rule: dict[str, Any]) -> None:
     found = population(tmp_path, rule)
-    assert sorted(row for rows in found.rows for row in rows) == list(range(len(found.train)))
+    assert sorted(row for rows in hands(found) for row in rows) == list(range(len(found.train)))
     assert len(found.train) + len(found.test) == 300
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r["kind"])
 def test_the_order_of_rows_in_the_file_changes_no_shard(tmp_path: Path, rule: dict[str, Any]) -> None:
     a, b = (population(tmp_path, rule, order=order) for order in (0, 1))
-    for rows_a, rows_b in zip(a.rows, b.rows, strict=True):
+    for rows_a, rows_b in zip(hands(a), hands(b), strict=True):
         assert sorted(a.keys[r] for r in rows_a) == sorted(b.keys[r] for r in rows_b)
     assert sorted(example_keys(a.test)) == sorted(example_keys(b.test))
 
@@ -70,28 +79,28 @@ def test_equal_examples_are_never_on_both_sides_of_the_test_split(tmp_path: Path
 def test_iid_clients_are_of_one_size_and_mixed(tmp_path: Path) -> None:
     found = population(tmp_path, {"kind": "iid"})
     labels = found.train["label"]
-    sizes = [len(rows) for rows in found.rows]
+    sizes = [len(rows) for rows in hands(found)]
     assert max(sizes) - min(sizes) <= 1
-    assert all(min(Counter(labels[r] for r in rows).values()) >= 4 for rows in found.rows)
+    assert all(min(Counter(labels[r] for r in rows).values()) >= 4 for rows in hands(found))
 
 
 def test_a_pathological_client_has_its_number_of_classes(tmp_path: Path) -> None:
     found = population(tmp_path, {"kind": "pathological", "classes_per_client": 1})
     labels = found.train["label"]
-    assert all(len({labels[r] for r in rows}) == 1 for rows in found.rows)
+    assert all(len({labels[r] for r in rows}) == 1 for rows in hands(found))
 
 
 def test_a_natural_client_is_one_value_of_the_column(tmp_path: Path) -> None:
     found = population(tmp_path, {"kind": "natural", "by": "hospital"})
     hospitals = found.train["hospital"]
-    assert [{hospitals[r] for r in rows} for rows in found.rows] == [{f"h{i}"} for i in range(6)]
+    assert [{hospitals[r] for r in rows} for rows in hands(found)] == [{f"h{i}"} for i in range(6)]
 
 
 def test_a_smaller_alpha_skews_labels_more(tmp_path: Path) -> None:
     def skew(alpha: float) -> float:
         found = population(tmp_path, {"kind": "dirichlet", "alpha": alpha, "min_examples": 1})
         labels = found.train["label"]
-        most = [max(Counter(labels[r] for r in rows).values()) / len(rows) for rows in found.rows]
+        most = [max(Counter(labels[r] for r in rows).values()) / len(rows) for rows in hands(found)]
         return sum(most) / len(most)
 
     assert skew(0.1) > skew(100.0) + 0.2
@@ -101,6 +110,8 @@ def test_a_smaller_alpha_skews_labels_more(tmp_path: Path) -> None:
     ("rule", "clients", "pattern"),
     [
         ({"kind": "natural", "by": "hospital"}, 5, "column 'hospital' has 6 values, found clients = 5"),
+        ({"kind": "resampled", "examples": 500}, 6, "expected at most the 2[0-9][0-9] training examples"),
+        ({"kind": "iid"}, 400, "400 clients cannot share 2[0-9][0-9] training examples, set fewer"),
         ({"kind": "natural", "by": "town"}, 6, "no column 'town', found hospital, label, text"),
         ({"kind": "pathological", "classes_per_client": 9}, 6, "data.partition"),
         ({"kind": "dirichlet", "alpha": 0.001, "min_examples": 30}, 6, "data.partition"),
@@ -118,3 +129,82 @@ def test_a_test_source_of_its_own_is_held_apart(tmp_path: Path) -> None:
     other = texts(tmp_path / "other.csv", 5)
     found = population(tmp_path, {"kind": "iid"}, test=str(other))
     assert (len(found.train), len(found.test)) == (300, 300)
+
+
+@pytest.mark.parametrize(
+    ("rule", "clients", "theirs"),
+    [
+        ({"kind": "iid"}, 7, IidPartitioner(7)),
+        ({"kind": "natural", "by": "hospital"}, 6, NaturalIdPartitioner("hospital")),
+    ],
+    ids=["iid", "natural"],
+)
+def test_iid_and_natural_clients_hold_what_flwr_datasets_gives_them(
+    tmp_path: Path, rule: dict[str, Any], clients: int, theirs: Any
+) -> None:
+    found = population(tmp_path, rule, clients)
+    order = ranked(found.keys, 3, "partition")
+    theirs.dataset = found.train.select(order).add_column("row", order)
+    assert hands(found) == [theirs.load_partition(i)["row"][:] for i in range(clients)]
+
+
+def test_a_natural_column_with_gaps_is_refused_by_name(tmp_path: Path) -> None:
+    with (tmp_path / "0.csv").open("w", newline="") as file:
+        rows = [(f"text {i}", "ab"[i % 2], "" if i == 3 else f"h{i % 2}") for i in range(20)]
+        csv.writer(file).writerows([("text", "label", "hospital"), *rows])
+    table = {
+        "name": "p", "seed": 3, "task": {"name": "text-classification"}, "backbone": {"name": "hf:x"},
+        "data": {"source": str(tmp_path / "0.csv"), "partition": {"kind": "natural", "by": "hospital"},
+                 "test_fraction": 0.0},
+        "federation": {"clients": 2},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="column 'hospital'"):
+        Population.of(Job.parse(table, origin="test"))
+
+
+def drawn(clients: int, examples: int, alpha: float | None, counts: list[int], seed: int = 1) -> Drawn:
+    return Drawn(np.arange(sum(counts)), np.array(counts), clients, examples, alpha, seed)
+
+
+def test_a_drawn_client_is_the_same_whoever_it_is_asked_for_with() -> None:
+    for alpha in (None, 0.3):
+        dealing = drawn(1_000_000, 20, alpha, [500, 300, 200])
+        together = dealing.rows(range(990, 1300))
+        for i in (990, 1299):
+            assert dealing.rows([i])[0].tolist() == together[i - 990].tolist()
+
+
+@pytest.mark.parametrize("alpha", [None, 0.05, 10.0])
+def test_a_drawn_client_holds_different_rows_and_as_many_as_asked(alpha: float | None) -> None:
+    for rows in drawn(400, 20, alpha, [500, 300, 200]).rows(range(400)):
+        assert len(set(rows.tolist())) == len(rows) == 20
+
+
+def test_a_client_with_one_small_class_holds_what_there_is_of_it() -> None:
+    sizes = [len(rows) for rows in drawn(300, 20, 1e-3, [5, 5]).rows(range(300))]
+    assert min(sizes) >= 4 and max(sizes) <= 10
+
+
+def test_without_alpha_every_row_is_drawn_as_often_as_another() -> None:
+    dealing = drawn(20_000, 5, None, [7, 13])
+    times = np.bincount(np.concatenate(dealing.rows(range(20_000))), minlength=20)
+    # 100,000 draws over 20 rows: 5,000 each; a count's deviation is below sqrt(5,000) = 71.
+    assert abs(times - 5_000).max() < 4 * 71
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.3, 5.0])
+def test_drawn_class_shares_have_the_moments_of_a_dirichlet(alpha: float) -> None:
+    uniform = np.random.default_rng(0).random((40_000, 8))
+    shares = dirichlet(uniform, alpha)
+    # Mean 1 / 4; variance (1/4)(3/4) / (4 alpha + 1).
+    variance = 0.1875 / (4 * alpha + 1)
+    assert np.allclose(shares.sum(axis=1), 1.0)
+    assert np.allclose(shares.mean(axis=0), 0.25, atol=4 * (variance / 40_000) ** 0.5)
+    assert np.allclose(shares.var(axis=0), variance, rtol=0.05)
+
+
+def test_many_clients_names_are_made_when_they_are_asked_for() -> None:
+    names = client_names(1_000_000)
+    assert (names[7], names[999_999], len(names)) == ("client-000007", "client-999999", 1_000_000)
+    assert number_of(names[7]) == 7
+    assert list(client_names(3)) == ["client-0000", "client-0001", "client-0002"]

@@ -290,3 +290,37 @@ def test_a_job_that_cannot_run_here_says_so_in_one_line(tmp_path: Path, tables: 
     with pytest.raises(InputError, match=pattern) as caught:
         run(job(**tables), tmp_path / "r")
     assert "\n" not in str(caught.value)
+
+
+def test_every_cohort_of_a_fixed_size_is_as_likely_as_another() -> None:
+    counts: dict[tuple[str, ...], int] = {}
+    setting = job(federation={"clients": 5, "cohort": 2})
+    for round in range(1, 4001):
+        pair = tuple(sample(client_names(5), setting, round))
+        counts[pair] = counts.get(pair, 0) + 1
+    # Ten pairs, 400 each, deviation sqrt(4000 * .1 * .9) = 19.
+    assert len(counts) == 10 and all(abs(n - 400) < 4 * 19 for n in counts.values())
+
+
+def test_clients_that_share_examples_train_to_the_same_bits_on_every_engine(tmp_path: Path) -> None:
+    setting = job(
+        data={"partition": {"kind": "resampled", "examples": 30, "alpha": 0.5}},
+        federation={"clients": 300, "cohort": 5},
+        evaluate={"clients": 7, "baselines": ("local_only", "pooled")},
+    )
+    hashes = set()
+    for engine in ("inline", "loop"):
+        result = simulate(setting, tmp_path / engine, engine=engine, watch=lambda *step: None)
+        hashes.add(result["model_sha256"])
+        assert len(result["final"]["clients"]) == 7
+        assert result["notes"][-1] == "local_only and pooled are of 7 of 300 clients"
+        assert set(result["baselines"]) == {"local_only", "pooled"}
+    assert len(hashes) == 1
+
+
+def test_features_too_many_for_one_table_are_looked_up_and_change_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(job(), tmp_path / "whole")
+    monkeypatch.setattr("sim.indexed.TABLE_BYTES", 0)
+    assert run(job(), tmp_path / "parts")["model_sha256"] == whole["model_sha256"]

@@ -1,0 +1,143 @@
+"""Which rows of the source each simulated client holds: dealt once, or drawn when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaincinv
+
+from client.batches import random_numbers
+from protocol.streams import stream_seed
+
+Rows = NDArray[np.int64]
+
+AT_ONCE = 256
+"""Clients whose draws are in memory together."""
+
+LOOKED_AT = 10_000
+"""Clients up to which it is found out which rows they all hold."""
+
+
+class Dealing(Protocol):
+    """Rows of the training table by the clients' numbers."""
+
+    @property
+    def sizes(self) -> Rows:
+        """How many rows each client holds, [clients]; where they are drawn, how many at most."""
+        ...
+
+    def rows(self, clients: Sequence[int]) -> list[Rows]:
+        """The rows of each of those clients, in the order they were dealt."""
+        ...
+
+    def held(self) -> Rows:
+        """The rows that some client holds, sorted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Every row belongs to one client: `deck[starts[i]:starts[i + 1]]` are client i's."""
+
+    deck: Rows
+    starts: Rows
+
+    @classmethod
+    def of(cls, hands: Sequence[Sequence[int]]) -> Dealt:
+        """Each client's rows, one behind the other."""
+        starts = np.concatenate([[0], np.cumsum([len(hand) for hand in hands])]).astype(np.int64)
+        return cls(np.concatenate([np.asarray(hand, dtype=np.int64) for hand in hands]), starts)
+
+    @property
+    def sizes(self) -> Rows:
+        return np.diff(self.starts)
+
+    def held(self) -> Rows:
+        return np.sort(self.deck)
+
+    def rows(self, clients: Sequence[int]) -> list[Rows]:
+        return [self.deck[self.starts[i] : self.starts[i + 1]] for i in clients]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Every client draws `examples` different rows of the source, from a stream of its own.
+
+    `deck` holds all rows, those of one class behind another's; class c has `counts[c]` of them.
+    With `alpha` a client's class shares are Dirichlet(alpha) times the source's number of classes
+    evenly; without it every row is as likely as another. Nothing is kept of a client.
+    """
+
+    deck: Rows
+    counts: Rows
+    clients: int
+    examples: int
+    alpha: float | None
+    seed: int
+
+    @property
+    def sizes(self) -> Rows:
+        return np.full(self.clients, self.examples, dtype=np.int64)
+
+    def held(self) -> Rows:
+        """Of more clients than are looked at one by one it is said that they hold every row."""
+        if self.clients > LOOKED_AT:
+            return np.sort(self.deck)
+        return np.unique(np.concatenate(self.rows(range(self.clients))))
+
+    def rows(self, clients: Sequence[int]) -> list[Rows]:
+        return [rows for part in batched(clients, AT_ONCE) for rows in self._rows(part)]
+
+    def _rows(self, clients: Sequence[int]) -> list[Rows]:
+        seeds = np.array([stream_seed(self.seed, "shard", i) for i in clients], dtype=np.uint64)
+        # More than are needed, for rows that come twice count once.
+        draws = 2 * self.examples + 8
+        classes = 0 if self.alpha is None else len(self.counts)
+        bits = random_numbers(seeds, 2 * classes + 2 * draws) >> np.uint64(11)
+        uniform = bits.astype(np.float64) * 2.0**-53
+        place = self._places(uniform[:, : 2 * classes], uniform[:, 2 * classes :])
+        return [_first_different(self.deck[line], self.examples) for line in place]
+
+    def _places(self, shares: NDArray[np.float64], draws: NDArray[np.float64]) -> Rows:
+        """Places in the deck, [clients, draws]."""
+        if self.alpha is None:
+            return (draws[:, ::2] * len(self.deck)).astype(np.int64)
+        ends = np.cumsum(dirichlet(shares, self.alpha), axis=1)
+        drawn = (draws[:, ::2, None] * ends[:, None, -1:] >= ends[:, None, :-1]).sum(axis=2)
+        start = np.cumsum(self.counts) - self.counts
+        within: Rows = (draws[:, 1::2] * self.counts[drawn]).astype(np.int64)
+        places: Rows = start[drawn] + within
+        return places
+
+
+def dirichlet(uniform: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+    """Symmetric Dirichlet(alpha) shares, [rows, classes], from uniform numbers [rows, 2 * classes].
+
+    Normalised Gamma(alpha) numbers, taken as Gamma(alpha + 1) U^(1 / alpha) (Marsaglia and Tsang
+    2000, section 6), in logarithms: for a small alpha all of them are otherwise rounded to zero.
+    """
+    classes = uniform.shape[1] // 2
+    gamma = gammaincinv(alpha + 1, uniform[:, :classes])
+    with np.errstate(divide="ignore"):
+        log = np.log(gamma) + np.log(uniform[:, classes:]) / alpha
+    weights = np.exp(log - log.max(axis=1, keepdims=True))
+    shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return shares
+
+
+def batched(clients: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Consecutive slices of at most that size."""
+    return [clients[start : start + size] for start in range(0, len(clients), size)]
+
+
+def _first_different(rows: Rows, count: int) -> Rows:
+    """The first `count` different values, in the order in which they came."""
+    head = np.sort(rows[:count])
+    if (head[1:] != head[:-1]).all():
+        return rows[:count]
+    _, first = np.unique(rows, return_index=True)
+    return rows[np.sort(first)[:count]]
