@@ -7,6 +7,7 @@ one for each row, so that those of a whole cohort come out of one array operatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +25,31 @@ def batches(count: int, job: Job, round: int, client: str) -> list[list[int]]:
     The last batch of an epoch may be smaller; no row is dropped.
     """
     size = job.train.batch_size
-    epochs = (permutations([count], [s])[0] for s in epoch_seeds(job, round, client))
+    seeds = (epoch_seeds(job, round, [client], epoch) for epoch in range(job.train.epochs))
+    epochs = (permutations([count], own)[0] for own in seeds)
     return [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
 
 
-def epoch_seeds(job: Job, round: int, client: str) -> list[int]:
-    """The seed of each local epoch's permutation."""
-    return [stream_seed(job.seed, "shuffle", round, client, epoch) for epoch in range(job.train.epochs)]
+def epoch_seeds(job: Job, round: int, clients: Sequence[str], epoch: int) -> NDArray[np.uint64]:
+    """The seed of each client's permutation in one local epoch, [clients].
+
+    A client's is its own number mixed with one of the epoch, so that a cohort's take one hash together.
+    """
+    number = np.uint64(stream_seed(job.seed, "shuffle", round, epoch))
+    mixed: NDArray[np.uint64] = random_numbers(_numbers(clients) ^ number, 1)[:, 0]
+    return mixed
 
 
-def permutations(counts: Sequence[int], seeds: Sequence[int]) -> NDArray[np.int64]:
+def _numbers(clients: Sequence[str]) -> NDArray[np.uint64]:
+    return np.array([_number(client) for client in clients], dtype=np.uint64)
+
+
+@lru_cache(maxsize=1 << 14)
+def _number(client: str) -> int:
+    return stream_seed(0, "client", client)
+
+
+def permutations(counts: Sequence[int], seeds: Sequence[int] | NDArray[np.uint64]) -> NDArray[np.int64]:
     """Row i starts with a permutation of range(counts[i]); what stands behind it has no meaning.
 
     A permutation depends on its own count and seed alone. Shape [len(counts), max(counts)].

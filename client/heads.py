@@ -1,44 +1,48 @@
-"""Linear heads on features, a whole cohort at once; one real client is a cohort of one.
+"""Heads on features, a whole cohort at once; one real client is a cohort of one.
 
-Heads are stacked to [clients, outputs, width] and every local step is a few batched matrix
-products with the gradient in closed form. A client's numbers are the same bits whoever else
-is in the cohort, because every slice has a shape of its own client's making: widths are
-padded with zeros to a multiple of 16 (rows then start on cache lines), batches to a size that
-depends on the client alone, and element-wise steps are single operations, never fused ones.
-That was seen to hold with one thread; the number of threads is fixed by the job.
+Every local step is a few batched matrix products with the gradient in closed form (client/layers).
+A client's numbers are the same bits whoever else is in the cohort, because every slice has a
+shape of its own client's making: batches are padded to a size that depends on the client alone,
+and element-wise steps are single operations, never fused ones. That was seen to hold with one
+thread; the number of threads is fixed by the job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from client.batches import epoch_seeds, permutations
+from client.layers import Layers, Loss, Stack, gradients, padded, squared_norms
 from client.steps import stepper
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.tensors import Tensors
 
-ALIGN = 16
-
 
 @dataclass(frozen=True)
 class Examples:
-    """Features [n, padded width] and targets [n] that several clients' rows point into."""
+    """Features [n, padded width] and targets that several clients' rows point into.
+
+    Targets are classes [n] for softmax, labels or values [n, outputs] for the other losses.
+    """
 
     features: torch.Tensor
     targets: torch.Tensor
 
     @classmethod
     def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> Examples:
-        """Features [n, width] with zeros behind, up to a multiple of 16 columns, on their device."""
-        padding = -features.shape[1] % ALIGN
-        padded = torch.nn.functional.pad(features, (0, padding)).contiguous()
-        return cls(padded.to(device), targets.to(device))
+        """Features [n, width] with a one for the bias and zeros behind, on their device."""
+        count, width = features.shape
+        table = torch.zeros((count, padded(width)))
+        table[:, :width] = features
+        table[:, width] = 1
+        return cls(table.to(device), targets.to(device))
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,47 @@ class HeadWork:
     rows: NDArray[np.int64]
 
 
-def train_heads(
-    head: Tensors,
-    examples: Examples,
-    works: Sequence[HeadWork],
-    job: Job,
-    round: int,
-    plan: Mapping[str, float],
-) -> StackedUpdates:
-    """Local training of `head.weight` [outputs, width] and `head.bias` [outputs] at every client.
+@dataclass(frozen=True)
+class PerExample:
+    """DP-SGD's gradient (Abadi et al. 2016, algorithm 1) in place of the batch's mean.
 
-    Softmax cross-entropy, mean over the batch; the updates come in the order of `works`.
+    Each example's gradient over all layers is clipped to `clipping_norm`, standard normal `noise` times
+    `noise_multiplier * clipping_norm` is added to the sum, and it is divided by `divisor`, a
+    public number. `noise` gives [steps, numbers] for a client and comes from that client's own source.
+    """
+
+    clipping_norm: float
+    noise_multiplier: float
+    divisor: float
+    noise: Callable[[str, int, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Local:
+    """How every client of a round trains: the job's loop, and what the round adds to it.
+
+    `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, Karimireddy
+    et al. 2020), one for each client that has any.
+    """
+
+    job: Job
+    loss: Loss
+    round: int
+    proximal_mu: float = 0.0
+    per_example: PerExample | None = None
+    corrections: Mapping[str, Tensors] = field(default_factory=dict)
+
+
+def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], local: Local) -> StackedUpdates:
+    """Local training at every client from one `head`; the updates come in the order of `works`.
+
+    The head is one linear layer (`head.weight` [outputs, width], `head.bias`) or several with a ReLU
+    between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …).
     """
     groups: dict[int, list[HeadWork]] = {}
     for work in works:
-        groups.setdefault(rows_per_batch(len(work.rows), job.train.batch_size), []).append(work)
-    parts = [_train_group(head, examples, g, size, job, round, plan) for size, g in groups.items()]
-    trained = joined(parts)
+        groups.setdefault(rows_per_batch(len(work.rows), local.job.train.batch_size), []).append(work)
+    trained = joined([_train_group(head, examples, g, size, local) for size, g in groups.items()])
     place = {client: i for i, client in enumerate(trained.clients)}
     return trained.take([place[work.client] for work in works])
 
@@ -92,28 +120,19 @@ class _Schedule:
 
 
 def _train_group(
-    head: Tensors,
-    examples: Examples,
-    works: list[HeadWork],
-    size: int,
-    job: Job,
-    round: int,
-    plan: Mapping[str, float],
+    head: Tensors, examples: Examples, works: list[HeadWork], size: int, local: Local
 ) -> StackedUpdates:
-    device = job.train.device
-    schedule = _schedule(works, size, job, round)
-    start = _stack(head, len(works), examples.features.shape[1], device)
-    now = {name: tensor.clone() for name, tensor in start.items()}
-    losses = _descend(now, start, examples, schedule, job, plan.get("proximal_mu", 0.0))
-    width = head["head.weight"].shape[1]
+    job = local.job
+    layers = Layers.of(head)
+    schedule = _schedule(works, size, job, local.round)
+    start = layers.stack(head, job.train.device)
+    now = [matrix.repeat(len(works), 1, 1) for matrix in start]
+    losses = _descend(layers, now, start, examples, schedule, local)
     counts = tuple(len(work.rows) for work in schedule.works)
     return StackedUpdates(
         clients=tuple(work.client for work in schedule.works),
-        round=round,
-        delta={
-            "head.weight": (now["weight"].sub_(start["weight"]))[:, :, :width].cpu().contiguous(),
-            "head.bias": now["bias"].sub_(start["bias"]).cpu(),
-        },
+        round=local.round,
+        delta=layers.apart([matrix.sub_(first) for matrix, first in zip(now, start, strict=True)]),
         num_examples=counts,
         states={
             "train_loss.sum": losses.cpu(),
@@ -127,7 +146,7 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedu
     counts = np.array([len(work.rows) for work in works])
     per_epoch = -(-counts // job.train.batch_size)
     epochs = job.train.epochs
-    seeds = [epoch_seeds(job, round, work.client) for work in works]
+    clients = [work.client for work in works]
     own = np.zeros((len(works), counts.max()), dtype=np.int64)
     for i, work in enumerate(works):
         own[i, : counts[i]] = work.rows
@@ -136,7 +155,7 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedu
     )
     share = np.zeros(rows.shape, dtype=np.float32)
     for epoch in range(epochs):
-        order = permutations(counts.tolist(), [s[epoch] for s in seeds])
+        order = permutations(counts.tolist(), epoch_seeds(job, round, clients, epoch))
         shuffled = np.take_along_axis(own, order, axis=1)
         _lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
     return _Schedule(
@@ -170,53 +189,96 @@ def _lay_out(
         share[members, span, :batch] = weights.reshape(steps, batch)
 
 
-def _stack(head: Tensors, clients: int, padded: int, device: str) -> Tensors:
-    outputs, width = head["head.weight"].shape
-    weight = torch.zeros((outputs, padded))
-    weight[:, :width] = head["head.weight"]
-    return {
-        "weight": weight.to(device).repeat(clients, 1, 1),
-        "bias": head["head.bias"].to(device).repeat(clients, 1),
-    }
-
-
 def _descend(
-    now: Tensors, start: Tensors, examples: Examples, schedule: _Schedule, job: Job, mu: float
+    layers: Layers, now: Stack, start: Stack, examples: Examples, schedule: _Schedule, local: Local
 ) -> torch.Tensor:
     """Move `now` in place through all local steps; each client's summed loss, [clients]."""
-    step = {name: stepper(job.train) for name in now}
-    losses = torch.zeros(len(schedule.steps), dtype=torch.float64, device=now["bias"].device)
-    ones = torch.ones((len(schedule.steps), schedule.rows.shape[2], 2), device=now["bias"].device)
-    for s in range(len(schedule.rows)):
-        active = sum(count > s for count in schedule.steps)
+    step = [stepper(local.job.train) for _ in now]
+    extra = _Extra.of(layers, schedule, local, now[0].device)
+    count, clients, size = schedule.rows.shape
+    losses = torch.zeros((clients, count, size), device=now[0].device)
+    # Written to again and again: fresh memory of this size costs more than what is put there.
+    room = examples.features.new_empty((clients, size, examples.features.shape[1]))
+    sums = [torch.empty_like(matrix) for matrix in now]
+    for s in range(count):
+        active = sum(steps > s for steps in schedule.steps)
         rows, share = schedule.rows[s, :active], schedule.share[s, :active]
-        inputs = examples.features.index_select(0, rows.flatten()).view(*rows.shape, -1)
-        targets = examples.targets[rows]
-        logits = torch.bmm(inputs, now["weight"][:active].transpose(1, 2))
-        logits += now["bias"][:active].unsqueeze(1)
-        error, loss = _softmax_error(logits, targets, share)
-        gradient = {
-            "weight": torch.bmm(error.transpose(1, 2), inputs),
-            "bias": torch.bmm(error.transpose(1, 2), ones[:active])[:, :, 0].contiguous(),
-        }
-        losses[:active] += loss
-        for name, tensor in now.items():
-            g = gradient[name]
-            if mu:
-                g += (tensor[:active] - start[name][:active]) * mu
-            step[name](tensor[:active], g)
-    return losses
+        inputs = room[:active]
+        torch.index_select(examples.features, 0, rows.flatten(), out=inputs.view(active * size, -1))
+        stack = [matrix[:active] for matrix in now]
+        values = layers.forward(stack, inputs)
+        error, loss = local.loss.error(values[-1], examples.targets[rows])
+        losses[:active, s] = loss.mul_(share > 0)
+        each = layers.errors(stack, values, error)
+        factor = extra.factor(values, each, share)
+        gradient = [matrix[:active] for matrix in sums]
+        gradients(values, [e.mul_(factor.unsqueeze(2)) for e in each], out=gradient)
+        extra.add(gradient, stack, start, s)
+        for place, matrix in enumerate(stack):
+            step[place](matrix, gradient[place])
+    return losses.view(clients, -1).sum(dim=1, dtype=torch.float64)
 
 
-def _softmax_error(
-    logits: torch.Tensor, targets: torch.Tensor, share: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of the mean cross-entropy in the logits, each client's summed cross-entropy).
+@dataclass(frozen=True)
+class _Extra:
+    """What a round adds to the plain gradient: clipping and noise, the proximal term, corrections."""
 
-    The gradient is (softmax - one-hot) / batch size, [clients, batch, outputs].
-    """
-    probabilities = torch.softmax(logits, dim=2)
-    place, share = targets.unsqueeze(2), share.unsqueeze(2)
-    likelihood = probabilities.gather(2, place).clamp_min_(torch.finfo(torch.float32).tiny)
-    loss = -(likelihood.log_() * (share > 0)).sum(dim=(1, 2), dtype=torch.float64)
-    return probabilities.mul_(share).scatter_add_(2, place, -share), loss
+    local: Local
+    noise: list[Stack]
+    corrections: Stack
+
+    @classmethod
+    def of(cls, layers: Layers, schedule: _Schedule, local: Local, device: torch.device) -> _Extra:
+        """Noise for every step, and each client's correction, zero for one that has none."""
+        noise: list[Stack] = []
+        if local.per_example is not None:
+            noise = _noise(layers, schedule, local.per_example, str(device))
+        if not local.corrections:
+            return cls(local, noise, [])
+        nothing = {n: torch.zeros_like(t) for n, t in next(iter(local.corrections.values())).items()}
+        own = [layers.stack(local.corrections.get(w.client, nothing), str(device)) for w in schedule.works]
+        return cls(local, noise, [torch.cat(parts) for parts in zip(*own, strict=True)])
+
+    def factor(
+        self, values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor
+    ) -> torch.Tensor:
+        """What each example's gradient is multiplied by, [clients, batch]."""
+        private = self.local.per_example
+        if private is None:
+            return share
+        norm = squared_norms(values, each).sqrt_()
+        clipped = (private.clipping_norm / norm.clamp_min_(1e-12)).clamp_max_(1.0)
+        return clipped.mul_(share > 0).div_(private.divisor)
+
+    def add(self, gradient: Stack, stack: Stack, start: Stack, s: int) -> None:
+        """Add what belongs to step `s` to the gradients of the clients that still train."""
+        for place, g in enumerate(gradient):
+            if self.noise:
+                g += self.noise[s][place][: len(g)]
+            if self.local.proximal_mu:
+                g += (stack[place] - start[place]) * self.local.proximal_mu
+            if self.corrections:
+                g += self.corrections[place][: len(g)]
+
+
+def _noise(layers: Layers, schedule: _Schedule, private: PerExample, device: str) -> list[Stack]:
+    """Scaled noise of every step, stacked over clients; what is padded gets none."""
+    sizes: list[tuple[str, tuple[int, ...]]]
+    sizes = [(layer.weight, (layer.outputs, layer.inputs)) for layer in layers.layers]
+    sizes += [(layer.bias, (layer.outputs,)) for layer in layers.layers]
+    numbers = [prod(shape) for _, shape in sizes]
+    scale = private.noise_multiplier * private.clipping_norm / private.divisor
+    drawn = [
+        private.noise(work.client, steps, sum(numbers)) * scale
+        for work, steps in zip(schedule.works, schedule.steps, strict=True)
+    ]
+    found: list[Stack] = []
+    for s in range(max(schedule.steps)):
+        heads = [
+            {n: t.view(shape) for (n, shape), t in zip(sizes, torch.split(own[s], numbers), strict=True)}
+            for own in drawn
+            if len(own) > s
+        ]
+        stacks = [layers.stack(head, device) for head in heads]
+        found.append([torch.cat(parts) for parts in zip(*stacks, strict=True)])
+    return found

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from client.discretion import discreet
-from client.heads import Examples, HeadWork, train_heads
+from client.heads import Examples, HeadWork, Local, train_heads
+from client.layers import LOSSES
 from client.train import train_model
 from protocol.errors import DataChanged, InputError
 from protocol.job import Job
@@ -161,7 +162,7 @@ def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterable
     """Local training of the named clients: heads all at once, anything else one by one."""
     if learner.uses_features and held:
         examples, works = heads_of(held, learner.job.train.device)
-        return train_heads(request.tensors, examples, works, learner.job, request.round, request.plan)
+        return train_heads(request.tensors, examples, works, local_training(learner, request))
     return (
         train_model(
             learner, request.tensors, h.train, learner.job,
@@ -169,6 +170,12 @@ def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterable
         )
         for name, h in held.items()
     )  # fmt: skip
+
+
+def local_training(learner: Learner, request: Request) -> Local:
+    """How the clients of a round train their heads."""
+    loss = LOSSES[learner.task.head_loss]
+    return Local(learner.job, loss, request.round, request.plan.get("proximal_mu", 0.0))
 
 
 def heads_of(held: dict[str, Held], device: str) -> tuple[Examples, list[HeadWork]]:

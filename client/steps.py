@@ -17,7 +17,10 @@ import torch
 from protocol.job import TrainSection
 
 Step = Callable[[torch.Tensor, torch.Tensor], None]
-"""(parameters, gradient): moves the parameters in place. Both may be a prefix of the last call's."""
+"""(parameters, gradient): moves the parameters in place, and may overwrite the gradient.
+
+Both may be a prefix of the last call's.
+"""
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -34,12 +37,14 @@ def _sgd(lr: float, momentum: float, weight_decay: float) -> Step:
 
     def step(p: torch.Tensor, g: torch.Tensor) -> None:
         if weight_decay:
-            g = g + p * weight_decay
+            g += p * weight_decay
         if momentum:
             if not velocity:
                 velocity.append(torch.zeros_like(p))
-            g = velocity[0][: len(p)].mul_(momentum).add_(g)
-        p.sub_(g * lr)
+            torch.mul(velocity[0][: len(p)].mul_(momentum).add_(g), lr, out=g)
+        else:
+            g *= lr
+        p.sub_(g)
 
     return step
 

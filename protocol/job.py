@@ -109,6 +109,7 @@ class TuneSection(Section):
     rank: Count | None = None
     alpha: Positive | None = None
     targets: tuple[str, ...] | None = None
+    hidden: Count | None = None
 
     @model_validator(mode="after")
     def _only_what_the_method_uses(self) -> TuneSection:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 KEEP = 2
+EVERY = 0.25
+"""Seconds that pass at least between two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,35 @@ class Checkpoint:
     bytes_up: int
     bytes_down: int
     facts: dict[str, Any]
+
+
+@dataclass
+class Keeper:
+    """Saves the rounds' checkpoints, but of rounds that take milliseconds not every one.
+
+    To wait for the disk then takes longer than the round; what a kill loses is `EVERY` seconds at most.
+    """
+
+    folder: Path
+    last: Checkpoint | None = None
+    saved: int = 0
+    saved_at: float = -math.inf
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Take note of a whole round, and save it if the last saved one is old enough.
+
+        Raises:
+            JobError: as `save`.
+        """
+        self.last = checkpoint
+        if time.monotonic() - self.saved_at >= EVERY:
+            self.save_last()
+
+    def save_last(self) -> None:
+        """Save the last whole round unless it is on the disk already."""
+        if self.last is not None and self.last.round != self.saved:
+            save(self.folder, self.last)
+            self.saved, self.saved_at = self.last.round, time.monotonic()
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from protocol.messages import Failure, Measurement, Reply, Request
 from protocol.streams import stream
 from protocol.tensors import Tensors, tensors_sha256
 from server.carrier import Carrier
-from server.checkpoint import Checkpoint
+from server.checkpoint import Checkpoint, Keeper
 from server.rundir import RunDirectory
 from server.screen import Screened, screen, screen_stack
 from strategies import State, Strategy, build_strategy
@@ -56,6 +57,11 @@ class Run:
     first_model: Tensors = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+
+    @cached_property
+    def keeper(self) -> Keeper:
+        """Puts its checkpoints on the disk."""
+        return Keeper(self.directory.checkpoints)
 
 
 def open_run(
@@ -98,9 +104,12 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
 
 
 def all_rounds(run: Run) -> None:
-    """Play the rounds that are left."""
-    while run.round < run.job.federation.rounds:
-        play_round(run)
+    """Play the rounds that are left; however it ends, the last whole round is on the disk then."""
+    try:
+        while run.round < run.job.federation.rounds:
+            play_round(run)
+    finally:
+        run.keeper.save_last()
 
 
 def play_round(run: Run) -> None:
@@ -118,7 +127,7 @@ def play_round(run: Run) -> None:
     line = _log_line(run, cohort, screened, metrics, seconds)
     run.log.append(line)
     run.directory.append_metrics(line)
-    checkpoint(run)
+    run.keeper.keep(checkpoint_of(run))
     run.watch("round", line)
 
 
@@ -225,18 +234,16 @@ def panel_of(run: Run) -> list[str]:
     return some(run.population, run.job.evaluate.clients, stream(run.job.seed, "panel"))
 
 
-def checkpoint(run: Run) -> None:
-    """Make the round durable: a run killed from here on resumes after it."""
-    run.directory.save_checkpoint(
-        Checkpoint(
-            round=run.round,
-            job_hash=run.job.hash,
-            tensors=run.tensors,
-            state=run.state,
-            bytes_up=run.bytes_up,
-            bytes_down=run.bytes_down,
-            facts=run.learner.facts,
-        )
+def checkpoint_of(run: Run) -> Checkpoint:
+    """What a run killed after this round needs to go on."""
+    return Checkpoint(
+        round=run.round,
+        job_hash=run.job.hash,
+        tensors=run.tensors,
+        state=run.state,
+        bytes_up=run.bytes_up,
+        bytes_down=run.bytes_down,
+        facts=run.learner.facts,
     )
 
 

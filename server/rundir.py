@@ -18,7 +18,7 @@ import tomli_w
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
 from protocol.tensors import Tensors, to_bytes
-from server.checkpoint import Checkpoint, latest, replace_synced, save
+from server.checkpoint import Checkpoint, latest, replace_synced
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +114,14 @@ class RunDirectory:
         replace_synced(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return lines
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Make a round durable."""
-        save(self.path / "checkpoints", checkpoint)
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
 
     def latest_checkpoint(self, job_hash: str) -> Checkpoint | None:
         """The newest whole checkpoint, if any."""
-        return latest(self.path / "checkpoints", job_hash)
+        return latest(self.checkpoints, job_hash)
 
     def save_model(self, tensors: Tensors, about: dict[str, Any]) -> None:
         """The final tensors, and what is needed to load them."""

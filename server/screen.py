@@ -46,8 +46,9 @@ def screen_stack(updates: StackedUpdates, cohort: Sequence[str], model: Tensors,
 
 def _norms(delta: Tensors) -> torch.Tensor:
     """L2 norm of each client's delta, [clients]; not finite where a value isn't."""
-    squares = [t.flatten(1).to(torch.float64).square_().sum(1) for t in delta.values()]
-    return torch.stack(squares).sum(0).sqrt()
+    each = [torch.linalg.vector_norm(t.flatten(1), dim=1) for t in delta.values()]
+    norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(each).to(torch.float64), dim=0)
+    return norms
 
 
 def _states_are_finite(states: Tensors) -> bool:

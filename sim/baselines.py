@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.heads import train_heads
+from client.heads import Local, train_heads
+from client.layers import LOSSES
 from client.site import Held, heads_of
 from client.train import train_model
 from protocol.job import Job
@@ -60,7 +61,8 @@ def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     job, learner, first = long_job(run.job), run.learner, run.first_model
     if learner.uses_features:
         held = {name: Held(shard, shard, learner.features(shard)) for name, shard in shards.items()}
-        updates: Sequence[Update] = train_heads(first, *heads_of(held, job.train.device), job, 0, {})
+        local = Local(job, LOSSES[learner.task.head_loss], round=0)
+        updates: Sequence[Update] = train_heads(first, *heads_of(held, job.train.device), local)
     else:
         updates = [
             train_model(learner, first, shard, job, client=name, round=0, plan={})

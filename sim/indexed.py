@@ -18,11 +18,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from client.heads import Examples, HeadWork, train_heads
-from client.site import Held, Site
+from client.heads import Examples, HeadWork, Local, train_heads
+from client.site import Held, Site, local_training
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.messages import Facts, Measurement, Reply, Request
+from protocol.tensors import Tensors
 from sim.dealing import Rows
 from sim.population import Population, number_of
 from tasks.learner import Learner, ranked
@@ -116,12 +117,14 @@ class IndexedSite(Site):
         if not learner.uses_features or not names:
             return super().answer(request, names)
         examples, works = self.index(learner).works(names)
-        return self._train(examples, works, learner.job, request)
+        return self._train(examples, works, request.tensors, local_training(learner, request))
 
-    def _train(self, examples: Examples, works: list[HeadWork], job: Job, request: Request) -> StackedUpdates:
+    def _train(
+        self, examples: Examples, works: list[HeadWork], head: Tensors, local: Local
+    ) -> StackedUpdates:
         def block(part: list[HeadWork]) -> StackedUpdates:
-            torch.set_num_threads(job.train.threads)
-            return train_heads(request.tensors, examples, part, job, request.round, request.plan)
+            torch.set_num_threads(local.job.train.threads)
+            return train_heads(head, examples, part, local)
 
         parts = list(self._blocks(works))
         if len(parts) == 1:

@@ -40,9 +40,7 @@ COLUMNS = 1 << 16
 def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Sum over the first dimension, [clients, …] to […], in float64."""
     flat = values.reshape(len(values), -1)
-    parts = [
-        (weights.unsqueeze(1) * part.to(torch.float64)).sum(0) for part in torch.split(flat, COLUMNS, dim=1)
-    ]
+    parts = [weights @ part.to(torch.float64) for part in torch.split(flat, COLUMNS, dim=1)]
     return torch.cat(parts).reshape(values.shape[1:])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ class Classification:
     writer: Callable[[datasets.Dataset, Path, Columns], None]
     convert: Callable[[Any], Any]
     load_encoder: Callable[[Backbone, BackboneSection, int], Encoder]
+    head_loss: Literal["softmax"] = "softmax"
 
     def read(self, source: Path, data: DataSection) -> Table:
         return self.reader(source, _columns(data))

@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from protocol.cache import cache_root
 from protocol.errors import ConfigError
@@ -101,13 +102,12 @@ class Learner:
             return self.outputs(tensors, shard)
         train = self.job.train
         features = extract(self.encoder, shard.inputs, threads=train.threads, device=train.device)
-        return features @ tensors["head.weight"].T + tensors["head.bias"]
+        return self._through_head(tensors, features)
 
     def outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         """What the model with these tensors says of a shard, [n, outputs]."""
         if self.uses_features:
-            features = self.features(shard)
-            return features @ tensors["head.weight"].T + tensors["head.bias"]
+            return self._through_head(tensors, self.features(shard))
         model = self.model.eval()
         tuning.load_values(model, tensors)
         device = self.job.train.device
@@ -154,9 +154,23 @@ class Learner:
         width = known_width(self.backbone)
         return width if width is not None else self.encoder.width
 
-    def _fresh_head(self, width: int) -> Any:
+    def _fresh_head(self, width: int) -> nn.Module:
+        """The task's head, behind a hidden layer where the job asks for one."""
+        hidden = self.job.tune.hidden
         with global_stream(self.job.seed, "init", "head"):
-            return self.task.head(width, self.facts)
+            if hidden is None:
+                return self.task.head(width, self.facts)
+            return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), self.task.head(hidden, self.facts))
+
+    @cached_property
+    def _head(self) -> nn.Module:
+        return self._fresh_head(self.width)
+
+    def _through_head(self, tensors: Tensors, features: torch.Tensor) -> torch.Tensor:
+        own = {name.removeprefix("head."): t for name, t in tensors.items()}
+        with torch.inference_mode():
+            outputs: torch.Tensor = functional_call(self._head, own, features)
+        return outputs
 
 
 def known_width(backbone: Backbone) -> int | None:

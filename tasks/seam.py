@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -131,6 +131,11 @@ class Task(Protocol):
 
     def head(self, width: int, facts: Facts) -> nn.Module:
         """A fresh head; its initial values come from the global generator."""
+        ...
+
+    @property
+    def head_loss(self) -> Literal["softmax", "sigmoid", "squared"]:
+        """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
         ...
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import opacus
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.batches import batches
-from client.heads import Examples, HeadWork
+from client.heads import Examples, HeadWork, Local, PerExample
 from client.heads import train_heads as train_stacked
+from client.layers import LOSSES
 from client.steps import torch_optimizer
 from protocol.job import Job
 from protocol.messages import Update
+from protocol.streams import stream
 from protocol.tensors import Tensors
 
 
@@ -40,43 +44,82 @@ class Own:
 
 
 def train_heads(
-    start: Tensors, works: Sequence[Own], job: Job, round: int, plan: Mapping[str, float]
+    start: Tensors, works: Sequence[Own], job: Job, round: int, plan: Mapping[str, float], **more: Any
 ) -> Sequence[Update]:
     """All clients' examples in one table, as a simulation has them."""
     table = Examples.of(torch.cat([w.features for w in works]), torch.cat([w.targets for w in works]))
     ends = np.cumsum([len(w.targets) for w in works])
     rows = [HeadWork(w.client, np.arange(e - len(w.targets), e)) for w, e in zip(works, ends, strict=True)]
-    return train_stacked(start, table, rows, job, round, plan)
+    loss = LOSSES[more.pop("loss", "softmax")]
+    return train_stacked(start, table, rows, Local(job, loss, round, plan.get("proximal_mu", 0.0), **more))
 
 
-def work(client: str, count: int, width: int, classes: int, seed: int) -> Own:
+def work(client: str, count: int, width: int, classes: int, seed: int, loss: str = "softmax") -> Own:
     g = torch.Generator().manual_seed(seed)
     features = torch.randn(count, width, generator=g)
-    return Own(client, features, torch.randint(classes, (count,), generator=g))
+    if loss == "softmax":
+        return Own(client, features, torch.randint(classes, (count,), generator=g))
+    features /= width**0.5  # larger ones let squares diverge
+    values = torch.randn(count, classes, generator=g)
+    return Own(client, features, (values > 0).float() if loss == "sigmoid" else values)
 
 
-def head(width: int, classes: int) -> Tensors:
+def head(width: int, classes: int, hidden: int | None = None) -> Tensors:
+    """Initial values of one layer, or of two."""
     g = torch.Generator().manual_seed(1)
+    if hidden is None:
+        return {
+            "head.weight": 0.1 * torch.randn(classes, width, generator=g),
+            "head.bias": 0.1 * torch.randn(classes, generator=g),
+        }
     return {
-        "head.weight": 0.1 * torch.randn(classes, width, generator=g),
-        "head.bias": 0.1 * torch.randn(classes, generator=g),
+        "head.0.weight": torch.randn(hidden, width, generator=g) / width**0.5,
+        "head.0.bias": 0.1 * torch.randn(hidden, generator=g),
+        "head.2.weight": torch.randn(classes, hidden, generator=g) / hidden**0.5,
+        "head.2.bias": 0.1 * torch.randn(classes, generator=g),
     }
 
 
-def by_autograd(start: Tensors, item: Own, job: Job, plan: Mapping[str, float]) -> Tensors:
+def module(start: Tensors) -> torch.nn.Sequential:
+    """The same head as torch's own layers, in float64."""
+    parts: list[torch.nn.Module] = []
+    for name in sorted(n for n in start if n.endswith("weight")):
+        layer = torch.nn.Linear(*reversed(start[name].shape)).double()
+        layer.weight.data.copy_(start[name])
+        layer.bias.data.copy_(start[name.replace("weight", "bias")])
+        parts += [layer, torch.nn.ReLU()]
+    return torch.nn.Sequential(*parts[:-1])
+
+
+TORCH_LOSSES = {
+    "softmax": torch.nn.functional.cross_entropy,
+    "sigmoid": torch.nn.functional.binary_cross_entropy_with_logits,
+    "squared": torch.nn.functional.mse_loss,
+}
+
+
+def named(start: Tensors, model: torch.nn.Sequential) -> Tensors:
+    """The module's values by the head's names."""
+    if "head.weight" in start:
+        return {f"head.{n.split('.')[1]}": p for n, p in model.named_parameters()}
+    return {f"head.{n}": p for n, p in model.named_parameters()}
+
+
+def by_autograd(
+    start: Tensors, item: Own, job: Job, plan: Mapping[str, float], loss_name: str = "softmax"
+) -> Tensors:
     """The obvious way: one client, nn.Linear, autograd, torch.optim, in float64."""
-    layer = torch.nn.Linear(*reversed(start["head.weight"].shape)).double()
-    layer.weight.data.copy_(start["head.weight"])
-    layer.bias.data.copy_(start["head.bias"])
-    optimizer = torch_optimizer(layer.parameters(), job.train)
-    for rows in batches(len(item.targets), job, 3, item.client):
-        loss = torch.nn.functional.cross_entropy(layer(item.features[rows].double()), item.targets[rows])
-        for name, p in layer.named_parameters():
-            loss = loss + plan.get("proximal_mu", 0) / 2 * (p - start[f"head.{name}"]).square().sum()
+    model = module(start)
+    optimizer = torch_optimizer(model.parameters(), job.train)
+    targets = item.targets if loss_name == "softmax" else item.targets.double()
+    for rows in batches(len(targets), job, 3, item.client):
+        loss = TORCH_LOSSES[loss_name](model(item.features[rows].double()), targets[rows])
+        for name, p in named(start, model).items():
+            loss = loss + plan.get("proximal_mu", 0) / 2 * (p - start[name]).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return {f"head.{n}": p.detach() - start[f"head.{n}"] for n, p in layer.named_parameters()}
+    return {n: p.detach() - start[n] for n, p in named(start, model).items()}
 
 
 @pytest.mark.parametrize(
@@ -93,20 +136,99 @@ def by_autograd(start: Tensors, item: Own, job: Job, plan: Mapping[str, float]) 
     ids=str,
 )
 @pytest.mark.parametrize("plan", [{}, {"proximal_mu": 0.5}], ids=["plain", "proximal"])
+@pytest.mark.parametrize("hidden", [None, 5], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
 def test_a_cohort_learns_what_autograd_learns_client_by_client(
-    train: dict[str, object], plan: dict[str, float]
+    train: dict[str, object], plan: dict[str, float], hidden: int | None, loss: str
 ) -> None:
-    start, setting = head(13, 4), job(**train)
-    works = [work(f"c{i}", count, 13, 4, i) for i, count in enumerate([1, 2, 7, 8, 9, 40])]
-    for item, update in zip(works, train_heads(start, works, setting, 3, plan), strict=True):
+    start, setting = head(13, 4, hidden), job(**train)
+    works = [work(f"c{i}", count, 13, 4, i, loss) for i, count in enumerate([1, 2, 7, 8, 9, 40])]
+    for item, update in zip(works, train_heads(start, works, setting, 3, plan, loss=loss), strict=True):
         assert update.client == item.client
         assert update.num_examples == len(item.targets)
-        expected = by_autograd(start, item, setting, plan)
+        expected = by_autograd(start, item, setting, plan, loss)
         for name, delta in expected.items():
             torch.testing.assert_close(update.delta[name].double(), delta, rtol=2e-4, atol=2e-6)
 
 
-@settings(max_examples=40, deadline=None)
+def own_noise(client: str, steps: int, numbers: int) -> torch.Tensor:
+    return torch.randn(steps, numbers, generator=stream(5, "noise", client))
+
+
+def no_noise(client: str, steps: int, numbers: int) -> torch.Tensor:
+    return torch.zeros(steps, numbers)
+
+
+@pytest.mark.parametrize("hidden", [None, 5], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
+def test_every_example_is_clipped_as_if_its_gradient_were_taken_alone(hidden: int | None, loss: str) -> None:
+    start, item = head(13, 4, hidden), work("c", 9, 13, 4, 0, loss)
+    setting = job(lr=0.5, batch_size=9)
+    found = train_heads(
+        start, [item], setting, 1, {}, loss=loss, per_example=PerExample(0.3, 0.0, 20.0, no_noise)
+    )[0]
+    total: Tensors = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in start.items()}
+    norms = []
+    for row in range(9):
+        model = module(start)
+        target = item.targets[row : row + 1]
+        target = target if loss == "softmax" else target.double()
+        TORCH_LOSSES[loss](model(item.features[row : row + 1].double()), target).backward()
+        own = {n: p.grad for n, p in named(start, model).items()}
+        norm = float(torch.stack([g.square().sum() for g in own.values()]).sum().sqrt())
+        norms.append(norm)
+        for name, g in own.items():
+            total[name] += g * min(1.0, 0.3 / norm)
+    assert max(norms) > 0.3
+    for name, gradient in total.items():
+        torch.testing.assert_close(found.delta[name].double(), -0.5 * gradient / 20, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_opacus_clips_the_same_way() -> None:
+    start, item = head(13, 4, 5), work("c", 9, 13, 4, 0)
+    found = train_heads(
+        start, [item], job(lr=0.5, batch_size=9), 1, {}, per_example=PerExample(0.3, 0.0, 9.0, no_noise)
+    )[0]
+    model = opacus.GradSampleModule(module(start).float())
+    optimizer = opacus.optimizers.DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.5), noise_multiplier=0.0, max_grad_norm=0.3,
+        expected_batch_size=9,
+    )  # fmt: skip
+    torch.nn.functional.cross_entropy(model(item.features), item.targets).backward()
+    optimizer.step()
+    for name, p in named(start, model._module).items():
+        torch.testing.assert_close(found.delta[name], p.detach() - start[name], rtol=1e-4, atol=1e-6)
+
+
+def test_noise_has_its_scale_in_every_number_and_comes_from_the_client() -> None:
+    start, setting = head(40, 10), job(lr=1.0, batch_size=4)
+    works = [work(f"c{i}", 4, 40, 10, i) for i in range(200)]
+    quiet = train_heads(start, works, setting, 1, {}, per_example=PerExample(0.3, 0.0, 8.0, no_noise))
+    loud = train_heads(start, works, setting, 1, {}, per_example=PerExample(0.3, 2.0, 8.0, own_noise))
+    noise = torch.stack([
+        torch.cat([(a.delta[n] - b.delta[n]).flatten() for n in start])
+        for a, b in zip(loud, quiet, strict=True)
+    ])  # fmt: skip
+    # 2.0 * 0.3 / 8 = 0.075, over 200 clients x 410 numbers.
+    assert float(noise.std()) == pytest.approx(0.075, rel=4 / (2 * 82_000) ** 0.5)
+    assert abs(float(noise.mean())) < 4 * 0.075 / 82_000**0.5
+    expected = -0.075 * own_noise("c3", 1, 410)[0]
+    torch.testing.assert_close(noise[3], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_correction_is_added_to_every_gradient() -> None:
+    # One step of one full batch, learning rate 0.5: the delta is -0.5 * (gradient + correction).
+    start, item, setting = head(6, 3), work("c", 8, 6, 3, 0), job(lr=0.5, batch_size=8)
+    correction = {n: torch.full_like(t, 0.25) for n, t in start.items()}
+    plain = train_heads(start, [item, work("d", 8, 6, 3, 1)], setting, 1, {})
+    moved = train_heads(start, [item, work("d", 8, 6, 3, 1)], setting, 1, {}, corrections={"c": correction})
+    for name in start:
+        torch.testing.assert_close(moved[0].delta[name], plain[0].delta[name] - 0.125)
+        assert torch.equal(moved[1].delta[name], plain[1].delta[name])
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 70), min_size=2, max_size=12),
     width=st.integers(2, 400),
@@ -116,6 +238,9 @@ def test_a_cohort_learns_what_autograd_learns_client_by_client(
     optimizer=st.sampled_from(["sgd", "adam", "adamw"]),
     weight_decay=st.sampled_from([0.0, 0.01]),
     mu=st.sampled_from([0.0, 0.1]),
+    hidden=st.sampled_from([None, None, 7, 40]),
+    loss=st.sampled_from(["softmax", "softmax", "sigmoid", "squared"]),
+    private=st.booleans(),
 )
 def test_a_clients_bits_do_not_depend_on_its_cohort(
     counts: list[int],
@@ -126,18 +251,22 @@ def test_a_clients_bits_do_not_depend_on_its_cohort(
     optimizer: str,
     weight_decay: float,
     mu: float,
+    hidden: int | None,
+    loss: str,
+    private: bool,
 ) -> None:
     torch.set_num_threads(1)
     setting = job(
         batch_size=batch_size, epochs=epochs, optimizer=optimizer, weight_decay=weight_decay, lr=0.05
     )
-    start = head(width, classes)
-    works = [work(f"c{i}", count, width, classes, i) for i, count in enumerate(counts)]
-    plan = {"proximal_mu": mu}
-    together = train_heads(start, works, setting, 1, plan)
-    backwards = train_heads(start, works[::-1], setting, 1, plan)[::-1]
+    start = head(width, classes, hidden)
+    works = [work(f"c{i}", count, width, classes, i, loss) for i, count in enumerate(counts)]
+    clipped = PerExample(0.7, 1.1, float(batch_size), own_noise) if private else None
+    more: dict[str, Any] = {"plan": {"proximal_mu": mu}, "loss": loss, "per_example": clipped}
+    together = train_heads(start, works, setting, 1, **more)
+    backwards = train_heads(start, works[::-1], setting, 1, **more)[::-1]
     for item, a, b in zip(works, together, backwards, strict=True):
-        alone = train_heads(start, [item], setting, 1, plan)[0]
+        alone = train_heads(start, [item], setting, 1, **more)[0]
         for name in start:
             assert torch.equal(a.delta[name], alone.delta[name]), (name, item.client)
             assert torch.equal(b.delta[name], alone.delta[name]), (name, item.client)

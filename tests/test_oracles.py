@@ -50,7 +50,8 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
 
 def test_one_client_with_every_example_in_one_batch_is_gradient_descent() -> None:
     """One client, one full batch a round, FedAvg: the model moves by minus lr times the gradient."""
-    from client.heads import Examples, HeadWork, train_heads
+    from client.heads import Examples, HeadWork, Local, train_heads
+    from client.layers import LOSSES
     from strategies.fedavg import FedAvg
 
     job = image_job("squeezenet1_1", train={"lr": 0.5, "batch_size": 64})
@@ -62,7 +63,9 @@ def test_one_client_with_every_example_in_one_batch_is_gradient_descent() -> Non
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     for round in range(1, 21):
         work = [HeadWork("c", np.arange(40))]
-        updates = train_heads(model, Examples.of(features, targets), work, job, round, {})
+        updates = train_heads(
+            model, Examples.of(features, targets), work, Local(job, LOSSES["softmax"], round)
+        )
         model, _ = FedAvg().merge(model, updates, {})
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(layer(features), targets).backward()

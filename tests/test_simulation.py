@@ -324,3 +324,11 @@ def test_features_too_many_for_one_table_are_looked_up_and_change_no_bit(
     whole = run(job(), tmp_path / "whole")
     monkeypatch.setattr("sim.indexed.TABLE_BYTES", 0)
     assert run(job(), tmp_path / "parts")["model_sha256"] == whole["model_sha256"]
+
+
+def test_a_head_with_a_hidden_layer_learns_to_the_same_bits_alone_and_in_a_cohort(tmp_path: Path) -> None:
+    setting = job(tune={"hidden": 24}, federation={"rounds": 6})
+    results = [run(setting, tmp_path / engine, engine=engine) for engine in ("inline", "loop")]
+    assert results[0]["model_sha256"] == results[1]["model_sha256"]
+    assert results[0]["trainable"]["head.0.weight"] == [24, 512]
+    assert results[0]["rounds"][-1]["loss"] < results[0]["rounds"][0]["loss"]
