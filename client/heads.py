@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -18,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from client.batches import epoch_seeds, permutations
-from client.layers import Layers, Loss, Stack, gradients, padded, squared_norms
-from client.steps import stepper
+from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded, squared_norms
+from client.steps import is_plain, stepper
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.tensors import Tensors
@@ -118,6 +119,11 @@ class _Schedule:
     share: torch.Tensor
     steps: list[int]
 
+    @cached_property
+    def active(self) -> list[int]:
+        """How many clients still train at each step."""
+        return [sum(steps > s for steps in self.steps) for s in range(len(self.rows))]
+
 
 def _train_group(
     head: Tensors, examples: Examples, works: list[HeadWork], size: int, local: Local
@@ -193,30 +199,52 @@ def _descend(
     layers: Layers, now: Stack, start: Stack, examples: Examples, schedule: _Schedule, local: Local
 ) -> torch.Tensor:
     """Move `now` in place through all local steps; each client's summed loss, [clients]."""
-    step = [stepper(local.job.train) for _ in now]
     extra = _Extra.of(layers, schedule, local, now[0].device)
+    move = _plain_move(local) if extra.is_none and is_plain(local.job.train) else _move(start, extra, now)
     count, clients, size = schedule.rows.shape
-    losses = torch.zeros((clients, count, size), device=now[0].device)
+    targets = examples.targets[schedule.rows]
+    losses = torch.zeros((count, clients, size), device=now[0].device)
     # Written to again and again: fresh memory of this size costs more than what is put there.
     room = examples.features.new_empty((clients, size, examples.features.shape[1]))
-    sums = [torch.empty_like(matrix) for matrix in now]
     for s in range(count):
-        active = sum(steps > s for steps in schedule.steps)
+        active = schedule.active[s]
         rows, share = schedule.rows[s, :active], schedule.share[s, :active]
         inputs = room[:active]
         torch.index_select(examples.features, 0, rows.flatten(), out=inputs.view(active * size, -1))
         stack = [matrix[:active] for matrix in now]
         values = layers.forward(stack, inputs)
-        error, loss = local.loss.error(values[-1], examples.targets[rows])
-        losses[:active, s] = loss.mul_(share > 0)
+        error, losses[s, :active] = local.loss.error(values[-1], targets[s, :active])
         each = layers.errors(stack, values, error)
-        factor = extra.factor(values, each, share)
-        gradient = [matrix[:active] for matrix in sums]
-        gradients(values, [e.mul_(factor.unsqueeze(2)) for e in each], out=gradient)
+        factor = extra.factor(values, each, share).unsqueeze(2)
+        move(s, stack, values, [e.mul_(factor) for e in each])
+    visited = schedule.share > 0
+    summed = (local.loss.value(losses) * visited).transpose(0, 1).reshape(clients, -1)
+    return summed.sum(dim=1, dtype=torch.float64)
+
+
+Move = Callable[[int, Stack, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+"""(step, stack, layers' inputs, errors times each example's factor): one local step."""
+
+
+def _plain_move(local: Local) -> Move:
+    def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
+        descend_plainly(stack, values, error, local.job.train.lr)
+
+    return move
+
+
+def _move(start: Stack, extra: _Extra, now: Stack) -> Move:
+    step = [stepper(extra.local.job.train) for _ in now]
+    sums = [torch.empty_like(matrix) for matrix in now]
+
+    def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
+        gradient = [matrix[: len(stack[0])] for matrix in sums]
+        gradients(values, error, out=gradient)
         extra.add(gradient, stack, start, s)
         for place, matrix in enumerate(stack):
             step[place](matrix, gradient[place])
-    return losses.view(clients, -1).sum(dim=1, dtype=torch.float64)
+
+    return move
 
 
 @dataclass(frozen=True)
@@ -238,6 +266,11 @@ class _Extra:
         nothing = {n: torch.zeros_like(t) for n, t in next(iter(local.corrections.values())).items()}
         own = [layers.stack(local.corrections.get(w.client, nothing), str(device)) for w in schedule.works]
         return cls(local, noise, [torch.cat(parts) for parts in zip(*own, strict=True)])
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is added to the gradient (it may still be clipped)."""
+        return not (self.noise or self.corrections or self.local.proximal_mu)
 
     def factor(
         self, values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor

@@ -96,21 +96,27 @@ class Layers:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss by its error: (outputs, targets) to (derivative for each example, loss of each example).
+    """A loss by its derivative.
 
-    Outputs are [clients, batch, outputs] and may be overwritten; losses are [clients, batch].
+    `error` gives, of outputs [clients, batch, outputs] that it may overwrite and targets, each
+    example's derivative in the outputs, and [clients, batch] numbers of which `value` makes losses.
     """
 
     error: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    value: Callable[[torch.Tensor], torch.Tensor]
 
 
 def _softmax(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of classes [clients, batch]."""
+    """Cross-entropy of classes [clients, batch]; the numbers are likelihoods."""
     place = targets.unsqueeze(2)
     error = torch.softmax(outputs, dim=2)
     likelihood = error.gather(2, place)
     error.scatter_(2, place, likelihood - 1)
-    return error, -likelihood.squeeze(2).clamp_min(torch.finfo(torch.float32).tiny).log_()
+    return error, likelihood.squeeze(2)
+
+
+def _surprise(likelihood: torch.Tensor) -> torch.Tensor:
+    return -likelihood.clamp_min(torch.finfo(torch.float32).tiny).log_()
 
 
 def _sigmoid(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +136,15 @@ def _squared(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
     return difference * (2 / outputs.shape[2]), difference.square().mean(dim=2)
 
 
-LOSSES = {"softmax": Loss(_softmax), "sigmoid": Loss(_sigmoid), "squared": Loss(_squared)}
+def _same(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+LOSSES = {
+    "softmax": Loss(_softmax, _surprise),
+    "sigmoid": Loss(_sigmoid, _same),
+    "squared": Loss(_squared, _same),
+}
 """As torch's cross_entropy, binary_cross_entropy_with_logits and mse_loss, with reduction "mean"."""
 
 
@@ -144,3 +158,11 @@ def gradients(values: Sequence[torch.Tensor], error: Sequence[torch.Tensor], out
     """Write the sums of the examples' gradients to `out`, shaped as the stack."""
     for e, a, matrix in zip(error, values[:-1], out, strict=True):
         torch.bmm(e.transpose(1, 2), a, out=matrix)
+
+
+def descend_plainly(
+    stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor], lr: float
+) -> None:
+    """Move the stack by plain SGD, without a gradient in between."""
+    for e, a, matrix in zip(error, values[:-1], stack, strict=True):
+        matrix.baddbmm_(e.transpose(1, 2), a, alpha=-lr)

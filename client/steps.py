@@ -25,6 +25,11 @@ Both may be a prefix of the last call's.
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
+def is_plain(train: TrainSection) -> bool:
+    """Whether a step is the learning rate times the gradient and nothing else."""
+    return train.optimizer == "sgd" and not train.momentum and not train.weight_decay
+
+
 def stepper(train: TrainSection) -> Step:
     """A fresh optimizer for one stacked parameter."""
     if train.optimizer == "sgd":
