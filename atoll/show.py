@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from server.comparison import NAMES, comparison_of
+from server.report_words import duration
 
 PIPED_WIDTH = 160
 """Columns of a table that goes to a file or a pipe, where nothing has to fit a screen."""
@@ -218,6 +219,9 @@ def ending(result: dict[str, Any], run: Any) -> None:
     out.print(comparison(result))
     for note in result["notes"]:
         out.print(f"note           {plain(note)}", highlight=False, soft_wrap=True)
+    if result.get("simulated_seconds"):
+        told = f"{duration(result['simulated_seconds'])} on the devices, {duration(result['seconds'])} here"
+        out.print(f"simulated time  {told}", highlight=False)
     for name, what in (
         ("model sha256", result["model_sha256"]),
         ("run directory", run),

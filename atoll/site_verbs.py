@@ -115,9 +115,11 @@ def submit(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
 ) -> None:
     """Run a job on the live federation, and wait for its end."""
+    from server.play import check_real
     from server.submit import submit as submit_job
 
     loaded = Job.load(job, overrides or ())
+    check_real(loaded)
     where = out_dir or unused(server / "runs" / loaded.name, resume=resume)
     if resume and not (where / "job.toml").is_file():
         raise ConfigError(f"{where}: nothing to resume, there is no job.toml")

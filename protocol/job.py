@@ -149,6 +149,21 @@ class FederationSection(Section):
     quorum: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
     round_timeout: Positive = 3600.0
     wait: Positive = 600.0
+    devices: str | None = None
+    deadline: Positive | None = None
+    over_sampling: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _time_is_simulated_with_devices(self) -> FederationSection:
+        for key, given in (
+            ("deadline", self.deadline is not None),
+            ("over_sampling", self.over_sampling > 1),
+        ):
+            if given and self.devices is None:
+                raise ValueError(f"{key} is in simulated time: it needs devices, a profile of the clients'")
+        if self.over_sampling > 1 and self.cohort is None:
+            raise ValueError("over_sampling goes with cohort, the number of updates that a round waits for")
+        return self
 
     @model_validator(mode="after")
     def _cohort_fits(self) -> FederationSection:
@@ -310,7 +325,12 @@ def _with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
             "weights": _absolute(job.backbone.weights, folder, origin, "backbone.weights"),
         }
     )
-    return job.model_copy(update={"data": data, "backbone": backbone})
+    devices = job.federation.devices
+    if devices is not None:
+        named = devices if "/" in devices or devices.startswith("~") else f"./{devices}"
+        devices = _absolute(named, folder, origin, "federation.devices")
+    federation = job.federation.model_copy(update={"devices": devices})
+    return job.model_copy(update={"data": data, "backbone": backbone, "federation": federation})
 
 
 def _absolute(value: str, folder: Path, origin: str, key: str) -> str:

@@ -27,7 +27,7 @@ from flwr.superlink.grid import http_grid
 from protocol.errors import DataError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
-from server.play import play
+from server.play import check_real, play
 from server.roll import Roll
 from server.testset import server_test_set
 
@@ -250,6 +250,7 @@ def main(grid: Grid, context: Context) -> None:
     speak_up()
     _watch_uploads(grid)
     job = Job.from_json(str(context.run_config["job"]))
+    check_real(job)
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
     carrier = FlowerCarrier(grid, "flower")

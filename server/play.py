@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from protocol.errors import ConfigError
 from protocol.job import Job
 from server.carrier import Carrier
+from server.clock import Clock, everybody
 from server.report import write_report
 from server.result import Baselines, finish
 from server.rounds import Run, TestSet, Watch, all_rounds, open_run
@@ -44,11 +46,12 @@ def play(
     watch: Watch = unwatched,
     resume: bool = False,
     force: bool = False,
+    clock: Clock = everybody,
 ) -> dict[str, Any]:
     """Run a job and leave a complete run directory; returns what `result.json` holds."""
     started = time.monotonic()
     with RunDirectory.open(out, job, resume=resume, force=force) as directory:
-        run = open_run(job, carrier, directory, test_set, watch, resume=resume)
+        run = open_run(job, carrier, directory, test_set, watch, resume=resume, clock=clock)
         directory.settle()
         all_rounds(run)
         watch("baselines", {})
@@ -57,6 +60,15 @@ def play(
         result = finish(run, compared, time.monotonic() - started, notes)
         write_report(out, result)
     return result
+
+
+def check_real(job: Job) -> None:
+    """Raises ConfigError if the job asks for what only a simulation has."""
+    if job.federation.devices is not None:
+        raise ConfigError(
+            "federation.devices: simulates devices, a real federation has its own; expected a job without"
+            " devices, deadline and over_sampling (round_timeout is the real deadline)"
+        )
 
 
 def check_job(job: Job) -> None:

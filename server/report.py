@@ -26,6 +26,8 @@ from server.report_words import (
     on_what_data,
     quantile,
     reading,
+    simulated_facts,
+    simulated_rounds,
     size,
     what_it_cost,
     what_was_private,
@@ -257,6 +259,9 @@ def _cost_section(result: dict[str, Any]) -> Markup:
         ("most memory held", size(result["peak_rss_mb"] * 2**20)),
     ]
     plot = figure(seconds_plot("seconds", "Seconds of each round", seconds)) if seconds else ""
+    if result.get("simulated_seconds"):
+        pairs += simulated_facts(result)
+        plot += figure(seconds_plot("simulated", "Simulated seconds of each round", simulated_rounds(result)))
     note = "Traffic counts the trained tensors' values, without the messages' wrapping."
     return section(
         "Traffic, time and memory",

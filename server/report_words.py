@@ -197,6 +197,28 @@ def what_it_cost(result: dict[str, Any]) -> str:
     )
 
 
+def simulated_facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the devices' own clock says: (what, how much)."""
+    rounds = [line["simulated"] for line in result["rounds"]]
+    ordered = sorted(line["seconds"] for line in rounds)
+    left_out = [
+        f"{total:,} {word}"
+        for word, key in (("not there", "unavailable"), ("too late", "late"), ("not needed", "surplus"))
+        if (total := sum(line[key] for line in rounds))
+    ]
+    return [
+        ("simulated time of the run", duration(result["simulated_seconds"])),
+        ("of a round, median", duration(quantile(ordered, 0.5))),
+        ("of the slowest round", duration(ordered[-1])),
+        ("clients asked in vain", ", ".join(left_out) or "none"),
+    ]
+
+
+def simulated_rounds(result: dict[str, Any]) -> list[tuple[float, float]]:
+    """(round, simulated seconds)."""
+    return [(float(line["round"]), float(line["simulated"]["seconds"])) for line in result["rounds"]]
+
+
 def what_was_private(privacy: dict[str, Any]) -> str:
     """One or two sentences: the privacy claim, or that there is none."""
     if privacy["unit"] == "none":

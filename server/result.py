@@ -13,6 +13,7 @@ import torch
 
 from protocol.messages import Measurement
 from protocol.tensors import tensors_sha256
+from server.clock import elapsed
 from server.rounds import Run, measure_clients
 
 Baselines = Mapping[str, Mapping[str, float]]
@@ -30,6 +31,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "strategy": run.job.strategy.name,
         "seed": run.job.seed,
         "seconds": seconds,
+        "simulated_seconds": elapsed(run.log) or None,
         "population": len(run.population),
         "clients_trained": sum(line["trained"] for line in run.log),
         "bytes_up": run.bytes_up,

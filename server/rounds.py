@@ -19,6 +19,7 @@ from protocol.streams import stream
 from protocol.tensors import Tensors, tensors_sha256
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint, Keeper
+from server.clock import Call, Clock, Turnout, elapsed, everybody
 from server.rundir import RunDirectory
 from server.screen import Screened, screen, screen_stack
 from strategies import State, Strategy, build_strategy
@@ -57,6 +58,7 @@ class Run:
     first_model: Tensors = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
+    clock: Clock = everybody
 
     @cached_property
     def keeper(self) -> Keeper:
@@ -65,7 +67,14 @@ class Run:
 
 
 def open_run(
-    job: Job, carrier: Carrier, directory: RunDirectory, test_set: TestSet, watch: Watch, *, resume: bool
+    job: Job,
+    carrier: Carrier,
+    directory: RunDirectory,
+    test_set: TestSet,
+    watch: Watch,
+    *,
+    resume: bool,
+    clock: Clock = everybody,
 ) -> Run:
     """Greet the clients, agree on the facts, and start at round 0 or at the last checkpoint.
 
@@ -83,7 +92,7 @@ def open_run(
     watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
     run = Run(
         job, carrier, directory, learner, strategy, roll.names, dict(first), strategy.begin(first),
-        test_set(learner), watch, first_model=first,
+        test_set(learner), watch, first_model=first, clock=clock,
     )  # fmt: skip
     found = directory.latest_checkpoint(job.hash) if resume else None
     if found is not None:
@@ -117,14 +126,14 @@ def play_round(run: Run) -> None:
     started = time.monotonic()
     round = run.round + 1
     cohort = sample(run.population, run.job, round)
-    screened = train(run, cohort, round)
+    screened, simulated = train(run, cohort, round)
     at_clients = time.monotonic() - started
     if screened.updates:
         run.tensors, run.state = run.strategy.merge(run.tensors, screened.updates, run.state)
     run.round = round
     metrics = measure(run) if round % run.job.evaluate.every == 0 else {}
     seconds = {"seconds": time.monotonic() - started, "seconds_at_clients": at_clients}
-    line = _log_line(run, cohort, screened, metrics, seconds)
+    line = _log_line(run, cohort, screened, metrics, seconds | simulated)
     run.log.append(line)
     run.directory.append_metrics(line)
     run.keeper.keep(checkpoint_of(run))
@@ -132,13 +141,18 @@ def play_round(run: Run) -> None:
 
 
 def sample(population: Sequence[str], job: Job, round: int) -> list[str]:
-    """The round's cohort, sorted: a fixed number without replacement, or each client by a coin."""
+    """The round's cohort, sorted: a fixed number without replacement, or each client by a coin.
+
+    More are asked than the number by the factor `over_sampling`, where only the first to answer count.
+    """
     generator = stream(job.seed, "cohort", round)
     rate, count = job.federation.cohort_rate, job.federation.cohort
     if rate is not None:
         coins = torch.rand(len(population), generator=generator, dtype=torch.float64)
         return [population[i] for i in (coins < rate).nonzero().flatten().tolist()]
-    return some(population, len(population) if count is None else count, generator)
+    if count is None:
+        return list(population)
+    return some(population, round_up(count * job.federation.over_sampling), generator)
 
 
 def some(population: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
@@ -156,32 +170,44 @@ def some(population: Sequence[str], count: int, generator: torch.Generator) -> l
     return [population[i] for i in sorted(chosen)]
 
 
-def train(run: Run, cohort: Sequence[str], round: int) -> Screened:
-    """Send the model to the cohort and collect usable updates.
+def train(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[str, Any]]:
+    """Send the model to the cohort and collect usable updates; and what is logged of simulated time.
 
     Raises:
         InconsistentUpdates: fewer than the quorum came back, several times over.
     """
-    needed = max(1, round_up(run.job.federation.quorum * len(cohort)))
+    goal = min(run.job.federation.cohort or len(cohort), len(cohort))
+    needed = max(1, round_up(run.job.federation.quorum * goal))
+    before = elapsed(run.log)
     for attempt in range(1, ATTEMPTS + 1):
-        plan = run.strategy.plan(run.state, round)
-        request = _request(run, "train", round, plan)
-        replies = run.carrier.exchange(request, cohort, run.job.federation.round_timeout)
-        screened = look_at(replies, cohort, run.tensors, round)
+        turnout = run.clock(Call(round, attempt, cohort, goal, size_of(run.tensors)))
+        request = _request(run, "train", round, run.strategy.plan(run.state, round))
+        enough = len(turnout.names) >= needed or not cohort
+        asked = turnout.names if enough else []
+        replies = run.carrier.exchange(request, asked, run.job.federation.round_timeout)
+        screened = look_at(replies, asked, run.tensors, round)
         run.bytes_down += len(cohort) * size_of(run.tensors)
         run.bytes_up += len(screened.updates) * size_of(run.tensors)
         for name, reason in screened.set_aside.items():
             logger.warning("round %d: set aside %s: %s", round, name, reason)
         if len(screened.updates) >= needed or not cohort:
-            return screened
+            return screened, turnout.logged(before)
+        before += turnout.seconds or 0.0
         logger.warning(
             "round %d abandoned: %d of %d usable updates, needed %d (attempt %d of %d)",
-            round, len(screened.updates), len(cohort), needed, attempt, ATTEMPTS,
+            round, len(screened.updates) if enough else len(turnout.names), goal, needed, attempt, ATTEMPTS,
         )  # fmt: skip
-    reasons = "; ".join(f"{name}: {why}" for name, why in list(screened.set_aside.items())[:3])
-    raise InconsistentUpdates(
-        f"round {round}: {len(screened.updates)} of {len(cohort)} usable updates,"
-        f" needed {needed} ({reasons})"
+    raise InconsistentUpdates(_below_quorum(run, screened, turnout, goal, needed))
+
+
+def _below_quorum(run: Run, screened: Screened, turnout: Turnout, goal: int, needed: int) -> str:
+    reasons = [f"{name}: {why}" for name, why in list(screened.set_aside.items())[:3]]
+    usable = len(screened.updates)
+    if turnout.seconds is not None and len(turnout.names) < needed:
+        reasons = [f"{turnout.unavailable} clients not available, {turnout.late} late"]
+        usable = len(turnout.names)
+    return (
+        f"round {run.round + 1}: {usable} of {goal} usable updates, needed {needed} ({'; '.join(reasons)})"
         + ("; go on after the last whole round with --resume" if run.round else "")
     )
 
@@ -264,7 +290,7 @@ def _log_line(
     cohort: Sequence[str],
     screened: Screened,
     metrics: dict[str, float],
-    seconds: dict[str, float],
+    seconds: dict[str, Any],
 ) -> dict[str, Any]:
     states = stacked(screened.updates).states if screened.updates else {}
     count = float(states["train_loss.count"].sum()) if states else 0.0

@@ -14,6 +14,7 @@ from server.play import check_job, play
 from server.rounds import Watch
 from server.rundir import check_free
 from sim.baselines import Comparison
+from sim.devices import clock_of
 from sim.inline import InlineCarrier, LoopCarrier
 from sim.population import Population
 from sim.workers import PooledCarrier
@@ -49,6 +50,7 @@ def simulate(
         "watch": watch,
         "resume": resume,
         "force": force,
+        "clock": clock_of(population),
     }
     if engine == "ray":
         from sim.ray import simulate_on_ray

@@ -1,0 +1,60 @@
+"""Who of a cohort takes part in a round, and how long the round lasts by the devices' own clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """A round's call to its cohort: how many updates it wants, and how many bytes travel each way."""
+
+    round: int
+    attempt: int
+    cohort: Sequence[str]
+    goal: int
+    bytes_each_way: int
+
+
+@dataclass(frozen=True)
+class Turnout:
+    """Those whose updates count, and what became of the others.
+
+    `seconds` is how long the round took by the simulated clock; None where time is not simulated.
+    """
+
+    names: Sequence[str]
+    seconds: float | None = None
+    unavailable: int = 0
+    late: int = 0
+    surplus: int = 0
+
+    def logged(self, elapsed: float) -> dict[str, Any]:
+        """For the round's line; `elapsed` is the simulated time before the round, in seconds."""
+        if self.seconds is None:
+            return {}
+        return {
+            "simulated": {
+                "seconds": self.seconds,
+                "elapsed": elapsed + self.seconds,
+                "unavailable": self.unavailable,
+                "late": self.late,
+                "surplus": self.surplus,
+            }
+        }
+
+
+Clock = Callable[[Call], Turnout]
+"""Decides a call's turnout. A real federation's clients decide it themselves."""
+
+
+def everybody(call: Call) -> Turnout:
+    """Time is not simulated: the whole cohort is asked."""
+    return Turnout(call.cohort)
+
+
+def elapsed(log: Sequence[dict[str, Any]]) -> float:
+    """Simulated seconds until the end of the last round of a log."""
+    return float(log[-1]["simulated"]["elapsed"]) if log and "simulated" in log[-1] else 0.0
