@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from client.at_once import AT_ONCE
 from protocol.errors import ConfigError
 from protocol.job import Job
 from server.carrier import Carrier
@@ -63,18 +64,16 @@ def simulate(
 
 
 def check_engine(job: Job, engine: str) -> None:
-    """Raises ConfigError unless there is such an engine and it can train what the job tunes."""
+    """Raises ConfigError unless there is such an engine."""
     if engine not in ENGINES:
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
-    if engine == "cohort" and job.tune.method != "head":
-        raise ConfigError(
-            f"--engine cohort: trains heads only, found tune.method = {job.tune.method!r}; use inline"
-        )
 
 
 def _carrier(population: Population, engine: str, workers: int, stack: ExitStack) -> Carrier:
     if engine == "loop":
         return LoopCarrier.of(population)
+    if engine == "cohort" and population.job.tune.method != "head":
+        return InlineCarrier.of(population, at_once=True)
     if workers > 1 and population.job.tune.method != "head":
         return stack.enter_context(PooledCarrier(population, workers))
     return InlineCarrier.of(population, workers)
@@ -87,6 +86,11 @@ def path_taken(job: Job, engine: str, workers: int) -> str:
     if job.tune.method == "head":
         threads = "" if workers == 1 else f" in {workers} threads"
         return f"a cohort's heads at once{threads}: the backbone is frozen"
+    if engine == "cohort":
+        return (
+            f"{AT_ONCE} clients at once by torch.func, as --engine cohort asks:"
+            " other bits than one by one, and dropout is drawn for all together"
+        )
     places = "in this process" if workers == 1 else f"in {workers} processes"
     return f"one client after the other {places}: {job.tune.method} tunes the backbone"
 

@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from client.at_once import train_at_once
 from client.heads import Examples, HeadWork, Local, train_heads
 from client.site import Held, Site, local_training
 from protocol.cohort import StackedUpdates, joined
@@ -101,11 +102,12 @@ class IndexedSite(Site):
     """All simulated clients in this process; a cohort of heads trains on rows of one table.
 
     With several `workers` it trains as so many blocks, each in a thread of its own; the bits stay
-    the same.
+    the same. `at_once` trains what isn't a head by torch.func, whose bits are others.
     """
 
     population: Population = field(kw_only=True)
     workers: int = 1
+    at_once: bool = False
     _index: dict[int, Index] = field(default_factory=dict)
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
@@ -114,7 +116,15 @@ class IndexedSite(Site):
         torch.set_num_threads(learner.job.train.threads)
         if request.kind != "train":
             return self._measure(learner, request, names)
-        if not learner.uses_features or not names:
+        if not names:
+            return []
+        if not learner.uses_features and self.at_once:
+            shards = {name: self._hold(learner, name, request.facts).train for name in names}
+            job = learner.job
+            return train_at_once(
+                learner, request.tensors, shards, job, round=request.round, plan=request.plan
+            )
+        if not learner.uses_features:
             return super().answer(request, names)
         examples, works = self.index(learner).works(names)
         return self._train(examples, works, request.tensors, local_training(learner, request))

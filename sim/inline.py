@@ -23,9 +23,10 @@ class InlineCarrier:
     engine: str = "inline"
 
     @classmethod
-    def of(cls, population: Population, workers: int = 1) -> Self:
+    def of(cls, population: Population, workers: int = 1, *, at_once: bool = False) -> Self:
         """A carrier to every client of the population; heads train in so many threads."""
-        return cls(population, IndexedSite(population, population=population, workers=workers))
+        site = IndexedSite(population, population=population, workers=workers, at_once=at_once)
+        return cls(population, site, "cohort" if at_once else "inline")
 
     def hello(self, job: Job) -> Roll:
         return self.population.roll(job)

@@ -121,3 +121,23 @@ def _pretrained(auto: Any, backbone: Backbone, config: Any) -> Any:
     return auto.from_pretrained(
         None, config=config, state_dict=load_weights(weights), dtype=torch.float32, output_loading_info=True
     )
+
+
+def mask_always(model: nn.Module) -> None:
+    """Let transformers' attention take its mask as it is: to leave out a full one it looks at the values.
+
+    A vectorised map (torch.func) has no values to look at.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def whole_mask(*args: Any, **options: Any) -> Any:
+        return sdpa_mask(*args, **options | {"allow_is_bidirectional_skip": False})
+
+    AttentionInterface.register("sdpa_whole_mask", sdpa_attention_forward)
+    AttentionMaskInterface.register("sdpa_whole_mask", whole_mask)
+    for module in model.modules():
+        choose = getattr(module, "set_attn_implementation", None)
+        if choose is not None:
+            choose("sdpa_whole_mask")

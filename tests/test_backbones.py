@@ -170,7 +170,7 @@ def test_a_damaged_weights_file_is_refused_by_name(
     assert not (tmp_path / "canary").exists()
 
 
-def tiny_bert(folder: Path) -> Path:
+def tiny_bert(folder: Path, **config_keys: float) -> Path:
     """A really saved transformers encoder of two small layers, with its tokenizer."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -179,7 +179,7 @@ def tiny_bert(folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(words))
     config = BertConfig(
         vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64,
+        intermediate_size=64, max_position_embeddings=64, **config_keys,
     )  # fmt: skip
     torch.manual_seed(0)
     BertModel(config).save_pretrained(folder)
