@@ -94,9 +94,24 @@ def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], lo
     groups: dict[int, list[HeadWork]] = {}
     for work in works:
         groups.setdefault(rows_per_batch(len(work.rows), local.job.train.batch_size), []).append(work)
-    trained = joined([_train_group(head, examples, g, size, local) for size, g in groups.items()])
+    parts = []
+    for size, group in groups.items():
+        count = _fitting(head, size)
+        for start in range(0, len(group), count):
+            parts.append(_train_group(head, examples, group[start : start + count], size, local))
+    trained = joined(parts)
     place = {client: i for i, client in enumerate(trained.clients)}
     return trained.take([place[work.client] for work in works])
+
+
+CACHE_NUMBERS = 1 << 20
+"""Numbers that a block of clients works on at a time: more of them don't stay in a core's cache."""
+
+
+def _fitting(head: Tensors, size: int) -> int:
+    """How many clients make a block, by the numbers of one: its head and the inputs of one batch."""
+    widths = [padded(layer.inputs) * (layer.outputs + size) for layer in Layers.of(head).layers]
+    return max(1, CACHE_NUMBERS // sum(widths))
 
 
 def rows_per_batch(count: int, batch_size: int) -> int:

@@ -93,14 +93,21 @@ class Drawn:
         return [rows for part in batched(clients, AT_ONCE) for rows in self._rows(part)]
 
     def _rows(self, clients: Sequence[int]) -> list[Rows]:
-        seeds = np.array([stream_seed(self.seed, "shard", i) for i in clients], dtype=np.uint64)
+        numbers = np.array(clients, dtype=np.uint64) ^ np.uint64(stream_seed(self.seed, "shard"))
+        seeds = random_numbers(numbers, 1)[:, 0]
         # More than are needed, for rows that come twice count once.
         draws = 2 * self.examples + 8
         classes = 0 if self.alpha is None else len(self.counts)
         bits = random_numbers(seeds, 2 * classes + 2 * draws) >> np.uint64(11)
         uniform = bits.astype(np.float64) * 2.0**-53
         place = self._places(uniform[:, : 2 * classes], uniform[:, 2 * classes :])
-        return [_first_different(self.deck[line], self.examples) for line in place]
+        drawn = self.deck[place]
+        ordered = np.sort(drawn[:, : self.examples], axis=1)
+        twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+        return [
+            _first_different(line, self.examples) if again else line[: self.examples]
+            for line, again in zip(drawn, twice.tolist(), strict=True)
+        ]
 
     def _places(self, shares: NDArray[np.float64], draws: NDArray[np.float64]) -> Rows:
         """Places in the deck, [clients, draws]."""
@@ -136,8 +143,5 @@ def batched(clients: Sequence[int], size: int) -> list[Sequence[int]]:
 
 def _first_different(rows: Rows, count: int) -> Rows:
     """The first `count` different values, in the order in which they came."""
-    head = np.sort(rows[:count])
-    if (head[1:] != head[:-1]).all():
-        return rows[:count]
     _, first = np.unique(rows, return_index=True)
     return rows[np.sort(first)[:count]]
