@@ -18,9 +18,6 @@ Rows = NDArray[np.int64]
 AT_ONCE = 256
 """Clients whose draws are in memory together."""
 
-LOOKED_AT = 10_000
-"""Clients up to which it is found out which rows they all hold."""
-
 
 class Dealing(Protocol):
     """Rows of the training table by the clients' numbers."""
@@ -34,20 +31,16 @@ class Dealing(Protocol):
         """The rows of each of those clients, in the order they were dealt."""
         ...
 
-    def held(self) -> Rows:
-        """The rows that some client holds, sorted."""
-        ...
-
 
 @dataclass(frozen=True)
 class Dealt:
-    """Every row belongs to one client: `deck[starts[i]:starts[i + 1]]` are client i's."""
+    """Client i holds `deck[starts[i]:starts[i + 1]]`."""
 
     deck: Rows
     starts: Rows
 
     @classmethod
-    def of(cls, hands: Sequence[Sequence[int]]) -> Dealt:
+    def of(cls, hands: Sequence[Sequence[int] | Rows]) -> Dealt:
         """Each client's rows, one behind the other."""
         starts = np.concatenate([[0], np.cumsum([len(hand) for hand in hands])]).astype(np.int64)
         return cls(np.concatenate([np.asarray(hand, dtype=np.int64) for hand in hands]), starts)
@@ -57,7 +50,12 @@ class Dealt:
         return np.diff(self.starts)
 
     def held(self) -> Rows:
-        return np.sort(self.deck)
+        """The rows that some client holds, sorted."""
+        return np.unique(self.deck)
+
+    def among(self, held: Rows) -> Dealt:
+        """The same hands from a table of those rows alone."""
+        return Dealt(np.searchsorted(held, self.deck), self.starts)
 
     def rows(self, clients: Sequence[int]) -> list[Rows]:
         return [self.deck[self.starts[i] : self.starts[i + 1]] for i in clients]
@@ -82,12 +80,6 @@ class Drawn:
     @property
     def sizes(self) -> Rows:
         return np.full(self.clients, self.examples, dtype=np.int64)
-
-    def held(self) -> Rows:
-        """Of more clients than are looked at one by one it is said that they hold every row."""
-        if self.clients > LOOKED_AT:
-            return np.sort(self.deck)
-        return np.unique(np.concatenate(self.rows(range(self.clients))))
 
     def rows(self, clients: Sequence[int]) -> list[Rows]:
         return [rows for part in batched(clients, AT_ONCE) for rows in self._rows(part)]

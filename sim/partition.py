@@ -78,16 +78,22 @@ def _by_value(deck: Rows, table: datasets.Dataset, by: str, clients: int) -> Dea
     return Dealt(deck[np.argsort(owner, kind="stable")], starts)
 
 
-def _drawn(deck: Rows, table: datasets.Dataset, rule: Resampled, job: Job) -> Drawn:
+LISTED = 10_000
+"""Clients up to which it is drawn at once what each holds; of more, what the cohort holds every round."""
+
+
+def _drawn(deck: Rows, table: datasets.Dataset, rule: Resampled, job: Job) -> Dealing:
     _, label = np.unique(np.array(table["label"])[deck], return_inverse=True)
-    return Drawn(
+    clients = job.federation.clients
+    drawn = Drawn(
         deck[np.argsort(label, kind="stable")],
         np.bincount(label),
-        job.federation.clients,
+        clients,
         rule.examples,
         rule.alpha,
         stream_seed(job.seed, "partition"),
     )
+    return Dealt.of(drawn.rows(range(clients))) if clients <= LISTED else drawn
 
 
 def _by_partitioner(deck: Rows, table: datasets.Dataset, job: Job) -> Dealt:

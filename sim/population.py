@@ -13,7 +13,7 @@ import numpy as np
 from protocol.job import Job
 from server.roll import Roll
 from server.testset import hold_out, read_source
-from sim.dealing import Dealing, Rows
+from sim.dealing import Dealing, Dealt, Rows
 from sim.partition import partition
 from tasks import task_named
 from tasks.lazy import Picked
@@ -45,6 +45,9 @@ class Population:
         train, test = hold_out(table, job)
         keys = example_keys(train)
         dealing = partition(train, ranked(keys, job.seed, "partition"), job)
+        if isinstance(dealing, Dealt) and len(held := dealing.held()) < len(keys):
+            train, keys = train.select(held), [keys[row] for row in held.tolist()]
+            dealing = dealing.among(held)
         return cls(job, train, test, keys, dealing, table.notes)
 
     def names(self, job: Job) -> Sequence[str]:
@@ -52,9 +55,7 @@ class Population:
 
     def roll(self, job: Job) -> Roll:
         """All clients, without asking each: what they hold between them is one table."""
-        held = self.dealing.held()
-        table = self.train if len(held) == len(self.train) else self.train.select(held)
-        facts = task_named(job.task.name).describe(table, job.data)
+        facts = task_named(job.task.name).describe(self.train, job.data)
         return Roll(self.names(job), self.dealing.sizes, [facts])
 
     def dataset(self, job: Job, client: str) -> datasets.Dataset:
