@@ -38,7 +38,7 @@ from sim.population import Population
 from sim.workers import PooledCarrier
 
 CLIENTS, COHORT, EXAMPLES, BATCH, LR = 100, 10, 50, 10, 0.05
-TOLERANCE = 0.06
+TOLERANCE = 0.02
 
 
 def write_source(images: Images, path: Path) -> None:
