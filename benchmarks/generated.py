@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import torch
 
+from benchmarks.workload import Workload
 from protocol.job import Job
 from sim.dealing import Dealt
 from sim.population import Population
@@ -17,22 +17,14 @@ from tasks.features import FeatureCache
 from tasks.reading import example_keys
 
 
-def population_of(
-    features: torch.Tensor,
-    targets: torch.Tensor,
-    folder: Path,
-    *,
-    cohort: int,
-    rounds: int,
-    train: dict[str, Any],
-) -> Population:
-    """Clients with the given features [clients, examples, width] and targets [clients, examples].
+def population_of(workload: Workload, folder: Path) -> Population:
+    """The workload's clients, whose inputs are features.
 
     Each example is a distinct text whose feature is put into the cache beforehand, under a
     backbone that is never loaded.
     """
-    clients, examples, width = features.shape
-    backbone = _backbone(folder, width)
+    features = torch.from_numpy(workload.inputs)
+    backbone = _backbone(folder, features.shape[1])
     job = Job.parse(
         {
             "name": "generated",
@@ -40,21 +32,25 @@ def population_of(
             "task": {"name": "text-classification"},
             "data": {"source": "generated", "validation_fraction": 0.0},
             "backbone": {"name": str(backbone)},
-            "train": train,
-            "federation": {"clients": clients, "cohort": cohort, "rounds": rounds},
+            "train": {"batch_size": workload.batch, "lr": workload.lr},
+            "federation": {
+                "clients": workload.clients,
+                "cohort": workload.cohort,
+                "rounds": workload.rounds,
+            },
             "evaluate": {"every": 1_000_000},
         },
         origin="benchmark",
     )
     table = datasets.Dataset.from_dict(
         {
-            "text": [f"generated {i}" for i in range(clients * examples)],
-            "label": [f"{c:03d}" for c in targets.reshape(-1).tolist()],
+            "text": [f"generated {i}" for i in range(len(features))],
+            "label": [f"{c:03d}" for c in workload.targets.tolist()],
         }
     )
     keys = example_keys(table)
-    dealt = Dealt(np.arange(clients * examples), np.arange(clients + 1) * examples)
-    _fill_cache(job, keys, features.reshape(-1, width))
+    _fill_cache(job, keys, features)
+    dealt = Dealt(np.arange(len(features)), np.asarray(workload.starts))
     return Population(job, table, table.select([]), keys, dealt)
 
 

@@ -38,7 +38,7 @@ def train_model(
     summed = 0.0
     with global_stream(job.seed, "dropout", round, client):
         for rows in batches(len(shard), job, round, client):
-            batch = model.backbone.prepare([shard.inputs[row] for row in rows])
+            batch = learner.batch(shard, rows)
             outputs = model({name: t.to(device) for name, t in batch.items()})
             loss = learner.task.loss(outputs, shard.targets[rows].to(device))
             optimizer.zero_grad()

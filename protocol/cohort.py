@@ -63,8 +63,15 @@ def stacked(updates: Sequence[Update]) -> StackedUpdates:
         round=updates[0].round,
         delta={name: torch.stack([u.delta[name] for u in updates]) for name in updates[0].delta},
         num_examples=tuple(u.num_examples for u in updates),
-        states={name: torch.stack([u.states[name] for u in updates]) for name in updates[0].states},
+        states=stacked_states(updates),
     )
+
+
+def stacked_states(updates: Sequence[Update]) -> Tensors:
+    """The updates' metric states alone, stacked: deltas may be large."""
+    if isinstance(updates, StackedUpdates):
+        return updates.states
+    return {name: torch.stack([u.states[name] for u in updates]) for name in updates[0].states}
 
 
 def joined(parts: Sequence[StackedUpdates]) -> StackedUpdates:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from protocol.cohort import StackedUpdates, stacked
+from protocol.cohort import StackedUpdates, stacked_states
 from protocol.errors import ConfigError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import Failure, Measurement, Reply, Request
@@ -292,7 +292,7 @@ def _log_line(
     metrics: dict[str, float],
     seconds: dict[str, Any],
 ) -> dict[str, Any]:
-    states = stacked(screened.updates).states if screened.updates else {}
+    states = stacked_states(screened.updates) if screened.updates else {}
     count = float(states["train_loss.count"].sum()) if states else 0.0
     return {
         "round": run.round,

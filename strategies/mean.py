@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from protocol.cohort import stacked
+from protocol.cohort import StackedUpdates
 from protocol.errors import InconsistentUpdates
 from protocol.messages import Update
 from protocol.tensors import Tensors
@@ -19,29 +19,47 @@ from protocol.tensors import Tensors
 def weighted_mean(updates: Sequence[Update]) -> Tensors:
     """Deltas averaged by example count, in float64.
 
-    The sum runs over the stacked updates in the order given, so the same updates in the same
+    The sum runs over the updates in the order given, so the same updates in the same
     order give the same bits, whether they arrived one by one or trained as one cohort.
 
     Raises:
         InconsistentUpdates: there is no update, or none has an example.
     """
-    cohort = stacked(updates) if len(updates) else None
-    total = sum(cohort.num_examples) if cohort else 0
-    if cohort is None or total == 0:
+    counts = (
+        updates.num_examples if isinstance(updates, StackedUpdates) else [u.num_examples for u in updates]
+    )
+    total = sum(counts)
+    if total == 0:
         raise InconsistentUpdates("no examples behind any update: nothing to average")
-    weights = torch.tensor(cohort.num_examples, dtype=torch.float64)
-    return {name: _weighted_sum(weights, delta) / total for name, delta in cohort.delta.items()}
+    weights = torch.tensor(counts, dtype=torch.float64)
+    if isinstance(updates, StackedUpdates):
+        return {name: _of_stack(weights, delta) / total for name, delta in updates.delta.items()}
+    return {name: _of_each(weights, [u.delta[name] for u in updates]) / total for name in updates[0].delta}
 
 
-COLUMNS = 1 << 16
-"""Values of a client that are summed in float64 at a time: memory stays bounded for large models."""
+BLOCK = 1 << 19
+"""Values of all clients that are summed in float64 at a time: they stay in the processor's cache."""
 
 
-def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Sum over the first dimension, [clients, …] to […], in float64."""
-    flat = values.reshape(len(values), -1)
-    parts = [weights @ part.to(torch.float64) for part in torch.split(flat, COLUMNS, dim=1)]
-    return torch.cat(parts).reshape(values.shape[1:])
+def _of_stack(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Weighted sum over the first dimension, [clients, …] to […], in float64."""
+    parts = torch.split(values.reshape(len(values), -1), _columns(weights), dim=1)
+    return torch.cat([_weighted_sum(weights, part) for part in parts]).reshape(values.shape[1:])
+
+
+def _of_each(weights: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same of one tensor a client, which are stacked a block at a time: a large model only once."""
+    parts = zip(*(torch.split(v.reshape(-1), _columns(weights)) for v in values), strict=True)
+    return torch.cat([_weighted_sum(weights, torch.stack(part)) for part in parts]).reshape(values[0].shape)
+
+
+def _columns(weights: torch.Tensor) -> int:
+    return max(1, BLOCK // len(weights))
+
+
+def _weighted_sum(weights: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """[clients, columns] to [columns]."""
+    return weights @ block.to(torch.float64)
 
 
 def moved(model: Tensors, step: Tensors) -> Tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,7 +19,8 @@ from protocol.streams import global_stream
 from protocol.tensors import Tensors
 from tasks import tuning
 from tasks.features import FeatureCache, Progress, cache_key, cached_features, extract
-from tasks.seam import Encoder, Model, Shard, Task
+from tasks.ready import ReadyInputs
+from tasks.seam import Batch, Encoder, Model, Shard, Task
 from tasks.vision_encoder import torchvision_width
 from tasks.weights import Backbone, resolve
 
@@ -35,6 +36,7 @@ class Learner:
     facts: Facts
     backbone: Backbone
     progress: Progress | None = None
+    _ready: ReadyInputs = field(default_factory=ReadyInputs)
 
     @classmethod
     def of(cls, job: Job, task: Task, facts: Facts, progress: Progress | None = None) -> Learner:
@@ -75,6 +77,10 @@ class Learner:
             head = self._fresh_head(self.width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
         return {name: t.cpu() for name, t in tuning.values(self.model).items()}
+
+    def batch(self, shard: Shard, rows: Sequence[int]) -> Batch:
+        """Some rows of a shard as the backbone takes them; they are decoded once, not every epoch."""
+        return self.encoder.batch(self._ready.of(self.encoder, shard, rows))
 
     def features(self, shard: Shard) -> torch.Tensor:
         """Features [n, width] of a shard, from the cache where they are there."""

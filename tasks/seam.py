@@ -58,9 +58,17 @@ class Encoder(nn.Module):
     model: nn.Module
     width: int
 
+    def ready(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        """Each raw input as a tensor that depends on no other input, so that it can be kept."""
+        raise NotImplementedError
+
+    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+        """Inputs that are ready as one batch of tensors."""
+        raise NotImplementedError
+
     def prepare(self, inputs: Sequence[Any]) -> Batch:
         """Raw inputs as one batch of tensors."""
-        raise NotImplementedError
+        return self.batch(self.ready(inputs))
 
     def fixed_batches(self, inputs: Sequence[Any], size: int) -> Iterable[tuple[list[int], Batch]]:
         """(rows, batch) whose shapes don't depend on which other inputs there are.

@@ -37,11 +37,14 @@ class TextEncoder(Encoder):
         mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(1) / mask.sum(1)
 
-    def prepare(self, inputs: Sequence[str]) -> Batch:
-        return self._padded(self._token_ids(inputs), None)
+    def ready(self, inputs: Sequence[str]) -> list[torch.Tensor]:
+        return [torch.tensor(ids, dtype=torch.int64) for ids in self._token_ids(inputs)]
+
+    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+        return self._padded(ready, None)
 
     def fixed_batches(self, inputs: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
-        ids = self._token_ids(inputs)
+        ids = self.ready(inputs)
         lengths = [_bucket(len(i), self._max_tokens) for i in ids]
         for length in sorted(set(lengths)):
             members = [row for row, bucket in enumerate(lengths) if bucket == length]
@@ -55,13 +58,13 @@ class TextEncoder(Encoder):
         ids: list[list[int]] = coded["input_ids"]
         return ids
 
-    def _padded(self, ids: Sequence[list[int]], length: int | None) -> Batch:
+    def _padded(self, ids: Sequence[torch.Tensor], length: int | None) -> Batch:
         length = length or max(len(i) for i in ids)
         pad = self._tokenizer.pad_token_id or 0
         tokens = torch.full((len(ids), length), pad, dtype=torch.int64)
         mask = torch.zeros((len(ids), length), dtype=torch.int64)
         for row, tokens_of_row in enumerate(ids):
-            tokens[row, : len(tokens_of_row)] = torch.tensor(tokens_of_row, dtype=torch.int64)
+            tokens[row, : len(tokens_of_row)] = tokens_of_row
             mask[row, : len(tokens_of_row)] = 1
         return {"input_ids": tokens, "attention_mask": mask}
 

@@ -43,8 +43,11 @@ class VisionEncoder(Encoder):
         features: torch.Tensor = output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
         return features
 
-    def prepare(self, inputs: Sequence[bytes]) -> Batch:
-        return {"pixel_values": torch.stack([self._pixels(data) for data in inputs])}
+    def ready(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
+        return [self._pixels(data) for data in inputs]
+
+    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+        return {"pixel_values": torch.stack(list(ready))}
 
     def fixed_batches(self, inputs: Sequence[bytes], size: int) -> Iterator[tuple[list[int], Batch]]:
         for start in range(0, len(inputs), size):

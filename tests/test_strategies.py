@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.cohort import stacked
 from protocol.errors import ConfigError, InconsistentUpdates
 from protocol.job import StrategySection
 from protocol.messages import Update
-from strategies import STRATEGIES, build_strategy
+from strategies import STRATEGIES, build_strategy, mean
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedOpt, adagrad, adam, yogi
 from strategies.flower import FlowerStrategy, flower_names
@@ -22,6 +23,20 @@ def test_fedavg_weights_by_examples() -> None:
     model = {"w": torch.tensor([10.0])}
     merged, _ = FedAvg().merge(model, [update([1.0], 1), update([5.0], 3)], {})
     assert merged["w"].tolist() == [14.0]  # 10 + (1*1 + 3*5) / 4
+
+
+@pytest.mark.parametrize(("clients", "values", "block"), [(3, 1, 2), (7, 1001, 64), (10, 12345, 1 << 19)])
+def test_the_mean_has_the_same_bits_of_a_stack_as_of_single_updates(
+    clients: int, values: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(clients)
+    deltas = torch.randn(clients, values, 1, generator=draw)
+    single = [Update(str(i), 1, {"w": delta}, i + 1) for i, delta in enumerate(deltas)]
+    weights = torch.arange(1, clients + 1, dtype=torch.float64).view(-1, 1, 1)
+    whole = (weights * deltas.to(torch.float64)).sum(0) / weights.sum()
+    monkeypatch.setattr(mean, "BLOCK", block)
+    for updates in (single, stacked(single)):
+        assert torch.equal(mean.weighted_mean(updates)["w"], whole)
 
 
 def test_server_momentum_carries_the_last_step() -> None:

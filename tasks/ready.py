@@ -1,0 +1,36 @@
+"""Inputs that were decoded once and are kept, as long as they fit: the same every epoch and round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tasks.seam import Encoder, Shard
+
+KEPT_BYTES = 512 << 20
+"""Of a process, for one learner; what was needed least recently is let go."""
+
+
+class ReadyInputs:
+    """What an encoder makes of single examples, by the hash of each example's content."""
+
+    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+        self._limit = kept_bytes
+        self._kept: dict[bytes, torch.Tensor] = {}
+        self._bytes = 0
+
+    def of(self, encoder: Encoder, shard: Shard, rows: Sequence[int]) -> list[torch.Tensor]:
+        """Those rows of a shard, ready for a batch; the caller must not write into them."""
+        wanted = {shard.keys[row]: row for row in rows}
+        ready = {key: self._kept.pop(key) for key in wanted if key in self._kept}
+        missing = [key for key in wanted if key not in ready]
+        if missing:
+            made = encoder.ready([shard.inputs[wanted[key]] for key in missing])
+            ready.update(zip(missing, made, strict=True))
+            self._bytes += sum(tensor.nbytes for tensor in made)
+        # Back behind all others: the first ones are those not asked for the longest.
+        self._kept.update(ready)
+        while self._bytes > self._limit:
+            self._bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+        return [ready[shard.keys[row]] for row in rows]

@@ -1,0 +1,98 @@
+"""What the benchmark scripts are made of: the workload's file, turns, environments."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import environments, head_tuning
+from benchmarks.environments import NotInstalled, environment_of
+from benchmarks.turns import Row, System, chosen, report, take_turns
+from benchmarks.workload import Workload, seconds_between
+
+
+def small(rounds: int = 3) -> Workload:
+    inputs = np.arange(12, dtype=np.float32).reshape(6, 2)
+    targets = np.array([0, 1, 0, 1, 0, 1])
+    return Workload("linear", inputs, targets, np.array([1, 3, 2]), inputs, targets, 2, 2, 0.1, rounds)
+
+
+def system(key: str, accuracy: float = 0.9, **options: bool) -> System:
+    return System(key, key, lambda: ([9.0, 0.5, 0.5], accuracy), **options)
+
+
+def test_a_workload_reads_back_as_it_was_saved(tmp_path: Path) -> None:
+    made = small()
+    made.save(tmp_path / "w.safetensors")
+    read = Workload.load(tmp_path / "w.safetensors")
+    assert (read.clients, read.classes, read.cohort, read.rounds) == (3, 2, 2, 3)
+    assert np.array_equal(read.client(1)[0], made.inputs[1:4])
+    assert np.array_equal(read.client(2)[1], [0, 1])
+
+
+def test_uneven_clients_have_between_5_and_200_examples() -> None:
+    sizes = head_tuning.made(1, uneven=True).sizes
+    assert len(sizes) == 1000
+    assert 5 <= sizes.min() < 10
+    assert 150 < sizes.max() <= 200
+
+
+def test_rounds_are_timed_from_end_to_end() -> None:
+    assert seconds_between([1.0, 3.0, 3.5]) == [2.0, 0.5]
+
+
+def test_a_family_of_systems_or_one_of_it_can_be_chosen() -> None:
+    systems = [system("atoll-1"), system("atoll-2"), system("pfl-1")]
+    assert [s.key for s in chosen(systems, "atoll")] == ["atoll-1", "atoll-2"]
+    assert [s.key for s in chosen(systems, "pfl-1,atoll-2")] == ["atoll-2", "pfl-1"]
+    with pytest.raises(SystemExit, match=r"no system 'flour', expected some of atoll, atoll-1"):
+        chosen(systems, "flour")
+
+
+def test_a_table_has_a_line_for_every_system_and_the_first_round_is_a_warm_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def absent() -> tuple[list[float], float]:
+        raise NotInstalled("not installed: no such version")
+
+    rows = take_turns([system("atoll-1"), System("fluke", "fluke", absent)], 2)
+    assert report(rows, small(), 2, tolerance=0.02) == 0
+    said = capsys.readouterr().out
+    assert "500.00" in said  # ms: the median of .5 and .5, not of 9
+    assert "fluke                         not installed: no such version" in said
+
+
+def test_a_system_that_learns_something_else_is_named_and_fails_the_script(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [Row(system(f"loop-{i}")) for i in range(3)]
+    rows += [Row(system("fedlab", 0.5)), Row(system("bare", float("nan"), limit=True))]
+    for row in rows:
+        row.take_turn()
+    assert report(rows, small(), 1, tolerance=0.02) == 1
+    assert "fedlab: accuracy 0.500, the others' 0.900" in capsys.readouterr().out
+
+
+def test_an_environment_is_made_anew_when_its_pins_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def make(peer: str, folder: Path, pins: Path) -> None:
+        made.append(pins.read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(environments, "FOLDER", tmp_path / "environments")
+    monkeypatch.setattr(environments, "PINS", tmp_path)
+    monkeypatch.setattr(environments, "_make", make)
+    (tmp_path / "peer.txt").write_text("thing==1  # why\n")
+    assert environment_of("peer").versions == environment_of("peer").versions == "thing==1"
+    (tmp_path / "peer.txt").write_text("thing==2\n")
+    assert environment_of("peer").versions == "thing==2"
+    assert made == ["thing==1  # why\n", "thing==2\n"]
+
+
+def test_a_failed_installation_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    with pytest.raises(NotInstalled, match=r"^not installed: \S.*$"):
+        environments._do("peer", [environments.sys.executable, "-m", "pip", "install", "./nothing-here"])
