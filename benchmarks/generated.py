@@ -12,7 +12,7 @@ import torch
 
 from protocol.job import Job
 from sim.population import Population
-from tasks.features import FeatureCache
+from tasks.feature_cache import FeatureCache
 from tasks.reading import example_keys
 
 

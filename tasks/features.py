@@ -13,22 +13,22 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from protocol.errors import DataError
 from protocol.job import BackboneSection
+from tasks.feature_cache import FeatureCache
 from tasks.seam import Batch, Encoder, Shard
 from tasks.weights import Backbone
 
 BATCH = 16
 """Rows of every batch that features are computed in; part of the cache's key."""
+
+FORMAT = 2
+"""Of the files that features are kept in."""
 
 CHUNK = 2048
 """Examples after which features are put on the disk: no more than these are lost in a kill."""
@@ -43,6 +43,7 @@ def cache_key(backbone: Backbone, section: BackboneSection, threads: int) -> str
     import transformers
 
     parts = {
+        "format": FORMAT,
         "weights": backbone.fingerprint,
         "name": backbone.name,
         "max_tokens": section.max_tokens,
@@ -54,60 +55,6 @@ def cache_key(backbone: Backbone, section: BackboneSection, threads: int) -> str
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
-class FeatureCache:
-    """Features by example key, in safetensors files of one folder; safe to share and to kill."""
-
-    folder: Path
-    _rows: dict[bytes, tuple[int, int]] = field(default_factory=dict)
-    _parts: list[torch.Tensor] = field(default_factory=list)
-    _seen: set[str] = field(default_factory=set)
-
-    def missing(self, keys: Sequence[bytes]) -> list[int]:
-        """Places of the keys that have no features yet, the first of equal keys only."""
-        if any(key not in self._rows for key in keys):
-            self._read_new_files()
-        first: dict[bytes, int] = {}
-        for place, key in enumerate(keys):
-            if key not in self._rows:
-                first.setdefault(key, place)
-        return sorted(first.values())
-
-    def take(self, keys: Sequence[bytes]) -> torch.Tensor:
-        """Features [len(keys), width] of keys that are all there."""
-        places = [self._rows[key] for key in keys]
-        width = self._parts[places[0][0]].shape[1]
-        out = torch.empty((len(keys), width))
-        for row, (part, index) in enumerate(places):
-            out[row] = self._parts[part][index]
-        return out
-
-    def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
-        """Add features; written under a temporary name, then renamed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        table = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).copy()).reshape(-1, 32)
-        name = hashlib.sha256(b"".join(keys)).hexdigest()[:24] + ".safetensors"
-        temporary = self.folder / f".{os.getpid()}-{name}"
-        save_file({"keys": table, "features": features.contiguous()}, temporary)
-        temporary.replace(self.folder / name)
-        self._add(name, keys, features)
-
-    def _read_new_files(self) -> None:
-        for file in sorted(self.folder.glob("[!.]*.safetensors")):
-            if file.name not in self._seen:
-                part = load_file(file)
-                flat = part["keys"].numpy().tobytes()
-                keys = [flat[i : i + 32] for i in range(0, len(flat), 32)]
-                self._add(file.name, keys, part["features"])
-
-    def _add(self, name: str, keys: Sequence[bytes], features: torch.Tensor) -> None:
-        self._seen.add(name)
-        self._parts.append(features)
-        part = len(self._parts) - 1
-        for row, key in enumerate(keys):
-            self._rows.setdefault(key, (part, row))
 
 
 def extract(

@@ -17,7 +17,8 @@ from protocol.messages import Facts
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
 from tasks import tuning
-from tasks.features import FeatureCache, Progress, cache_key, cached_features, extract
+from tasks.feature_cache import FeatureCache
+from tasks.features import Progress, cache_key, cached_features, extract
 from tasks.seam import Encoder, Model, Shard, Task
 from tasks.vision_encoder import torchvision_width
 from tasks.weights import Backbone, resolve
