@@ -12,7 +12,6 @@ import torch
 
 from protocol.job import Job
 from sim.population import Population
-from tasks.feature_cache import FeatureCache
 from tasks.reading import example_keys
 
 
@@ -72,6 +71,6 @@ def _fill_cache(job: Job, keys: list[bytes], features: torch.Tensor) -> None:
     from tasks.learner import Learner
 
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
-    cache: FeatureCache = learner._cache
+    cache = learner._plain.cache
     if cache.missing(keys):
         cache.put(keys, features)

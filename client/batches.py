@@ -28,9 +28,15 @@ def batches(count: int, job: Job, round: int, client: str) -> list[list[int]]:
     return [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
 
 
-def epoch_seeds(job: Job, round: int, client: str) -> list[int]:
-    """The seed of each local epoch's permutation."""
-    return [stream_seed(job.seed, "shuffle", round, client, epoch) for epoch in range(job.train.epochs)]
+def epoch_seeds(job: Job, round: int, client: str, purpose: str = "shuffle") -> list[int]:
+    """The seed of each local epoch's permutation, or of what else is drawn in every epoch."""
+    return [stream_seed(job.seed, purpose, round, client, epoch) for epoch in range(job.train.epochs)]
+
+
+def view_numbers(views: int, seeds: Sequence[int], count: int) -> NDArray[np.int64]:
+    """The view of each of `count` examples, drawn evenly from `views` with each seed, [len(seeds), count]."""
+    numbers = random_numbers(np.array(seeds, dtype=np.uint64), count)
+    return (numbers % np.uint64(views)).astype(np.int64)
 
 
 def permutations(counts: Sequence[int], seeds: Sequence[int]) -> NDArray[np.int64]:

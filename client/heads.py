@@ -10,14 +10,14 @@ That was seen to hold with one thread; the number of threads is fixed by the job
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.batches import epoch_seeds, permutations
+from client.batches import epoch_seeds, permutations, view_numbers
 from client.steps import stepper
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
@@ -28,22 +28,35 @@ ALIGN = 16
 
 @dataclass(frozen=True)
 class Examples:
-    """Features [n, padded width] and targets [n] that several clients' rows point into."""
+    """Features [views * n, padded width] and their targets, which several clients' rows point into.
+
+    View v of example i is in row v * n + i.
+    """
 
     features: torch.Tensor
     targets: torch.Tensor
+    views: int = 1
 
     @classmethod
     def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> Examples:
-        """Features [n, width] with zeros behind, up to a multiple of 16 columns, on their device."""
-        padding = -features.shape[1] % ALIGN
+        """Features [n, width] or [views, n, width] of targets [n], on their device.
+
+        Zeros stand behind the features, up to a multiple of 16 columns.
+        """
+        padding = -features.shape[-1] % ALIGN
+        views = len(features) if features.ndim == 3 else 1
         padded = torch.nn.functional.pad(features, (0, padding)).contiguous()
-        return cls(padded.to(device), targets.to(device))
+        return cls(padded.flatten(0, -2).to(device), targets.repeat(views).to(device), views)
+
+    @property
+    def count(self) -> int:
+        """How many examples there are, whatever their views."""
+        return len(self.targets) // self.views
 
 
 @dataclass(frozen=True)
 class HeadWork:
-    """One client's part of a round: its rows of the examples."""
+    """One client's part of a round: its rows of the examples, in the first view."""
 
     client: str
     rows: NDArray[np.int64]
@@ -101,7 +114,7 @@ def _train_group(
     plan: Mapping[str, float],
 ) -> StackedUpdates:
     device = job.train.device
-    schedule = _schedule(works, size, job, round)
+    schedule = _schedule(works, size, job, round, examples)
     start = _stack(head, len(works), examples.features.shape[1], device)
     now = {name: tensor.clone() for name, tensor in start.items()}
     losses = _descend(now, start, examples, schedule, job, plan.get("proximal_mu", 0.0))
@@ -122,7 +135,7 @@ def _train_group(
     )
 
 
-def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedule:
+def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:
     works = sorted(works, key=lambda work: -len(work.rows))
     counts = np.array([len(work.rows) for work in works])
     per_epoch = -(-counts // job.train.batch_size)
@@ -135,9 +148,9 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedu
         len(works), int(per_epoch[0]) * epochs, size
     )
     share = np.zeros(rows.shape, dtype=np.float32)
-    for epoch in range(epochs):
+    for epoch, seen in enumerate(_rows_seen(own, works, examples, job, round)):
         order = permutations(counts.tolist(), [s[epoch] for s in seeds])
-        shuffled = np.take_along_axis(own, order, axis=1)
+        shuffled = np.take_along_axis(seen, order, axis=1)
         _lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
     return _Schedule(
         works,
@@ -145,6 +158,19 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedu
         torch.from_numpy(share.transpose(1, 0, 2).copy()).to(job.train.device),
         (per_epoch * epochs).tolist(),
     )
+
+
+def _rows_seen(
+    own: NDArray[np.int64], works: list[HeadWork], examples: Examples, job: Job, round: int
+) -> Iterator[NDArray[np.int64]]:
+    """Each epoch's rows of every client, [clients, rows]: in views drawn from the client's stream."""
+    drawn = [epoch_seeds(job, round, work.client, "view") for work in works] if examples.views > 1 else []
+    for epoch in range(job.train.epochs):
+        if drawn:
+            views = view_numbers(examples.views, [seeds[epoch] for seeds in drawn], own.shape[1])
+            yield own + examples.count * views
+        else:
+            yield own
 
 
 def _lay_out(

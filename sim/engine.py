@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from client.site import UNCACHED
 from protocol.errors import ConfigError
 from protocol.job import Job
 from server.carrier import Carrier
@@ -68,12 +69,14 @@ def check_engine(job: Job, engine: str) -> None:
         raise ConfigError(
             f"--engine cohort: trains heads only, found tune.method = {job.tune.method!r}; use inline"
         )
+    if engine == "cohort" and not job.trains_on_features:
+        raise ConfigError("--engine cohort: expected train.cached_views with train.augment; or use inline")
 
 
 def _carrier(population: Population, engine: str, workers: int, stack: ExitStack) -> Carrier:
     if engine == "loop":
         return LoopCarrier.of(population)
-    if workers > 1 and population.job.tune.method != "head":
+    if workers > 1 and not population.job.trains_on_features:
         return stack.enter_context(PooledCarrier(population, workers))
     return InlineCarrier.of(population, workers)
 
@@ -82,20 +85,25 @@ def path_taken(job: Job, engine: str, workers: int) -> str:
     """How clients train, and why, in one line."""
     if engine == "loop":
         return "one client after the other, as --engine loop asks"
-    if job.tune.method == "head":
+    if job.trains_on_features:
         threads = "" if workers == 1 else f" in {workers} threads"
-        return f"a cohort's heads at once{threads}: the backbone is frozen"
+        views = job.train.cached_views
+        seen = f", {views} views of every example are cached" if views else ""
+        return f"a cohort's heads at once{threads}: the backbone is frozen{seen}"
     places = "in this process" if workers == 1 else f"in {workers} processes"
-    return f"one client after the other {places}: {job.tune.method} tunes the backbone"
+    why = f"{job.tune.method} tunes the backbone" if job.tune.method != "head" else UNCACHED
+    return f"one client after the other {places}: {why}"
 
 
 def warmed(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:
     """The test set; before it is handed out, all features are computed, with every core at work."""
 
     def test_set(learner: Learner) -> Shard | None:
-        learner.progress = progress
+        learner.progress, job = progress, learner.job
         if learner.uses_features:
             learner.features(population.whole(learner))
+        if job.trains_on_features:
+            learner.training_features(population.whole(learner))
         test = population.test_shard(learner)
         if test is not None and learner.uses_features:
             learner.features(test)

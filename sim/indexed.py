@@ -50,9 +50,11 @@ class Index:
         place[np.array(population.order)] = np.arange(len(whole))
         rank = np.empty(len(whole), dtype=np.int64)
         rank[ranked(whole.keys, learner.job.seed, "validation")] = np.arange(len(whole))
-        fits = learner.uses_features and len(whole) * learner.width * 4 <= TABLE_BYTES
-        device = learner.job.train.device
-        examples = Examples.of(learner.features(whole), whole.targets, device) if fits else None
+        job = learner.job
+        held = len(whole) * (job.train.cached_views or 1)
+        fits = job.trains_on_features and held * learner.width * 4 <= TABLE_BYTES
+        features = learner.training_features(whole) if fits else None
+        examples = None if features is None else Examples.of(features, whole.targets, job.train.device)
         return cls(whole, [np.sort(place[rows]) for rows in population.rows], rank, examples)
 
     def train_rows(self, client: int, fraction: float) -> NDArray[np.int64]:
@@ -129,7 +131,7 @@ class IndexedSite(Site):
         index = self._indexed(learner)
         train, validation = index.split(number_of(name), learner.job.data.validation_fraction)
         part = index.whole.select(train.tolist())
-        features = learner.features(part) if learner.uses_features else None
+        features = learner.training_features(part) if learner.job.trains_on_features else None
         return Held(part, index.whole.select(validation.tolist()), features)
 
 

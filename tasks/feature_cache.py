@@ -102,6 +102,12 @@ class FeatureCache:
     _parts: dict[str, Part] = field(default_factory=dict)
     _refused: set[str] = field(default_factory=set)
 
+    @property
+    def width(self) -> int:
+        """Of the features that are there; there must be some."""
+        width: int = next(iter(self._parts.values())).features.shape[1]
+        return width
+
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """Places of the keys that have no features yet, the first of equal keys only."""
         distinct, first = np.unique(key_table(keys), return_index=True)
@@ -113,13 +119,13 @@ class FeatureCache:
         return places
 
     def take(self, keys: Sequence[bytes], out: torch.Tensor | None = None) -> torch.Tensor:
-        """Features [len(keys), width] of keys that are all there, written to `out` where there is one.
+        """Features [len(keys), width] of keys that are all there, in `out` where it is given.
 
         Raises:
             KeyError: one isn't there.
         """
         table = key_table(keys)
-        out = self._room_for(len(table)) if out is None else out
+        out = torch.empty((len(table), self.width)) if out is None else out
         distinct, first, inverse = np.unique(table, return_index=True, return_inverse=True)
         self._copy(distinct, out, first)
         source = first[inverse]
@@ -149,9 +155,6 @@ class FeatureCache:
         for part in self._parts.values():
             absent[part.match(keys)[0]] = False
         return np.flatnonzero(absent)
-
-    def _room_for(self, count: int) -> torch.Tensor:
-        return torch.empty((count, next(iter(self._parts.values())).features.shape[1]))
 
     def _copy(self, keys: NDArray[np.void], out: torch.Tensor, to: NDArray[np.int64]) -> None:
         """Copy the features of sorted, distinct keys to the rows `to`."""
@@ -227,7 +230,7 @@ class FeatureCache:
 
     def _merge(self, parts: Sequence[Part]) -> None:
         table = np.unique(np.concatenate([part.keys for part in parts]))
-        features = self._room_for(len(table))
+        features = torch.empty((len(table), self.width))
         self._copy(table, features, np.arange(len(table)))
         merged = self._write(table, features)
         for part in parts:
