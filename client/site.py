@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 KEPT_SHARDS = 4096
 """Clients whose shard and features a process keeps in memory; the least recent are let go."""
+
+SECONDS_OF_SILENCE = 10.0
+"""Between two lines on how far the features are."""
 
 UNCACHED = "training features are not cached, for train.augment varies inputs and there are no cached_views"
 
@@ -64,6 +68,18 @@ class Held:
     train: Shard
     validation: Shard
     features: torch.Tensor | None
+
+
+@dataclass
+class LoggedProgress:
+    """Says from time to time how many features are computed."""
+
+    said: float = field(default_factory=time.monotonic)
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.said >= SECONDS_OF_SILENCE:
+            self.said = time.monotonic()
+            logger.info("features: %d of %d examples", done, total)
 
 
 @dataclass
@@ -129,7 +145,7 @@ class Site:
         if key not in self._learners:
             self._learners.clear()
             self._held.clear()
-            learner = Learner.of(job, task_named(job.task.name), facts)
+            learner = Learner.of(job, task_named(job.task.name), facts, LoggedProgress())
             learner.check_fingerprint()
             if learner.uses_features and not job.trains_on_features:
                 logger.info("job %s: %s", job.name, UNCACHED)

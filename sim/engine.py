@@ -45,6 +45,7 @@ def simulate(
     check_job(job)
     population = Population.of(job)
     watch("population", {"population": population})
+    watch("path", {"path": path_taken(job, engine, workers)})
     options: dict[str, Any] = {
         "baselines": Comparison(population),
         "watch": watch,
@@ -57,7 +58,6 @@ def simulate(
         return simulate_on_ray(job, out, workers, warmed(population, progress), options)
     with ExitStack() as stack:
         carrier = _carrier(population, engine, workers, stack)
-        watch("path", {"path": path_taken(job, engine, workers)})
         return play(job, carrier, out, warmed(population, progress), **options)
 
 
@@ -86,11 +86,13 @@ def path_taken(job: Job, engine: str, workers: int) -> str:
     if engine == "loop":
         return "one client after the other, as --engine loop asks"
     if job.trains_on_features:
-        threads = "" if workers == 1 else f" in {workers} threads"
+        heads = "a cohort's heads at once" if engine != "ray" else "heads in blocks on Ray"
+        threads = f" in {workers} threads" if workers > 1 and engine != "ray" else ""
         views = job.train.cached_views
         seen = f", {views} views of every example are cached" if views else ""
-        return f"a cohort's heads at once{threads}: the backbone is frozen{seen}"
+        return f"{heads}{threads}: the backbone is frozen{seen}"
     places = "in this process" if workers == 1 else f"in {workers} processes"
+    places = "on Ray" if engine == "ray" else places
     why = f"{job.tune.method} tunes the backbone" if job.tune.method != "head" else UNCACHED
     return f"one client after the other {places}: {why}"
 
@@ -100,7 +102,8 @@ def warmed(population: Population, progress: Progress | None) -> Callable[[Learn
 
     def test_set(learner: Learner) -> Shard | None:
         learner.progress, job = progress, learner.job
-        if learner.uses_features:
+        measured = job.data.validation_fraction > 0 or not job.train.augment
+        if learner.uses_features and measured:
             learner.features(population.whole(learner))
         if job.trains_on_features:
             learner.training_features(population.whole(learner))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from client.site import UNCACHED
 from protocol.errors import ConfigError, InconsistentUpdates, InputError
 from protocol.job import Job
 from protocol.messages import Failure, Reply, Request, Update
@@ -159,7 +160,10 @@ def test_what_is_measured_is_never_augmented(tmp_path: Path) -> None:
         assert run(job(train=train | still), tmp_path / name)["final"] == plain["final"]
 
 
-def test_without_kept_views_every_batch_is_augmented_anew_and_the_path_says_so(tmp_path: Path) -> None:
+def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "client")
     said: list[str] = []
 
     def watch(step: str, what: dict[str, Any]) -> None:
@@ -173,6 +177,7 @@ def test_without_kept_views_every_batch_is_augmented_anew_and_the_path_says_so(t
         "one client after the other in this process: training features are not cached,"
         " for train.augment varies inputs and there are no cached_views"
     ]
+    assert caplog.messages.count(f"job digits: {UNCACHED}") == 2  # once in each run
     with pytest.raises(ConfigError, match=r"--engine cohort: expected train\.cached_views"):
         run(varied, tmp_path / "cohort", engine="cohort")
 
