@@ -95,8 +95,13 @@ def _interrupt_once(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.disable()
+        sys.unraisablehook = _say_nothing
     interrupted.set()
     raise KeyboardInterrupt
+
+
+def _say_nothing(_: object) -> None:
+    """An interrupt that met a `__del__` is lost there, but not to us; Python would print where."""
 
 
 def _stand_on_open_streams() -> None:

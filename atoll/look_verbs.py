@@ -101,6 +101,8 @@ def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
         job = Job.parse(saved["job"], origin=str(about))
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{about}: damaged: {error}") from None
+    # Compiling takes longer than a few inputs do.
+    job = job.model_copy(update={"backbone": job.backbone.model_copy(update={"compile": False})})
     task = task_named(job.task.name)
     tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
     learner = Learner.of(job, task, saved["facts"])

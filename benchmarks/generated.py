@@ -13,7 +13,6 @@ from benchmarks.workload import Workload
 from protocol.job import Job
 from sim.dealing import Dealt
 from sim.population import Population
-from tasks.features import FeatureCache
 from tasks.reading import example_keys
 
 
@@ -69,6 +68,6 @@ def _fill_cache(job: Job, keys: list[bytes], features: torch.Tensor) -> None:
     from tasks.learner import Learner
 
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
-    cache: FeatureCache = learner._cache
+    cache = learner._plain.cache
     if cache.missing(keys):
         cache.put(keys, features)

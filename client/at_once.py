@@ -25,7 +25,7 @@ from protocol.tensors import Tensors
 from tasks import tuning
 from tasks.learner import Learner
 from tasks.loading import mask_always
-from tasks.seam import Batch, Shard
+from tasks.seam import Batch, Shard, Variation
 
 AT_ONCE = 16
 """Clients that are trained together: memory grows with them."""
@@ -104,9 +104,10 @@ def _train(
     )
 
 
-def _item(learner: Learner, shard: Shard, place: int, rows: Sequence[int]) -> _Item:
-    batch = learner.model.backbone.prepare([shard.inputs[row] for row in rows])
-    return _Item(place, batch, shard.targets[rows])
+def _item(
+    learner: Learner, shard: Shard, place: int, rows: Sequence[int], varied: Variation | None = None
+) -> _Item:
+    return _Item(place, learner.batch(shard, rows, varied), shard.targets[rows])
 
 
 def _reached(learner: Learner, shard: Shard, rows: Sequence[int]) -> list[str]:

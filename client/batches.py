@@ -30,14 +30,21 @@ def batches(count: int, job: Job, round: int, client: str) -> list[list[int]]:
     return [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
 
 
-def epoch_seeds(job: Job, round: int, clients: Sequence[str], epoch: int) -> NDArray[np.uint64]:
-    """The seed of each client's permutation in one local epoch, [clients].
+def epoch_seeds(
+    job: Job, round: int, clients: Sequence[str], epoch: int, purpose: str = "shuffle"
+) -> NDArray[np.uint64]:
+    """The seed of each client's permutation in one local epoch, or of what else is drawn in it, [clients].
 
     A client's is its own number mixed with one of the epoch, so that a cohort's take one hash together.
     """
-    number = np.uint64(stream_seed(job.seed, "shuffle", round, epoch))
+    number = np.uint64(stream_seed(job.seed, purpose, round, epoch))
     mixed: NDArray[np.uint64] = random_numbers(_numbers(clients) ^ number, 1)[:, 0]
     return mixed
+
+
+def view_numbers(views: int, seeds: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+    """The view of each of `count` examples, drawn evenly from `views` with each seed, [len(seeds), count]."""
+    return (random_numbers(seeds, count) % np.uint64(views)).astype(np.int64)
 
 
 def _numbers(clients: Sequence[str]) -> NDArray[np.uint64]:

@@ -9,7 +9,7 @@ thread; the number of threads is fixed by the job.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.batches import epoch_seeds, permutations
+from client.batches import epoch_seeds, permutations, view_numbers
 from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded, squared_norms
 from client.steps import is_plain, stepper
 from protocol.cohort import StackedUpdates, joined
@@ -28,27 +28,38 @@ from protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class Examples:
-    """Features [n, padded width] and targets that several clients' rows point into.
+    """Features [views * n, padded width] and their targets, which several clients' rows point into.
 
-    Targets are classes [n] for softmax, labels or values [n, outputs] for the other losses.
+    View v of example i is in row v * n + i. Targets are classes for softmax, labels or values
+    [views * n, outputs] for the other losses.
     """
 
     features: torch.Tensor
     targets: torch.Tensor
+    views: int = 1
 
     @classmethod
     def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> Examples:
-        """Features [n, width] with a one for the bias and zeros behind, on their device."""
-        count, width = features.shape
-        table = torch.zeros((count, padded(width)))
-        table[:, :width] = features
-        table[:, width] = 1
-        return cls(table.to(device), targets.to(device))
+        """Features [n, width] or [views, n, width] of targets [n], on their device.
+
+        Behind the features stand a one for the bias, and zeros.
+        """
+        views = len(features) if features.ndim == 3 else 1
+        flat = features.reshape(-1, features.shape[-1])
+        table = torch.zeros((len(flat), padded(flat.shape[1])))
+        table[:, : flat.shape[1]] = flat
+        table[:, flat.shape[1]] = 1
+        return cls(table.to(device), torch.cat([targets] * views).to(device), views)
+
+    @property
+    def count(self) -> int:
+        """How many examples there are, whatever their views."""
+        return len(self.targets) // self.views
 
 
 @dataclass(frozen=True)
 class HeadWork:
-    """One client's part of a round: its rows of the examples."""
+    """One client's part of a round: its rows of the examples, in the first view."""
 
     client: str
     rows: NDArray[np.int64]
@@ -145,7 +156,7 @@ def _train_group(
 ) -> StackedUpdates:
     job = local.job
     layers = Layers.of(head)
-    schedule = _schedule(works, size, job, local.round)
+    schedule = _schedule(works, size, job, local.round, examples)
     start = layers.stack(head, job.train.device)
     now = [matrix.repeat(len(works), 1, 1) for matrix in start]
     losses = _descend(layers, now, start, examples, schedule, local)
@@ -162,7 +173,7 @@ def _train_group(
     )
 
 
-def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedule:
+def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:
     works = sorted(works, key=lambda work: -len(work.rows))
     counts = np.array([len(work.rows) for work in works])
     per_epoch = -(-counts // job.train.batch_size)
@@ -175,9 +186,9 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedu
         len(works), int(per_epoch[0]) * epochs, size
     )
     share = np.zeros(rows.shape, dtype=np.float32)
-    for epoch in range(epochs):
+    for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round)):
         order = permutations(counts.tolist(), epoch_seeds(job, round, clients, epoch))
-        shuffled = np.take_along_axis(own, order, axis=1)
+        shuffled = np.take_along_axis(seen, order, axis=1)
         _lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
     return _Schedule(
         works,
@@ -185,6 +196,18 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int) -> _Schedu
         torch.from_numpy(share.transpose(1, 0, 2).copy()).to(job.train.device),
         (per_epoch * epochs).tolist(),
     )
+
+
+def _rows_seen(
+    own: NDArray[np.int64], clients: Sequence[str], examples: Examples, job: Job, round: int
+) -> Iterator[NDArray[np.int64]]:
+    """Each epoch's rows of every client, [clients, rows]: in views drawn from the client's stream."""
+    for epoch in range(job.train.epochs):
+        if examples.views > 1:
+            seeds = epoch_seeds(job, round, clients, epoch, "view")
+            yield own + examples.count * view_numbers(examples.views, seeds, own.shape[1])
+        else:
+            yield own
 
 
 def _lay_out(

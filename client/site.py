@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -30,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 KEPT_SHARDS = 4096
 """Clients whose shard and features a process keeps in memory; the least recent are let go."""
+
+SECONDS_OF_SILENCE = 10.0
+"""Between two lines on how far the features are."""
+
+UNCACHED = "training features are not cached, for train.augment varies inputs and there are no cached_views"
 
 
 class Shards(Protocol):
@@ -58,11 +64,23 @@ class Shards(Protocol):
 
 @dataclass(frozen=True)
 class Held:
-    """One client's shard, split; features of the training part where the backbone is frozen."""
+    """One client's shard, split; where training sees nothing else, its features [views, n, width]."""
 
     train: Shard
     validation: Shard
     features: torch.Tensor | None
+
+
+@dataclass
+class LoggedProgress:
+    """Says from time to time how many features are computed."""
+
+    said: float = field(default_factory=time.monotonic)
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.said >= SECONDS_OF_SILENCE:
+            self.said = time.monotonic()
+            logger.info("features: %d of %d examples", done, total)
 
 
 @dataclass
@@ -128,8 +146,10 @@ class Site:
         if key not in self._learners:
             self._learners.clear()
             self._held.clear()
-            learner = Learner.of(job, task_named(job.task.name), facts)
+            learner = Learner.of(job, task_named(job.task.name), facts, LoggedProgress())
             learner.check_fingerprint()
+            if learner.uses_features and not job.trains_on_features:
+                logger.info("job %s: %s", job.name, UNCACHED)
             self._learners[key] = learner
         return self._learners[key]
 
@@ -140,7 +160,7 @@ class Site:
             return self._held[key]
         shard = learner.task.shard(self.shards.dataset(learner.job, name), facts)
         part, validation = learner.split(shard)
-        features = learner.features(part) if learner.uses_features else None
+        features = learner.training_features(part) if learner.job.trains_on_features else None
         while len(self._held) >= KEPT_SHARDS:
             self._held.pop(next(iter(self._held)))
         self._held[key] = Held(part, validation, features)
@@ -160,7 +180,7 @@ class Site:
 
 def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterable[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
-    if learner.uses_features and held:
+    if learner.job.trains_on_features and held:
         examples, works = heads_of(held, learner.job.train.device)
         return train_heads(request.tensors, examples, works, local_training(learner, request))
     return (
@@ -181,13 +201,13 @@ def local_training(learner: Learner, request: Request) -> Local:
 def heads_of(held: dict[str, Held], device: str) -> tuple[Examples, list[HeadWork]]:
     """The held shards' features in one table, and which of its rows are whose."""
     parts = [h.features for h in held.values() if h.features is not None]
-    ends = np.cumsum([len(part) for part in parts]).tolist()
+    ends = np.cumsum([len(h.train) for h in held.values()]).tolist()
     works = [
-        HeadWork(name, np.arange(end - len(part), end))
-        for name, part, end in zip(held, parts, ends, strict=True)
+        HeadWork(name, np.arange(end - len(h.train), end))
+        for (name, h), end in zip(held.items(), ends, strict=True)
     ]
     targets = torch.cat([h.train.targets for h in held.values()])
-    return Examples.of(torch.cat(parts), targets, device), works
+    return Examples.of(torch.cat(parts, dim=1), targets, device), works
 
 
 def evaluate(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator[Measurement]:

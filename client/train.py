@@ -10,11 +10,11 @@ from client.batches import batches
 from client.steps import torch_optimizer
 from protocol.job import Job
 from protocol.messages import Update
-from protocol.streams import global_stream
+from protocol.streams import global_stream, stream
 from protocol.tensors import Tensors
 from tasks import tuning
 from tasks.learner import Learner
-from tasks.seam import Shard
+from tasks.seam import Shard, Variation
 
 
 def train_model(
@@ -37,8 +37,8 @@ def train_model(
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     summed = 0.0
     with global_stream(job.seed, "dropout", round, client):
-        for rows in batches(len(shard), job, round, client):
-            batch = learner.batch(shard, rows)
+        for number, rows in enumerate(batches(len(shard), job, round, client)):
+            batch = learner.batch(shard, rows, variation(job, round, client, number))
             outputs = model({name: t.to(device) for name, t in batch.items()})
             loss = learner.task.loss(outputs, shard.targets[rows].to(device))
             optimizer.zero_grad()
@@ -58,6 +58,14 @@ def train_model(
             "train_loss.count": torch.tensor(count).double(),
         },
     )
+
+
+def variation(job: Job, round: int, client: str, number: int) -> Variation | None:
+    """How the inputs of a round's batch vary at random; not at all, unless the job says so."""
+    if not job.train.augment:
+        return None
+    draw = stream(job.seed, "augment", round, client, number)
+    return Variation(job.train.augment, lambda place: draw)
 
 
 def _pull_back(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:

@@ -99,6 +99,8 @@ class BackboneSection(Section):
     max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     pool: Literal["mean", "first"] = "mean"
+    channels_last: bool = False
+    compile: bool = False
 
 
 class TuneSection(Section):
@@ -131,11 +133,19 @@ class TrainSection(Section):
     weight_decay: NotNegative = 0.0
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     device: str = "cpu"
+    augment: tuple[str, ...] = ()
+    cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
     @model_validator(mode="after")
     def _momentum_is_for_sgd(self) -> TrainSection:
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum has no meaning with optimizer = {self.optimizer!r}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _views_are_of_what_varies(self) -> TrainSection:
+        if self.cached_views is not None and not self.augment:
+            raise ValueError("cached_views has no meaning without augment: remove it")
         return self
 
 
@@ -215,6 +225,23 @@ class Job(Section):
     strategy: StrategySection = StrategySection()
     privacy: PrivacySection = PrivacySection()
     evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="after")
+    def _features_are_of_a_frozen_backbone(self) -> Job:
+        asked = {
+            "train.cached_views": self.train.cached_views is not None,
+            "backbone.channels_last": self.backbone.channels_last,
+            "backbone.compile": self.backbone.compile,
+        }
+        for key, given in asked.items():
+            if given and self.tune.method != "head":
+                raise ValueError(f"{key} has no meaning with tune.method = {self.tune.method!r}: remove it")
+        return self
+
+    @property
+    def trains_on_features(self) -> bool:
+        """Whether training sees nothing but kept features, of examples as they are or of their views."""
+        return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:

@@ -17,7 +17,7 @@ from server.rounds import Run, TestSet, Watch, all_rounds, open_run
 from server.rundir import RunDirectory
 from strategies import build_strategy
 from tasks import task_named
-from tasks.learner import check_device
+from tasks.learner import check_fits
 from tasks.weights import resolve
 
 
@@ -77,7 +77,6 @@ def check_job(job: Job) -> None:
     Raises:
         ConfigError, WeightsError: it names something that there is not, or not on this machine.
     """
-    task_named(job.task.name)
     build_strategy(job.strategy)
-    check_device(job.train.device)
+    check_fits(job, task_named(job.task.name))
     resolve(job.backbone, job.seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.at_once import AT_ONCE
+from client.site import UNCACHED
 from protocol.errors import ConfigError
 from protocol.job import Job
 from server.carrier import Carrier
@@ -46,6 +47,7 @@ def simulate(
     check_job(job)
     population = Population.of(job)
     watch("population", {"population": population})
+    watch("path", {"path": path_taken(job, engine, workers)})
     options: dict[str, Any] = {
         "baselines": Comparison(population),
         "watch": watch,
@@ -59,7 +61,6 @@ def simulate(
         return simulate_on_ray(job, out, workers, warmed(population, progress), options)
     with ExitStack() as stack:
         carrier = _carrier(population, engine, workers, stack)
-        watch("path", {"path": path_taken(job, engine, workers)})
         return play(job, carrier, out, warmed(population, progress), **options)
 
 
@@ -72,9 +73,9 @@ def check_engine(job: Job, engine: str) -> None:
 def _carrier(population: Population, engine: str, workers: int, stack: ExitStack) -> Carrier:
     if engine == "loop":
         return LoopCarrier.of(population)
-    if engine == "cohort" and population.job.tune.method != "head":
+    if engine == "cohort" and not population.job.trains_on_features:
         return InlineCarrier.of(population, at_once=True)
-    if workers > 1 and population.job.tune.method != "head":
+    if workers > 1 and not population.job.trains_on_features:
         return stack.enter_context(PooledCarrier(population, workers))
     return InlineCarrier.of(population, workers)
 
@@ -83,25 +84,33 @@ def path_taken(job: Job, engine: str, workers: int) -> str:
     """How clients train, and why, in one line."""
     if engine == "loop":
         return "one client after the other, as --engine loop asks"
-    if job.tune.method == "head":
-        threads = "" if workers == 1 else f" in {workers} threads"
-        return f"a cohort's heads at once{threads}: the backbone is frozen"
+    if job.trains_on_features:
+        heads = "a cohort's heads at once" if engine != "ray" else "heads in blocks on Ray"
+        threads = f" in {workers} threads" if workers > 1 and engine != "ray" else ""
+        views = job.train.cached_views
+        seen = f", {views} views of every example are cached" if views else ""
+        return f"{heads}{threads}: the backbone is frozen{seen}"
     if engine == "cohort":
         return (
             f"{AT_ONCE} clients at once by torch.func, as --engine cohort asks:"
             " other bits than one by one, and dropout is drawn for all together"
         )
     places = "in this process" if workers == 1 else f"in {workers} processes"
-    return f"one client after the other {places}: {job.tune.method} tunes the backbone"
+    places = "on Ray" if engine == "ray" else places
+    why = f"{job.tune.method} tunes the backbone" if job.tune.method != "head" else UNCACHED
+    return f"one client after the other {places}: {why}"
 
 
 def warmed(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:
     """The test set; before it is handed out, all features are computed, with every core at work."""
 
     def test_set(learner: Learner) -> Shard | None:
-        learner.progress = progress
-        if learner.uses_features:
+        learner.progress, job = progress, learner.job
+        measured = job.data.validation_fraction > 0 or not job.train.augment
+        if learner.uses_features and measured:
             learner.features(population.whole(learner))
+        if job.trains_on_features:
+            learner.training_features(population.whole(learner))
         test = population.test_shard(learner)
         if test is not None and learner.uses_features:
             learner.features(test)

@@ -55,9 +55,10 @@ class Index:
     def examples(self) -> Examples | None:
         """Features of all training examples, if they are few enough for one table."""
         whole, learner = self.whole, self.learner
-        if len(whole) * learner.width * 4 > TABLE_BYTES:
+        held = len(whole) * (learner.job.train.cached_views or 1)
+        if held * learner.width * 4 > TABLE_BYTES:
             return None
-        return Examples.of(learner.features(whole), whole.targets, learner.job.train.device)
+        return Examples.of(learner.training_features(whole), whole.targets, learner.job.train.device)
 
     @cached_property
     def _validation_rank(self) -> Rows:
@@ -92,7 +93,8 @@ class Index:
             return self.examples, [HeadWork(n, rows) for n, rows in zip(names, parts, strict=True)]
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
         cohort = self.whole.select(used.tolist())
-        examples = Examples.of(self.learner.features(cohort), cohort.targets, self.learner.job.train.device)
+        device = self.learner.job.train.device
+        examples = Examples.of(self.learner.training_features(cohort), cohort.targets, device)
         ends = np.cumsum([len(part) for part in parts])[:-1]
         return examples, [HeadWork(n, rows) for n, rows in zip(names, np.split(places, ends), strict=True)]
 
@@ -118,13 +120,13 @@ class IndexedSite(Site):
             return self._measure(learner, request, names)
         if not names:
             return []
-        if not learner.uses_features and self.at_once:
+        if not learner.job.trains_on_features and self.at_once:
             shards = {name: self._hold(learner, name, request.facts).train for name in names}
             job = learner.job
             return train_at_once(
                 learner, request.tensors, shards, job, round=request.round, plan=request.plan
             )
-        if not learner.uses_features:
+        if not learner.job.trains_on_features:
             return super().answer(request, names)
         examples, works = self.index(learner).works(names)
         return self._train(examples, works, request.tensors, local_training(learner, request))

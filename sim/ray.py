@@ -83,7 +83,7 @@ def simulate_on_ray(
 
     client = ClientApp()
     register(client, block_site)
-    per_worker = 1 if job.tune.method == "head" else BLOCKS_PER_WORKER
+    per_worker = 1 if job.trains_on_features else BLOCKS_PER_WORKER
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * job.train.threads}
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the carrier tells of each failed reply

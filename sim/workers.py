@@ -53,7 +53,7 @@ class PooledCarrier:
             JobError: workers keep dying.
         """
         head, body = encode_request(request)
-        waiting = blocks(names, self.workers, whole=self.population.job.tune.method == "head")
+        waiting = blocks(names, self.workers, whole=self.population.job.trains_on_features)
         for _ in range(RETRIES):
             lost: list[list[str]] = []
             with interrupts_held_back():

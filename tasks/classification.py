@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from protocol.errors import ConfigError, DataError
-from protocol.job import BackboneSection, DataSection
+from protocol.job import BackboneSection, DataSection, Job
 from protocol.messages import Facts
+from tasks.augment import IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
 from tasks.columns import Columns
 from tasks.images import image_bytes, read_image_input
 from tasks.lazy import Cells, Picked
@@ -40,7 +41,19 @@ class Classification:
     writer: Callable[[datasets.Dataset, Path, Columns], None]
     convert: Callable[[Any], Any]
     load_encoder: Callable[[Backbone, BackboneSection, int], Encoder]
+    augmentations: tuple[str, ...]
+    has_channels: bool
     head_loss: Literal["softmax"] = "softmax"
+
+    def check(self, job: Job) -> None:
+        for name in job.train.augment:
+            if name not in self.augmentations:
+                known = ", ".join(map(repr, self.augmentations))
+                raise ConfigError(f"train.augment: expected {known} for {self.name}, found {name!r}")
+        if job.backbone.channels_last and not self.has_channels:
+            raise ConfigError(
+                f"backbone.channels_last: expected false for {self.name}, found true: texts have no channels"
+            )
 
     def read(self, source: Path, data: DataSection) -> Table:
         return self.reader(source, _columns(data))
@@ -147,6 +160,8 @@ TEXT_CLASSIFICATION = Classification(
     writer=write_texts,
     convert=_same,
     load_encoder=load_text_encoder,
+    augmentations=TEXT_AUGMENTATIONS,
+    has_channels=False,
 )
 
 IMAGE_CLASSIFICATION = Classification(
@@ -157,4 +172,6 @@ IMAGE_CLASSIFICATION = Classification(
     writer=write_images,
     convert=image_bytes,
     load_encoder=load_vision_encoder,
+    augmentations=IMAGE_AUGMENTATIONS,
+    has_channels=True,
 )

@@ -13,22 +13,26 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
+from protocol.cache import cache_root
 from protocol.errors import DataError
-from protocol.job import BackboneSection
-from tasks.seam import Batch, Encoder, Shard
+from protocol.job import BackboneSection, Job
+from protocol.streams import stream
+from tasks.compiled import compiler
+from tasks.feature_cache import FeatureCache
+from tasks.seam import Encoder, FixedBatch, Shard, Variation
 from tasks.weights import Backbone
 
 BATCH = 16
 """Rows of every batch that features are computed in; part of the cache's key."""
+
+FORMAT = 2
+"""Of the files that features are kept in."""
 
 CHUNK = 2048
 """Examples after which features are put on the disk: no more than these are lost in a kill."""
@@ -37,85 +41,83 @@ Progress = Callable[[int, int], None]
 """Called with (examples done, examples in all)."""
 
 
-def cache_key(backbone: Backbone, section: BackboneSection, threads: int) -> str:
+@dataclass(frozen=True)
+class View:
+    """Examples as they are, or as `variation` makes them of their keys; and where features are kept."""
+
+    cache: FeatureCache
+    variation: Callable[[Sequence[bytes]], Variation] | None = None
+
+
+def varied_views(job: Job, backbone: Backbone) -> list[View]:
+    """The job's `cached_views`; a view depends on nothing but its number, the seed and the augmentations."""
+    caches = [
+        _cache(job, backbone, augment=job.train.augment, seed=job.seed, view=number)
+        for number in range(job.train.cached_views or 0)
+    ]
+    return [View(cache, partial(_variation, job, number)) for number, cache in enumerate(caches)]
+
+
+def plain_view(job: Job, backbone: Backbone) -> View:
+    """Every example as it is."""
+    return View(_cache(job, backbone))
+
+
+def _variation(job: Job, view: int, keys: Sequence[bytes]) -> Variation:
+    """Draws that depend on seed, view and content, so that every simulation and site makes the same."""
+    return Variation(job.train.augment, lambda row: stream(job.seed, "augment", view, keys[row].hex()))
+
+
+def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:
+    key = cache_key(backbone, job.backbone, job.train.threads, **more)
+    return FeatureCache(cache_root() / "features" / key[:32])
+
+
+def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more: Any) -> str:
     """SHA-256 over everything but the example that a feature's bits depend on."""
     import torchvision
     import transformers
 
     parts = {
+        "format": FORMAT,
         "weights": backbone.fingerprint,
         "name": backbone.name,
+        "preparation": _preparation_print(backbone),
         "max_tokens": section.max_tokens,
         "image_size": section.image_size,
         "pool": section.pool,
+        "channels_last": section.channels_last,
+        "compiler": compiler() if section.compile else None,
         "batch": BATCH,
         "threads": threads,
         "versions": [torch.__version__, torchvision.__version__, transformers.__version__],
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts | more, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass
-class FeatureCache:
-    """Features by example key, in safetensors files of one folder; safe to share and to kill."""
-
-    folder: Path
-    _rows: dict[bytes, tuple[int, int]] = field(default_factory=dict)
-    _parts: list[torch.Tensor] = field(default_factory=list)
-    _seen: set[str] = field(default_factory=set)
-
-    def missing(self, keys: Sequence[bytes]) -> list[int]:
-        """Places of the keys that have no features yet, the first of equal keys only."""
-        if any(key not in self._rows for key in keys):
-            self._read_new_files()
-        first: dict[bytes, int] = {}
-        for place, key in enumerate(keys):
-            if key not in self._rows:
-                first.setdefault(key, place)
-        return sorted(first.values())
-
-    def take(self, keys: Sequence[bytes]) -> torch.Tensor:
-        """Features [len(keys), width] of keys that are all there."""
-        places = [self._rows[key] for key in keys]
-        width = self._parts[places[0][0]].shape[1]
-        out = torch.empty((len(keys), width))
-        for row, (part, index) in enumerate(places):
-            out[row] = self._parts[part][index]
-        return out
-
-    def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
-        """Add features; written under a temporary name, then renamed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        table = torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).copy()).reshape(-1, 32)
-        name = hashlib.sha256(b"".join(keys)).hexdigest()[:24] + ".safetensors"
-        temporary = self.folder / f".{os.getpid()}-{name}"
-        save_file({"keys": table, "features": features.contiguous()}, temporary)
-        temporary.replace(self.folder / name)
-        self._add(name, keys, features)
-
-    def _read_new_files(self) -> None:
-        for file in sorted(self.folder.glob("[!.]*.safetensors")):
-            if file.name not in self._seen:
-                part = load_file(file)
-                flat = part["keys"].numpy().tobytes()
-                keys = [flat[i : i + 32] for i in range(0, len(flat), 32)]
-                self._add(file.name, keys, part["features"])
-
-    def _add(self, name: str, keys: Sequence[bytes], features: torch.Tensor) -> None:
-        self._seen.add(name)
-        self._parts.append(features)
-        part = len(self._parts) - 1
-        for row, key in enumerate(keys):
-            self._rows.setdefault(key, (part, row))
+def _preparation_print(backbone: Backbone) -> str:
+    """A hash of the files beside a backbone's weights: tokenizer, vocabulary, an image's mean."""
+    digest = hashlib.sha256()
+    for file in sorted(backbone.folder.iterdir()) if backbone.folder else ():
+        if file.suffix in (".json", ".txt", ".model") and file.is_file():
+            digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def extract(
-    encoder: Encoder, inputs: Sequence[Any], *, threads: int, device: str, progress: Progress | None = None
+    encoder: Encoder,
+    inputs: Sequence[Any],
+    *,
+    threads: int,
+    device: str,
+    progress: Progress | None = None,
+    variation: Variation | None = None,
 ) -> torch.Tensor:
     """Features [len(inputs), width] in float32, by as many workers as the machine has cores.
 
-    Every worker computes with `threads` threads, so the number of workers changes no bit.
+    Every worker prepares its batches and computes with `threads` threads, so the number of
+    workers changes no bit.
 
     Raises:
         DataError: a feature isn't finite.
@@ -124,17 +126,17 @@ def extract(
     done = 0
     encoder = encoder.to(device).eval()
 
-    def run(item: tuple[list[int], Batch]) -> list[int]:
+    def run(item: FixedBatch) -> list[int]:
         torch.set_num_threads(threads)
-        rows, batch = item
+        rows, prepare = item
         with torch.inference_mode():
-            features = encoder({k: v.to(device) for k, v in batch.items()})[: len(rows)]
+            features = encoder({k: v.to(device) for k, v in prepare().items()})[: len(rows)]
         out[torch.tensor(rows)] = features.to("cpu", torch.float32)
         return rows
 
     workers = max(1, (os.cpu_count() or 1) // threads) if device == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
-        for rows in _lazily(pool, run, encoder.fixed_batches(inputs, BATCH), 2 * workers):
+        for rows in _lazily(pool, run, encoder.fixed_batches(inputs, BATCH, variation), 2 * workers):
             done += len(rows)
             if progress is not None:
                 progress(done, len(inputs))
@@ -145,7 +147,7 @@ def extract(
 
 
 def _lazily(pool: ThreadPoolExecutor, run: Any, items: Any, ahead: int) -> Any:
-    """`pool.map` that prepares only a few items ahead of the work."""
+    """`pool.map` that takes only a few items ahead of the work."""
     waiting = []
     for item in items:
         waiting.append(pool.submit(run, item))
@@ -156,7 +158,7 @@ def _lazily(pool: ThreadPoolExecutor, run: Any, items: Any, ahead: int) -> Any:
 
 
 def cached_features(
-    cache: FeatureCache,
+    views: Sequence[View],
     shard: Shard,
     encoder: Callable[[], Encoder],
     *,
@@ -164,15 +166,27 @@ def cached_features(
     device: str,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """A shard's features [n, width]; the backbone is loaded only if some are missing."""
-    missing = cache.missing(shard.keys)
-    for start in range(0, len(missing), CHUNK):
-        rows = missing[start : start + CHUNK]
-        told = None if progress is None else partial(_told_from, progress, start, len(missing))
-        inputs = [shard.inputs[row] for row in rows]
-        features = extract(encoder(), inputs, threads=threads, device=device, progress=told)
-        cache.put([shard.keys[row] for row in rows], features)
-    return cache.take(shard.keys)
+    """A shard's features [views, n, width]; the backbone is loaded only if some are missing."""
+    missing = [view.cache.missing(shard.keys) for view in views]
+    total, done = sum(map(len, missing)), 0
+    for view, absent in zip(views, missing, strict=True):
+        for start in range(0, len(absent), CHUNK):
+            rows = absent[start : start + CHUNK]
+            keys = [shard.keys[row] for row in rows]
+            features = extract(
+                encoder(),
+                [shard.inputs[row] for row in rows],
+                threads=threads,
+                device=device,
+                progress=None if progress is None else partial(_told_from, progress, done, total),
+                variation=None if view.variation is None else view.variation(keys),
+            )
+            view.cache.put(keys, features)
+            done += len(rows)
+    out = torch.empty((len(views), len(shard), views[0].cache.width))
+    for view, part in zip(views, out, strict=True):
+        view.cache.take(shard.keys, part)
+    return out
 
 
 def _told_from(progress: Progress, start: int, total: int, done: int, part: int) -> None:

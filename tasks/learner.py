@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from protocol.cache import cache_root
 from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.messages import Facts
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
 from tasks import tuning
-from tasks.features import FeatureCache, Progress, cache_key, cached_features, extract
+from tasks.compiled import CompiledEncoder, compiler
+from tasks.features import Progress, View, cached_features, extract, plain_view, varied_views
 from tasks.ready import ReadyInputs
-from tasks.seam import Batch, Encoder, Model, Shard, Task
+from tasks.seam import Batch, Encoder, Model, Shard, Task, Variation
 from tasks.vision_encoder import torchvision_width
 from tasks.weights import Backbone, resolve
 
@@ -46,12 +46,12 @@ class Learner:
             WeightsError: the backbone's weights can't be had.
             ConfigError: the device isn't there.
         """
-        check_device(job.train.device)
+        check_fits(job, task)
         return cls(job, task, facts, resolve(job.backbone, job.seed), progress)
 
     @property
     def uses_features(self) -> bool:
-        """Whether the backbone is frozen as a whole, so that its features never change."""
+        """Whether the backbone is frozen as a whole, so that an example's features never change."""
         return self.job.tune.method == "head"
 
     @cached_property
@@ -67,9 +67,17 @@ class Learner:
         return model.to(self.job.train.device)
 
     @cached_property
-    def _cache(self) -> FeatureCache:
-        key = cache_key(self.backbone, self.job.backbone, self.job.train.threads)
-        return FeatureCache(cache_root() / "features" / key[:32])
+    def _extractor(self) -> Encoder:
+        """The backbone as features are computed with it."""
+        return CompiledEncoder(self.encoder) if self.job.backbone.compile else self.encoder
+
+    @cached_property
+    def _plain(self) -> View:
+        return plain_view(self.job, self.backbone)
+
+    @cached_property
+    def _views(self) -> list[View]:
+        return varied_views(self.job, self.backbone) if self.job.train.augment else [self._plain]
 
     def initial(self) -> Tensors:
         """The trainable tensors before the first round, named as in the model."""
@@ -78,16 +86,25 @@ class Learner:
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
         return {name: t.cpu() for name, t in tuning.values(self.model).items()}
 
-    def batch(self, shard: Shard, rows: Sequence[int]) -> Batch:
-        """Some rows of a shard as the backbone takes them; they are decoded once, not every epoch."""
+    def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
+        """Some rows of a shard as the backbone takes them; they are decoded once, unless they vary."""
+        if variation is not None:
+            return self.encoder.prepare([shard.inputs[row] for row in rows], variation)
         return self.encoder.batch(self._ready.of(self.encoder, shard, rows))
 
     def features(self, shard: Shard) -> torch.Tensor:
-        """Features [n, width] of a shard, from the cache where they are there."""
+        """Features [n, width] of a shard as it is, from the cache where they are there."""
+        return self._features([self._plain], shard)[0]
+
+    def training_features(self, shard: Shard) -> torch.Tensor:
+        """Features [views, n, width] that training draws from: one view where inputs don't vary."""
+        return self._features(self._views, shard)
+
+    def _features(self, views: Sequence[View], shard: Shard) -> torch.Tensor:
         return cached_features(
-            self._cache,
+            views,
             shard,
-            lambda: self.encoder,
+            lambda: self._extractor,
             threads=self.job.train.threads,
             device=self.job.train.device,
             progress=self.progress,
@@ -107,7 +124,7 @@ class Learner:
         if not self.uses_features:
             return self.outputs(tensors, shard)
         train = self.job.train
-        features = extract(self.encoder, shard.inputs, threads=train.threads, device=train.device)
+        features = extract(self._extractor, shard.inputs, threads=train.threads, device=train.device)
         return self._through_head(tensors, features)
 
     def outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
@@ -119,8 +136,8 @@ class Learner:
         device = self.job.train.device
         parts = []
         with torch.inference_mode():
-            for rows, batch in model.backbone.fixed_batches(shard.inputs, EVALUATION_BATCH):
-                output = model({k: v.to(device) for k, v in batch.items()})[: len(rows)].cpu()
+            for rows, prepare in model.backbone.fixed_batches(shard.inputs, EVALUATION_BATCH):
+                output = model({k: v.to(device) for k, v in prepare().items()})[: len(rows)].cpu()
                 parts.append((rows, output))
         ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
         return torch.stack([ordered[row] for row in range(len(shard))])
@@ -203,6 +220,14 @@ def added(states: Iterable[Tensors]) -> Tensors:
         for name, value in state.items():
             total[name] = total[name] + value if name in total else value
     return total
+
+
+def check_fits(job: Job, task: Task) -> None:
+    """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
+    task.check(job)
+    check_device(job.train.device)
+    if job.backbone.compile:
+        compiler()
 
 
 def check_device(device: str) -> None:

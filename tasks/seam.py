@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import nn
 
-from protocol.job import BackboneSection, DataSection
+from protocol.job import BackboneSection, DataSection, Job
 from protocol.messages import Facts
 from protocol.tensors import Tensors
 from tasks.lazy import Picked
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
     from tasks.weights import Backbone
 
 Batch = dict[str, torch.Tensor]
+
+FixedBatch = tuple[list[int], Callable[[], Batch]]
+"""(rows, what prepares them); where the batch has more rows than that, the rest is padding."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How inputs vary at random: by which of the task's augmentations, and each input's own draws."""
+
+    names: tuple[str, ...]
+    stream: Callable[[int], torch.Generator]
+    """By place among the inputs; a generator that several share is drawn from in their order."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +78,14 @@ class Encoder(nn.Module):
         """Inputs that are ready as one batch of tensors."""
         raise NotImplementedError
 
-    def prepare(self, inputs: Sequence[Any]) -> Batch:
-        """Raw inputs as one batch of tensors."""
-        return self.batch(self.ready(inputs))
+    def prepare(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
+        """Raw inputs as one batch of tensors: as they are, or varied at random."""
+        raise NotImplementedError
 
-    def fixed_batches(self, inputs: Sequence[Any], size: int) -> Iterable[tuple[list[int], Batch]]:
-        """(rows, batch) whose shapes don't depend on which other inputs there are.
+    def fixed_batches(
+        self, inputs: Sequence[Any], size: int, variation: Variation | None = None
+    ) -> Iterable[FixedBatch]:
+        """Batches whose shapes don't depend on which other inputs there are; any thread may prepare one.
 
         A row's features are then the same bits whoever its neighbours are.
         """
@@ -103,6 +117,10 @@ class Task(Protocol):
     @property
     def summary(self) -> str:
         """One line for `atoll list tasks`."""
+        ...
+
+    def check(self, job: Job) -> None:
+        """Raises ConfigError where the job asks for what there isn't for this task."""
         ...
 
     def read(self, source: Path, data: DataSection) -> Table:

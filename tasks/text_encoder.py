@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 from protocol.errors import WeightsError
 from protocol.job import BackboneSection
+from tasks.augment import hidden_tokens
 from tasks.loading import load_transformer
-from tasks.seam import Batch, Encoder
+from tasks.seam import Batch, Encoder, FixedBatch, Variation
 from tasks.weights import Backbone
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -38,33 +40,48 @@ class TextEncoder(Encoder):
         return (states * mask).sum(1) / mask.sum(1)
 
     def ready(self, inputs: Sequence[str]) -> list[torch.Tensor]:
-        return [torch.tensor(ids, dtype=torch.int64) for ids in self._token_ids(inputs)]
+        return [torch.tensor(ids, dtype=torch.int64) for ids in self._token_ids(inputs, None)]
 
     def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
         return self._padded(ready, None)
 
-    def fixed_batches(self, inputs: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
-        ids = self.ready(inputs)
+    def prepare(self, inputs: Sequence[str], variation: Variation | None = None) -> Batch:
+        return self._padded(self._token_ids(inputs, variation), None)
+
+    def fixed_batches(
+        self, inputs: Sequence[str], size: int, variation: Variation | None = None
+    ) -> Iterator[FixedBatch]:
+        """The longest first, so that no worker is left with a long batch when the others have done."""
+        ids = self._token_ids(inputs, variation)
         lengths = [_bucket(len(i), self._max_tokens) for i in ids]
-        for length in sorted(set(lengths)):
+        for length in sorted(set(lengths), reverse=True):
             members = [row for row, bucket in enumerate(lengths) if bucket == length]
             for start in range(0, len(members), size):
                 rows = members[start : start + size]
                 filled = rows + [rows[-1]] * (size - len(rows))
-                yield rows, self._padded([ids[r] for r in filled], length)
+                yield rows, partial(self._padded, [ids[r] for r in filled], length)
 
-    def _token_ids(self, inputs: Sequence[str]) -> list[list[int]]:
-        coded = self._tokenizer(list(inputs), truncation=True, max_length=self._max_tokens, padding=False)
+    def _token_ids(self, inputs: Sequence[str], variation: Variation | None) -> list[list[int]]:
+        coded = self._tokenizer(
+            list(inputs),
+            truncation=True,
+            max_length=self._max_tokens,
+            padding=False,
+            return_special_tokens_mask=variation is not None,
+        )
         ids: list[list[int]] = coded["input_ids"]
-        return ids
+        if variation is None:
+            return ids
+        mask, special = self._tokenizer.mask_token_id, coded["special_tokens_mask"]
+        return [hidden_tokens(i, special[p], mask, variation.stream(p)) for p, i in enumerate(ids)]
 
-    def _padded(self, ids: Sequence[torch.Tensor], length: int | None) -> Batch:
+    def _padded(self, ids: Sequence[Sequence[int] | torch.Tensor], length: int | None) -> Batch:
         length = length or max(len(i) for i in ids)
         pad = self._tokenizer.pad_token_id or 0
         tokens = torch.full((len(ids), length), pad, dtype=torch.int64)
         mask = torch.zeros((len(ids), length), dtype=torch.int64)
         for row, tokens_of_row in enumerate(ids):
-            tokens[row, : len(tokens_of_row)] = tokens_of_row
+            tokens[row, : len(tokens_of_row)] = torch.as_tensor(tokens_of_row, dtype=torch.int64)
             mask[row, : len(tokens_of_row)] = 1
         return {"input_ids": tokens, "attention_mask": mask}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import nn
 from protocol.errors import WeightsError
 from protocol.job import BackboneSection
 from protocol.streams import global_stream
+from tasks.augment import framed, varied_image
 from tasks.images import decode_image
 from tasks.loading import fill, load_transformer, load_weights
-from tasks.seam import Batch, Encoder
+from tasks.seam import Batch, Encoder, FixedBatch, Variation
 from tasks.weights import Backbone
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,10 +27,12 @@ class VisionEncoder(Encoder):
     """Encoded images to features [batch, width]."""
 
     def __init__(
-        self, trunk: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], width: int
-    ) -> None:
+        self, trunk: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], width: int,
+        *, channels_last: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.model = trunk
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = trunk.to(memory_format=self._layout) if channels_last else trunk
         self.width = width
         self._size = size
         self._mean = torch.tensor(mean).view(3, 1, 1)
@@ -36,7 +40,7 @@ class VisionEncoder(Encoder):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Features before the network's own classifier, [batch, width]."""
-        output = self.model(batch["pixel_values"])
+        output = self.model(batch["pixel_values"].contiguous(memory_format=self._layout))
         if isinstance(output, torch.Tensor):
             return output.flatten(1)
         pooled = getattr(output, "pooler_output", None)
@@ -44,25 +48,39 @@ class VisionEncoder(Encoder):
         return features
 
     def ready(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
-        return [self._pixels(data) for data in inputs]
+        return [self._pixels(data, place, None) for place, data in enumerate(inputs)]
 
     def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
         return {"pixel_values": torch.stack(list(ready))}
 
-    def fixed_batches(self, inputs: Sequence[bytes], size: int) -> Iterator[tuple[list[int], Batch]]:
+    def prepare(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
+        return self._prepared(inputs, range(len(inputs)), variation)
+
+    def fixed_batches(
+        self, inputs: Sequence[bytes], size: int, variation: Variation | None = None
+    ) -> Iterator[FixedBatch]:
         for start in range(0, len(inputs), size):
             rows = list(range(start, min(start + size, len(inputs))))
-            pixels = self.prepare([inputs[r] for r in rows])["pixel_values"]
-            rest = pixels[-1:].expand(size - len(rows), -1, -1, -1)
-            yield rows, {"pixel_values": torch.cat([pixels, rest])}
+            yield rows, partial(self._filled, [inputs[r] for r in rows], rows, variation, size)
 
-    def _pixels(self, data: bytes) -> torch.Tensor:
-        """Resize the shorter side, crop the centre, scale to ImageNet's mean and deviation: [3, s, s]."""
-        from torchvision.transforms import functional as transform
+    def _filled(
+        self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None, size: int
+    ) -> Batch:
+        pixels = self._prepared(inputs, places, variation)["pixel_values"]
+        rest = pixels[-1:].expand(size - len(pixels), -1, -1, -1)
+        return {"pixel_values": torch.cat([pixels, rest])}
 
+    def _prepared(self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None) -> Batch:
+        pairs = zip(inputs, places, strict=True)
+        return {"pixel_values": torch.stack([self._pixels(data, place, variation) for data, place in pairs])}
+
+    def _pixels(self, data: bytes, place: int, variation: Variation | None) -> torch.Tensor:
+        """A square of the image, scaled to ImageNet's mean and deviation: [3, s, s]."""
         image = decode_image(data, "image")
-        image = transform.resize(image, [self._size], antialias=True)
-        image = transform.center_crop(image, [self._size, self._size])
+        if variation is None:
+            image = framed(image, self._size)
+        else:
+            image = varied_image(image, self._size, variation.names, variation.stream(place))
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).to(torch.float32) / 255
         return (pixels - self._mean) / self._std
 
@@ -76,7 +94,8 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
         state = load_weights(backbone.weights)
         fill(trunk, _fitting(state, trunk), backbone.weights)
     size = section.image_size or _native_size(backbone.name)
-    return VisionEncoder(trunk.eval(), size, IMAGENET_MEAN, IMAGENET_STD, width)
+    layout = section.channels_last
+    return VisionEncoder(trunk.eval(), size, IMAGENET_MEAN, IMAGENET_STD, width, channels_last=layout)
 
 
 def torchvision_trunk(name: str, seed: int) -> tuple[nn.Module, int]:
@@ -147,4 +166,4 @@ def _transformers_encoder(backbone: Backbone, section: BackboneSection, seed: in
     except OSError:
         raise WeightsError(f"{backbone.folder}: has no preprocessor_config.json, expected one") from None
     size = section.image_size or getattr(network.config, "image_size", None) or 224
-    return VisionEncoder(network, int(size), mean, std, int(width))
+    return VisionEncoder(network, int(size), mean, std, int(width), channels_last=section.channels_last)

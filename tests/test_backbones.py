@@ -4,20 +4,26 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from protocol.errors import WeightsError
+from protocol.errors import ConfigError, WeightsError
 from protocol.job import BackboneSection
-from tasks.features import BATCH, extract
+from tasks import task_named
+from tasks.compiled import CompiledEncoder
+from tasks.features import BATCH, cache_key, extract
+from tasks.learner import check_fits
 from tasks.loading import load_weights
+from tasks.seam import Encoder
 from tasks.text_encoder import load_text_encoder
 from tasks.vision_encoder import load_vision_encoder, torchvision_trunk, torchvision_width
 from tasks.weights import resolve, torchvision_names
-from tests.small import grey_png_shard
+from tests.small import grey_png_shard, image_job
 
 SMALL = [
     "alexnet", "squeezenet1_0", "squeezenet1_1", "resnet18", "shufflenet_v2_x0_5", "mobilenet_v2",
@@ -215,20 +221,108 @@ def test_a_damaged_transformers_folder_is_refused(tmp_path: Path, kind: str) -> 
     assert str(tmp_path / "bert") in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text",
+        "image",
+        "image channels_last",
+        pytest.param("text compiled", marks=pytest.mark.slow),
+        pytest.param("image compiled", marks=pytest.mark.slow),
+        pytest.param("image channels_last compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_features_do_not_depend_on_neighbours_or_place_or_workers(tmp_path: Path, kind: str) -> None:
-    if kind == "text":
+    if kind.startswith("text"):
         section = BackboneSection(name=str(tiny_bert(tmp_path / "bert")), max_tokens=32)
-        encoder = load_text_encoder(resolve(section, 1), section, 1)
+        encoder: Encoder = load_text_encoder(resolve(section, 1), section, 1)
         inputs: list[object] = ["abc " * (1 + i % 7) + "good" * (i % 2) for i in range(2 * BATCH + 5)]
     else:
-        section = BackboneSection(name="torchvision:mobilenet_v2", weights="random", image_size=32)
+        layout = "channels_last" in kind
+        section = BackboneSection(
+            name="torchvision:mobilenet_v2", weights="random", image_size=32, channels_last=layout
+        )
         encoder = load_vision_encoder(resolve(section, 1), section, 1)
         inputs = list(grey_png_shard(2 * BATCH + 5, classes=3).inputs)
+    plain = extract(encoder, inputs, threads=1, device="cpu")
+    if "compiled" in kind:
+        encoder = CompiledEncoder(encoder)
     whole = extract(encoder, inputs, threads=1, device="cpu")
+    torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-4)
     for rows in ([0], [36, 3, 20], list(range(36, -1, -1)), list(range(5, 22))):
         part = extract(encoder, [inputs[r] for r in rows], threads=1, device="cpu")
         assert torch.equal(part, whole[rows]), rows
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same_bits_in_another_process(tmp_path: Path) -> None:
+    """Which compiles for itself, and gets the inputs in another order."""
+    script = (
+        "import sys, torch\n"
+        "from safetensors.torch import save_file\n"
+        "from protocol.job import BackboneSection\n"
+        "from tasks.compiled import CompiledEncoder\n"
+        "from tasks.features import extract\n"
+        "from tasks.vision_encoder import load_vision_encoder\n"
+        "from tasks.weights import resolve\n"
+        "from tests.small import grey_png_shard\n"
+        "section = BackboneSection(name='torchvision:mobilenet_v2', weights='random', image_size=32,\n"
+        "                          channels_last=True, compile=True)\n"
+        "encoder = CompiledEncoder(load_vision_encoder(resolve(section, 1), section, 1))\n"
+        "inputs = list(grey_png_shard(21, classes=3).inputs)[:: int(sys.argv[1])]\n"
+        "save_file({'f': extract(encoder, inputs, threads=1, device='cpu')}, sys.argv[2])\n"
+    )
+    found = []
+    for step in ("1", "-1"):
+        out = tmp_path / f"{step}.safetensors"
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / step)}
+        subprocess.run([sys.executable, "-c", script, step, str(out)], env=env, check=True)
+        found.append(load_file(out)["f"])
+    assert torch.equal(found[0], found[1].flip(0))
+
+
+def test_every_setting_of_the_backbone_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    bert = tiny_bert(tmp_path / "bert")
+    section = BackboneSection(name=str(bert))
+    found = resolve(section, 1)
+    changed = [
+        section.model_copy(update=update)
+        for update in ({}, {"channels_last": True}, {"compile": True}, {"max_tokens": 7}, {"pool": "first"})
+    ]
+    keys = {cache_key(found, s, 1) for s in changed} | {cache_key(found, section, 2)}
+    keys |= {cache_key(found, section, 1, augment=["crop"], seed=s, view=v) for s in (1, 2) for v in (0, 1)}
+    (bert / "tokenizer.json").write_text((bert / "tokenizer.json").read_text() + " ")
+    assert len(keys | {cache_key(found, section, 1)}) == 11
+
+
+def test_a_missing_compiler_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    job = image_job("squeezenet1_1", train={"lr": 0.1})
+    asked = job.model_copy(update={"backbone": job.backbone.model_copy(update={"compile": True})})
+    with pytest.raises(
+        ConfigError, match=r"backbone\.compile: found no C\+\+ compiler 'no-such-comp"
+    ) as caught:
+        check_fits(asked, task_named(asked.task.name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken-g++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    script = (
+        "from tests.test_backbones import *\n"
+        "section = BackboneSection(name='torchvision:squeezenet1_1', weights='random', image_size=32)\n"
+        "encoder = CompiledEncoder(load_vision_encoder(resolve(section, 1), section, 1))\n"
+        "try:\n"
+        "    extract(encoder, grey_png_shard(2, classes=2).inputs, threads=1, device='cpu')\n"
+        "except ConfigError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("backbone.compile: torch.compile failed: ") and done.stdout.count("\n") == 1
 
 
 def test_load_weights_reads_what_torch_saves(tmp_path: Path) -> None:

@@ -97,6 +97,22 @@ def test_a_byte_order_mark_is_welcome(tmp_path: Path) -> None:  # row 5
         ('data.partition={kind="dirichlt"}', r"data\.partition\.kind: expected one of 'iid'"),
         ("tune.rank=4", r"rank has no meaning with method = 'head'"),
         ('train={optimizer="adam", momentum=0.9}', r"momentum has no meaning with optimizer = 'adam'"),
+        ("train.cached_views=0", r"train\.cached_views: expected greater than or equal to 1, found 0"),
+        ("train.cached_views=2", r"train: cached_views has no meaning without augment: remove it"),
+        ('train.augment="flip"', r"train\.augment: expected .*(array|tuple), found 'flip'"),
+        (
+            'train={augment=["flip"], cached_views=2}\ntune.method="lora"',
+            r"train\.cached_views has no meaning with tune\.method = 'lora'",
+        ),
+        (
+            "backbone.channels_last=true\ntune.method='full'",
+            r"backbone\.channels_last has no meaning with tune\.method = 'full'",
+        ),
+        (
+            "backbone.compile=true\ntune.method='full'",
+            r"backbone\.compile has no meaning with tune\.method = 'full'",
+        ),
+        ('backbone.compile="yes"', r"backbone\.compile: expected boolean, found 'yes'"),
         ("train=3", r"train: expected an object, found 3"),
         ('name="../x"', r"name: expected a match of"),
         ('data.source="$HOME/data"', r"data\.source: environment variables are not expanded"),  # row 22
@@ -108,7 +124,7 @@ def test_a_byte_order_mark_is_welcome(tmp_path: Path) -> None:  # row 5
 def test_a_wrong_value_is_answered_with_its_key(good: Path, override: str, pattern: str) -> None:
     import re
 
-    assert re.search(pattern, complaint(good, override))
+    assert re.search(pattern, complaint(good, *override.split("\n")))
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from client.site import UNCACHED
 from protocol.errors import ConfigError, InconsistentUpdates, InputError
 from protocol.job import Job
 from protocol.messages import Failure, Reply, Request, Update
@@ -19,6 +20,8 @@ from server.rounds import sample
 from sim.engine import simulate, warmed
 from sim.inline import InlineCarrier
 from sim.population import Population, client_names
+from tasks import task_named
+from tasks.learner import Learner
 
 DIGITS = {
     "name": "digits",
@@ -92,6 +95,98 @@ def test_every_engine_gives_the_same_bits(
     result = run(job(), tmp_path / "r", **options)
     assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in reference["rounds"]]
     assert result["final"]["clients"] == reference["final"]["clients"]
+
+
+VARIED = {"augment": ["crop", "rotate", "flip", "color"], "epochs": 2}
+KEPT = VARIED | {"cached_views": 3}
+
+
+@pytest.fixture(scope="module")
+def of_views(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(job(train=KEPT), tmp_path_factory.mktemp("views") / "run")
+
+
+@pytest.mark.parametrize("options", [{"engine": "loop"}, {"engine": "cohort"}, {"workers": 3}], ids=str)
+def test_every_engine_that_makes_its_own_views_gives_the_same_bits(
+    tmp_path: Path, of_views: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "cache"))
+    result = run(job(train=KEPT), tmp_path / "r", **options)
+    assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in of_views["rounds"]]
+    assert result["final"]["clients"] == of_views["final"]["clients"]
+
+
+def test_a_table_of_views_that_is_too_large_is_trained_from_shards_to_the_same_bits(
+    tmp_path: Path, of_views: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sim.indexed.TABLE_BYTES", 1000)
+    result = run(job(train=KEPT), tmp_path / "r")
+    assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in of_views["rounds"]]
+
+
+def test_views_change_what_is_learnt_and_each_number_of_them_does(
+    tmp_path: Path, of_views: dict[str, Any]
+) -> None:
+    others = [{"epochs": 2}, KEPT | {"cached_views": 2}, KEPT | {"augment": ["flip"]}]
+    hashes = {run(job(train=t), tmp_path / str(i))["model_sha256"] for i, t in enumerate(others)}
+    assert len(hashes | {of_views["model_sha256"]}) == 4
+
+
+def test_a_site_that_extracts_its_own_views_has_the_bits_of_the_simulators_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    setting = job(train=KEPT)
+    population = Population.of(setting)
+    task = task_named(setting.task.name)
+    facts = task.describe(population.train, setting.data)
+    whole = population.whole(Learner.of(setting, task, facts))
+    table = Learner.of(setting, task, facts).training_features(whole)
+    assert len(table) == 3 and not torch.equal(table[0], table[1])
+    for number, name in enumerate(client_names(3)):
+        monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / name))
+        shard = task.shard(population.dataset(setting, name), facts)
+        places = {key: place for place, key in enumerate(whole.keys)}
+        own = Learner.of(setting, task, facts).training_features(shard)
+        assert torch.equal(own, table[:, [places[key] for key in shard.keys]]), number
+
+
+def test_what_is_measured_is_never_augmented(tmp_path: Path) -> None:
+    """Without local steps worth the name, the varied job says of every example what the plain one says."""
+    still = {"lr": 1e-30, "epochs": 1}
+    plain = run(job(train=still), tmp_path / "plain")
+    for name, train in (("kept", KEPT), ("varied", VARIED)):
+        assert run(job(train=train | still), tmp_path / name)["final"] == plain["final"]
+
+
+def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "client")
+    said: list[str] = []
+
+    def watch(step: str, what: dict[str, Any]) -> None:
+        said.extend([what["path"]] if step == "path" else [])
+
+    varied = job(train=VARIED, federation={"rounds": 2})
+    inline = simulate(varied, tmp_path / "inline", watch=watch)
+    loop = run(varied, tmp_path / "loop", engine="loop")
+    assert inline["model_sha256"] == loop["model_sha256"]
+    assert said == [
+        "one client after the other in this process: training features are not cached,"
+        " for train.augment varies inputs and there are no cached_views"
+    ]
+    assert caplog.messages.count(f"job digits: {UNCACHED}") == 2  # once in each run
+
+
+@pytest.mark.slow
+def test_worker_processes_augment_as_one_process_does(tmp_path: Path) -> None:
+    varied = job(train=VARIED, federation={"rounds": 2})
+    assert (
+        run(varied, tmp_path / "two", workers=2)["model_sha256"]
+        == run(varied, tmp_path / "one")["model_sha256"]
+    )
 
 
 def test_an_engine_that_is_none_says_so(tmp_path: Path) -> None:
@@ -277,6 +372,10 @@ def test_a_fixed_cohort_is_drawn_evenly() -> None:
         ({"data": {"partition": {"kind": "natural", "by": "hospital"}}}, "no column 'hospital'"),
         ({"train": {"device": "cuda"}}, "train.device: 'cuda' cannot be used"),  # row 85
         ({"train": {"device": "toaster"}}, "train.device: 'toaster' cannot be used"),
+        (
+            {"train": {"augment": ["flip", "blur"]}},
+            r"train.augment: expected 'crop', .* for image-classification, found 'blur'",
+        ),
         ({"data": {"classes": ("0", "1")}}, r"label '2' is not in data.classes"),
     ],
 )
