@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -75,8 +76,6 @@ def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:
 
 def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more: Any) -> str:
     """SHA-256 over everything but the example that a feature's bits depend on."""
-    import torchvision
-    import transformers
 
     parts = {
         "format": FORMAT,
@@ -90,7 +89,7 @@ def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more
         "compiler": compiler() if section.compile else None,
         "batch": BATCH,
         "threads": threads,
-        "versions": [torch.__version__, torchvision.__version__, transformers.__version__],
+        "versions": [version(package) for package in ("torch", "torchvision", "transformers")],
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
     }
     return hashlib.sha256(json.dumps(parts | more, sort_keys=True).encode()).hexdigest()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -200,6 +202,9 @@ def known_width(backbone: Backbone) -> int | None:
     """The width of a backbone's features, where it can be told without loading the weights."""
     if backbone.kind == "torchvision":
         return torchvision_width(backbone.name)
+    written = json.loads((Path(backbone.folder or "") / "config.json").read_text("utf-8"))
+    if isinstance(written.get("hidden_size"), int):
+        return int(written["hidden_size"])
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
