@@ -53,24 +53,48 @@ def job_of(name: str, rounds: int) -> Job:
     return Job.parse(table, origin="benchmark")
 
 
-def atoll(job: Job, cache: Path, *, cached: bool = True) -> float:
-    """Seconds of a run with features kept in `cache`, or none kept."""
-    from sim.engine import simulate
-    from tasks.learner import Learner
+UNCACHED = "ATOLL_BENCHMARK_UNCACHED"
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch("tasks.learner.cache_root", lambda: cache):
+
+def forget_features() -> None:
+    """Train as if features could not be kept: the backbone runs on every batch."""
+    Job.trains_on_features = property(lambda self: False)  # type: ignore[assignment]
+
+
+if os.environ.get(UNCACHED):  # a worker process imports this module before anything else
+    forget_features()
+
+
+def atoll(job: Job, cache: Path) -> float:
+    """Seconds of a run with features kept in `cache`."""
+    from sim.engine import simulate
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("tasks.features.cache_root", lambda: cache),
+    ):
         start = time.perf_counter()
-        if cached:
-            simulate(job, Path(folder) / "run", watch=lambda *step: None)
-        else:
-            with mock.patch.object(Learner, "uses_features", False):
-                simulate(job, Path(folder) / "run", engine="loop", watch=lambda *step: None)
+        simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, watch=lambda *step: None)
+        return time.perf_counter() - start
+
+
+def atoll_uncached(job: Job) -> float:
+    """Seconds of a run whose worker processes, one a core, run the backbone on every batch."""
+    from sim.engine import simulate
+
+    before = Job.trains_on_features
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {UNCACHED: "1"}):
+        forget_features()
+        start = time.perf_counter()
+        try:
+            simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, watch=lambda *step: None)
+        finally:
+            Job.trains_on_features = before  # type: ignore[method-assign]
         return time.perf_counter() - start
 
 
 def flower(job: Job) -> float:
     """Seconds of Flower's engine; its start on Ray is in it, as is Atoll's own start above."""
-    import torch
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
@@ -83,7 +107,7 @@ def flower(job: Job) -> float:
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     client, server = ClientApp(), ServerApp()
-    text = job.canonical
+    text, trained = job.canonical, list[int]()
     start = time.perf_counter()
     population = Population.of(job)
     facts = task_named(job.task.name).agree(population.roll(job).facts)
@@ -91,18 +115,25 @@ def flower(job: Job) -> float:
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
+        import torch  # noqa: F401 - Flower looks whether it was imported
+
         from benchmarks.end_to_end import train_one
 
         arrays = message.content.array_records["arrays"].to_torch_state_dict()
         place = int(context.node_config["partition-id"])
         moved, count = train_one(text, facts, arrays, place)
-        content = RecordDict({"arrays": ArrayRecord(moved), "metrics": MetricRecord({"num-examples": count})})
+        content = RecordDict(
+            {"arrays": ArrayRecord(moved), "metrics": MetricRecord({"num-examples": count, "one": 1})}
+        )
         return Message(content, reply_to=message)
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=CLIENTS)
-        strategy.start(grid=grid, initial_arrays=ArrayRecord(first), num_rounds=job.federation.rounds)
+        result = strategy.start(
+            grid=grid, initial_arrays=ArrayRecord(first), num_rounds=job.federation.rounds
+        )
+        trained.extend(result.train_metrics_clientapp)
 
     run_simulation(
         server,
@@ -113,7 +144,8 @@ def flower(job: Job) -> float:
             "init_args": {"num_cpus": 2, "log_to_driver": False, "logging_level": logging.ERROR},
         },
     )
-    torch.set_num_threads(1)
+    if len(trained) != job.federation.rounds:
+        raise SystemExit(f"Flower's engine trained in {len(trained)} of {job.federation.rounds} rounds")
     return time.perf_counter() - start
 
 
@@ -150,7 +182,7 @@ def systems(job: Job) -> dict[str, Callable[[], float]]:
     return {
         "Atoll, cache from nothing": lambda: atoll(job, cache),
         "Atoll, warm cache": lambda: atoll(job, cache),
-        "Atoll, no cache": lambda: atoll(job, cache, cached=False),
+        "Atoll, no cache": lambda: atoll_uncached(job),
         "Flower's engine, 2 actors": lambda: flower(job),
     }
 

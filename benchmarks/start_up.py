@@ -31,6 +31,7 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)
 client, server = ClientApp(), ServerApp()
 @client.train()
 def train(message, context):
+    import torch
     state = message.content.array_records["arrays"].to_torch_state_dict()
     model = torch.nn.Linear(384, 5)
     model.load_state_dict(state)
@@ -40,14 +41,15 @@ def train(message, context):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
         optimizer.step()
-    metrics = MetricRecord({"num-examples": 100})
+    metrics = MetricRecord({"num-examples": 100, "one": 1})
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
     return Message(content, reply_to=message)
 @server.main()
 def main(grid, context):
     strategy = FedAvg(fraction_train=0.5, fraction_evaluate=0.0, min_available_nodes=20)
-    strategy.start(grid=grid, initial_arrays=ArrayRecord(torch.nn.Linear(384, 5).state_dict()), num_rounds=1)
-    print("round done", flush=True)
+    first = ArrayRecord(torch.nn.Linear(384, 5).state_dict())
+    result = strategy.start(grid=grid, initial_arrays=first, num_rounds=1)
+    print("round done" if result.train_metrics_clientapp else "nothing trained", flush=True)
 run_simulation(server, client, num_supernodes=20, backend_config={
     "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
     "init_args": {"num_cpus": 2, "log_to_driver": False, "logging_level": logging.ERROR}})
