@@ -141,8 +141,12 @@ class IndexedSite(Site):
         parts = list(self._blocks(works))
         if len(parts) == 1:
             return block(works)
-        with ThreadPoolExecutor(len(parts)) as pool:
-            return joined(list(pool.map(block, parts)))
+        return joined(list(self._pool.map(block, parts)))
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        # Its threads stay: a new one first sets up torch's own, which takes as long as a block.
+        return ThreadPoolExecutor(self.workers)
 
     def _blocks(self, works: list[HeadWork]) -> Iterator[list[HeadWork]]:
         count = max(1, min(self.workers, os.cpu_count() or 1, len(works) // FEWEST))
