@@ -61,7 +61,7 @@ def png(pixels: Array) -> bytes:
     return file.getvalue()
 
 
-def job_of(folder: Path, rounds: int, threads: int) -> Job:
+def job_of(folder: Path, rounds: int, threads: int, *, channels_last: bool = False) -> Job:
     """The job as a user would write it, but for the measuring, which is done at the end."""
     table: dict[str, Any] = {
         "name": "small-cnn",
@@ -73,7 +73,11 @@ def job_of(folder: Path, rounds: int, threads: int) -> Job:
             "test_fraction": 0.0,
             "validation_fraction": 0.0,
         },
-        "backbone": {"name": str(folder / "backbone"), "weights": "random"},
+        "backbone": {
+            "name": str(folder / "backbone"),
+            "weights": "random",
+            "channels_last": channels_last,
+        },
         "tune": {"method": "full"},
         "train": {"batch_size": BATCH, "lr": LR, "threads": threads},
         "federation": {"clients": CLIENTS, "cohort": COHORT, "rounds": rounds},
@@ -82,12 +86,12 @@ def job_of(folder: Path, rounds: int, threads: int) -> Job:
     return Job.parse(table, origin="benchmark")
 
 
-def atoll(workload: Workload, folder: Path, *, workers: int, threads: int) -> Outcome:
+def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **options: bool) -> Outcome:
     """Atoll's engine on the very job; several workers are processes."""
     from server.rounds import all_rounds, open_run
     from server.rundir import RunDirectory
 
-    job = job_of(folder, workload.rounds, threads)
+    job = job_of(folder, workload.rounds, threads, **options)
     stamps = []
     with ExitStack() as stack:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
@@ -124,6 +128,11 @@ def systems(workload: Workload, path: Path) -> list[System]:
     """What is compared, slowest last."""
     folder, cores = path.parent, os.cpu_count() or 1
     return [
+        System(
+            "atoll-last",
+            "Atoll, 2 workers, channels_last",
+            lambda: atoll(workload, folder, workers=2, threads=1, channels_last=True),
+        ),
         System("atoll-2", "Atoll, 2 workers", lambda: atoll(workload, folder, workers=2, threads=1)),
         System("atoll-1", "Atoll, 1 worker", lambda: atoll(workload, folder, workers=1, threads=1)),
         System("atoll-threads", "Atoll, 2 threads", lambda: atoll(workload, folder, workers=1, threads=2)),

@@ -33,7 +33,7 @@ def train_model(
     tuning.load_values(model, tensors)
     tuning.training_mode(model)
     parameters = tuning.trainable(model)
-    start = {name: p.detach().clone() for name, p in parameters.items()}
+    start = tuning.values(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     summed = 0.0
     with global_stream(job.seed, "dropout", round, client):
@@ -51,7 +51,7 @@ def train_model(
     return Update(
         client=client,
         round=round,
-        delta={name: (p.detach() - start[name]).cpu() for name, p in parameters.items()},
+        delta={name: (tuning.in_order(p.detach()) - start[name]).cpu() for name, p in parameters.items()},
         num_examples=len(shard),
         states={
             "train_loss.sum": torch.tensor(summed).double(),

@@ -230,7 +230,6 @@ class Job(Section):
     def _features_are_of_a_frozen_backbone(self) -> Job:
         asked = {
             "train.cached_views": self.train.cached_views is not None,
-            "backbone.channels_last": self.backbone.channels_last,
             "backbone.compile": self.backbone.compile,
         }
         for key, given in asked.items():

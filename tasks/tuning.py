@@ -39,8 +39,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def values(model: nn.Module) -> Tensors:
-    """Copies of the tuned parameters' values."""
-    return {name: p.detach().clone() for name, p in trainable(model).items()}
+    """Copies of the tuned parameters' values, laid out as they travel."""
+    return {name: in_order(p.detach()) for name, p in trainable(model).items()}
+
+
+def in_order(values: torch.Tensor) -> torch.Tensor:
+    """A copy in the usual layout, whatever the layout that the model computes in."""
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def load_values(model: nn.Module, tensors: Tensors) -> None:

@@ -429,3 +429,18 @@ def test_a_head_with_a_hidden_layer_learns_to_the_same_bits_alone_and_in_a_cohor
     assert results[0]["model_sha256"] == results[1]["model_sha256"]
     assert results[0]["trainable"]["head.0.weight"] == [24, 512]
     assert results[0]["rounds"][-1]["loss"] < results[0]["rounds"][0]["loss"]
+
+
+@pytest.mark.parametrize("method", ["full", "last-k"])
+def test_a_network_tuned_in_channels_last_travels_in_the_usual_layout_to_the_same_bits(
+    tmp_path: Path, method: str
+) -> None:
+    setting = job(
+        backbone={"channels_last": True}, tune={"method": method}, federation={"rounds": 2, "cohort": 2}
+    )
+    results = [run(setting, tmp_path / engine, engine=engine) for engine in ("inline", "loop")]
+    assert results[0]["model_sha256"] == results[1]["model_sha256"]
+    plain = run(setting.model_copy(update={"backbone": job().backbone}), tmp_path / "plain")
+    assert results[0]["trainable"] == plain["trainable"]
+    for ours, theirs in zip(results[0]["rounds"], plain["rounds"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
