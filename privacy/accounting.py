@@ -1,0 +1,225 @@
+"""What a run has spent: epsilon of releases that were recorded at the noise itself.
+
+dp-accounting's PLD accountant gives the figure, on a grid refined until epsilon is stable to 0.1 %;
+its RDP accountant stands beside it as a looser bound by other means. Poisson sampling is the only
+sampling that amplifies here: a cohort of fixed size is charged as if everybody took part
+(google/differential-privacy #378: dp-accounting's bound for sampling without replacement is too low).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+Relation = Literal["add-or-remove-one", "replace-one"]
+
+STABLE = 1e-3
+"""Relative change of epsilon between two grids below which the finer one is taken."""
+COARSEST, FINEST = 1e-3, 1e-5
+UNREACHABLE = 1e4
+"""Epsilon above which a guarantee says nothing and is reported as infinite."""
+PRECISION = 1.001
+"""Of a calibrated noise multiplier: this factor less would not do."""
+LEAST_NOISE = 0.02
+"""A release with less noise than this has an epsilon above 1,000: it is reported as infinite too."""
+
+
+@dataclass(frozen=True, order=True)
+class Release:
+    """One Gaussian release of a sum: its noise multiplier and the Poisson rate it was sampled at.
+
+    The multiplier is the noise's deviation over the sum's sensitivity, that is over the clipping norm
+    for neighbours that differ by adding or removing one unit. A rate of 1 means no sampling.
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+            raise ValueError(f"noise_multiplier must be finite and > 0, got {self.noise_multiplier}")
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate must be in (0, 1], got {self.sampling_rate}")
+
+
+Spent = Mapping[Release, int]
+"""How many times each kind of release was made."""
+
+
+def epsilon(spent: Spent, delta: float, relation: Relation = "add-or-remove-one") -> float:
+    """Epsilon at `delta` of all the releases together, by PLD; never negative, infinite if vacuous.
+
+    The figure is an upper bound on every grid, and is at most 0.1 % above the next finer one's.
+
+    Raises:
+        ValueError: delta is not in (0, 1).
+    """
+    _check_delta(delta)
+    return _epsilon(_frozen(spent), delta, relation)
+
+
+def epsilon_rdp(spent: Spent, delta: float, relation: Relation = "add-or-remove-one") -> float:
+    """The same by Rényi divergences: looser, by another implementation."""
+    from dp_accounting.rdp import RdpAccountant
+
+    _check_delta(delta)
+    if not spent:
+        return 0.0
+    accountant = RdpAccountant(neighboring_relation=_neighbours(relation))
+    for release, count in spent.items():
+        accountant.compose(_event(release), count)
+    return _sane(accountant.get_epsilon(delta))
+
+
+def within(spent: Spent, delta: float, budget: float, relation: Relation = "add-or-remove-one") -> bool:
+    """Whether the releases together stay within a budget; coarse grids answer where they can.
+
+    Every grid gives an upper bound, so that a coarse one that fits is proof enough.
+    """
+    _check_delta(delta)
+    frozen = _frozen(spent)
+    if any(release.noise_multiplier < LEAST_NOISE for release, _ in frozen):
+        return False
+    if not frozen or _on_grid(frozen, delta, relation, COARSEST) <= budget:
+        return True
+    return _epsilon(frozen, delta, relation) <= budget
+
+
+def calibrate(
+    target_epsilon: float,
+    *,
+    delta: float,
+    sampling_rate: float,
+    releases: int,
+    relation: Relation = "add-or-remove-one",
+) -> float:
+    """The smallest noise multiplier, to 0.1 %, whose releases together stay within a target.
+
+    Raises:
+        ValueError: the target isn't positive and finite, or no noise below 1e6 reaches it.
+    """
+    _check_delta(delta)
+    if not (math.isfinite(target_epsilon) and target_epsilon > 0):
+        raise ValueError(f"target epsilon must be finite and > 0, got {target_epsilon}")
+    return _calibrate(target_epsilon, delta, sampling_rate, releases, relation)
+
+
+@lru_cache(maxsize=256)
+def _calibrate(target: float, delta: float, rate: float, releases: int, relation: Relation) -> float:
+    def coarse(noise: float) -> float:
+        return _on_grid(((Release(noise, rate), releases),), delta, relation, COARSEST)
+
+    def fine(noise: float) -> float:
+        return _epsilon(((Release(noise, rate), releases),), delta, relation)
+
+    low, high = LEAST_NOISE, 1.0
+    while coarse(high) > target:
+        low, high = high, 2 * high
+        if high > 1e6:
+            raise ValueError(f"no noise multiplier below 1e6 reaches epsilon {target} at delta {delta}")
+    while high / low > 1.05:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if coarse(middle) <= target else (middle, high)
+    # The coarse grid is pessimistic, so that the answer may lie below its bracket.
+    while fine(low) <= target and low > LEAST_NOISE:
+        low, high = 0.9 * low, low
+    while fine(high) > target:
+        low, high = high, 1.02 * high
+    return _narrowed(low, high, target, fine)
+
+
+def _narrowed(low: float, high: float, target: float, epsilon_at: Callable[[float], float]) -> float:
+    """The upper end of a bracket of 0.1 %: epsilon_at(low) > target >= epsilon_at(high).
+
+    Between close ends log epsilon is all but a line over log noise: two trials around the line's
+    answer close the bracket.
+    """
+    above, below = epsilon_at(low), epsilon_at(high)
+    while high / low > PRECISION:
+        part = math.log(above / target) / math.log(above / max(below, 1e-9))
+        guess = low * (high / low) ** part * PRECISION**0.4
+        for trial in (guess, guess / PRECISION):
+            if not low < trial < high:
+                trial = math.sqrt(low * high)
+            value = epsilon_at(trial)
+            if value <= target:
+                high, below = trial, value
+            else:
+                low, above = trial, value
+    return high
+
+
+Frozen = tuple[tuple[Release, int], ...]
+
+
+def _frozen(spent: Spent) -> Frozen:
+    return tuple(sorted((release, count) for release, count in spent.items() if count > 0))
+
+
+@lru_cache(maxsize=1024)
+def _epsilon(spent: Frozen, delta: float, relation: Relation) -> float:
+    if not spent:
+        return 0.0
+    if min(release.noise_multiplier for release, _ in spent) < LEAST_NOISE:
+        return math.inf
+    grid = COARSEST
+    before = _on_grid(spent, delta, relation, grid)
+    while grid > 1.5 * FINEST and before < UNREACHABLE:
+        grid /= 10
+        value = _on_grid(spent, delta, relation, grid)
+        if abs(before - value) <= STABLE * max(value, 1e-6):
+            return value
+        before = value
+    return before
+
+
+@lru_cache(maxsize=4096)
+def _on_grid(spent: Frozen, delta: float, relation: Relation, grid: float) -> float:
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(_neighbours(relation), grid)
+    for release, count in spent:
+        accountant.compose(_event(release), count)
+    return _sane(accountant.get_epsilon(delta))
+
+
+def _event(release: Release):  # type: ignore[no-untyped-def]
+    from dp_accounting import dp_event
+
+    event = dp_event.GaussianDpEvent(release.noise_multiplier)
+    if release.sampling_rate == 1:
+        return event
+    return dp_event.PoissonSampledDpEvent(release.sampling_rate, event)
+
+
+def _neighbours(relation: Relation):  # type: ignore[no-untyped-def]
+    import dp_accounting
+
+    if relation == "replace-one":
+        return dp_accounting.NeighboringRelation.REPLACE_ONE
+    return dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+
+
+def _sane(value: float) -> float:
+    """No figure but a number from 0 on, or infinity."""
+    value = float(value)
+    if math.isnan(value) or value >= UNREACHABLE:
+        return math.inf
+    return max(value, 0.0)
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in (0, 1), got {delta}")
+
+
+def together(*parts: Spent) -> Counter[Release]:
+    """Releases of several ledgers on the same data, counted together."""
+    total: Counter[Release] = Counter()
+    for part in parts:
+        total.update(part)
+    return total

@@ -1,0 +1,76 @@
+"""Client-level privacy at a trusted server: one noise on the sum of a round's clipped updates.
+
+Guarantee: (epsilon, delta) for one client's whole participation, neighbours differing by adding or
+removing one client, against everyone who sees the models but not the updates; the server sees the
+updates and is trusted. Epsilon comes from `privacy.accounting` for the releases that `release`
+returns. Not covered: which clients were asked, how long rounds took, what clients say elsewhere.
+
+McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", with equal weights
+and a fixed divisor: the expected cohort, a public number, never who happened to answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from privacy.accounting import Release
+from privacy.clipping import clipped_sum
+from privacy.noise import Lattice, Words
+from protocol.messages import Update
+from protocol.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class CentralGaussian:
+    """Clip, sum, noise, divide: one object, so that the noise always fits the sensitivity.
+
+    `sampling_rate` is the rate of Poisson sampling; 1 for a cohort of fixed size, which amplifies
+    nothing here. `expected_cohort` is the divisor.
+    """
+
+    clipping_norm: float
+    noise_multiplier: float
+    expected_cohort: float
+    sampling_rate: float
+    words: Words
+
+    def __post_init__(self) -> None:
+        for name in ("clipping_norm", "noise_multiplier", "expected_cohort"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate must be in (0, 1], got {self.sampling_rate}")
+
+    @property
+    def cost(self) -> Release:
+        """What each call of `release` spends."""
+        return Release(self.noise_multiplier, self.sampling_rate)
+
+    def release(self, updates: Sequence[Update], model: Tensors) -> tuple[Tensors, Release]:
+        """(the noised mean delta in float64, what it spent).
+
+        The noise does not depend on how many answered; with no update at all it is noise alone.
+        Tensors are taken in the order of their names.
+        """
+        names = sorted(model)
+        sizes = [model[name].numel() for name in names]
+        total = np.zeros(sum(sizes))
+        if len(updates):
+            summed, _ = clipped_sum(updates, clipping_norm=self.clipping_norm)
+            total = torch.cat([summed[name].reshape(-1) for name in names]).numpy()
+        noisy = self.lattice(len(total)).added(total) / self.expected_cohort
+        parts = torch.split(torch.from_numpy(noisy), sizes)
+        mean = {name: part.reshape(model[name].shape) for name, part in zip(names, parts, strict=True)}
+        return mean, self.cost
+
+    def lattice(self, numbers: int) -> Lattice:
+        """The noise for a sum of so many numbers: its sensitivity is the clipping norm, and the rounding."""
+        plain = Lattice(self.noise_multiplier * self.clipping_norm, self.words)
+        sensitivity = self.clipping_norm + 2 * plain.rounding(numbers)
+        return Lattice(self.noise_multiplier * sensitivity, self.words)

@@ -1,0 +1,76 @@
+"""Gaussian noise on a lattice, from the operating system's entropy or, in a simulation, from a seed.
+
+A float has more values near zero than far from it, and sampled noise hits only some of them, so
+that plain floating-point noise gives away what it was added to (Mironov 2012, "On significance of
+the least significant bits for differential privacy"). Here the value and the noise are both whole
+multiples of one granularity, a power of two far below the noise's deviation; their sum is exact in
+float64, and all that follows is post-processing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+Words = Callable[[int], NDArray[np.uint64]]
+"""So many fresh random 64-bit words."""
+
+FINENESS = 28
+"""The granularity is the deviation over two to this power, or up to twice as much."""
+
+
+def entropy(count: int) -> NDArray[np.uint64]:
+    """Words of the operating system's cryptographic generator."""
+    return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
+
+
+def standard_normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """A standard normal number for each word, by the inverse of the distribution function.
+
+    53 bits of a word give one of as many equally likely quantiles; beyond 8.2 deviations there is none.
+    """
+    quantile = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    numbers: NDArray[np.float64] = ndtri(quantile)
+    return numbers
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Gaussian noise of one deviation for values that are rounded to its granularity.
+
+    Rounding moves each number by half a granularity at most, so a vector of n numbers by
+    `rounding(n)` in L2 norm: a sensitivity grows by twice that.
+    """
+
+    deviation: float
+    words: Words
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.deviation) and self.deviation > 0):
+            raise ValueError(f"deviation must be finite and > 0, got {self.deviation}")
+
+    @property
+    def granularity(self) -> float:
+        """A power of two."""
+        return 2.0 ** (math.floor(math.log2(self.deviation)) - FINENESS)
+
+    def rounding(self, numbers: int) -> float:
+        """How far rounding moves a vector of so many numbers at most, in L2 norm."""
+        return 0.5 * self.granularity * math.sqrt(numbers)
+
+    def noise(self, count: int) -> NDArray[np.float64]:
+        """Whole multiples of the granularity, in units of the values."""
+        drawn = standard_normal(self.words(count)) * (self.deviation / self.granularity)
+        return np.rint(drawn) * self.granularity
+
+    def added(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The values, rounded, with noise; the sum is exact where values stay below 2^24 deviations."""
+        rounded = np.rint(values / self.granularity) * self.granularity
+        noisy: NDArray[np.float64] = rounded + self.noise(values.size).reshape(values.shape)
+        return noisy

@@ -1,0 +1,130 @@
+"""Epsilon against published and independently computed figures, and what it must never do."""
+
+import math
+from bisect import bisect_left
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privacy.accounting import Release, calibrate, epsilon, epsilon_rdp, together, within
+
+TABLE = [
+    # noise multiplier, sampling rate, releases, delta, epsilon by PLD on a refined grid
+    (1.0, 0.01, 1000, 1e-5, 1.82824),
+    (1.1, 256 / 60000, 14062, 1e-5, 2.38169),
+    (0.8, 0.1, 100, 1e-5, 10.97638),
+    (1.0, 1, 1, 1e-5, 4.37718),
+    (1.0, 1, 100, 1e-5, 91.81729),
+    (4.0, 0.5, 300, 1e-5, 11.27863),
+    (1.0, 0.1, 100, 1e-3, 4.78435),
+    (1.0, 0.1, 100, 1e-5, 7.04660),
+    (1.5, 0.04, 2250, 1e-5, 6.7688),
+    (0.5, 0.01, 1000, 1e-5, 13.3608),
+    (1, 1e-5, 100_000, 1e-6, 0.01313),
+    (1, 0.5, 1, 0.5, 0),
+    (1.0, 1, 100, 1e-3, 80.0325),
+    (1.0, 0.1, 50, 1e-2, 2.2501),
+    (5.0, 1, 50, 1e-2, 3.7075),
+    (0.8, 0.02, 500, 1e-5, 4.6680),
+]
+
+
+@pytest.mark.parametrize(("noise", "rate", "releases", "delta", "expected"), TABLE)
+def test_epsilon_is_never_below_the_truth_and_hardly_above(
+    noise: float, rate: float, releases: int, delta: float, expected: float
+) -> None:
+    found = epsilon({Release(noise, rate): releases}, delta)
+    assert expected - 2e-4 * max(1, expected) <= found <= expected * 1.005 + 0.011
+
+
+def test_the_other_accountant_is_looser() -> None:
+    spent = {Release(1.0, 0.01): 1000}
+    assert epsilon_rdp(spent, 1e-5) == pytest.approx(2.10137, abs=1e-4)
+    assert epsilon(spent, 1e-5) < epsilon_rdp(spent, 1e-5)
+
+
+def test_one_gaussian_release_has_the_epsilon_of_its_closed_form() -> None:
+    """Balle and Wang 2018, theorem 8: delta(epsilon) of the Gaussian mechanism, solved for epsilon."""
+
+    def normal(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    def delta(eps: float, noise: float) -> float:
+        return normal(0.5 / noise - eps * noise) - math.exp(eps) * normal(-0.5 / noise - eps * noise)
+
+    for noise in (0.7, 1.0, 3.0):
+        found = epsilon({Release(noise, 1.0): 1}, 1e-5)
+        assert delta(found, noise) <= 1e-5 * (1 + 1e-6)
+        assert delta(found * 0.99, noise) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "releases", "delta", "noise"),
+    [
+        pytest.param(3.0, 0.01, 1000, 1e-5, 0.81358, marks=pytest.mark.slow),
+        pytest.param(8.0, 0.1, 100, 1e-3, 0.77841, marks=pytest.mark.slow),
+        (0.5, 0.25, 100, 1e-5, 17.72),
+        (1.0, 0.25, 100, 1e-5, 9.48),
+        (2.0, 0.25, 100, 1e-5, 5.15),
+        (8.0, 0.25, 100, 1e-5, 1.71),
+    ],
+)
+def test_calibrated_noise_is_the_least_that_keeps_the_target(
+    target: float, rate: float, releases: int, delta: float, noise: float
+) -> None:
+    found = calibrate(target, delta=delta, sampling_rate=rate, releases=releases)
+    assert found == pytest.approx(noise, rel=3e-3)
+    assert epsilon({Release(found, rate): releases}, delta) <= target
+
+
+def test_several_ledgers_on_the_same_data_cost_what_they_cost_together() -> None:
+    one = {Release(1.0, 0.1): 60}
+    two = {Release(1.0, 0.1): 40, Release(2.0, 1.0): 1}
+    both = together(one, two)
+    assert both == {Release(1.0, 0.1): 100, Release(2.0, 1.0): 1}
+    assert epsilon(both, 1e-5) > epsilon({Release(1.0, 0.1): 100}, 1e-5) > epsilon(one, 1e-5)
+
+
+def test_a_budget_is_kept_to_the_release() -> None:
+    budget = 2.0
+    over = bisect_left(range(1, 2000), True, key=lambda n: not within({Release(1.0, 0.01): n}, 1e-5, budget))
+    allowed = over  # the first one over the budget is number `over` + 1
+    assert epsilon({Release(1.0, 0.01): allowed}, 1e-5) <= budget
+    assert epsilon({Release(1.0, 0.01): allowed + 1}, 1e-5) > budget
+
+
+def test_nothing_spent_is_zero_and_a_vacuous_guarantee_is_infinite() -> None:
+    assert epsilon({}, 1e-5) == 0 == epsilon_rdp({}, 1e-5)
+    assert epsilon({Release(0.01, 1.0): 10_000}, 1e-5) == math.inf
+
+
+@pytest.mark.parametrize("noise", [0.0, -1.0, math.nan, math.inf])
+def test_a_release_without_proper_noise_cannot_be_written_down(noise: float) -> None:
+    with pytest.raises(ValueError, match="noise_multiplier must be finite and > 0"):
+        Release(noise, 0.1)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, math.nan])
+def test_a_sampling_rate_outside_0_to_1_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="sampling_rate"):
+        Release(1.0, rate)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_a_delta_outside_0_to_1_is_refused(delta: float) -> None:
+    with pytest.raises(ValueError, match="delta must be in"):
+        epsilon({Release(1.0, 0.1): 1}, delta)
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(st.floats(0.6, 5.0), st.floats(0.01, 0.5), st.integers(1, 200))
+def test_more_noise_fewer_releases_and_rarer_sampling_cost_less(
+    noise: float, rate: float, releases: int
+) -> None:
+    spent = epsilon({Release(noise, rate): releases}, 1e-5)
+    slack = 2e-3 * max(spent, 1e-3)
+    assert epsilon({Release(noise * 1.2, rate): releases}, 1e-5) <= spent + slack
+    assert epsilon({Release(noise, rate): releases + 10}, 1e-5) >= spent - slack
+    assert epsilon({Release(noise, rate * 0.8): releases}, 1e-5) <= spent + slack

@@ -1,0 +1,59 @@
+"""Noise: its distribution, its lattice, where it comes from."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from client.batches import random_numbers
+from privacy.noise import Lattice, entropy, standard_normal
+
+
+def seeded(count: int) -> np.ndarray:
+    return random_numbers(np.array([7], dtype=np.uint64), count)[0]
+
+
+@pytest.mark.parametrize("words", [entropy, seeded], ids=["entropy", "seed"])
+def test_noise_is_gaussian_with_its_deviation_to_half_a_percent(words) -> None:  # type: ignore[no-untyped-def]
+    noise = Lattice(0.3, words).noise(1_000_000)
+    assert float(noise.std()) == pytest.approx(0.3, rel=0.005)
+    assert abs(float(noise.mean())) < 4 * 0.3 / 1000
+    # Kolmogorov and Smirnov's distance of a million draws stays below 1.95 / 1000 in 999 of 1,000 cases.
+    assert stats.kstest(noise / 0.3, "norm").statistic < 1.95e-3
+    # Mean of the fourth power is 3, its own deviation sqrt(96).
+    assert abs(float(((noise / 0.3) ** 4).mean()) - 3) < 4 * math.sqrt(96) / 1000
+
+
+def test_tails_are_as_long_as_they_must_be() -> None:
+    beyond = float((np.abs(standard_normal(seeded(2_000_000))) > 4).mean())
+    assert beyond == pytest.approx(6.334e-5, rel=4 / math.sqrt(2e6 * 6.3e-5))
+
+
+def test_values_and_noise_lie_on_one_lattice_and_their_sum_is_exact() -> None:
+    lattice = Lattice(1.7, seeded)
+    step = lattice.granularity
+    assert math.log2(step) == int(math.log2(step)) and 2**28 <= 1.7 / step < 2**29
+    values = np.random.default_rng(0).normal(size=1000) * 50
+    noisy = lattice.added(values)
+    assert (np.rint(noisy / step) * step == noisy).all()
+    assert (noisy - lattice.noise(1000) == np.rint(values / step) * step).all()
+    assert np.linalg.norm(np.rint(values / step) * step - values) <= lattice.rounding(1000)
+
+
+def test_the_lowest_bits_do_not_tell_which_of_two_values_was_hidden() -> None:
+    """With plain float noise they do: 0 + noise and 1 + noise have different reachable floats."""
+    lattice = Lattice(1.0, entropy)
+    for value in (0.0, 1.0, 1 / 3):
+        noisy = lattice.added(np.full(10_000, value))
+        assert (np.rint(noisy / lattice.granularity) * lattice.granularity == noisy).all()
+
+
+def test_entropy_never_comes_twice() -> None:
+    assert not (entropy(1000) == entropy(1000)).any()
+
+
+@pytest.mark.parametrize("deviation", [0.0, -1.0, math.inf, math.nan])
+def test_noise_of_no_deviation_cannot_be_made(deviation: float) -> None:
+    with pytest.raises(ValueError, match="deviation must be finite and > 0"):
+        Lattice(deviation, entropy)
