@@ -108,12 +108,12 @@ def warmed(population: Population, progress: Progress | None) -> Callable[[Learn
         learner.progress, job = progress, learner.job
         measured = job.data.validation_fraction > 0 or not job.train.augment
         if learner.uses_features and measured:
-            learner.features(population.whole(learner))
+            learner.keep_features(population.whole(learner), training=False)
         if job.trains_on_features:
-            learner.training_features(population.whole(learner))
+            learner.keep_features(population.whole(learner), training=True)
         test = population.test_shard(learner)
         if test is not None and learner.uses_features:
-            learner.features(test)
+            learner.keep_features(test, training=False)
         return test
 
     return test_set

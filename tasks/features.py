@@ -76,7 +76,6 @@ def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:
 
 def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more: Any) -> str:
     """SHA-256 over everything but the example that a feature's bits depend on."""
-
     parts = {
         "format": FORMAT,
         "weights": backbone.fingerprint,
@@ -156,7 +155,7 @@ def _lazily(pool: ThreadPoolExecutor, run: Any, items: Any, ahead: int) -> Any:
         yield future.result()
 
 
-def cached_features(
+def keep_features(
     views: Sequence[View],
     shard: Shard,
     encoder: Callable[[], Encoder],
@@ -164,8 +163,8 @@ def cached_features(
     threads: int,
     device: str,
     progress: Progress | None = None,
-) -> torch.Tensor:
-    """A shard's features [views, n, width]; the backbone is loaded only if some are missing."""
+) -> None:
+    """Compute a shard's features where they are missing; only then is the backbone loaded."""
     missing = [view.cache.missing(shard.keys) for view in views]
     total, done = sum(map(len, missing)), 0
     for view, absent in zip(views, missing, strict=True):
@@ -182,6 +181,10 @@ def cached_features(
             )
             view.cache.put(keys, features)
             done += len(rows)
+
+
+def kept_features(views: Sequence[View], shard: Shard) -> torch.Tensor:
+    """A shard's features [views, n, width], all of which are there."""
     out = torch.empty((len(views), len(shard), views[0].cache.width))
     for view, part in zip(views, out, strict=True):
         view.cache.take(shard.keys, part)

@@ -20,7 +20,15 @@ from protocol.streams import global_stream
 from protocol.tensors import Tensors
 from tasks import tuning
 from tasks.compiled import CompiledEncoder, compiler
-from tasks.features import Progress, View, cached_features, extract, plain_view, varied_views
+from tasks.features import (
+    Progress,
+    View,
+    extract,
+    keep_features,
+    kept_features,
+    plain_view,
+    varied_views,
+)
 from tasks.ready import ReadyInputs
 from tasks.seam import Batch, Encoder, Model, Shard, Task, Variation
 from tasks.vision_encoder import torchvision_width
@@ -102,8 +110,16 @@ class Learner:
         """Features [views, n, width] that training draws from: one view where inputs don't vary."""
         return self._features(self._views, shard)
 
+    def keep_features(self, shard: Shard, *, training: bool) -> None:
+        """Compute what features aren't kept yet, and hold none of them in memory."""
+        self._keep(self._views if training else [self._plain], shard)
+
     def _features(self, views: Sequence[View], shard: Shard) -> torch.Tensor:
-        return cached_features(
+        self._keep(views, shard)
+        return kept_features(views, shard)
+
+    def _keep(self, views: Sequence[View], shard: Shard) -> None:
+        keep_features(
             views,
             shard,
             lambda: self._extractor,
