@@ -443,4 +443,4 @@ def test_a_network_tuned_in_channels_last_travels_in_the_usual_layout_to_the_sam
     plain = run(setting.model_copy(update={"backbone": job().backbone}), tmp_path / "plain")
     assert results[0]["trainable"] == plain["trainable"]
     for ours, theirs in zip(results[0]["rounds"], plain["rounds"], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
