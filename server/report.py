@@ -24,6 +24,7 @@ from server.report_words import (
     metric_value,
     metric_words,
     on_what_data,
+    population,
     quantile,
     reading,
     simulated_facts,
@@ -105,7 +106,7 @@ def _story(result: dict[str, Any], job: Job | None) -> Markup:
 
 def _tiles(result: dict[str, Any], compared: Comparison) -> Markup:
     metric, share = compared.headline, compared.gap_closed
-    tiles = [("clients", f"{len(result['final']['clients']):,}"), ("rounds", f"{len(result['rounds']):,}")]
+    tiles = [("clients", f"{population(result):,}"), ("rounds", f"{len(result['rounds']):,}")]
     if share is not None and share >= 0:
         tiles.insert(0, ("of the gap closed", whole_percent(min(share, 1.0))))
     if metric is not None:
@@ -228,10 +229,9 @@ def _set_aside_section(result: dict[str, Any]) -> Markup:
     entries = [(line["round"], c, why) for line in result["rounds"] for c, why in line["set_aside"].items()]
     heading = "Updates set aside"
     if not entries:
-        return section(
-            heading,
-            paragraph("None: every update that was asked for arrived, passed the checks and was merged."),
-        )
+        arrived = "arrived in time" if result.get("simulated_seconds") else "was asked for arrived,"
+        passed = "passed the checks and was merged"
+        return section(heading, paragraph(f"None: every update that {arrived} {passed}."))
     rounds = len({round for round, _, _ in entries})
     said = f"{counted(len(entries), 'update')} in {counted(rounds, 'round')} did not enter the model."
     table = Table(

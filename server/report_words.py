@@ -172,6 +172,8 @@ def how_it_went(result: dict[str, Any]) -> str:
     rounds, all_clients = len(result["rounds"]), population(result)
     clients = "all clients" if sizes == [all_clients] else f"{cohort} of the {counted(all_clients, 'client')}"
     when = "In one round" if rounds == 1 else f"In each of {rounds:,} rounds"
+    if result.get("simulated_seconds"):
+        clients += " were asked; those who answered in time"
     return (
         f"{when}, {clients} trained and sent back how {_trainable(result)} had moved;"
         f" the server merged these updates by {strategy_words(result['strategy'])}."

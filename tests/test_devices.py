@@ -188,6 +188,8 @@ def test_a_run_tells_simulated_time_and_resumes_to_the_same(tmp_path: Path) -> N
     assert [line["simulated"] for line in again["rounds"]] == lines
     report = (tmp_path / "whole" / "report.html").read_text()
     assert "simulated time of the run" in report and "clients asked in vain" in report
+    assert "6 of the 12 clients were asked; those who answered in time trained" in report
+    assert "every update that arrived in time passed the checks" in report
 
 
 def test_the_engine_changes_no_bit_of_a_run_in_simulated_time(tmp_path: Path) -> None:
