@@ -104,7 +104,6 @@ def test_a_byte_order_mark_is_welcome(tmp_path: Path) -> None:  # row 5
             'train={augment=["flip"], cached_views=2}\ntune.method="lora"',
             r"train\.cached_views has no meaning with tune\.method = 'lora'",
         ),
-        (r"backbone\.channels_last has no meaning with tune\.method = 'full'",),
         (
             "backbone.compile=true\ntune.method='full'",
             r"backbone\.compile has no meaning with tune\.method = 'full'",
