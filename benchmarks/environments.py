@@ -43,6 +43,12 @@ def environment_of(peer: str) -> Environment:
     return Environment(_python(folder), named(wanted))
 
 
+def versions_of(peer: str) -> str:
+    """The peer's pins on one line, whether it is installed or not; nothing for one without pins."""
+    pins = PINS / f"{peer}.txt"
+    return named(pins.read_text("utf-8")) if pins.exists() else ""
+
+
 def named(pins: str) -> str:
     """The lines of the pins, without comments, on one line."""
     lines = [line.partition("#")[0].strip() for line in pins.splitlines()]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environments import Environment, NotInstalled, environment_of
+from benchmarks.environments import Environment, NotInstalled, environment_of, versions_of
 from benchmarks.workload import Outcome, Workload
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +177,7 @@ def _say_faster(rows: Sequence[Row], own: float) -> None:
 def _say_versions(rows: Sequence[Row]) -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}; peers' pins:")
     for key in dict.fromkeys(row.system.key.split("-")[0] for row in rows if row.done):
-        pins = environment_of(key).versions
+        pins = versions_of(key)
         if pins:
             print(f"  {key}: {pins}")
     if any(row.system.key == "flower" and row.done for row in rows):
