@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from client.batches import batches
 from client.steps import stepper
+from client.train import variation
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.streams import global_stream
@@ -81,8 +82,8 @@ def _train(
     reached = _reached(learner, next(iter(shards.values())), rows[0][0])
     for s in range(len(rows[0])):
         items = [
-            _item(learner, shard, i, rows[i][s])
-            for i, shard in enumerate(shards.values())
+            _item(learner, shard, i, rows[i][s], variation(job, round, name, s))
+            for i, (name, shard) in enumerate(shards.items())
             if s < len(rows[i])
         ]
         gradient = {name: torch.zeros_like(t[: len(items)]) for name, t in now.items()}

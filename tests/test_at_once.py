@@ -101,3 +101,15 @@ def test_more_clients_than_fit_at_once_all_train() -> None:
     assert together.clients == tuple(shards)
     assert together.num_examples == tuple(len(shard) for shard in shards.values())
     assert all(bool(t.flatten(1).norm(dim=1).min() > 0) for t in together.delta.values())
+
+
+def test_augmented_batches_are_varied_as_those_of_one_client_after_the_other() -> None:
+    job = image_job("squeezenet1_1", train={"augment": ["crop", "flip"], "batch_size": 3, "lr": 0.1})
+    learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
+    start = learner.initial()
+    shards = {f"c{i}": grey_png_shard(count, classes=2, seed=i) for i, count in enumerate([3, 7])}
+    together = train_at_once(learner, start, shards, job, round=1, plan={})
+    for update, (name, shard) in zip(together, shards.items(), strict=True):
+        alone = train_model(learner, start, shard, job, client=name, round=1, plan={})
+        for n in start:
+            assert relative(update.delta[n], alone.delta[n]) < 1e-4
