@@ -51,9 +51,7 @@ def train_at_once(
         names = order[start : start + AT_ONCE]
         with global_stream(job.seed, "dropout", round, names[0]):
             parts.append(_train(learner, tensors, {n: shards[n] for n in names}, job, round, plan))
-    trained = joined(parts)
-    place = {client: i for i, client in enumerate(trained.clients)}
-    return trained.take([place[name] for name in shards])
+    return joined(parts).of_clients(list(shards))
 
 
 @dataclass(frozen=True)

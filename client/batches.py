@@ -75,3 +75,9 @@ def random_numbers(seeds: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(27))) * MIX2
     mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
     return mixed
+
+
+def uniform_numbers(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
+    """The first `count` numbers in [0, 1) from each seed, 53 bits of an output each, [len(seeds), count]."""
+    numbers: NDArray[np.float64] = (random_numbers(seeds, count) >> np.uint64(11)).astype(np.float64)
+    return numbers * 2.0**-53

@@ -110,9 +110,7 @@ def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], lo
         count = _fitting(head, size)
         for start in range(0, len(group), count):
             parts.append(_train_group(head, examples, group[start : start + count], size, local))
-    trained = joined(parts)
-    place = {client: i for i, client in enumerate(trained.clients)}
-    return trained.take([place[work.client] for work in works])
+    return joined(parts).of_clients([work.client for work in works])
 
 
 CACHE_NUMBERS = 1 << 20

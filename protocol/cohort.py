@@ -40,6 +40,11 @@ class StackedUpdates(Sequence[Update]):
             states={name: t[place].clone() for name, t in self.states.items()},
         )
 
+    def of_clients(self, clients: Sequence[str]) -> StackedUpdates:
+        """The same updates in the order of those clients, who are all there."""
+        place = {client: i for i, client in enumerate(self.clients)}
+        return self.take([place[client] for client in clients])
+
     def take(self, places: Sequence[int]) -> StackedUpdates:
         """The updates at those places, in that order."""
         if list(places) == list(range(len(self))):

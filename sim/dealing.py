@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincinv
 
-from client.batches import random_numbers
+from client.batches import random_numbers, uniform_numbers
 from protocol.streams import stream_seed
 
 Rows = NDArray[np.int64]
@@ -90,8 +90,7 @@ class Drawn:
         # More than are needed, for rows that come twice count once.
         draws = 2 * self.examples + 8
         classes = 0 if self.alpha is None else len(self.counts)
-        bits = random_numbers(seeds, 2 * classes + 2 * draws) >> np.uint64(11)
-        uniform = bits.astype(np.float64) * 2.0**-53
+        uniform = uniform_numbers(seeds, 2 * classes + 2 * draws)
         place = self._places(uniform[:, : 2 * classes], uniform[:, 2 * classes :])
         drawn = self.deck[place]
         ordered = np.sort(drawn[:, : self.examples], axis=1)

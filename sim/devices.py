@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from client.batches import random_numbers
+from client.batches import uniform_numbers
 from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.streams import stream_seed
 from server.clock import Call, Clock, Turnout, everybody
 from sim.population import Population, client_names, number_of
+from tasks.learner import validation_count
 
 Numbers = NDArray[np.float64]
 
@@ -79,7 +80,7 @@ class Profile:
         if self.ends is None:
             return np.array([self.rows[client] for client in clients], dtype=np.int64)
         numbers = np.array([number_of(client) for client in clients], dtype=np.uint64)
-        uniform = _uniform(numbers ^ np.uint64(stream_seed(seed, "device")))
+        uniform = uniform_numbers(numbers ^ np.uint64(stream_seed(seed, "device")), 1)[:, 0]
         drawn: NDArray[np.int64] = (uniform[:, None] >= self.ends[None, :-1]).sum(axis=1)
         return drawn
 
@@ -125,12 +126,6 @@ def _number(path: Path, line: int, row: dict[str, str], field: str, default: flo
     return value
 
 
-def _uniform(seeds: NDArray[np.uint64]) -> Numbers:
-    """A number in [0, 1) for each seed."""
-    uniform: Numbers = (random_numbers(seeds, 1)[:, 0] >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return uniform
-
-
 @dataclass(frozen=True)
 class VirtualClock:
     """Decides by the devices' profile who answers in time, and what the round then took."""
@@ -145,13 +140,15 @@ class VirtualClock:
         numbers = np.array([number_of(client) for client in call.cohort], dtype=np.int64)
         kinds = self.profile.kinds(call.cohort, self.job.seed)
         number = stream_seed(self.job.seed, "available", call.round, call.attempt)
-        is_there = _uniform(numbers.astype(np.uint64) ^ np.uint64(number)) < self._of("availability", kinds)
+        drawn = uniform_numbers(numbers.astype(np.uint64) ^ np.uint64(number), 1)[:, 0]
+        is_there = drawn < self._of("availability", kinds)
         arrival = np.where(is_there, self.seconds(kinds, self.sizes[numbers], call.bytes_each_way), math.inf)
         return turnout(call.cohort, arrival, call.goal, self.job.federation.deadline or math.inf)
 
     def seconds(self, kinds: NDArray[np.int64], sizes: NDArray[np.int64], bytes_each_way: int) -> Numbers:
         """When each answers, in seconds after the call; its own validation part is not trained on."""
-        kept = np.minimum(np.round(sizes * self.job.data.validation_fraction), sizes - 1)
+        fraction = self.job.data.validation_fraction
+        kept = np.array([validation_count(size, fraction) for size in sizes.tolist()])
         work = (sizes - kept) * self.job.train.epochs / self._of("examples_per_second", kinds)
         bits = 8 * bytes_each_way / 1e6
         sent = bits / self._of("download_mbps", kinds) + bits / self._of("upload_mbps", kinds)

@@ -27,7 +27,7 @@ from protocol.messages import Facts, Measurement, Reply, Request
 from protocol.tensors import Tensors
 from sim.dealing import Rows
 from sim.population import Population, number_of
-from tasks.learner import Learner, ranked
+from tasks.learner import Learner, ranked, validation_count
 from tasks.seam import Shard
 
 TABLE_BYTES = 1 << 30
@@ -80,7 +80,7 @@ class Index:
 
     def _split(self, rows: Rows) -> tuple[Rows, Rows]:
         rows = np.sort(rows)
-        count = min(round(len(rows) * self.learner.job.data.validation_fraction), len(rows) - 1)
+        count = validation_count(len(rows), self.learner.job.data.validation_fraction)
         if not count:
             return rows, rows[:0]
         drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]

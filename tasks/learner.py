@@ -186,7 +186,7 @@ class Learner:
     def split(self, shard: Shard) -> tuple[Shard, Shard]:
         """(training part, validation part), chosen by the hash of the content alone."""
         rows = ranked(shard.keys, self.job.seed, "validation")
-        count = min(round(len(shard) * self.job.data.validation_fraction), len(shard) - 1)
+        count = validation_count(len(shard), self.job.data.validation_fraction)
         return shard.select(sorted(rows[count:])), shard.select(sorted(rows[:count]))
 
     @cached_property
@@ -225,6 +225,11 @@ def known_width(backbone: Backbone) -> int | None:
 
     config = AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
     return getattr(config, "hidden_size", None)
+
+
+def validation_count(examples: int, fraction: float) -> int:
+    """How many examples of a shard are kept to measure on: never all of them."""
+    return min(round(examples * fraction), examples - 1)
 
 
 def ranked(keys: Sequence[bytes], seed: int, purpose: str) -> list[int]:
