@@ -53,6 +53,8 @@ RESEND_SECONDS = 60.0
 
 A site answers the same request with the same reply and does not train twice.
 """
+HELLO_AGAIN_SECONDS = 5.0
+"""The same of a greeting, which costs little; `federation.wait` bounds how long one may be lost."""
 
 
 @dataclass
@@ -149,7 +151,8 @@ class FlowerCarrier:
         A node whose connection is gone has `patience` seconds to come back and is then asked again.
         """
         start = time.monotonic()
-        pauses = dict.fromkeys(letters, self.resend_after)
+        first = min(self.resend_after, HELLO_AGAIN_SECONDS) if kind == "query" else self.resend_after
+        pauses = dict.fromkeys(letters, first)
         due = dict.fromkeys(letters, start)
         sent: dict[str, int] = {}
         activated, look = self._activations(), start + LOOK_SECONDS

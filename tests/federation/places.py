@@ -132,7 +132,11 @@ class Federation:
         """Submit a job, wait for its end; its result."""
         self.count += 1
         out = self.folder / f"run-{self.count:03d}"
-        submit(job.canonical, self.server, out=out, show=show)
+        try:
+            submit(job.canonical, self.server, out=out, show=show)
+        except JobError as error:
+            said = "\n".join(f"{name}: {one.text()[-3000:]}" for name, one in self.running.items())
+            raise AssertionError(f"{error}; they said:\n{said}") from error
         return result_of(out)
 
     def submit(self, job: Job, out: Path, *options: str) -> Running:
