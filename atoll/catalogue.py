@@ -14,7 +14,7 @@ def tasks() -> Lines:
 
 
 def backbones() -> Lines:
-    from tasks.weights import PACKAGED, torchvision_names
+    from tasks.weights import PACKAGED, RAW, torchvision_names
 
     packaged = [
         (name, f"pretrained weights from package {package}") for name, (package, _) in PACKAGED.items()
@@ -22,6 +22,7 @@ def backbones() -> Lines:
     open_ended = [
         ("hf:NAME", "any transformers encoder, from its cache or the hub"),
         ("FOLDER", "any folder written by save_pretrained"),
+        (RAW, "no network: an image's pixels, scaled to length 1; head only"),
     ]
     vision = [
         (f"torchvision:{n}", "torchvision") for n in torchvision_names() if f"torchvision:{n}" not in PACKAGED

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from server.comparison import NAMES, comparison_of
-from server.report_words import duration
+from server.report_words import duration, what_was_private
 
 PIPED_WIDTH = 160
 """Columns of a table that goes to a file or a pipe, where nothing has to fit a screen."""
@@ -222,6 +222,8 @@ def ending(result: dict[str, Any], run: Any) -> None:
     if result.get("simulated_seconds"):
         told = f"{duration(result['simulated_seconds'])} on the devices, {duration(result['seconds'])} here"
         out.print(f"simulated time  {told}", highlight=False)
+    if result["privacy"]["unit"] != "none":
+        out.print(plain(what_was_private(result["privacy"])), highlight=False, soft_wrap=True)
     for name, what in (
         ("model sha256", result["model_sha256"]),
         ("run directory", run),

@@ -18,10 +18,12 @@ from typing import cast
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.books import Books
 from client.shards import FolderShards
 from client.site import Site
 from protocol.errors import DataError
 from protocol.job import Job
+from protocol.kit import Budget
 from protocol.messages import decode_request, encode_reply, hello_to_json
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,10 @@ def folder_site(job: Job, context: Context) -> Site:
     config = context.node_config
     name, paths = key = (str(config["name"]), str(config["data-paths"]))
     if key not in _sites:
-        _sites[key] = Site(FolderShards.of(name, [Path(p) for p in json.loads(paths)]), discreet=True)
+        shards = FolderShards.of(name, [Path(p) for p in json.loads(paths)])
+        budget = str(config["budget"])
+        books = Books(Path(str(config["ledgers"])), Budget.model_validate_json(budget) if budget else None)
+        _sites[key] = Site(shards, discreet=True, books=books)
     return _sites[key]
 
 

@@ -10,16 +10,16 @@ thread; the number of threads is fixed by the job.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from client.batches import epoch_seeds, permutations, view_numbers
-from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded, squared_norms
+from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded
+from client.per_example import PerExample, StackedNoise, factors, stacked_noise
 from client.steps import is_plain, stepper
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
@@ -59,25 +59,14 @@ class Examples:
 
 @dataclass(frozen=True)
 class HeadWork:
-    """One client's part of a round: its rows of the examples, in the first view."""
+    """One client's part of a round: its rows of the examples, in the first view.
+
+    `batches` are places among those rows for each step, where they are drawn by Poisson's coins.
+    """
 
     client: str
     rows: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class PerExample:
-    """DP-SGD's gradient (Abadi et al. 2016, algorithm 1) in place of the batch's mean.
-
-    Each example's gradient over all layers is clipped to `clipping_norm`, standard normal `noise` times
-    `noise_multiplier * clipping_norm` is added to the sum, and it is divided by `divisor`, a
-    public number. `noise` gives [steps, numbers] for a client and comes from that client's own source.
-    """
-
-    clipping_norm: float
-    noise_multiplier: float
-    divisor: float
-    noise: Callable[[str, int, int], torch.Tensor]
+    batches: tuple[NDArray[np.int64], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,8 +92,8 @@ def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], lo
     between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …).
     """
     groups: dict[int, list[HeadWork]] = {}
-    for work in works:
-        groups.setdefault(rows_per_batch(len(work.rows), local.job.train.batch_size), []).append(work)
+    for work in (drawn(work, local.per_example) for work in works):
+        groups.setdefault(_rows_per_batch(work, local), []).append(work)
     parts = []
     for size, group in groups.items():
         count = _fitting(head, size)
@@ -121,6 +110,20 @@ def _fitting(head: Tensors, size: int) -> int:
     """How many clients make a block, by the numbers of one: its head and the inputs of one batch."""
     widths = [padded(layer.inputs) * (layer.outputs + size) for layer in Layers.of(head).layers]
     return max(1, CACHE_NUMBERS // sum(widths))
+
+
+def drawn(work: HeadWork, private: PerExample | None) -> HeadWork:
+    """The work with its batches, where privacy asks for drawn ones."""
+    if private is None or private.draw is None:
+        return work
+    return replace(work, batches=tuple(private.draw(work.client, len(work.rows))))
+
+
+def _rows_per_batch(work: HeadWork, local: Local) -> int:
+    if work.batches:
+        most = max(len(batch) for batch in work.batches)
+        return rows_per_batch(most, most)
+    return rows_per_batch(len(work.rows), local.job.train.batch_size)
 
 
 def rows_per_batch(count: int, batch_size: int) -> int:
@@ -159,19 +162,24 @@ def _train_group(
     now = [matrix.repeat(len(works), 1, 1) for matrix in start]
     losses = _descend(layers, now, start, examples, schedule, local)
     counts = tuple(len(work.rows) for work in schedule.works)
+    states = {
+        "train_loss.sum": losses.cpu(),
+        "train_loss.count": torch.tensor(counts, dtype=torch.float64) * job.train.epochs,
+    }
+    if local.per_example is not None:
+        counts, states = local.per_example.told([work.client for work in schedule.works])
     return StackedUpdates(
         clients=tuple(work.client for work in schedule.works),
         round=local.round,
         delta=layers.apart([matrix.sub_(first) for matrix, first in zip(now, start, strict=True)]),
         num_examples=counts,
-        states={
-            "train_loss.sum": losses.cpu(),
-            "train_loss.count": torch.tensor(counts, dtype=torch.float64) * job.train.epochs,
-        },
+        states=states,
     )
 
 
 def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:
+    if works[0].batches:
+        return _drawn_schedule(works, size, job, round, examples)
     works = sorted(works, key=lambda work: -len(work.rows))
     counts = np.array([len(work.rows) for work in works])
     per_epoch = -(-counts // job.train.batch_size)
@@ -193,6 +201,26 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: 
         torch.from_numpy(rows.transpose(1, 0, 2).copy()).to(job.train.device),
         torch.from_numpy(share.transpose(1, 0, 2).copy()).to(job.train.device),
         (per_epoch * epochs).tolist(),
+    )
+
+
+def _drawn_schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:
+    """Batches as they were drawn; every example in one counts as one, before it is clipped."""
+    steps = len(works[0].batches)
+    rows = np.empty((steps, len(works), size), dtype=np.int64)
+    share = np.zeros(rows.shape, dtype=np.float32)
+    for i, work in enumerate(works):
+        rows[:, i] = work.rows[0]
+        for s, batch in enumerate(work.batches):
+            seen = work.rows[batch]
+            if examples.views > 1:
+                seeds = epoch_seeds(job, round, [work.client], s, "view")
+                seen = seen + examples.count * view_numbers(examples.views, seeds, len(work.rows))[0][batch]
+            rows[s, i, : len(batch)] = seen
+            share[s, i, : len(batch)] = 1
+    device = job.train.device
+    return _Schedule(
+        works, torch.from_numpy(rows).to(device), torch.from_numpy(share).to(device), [steps] * len(works)
     )
 
 
@@ -288,15 +316,16 @@ class _Extra:
     """What a round adds to the plain gradient: clipping and noise, the proximal term, corrections."""
 
     local: Local
-    noise: list[Stack]
+    noise: list[list[StackedNoise]]
     corrections: Stack
 
     @classmethod
     def of(cls, layers: Layers, schedule: _Schedule, local: Local, device: torch.device) -> _Extra:
         """Noise for every step, and each client's correction, zero for one that has none."""
-        noise: list[Stack] = []
+        noise: list[list[StackedNoise]] = []
         if local.per_example is not None:
-            noise = _noise(layers, schedule, local.per_example, str(device))
+            steps = [(work.client, s) for work, s in zip(schedule.works, schedule.steps, strict=True)]
+            noise = stacked_noise(layers, steps, local.per_example, str(device))
         if not local.corrections:
             return cls(local, noise, [])
         nothing = {n: torch.zeros_like(t) for n, t in next(iter(local.corrections.values())).items()}
@@ -305,7 +334,7 @@ class _Extra:
 
     @property
     def is_none(self) -> bool:
-        """Whether nothing is added to the gradient (it may still be clipped)."""
+        """Whether nothing is added to the gradient."""
         return not (self.noise or self.corrections or self.local.proximal_mu)
 
     def factor(
@@ -313,41 +342,14 @@ class _Extra:
     ) -> torch.Tensor:
         """What each example's gradient is multiplied by, [clients, batch]."""
         private = self.local.per_example
-        if private is None:
-            return share
-        norm = squared_norms(values, each).sqrt_()
-        clipped = (private.clipping_norm / norm.clamp_min_(1e-12)).clamp_max_(1.0)
-        return clipped.mul_(share > 0).div_(private.divisor)
+        return share if private is None else factors(values, each, share, private)
 
     def add(self, gradient: Stack, stack: Stack, start: Stack, s: int) -> None:
         """Add what belongs to step `s` to the gradients of the clients that still train."""
         for place, g in enumerate(gradient):
             if self.noise:
-                g += self.noise[s][place][: len(g)]
+                g.copy_(self.noise[s][place].added(g))
             if self.local.proximal_mu:
                 g += (stack[place] - start[place]) * self.local.proximal_mu
             if self.corrections:
                 g += self.corrections[place][: len(g)]
-
-
-def _noise(layers: Layers, schedule: _Schedule, private: PerExample, device: str) -> list[Stack]:
-    """Scaled noise of every step, stacked over clients; what is padded gets none."""
-    sizes: list[tuple[str, tuple[int, ...]]]
-    sizes = [(layer.weight, (layer.outputs, layer.inputs)) for layer in layers.layers]
-    sizes += [(layer.bias, (layer.outputs,)) for layer in layers.layers]
-    numbers = [prod(shape) for _, shape in sizes]
-    scale = private.noise_multiplier * private.clipping_norm / private.divisor
-    drawn = [
-        private.noise(work.client, steps, sum(numbers)) * scale
-        for work, steps in zip(schedule.works, schedule.steps, strict=True)
-    ]
-    found: list[Stack] = []
-    for s in range(max(schedule.steps)):
-        heads = [
-            {n: t.view(shape) for (n, shape), t in zip(sizes, torch.split(own[s], numbers), strict=True)}
-            for own in drawn
-            if len(own) > s
-        ]
-        stacks = [layers.stack(head, device) for head in heads]
-        found.append([torch.cat(parts) for parts in zip(*stacks, strict=True)])
-    return found

@@ -93,7 +93,12 @@ class _Site:
             secret=self.kit.secret.read_bytes(),
             app=app,
             hashes=installed_hashes(),
-            node_config={"name": self.kit.name, "data-paths": json.dumps([str(p) for p in self.data])},
+            node_config={
+                "name": self.kit.name,
+                "data-paths": json.dumps([str(p) for p in self.data]),
+                "ledgers": str(self.kit.ledgers),
+                "budget": self.kit.budget.model_dump_json() if self.kit.budget else "",
+            },
         )
 
     def _arguments(self, address: str) -> list[str]:

@@ -59,7 +59,7 @@ class Layers:
         for layer in self.layers:
             is_last = layer is self.layers[-1]
             rows = layer.outputs if is_last else padded(layer.outputs)
-            matrix = torch.zeros((1, rows, padded(layer.inputs)))
+            matrix = torch.zeros((1, rows, padded(layer.inputs)), dtype=head[layer.weight].dtype)
             matrix[0, : layer.outputs, : layer.inputs] = head[layer.weight]
             matrix[0, : layer.outputs, layer.inputs] = head[layer.bias]
             found.append(matrix.to(device))

@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from client.books import Books
 from client.discretion import discreet
 from client.heads import Examples, HeadWork, Local, train_heads
 from client.layers import LOSSES
+from client.per_example import PerExample
+from client.private import private_training
+from client.secure import STAGES, Desk, contributions, sums
+from client.sums import head_sums
 from client.train import train_model
-from protocol.errors import DataChanged, InputError
+from privacy.terms import distributed_terms, terms_of
+from protocol.errors import BudgetExhausted, DataChanged, InputError
 from protocol.job import Job
 from protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
 from tasks import task_named
@@ -71,6 +77,15 @@ class Held:
     features: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """Who may train in a round, how their examples are protected, and what their ledgers say."""
+
+    names: list[str]
+    private: PerExample | None = None
+    charged: dict[str, int] = field(default_factory=dict)
+
+
 @dataclass
 class LoggedProgress:
     """Says from time to time how many features are computed."""
@@ -93,12 +108,17 @@ class Site:
 
     shards: Shards
     discreet: bool = False
+    books: Books | None = None
+    desk: Desk = field(default_factory=Desk)
     _learners: dict[str, Learner] = field(default_factory=dict)
     _held: dict[tuple[str, str, str], Held] = field(default_factory=dict)
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def hello(self, job: Job) -> list[Hello]:
-        """Who lives here, what their data looks like, or why they do not take part."""
+        """Who lives here, what their data looks like, or why they do not take part.
+
+        How many examples a client holds is kept to itself where each of them is promised privacy.
+        """
         return [self._hello(job, name) for name in self.shards.names(job)]
 
     def _hello(self, job: Job, name: str) -> Hello:
@@ -108,7 +128,8 @@ class Site:
             self._fingerprints[name, job.hash] = self.shards.fingerprint(job, name)
         except InputError as error:
             return Hello(name, {}, 0, refusal=self._told(name, error, job.canonical))
-        return Hello(name, facts, len(dataset))
+        counted = 0 if "example" in job.privacy.units else len(dataset)
+        return Hello(name, facts, counted)
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """One reply for each named client; what went wrong at one does not touch the others."""
@@ -118,16 +139,64 @@ class Site:
         except InputError as error:
             return [Failure(name, self._told(name, error, request.job)) for name in names]
         torch.set_num_threads(job.train.threads)
+        if request.kind in STAGES:
+            return self.desk.answer(request, names)
+        admitted, failures = self.admit(job, request, names)
         held: dict[str, Held] = {}
-        failures: list[Reply] = []
-        for name in names:
+        for name in admitted.names:
             try:
                 held[name] = self._hold(learner, name, request.facts)
             except InputError as error:
                 failures.append(Failure(name, self._told(name, error, request.job)))
-        work = train if request.kind == "train" else evaluate
-        replies = work(learner, request, held)
+        replies: Iterable[Reply]
+        if request.kind == "evaluate":
+            replies = evaluate(learner, request, held)
+        elif request.kind == "train":
+            replies = train(learner, request, held, admitted.private)
+        else:
+            replies = self._summed(learner, request, held, admitted)
         return chain(failures, replies) if failures else replies
+
+    def _summed(
+        self, learner: Learner, request: Request, held: dict[str, Held], admitted: Admitted
+    ) -> Iterator[Reply]:
+        terms, private = distributed_terms(learner.job), admitted.private
+        if terms is None or terms.unit == "client":
+            values = contributions(train(learner, request, held, private), terms)
+        elif learner.job.trains_on_features:
+            assert private is not None
+            examples, works = heads_of(held, learner.job.train.device)
+            loss = LOSSES[learner.task.head_loss]
+            values = sums(head_sums(request.tensors, examples, works, loss, private))
+        else:
+            from client.model_sums import model_sums
+
+            assert private is not None
+            shards = {name: h.train for name, h in held.items()}
+            values = sums(model_sums(learner, request.tensors, shards, private, request.round))
+        return self.desk.sent(learner.job, request, values, admitted.charged)
+
+    def admit(self, job: Job, request: Request, names: Sequence[str]) -> tuple[Admitted, list[Reply]]:
+        """(who may train and how, why the others may not), once everything is charged."""
+        found = [terms_of(job, unit) for unit in job.privacy.units]
+        ours = [terms for terms in found if terms is not None and terms.where != "server"]
+        if not ours or request.kind == "evaluate":
+            return Admitted(list(names)), []
+        assert self.books is not None, "a site that is to keep a promise needs books"
+        charged: dict[str, int] = {}
+        refused: list[Reply] = []
+        for name in names:
+            try:
+                fingerprint = self.shards.fingerprint(job, name)
+                rounds = [self.books.charge(name, fingerprint, job, terms, request) for terms in ours]
+                charged[name] = max(rounds)
+            except BudgetExhausted as spent:
+                refused.append(Failure(name, str(spent)))
+            except InputError as error:
+                refused.append(Failure(name, self._told(name, error, request.job)))
+        example = next((terms for terms in ours if terms.unit == "example"), None)
+        private = None if example is None else private_training(job, example, request.round, charged)
+        return Admitted(list(charged), private, charged), refused
 
     def _told(self, client: str, error: InputError, known: str) -> str:
         """What the server is told of an error; a discreet site keeps the whole line in its own log."""
@@ -178,11 +247,23 @@ class Site:
         return found
 
 
-def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterable[Update]:
+def train(
+    learner: Learner, request: Request, held: dict[str, Held], private: PerExample | None
+) -> Iterable[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
     if learner.job.trains_on_features and held:
         examples, works = heads_of(held, learner.job.train.device)
-        return train_heads(request.tensors, examples, works, local_training(learner, request))
+        return train_heads(request.tensors, examples, works, local_training(learner, request, private))
+    if private is not None:
+        from client.train_private import train_privately  # it brings in Opacus, which takes a second
+
+        return (
+            train_privately(
+                learner, request.tensors, h.train, private,
+                client=name, round=request.round, plan=request.plan,
+            )
+            for name, h in held.items()
+        )  # fmt: skip
     return (
         train_model(
             learner, request.tensors, h.train, learner.job,
@@ -192,10 +273,10 @@ def train(learner: Learner, request: Request, held: dict[str, Held]) -> Iterable
     )  # fmt: skip
 
 
-def local_training(learner: Learner, request: Request) -> Local:
+def local_training(learner: Learner, request: Request, private: PerExample | None) -> Local:
     """How the clients of a round train their heads."""
     loss = LOSSES[learner.task.head_loss]
-    return Local(learner.job, loss, request.round, request.plan.get("proximal_mu", 0.0))
+    return Local(learner.job, loss, request.round, request.plan.get("proximal_mu", 0.0), private)
 
 
 def heads_of(held: dict[str, Held], device: str) -> tuple[Examples, list[HeadWork]]:

@@ -44,7 +44,7 @@ def train_model(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if mu:
-                _pull_back(parameters, start, mu)
+                pull_back(parameters, start, mu)
             optimizer.step()
             summed += float(loss.detach()) * len(rows)
     count = float(len(shard) * job.train.epochs)
@@ -68,7 +68,7 @@ def variation(job: Job, round: int, client: str, number: int) -> Variation | Non
     return Variation(job.train.augment, lambda place: draw)
 
 
-def _pull_back(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
+def pull_back(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
     """Add FedProx's gradient mu (w - w_global) (Li et al. 2020)."""
     for name, p in parameters.items():
         if p.grad is not None:

@@ -2,8 +2,8 @@
 
 Guarantee: (epsilon, delta) for one client's whole participation, neighbours differing by adding or
 removing one client, against everyone who sees the models but not the updates; the server sees the
-updates and is trusted. Epsilon comes from `privacy.accounting` for the releases that `release`
-returns. Not covered: which clients were asked, how long rounds took, what clients say elsewhere.
+updates and is trusted. Epsilon comes from `privacy.accounting` for the releases that were
+recorded. Not covered: which clients were asked, how long rounds took, what clients say elsewhere.
 
 McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", with equal weights
 and a fixed divisor: the expected cohort, a public number, never who happened to answer.
@@ -12,15 +12,16 @@ and a fixed divisor: the expected cohort, a public number, never who happened to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from privacy.accounting import Release
+from privacy.adaptive import multiplier_of_sum, noised_fraction
 from privacy.clipping import clipped_sum
-from privacy.noise import Lattice, Words
+from privacy.noise import Lattice, Words, lattice_for
 from protocol.messages import Update
 from protocol.tensors import Tensors
 
@@ -30,7 +31,9 @@ class CentralGaussian:
     """Clip, sum, noise, divide: one object, so that the noise always fits the sensitivity.
 
     `sampling_rate` is the rate of Poisson sampling; 1 for a cohort of fixed size, which amplifies
-    nothing here. `expected_cohort` is the divisor.
+    nothing here. `expected_cohort` is the divisor. `record` is told what a release costs before its
+    noise is drawn; if it raises, nothing is released. With a `count_deviation` it is also told, in
+    private and at no extra cost, which part of the norms was within the clipping norm.
     """
 
     clipping_norm: float
@@ -38,6 +41,8 @@ class CentralGaussian:
     expected_cohort: float
     sampling_rate: float
     words: Words
+    record: Callable[[Release], None] = lambda cost: None
+    count_deviation: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("clipping_norm", "noise_multiplier", "expected_cohort"):
@@ -52,25 +57,34 @@ class CentralGaussian:
         """What each call of `release` spends."""
         return Release(self.noise_multiplier, self.sampling_rate)
 
-    def release(self, updates: Sequence[Update], model: Tensors) -> tuple[Tensors, Release]:
-        """(the noised mean delta in float64, what it spent).
+    def release(self, updates: Sequence[Update], model: Tensors) -> tuple[Tensors, float | None]:
+        """(the noised mean delta in float64, the noised fraction of norms within the clipping norm).
 
         The noise does not depend on how many answered; with no update at all it is noise alone.
         Tensors are taken in the order of their names.
         """
         names = sorted(model)
         sizes = [model[name].numel() for name in names]
-        total = np.zeros(sum(sizes))
+        total, within = np.zeros(sum(sizes)), 0
         if len(updates):
-            summed, _ = clipped_sum(updates, clipping_norm=self.clipping_norm)
+            summed, norms = clipped_sum(updates, clipping_norm=self.clipping_norm)
             total = torch.cat([summed[name].reshape(-1) for name in names]).numpy()
+            within = int((norms <= self.clipping_norm).sum())
+        self.record(self.cost)
         noisy = self.lattice(len(total)).added(total) / self.expected_cohort
         parts = torch.split(torch.from_numpy(noisy), sizes)
         mean = {name: part.reshape(model[name].shape) for name, part in zip(names, parts, strict=True)}
-        return mean, self.cost
+        return mean, self._fraction(within, len(updates))
+
+    def _fraction(self, within: int, answered: int) -> float | None:
+        if self.count_deviation is None:
+            return None
+        noise = float(Lattice(self.count_deviation, self.words).noise(1)[0])
+        return noised_fraction(within, answered, noise=noise, expected_cohort=self.expected_cohort)
 
     def lattice(self, numbers: int) -> Lattice:
         """The noise for a sum of so many numbers: its sensitivity is the clipping norm, and the rounding."""
-        plain = Lattice(self.noise_multiplier * self.clipping_norm, self.words)
-        sensitivity = self.clipping_norm + 2 * plain.rounding(numbers)
-        return Lattice(self.noise_multiplier * sensitivity, self.words)
+        left = self.noise_multiplier
+        if self.count_deviation is not None:
+            left = multiplier_of_sum(self.noise_multiplier, self.count_deviation)
+        return lattice_for(left, self.clipping_norm, numbers, self.words)

@@ -11,21 +11,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from protocol.complaints import explain
 from protocol.errors import ConfigError
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-
-
-class Section(BaseModel):
-    """A table of the job: frozen, strict about types, closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+from protocol.promise import PrivacySection, check_promises
+from protocol.section import Count, Decay, NotNegative, Positive, Rate, Section
 
 
 class TaskSection(Section):
@@ -154,14 +145,16 @@ class FederationSection(Section):
 
     clients: Count = 20
     cohort: Count | None = None
-    cohort_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    cohort_rate: Rate | None = None
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 20
-    quorum: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.5
+    quorum: Rate = 0.5
     round_timeout: Positive = 3600.0
     wait: Positive = 600.0
     devices: str | None = None
     deadline: Positive | None = None
     over_sampling: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.0
+    secure_aggregation: bool = False
+    secure_threshold: Rate | None = None
 
     @model_validator(mode="after")
     def _time_is_simulated_with_devices(self) -> FederationSection:
@@ -197,12 +190,6 @@ class StrategySection(Section):
     options: dict[str, bool | int | float | str] | None = None
 
 
-class PrivacySection(Section):
-    """`[privacy]`: the unit that is protected and its budget."""
-
-    unit: Literal["none"] = "none"
-
-
 class EvaluateSection(Section):
     """`[evaluate]`: how often the global model is measured, and against what."""
 
@@ -235,6 +222,11 @@ class Job(Section):
         for key, given in asked.items():
             if given and self.tune.method != "head":
                 raise ValueError(f"{key} has no meaning with tune.method = {self.tune.method!r}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_can_be_kept(self) -> Job:
+        check_promises(self)
         return self
 
     @property

@@ -95,9 +95,17 @@ class _ServerTable(_Table):
     sites: Annotated[list[SiteName], Field(min_length=1), AfterValidator(_unique)]
 
 
+class Budget(_Table):
+    """What all jobs together may spend on one client's data at this site, ever."""
+
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
 class _SiteTable(_Table):
     name: SiteName
     server: Address
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -152,15 +160,21 @@ class SiteKit(_Kit):
 
     name: str
     address: Address
+    budget: Budget | None = None
 
     @property
     def key(self) -> Path:
         return self.folder / "node.key"
 
+    @property
+    def ledgers(self) -> Path:
+        """What this site's clients have spent of their privacy, a file each."""
+        return self.state / "ledgers"
+
     @classmethod
     def load(cls, folder: Path) -> "SiteKit":
         table = _kit_table(folder, _SiteTable)
-        kit = cls(folder.resolve(), table.name, table.server)
+        kit = cls(folder.resolve(), table.name, table.server, table.budget)
         _require(kit.authority, kit.key, kit.secret)
         return kit
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ from protocol.tensors import Tensors, from_bytes, to_bytes
 
 VERSION = 1
 """Of the messages; a server and a client that differ in it do not work together."""
+
+CHARGED_ROUNDS = "privacy.rounds"
+"""A state of updates under a promise that the client keeps: rounds of this run in the client's ledger."""
 
 Facts = dict[str, Any]
 """What a task must know of the data before a model can be built, such as the classes; JSON-able."""
@@ -30,7 +33,12 @@ class Hello:
 
 @dataclass(frozen=True)
 class Request:
-    """Work for the named clients: train from these tensors, or evaluate them."""
+    """Work for the named clients: train from these tensors, or evaluate them.
+
+    `run` is what ledgers call the run: the same when it is resumed, another for the job's next one.
+    `own` tensors are for one client each, and travel to its site only; `others` are clients that the
+    request is about.
+    """
 
     kind: str
     job: str
@@ -39,6 +47,9 @@ class Request:
     facts: Facts
     tensors: Tensors
     plan: Mapping[str, float] = field(default_factory=dict)
+    run: str = ""
+    own: Mapping[str, Tensors] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
     version: int = VERSION
 
 
@@ -74,13 +85,23 @@ class Failure:
     reason: str
 
 
-Reply = Update | Measurement | Failure
+@dataclass(frozen=True)
+class Sealed:
+    """One client's answer in a stage of a secure sum: keys, shares, or a vector under masks."""
+
+    client: str
+    round: int
+    content: Tensors
 
 
-def encode_request(request: Request) -> tuple[str, bytes]:
-    """The request as (JSON head, safetensors body)."""
-    head = {k: v for k, v in asdict_shallow(request).items() if k != "tensors"}
-    return json.dumps(head), to_bytes(request.tensors)
+Reply = Update | Measurement | Failure | Sealed
+
+
+def encode_request(request: Request, names: Sequence[str] = ()) -> tuple[str, bytes]:
+    """The request as (JSON head, safetensors body), with the own tensors of the named clients."""
+    head = {k: v for k, v in asdict_shallow(request).items() if k not in ("tensors", "own")}
+    own = {f"{name}/{key}": t for name in names for key, t in request.own.get(name, {}).items()}
+    return json.dumps(head), to_bytes(_prefixed("all", request.tensors) | _prefixed("own", own))
 
 
 def decode_request(head: str, body: bytes) -> Request:
@@ -89,8 +110,13 @@ def decode_request(head: str, body: bytes) -> Request:
     Raises:
         DataError: the message is of another version, or malformed.
     """
-    fields = _fields(head)
-    return Request(tensors=from_bytes(body), **fields)
+    fields, tensors = _fields(head), from_bytes(body)
+    own: dict[str, Tensors] = {}
+    for path, tensor in _under("own", tensors).items():
+        name, _, key = path.partition("/")
+        own.setdefault(name, {})[key] = tensor
+    fields["others"] = tuple(fields.get("others", ()))
+    return Request(tensors=_under("all", tensors), own=own, **fields)
 
 
 def encode_reply(reply: Reply) -> tuple[str, bytes]:
@@ -102,6 +128,8 @@ def encode_reply(reply: Reply) -> tuple[str, bytes]:
         case Measurement():
             body = _prefixed("states", reply.states)
             head = {"client": reply.client, "round": reply.round, "num_examples": reply.num_examples}
+        case Sealed():
+            body, head = _prefixed("content", reply.content), {"client": reply.client, "round": reply.round}
         case Failure():
             head, body = {"client": reply.client, "reason": reply.reason}, {}
     return json.dumps({"kind": type(reply).__name__, "version": VERSION, **head}), to_bytes(body)
@@ -123,6 +151,8 @@ def decode_reply(head: str, body: bytes) -> Reply:
                 return Update(delta=_under("delta", tensors), states=_under("states", tensors), **fields)
             case "Measurement":
                 return Measurement(states=_under("states", tensors), **fields)
+            case "Sealed":
+                return Sealed(content=_under("content", tensors), **fields)
             case "Failure":
                 return Failure(**fields)
     except TypeError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,7 @@ from protocol.errors import DataError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
 from server.play import check_real, play
+from server.protection import Books
 from server.roll import Roll
 from server.testset import server_test_set
 
@@ -63,6 +66,7 @@ class FlowerCarrier:
 
     grid: Grid
     engine: str
+    masks: bool = True
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
@@ -125,13 +129,16 @@ class FlowerCarrier:
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
-        head, body = encode_request(request)
-        tensors = ArrayRecord({"tensors": bytes_array(body)})
-        letters = {}
+        letters, shared = {}, encode_request(request)
+        common = ArrayRecord({"tensors": bytes_array(shared[1])})
         for node, clients in self._hosts(names).items():
-            config = ConfigRecord({"request": head, "names": json.dumps(clients)})
-            letters[node] = RecordDict({"head": config, "body": tensors})
-        for node, reply in self._converse(letters, request.kind, timeout, REJOIN_SECONDS):
+            config = ConfigRecord({"request": shared[0], "names": json.dumps(clients)})
+            body = common
+            if request.own:
+                body = ArrayRecord({"tensors": bytes_array(encode_request(request, clients)[1])})
+            letters[node] = RecordDict({"head": config, "body": body})
+        kind = "evaluate" if request.kind == "evaluate" else "train"
+        for node, reply in self._converse(letters, kind, timeout, REJOIN_SECONDS):
             if isinstance(reply, str):
                 yield from (Failure(name, reply) for name in self._hosts(names)[node])
                 continue
@@ -257,7 +264,14 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
     carrier = FlowerCarrier(grid, "flower")
-    play(job, carrier, out, server_test_set(job), watch=announce, resume=resume)
+    play(job, carrier, out, server_test_set(job), watch=announce, resume=resume, books=_books())
+
+
+def _books() -> Books:
+    """The federation's own, in the kit whose server started this process: they outlive runs."""
+    state = Path(os.environ["FLWR_HOME"]).parent
+    authority = (state.parent / "ca.crt").read_bytes()
+    return Books(state / "ledger.jsonl", f"federation {hashlib.sha256(authority).hexdigest()}")
 
 
 def _watch_uploads(grid: Grid) -> None:

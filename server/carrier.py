@@ -14,6 +14,8 @@ class Carrier(Protocol):
     """Delivers requests to clients by name and brings their replies, in any order."""
 
     engine: str
+    masks: bool
+    """Whether vectors of secure sums travel under masks: not where the clients are simulated."""
 
     def hello(self, job: Job) -> Roll:
         """All clients that could be reached; waits until the job's number of them is there."""

@@ -11,6 +11,7 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from server.carrier import Carrier
 from server.clock import Clock, everybody
+from server.protection import Books, protection_of
 from server.report import write_report
 from server.result import Baselines, finish
 from server.rounds import Run, TestSet, Watch, all_rounds, open_run
@@ -47,11 +48,18 @@ def play(
     resume: bool = False,
     force: bool = False,
     clock: Clock = everybody,
+    books: Books | None = None,
 ) -> dict[str, Any]:
-    """Run a job and leave a complete run directory; returns what `result.json` holds."""
+    """Run a job and leave a complete run directory; returns what `result.json` holds.
+
+    Releases under client-level privacy are charged to `books`, or to the run's own.
+    """
     started = time.monotonic()
     with RunDirectory.open(out, job, resume=resume, force=force) as directory:
-        run = open_run(job, carrier, directory, test_set, watch, resume=resume, clock=clock)
+        protection = protection_of(job, out, books)
+        run = open_run(
+            job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection
+        )
         directory.settle()
         all_rounds(run)
         watch("baselines", {})
@@ -68,6 +76,16 @@ def check_real(job: Job) -> None:
         raise ConfigError(
             "federation.devices: simulates devices, a real federation has its own; expected a job without"
             " devices, deadline and over_sampling (round_timeout is the real deadline)"
+        )
+    if job.privacy.seeded_noise:
+        raise ConfigError(
+            "privacy.seeded_noise: anybody who has the job can subtract such noise, so a real federation"
+            " takes none of it; expected false"
+        )
+    if job.privacy.units and job.data.classes is None:
+        raise ConfigError(
+            f"data.classes: missing, expected the list of classes with privacy.unit = {job.privacy.unit!r}:"
+            " one made from the clients' data would tell what they hold"
         )
 
 

@@ -222,18 +222,34 @@ def simulated_rounds(result: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def what_was_private(privacy: dict[str, Any]) -> str:
-    """One or two sentences: the privacy claim, or that there is none."""
+    """The privacy claim with all that it rests on, or that there is none."""
     if privacy["unit"] == "none":
         return "Privacy: this run made no privacy claim; no noise was added to what the clients sent."
-    epsilon, delta = finite(privacy["epsilon"]), finite(privacy["delta"])
-    spent = "an epsilon that was not recorded" if epsilon is None else f"epsilon {epsilon:.3g}"
+    units = privacy.get("units") or {privacy["unit"]: privacy}
+    told = " ".join(_claim(unit, of) for unit, of in units.items())
+    if privacy["seeded_noise"]:
+        return (
+            "Privacy: none, for the noise was seeded, as a simulation may, and anybody can repeat it. Had it"
+            f" been real: {told}"
+        )
+    return f"Privacy: {told}"
+
+
+def _claim(unit: str, of: dict[str, Any]) -> str:
+    """One unit's epsilon; what an older result doesn't hold is called not recorded."""
+    epsilon, loose, delta = (finite(of.get(key)) for key in ("epsilon", "epsilon_rdp", "delta"))
+    spent = "no finite epsilon" if epsilon is None else f"epsilon {epsilon:.3g}"
     at = "" if delta is None else f" at delta {delta:.2g}"
-    seeded = (
-        " Its noise was seeded, as a simulation's is, so this very run was not private."
-        if privacy["seeded_noise"]
-        else ""
+    beside = "" if loose is None else f" ({loose:.3g} by RDP)"
+    noise, releases = finite(of.get("noise_multiplier")), finite(of.get("releases"))
+    much = "unknown noise" if noise is None else f"noise multiplier {noise:.4g}"
+    often = "" if releases is None else f" in {releases:,.0f} releases"
+    relation = str(of.get("relation") or "neighbours not recorded").replace("-", " ")
+    return (
+        f"for one {unit} ({relation}), {spent}{at} by"
+        f" {of.get('accountant') or 'an unknown accountant'}{beside}, with {much}{often}, added at the"
+        f" {of.get('where') or 'unknown place'}; sampling: {of.get('sampler') or 'not recorded'}."
     )
-    return f"Privacy: the unit is the {privacy['unit']}, with {spent}{at}.{seeded}"
 
 
 def reading(compared: Comparison) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from protocol.messages import Measurement
+from protocol.promise import hides_cohorts
 from protocol.tensors import tensors_sha256
+from server.claim import claim_of
 from server.clock import elapsed
 from server.rounds import Run, measure_clients
 
@@ -34,8 +36,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "simulated_seconds": elapsed(run.log) or None,
         "population": len(run.population),
         "clients_trained": sum(line["trained"] for line in run.log),
-        "bytes_up": run.bytes_up,
-        "bytes_down": run.bytes_down,
+        **traffic(run),
         "peak_rss_mb": peak_rss_mb(),
         "rounds": run.log,
         "final": {
@@ -43,21 +44,37 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
             "clients": {m.client: _client(run, m) for m in measurements},
         },
         "baselines": {name: dict(metrics) for name, metrics in baselines.items()},
-        "privacy": {
-            "unit": "none", "epsilon": None, "delta": None, "accountant": None,
-            "noise_multiplier": None, "clipping_norm": None, "where": None, "seeded_noise": None,
-        },
+        "privacy": claim_of(run),
         "facts": run.learner.facts,
         "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
         "trainable": {n: list(t.shape) for n, t in run.tensors.items()},
         "machine": machine(run.job.train.threads),
-        "notes": notes,
+        "notes": [*notes, *private_notes(run)],
     }  # fmt: skip
     run.directory.save_model(
         run.tensors, {"job": run.job.model_dump(mode="json"), "facts": run.learner.facts}
     )
     run.directory.save_result(result)
     return result
+
+
+def traffic(run: Run) -> dict[str, int]:
+    """Bytes each way; on average, where the actual ones would tell who took part."""
+    if hides_cohorts(run.job):
+        return {key: run.log[-1][key] if run.log else 0 for key in ("bytes_up", "bytes_down")}
+    return {"bytes_up": run.bytes_up, "bytes_down": run.bytes_down}
+
+
+def private_notes(run: Run) -> list[str]:
+    """What is missing from the result for privacy's sake, and a run that ended before its last round."""
+    notes = []
+    if run.is_private:
+        notes.append("training losses and the clients' own measurements are left out: they are not noised")
+    if hides_cohorts(run.job):
+        notes.append("who took part is secret: numbers of clients and bytes are expected values")
+    if run.ended_early:
+        notes.append(run.ended_early)
+    return notes
 
 
 def final_server(run: Run) -> dict[str, float]:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from protocol.cohort import StackedUpdates, stacked_states
-from protocol.errors import ConfigError, InconsistentUpdates
+from protocol.errors import BudgetExhausted, ConfigError, InconsistentUpdates
 from protocol.job import Job
-from protocol.messages import Failure, Measurement, Reply, Request
+from protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Request, Update
+from protocol.promise import expected_cohort, hides_cohorts, sums_securely
 from protocol.streams import stream
 from protocol.tensors import Tensors, tensors_sha256
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint, Keeper
 from server.clock import Call, Clock, Turnout, elapsed, everybody
+from server.protection import Protection, run_key
 from server.rundir import RunDirectory
 from server.screen import Screened, screen, screen_stack
+from server.secure import SecureRound
 from strategies import State, Strategy, build_strategy
 from tasks import task_named
 from tasks.learner import Learner, added
@@ -59,6 +62,13 @@ class Run:
     bytes_down: int = 0
     bytes_up: int = 0
     clock: Clock = everybody
+    protection: Protection | None = None
+    ended_early: str = ""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether privacy is promised; what clients hold is then never published in the clear."""
+        return bool(self.job.privacy.units)
 
     @cached_property
     def keeper(self) -> Keeper:
@@ -75,6 +85,7 @@ def open_run(
     *,
     resume: bool,
     clock: Clock = everybody,
+    protection: Protection | None = None,
 ) -> Run:
     """Greet the clients, agree on the facts, and start at round 0 or at the last checkpoint.
 
@@ -92,7 +103,7 @@ def open_run(
     watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
     run = Run(
         job, carrier, directory, learner, strategy, roll.names, dict(first), strategy.begin(first),
-        test_set(learner), watch, first_model=first, clock=clock,
+        test_set(learner), watch, first_model=first, clock=clock, protection=protection,
     )  # fmt: skip
     found = directory.latest_checkpoint(job.hash) if resume else None
     if found is not None:
@@ -113,10 +124,16 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
 
 
 def all_rounds(run: Run) -> None:
-    """Play the rounds that are left; however it ends, the last whole round is on the disk then."""
+    """Play the rounds that are left; however it ends, the last whole round is on the disk then.
+
+    A run whose next release would overspend ends with the rounds it has.
+    """
     try:
         while run.round < run.job.federation.rounds:
             play_round(run)
+    except BudgetExhausted as spent:
+        run.ended_early = str(spent)
+        logger.warning("%s: the run ends after round %d", spent, run.round)
     finally:
         run.keeper.save_last()
 
@@ -125,11 +142,13 @@ def play_round(run: Run) -> None:
     """One round, from sampling to the checkpoint."""
     started = time.monotonic()
     round = run.round + 1
-    cohort = sample(run.population, run.job, round)
+    if run.protection is not None:
+        run.protection.check_budget(round)
+    coins = None if run.protection is None else partial(run.protection.coins, round)
+    cohort = sample(run.population, run.job, round, coins)
     screened, simulated = train(run, cohort, round)
     at_clients = time.monotonic() - started
-    if screened.updates:
-        run.tensors, run.state = run.strategy.merge(run.tensors, screened.updates, run.state)
+    merge(run, screened.updates, round)
     run.round = round
     metrics = measure(run) if round % run.job.evaluate.every == 0 else {}
     seconds = {"seconds": time.monotonic() - started, "seconds_at_clients": at_clients}
@@ -137,19 +156,38 @@ def play_round(run: Run) -> None:
     run.log.append(line)
     run.directory.append_metrics(line)
     run.keeper.keep(checkpoint_of(run))
+    if run.protection is not None and not run.job.privacy.seeded_noise:
+        run.keeper.save_last()  # a round that is lost is released, and charged, a second time
     run.watch("round", line)
 
 
-def sample(population: Sequence[str], job: Job, round: int) -> list[str]:
+def merge(run: Run, updates: Sequence[Update], round: int) -> None:
+    """The next global model: of the updates, or of nothing but their noised sum."""
+    kept: State = {}
+    if run.protection is not None:
+        noised, kept = run.protection.merged(round, updates, run.tensors, run.state)
+        updates = [noised]
+    if updates:
+        run.tensors, run.state = run.strategy.merge(run.tensors, updates, run.state)
+    run.state = {**run.state, **kept}
+
+
+def sample(
+    population: Sequence[str], job: Job, round: int, coins: Callable[[int], torch.Tensor] | None = None
+) -> list[str]:
     """The round's cohort, sorted: a fixed number without replacement, or each client by a coin.
 
     More are asked than the number by the factor `over_sampling`, where only the first to answer count.
+    Where privacy rests on the coins, `coins` are others than anybody can throw who has the job.
     """
     generator = stream(job.seed, "cohort", round)
     rate, count = job.federation.cohort_rate, job.federation.cohort
     if rate is not None:
-        coins = torch.rand(len(population), generator=generator, dtype=torch.float64)
-        return [population[i] for i in (coins < rate).nonzero().flatten().tolist()]
+        number = len(population)
+        thrown = (
+            torch.rand(number, generator=generator, dtype=torch.float64) if coins is None else coins(number)
+        )
+        return [population[i] for i in (thrown < rate).nonzero().flatten().tolist()]
     if count is None:
         return list(population)
     return some(population, round_up(count * job.federation.over_sampling), generator)
@@ -184,25 +222,24 @@ def train(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[s
         request = _request(run, "train", round, run.strategy.plan(run.state, round))
         enough = len(turnout.names) >= needed or not cohort
         asked = turnout.names if enough else []
-        replies = run.carrier.exchange(request, asked, run.job.federation.round_timeout)
-        screened = look_at(replies, asked, run.tensors, round)
+        screened = collect(run, request, asked, attempt)
         run.bytes_down += len(cohort) * size_of(run.tensors)
-        run.bytes_up += len(screened.updates) * size_of(run.tensors)
-        for name, reason in screened.set_aside.items():
+        run.bytes_up += screened.usable * size_of(run.tensors)
+        for name, reason in screened.set_aside.items() if not hides_cohorts(run.job) else ():
             logger.warning("round %d: set aside %s: %s", round, name, reason)
-        if len(screened.updates) >= needed or not cohort:
+        if screened.usable >= needed or not cohort:
             return screened, turnout.logged(before)
         before += turnout.seconds or 0.0
         logger.warning(
             "round %d abandoned: %d of %d usable updates, needed %d (attempt %d of %d)",
-            round, len(screened.updates) if enough else len(turnout.names), goal, needed, attempt, ATTEMPTS,
+            round, screened.usable if enough else len(turnout.names), goal, needed, attempt, ATTEMPTS,
         )  # fmt: skip
     raise InconsistentUpdates(_below_quorum(run, screened, turnout, goal, needed))
 
 
 def _below_quorum(run: Run, screened: Screened, turnout: Turnout, goal: int, needed: int) -> str:
     reasons = [f"{name}: {why}" for name, why in list(screened.set_aside.items())[:3]]
-    usable = len(screened.updates)
+    usable = screened.usable
     if turnout.seconds is not None and len(turnout.names) < needed:
         reasons = [f"{turnout.unavailable} clients not available, {turnout.late} late"]
         usable = len(turnout.names)
@@ -212,11 +249,19 @@ def _below_quorum(run: Run, screened: Screened, turnout: Turnout, goal: int, nee
     )
 
 
-def look_at(replies: Iterable[Reply], cohort: Sequence[str], model: Tensors, round: int) -> Screened:
-    """Screen the replies, stacked ones all at once."""
+def collect(run: Run, request: Request, asked: Sequence[str], attempt: int) -> Screened:
+    """What the asked clients send, screened; stacked updates all at once, secure sums as one update."""
+    timeout = run.job.federation.round_timeout
+    if sums_securely(run.job):
+        base = replace(request, plan={**request.plan, "attempt": float(attempt)})
+        return SecureRound(
+            run.job, base, asked, run.carrier.masks,
+            lambda stage, names: list(run.carrier.exchange(stage, names, timeout)),
+        ).screened()  # fmt: skip
+    replies = run.carrier.exchange(request, asked, timeout)
     if isinstance(replies, StackedUpdates):
-        return screen_stack(replies, cohort, model, round)
-    return screen(replies, cohort, model, round)
+        return screen_stack(replies, asked, run.tensors, request.round, blind=run.is_private)
+    return screen(replies, asked, run.tensors, request.round, blind=run.is_private)
 
 
 def size_of(tensors: Tensors) -> int:
@@ -230,16 +275,23 @@ def round_up(value: float) -> int:
 
 
 def measure(run: Run) -> dict[str, float]:
-    """Metrics of the global model: on the server's test set, or, without one, over all clients."""
+    """Metrics of the global model: on the server's test set, or, without one, over all clients.
+
+    Clients that are promised privacy measure nothing.
+    """
     if run.test is not None:
         return run.learner.compute(run.learner.evaluate(run.tensors, run.test))
+    if run.is_private:
+        return {}
     measurements = measure_clients(run)
     states = [m.states for m in measurements if m.num_examples]
     return run.learner.compute(added(states)) if states else {}
 
 
 def measure_clients(run: Run) -> list[Measurement]:
-    """The global model on every panel member's validation split, by client name."""
+    """The global model on every panel member's validation split, by client name; nothing under privacy."""
+    if run.is_private:
+        return []
     panel = panel_of(run)
     request = _request(run, "evaluate", run.round, {})
     replies = run.carrier.exchange(request, panel, run.job.federation.round_timeout)
@@ -282,6 +334,7 @@ def _request(run: Run, kind: str, round: int, plan: Any) -> Request:
         facts=run.learner.facts,
         tensors=run.tensors,
         plan=dict(plan),
+        run=run_key(run.job, run.directory.path),
     )
 
 
@@ -294,15 +347,33 @@ def _log_line(
 ) -> dict[str, Any]:
     states = stacked_states(screened.updates) if screened.updates else {}
     count = float(states["train_loss.count"].sum()) if states else 0.0
-    return {
+    line = {
         "round": run.round,
         "cohort": list(cohort),
-        "loss": float(states["train_loss.sum"].sum()) / count if count else None,
+        "loss": float(states["train_loss.sum"].sum()) / count if count and not run.is_private else None,
         "metrics": metrics,
         **seconds,
-        "trained": len(screened.updates),
+        "trained": screened.usable,
         "bytes_up": run.bytes_up,
         "bytes_down": run.bytes_down,
         "set_aside": screened.set_aside,
         "model_sha256": tensors_sha256(run.tensors),
     }
+    if CHARGED_ROUNDS in states:
+        line["charged_rounds"] = max(int(states[CHARGED_ROUNDS].max()), charged_rounds(run))
+    if hides_cohorts(run.job):
+        line |= _as_expected(run)
+    return line
+
+
+def charged_rounds(run: Run) -> int:
+    """The most rounds that any client's ledger holds of this run, as far as clients have said."""
+    return int(run.log[-1].get("charged_rounds", 0)) if run.log else 0
+
+
+def _as_expected(run: Run) -> dict[str, Any]:
+    """What stands in a line for who took part, where that is secret: what is public anyway."""
+    expected = expected_cohort(run.job)
+    each_way = round(expected * size_of(run.tensors)) * run.round
+    traffic = {"bytes_up": each_way, "bytes_down": each_way}
+    return {"cohort": [], "trained": round(expected), "set_aside": {}, **traffic}

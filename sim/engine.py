@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.at_once import AT_ONCE
+from client.books import Books
 from client.site import UNCACHED
 from protocol.errors import ConfigError
 from protocol.job import Job
@@ -60,7 +61,7 @@ def simulate(
 
         return simulate_on_ray(job, out, workers, warmed(population, progress), options)
     with ExitStack() as stack:
-        carrier = _carrier(population, engine, workers, stack)
+        carrier = _carrier(population, engine, workers, out / "ledgers", stack)
         return play(job, carrier, out, warmed(population, progress), **options)
 
 
@@ -70,14 +71,16 @@ def check_engine(job: Job, engine: str) -> None:
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
 
 
-def _carrier(population: Population, engine: str, workers: int, stack: ExitStack) -> Carrier:
+def _carrier(population: Population, engine: str, workers: int, ledgers: Path, stack: ExitStack) -> Carrier:
+    job = population.job
+    books = Books(ledgers) if job.privacy.units else None
     if engine == "loop":
-        return LoopCarrier.of(population)
-    if engine == "cohort" and not population.job.trains_on_features:
-        return InlineCarrier.of(population, at_once=True)
-    if workers > 1 and not population.job.trains_on_features:
-        return stack.enter_context(PooledCarrier(population, workers))
-    return InlineCarrier.of(population, workers)
+        return LoopCarrier.of(population, books)
+    if engine == "cohort" and not job.trains_on_features:
+        return InlineCarrier.of(population, at_once=True, books=books)
+    if workers > 1 and not job.trains_on_features:
+        return stack.enter_context(PooledCarrier(population, workers, ledgers))
+    return InlineCarrier.of(population, workers, books=books)
 
 
 def path_taken(job: Job, engine: str, workers: int) -> str:

@@ -14,13 +14,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
 
 from client.at_once import train_at_once
 from client.heads import Examples, HeadWork, Local, train_heads
-from client.site import Held, Site, local_training
+from client.layers import LOSSES
+from client.secure import contributions, sums
+from client.site import Admitted, Held, Site, local_training
+from client.sums import head_sums
+from privacy.terms import distributed_terms
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.messages import Facts, Measurement, Reply, Request
@@ -116,11 +121,12 @@ class IndexedSite(Site):
         """As a site; heads train on the table, without a shard being built."""
         learner = self.learner(Job.from_json(request.job), request.facts)
         torch.set_num_threads(learner.job.train.threads)
-        if request.kind != "train":
+        if request.kind == "evaluate":
             return self._measure(learner, request, names)
         if not names:
             return []
-        if not learner.job.trains_on_features and self.at_once:
+        is_plain = not learner.job.trains_on_features and not learner.job.privacy.units
+        if self.at_once and request.kind == "train" and is_plain:
             shards = {name: self._hold(learner, name, request.facts).train for name in names}
             job = learner.job
             return train_at_once(
@@ -128,8 +134,32 @@ class IndexedSite(Site):
             )
         if not learner.job.trains_on_features:
             return super().answer(request, names)
-        examples, works = self.index(learner).works(names)
-        return self._train(examples, works, request.tensors, local_training(learner, request))
+        admitted, failures = self.admit(learner.job, request, names)
+        if not admitted.names:
+            return failures
+        examples, works = self.index(learner).works(admitted.names)
+        replies = self._of_heads(learner, request, examples, works, admitted)
+        return chain(failures, replies) if failures else replies
+
+    def _of_heads(
+        self,
+        learner: Learner,
+        request: Request,
+        examples: Examples,
+        works: list[HeadWork],
+        admitted: Admitted,
+    ) -> Iterable[Reply]:
+        terms, job, private = distributed_terms(learner.job), learner.job, admitted.private
+        if request.kind == "sum" and terms is not None and terms.unit == "example":
+            assert private is not None
+            loss = LOSSES[learner.task.head_loss]
+            summed = sums(head_sums(request.tensors, examples, works, loss, private))
+            return self.desk.sent(job, request, summed, admitted.charged)
+        local = local_training(learner, request, private)
+        updates = self._train(examples, works, request.tensors, local)
+        if request.kind == "sum":
+            return self.desk.sent(job, request, contributions(updates, terms), admitted.charged)
+        return updates
 
     def _train(
         self, examples: Examples, works: list[HeadWork], head: Tensors, local: Local

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from client.books import Books
 from client.site import Site
 from protocol.job import Job
 from protocol.messages import Reply, Request
@@ -21,11 +22,19 @@ class InlineCarrier:
     population: Population
     site: IndexedSite
     engine: str = "inline"
+    masks: bool = False
 
     @classmethod
-    def of(cls, population: Population, workers: int = 1, *, at_once: bool = False) -> Self:
+    def of(
+        cls,
+        population: Population,
+        workers: int = 1,
+        *,
+        at_once: bool = False,
+        books: Books | None = None,
+    ) -> Self:
         """A carrier to every client of the population; heads train in so many threads."""
-        site = IndexedSite(population, population=population, workers=workers, at_once=at_once)
+        site = IndexedSite(population, books=books, population=population, workers=workers, at_once=at_once)
         return cls(population, site, "cohort" if at_once else "inline")
 
     def hello(self, job: Job) -> Roll:
@@ -42,11 +51,12 @@ class LoopCarrier:
     population: Population
     site: Site
     engine: str = "loop"
+    masks: bool = False
 
     @classmethod
-    def of(cls, population: Population) -> Self:
+    def of(cls, population: Population, books: Books | None = None) -> Self:
         """A carrier to every client of the population."""
-        return cls(population, Site(population))
+        return cls(population, Site(population, books=books))
 
     def hello(self, job: Job) -> Roll:
         return self.population.roll(job)

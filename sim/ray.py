@@ -22,6 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from client.app import register
+from client.books import Books
 from client.site import Site
 from protocol.job import Job
 from server.app import FlowerCarrier
@@ -58,15 +59,16 @@ class Block:
         return ""
 
 
-def block_site(job: Job, context: Context) -> Site:
-    """In a Ray actor: the warm site of a virtual node."""
+def block_site(job: Job, context: Context, ledgers: Path) -> Site:
+    """In a Ray actor: the warm site of a virtual node; `ledgers` is a folder that all actors share."""
     config = context.node_config
     number, total = int(config["partition-id"]), int(config["num-partitions"])
     key = (job.hash, number, total)
     if job.hash not in _populations:
         _populations[job.hash] = Population.of(job)
     if key not in _sites:
-        _sites[key] = Site(Block(_populations[job.hash], number, total))
+        books = Books(ledgers) if job.privacy.units else None
+        _sites[key] = Site(Block(_populations[job.hash], number, total), books=books)
     return _sites[key]
 
 
@@ -79,10 +81,14 @@ def simulate_on_ray(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(play(job, FlowerCarrier(grid, "ray", resend_after=math.inf), out, test_set, **options))
+        results.append(
+            play(
+                job, FlowerCarrier(grid, "ray", masks=False, resend_after=math.inf), out, test_set, **options
+            )
+        )
 
-    client = ClientApp()
-    register(client, block_site)
+    client, ledgers = ClientApp(), out.resolve() / "ledgers"
+    register(client, lambda job, context: block_site(job, context, ledgers))
     per_worker = 1 if job.trains_on_features else BLOCKS_PER_WORKER
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * job.train.threads}
     if not logging.getLogger().isEnabledFor(logging.DEBUG):

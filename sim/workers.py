@@ -12,8 +12,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Self
 
+from client.books import Books
 from client.site import Site
 from protocol.errors import JobError
 from protocol.job import Job
@@ -40,7 +42,9 @@ class PooledCarrier:
 
     population: Population
     workers: int
+    ledgers: Path | None = None
     engine: str = "inline"
+    masks: bool = False
     _pool: list[ProcessPoolExecutor] = field(default_factory=list)
 
     def hello(self, job: Job) -> Roll:
@@ -73,9 +77,8 @@ class PooledCarrier:
     def _start(self) -> ProcessPoolExecutor:
         if not self._pool:
             context = multiprocessing.get_context("spawn")
-            self._pool.append(
-                ProcessPoolExecutor(self.workers, context, open_site, (self.population.job.canonical,))
-            )
+            about = (self.population.job.canonical, self.ledgers)
+            self._pool.append(ProcessPoolExecutor(self.workers, context, open_site, about))
         return self._pool[0]
 
     def close(self) -> None:
@@ -119,10 +122,11 @@ def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]
     return [list(names[start : start + size]) for start in range(0, len(names), size)]
 
 
-def open_site(job: str) -> None:
+def open_site(job: str, ledgers: Path | None) -> None:
     """In a new worker process: read the source and wait for work, for as long as the parent lives."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _site.append(Site(Population.of(Job.from_json(job))))
+    books = None if ledgers is None else Books(ledgers)
+    _site.append(Site(Population.of(Job.from_json(job)), books=books))
 
 
 def _end_with_parent() -> None:

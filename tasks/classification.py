@@ -19,6 +19,7 @@ from tasks.images import image_bytes, read_image_input
 from tasks.lazy import Cells, Picked
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts
 from tasks.seam import Encoder, Shard, canonical_order
+from tasks.sources import SOURCES
 from tasks.text_encoder import load_text_encoder
 from tasks.texts import read_text_input
 from tasks.vision_encoder import load_vision_encoder
@@ -53,6 +54,12 @@ class Classification:
         if job.backbone.channels_last and not self.has_channels:
             raise ConfigError(
                 f"backbone.channels_last: expected false for {self.name}, found true: texts have no channels"
+            )
+
+        if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
+            raise ConfigError(
+                "data.classes: missing, expected the list of classes with"
+                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
             )
 
     def read(self, source: Path, data: DataSection) -> Table:

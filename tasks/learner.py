@@ -218,6 +218,8 @@ def known_width(backbone: Backbone) -> int | None:
     """The width of a backbone's features, where it can be told without loading the weights."""
     if backbone.kind == "torchvision":
         return torchvision_width(backbone.name)
+    if backbone.kind == "raw":
+        return None
     written = json.loads((Path(backbone.folder or "") / "config.json").read_text("utf-8"))
     if isinstance(written.get("hidden_size"), int):
         return int(written["hidden_size"])

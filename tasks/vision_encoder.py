@@ -23,6 +23,18 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+RAW_SIZE = 28
+"""Of images without a network, where the job names no other."""
+
+
+class UnitPixels(nn.Module):
+    """No network: the pixels themselves, scaled to length 1 (a black image stays zero)."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[batch, 3, s, s] to [batch, 3 s s]."""
+        return nn.functional.normalize(pixels.flatten(1), dim=1)
+
+
 class VisionEncoder(Encoder):
     """Encoded images to features [batch, width]."""
 
@@ -89,6 +101,9 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
     """Build the network in eval mode with the resolved weights, its own classifier cut off."""
     if backbone.kind == "hf":
         return _transformers_encoder(backbone, section, seed)
+    if backbone.kind == "raw":
+        side = section.image_size or RAW_SIZE
+        return VisionEncoder(UnitPixels(), side, (0.0,) * 3, (1.0,) * 3, 3 * side * side)
     trunk, width = torchvision_trunk(backbone.name, seed)
     if backbone.weights is not None:
         state = load_weights(backbone.weights)

@@ -22,6 +22,10 @@ PACKAGED = {
 """Backbones whose official weights a package carries: package, and the path in it."""
 
 
+RAW = "raw:pixels"
+"""No backbone: an image's own pixels are its features."""
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A resolved backbone: which network, which weights, and where they were found."""
@@ -47,9 +51,11 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
         return _resolve_hf(section, name, seed)
     if scheme == "torchvision":
         return _resolve_torchvision(section, name, seed)
+    if section.name == RAW:
+        return Backbone("raw", "pixels", "nowhere: there is no network", None, None, "raw pixels 1")
     raise WeightsError(
         f"backbone.name: unknown kind {scheme!r} in {section.name!r},"
-        " expected hf:NAME, torchvision:NAME or a folder"
+        f" expected hf:NAME, torchvision:NAME, {RAW} or a folder"
     )
 
 

@@ -7,19 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from client.batches import random_numbers
+from privacy.accounting import Release
 from privacy.central import CentralGaussian
 from privacy.clipping import clipped_sum
-from privacy.noise import Words, entropy
+from privacy.noise import entropy, seeded
+from protocol.errors import BudgetExhausted
 from protocol.messages import Update
 from protocol.tensors import Tensors
 
 MODEL: Tensors = {"b": torch.zeros(3), "a": torch.zeros(2, 2)}
-
-
-def seeded(seed: int) -> Words:
-    return lambda count: random_numbers(np.array([seed], dtype=np.uint64), count)[0]
 
 
 def update(client: str, values: list[float], num_examples: int = 1) -> Update:
@@ -84,9 +82,26 @@ def test_the_divisor_is_the_expected_cohort_and_not_who_answered() -> None:
     assert float(mean["a"][0, 0]) == pytest.approx(0.5 / 4, rel=1e-6)
 
 
-def test_what_is_spent_is_what_was_noised() -> None:
-    _, spent = mechanism(noise_multiplier=1.3, sampling_rate=0.25).release([], MODEL)
-    assert (spent.noise_multiplier, spent.sampling_rate) == (1.3, 0.25)
+def test_what_is_spent_is_recorded_before_the_noise_is_drawn() -> None:
+    events: list[object] = []
+
+    def words(count: int) -> NDArray[np.uint64]:
+        events.append("noise")
+        return entropy(count)
+
+    CentralGaussian(1.0, 1.3, 4.0, 0.25, words, record=events.append).release([], MODEL)
+    assert events == [Release(1.3, 0.25), "noise"]
+
+
+def test_where_the_charge_is_refused_nothing_is_released() -> None:
+    def refuse(cost: Release) -> None:
+        raise BudgetExhausted("spent")
+
+    def words(count: int) -> NDArray[np.uint64]:
+        raise AssertionError("noise was drawn")
+
+    with pytest.raises(BudgetExhausted):
+        CentralGaussian(1.0, 1.3, 4.0, 0.25, words, record=refuse).release([], MODEL)
 
 
 def test_releases_differ_from_round_to_round_and_from_tensor_to_tensor() -> None:

@@ -10,15 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from client.batches import batches
-from client.heads import Examples, HeadWork, Local, PerExample
+from client.heads import Examples, HeadWork, Local
 from client.heads import train_heads as train_stacked
 from client.layers import LOSSES
+from client.per_example import PerExample
 from client.steps import torch_optimizer
+from privacy.noise import Words, seeded, standard_normal, uniform
 from protocol.job import Job
 from protocol.messages import Update
-from protocol.streams import stream
+from protocol.streams import stream_seed
 from protocol.tensors import Tensors
 
 
@@ -151,12 +154,13 @@ def test_a_cohort_learns_what_autograd_learns_client_by_client(
             torch.testing.assert_close(update.delta[name].double(), delta, rtol=2e-4, atol=2e-6)
 
 
-def own_noise(client: str, steps: int, numbers: int) -> torch.Tensor:
-    return torch.randn(steps, numbers, generator=stream(5, "noise", client))
+def own_words(client: str) -> Words:
+    return seeded(stream_seed(5, "noise", client))
 
 
-def no_noise(client: str, steps: int, numbers: int) -> torch.Tensor:
-    return torch.zeros(steps, numbers)
+def own_batches(client: str, count: int) -> list[NDArray[np.int64]]:
+    coins = uniform(seeded(stream_seed(6, "coins", client))(3 * count)).reshape(3, count)
+    return [np.flatnonzero(row < 0.3) for row in coins]
 
 
 @pytest.mark.parametrize("hidden", [None, 5], ids=["one layer", "two layers"])
@@ -165,7 +169,7 @@ def test_every_example_is_clipped_as_if_its_gradient_were_taken_alone(hidden: in
     start, item = head(13, 4, hidden), work("c", 9, 13, 4, 0, loss)
     setting = job(lr=0.5, batch_size=9)
     found = train_heads(
-        start, [item], setting, 1, {}, loss=loss, per_example=PerExample(0.3, 0.0, 20.0, no_noise)
+        start, [item], setting, 1, {}, loss=loss, per_example=PerExample(0.3, 0.0, 20.0, own_words)
     )[0]
     total: Tensors = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in start.items()}
     norms = []
@@ -188,7 +192,7 @@ def test_every_example_is_clipped_as_if_its_gradient_were_taken_alone(hidden: in
 def test_opacus_clips_the_same_way() -> None:
     start, item = head(13, 4, 5), work("c", 9, 13, 4, 0)
     found = train_heads(
-        start, [item], job(lr=0.5, batch_size=9), 1, {}, per_example=PerExample(0.3, 0.0, 9.0, no_noise)
+        start, [item], job(lr=0.5, batch_size=9), 1, {}, per_example=PerExample(0.3, 0.0, 9.0, own_words)
     )[0]
     model = opacus.GradSampleModule(module(start).float())
     optimizer = opacus.optimizers.DPOptimizer(
@@ -204,8 +208,8 @@ def test_opacus_clips_the_same_way() -> None:
 def test_noise_has_its_scale_in_every_number_and_comes_from_the_client() -> None:
     start, setting = head(40, 10), job(lr=1.0, batch_size=4)
     works = [work(f"c{i}", 4, 40, 10, i) for i in range(200)]
-    quiet = train_heads(start, works, setting, 1, {}, per_example=PerExample(0.3, 0.0, 8.0, no_noise))
-    loud = train_heads(start, works, setting, 1, {}, per_example=PerExample(0.3, 2.0, 8.0, own_noise))
+    quiet = train_heads(start, works, setting, 1, {}, per_example=PerExample(0.3, 0.0, 8.0, own_words))
+    loud = train_heads(start, works, setting, 1, {}, per_example=PerExample(0.3, 2.0, 8.0, own_words))
     noise = torch.stack([
         torch.cat([(a.delta[n] - b.delta[n]).flatten() for n in start])
         for a, b in zip(loud, quiet, strict=True)
@@ -213,8 +217,8 @@ def test_noise_has_its_scale_in_every_number_and_comes_from_the_client() -> None
     # 2.0 * 0.3 / 8 = 0.075, over 200 clients x 410 numbers.
     assert float(noise.std()) == pytest.approx(0.075, rel=4 / (2 * 82_000) ** 0.5)
     assert abs(float(noise.mean())) < 4 * 0.075 / 82_000**0.5
-    expected = -0.075 * own_noise("c3", 1, 410)[0]
-    torch.testing.assert_close(noise[3], expected, rtol=1e-3, atol=1e-5)
+    expected = -0.075 * torch.from_numpy(standard_normal(own_words("c3")(410)))
+    torch.testing.assert_close(noise[3].double(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_correction_is_added_to_every_gradient() -> None:
@@ -240,7 +244,7 @@ def test_a_correction_is_added_to_every_gradient() -> None:
     mu=st.sampled_from([0.0, 0.1]),
     hidden=st.sampled_from([None, None, 7, 40]),
     loss=st.sampled_from(["softmax", "softmax", "sigmoid", "squared"]),
-    private=st.booleans(),
+    private=st.sampled_from(["no", "shuffled", "drawn"]),
 )
 def test_a_clients_bits_do_not_depend_on_its_cohort(
     counts: list[int],
@@ -253,7 +257,7 @@ def test_a_clients_bits_do_not_depend_on_its_cohort(
     mu: float,
     hidden: int | None,
     loss: str,
-    private: bool,
+    private: str,
 ) -> None:
     torch.set_num_threads(1)
     setting = job(
@@ -261,7 +265,8 @@ def test_a_clients_bits_do_not_depend_on_its_cohort(
     )
     start = head(width, classes, hidden)
     works = [work(f"c{i}", count, width, classes, i, loss) for i, count in enumerate(counts)]
-    clipped = PerExample(0.7, 1.1, float(batch_size), own_noise) if private else None
+    draw = own_batches if private == "drawn" else None
+    clipped = None if private == "no" else PerExample(0.7, 1.1, float(batch_size), own_words, draw)
     more: dict[str, Any] = {"plan": {"proximal_mu": mu}, "loss": loss, "per_example": clipped}
     together = train_heads(start, works, setting, 1, **more)
     backwards = train_heads(start, works[::-1], setting, 1, **more)[::-1]

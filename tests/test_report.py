@@ -274,8 +274,8 @@ def test_a_missing_number_is_called_not_measured(result: Result, tmp_path: Path)
 def test_seeded_noise_is_not_sold_as_privacy(result: Result, tmp_path: Path) -> None:
     private(result)
     text = outline(page(tmp_path, result)).text
-    assert "the unit is the client, with epsilon 2.35 at delta 1e-05" in text
-    assert "this very run was not private" in text
+    assert "for one client (neighbours not recorded), epsilon 2.35 at delta 1e-05" in text
+    assert "Privacy: none, for the noise was seeded" in text
 
 
 @pytest.mark.parametrize(

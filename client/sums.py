@@ -1,0 +1,36 @@
+"""The clipped gradients of one Poisson batch, added up: what a client gives to distributed DP-SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from client.heads import Examples, HeadWork, drawn, rows_per_batch
+from client.layers import Layers, Loss, gradients
+from client.per_example import PerExample, factors
+from protocol.tensors import Tensors
+
+
+def head_sums(
+    head: Tensors, examples: Examples, works: Sequence[HeadWork], loss: Loss, private: PerExample
+) -> Iterator[tuple[str, Tensors]]:
+    """(client, the sum over its batch of clipped gradients), in the order of `works`; zeros for no batch."""
+    layers = Layers.of(head)
+    device = str(examples.features.device)
+    start = layers.stack(head, device)
+    for work in works:
+        batch = drawn(work, private).batches[0]
+        size = rows_per_batch(len(batch), max(len(batch), 2))
+        rows = np.full(size, work.rows[0])
+        rows[: len(batch)] = work.rows[batch]
+        share = (torch.arange(size) < len(batch)).to(torch.float32).unsqueeze(0).to(device)
+        values = layers.forward(start, examples.features[torch.from_numpy(rows)].unsqueeze(0))
+        targets = examples.targets[torch.from_numpy(rows)].unsqueeze(0)
+        error, _ = loss.error(values[-1], targets)
+        each = layers.errors(start, values, error)
+        factor = factors(values, each, share, private).unsqueeze(2)
+        total = [torch.empty_like(matrix) for matrix in start]
+        gradients(values, [e.mul_(factor) for e in each], out=total)
+        yield work.client, {name: t[0] for name, t in layers.apart(total).items()}

@@ -1,0 +1,210 @@
+"""The secure sum: exact under dropouts at every stage, and nothing to see in a masked vector."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from privacy.secagg import (
+    Participant,
+    SecureAggregationFailed,
+    Vector,
+    check_threshold,
+    least_threshold,
+    mask_of,
+    opened_sum,
+    secret_of,
+    shares_of,
+)
+
+CONTEXT = b"run 1, round 1"
+
+
+@dataclass
+class Exchange:
+    """One round among clients, of whom some leave after a stage; what the server has seen."""
+
+    vectors: Mapping[str, Vector]
+    gone: Mapping[int, set[str]] = field(default_factory=dict)
+    threshold: int | None = None
+    keys: dict[str, bytes] = field(default_factory=dict)
+    masked: dict[str, Vector] = field(default_factory=dict)
+    people: dict[str, Participant] = field(default_factory=dict)
+    revealed: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def run(self) -> Vector:
+        there = set(self.vectors) - self.gone.get(1, set())
+        self.people = {name: Participant(name, CONTEXT) for name in there}
+        self.keys = {name: person.advertise() for name, person in self.people.items()}
+        threshold = self.threshold or least_threshold(len(there))
+        there -= self.gone.get(2, set())
+        dealt = {name: self.people[name].deal(self.keys, threshold) for name in there}
+        dealers = set(there)
+        there -= self.gone.get(3, set())
+        self.masked = {
+            name: self.people[name].masked(
+                {other: dealt[other][name] for other in dealers if other != name}, self.vectors[name]
+            )
+            for name in there
+        }
+        there -= self.gone.get(4, set())
+        self.revealed = {name: self.people[name].reveal(list(self.masked)) for name in there}
+        return opened_sum(self.keys, dealers, self.masked, self.revealed, threshold, CONTEXT)
+
+
+def vectors(count: int, numbers: int = 50, seed: int = 0) -> dict[str, Vector]:
+    draw = np.random.default_rng(seed)
+    return {f"c{i:02d}": draw.integers(0, 2**64, numbers, dtype=np.uint64) for i in range(count)}
+
+
+def plain(given: Mapping[str, Vector]) -> Vector:
+    total = np.zeros(len(next(iter(given.values()))), dtype=np.uint64)
+    for vector in given.values():
+        total += vector
+    return total
+
+
+@pytest.mark.parametrize("count", [3, 4, 7, 20])
+def test_the_sum_is_exact(count: int) -> None:
+    given = vectors(count)
+    np.testing.assert_array_equal(Exchange(given).run(), plain(given))
+
+
+@pytest.mark.parametrize("stages", list(itertools.product([0, 1], repeat=4)), ids=str)
+def test_the_sum_of_those_who_stayed_is_exact_whoever_left_when(stages: tuple[int, ...]) -> None:
+    given = vectors(16)
+    names = iter(sorted(given))
+    gone = {stage: {next(names) for _ in range(many)} for stage, many in enumerate(stages, start=1)}
+    exchange = Exchange(given, gone)
+    total = exchange.run()
+    stayed = {n: v for n, v in given.items() if n not in gone[1] | gone[2] | gone[3]}
+    assert set(exchange.masked) == set(stayed)
+    np.testing.assert_array_equal(total, plain(stayed))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(3, 14), st.data())
+def test_any_dropouts_either_leave_the_exact_sum_or_stop_the_round(count: int, data: st.DataObject) -> None:
+    given = vectors(count, seed=count)
+    leaves = {name: data.draw(st.sampled_from([0, 0, 0, 0, 2, 3, 4])) for name in given}
+    gone = {stage: {n for n, when in leaves.items() if when == stage} for stage in (2, 3, 4)}
+    exchange = Exchange(given, gone)
+    needed = least_threshold(count)
+    left = count - sum(map(len, gone.values()))
+    if left < needed:
+        with pytest.raises(SecureAggregationFailed):
+            exchange.run()
+    else:
+        stayed = {n: v for n, v in given.items() if leaves[n] in (0, 4)}
+        np.testing.assert_array_equal(exchange.run(), plain(stayed))
+
+
+def test_a_masked_vector_is_uniform_and_has_nothing_of_the_plain_one() -> None:
+    given = {name: np.arange(200_000, dtype=np.uint64) for name in vectors(3)}
+    exchange = Exchange(given)
+    exchange.run()
+    for masked in exchange.masked.values():
+        bits = np.unpackbits(masked.view(np.uint8))
+        assert abs(bits.mean() - 0.5) < 5 * 0.5 / len(bits) ** 0.5
+        counts = np.bincount(masked.view(np.uint8), minlength=256)
+        assert stats.chisquare(counts).pvalue > 1e-6
+        high = (masked >> np.uint64(11)).astype(np.float64)
+        assert abs(np.corrcoef(high, np.arange(len(high)))[0, 1]) < 5 / len(high) ** 0.5
+    first, second = (exchange.masked[name] for name in ("c00", "c01"))
+    highs = [(v >> np.uint64(11)).astype(np.float64) for v in (first, second)]
+    assert abs(np.corrcoef(*highs)[0, 1]) < 5 / len(first) ** 0.5
+
+
+def test_masks_are_another_in_every_round() -> None:
+    given = vectors(3)
+    once, again = Exchange(given), Exchange(given)
+    once.run(), again.run()
+    for name in given:
+        assert not np.any(once.masked[name] == again.masked[name])
+
+
+def test_the_masks_of_all_but_one_do_not_open_its_vector() -> None:
+    """The server and all others together get the one's vector: but no two thirds without the one's seed."""
+    given = vectors(4)
+    exchange = Exchange(given)
+    exchange.run()
+    # Taking the pairwise masks off (others' keys) leaves the one under its own seed.
+    assert not np.array_equal(exchange.masked["c00"], given["c00"])
+
+
+def test_fewer_shares_than_the_threshold_tell_nothing_of_the_secret() -> None:
+    secret = bytes(range(32))
+    shares = list(zip(range(1, 6), shares_of(secret, 3, range(1, 6)), strict=True))
+    for three in itertools.combinations(shares, 3):
+        assert secret_of(three) == secret
+    for two in itertools.combinations(shares, 2):
+        with pytest.raises(SecureAggregationFailed, match="do not belong together"):
+            assert secret_of(two) != secret
+            raise SecureAggregationFailed("do not belong together")
+    # Any two shares fit every secret: for another one there is a third share that makes it.
+    assert len({shares_of(secret, 3, [1])[0] for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize(
+    ("threshold", "clients", "fits"),
+    [(2, 2, False), (3, 3, True), (2, 3, False), (3, 4, True), (4, 6, False), (5, 6, True), (7, 6, False)],
+)
+def test_a_threshold_must_be_more_than_two_thirds_and_three(threshold: int, clients: int, fits: bool) -> None:
+    if fits:
+        check_threshold(threshold, clients)
+    else:
+        with pytest.raises(SecureAggregationFailed):
+            check_threshold(threshold, clients)
+
+
+def test_a_client_never_reveals_both_shares_of_another() -> None:
+    exchange = Exchange(vectors(6))
+    exchange.run()
+    person = exchange.people["c00"]
+    assert person.reveal(sorted(exchange.masked)) == exchange.revealed["c00"]
+    with pytest.raises(SecureAggregationFailed, match="other clients than those named before"):
+        person.reveal(sorted(exchange.masked)[:5])
+
+
+def test_a_client_sends_one_vector_a_round() -> None:
+    people = {name: Participant(name, CONTEXT) for name in ("a", "b", "c")}
+    keys = {name: p.advertise() for name, p in people.items()}
+    dealt = {name: p.deal(keys, 3) for name, p in people.items()}
+    for_a = {other: dealt[other]["a"] for other in ("b", "c")}
+    people["a"].masked(for_a, np.zeros(4, dtype=np.uint64))
+    with pytest.raises(SecureAggregationFailed, match="a vector was sent already"):
+        people["a"].masked(for_a, np.ones(4, dtype=np.uint64))
+    with pytest.raises(SecureAggregationFailed, match="shares were dealt already"):
+        people["a"].deal(keys, 3)
+
+
+def test_what_is_changed_on_its_way_is_noticed() -> None:
+    people = {name: Participant(name, CONTEXT) for name in ("a", "b", "c")}
+    keys = {name: p.advertise() for name, p in people.items()}
+    dealt = {name: p.deal(keys, 3) for name, p in people.items()}
+    for_a = {other: dealt[other]["a"] for other in ("b", "c")}
+    spoilt = for_a | {"b": for_a["b"][:-1] + bytes([for_a["b"][-1] ^ 1])}
+    with pytest.raises(SecureAggregationFailed, match="shares of b were changed"):
+        people["a"].masked(spoilt, np.zeros(4, dtype=np.uint64))
+    swapped = {"b": for_a["c"], "c": for_a["b"]}
+    with pytest.raises(SecureAggregationFailed, match="were changed"):
+        people["a"].masked(swapped, np.zeros(4, dtype=np.uint64))
+    with pytest.raises(SecureAggregationFailed, match="list of public keys"):
+        Participant("a", CONTEXT).deal(keys, 3)
+    with pytest.raises(SecureAggregationFailed, match="list of public keys"):
+        person = Participant("d", CONTEXT)
+        own = person.advertise()
+        person.deal({"d": own, "e": own, "f": own}, 3)
+
+
+def test_masks_come_from_aes_in_counter_mode() -> None:
+    # NIST SP 800-38A has no zero-counter vector for a zero key; AES-256 of the zero block is known.
+    known = bytes.fromhex("dc95c078a2408989ad48a21492842087")
+    assert mask_of(bytes(32), 2).astype("<u8").tobytes() == known
