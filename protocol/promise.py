@@ -104,7 +104,7 @@ def check_promises(job: Job) -> None:
         _check_sampling(promise, prefix, unit)
     if sums_securely(job):
         _check_secure_sums(job)
-    elif job.federation.secure_threshold is not None:
+    elif job.federation.secure_threshold is not None and not job.privacy.units:
         raise ValueError("federation.secure_threshold has no meaning without secure_aggregation: remove it")
     if "client" in job.privacy.units or sums_securely(job):
         _check_merging(job)

@@ -221,6 +221,13 @@ def simulated_rounds(result: dict[str, Any]) -> list[tuple[float, float]]:
     return [(float(line["round"]), float(line["simulated"]["seconds"])) for line in result["rounds"]]
 
 
+PLACES = {
+    "client": "at each client",
+    "server": "at the server",
+    "distributed": "in shares by all clients of a round",
+}
+
+
 def what_was_private(privacy: dict[str, Any]) -> str:
     """The privacy claim with all that it rests on, or that there is none."""
     if privacy["unit"] == "none":
@@ -247,8 +254,9 @@ def _claim(unit: str, of: dict[str, Any]) -> str:
     relation = str(of.get("relation") or "neighbours not recorded").replace("-", " ")
     return (
         f"for one {unit} ({relation}), {spent}{at} by"
-        f" {of.get('accountant') or 'an unknown accountant'}{beside}, with {much}{often}, added at the"
-        f" {of.get('where') or 'unknown place'}; sampling: {of.get('sampler') or 'not recorded'}."
+        f" {of.get('accountant') or 'an unknown accountant'}{beside}, with {much}{often}, added"
+        f" {PLACES.get(of.get('where') or '', 'at a place not recorded')};"
+        f" sampling: {of.get('sampler') or 'not recorded'}."
     )
 
 
