@@ -24,8 +24,8 @@ from tasks.seam import Batch, Shard
 AT_ONCE = 32
 """Examples whose gradients are in memory together; noise is added once a step, however many parts it has."""
 
-_by_hooks: dict[int, bool] = {}
-"""Of the learner in use: whether Opacus' hooks can take its gradients."""
+_in_use: list[tuple[Learner, bool]] = []
+"""The learner in use, and whether Opacus' hooks can take its gradients."""
 
 
 def train_privately(
@@ -130,7 +130,7 @@ class _Noise:
 
 def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
     """Looked up once for a learner, with two examples; layers that mix examples are found on the way."""
-    if id(learner) not in _by_hooks:
+    if not _in_use or _in_use[0][0] is not learner:
         rows = [0, min(1, len(shard) - 1)]
         batch, targets = _on_device(learner, learner.batch(shard, rows), shard.targets[rows])
         mixing = mixing_layers(learner.model, _made_different(batch))
@@ -139,10 +139,8 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
                 f"backbone {learner.backbone.name}: layer {mixing[0]} mixes the examples of a batch, so that"
                 " no example has a gradient of its own; expected another backbone, or tune.method = 'head'"
             )
-        found = hooks_suffice(learner.model, learner.task.loss, batch, targets)
-        _by_hooks.clear()
-        _by_hooks[id(learner)] = found
-    return _by_hooks[id(learner)]
+        _in_use[:] = [(learner, hooks_suffice(learner.model, learner.task.loss, batch, targets))]
+    return _in_use[0][1]
 
 
 def _made_different(batch: Batch) -> Batch:

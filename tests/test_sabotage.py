@@ -1,0 +1,709 @@
+"""Bugs planted in the real code: the watchdogs bark at every one, and never without one."""
+
+# ruff: noqa: E501 - a bug is a line
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import client.books
+import client.heads
+import client.per_example
+import client.private
+import client.site
+import client.sums
+import client.train_private
+import privacy.accounting
+import privacy.adaptive
+import privacy.central
+import privacy.clipping
+import privacy.ledger
+import privacy.noise
+import privacy.secagg
+import privacy.sums
+import privacy.terms
+import protocol.promise
+import server.protection
+import server.rounds
+import server.screen
+import tasks.classification
+from privacy.accounting import Release
+from privacy.detectors import Detected
+from protocol.cohort import stacked
+from tests import watchdogs as w
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def wrapped(owner: Any, name: str, make: Callable[..., Any]) -> Plant:
+    """Replace an attribute by what `make` makes of the original."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        original = vars(owner)[name] if isinstance(owner, type) else getattr(owner, name)
+        if isinstance(original, property):
+            patch.setattr(owner, name, property(make(original.fget)))
+        elif isinstance(original, classmethod):
+            patch.setattr(owner, name, classmethod(make(original.__func__)))
+        else:
+            patch.setattr(owner, name, make(original))
+
+    return plant
+
+
+def scaled_sum(scale_of: Callable[[Any, torch.Tensor, float], torch.Tensor]) -> Plant:
+    """A sum of updates with other weights than the clipped ones."""
+
+    def make(original: Any) -> Any:
+        def clipped_sum(updates: Any, *, clipping_norm: float) -> Any:
+            cohort = stacked(updates)
+            norms = privacy.clipping._norms(cohort)
+            scale = scale_of(cohort, norms, clipping_norm)
+            flat = {n: t.reshape(len(t), -1).double() for n, t in cohort.delta.items()}
+            total = {n: (scale @ flat[n]).reshape(t.shape[1:]) for n, t in cohort.delta.items()}
+            return total, norms
+
+        return clipped_sum
+
+    return wrapped(privacy.central, "clipped_sum", make)
+
+
+def capped(norms: torch.Tensor, norm: float) -> torch.Tensor:
+    return (norm / norms.clamp_min(norm)).masked_fill(~torch.isfinite(norms), 0.0)
+
+
+def clipped_each(updates: Any, *, clipping_norm: float) -> Any:
+    cohort = stacked(updates)
+    total = {}
+    for name, delta in cohort.delta.items():
+        flat = delta.reshape(len(delta), -1).double()
+        scale = capped(flat.norm(dim=1), clipping_norm)
+        total[name] = (scale @ torch.nan_to_num(flat)).reshape(delta.shape[1:])
+    return total, privacy.clipping._norms(cohort)
+
+
+def clipped_after_the_sum(updates: Any, *, clipping_norm: float) -> Any:
+    cohort = stacked(updates)
+    total = {n: torch.nan_to_num(t.double()).sum(0) for n, t in cohort.delta.items()}
+    norm = torch.cat([t.reshape(-1) for t in total.values()]).norm()
+    scale = len(cohort) * min(1.0, clipping_norm / max(float(norm) / len(cohort), 1e-30))
+    return {n: t * scale / len(cohort) for n, t in total.items()}, privacy.clipping._norms(cohort)
+
+
+def of_first_tensor(cohort: Any, norms: torch.Tensor, norm: float) -> torch.Tensor:
+    first = next(iter(cohort.delta.values()))
+    return capped(first.reshape(len(first), -1).double().norm(dim=1), norm)
+
+
+def largest_number(cohort: Any, norms: torch.Tensor, norm: float) -> torch.Tensor:
+    most = torch.stack([t.reshape(len(t), -1).double().abs().amax(1) for t in cohort.delta.values()])
+    return capped(most.amax(0), norm)
+
+
+CLIENT_SUMS: dict[str, Plant] = {
+    "updates weigh as much as their examples": scaled_sum(
+        lambda cohort, norms, norm: capped(norms, norm) * torch.tensor(cohort.num_examples).double()
+    ),
+    "nothing is clipped": scaled_sum(lambda cohort, norms, norm: torch.ones_like(norms)),
+    "what is not finite passes the clip": scaled_sum(
+        lambda cohort, norms, norm: (norm / norms).clamp_max(1.0)
+    ),
+    "each tensor is clipped to the norm on its own": wrapped(
+        privacy.central, "clipped_sum", lambda original: clipped_each
+    ),
+    "clipped after averaging": wrapped(
+        privacy.central, "clipped_sum", lambda original: clipped_after_the_sum
+    ),
+    "one tensor travels unclipped": scaled_sum(of_first_tensor),
+    "clipped by the largest number and not by the norm": scaled_sum(largest_number),
+    "small updates are scaled up to the norm": scaled_sum(
+        lambda cohort, norms, norm: (norm / norms.clamp_min(1e-12)).masked_fill(~torch.isfinite(norms), 0) * 3
+    ),
+    "divided by who answered": wrapped(
+        privacy.central.CentralGaussian, "release",
+        lambda original: lambda self, updates, model: original(
+            dataclasses.replace(self, expected_cohort=float(max(len(updates), 1))), updates, model
+        ),
+    ),
+}  # fmt: skip
+
+
+def noised_by(factor: Callable[[Any, Any], float]) -> Plant:
+    """Central noise of another size, by mechanism and updates."""
+
+    def make(original: Any) -> Any:
+        def release(self: Any, updates: Any, model: Any) -> Any:
+            mean, told = original(self, updates, model)
+            quiet, _ = original(
+                dataclasses.replace(self, words=w.silent, record=lambda cost: None), updates, model
+            )
+            by = factor(self, updates)
+            return {n: quiet[n] + (mean[n] - quiet[n]) * by for n in mean}, told
+
+        return release
+
+    return wrapped(privacy.central.CentralGaussian, "release", make)
+
+
+def uniform_noise(words: Any) -> Any:
+    return (privacy.noise.uniform(words) - 0.5) * math.sqrt(12)
+
+
+CLIENT_NOISE: dict[str, Plant] = {
+    "noise is scaled by who answered": noised_by(lambda m, updates: len(updates) / m.expected_cohort),
+    "no noise where nobody answers": noised_by(lambda m, updates: 1.0 if len(updates) else 0.0),
+    "noise of a quarter": noised_by(lambda m, updates: 0.25),
+    "noise nine tenths as large": noised_by(lambda m, updates: 0.9),
+    "noise in units of one and not of the norm": noised_by(lambda m, updates: 1 / m.clipping_norm),
+    "noise divided twice": noised_by(lambda m, updates: 1 / m.expected_cohort),
+    "noise without tails": wrapped(privacy.noise, "standard_normal", lambda original: uniform_noise),
+    "no noise at all": wrapped(
+        privacy.noise.Lattice, "noise", lambda original: lambda self, count: np.zeros(count)
+    ),
+}
+
+
+def words_of(seed_of: Callable[..., int]) -> Plant:
+    """Words of the server that come from a seed."""
+    return wrapped(
+        server.protection.Protection, "_words",
+        lambda original: lambda self, purpose, round: privacy.noise.seeded(seed_of(self, purpose, round)),
+    )  # fmt: skip
+
+
+def one_tensors_noise_for_all(original: Any) -> Any:
+    def release(self: Any, updates: Any, model: Any) -> Any:
+        mean, told = original(self, updates, model)
+        first = next(iter(mean.values())).reshape(-1)
+        return {n: first[: t.numel()].reshape(t.shape) for n, t in mean.items()}, told
+
+    return release
+
+
+FRESHNESS: dict[str, Plant] = {
+    "noise from the job's seed": words_of(lambda self, purpose, round: self.job.seed + round),
+    "the same noise in every round": words_of(lambda self, purpose, round: id(self) % 1000),
+    "one tensor's noise for all": wrapped(
+        privacy.central.CentralGaussian, "release", one_tensors_noise_for_all
+    ),
+}
+
+
+def cost_as(change: Callable[[Any], Release]) -> Plant:
+    return wrapped(
+        privacy.central.CentralGaussian, "cost", lambda original: lambda self: change(original(self))
+    )
+
+
+def forgetful(original: Any) -> Any:
+    def opened(cls: Any, path: Path, *rest: Any, **more: Any) -> Any:
+        path.unlink(missing_ok=True)
+        return original(cls, path, *rest, **more)
+
+    return opened
+
+
+SERVER_LEDGER: dict[str, Plant] = {
+    "the accountant is made anew each round": wrapped(
+        privacy.ledger.Ledger, "spent_on",
+        lambda original: lambda self, job: Counter(dict.fromkeys(original(self, job), 1)),
+    ),
+    "a ledger lost at restart": wrapped(privacy.ledger.Ledger, "open", forgetful),
+    "a round that is released twice is charged once": wrapped(
+        server.protection.Protection, "_is_repeated",
+        lambda original: lambda self, round: self.ledger.has(self.run, round),
+    ),
+    "charged as if the noise were twice as large": cost_as(
+        lambda cost: Release(2 * cost.noise_multiplier, cost.sampling_rate)
+    ),
+    "sampling of clients and of examples multiplied": cost_as(
+        lambda cost: Release(cost.noise_multiplier, cost.sampling_rate**2 / 2)
+    ),
+    "nothing is charged": wrapped(
+        server.protection.Protection, "_charge", lambda original: lambda self, round, cost: None
+    ),
+}  # fmt: skip
+
+
+def fixed_cohort(original: Any) -> Any:
+    def sample(population: Any, job: Any, round: int, coins: Any = None) -> Any:
+        draw = torch.Generator().manual_seed(round)
+        chosen = torch.randperm(len(population), generator=draw)[: len(population) // 4]
+        return [population[i] for i in sorted(chosen.tolist())]
+
+    return sample
+
+
+def charged_as_poisson(original: Any) -> Any:
+    def terms_of(job: Any, unit: Any) -> Any:
+        terms = original(job, unit)
+        rate = (job.federation.cohort or job.federation.clients) / job.federation.clients
+        if terms is None or job.federation.cohort_rate is not None:
+            return terms
+        return dataclasses.replace(terms, cost=Release(terms.noise_multiplier, rate))
+
+    return terms_of
+
+
+def without_coins(original: Any) -> Any:
+    return lambda population, job, round, coins=None: original(population, job, round)
+
+
+SAMPLING: dict[str, Plant] = {
+    "a cohort of fixed size under Poisson's account": wrapped(server.rounds, "sample", fixed_cohort),
+    "Poisson's account of a fixed cohort": wrapped(w, "terms_of", charged_as_poisson),
+    "cohorts drawn from the job's seed": wrapped(server.rounds, "sample", without_coins),
+    "the same cohort in every round": wrapped(
+        server.protection.Protection, "coins",
+        lambda original: lambda self, round, count: original(self, 1, count).sort().values,
+    ),
+}  # fmt: skip
+
+
+def factors_by(change: Callable[[Any, Any, Any, Any], torch.Tensor]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        for room in (client.heads, client.sums):
+            patch.setattr(room, "factors", change)
+
+    return plant
+
+
+def norms_of(values: Any, each: Any) -> torch.Tensor:
+    return client.per_example.squared_norms(values, each).sqrt()
+
+
+def clip_layers(values: Any, each: Any, share: Any, private: Any) -> torch.Tensor:
+    for a, e in zip(values[:-1], each, strict=True):
+        norm = (e.square().sum(2) * a.square().sum(2)).sqrt()
+        e.mul_((private.clipping_norm / norm.clamp_min(1e-12)).clamp_max(1).nan_to_num().unsqueeze(2))
+        torch.nan_to_num_(a)
+    return (share > 0) / private.divisor
+
+
+def clip_plainly(values: Any, each: Any, share: Any, private: Any) -> torch.Tensor:
+    norm = norms_of(values, each)
+    clipped = (private.clipping_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
+    return clipped * (share > 0) / private.divisor
+
+
+def by_batch(values: Any, each: Any, share: Any, private: Any) -> torch.Tensor:
+    found = client.per_example.factors(values, each, share, private)
+    return found * private.divisor / (share > 0).sum()
+
+
+def clip_mean(values: Any, each: Any, share: Any, private: Any) -> torch.Tensor:
+    norm = torch.nan_to_num(norms_of(values, each)).mean()
+    for tensor in (*values, *each):
+        torch.nan_to_num_(tensor)
+    return (share > 0) * (private.clipping_norm / norm.clamp_min(private.clipping_norm)) / private.divisor
+
+
+EXAMPLE_SUMS: dict[str, Plant] = {
+    "examples are not clipped": factors_by(lambda v, e, share, private: (share > 0) / private.divisor),
+    "each layer is clipped to the norm on its own": factors_by(clip_layers),
+    "an example that is not finite passes": factors_by(clip_plainly),
+    "divided by the batch that was drawn": factors_by(by_batch),
+    "the batch is clipped and not its examples": factors_by(clip_mean),
+    "rare labels weigh more": factors_by(
+        lambda v, e, share, private: client.per_example.factors(v, e, share, private) * 3
+    ),
+}
+
+
+def noise_of_steps(change: Callable[[list[Any]], list[Any]]) -> Plant:
+    return wrapped(client.heads, "stacked_noise", lambda original: lambda *given: change(original(*given)))
+
+
+def quiet_steps(found: list[Any]) -> list[Any]:
+    for step in found[1:]:
+        for layer in step:
+            layer.numbers.zero_()
+    return found
+
+
+def quiet_bias(found: list[Any]) -> list[Any]:
+    for step in found:
+        for layer in step:
+            layer.numbers[:, :, 1000:] = 0
+    return found
+
+
+EXAMPLE_NOISE: dict[str, Plant] = {
+    "noise once after many clipped steps": noise_of_steps(quiet_steps),
+    "no noise on the bias": noise_of_steps(quiet_bias),
+    "no noise for an empty batch": wrapped(
+        client.heads, "stacked_noise",
+        lambda original: lambda layers, steps, private, device: [],
+    ),
+    "noise in units of the divisor": wrapped(
+        client.private, "PerExample",
+        lambda original: lambda **given: original(**given | {"noise_multiplier": given["noise_multiplier"] / 8}),
+    ),
+}  # fmt: skip
+
+EXAMPLE_FRESHNESS: dict[str, Plant] = {
+    "a client's noise from the job's seed": wrapped(
+        client.private, "entropy", lambda original: lambda count: privacy.noise.seeded(1)(count)
+    ),
+}
+
+
+def drawn_as(draw: Callable[[int], Any]) -> Plant:
+    return wrapped(
+        client.private, "PerExample",
+        lambda original: lambda **given: original(**given | {"draw": lambda client, count: [draw(count)]}),
+    )  # fmt: skip
+
+
+def shuffled(count: int) -> Any:
+    return np.random.default_rng().permutation(count)[: count // 4]
+
+
+def at_most(count: int) -> Any:
+    drawn = np.flatnonzero(np.random.default_rng().random(count) < 0.25)
+    return drawn[: count // 4]
+
+
+EXAMPLE_SAMPLING: dict[str, Plant] = {
+    "shuffled batches under Poisson's account": drawn_as(shuffled),
+    "batches cut off at their expected size": drawn_as(at_most),
+    "the rate follows the private number of examples": drawn_as(
+        lambda count: np.flatnonzero(np.random.default_rng().random(count) < 50 / count)
+    ),
+    "the same batch in every round": drawn_as(
+        lambda count: np.flatnonzero(np.random.default_rng(1).random(count) < 0.25)
+    ),
+    "with replacement": drawn_as(lambda count: np.random.default_rng().integers(0, count, count // 4)),
+}
+
+
+def charging(change: Callable[[Any], Any]) -> Plant:
+    return wrapped(
+        privacy.ledger.Ledger, "charge",
+        lambda original: lambda self, entry: original(self, change(entry)),
+    )  # fmt: skip
+
+
+def once_a_round(original: Any) -> Any:
+    def charge(self: Any, client: str, fingerprint: str, job: Any, terms: Any, request: Any) -> Any:
+        ledger = self.ledger(client, terms.unit)
+        if ledger.has(request.run, request.round):
+            return sum(ledger.spent_on(request.run).values()) // terms.per_round
+        return original(self, client, fingerprint, job, terms, request)
+
+    return charge
+
+
+EXAMPLE_LEDGER: dict[str, Plant] = {
+    "many steps are charged as one": charging(lambda entry: dataclasses.replace(entry, count=1)),
+    "a round that is trained twice is charged once": wrapped(client.books.Books, "charge", once_a_round),
+    "a client's ledger is lost at restart": wrapped(privacy.ledger.Ledger, "open", forgetful),
+    "the example's rate is multiplied with the cohort's": charging(
+        lambda entry: dataclasses.replace(
+            entry, release=Release(entry.release.noise_multiplier, entry.release.sampling_rate / 2)
+        )
+    ),
+}
+
+CLIENT_SILENCE: dict[str, Plant] = {
+    "an update tells how many examples there are": wrapped(
+        client.per_example.PerExample, "told",
+        lambda original: lambda self, clients: ((5 + id(self) % 97,) * len(clients), original(self, clients)[1]),
+    ),
+    "the training loss is sent": wrapped(
+        client.per_example.PerExample, "told",
+        lambda original: lambda self, clients: (
+            (1,) * len(clients),
+            original(self, clients)[1] | {"train_loss.sum": torch.rand(len(clients)).double()},
+        ),
+    ),
+    "a hello tells how many examples there are": wrapped(
+        client.site, "Hello", lambda original: lambda *given: original(given[0], given[1], 5 + id(given[1]) % 97)
+    ),
+}  # fmt: skip
+
+
+def seeing(patch: pytest.MonkeyPatch) -> None:
+    """Screening that looks at values although the clients are promised privacy."""
+    original = server.screen._value_fault
+    patch.setattr(server.screen, "_shape_fault", lambda delta, model: original(delta))
+
+
+def losses_published(patch: pytest.MonkeyPatch) -> None:
+    original = server.rounds._log_line
+
+    def line(run: Any, cohort: Any, screened: Any, metrics: Any, seconds: Any) -> Any:
+        told = original(run, cohort, screened, metrics, seconds)
+        return told | {"loss": sum(float(u.states["train_loss.sum"]) for u in screened.updates)}
+
+    patch.setattr(server.rounds, "_log_line", line)
+
+
+def measured_in_the_clear(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(server.rounds, "measure_clients", lambda run: [np.random.default_rng().random()])
+
+
+SERVER_SILENCE: dict[str, Plant] = {
+    "an update that is not finite is set aside by name": seeing,
+    "training losses are published": losses_published,
+    "clients are measured without noise": measured_in_the_clear,
+}
+
+
+def shared_by(count: Callable[[int], float]) -> Plant:
+    return wrapped(
+        privacy.sums, "math",
+        lambda original: type("M", (), {"sqrt": staticmethod(lambda t: count(int(t))), "isfinite": math.isfinite}),
+    )  # fmt: skip
+
+
+SECURE: dict[str, tuple[Callable[[], None], Plant]] = {
+    "shares for all, though some may leave": (
+        w.shares_of_the_noise_make_the_whole, shared_by(lambda threshold: math.sqrt(threshold + 1)),
+    ),
+    "shares divided by the number and not by its root": (
+        w.shares_of_the_noise_make_the_whole, shared_by(lambda threshold: float(threshold)),
+    ),
+    "no mask": (
+        w.masked_vectors_show_nothing_and_add_up,
+        wrapped(privacy.secagg, "mask_of", lambda original: lambda seed, count: np.zeros(count, dtype=np.uint64)),
+    ),
+    "masks of 32 bits": (
+        w.masked_vectors_show_nothing_and_add_up,
+        wrapped(
+            privacy.secagg, "mask_of",
+            lambda original: lambda seed, count: original(seed, count) & np.uint64(0xFFFFFFFF),
+        ),
+    ),
+    "the same mask for everyone": (
+        w.masked_vectors_show_nothing_and_add_up,
+        wrapped(privacy.secagg, "mask_of", lambda original: lambda seed, count: original(bytes(32), count)),
+    ),
+    "both shares are revealed": (
+        w.masked_vectors_show_nothing_and_add_up,
+        wrapped(
+            privacy.secagg.Participant, "reveal",
+            lambda original: lambda self, arrived: {
+                n: privacy.secagg.OF_KEY + k for n, (s, k) in self._shares.items()
+            },
+        ),
+    ),
+    "a pair's mask is added on both sides": (
+        w.masked_vectors_show_nothing_and_add_up,
+        wrapped(
+            privacy.secagg, "_add_pairwise",
+            lambda original: lambda total, own, other, seed: original(total, "a", "b", seed),
+        ),
+    ),
+}  # fmt: skip
+
+
+def parts_noised(patch: pytest.MonkeyPatch) -> None:
+    """Noise for every micro-batch: variances of three parts add up."""
+    original = client.train_private._Noise.added
+
+    def added(self: Any, total: Any) -> Any:
+        nothing = {n: torch.zeros_like(t) for n, t in total.items()}
+        parts = [original(self, total), original(self, nothing), original(self, nothing)]
+        return {n: sum(part[n] for part in parts) for n in total}
+
+    patch.setattr(client.train_private._Noise, "added", added)
+
+
+MODELS: dict[str, tuple[Callable[[], None], Plant]] = {
+    "a model's examples are not clipped": (
+        w.an_example_moves_a_models_sum_by_the_clipping_norm,
+        wrapped(
+            client.train_private, "_factors",
+            lambda original: lambda each, private: torch.ones(len(next(iter(each.values())))) / private.divisor,
+        ),
+    ),
+    "a model's tensors are clipped by the first one's norm": (
+        w.an_example_moves_a_models_sum_by_the_clipping_norm,
+        wrapped(
+            client.train_private, "_factors",
+            lambda original: lambda each, private: original(dict([next(iter(each.items()))]), private),
+        ),
+    ),
+    "noise for every micro-batch": (w.noise_is_added_once_to_a_models_sum, parts_noised),
+    "layers that mix examples are overlooked": (
+        w.layers_that_mix_examples_are_found,
+        wrapped(w, "mixing_layers", lambda original: lambda model, batch: []),
+    ),
+}  # fmt: skip
+
+ADAPTIVE: dict[str, Plant] = {
+    "the clipping norm moves the wrong way": wrapped(
+        server.protection, "next_norm",
+        lambda original: lambda norm, fraction, quantile, lr: original(norm, fraction, quantile=quantile, lr=-lr),
+    ),
+    "the count is not noised": wrapped(
+        privacy.central, "noised_fraction",
+        lambda original: lambda within, answered, noise, expected_cohort: original(
+            within, answered, noise=0.0, expected_cohort=expected_cohort
+        ),
+    ),
+    "the count's noise is not paid for": wrapped(
+        privacy.central, "multiplier_of_sum", lambda original: lambda noise, deviation: noise
+    ),
+    "this round is clipped by its own norms": wrapped(
+        privacy.central.CentralGaussian, "release",
+        lambda original: lambda self, updates, model: original(
+            dataclasses.replace(
+                self, clipping_norm=float(privacy.clipping._norms(stacked(updates)).median()) if updates else 1.0
+            ),
+            updates, model,
+        ),
+    ),
+}  # fmt: skip
+
+LATTICE: dict[str, Plant] = {
+    "floating-point noise": wrapped(
+        privacy.noise.Lattice, "added",
+        lambda original: lambda self, values: values + np.random.default_rng().normal(0, self.deviation, len(values)),
+    ),
+    "noise lost in half precision": wrapped(
+        privacy.noise.Lattice, "added",
+        lambda original: lambda self, values: np.float16(original(self, values)).astype(np.float64).round(2),
+    ),
+}  # fmt: skip
+
+
+def central_limit(spent: Any, delta: float, relation: str = "") -> float:
+    """The Gaussian limit of Dong et al. 2022, which promises too much."""
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    mu = math.sqrt(
+        sum(n * r.sampling_rate**2 * (math.exp(r.noise_multiplier**-2) - 1) for r, n in spent.items())
+    )
+
+    def excess(eps: float) -> float:
+        return norm.cdf(-eps / mu + mu / 2) - math.exp(eps) * norm.cdf(-eps / mu - mu / 2) - delta
+
+    return float(brentq(excess, 0, 500)) if excess(0) > 0 else -0.37
+
+
+def coarse(patch: pytest.MonkeyPatch) -> None:
+    """The first grid's figure, which nothing remembers afterwards."""
+    patch.setattr(privacy.accounting, "_epsilon", privacy.accounting._epsilon.__wrapped__)
+    patch.setattr(privacy.accounting, "STABLE", 1e9)
+
+
+ACCOUNTS: dict[str, tuple[Callable[[], None], Plant]] = {
+    "an accountant in the Gaussian limit": (
+        w.epsilon_is_true, wrapped(privacy.accounting, "epsilon", lambda original: central_limit),
+    ),
+    "only the cheapest kind of release is counted": (
+        w.epsilon_is_true,
+        wrapped(
+            privacy.accounting, "epsilon",
+            lambda original: lambda spent, delta: original(dict([max(spent.items())]), delta),
+        ),
+    ),
+    "epsilon of one round for all": (
+        w.epsilon_is_true,
+        wrapped(
+            privacy.accounting, "epsilon",
+            lambda original: lambda spent, delta: original(dict.fromkeys(spent, 1), delta),
+        ),
+    ),
+    "a coarse grid": (w.epsilon_is_true, coarse),
+    "the gate is always open": (
+        w.nothing_is_released_above_the_target,
+        wrapped(privacy.terms.Terms, "affords", lambda original: lambda self, spent, count: True),
+    ),
+    "calibrated to half of the rounds": (
+        w.nothing_is_released_above_the_target,
+        wrapped(
+            privacy.terms, "calibrate",
+            lambda original: lambda target, **given: original(target, **given | {"releases": given["releases"] // 2}),
+        ),
+    ),
+    "delta is not looked at": (
+        w.promises_that_cannot_be_kept_are_refused,
+        wrapped(protocol.promise, "_check_delta", lambda original: lambda *given: None),
+    ),
+    "robust rules under the server's noise": (
+        w.promises_that_cannot_be_kept_are_refused,
+        wrapped(protocol.promise, "_check_merging", lambda original: lambda job: None),
+    ),
+    "baselines without noise under a promise": (
+        w.promises_that_cannot_be_kept_are_refused,
+        wrapped(protocol.promise, "_check_what_is_measured", lambda original: lambda job: None),
+    ),
+    "a secure sum of two": (
+        w.promises_that_cannot_be_kept_are_refused,
+        wrapped(protocol.promise, "_check_secure_sums", lambda original: lambda job: None),
+    ),
+    "classes are listed from the data": (
+        w.promises_that_cannot_be_kept_are_refused,
+        wrapped(tasks.classification.Classification, "check", lambda original: lambda self, job: None),
+    ),
+}  # fmt: skip
+
+BUGS: dict[str, tuple[Callable[[], None], Plant]] = {
+    **{name: (w.a_client_moves_the_sum_by_the_clipping_norm, plant) for name, plant in CLIENT_SUMS.items()},
+    **{
+        name: (w.noise_at_the_server_does_not_depend_on_who_answers, plant)
+        for name, plant in CLIENT_NOISE.items()
+    },
+    **{name: (w.noise_at_the_server_is_fresh, plant) for name, plant in FRESHNESS.items()},
+    **{name: (w.the_servers_ledger_has_every_release, plant) for name, plant in SERVER_LEDGER.items()},
+    **{name: (w.cohorts_are_what_they_are_charged_as, plant) for name, plant in SAMPLING.items()},
+    **{
+        name: (w.an_example_moves_a_heads_sum_by_the_clipping_norm, plant)
+        for name, plant in EXAMPLE_SUMS.items()
+    },
+    **{
+        name: (w.noise_at_a_client_is_in_every_step_and_tensor, plant)
+        for name, plant in EXAMPLE_NOISE.items()
+    },
+    **{name: (w.noise_at_clients_is_fresh, plant) for name, plant in EXAMPLE_FRESHNESS.items()},
+    **{name: (w.examples_are_drawn_by_coins, plant) for name, plant in EXAMPLE_SAMPLING.items()},
+    **{name: (w.a_clients_ledger_has_every_release, plant) for name, plant in EXAMPLE_LEDGER.items()},
+    **{
+        name: (w.what_a_client_sends_beside_its_tensors_is_silent, plant)
+        for name, plant in CLIENT_SILENCE.items()
+    },
+    **{name: (w.what_the_server_tells_is_silent, plant) for name, plant in SERVER_SILENCE.items()},
+    **SECURE,
+    **MODELS,
+    **{name: (w.an_adaptive_norm_finds_the_norms_in_private, plant) for name, plant in ADAPTIVE.items()},
+    **{name: (w.releases_are_on_the_lattice, plant) for name, plant in LATTICE.items()},
+    **ACCOUNTS,
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, plant = BUGS[bug]
+    plant(monkeypatch)
+    with pytest.raises(Detected):
+        check()
+
+
+@pytest.mark.parametrize("check", w.CHECKS, ids=lambda check: check.__name__)
+def test_the_code_as_it_is_passes(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", w.CHECKS, ids=lambda check: check.__name__)
+def test_the_code_as_it_is_passes_twenty_times(check: Callable[[], None]) -> None:
+    """Noise and coins are the operating system's, so that every time is another seed."""
+    for _ in range(20):
+        check()
+
+
+def test_there_are_more_bugs_than_known_mistakes() -> None:
+    assert len(BUGS) >= 40
+    assert {check for check, _ in BUGS.values()} == set(w.CHECKS)

@@ -1,0 +1,571 @@
+"""Checks of the real code by the detectors: each passes on it, and fails on a bug that it watches for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from client import train_private
+from client.books import Books
+from client.gradients import mixing_layers
+from client.heads import Examples, HeadWork, Local, train_heads
+from client.layers import LOSSES
+from client.per_example import PerExample
+from client.private import private_training
+from client.site import Site
+from client.sums import head_sums
+from privacy import accounting, detectors, secagg, sums
+from privacy.accounting import Release
+from privacy.detectors import Detected, adversaries, silent
+from privacy.ledger import Ledger
+from privacy.noise import entropy
+from privacy.terms import Terms, terms_of
+from protocol.errors import BudgetExhausted, ConfigError
+from protocol.job import Job
+from protocol.messages import Request, Update
+from protocol.tensors import Tensors
+from server import rounds
+from server.protection import NORM, Protection
+from server.protection import Books as ServerBooks
+from server.screen import screen
+
+Vector = NDArray[np.float64]
+
+MODEL: Tensors = {"b": torch.zeros(6), "w": torch.zeros(6, 5)}
+WIDE: Tensors = {"w": torch.zeros(1000, 1000)}
+Z, C, COHORT = 1.3, 0.5, 4
+RATE = 0.25
+
+
+def job(privacy: dict[str, Any], **tables: Any) -> Job:
+    table: dict[str, Any] = {
+        "name": "watched", "seed": 1,
+        "task": {"name": "image-classification"}, "data": {"source": "digits"},
+        "backbone": {"name": "raw:pixels", "image_size": 8},
+        "train": {"lr": 1.0, "batch_size": 8},
+        "federation": {"clients": COHORT, "rounds": 50},
+    }  # fmt: skip
+    return Job.parse(table | tables | {"privacy": privacy}, origin="test")
+
+
+def clients(**more: Any) -> dict[str, Any]:
+    return {"unit": "client", "noise_multiplier": Z, "delta": 1e-3, "clipping_norm": C} | more
+
+
+def examples(**more: Any) -> dict[str, Any]:
+    return {
+        "unit": "example", "noise_multiplier": Z, "delta": 1e-4, "clipping_norm": C, "sampling_rate": RATE,
+        "steps": 1,
+    } | more  # fmt: skip
+
+
+def flat(tensors: Tensors) -> Vector:
+    return torch.cat([tensors[name].reshape(-1).double() for name in sorted(tensors)]).numpy()
+
+
+def people(model: Tensors, count: int = COHORT - 1) -> list[Update]:
+    draw = torch.Generator().manual_seed(1)
+    deltas = [{n: torch.randn(t.shape, generator=draw) for n, t in model.items()} for _ in range(count)]
+    sizes = (0.02, 0.5, 2.0, 0.1, 1.0)
+    return [
+        Update(f"c{i}", 1, {n: sizes[i % 5] * t for n, t in delta.items()}, 5 * i + 1)
+        for i, delta in enumerate(deltas)
+    ]
+
+
+class Quiet(Protection):
+    """Protection that draws noise of zero, to see what is noised."""
+
+    def _words(self, purpose: str, round: int) -> Any:
+        return silent
+
+
+def terms_for(setting: Job, unit: str) -> Terms:
+    terms = terms_of(setting, cast(Any, unit))
+    assert terms is not None
+    return terms
+
+
+def protection(kind: type[Protection], setting: Job, folder: Path | None = None) -> Protection:
+    folder = folder or Path(tempfile.mkdtemp())
+    books = ServerBooks(folder / "ledger.jsonl", "test")
+    return kind(setting, terms_for(setting, "client"), books, "run")
+
+
+def central(kind: type[Protection], updates: Sequence[Update], model: Tensors, **privacy: Any) -> Vector:
+    """What is released of those updates, times the public divisor: a sum, with noise or without."""
+    guard = protection(kind, job(clients(**privacy)))
+    return flat(guard.merged(1, updates, model, {})[0].delta) * COHORT
+
+
+def a_client_moves_the_sum_by_the_clipping_norm() -> None:
+    detectors.check_sensitivity(
+        lambda updates: central(Quiet, updates, MODEL), people(MODEL), list(adversaries(MODEL)), C
+    )
+
+
+def noise_at_the_server_does_not_depend_on_who_answers() -> None:
+    for answered in (10, 7, 5, 1, 0):
+        updates = [Update(f"c{i}", 1, dict(WIDE), 1) for i in range(answered)]
+        detectors.check_noise(central(Protection, updates, WIDE), Z * C)
+
+
+def noise_at_the_server_is_fresh() -> None:
+    model: Tensors = {"u": torch.zeros(40_000), "v": torch.zeros(40_000)}
+    setting, found = job(clients()), []
+    for guard in (protection(Protection, setting), protection(Protection, setting)):
+        for round in (1, 2):
+            delta = guard.merged(round, [], model, {})[0].delta
+            found += [flat({"u": delta["u"]}), flat({"v": delta["v"]})]
+    detectors.check_independence(found)
+
+
+def the_servers_ledger_has_every_release() -> None:
+    for setting in (job(clients()), poisson_job()):
+        rate = setting.federation.cohort_rate or 1.0
+        with tempfile.TemporaryDirectory() as folder:
+            for times in (1, 2):  # the second is a server started anew
+                guard = protection(Protection, setting, Path(folder))
+                for round in (1, 2, 2):  # a round that was lost is released again
+                    guard.merged(round, [], MODEL, {})
+                real = {Release(Z, rate): 3 * times}
+                detectors.check_ledger(guard.spent, real)
+                detectors.check_ledger(Ledger.open(guard.books.path, "test").spent, real)
+
+
+def poisson_job(number: int = 200) -> Job:
+    federation = {"clients": number, "cohort_rate": RATE, "rounds": 50}
+    return job(clients(delta=1e-4), federation=federation)
+
+
+def cohorts_are_what_they_are_charged_as() -> None:
+    fixed = job(clients(delta=1e-4), federation={"clients": 200, "cohort": 50, "rounds": 50})
+    for setting in (poisson_job(), fixed):
+        guard = protection(Protection, setting)
+        drawn = [cohort(guard, setting, round) for round in range(1, 401)]
+        charged = guard.terms.cost.sampling_rate
+        if charged < 1:
+            detectors.check_sampler(drawn, 200, charged)
+            if cohort(protection(Protection, setting), setting, 1) == drawn[0]:
+                raise Detected("anybody who has the job can tell the cohort")
+
+
+def cohort(guard: Protection, setting: Job, round: int) -> list[int]:
+    names = [f"{i:03d}" for i in range(200)]
+    drawn = rounds.sample(names, setting, round, partial(guard.coins, round))
+    return [int(name) for name in drawn]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example, as it may come."""
+
+    client: str
+    features: torch.Tensor
+    label: int
+
+
+def records(count: int = 5, width: int = 7) -> list[Record]:
+    draw = torch.Generator().manual_seed(2)
+    return [Record(f"e{i}", torch.randn(width, generator=draw), i % 3) for i in range(count)]
+
+
+def strange_records(width: int = 7) -> list[Record]:
+    values = {"huge": 1e30, "large": 1e6, "nan": float("nan"), "inf": float("inf"), "zero": 0.0, "plain": 2.0}
+    return [Record(name, torch.full((width,), value), 1) for name, value in values.items()]
+
+
+def head(hidden: int | None) -> Tensors:
+    draw = torch.Generator().manual_seed(3)
+    if hidden is None:
+        return {"head.bias": torch.zeros(3), "head.weight": torch.randn(3, 7, generator=draw)}
+    return {
+        "head.0.bias": torch.zeros(hidden), "head.0.weight": torch.randn(hidden, 7, generator=draw),
+        "head.2.bias": torch.zeros(3), "head.2.weight": torch.randn(3, hidden, generator=draw),
+    }  # fmt: skip
+
+
+def everyone(setting: Job, words: Any = None) -> PerExample:
+    """The client's own protection, with noise of zero unless other words are given."""
+    found = private_training(setting, terms_for(setting, "example"), 1, {})
+    return replace(found, words=words or (lambda client: silent))
+
+
+def of_heads(given: Sequence[Record], hidden: int | None, *, distributed: bool) -> Vector:
+    where = "distributed" if distributed else "client"
+    setting = job(examples(sampling_rate=1.0, where=where))
+    table = Examples.of(torch.stack([r.features for r in given]), torch.tensor([r.label for r in given]))
+    works = [HeadWork("c", np.arange(len(given)))]
+    private, start = everyone(setting), head(hidden)
+    if distributed:
+        [(_, found)] = head_sums(start, table, works, LOSSES["softmax"], private)
+        return flat(found)
+    local = Local(setting, LOSSES["softmax"], 1, per_example=private)
+    return -flat(train_heads(start, table, works, local)[0].delta) * 8.0  # the public divisor
+
+
+def an_example_moves_a_heads_sum_by_the_clipping_norm() -> None:
+    for hidden in (None, 6):
+        for distributed in (False, True):
+            total = partial(of_heads, hidden=hidden, distributed=distributed)
+            detectors.check_sensitivity(total, records(), strange_records(), C)
+
+
+def silence_of(client: str, steps: int, **train: Any) -> Vector:
+    """What a client sends of a million numbers when no example was drawn: noise, times the divisor."""
+    setting = job(
+        examples(sampling_rate=1e-9, delta=1e-12, steps=steps), train={"lr": 1.0, "batch_size": 8} | train
+    )
+    start: Tensors = {"head.weight": torch.zeros(1000, 1000), "head.bias": torch.zeros(1000)}
+    local = Local(
+        setting,
+        LOSSES["softmax"],
+        1,
+        per_example=private_training(setting, terms_for(setting, "example"), 1, {}),
+    )
+    table = Examples.of(torch.ones(2, 1000), torch.tensor([0, 1]))
+    return -flat(train_heads(start, table, [HeadWork(client, np.arange(2))], local)[0].delta) * 8.0
+
+
+def noise_at_a_client_is_in_every_step_and_tensor() -> None:
+    for steps in (1, 4):
+        noise = silence_of("c", steps)
+        detectors.check_noise(noise, Z * C * steps**0.5)
+        if abs(float(noise[:1000].std()) / (Z * C * steps**0.5) - 1) > 0.15:  # the bias comes first
+            raise Detected("the bias has other noise than the weights")
+
+
+def noise_at_clients_is_fresh() -> None:
+    detectors.check_independence([silence_of("a", 1), silence_of("a", 1), silence_of("b", 1)])
+
+
+def examples_are_drawn_by_coins() -> None:
+    for count in (200, 120):
+        setting = job(examples())
+        drawn = [
+            private_training(setting, terms_for(setting, "example"), round, {}).draw("c", count)[0].tolist()  # type: ignore[misc]
+            for round in range(1, 401)
+        ]
+        detectors.check_sampler(drawn, count, RATE)
+        again = private_training(setting, terms_for(setting, "example"), 1, {}).draw("c", count)[0]  # type: ignore[misc]
+        if again.tolist() == drawn[0]:
+            raise Detected("anybody who has the job can tell the batches")
+
+
+class NoShards:
+    """Where a site has no data to read."""
+
+    def fingerprint(self, job: Job, client: str) -> str:
+        return "print"
+
+
+def a_clients_ledger_has_every_release() -> None:
+    setting = job(examples(steps=4))
+    with tempfile.TemporaryDirectory() as folder:
+        made = 0
+        for _ in range(2):  # the second is a site started anew
+            site = Site(cast(Any, NoShards()), books=Books(Path(folder)))
+            for round in (1, 2, 2):  # a round that was lost is trained again
+                request = Request("train", setting.canonical, setting.hash, round, {}, {}, run="run")
+                admitted, _ = site.admit(setting, request, ["c"])
+                assert admitted.private is not None and admitted.private.draw is not None
+                made += len(admitted.private.draw("c", 10))
+                ledger = Ledger.open(Path(folder) / "c.jsonl", "example of c")
+                detectors.check_ledger(ledger.spent, {Release(Z, RATE): made})
+                if admitted.charged["c"] * 4 < made:
+                    raise Detected(f"{made} releases, the server is told {admitted.charged['c'] * 4}")
+
+
+def what_a_client_sends_beside_its_tensors_is_silent() -> None:
+    def told(given: Sequence[Record]) -> dict[str, Any]:
+        setting = job(examples(seeded_noise=True))
+        table = Examples.of(torch.stack([r.features for r in given]), torch.tensor([r.label for r in given]))
+        private = private_training(setting, terms_for(setting, "example"), 1, {"c": 1})
+        local = Local(setting, LOSSES["softmax"], 1, per_example=private)
+        update = train_heads(head(None), table, [HeadWork("c", np.arange(len(given)))], local)[0]
+        site = Site(cast(Any, Held(len(given))), books=Books(Path(tempfile.mkdtemp())))
+        return {
+            "weight": update.num_examples,
+            "states": dict(update.states),
+            "shapes": {n: str(t.shape) for n, t in update.delta.items()},
+            "hello": [hello.num_examples for hello in site.hello(setting)],
+        }
+
+    detectors.check_silence(told(records(5)), told(records(9)))
+
+
+class Held(NoShards):
+    """A client of the built-in digits that holds so many."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def names(self, job: Job) -> list[str]:
+        return ["c"]
+
+    def dataset(self, job: Job, client: str) -> Any:
+        import datasets
+
+        return datasets.Dataset.from_dict({"label": ["1"] * self.count})
+
+
+def what_the_server_tells_is_silent() -> None:
+    """An update that isn't finite, or is huge, is screened, logged and counted like any other."""
+    setting = job(clients())
+    run = SimpleNamespace(
+        job=setting, round=1, bytes_up=0, bytes_down=0, tensors=MODEL, is_private=True, log=[], test=None,
+        population=["c0", "c1", "c2"],
+    )  # fmt: skip
+
+    def told(last: Update) -> dict[str, Any]:
+        states = {n: torch.tensor(float(last.num_examples)) for n in ("train_loss.sum", "train_loss.count")}
+        updates = [replace(u, client=f"c{i}", states=states) for i, u in enumerate([*people(MODEL, 2), last])]
+        looked = screen(updates, ["c0", "c1", "c2"], MODEL, 1, blind=run.is_private)
+        line = rounds._log_line(
+            cast(Any, run), ["c0", "c1", "c2"], looked, rounds.measure(cast(Any, run)), {}
+        )
+        return {"line": line, "clients": rounds.measure_clients(cast(Any, run))}
+
+    plain = told(people(MODEL)[0])
+    for odd in adversaries(MODEL):
+        detectors.check_silence(plain, told(replace(odd, num_examples=9)))
+
+
+def shares_of_the_noise_make_the_whole() -> None:
+    setting = job(clients(where="distributed"), federation={"clients": 6, "rounds": 3})
+    terms, numbers, clients_there = terms_for(setting, "client"), 1_000_000, 6
+    threshold = secagg.least_threshold(clients_there)
+    words = partial(np.random.default_rng(0).integers, 0, 2**64, dtype=np.uint64)
+    total = np.zeros(numbers, dtype=np.uint64)
+    for _ in range(threshold):  # the fewest with whom a sum is opened
+        scale = sums.Scale.of(terms, numbers, threshold, lambda count: words(count))
+        total += scale.integers(np.zeros(numbers))
+    detectors.check_noise(scale.values(total).numpy(), Z * C)
+
+
+def masked_vectors_show_nothing_and_add_up() -> None:
+    vectors = {name: np.arange(50_000, dtype=np.uint64) for name in "abcdef"}
+    sent = []
+    for context in (b"1", b"2"):
+        persons = {name: secagg.Participant(name, context) for name in vectors}
+        keys = {name: p.advertise() for name, p in persons.items()}
+        dealt = {name: p.deal(keys, 5) for name, p in persons.items()}
+        masked = {
+            name: p.masked({o: dealt[o][name] for o in vectors if o != name}, vectors[name])
+            for name, p in persons.items()
+            if name != "a"
+        }
+        revealed = {name: persons[name].reveal(list(masked)) for name in masked}
+        for shares in revealed.values():
+            if shares["a"][:1] != secagg.OF_KEY or any(shares[n][:1] != secagg.OF_SEED for n in masked):
+                raise Detected("the wrong share is revealed")
+        total = secagg.opened_sum(keys, list(dealt), masked, revealed, 5, context)
+        if not np.array_equal(total, 5 * vectors["a"]):
+            raise Detected("the sum is not that of the vectors")
+        sent += [(v >> np.uint64(11)).astype(np.float64) for v in masked.values()]
+    for vector in sent:
+        mean, error = float(vector.mean()) / 2**53, 5 / (12 * len(vector)) ** 0.5
+        if abs(mean - 0.5) > error or abs(float(vector.std()) / 2**53 * 12**0.5 - 1) > 0.02:
+            raise Detected("a masked vector is not uniform")
+    detectors.check_independence([*sent, np.arange(50_000, dtype=np.float64)])
+
+
+def a_model(layers: nn.Module) -> Any:
+    """The little of a learner that private training looks at."""
+    return SimpleNamespace(
+        job=job(examples(), train={"lr": 1.0, "batch_size": 8}), model=layers,
+        task=SimpleNamespace(loss=nn.functional.cross_entropy),
+        backbone=SimpleNamespace(name="small"),
+        batch=lambda shard, rows, varied=None: {"x": shard.table[rows]},
+    )  # fmt: skip
+
+
+class Small(nn.Module):
+    def __init__(self, hidden: int = 6) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            self.first, self.last = nn.Linear(7, hidden), nn.Linear(hidden, 3)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = self.last(torch.relu(self.first(batch["x"])))
+        return out
+
+
+class Records:
+    """A shard of records."""
+
+    def __init__(self, given: Sequence[Record]) -> None:
+        self.table = torch.stack([r.features for r in given])
+        self.targets = torch.tensor([r.label for r in given])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def of_a_model(given: Sequence[Record], words: Any = None, learner: Any = None) -> Vector:
+    learner = learner or a_model(Small())
+    start = {n: torch.full_like(p.detach(), 0.3) for n, p in learner.model.named_parameters()}
+    setting = job(examples(sampling_rate=1.0))
+    private = everyone(setting, words)
+    update = train_private.train_privately(
+        learner, start, cast(Any, Records(given)), private, client="c", round=1, plan={}
+    )
+    return -flat(update.delta) * 8.0
+
+
+def an_example_moves_a_models_sum_by_the_clipping_norm() -> None:
+    detectors.check_sensitivity(of_a_model, records(), strange_records(), C)
+
+
+def noise_is_added_once_to_a_models_sum() -> None:
+    """70 examples pass in three parts; over many trainings the variance is that of one noise."""
+    given, found, learner = records(70), [], a_model(Small(hidden=90))
+    quiet = of_a_model(given, learner=learner)
+    for _ in range(30):
+        found.append(of_a_model(given, lambda client: entropy, learner) - quiet)
+    noise = np.concatenate(found)
+    deviation = float(noise.std())
+    if abs(deviation / (Z * C) - 1) > 5 / (2 * len(noise)) ** 0.5:
+        raise Detected(f"the noise's deviation is {deviation:.4f}, must be {Z * C}")
+
+
+def an_adaptive_norm_finds_the_norms_in_private() -> None:
+    ones = [Update(f"c{i}", 1, {"w": torch.full((4,), 0.5)}, 1) for i in range(COHORT)]
+    for start in (0.1, 10.0):
+        setting = job(
+            clients(clipping="adaptive", clipping_norm=start, count_deviation=0.8, seeded_noise=True)
+        )
+        guard, state = protection(Protection, setting), {}
+        first = flat(
+            protection(Quiet, setting)
+            .merged(1, [replace(ones[0], delta={"w": 1e3 * ones[0].delta["w"]})], {"w": torch.zeros(4)}, {})[
+                0
+            ]
+            .delta
+        )
+        if abs(float(np.linalg.norm(first)) * COHORT - start) > 0.01 * start:
+            raise Detected("the first round is clipped to another norm than the job's")
+        late = []
+        for round in range(1, 301):
+            _, state = guard.merged(round, ones, {"w": torch.zeros(4)}, state)
+            late += [state[NORM]] if round > 100 else []
+        if not 0.8 < float(np.median(late)) < 1.25:
+            raise Detected(f"where all norms are 1 the norm is {np.median(late):.3f}")
+    halves = [
+        replace(u, delta={"w": size * u.delta["w"]}) for u, size in zip(ones, (0.1, 0.1, 9, 9), strict=True)
+    ]
+    setting = job(clients(clipping="adaptive", clipping_norm=1.0, count_deviation=0.8, clipping_lr=1.0))
+    guard = protection(Protection, setting)
+    moves = [np.log(guard.merged(1, halves, {"w": torch.zeros(4)}, {})[1][NORM]) for _ in range(500)]
+    if abs(float(np.std(moves)) / (0.8 / COHORT) - 1) > 0.2:
+        raise Detected(f"the count behind the norm has noise of {np.std(moves) * COHORT:.3f}, must be 0.8")
+    noise = central(Protection, [], WIDE, clipping="adaptive", count_deviation=0.8)
+    detectors.check_noise(noise, C * (Z**-2 - 1.6**-2) ** -0.5)
+
+
+def releases_are_on_the_lattice() -> None:
+    released = central(Protection, people(MODEL), MODEL)
+    deviation = Z * C
+    detectors.check_lattice(released, 2.0 ** (int(np.floor(np.log2(deviation))) - 28))
+    if len(np.unique(released)) < len(released):
+        raise Detected("the lattice is so coarse that numbers meet")
+
+
+TRUTH = [
+    (1.0, 0.01, 1000, 1e-5, 1.82824), (0.8, 0.1, 100, 1e-5, 10.97638), (1.0, 1.0, 1, 1e-5, 4.37718),
+    (1.0, 0.1, 100, 1e-3, 4.78435), (1.0, 0.5, 1, 0.5, 0.0), (1.0, 0.1, 100, 1e-5, 7.0466),
+    (1.0, 1e-5, 100_000, 1e-6, 0.01313),
+]  # fmt: skip
+
+
+def epsilon_is_true() -> None:
+    for noise, rate, count, delta, true in TRUTH:
+        found = accounting.epsilon({Release(noise, rate): count}, delta)
+        if not true - 1e-4 <= found <= true * 1.005 + 0.011:
+            raise Detected(f"epsilon is {found}, must be {true}")
+    kinds = {Release(1.0, 0.1): 100, Release(0.8, 0.1): 50}
+    alone = max(accounting.epsilon({kind: count}, 1e-5) for kind, count in kinds.items())
+    if accounting.epsilon(kinds, 1e-5) <= 1.01 * alone:
+        raise Detected("releases of two kinds cost no more than those of one")
+
+
+def nothing_is_released_above_the_target() -> None:
+    setting = job(clients(epsilon=6.0, noise_multiplier=None), federation={"clients": COHORT, "rounds": 4})
+    guard = protection(Protection, setting)
+    try:
+        for round in range(1, 9):
+            guard.merged(round, [], MODEL, {})
+    except BudgetExhausted:
+        pass
+    real = accounting.epsilon({guard.terms.cost: sum(guard.observed.values())}, 1e-3)
+    if real > 6.0:
+        raise Detected(f"epsilon {real:.3f} was released, the target is 6")
+
+
+REFUSED = [
+    (clients(delta=0.3), {}), (clients(), {"strategy": {"name": "flwr:FedMedian"}}),
+    (clients(), {"evaluate": {"baselines": ["pooled"]}}), (examples(delta=0.2), {}),
+    (clients(where="distributed"), {"federation": {"clients": 2, "rounds": 1}}),
+    (examples(where="distributed", steps=4), {}),
+]  # fmt: skip
+
+
+def promises_that_cannot_be_kept_are_refused() -> None:
+    for privacy, tables in REFUSED:
+        try:
+            job(privacy, **tables)
+        except ConfigError:
+            continue
+        raise Detected(f"{privacy} with {tables} was accepted")
+    from tasks import task_named
+
+    try:
+        task_named("image-classification").check(job(clients(), data={"source": "/data/mine"}))
+    except ConfigError:
+        return
+    raise Detected("a class list is made from the clients' data")
+
+
+def layers_that_mix_examples_are_found() -> None:
+    batch = {"x": torch.randn(4, 7, generator=torch.Generator().manual_seed(5))}
+    for layer in (nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False)):
+        model = Small()
+        model.last = nn.Sequential(layer, model.last)  # type: ignore[assignment]
+        if mixing_layers(model, batch) != ["last.0"]:
+            raise Detected("a layer that mixes examples is taken for one that doesn't")
+
+
+CHECKS: list[Callable[[], None]] = [
+    a_client_moves_the_sum_by_the_clipping_norm,
+    noise_at_the_server_does_not_depend_on_who_answers,
+    noise_at_the_server_is_fresh,
+    the_servers_ledger_has_every_release,
+    cohorts_are_what_they_are_charged_as,
+    an_example_moves_a_heads_sum_by_the_clipping_norm,
+    noise_at_a_client_is_in_every_step_and_tensor,
+    noise_at_clients_is_fresh,
+    examples_are_drawn_by_coins,
+    a_clients_ledger_has_every_release,
+    what_a_client_sends_beside_its_tensors_is_silent,
+    what_the_server_tells_is_silent,
+    shares_of_the_noise_make_the_whole,
+    masked_vectors_show_nothing_and_add_up,
+    an_example_moves_a_models_sum_by_the_clipping_norm,
+    noise_is_added_once_to_a_models_sum,
+    an_adaptive_norm_finds_the_norms_in_private,
+    releases_are_on_the_lattice,
+    epsilon_is_true,
+    nothing_is_released_above_the_target,
+    promises_that_cannot_be_kept_are_refused,
+    layers_that_mix_examples_are_found,
+]
