@@ -26,6 +26,7 @@ from privacy.terms import distributed_terms, terms_of
 from protocol.errors import BudgetExhausted, DataChanged, InputError
 from protocol.job import Job
 from protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
+from protocol.promise import places, sums_securely
 from tasks import task_named
 from tasks.learner import Learner
 from tasks.seam import Shard
@@ -114,6 +115,23 @@ class Site:
     _held: dict[tuple[str, str, str], Held] = field(default_factory=dict)
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
+    def _refusal(self, job: Job, kind: str) -> str:
+        """Why this site does not do what is asked, whoever asks; nothing if it does.
+
+        A real site sends no sum without masks, no update where only sums are promised to be seen, and no
+        measurement where what is measured is promised to stay hidden.
+        """
+        budget = self.books.budget if self.books is not None else None
+        if budget is not None and not set(places(job)) - {"server"}:
+            return "its site has a privacy budget, and the job adds no noise before the server sees an update"
+        if not self.discreet:
+            return ""
+        if kind == "sum" or (kind == "train" and sums_securely(job)):
+            return "its site sends such updates under masks only"
+        if kind == "evaluate" and job.privacy.units:
+            return "its site measures nothing under a promise of privacy"
+        return ""
+
     def hello(self, job: Job) -> list[Hello]:
         """Who lives here, what their data looks like, or why they do not take part.
 
@@ -122,6 +140,9 @@ class Site:
         return [self._hello(job, name) for name in self.shards.names(job)]
 
     def _hello(self, job: Job, name: str) -> Hello:
+        refusal = self._refusal(job, "hello")
+        if refusal:
+            return Hello(name, {}, 0, refusal=refusal)
         try:
             dataset = self.shards.dataset(job, name)
             facts = task_named(job.task.name).describe(dataset, job.data)
@@ -138,6 +159,9 @@ class Site:
             learner = self.learner(job, request.facts)
         except InputError as error:
             return [Failure(name, self._told(name, error, request.job)) for name in names]
+        refusal = self._refusal(job, request.kind)
+        if refusal:
+            return [Failure(name, refusal) for name in names]
         torch.set_num_threads(job.train.threads)
         if request.kind in STAGES:
             return self.desk.answer(request, names)

@@ -102,12 +102,15 @@ class TuneSection(Section):
     rank: Count | None = None
     alpha: Positive | None = None
     targets: tuple[str, ...] | None = None
+    freeze_a: bool | None = None
     hidden: Count | None = None
 
     @model_validator(mode="after")
     def _only_what_the_method_uses(self) -> TuneSection:
-        used = {"last-k": {"layers"}, "lora": {"rank", "alpha", "targets"}}.get(self.method, set())
-        for key in ("layers", "rank", "alpha", "targets"):
+        used = {"last-k": {"layers"}, "lora": {"rank", "alpha", "targets", "freeze_a"}}.get(
+            self.method, set()
+        )
+        for key in ("layers", "rank", "alpha", "targets", "freeze_a"):
             if getattr(self, key) is not None and key not in used:
                 raise ValueError(f"{key} has no meaning with method = {self.method!r}: remove it")
         return self

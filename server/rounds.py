@@ -156,7 +156,7 @@ def play_round(run: Run) -> None:
     run.log.append(line)
     run.directory.append_metrics(line)
     run.keeper.keep(checkpoint_of(run))
-    if run.protection is not None and not run.job.privacy.seeded_noise:
+    if run.is_private and not run.job.privacy.seeded_noise:
         run.keeper.save_last()  # a round that is lost is released, and charged, a second time
     run.watch("round", line)
 

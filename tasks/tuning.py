@@ -103,7 +103,12 @@ def _last_blocks(network: nn.Module, count: int) -> list[nn.Module]:
 
 
 def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
-    """Put peft's LoRA factors into the backbone (Hu et al. 2021)."""
+    """Put peft's LoRA factors into the backbone (Hu et al. 2021).
+
+    With `freeze_a` only B is trained (Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated
+    Learning"): noise on both factors is multiplied with itself, and the mean of products isn't the
+    product of means. A is drawn from the job's seed, the same everywhere.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [n for n, m in model.backbone.named_modules() if _takes_lora(m)]
@@ -120,7 +125,7 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
     with global_stream(seed, "init", "lora"):
         inject_adapter_in_model(config, model.backbone)
     for name, parameter in model.backbone.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_("lora_B" in name or ("lora_" in name and not tune.freeze_a))
 
 
 def _takes_lora(module: nn.Module) -> bool:

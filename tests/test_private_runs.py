@@ -1,5 +1,6 @@
 """Whole runs under a promise: what is spent, what is written down, what is kept silent."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -313,3 +314,34 @@ def test_the_shares_of_the_noise_make_the_whole_whoever_leaves(gone: int) -> Non
     whole = 0.7 * 0.5
     assert deviation == pytest.approx(whole * ((clients - gone) / threshold) ** 0.5, rel=0.01)
     assert deviation > 0.99 * whole
+
+
+@pytest.mark.parametrize(
+    ("which", "kind", "said"),
+    [
+        ("client", "sum", "under masks only"),
+        ("client", "train", "under masks only"),
+        ("example", "train", "under masks only"),
+        ("nobody", "train", "under masks only"),
+        ("client", "evaluate", "measures nothing"),
+    ],
+)
+def test_a_real_site_does_not_do_what_a_curious_server_asks(
+    which: str, kind: str, said: str, tmp_path: Path
+) -> None:
+    setting = distributed(which)
+    population = Population.of(setting)
+    site = Site(population, discreet=True, books=Books(tmp_path))
+    asked = dataclasses.replace(request(setting, population), kind=kind, plan={"threshold": 3, "attempt": 1})
+    [reply] = site.answer(asked, ["client-0000"])
+    assert isinstance(reply, Failure) and said in reply.reason
+    assert not list(tmp_path.iterdir())  # nothing was charged, for nothing was sent
+
+
+@pytest.mark.parametrize("privacy", [{"unit": "none"}, CLIENT], ids=["no promise", "a trusted server"])
+def test_a_site_with_a_budget_takes_no_job_that_shows_updates(
+    privacy: dict[str, Any], tmp_path: Path
+) -> None:
+    setting = job(privacy)
+    site = Site(Population.of(setting), books=Books(tmp_path, Budget(epsilon=8.0, delta=1e-5)))
+    assert all("no noise before the server sees" in hello.refusal for hello in site.hello(setting))

@@ -73,6 +73,15 @@ def test_lora_tunes_only_its_factors_and_the_head() -> None:
     assert all((t == 0).all() for t in b), "LoRA starts as the identity"
 
 
+def test_a_frozen_a_is_the_seeds_everywhere_and_does_not_travel() -> None:
+    one, two = (learner(method="lora", rank=2, freeze_a=True) for _ in range(2))
+    assert not [n for n in one.initial() if "lora_A" in n] and [n for n in one.initial() if "lora_B" in n]
+    frozen = [dict(each.model.named_parameters()) for each in (one, two)]
+    names = [n for n in frozen[0] if "lora_A" in n]
+    assert names and all(torch.equal(frozen[0][n], frozen[1][n]) for n in names)
+    assert not any(frozen[0][n].requires_grad for n in names)
+
+
 def test_lora_targets_that_match_nothing_are_an_error_that_names_layers() -> None:  # row 62
     with pytest.raises(ConfigError, match=r"tune\.targets: no layer is called \['query'\], expected some of"):
         learner(method="lora", targets=["query"]).model  # noqa: B018
