@@ -61,7 +61,7 @@ def quiet_libraries(debug: bool) -> None:
         return
     logging.basicConfig(level=logging.WARNING, handlers=[OneLine()])
     warnings.simplefilter("ignore")
-    for name in ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "torch", "ray"):
+    for name in ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "torch", "ray", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
