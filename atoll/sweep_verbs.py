@@ -66,6 +66,9 @@ def sweep(
     if plot_only:
         tell(folder, runs, base.name, {})
         return
+    from sim.sweep_runs import check_all
+
+    check_all(runs)
     with folder.alone():
         failures = _run_all(folder, base, grid, runs, workers)
         tell(folder, runs, base.name, failures)
@@ -77,14 +80,14 @@ def _run_all(
     folder: SweepFolder, base: Base, grid: Grid, runs: Sequence[Planned], workers: int | None
 ) -> dict[str, str]:
     """Play what isn't there yet; what went wrong, by the run's name."""
-    from sim.sweep_runs import Crew, check_all, warm
+    from sim.sweep_runs import Crew, warm
 
-    check_all(runs)
     waiting = [(run, folder.of(run)) for run in runs if folder.result(run) is None]
     done = len(runs) - len(waiting)
     shown = gauge()
     count = min(workers or default_workers(runs), max(len(waiting), 1))
-    shown.say(f"sweep     {len(runs)} runs: {_size(grid)}; {done} are there, {count} at a time")
+    left = f"{done} are there, {count} at a time" if waiting else "all are there"
+    shown.say(f"sweep     {len(runs)} runs: {_size(grid)}; {left}")
     folder.note(base, grid)
     if not waiting:
         return {}

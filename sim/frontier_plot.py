@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 INK, MUTED, RULE = "#17211f", "#5a6664", "#e2e0d8"
 COLOURS = ("#0a6c6c", "#b4502b", "#7a58a8", "#3a6ea5", "#9a7b16", "#a03060")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-LEVELS = {"pooled": ("#3a4658", (0, (8, 2, 1.5, 2))), "local_only": ("#b4502b", (0, (5, 2.5))),
+LEVELS = {"pooled": ("#3a4658", (0, (8, 2, 1.5, 2))), "local_only": ("#8a6d3b", (0, (5, 2.5))),
           "zero_shot": ("#77716a", (0, (1, 2)))}  # fmt: skip
 SETTINGS: dict[Any, Any] = {
     "font.size": 11, "axes.edgecolor": RULE, "axes.labelcolor": MUTED, "axes.titlesize": 13,

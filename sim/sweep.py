@@ -64,7 +64,7 @@ class Grid:
                 raise ConfigError("--vary seed: expected --seeds N; every combination runs with N seeds")
             if key in keys:
                 raise ConfigError(f"--vary {key}: found twice, expected all its values in one --vary")
-            if len({str(as_value(v)) for v in found}) < len(found):
+            if len({said(as_value(v)) for v in found}) < len(found):
                 raise ConfigError(f"--vary {text}: a value is there twice, expected different ones")
             keys[key] = tuple(found)
         if not keys:
@@ -208,7 +208,7 @@ def said(value: Any) -> str:
     """
     if value is None:
         return "-"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def combination_words(values: Values) -> str:
