@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides
-from atoll.show import Gauge, gauge, out, plain
+from atoll.show import Gauge, gauge, out, plain, stop_if_asked
 from protocol.errors import ConfigError, JobError
 
 if TYPE_CHECKING:
@@ -92,9 +92,12 @@ def _run_all(
     if not waiting:
         return {}
 
+    complete = done
+
     def told(run: Planned, failure: str | None) -> None:
-        nonlocal done
-        done += 1
+        nonlocal done, complete
+        stop_if_asked()
+        done, complete = done + 1, complete + (failure is None)
         if failure is not None:
             shown.say(f"[red]failed[/]    {plain(run.words)}: {plain(failure)}")
         shown.show("runs", done, len(runs), plain(run.words))
@@ -107,7 +110,7 @@ def _run_all(
     except KeyboardInterrupt:
         where = shlex.quote(str(folder.path))
         raise Interrupted(
-            f"{done} of {len(runs)} runs are complete in {where}; the same command goes on"
+            f"{complete} of {len(runs)} runs are complete in {where}; the same command goes on"
         ) from None
     finally:
         shown.close()
@@ -115,6 +118,7 @@ def _run_all(
 
 def _progress(shown: Gauge):  # type: ignore[no-untyped-def]
     def progress(done: int, total: int) -> None:
+        stop_if_asked()
         shown.show("features", done, total, "every example once, then cached")
 
     return progress

@@ -126,14 +126,20 @@ def headline_of(rows: Sequence[Row]) -> str | None:
     return next((row.headline for row in rows if row.headline is not None), None)
 
 
-def reference(rows: Iterable[Row], name: str) -> Estimate | None:
-    """A baseline's mean over seeds; each seed counts once, however many of its runs have measured it."""
-    found: dict[int, float] = {}
+def reference(rows: Sequence[Row], name: str) -> Estimate | None:
+    """A baseline's mean over seeds; each seed counts once, however many of its runs have measured it.
+
+    A baseline knows of no promise, but of hyper-parameters: where they vary, the best mean counts.
+    """
+    found: dict[Key, dict[int, float]] = {}
     for row in rows:
         value = finite(row.baselines.get(name, {}).get(row.headline or ""))
         if value is not None:
-            found.setdefault(row.job.seed, value)
-    return Estimate.of(list(found.values())) if found else None
+            group = values_of(row, [key for key in row.values if not key.startswith("privacy.")])
+            found.setdefault(group, {}).setdefault(row.job.seed, value)
+    estimates = [Estimate.of(list(by_seed.values())) for by_seed in found.values()]
+    sign = -1 if lower_is_better(headline_of(rows) or "") else 1
+    return max(estimates, key=lambda estimate: sign * estimate.mean, default=None)
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ class Loss:
     values: Values
     metric: str
     points: Estimate
+    score: float
 
     @property
     def epsilon(self) -> float:
@@ -162,7 +169,8 @@ def losses(rows: Sequence[Row]) -> list[Loss]:
         pairs = [(plain.get((values_of(row, others), row.job.seed)), row.score) for row in group]
         differences = [sign * (a - b) * scale_of(metric) for a, b in pairs if a is not None and b is not None]
         if differences:
-            found.append(Loss(group[0].values, metric, Estimate.of(differences)))
+            mean = fmean(scores(group))
+            found.append(Loss(group[0].values, metric, Estimate.of(differences), mean))
     return found
 
 
@@ -184,10 +192,18 @@ def sentence(rows: Sequence[Row]) -> str:
             f" add inf to --vary {EPSILON}, and the loss is told seed by seed."
         )
     nearest = min((loss.epsilon for loss in found), key=lambda epsilon: abs(math.log(epsilon)))
-    told = [_loss_words(loss) for loss in found if loss.epsilon == nearest]
+    told = [_loss_words(loss) for loss in _best_of_each([f for f in found if f.epsilon == nearest])]
     seeds = found[0].points.count
     over = f"95 % interval over {seeds} seeds" if seeds > 1 else "one seed, so that there is no interval"
     return f"At epsilon {nearest:g} {'; '.join(told)} ({over})."
+
+
+def _best_of_each(found: Sequence[Loss]) -> list[Loss]:
+    """Of those that differ in nothing but hyper-parameters, the one with the best metric."""
+    chosen: dict[Key, Loss] = {}
+    for loss in sorted(found, key=lambda f: f.score, reverse=not lower_is_better(found[0].metric)):
+        chosen.setdefault(tuple(said(v) for k, v in loss.values.items() if k.startswith("privacy.")), loss)
+    return [loss for loss in found if loss in chosen.values()]
 
 
 def _loss_words(loss: Loss) -> str:

@@ -155,7 +155,8 @@ class Crew:
 
     def start(self) -> None:
         """Let the processes import what they need, while others do something else."""
-        self._submit(ready)
+        for _ in range(self.workers):
+            self._submit(ready)
 
     def play(
         self,

@@ -286,10 +286,23 @@ def test_losses_are_of_pairs_and_a_seed_without_its_pair_counts_nothing() -> Non
     assert [line.score for line in table(rows)] == ["0.850 ± 0.071", "0.500 ± 0.346"]
 
 
+def test_of_hyperparameters_the_sentence_takes_the_best() -> None:
+    runs = [(1, 0.9, 0.5), (2, 0.95, 0.8), (4, 0.8, 0.7)]
+    rows = [row(plain, 1, **{"train.lr": lr}) for lr, plain, _ in runs]
+    rows += [row(private, 1, 1.0, **{"train.lr": lr}) for lr, _, private in runs]
+    assert [loss.points.mean for loss in losses(rows)] == pytest.approx([40, 15, 10])
+    assert sentence(rows) == (
+        "At epsilon 1 with train.lr 2 you lose 15.0 points of accuracy against the same run without"
+        " privacy (one seed, so that there is no interval)."
+    )
+
+
 def test_a_baseline_counts_once_for_every_seed() -> None:
     rows = [row(0.9, 1), row(0.8, 2), row(0.7, 1, 1.0), row(0.7, 1, 2.0)]
     assert reference(rows, "pooled") == Estimate.of([0.91, 0.92])
     assert reference(rows, "local_only") is None
+    other = [row(0.9, 5, **{"train.lr": 1}), row(0.9, 6, **{"train.lr": 2})]
+    assert reference(other, "pooled") == Estimate.of([0.96])
 
 
 def test_a_hyperparameter_that_was_looked_for_is_charged() -> None:
