@@ -15,7 +15,7 @@ from types import FrameType
 import click
 import typer
 
-from atoll import __version__, look_verbs, run_verbs, site_verbs
+from atoll import __version__, look_verbs, run_verbs, site_verbs, sweep_verbs
 from atoll.show import OneLine, err, interrupted, plain
 from atoll.usage import verbs_of, what_is_wrong
 from protocol import child
@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 run_verbs.register(app)
+sweep_verbs.register(app)
 site_verbs.register(app)
 look_verbs.register(app)
 
@@ -61,7 +62,7 @@ def quiet_libraries(debug: bool) -> None:
         return
     logging.basicConfig(level=logging.WARNING, handlers=[OneLine()])
     warnings.simplefilter("ignore")
-    for name in ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "torch", "ray"):
+    for name in ("flwr", "transformers", "datasets", "httpx", "huggingface_hub", "torch", "ray", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -181,11 +181,16 @@ class Watcher:
 @contextmanager
 def watching(rounds: int) -> Iterator[Watcher]:
     """A live display for the time of a run; plain lines where there is no terminal."""
-    gauge: Gauge = Bars(_bars()) if out.is_terminal else Lines()
+    shown = gauge()
     try:
-        yield Watcher(gauge, rounds)
+        yield Watcher(shown, rounds)
     finally:
-        gauge.close()
+        shown.close()
+
+
+def gauge() -> Gauge:
+    """Bars on a terminal, else lines."""
+    return Bars(_bars()) if out.is_terminal else Lines()
 
 
 def _bars() -> Progress:

@@ -121,8 +121,9 @@ def drawn(work: HeadWork, private: PerExample | None) -> HeadWork:
 
 def _rows_per_batch(work: HeadWork, local: Local) -> int:
     if work.batches:
+        # Coins draw a different number for everybody: to a power of two, so that many are of one size.
         most = max(len(batch) for batch in work.batches)
-        return rows_per_batch(most, most)
+        return rows_per_batch(most, batch_size=2 * most)
     return rows_per_batch(len(work.rows), local.job.train.batch_size)
 
 

@@ -64,15 +64,23 @@ def epsilon(spent: Spent, delta: float, relation: Relation = "add-or-remove-one"
 
 def epsilon_rdp(spent: Spent, delta: float, relation: Relation = "add-or-remove-one") -> float:
     """The same by Rényi divergences: looser, by another implementation."""
+    _check_delta(delta)
+    return _epsilon_rdp(_frozen(spent), delta, relation)
+
+
+@lru_cache(maxsize=1024)
+def _epsilon_rdp(spent: Frozen, delta: float, relation: Relation) -> float:
+    return _sane(rdp_accountant(dict(spent), relation).get_epsilon(delta)) if spent else 0.0
+
+
+def rdp_accountant(spent: Spent, relation: Relation = "add-or-remove-one"):  # type: ignore[no-untyped-def]
+    """dp-accounting's accountant of Rényi divergences, with all the releases in it."""
     from dp_accounting.rdp import RdpAccountant
 
-    _check_delta(delta)
-    if not spent:
-        return 0.0
     accountant = RdpAccountant(neighboring_relation=_neighbours(relation))
     for release, count in spent.items():
         accountant.compose(_event(release), count)
-    return _sane(accountant.get_epsilon(delta))
+    return accountant
 
 
 def within(spent: Spent, delta: float, budget: float, relation: Relation = "add-or-remove-one") -> bool:

@@ -310,24 +310,27 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def apply_override(table: dict[str, Any], override: str) -> None:
-    """Set `a.b=value` in a parsed job; the value is TOML, or else a plain string."""
+def apply_override(table: dict[str, Any], override: str, *, option: str = "--set") -> None:
+    """Set `a.b=value` in a parsed job; the value is TOML, or else a plain string.
+
+    `option` is what the override was given with, for error messages.
+    """
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"--set {override}: expected key=value, such as train.lr=0.05")
+        raise ConfigError(f"{option} {override}: expected key=value, such as train.lr=0.05")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError as error:
         if text.strip()[:1] in ("{", "[", '"', "'"):
             raise ConfigError(
-                f"--set {override}: not valid TOML: {error}; put it in single quotes, for the shell"
+                f"{option} {override}: not valid TOML: {error}; put it in single quotes, for the shell"
             ) from None
         value = text
     for part in parts[:-1]:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: {part} is not a table")
+            raise ConfigError(f"{option} {override}: {part} is not a table")
         table = inner
     table[parts[-1]] = value
 

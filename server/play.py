@@ -21,6 +21,9 @@ from tasks import task_named
 from tasks.learner import check_fits
 from tasks.weights import resolve
 
+Compare = Callable[[Run], tuple[Baselines, list[str]]]
+"""Measures a run's baselines; and what is to be noted about them."""
+
 
 def unwatched(step: str, what: dict[str, Any]) -> None:
     """Watch nothing."""
@@ -43,12 +46,13 @@ def play(
     out: Path,
     test_set: TestSet,
     *,
-    baselines: Callable[[Run], tuple[Baselines, list[str]]] = no_baselines,
+    baselines: Compare = no_baselines,
     watch: Watch = unwatched,
     resume: bool = False,
     force: bool = False,
     clock: Clock = everybody,
     books: Books | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Run a job and leave a complete run directory; returns what `result.json` holds.
 
@@ -66,7 +70,8 @@ def play(
         compared, notes = baselines(run)
         watch("finish", {})
         result = finish(run, compared, time.monotonic() - started, notes)
-        write_report(out, result)
+        if report:
+            write_report(out, result)
     return result
 
 

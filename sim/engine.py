@@ -13,7 +13,7 @@ from client.site import UNCACHED
 from protocol.errors import ConfigError
 from protocol.job import Job
 from server.carrier import Carrier
-from server.play import check_job, play
+from server.play import Compare, check_job, play
 from server.rounds import Watch
 from server.rundir import check_free
 from sim.baselines import Comparison
@@ -38,23 +38,28 @@ def simulate(
     progress: Progress | None = None,
     resume: bool = False,
     force: bool = False,
+    population: Population | None = None,
+    baselines: Compare | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Run a job in simulation; returns what `result.json` holds.
 
-    The final bits depend neither on the engine nor on the number of workers.
+    The final bits depend neither on the engine nor on the number of workers. Whoever runs many jobs
+    can hand in the job's `population` and a way to its `baselines`, and leave the report out.
     """
     check_engine(job, engine)
     check_free(out, job, resume=resume, force=force)
     check_job(job)
-    population = Population.of(job)
+    population = population or Population.of(job)
     watch("population", {"population": population})
     watch("path", {"path": path_taken(job, engine, workers)})
     options: dict[str, Any] = {
-        "baselines": Comparison(population),
+        "baselines": baselines or Comparison(population),
         "watch": watch,
         "resume": resume,
         "force": force,
         "clock": clock_of(population),
+        "report": report,
     }
     if engine == "ray":
         from sim.ray import simulate_on_ray

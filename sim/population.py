@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 
 from protocol.job import Job
+from protocol.messages import Facts
 from server.roll import Roll
 from server.testset import hold_out, read_source
 from sim.dealing import Dealing, Dealt, Rows
@@ -33,6 +34,7 @@ class Population:
     dealing: Dealing
     notes: tuple[str, ...] = ()
     _whole: dict[str, Shard] = field(default_factory=dict)
+    _facts: dict[str, Facts] = field(default_factory=dict)
 
     @classmethod
     def of(cls, job: Job) -> Population:
@@ -55,8 +57,10 @@ class Population:
 
     def roll(self, job: Job) -> Roll:
         """All clients, without asking each: what they hold between them is one table."""
-        facts = task_named(job.task.name).describe(self.train, job.data)
-        return Roll(self.names(job), self.dealing.sizes, [facts])
+        key = job.task.name + job.data.model_dump_json()
+        if key not in self._facts:
+            self._facts[key] = task_named(job.task.name).describe(self.train, job.data)
+        return Roll(self.names(job), self.dealing.sizes, [self._facts[key]])
 
     def dataset(self, job: Job, client: str) -> datasets.Dataset:
         return self.train.select(self.dealing.rows([number_of(client)])[0])

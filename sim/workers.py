@@ -124,12 +124,12 @@ def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]
 
 def open_site(job: str, ledgers: Path | None) -> None:
     """In a new worker process: read the source and wait for work, for as long as the parent lives."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     books = None if ledgers is None else Books(ledgers)
     _site.append(Site(Population.of(Job.from_json(job)), books=books))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -34,7 +34,7 @@ from tests.test_backbones import tiny_bert
 from tests.test_bad_data import CASES, Case, as_nobody, encoded, noise, png, snapshot
 
 VERBS = (
-    "demo", "simulate", "partition", "provision", "serve", "join", "submit", "status", "logs", "stop",
+    "demo", "simulate", "sweep", "partition", "provision", "serve", "join", "submit", "status", "logs", "stop",
     "report", "predict", "check", "list",
 )  # fmt: skip
 ROOT = Path(__file__).parent.parent

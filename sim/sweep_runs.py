@@ -1,0 +1,221 @@
+"""The runs of a sweep, played by worker processes that stay: imports, data and baselines are had once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from protocol.errors import JobError
+from protocol.job import Job
+from protocol.promise import PrivacySection
+from server.play import check_job, unwatched
+from server.result import Baselines
+from server.rounds import Run
+from sim.baselines import Comparison
+from sim.engine import simulate, warmed
+from sim.population import Population
+from sim.sweep import Planned
+from sim.workers import end_with_parent, interrupts_held_back
+from tasks import task_named
+from tasks.features import Progress
+from tasks.learner import Learner
+
+KEPT = 4
+"""Populations, and baselines, that a worker keeps: runs come seed by seed."""
+
+
+def check_all(runs: Iterable[Planned]) -> None:
+    """Look at every combination, with one seed, before anything runs.
+
+    Raises:
+        ConfigError, WeightsError: it names something that there is not.
+    """
+    jobs = [run.job for run in runs]
+    for job in jobs:
+        if job.seed == jobs[0].seed:
+            check_job(job)
+
+
+def warm(runs: Iterable[Planned], progress: Progress | None) -> None:
+    """Compute the features that the runs train and measure on, once, before several processes want them.
+
+    Raises:
+        ConfigError, DataError, WeightsError: data or weights aren't there.
+    """
+    jobs = {_features_of(run.job): run.job for run in runs if run.job.tune.method == "head"}
+    for job in jobs.values():
+        population, task = Population.of(job), task_named(job.task.name)
+        roll = population.roll(job)
+        roll.check(job)
+        warmed(population, progress)(Learner.of(job, task, task.agree(roll.facts)))
+
+
+def _features_of(job: Job) -> str:
+    """What two jobs have in common whose examples have the same features."""
+    parts = job.model_dump(mode="json", include={"task", "data", "backbone"})
+    train = job.train
+    parts["train"] = [train.threads, train.device, train.augment, train.cached_views]
+    is_seeded = job.backbone.weights == "random" or train.cached_views is not None
+    return json.dumps([parts, job.seed if is_seeded else None], sort_keys=True)
+
+
+@dataclass
+class Bench:
+    """What a worker process keeps from one run for the next."""
+
+    populations: dict[str, Population] = field(default_factory=dict)
+    baselines: dict[str, tuple[Baselines, list[str]]] = field(default_factory=dict)
+
+    def play(self, job: Job, out: Path) -> None:
+        """One run to its end; one that was begun goes on after its last whole round."""
+        population = self._population(job)
+
+        def compare(run: Run) -> tuple[Baselines, list[str]]:
+            return self._compared(run, population)
+
+        simulate(
+            job,
+            out,
+            watch=unwatched,
+            resume=(out / "job.toml").is_file(),
+            population=population,
+            baselines=compare,
+            report=False,
+        )
+
+    def _population(self, job: Job) -> Population:
+        """The job's clients, which are another's of the same data, seed and number."""
+        parts = job.model_dump(mode="json", include={"seed", "task", "data", "backbone"})
+        key = json.dumps([parts, job.federation.clients], sort_keys=True)
+        if key not in self.populations:
+            _make_room(self.populations)
+            self.populations[key] = Population.of(job)
+        return replace(self.populations[key], job=job)
+
+    def _compared(self, run: Run, population: Population) -> tuple[Baselines, list[str]]:
+        """The baselines, which know nothing of a promise: they are those of the job without."""
+        key = run.job.model_copy(update={"privacy": PrivacySection()}).hash
+        if key not in self.baselines:
+            _make_room(self.baselines)
+            self.baselines[key] = Comparison(population)(run)
+        return self.baselines[key]
+
+
+def _make_room(kept: dict[str, Any]) -> None:
+    while len(kept) >= KEPT:
+        kept.pop(next(iter(kept)))
+
+
+_bench = Bench()
+"""In a worker process: what it keeps."""
+
+
+def open_bench() -> None:
+    """In a new worker process: live as long as the parent, which alone speaks to the user."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    logging.getLogger().addHandler(logging.NullHandler())
+    warnings.simplefilter("ignore")
+
+
+def ready() -> None:
+    """In a worker process: nothing to do, but everything is imported then."""
+
+
+def play_run(job: str, out: str) -> str | None:
+    """In a worker process: one run; what went wrong, in a line."""
+    try:
+        _bench.play(Job.from_json(job), Path(out))
+    except JobError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other runs
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@dataclass
+class Crew:
+    """Worker processes that play runs; one that dies is replaced, and what it was at is tried once more.
+
+    Who killed it is found out by playing those that were under way one at a time.
+    """
+
+    workers: int
+    _pool: list[ProcessPoolExecutor] = field(default_factory=list)
+    _strikes: Counter[str] = field(default_factory=Counter)
+
+    def start(self) -> None:
+        """Let the processes import what they need, while others do something else."""
+        for _ in range(self.workers):
+            self._submit(ready)
+
+    def play(
+        self,
+        runs: Sequence[tuple[Planned, Path]],
+        told: Callable[[Planned, str | None], None],
+    ) -> dict[str, str]:
+        """Play the runs; `told` hears of each that ends. Returns what went wrong, by the run's name."""
+        failures: dict[str, str] = {}
+        waiting = deque(runs)
+        running: dict[Future[str | None], tuple[Planned, Path]] = {}
+        while waiting or running:
+            while waiting and self._has_room(waiting[0][0], [run for run, _ in running.values()]):
+                run, out = waiting.popleft()
+                running[self._submit(play_run, run.job.canonical, str(out))] = run, out
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                run, out = running.pop(future)
+                try:
+                    failure = future.result()
+                except BrokenProcessPool:
+                    self._strikes[run.job.hash] += 1
+                    if self._strikes[run.job.hash] == 1:
+                        waiting.append((run, out))
+                        continue
+                    failure = "its worker process died twice; out of memory?"
+                if failure is not None:
+                    failures[run.words] = failure
+                told(run, failure)
+        return failures
+
+    def _has_room(self, run: Planned, running: Sequence[Planned]) -> bool:
+        is_suspect = any(self._strikes[r.job.hash] for r in (run, *running))
+        return len(running) < (1 if is_suspect else self.workers)
+
+    def _submit(self, work: Callable[..., Any], *arguments: str) -> Future[Any]:
+        with interrupts_held_back():
+            try:
+                return self._started().submit(work, *arguments)
+            except BrokenProcessPool:
+                self.close()
+                return self._started().submit(work, *arguments)
+
+    def _started(self) -> ProcessPoolExecutor:
+        if not self._pool:
+            context = multiprocessing.get_context("spawn")
+            self._pool.append(ProcessPoolExecutor(self.workers, context, open_bench))
+        return self._pool[0]
+
+    def close(self) -> None:
+        """End the processes at once; what they are at goes on from its last checkpoint next time."""
+        while self._pool:
+            pool = self._pool.pop()
+            processes = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
