@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -73,6 +73,16 @@ def epsilon_rdp(spent: Spent, delta: float, relation: Relation = "add-or-remove-
     for release, count in spent.items():
         accountant.compose(_event(release), count)
     return _sane(accountant.get_epsilon(delta))
+
+
+def profile(spent: Spent, epsilons: Sequence[float]) -> list[float]:
+    """Delta of all the releases together at each epsilon, by PLD on the coarsest grid: upper bounds."""
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(_neighbours("add-or-remove-one"), COARSEST)
+    for release, count in spent.items():
+        accountant.compose(_event(release), count)
+    return [float(delta) for delta in accountant.get_delta(list(epsilons))]
 
 
 def within(spent: Spent, delta: float, budget: float, relation: Relation = "add-or-remove-one") -> bool:
