@@ -7,7 +7,7 @@ allows, but for a small probability, then epsilon is larger.
 - `lower_bound`: Steinke, Nasr, Jagielski 2023, "Privacy Auditing with One (1) Training Run",
   theorem 5.2; holds for any mechanism.
 - `lower_bound_in_family`: Mahloujifar, Melis, Chaudhuri 2024, "Auditing f-Differential Privacy in
-  One Run", theorem 9 and algorithm 3; tighter, for it knows the mechanism's whole trade-off curve.
+  One Run", algorithm 3; tighter, for it knows the mechanism's whole trade-off curve.
 
 Both are for neighbours that differ by adding or removing one unit. A bound proves only that a claim
 is false: an attack that finds nothing may be a weak attack.
@@ -199,7 +199,7 @@ def best(
 
 
 def _largest(holds: Callable[[float], bool], limit: float) -> float:
-    """The largest value, to 1e-6, up to which something holds that fails from there on; 0 if it never does."""
+    """The largest value, to 1e-6, at which something holds that fails from there on; 0 if it never does."""
     if not holds(0.0):
         return 0.0
     low, high = 0.0, 1.0
