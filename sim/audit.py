@@ -33,8 +33,9 @@ from tasks import task_named
 from tasks.learner import Learner
 
 USUAL = 1000
-"""Canaries of an audit that is asked for; where a run audits itself, at its end, a quarter of it."""
+"""Canaries of an audit, unless another number is asked for or there can't be so many."""
 AT_THE_END = 256
+"""The same where a run audits itself, at its end."""
 FEWEST = 16
 USUAL_DELTA = 1e-5
 """At which a run that promised nothing is measured."""
@@ -45,11 +46,15 @@ Watch = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Audit:
-    """How hard to attack: how many canaries (None for the usual number), how sure to be, how many shadows."""
+    """How hard to attack: with how many canaries, how sure to be, and with how many shadow runs.
+
+    Without `canaries` there are as many as `usual`, or as there can be.
+    """
 
     canaries: int | None = None
     confidence: float = 0.95
     shadows: int = 0
+    usual: int = USUAL
 
     def __post_init__(self) -> None:
         if self.canaries is not None and self.canaries < FEWEST:
@@ -79,7 +84,7 @@ def audited(
 
     found = {}
     for unit in units:
-        canaries = canaries_for(replay, population, unit, how.canaries)
+        canaries = canaries_for(replay, population, unit, how)
         runs = [_run(replay, population, canaries, progress) for _ in range(1 + how.shadows)]
         found[unit] = judged(replay, unit, claim.get("units", {}).get(unit), canaries.what, runs, how)
     return {
@@ -97,7 +102,7 @@ def _run(
     return replayed(job, population, canaries, inside, progress), inside
 
 
-def canaries_for(job: Job, population: Population, unit: Unit, count: int | None) -> Canaries:
+def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Canaries:
     """The canaries that hit a unit's promise hardest.
 
     Raises:
@@ -107,13 +112,13 @@ def canaries_for(job: Job, population: Population, unit: Unit, count: int | None
     if unit == "client":
         terms, model = terms_of(job, "client"), learner.initial()
         assert terms is not None
-        number = _fitting(count, CanaryClients.most(model), "different directions of updates")
+        number = _fitting(how, CanaryClients.most(model), "different directions of updates")
         return CanaryClients(population, job, terms, model, number)
     if job.trains_on_features:
-        number = _fitting(count, CanaryFeatures.most(learner), "different features and labels")
+        number = _fitting(how, CanaryFeatures.most(learner), "different features and labels")
         return CanaryFeatures.of(population, learner, number)
     most = len(candidates(population, learner)) // 2
-    return Mislabelled.of(population, learner, _fitting(count, most, "examples to mislabel"))
+    return Mislabelled.of(population, learner, _fitting(how, most, "examples to mislabel"))
 
 
 def _learner(job: Job, population: Population) -> Learner:
@@ -121,10 +126,11 @@ def _learner(job: Job, population: Population) -> Learner:
     return Learner.of(job, task, task.agree(population.roll(job).facts))
 
 
-def _fitting(asked: int | None, most: int, what: str) -> int:
-    if (asked or FEWEST) > most:
-        raise ConfigError(f"--canaries: there are {most} {what} in this job, found {asked or FEWEST}")
-    return asked or min(USUAL, most)
+def _fitting(how: Audit, most: int, what: str) -> int:
+    asked = how.canaries or FEWEST
+    if asked > most:
+        raise ConfigError(f"canaries: expected {most} at most, for the job has so many {what}, found {asked}")
+    return how.canaries or min(how.usual, most)
 
 
 def judged(

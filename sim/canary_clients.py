@@ -160,9 +160,7 @@ class JoinedSums:
             if is_first and isinstance(reply, Sealed):
                 vector = reply.content["vector"].numpy().view(np.uint64)
                 both = (vector + self.canaries.integers(self.places, request)).view(np.int64)
-                reply = Sealed(
-                    reply.client, reply.round, {**reply.content, "vector": torch.from_numpy(both)}
-                )
+                reply = Sealed(reply.client, reply.round, {**reply.content, "vector": torch.from_numpy(both)})
                 is_first = False
             yield reply
 

@@ -39,7 +39,7 @@ SAMPLED = 4096
 """Examples from which the directions of the data are learnt."""
 LONG, SHORT = 16.0, 4.0
 """A canary's features, times the clipping norm: the longer, the less of its gradient is in the bias,
-which all canaries share; but the more of the noise on the head is in its outputs, until it gets no gradient."""
+which all canaries share, but the more of the head's noise is in its outputs, until it has no gradient left."""
 OFTEN = 0.8
 """A client takes canaries if it trains in at least this part of the rounds that the busiest one does."""
 
@@ -118,7 +118,8 @@ class CanaryFeatures:
 
     def carrier(self, inside: Coins) -> Carrier:
         return carrier_with(
-            self.population, lambda learner: FeatureIndex(self.population, learner, canaries=self, inside=inside)
+            self.population,
+            lambda learner: FeatureIndex(self.population, learner, canaries=self, inside=inside),
         )
 
     def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
@@ -196,7 +197,8 @@ def free_directions(population: Population, learner: Learner) -> torch.Tensor:
     """Orthonormal directions of features [half the width, width] in which the data varies least."""
     features = _some_features(population, learner).to(torch.float64)
     _, vectors = torch.linalg.eigh(features.T @ features)  # the smallest eigenvalues come first
-    return vectors[:, : learner.width - learner.width // 2].T.to(torch.float32).contiguous()
+    free: torch.Tensor = vectors[:, : learner.width - learner.width // 2]
+    return free.T.to(torch.float32).contiguous()
 
 
 def _some_features(population: Population, learner: Learner) -> torch.Tensor:
@@ -223,5 +225,3 @@ def _targets(population: Population, learner: Learner, label: Iterable[int]) -> 
     whole = population.whole(learner)
     generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "targets"))
     return whole.targets[torch.from_numpy(generator.integers(0, len(whole), len(list(label))))]
-
-
