@@ -45,8 +45,8 @@ def audit(
 
     how = Audit(canaries, confidence, shadows)
     job, result = simulated_run(run)
-    if out_file is not None and not out_file.parent.is_dir():
-        raise ConfigError(f"--out: expected a file in a folder that is there, found {out_file}")
+    if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
+        raise ConfigError(f"--out: expected a file, in a folder that is there, found {out_file}")
     population = Population.of(job)
     with watching(job.federation.rounds) as watcher:
         found = audited(

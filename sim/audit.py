@@ -24,6 +24,7 @@ from privacy.terms import terms_of
 from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.promise import Unit
+from server.comparison import finite
 from sim.canary_clients import CanaryClients
 from sim.canary_examples import CanaryFeatures
 from sim.canary_mislabelled import Mislabelled, candidates
@@ -73,6 +74,7 @@ def audited(
     `claim` is the `privacy` of the run's result.
     """
     replay = job_to_replay(job)
+    claims = claim.get("units") or {claim.get("unit"): claim}
     units: tuple[Unit, ...] = job.privacy.units or ("example",)
     plays = len(units) * (1 + how.shadows) * job.federation.rounds
     played = 0
@@ -86,7 +88,7 @@ def audited(
     for unit in units:
         canaries = canaries_for(replay, population, unit, how)
         runs = [_run(replay, population, canaries, progress) for _ in range(1 + how.shadows)]
-        found[unit] = judged(replay, unit, claim.get("units", {}).get(unit), canaries.what, runs, how)
+        found[unit] = judged(replay, unit, claims.get(unit), canaries.what, runs, how)
     return {
         "confidence": how.confidence,
         "units": found,
@@ -156,8 +158,7 @@ def judged(
 
     one_run = best(scores, inside, plain, how.confidence)
     f_dp = best(scores, inside, of_kind, how.confidence)
-    claimed = (claim or {}).get("epsilon")
-    limit = float("inf") if claimed is None else float(claimed)
+    claimed = finite((claim or {}).get("epsilon"))
     return {
         "attack": what,
         "canaries": len(scores),
@@ -167,7 +168,7 @@ def judged(
         "one_run": one_run.told(),
         "f_dp": f_dp.told(),
         "membership": _membership(runs, delta, how.confidence) if how.shadows else None,
-        "contradicted": max(one_run.epsilon, f_dp.epsilon) > limit,
+        "contradicted": claimed is not None and max(one_run.epsilon, f_dp.epsilon) > claimed,
     }
 
 

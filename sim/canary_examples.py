@@ -39,7 +39,7 @@ SAMPLED = 4096
 """Examples from which the directions of the data are learnt."""
 LONG, SHORT = 16.0, 4.0
 """A canary's features, times the clipping norm: the longer, the less of its gradient is in the bias,
-which all canaries share, but the more of the head's noise is in its outputs, until it has no gradient left."""
+which all canaries share, but the more of the head's noise is in its outputs, until no gradient is left."""
 OFTEN = 0.8
 """A client takes canaries if it trains in at least this part of the rounds that the busiest one does."""
 
