@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -132,17 +133,24 @@ class Family:
         """The trade-off curve with that noise: exact without sampling, else a lower bound of it."""
         if self.sampling_rate == 1:
             return gaussian_inverse(math.sqrt(self.releases) / noise_multiplier)
-        epsilons = np.linspace(0, 20, 201)
-        return profile_inverse(epsilons.tolist(), profile(self._spent(noise_multiplier), epsilons.tolist()))
+        return _sampled_curve(self, noise_multiplier)
 
     def epsilon(self, noise_multiplier: float, delta: float) -> float:
         """What the accountant says of that noise."""
         if self.sampling_rate == 1:
             return gaussian_epsilon(math.sqrt(self.releases) / noise_multiplier, delta)
-        return epsilon(self._spent(noise_multiplier), delta)
+        return epsilon(self.spent(noise_multiplier), delta)
 
-    def _spent(self, noise_multiplier: float) -> dict[Release, int]:
+    def spent(self, noise_multiplier: float) -> dict[Release, int]:
+        """The releases as a ledger has them."""
         return {Release(noise_multiplier, self.sampling_rate): self.releases}
+
+
+@lru_cache(maxsize=256)
+def _sampled_curve(family: Family, noise_multiplier: float) -> Inverse:
+    """Kept, for searches begin at the same noise."""
+    epsilons = np.linspace(0, 20, 201).tolist()
+    return profile_inverse(epsilons, profile(family.spent(noise_multiplier), epsilons))
 
 
 GAUSSIAN = Family(1.0, 1)

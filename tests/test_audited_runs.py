@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from atoll.cli import run as command_line
 from client.heads import HeadWork, Local, train_heads
 from client.layers import LOSSES
+from privacy.accounting import epsilon
+from privacy.membership import area
 from privacy.noise import Lattice
 from privacy.terms import terms_of
 from protocol.errors import ConfigError
@@ -19,13 +22,14 @@ from protocol.job import Job
 from protocol.tensors import tensors_sha256
 from server.play import check_real
 from server.report_audit import what_the_audit_found
+from server.rounds import sample
 from server.rundir import job_toml
 from sim.audit import FEWEST, Audit, audited, canaries_for
 from sim.canary_clients import CanaryClients
 from sim.canary_examples import CanaryFeatures, carrier_with, owners
 from sim.canary_mislabelled import Mislabelled, MislabelledIndex
 from sim.indexed import Index
-from sim.population import Population
+from sim.population import Population, client_names
 from sim.replay import Canaries, Seen, job_to_replay, replayed
 from tests.test_private_runs import job, run
 
@@ -49,8 +53,6 @@ def claim_of(setting: Job) -> dict[str, Any]:
     [unit] = setting.privacy.units
     terms = terms_of(setting, unit)
     assert terms is not None
-    from privacy.accounting import epsilon
-
     spent = {"epsilon": epsilon(terms.planned, terms.delta), "releases": terms.releases}
     return {"units": {unit: spent}}
 
@@ -205,11 +207,6 @@ def test_canary_examples_are_clipped_and_hardly_touch_what_the_data_does() -> No
 
 def test_the_busiest_clients_take_the_canaries() -> None:
     setting = job({"unit": "none"}, federation={"clients": 40, "cohort": 4, "rounds": 6})
-    from collections import Counter
-
-    from server.rounds import sample
-    from sim.population import client_names
-
     times = Counter(n for r in range(1, 7) for n in sample(client_names(40), setting, r))
     most = max(times.values())
     assert owners(setting) == sorted(n for n, count in times.items() if count >= 0.8 * most)
@@ -240,14 +237,20 @@ def test_mislabelled_examples_are_there_or_not_at_one_client() -> None:
 
 @pytest.mark.slow
 def test_a_model_that_learns_by_heart_gives_its_mislabelled_examples_away() -> None:
-    setting = last_k({"unit": "none"}, train={"lr": 0.1, "epochs": 12, "batch_size": 8})
+    """Inputs that vary keep features out of the cache, so that a head counts as any other model."""
+    setting = last_k(
+        {"unit": "none"},
+        tune={"method": "head"},
+        backbone={"name": "torchvision:mobilenet_v2", "weights": "pretrained"},
+        train={"lr": 0.003, "epochs": 15, "batch_size": 8, "optimizer": "adam", "augment": ["flip"]},
+        federation={"clients": 2, "cohort": None, "rounds": 2},
+    )
     population = Population.of(setting)
     canaries = canaries_for(setting, population, "example", Audit(canaries=60))
+    assert isinstance(canaries, Mislabelled)
     inside = np.arange(60) % 2 == 0
     scores = replayed(setting, population, canaries, inside, lambda: None)
-    from privacy.membership import area
-
-    assert area(scores, inside) > 0.75
+    assert area(scores, inside) > 0.7
 
 
 @pytest.mark.parametrize("unit", ["client", "example"])
