@@ -168,7 +168,7 @@ def lower_bound_in_family(guesses: Guesses, family: Family, *, delta: float, con
         least, most = (
             (least, middle) if refutes(guesses, family.curve(middle), confidence) else (middle, most)
         )
-    return family.epsilon(most, delta)
+    return min(family.epsilon(most, delta), LARGEST)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
