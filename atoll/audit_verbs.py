@@ -119,8 +119,8 @@ def given_away(inversion: Mapping[str, Any]) -> Table:
         plain_one, kept = inversion["unprotected"][key], (inversion["protected"] or {}).get(key)
         if plain_one is None:
             continue
-        told = [f"{plain_one['label']:.0%}", f"{plain_one['cosine']:.2f}"]
-        told += ["-", "-"] if kept is None else [f"{kept['label']:.0%}", f"{kept['cosine']:.2f}"]
+        told = [f"{plain_one['label']:.0%}", f"{plain_one['cosine']:z.2f}"]
+        told += ["-", "-"] if kept is None else [f"{kept['label']:.0%}", f"{kept['cosine']:z.2f}"]
         table.add_row(f"{name} (by chance {inversion['chance'][key]:.0%})", *told)
     return table
 

@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from client.heads import Examples, HeadWork
-from client.layers import LOSSES, Layers, squared_norms
+from client.layers import LOSSES, Layers
 from privacy.audit import Coins, Vector
 from privacy.terms import terms_of
 from protocol.job import Job
 from protocol.messages import Update
 from protocol.promise import hides_cohorts, sums_securely
 from protocol.streams import stream_seed
+from protocol.tensors import Tensors
 from server.carrier import Carrier
 from server.rounds import Run, sample
 from sim.indexed import Index, IndexedSite
@@ -128,22 +129,30 @@ class CanaryFeatures:
     def scores(self, seen: Seen) -> Vector:
         """How far what the server got went against each canary's gradient at the model that was sent.
 
-        Where it gets single updates, that is the update of the canary's own client.
+        Where it gets single updates, that is the update of the canary's own client. Only the weights on
+        the features count: biases and later layers move with all examples, and would drown the canary.
         """
-        layers, found = Layers.of(seen.before), np.zeros(self.count)
-        stack = layers.stack(seen.before, "cpu")
+        found = np.zeros(self.count)
+        errors = self._errors(seen.before)
+        first = Layers.of(seen.before).layers[0]
+        for update in seen.updates:
+            rows = self._rows_of(update.client)
+            moved = update.delta[first.weight].to(torch.float32)
+            along = ((errors[rows][:, : first.outputs] @ moved) * self.features[rows]).sum(1)
+            found[rows.numpy()] = -along.to(torch.float64).numpy()
+        return found
+
+    def _errors(self, head: Tensors) -> torch.Tensor:
+        """The loss's derivative in the first layer's outputs, over the gradient's length, [canaries, …]."""
+        layers = Layers.of(head)
+        stack = layers.stack(head, "cpu")
         values = layers.forward(stack, self._examples.features.unsqueeze(0))
         loss = LOSSES[self.learner.task.head_loss]
         error, _ = loss.error(values[-1].clone(), self._examples.targets.unsqueeze(0))
-        each = layers.errors(stack, values, error)
-        norm = squared_norms(values, each).sqrt()[0].clamp_min(1e-12)
-        for update in seen.updates:
-            rows = self._rows_of(update.client)
-            moved = [matrix[0].to(torch.float32) for matrix in layers.stack(update.delta, "cpu")]
-            parts = zip(each, moved, values[:-1], strict=True)
-            along = torch.stack([((e[0, rows] @ m) * a[0, rows]).sum(1) for e, m, a in parts]).sum(0)
-            found[rows.numpy()] = -(along / norm[rows]).to(torch.float64).numpy()
-        return found
+        first = layers.errors(stack, values, error)[0][0]
+        length = first.norm(dim=1) * self.features.norm(dim=1)
+        scaled: torch.Tensor = first / length.clamp_min(1e-12).unsqueeze(1)
+        return scaled
 
     def _rows_of(self, client: str) -> torch.Tensor:
         """The canaries that an update may hold: the client's own, or all where it stands for everybody."""
