@@ -5,9 +5,10 @@ coins from what it sees, the surest first. If more guesses are right than (epsil
 allows, but for a small probability, then epsilon is larger.
 
 - `lower_bound`: Steinke, Nasr, Jagielski 2023, "Privacy Auditing with One (1) Training Run",
-  theorem 5.2; holds for any mechanism.
+  the main theorem; holds for any mechanism.
 - `lower_bound_in_family`: Mahloujifar, Melis, Chaudhuri 2024, "Auditing f-Differential Privacy in
-  One Run", algorithm 3; tighter, for it knows the mechanism's whole trade-off curve.
+  One Run", the recursion for a bounded number of guesses; tighter, for it knows the mechanism's whole
+  trade-off curve.
 
 Both are for neighbours that differ by adding or removing one unit. A bound proves only that a claim
 is false: an attack that finds nothing may be a weak attack.
@@ -60,7 +61,7 @@ def guessed(scores: Vector, inside: Coins, made: int) -> Guesses:
 
 
 def p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
-    """Under (epsilon, delta)-DP, how likely at most so many guesses are right (theorem 5.2).
+    """Under (epsilon, delta)-DP, how likely at most so many guesses are right (the main theorem).
 
     W is binomial, of as many trials as guesses, each right with e^epsilon / (1 + e^epsilon), as for
     randomized response: P[W >= right] + 2 m delta max over i of P[right > W >= right - i] / i.
@@ -105,7 +106,7 @@ def profile_inverse(epsilons: Sequence[float], deltas: Sequence[float]) -> Inver
 
 
 def refutes(guesses: Guesses, inverse: Inverse, confidence: float) -> bool:
-    """Whether f-DP makes so many right guesses less likely than 1 - confidence (algorithm 3, k = 2).
+    """Whether f-DP makes so many right guesses less likely than 1 - confidence (by the recursion).
 
     With tau the probability of at least that many, right[i] and wrong[i] are the chances that one
     canary is guessed rightly or wrongly while at least i are right. They begin at tau right / m and

@@ -2,8 +2,7 @@
 
 Carlini et al. 2022, "Membership Inference Attacks From First Principles" (LiRA): a canary's score in
 runs that had it, and in runs that had it not, is taken as Gaussian; the audited run's score is judged
-by the ratio of the two densities. With few shadows the deviations are shared by all canaries, as
-section VI-C of the paper recommends.
+by the ratio of the two densities. All canaries share the deviations, as the paper does with few shadows.
 """
 
 from __future__ import annotations

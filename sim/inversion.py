@@ -2,7 +2,7 @@
 
 The gradient of a linear head under cross-entropy is (p - y) x' for one example, with p - y for the bias:
 its only negative part is at the label, and that row of the weights points along the features (Zhao,
-Mopuri, Bilen 2020, "iDLG"; Geiping et al. 2020, "Inverting Gradients", proposition 3.1). With several
+Mopuri, Bilen 2020, "iDLG"; Geiping et al. 2020, "Inverting Gradients"). With several
 examples of different classes the rows still do, with the other examples mixed in.
 """
 

@@ -47,7 +47,7 @@ def test_without_delta_the_p_value_is_the_binomial_test(made: int, right: int) -
 
 
 def slow_p_value(guesses: Guesses, epsilon: float, delta: float) -> float:
-    """Theorem 5.2 term by term."""
+    """The theorem term by term."""
     chance = math.exp(epsilon) / (1 + math.exp(epsilon))
     each = [binom.pmf(k, guesses.made, chance) for k in range(guesses.made + 1)]
     steepest = max(
