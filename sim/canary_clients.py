@@ -1,8 +1,9 @@
-"""Canary clients: each one's update is a direction of its own, as long as the clipping norm allows.
+"""Canary clients: each one's update is a direction of its own, and longer than the clipping norm.
 
-They are the worst that a client's promise has to stand: nothing of an update is lost to clipping, and
-no two point the same way. The directions are rows of an orthonormal cosine transform behind random
-signs, so that a single transform of a released sum gives every canary's part of it.
+They are the worst that a client's promise has to stand: what is left of an update has the whole clipping
+norm (more, if nobody clips), and no two point the same way. The directions are rows of an orthonormal
+cosine transform behind random signs, so that a single transform of a released sum gives every canary's
+part of it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from sim.replay import Seen, Uncounted
 
 ROOM = 1 << 27
 """Numbers of all canaries' updates together: half of them are in memory at a time."""
+LONG = 4.0
+"""Times the clipping norm: how long a canary's update is before it is clipped."""
 AT_ONCE = 1 << 22
 """Numbers of the directions that are made at a time."""
 
@@ -82,7 +85,7 @@ class CanaryClients:
         canaries = StackedUpdates(
             clients=tuple(present),
             round=run.round + 1,
-            delta=self._deltas(places, norm),
+            delta=self._deltas(places, LONG * norm),
             num_examples=(1,) * len(present),
             states={name: torch.zeros(len(present), dtype=t.dtype) for name, t in states.items()},
         )
@@ -102,7 +105,7 @@ class CanaryClients:
         total = np.zeros(numbers, dtype=np.uint64)
         for rows in self._directions(places):
             for row in rows:
-                total += silent.integers(clipped(torch.from_numpy(row * norm), norm).numpy())
+                total += silent.integers(clipped(torch.from_numpy(row * LONG * norm), norm).numpy())
         return total
 
     @cached_property
@@ -130,7 +133,7 @@ class CanaryClients:
             yield idct(spectrum, norm="ortho", axis=1) * self._signs
 
     def _deltas(self, places: Sequence[int], norm: float) -> Tensors:
-        """Their updates in one stack, in the model's own precision."""
+        """Updates of that norm in one stack, in the model's own precision."""
         parts = [torch.from_numpy(rows * norm).to(torch.float32) for rows in self._directions(places)]
         whole = torch.cat(parts)
         apart = [shaped(row, self.model) for row in whole]

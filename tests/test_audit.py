@@ -134,7 +134,7 @@ def test_choosing_the_best_number_of_guesses_pays_for_all_that_were_tried() -> N
     assert found.told()["guesses"] == found.told()["right"] == 64
 
 
-@pytest.mark.parametrize("noise", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("noise", [0.8, 1.0, 4.0])
 def test_epsilon_of_a_gaussian_release_is_the_accountants(noise: float) -> None:
     expected = epsilon({Release(noise, 1.0): 4}, 1e-5)
     assert gaussian_epsilon(2 / noise, 1e-5) == pytest.approx(expected, rel=2e-3)
@@ -183,7 +183,7 @@ def test_the_f_dp_bound_on_a_gaussian_holds_and_is_tighter_than_the_one_run_boun
     generator, truth = np.random.default_rng(5), gaussian_epsilon(1.0, 1e-5)
     family = Family(1.0, 1)
     plain, kind = [], []
-    for _ in range(40):
+    for _ in range(20):
         scores, inside = gaussian_scores(1000, 1.0, generator)
         plain.append(
             best(scores, inside, lambda g, c: lower_bound(g, delta=1e-5, confidence=c), 0.95).epsilon
@@ -193,7 +193,7 @@ def test_the_f_dp_bound_on_a_gaussian_holds_and_is_tighter_than_the_one_run_boun
                 scores, inside, lambda g, c: lower_bound_in_family(g, family, delta=1e-5, confidence=c), 0.95
             ).epsilon
         )
-    assert max(plain) < truth and sum(found > truth for found in kind) <= 2
+    assert max(plain) < truth and sum(found > truth for found in kind) <= 1
     assert np.median(plain) < np.median(kind)
     assert np.median(kind) > 0.4 * truth
 

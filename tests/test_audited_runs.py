@@ -3,6 +3,8 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ import torch
 from atoll.cli import run as command_line
 from client.heads import HeadWork, Local, train_heads
 from client.layers import LOSSES
+from client.per_example import PerExample, factors
 from privacy.accounting import epsilon
+from privacy.clipping import clipped_sum
 from privacy.membership import area
 from privacy.noise import Lattice
 from privacy.terms import terms_of
 from protocol.errors import ConfigError
 from protocol.job import Job
-from protocol.tensors import tensors_sha256
+from protocol.messages import Update
+from protocol.tensors import Tensors, tensors_sha256
 from server.play import check_real
 from server.report_audit import what_the_audit_found
 from server.rounds import sample
@@ -87,6 +92,25 @@ def test_the_real_noise_stays_below_its_claim_and_a_quarter_of_it_does_not(
     assert broken["one_run"]["epsilon"] > broken["claimed_epsilon"]
     assert broken["f_dp"]["epsilon"] > broken["claimed_epsilon"]
     assert broken["contradicted"]
+
+
+def unclipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[Tensors, torch.Tensor]:
+    return clipped_sum(updates, clipping_norm=1e9)
+
+
+def unclipped_factors(values: Any, each: Any, share: torch.Tensor, private: PerExample) -> torch.Tensor:
+    return factors(values, each, share, replace(private, clipping_norm=1e9))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_audit_notices_that_nobody_clips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privacy.central.clipped_sum", unclipped_sum)
+    for room in ("sim.canary_clients", "client.secure"):
+        monkeypatch.setattr(f"{room}.clipped", lambda numbers, clipping_norm: numbers)
+    monkeypatch.setattr("client.heads.factors", unclipped_factors)
+    monkeypatch.setattr("client.sums.factors", unclipped_factors)
+    setting = job(SETTINGS[name], federation=ONCE, data=EVERYBODY)
+    assert attacked(setting, Audit(canaries=2000))["contradicted"]
 
 
 def test_the_attack_on_a_gaussian_release_is_as_strong_as_it_can_be() -> None:
