@@ -154,6 +154,8 @@ class Watcher:
                 self._round(what)
             case "baselines":
                 self.gauge.show("finish", 0, None, "baselines")
+            case "audit":
+                self.gauge.show("audit", what["done"], what["total"], "rounds again, with canaries")
             case "finish":
                 self.gauge.show("finish", 0, None, "final measurements")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -81,6 +81,16 @@ def rdp_accountant(spent: Spent, relation: Relation = "add-or-remove-one"):  # t
     for release, count in spent.items():
         accountant.compose(_event(release), count)
     return accountant
+
+
+def profile(spent: Spent, epsilons: Sequence[float]) -> list[float]:
+    """Delta of all the releases together at each epsilon, by PLD on the coarsest grid: upper bounds."""
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(_neighbours("add-or-remove-one"), COARSEST)
+    for release, count in spent.items():
+        accountant.compose(_event(release), count)
+    return [float(delta) for delta in accountant.get_delta(list(epsilons))]
 
 
 def within(spent: Spent, delta: float, budget: float, relation: Relation = "add-or-remove-one") -> bool:

@@ -49,11 +49,13 @@ class Promise(Section):
 class PrivacySection(Promise):
     """`[privacy]`: one promise, or with `unit = "both"` two in tables of their own.
 
-    `seeded_noise` repeats bit for bit and therefore protects nobody: it is for simulations.
+    `seeded_noise` repeats bit for bit and therefore protects nobody: it is for simulations. With
+    `audit` a simulation attacks itself at its end, and says what of epsilon the attack could prove.
     """
 
     unit: Literal["none", "example", "client", "both"] = "none"
     seeded_noise: bool = False
+    audit: bool = False
     example: Promise | None = None
     client: Promise | None = None
 
@@ -78,6 +80,11 @@ class PrivacySection(Promise):
                 raise ValueError(f"{key} has no meaning with unit = {self.unit!r}: it belongs to {where}")
         if self.unit == "none" and self.seeded_noise:
             raise ValueError("seeded_noise has no meaning with unit = 'none': remove it")
+        if self.unit == "none" and self.audit:
+            raise ValueError(
+                "audit has no meaning with unit = 'none', which claims nothing: remove it, or attack the run"
+                " with atoll audit"
+            )
 
     def promise(self, unit: Unit) -> Promise | None:
         """What the unit is promised, if anything."""

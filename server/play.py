@@ -87,6 +87,11 @@ def check_real(job: Job) -> None:
             "privacy.seeded_noise: anybody who has the job can subtract such noise, so a real federation"
             " takes none of it; expected false"
         )
+    if job.privacy.audit:
+        raise ConfigError(
+            "privacy.audit: the attack trains the run again on all clients' data, so only a simulation can be"
+            " attacked; expected false"
+        )
     if job.privacy.units and job.data.classes is None:
         raise ConfigError(
             f"data.classes: missing, expected the list of classes with privacy.unit = {job.privacy.unit!r}:"

@@ -8,6 +8,7 @@ from typing import Any
 
 from protocol.job import Job
 from server.comparison import Comparison, finite, lower_is_better, whole_percent
+from server.report_audit import what_the_audit_found
 from strategies import STRATEGIES
 
 NOT_MEASURED = "not measured"
@@ -234,6 +235,8 @@ def what_was_private(privacy: dict[str, Any]) -> str:
         return "Privacy: this run made no privacy claim; no noise was added to what the clients sent."
     units = privacy.get("units") or {privacy["unit"]: privacy}
     told = " ".join(_claim(unit, of) for unit, of in units.items())
+    if privacy.get("audit"):
+        told += f" Audit: {what_the_audit_found(privacy['audit'])}"
     if privacy["seeded_noise"]:
         return (
             "Privacy: none, for the noise was seeded, as a simulation may, and anybody can repeat it. Had it"

@@ -233,5 +233,5 @@ def _clear(path: Path) -> None:
     """Remove what a run writes, and nothing else that may lie there."""
     for name in ("checkpoints", "model", "ledgers"):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "result.json", "report.html", "ledger.jsonl"):
+    for name in ("metrics.jsonl", "result.json", "report.html", "ledger.jsonl", "audit.json"):
         (path / name).unlink(missing_ok=True)

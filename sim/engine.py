@@ -44,8 +44,9 @@ def simulate(
 ) -> dict[str, Any]:
     """Run a job in simulation; returns what `result.json` holds.
 
-    The final bits depend neither on the engine nor on the number of workers. Whoever runs many jobs
-    can hand in the job's `population` and a way to its `baselines`, and leave the report out.
+    The final bits depend neither on the engine nor on the number of workers. With `privacy.audit`
+    the run is attacked when it is complete. Whoever runs many jobs can hand in the job's `population`
+    and a way to its `baselines`, and leave the report out.
     """
     check_engine(job, engine)
     check_free(out, job, resume=resume, force=force)
@@ -64,10 +65,16 @@ def simulate(
     if engine == "ray":
         from sim.ray import simulate_on_ray
 
-        return simulate_on_ray(job, out, workers, warmed(population, progress), options)
-    with ExitStack() as stack:
-        carrier = _carrier(population, engine, workers, out / "ledgers", stack)
-        return play(job, carrier, out, warmed(population, progress), **options)
+        result = simulate_on_ray(job, out, workers, warmed(population, progress), options)
+    else:
+        with ExitStack() as stack:
+            carrier = _carrier(population, engine, workers, out / "ledgers", stack)
+            result = play(job, carrier, out, warmed(population, progress), **options)
+    if job.privacy.audit:
+        from sim.self_audit import attack_at_the_end
+
+        result = attack_at_the_end(job, population, out, result, watch)
+    return result
 
 
 def check_engine(job: Job, engine: str) -> None:

@@ -1,0 +1,383 @@
+"""Whole runs under attack: real noise stays below its claim, a quarter of it does not."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from atoll.cli import run as command_line
+from client.heads import HeadWork, Local, train_heads
+from client.layers import LOSSES
+from client.per_example import PerExample, factors
+from privacy.accounting import epsilon
+from privacy.clipping import clipped_sum
+from privacy.membership import area
+from privacy.noise import Lattice
+from privacy.terms import terms_of
+from protocol.errors import ConfigError
+from protocol.job import Job
+from protocol.messages import Update
+from protocol.tensors import Tensors, tensors_sha256
+from server.play import check_real
+from server.report_audit import what_the_audit_found
+from server.rounds import sample
+from server.rundir import job_toml
+from sim.audit import FEWEST, Audit, audited, canaries_for
+from sim.canary_clients import CanaryClients
+from sim.canary_examples import CanaryFeatures, carrier_with, owners
+from sim.canary_mislabelled import Mislabelled, MislabelledIndex
+from sim.indexed import Index
+from sim.population import Population, client_names
+from sim.replay import Canaries, Seen, job_to_replay, replayed
+from tests.test_private_runs import job, run
+
+CLIENT = {"unit": "client", "noise_multiplier": 2.0, "delta": 1e-6, "clipping_norm": 0.5}
+EXAMPLE = CLIENT | {"unit": "example", "sampling_rate": 1.0}
+ONCE = {"cohort": None, "rounds": 1}
+SETTINGS = {
+    "clients, at the server": CLIENT,
+    "clients, distributed": CLIENT | {"where": "distributed"},
+    "examples, at the client": EXAMPLE,
+    "examples, distributed": EXAMPLE | {"where": "distributed"},
+}
+EVERYBODY = {"partition": {"kind": "iid"}}
+
+
+def quiet(done: int, total: int) -> None: ...
+
+
+def claim_of(setting: Job) -> dict[str, Any]:
+    """What a complete run of one promise would claim."""
+    [unit] = setting.privacy.units
+    terms = terms_of(setting, unit)
+    assert terms is not None
+    spent = {"epsilon": epsilon(terms.planned, terms.delta), "releases": terms.releases}
+    return {"units": {unit: spent}}
+
+
+def attacked(setting: Job, how: Audit, claim: dict[str, Any] | None = None) -> dict[str, Any]:
+    found = audited(
+        setting, claim_of(setting) if claim is None else claim, how,
+        population=Population.of(setting), watch=quiet,
+    )  # fmt: skip
+    [unit] = found["units"].values()
+    assert unit["contradicted"] == found["contradicted"]
+    return dict(unit)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_real_noise_stays_below_its_claim_and_a_quarter_of_it_does_not(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = job(SETTINGS[name], federation=ONCE, data=EVERYBODY)
+    honest = attacked(setting, Audit(canaries=2000))
+    assert honest["claimed_epsilon"] == pytest.approx(2.24, abs=0.05)
+    assert 0.1 < honest["one_run"]["epsilon"] < honest["f_dp"]["epsilon"] < honest["claimed_epsilon"]
+    assert not honest["contradicted"]
+    whole = Lattice.noise
+    monkeypatch.setattr(
+        Lattice,
+        "noise",
+        lambda lattice, count: np.rint(whole(lattice, count) / 4 / lattice.granularity) * lattice.granularity,
+    )
+    broken = attacked(setting, Audit(canaries=2000))
+    assert broken["claimed_epsilon"] == honest["claimed_epsilon"]
+    assert broken["one_run"]["epsilon"] > broken["claimed_epsilon"]
+    assert broken["f_dp"]["epsilon"] > broken["claimed_epsilon"]
+    assert broken["contradicted"]
+
+
+def unclipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[Tensors, torch.Tensor]:
+    return clipped_sum(updates, clipping_norm=1e9)
+
+
+def unclipped_factors(values: Any, each: Any, share: torch.Tensor, private: PerExample) -> torch.Tensor:
+    return factors(values, each, share, replace(private, clipping_norm=1e9))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_audit_notices_that_nobody_clips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privacy.central.clipped_sum", unclipped_sum)
+    for room in ("sim.canary_clients", "client.secure"):
+        monkeypatch.setattr(f"{room}.clipped", lambda numbers, clipping_norm: numbers)
+    monkeypatch.setattr("client.heads.factors", unclipped_factors)
+    monkeypatch.setattr("client.sums.factors", unclipped_factors)
+    setting = job(SETTINGS[name], federation=ONCE, data=EVERYBODY)
+    assert attacked(setting, Audit(canaries=2000))["contradicted"]
+
+
+def test_the_attack_on_a_gaussian_release_is_as_strong_as_it_can_be() -> None:
+    """Scores of canaries that are in and out lie mu = sqrt(releases) / noise multiplier deviations apart."""
+    for privacy, mu in (
+        (CLIENT, 2**0.5 / 2),
+        (EXAMPLE, 2**0.5 / 2),
+        (SETTINGS["clients, distributed"], 0.645),
+    ):
+        # Of six clients five are enough for all of the noise: with six it is sqrt(6 / 5) as much. The
+        # clients' classes are skewed, so that biases move far: that must not drown the canaries.
+        setting = job_to_replay(job(privacy, federation=ONCE | {"rounds": 2}))
+        population = Population.of(setting)
+        canaries = canaries_for(setting, population, setting.privacy.units[0], Audit(canaries=2000))
+        inside = np.arange(2000) % 2 == 0
+        scores = replayed(setting, population, canaries, inside, lambda: None)
+        apart = (scores[inside].mean() - scores[~inside].mean()) / scores[~inside].std()
+        assert apart == pytest.approx(mu, rel=0.2)
+
+
+def test_sampled_clients_are_attacked_with_the_coins_of_the_run() -> None:
+    setting = job(
+        CLIENT | {"noise_multiplier": 1.0}, federation={"cohort": None, "cohort_rate": 0.5, "rounds": 1}
+    )
+    population = Population.of(setting)
+    canaries = canaries_for(setting, population, "client", Audit(canaries=400))
+    drawn: list[int] = []
+
+    class Counted:
+        count, what = canaries.count, canaries.what
+        names, carrier, scores = canaries.names, canaries.carrier, canaries.scores
+
+        def joined(self, run: Any, updates: Any, present: Any) -> Any:
+            drawn.append(len(present))
+            return canaries.joined(run, updates, present)
+
+    replayed(setting, population, Counted(), np.ones(400, dtype=bool), lambda: None)
+    # 400 coins of one half: within five deviations of 10.
+    assert 150 <= drawn[0] <= 250
+    found = attacked(setting, Audit(canaries=400))
+    assert found["f_dp"]["epsilon"] < found["claimed_epsilon"]
+
+
+class Recorded:
+    """Nobody's canaries: keeps the last model that was seen."""
+
+    def __init__(self, canaries: Canaries) -> None:
+        self.inner, self.count, self.what = canaries, canaries.count, canaries.what
+        self.names, self.carrier, self.joined = canaries.names, canaries.carrier, canaries.joined
+
+    def scores(self, seen: Seen) -> Any:
+        self.last = seen.after
+        return self.inner.scores(seen)
+
+
+@pytest.mark.parametrize(
+    "tables", [{}, {"train": {"augment": ["flip"], "cached_views": 2}}], ids=["plain", "views"]
+)
+def test_a_replay_without_canaries_is_the_run_bit_for_bit(tmp_path: Path, tables: dict[str, Any]) -> None:
+    setting = job({"unit": "none"}, **tables)
+    result = run(setting, tmp_path / "run")
+    population = Population.of(setting)
+    recorded = Recorded(canaries_for(setting, population, "example", Audit(canaries=50)))
+    replayed(setting, population, recorded, np.zeros(50, dtype=bool), lambda: None)
+    assert tensors_sha256(recorded.last) == result["model_sha256"]
+    replayed(setting, population, recorded, np.ones(50, dtype=bool), lambda: None)
+    assert tensors_sha256(recorded.last) != result["model_sha256"]
+
+
+def test_a_run_without_a_promise_leaks_nearly_every_canary() -> None:
+    found = attacked(
+        job({"unit": "none"}, federation=ONCE | {"rounds": 2}), Audit(canaries=400, shadows=3), {}
+    )
+    assert found["claimed_epsilon"] is None and not found["contradicted"]
+    # 400 of 400 would prove log(400 / 3) = 4.9 without the price of choosing.
+    assert found["one_run"]["epsilon"] > 3.0
+    assert found["membership"]["auc"] > 0.99
+    assert found["membership"]["tpr_at_fpr_0.01"] > 0.9
+    assert "Nothing finite was claimed" in what_the_audit_found(
+        {"units": {"example": found}, "contradicted": False, "confidence": 0.95}
+    )
+
+
+def test_canary_clients_have_directions_of_their_own() -> None:
+    setting = job(CLIENT)
+    population = Population.of(setting)
+    canaries = canaries_for(setting, population, "client", Audit(canaries=300))
+    assert isinstance(canaries, CanaryClients)
+    rows = np.concatenate(list(canaries._directions(range(300))))
+    np.testing.assert_allclose(rows @ rows.T, np.eye(300), atol=1e-10)
+    before = canaries.model
+    delta = canaries._deltas([7], 0.5)
+    after = {name: before[name] + t[0] for name, t in delta.items()}
+    scores = canaries.scores(Seen(before, after, []))
+    np.testing.assert_allclose(scores, 0.5 * (np.arange(300) == 7), atol=1e-5)
+
+
+def test_canary_examples_are_clipped_and_hardly_touch_what_the_data_does() -> None:
+    setting = job(EXAMPLE, data=EVERYBODY)
+    population = Population.of(setting)
+    canaries = canaries_for(setting, population, "example", Audit(canaries=600))
+    assert isinstance(canaries, CanaryFeatures)
+    data = canaries.learner.training_features(population.whole(canaries.learner))[0]
+    along = (data @ canaries.features.T) / canaries.features.norm(dim=1)
+    assert float(along.square().mean().sqrt()) < 0.02 * float(data.norm(dim=1).median())
+    pairs = {
+        (f.tobytes(), int(t), o)
+        for f, t, o in zip(canaries.features.numpy(), canaries.targets, canaries.owner, strict=True)
+    }
+    assert len(pairs) == 600
+    assert set(canaries.owner) == set(owners(setting))
+    # One step of one client with one canary: the update is as long as the clipped gradient, times lr.
+    local = Local(setting.model_copy(update={"privacy": job({"unit": "none"}).privacy}), LOSSES["softmax"], 1)
+    head = canaries.learner.initial()
+    [update] = train_heads(head, canaries._examples, [HeadWork("c", np.array([3]))], local)
+    norm = torch.cat([t.reshape(-1) for t in update.delta.values()]).norm() / setting.train.lr
+    assert float(norm) > 2 * 0.5
+
+
+def test_the_busiest_clients_take_the_canaries() -> None:
+    setting = job({"unit": "none"}, federation={"clients": 40, "cohort": 4, "rounds": 6})
+    times = Counter(n for r in range(1, 7) for n in sample(client_names(40), setting, r))
+    most = max(times.values())
+    assert owners(setting) == sorted(n for n, count in times.items() if count >= 0.8 * most)
+
+
+def last_k(privacy: dict[str, Any], **tables: Any) -> Job:
+    """A model whose gradients have no closed form, on a few images."""
+    small = {"data": EVERYBODY | {"test_fraction": 0.9}, "tune": {"method": "last-k", "layers": 1}}
+    return job(privacy, **(small | {"federation": {"clients": 3, "cohort": None, "rounds": 2}} | tables))
+
+
+def test_mislabelled_examples_are_there_or_not_at_one_client() -> None:
+    setting = last_k({"unit": "none"})
+    population = Population.of(setting)
+    canaries = canaries_for(setting, population, "example", Audit(canaries=20))
+    assert isinstance(canaries, Mislabelled)
+    inside = np.arange(20) < 12
+    index = MislabelledIndex(population, canaries.learner, canaries=canaries, inside=inside)
+    plain = Index(population, canaries.learner)
+    held = np.concatenate([train for train, _ in index.splits(range(3))])
+    assert set(canaries.rows[inside]) <= set(held) and not set(canaries.rows[~inside]) & set(held)
+    everything = np.concatenate([train for train, _ in plain.splits(range(3))])
+    assert len(held) == len(everything) - 8
+    changed = (index.whole.targets != plain.whole.targets).nonzero().flatten().numpy()
+    assert sorted(changed) == sorted(canaries.rows)
+    assert carrier_with(population, lambda learner: index).engine == "inline"
+
+
+@pytest.mark.slow
+def test_a_model_that_learns_by_heart_gives_its_mislabelled_examples_away() -> None:
+    """Inputs that vary keep features out of the cache, so that a head counts as any other model."""
+    setting = last_k(
+        {"unit": "none"},
+        tune={"method": "head"},
+        backbone={"name": "torchvision:mobilenet_v2", "weights": "pretrained"},
+        train={"lr": 0.003, "epochs": 15, "batch_size": 8, "optimizer": "adam", "augment": ["flip"]},
+        federation={"clients": 2, "cohort": None, "rounds": 2},
+    )
+    population = Population.of(setting)
+    canaries = canaries_for(setting, population, "example", Audit(canaries=60))
+    assert isinstance(canaries, Mislabelled)
+    inside = np.arange(60) % 2 == 0
+    scores = replayed(setting, population, canaries, inside, lambda: None)
+    assert area(scores, inside) > 0.7
+
+
+@pytest.mark.parametrize("unit", ["client", "example"])
+def test_models_without_a_closed_form_are_audited_too(unit: str) -> None:
+    privacy = CLIENT if unit == "client" else EXAMPLE | {"sampling_rate": 0.5}
+    found = attacked(
+        last_k(privacy, federation={"clients": 3, "cohort": None, "rounds": 1}), Audit(canaries=40)
+    )
+    assert found["canaries"] == 40 and not found["contradicted"]
+    assert 0 <= found["one_run"]["epsilon"] <= found["claimed_epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"canaries": FEWEST - 1}, "--canaries: expected 16 or more, found 15"),
+        ({"confidence": 1.0}, "--confidence: expected a number from 0.5 to below 1, found 1.0"),
+        ({"shadows": 1}, "--shadows: expected none, or 2 or more, found 1"),
+    ],
+)
+def test_an_audit_that_cannot_be_is_refused(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Audit(**how)
+
+
+def test_more_canaries_than_there_can_be_are_refused() -> None:
+    setting = job(CLIENT)
+    with pytest.raises(ConfigError, match=r"canaries: expected 5130 at most, .* found 6000"):
+        canaries_for(setting, Population.of(setting), "client", Audit(canaries=6000))
+
+
+def test_a_job_can_ask_for_its_audit(tmp_path: Path) -> None:
+    setting = job(EXAMPLE | {"audit": True}, federation=ONCE)
+    result = run(setting, tmp_path / "run")
+    told = result["privacy"]["audit"]
+    assert told["units"]["example"]["canaries"] == 256
+    assert told["units"]["example"]["claimed_epsilon"] == result["privacy"]["epsilon"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["privacy"]["audit"] == told
+    assert "found no contradiction" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(ConfigError, match=r"privacy\.audit: .* only a simulation can be attacked"):
+        check_real(setting)
+    with pytest.raises(ConfigError, match=r"audit has no meaning with unit = 'none'"):
+        job({"unit": "none", "audit": True})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("audited") / "run"
+    run(job(EXAMPLE, federation=ONCE), folder)
+    return folder
+
+
+def test_the_verb_prints_the_bounds_and_writes_them_down(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = command_line(
+        ["audit", str(finished), "--canaries", "200", "--shadows", "2", "--out", str(tmp_path / "copy.json")]
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    for part in (
+        "claimed (PLD)", "one-run audit by f-DP", "found at .1 % false alarms", "AUC", "canaries", "200",
+        "95 % confidence", "what one update of the head gives away", "never that it is true",
+    ):  # fmt: skip
+        assert part in printed
+    found = json.loads((finished / "audit.json").read_text())
+    assert json.loads((tmp_path / "copy.json").read_text()) == found
+    assert found["units"]["example"]["membership"]["shadows"] == 2
+    assert found["inversion"]["unprotected"]["one"]["label"] == 1.0
+
+
+def test_a_claim_that_the_attack_refutes_is_an_alarm(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("job.toml", "result.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    result = json.loads((tmp_path / "result.json").read_text())
+    result["privacy"]["units"]["example"]["epsilon"] = 0.01
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert command_line(["audit", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "ALARM: the attack contradicts the claim" in printed and "and 0.01 was claimed" in printed
+    assert json.loads((tmp_path / "audit.json").read_text())["contradicted"]
+
+
+def test_what_cannot_be_replayed_is_refused_in_one_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.toml").write_text(job_toml(job(EXAMPLE, federation=ONCE)))
+    result = json.loads((finished / "result.json").read_text())
+
+    def refused(*arguments: str) -> str:
+        assert command_line(["audit", *arguments]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: ") and line.count("\n") == 1
+        return line
+
+    assert "not finished" in refused(str(tmp_path))
+    (tmp_path / "result.json").write_text(json.dumps(result | {"engine": "flower"}))
+    assert "a run of real sites, whose data is not here" in refused(str(tmp_path))
+    (tmp_path / "result.json").write_text(json.dumps(result | {"privacy": None}))
+    assert "privacy: missing" in refused(str(tmp_path))
+    assert "no such run directory" in refused(str(tmp_path / "nowhere"))
+    assert "--out: expected a file" in refused(str(finished), "--out", str(tmp_path / "no" / "file"))
+    assert "--canaries" in refused(str(finished), "--canaries", "3")
