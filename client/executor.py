@@ -91,6 +91,8 @@ class Executor:
     states: dict[int, RecordDict] = field(default_factory=dict)
     next_token: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set where the site is to stop; Python can lose an exception that a signal raises, but not this."""
 
     def acquire(self) -> str:
         """The token of the SuperNode's next task, or nothing."""
@@ -118,7 +120,7 @@ class Executor:
     def run(self, token: str) -> None:
         """Answer one task, unless it is withdrawn meanwhile, as when its run is stopped."""
         with _connection(self.address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeat(client):
-            client.overtaken = self.overtaken
+            client.overtaken, client.stopping = self.overtaken, self.stop.is_set
             try:
                 self._run(client)
             except (httpx.HTTPError, ObjectPullError, RuntimeError) as error:
@@ -196,6 +198,7 @@ class _Client(RuntimeHttpClient):
     """
 
     overtaken: Callable[[], bool] = staticmethod(lambda: False)
+    stopping: Callable[[], bool] = staticmethod(lambda: False)
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
         for _ in self._waiting():
@@ -215,6 +218,8 @@ class _Client(RuntimeHttpClient):
         look = time.monotonic() + SLOW_SECONDS
         while True:
             time.sleep(ARRIVAL_SECONDS)
+            if self.stopping():
+                raise RuntimeError("the site is to stop, and its message has not arrived")
             if time.monotonic() > look:
                 look = time.monotonic() + SLOW_SECONDS
                 if self.overtaken():

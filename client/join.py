@@ -93,6 +93,7 @@ class _Site:
             secret=self.kit.secret.read_bytes(),
             app=app,
             hashes=installed_hashes(),
+            stop=self.stop,
             node_config={
                 "name": self.kit.name,
                 "data-paths": json.dumps([str(p) for p in self.data]),
