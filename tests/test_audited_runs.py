@@ -38,6 +38,8 @@ from sim.population import Population, client_names
 from sim.replay import Canaries, Seen, job_to_replay, replayed
 from tests.test_private_runs import job, run
 
+pytestmark = pytest.mark.slow
+
 CLIENT = {"unit": "client", "noise_multiplier": 2.0, "delta": 1e-6, "clipping_norm": 0.5}
 EXAMPLE = CLIENT | {"unit": "example", "sampling_rate": 1.0}
 ONCE = {"cohort": None, "rounds": 1}

@@ -24,6 +24,8 @@ from sim.engine import simulate
 from sim.population import Population
 from tests.test_simulation import DIGITS, unwatched
 
+pytestmark = pytest.mark.slow
+
 CLIENT = {"unit": "client", "noise_multiplier": 0.7, "delta": 1e-3, "clipping_norm": 0.5}
 EXAMPLE = {
     "unit": "example", "noise_multiplier": 0.8, "delta": 1e-4, "sampling_rate": 0.25, "clipping_norm": 0.5,

@@ -41,6 +41,8 @@ from privacy.detectors import Detected
 from protocol.cohort import stacked
 from tests import watchdogs as w
 
+pytestmark = pytest.mark.slow
+
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 

@@ -29,6 +29,8 @@ from sim.sweep import Base, Grid, Planned, SweepFolder, planned, split_values
 from sim.sweep_picks import picks
 from sim.sweep_runs import Crew
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TABLE: dict[str, Any] = {
     "name": "tiny",
