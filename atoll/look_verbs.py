@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from atoll.show import out, plain
 from protocol.errors import ConfigError, DataError
-from protocol.job import DataSection, Job
+from protocol.job import DataSection, Job, apply_override
 from protocol.tensors import from_bytes
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -76,9 +76,11 @@ def predict(
         for given, answer in zip(inputs, answers, strict=True):
             typer.echo(json.dumps({"input": given} | answer))
         return
-    table = Table(Column("input", no_wrap=True, max_width=60), "label", "probability")
+    has_probability = all("probability" in answer for answer in answers)
+    table = Table(Column("input", no_wrap=True, max_width=60), "label", *["probability"] * has_probability)
     for given, answer in zip(inputs, answers, strict=True):
-        table.add_row(plain(given), escape(answer["label"]), f"{answer['probability']:.3f}")
+        sure = [f"{answer['probability']:.3f}"] if has_probability else []
+        table.add_row(plain(given), escape(answer["label"]), *sure)
     out.print(table)
 
 
@@ -88,11 +90,8 @@ def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: RUN holds no model. DataError: an input cannot be read.
     """
-    import torch
-
     from tasks import task_named
     from tasks.learner import Learner
-    from tasks.seam import Shard
 
     about = run / "model" / "model.json"
     check_finished(run, about)
@@ -107,9 +106,8 @@ def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
     tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
     learner = Learner.of(job, task, saved["facts"])
     learner.check_fingerprint()
-    raw = [task.raw_input(given) for given in inputs]
-    shard = Shard(raw, torch.zeros(len(raw), dtype=torch.int64), tuple(bytes(32) for _ in raw))
-    return task.answer(learner.fresh_outputs(tensors, shard), saved["facts"])
+    raw = [learner.task.raw_input(given) for given in inputs]
+    return learner.task.answer(learner.predictions(tensors, raw), saved["facts"])
 
 
 def check(
@@ -118,15 +116,22 @@ def check(
     text: Annotated[str | None, typer.Option(help="The text column, if it isn't found.")] = None,
     image: Annotated[str | None, typer.Option(help="The image column, if it isn't found.")] = None,
     label: Annotated[str | None, typer.Option(help="The label column, if it isn't found.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=NAME", help="Another column, as in data.columns.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
+    ] = None,
 ) -> None:
     """Look at a site's data before it joins: what is there, and what is wrong with it."""
     from tasks import task_named
 
-    section = DataSection(source=str(data), text=text, image=image, label=label)
-    findings = task_named(task).inspect(data, section)
+    columns = _given(column, "--column")
+    section = DataSection(source=str(data), text=text, image=image, label=label, columns=columns)
+    findings = task_named(task).inspect(data, section, _given(option, "--option"))
     if findings.bad == 1 and not (findings.train or findings.test):  # all of it is one fault
         raise DataError(findings.problems[0])
-    table = Table("class", "train", "test")
+    table = Table(findings.counted, "train", "test")
     for name in sorted({*findings.train, *findings.test}):
         table.add_row(escape(name), str(findings.train.get(name, 0)), str(findings.test.get(name, 0)))
     table.add_row("all", str(sum(findings.train.values())), str(sum(findings.test.values())), style="bold")
@@ -140,6 +145,14 @@ def check(
     if findings.bad:
         raise DataError(f"{data}: {findings.bad} examples cannot be used; mend or remove them")
     out.print("[green]ready[/]: a run can use this data as it is")
+
+
+def _given(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """What `key=value` pairs say, the values as in TOML."""
+    table: dict[str, Any] = {}
+    for pair in pairs or ():
+        apply_override(table, pair, option=option)
+    return table
 
 
 def list_(

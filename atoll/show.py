@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from server.comparison import NAMES, comparison_of
+from server.comparison import comparison_of, row_name
 from server.report_words import duration, what_was_private
 
 PIPED_WIDTH = 160
@@ -216,7 +216,7 @@ def comparison(result: dict[str, Any]) -> Table:
     for name in compared.rows:
         values = (compared.value(name, metric) for metric in compared.metrics)
         style = "bold" if name == "federated" else ""
-        table.add_row(NAMES[name], *("-" if v is None else f"{v:.3f}" for v in values), style=style)
+        table.add_row(row_name(name), *("-" if v is None else f"{v:.3f}" for v in values), style=style)
     return table
 
 

@@ -58,7 +58,7 @@ UNCACHED = "ATOLL_BENCHMARK_UNCACHED"
 
 def forget_features() -> None:
     """Train as if features could not be kept: the backbone runs on every batch."""
-    Job.trains_on_features = property(lambda self: False)  # type: ignore[assignment]
+    Job.leaves_backbone = property(lambda self: False)  # type: ignore[assignment]
 
 
 if os.environ.get(UNCACHED):  # a worker process imports this module before anything else
@@ -82,14 +82,14 @@ def atoll_uncached(job: Job) -> float:
     """Seconds of a run whose worker processes, one a core, run the backbone on every batch."""
     from sim.engine import simulate
 
-    before = Job.trains_on_features
+    before = Job.leaves_backbone
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {UNCACHED: "1"}):
         forget_features()
         start = time.perf_counter()
         try:
             simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, watch=lambda *step: None)
         finally:
-            Job.trains_on_features = before  # type: ignore[method-assign]
+            Job.leaves_backbone = before  # type: ignore[method-assign]
         return time.perf_counter() - start
 
 

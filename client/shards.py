@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from protocol.errors import ConfigError, DataError
 from protocol.job import Job
 from tasks import task_named
-from tasks.reading import example_keys
 
 if TYPE_CHECKING:
     import datasets
@@ -63,11 +62,13 @@ class FolderShards:
         if client not in self.paths:
             raise DataError(f"client {client} does not live at this site")
         data = job.data
-        reading = json.dumps([job.task.name, data.text, data.image, data.label, _stamp(self.paths[client])])
+        names = [data.text, data.image, data.label, data.columns]
+        reading = json.dumps([job.task.model_dump(), names, _stamp(self.paths[client])])
         known = self._read.get(client)
         if known is None or known.reading != reading:
-            rows = task_named(job.task.name).read(self.paths[client], data).train
-            fingerprint = hashlib.sha256(b"".join(sorted(example_keys(rows)))).hexdigest()
+            task = task_named(job.task.name)
+            rows = task.read(self.paths[client], data, job.task.options).train
+            fingerprint = hashlib.sha256(b"".join(sorted(task.keys(rows)))).hexdigest()
             self._read[client] = known = Read(reading, rows, fingerprint)
         return known
 

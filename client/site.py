@@ -145,7 +145,7 @@ class Site:
             return Hello(name, {}, 0, refusal=refusal)
         try:
             dataset = self.shards.dataset(job, name)
-            facts = task_named(job.task.name).describe(dataset, job.data)
+            facts = task_named(job.task.name).describe(dataset, job.data, job.task.options)
             self._fingerprints[name, job.hash] = self.shards.fingerprint(job, name)
         except InputError as error:
             return Hello(name, {}, 0, refusal=self._told(name, error, job.canonical))
@@ -187,7 +187,7 @@ class Site:
         terms, private = distributed_terms(learner.job), admitted.private
         if terms is None or terms.unit == "client":
             values = contributions(train(learner, request, held, private), terms)
-        elif learner.job.trains_on_features:
+        elif learner.trains_on_features:
             assert private is not None
             examples, works = heads_of(held, learner.job.train.device)
             loss = LOSSES[learner.task.head_loss]
@@ -241,7 +241,7 @@ class Site:
             self._held.clear()
             learner = Learner.of(job, task_named(job.task.name), facts, LoggedProgress())
             learner.check_fingerprint()
-            if learner.uses_features and not job.trains_on_features:
+            if learner.uses_features and not learner.trains_on_features:
                 logger.info("job %s: %s", job.name, UNCACHED)
             self._learners[key] = learner
         return self._learners[key]
@@ -253,7 +253,7 @@ class Site:
             return self._held[key]
         shard = learner.task.shard(self.shards.dataset(learner.job, name), facts)
         part, validation = learner.split(shard)
-        features = learner.training_features(part) if learner.job.trains_on_features else None
+        features = learner.training_features(part) if learner.trains_on_features else None
         while len(self._held) >= KEPT_SHARDS:
             self._held.pop(next(iter(self._held)))
         self._held[key] = Held(part, validation, features)
@@ -275,7 +275,7 @@ def train(
     learner: Learner, request: Request, held: dict[str, Held], private: PerExample | None
 ) -> Iterable[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
-    if learner.job.trains_on_features and held:
+    if learner.trains_on_features and held:
         examples, works = heads_of(held, learner.job.train.device)
         return train_heads(request.tensors, examples, works, local_training(learner, request, private))
     if private is not None:
@@ -311,7 +311,7 @@ def heads_of(held: dict[str, Held], device: str) -> tuple[Examples, list[HeadWor
         HeadWork(name, np.arange(end - len(h.train), end))
         for (name, h), end in zip(held.items(), ends, strict=True)
     ]
-    targets = torch.cat([h.train.targets for h in held.values()])
+    targets = torch.cat([h.train.table for h in held.values()])
     return Examples.of(torch.cat(parts, dim=1), targets, device), works
 
 

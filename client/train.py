@@ -40,7 +40,7 @@ def train_model(
         for number, rows in enumerate(batches(len(shard), job, round, client)):
             batch = learner.batch(shard, rows, variation(job, round, client, number))
             outputs = model({name: t.to(device) for name, t in batch.items()})
-            loss = learner.task.loss(outputs, shard.targets[rows].to(device))
+            loss = learner.task.loss(outputs, shard.targets_of(rows).to(device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if mu:

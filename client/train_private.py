@@ -90,7 +90,7 @@ def clipped_sum(
     varied = variation(learner.job, round, client, number)
     for begin in range(0, len(rows), AT_ONCE):
         part = rows[begin : begin + AT_ONCE].tolist()
-        batch, targets = _on_device(learner, learner.batch(shard, part, varied), shard.targets[part])
+        batch, targets = _on_device(learner, learner.batch(shard, part, varied), shard.targets_of(part))
         each = gradients(batch, targets)
         factor = _factors(each, private)
         for name, g in each.items():
@@ -132,7 +132,7 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
     """Looked up once for a learner, with two examples; layers that mix examples are found on the way."""
     if not _in_use or _in_use[0][0] is not learner:
         rows = [0, min(1, len(shard) - 1)]
-        batch, targets = _on_device(learner, learner.batch(shard, rows), shard.targets[rows])
+        batch, targets = _on_device(learner, learner.batch(shard, rows), shard.targets_of(rows))
         mixing = mixing_layers(learner.model, _made_different(batch))
         if mixing:
             raise ConfigError(

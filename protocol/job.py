@@ -18,11 +18,15 @@ from protocol.errors import ConfigError
 from protocol.promise import PrivacySection, check_promises
 from protocol.section import Count, Decay, NotNegative, Positive, Rate, Section
 
+Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
+"""Settings that only the named task or network knows; whoever knows them checks them."""
+
 
 class TaskSection(Section):
-    """`[task]`: what is learnt."""
+    """`[task]`: what is learnt; which options there are depends on the name."""
 
     name: str
+    options: Options = Field(default_factory=dict)
 
 
 class Iid(Section):
@@ -36,6 +40,7 @@ class Dirichlet(Section):
 
     kind: Literal["dirichlet"]
     alpha: Positive
+    by: str = "label"
     min_examples: Annotated[int, Field(ge=0)] = 2
 
 
@@ -44,6 +49,7 @@ class Pathological(Section):
 
     kind: Literal["pathological"]
     classes_per_client: Count
+    by: str = "label"
 
 
 class Natural(Section):
@@ -62,6 +68,7 @@ class Resampled(Section):
     kind: Literal["resampled"]
     examples: Count
     alpha: Positive | None = None
+    by: str = "label"
 
 
 Partition = Annotated[Iid | Dirichlet | Pathological | Natural | Resampled, Field(discriminator="kind")]
@@ -75,6 +82,7 @@ class DataSection(Section):
     text: str | None = None
     image: str | None = None
     label: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     test: str | None = None
     test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
@@ -92,6 +100,7 @@ class BackboneSection(Section):
     pool: Literal["mean", "first"] = "mean"
     channels_last: bool = False
     compile: bool = False
+    options: Options = Field(default_factory=dict)
 
 
 class TuneSection(Section):
@@ -233,8 +242,8 @@ class Job(Section):
         return self
 
     @property
-    def trains_on_features(self) -> bool:
-        """Whether training sees nothing but kept features, of examples as they are or of their views."""
+    def leaves_backbone(self) -> bool:
+        """Whether the backbone is frozen, and what training shows it can be known before."""
         return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
 
     @classmethod

@@ -7,12 +7,24 @@ from dataclasses import dataclass
 from math import floor, isfinite
 from typing import Any
 
+from tasks import TASKS
+
 NAMES = {
     "zero_shot": "untrained head",
     "local_only": "every client alone (mean)",
     "federated": "federated",
     "pooled": "pooled (all data in one place)",
 }
+
+
+def row_name(row: str) -> str:
+    """What a row is called; one that isn't in `NAMES` is a task's own reference.
+
+    >>> row_name("pooled"), row_name("seasonal_naive")
+    ('pooled (all data in one place)', 'seasonal naive (nothing learnt)')
+    """
+    return NAMES.get(row, f"{row.replace('_', ' ')} (nothing learnt)")
+
 
 NO_GAP = 0.005
 """Differences between clients alone and pooled data up to here are too small to be a gap."""
@@ -22,10 +34,11 @@ Metrics = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics of each model in `NAMES` that was measured, and where the federated ones come from."""
+    """Metrics of each model that was measured, and where the federated ones come from."""
 
     rows: dict[str, Metrics]
     on_test_set: bool
+    judged_by: str = "accuracy"
 
     @property
     def metrics(self) -> list[str]:
@@ -35,7 +48,9 @@ class Comparison:
 
     @property
     def headline(self) -> str | None:
-        """The metric the run is judged by: the first that is not a loss, else the first."""
+        """The metric the run is judged by: its task's, or else the first that is not a loss."""
+        if self.judged_by in self.metrics:
+            return self.judged_by
         return next((m for m in self.metrics if not lower_is_better(m)), next(iter(self.metrics), None))
 
     def value(self, row: str, metric: str) -> float | None:
@@ -62,10 +77,19 @@ class Comparison:
 
 
 def comparison_of(result: dict[str, Any]) -> Comparison:
-    """The rows in the order of `NAMES`; the federated one from the server's test set, else its clients."""
+    """The task's references, then the rows in the order of `NAMES`.
+
+    The federated one is from the server's test set, else its clients.
+    """
     server = result["final"]["server"]
     rows = dict(result["baselines"]) | {"federated": server or mean_over_clients(result)}
-    return Comparison({name: rows[name] for name in NAMES if rows.get(name)}, on_test_set=bool(server))
+    order = [name for name in rows if name not in NAMES] + list(NAMES)
+    task = TASKS.get(str(result.get("task")))
+    return Comparison(
+        {name: rows[name] for name in order if rows.get(name)},
+        on_test_set=bool(server),
+        judged_by=task.headline if task else "accuracy",
+    )
 
 
 def mean_over_clients(result: dict[str, Any]) -> dict[str, float]:
@@ -90,10 +114,14 @@ def finite(value: object) -> float | None:
 def lower_is_better(metric: str) -> bool:
     """Whether a metric falls as the model improves.
 
-    >>> lower_is_better("loss"), lower_is_better("macro_f1")
-    (True, False)
+    >>> lower_is_better("loss"), lower_is_better("macro_f1"), lower_is_better("mae")
+    (True, False, True)
     """
-    return any(word in metric for word in ("loss", "error", "perplexity"))
+    return metric in ERRORS or any(word in metric for word in ("loss", "error", "perplexity"))
+
+
+ERRORS = ("mae", "rmse", "mase", "pinball", "wer", "cer")
+"""Metrics whose names don't say that they are errors."""
 
 
 def whole_percent(share: float) -> str:

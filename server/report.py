@@ -10,7 +10,15 @@ from typing import Any
 from protocol.errors import ConfigError
 from protocol.job import Job
 from server.checkpoint import replace_synced
-from server.comparison import NAMES, Comparison, comparison_of, finite, lower_is_better, whole_percent
+from server.comparison import (
+    NAMES,
+    Comparison,
+    comparison_of,
+    finite,
+    lower_is_better,
+    row_name,
+    whole_percent,
+)
 from server.report_clients import clients_section
 from server.report_html import Markup, Table, code, facts, figure, paragraph, section
 from server.report_plots import Curve, curves_plot, seconds_plot
@@ -150,7 +158,7 @@ def _comparison_section(result: dict[str, Any], compared: Comparison) -> Markup:
         cells: list[str] = [metric_value(m, compared.value(row, m)) for m in compared.metrics]
         if compared.headline is not None:
             cells.insert(0, _bar(compared, row))
-        table.row(NAMES[row], *cells, style=f"{row} chief" if row == "federated" else row)
+        table.row(row_name(row), *cells, style=f"{row} chief" if row == "federated" else row)
     notes = "".join(paragraph(f"Note: {note}", "note") for note in result.get("notes", []))
     return section(
         "Comparison", paragraph(reading(compared), "reading"), table.html() if compared.rows else "", notes
@@ -201,7 +209,7 @@ def _metric_plot(
     curves = [Curve(kind, p) for kind, p in (("training", training), ("federated", points)) if p]
     if not curves:
         return ""
-    baselines = (row for row in compared.rows if row != "federated" and compared.on_test_set)
+    baselines = (r for r in compared.rows if r in NAMES and r != "federated" and compared.on_test_set)
     levels = {row: level for row in baselines if (level := compared.value(row, metric)) is not None}
     word = metric_words(metric)
     title = f"{word[0].upper()}{word[1:]} over rounds"
@@ -213,7 +221,7 @@ def _key(compared: Comparison, training: bool) -> Markup:
     names = [
         (row, NAMES[row], dashes.get(row, ""))
         for row in compared.rows
-        if compared.on_test_set or row == "federated"
+        if row in NAMES and (compared.on_test_set or row == "federated")
     ]
     if training:
         names.append(("training", "training loss at the clients", ""))

@@ -43,7 +43,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
             "server": final_server(run),
             "clients": {m.client: _client(run, m) for m in measurements},
         },
-        "baselines": {name: dict(metrics) for name, metrics in baselines.items()},
+        "baselines": _references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
         "privacy": claim_of(run),
         "facts": run.learner.facts,
         "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
@@ -75,6 +75,11 @@ def private_notes(run: Run) -> list[str]:
     if run.ended_early:
         notes.append(run.ended_early)
     return notes
+
+
+def _references(run: Run) -> dict[str, dict[str, float]]:
+    """What needs no learning, on the server's test set."""
+    return {} if run.test is None else run.learner.references(run.test)
 
 
 def final_server(run: Run) -> dict[str, float]:

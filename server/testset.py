@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from protocol.job import Job
 from server.rounds import TestSet
 from tasks import task_named
 from tasks.learner import Learner, ranked
-from tasks.reading import Table, example_keys
-from tasks.seam import Shard
+from tasks.reading import Table
+from tasks.seam import Shard, Task
 from tasks.sources import SOURCES, load_source
 
 logger = logging.getLogger(__name__)
@@ -26,18 +27,20 @@ def read_source(job: Job) -> Table:
         ConfigError, DataError: it is missing or unfit.
     """
     if Path(job.data.source).is_absolute():
-        return task_named(job.task.name).read(Path(job.data.source), job.data)
+        return task_named(job.task.name).read(Path(job.data.source), job.data, job.task.options)
     check_source(job)
-    return load_source(job.data.source, offline=job.backbone.offline)
+    splits = load_source(job.data.source, offline=job.backbone.offline)
+    return task_named(job.task.name).adopt(splits, job)
 
 
 def check_source(job: Job) -> None:
     """Raises ConfigError if the source is a built-in one that holds no data of the job's task."""
     source = SOURCES.get(job.data.source)
-    if source is not None and source.task != job.task.name:
-        fitting = [name for name, other in SOURCES.items() if other.task == job.task.name]
+    if source is not None and job.task.name not in source.tasks:
+        fitting = [name for name, other in SOURCES.items() if job.task.name in other.tasks]
+        tasks = " and ".join(source.tasks)
         raise ConfigError(
-            f"data.source: {source.name} is for {source.task}, the job's task is {job.task.name};"
+            f"data.source: {source.name} is for {tasks}, the job's task is {job.task.name};"
             f" expected {' or '.join([*fitting, 'a path'])}"
         )
 
@@ -48,16 +51,23 @@ def hold_out(table: Table, job: Job) -> tuple[datasets.Dataset, datasets.Dataset
     The test set is the job's own `data.test`, or the source's test split, or a fraction of the
     source chosen by content, so that equal examples fall on the same side.
     """
+    task = task_named(job.task.name)
     if job.data.test is not None:
-        return table.train, task_named(job.task.name).read(Path(job.data.test), job.data).train
+        return table.train, task.read(Path(job.data.test), job.data, job.task.options).train
     if table.test is not None:
         return table.train, table.test
-    keys = example_keys(table.train)
+    keys = unit_keys(task, table.train)
     order = ranked(keys, job.seed, "test")
     count = round(len(keys) * job.data.test_fraction)
     while 0 < count < len(keys) and keys[order[count - 1]] == keys[order[count]]:
         count += 1
     return table.train.select(sorted(order[count:])), table.train.select(sorted(order[:count]))
+
+
+def unit_keys(task: Task, dataset: datasets.Dataset) -> list[bytes]:
+    """For each row a hash of what must not be split: its example's content, or its group."""
+    groups = task.groups(dataset)
+    return task.keys(dataset) if groups is None else [hashlib.sha256(g.encode()).digest() for g in groups]
 
 
 def server_test_set(job: Job) -> TestSet:
@@ -68,7 +78,7 @@ def server_test_set(job: Job) -> TestSet:
 
     def test_set(learner: Learner) -> Shard | None:
         if job.data.test is not None:
-            table = learner.task.read(Path(job.data.test), job.data)
+            table = learner.task.read(Path(job.data.test), job.data, job.task.options)
             return learner.task.shard(table.train, learner.facts)
         if job.data.source not in SOURCES and not Path(job.data.source).exists():
             logger.info("no test data at the server: the model is measured at the clients")

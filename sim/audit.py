@@ -116,7 +116,7 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
         assert terms is not None
         number = _fitting(how, CanaryClients.most(model), "different directions of updates")
         return CanaryClients(population, job, terms, model, number)
-    if job.trains_on_features:
+    if learner.trains_on_features:
         number = _fitting(how, CanaryFeatures.most(learner), "different features and labels")
         return CanaryFeatures.of(population, learner, number)
     most = len(candidates(population, learner)) // 2

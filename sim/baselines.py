@@ -59,7 +59,7 @@ class Comparison:
 def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     """Final tensors of each owner that trains alone on its shard."""
     job, learner, first = long_job(run.job), run.learner, run.first_model
-    if job.trains_on_features:
+    if learner.trains_on_features:
         held = {name: Held(shard, shard, learner.training_features(shard)) for name, shard in shards.items()}
         local = Local(job, LOSSES[learner.task.head_loss], round=0)
         updates: Sequence[Update] = train_heads(first, *heads_of(held, job.train.device), local)

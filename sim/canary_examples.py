@@ -233,4 +233,4 @@ def _targets(population: Population, learner: Learner, label: Iterable[int]) -> 
         return torch.tensor(list(label), dtype=torch.int64)
     whole = population.whole(learner)
     generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "targets"))
-    return whole.targets[torch.from_numpy(generator.integers(0, len(whole), len(list(label))))]
+    return whole.table[torch.from_numpy(generator.integers(0, len(whole), len(list(label))))]

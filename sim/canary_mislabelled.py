@@ -53,7 +53,7 @@ class Mislabelled:
         if learner.task.head_loss != "softmax" or classes < 2:
             raise ConfigError(f"task.name: {learner.job.task.name} has no classes to mislabel, expected two")
         shift = torch.from_numpy(generator.integers(1, classes, len(rows)))
-        return cls(population, learner, rows, (whole.targets[torch.from_numpy(rows)] + shift) % classes)
+        return cls(population, learner, rows, (whole.table[torch.from_numpy(rows)] + shift) % classes)
 
     @property
     def count(self) -> int:
@@ -117,7 +117,7 @@ class MislabelledIndex(Index):
     @cached_property
     def whole(self) -> Shard:
         plain = self.population.whole(self.learner)
-        targets = plain.targets.clone()
+        targets = plain.table.clone()
         targets[torch.from_numpy(self.canaries.rows)] = self.canaries.targets
         return Shard(plain.inputs, targets, plain.keys)
 

@@ -21,6 +21,7 @@ from sim.devices import clock_of
 from sim.inline import InlineCarrier, LoopCarrier
 from sim.population import Population
 from sim.workers import PooledCarrier
+from tasks import task_named, trains_on_features
 from tasks.features import Progress
 from tasks.learner import Learner
 from tasks.seam import Shard
@@ -88,9 +89,9 @@ def _carrier(population: Population, engine: str, workers: int, ledgers: Path, s
     books = Books(ledgers) if job.privacy.units else None
     if engine == "loop":
         return LoopCarrier.of(population, books)
-    if engine == "cohort" and not job.trains_on_features:
+    if engine == "cohort" and not trains_on_features(job):
         return InlineCarrier.of(population, at_once=True, books=books)
-    if workers > 1 and not job.trains_on_features:
+    if workers > 1 and not trains_on_features(job):
         return stack.enter_context(PooledCarrier(population, workers, ledgers))
     return InlineCarrier.of(population, workers, books=books)
 
@@ -99,7 +100,7 @@ def path_taken(job: Job, engine: str, workers: int) -> str:
     """How clients train, and why, in one line."""
     if engine == "loop":
         return "one client after the other, as --engine loop asks"
-    if job.trains_on_features:
+    if trains_on_features(job):
         heads = "a cohort's heads at once" if engine != "ray" else "heads in blocks on Ray"
         threads = f" in {workers} threads" if workers > 1 and engine != "ray" else ""
         views = job.train.cached_views
@@ -113,6 +114,8 @@ def path_taken(job: Job, engine: str, workers: int) -> str:
     places = "in this process" if workers == 1 else f"in {workers} processes"
     places = "on Ray" if engine == "ray" else places
     why = f"{job.tune.method} tunes the backbone" if job.tune.method != "head" else UNCACHED
+    if job.tune.method == "head" and not task_named(job.task.name).on_features:
+        why = f"the head of {job.task.name} sees more than one row of features an example"
     return f"one client after the other {places}: {why}"
 
 
@@ -124,7 +127,7 @@ def warmed(population: Population, progress: Progress | None) -> Callable[[Learn
         measured = job.data.validation_fraction > 0 or not job.train.augment
         if learner.uses_features and measured:
             learner.keep_features(population.whole(learner), training=False)
-        if job.trains_on_features:
+        if learner.trains_on_features:
             learner.keep_features(population.whole(learner), training=True)
         test = population.test_shard(learner)
         if test is not None and learner.uses_features:

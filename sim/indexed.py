@@ -63,7 +63,7 @@ class Index:
         held = len(whole) * (learner.job.train.cached_views or 1)
         if held * learner.width * 4 > TABLE_BYTES:
             return None
-        return Examples.of(learner.training_features(whole), whole.targets, learner.job.train.device)
+        return Examples.of(learner.training_features(whole), whole.table, learner.job.train.device)
 
     @cached_property
     def _validation_rank(self) -> Rows:
@@ -85,7 +85,11 @@ class Index:
 
     def _split(self, rows: Rows) -> tuple[Rows, Rows]:
         rows = np.sort(rows)
-        count = validation_count(len(rows), self.learner.job.data.validation_fraction)
+        task, job = self.learner.task, self.learner.job
+        if task.splits_itself:
+            own = task.split(self.whole.select(rows.tolist()), job.seed, job.data.validation_fraction)
+            return rows[own[0]], rows[own[1]]
+        count = validation_count(len(rows), job.data.validation_fraction)
         if not count:
             return rows, rows[:0]
         drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
@@ -99,7 +103,7 @@ class Index:
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
         cohort = self.whole.select(used.tolist())
         device = self.learner.job.train.device
-        examples = Examples.of(self.learner.training_features(cohort), cohort.targets, device)
+        examples = Examples.of(self.learner.training_features(cohort), cohort.table, device)
         ends = np.cumsum([len(part) for part in parts])[:-1]
         return examples, [HeadWork(n, rows) for n, rows in zip(names, np.split(places, ends), strict=True)]
 
@@ -125,14 +129,14 @@ class IndexedSite(Site):
             return self._measure(learner, request, names)
         if not names:
             return []
-        is_plain = not learner.job.trains_on_features and not learner.job.privacy.units
+        is_plain = not learner.trains_on_features and not learner.job.privacy.units
         if self.at_once and request.kind == "train" and is_plain:
             shards = {name: self._hold(learner, name, request.facts).train for name in names}
             job = learner.job
             return train_at_once(
                 learner, request.tensors, shards, job, round=request.round, plan=request.plan
             )
-        if not learner.job.trains_on_features:
+        if not learner.trains_on_features:
             return super().answer(request, names)
         admitted, failures = self.admit(learner.job, request, names)
         if not admitted.names:

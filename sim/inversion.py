@@ -102,7 +102,7 @@ def probed(job: Job, population: Population) -> dict[str, Any] | None:
     task = task_named(job.task.name)
     learner = Learner.of(job, task, task.agree(population.roll(job).facts))
     head = learner.initial()
-    if not job.trains_on_features or len(Layers.of(head).layers) != 1 or task.head_loss != "softmax":
+    if not learner.trains_on_features or len(Layers.of(head).layers) != 1 or task.head_loss != "softmax":
         return None
     probe = _probe(job, population, learner, head)
     alone = [np.array([row]) for row in range(len(probe.targets))][:ALONE]
@@ -128,7 +128,7 @@ def _probe(job: Job, population: Population, learner: Learner, head: Tensors) ->
     rows = np.random.default_rng(stream_seed(job.seed, "audit", "probe")).permutation(len(whole))
     shard = whole.select(rows[: TOGETHER * ALONE].tolist())
     features = learner.training_features(shard)[0]
-    return Probe(job, head, Examples.of(features, shard.targets), features, shard.targets)
+    return Probe(job, head, Examples.of(features, shard.table), features, shard.table)
 
 
 def _batches(targets: torch.Tensor, classes: int, seed: int) -> list[NDArray[np.int64]]:

@@ -19,8 +19,12 @@ from protocol.streams import stream_seed
 from sim.dealing import Dealing, Dealt, Drawn, Rows
 
 
-def partition(table: datasets.Dataset, order: Sequence[int], job: Job) -> Dealing:
+def partition(
+    table: datasets.Dataset, order: Sequence[int], job: Job, groups: Sequence[str] | None = None
+) -> Dealing:
     """Which rows of `table` each client holds. `order` is how they are dealt: by content alone.
+
+    Rows of one of the `groups` (a patient, say) stay together, where they are dealt evenly.
 
     Raises:
         ConfigError: the data can't be split that way.
@@ -31,7 +35,7 @@ def partition(table: datasets.Dataset, order: Sequence[int], job: Job) -> Dealin
     deck = np.asarray(order, dtype=np.int64)
     match rule:
         case Iid():
-            return _evenly(deck, clients)
+            return _evenly(deck, clients) if groups is None else _evenly_together(deck, clients, groups)
         case Natural():
             return _by_value(deck, table, rule.by, clients)
         case Resampled():
@@ -57,13 +61,44 @@ def _evenly(deck: Rows, clients: int) -> Dealt:
     return Dealt(deck, numbers * size + np.minimum(numbers, longer))
 
 
-def _by_value(deck: Rows, table: datasets.Dataset, by: str, clients: int) -> Dealt:
-    """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
+def _evenly_together(deck: Rows, clients: int, groups: Sequence[str]) -> Dealt:
+    """Runs of as even a length as whole groups allow; `deck` has each group's rows side by side.
+
+    Raises:
+        ConfigError: there are fewer groups than clients.
+    """
+    owner = np.array(groups)[deck]
+    starts = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
+    if len(starts) < clients:
+        raise ConfigError(
+            f"federation.clients: {clients} clients cannot share {len(starts)} groups of examples that belong"
+            " together, set fewer"
+        )
+    ends = np.append(starts[1:], len(deck))
+    wanted = np.arange(1, clients) * len(deck) / clients
+    last = np.maximum.accumulate(np.searchsorted(ends, wanted, side="left"))
+    # Every client gets a group of its own: cuts move apart where a group is longer than a share.
+    number = np.arange(1, clients)
+    cut = np.minimum(np.maximum.accumulate(last + 1 - number) + number, len(starts) - (clients - number))
+    return Dealt(deck, np.concatenate([[0], starts[cut], [len(deck)]]).astype(np.int64))
+
+
+def _column(table: datasets.Dataset, by: str) -> list[object]:
+    """The values of a column that the partition goes by.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
     if by not in table.column_names:
         raise ConfigError(
             f"data.partition.by: no column {by!r}, found {', '.join(sorted(table.column_names))}"
         )
-    column = np.array(table[by])
+    return list(table[by])
+
+
+def _by_value(deck: Rows, table: datasets.Dataset, by: str, clients: int) -> Dealt:
+    """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
+    column = np.array(_column(table, by))
     if column.dtype == object:
         missing = sum(value is None for value in column.tolist())
         raise ConfigError(
@@ -83,7 +118,10 @@ LISTED = 10_000
 
 
 def _drawn(deck: Rows, table: datasets.Dataset, rule: Resampled, job: Job) -> Dealing:
-    _, label = np.unique(np.array(table["label"])[deck], return_inverse=True)
+    if rule.alpha is None and rule.by not in table.column_names:
+        label = np.zeros(len(deck), dtype=np.int64)
+    else:
+        label = np.unique(np.array(_column(table, rule.by))[deck], return_inverse=True)[1]
     clients = job.federation.clients
     drawn = Drawn(
         deck[np.argsort(label, kind="stable")],
@@ -97,7 +135,9 @@ def _drawn(deck: Rows, table: datasets.Dataset, rule: Resampled, job: Job) -> De
 
 
 def _by_partitioner(deck: Rows, table: datasets.Dataset, job: Job) -> Dealt:
-    labels = table["label"]
+    rule = job.data.partition
+    assert isinstance(rule, Dirichlet | Pathological)
+    labels = _column(table, rule.by)
     partitioner = _partitioner(job)
     partitioner.dataset = datasets.Dataset.from_dict(
         {"row": deck, "label": [labels[row] for row in deck.tolist()]}

@@ -13,13 +13,12 @@ import numpy as np
 from protocol.job import Job
 from protocol.messages import Facts
 from server.roll import Roll
-from server.testset import hold_out, read_source
+from server.testset import hold_out, read_source, unit_keys
 from sim.dealing import Dealing, Dealt, Rows
 from sim.partition import partition
 from tasks import task_named
 from tasks.lazy import Picked
 from tasks.learner import Learner, ranked
-from tasks.reading import example_keys
 from tasks.seam import Shard, canonical_order
 
 
@@ -45,8 +44,9 @@ class Population:
         """
         table = read_source(job)
         train, test = hold_out(table, job)
-        keys = example_keys(train)
-        dealing = partition(train, ranked(keys, job.seed, "partition"), job)
+        task = task_named(job.task.name)
+        keys, units = task.keys(train), unit_keys(task, train)
+        dealing = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
         if isinstance(dealing, Dealt) and len(held := dealing.held()) < len(keys):
             train, keys = train.select(held), [keys[row] for row in held.tolist()]
             dealing = dealing.among(held)
@@ -59,7 +59,7 @@ class Population:
         """All clients, without asking each: what they hold between them is one table."""
         key = job.task.name + job.data.model_dump_json()
         if key not in self._facts:
-            self._facts[key] = task_named(job.task.name).describe(self.train, job.data)
+            self._facts[key] = task_named(job.task.name).describe(self.train, job.data, job.task.options)
         return Roll(self.names(job), self.dealing.sizes, [self._facts[key]])
 
     def dataset(self, job: Job, client: str) -> datasets.Dataset:

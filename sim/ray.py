@@ -29,6 +29,7 @@ from server.app import FlowerCarrier
 from server.play import play
 from server.rounds import TestSet
 from sim.population import Population
+from tasks import trains_on_features
 
 if TYPE_CHECKING:
     import datasets
@@ -89,7 +90,7 @@ def simulate_on_ray(
 
     client, ledgers = ClientApp(), out.resolve() / "ledgers"
     register(client, lambda job, context: block_site(job, context, ledgers))
-    per_worker = 1 if job.trains_on_features else BLOCKS_PER_WORKER
+    per_worker = 1 if trains_on_features(job) else BLOCKS_PER_WORKER
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * job.train.threads}
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the carrier tells of each failed reply

@@ -107,7 +107,7 @@ def replayed(
 
 def _without_test_set(population: Population) -> Callable[[Learner], None]:
     def test_set(learner: Learner) -> None:
-        if learner.job.trains_on_features:
+        if learner.trains_on_features:
             learner.keep_features(population.whole(learner), training=True)
 
     return test_set

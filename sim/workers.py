@@ -29,6 +29,7 @@ from protocol.messages import (
 )
 from server.roll import Roll
 from sim.population import Population
+from tasks import trains_on_features
 
 RETRIES = 3
 
@@ -57,7 +58,7 @@ class PooledCarrier:
             JobError: workers keep dying.
         """
         head, body = encode_request(request)
-        waiting = blocks(names, self.workers, whole=self.population.job.trains_on_features)
+        waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
         for _ in range(RETRIES):
             lost: list[list[str]] = []
             with interrupts_held_back():

@@ -5,12 +5,19 @@ from __future__ import annotations
 import difflib
 
 from protocol.errors import ConfigError
+from protocol.job import Job
 from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
+from tasks.forecasting import FORECASTING
 from tasks.seam import Model, Shard, Task
 
-__all__ = ["TASKS", "Model", "Shard", "Task", "task_named"]
+__all__ = ["TASKS", "Model", "Shard", "Task", "task_named", "trains_on_features"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (TEXT_CLASSIFICATION, IMAGE_CLASSIFICATION)}
+REGISTERED: tuple[Task, ...] = (
+    TEXT_CLASSIFICATION,
+    IMAGE_CLASSIFICATION,
+    FORECASTING,
+)
+TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 
 
 def task_named(name: str) -> Task:
@@ -24,3 +31,8 @@ def task_named(name: str) -> Task:
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(TASKS)}"
         raise ConfigError(f"task.name: unknown task {name!r}, {hint}")
     return TASKS[name]
+
+
+def trains_on_features(job: Job) -> bool:
+    """Whether training sees nothing but kept features of a frozen backbone."""
+    return task_named(job.task.name).on_features and job.leaves_backbone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from protocol.errors import ConfigError, DataError
-from protocol.job import BackboneSection, DataSection, Job
+from protocol.job import BackboneSection, DataSection, Job, Options
 from protocol.messages import Facts
 from tasks.augment import IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
 from tasks.columns import Columns
 from tasks.images import image_bytes, read_image_input
 from tasks.lazy import Cells, Picked
-from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts
-from tasks.seam import Encoder, Shard, canonical_order
+from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts, table_of
+from tasks.seam import Encoder, Shard, Task, canonical_order
 from tasks.sources import SOURCES
 from tasks.text_encoder import load_text_encoder
 from tasks.texts import read_text_input
@@ -28,11 +28,12 @@ from tasks.writing import write_images, write_texts
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
     from torchmetrics import MetricCollection
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """One of several classes for each example; texts and images differ in reading and encoding."""
 
     name: str
@@ -62,16 +63,22 @@ class Classification:
                 f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
             )
 
-    def read(self, source: Path, data: DataSection) -> Table:
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
         return self.reader(source, _columns(data))
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return table_of(splits)
 
     def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
         self.writer(dataset, folder, _columns(data))
 
-    def inspect(self, source: Path, data: DataSection) -> Findings:
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
         return inspect(source, self.name, _columns(data))
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection) -> Facts:
+    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+        return example_keys(dataset)
+
+    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
         """The classes, in order: those the job names, or else those of the data, sorted.
 
         Raises:
@@ -139,10 +146,10 @@ class Classification:
             compute_groups=False,
         )
 
-    def answer(self, outputs: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
         """The most likely class and its probability, and all probabilities."""
         rows = []
-        for row in torch.softmax(outputs, dim=-1):
+        for row in torch.softmax(predictions, dim=-1):
             best = int(row.argmax())
             probabilities = {c: round(float(p), 4) for c, p in zip(facts["classes"], row, strict=True)}
             rows.append(

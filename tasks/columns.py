@@ -37,24 +37,41 @@ USUAL = Columns()
 
 def column_name(rows: Rows, role: str, chosen: str | None) -> str:
     """The column of `rows` that plays `role`: the chosen one, or the only one with a usual name."""
-    names: list[str] = rows.table.column_names
     if rows.is_canonical:
         return role
+    name = role_column(rows, role, chosen, _USUAL[role])
+    assert name is not None, "a required role has a column, or is refused"
+    return name
+
+
+def role_column(
+    rows: Rows, role: str, chosen: str | None, usual: Sequence[str], *, required: bool = True
+) -> str | None:
+    """As `column_name`, for any role; None where one that isn't required has no column.
+
+    Raises:
+        DataError: there is no such column, or several could be it.
+    """
+    names: list[str] = rows.table.column_names
     if chosen is not None:
         if chosen not in names:
             raise DataError(f"{rows.name}: columns {names}, expected one called {chosen!r} as the {role}")
         return chosen
-    found = [name for name in names if name.strip().lower() in _USUAL[role]]
+    found = [name for name in names if name.strip().lower() in usual]
+    found = [role] if role in found and role not in _USUAL else found
     if len(found) == 1:
         return found[0]
-    usual = ", ".join(_USUAL[role])
+    is_own = role in _USUAL
+    key, option = (
+        (f"data.{role}", f"--{role}") if is_own else (f"data.columns.{role}", f"--column {role}=NAME")
+    )
     if found:
-        raise DataError(
-            f"{rows.name}: columns {found} could each be the {role}, expected its name as data.{role}"
-        )
+        raise DataError(f"{rows.name}: columns {found} could each be the {role}, expected its name as {key}")
+    if not required:
+        return None
     raise DataError(
-        f"{rows.name}: columns {names}, expected one for the {role} (such as {usual});"
-        f" its name can be given as data.{role}, or to atoll check as --{role}"
+        f"{rows.name}: columns {names}, expected one for the {role} (such as {', '.join(usual)});"
+        f" its name can be given as {key}, or to atoll check as {option}"
     )
 
 
@@ -70,12 +87,17 @@ def text_column(rows: Rows, name: str) -> pa.ChunkedArray:
 
 def image_column(rows: Rows, name: str) -> pa.ChunkedArray:
     """The images as structs of bytes and path, without a copy of the bytes; paths are made absolute."""
+    return file_column(rows, name, "images or their paths")
+
+
+def file_column(rows: Rows, name: str, expected: str) -> pa.ChunkedArray:
+    """Files as structs of bytes and path; `expected` says what else the column can't be."""
     column = _sound(rows, name)
     where = f"{rows.name}: column {name!r}"
     fields = [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
     structs = []
     for chunk in column.chunks or [pa.array([], column.type)]:
-        data, paths = _bytes_and_paths(chunk, where)
+        data, paths = _bytes_and_paths(chunk, where, expected)
         structs.append(pa.StructArray.from_arrays([data, _absolute(paths, data, rows.folder)], fields=fields))
     return pa.chunked_array(structs)
 
@@ -87,7 +109,7 @@ def _absolute(paths: pa.Array, data: pa.Array, folder: Path) -> pa.Array:
     return pa.array([path if held or not path else str(root / path) for path, held in pairs], pa.string())
 
 
-def _bytes_and_paths(chunk: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
+def _bytes_and_paths(chunk: pa.Array, where: str, expected: str) -> tuple[pa.Array, pa.Array]:
     kind = chunk.type
     if pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}:
         # flatten() heeds that a whole struct may be null, field() doesn't.
@@ -97,7 +119,12 @@ def _bytes_and_paths(chunk: pa.Array, where: str) -> tuple[pa.Array, pa.Array]:
         return pa.nulls(len(chunk), pa.binary()), chunk
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return chunk.cast(pa.binary()), pa.nulls(len(chunk), pa.string())
-    raise DataError(f"{where} is {kind}, expected images or their paths")
+    raise DataError(f"{where} is {kind}, expected {expected}")
+
+
+def values_of(rows: Rows, name: str) -> pa.ChunkedArray:
+    """A column's values, seen to be sound."""
+    return _sound(rows, name)
 
 
 def label_values(rows: Rows, name: str) -> list[object]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,11 +31,17 @@ from tasks.features import (
     varied_views,
 )
 from tasks.ready import ReadyInputs
-from tasks.seam import Batch, Encoder, Model, Shard, Task, Variation
+from tasks.seam import TARGETS, Batch, Encoder, Model, Shard, Task, Variation
 from tasks.vision_encoder import torchvision_width
 from tasks.weights import Backbone, resolve
 
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
 EVALUATION_BATCH = 64
+
+WHOLE_BATCH = 16
+"""Examples measured together by models that aren't a head on features: some make much of each."""
 
 
 @dataclass
@@ -57,22 +64,32 @@ class Learner:
             ConfigError: the device isn't there.
         """
         check_fits(job, task)
-        return cls(job, task, facts, resolve(job.backbone, job.seed), progress)
+        return cls(job, task.bound(job), facts, resolve(job.backbone, job.seed), progress)
 
     @property
     def uses_features(self) -> bool:
         """Whether the backbone is frozen as a whole, so that an example's features never change."""
-        return self.job.tune.method == "head"
+        return self.task.on_features and self.job.tune.method == "head"
+
+    @property
+    def trains_on_features(self) -> bool:
+        """Whether training sees nothing but kept features, of examples as they are or of their views."""
+        return self.task.on_features and self.job.leaves_backbone
 
     @cached_property
     def encoder(self) -> Encoder:
         """The backbone, loaded at first use."""
+        if not self.task.on_features:
+            return self.model.backbone
         return self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
 
     @cached_property
     def model(self) -> Model:
         """Backbone and head on the job's device, with what the job tunes marked as trainable."""
-        model = Model(self.encoder, self._fresh_head(self.encoder.width))
+        if self.task.on_features:
+            model = Model(self.encoder, self._fresh_head(self.encoder.width))
+        else:
+            model = self.task.network(self.backbone, self.job, self.facts)
         tuning.mark_trainable(model, self.job.tune, self.job.seed)
         return model.to(self.job.train.device)
 
@@ -97,10 +114,14 @@ class Learner:
         return {name: t.cpu() for name, t in tuning.values(self.model).items()}
 
     def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
-        """Some rows of a shard as the backbone takes them; they are decoded once, unless they vary."""
+        """Some rows of a shard as the model takes them; they are decoded once, unless they vary."""
         if variation is not None:
-            return self.encoder.prepare([shard.inputs[row] for row in rows], variation)
-        return self.encoder.batch(self._ready.of(self.encoder, shard, rows))
+            batch = self.encoder.prepare([shard.inputs[row] for row in rows], variation)
+        else:
+            batch = self.encoder.batch(self._ready.of(self.encoder, shard, rows))
+        if self.task.sees_targets:
+            batch[TARGETS] = shard.targets_of(rows)
+        return batch
 
     def features(self, shard: Shard) -> torch.Tensor:
         """Features [n, width] of a shard as it is, from the cache where they are there."""
@@ -137,8 +158,16 @@ class Learner:
                 f" (here {found[:12]} from {self.backbone.origin}, there {expected[:12]})"
             )
 
-    def fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
-        """As `outputs`, but nothing is looked up in the cache or left there."""
+    def predictions(self, tensors: Tensors, inputs: Sequence[Any]) -> Any:
+        """What the model says of raw inputs, one prediction each; nothing is looked up or kept."""
+        shard = Shard(inputs, torch.zeros(len(inputs), dtype=torch.int64), (bytes(32),) * len(inputs))
+        if not self.task.on_features:
+            model = self._filled(tensors)
+            with torch.inference_mode():
+                return model.predict(self._on_device(self.encoder.prepare(inputs)))
+        return self._fresh_outputs(tensors, shard)
+
+    def _fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         if not self.uses_features:
             return self.outputs(tensors, shard)
         train = self.job.train
@@ -149,29 +178,60 @@ class Learner:
         """What the model with these tensors says of a shard, [n, outputs]."""
         if self.uses_features:
             return self._through_head(tensors, self.features(shard))
-        model = self.model.eval()
-        tuning.load_values(model, tensors)
-        device = self.job.train.device
+        model = self._filled(tensors)
         parts = []
         with torch.inference_mode():
             for rows, prepare in model.backbone.fixed_batches(shard.inputs, EVALUATION_BATCH):
-                output = model({k: v.to(device) for k, v in prepare().items()})[: len(rows)].cpu()
+                output = model(self._on_device(prepare()))[: len(rows)].cpu()
                 parts.append((rows, output))
         ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
         return torch.stack([ordered[row] for row in range(len(shard))])
 
     def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
         """Metric states of the model with these tensors on a shard; they add up over shards."""
-        outputs = self.outputs(tensors, shard)
         metrics = self.task.metrics(self.facts)
-        metrics.update(outputs, shard.targets)
+        if self.task.on_features:
+            outputs = self.outputs(tensors, shard)
+            metrics.update(outputs, shard.table)
+            loss = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard)
+        else:
+            loss = self._measure(self._filled(tensors), shard, metrics)
         states = {
             f"{name}.{state}": getattr(metric, state).clone()
             for name, metric in metrics.items()
             for state in metric._defaults
         }
-        loss = self.task.loss(outputs.to(torch.float64), shard.targets) * len(shard)
         return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
+
+    def references(self, shard: Shard) -> dict[str, dict[str, float]]:
+        """Metrics of the task's predictions that need no learning."""
+        found = {}
+        for name, predictions in self.task.references(shard).items():
+            metrics = self.task.metrics(self.facts)
+            metrics.update(predictions, shard.targets_of(range(len(shard))))
+            found[name] = {metric: float(value) for metric, value in metrics.compute().items()}
+        return found
+
+    def _measure(self, model: Model, shard: Shard, metrics: MetricCollection) -> torch.Tensor:
+        """Put a shard's predictions into the metrics; the sum of its losses."""
+        total = torch.zeros((), dtype=torch.float64)
+        with torch.inference_mode():
+            for start in range(0, len(shard), WHOLE_BATCH):
+                rows = range(start, min(start + WHOLE_BATCH, len(shard)))
+                batch, targets = self._on_device(self.batch(shard, rows)), shard.targets_of(rows)
+                metrics.update(model.predict(batch), targets)
+                loss = self.task.loss(model(batch), targets.to(self.job.train.device))
+                total += loss.cpu().to(torch.float64) * len(rows)
+        return total
+
+    def _filled(self, tensors: Tensors) -> Model:
+        """The model with these tensors, as it is measured and used."""
+        model = self.model.eval()
+        tuning.load_values(model, tensors)
+        return model
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: t.to(self.job.train.device) for name, t in batch.items()}
 
     def compute(self, states: Tensors) -> dict[str, float]:
         """Metrics from added-up states."""
@@ -184,7 +244,10 @@ class Learner:
         return values | {"loss": float(states["loss.sum"] / states["loss.count"])}
 
     def split(self, shard: Shard) -> tuple[Shard, Shard]:
-        """(training part, validation part), chosen by the hash of the content alone."""
+        """(training part, validation part), chosen as the task says or by the hash of the content alone."""
+        if self.task.splits_itself:
+            train, validation = self.task.split(shard, self.job.seed, self.job.data.validation_fraction)
+            return shard.select(train), shard.select(validation)
         rows = ranked(shard.keys, self.job.seed, "validation")
         count = validation_count(len(shard), self.job.data.validation_fraction)
         return shard.select(sorted(rows[count:])), shard.select(sorted(rows[:count]))

@@ -19,14 +19,28 @@ from tasks.weights import Backbone
 
 
 def load_weights(path: Path) -> Tensors:
-    """All tensors of a `.safetensors` or a torch file.
+    """All tensors of a `.safetensors` or a torch file; of a run's model those of its backbone.
 
     Raises:
         WeightsError: the file is truncated, holds more than tensors, or a value isn't finite.
     """
     tensors = _read(path)
     check_finite(tensors, path)
-    return tensors
+    if not is_of_run(path):
+        return tensors
+    own = {n.removeprefix(IN_RUN): t for n, t in tensors.items() if n.startswith(IN_RUN)}
+    if not own or any(".lora_" in name for name in own):
+        raise WeightsError(f'{path}: holds no whole backbone, expected a run with tune.method = "full"')
+    return own
+
+
+IN_RUN = "backbone.model."
+"""How a run names the tensors of its backbone's network."""
+
+
+def is_of_run(path: Path) -> bool:
+    """Whether a file of weights is the model that a run left: what was trained, without buffers."""
+    return (path.parent / "model.json").is_file()
 
 
 def check_finite(tensors: Tensors, path: Path) -> None:
@@ -62,11 +76,11 @@ def fill(module: nn.Module, state: Tensors, path: Path, *, ignore: tuple[str, ..
     Raises:
         WeightsError: a tensor is missing, unexpected, or of another shape.
     """
-    own = module.state_dict()
+    own, buffers = module.state_dict(), {name for name, _ in module.named_buffers()}
     given = {k: v for k, v in state.items() if not k.startswith(ignore)} if ignore else dict(state)
     for name, tensor in own.items():
         if name not in given:
-            if name.endswith("num_batches_tracked"):
+            if name.endswith("num_batches_tracked") or (is_of_run(path) and name in buffers):
                 given[name] = tensor
                 continue
             raise WeightsError(f"{path}: tensor {name} is missing (it has {len(given)} others)")

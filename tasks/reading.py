@@ -66,6 +66,7 @@ class Findings:
     problems: tuple[str, ...]
     duplicates: int
     notes: tuple[str, ...]
+    counted: str = "class"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -10,19 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import nn
 
-from protocol.job import BackboneSection, DataSection, Job
+from protocol.job import BackboneSection, DataSection, Job, Options
 from protocol.messages import Facts
 from protocol.tensors import Tensors
 from tasks.lazy import Picked
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
     from torchmetrics import MetricCollection
 
     from tasks.reading import Findings, Table
     from tasks.weights import Backbone
 
 Batch = dict[str, torch.Tensor]
+
+Ready = torch.Tensor | Batch
+"""One input as an encoder keeps it: a tensor, or several by name."""
+
+TARGETS = "targets"
+"""The name under which a batch holds the targets, for models that must see them to say a loss."""
 
 FixedBatch = tuple[list[int], Callable[[], Batch]]
 """(rows, what prepares them); where the batch has more rows than that, the rest is padding."""
@@ -38,25 +45,55 @@ class Variation:
 
 
 @dataclass(frozen=True)
+class Lazy:
+    """Targets that are made when a batch needs them, so that not all are in memory."""
+
+    row: Callable[[int], torch.Tensor]
+    rows: tuple[int, ...]
+
+    def __getitem__(self, places: Sequence[int]) -> torch.Tensor:
+        return torch.stack([self.row(self.rows[place]) for place in places])
+
+    def select(self, places: Sequence[int]) -> Lazy:
+        """Those targets, in that order."""
+        return Lazy(self.row, tuple(self.rows[place] for place in places))
+
+
+@dataclass(frozen=True)
 class Shard:
     """Examples of one owner in canonical order: by the hash of their content.
 
     The order on disk, the file format and the names of files thus change nothing.
-    `inputs` are raw (texts, or encoded images), `targets` is what the task predicts, [n].
+    `inputs` are raw (texts, or encoded images), `targets` is what the task predicts, [n, …].
+    `groups` has, for tasks that split by more than an example (a patient, a day), what that is.
     """
 
     inputs: Sequence[Any]
-    targets: torch.Tensor
+    targets: torch.Tensor | Lazy
     keys: tuple[bytes, ...]
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def select(self, rows: Sequence[int]) -> Shard:
         """Those rows, in that order."""
-        index = torch.tensor(rows, dtype=torch.int64)
         keys = tuple(self.keys[row] for row in rows)
-        return Shard(Picked(self.inputs.__getitem__, tuple(rows)), self.targets[index], keys)
+        inputs = Picked(self.inputs.__getitem__, tuple(rows))
+        groups = tuple(self.groups[row] for row in rows) if self.groups else ()
+        if isinstance(self.targets, Lazy):
+            return Shard(inputs, self.targets.select(rows), keys, groups)
+        return Shard(inputs, self.targets[torch.tensor(rows, dtype=torch.int64)], keys, groups)
+
+    def targets_of(self, rows: Sequence[int]) -> torch.Tensor:
+        """Targets of some rows, [len(rows), …]."""
+        return self.targets[list(rows)]
+
+    @property
+    def table(self) -> torch.Tensor:
+        """All targets, of a task that learns on features: they are few numbers an example."""
+        assert isinstance(self.targets, torch.Tensor)
+        return self.targets
 
 
 def canonical_order(keys: Sequence[bytes]) -> list[int]:
@@ -70,11 +107,11 @@ class Encoder(nn.Module):
     model: nn.Module
     width: int
 
-    def ready(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+    def ready(self, inputs: Sequence[Any]) -> Sequence[Ready]:
         """Each raw input as a tensor that depends on no other input, so that it can be kept."""
         raise NotImplementedError
 
-    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+    def batch(self, ready: Sequence[Any]) -> Batch:
         """Inputs that are ready as one batch of tensors."""
         raise NotImplementedError
 
@@ -93,7 +130,11 @@ class Encoder(nn.Module):
 
 
 class Model(nn.Module):
-    """A backbone and a head on its features."""
+    """A backbone and a head on its features.
+
+    Where a network has its head inside, the backbone's encoder holds the network and `head` is that part of
+    it; `forward` is then another.
+    """
 
     def __init__(self, backbone: Encoder, head: nn.Module) -> None:
         super().__init__()
@@ -101,41 +142,80 @@ class Model(nn.Module):
         self.head = head
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Head outputs, [batch, outputs]."""
+        """What the task's loss takes, [batch, …]: here the head's outputs, [batch, outputs]."""
         output: torch.Tensor = self.head(self.backbone(batch))
         return output
 
+    def predict(self, batch: Batch) -> Any:
+        """What the task's metrics take, one for each example of the batch."""
+        return self(batch)
+
 
 class Task(Protocol):
-    """One kind of learning problem; a new one is a file and a line in the registry."""
+    """One kind of learning problem; a new one is a file and a line in the registry.
 
-    @property
-    def name(self) -> str:
-        """What jobs call it."""
-        ...
+    A task `on_features` has a head on one row of features an example, which may be kept and trained on at
+    once: it says `encoder`, `head` and `head_loss`. Any other says `network`, the whole model.
+    """
 
-    @property
-    def summary(self) -> str:
-        """One line for `atoll list tasks`."""
-        ...
+    name: str
+    """What jobs call it."""
+
+    summary: str
+    """One line for `atoll list tasks`."""
+
+    on_features: bool = True
+    """Whether the head sees one row of features an example."""
+
+    sees_targets: bool = False
+    """Whether a batch to learn from holds the targets too (`TARGETS`): the words said so far, the boxes."""
+
+    splits_itself: bool = False
+    """Whether `split` says what a client trains on and what it measures on."""
+
+    headline: str = "accuracy"
+    """The metric that a run is judged by."""
+
+    head_loss: Literal["softmax", "sigmoid", "squared"] = "softmax"
+    """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
+
+    def bound(self, job: Job) -> Task:
+        """This task as the job's `task.options` make it; `loss`, `metrics` and `shard` are asked of that."""
+        return self
 
     def check(self, job: Job) -> None:
         """Raises ConfigError where the job asks for what there isn't for this task."""
         ...
 
-    def read(self, source: Path, data: DataSection) -> Table:
-        """One owner's data, every example checked."""
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        """One owner's data, every example checked; `options` are the job's `task.options`."""
+        ...
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        """The splits of a built-in source, which are in the task's own columns and trusted."""
         ...
 
     def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
         """Write rows into a new folder, as `read` with the same `data` reads them back."""
         ...
 
-    def inspect(self, source: Path, data: DataSection) -> Findings:
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
         """What is in the data and what is wrong with it, for `atoll check`."""
         ...
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection) -> Facts:
+    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+        """A 32-byte hash of each example's content: not of its path or place."""
+        ...
+
+    def groups(self, dataset: datasets.Dataset) -> list[str] | None:
+        """What must not be split between training and test, or between clients: a patient, say."""
+        return None
+
+    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
+        """(rows to train on, rows to measure on) within a client, of a task that `splits_itself`."""
+        raise TypeError(f"{self.name} splits by content alone")
+
+    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
         """What must be known of the data before a model can be built."""
         ...
 
@@ -153,28 +233,31 @@ class Task(Protocol):
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         """The backbone as an encoder of this task's inputs."""
-        ...
+        raise TypeError(f"{self.name} has no encoder of its own, but a network")
 
     def head(self, width: int, facts: Facts) -> nn.Module:
         """A fresh head; its initial values come from the global generator."""
-        ...
+        raise TypeError(f"{self.name} has no head of its own, but a network")
 
-    @property
-    def head_loss(self) -> Literal["softmax", "sigmoid", "squared"]:
-        """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
-        ...
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        """The whole model, of a task that isn't `on_features`; its first values come from the job's seed."""
+        raise TypeError(f"{self.name} has a head on an encoder, and no network of its own")
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean over the batch."""
         ...
 
     def metrics(self, facts: Facts) -> MetricCollection:
-        """Metrics whose states add up over clients."""
+        """Metrics whose states add up over clients; they take predictions and targets."""
         ...
 
-    def answer(self, outputs: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
-        """What `atoll predict` prints for each row of outputs."""
+    def references(self, shard: Shard) -> dict[str, Any]:
+        """Predictions that need no learning, by name, which a result always stands beside: the last value."""
+        return {}
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """What `atoll predict` prints for each prediction; `label` comes first."""
         ...
 
 
-__all__ = ["Batch", "Encoder", "Facts", "Model", "Shard", "Task", "Tensors"]
+__all__ = ["TARGETS", "Batch", "Encoder", "Facts", "Lazy", "Model", "Ready", "Shard", "Task", "Tensors"]

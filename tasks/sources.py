@@ -22,7 +22,6 @@ from protocol.cache import cache_root, cached_folder
 from protocol.errors import ConfigError, DataError
 from tasks.packages import Progress, unpacked
 from tasks.png import grey_png
-from tasks.reading import Table, table_of
 from tasks.texts import checked_text
 
 Splits = dict[str, pa.Table]
@@ -43,14 +42,14 @@ class Source:
     """A data set that is known by name; `decode` makes its splits from what carries it."""
 
     name: str
-    task: str
+    tasks: tuple[str, ...]
     description: str
     licence: str
     decode: Callable[[bool, Progress | None], Splits]
 
 
-def load_source(name: str, *, offline: bool = False, progress: Progress | None = None) -> Table:
-    """The data set called `name`; it is fetched, where it must be, at first use only."""
+def load_source(name: str, *, offline: bool = False, progress: Progress | None = None) -> Splits:
+    """The splits of the data set called `name`; it is fetched, where it must be, at first use only."""
     source = SOURCES.get(name)
     if source is None:
         raise ConfigError(f"data.source {name!r}: {_nearest(name)}")
@@ -58,7 +57,7 @@ def load_source(name: str, *, offline: bool = False, progress: Progress | None =
         cache_root() / "sources" / f"{name}-{_CACHE_FORMAT}",
         lambda staging: _write(source.decode(offline, progress), staging),
     )
-    return table_of({path.stem: _read(path) for path in sorted(folder.glob("*.parquet"))})
+    return {path.stem: _read(path) for path in sorted(folder.glob("*.parquet"))}
 
 
 def _read(path: Path) -> pa.Table:
@@ -169,28 +168,28 @@ SOURCES = {
     for source in (
         Source(
             name="bbc-news",
-            task="text-classification",
+            tasks=("text-classification",),
             description="2,225 BBC news articles of 2004-2005 in 5 topics",
             licence="package MIT; the texts are the BBC's, for research",
             decode=_bbc_news,
         ),
         Source(
             name="mnist-5k",
-            task="image-classification",
+            tasks=("image-classification",),
             description="5,000 handwritten digits of MNIST, 28 x 28, 500 of each",
             licence="package BSD-3-Clause; MNIST CC-BY-SA-3.0",
             decode=_mnist_5k,
         ),
         Source(
             name="digits",
-            task="image-classification",
+            tasks=("image-classification",),
             description="1,797 handwritten digits, 8 x 8, from scikit-learn",
             licence="BSD-3-Clause; UCI's digits CC-BY-4.0",
             decode=_digits,
         ),
         Source(
             name="fashion-mnist",
-            task="image-classification",
+            tasks=("image-classification",),
             description="70,000 pictures of clothing, 28 x 28, in 10 kinds, 10,000 of them for test",
             licence="MIT",
             decode=_fashion_mnist,

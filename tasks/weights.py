@@ -51,12 +51,39 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
         return _resolve_hf(section, name, seed)
     if scheme == "torchvision":
         return _resolve_torchvision(section, name, seed)
+    if scheme == "atoll":
+        return _resolve_own(section, name, seed)
     if section.name == RAW:
         return Backbone("raw", "pixels", "nowhere: there is no network", None, None, "raw pixels 1")
     raise WeightsError(
         f"backbone.name: unknown kind {scheme!r} in {section.name!r},"
-        f" expected hf:NAME, torchvision:NAME, {RAW} or a folder"
+        f" expected hf:NAME, torchvision:NAME, atoll:NAME, {RAW} or a folder"
     )
+
+
+def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
+    """A network that a task builds itself: its first values are random, or a file's."""
+    built = json.dumps([name, section.model_dump(mode="json")["options"]], sort_keys=True)
+    if section.weights == "pretrained":
+        raise WeightsError(
+            f'backbone.weights: nobody has trained {section.name} before, expected "random" or a file'
+        )
+    if section.weights == "random":
+        return Backbone("atoll", name, f"random, seed {seed}", None, None, _random_print(built, seed))
+    path = _weights_file(section)
+    return Backbone("atoll", name, f"file {path}", None, path, _files_print([path]))
+
+
+def _weights_file(section: BackboneSection) -> Path:
+    """The file that `backbone.weights` names, or the model in the run directory that it names."""
+    path = Path(section.weights)
+    path = path / "model" / "model.safetensors" if (path / "model" / "model.json").is_file() else path
+    if not path.is_file():
+        raise WeightsError(
+            f'backbone.weights: no such file {section.weights}, expected "pretrained", "random",'
+            " a file or a run directory"
+        )
+    return path
 
 
 def _resolve_hf_folder(section: BackboneSection, folder: Path, seed: int) -> Backbone:
@@ -92,20 +119,21 @@ def _hf_backbone(section: BackboneSection, name: str, folder: Path, origin: str,
     if section.weights == "random":
         return Backbone("hf", name, f"random, seed {seed}", folder, None, _random_print(folder.name, seed))
     weights = folder if section.weights == "pretrained" else Path(section.weights)
-    files = _weight_files(weights, section.name)
+    files = _weight_files(weights, section)
+    weights = files[0] if weights.is_dir() and files[0].parent != weights else weights
     return Backbone("hf", name, origin, folder, weights, _files_print([folder / "config.json", *files]))
 
 
-def _weight_files(weights: Path, name: str) -> list[Path]:
+def _weight_files(weights: Path, section: BackboneSection) -> list[Path]:
     """The files that hold weights in a folder (or the file itself); safetensors come first."""
-    if weights.is_file():
-        return [weights]
+    if weights.is_file() or (weights / "model" / "model.json").is_file():
+        return [_weights_file(section)]
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
         found = sorted(weights.glob(pattern))
         if found:
             return found
     raise WeightsError(
-        f"{name}: {weights} holds no weights, expected *.safetensors or pytorch_model.bin"
+        f"{section.name}: {weights} holds no weights, expected *.safetensors or pytorch_model.bin"
         ' (or ask for weights = "random")'
     )
 
@@ -172,11 +200,7 @@ def _resolve_torchvision(section: BackboneSection, name: str, seed: int) -> Back
 
 
 def _torchvision_file(section: BackboneSection, name: str) -> Backbone:
-    path = Path(section.weights)
-    if not path.is_file():
-        raise WeightsError(
-            f'backbone.weights: no such file {section.weights}, expected "pretrained", "random" or a file'
-        )
+    path = _weights_file(section)
     return Backbone("torchvision", name, f"file {path}", None, path, _files_print([path]))
 
 

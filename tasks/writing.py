@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from tasks.images import image_bytes
 if TYPE_CHECKING:
     import datasets
 
-SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"BM": ".bmp", b"GIF8": ".gif", b"RIFF": ".webp"}
+SUFFIXES = {
+    b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"BM": ".bmp", b"GIF8": ".gif", b"fLaC": ".flac",
+}  # fmt: skip
 ROWS = 256
 """Images of a Parquet file that are in memory at a time."""
 
@@ -30,6 +33,26 @@ def write_texts(dataset: datasets.Dataset, folder: Path, columns: Columns) -> No
             file.write(json.dumps(named, ensure_ascii=False) + "\n")
 
 
+def write_records(
+    dataset: datasets.Dataset, folder: Path, files: Sequence[str], names: Mapping[str, str]
+) -> None:
+    """`data.jsonl` in a new folder, and a folder for each column of files; `names` are by column."""
+    folder.mkdir(parents=True)
+    for column in files:
+        (folder / column).mkdir()
+    with (folder / "data.jsonl").open("w", encoding="utf-8") as out:
+        for number, row in enumerate(dataset):
+            line = {}
+            for column, value in row.items():
+                if column in files:
+                    data = image_bytes(value)
+                    place = folder / column / f"{number:07d}{_suffix(data)}"
+                    place.write_bytes(data)
+                    value = str(place.relative_to(folder))
+                line[names.get(column, column)] = _json_value(value)
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def _name(column: str, columns: Columns) -> str:
     """What the job calls a canonical column; the others keep their names."""
     chosen = getattr(columns, column) if column in ("text", "image", "label") else None
@@ -40,6 +63,8 @@ def _json_value(value: Any) -> Any:
     """A cell of a column that is not learnt from, as JSON can say it: a date as text, no NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
@@ -81,4 +106,8 @@ def _names_a_folder(label: str) -> bool:
 
 
 def _suffix(data: bytes) -> str:
+    if data.startswith(b"RIFF"):
+        return ".wav" if data[8:12] == b"WAVE" else ".webp"
+    if data[128:132] == b"DICM":
+        return ".dcm"
     return next((suffix for start, suffix in SUFFIXES.items() if data.startswith(start)), ".tif")

@@ -38,7 +38,7 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
     )
     population = Population.of(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.describe(population.train, job.data))
+    learner = Learner.of(job, task, task.describe(population.train, job.data, {}))
     test = warmed(population, None)(learner)
     assert test is not None
     train = task.shard(population.train, learner.facts)

@@ -142,7 +142,7 @@ def test_a_site_that_extracts_its_own_views_has_the_bits_of_the_simulators_table
     setting = job(train=KEPT)
     population = Population.of(setting)
     task = task_named(setting.task.name)
-    facts = task.describe(population.train, setting.data)
+    facts = task.describe(population.train, setting.data, {})
     whole = population.whole(Learner.of(setting, task, facts))
     table = Learner.of(setting, task, facts).training_features(whole)
     assert len(table) == 3 and not torch.equal(table[0], table[1])

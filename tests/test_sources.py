@@ -8,7 +8,7 @@ import pytest
 from protocol.errors import ConfigError, DataError
 from tasks.images import decode_image, image_bytes
 from tasks.png import grey_png
-from tasks.reading import Table
+from tasks.reading import Table, table_of
 from tasks.sources import SOURCES, load_source
 
 
@@ -21,7 +21,7 @@ def cache(tmp_path_factory):
 
 def loaded(name: str) -> Table:
     try:
-        return load_source(name)
+        return table_of(load_source(name))
     except DataError as error:
         pytest.skip(str(error))
 
@@ -71,7 +71,7 @@ def test_fashion_mnist_has_its_own_test_split():
 def test_a_second_load_takes_under_a_second_and_is_equal(name):
     first = loaded(name)
     start = time.perf_counter()
-    second = load_source(name, offline=True)
+    second = table_of(load_source(name, offline=True))
     assert time.perf_counter() - start < 1
     assert second.train[:50] == first.train[:50] and second.notes == first.notes
 

@@ -1,0 +1,27 @@
+"""The options of a task or a network: free keys of the job, checked by whoever knows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from protocol.complaints import explain
+from protocol.errors import ConfigError
+from protocol.section import Section
+
+Known = TypeVar("Known", bound=Section)
+
+
+def options_of(given: Mapping[str, Any], known: type[Known], where: str = "task.options") -> Known:
+    """The options, with defaults where they are not given.
+
+    Raises:
+        ConfigError: a key is unknown, or its value doesn't fit.
+    """
+    try:
+        return known.model_validate_json(json.dumps(given))
+    except ValidationError as error:
+        raise ConfigError(explain(error, known, where)) from None
