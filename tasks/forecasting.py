@@ -174,7 +174,7 @@ class Forecasting(Task):
             compute_groups=False,
         )
 
-    def references(self, shard: Shard) -> dict[str, Any]:
+    def references(self, shard: Shard, facts: Facts) -> dict[str, Any]:
         """The last value once more, and the last season once more."""
         horizon, season = self.options.horizon, self.options.season
         history = torch.tensor([window["history"] for window in shard.inputs], dtype=torch.float64)

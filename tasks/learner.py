@@ -192,7 +192,7 @@ class Learner:
         metrics = self.task.metrics(self.facts)
         if self.task.on_features:
             outputs = self.outputs(tensors, shard)
-            metrics.update(outputs, shard.table)
+            metrics.update(*self.task.measured(outputs, shard.table))
             loss = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard)
         else:
             loss = self._measure(self._filled(tensors), shard, metrics)
@@ -206,9 +206,10 @@ class Learner:
     def references(self, shard: Shard) -> dict[str, dict[str, float]]:
         """Metrics of the task's predictions that need no learning."""
         found = {}
-        for name, predictions in self.task.references(shard).items():
+        for name, predictions in self.task.references(shard, self.facts).items():
             metrics = self.task.metrics(self.facts)
-            metrics.update(predictions, shard.targets_of(range(len(shard))))
+            targets = shard.targets_of(range(len(shard)))
+            metrics.update(*self.task.measured(predictions, targets))
             found[name] = {metric: float(value) for metric, value in metrics.compute().items()}
         return found
 
@@ -219,8 +220,8 @@ class Learner:
             for start in range(0, len(shard), WHOLE_BATCH):
                 rows = range(start, min(start + WHOLE_BATCH, len(shard)))
                 batch, targets = self._on_device(self.batch(shard, rows)), shard.targets_of(rows)
-                metrics.update(model.predict(batch), targets)
-                loss = self.task.loss(model(batch), targets.to(self.job.train.device))
+                metrics.update(*self.task.measured(model.predict(batch), targets))
+                loss = self.task.measured_loss(model(batch), targets.to(self.job.train.device))
                 total += loss.cpu().to(torch.float64) * len(rows)
         return total
 

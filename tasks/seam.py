@@ -251,7 +251,15 @@ class Task(Protocol):
         """Metrics whose states add up over clients; they take predictions and targets."""
         ...
 
-    def references(self, shard: Shard) -> dict[str, Any]:
+    def measured_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss on examples that are only measured on, where that is another one."""
+        return self.loss(outputs, targets)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """What `update` of the metrics takes."""
+        return predictions, targets
+
+    def references(self, shard: Shard, facts: Facts) -> dict[str, Any]:
         """Predictions that need no learning, by name, which a result always stands beside: the last value."""
         return {}
 
