@@ -62,7 +62,7 @@ def generated_commands(seed: int = 0, count: int = 2000) -> dict[str, pa.Table]:
     names = list(INTENTS)
     tastes = rng.dirichlet(np.full(len(names), _TASTE), _SPEAKERS)
     manners = [(rng.choice(_BEFORE, 3), rng.choice(_AFTER, 3)) for _ in range(_SPEAKERS)]
-    rows = {"text": [], "intent": [], "slots": [], "speaker": []}  # type: dict[str, list[str]]
+    rows: dict[str, list[str]] = {"text": [], "intent": [], "slots": [], "speaker": []}
     said: set[tuple[str, ...]] = set()
     while len(said) < count:
         speaker = int(rng.integers(_SPEAKERS))

@@ -21,9 +21,12 @@ Asked = tuple[str, str, str]
 
 
 def generated_questions(seed: int = 0, count: int = 3000) -> dict[str, pa.Table]:
-    """Different questions, as many of each kind: columns question, context (may be empty), answer, kind."""
+    """Different questions, as many of each kind: columns question, context (may be empty), answer, kind.
+
+    There are 1,681 different sums, and with them an end to how many questions can be asked: 10,000.
+    """
     rng = np.random.default_rng(stream_seed(seed, "generated-questions"))
-    rows = {"question": [], "context": [], "answer": [], "kind": []}  # type: dict[str, list[str]]
+    rows: dict[str, list[str]] = {"question": [], "context": [], "answer": [], "kind": []}
     asked: set[Asked] = set()
     kinds = list(_KINDS)
     while len(asked) < count:
