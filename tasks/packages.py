@@ -93,6 +93,28 @@ PACKAGES = {
             carries="5,000 MNIST digits",
             error=DataError,
         ),
+        Package(
+            project="recbole",
+            version="1.2.1",
+            wheel_sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+            content_sha256="0c4467a208074381b746949dbf815fbf725cfe5f790efc9ed58e81eded22b33a",
+            folder="recbole/dataset_example/ml-100k",
+            wanted=("ml-100k.inter", "ml-100k.item"),
+            licence="package MIT; the ratings are GroupLens', for research, not to be redistributed",
+            carries="MovieLens-100k, 100,000 ratings of films",
+            error=DataError,
+        ),
+        Package(
+            project="skfolio",
+            version="1.12.2",
+            wheel_sha256="2d324c62a4188dc0b62a713f8d5cea177e208a5b45987e3d3f204dd56d3a669b",
+            content_sha256="af09f9c4c441575b2ed91e1ef95be099552c8a05a4887b5afb1306e3afd00335",
+            folder="skfolio/datasets/data",
+            wanted=("sp500_dataset.csv.gz",),
+            licence="package BSD-3-Clause; the prices for tests and examples, not for trading or commerce",
+            carries="closing prices of 20 stocks of the S&P 500, 1990-2022",
+            error=DataError,
+        ),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Grey images as PNG files whose bytes depend on the pixels alone.
+"""Grey and colour images as PNG files whose bytes depend on the pixels alone.
 
 A PNG library's output varies with its version of zlib, and with it every hash of the data; stored
 (not compressed) blocks leave it no choice.
@@ -11,14 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 _LARGEST_BLOCK = 65_535
+_GREY, _RGB = 0, 2
 
 
 def grey_png(pixels: NDArray[np.uint8]) -> bytes:
     """A PNG file of `pixels`, shaped (height, width)."""
-    height, width = pixels.shape
+    return _png(pixels, pixels.shape[1], _GREY)
+
+
+def rgb_png(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG file of `pixels`, shaped (height, width, 3)."""
+    height, width, _ = pixels.shape
+    return _png(pixels.reshape(height, 3 * width), width, _RGB)
+
+
+def _png(samples: NDArray[np.uint8], width: int, colour: int) -> bytes:
     # Each line starts with its filter: 0, none.
-    lines = np.pad(pixels, ((0, 0), (1, 0))).tobytes()
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    lines = np.pad(samples, ((0, 0), (1, 0))).tobytes()
+    header = struct.pack(">IIBBBBB", width, len(samples), 8, colour, 0, 0, 0)
     chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", _stored(lines)) + _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
