@@ -65,12 +65,16 @@ class Running:
 
 
 def atoll(
-    log: Path, *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    log: Path,
+    *arguments: str,
+    program: tuple[str, ...] = ("-m", "atoll"),
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Running:
-    """Start a verb."""
+    """Start a verb; `program` is what of Python's stands for the command."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "atoll", *arguments],
+            [sys.executable, *program, *arguments],
             stdout=output,
             stderr=output,
             cwd=cwd,
