@@ -21,6 +21,7 @@ from tasks.lazy import Picked
 from tasks.options import options_of
 from tasks.problems import Journal, shown
 from tasks.reading import Findings, Table
+from tasks.records import whole
 from tasks.seam import Model, Shard, Task, canonical_order
 from tasks.weights import Backbone
 from tasks.windows import WINDOWS, ForecastOptions, dated, last_window, windows_of
@@ -96,7 +97,7 @@ class Forecasting(Task):
             if name not in splits["train"].column_names:
                 known = ", ".join(splits["train"].column_names)
                 raise ConfigError(f"task.options: {job.data.source} has no column {name!r}, found {known}")
-        return WINDOWS.adopted(windows_of(splits["train"], options, job.data.test_fraction, job.data.source))
+        return WINDOWS.adopted(windows_of(whole(splits), options, job.data.test_fraction, job.data.source))
 
     def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
         WINDOWS.write(dataset, folder, DataSection(source=data.source))

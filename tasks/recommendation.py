@@ -23,6 +23,7 @@ from tasks.options import options_of
 from tasks.problems import Journal, shown
 from tasks.reading import Findings, Table
 from tasks.recommender import load_recommender
+from tasks.records import whole
 from tasks.seam import Model, Shard, Task, canonical_order
 from tasks.sources import SOURCES
 from tasks.weights import Backbone
@@ -90,7 +91,7 @@ class Recommendation(Task):
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         length = options_of(job.task.options, RecommendOptions).length
         hold_out = job.data.test_fraction > 0
-        return HISTORIES.adopted(histories_of(splits["train"], length, job.data.source, hold_out=hold_out))
+        return HISTORIES.adopted(histories_of(whole(splits), length, job.data.source, hold_out=hold_out))
 
     def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
         HISTORIES.write(dataset, folder, DataSection(source=data.source))

@@ -270,3 +270,8 @@ def _remark(keys: Mapping[str, Sequence[bytes]], journal: Journal) -> None:
     seen = set(keys.get("train", ()))
     if leaked := sum(key in seen for key in keys.get("test", ())):
         journal.remark(f"test: {leaked} examples are training examples too, so scores will flatter")
+
+
+def whole(splits: Mapping[str, pa.Table]) -> pa.Table:
+    """All splits of a source in one, for tasks that hold their test part out by another rule."""
+    return pa.concat_tables(list(splits.values()))
