@@ -8,6 +8,7 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 from tasks.forecasting import FORECASTING
+from tasks.image_text import IMAGE_TEXT
 from tasks.recommendation import RECOMMENDATION
 from tasks.seam import Model, Shard, Task
 
@@ -16,6 +17,7 @@ __all__ = ["TASKS", "Model", "Shard", "Task", "task_named", "trains_on_features"
 REGISTERED: tuple[Task, ...] = (
     TEXT_CLASSIFICATION,
     IMAGE_CLASSIFICATION,
+    IMAGE_TEXT,
     FORECASTING,
     RECOMMENDATION,
 )

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from protocol.errors import ConfigError, DataError
+from protocol.errors import ConfigError
 from protocol.job import BackboneSection, DataSection, Job, Options
 from protocol.messages import Facts
 from tasks.augment import IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
 from tasks.columns import Columns
 from tasks.images import image_bytes, read_image_input
+from tasks.labelled import Labelled
 from tasks.lazy import Cells, Picked
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts, table_of
-from tasks.seam import Encoder, Shard, Task, canonical_order
-from tasks.sources import SOURCES
+from tasks.seam import Encoder, Shard, canonical_order
 from tasks.text_encoder import load_text_encoder
 from tasks.texts import read_text_input
 from tasks.vision_encoder import load_vision_encoder
@@ -29,11 +26,10 @@ from tasks.writing import write_images, write_texts
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
-    from torchmetrics import MetricCollection
 
 
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(Labelled):
     """One of several classes for each example; texts and images differ in reading and encoding."""
 
     name: str
@@ -45,7 +41,6 @@ class Classification(Task):
     load_encoder: Callable[[Backbone, BackboneSection, int], Encoder]
     augmentations: tuple[str, ...]
     has_channels: bool
-    head_loss: Literal["softmax"] = "softmax"
 
     def check(self, job: Job) -> None:
         for name in job.train.augment:
@@ -57,11 +52,9 @@ class Classification(Task):
                 f"backbone.channels_last: expected false for {self.name}, found true: texts have no channels"
             )
 
-        if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
-            raise ConfigError(
-                "data.classes: missing, expected the list of classes with"
-                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
-            )
+        if job.backbone.options:
+            raise ConfigError(f"backbone.options: {self.name} has none, expected no such table")
+        self.check_classes(job)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         return self.reader(source, _columns(data))
@@ -78,41 +71,10 @@ class Classification(Task):
     def keys(self, dataset: datasets.Dataset) -> list[bytes]:
         return example_keys(dataset)
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
-        """The classes, in order: those the job names, or else those of the data, sorted.
-
-        Raises:
-            DataError: the data has a class that the job doesn't name.
-        """
-        present = set(dataset["label"])
-        if data.classes is None:
-            return {"classes": sorted(present)}
-        unknown = sorted(present - set(data.classes))
-        if unknown:
-            raise DataError(f"label {unknown[0]!r} is not in data.classes = {list(data.classes)}")
-        return {"classes": list(data.classes), "pinned": True}
-
-    def agree(self, facts: Sequence[Facts]) -> Facts:
-        """Pinned classes as they are, else the sorted union.
-
-        Raises:
-            ConfigError: there are fewer than two classes.
-        """
-        pinned = next((f for f in facts if f.get("pinned")), None)
-        classes = pinned["classes"] if pinned else sorted({c for f in facts for c in f["classes"]})
-        if len(classes) < 2:
-            raise ConfigError(f"classification needs at least two classes, found {classes}")
-        return {"classes": classes}
-
     def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = example_keys(dataset) if keys is None else keys
         order = canonical_order(keys)
-        index = {name: i for i, name in enumerate(facts["classes"])}
-        labels = dataset["label"][:]
-        try:
-            targets = torch.tensor([index[labels[row]] for row in order], dtype=torch.int64)
-        except KeyError as unknown:
-            raise DataError(f"label {unknown} is not one of the run's classes {facts['classes']}") from None
+        targets = self.targets(dataset["label"][:], order, facts)
         inputs = Picked(Cells(dataset, self.column, self.convert), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
@@ -126,36 +88,6 @@ class Classification(Task):
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         return self.load_encoder(backbone, section, seed)
-
-    def head(self, width: int, facts: Facts) -> nn.Module:
-        return nn.Linear(width, len(facts["classes"]))
-
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(outputs, targets)
-
-    def metrics(self, facts: Facts) -> MetricCollection:
-        from torchmetrics import MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-
-        count = len(facts["classes"])
-        return MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(count, average="micro"),
-                "macro_f1": MulticlassF1Score(count, average="macro"),
-            },
-            compute_groups=False,
-        )
-
-    def answer(self, predictions: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
-        """The most likely class and its probability, and all probabilities."""
-        rows = []
-        for row in torch.softmax(predictions, dim=-1):
-            best = int(row.argmax())
-            probabilities = {c: round(float(p), 4) for c, p in zip(facts["classes"], row, strict=True)}
-            rows.append(
-                {"label": facts["classes"][best], "probability": float(row[best]), "all": probabilities}
-            )
-        return rows
 
 
 def _columns(data: DataSection) -> Columns:

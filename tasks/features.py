@@ -100,6 +100,8 @@ def _preparation_print(backbone: Backbone) -> str:
     for file in sorted(backbone.folder.iterdir()) if backbone.folder else ():
         if file.suffix in (".json", ".txt", ".model") and file.is_file():
             digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    if backbone.also is not None:
+        digest.update(_preparation_print(backbone.also).encode())
     return digest.hexdigest()
 
 

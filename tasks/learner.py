@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,6 +280,9 @@ class Learner:
 
 def known_width(backbone: Backbone) -> int | None:
     """The width of a backbone's features, where it can be told without loading the weights."""
+    if backbone.also is not None:
+        widths = known_width(replace(backbone, also=None)), known_width(backbone.also)
+        return None if None in widths else sum(w for w in widths if w is not None)
     if backbone.kind == "torchvision":
         return torchvision_width(backbone.name)
     if backbone.kind == "raw":

@@ -260,6 +260,13 @@ SOURCES = {
             decode=_generated("speech"),
         ),
         Source(
+            name="generated-reviews",
+            tasks=("image-text",),
+            description="generated: 600 photos of a thing with what a customer says of it",
+            licence=_OWN,
+            decode=_generated("reviews"),
+        ),
+        Source(
             name="generated-deliveries",
             tasks=("forecasting",),
             description="generated: daily delivery times of 12 districts with weather, traffic, holidays",

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,25 @@ class Backbone:
     folder: Path | None
     weights: Path | None
     fingerprint: str
+    also: Backbone | None = None
 
 
 def resolve(section: BackboneSection, seed: int) -> Backbone:
+    """Find the weights, of both backbones where `backbone.options.text` names a second one.
+
+    Raises:
+        WeightsError: none were found; the line says what was looked for, where, and what to do.
+    """
+    found, text = _resolve(section, seed), section.options.get("text")
+    if found.kind == "atoll" or not isinstance(text, str):
+        return found
+    also = _resolve(section.model_copy(update={"name": text, "options": {}}), seed)
+    both = hashlib.sha256(f"{found.fingerprint} {also.fingerprint}".encode()).hexdigest()
+    origin = f"{found.origin}, {also.origin}"
+    return replace(found, also=also, origin=origin, fingerprint=both)
+
+
+def _resolve(section: BackboneSection, seed: int) -> Backbone:
     """Find the weights: local path, the library's cache, a package, then download unless offline.
 
     Raises:
