@@ -6,16 +6,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := atoll client privacy protocol server sim strategies tasks
 
-.PHONY: demo test check fast setup format clean
+.PHONY: demo test check fast matrix setup format clean
 
 demo: $(STAMP)
 	$(BIN)/atoll demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not matrix"
+
+matrix: $(STAMP)
+	$(BIN)/python -m pytest -m matrix
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not federation and not slow"
+	$(BIN)/python -m pytest -m "not federation and not slow and not matrix"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

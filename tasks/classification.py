@@ -15,6 +15,7 @@ from tasks.columns import Columns
 from tasks.images import image_bytes, read_image_input
 from tasks.labelled import Labelled
 from tasks.lazy import Cells, Picked
+from tasks.options import refuse_options
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts, table_of
 from tasks.seam import Encoder, Shard, canonical_order
 from tasks.text_encoder import load_text_encoder
@@ -52,8 +53,8 @@ class Classification(Labelled):
                 f"backbone.channels_last: expected false for {self.name}, found true: texts have no channels"
             )
 
-        if job.backbone.options:
-            raise ConfigError(f"backbone.options: {self.name} has none, expected no such table")
+        refuse_options(job.task.options, "task.options", self.name)
+        refuse_options(job.backbone.options, "backbone.options", f"a backbone of {self.name}")
         self.check_classes(job)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:

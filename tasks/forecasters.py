@@ -70,12 +70,15 @@ class WindowEncoder(Encoder):
             yield rows, partial(self.prepare, [inputs[row] for row in rows])
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """[batch, width], and behind it what is known of the horizon, [batch, width + horizon * known]."""
+        """[batch, width], and behind it the values themselves and what is known of the horizon.
+
+        The head can thus repeat the last value, or the last season, from the first round on.
+        """
         mean, scale = units(batch["history"])
         value = ((batch["history"] - mean) / scale).unsqueeze(2)
         known, steps = in_units(batch["known"]), batch["history"].shape[1]
         inputs = torch.cat([value, in_units(batch["observed"]), known[:, :steps]], dim=2)
-        return torch.cat([self._summary(inputs), known[:, steps:].flatten(1)], dim=1)
+        return torch.cat([self._summary(inputs), value[:, :, 0], known[:, steps:].flatten(1)], dim=1)
 
     def _summary(self, inputs: torch.Tensor) -> torch.Tensor:
         """Steps [batch, steps, columns] as features [batch, width]."""
@@ -132,7 +135,7 @@ def load_forecaster(backbone: Backbone, job: Job, options: ForecastOptions) -> F
     network, width = _network(backbone, job, options, columns)
     asked = options.horizon * len(options.quantiles)
     with global_stream(job.seed, "init", "head"):
-        head = nn.Linear(width + options.horizon * len(options.known), asked)
+        head = nn.Linear(width + options.history + options.horizon * len(options.known), asked)
     return Forecaster(WindowEncoder(network, width, options), head, options.horizon)
 
 

@@ -58,6 +58,11 @@ class Forecasting(Task):
                 f"task.options.history: expected at least a season ({options.season}),"
                 f" found {options.history}"
             )
+        if job.backbone.name.startswith("atoll:") and job.tune.method in ("last-k", "lora"):
+            raise ConfigError(
+                f"tune.method: {job.backbone.name} has no blocks and no linear layer,"
+                f" expected 'head' or 'full', found {job.tune.method!r}"
+            )
         if job.train.augment:
             raise ConfigError("train.augment: forecasting has no augmentations, expected none")
 

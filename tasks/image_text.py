@@ -25,7 +25,7 @@ from tasks.images import decode_image, image_bytes, read_image_input
 from tasks.labelled import Labelled
 from tasks.labels import class_name
 from tasks.lazy import Picked
-from tasks.options import options_of
+from tasks.options import options_of, refuse_options
 from tasks.reading import Findings, Table
 from tasks.records import FILE, Records, Role
 from tasks.seam import Batch, Encoder, FixedBatch, Shard, Variation, canonical_order
@@ -124,6 +124,7 @@ class ImageText(Labelled):
     summary: str = "one label for an image with its text; two encoders, or CLIP; accuracy, macro F1"
 
     def check(self, job: Job) -> None:
+        refuse_options(job.task.options, "task.options", self.name)
         options_of(job.backbone.options, PairOptions, "backbone.options")
         if job.train.augment:
             raise ConfigError("train.augment: image-text has no augmentations, expected none")

@@ -25,3 +25,9 @@ def options_of(given: Mapping[str, Any], known: type[Known], where: str = "task.
         return known.model_validate_json(json.dumps(given))
     except ValidationError as error:
         raise ConfigError(explain(error, known, where)) from None
+
+
+def refuse_options(given: Mapping[str, Any], where: str, whose: str) -> None:
+    """Raises ConfigError if there are any, of a task or a network that has none."""
+    if given:
+        raise ConfigError(f"{where}.{next(iter(given))}: {whose} has no options, expected none")
