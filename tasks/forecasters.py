@@ -82,7 +82,7 @@ class WindowEncoder(Encoder):
 
     def _summary(self, inputs: torch.Tensor) -> torch.Tensor:
         """Steps [batch, steps, columns] as features [batch, width]."""
-        if isinstance(self.model, nn.LSTM | nn.GRU):
+        if not hasattr(self.model, "config"):
             states: torch.Tensor = self.model(inputs)[0]
             return states[:, -1]
         hidden: torch.Tensor = self.model(past_values=inputs).last_hidden_state
@@ -139,6 +139,13 @@ def load_forecaster(backbone: Backbone, job: Job, options: ForecastOptions) -> F
     return Forecaster(WindowEncoder(network, width, options), head, options.horizon)
 
 
+def _by_steps(name: str) -> Any:
+    """The same network, computed step by step, so that each example has a gradient of its own (Opacus)."""
+    from opacus.layers import DPGRU, DPLSTM
+
+    return {"lstm": DPLSTM, "gru": DPGRU}[name]
+
+
 def _network(backbone: Backbone, job: Job, options: ForecastOptions, columns: int) -> tuple[nn.Module, int]:
     if backbone.kind == "hf":
         found = load_transformer(backbone, job.seed)
@@ -157,9 +164,8 @@ def _network(backbone: Backbone, job: Job, options: ForecastOptions, columns: in
         )
     known = options_of(job.backbone.options, RecurrentOptions, "backbone.options")
     with global_stream(job.seed, "init", "backbone"):
-        network = RECURRENT[backbone.name](
-            columns, known.width, known.layers, batch_first=True, dropout=known.dropout
-        )
+        kind = _by_steps(backbone.name) if "example" in job.privacy.units else RECURRENT[backbone.name]
+        network: nn.Module = kind(columns, known.width, known.layers, batch_first=True, dropout=known.dropout)
     if backbone.weights is not None:
         fill(network, load_weights(backbone.weights), backbone.weights)
     return network, known.width

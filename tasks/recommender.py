@@ -59,10 +59,34 @@ class Items(nn.Module):
         return vectors
 
 
+class Block(nn.Module):
+    """Attention to what came before, then two linear layers, each beside a way around."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.before = nn.LayerNorm(width)
+        self.asked = nn.Linear(width, 3 * width)
+        self.told = nn.Linear(width, width)
+        self.between = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self._heads = heads
+
+    def forward(self, states: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """`states` [batch, length, width]; `seen` [batch, 1, length, length] says who looks at whom."""
+        batch, length, width = states.shape
+        parts = self.asked(self.before(states)).reshape(batch, length, 3, self._heads, -1)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        states = states + self.dropout(self.told(found.transpose(1, 2).reshape(batch, length, width)))
+        inner = nn.functional.gelu(self.inner(self.between(states)))
+        changed: torch.Tensor = states + self.dropout(self.outer(inner))
+        return changed
+
+
 class SasRec(nn.Module):
     """Histories to a state at each place, [batch, length, width]."""
-
-    heads: int
 
     def __init__(self, items: Items, length: int, known: SasRecOptions) -> None:
         super().__init__()
@@ -70,25 +94,19 @@ class SasRec(nn.Module):
         width = known.width
         self.places = nn.Embedding(length, width)
         nn.init.normal_(self.places.weight, std=0.02)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, known.heads, width, known.dropout, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(known.layers)
-        )
-        self.heads = known.heads
+        self.layers = nn.ModuleList(Block(width, known.heads, known.dropout) for _ in range(known.layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, history: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """`history` [batch, length] holds items' numbers, no items (the highest number) in front."""
         length, none = history.shape[1], len(vectors) - 1
         states = vectors[history] + self.places.weight[-length:]
-        later = torch.ones(length, length, dtype=torch.bool, device=history.device).triu(1)
+        earlier = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
         # A place without an item sees itself alone: attention to nothing would not be a number.
-        alone = torch.eye(length, dtype=torch.bool, device=history.device)
-        hidden = later | ((history == none).unsqueeze(1) & ~alone)
+        itself = torch.eye(length, dtype=torch.bool, device=history.device)
+        seen = earlier & ((history != none).unsqueeze(1) | itself)
         for layer in self.layers:
-            states = layer(states, src_mask=hidden.repeat_interleave(self.heads, dim=0))
+            states = layer(states, seen.unsqueeze(1))
         normed: torch.Tensor = self.norm(states)
         return normed
 

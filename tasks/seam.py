@@ -132,14 +132,20 @@ class Encoder(nn.Module):
 class Model(nn.Module):
     """A backbone and a head on its features.
 
-    Where a network has its head inside, the backbone's encoder holds the network and `head` is that part of
-    it; `forward` is then another.
+    Where a network has its head inside, the backbone's encoder holds the network and `head` is that part
+    of it; `forward` is then another.
     """
+
+    head: nn.Module
 
     def __init__(self, backbone: Encoder, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = head
+        if any(module is head for module in backbone.modules()):
+            # Not as a second place in the tree: functional calls would leave one tensor behind in the other.
+            object.__setattr__(self, "head", head)
+        else:
+            self.head = head
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """What the task's loss takes, [batch, …]: here the head's outputs, [batch, outputs]."""

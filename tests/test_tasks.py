@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from client.gradients import hooks_suffice, per_example_gradients
 from protocol.errors import ConfigError
 from protocol.job import Job
 from sim.engine import simulate
@@ -110,6 +111,43 @@ def test_an_examples_prediction_depends_on_no_other_example(task: str, tmp_path:
 
 def as_tensor(value: Any) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.tensor(value)
+
+
+@pytest.mark.parametrize("task", [task for task in TABLES if not TASKS[task].on_features])
+def test_each_example_has_its_own_gradient_as_if_it_were_alone(task: str, tmp_path: Path) -> None:
+    """What example-level privacy clips: against autograd on batches of one."""
+    job = ready(job_of(task, "full", privacy=PRIVATE), tmp_path)
+    population, kind = Population.of(job), task_named(task)
+    facts = kind.agree([kind.describe(population.train, job.data, job.task.options)])
+    learner = Learner.of(job, kind, facts)
+    rows = list(range(4))
+    shard = population.whole(learner).select(rows)
+    batch, targets = learner.batch(shard, rows), shard.targets_of(rows)
+    learner.model.eval()
+    hooks = hooks_suffice(learner.model, learner.task.loss, batch, targets)
+    with per_example_gradients(learner.model, learner.task.loss, hooks=hooks) as gradients:
+        found = gradients(batch, targets)
+    for row in rows:
+        learner.model.zero_grad()
+        alone = {name: t[row : row + 1] for name, t in batch.items()}
+        learner.task.loss(learner.model(alone), targets[row : row + 1]).backward()  # type: ignore[no-untyped-call]
+        for name, p in learner.model.named_parameters():
+            expected = torch.zeros_like(p) if p.grad is None else p.grad
+            assert torch.allclose(found.get(name, torch.zeros(4, *p.shape))[row], expected, atol=1e-5), name
+
+
+PRIVATE = {
+    "unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.2, "seeded_noise": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", [task for task in TABLES if not TASKS[task].on_features])
+def test_each_task_trains_under_example_level_privacy(task: str, tmp_path: Path) -> None:
+    train = {"lr": 0.01, "optimizer": "sgd"}
+    result = simulate(
+        ready(job_of(task, "full", privacy=PRIVATE, train=train), tmp_path), tmp_path / "out", watch=unwatched
+    )
+    assert result["privacy"]["unit"] == "example" and result["privacy"]["epsilon"] > 0
 
 
 @pytest.mark.parametrize("task", TABLES)
