@@ -6,6 +6,7 @@ import difflib
 
 from protocol.errors import ConfigError
 from protocol.job import Job
+from tasks.answering import QUESTION_ANSWERING
 from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 from tasks.forecasting import FORECASTING
 from tasks.recommendation import RECOMMENDATION
@@ -18,6 +19,7 @@ REGISTERED: tuple[Task, ...] = (
     IMAGE_CLASSIFICATION,
     FORECASTING,
     RECOMMENDATION,
+    QUESTION_ANSWERING,
 )
 TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 

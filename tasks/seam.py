@@ -136,10 +136,16 @@ class Model(nn.Module):
     it; `forward` is then another.
     """
 
+    head: nn.Module
+
     def __init__(self, backbone: Encoder, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = head
+        if any(module is head for module in backbone.modules()):
+            # A module has one name: torch.func puts back the wrong values of one that has two.
+            self.__dict__["head"] = head
+        else:
+            self.head = head
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """What the task's loss takes, [batch, …]: here the head's outputs, [batch, outputs]."""
