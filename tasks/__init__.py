@@ -11,6 +11,7 @@ from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 from tasks.forecasting import FORECASTING
 from tasks.recommendation import RECOMMENDATION
 from tasks.seam import Model, Shard, Task
+from tasks.speech import SPEECH_RECOGNITION
 
 __all__ = ["TASKS", "Model", "Shard", "Task", "task_named", "trains_on_features"]
 
@@ -20,6 +21,7 @@ REGISTERED: tuple[Task, ...] = (
     FORECASTING,
     RECOMMENDATION,
     QUESTION_ANSWERING,
+    SPEECH_RECOGNITION,
 )
 TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 

@@ -140,7 +140,7 @@ def _pretrained(auto: Any, backbone: Backbone, config: Any) -> Any:
     assert weights is not None
     if weights.is_dir():
         return auto.from_pretrained(
-            weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            weights, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     with torch.device("meta"):
         network = type(auto.from_config(config))

@@ -129,6 +129,8 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
 
     of_head = {id(module) for module in model.head.modules()}
     names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) not in of_head]
+    if not names:
+        raise ConfigError("tune.method: this backbone has no layer for LoRA, expected head, last-k or full")
     wanted = [
         n for n in names if tune.targets is None or n.split(".")[-1] in tune.targets or n in tune.targets
     ]

@@ -37,3 +37,25 @@ def small_bart(folder: Path) -> Path:
     BartForConditionalGeneration(config).save_pretrained(folder)
     own_tokenizer().save_pretrained(folder)
     return folder
+
+
+def small_wav2vec2(
+    folder: Path, *, norm: str = "layer", kind: str = "Wav2Vec2", letters: bool = True
+) -> Path:
+    """A wav2vec 2.0 or HuBERT of two layers; without `letters` it has no output layer, as before tuning."""
+    import json
+
+    import transformers
+
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", "|", *"EABCDFGHIJKLMNOPQRSTUVWXYZ'"]
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(symbols), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, conv_dim=(16, 16, 16), conv_kernel=(10, 8, 4), conv_stride=(8, 8, 5),
+        feat_extract_norm=norm, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        do_stable_layer_norm=norm == "layer", hidden_dropout=0.0, layerdrop=0.0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCTC" if letters else f"{kind}Model")(config).save_pretrained(folder)
+    if letters:
+        (folder / "vocab.json").write_text(json.dumps({s: n for n, s in enumerate(symbols)}))
+    return folder

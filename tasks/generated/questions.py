@@ -34,7 +34,7 @@ def generated_stories(seed: int = 0, count: int = 10_000) -> dict[str, pa.Table]
     rng = np.random.default_rng(stream_seed(seed, "generated-stories"))
     elsewhere = pa.concat_tables(generated_questions(seed).values()).to_pylist()
     others = {(row["context"], row["question"], row["answer"]) for row in elsewhere}
-    return cut(_table(_asked(rng, count, ("owned", "more", "colour"), others)))
+    return cut(_table(_asked(rng, count, ("more", "place", "owned"), others)))
 
 
 def question_words() -> set[str]:
