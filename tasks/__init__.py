@@ -6,11 +6,13 @@ import difflib
 
 from protocol.errors import ConfigError
 from protocol.job import Job
+from tasks.answering import QUESTION_ANSWERING
 from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 from tasks.forecasting import FORECASTING
 from tasks.image_text import IMAGE_TEXT
 from tasks.recommendation import RECOMMENDATION
 from tasks.seam import Model, Shard, Task
+from tasks.speech import SPEECH_RECOGNITION
 
 __all__ = ["TASKS", "Model", "Shard", "Task", "task_named", "trains_on_features"]
 
@@ -20,6 +22,8 @@ REGISTERED: tuple[Task, ...] = (
     IMAGE_TEXT,
     FORECASTING,
     RECOMMENDATION,
+    QUESTION_ANSWERING,
+    SPEECH_RECOGNITION,
 )
 TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 

@@ -93,31 +93,41 @@ def fill(module: nn.Module, state: Tensors, path: Path, *, ignore: tuple[str, ..
     module.load_state_dict(given)
 
 
-def load_transformer(backbone: Backbone, seed: int) -> Any:
-    """Any `transformers` network without a task's head, float32, in eval mode.
+def load_transformer(
+    backbone: Backbone,
+    seed: int,
+    kind: str = "AutoModel",
+    *,
+    config: Any = None,
+    fresh: tuple[str, ...] = ("pooler.",),
+) -> Any:
+    """Any `transformers` network, float32, in eval mode: one without a task's head, or of that kind.
 
-    Random weights come from the job's seed, pretrained ones from the folder that was resolved.
+    Random weights come from the job's seed, pretrained ones from the folder that was resolved; those of
+    tensors whose names begin with one of `fresh` may be missing there. A `config` is a built-in network's.
 
     Raises:
         WeightsError: the folder isn't a model's, or lacks tensors that the network needs.
     """
-    from transformers import AutoConfig, AutoModel
+    import transformers
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    auto = getattr(transformers, kind)
     try:
-        config = AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
+        if config is None:
+            config = transformers.AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
         with global_stream(seed, "init", "backbone"):
             if backbone.weights is None:
-                return AutoModel.from_config(config).float().eval()  # type: ignore[no-untyped-call]
-            network, report = _pretrained(AutoModel, backbone, config)
+                return auto.from_config(config).float().eval()
+            network, report = _pretrained(auto, backbone, config)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
         raise WeightsError(
             f"{backbone.weights or backbone.folder}: transformers cannot load it: {why}"
         ) from None
-    missing = sorted(n for n in report["missing_keys"] if not n.startswith("pooler."))
+    missing = sorted(n for n in report["missing_keys"] if not n.startswith(fresh))
     if missing:
         raise WeightsError(f"{backbone.weights}: tensor {missing[0]} is missing ({len(missing)} in all)")
     check_finite(network.state_dict(), backbone.weights)
@@ -130,9 +140,11 @@ def _pretrained(auto: Any, backbone: Backbone, config: Any) -> Any:
     assert weights is not None
     if weights.is_dir():
         return auto.from_pretrained(
-            weights, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            weights, config=config, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-    return auto.from_pretrained(
+    with torch.device("meta"):
+        network = type(auto.from_config(config))
+    return network.from_pretrained(
         None, config=config, state_dict=load_weights(weights), dtype=torch.float32, output_loading_info=True
     )
 

@@ -165,13 +165,15 @@ def _fashion_folders() -> list[Path]:
     return [Path("/usr/share/datasets/fashion-mnist"), *(root / "FashionMNIST" / "raw" for root in roots)]
 
 
-def _generated(module: str) -> Callable[[bool, Progress | None], Splits]:
-    """What `tasks.generated.MODULE.generated_MODULE` makes; imported when it is asked for."""
+def _generated(module: str, name: str | None = None) -> Callable[[bool, Progress | None], Splits]:
+    """What a function of `tasks.generated.MODULE` makes, `generated_MODULE` unless another is named.
+
+    It is imported when it is asked for.
+    """
 
     def decode(offline: bool, progress: Progress | None) -> Splits:
-        make: Callable[[], Splits] = getattr(
-            import_module(f"tasks.generated.{module}"), f"generated_{module}"
-        )
+        found = import_module(f"tasks.generated.{module}")
+        make: Callable[[], Splits] = getattr(found, name or f"generated_{module}")
         return make()
 
     return decode
@@ -244,6 +246,13 @@ SOURCES = {
             description="generated: 3,000 questions of arithmetic and about little stories",
             licence=_OWN,
             decode=_generated("questions"),
+        ),
+        Source(
+            name="generated-stories",
+            tasks=("question-answering",),
+            description="generated: 10,000 questions of three of those kinds, to pretrain on",
+            licence=_OWN,
+            decode=_generated("questions", "generated_stories"),
         ),
         Source(
             name="generated-commands",

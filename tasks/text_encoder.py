@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class TextEncoder(Encoder):
         self.model = model
         self.width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self._tokenizer = tokenizer
-        self._max_tokens = min(section.max_tokens, _longest(tokenizer, model))
+        self._max_tokens = min(section.max_tokens, longest(tokenizer, model))
         self._pool = section.pool
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -76,14 +77,18 @@ class TextEncoder(Encoder):
         return [hidden_tokens(i, special[p], mask, variation.stream(p)) for p, i in enumerate(ids)]
 
     def _padded(self, ids: Sequence[Sequence[int] | torch.Tensor], length: int | None) -> Batch:
-        length = length or max(len(i) for i in ids)
-        pad = self._tokenizer.pad_token_id or 0
-        tokens = torch.full((len(ids), length), pad, dtype=torch.int64)
-        mask = torch.zeros((len(ids), length), dtype=torch.int64)
-        for row, tokens_of_row in enumerate(ids):
-            tokens[row, : len(tokens_of_row)] = torch.as_tensor(tokens_of_row, dtype=torch.int64)
-            mask[row, : len(tokens_of_row)] = 1
-        return {"input_ids": tokens, "attention_mask": mask}
+        return padded(ids, self._tokenizer.pad_token_id or 0, length)
+
+
+def padded(ids: Sequence[Sequence[int] | torch.Tensor], pad: int, length: int | None = None) -> Batch:
+    """Rows of token ids as one table of that length (or the longest row's), and which of them are real."""
+    length = length or max(len(i) for i in ids)
+    tokens = torch.full((len(ids), length), pad, dtype=torch.int64)
+    mask = torch.zeros((len(ids), length), dtype=torch.int64)
+    for row, tokens_of_row in enumerate(ids):
+        tokens[row, : len(tokens_of_row)] = torch.as_tensor(tokens_of_row, dtype=torch.int64)
+        mask[row, : len(tokens_of_row)] = 1
+    return {"input_ids": tokens, "attention_mask": mask}
 
 
 def load_text_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> TextEncoder:
@@ -94,23 +99,33 @@ def load_text_encoder(backbone: Backbone, section: BackboneSection, seed: int) -
     """
     if backbone.kind != "hf" or backbone.folder is None:
         raise WeightsError(f"backbone.name: {section.name} does not read text, expected hf:NAME or a folder")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{backbone.folder}: no tokenizer that transformers can load: {why}") from None
+    tokenizer = load_tokenizer(backbone.folder)
     network = load_transformer(backbone, seed)
     network = getattr(network, "encoder", network) if network.config.is_encoder_decoder else network
     return TextEncoder(network, tokenizer, section)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a network's folder.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise WeightsError(f"{folder}: no tokenizer that transformers can load: {why}") from None
 
 
 def _bucket(length: int, longest: int) -> int:
     return next((b for b in LENGTHS if b >= length and b <= longest), longest)
 
 
-def _longest(tokenizer: Any, model: Any) -> int:
+def longest(tokenizer: Any, model: Any) -> int:
+    """The most tokens that a network and its tokenizer take."""
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
     if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= 2  # these count positions from pad_token_id + 1

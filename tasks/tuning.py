@@ -24,7 +24,7 @@ def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
     model.requires_grad_(False)
     match tune.method:
         case "last-k":
-            for module in _last_blocks(model.backbone.model, tune.layers or 1):
+            for module in _last_blocks(model.backbone.model, tune.layers or 1, model.head):
                 module.requires_grad_(True)
         case "lora":
             _inject_lora(model, tune, seed)
@@ -67,14 +67,24 @@ def training_mode(module: nn.Module, inherited: bool = True) -> None:
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
+def blocks(network: nn.Module, head: nn.Module | None = None) -> list[nn.Module]:
     """The network as a row of blocks from input to output: transformer layers, residual units, …
 
     Plain containers are opened, and outside of them whatever is mainly a wrapper around one; what
-    is in a container and is none itself is a block.
+    is in a container and is none itself is a block. A `head` inside the network is no block, and what
+    two blocks share (the embeddings of encoder and decoder) is the first one's.
     """
-    found = [block for child in network.children() for block in _opened(child)]
-    return [block for block in found if _size(block)]
+    parts = [child for child in network.children() if child is not head and _size(child)]
+    if head is not None and len(parts) == 1 < len(list(network.children())):
+        parts = list(parts[0].children())
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    for block in (block for part in parts for block in _opened(part)):
+        own = {id(p) for p in block.parameters()} - seen
+        if own and block is not head:
+            found.append(block)
+            seen |= own
+    return found
 
 
 def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
@@ -86,17 +96,23 @@ def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
 
 def _wraps_a_container(module: nn.Module) -> bool:
     inner = [child for child in module.children() if type(child) in CONTAINERS]
-    return len(inner) == 1 and _size(inner[0]) > 0.8 * _size(module)
+    tables = [child for child in module.children() if isinstance(child, nn.Embedding)]
+    return len(inner) == 1 and _size(inner[0]) > 0.8 * (_size(module) - sum(map(_size, tables)))
 
 
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _last_blocks(network: nn.Module, count: int) -> list[nn.Module]:
+def _is_norm(module: nn.Module) -> bool:
+    """Also one of transformers' own."""
+    return isinstance(module, Norms) or type(module).__name__.endswith("Norm")
+
+
+def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Module]:
     """The last `count` blocks; a norm that stands alone belongs to the block before it."""
-    found = blocks(network)
-    starts = [place for place, block in enumerate(found) if not isinstance(block, Norms)]
+    found = blocks(network, head if any(module is head for module in network.modules()) else None)
+    starts = [place for place, block in enumerate(found) if not _is_norm(block)]
     if count > len(starts):
         raise ConfigError(f"tune.layers: this backbone has {len(starts)} blocks, found {count}")
     return found[starts[-count] :]
@@ -111,7 +127,10 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m)]
+    of_head = {id(module) for module in model.head.modules()}
+    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) not in of_head]
+    if not names:
+        raise ConfigError("tune.method: this backbone has no layer for LoRA, expected head, last-k or full")
     wanted = [
         n for n in names if tune.targets is None or n.split(".")[-1] in tune.targets or n in tune.targets
     ]

@@ -88,3 +88,10 @@ def command(rng: np.random.Generator, intent: str, *, before: str = "", after: s
         words += said
         tags += [f"{'I' if place else 'B'}-{slot}" if slot else "O" for place in range(len(said))]
     return Command(tuple(words), tuple(tags), intent)
+
+
+def command_words() -> set[str]:
+    """Every word that a command may have."""
+    said = " ".join((*(form for forms in INTENTS.values() for form in forms), *_BEFORE, *_AFTER))
+    values = " ".join(value for values in SLOTS.values() for value in values)
+    return {word for word in f"{said} {values}".split() if not word.startswith("{")}

@@ -26,17 +26,41 @@ def generated_questions(seed: int = 0, count: int = 3000) -> dict[str, pa.Table]
     There are 1,681 different sums, and with them an end to how many questions can be asked: 10,000.
     """
     rng = np.random.default_rng(stream_seed(seed, "generated-questions"))
-    rows: dict[str, list[str]] = {"question": [], "context": [], "answer": [], "kind": []}
-    asked: set[Asked] = set()
-    kinds = list(_KINDS)
+    return cut(_table(_asked(rng, count, tuple(_KINDS), set())))
+
+
+def generated_stories(seed: int = 0, count: int = 10_000) -> dict[str, pa.Table]:
+    """As `generated_questions`, to pretrain on: three kinds of six, and none of the same seed's questions."""
+    rng = np.random.default_rng(stream_seed(seed, "generated-stories"))
+    elsewhere = pa.concat_tables(generated_questions(seed).values()).to_pylist()
+    others = {(row["context"], row["question"], row["answer"]) for row in elsewhere}
+    return cut(_table(_asked(rng, count, ("more", "place", "owned"), others)))
+
+
+def question_words() -> set[str]:
+    """Every word of the questions, their contexts and answers, but for numbers."""
+    said = "what is plus minus how many has who have more colour where the and in The"
+    listed = (*_NAMES, *_THINGS, *_COLOURS, *_OBJECTS, *_PLACES)
+    return {*said.split(), *listed, "question", "context"}
+
+
+def _asked(
+    rng: np.random.Generator, count: int, kinds: tuple[str, ...], others: set[Asked]
+) -> dict[Asked, str]:
+    """Different questions with their kinds, none of the others."""
+    asked: dict[Asked, str] = {}
     while len(asked) < count:
         kind = kinds[len(asked) % len(kinds)]
         found = _KINDS[kind](rng)
-        if found not in asked:
-            asked.add(found)
-            for column, value in zip(("context", "question", "answer", "kind"), (*found, kind), strict=True):
-                rows[column].append(value)
-    return cut(pa.table({column: pa.array(values, pa.string()) for column, values in rows.items()}))
+        if found not in others:
+            asked.setdefault(found, kind)
+    return asked
+
+
+def _table(asked: dict[Asked, str]) -> pa.Table:
+    rows = [(question, context, answer, kind) for (context, question, answer), kind in asked.items()]
+    columns = zip(("question", "context", "answer", "kind"), zip(*rows, strict=True), strict=True)
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns})
 
 
 def _two(rng: np.random.Generator, words: tuple[str, ...]) -> tuple[str, str]:

@@ -1,0 +1,168 @@
+"""Question answering: a question, with or without a context, and the answer written out.
+
+Loss: cross-entropy of the answer's next token, the mean over each answer's own tokens, then over answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pyarrow as pa
+import torch
+from pydantic import Field
+from torch import nn
+
+from protocol.errors import ConfigError
+from protocol.job import DataSection, Job, Options
+from protocol.messages import Facts
+from protocol.section import Section
+from tasks.answerer import answer_tokenizer, load_answerer
+from tasks.cells import name_cell, optional_text_cell, text_cell
+from tasks.lazy import Picked
+from tasks.options import options_of
+from tasks.reading import Findings, Table
+from tasks.records import Records, Role
+from tasks.seam import Model, Shard, Task, canonical_order
+from tasks.texts import read_text_input
+from tasks.weights import Backbone, resolve
+
+if TYPE_CHECKING:
+    import datasets
+    from torchmetrics import MetricCollection
+
+NOTHING = -100
+"""A target that isn't there: behind a short answer."""
+
+QUESTIONS = Records(
+    (
+        Role("question", text_cell, pa.string(), ("query",)),
+        Role("context", optional_text_cell, pa.string(), ("passage", "paragraph"), required=False),
+        Role("answer", name_cell, pa.string(), ("target", "response")),
+    )
+)
+
+
+class AnswerOptions(Section):
+    """`task.options` of question answering: the most tokens that an answer is written with."""
+
+    max_answer_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
+
+
+@dataclass(frozen=True)
+class QuestionAnswering(Task):
+    """Targets are [n, max_answer_tokens + bytes]: the answer's tokens, then its text in UTF-8, to score."""
+
+    name: str = "question-answering"
+    summary: str = "an answer in words, from a context or without; T5, BART, …; exact match, token F1"
+    on_features: bool = False
+    sees_targets: bool = True
+    headline: str = "exact_match"
+    options: AnswerOptions = field(default_factory=AnswerOptions)
+    job: Job | None = None
+
+    def bound(self, job: Job) -> QuestionAnswering:
+        return replace(self, options=options_of(job.task.options, AnswerOptions), job=job)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        assert self.job is not None, "a shard is asked of the task that is bound to a job"
+        return answer_tokenizer(resolve(self.job.backbone, self.job.seed))
+
+    def check(self, job: Job) -> None:
+        options_of(job.task.options, AnswerOptions)
+        QUESTIONS.check(job.data)
+        if job.train.augment:
+            raise ConfigError("train.augment: question-answering has no augmentations, expected none")
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        return QUESTIONS.read(source, data)
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return QUESTIONS.adopted(splits)
+
+    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+        QUESTIONS.write(dataset, folder, data)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        return QUESTIONS.inspect(source, data)
+
+    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+        return QUESTIONS.keys(dataset)
+
+    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+        return {}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        return {}
+
+    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        questions, answers = dataset["question"][:], dataset["answer"][:]
+        contexts = dataset["context"][:] if "context" in dataset.column_names else [""] * len(dataset)
+        inputs = Picked(lambda place: prompt(questions[place], contexts[place]), tuple(order))
+        targets = self.targets([answers[place] for place in order])
+        return Shard(inputs, targets, tuple(keys[place] for place in order))
+
+    def targets(self, answers: Sequence[str]) -> torch.Tensor:
+        """The tokens to learn (of a long answer the first ones), and the whole text to be measured by."""
+        most = self.options.max_answer_tokens
+        tokens = self._tokenizer(text_target=list(answers), truncation=True, max_length=most)["input_ids"]
+        texts = [list(answer.encode()) for answer in answers]
+        table = torch.full((len(answers), most + max(map(len, texts), default=0)), NOTHING)
+        for row, known, text in zip(table, tokens, texts, strict=True):
+            row[: len(known)] = torch.tensor(known)
+            row[most : most + len(text)] = torch.tensor(text)
+        return table
+
+    def raw_input(self, given: str) -> Any:
+        """A question, or a whole prompt `question: … context: …`; a text file's, or the text itself.
+
+        Raises:
+            DataError: it can't be read, or is empty.
+        """
+        text = read_text_input(given)
+        return text if text.startswith("question: ") else prompt(text, "")
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        options = options_of(job.task.options, AnswerOptions)
+        return load_answerer(backbone, job, answer_tokenizer(backbone), options.max_answer_tokens)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        answer = targets[:, : outputs.shape[1]]
+        each = nn.functional.cross_entropy(
+            outputs.transpose(1, 2), answer.clamp(0, outputs.shape[2] - 1), reduction="none"
+        )
+        real = answer >= 0
+        return ((each * real).sum(1) / real.sum(1).clamp_min(1)).mean()
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from tasks.metrics.answers import ExactMatch, TokenF1
+
+        return MetricCollection({"exact_match": ExactMatch(), "token_f1": TokenF1()}, compute_groups=False)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """Answers as they were written, and as they stand in the data."""
+        texts = targets[:, self.options.max_answer_tokens :].tolist()
+        return predictions, [bytes(b for b in text if b >= 0).decode() for text in texts]
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        return [{"label": text} for text in predictions]
+
+
+def prompt(question: str, context: str) -> str:
+    """What the network reads: the question first, so that only a context is ever cut.
+
+    >>> prompt("where is Anna?", "Anna is in the garden.")
+    'question: where is Anna? context: Anna is in the garden.'
+    """
+    return f"question: {question} context: {context}" if context else f"question: {question}"
+
+
+QUESTION_ANSWERING = QuestionAnswering()

@@ -1,0 +1,167 @@
+"""Speech recognition: a recording, and what was said.
+
+Loss: connectionist temporal classification (Graves et al. 2006) over each transcript's letters, the mean
+of what a letter costs, then over transcripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from protocol.errors import ConfigError, DataError
+from protocol.job import DataSection, Job, Options
+from protocol.messages import Facts
+from protocol.section import Positive, Section
+from tasks.cells import text_cell
+from tasks.lazy import Cells, Picked
+from tasks.letters import Letters, code_points, from_code_points, letters_of, spoken
+from tasks.options import options_of
+from tasks.problems import shown
+from tasks.reading import Findings, Table
+from tasks.recogniser import load_recogniser
+from tasks.records import FILE, Records, Role, file_bytes
+from tasks.seam import Model, Shard, Task, canonical_order
+from tasks.sounds import checked_sound
+from tasks.weights import Backbone, resolve
+
+if TYPE_CHECKING:
+    import datasets
+    from torchmetrics import MetricCollection
+
+NOTHING = -100
+"""A target that isn't there: behind a short transcript."""
+
+
+class SpeechOptions(Section):
+    """`task.options` of speech recognition: how long a recording may be."""
+
+    max_seconds: Positive = 20.0
+
+
+def recordings(options: SpeechOptions) -> Records:
+    """A row for each recording; a longer one than the job allows is refused."""
+
+    def sound(data: Any, where: str) -> None:
+        checked_sound(data, where, options.max_seconds)
+
+    return Records(
+        (
+            Role("audio", sound, FILE, ("file", "path", "wav", "sound", "clip"), file=True),
+            Role("transcript", _transcript, pa.string(), ("text", "sentence", "transcription")),
+        )
+    )
+
+
+def _transcript(cell: Any, where: str) -> str:
+    text = text_cell(cell, where)
+    if not spoken(text):
+        raise DataError(f"{where}: {shown(repr(text[:40]))}, expected words")
+    return text
+
+
+@dataclass(frozen=True)
+class SpeechRecognition(Task):
+    """Targets are [n, longest]: the code points of each transcript, in lower case without punctuation."""
+
+    name: str = "speech-recognition"
+    summary: str = "what was said; wav2vec2, HuBERT, or a small network, with CTC; WER, CER"
+    on_features: bool = False
+    headline: str = "wer"
+    options: SpeechOptions = field(default_factory=SpeechOptions)
+    job: Job | None = None
+
+    def bound(self, job: Job) -> SpeechRecognition:
+        return replace(self, options=options_of(job.task.options, SpeechOptions), job=job)
+
+    @cached_property
+    def _letters(self) -> Letters:
+        assert self.job is not None, "the loss is asked of the task that is bound to a job"
+        return letters_of(resolve(self.job.backbone, self.job.seed))
+
+    def check(self, job: Job) -> None:
+        recordings(options_of(job.task.options, SpeechOptions)).check(job.data)
+        if job.train.augment:
+            raise ConfigError("train.augment: speech-recognition has no augmentations, expected none")
+        if job.privacy.unit in ("example", "both"):
+            raise ConfigError(
+                f"privacy.unit = {job.privacy.unit!r}: neither CTC nor a recurrent layer gives each example"
+                " a gradient of its own in speech-recognition, expected 'none' or 'client'"
+            )
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        return recordings(options_of(options, SpeechOptions)).read(source, data)
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return recordings(self.options).adopted(splits)
+
+    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+        recordings(self.options).write(dataset, folder, data)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        return recordings(options_of(options, SpeechOptions)).inspect(source, data)
+
+    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+        return recordings(self.options).keys(dataset)
+
+    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+        return {}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        return {}
+
+    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        transcripts = dataset["transcript"][:]
+        inputs = Picked(Cells(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
+        targets = code_points([spoken(transcripts[place]) for place in order], NOTHING)
+        return Shard(inputs, targets, tuple(keys[place] for place in order))
+
+    def raw_input(self, given: str) -> Any:
+        """The bytes of a WAV or FLAC file.
+
+        Raises:
+            DataError: it can't be read, or is too long.
+        """
+        data = file_bytes({"bytes": None, "path": given}, "audio")
+        checked_sound(data, shown(given), self.options.max_seconds)
+        return data
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        options = options_of(job.task.options, SpeechOptions)
+        return load_recogniser(backbone, job, letters_of(backbone), options.max_seconds)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        letters = [self._letters.coded(text) for text in from_code_points(targets)]
+        lengths = torch.tensor([len(one) for one in letters])
+        coded = torch.tensor([number for one in letters for number in one], dtype=torch.int64)
+        frames = torch.full((len(outputs),), outputs.shape[1])
+        likelihoods = outputs.log_softmax(2).transpose(0, 1)
+        each = nn.functional.ctc_loss(
+            likelihoods, coded, frames, lengths, self._letters.blank, reduction="none", zero_infinity=True
+        )
+        return (each / lengths.clamp_min(1).to(each)).mean()
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+        from torchmetrics.text import CharErrorRate, WordErrorRate
+
+        return MetricCollection({"wer": WordErrorRate(), "cer": CharErrorRate()}, compute_groups=False)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """What was heard, and what was said."""
+        return predictions, from_code_points(targets)
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        return [{"label": text} for text in predictions]
+
+
+SPEECH_RECOGNITION = SpeechRecognition()

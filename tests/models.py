@@ -1,0 +1,61 @@
+"""Small networks with random weights, saved as a user's folders are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tasks.wordpieces import END, PAD, own_tokenizer, vocabulary
+
+
+def small_t5(folder: Path) -> Path:
+    """A T5 of two layers on each side, with its tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=len(vocabulary()), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        pad_token_id=PAD, eos_token_id=END, decoder_start_token_id=PAD,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    own_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def small_bart(folder: Path) -> Path:
+    """A BART of two layers on each side, with its tokenizer."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=len(vocabulary()), d_model=32, max_position_embeddings=64,
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=PAD, bos_token_id=END, eos_token_id=END,
+        decoder_start_token_id=END, forced_eos_token_id=END,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    own_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def small_wav2vec2(
+    folder: Path, *, norm: str = "layer", kind: str = "Wav2Vec2", letters: bool = True
+) -> Path:
+    """A wav2vec 2.0 or HuBERT of two layers; without `letters` it has no output layer, as before tuning."""
+    import json
+
+    import transformers
+
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", "|", *"EABCDFGHIJKLMNOPQRSTUVWXYZ'"]
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(symbols), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, conv_dim=(16, 16, 16), conv_kernel=(10, 8, 4), conv_stride=(8, 8, 5),
+        feat_extract_norm=norm, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        do_stable_layer_norm=norm == "layer", hidden_dropout=0.0, layerdrop=0.0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCTC" if letters else f"{kind}Model")(config).save_pretrained(folder)
+    if letters:
+        (folder / "vocab.json").write_text(json.dumps({s: n for n, s in enumerate(symbols)}))
+    return folder

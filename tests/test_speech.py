@@ -1,0 +1,255 @@
+"""Speech recognition: what is read, what padding may not change, what counts, what is trained."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from numpy.typing import NDArray
+
+from client.train import train_model
+from protocol.errors import ConfigError, DataError, WeightsError
+from protocol.job import DataSection, Job
+from tasks import tuning
+from tasks.learner import Learner, added
+from tasks.letters import OWN, code_points, from_code_points
+from tasks.seam import Shard
+from tasks.sounds import RATE, checked_sound, log_mel
+from tasks.speech import NOTHING, SPEECH_RECOGNITION
+from tests.models import small_wav2vec2
+
+PITCHES = {"a": 300.0, "b": 700.0, "o": 1500.0, " ": 0.0}
+
+
+def tones(text: str, rate: int = RATE) -> NDArray[np.float32]:
+    """A tone for each letter, so that what was said can be heard."""
+    time = np.arange(int(0.12 * rate)) / rate
+    return np.concatenate([np.sin(2 * np.pi * PITCHES[letter] * time) for letter in text]).astype(np.float32)
+
+
+def sound(samples: NDArray[np.float32], rate: int = RATE, kind: str = "WAV") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=kind)
+    return file.getvalue()
+
+
+def folder_of(root: Path, *texts: str) -> Path:
+    root.mkdir()
+    for number, text in enumerate(texts):
+        (root / f"{number}.wav").write_bytes(sound(tones(text)))
+    rows = [{"audio": f"{number}.wav", "transcript": text} for number, text in enumerate(texts)]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def job_of(tune: dict[str, Any] | None = None, **tables: Any) -> Job:
+    table: dict[str, Any] = {
+        "name": "speech",
+        "seed": 4,
+        "task": {"name": "speech-recognition"},
+        "data": {"source": "generated-speech"},
+        "backbone": {"name": "atoll:small-ctc", "weights": "random", "options": {"width": 24}},
+        "tune": tune or {"method": "full"},
+        "train": {"optimizer": "adamw", "lr": 0.005, "batch_size": 4},
+        "federation": {"clients": 2, "rounds": 1},
+    }
+    return Job.parse(table | tables, origin="test")
+
+
+def learner_of(tune: dict[str, Any] | None = None, **tables: Any) -> Learner:
+    return Learner.of(job_of(tune, **tables), SPEECH_RECOGNITION, {})
+
+
+def shard_of(learner: Learner, root: Path, *texts: str) -> Shard:
+    folder = folder_of(root, *texts)
+    table = learner.task.read(folder, DataSection(source=str(folder)), {})
+    return learner.task.shard(table.train, {})
+
+
+TEXTS = ("ab", "abba", "bob", "oa ob", "a bob", "baobab a")
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
+def test_any_rate_and_channels_become_16_khz_mono(kind: str, rate: int) -> None:
+    both = np.stack([tones("ab", rate), tones("ab", rate)], axis=1)
+    found = checked_sound(sound(both, rate, kind), "x", 20)
+    assert len(found) == pytest.approx(0.24 * RATE, abs=2)
+    middle = slice(200, 1700)
+    # Of 0.9 of a sine's values, away from the ends where the filter rings.
+    assert np.abs(found[middle] - tones("ab")[middle]).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "transcript", "problem"),
+    [
+        ("a.wav", b"no sound", "a", "not a sound that can be read"),
+        ("a.wav", sound(tones("a"))[:30], "a", "not a sound that can be read"),
+        ("a.wav", sound(np.zeros(4, np.float32)), "a", "0.00 seconds, expected 0.05 to 20"),
+        ("a.wav", sound(np.zeros(21 * RATE, np.float32)), "a", r"21.00 seconds, expected .*max_seconds"),
+        ("a.wav", sound(tones("a")), "?!", "expected words"),
+        ("b.wav", sound(tones("a")), "a", "a.wav"),
+    ],
+)
+def test_bad_recordings_are_told_in_one_line(
+    tmp_path: Path, name: str, content: bytes, transcript: str, problem: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"audio": "a.wav", "transcript": transcript}))
+    with pytest.raises(DataError, match=problem) as told:
+        SPEECH_RECOGNITION.read(tmp_path, DataSection(source=str(tmp_path)), {})
+    assert "\n" not in str(told.value)
+
+
+def test_what_is_written_is_read_again_with_the_same_keys(tmp_path: Path) -> None:
+    folder, data = folder_of(tmp_path / "in", "ab", "bob"), DataSection(source="x", columns={})
+    table = SPEECH_RECOGNITION.read(folder, data, {})
+    SPEECH_RECOGNITION.write(table.train, tmp_path / "out", data)
+    again = SPEECH_RECOGNITION.read(tmp_path / "out", data, {})
+    assert SPEECH_RECOGNITION.keys(again.train) == SPEECH_RECOGNITION.keys(table.train)
+
+
+def networks(root: Path) -> dict[str, dict[str, Any]]:
+    return {
+        "small": {"name": "atoll:small-ctc", "weights": "random"},
+        "layer": {"name": str(small_wav2vec2(root / "layer"))},
+        "group": {"name": str(small_wav2vec2(root / "group", norm="group"))},
+        "hubert": {"name": str(small_wav2vec2(root / "hubert", kind="Hubert"))},
+    }
+
+
+@pytest.mark.parametrize("name", ["small", "layer", "group", "hubert"])
+def test_the_padding_of_its_neighbours_changes_nothing_of_a_recording(tmp_path: Path, name: str) -> None:
+    learner = learner_of(backbone=networks(tmp_path)[name])
+    short, long = sound(tones("ab")), sound(tones("baobab bob"))
+    model, encoder = learner.model.eval(), learner.encoder
+    with torch.no_grad():
+        alone, together = model(encoder.prepare([short])), model(encoder.prepare([short, long]))
+    frames = alone.shape[1]
+    assert together.shape[1] > frames
+    assert torch.allclose(alone[0], together[0, :frames], atol=1e-4)
+    targets = code_points(["ab"], NOTHING)
+    assert float(learner.task.loss(together[:1], targets)) == pytest.approx(
+        float(learner.task.loss(alone, targets)), rel=1e-4
+    )
+
+
+def test_the_loss_is_ctc_by_the_letter_and_padding_of_targets_does_not_count() -> None:
+    learner = learner_of()
+    torch.manual_seed(0)
+    outputs = torch.randn(2, 12, OWN.size)
+    targets = code_points(["ab", "bo a"], NOTHING)
+    assert (targets[0, 2:] == NOTHING).all()
+    wanted = []
+    for row, text in enumerate(("ab", "bo a")):
+        coded = torch.tensor([OWN.coded(text)])
+        each = torch.nn.functional.ctc_loss(
+            outputs[row].log_softmax(1).unsqueeze(1), coded, torch.tensor([12]), torch.tensor([len(text)]),
+            blank=0, reduction="sum",
+        )  # fmt: skip
+        wanted.append(float(each) / len(text))
+    assert float(learner.task.loss(outputs, targets)) == pytest.approx(sum(wanted) / 2, rel=1e-5)
+
+
+def test_what_is_heard_merges_repeats_and_skips_blanks() -> None:
+    heard = [OWN.numbers["a"], OWN.numbers["a"], 0, OWN.numbers["a"], OWN.numbers[" "], OWN.numbers["b"], 0]
+    outputs = torch.nn.functional.one_hot(torch.tensor([heard]), OWN.size).float()
+    assert OWN.texts(outputs) == ["aa b"]
+    assert from_code_points(code_points(["ça va", ""], NOTHING)) == ["ça va", ""]
+
+
+def test_metrics_of_clients_add_up_to_those_of_all_data(tmp_path: Path) -> None:
+    learner = learner_of()
+    whole = shard_of(learner, tmp_path / "d", *TEXTS)
+    tensors = learner.initial()
+    parts = [whole.select([0, 1]), whole.select([2, 3, 4, 5])]
+    together = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    assert together == pytest.approx(learner.compute(learner.evaluate(tensors, whole)), rel=1e-5)
+
+
+@pytest.mark.parametrize("tune", [{"method": "head"}, {"method": "last-k", "layers": 1}, {"method": "full"}])
+def test_the_small_network_takes_a_step(tmp_path: Path, tune: dict[str, Any]) -> None:
+    learner = learner_of(tune)
+    shard = shard_of(learner, tmp_path / "d", *TEXTS)
+    update = train_model(learner, learner.initial(), shard, learner.job, client="a", round=1, plan={})
+    assert all(bool(t.any()) for name, t in update.delta.items() if "out" in name)
+    if tune["method"] == "last-k":
+        assert {name.split(".")[2] for name in update.delta} == {"recurrent", "out"}
+
+
+def test_the_small_network_has_no_layer_for_lora() -> None:
+    with pytest.raises(ConfigError, match="no layer for LoRA"):
+        learner_of({"method": "lora"}).model  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "tune",
+    [
+        {"method": "head"},
+        {"method": "last-k", "layers": 1},
+        {"method": "lora", "rank": 2},
+        {"method": "full"},
+    ],
+)
+@pytest.mark.parametrize("letters", [True, False])
+def test_a_folder_of_wav2vec_takes_a_step(tmp_path: Path, tune: dict[str, Any], letters: bool) -> None:
+    folder = small_wav2vec2(tmp_path / "model", letters=letters)
+    learner = learner_of(tune, backbone={"name": str(folder)})
+    shard = shard_of(learner, tmp_path / "d", *TEXTS)
+    start = learner.initial()
+    update = train_model(learner, start, shard, learner.job, client="a", round=1, plan={})
+    assert any(bool(t.any()) for t in update.delta.values())
+    assert "backbone.model.lm_head.weight" in start
+    if tune["method"] == "last-k":
+        assert not any("layers.0" in name or "feature" in name for name in start)
+    if tune["method"] == "head":
+        assert len(start) == 2
+    assert len(tuning.blocks(learner.model.backbone.model, learner.model.head)) >= 2
+
+
+def test_networks_that_hear_no_letters_are_refused(tmp_path: Path) -> None:
+    from tests.models import small_t5
+
+    with pytest.raises(WeightsError, match="does not hear letters"):
+        learner_of(backbone={"name": "raw:pixels"}).model  # noqa: B018
+    with pytest.raises(WeightsError, match="does not read waves"):
+        learner_of(backbone={"name": str(small_t5(tmp_path / "t5"))}).model  # noqa: B018
+
+
+def test_example_level_privacy_is_refused_by_name() -> None:
+    privacy = {"unit": "example", "epsilon": 1.0, "delta": 1e-5, "clipping_norm": 1.0}
+    with pytest.raises(ConfigError, match=r"privacy\.unit = 'example'.*speech-recognition"):
+        learner_of(privacy=privacy)
+
+
+def test_log_mel_features_say_which_tone_sounds() -> None:
+    low, high = (log_mel(np.concatenate([tones("  "), tones(x)])) for x in "ao")
+    assert low[-5:].mean(0).argmax() < high[-5:].mean(0).argmax()
+
+
+@pytest.mark.slow
+def test_learning_beats_not_learning(tmp_path: Path) -> None:
+    learner = learner_of(train={"optimizer": "adamw", "lr": 0.01, "batch_size": 3, "epochs": 80})
+    shard = shard_of(learner, tmp_path / "d", *TEXTS)
+    start = learner.initial()
+    update = train_model(learner, start, shard, learner.job, client="a", round=1, plan={})
+    trained = {name: t + update.delta[name] for name, t in start.items()}
+    before, after = (learner.compute(learner.evaluate(t, shard)) for t in (start, trained))
+    assert before["wer"] >= 0.9 and after["wer"] < 0.3
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng isn't installed")
+def test_generated_speech_is_a_source_of_the_task() -> None:
+    from tasks.generated.speech import generated_speech
+
+    table = SPEECH_RECOGNITION.adopt(generated_speech(3, 16), job_of())
+    learner = learner_of()
+    shard = learner.task.shard(table.train, {})
+    assert learner.batch(shard, [0, 1])["sound"].shape[2] == 40
