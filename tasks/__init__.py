@@ -7,9 +7,11 @@ import difflib
 from protocol.errors import ConfigError
 from protocol.job import Job
 from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
+from tasks.detection import DETECTION
 from tasks.forecasting import FORECASTING
 from tasks.recommendation import RECOMMENDATION
 from tasks.seam import Model, Shard, Task
+from tasks.segmentation import SEGMENTATION
 
 __all__ = ["TASKS", "Model", "Shard", "Task", "task_named", "trains_on_features"]
 
@@ -18,6 +20,8 @@ REGISTERED: tuple[Task, ...] = (
     IMAGE_CLASSIFICATION,
     FORECASTING,
     RECOMMENDATION,
+    DETECTION,
+    SEGMENTATION,
 )
 TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 

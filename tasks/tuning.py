@@ -24,7 +24,7 @@ def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
     model.requires_grad_(False)
     match tune.method:
         case "last-k":
-            for module in _last_blocks(model.backbone.model, tune.layers or 1):
+            for module in _last_blocks(model, tune.layers or 1):
                 module.requires_grad_(True)
         case "lora":
             _inject_lora(model, tune, seed)
@@ -78,14 +78,19 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
-    is_container = type(module) in CONTAINERS
+    is_container = _contains(module)
     if not is_container and (listed or not _wraps_a_container(module)):
         return [module]
     return [block for child in module.children() for block in _opened(child, listed=is_container)]
 
 
+def _contains(module: nn.Module) -> bool:
+    # torchvision puts a classifier's layers in the latter, for those who take what comes out on the way.
+    return type(module) in CONTAINERS or type(module).__name__ == "IntermediateLayerGetter"
+
+
 def _wraps_a_container(module: nn.Module) -> bool:
-    inner = [child for child in module.children() if type(child) in CONTAINERS]
+    inner = [child for child in module.children() if _contains(child)]
     return len(inner) == 1 and _size(inner[0]) > 0.8 * _size(module)
 
 
@@ -93,9 +98,10 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _last_blocks(network: nn.Module, count: int) -> list[nn.Module]:
-    """The last `count` blocks; a norm that stands alone belongs to the block before it."""
-    found = blocks(network)
+def _last_blocks(model: Model, count: int) -> list[nn.Module]:
+    """The last `count` blocks before the head; a norm that stands alone belongs to the block before it."""
+    head = set(model.head.modules())
+    found = [block for block in blocks(model.backbone.model) if block not in head]
     starts = [place for place, block in enumerate(found) if not isinstance(block, Norms)]
     if count > len(starts):
         raise ConfigError(f"tune.layers: this backbone has {len(starts)} blocks, found {count}")
@@ -111,7 +117,9 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m)]
+    # A head inside the network is trained as it is.
+    head = set(model.head.modules())
+    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and m not in head]
     wanted = [
         n for n in names if tune.targets is None or n.split(".")[-1] in tune.targets or n in tune.targets
     ]
