@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 Lines = list[tuple[str, str]]
 
@@ -14,7 +15,7 @@ def tasks() -> Lines:
 
 
 def backbones() -> Lines:
-    from tasks.weights import PACKAGED, RAW, torchvision_names
+    from tasks.weights import PACKAGED, RAW, TorchvisionKind, torchvision_names
 
     packaged = [
         (name, f"pretrained weights from package {package}") for name, (package, _) in PACKAGED.items()
@@ -27,7 +28,12 @@ def backbones() -> Lines:
     vision = [
         (f"torchvision:{n}", "torchvision") for n in torchvision_names() if f"torchvision:{n}" not in PACKAGED
     ]
-    return packaged + open_ended + vision
+    dense = [
+        (f"torchvision:{name}", f"torchvision, for {kind}")
+        for kind in get_args(TorchvisionKind)[1:]
+        for name in torchvision_names(kind)
+    ]
+    return packaged + open_ended + vision + dense
 
 
 def strategies() -> Lines:

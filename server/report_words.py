@@ -13,7 +13,21 @@ from strategies import STRATEGIES
 
 NOT_MEASURED = "not measured"
 FEW_CLASSES = 8
-SHOUTED = {"f1": "F1", "auroc": "AUROC", "auc": "AUC", "mse": "MSE", "mae": "MAE"}
+SHOUTED = {
+    "f1": "F1",
+    "auroc": "AUROC",
+    "auc": "AUC",
+    "mse": "MSE",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "mase": "MASE",
+    "ndcg": "NDCG",
+    "map": "mAP",
+    "map50": "mAP50",
+    "iou": "IoU",
+    "wer": "WER",
+    "cer": "CER",
+}
 STRATEGY_NAMES = {
     "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",

@@ -8,10 +8,12 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from tasks.answering import QUESTION_ANSWERING
 from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
+from tasks.detection import DETECTION
 from tasks.forecasting import FORECASTING
 from tasks.image_text import IMAGE_TEXT
 from tasks.recommendation import RECOMMENDATION
 from tasks.seam import Model, Shard, Task
+from tasks.segmentation import SEGMENTATION
 from tasks.speech import SPEECH_RECOGNITION
 
 __all__ = ["TASKS", "Model", "Shard", "Task", "task_named", "trains_on_features"]
@@ -24,6 +26,8 @@ REGISTERED: tuple[Task, ...] = (
     RECOMMENDATION,
     QUESTION_ANSWERING,
     SPEECH_RECOGNITION,
+    DETECTION,
+    SEGMENTATION,
 )
 TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 

@@ -62,6 +62,10 @@ def _nothing_else(path: Path, journal: Journal) -> dict[str, Rows] | None:
     return None
 
 
+def _any_will_do(parts: Mapping[str, Any], where: str) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Records:
     """How a task's data is read: its roles, by what examples are counted, and other layouts."""
@@ -70,6 +74,8 @@ class Records:
     counted: str | None = None
     opens: Opener = _nothing_else
     layout: str = f"one file of {', '.join(SUFFIXES)}"
+    together: Callable[[Mapping[str, Any], str], None] = _any_will_do
+    """Raises DataError where an example's parts, each sound, don't fit one another."""
 
     def read(self, path: Path, data: DataSection) -> Table:
         """The checked examples at `path`.
@@ -190,6 +196,7 @@ class Records:
             where = rows.where(place)
             try:
                 values = [_read_cell(role, c, rows, where) for role, c in zip(present, cells, strict=True)]
+                self.together({r.name: v for r, v in zip(present, values, strict=True)}, where)
             except DataError as problem:
                 told = str(problem)
                 journal.refuse(problem if told.startswith(where) else DataError(f"{where}: {told}"))

@@ -88,14 +88,19 @@ def blocks(network: nn.Module, head: nn.Module | None = None) -> list[nn.Module]
 
 
 def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
-    is_container = type(module) in CONTAINERS
+    is_container = _contains(module)
     if not is_container and (listed or not _wraps_a_container(module)):
         return [module]
     return [block for child in module.children() for block in _opened(child, listed=is_container)]
 
 
+def _contains(module: nn.Module) -> bool:
+    # torchvision puts a classifier's layers in the latter, for those who take what comes out on the way.
+    return type(module) in CONTAINERS or type(module).__name__ == "IntermediateLayerGetter"
+
+
 def _wraps_a_container(module: nn.Module) -> bool:
-    inner = [child for child in module.children() if type(child) in CONTAINERS]
+    inner = [child for child in module.children() if _contains(child)]
     tables = [child for child in module.children() if isinstance(child, nn.Embedding)]
     return len(inner) == 1 and _size(inner[0]) > 0.8 * (_size(module) - sum(map(_size, tables)))
 
@@ -111,7 +116,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Module]:
     """The last `count` blocks; a norm that stands alone belongs to the block before it."""
-    found = blocks(network, head if any(module is head for module in network.modules()) else None)
+    is_inside = any(module is head for module in network.modules())
+    parts = set(head.modules())
+    found = [block for block in blocks(network, head if is_inside else None) if block not in parts]
     starts = [place for place, block in enumerate(found) if not _is_norm(block)]
     if count > len(starts):
         raise ConfigError(f"tune.layers: this backbone has {len(starts)} blocks, found {count}")

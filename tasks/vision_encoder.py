@@ -17,7 +17,7 @@ from tasks.augment import framed, varied_image
 from tasks.images import decode_image
 from tasks.loading import fill, load_transformer, load_weights
 from tasks.seam import Batch, Encoder, FixedBatch, Variation
-from tasks.weights import Backbone
+from tasks.weights import Backbone, torchvision_names
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -114,8 +114,15 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
 
 
 def torchvision_trunk(name: str, seed: int) -> tuple[nn.Module, int]:
-    """(a torchvision network without its last layer, width of its features)."""
+    """(a torchvision network without its last layer, width of its features).
+
+    Raises:
+        WeightsError: it isn't one for whole images.
+    """
     from torchvision import models
+
+    if name not in torchvision_names():
+        raise WeightsError(f"backbone.name: torchvision:{name} is no classification model, expected one")
 
     with global_stream(seed, "init", "backbone"):
         options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}

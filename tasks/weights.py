@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from protocol.errors import InputError, WeightsError
 from protocol.job import BackboneSection
@@ -21,6 +21,8 @@ PACKAGED = {
 }
 """Backbones whose official weights a package carries: package, and the path in it."""
 
+
+TorchvisionKind = Literal["classification", "segmentation", "detection"]
 
 RAW = "raw:pixels"
 """No backbone: an image's own pixels are its features."""
@@ -190,21 +192,34 @@ def _from_package(package: str, inside: str, offline: bool, tried: list[str]) ->
         return None
 
 
-def torchvision_names() -> list[str]:
-    """Names of torchvision's classification models."""
+def torchvision_names(kind: TorchvisionKind = "classification") -> list[str]:
+    """Names of torchvision's models of that kind."""
     from torchvision import models
 
-    return [n for n in models.list_models(module=models) if not n.startswith("quantized_")]
+    module = models if kind == "classification" else getattr(models, kind)
+    # Masks and key points of objects are other tasks.
+    others = ("quantized_", "maskrcnn", "keypointrcnn")
+    return [n for n in models.list_models(module=module) if not n.startswith(others)]
+
+
+def expect_torchvision(section: BackboneSection, backbone: Backbone, kind: TorchvisionKind) -> None:
+    """Raises WeightsError unless the backbone is a torchvision model of that kind."""
+    known = torchvision_names(kind)
+    if backbone.kind != "torchvision" or backbone.name not in known:
+        raise WeightsError(
+            f"backbone.name: {section.name} is no {kind} model,"
+            f" expected one of {', '.join(f'torchvision:{name}' for name in known)}"
+        )
 
 
 def _resolve_torchvision(section: BackboneSection, name: str, seed: int) -> Backbone:
     from torchvision import models
 
-    known = torchvision_names()
+    known = [n for kind in get_args(TorchvisionKind) for n in torchvision_names(kind)]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see atoll list backbones"
-        raise WeightsError(f"backbone.name: torchvision has no classification model {name!r}, {hint}")
+        raise WeightsError(f"backbone.name: torchvision has no model {name!r}, {hint}")
     if section.weights == "random":
         return Backbone("torchvision", name, f"random, seed {seed}", None, None, _random_print(name, seed))
     entries = {w.name: w for w in models.get_model_weights(name)}

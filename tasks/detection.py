@@ -1,0 +1,168 @@
+"""Object detection: boxes with classes, by torchvision's detectors; COCO's mAP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from protocol.errors import ConfigError, DataError
+from protocol.job import DataSection, Job, Options
+from protocol.messages import Facts
+from protocol.section import Section
+from tasks.boxes import BOXES
+from tasks.detector import load_detector
+from tasks.images import image_bytes, read_image_input
+from tasks.lazy import Cells, Picked
+from tasks.options import options_of
+from tasks.pictures import SIZE, picture_size, refuse_variation, size_of, without_other_parts
+from tasks.reading import Findings, Table
+from tasks.seam import Model, Shard, Task, canonical_order
+from tasks.sources import SOURCES
+from tasks.weights import Backbone
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+SHOWN_SCORE = 0.5
+"""What `atoll predict` shows at least."""
+
+
+class DetectionOptions(Section):
+    """`task.options` of object-detection: there are none."""
+
+
+@dataclass(frozen=True)
+class Detection(Task):
+    """Targets are [n, most, 5]: x1, y1, x2, y2 in the resized square, and the class; -1 where none is."""
+
+    name: str = "object-detection"
+    summary: str = "boxes with classes; torchvision's Faster R-CNN, SSDlite; COCO's mAP, mAP50"
+    on_features: bool = False
+    sees_targets: bool = True
+    headline: str = "map"
+    size: int = SIZE
+
+    def bound(self, job: Job) -> Detection:
+        return replace(self, size=size_of(job))
+
+    def check(self, job: Job) -> None:
+        options_of(job.task.options, DetectionOptions)
+        refuse_variation(job, self.name)
+        if "example" in job.privacy.units:
+            raise ConfigError(
+                f"privacy.unit: object-detection has no example-level privacy, found {job.privacy.unit!r}:"
+                ' a detector\'s losses are shared by all pictures of a batch; expected "client" or "none"'
+            )
+        if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
+            raise ConfigError(
+                "data.classes: missing, expected the list of classes with"
+                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
+            )
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        return BOXES.read(source, data)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        return BOXES.inspect(source, data)
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return BOXES.adopted(without_other_parts(splits, ("image", "boxes", "classes")))
+
+    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+        BOXES.write(dataset, folder, data)
+
+    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+        return BOXES.keys(dataset)
+
+    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+        """The classes, as the job names them or sorted, and how many boxes a picture has at most.
+
+        Raises:
+            DataError: the data has a class that the job doesn't name.
+        """
+        classes = dataset["classes"][:]
+        present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
+        if data.classes is None:
+            return {"classes": sorted(present), "most": most}
+        unknown = sorted(present - set(data.classes))
+        if unknown:
+            raise DataError(f"class {unknown[0]!r} is not in data.classes = {list(data.classes)}")
+        return {"classes": list(data.classes), "most": most, "pinned": True}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """Pinned classes as they are, else the sorted union.
+
+        Raises:
+            ConfigError: there are no boxes at all.
+        """
+        pinned = next((f for f in facts if f.get("pinned")), None)
+        classes = pinned["classes"] if pinned else sorted({c for f in facts for c in f["classes"]})
+        if not classes:
+            raise ConfigError("object-detection needs boxes of at least one class, found none")
+        return {"classes": classes, "most": max(f["most"] for f in facts)}
+
+    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        index = {name: number for number, name in enumerate(facts["classes"])}
+        rows = dataset.select_columns(["boxes", "classes"])[:]
+        most = max(1, facts["most"], *(len(rows["boxes"][row]) for row in order))
+        targets = torch.full((len(order), most, 5), -1.0)
+        for target, row in zip(targets, order, strict=True):
+            width, height = picture_size(dataset[row]["image"])
+            scale = torch.tensor([self.size / width, self.size / height] * 2)
+            for place, (box, name) in enumerate(zip(rows["boxes"][row], rows["classes"][row], strict=True)):
+                if name not in index:
+                    raise DataError(f"class {name!r} is not one of the run's classes {facts['classes']}")
+                target[place, :4] = (torch.tensor(box) * scale).clamp(0, self.size)
+                target[place, 4] = index[name]
+        inputs = Picked(Cells(dataset, "image", image_bytes), tuple(order))
+        return Shard(inputs, targets, tuple(keys[row] for row in order))
+
+    def raw_input(self, given: str) -> Any:
+        """The bytes of an image file."""
+        return read_image_input(given)
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        return load_detector(backbone, job, facts["classes"])
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The sum of the detector's losses, of which each is a mean already."""
+        return outputs.sum()
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from tasks.metrics.boxes import BoxAveragePrecision
+
+        count = len(facts["classes"])
+        return MetricCollection(
+            {"map": BoxAveragePrecision(count), "map50": BoxAveragePrecision(count, thresholds=(0.5,))},
+            compute_groups=False,
+        )
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """Boxes with a score of at least a half, as parts of the picture's width and height."""
+        rows = []
+        for one in predictions:
+            found = [
+                {
+                    "class": facts["classes"][int(label)],
+                    "score": round(float(score), 4),
+                    "box": [round(side / self.size, 4) for side in box.tolist()],
+                }
+                for box, score, label in zip(one["boxes"], one["scores"], one["labels"], strict=True)
+                if score >= SHOWN_SCORE
+            ]
+            label = ", ".join(str(box["class"]) for box in found) or "nothing"
+            rows.append({"label": label, "boxes": found})
+        return rows
+
+
+DETECTION = Detection()

@@ -1,0 +1,103 @@
+"""torchvision's detectors as a task's whole model: in training their losses, otherwise their boxes.
+
+In a batch boxes are a table [batch, most, 5] of x1, y1, x2, y2, class in the resized square, in which rows
+of class -1 are none. The network's own class 0 is the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from protocol.job import Job
+from protocol.streams import global_stream
+from tasks.pictures import PictureEncoder, fill_all_but_classes, settle_norms, size_of
+from tasks.seam import TARGETS, Batch, Model
+from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
+from tasks.weights import Backbone, expect_torchvision
+
+Found = dict[str, torch.Tensor]
+
+
+class Detector(Model):
+    """The head is what names and places boxes: Faster R-CNN's predictor, an SSD's head."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The detector's losses, each the mean over the batch, [losses]; the batch must hold targets."""
+        network: Any = self.backbone.model
+        images, targets = list(batch["pixel_values"]), _as_torchvision(batch[TARGETS])
+        parts = [
+            network,
+            *(getattr(network, name) for name in ("rpn", "roi_heads") if hasattr(network, name)),
+        ]
+        before = [part.training for part in parts]
+        # Where nothing learns, torchvision's drawing of proposals must not depend on what came before.
+        drawn: AbstractContextManager[None] = (
+            nullcontext() if torch.is_grad_enabled() else global_stream(0, "proposals")
+        )
+        try:
+            # These flags alone say whether losses come out; layers keep their own.
+            _set_training(parts, [True] * len(parts))
+            with drawn:
+                losses = network(images, targets)
+        finally:
+            _set_training(parts, before)
+        return torch.stack([losses[name] for name in sorted(losses)])
+
+    def predict(self, batch: Batch) -> list[Found]:
+        """Boxes, scores and classes (from 0) of each picture."""
+        network: Any = self.backbone.model
+        found = network(list(batch["pixel_values"]))
+        return [
+            {
+                "boxes": one["boxes"].float().cpu(),
+                "scores": one["scores"].float().clamp(0, 1).cpu(),
+                "labels": one["labels"].cpu() - 1,
+            }
+            for one in found
+        ]
+
+
+def _set_training(parts: Sequence[nn.Module], values: Sequence[bool]) -> None:
+    for part, value in zip(parts, values, strict=True):
+        part.training = value
+
+
+def _as_torchvision(targets: torch.Tensor) -> list[Found]:
+    rows = [one[one[:, 4] >= 0] for one in targets]
+    return [{"boxes": one[:, :4].float(), "labels": one[:, 4].to(torch.int64) + 1} for one in rows]
+
+
+def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detector:
+    """The network in eval mode, with a head for these classes.
+
+    Raises:
+        WeightsError: the backbone is of another kind, or its weights don't fit.
+    """
+    from torchvision import models
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    expect_torchvision(job.backbone, backbone, "detection")
+    size = size_of(job)
+    with global_stream(job.seed, "init", "backbone"):
+        network: Any = models.get_model(
+            backbone.name, weights=None, weights_backbone=None, num_classes=len(classes) + 1
+        ).eval()
+    network.transform = GeneralizedRCNNTransform(
+        size, size, IMAGENET_MEAN, IMAGENET_STD, fixed_size=(size, size)
+    )  # type: ignore[arg-type]
+    head = "roi_heads.box_predictor" if hasattr(network, "roi_heads") else "head"
+    if backbone.weights is None:
+        settle_norms(network, size, job.seed, run=_everything)
+    else:
+        fill_all_but_classes(network, head, backbone)
+    encoder = PictureEncoder(network, size, (0.0,) * 3, (1.0,) * 3)
+    return Detector(encoder, network.get_submodule(head))
+
+
+def _everything(network: nn.Module, noise: torch.Tensor) -> None:
+    network(list(noise))

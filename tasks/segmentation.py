@@ -1,0 +1,219 @@
+"""Segmentation: a class for every pixel, by torchvision's networks; mean IoU, Dice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from protocol.errors import ConfigError, DataError
+from protocol.job import DataSection, Job, Options
+from protocol.messages import Facts
+from protocol.section import Section
+from protocol.streams import global_stream
+from tasks.images import read_image_input
+from tasks.lazy import Cells, Picked
+from tasks.masks import IGNORED, MASKS, highest_class, read_mask
+from tasks.options import options_of
+from tasks.pictures import (
+    SIZE,
+    PictureEncoder,
+    fill_all_but_classes,
+    refuse_variation,
+    settle_norms,
+    size_of,
+    without_other_parts,
+)
+from tasks.reading import Findings, Table
+from tasks.records import file_bytes
+from tasks.seam import Batch, Lazy, Model, Shard, Task, canonical_order
+from tasks.sources import SOURCES
+from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
+from tasks.weights import Backbone, expect_torchvision
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+
+class SegmentationOptions(Section):
+    """`task.options` of segmentation: what the pixels' values 0, 1, … stand for."""
+
+    classes: tuple[str, ...] | None = None
+
+
+class Segmenter(Model):
+    """A network of torchvision's; the head is its classifier of pixels."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Scores of every class at every pixel, [batch, classes, s, s]."""
+        scores: torch.Tensor = self.backbone.model(batch["pixel_values"])["out"]
+        return scores
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """The most likely class at every pixel, [batch, s, s]."""
+        return self.forward(batch).argmax(1)
+
+
+@dataclass(frozen=True)
+class Segmentation(Task):
+    """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
+
+    name: str = "segmentation"
+    summary: str = "a class for every pixel; torchvision's DeepLabV3, LRASPP, FCN; mean IoU, Dice"
+    on_features: bool = False
+    headline: str = "mean_iou"
+    size: int = SIZE
+
+    def bound(self, job: Job) -> Segmentation:
+        return replace(self, size=size_of(job))
+
+    def check(self, job: Job) -> None:
+        options = options_of(job.task.options, SegmentationOptions)
+        refuse_variation(job, self.name)
+        if job.data.classes is not None:
+            raise ConfigError("data.classes: expected the classes of pixels as task.options.classes instead")
+        if options.classes is not None and len(options.classes) < 2:
+            raise ConfigError(
+                f"task.options.classes: expected at least two, as many as pixels can have,"
+                f" found {list(options.classes)}"
+            )
+        if job.privacy.units and options.classes is None and job.data.source not in SOURCES:
+            raise ConfigError(
+                "task.options.classes: missing, expected the list of classes with"
+                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
+            )
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        return MASKS.read(source, data)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        return MASKS.inspect(source, data)
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return MASKS.adopted(without_other_parts(splits, ("image", "mask")))
+
+    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+        MASKS.write(dataset, folder, data)
+
+    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+        return MASKS.keys(dataset)
+
+    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+        """The classes: those the job names, or as many as the masks have.
+
+        Raises:
+            DataError: a mask has a class that the job doesn't name.
+        """
+        highest = max((highest_class(cell) for cell in dataset["mask"]), default=-1)
+        named = options_of(options, SegmentationOptions).classes
+        if named is None:
+            return {"highest": highest}
+        if highest >= len(named):
+            raise DataError(
+                f"a mask has class {highest}, expected 0 to {len(named) - 1}"
+                f" (task.options.classes = {list(named)}) or {IGNORED}, which is ignored"
+            )
+        return {"classes": list(named)}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """Named classes as they are, else numbers up to the highest that anybody has.
+
+        Raises:
+            ConfigError: there are fewer than two classes.
+        """
+        named = next((f["classes"] for f in facts if "classes" in f), None)
+        classes = named or [str(c) for c in range(1 + max((f["highest"] for f in facts), default=-1))]
+        if len(classes) < 2:
+            raise ConfigError(f"segmentation needs at least two classes of pixels, found {classes}")
+        return {"classes": classes}
+
+    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = tuple(canonical_order(keys))
+        count = len(facts["classes"])
+
+        def target(row: int) -> torch.Tensor:
+            mask = read_mask(file_bytes(dataset[row]["mask"], "mask"), "mask")
+            known = mask[mask != IGNORED]
+            if known.size and int(known.max()) >= count:
+                raise DataError(f"a mask has class {int(known.max())}, expected one of {facts['classes']}")
+            return torch.from_numpy(_resized(mask, self.size)).to(torch.int64)
+
+        inputs = Picked(Cells(dataset, "image", _image), order)
+        return Shard(inputs, Lazy(target, order), tuple(keys[row] for row in order))
+
+    def raw_input(self, given: str) -> Any:
+        """The bytes of an image file."""
+        return read_image_input(given)
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        """The network in eval mode, with a last layer for these classes, and no auxiliary one.
+
+        Raises:
+            WeightsError: the backbone is of another kind, or its weights don't fit.
+        """
+        from torchvision import models
+
+        expect_torchvision(job.backbone, backbone, "segmentation")
+        size = size_of(job)
+        with global_stream(job.seed, "init", "backbone"):
+            network: nn.Module = models.get_model(
+                backbone.name, weights=None, weights_backbone=None, num_classes=len(facts["classes"])
+            ).eval()
+        if backbone.weights is None:
+            settle_norms(network, size, job.seed)
+        else:
+            fill_all_but_classes(network, "classifier", backbone)
+        head = network.get_submodule("classifier")
+        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy: the mean over an example's labelled pixels, then over examples."""
+        each = nn.functional.cross_entropy(outputs, targets, ignore_index=IGNORED, reduction="none")
+        labelled = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
+        return (each.flatten(1).sum(1) / labelled).mean()
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from tasks.metrics.regions import Dice, MeanIoU
+
+        count = len(facts["classes"])
+        return MetricCollection({"mean_iou": MeanIoU(count), "dice": Dice(count)}, compute_groups=False)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """Classes said and true of every labelled pixel."""
+        labelled = targets != IGNORED
+        return predictions.cpu()[labelled], targets[labelled]
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """The classes that are there, the largest first, and the share of pixels of each."""
+        rows = []
+        for mask in predictions:
+            counts = torch.bincount(mask.flatten().cpu(), minlength=len(facts["classes"]))
+            shares = {
+                facts["classes"][c]: round(float(counts[c]) / mask.numel(), 4)
+                for c in counts.argsort(descending=True).tolist()
+                if counts[c]
+            }
+            rows.append({"label": ", ".join(shares), "shares": shares})
+        return rows
+
+
+def _image(cell: Mapping[str, Any]) -> bytes:
+    return file_bytes(cell, "image")
+
+
+def _resized(mask: np.ndarray, size: int) -> np.ndarray:
+    return np.array(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+
+
+SEGMENTATION = Segmentation()
