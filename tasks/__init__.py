@@ -9,6 +9,7 @@ from protocol.job import Job
 from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 from tasks.detection import DETECTION
 from tasks.forecasting import FORECASTING
+from tasks.medical import MEDICAL_IMAGING
 from tasks.recommendation import RECOMMENDATION
 from tasks.seam import Model, Shard, Task
 from tasks.segmentation import SEGMENTATION
@@ -22,6 +23,7 @@ REGISTERED: tuple[Task, ...] = (
     RECOMMENDATION,
     DETECTION,
     SEGMENTATION,
+    MEDICAL_IMAGING,
 )
 TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 

@@ -170,7 +170,7 @@ def test_bad_voc_is_one_line(tmp_path: Path, text: str, said: str) -> None:
 
 def test_boxes_are_scaled_with_the_picture() -> None:
     data, box = scene(0)
-    learner, shard = prepared(job(), [(data, box)])
+    _, shard = prepared(job(), [(data, box)])
     # 64 / 48 of the square's own pixels.
     assert shard.targets_of([0])[0, 0].tolist() == pytest.approx([*(v * 64 / 48 for v in box), 0])
 
