@@ -89,7 +89,7 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
         ).eval()
     network.transform = GeneralizedRCNNTransform(
         size, size, IMAGENET_MEAN, IMAGENET_STD, fixed_size=(size, size)
-    )  # type: ignore[arg-type]
+    )
     head = "roi_heads.box_predictor" if hasattr(network, "roi_heads") else "head"
     if backbone.weights is None:
         settle_norms(network, size, job.seed, run=_everything)

@@ -1,0 +1,136 @@
+"""Medical images: a finding from a scan, by patients; AUROC, sensitivity where few are alarmed in vain.
+
+Of two classes the second is the finding (`data.classes = ["no", "yes"]` says which). All images of a
+patient are on one side of every split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from protocol.job import DataSection, Options
+from protocol.messages import Facts
+from protocol.streams import stream_seed
+from tasks.augment import IMAGE_AUGMENTATIONS
+from tasks.classification import Classification
+from tasks.reading import Findings, Table, read_images
+from tasks.records import file_bytes
+from tasks.scans import SCANS, as_picture, read_scan_input
+from tasks.seam import Shard, canonical_order
+from tasks.vision_encoder import load_vision_encoder
+from tasks.writing import write_images
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+    from protocol.job import Job
+
+THRESHOLDS = 1001
+"""Of the AUROC's bins, which make it add over clients."""
+
+
+@dataclass(frozen=True)
+class Medical(Classification):
+    """Classification whose examples belong to patients; without that column each is a patient's only one."""
+
+    headline: str = "auroc"
+    splits_itself: bool = True
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        return SCANS.read(source, data)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        return SCANS.inspect(source, data)
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return SCANS.adopted(splits)
+
+    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+        SCANS.write(dataset, folder, data)
+
+    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+        return SCANS.keys(dataset)
+
+    def groups(self, dataset: datasets.Dataset) -> list[str] | None:
+        return list(dataset["patient"][:]) if "patient" in dataset.column_names else None
+
+    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        plain = super().shard(dataset, facts, keys)
+        patients = self.groups(dataset)
+        groups = tuple(patients[row] for row in canonical_order(keys)) if patients else ()
+        return Shard(plain.inputs, plain.targets, plain.keys, groups)
+
+    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
+        """Whole patients, in an order of their own, until a fraction of the examples is reached."""
+        owners = shard.groups or tuple(key.hex() for key in shard.keys)
+        wanted = min(round(len(shard) * fraction), len(shard) - 1)
+        held: list[int] = []
+        for owner in sorted(set(owners), key=lambda name: stream_seed(seed, "validation", name)):
+            rows = [row for row, whose in enumerate(owners) if whose == owner]
+            # Training keeps a patient at least.
+            if len(held) < wanted and len(held) + len(rows) < len(shard):
+                held += rows
+        kept = set(held)
+        return [row for row in range(len(shard)) if row not in kept], sorted(held)
+
+    def raw_input(self, given: str) -> Any:
+        """An image file's picture, DICOM too."""
+        return read_scan_input(given)
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import (
+            BinaryAccuracy,
+            BinaryAUROC,
+            MulticlassAccuracy,
+            MulticlassAUROC,
+        )
+
+        from tasks.metrics.calibration import BinnedCalibrationError
+        from tasks.metrics.sensitivity import SensitivityAtSpecificity
+
+        count = len(facts["classes"])
+        if count == 2:
+            metrics = {
+                "auroc": BinaryAUROC(thresholds=THRESHOLDS),
+                "sensitivity": SensitivityAtSpecificity(0.95, THRESHOLDS),
+                "calibration_error": BinnedCalibrationError(),
+                "accuracy": BinaryAccuracy(),
+            }
+        else:
+            metrics = {
+                "auroc": MulticlassAUROC(count, average="macro", thresholds=THRESHOLDS),
+                "calibration_error": BinnedCalibrationError(),
+                "accuracy": MulticlassAccuracy(count, average="micro"),
+            }
+        return MetricCollection(metrics, compute_groups=False)  # type: ignore[arg-type]
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """Probabilities: of the finding where there are two classes, else of each."""
+        stated = torch.softmax(predictions.to(torch.float64), dim=1)
+        return (stated[:, 1] if stated.shape[1] == 2 else stated), targets
+
+
+def _picture(cell: Mapping[str, Any]) -> bytes:
+    return as_picture(file_bytes(cell, "image"), "image")
+
+
+MEDICAL_IMAGING = Medical(
+    name="medical-imaging",
+    column="image",
+    summary="a finding from a scan (PNG, JPEG, DICOM), split by patient; AUROC, sensitivity, calibration",
+    reader=read_images,
+    writer=write_images,
+    convert=_picture,
+    load_encoder=load_vision_encoder,
+    augmentations=IMAGE_AUGMENTATIONS,
+    has_channels=True,
+)

@@ -1,0 +1,252 @@
+"""Object detection: COCO, VOC and rows as they are read, and what a detector learns from them."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from client.train import train_model
+from protocol.errors import ConfigError, DataError, WeightsError
+from protocol.job import DataSection, Job
+from tasks import task_named
+from tasks.detection import DETECTION
+from tasks.learner import Learner, added
+from tasks.png import rgb_png
+from tasks.seam import Shard
+
+DATA = DataSection(source="./here")
+FACTS = {"classes": ["square"], "most": 1}
+
+
+def scene(number: int, side: int = 48) -> tuple[bytes, list[float]]:
+    """A bright square on dark ground, and its box."""
+    rng = np.random.default_rng(number)
+    pixels = rng.integers(0, 60, (side, side, 3), dtype=np.uint8)
+    x, y = (int(v) for v in rng.integers(2, side // 2, 2))
+    pixels[y : y + side // 3, x : x + side // 3] += 180
+    return rgb_png(pixels), [float(x), float(y), float(x + side // 3), float(y + side // 3)]
+
+
+def images(root: Path, count: int = 3) -> list[list[float]]:
+    root.mkdir(parents=True, exist_ok=True)
+    boxes = []
+    for number in range(count):
+        data, box = scene(number)
+        (root / f"{number}.png").write_bytes(data)
+        boxes.append(box)
+    return boxes
+
+
+def as_rows(root: Path) -> Path:
+    lines = [
+        {"image": f"{n}.png", "boxes": [box], "classes": ["square"]} for n, box in enumerate(images(root))
+    ]
+    (root / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def coco_of(boxes: list[list[float]]) -> dict[str, Any]:
+    return {
+        "images": [{"id": n + 10, "file_name": f"{n}.png"} for n in range(len(boxes))],
+        "annotations": [
+            {"image_id": n + 10, "category_id": 7, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            for n, (x1, y1, x2, y2) in enumerate(boxes)
+        ],
+        "categories": [{"id": 7, "name": "square"}],
+    }
+
+
+def as_coco(root: Path) -> Path:
+    boxes = images(root / "images")
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_all.json").write_text(json.dumps(coco_of(boxes)))
+    return root
+
+
+def xml_of(number: int, box: list[float]) -> str:
+    x1, y1, x2, y2 = (int(v) for v in box)
+    corners = f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>"
+    one = f"<object><name>square</name><bndbox>{corners}</bndbox></object>"
+    return f"<annotation><filename>{number}.png</filename>{one}</annotation>"
+
+
+def as_voc(root: Path) -> Path:
+    (root / "Annotations").mkdir(parents=True)
+    for number, box in enumerate(images(root / "JPEGImages")):
+        (root / "Annotations" / f"{number}.xml").write_text(xml_of(number, box))
+    return root
+
+
+@pytest.mark.parametrize("make", [as_rows, as_coco, as_voc])
+def test_every_layout_holds_the_same_examples(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    table = DETECTION.read(make(tmp_path / "a"), DATA, {})
+    by_rows = DETECTION.read(as_rows(tmp_path / "b"), DATA, {})
+    assert DETECTION.keys(table.train) == DETECTION.keys(by_rows.train)
+    assert DETECTION.describe(table.train, DATA, {}) == FACTS
+
+
+def test_train_and_test_folders_of_coco_are_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        boxes = images(tmp_path / split, count)
+        (tmp_path / split / "_annotations_coco.json").write_text(json.dumps(coco_of(boxes)))
+    table = DETECTION.read(tmp_path, DATA, {})
+    assert table.test is not None
+    assert (len(table.train), len(table.test)) == (3, 2)
+
+
+def test_an_image_without_boxes_and_a_crowd(tmp_path: Path) -> None:
+    written = coco_of(images(tmp_path / "d"))
+    written["annotations"][0]["iscrowd"] = 1
+    (tmp_path / "d" / "annotations.json").write_text(json.dumps(written))
+    table = DETECTION.read(tmp_path / "d", DATA, {})
+    assert sorted(map(len, table.train["boxes"][:])) == [0, 1, 1]
+    assert "crowds" in table.notes[0]
+
+
+def test_what_is_written_is_read_back_with_the_same_keys(tmp_path: Path) -> None:
+    table = DETECTION.read(as_coco(tmp_path / "d"), DATA, {})
+    DETECTION.write(table.train, tmp_path / "out", DATA)
+    again = DETECTION.read(tmp_path / "out", DATA, {})
+    assert DETECTION.keys(again.train) == DETECTION.keys(table.train)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"boxes": [[5, 5, 5, 9]], "classes": ["a"]}, "is empty, expected x1 < x2"),
+        ({"boxes": [[5, 5, 60, 9]], "classes": ["a"]}, "outside the image, expected it within 48 x 48"),
+        ({"boxes": [[-4, 5, 6, 9]], "classes": ["a"]}, "outside the image"),
+        ({"boxes": [[1, 2, 3]], "classes": ["a"]}, "a box of 3 numbers, expected"),
+        ({"boxes": [[1, 2, 3, 4]], "classes": []}, "1 boxes and 0 classes, expected a class a box"),
+    ],
+)
+def test_a_bad_row_is_one_line(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    images(tmp_path)
+    good = {"image": "1.png", "boxes": [[1, 2, 3, 4]], "classes": ["a"]}
+    lines = [good, {"image": "0.png"} | row]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match=said) as told:
+        DETECTION.read(tmp_path, DATA, {})
+    assert "line 2" in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("categories"), "expected COCO's images, annotations, categories"),
+        (lambda w: w["annotations"][1].update(category_id=9), "annotation 1: 9, expected image_id"),
+        (lambda w: w["annotations"][1].update(bbox=[1, 2]), "annotation 1: .*expected .*bbox of 4 numbers"),
+        (lambda w: w["annotations"][1].update(bbox=[1, 2, 0, 5]), "is empty, expected x1 < x2"),
+    ],
+)
+def test_bad_coco_is_one_line(tmp_path: Path, change: Callable[[Any], object], said: str) -> None:
+    written = coco_of(images(tmp_path / "d"))
+    change(written)
+    (tmp_path / "d" / "annotations.json").write_text(json.dumps(written))
+    with pytest.raises(DataError, match=said):
+        DETECTION.read(tmp_path / "d", DATA, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<annotation>", "expected VOC XML"),
+        ("<!DOCTYPE x [<!ENTITY a 'b'>]><annotation/>", "declares entities"),
+        ("<annotation/>", "no filename, expected the image's"),
+    ],
+)
+def test_bad_voc_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    root = as_voc(tmp_path / "d")
+    (root / "Annotations" / "1.xml").write_text(text)
+    with pytest.raises(DataError, match=said):
+        DETECTION.read(root, DATA, {})
+
+
+def test_boxes_are_scaled_with_the_picture() -> None:
+    data, box = scene(0)
+    _, shard = prepared(job(), [(data, box)])
+    # 64 / 48 of the square's own pixels.
+    assert shard.targets_of([0])[0, 0].tolist() == pytest.approx([*(v * 64 / 48 for v in box), 0])
+
+
+def job(method: str = "full", name: str = "ssdlite320_mobilenet_v3_large", **tables: object) -> Job:
+    table: dict[str, object] = {
+        "name": "small",
+        "seed": 5,
+        "task": {"name": "object-detection"},
+        "data": {"source": "./here"},
+        "backbone": {"name": f"torchvision:{name}", "weights": "random", "image_size": 64},
+        "tune": {"method": method},
+        "train": {"lr": 0.0003, "batch_size": 4, "optimizer": "adam"},
+    }
+    return Job.parse(table | tables, origin="test")
+
+
+def prepared(asked: Job, pairs: list[tuple[bytes, list[float]]] | None = None) -> tuple[Learner, Shard]:
+    pairs = pairs or [scene(n) for n in range(6)]
+    dataset = datasets.Dataset.from_dict(
+        {
+            "image": [{"bytes": image, "path": None} for image, _ in pairs],
+            "boxes": [[box] for _, box in pairs],
+            "classes": [["square"] for _ in pairs],
+        }
+    )
+    keys = [hashlib.sha256(image).digest() for image, _ in pairs]
+    learner = Learner.of(asked, task_named("object-detection"), FACTS)
+    return learner, learner.task.shard(dataset, FACTS, keys)
+
+
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+@pytest.mark.parametrize("method", ["head", "last-k", "lora", "full"])
+def test_every_way_of_tuning_moves_the_head(method: str, name: str) -> None:
+    learner, shard = prepared(job(method, name))
+    before = learner.initial()
+    update = train_model(learner, before, shard, learner.job, client="a", round=1, plan={})
+    place = "head" if name.startswith("ssd") else "roi_heads.box_predictor"
+    in_head = {f"backbone.model.{place}.{n}" for n, _ in learner.model.head.named_parameters()}
+    assert in_head <= set(update.delta)
+    assert (set(update.delta) == in_head) == (method == "head")
+    assert all(torch.isfinite(t).all() for t in update.delta.values())
+    assert any(update.delta[n].any() for n in in_head)
+
+
+def test_the_metric_over_clients_is_that_of_all_data_and_a_rerun_the_same_bits() -> None:
+    learner, shard = prepared(job(name="fasterrcnn_mobilenet_v3_large_320_fpn"))
+    tensors = learner.initial()
+    parts = [shard.select([0, 3, 4]), shard.select([1, 2, 5])]
+    over_clients = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    together = learner.compute(learner.evaluate(tensors, shard))
+    assert {m: over_clients[m] for m in ("map", "map50")} == {m: together[m] for m in ("map", "map50")}
+    assert learner.compute(learner.evaluate(tensors, shard)) == together
+
+
+@pytest.mark.slow
+def test_training_finds_what_the_untrained_detector_does_not() -> None:
+    many = {"lr": 0.0003, "batch_size": 3, "optimizer": "adam", "epochs": 60}
+    learner, shard = prepared(job(name="fasterrcnn_mobilenet_v3_large_320_fpn", train=many))
+    before = learner.initial()
+    update = train_model(learner, before, shard, learner.job, client="a", round=1, plan={})
+    after = {name: before[name] + delta for name, delta in update.delta.items()}
+    untrained, trained = (learner.compute(learner.evaluate(t, shard)) for t in (before, after))
+    assert untrained["map50"] < 0.2 and trained["map50"] > 0.5, (untrained, trained)
+
+
+def test_example_level_privacy_is_refused_by_name() -> None:
+    private = {
+        "unit": "example", "where": "client", "epsilon": 5.0, "delta": 1e-5, "clipping_norm": 1.0,
+        "sampling_rate": 0.5, "steps": 1,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="object-detection has no example-level privacy"):
+        DETECTION.check(job(privacy=private))
+
+
+def test_a_backbone_of_another_kind_is_refused() -> None:
+    learner, _ = prepared(job(name="resnet18"))
+    with pytest.raises(WeightsError, match="is no detection model, expected one of torchvision:fasterrcnn"):
+        _ = learner.model
