@@ -9,6 +9,7 @@ from protocol.job import Job
 from tasks.answering import QUESTION_ANSWERING
 from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 from tasks.forecasting import FORECASTING
+from tasks.intent import INTENT
 from tasks.recommendation import RECOMMENDATION
 from tasks.seam import Model, Shard, Task
 from tasks.speech import SPEECH_RECOGNITION
@@ -22,6 +23,7 @@ REGISTERED: tuple[Task, ...] = (
     RECOMMENDATION,
     QUESTION_ANSWERING,
     SPEECH_RECOGNITION,
+    INTENT,
 )
 TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 
