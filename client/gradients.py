@@ -76,7 +76,7 @@ def hooks_suffice(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor)
     try:
         with per_example_gradients(model, loss, hooks=True) as gradients:
             found = gradients(batch, targets)
-    except (AttributeError, RuntimeError, ValueError, NotImplementedError):
+    except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
         return False  # layers that Opacus has no rule for; torch.func needs none
     expected = _by_functions(model, loss, batch, targets)
     reached = {name for name, g in expected.items() if bool(g.any())}

@@ -11,6 +11,7 @@ from tasks.classification import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 from tasks.detection import DETECTION
 from tasks.forecasting import FORECASTING
 from tasks.image_text import IMAGE_TEXT
+from tasks.intent import INTENT
 from tasks.medical import MEDICAL_IMAGING
 from tasks.recommendation import RECOMMENDATION
 from tasks.seam import Model, Shard, Task
@@ -30,6 +31,7 @@ REGISTERED: tuple[Task, ...] = (
     DETECTION,
     SEGMENTATION,
     MEDICAL_IMAGING,
+    INTENT,
 )
 TASKS: dict[str, Task] = {task.name: task for task in REGISTERED}
 

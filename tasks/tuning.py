@@ -110,8 +110,9 @@ def _size(module: nn.Module) -> int:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Also one of transformers' own."""
-    return isinstance(module, Norms) or type(module).__name__.endswith("Norm")
+    """Also one of transformers' own; a layer that is called after its norm is none."""
+    is_leaf = next(module.children(), None) is None
+    return isinstance(module, Norms) or (is_leaf and type(module).__name__.endswith("Norm"))
 
 
 def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Module]:

@@ -40,6 +40,7 @@ def own_tokenizer() -> Any:
     pieces.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, END)]
     )
-    return PreTrainedTokenizerFast(
+    made: Any = PreTrainedTokenizerFast
+    return made(
         tokenizer_object=pieces, pad_token=pad, eos_token=end, unk_token=unknown, padding_side="right"
     )

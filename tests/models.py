@@ -51,7 +51,7 @@ def small_wav2vec2(
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(symbols), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=64, conv_dim=(16, 16, 16), conv_kernel=(10, 8, 4), conv_stride=(8, 8, 5),
-        feat_extract_norm=norm, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        feat_extract_norm=norm, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=4,
         do_stable_layer_norm=norm == "layer", hidden_dropout=0.0, layerdrop=0.0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -208,7 +208,8 @@ def test_a_folder_of_wav2vec_takes_a_step(tmp_path: Path, tune: dict[str, Any], 
     assert any(bool(t.any()) for t in update.delta.values())
     assert "backbone.model.lm_head.weight" in start
     if tune["method"] == "last-k":
-        assert not any("layers.0" in name or "feature" in name for name in start)
+        others = {name for name in start if ".encoder.layers.1." not in name}
+        assert others == {"backbone.model.lm_head.weight", "backbone.model.lm_head.bias"}
     if tune["method"] == "head":
         assert len(start) == 2
     assert len(tuning.blocks(learner.model.backbone.model, learner.model.head)) >= 2
@@ -224,7 +225,8 @@ def test_networks_that_hear_no_letters_are_refused(tmp_path: Path) -> None:
 
 
 def test_example_level_privacy_is_refused_by_name() -> None:
-    privacy = {"unit": "example", "epsilon": 1.0, "delta": 1e-5, "clipping_norm": 1.0}
+    privacy = {"unit": "example", "epsilon": 1.0, "delta": 1e-5, "clipping_norm": 1.0,
+               "sampling_rate": 0.5, "steps": 1}  # fmt: skip
     with pytest.raises(ConfigError, match=r"privacy\.unit = 'example'.*speech-recognition"):
         learner_of(privacy=privacy)
 
@@ -234,7 +236,6 @@ def test_log_mel_features_say_which_tone_sounds() -> None:
     assert low[-5:].mean(0).argmax() < high[-5:].mean(0).argmax()
 
 
-@pytest.mark.slow
 def test_learning_beats_not_learning(tmp_path: Path) -> None:
     learner = learner_of(train={"optimizer": "adamw", "lr": 0.01, "batch_size": 3, "epochs": 80})
     shard = shard_of(learner, tmp_path / "d", *TEXTS)

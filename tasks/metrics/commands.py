@@ -1,0 +1,39 @@
+"""Intent and slots, of numbers that stand in one row: [n, 1 + words], the intent in front of the tags."""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics import Metric
+
+from tasks.metrics.slots import SlotF1
+
+
+class IntentAccuracy(Metric):
+    """The share of sentences whose intent is right."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    right: torch.Tensor
+    total: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("right", "total"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count the first number of each row."""
+        self.right += (predictions[:, 0] == targets[:, 0]).sum()
+        self.total += len(targets)
+
+    def compute(self) -> torch.Tensor:
+        return self.right.to(torch.float64) / self.total.clamp(min=1)
+
+
+class CommandSlotF1(SlotF1):
+    """Micro F1 of the spans of slots."""
+
+    def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count the numbers behind the first of each row."""
+        super().update(predictions[:, 1:], targets[:, 1:])
