@@ -226,15 +226,14 @@ def test_the_metric_over_clients_is_that_of_all_data_and_a_rerun_the_same_bits()
     assert learner.compute(learner.evaluate(tensors, shard)) == together
 
 
-@pytest.mark.slow
-def test_training_finds_what_the_untrained_detector_does_not() -> None:
-    many = {"lr": 0.0003, "batch_size": 3, "optimizer": "adam", "epochs": 60}
-    learner, shard = prepared(job(name="fasterrcnn_mobilenet_v3_large_320_fpn", train=many))
+def test_training_lowers_the_loss_of_the_untrained_detector() -> None:
+    many = {"lr": 0.0003, "batch_size": 3, "optimizer": "adam", "epochs": 15}
+    learner, shard = prepared(job(train=many))
     before = learner.initial()
     update = train_model(learner, before, shard, learner.job, client="a", round=1, plan={})
     after = {name: before[name] + delta for name, delta in update.delta.items()}
     untrained, trained = (learner.compute(learner.evaluate(t, shard)) for t in (before, after))
-    assert untrained["map50"] < 0.2 and trained["map50"] > 0.5, (untrained, trained)
+    assert trained["loss"] < 0.8 * untrained["loss"], (untrained, trained)
 
 
 def test_example_level_privacy_is_refused_by_name() -> None:
