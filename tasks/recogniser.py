@@ -1,7 +1,7 @@
 """Networks that hear letters: wav2vec 2.0, HuBERT and the like with CTC, or a small one of our own.
 
 `atoll:small-ctc` reads log-mel features: two convolutions, each halving the frames, and a GRU in both
-directions. It learns short sentences from nothing in a minute, which one on raw waves doesn't.
+directions, and starts from nothing.
 """
 
 from __future__ import annotations
