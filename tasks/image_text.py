@@ -25,11 +25,12 @@ from tasks.images import decode_image, image_bytes, read_image_input
 from tasks.labelled import Labelled
 from tasks.labels import class_name
 from tasks.lazy import Picked
+from tasks.loading import load_transformer
 from tasks.options import options_of, refuse_options
 from tasks.reading import Findings, Table
 from tasks.records import FILE, Records, Role
 from tasks.seam import Batch, Encoder, FixedBatch, Shard, Variation, canonical_order
-from tasks.text_encoder import TextEncoder, load_text_encoder
+from tasks.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
 from tasks.vision_encoder import VisionEncoder, load_vision_encoder
 from tasks.weights import Backbone
 
@@ -108,6 +109,11 @@ def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -
         WeightsError: one of them doesn't read images, or texts.
     """
     image = load_vision_encoder(backbone, section, seed)
+    if backbone.also is None and backbone.kind == "hf":
+        network = load_transformer(backbone, seed)
+        if hasattr(network, "text_model"):
+            tokenizer = load_tokenizer(Path(str(backbone.folder)))
+            return PairEncoder(image, TextEncoder(network.text_model, tokenizer, section))
     if backbone.also is None:
         raise WeightsError(
             f"backbone.options.text: missing, expected an encoder of texts beside {section.name},"
