@@ -411,6 +411,9 @@ class Records:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def targets_of(self, rows: Sequence[int]) -> torch.Tensor:
+        return self.targets[list(rows)]
+
 
 def of_a_model(given: Sequence[Record], words: Any = None, learner: Any = None) -> Vector:
     learner = learner or a_model(Small())
