@@ -306,6 +306,7 @@ def test_a_missing_compiler_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken-g++"
     broken.write_text("#!/bin/sh\nexit 1\n")

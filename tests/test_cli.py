@@ -617,6 +617,7 @@ def until(seen: Callable[[], bool], process: subprocess.Popen[str], seconds: flo
 
 
 @pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_its_rounds_and_says_how_to_go_on(
     tmp_path: Path, long_job: Path, times: int, say: Say
 ) -> None:  # row 86
@@ -669,6 +670,7 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path: Path, long_job: Path) -> 
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_round_leaves_nothing(tmp_path: Path) -> None:
     job = toml(tmp_path / "job.toml", DIGITS, backbone={"image_size": 224})
     process = atoll("simulate", job, "--out", tmp_path / "run", env={"ATOLL_CACHE": str(tmp_path / "cache")})
@@ -709,6 +711,7 @@ def test_ctrl_c_in_any_verb_is_said(say: Say, monkeypatch: pytest.MonkeyPatch) -
     assert answer == (130, "", "interrupted: this command was stopped before its end\n")
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_path: Path) -> None:
     job = toml(tmp_path / "job.toml", DIGITS, federation={"rounds": 3})
     odd = {"LC_ALL": "C", "LANG": "C", "TZ": "Nowhere/Odd+99", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
@@ -720,6 +723,7 @@ def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_pat
     assert (tmp_path / "rün" / "result.json").is_file()
 
 
+@pytest.mark.slow
 def test_nobody_who_listens_is_no_reason_for_a_traceback() -> None:  # row 83
     reader, writer = os.pipe()
     os.close(reader)

@@ -109,6 +109,7 @@ def of_views(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", [{"engine": "loop"}, {"engine": "cohort"}, {"workers": 3}], ids=str)
+@pytest.mark.slow
 def test_every_engine_that_makes_its_own_views_gives_the_same_bits(
     tmp_path: Path, of_views: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_what_is_measured_is_never_augmented(tmp_path: Path) -> None:
         assert run(job(train=train | still), tmp_path / name)["final"] == plain["final"]
 
 
+@pytest.mark.slow
 def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
