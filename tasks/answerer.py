@@ -6,8 +6,7 @@ demos and generated questions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from protocol.job import BackboneSection, Job
 from protocol.section import Count, Decay, Section
 from tasks.loading import load_transformer
 from tasks.options import options_of
-from tasks.seam import TARGETS, Batch, Encoder, FixedBatch, Model, Variation
+from tasks.seam import TARGETS, Batch, Encoder, Model
 from tasks.text_encoder import load_tokenizer, longest, padded
 from tasks.weights import Backbone
 from tasks.wordpieces import END, PAD, own_tokenizer, vocabulary
@@ -55,16 +54,6 @@ class PromptEncoder(Encoder):
 
     def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
         return padded(ready, self.tokenizer.pad_token_id)
-
-    def prepare(self, inputs: Sequence[str], variation: Variation | None = None) -> Batch:
-        return self.batch(self.ready(inputs))
-
-    def fixed_batches(
-        self, inputs: Sequence[str], size: int, variation: Variation | None = None
-    ) -> Iterator[FixedBatch]:
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            yield rows, partial(self.prepare, [inputs[row] for row in rows])
 
 
 class Answerer(Model):

@@ -5,30 +5,28 @@ Loss: cross-entropy of the answer's next token, the mean over each answer's own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import torch
 from pydantic import Field
-from torch import nn
 
-from protocol.errors import ConfigError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
 from protocol.section import Section
 from tasks.answerer import answer_tokenizer, load_answerer
 from tasks.cells import name_cell, optional_text_cell, text_cell
 from tasks.lazy import Picked
-from tasks.options import options_of
-from tasks.reading import Findings, Table
+from tasks.losses import surprise
+from tasks.options import options_of, refuse_augment
+from tasks.recorded import Recorded
 from tasks.records import Records, Role
-from tasks.seam import Model, Shard, Task, canonical_order
+from tasks.seam import Model, Shard, canonical_order
 from tasks.texts import read_text_input
-from tasks.weights import Backbone, resolve
+from tasks.weights import Backbone
 
 if TYPE_CHECKING:
     import datasets
@@ -53,7 +51,7 @@ class AnswerOptions(Section):
 
 
 @dataclass(frozen=True)
-class QuestionAnswering(Task):
+class QuestionAnswering(Recorded):
     """Targets are [n, max_answer_tokens + bytes]: the answer's tokens, then its text in UTF-8, to score."""
 
     name: str = "question-answering"
@@ -62,36 +60,23 @@ class QuestionAnswering(Task):
     sees_targets: bool = True
     headline: str = "exact_match"
     options: AnswerOptions = field(default_factory=AnswerOptions)
-    job: Job | None = None
+    backbone: Backbone | None = None
 
-    def bound(self, job: Job) -> QuestionAnswering:
-        return replace(self, options=options_of(job.task.options, AnswerOptions), job=job)
+    def bound(self, job: Job, backbone: Backbone) -> QuestionAnswering:
+        return replace(self, options=options_of(job.task.options, AnswerOptions), backbone=backbone)
 
     @cached_property
     def _tokenizer(self) -> Any:
-        assert self.job is not None, "a shard is asked of the task that is bound to a job"
-        return answer_tokenizer(resolve(self.job.backbone, self.job.seed))
+        assert self.backbone is not None, "a shard is asked of the task that is bound to a job"
+        return answer_tokenizer(self.backbone)
 
     def check(self, job: Job) -> None:
         options_of(job.task.options, AnswerOptions)
         QUESTIONS.check(job.data)
-        if job.train.augment:
-            raise ConfigError("train.augment: question-answering has no augmentations, expected none")
+        refuse_augment(job)
 
-    def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        return QUESTIONS.read(source, data)
-
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
-        return QUESTIONS.adopted(splits)
-
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
-        QUESTIONS.write(dataset, folder, data)
-
-    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        return QUESTIONS.inspect(source, data)
-
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
-        return QUESTIONS.keys(dataset)
+    def records(self, options: Options) -> Records:
+        return QUESTIONS
 
     def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
         return {}
@@ -133,12 +118,7 @@ class QuestionAnswering(Task):
         return load_answerer(backbone, job, answer_tokenizer(backbone), options.max_answer_tokens)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        answer = targets[:, : outputs.shape[1]]
-        each = nn.functional.cross_entropy(
-            outputs.transpose(1, 2), answer.clamp(0, outputs.shape[2] - 1), reduction="none"
-        )
-        real = answer >= 0
-        return ((each * real).sum(1) / real.sum(1).clamp_min(1)).mean()
+        return surprise(outputs, targets[:, : outputs.shape[1]])
 
     def metrics(self, facts: Facts) -> MetricCollection:
         from torchmetrics import MetricCollection

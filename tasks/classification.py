@@ -13,7 +13,7 @@ from protocol.messages import Facts
 from tasks.augment import IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
 from tasks.columns import Columns
 from tasks.images import image_bytes, read_image_input
-from tasks.labelled import Labelled
+from tasks.labelled import Labelled, check_pinned
 from tasks.lazy import Cells, Picked
 from tasks.options import refuse_options
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts, table_of
@@ -55,7 +55,7 @@ class Classification(Labelled):
 
         refuse_options(job.task.options, "task.options", self.name)
         refuse_options(job.backbone.options, "backbone.options", f"a backbone of {self.name}")
-        self.check_classes(job)
+        check_pinned(job)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         return self.reader(source, _columns(data))

@@ -6,8 +6,7 @@ transformer, without weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from protocol.section import Count, Decay, Section
 from protocol.streams import global_stream
 from tasks.loading import fill, load_transformer, load_weights
 from tasks.options import options_of
-from tasks.seam import Batch, Encoder, FixedBatch, Model, Variation
+from tasks.seam import Batch, Encoder, Model
 from tasks.text_encoder import load_tokenizer, longest, padded
 from tasks.weights import Backbone
 from tasks.wordpieces import own_tokenizer, vocabulary
@@ -99,16 +98,6 @@ class WordEncoder(Encoder):
         table = padded([one["ids"] for one in ready], self._tokenizer.pad_token_id or 0)
         words = nn.utils.rnn.pad_sequence([one["first"] for one in ready], batch_first=True, padding_value=-1)
         return table | {"first_piece": words}
-
-    def prepare(self, inputs: Sequence[Sequence[str]], variation: Variation | None = None) -> Batch:
-        return self.batch(self.ready(inputs))
-
-    def fixed_batches(
-        self, inputs: Sequence[Sequence[str]], size: int, variation: Variation | None = None
-    ) -> Iterator[FixedBatch]:
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            yield rows, partial(self.prepare, [inputs[row] for row in rows])
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """States of all pieces, [batch, pieces, width]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +11,17 @@ import torch
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
-from protocol.section import Section
 from tasks.boxes import BOXES
 from tasks.detector import load_detector
 from tasks.images import image_bytes, read_image_input
+from tasks.labelled import agreed, check_pinned, named
 from tasks.lazy import Cells, Picked
-from tasks.options import options_of
+from tasks.options import refuse_options
 from tasks.pictures import SIZE, picture_size, refuse_variation, size_of, without_other_parts
-from tasks.reading import Findings, Table
-from tasks.seam import Model, Shard, Task, canonical_order
-from tasks.sources import SOURCES
+from tasks.reading import Table
+from tasks.recorded import Recorded
+from tasks.records import Records
+from tasks.seam import Model, Shard, canonical_order
 from tasks.weights import Backbone
 
 if TYPE_CHECKING:
@@ -33,12 +33,8 @@ SHOWN_SCORE = 0.5
 """What `atoll predict` shows at least."""
 
 
-class DetectionOptions(Section):
-    """`task.options` of object-detection: there are none."""
-
-
 @dataclass(frozen=True)
-class Detection(Task):
+class Detection(Recorded):
     """Targets are [n, most, 5]: x1, y1, x2, y2 in the resized square, and the class; -1 where none is."""
 
     name: str = "object-detection"
@@ -48,37 +44,24 @@ class Detection(Task):
     headline: str = "map"
     size: int = SIZE
 
-    def bound(self, job: Job) -> Detection:
+    def bound(self, job: Job, backbone: Backbone) -> Detection:
         return replace(self, size=size_of(job))
 
     def check(self, job: Job) -> None:
-        options_of(job.task.options, DetectionOptions)
+        refuse_options(job.task.options, "task.options", self.name)
         refuse_variation(job, self.name)
         if "example" in job.privacy.units:
             raise ConfigError(
                 f"privacy.unit: object-detection has no example-level privacy, found {job.privacy.unit!r}:"
                 ' a detector\'s losses are shared by all pictures of a batch; expected "client" or "none"'
             )
-        if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
-            raise ConfigError(
-                "data.classes: missing, expected the list of classes with"
-                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
-            )
+        check_pinned(job)
 
-    def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        return BOXES.read(source, data)
-
-    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        return BOXES.inspect(source, data)
+    def records(self, options: Options) -> Records:
+        return BOXES
 
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return BOXES.adopted(without_other_parts(splits, ("image", "boxes", "classes")))
-
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
-        BOXES.write(dataset, folder, data)
-
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
-        return BOXES.keys(dataset)
 
     def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
         """The classes, as the job names them or sorted, and how many boxes a picture has at most.
@@ -88,12 +71,7 @@ class Detection(Task):
         """
         classes = dataset["classes"][:]
         present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
-        if data.classes is None:
-            return {"classes": sorted(present), "most": most}
-        unknown = sorted(present - set(data.classes))
-        if unknown:
-            raise DataError(f"class {unknown[0]!r} is not in data.classes = {list(data.classes)}")
-        return {"classes": list(data.classes), "most": most, "pinned": True}
+        return named(present, data, "classes", "class") | {"most": most}
 
     def agree(self, facts: Sequence[Facts]) -> Facts:
         """Pinned classes as they are, else the sorted union.
@@ -101,8 +79,7 @@ class Detection(Task):
         Raises:
             ConfigError: there are no boxes at all.
         """
-        pinned = next((f for f in facts if f.get("pinned")), None)
-        classes = pinned["classes"] if pinned else sorted({c for f in facts for c in f["classes"]})
+        classes = agreed(facts, "classes")
         if not classes:
             raise ConfigError("object-detection needs boxes of at least one class, found none")
         return {"classes": classes, "most": max(f["most"] for f in facts)}

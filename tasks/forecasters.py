@@ -7,8 +7,7 @@ scale tell the others nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from protocol.section import Count, Decay, Section
 from protocol.streams import global_stream
 from tasks.loading import fill, load_transformer, load_weights
 from tasks.options import options_of
-from tasks.seam import Batch, Encoder, FixedBatch, Model, Variation
+from tasks.seam import Batch, Encoder, Model
 from tasks.weights import Backbone
 from tasks.windows import ForecastOptions
 
@@ -58,16 +57,6 @@ class WindowEncoder(Encoder):
 
     def batch(self, ready: Sequence[Batch]) -> Batch:
         return {name: torch.stack([one[name] for one in ready]).float() for name in ready[0]}
-
-    def prepare(self, inputs: Sequence[dict[str, Any]], variation: Variation | None = None) -> Batch:
-        return self.batch(self.ready(inputs))
-
-    def fixed_batches(
-        self, inputs: Sequence[dict[str, Any]], size: int, variation: Variation | None = None
-    ) -> Iterator[FixedBatch]:
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            yield rows, partial(self.prepare, [inputs[row] for row in rows])
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[batch, width], and behind it the values themselves and what is known of the horizon.

@@ -18,7 +18,7 @@ from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
 from tasks.forecasters import load_forecaster
 from tasks.lazy import Picked
-from tasks.options import options_of
+from tasks.options import options_of, refuse_augment
 from tasks.problems import Journal, shown
 from tasks.reading import Findings, Table
 from tasks.records import whole
@@ -43,7 +43,7 @@ class Forecasting(Task):
     headline: str = "mase"
     options: ForecastOptions = field(default_factory=ForecastOptions)
 
-    def bound(self, job: Job) -> Forecasting:
+    def bound(self, job: Job, backbone: Backbone) -> Forecasting:
         return replace(self, options=options_of(job.task.options, ForecastOptions))
 
     def check(self, job: Job) -> None:
@@ -63,8 +63,7 @@ class Forecasting(Task):
                 f"tune.method: {job.backbone.name} has no blocks and no linear layer,"
                 f" expected 'head' or 'full', found {job.tune.method!r}"
             )
-        if job.train.augment:
-            raise ConfigError("train.augment: forecasting has no augmentations, expected none")
+        refuse_augment(job)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         journal = Journal()

@@ -6,7 +6,7 @@ model of both (CLIP and kin), it gives both and there is no option.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,17 @@ import torch
 from torch import nn
 
 from protocol.errors import ConfigError, DataError, WeightsError
-from protocol.job import BackboneSection, DataSection, Job, Options
+from protocol.job import BackboneSection, Job, Options
 from protocol.messages import Facts
 from protocol.section import Section
 from tasks.cells import text_cell
 from tasks.images import decode_image, image_bytes, read_image_input
-from tasks.labelled import Labelled
+from tasks.labelled import Labelled, check_pinned
 from tasks.labels import class_name
 from tasks.lazy import Picked
 from tasks.loading import load_transformer
-from tasks.options import options_of, refuse_options
-from tasks.reading import Findings, Table
+from tasks.options import options_of, refuse_augment, refuse_options
+from tasks.recorded import Recorded
 from tasks.records import FILE, Records, Role
 from tasks.seam import Batch, Encoder, FixedBatch, Shard, Variation, canonical_order
 from tasks.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
@@ -86,9 +86,6 @@ class PairEncoder(Encoder):
         image, text = self._parts
         return image.batch([one["pixels"] for one in ready]) | text.batch([one["words"] for one in ready])
 
-    def prepare(self, inputs: Sequence[Pair], variation: Variation | None = None) -> Batch:
-        return self.batch(self.ready(inputs))
-
     def fixed_batches(
         self, inputs: Sequence[Pair], size: int, variation: Variation | None = None
     ) -> Iterator[FixedBatch]:
@@ -123,7 +120,7 @@ def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -
 
 
 @dataclass(frozen=True)
-class ImageText(Labelled):
+class ImageText(Recorded, Labelled):
     """One of several classes for each image with its text."""
 
     name: str = "image-text"
@@ -132,29 +129,16 @@ class ImageText(Labelled):
     def check(self, job: Job) -> None:
         refuse_options(job.task.options, "task.options", self.name)
         options_of(job.backbone.options, PairOptions, "backbone.options")
-        if job.train.augment:
-            raise ConfigError("train.augment: image-text has no augmentations, expected none")
+        refuse_augment(job)
         if job.tune.method == "last-k":
             raise ConfigError(
                 "tune.method: image-text has two networks and no last block of both,"
                 " expected 'head', 'lora' or 'full', found 'last-k'"
             )
-        self.check_classes(job)
+        check_pinned(job)
 
-    def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        return RECORDS.read(source, data)
-
-    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        return RECORDS.inspect(source, data)
-
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
-        return RECORDS.adopted(splits)
-
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
-        RECORDS.write(dataset, folder, data)
-
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
-        return RECORDS.keys(dataset)
+    def records(self, options: Options) -> Records:
+        return RECORDS
 
     def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from torch import nn
 
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
-from protocol.section import Section
 from tasks.cells import name_cell, text_cell
 from tasks.commands import load_command_model
+from tasks.labelled import agreed, named
 from tasks.lazy import Picked
-from tasks.options import options_of
+from tasks.losses import surprise
+from tasks.options import refuse_augment, refuse_options
 from tasks.problems import Journal, shown
-from tasks.reading import Findings, Table
+from tasks.reading import Table
+from tasks.recorded import Recorded
 from tasks.records import Records, Role
-from tasks.seam import Model, Shard, Task, canonical_order
+from tasks.seam import Model, Shard, canonical_order
 from tasks.sources import SOURCES
 from tasks.tables import Rows
 from tasks.texts import read_text_input
@@ -39,10 +39,6 @@ NOTHING = -100
 """A target that isn't there: behind a short sentence, or a tag that no client knew."""
 
 OUTSIDE = "O"
-
-
-class _NoOptions(Section):
-    """This task has no options."""
 
 
 def _tags(cell: Any, where: str) -> str:
@@ -87,7 +83,7 @@ SENTENCES = _Sentences(
 
 
 @dataclass(frozen=True)
-class Intent(Task):
+class Intent(Recorded):
     """Targets are [n, 1 + most words]: the intent, and a tag for each word."""
 
     name: str = "intent"
@@ -96,18 +92,17 @@ class Intent(Task):
     headline: str = "intent_accuracy"
 
     def check(self, job: Job) -> None:
-        options_of(job.task.options, _NoOptions)
+        refuse_options(job.task.options, "task.options", self.name)
         SENTENCES.check(job.data)
-        if job.train.augment:
-            raise ConfigError("train.augment: intent has no augmentations, expected none")
+        refuse_augment(job)
         if job.privacy.units and job.data.source not in SOURCES:
             raise ConfigError(
                 f"privacy.unit = {job.privacy.unit!r}: the slots' names would tell what clients hold,"
                 " expected a built-in source"
             )
 
-    def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        return SENTENCES.read(source, data)
+    def records(self, options: Options) -> Records:
+        return SENTENCES
 
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return SENTENCES.adopted(
@@ -119,15 +114,6 @@ class Intent(Task):
             }
         )
 
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
-        SENTENCES.write(dataset, folder, data)
-
-    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        return SENTENCES.inspect(source, data)
-
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
-        return SENTENCES.keys(dataset)
-
     def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
         """The intents, those the job names or else those of the data, and the tags of the data, sorted.
 
@@ -137,17 +123,11 @@ class Intent(Task):
         present = set(dataset["intent"])
         slots = dataset["slots"][:] if "slots" in dataset.column_names else []
         tags = sorted({tag for row in slots for tag in row.split()} | {OUTSIDE})
-        if data.classes is None:
-            return {"intents": sorted(present), "tags": tags}
-        unknown = sorted(present - set(data.classes))
-        if unknown:
-            raise DataError(f"intent {unknown[0]!r} is not in data.classes = {list(data.classes)}")
-        return {"intents": list(data.classes), "tags": tags, "pinned": True}
+        return named(present, data, "intents", "intent") | {"tags": tags}
 
     def agree(self, facts: Sequence[Facts]) -> Facts:
         """Pinned intents as they are, else the sorted union; the sorted union of tags."""
-        pinned = next((f["intents"] for f in facts if f.get("pinned")), None)
-        intents = list(pinned) if pinned else sorted({name for f in facts for name in f["intents"]})
+        intents = agreed(facts, "intents")
         if len(intents) < 2:
             raise ConfigError(f"intent needs at least two intents, found {intents}")
         return {"intents": intents, "tags": sorted({tag for f in facts for tag in f["tags"]})}
@@ -178,7 +158,7 @@ class Intent(Task):
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         fitting = targets[:, : outputs.shape[1]]
-        return _surprise(outputs[:, :1], fitting[:, :1]) + _surprise(outputs[:, 1:], fitting[:, 1:])
+        return surprise(outputs[:, :1], fitting[:, :1]) + surprise(outputs[:, 1:], fitting[:, 1:])
 
     def metrics(self, facts: Facts) -> MetricCollection:
         from torchmetrics import MetricCollection
@@ -210,13 +190,6 @@ class Intent(Task):
                 }
             )
         return rows
-
-
-def _surprise(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy at places that have a target: the mean over each example's, then over examples."""
-    each = nn.functional.cross_entropy(outputs.transpose(1, 2), targets.clamp_min(0), reduction="none")
-    real = targets >= 0
-    return ((each * real).sum(1) / real.sum(1).clamp_min(1)).mean()
 
 
 INTENT = Intent()

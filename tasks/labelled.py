@@ -19,16 +19,37 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 
+def check_pinned(job: Job, what: str = "classes") -> None:
+    """Raises ConfigError where a list of names made from the data would tell what clients hold."""
+    if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
+        raise ConfigError(
+            f"data.classes: missing, expected the list of {what} with"
+            f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
+        )
+
+
+def named(present: set[str], data: DataSection, key: str, what: str) -> Facts:
+    """The names, in order, under that key: those the job names, or else those of the data, sorted.
+
+    Raises:
+        DataError: the data has one that the job doesn't name.
+    """
+    if data.classes is None:
+        return {key: sorted(present)}
+    unknown = sorted(present - set(data.classes))
+    if unknown:
+        raise DataError(f"{what} {unknown[0]!r} is not in data.classes = {list(data.classes)}")
+    return {key: list(data.classes), "pinned": True}
+
+
+def agreed(facts: Sequence[Facts], key: str) -> list[str]:
+    """Pinned names as they are, else the sorted union."""
+    pinned = next((f for f in facts if f.get("pinned")), None)
+    return list(pinned[key]) if pinned else sorted({name for f in facts for name in f[key]})
+
+
 class Labelled(Task):
     """One of several classes for each example: a linear head, cross-entropy, accuracy, macro F1."""
-
-    def check_classes(self, job: Job) -> None:
-        """Raises ConfigError where the list of classes would tell what clients hold."""
-        if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
-            raise ConfigError(
-                "data.classes: missing, expected the list of classes with"
-                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
-            )
 
     def targets(self, labels: Sequence[str], order: Sequence[int], facts: Facts) -> torch.Tensor:
         """The classes of rows in that order as numbers, [n].
@@ -48,13 +69,7 @@ class Labelled(Task):
         Raises:
             DataError: the data has a class that the job doesn't name.
         """
-        present = set(dataset["label"])
-        if data.classes is None:
-            return {"classes": sorted(present)}
-        unknown = sorted(present - set(data.classes))
-        if unknown:
-            raise DataError(f"label {unknown[0]!r} is not in data.classes = {list(data.classes)}")
-        return {"classes": list(data.classes), "pinned": True}
+        return named(set(dataset["label"]), data, "classes", "label")
 
     def agree(self, facts: Sequence[Facts]) -> Facts:
         """Pinned classes as they are, else the sorted union.
@@ -62,8 +77,7 @@ class Labelled(Task):
         Raises:
             ConfigError: there are fewer than two classes.
         """
-        pinned = next((f for f in facts if f.get("pinned")), None)
-        classes = pinned["classes"] if pinned else sorted({c for f in facts for c in f["classes"]})
+        classes = agreed(facts, "classes")
         if len(classes) < 2:
             raise ConfigError(f"classification needs at least two classes, found {classes}")
         return {"classes": classes}

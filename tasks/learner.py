@@ -64,7 +64,8 @@ class Learner:
             ConfigError: the device isn't there.
         """
         check_fits(job, task)
-        return cls(job, task.bound(job), facts, resolve(job.backbone, job.seed), progress)
+        backbone = resolve(job.backbone, job.seed)
+        return cls(job, task.bound(job, backbone), facts, backbone, progress)
 
     @property
     def uses_features(self) -> bool:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from protocol.job import DataSection, Options
+from protocol.job import Options
 from protocol.messages import Facts
 from protocol.streams import stream_seed
 from tasks.augment import IMAGE_AUGMENTATIONS
 from tasks.classification import Classification
-from tasks.reading import Findings, Table, read_images
-from tasks.records import file_bytes
+from tasks.reading import read_images
+from tasks.recorded import Recorded
+from tasks.records import Records, file_bytes
 from tasks.scans import SCANS, as_picture, read_scan_input
 from tasks.seam import Shard, canonical_order
 from tasks.vision_encoder import load_vision_encoder
@@ -27,36 +27,22 @@ from tasks.writing import write_images
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
     from torchmetrics import MetricCollection
 
-    from protocol.job import Job
 
 THRESHOLDS = 1001
 """Of the AUROC's bins, which make it add over clients."""
 
 
 @dataclass(frozen=True)
-class Medical(Classification):
+class Medical(Recorded, Classification):
     """Classification whose examples belong to patients; without that column each is a patient's only one."""
 
     headline: str = "auroc"
     splits_itself: bool = True
 
-    def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        return SCANS.read(source, data)
-
-    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        return SCANS.inspect(source, data)
-
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
-        return SCANS.adopted(splits)
-
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
-        SCANS.write(dataset, folder, data)
-
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
-        return SCANS.keys(dataset)
+    def records(self, options: Options) -> Records:
+        return SCANS
 
     def groups(self, dataset: datasets.Dataset) -> list[str] | None:
         return list(dataset["patient"][:]) if "patient" in dataset.column_names else None

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from protocol.complaints import explain
 from protocol.errors import ConfigError
+from protocol.job import Job
 from protocol.section import Section
 
 Known = TypeVar("Known", bound=Section)
@@ -31,3 +32,9 @@ def refuse_options(given: Mapping[str, Any], where: str, whose: str) -> None:
     """Raises ConfigError if there are any, of a task or a network that has none."""
     if given:
         raise ConfigError(f"{where}.{next(iter(given))}: {whose} has no options, expected none")
+
+
+def refuse_augment(job: Job) -> None:
+    """Raises ConfigError if inputs are to vary, of a task that has no way to."""
+    if job.train.augment:
+        raise ConfigError(f"train.augment: {job.task.name} has no augmentations, expected none")

@@ -6,8 +6,7 @@ boxes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -22,8 +21,9 @@ from protocol.job import Job
 from protocol.streams import global_stream
 from tasks.images import decode_image
 from tasks.loading import fill, load_weights
+from tasks.options import refuse_augment
 from tasks.records import file_bytes
-from tasks.seam import Batch, Encoder, FixedBatch, Variation
+from tasks.seam import Batch, Encoder
 from tasks.weights import Backbone
 
 SIZE = 128
@@ -51,16 +51,6 @@ class PictureEncoder(Encoder):
     def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
         return {"pixel_values": torch.stack(list(ready))}
 
-    def prepare(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
-        return self.batch(self.ready(inputs))
-
-    def fixed_batches(
-        self, inputs: Sequence[bytes], size: int, variation: Variation | None = None
-    ) -> Iterator[FixedBatch]:
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            yield rows, partial(self.prepare, [inputs[row] for row in rows])
-
     def _pixels(self, data: bytes) -> torch.Tensor:
         image = decode_image(data, "image").resize((self._size, self._size), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).to(torch.float32) / 255
@@ -82,8 +72,7 @@ def picture_size(cell: Mapping[str, Any]) -> tuple[int, int]:
 
 def refuse_variation(job: Job, task: str) -> None:
     """Raises ConfigError where inputs would vary without what they are labelled with."""
-    if job.train.augment:
-        raise ConfigError(f"train.augment: {task} has no augmentations, expected none")
+    refuse_augment(job)
     if job.backbone.channels_last:
         raise ConfigError(f"backbone.channels_last: expected false for {task}, found true")
     if job.tune.hidden is not None:

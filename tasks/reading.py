@@ -32,7 +32,7 @@ from tasks.folders import checked_file
 from tasks.images import decode, image_bytes
 from tasks.labels import class_name
 from tasks.problems import Journal, shown
-from tasks.shards import NothingThere, image_classes, open_shard, text_classes
+from tasks.shards import image_classes, noting, open_shard, text_classes
 from tasks.tables import Rows
 from tasks.texts import checked_text
 
@@ -185,15 +185,9 @@ def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
 def _gather(path: Path, kind: _Kind, columns: Columns, journal: Journal) -> dict[str, _Split]:
     """The splits, whole only if no problem was noted."""
     splits: dict[str, _Split] = {}
-    try:
+    with noting(path, journal):
         for name, rows in open_shard(path, kind.read_classes, journal).items():
             splits[name] = _split(rows, kind, columns, journal)
-    except NothingThere:
-        raise
-    except DataError as problem:
-        journal.refuse(problem)
-    except OSError as error:
-        journal.refuse(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
     return splits
 
 

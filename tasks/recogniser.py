@@ -6,8 +6,7 @@ directions, and starts from nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from protocol.streams import global_stream
 from tasks.letters import Letters
 from tasks.loading import fill, load_transformer, load_weights
 from tasks.options import options_of
-from tasks.seam import Batch, Encoder, FixedBatch, Model, Variation
+from tasks.seam import Batch, Encoder, Model
 from tasks.sounds import BANDS, checked_sound, log_mel, normalised
 from tasks.weights import Backbone
 
@@ -89,16 +88,6 @@ class SoundEncoder(Encoder):
     def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
         lengths = torch.tensor([len(one) for one in ready])
         return {"sound": nn.utils.rnn.pad_sequence(list(ready), batch_first=True), "length": lengths}
-
-    def prepare(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
-        return self.batch(self.ready(inputs))
-
-    def fixed_batches(
-        self, inputs: Sequence[bytes], size: int, variation: Variation | None = None
-    ) -> Iterator[FixedBatch]:
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            yield rows, partial(self.prepare, [inputs[row] for row in rows])
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """([batch, frames, width], how many of them are real); padding of others changes no real frame."""

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
 from tasks.histories import EVENTS, HISTORIES, RecommendOptions, histories_of
+from tasks.labelled import check_pinned
 from tasks.lazy import Picked
-from tasks.options import options_of
+from tasks.losses import surprise
+from tasks.options import options_of, refuse_augment
 from tasks.problems import Journal, shown
 from tasks.reading import Findings, Table
 from tasks.recommender import load_recommender
 from tasks.records import whole
 from tasks.seam import Model, Shard, Task, canonical_order
-from tasks.sources import SOURCES
 from tasks.weights import Backbone
 
 if TYPE_CHECKING:
@@ -51,18 +51,13 @@ class Recommendation(Task):
     headline: str = "ndcg"
     options: RecommendOptions = field(default_factory=RecommendOptions)
 
-    def bound(self, job: Job) -> Recommendation:
+    def bound(self, job: Job, backbone: Backbone) -> Recommendation:
         return replace(self, options=options_of(job.task.options, RecommendOptions))
 
     def check(self, job: Job) -> None:
         options_of(job.task.options, RecommendOptions)
-        if job.train.augment:
-            raise ConfigError("train.augment: recommendation has no augmentations, expected none")
-        if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
-            raise ConfigError(
-                "data.classes: missing, expected the list of items with"
-                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
-            )
+        refuse_augment(job)
+        check_pinned(job, "items")
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         journal = Journal()
@@ -154,11 +149,11 @@ class Recommendation(Task):
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the next item at every place but the last, the mean over a history's places."""
-        return _surprise(outputs[:, :-1], targets[:, :-1])
+        return surprise(outputs[:, :-1], targets[:, :-1])
 
     def measured_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the last item."""
-        return _surprise(outputs[:, -1:], targets[:, -1:])
+        return surprise(outputs[:, -1:], targets[:, -1:])
 
     def metrics(self, facts: Facts) -> MetricCollection:
         from torchmetrics import MetricCollection
@@ -198,13 +193,6 @@ class Recommendation(Task):
             shares = [round(float(share), 4) for share in best.values]
             rows.append({"label": ", ".join(names), "items": dict(zip(names, shares, strict=True))})
         return rows
-
-
-def _surprise(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy at places that have a known target: the mean over each example's, then over examples."""
-    each = nn.functional.cross_entropy(outputs.transpose(1, 2), targets.clamp_min(0), reduction="none")
-    counts = targets >= 0
-    return ((each * counts).sum(1) / counts.sum(1).clamp_min(1)).mean()
 
 
 RECOMMENDATION = Recommendation()

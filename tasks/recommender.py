@@ -8,8 +8,7 @@ The same vectors read the history and rank what comes next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from tasks.features import extract
 from tasks.histories import RecommendOptions
 from tasks.loading import fill, load_weights
 from tasks.options import options_of
-from tasks.seam import Batch, Encoder, FixedBatch, Model, Variation
+from tasks.seam import Batch, Encoder, Model
 from tasks.text_encoder import load_text_encoder
 from tasks.weights import Backbone, resolve
 
@@ -131,16 +130,6 @@ class HistoryEncoder(Encoder):
         for row, history in zip(table, ready, strict=True):
             row[self._length - len(history) :] = history
         return {"history": table}
-
-    def prepare(self, inputs: Sequence[Sequence[str]], variation: Variation | None = None) -> Batch:
-        return self.batch(self.ready(inputs))
-
-    def fixed_batches(
-        self, inputs: Sequence[Sequence[str]], size: int, variation: Variation | None = None
-    ) -> Iterator[FixedBatch]:
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            yield rows, partial(self.prepare, [inputs[row] for row in rows])
 
 
 class Recommender(Model):

@@ -24,7 +24,7 @@ from tasks.columns import as_dataset, file_column, other_columns, role_column, v
 from tasks.folders import checked_file
 from tasks.problems import Journal, shown
 from tasks.reading import LISTED_PROBLEMS, Findings, Table
-from tasks.shards import NothingThere, open_shard
+from tasks.shards import noting, open_shard
 from tasks.tables import SUFFIXES, Rows
 from tasks.writing import write_records
 
@@ -40,7 +40,7 @@ class Role:
 
     `read` makes a cell's canonical value of what stands there and the place's name, or raises DataError.
     For a part that is a `file` it is given the file's bytes, and what it returns is not kept.
-    A role that isn't `required` may be missing as a column; `missing` stands for an empty cell.
+    A role that isn't `required` may be missing as a column.
     """
 
     name: str
@@ -97,8 +97,9 @@ class Records:
         for split, table in splits.items():
             if not table.num_rows:
                 raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
-        _remark({split: self.keys_of(table) for split, table in splits.items()}, journal)
-        return self.adopted(splits, journal.notes)
+        keys = {split: self.keys_of(table) for split, table in splits.items()}
+        _remark(keys, journal)
+        return _table({split: _dataset(table, keys[split]) for split, table in splits.items()}, journal.notes)
 
     def findings_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Journal) -> Findings:
         """What `atoll check` tells of gathered splits."""
@@ -117,15 +118,9 @@ class Records:
             counted=self.counted or "",
         )
 
-    def dataset(self, table: pa.Table) -> datasets.Dataset:
-        """Canonical rows as the dataset that the rest of the house knows."""
-        print_ = hashlib.sha256(b"".join(self.keys_of(table))).hexdigest()[:16]
-        return as_dataset(dict(zip(table.column_names, table.columns, strict=True)), print_)
-
-    def adopted(self, splits: Mapping[str, pa.Table], notes: tuple[str, ...] = ()) -> Table:
+    def adopted(self, splits: Mapping[str, pa.Table]) -> Table:
         """Splits that are canonical already, such as a built-in source's."""
-        made = {split: self.dataset(table) for split, table in splits.items()}
-        return Table(made["train"], made.get("test"), notes)
+        return _table({split: _dataset(table, self.keys_of(table)) for split, table in splits.items()}, ())
 
     def keys(self, dataset: datasets.Dataset) -> list[bytes]:
         """A 32-byte hash of each example's parts, files by their bytes, in the order of the roles."""
@@ -162,16 +157,10 @@ class Records:
         """The splits in canonical columns; what is wrong with rows that are left out is noted."""
         self.check(data)
         found: dict[str, pa.Table] = {}
-        try:
+        with noting(path, journal):
             opened = self.opens(path, journal) or open_shard(path, self._no_classes, journal)
             for split, rows in opened.items():
                 found[split] = self.canonical(rows, data, journal)
-        except NothingThere:
-            raise
-        except DataError as problem:
-            journal.refuse(problem)
-        except OSError as error:
-            journal.refuse(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
         return found
 
     def has(self, path: Path, *names: str) -> bool:
@@ -277,6 +266,16 @@ def _remark(keys: Mapping[str, Sequence[bytes]], journal: Journal) -> None:
     seen = set(keys.get("train", ()))
     if leaked := sum(key in seen for key in keys.get("test", ())):
         journal.remark(f"test: {leaked} examples are training examples too, so scores will flatter")
+
+
+def _dataset(table: pa.Table, keys: Sequence[bytes]) -> datasets.Dataset:
+    """Canonical rows as the dataset that the rest of the house knows."""
+    fingerprint = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
+    return as_dataset(dict(zip(table.column_names, table.columns, strict=True)), fingerprint)
+
+
+def _table(made: Mapping[str, datasets.Dataset], notes: tuple[str, ...]) -> Table:
+    return Table(made["train"], made.get("test"), notes)
 
 
 def whole(splits: Mapping[str, pa.Table]) -> pa.Table:

@@ -17,13 +17,12 @@ import pyarrow as pa
 
 from protocol.errors import DataError
 from tasks.cells import name_cell
-from tasks.folders import class_files
 from tasks.images import MAX_IMAGE_BYTES, MAX_PIXELS, decode
 from tasks.labels import class_name
 from tasks.png import grey_png, rgb_png
 from tasks.problems import Journal, opened, shown
 from tasks.records import FILE, Records, Role
-from tasks.shards import open_shard
+from tasks.shards import image_classes, open_shard
 from tasks.tables import SUFFIXES, Rows
 
 _MARK = slice(128, 132)
@@ -116,16 +115,7 @@ def read_scan_input(given: str) -> bytes:
 
 def _class_folders(path: Path, journal: Journal) -> dict[str, Rows] | None:
     """A folder for each class, also under train/ and test/."""
-    return open_shard(path, _classes, journal) if path.is_dir() else None
-
-
-def _classes(root: Path, base: Path, journal: Journal) -> Rows:
-    found = list(class_files(root, base, journal))
-    columns = {
-        "image": pa.array([str(path.absolute()) for path, _ in found], pa.string()),
-        "label": pa.array([label for _, label in found], pa.string()),
-    }
-    return Rows(shown(root), pa.table(columns), lambda row: shown(found[row][0]), root, is_canonical=True)
+    return open_shard(path, image_classes, journal) if path.is_dir() else None
 
 
 SCANS = Records(

@@ -116,15 +116,16 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def prepare(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
-        """Raw inputs as one batch of tensors: as they are, or varied at random."""
-        raise NotImplementedError
+        """Raw inputs as one batch of tensors: as they are, or, where the encoder can, varied at random."""
+        return self.batch(self.ready(inputs))
 
     def fixed_batches(
         self, inputs: Sequence[Any], size: int, variation: Variation | None = None
     ) -> Iterable[FixedBatch]:
         """Batches whose shapes don't depend on which other inputs there are; any thread may prepare one.
 
-        A row's features are then the same bits whoever its neighbours are.
+        A row's features are then the same bits whoever its neighbours are. Only features are made so:
+        the network of a task that isn't `on_features` needs none.
         """
         raise NotImplementedError
 
@@ -185,8 +186,11 @@ class Task(Protocol):
     head_loss: Literal["softmax", "sigmoid", "squared"] = "softmax"
     """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
 
-    def bound(self, job: Job) -> Task:
-        """This task as the job's `task.options` make it; `loss`, `metrics` and `shard` are asked of that."""
+    def bound(self, job: Job, backbone: Backbone) -> Task:
+        """This task as a job and its resolved backbone make it, above all by `task.options`.
+
+        `loss`, `metrics` and `shard` are asked of what it returns.
+        """
         return self
 
     def check(self, job: Job) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +29,10 @@ from tasks.pictures import (
     size_of,
     without_other_parts,
 )
-from tasks.reading import Findings, Table
-from tasks.records import file_bytes
-from tasks.seam import Batch, Lazy, Model, Shard, Task, canonical_order
+from tasks.reading import Table
+from tasks.recorded import Recorded
+from tasks.records import Records, file_bytes
+from tasks.seam import Batch, Lazy, Model, Shard, canonical_order
 from tasks.sources import SOURCES
 from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
 from tasks.weights import Backbone, expect_torchvision
@@ -63,7 +63,7 @@ class Segmenter(Model):
 
 
 @dataclass(frozen=True)
-class Segmentation(Task):
+class Segmentation(Recorded):
     """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
 
     name: str = "segmentation"
@@ -72,7 +72,7 @@ class Segmentation(Task):
     headline: str = "mean_iou"
     size: int = SIZE
 
-    def bound(self, job: Job) -> Segmentation:
+    def bound(self, job: Job, backbone: Backbone) -> Segmentation:
         return replace(self, size=size_of(job))
 
     def check(self, job: Job) -> None:
@@ -91,20 +91,11 @@ class Segmentation(Task):
                 f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
             )
 
-    def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        return MASKS.read(source, data)
-
-    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        return MASKS.inspect(source, data)
+    def records(self, options: Options) -> Records:
+        return MASKS
 
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return MASKS.adopted(without_other_parts(splits, ("image", "mask")))
-
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
-        MASKS.write(dataset, folder, data)
-
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
-        return MASKS.keys(dataset)
 
     def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
         """The classes: those the job names, or as many as the masks have.

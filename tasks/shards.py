@@ -1,7 +1,8 @@
 """Which of the known layouts lies at a path, and its rows by split."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,19 @@ _EXPECTED = f"a folder per class, or one file of {', '.join(tables.SUFFIXES)}"
 
 class NothingThere(DataError):
     """There is no data at the path, so there is nothing to inspect either."""
+
+
+@contextmanager
+def noting(path: Path, journal: Journal) -> Iterator[None]:
+    """Within, what is wrong with the data at `path` is noted, unless there is none to speak of."""
+    try:
+        yield
+    except NothingThere:
+        raise
+    except DataError as problem:
+        journal.refuse(problem)
+    except OSError as error:
+        journal.refuse(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
 
 
 ClassReader = Callable[[Path, Path, Journal], Rows]

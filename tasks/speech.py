@@ -6,10 +6,9 @@ of what a letter costs, then over transcripts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -23,14 +22,14 @@ from protocol.section import Positive, Section
 from tasks.cells import text_cell
 from tasks.lazy import Cells, Picked
 from tasks.letters import Letters, code_points, from_code_points, letters_of, spoken
-from tasks.options import options_of
+from tasks.options import options_of, refuse_augment
 from tasks.problems import shown
-from tasks.reading import Findings, Table
 from tasks.recogniser import load_recogniser
+from tasks.recorded import Recorded
 from tasks.records import FILE, Records, Role, file_bytes
-from tasks.seam import Model, Shard, Task, canonical_order
+from tasks.seam import Model, Shard, canonical_order
 from tasks.sounds import checked_sound
-from tasks.weights import Backbone, resolve
+from tasks.weights import Backbone
 
 if TYPE_CHECKING:
     import datasets
@@ -68,7 +67,7 @@ def _transcript(cell: Any, where: str) -> str:
 
 
 @dataclass(frozen=True)
-class SpeechRecognition(Task):
+class SpeechRecognition(Recorded):
     """Targets are [n, longest]: the code points of each transcript, in lower case without punctuation."""
 
     name: str = "speech-recognition"
@@ -76,40 +75,27 @@ class SpeechRecognition(Task):
     on_features: bool = False
     headline: str = "wer"
     options: SpeechOptions = field(default_factory=SpeechOptions)
-    job: Job | None = None
+    backbone: Backbone | None = None
 
-    def bound(self, job: Job) -> SpeechRecognition:
-        return replace(self, options=options_of(job.task.options, SpeechOptions), job=job)
+    def bound(self, job: Job, backbone: Backbone) -> SpeechRecognition:
+        return replace(self, options=options_of(job.task.options, SpeechOptions), backbone=backbone)
 
     @cached_property
     def _letters(self) -> Letters:
-        assert self.job is not None, "the loss is asked of the task that is bound to a job"
-        return letters_of(resolve(self.job.backbone, self.job.seed))
+        assert self.backbone is not None, "the loss is asked of the task that is bound to a job"
+        return letters_of(self.backbone)
 
     def check(self, job: Job) -> None:
         recordings(options_of(job.task.options, SpeechOptions)).check(job.data)
-        if job.train.augment:
-            raise ConfigError("train.augment: speech-recognition has no augmentations, expected none")
+        refuse_augment(job)
         if job.privacy.unit in ("example", "both"):
             raise ConfigError(
                 f"privacy.unit = {job.privacy.unit!r}: neither CTC nor a recurrent layer gives each example"
                 " a gradient of its own in speech-recognition, expected 'none' or 'client'"
             )
 
-    def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        return recordings(options_of(options, SpeechOptions)).read(source, data)
-
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
-        return recordings(self.options).adopted(splits)
-
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
-        recordings(self.options).write(dataset, folder, data)
-
-    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        return recordings(options_of(options, SpeechOptions)).inspect(source, data)
-
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
-        return recordings(self.options).keys(dataset)
+    def records(self, options: Options) -> Records:
+        return recordings(options_of(options, SpeechOptions))
 
     def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
         return {}

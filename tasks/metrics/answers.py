@@ -10,8 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-from torchmetrics import Metric
+from tasks.metrics.mean import Mean
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -38,27 +37,15 @@ def token_f1(prediction: str, reference: str) -> float:
     return 2 * (Counter(found) & Counter(wanted)).total() / (len(found) + len(wanted))
 
 
-class _MeanScore(Metric):
+class _MeanScore(Mean):
     """The mean over answers of a score that looks at one answer."""
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    score: torch.Tensor
-    total: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("score", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
         """Count each prediction with the one reference that belongs to it."""
         self.score += sum(self._score(p, r) for p, r in zip(predictions, references, strict=True))
         self.total += len(predictions)
-
-    def compute(self) -> torch.Tensor:
-        return self.score / self.total.clamp(min=1)
 
     def _score(self, prediction: str, reference: str) -> float:
         raise NotImplementedError

@@ -13,22 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torchmetrics import Metric
+
+from tasks.metrics.mean import Mean
 
 
-class _MeanOverSteps(Metric):
+class _MeanOverSteps(Mean):
     """The mean of what each step of each forecast scores."""
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
-    score: torch.Tensor
-    total: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("score", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
         """Count every step of forecasts [n, horizon, quantiles] with targets [n, horizon + 2]."""
@@ -40,9 +32,6 @@ class _MeanOverSteps(Metric):
         scores = self._scores(predictions.to(torch.float64), values, last, scale)
         self.score += scores.sum()
         self.total += scores.numel()
-
-    def compute(self) -> torch.Tensor:
-        return self.score / self.total.clamp(min=1)
 
     def _scores(
         self, predictions: torch.Tensor, values: torch.Tensor, last: torch.Tensor, scale: torch.Tensor
