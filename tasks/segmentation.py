@@ -24,6 +24,7 @@ from tasks.pictures import (
     SIZE,
     PictureEncoder,
     fill_all_but_classes,
+    of_torchvision,
     refuse_variation,
     settle_norms,
     size_of,
@@ -33,9 +34,10 @@ from tasks.reading import Table
 from tasks.recorded import Recorded
 from tasks.records import Records, file_bytes
 from tasks.seam import Batch, Lazy, Model, Shard, canonical_order
+from tasks.small_pictures import SEGMENTER, SmallPictureOptions, small_segmenter
 from tasks.sources import SOURCES
 from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
-from tasks.weights import Backbone, expect_torchvision
+from tasks.weights import Backbone
 
 if TYPE_CHECKING:
     import datasets
@@ -151,14 +153,9 @@ class Segmentation(Recorded):
         Raises:
             WeightsError: the backbone is of another kind, or its weights don't fit.
         """
-        from torchvision import models
-
-        expect_torchvision(job.backbone, backbone, "segmentation")
         size = size_of(job)
         with global_stream(job.seed, "init", "backbone"):
-            network: nn.Module = models.get_model(
-                backbone.name, weights=None, weights_backbone=None, num_classes=len(facts["classes"])
-            ).eval()
+            network = _made(backbone, job, len(facts["classes"])).eval()
         if backbone.weights is None:
             settle_norms(network, size, job.seed)
         else:
@@ -201,6 +198,14 @@ class Segmentation(Recorded):
 
 def _image(cell: Mapping[str, Any]) -> bytes:
     return file_bytes(cell, "image")
+
+
+def _made(backbone: Backbone, job: Job, classes: int) -> nn.Module:
+    """The network with first values."""
+    if (backbone.kind, backbone.name) == ("atoll", SEGMENTER):
+        options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
+        return small_segmenter(options, classes)
+    return of_torchvision(job.backbone, backbone, "segmentation", classes, SEGMENTER)
 
 
 def _resized(mask: np.ndarray, size: int) -> np.ndarray:

@@ -202,16 +202,6 @@ def torchvision_names(kind: TorchvisionKind = "classification") -> list[str]:
     return [n for n in models.list_models(module=module) if not n.startswith(others)]
 
 
-def expect_torchvision(section: BackboneSection, backbone: Backbone, kind: TorchvisionKind) -> None:
-    """Raises WeightsError unless the backbone is a torchvision model of that kind."""
-    known = torchvision_names(kind)
-    if backbone.kind != "torchvision" or backbone.name not in known:
-        raise WeightsError(
-            f"backbone.name: {section.name} is no {kind} model,"
-            f" expected one of {', '.join(f'torchvision:{name}' for name in known)}"
-        )
-
-
 def _resolve_torchvision(section: BackboneSection, name: str, seed: int) -> Backbone:
     from torchvision import models
 
