@@ -7,12 +7,13 @@ groups of one picture's channels, so a picture never depends on its batch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from protocol.section import Count, Section
+from protocol.section import Section
 
 DETECTOR = "small-detector"
 SEGMENTER = "small-segmenter"
@@ -22,23 +23,22 @@ _FEATURES = 8 * _GROUPS
 
 
 class SmallPictureOptions(Section):
-    """`backbone.options` of both: the first convolution has `groups` times eight channels."""
+    """`backbone.options` of both: the channels of the first convolution, a multiple of eight."""
 
-    groups: Count = 4
+    width: Annotated[int, Field(ge=_GROUPS, le=1024, multiple_of=_GROUPS)] = 32
 
 
 class _Strided(nn.Module):
     """Features at a quarter of the picture's sides, or at an eighth."""
 
-    def __init__(self, groups: int, halvings: int) -> None:
+    def __init__(self, width: int, halvings: int) -> None:
         super().__init__()
-        first, second = groups * _GROUPS, 2 * groups * _GROUPS
         self.blocks = nn.Sequential(
-            _block(3, first, 2),
-            _block(first, first, 1),
-            _block(first, second, 2),
-            _block(second, second, 1),
-            _block(second, _FEATURES, 1 if halvings == 2 else 2),
+            _block(3, width, 2),
+            _block(width, width, 1),
+            _block(width, 2 * width, 2),
+            _block(2 * width, 2 * width, 1),
+            _block(2 * width, _FEATURES, 1 if halvings == 2 else 2),
             *([_block(_FEATURES, _FEATURES, 1)] if halvings == 3 else []),
         )
         self.out_channels = _FEATURES
@@ -66,7 +66,7 @@ def small_detector(options: SmallPictureOptions, size: int, classes: int) -> nn.
 
     hidden = 2 * _FEATURES
     network: nn.Module = FasterRCNN(
-        _Strided(options.groups, 3),
+        _Strided(options.width, 3),
         rpn_anchor_generator=AnchorGenerator(((size // 8, size // 5, size // 3),), ((0.5, 1.0, 2.0),)),
         rpn_pre_nms_top_n_train=200,
         rpn_pre_nms_top_n_test=200,
@@ -89,7 +89,7 @@ def small_segmenter(options: SmallPictureOptions, classes: int) -> nn.Module:
 
     pyramid = ASPP(_FEATURES, atrous_rates=(2, 4, 8), out_channels=_FEATURES)
     head = nn.Sequential(pyramid, _block(_FEATURES, _FEATURES, 1), nn.Conv2d(_FEATURES, classes, 1))
-    network: nn.Module = DeepLabV3(_Strided(options.groups, 2), _without_batches(head))
+    network: nn.Module = DeepLabV3(_Strided(options.width, 2), _without_batches(head))
     return network
 
 

@@ -22,6 +22,18 @@ PACKAGED = {
 """Backbones whose official weights a package carries: package, and the path in it."""
 
 
+OWN = {
+    "small-detector": "object-detection: a Faster R-CNN for pictures of about 100 pixels a side",
+    "small-segmenter": "segmentation: a DeepLabV3 for pictures of about 100 pixels a side",
+    "small-ctc": "speech: convolutions and a GRU on mel bands",
+    "small-text": "intent: a transformer over words",
+    "small-t5": "question-answering: a T5 with a tokenizer of its own",
+    "sasrec": "recommendation: a transformer over the items of a history",
+    "lstm": "forecasting",
+    "gru": "forecasting",
+}
+"""Networks that Atoll builds, from random weights, a file or a run, and for what."""
+
 TorchvisionKind = Literal["classification", "segmentation", "detection"]
 
 RAW = "raw:pixels"
@@ -81,6 +93,10 @@ def _resolve(section: BackboneSection, seed: int) -> Backbone:
 
 def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
     """A network that a task builds itself: its first values are random, or a file's."""
+    if name not in OWN:
+        near = difflib.get_close_matches(name, OWN, n=1)
+        hint = f"did you mean atoll:{near[0]}?" if near else f"expected one of {', '.join(OWN)}"
+        raise WeightsError(f"backbone.name: there is no network {section.name!r}, {hint}")
     built = json.dumps([name, section.model_dump(mode="json")["options"]], sort_keys=True)
     if section.weights == "pretrained":
         raise WeightsError(

@@ -31,7 +31,7 @@ def job_of(task: str, source: str = "generated-shapes", **tables: Any) -> Job:
         "seed": 5,
         "task": {"name": task, "options": options},
         "data": {"source": source},
-        "backbone": {"name": NETWORKS[task], "weights": "random", "image_size": 48, "options": {"groups": 1}},
+        "backbone": {"name": NETWORKS[task], "weights": "random", "image_size": 48, "options": {"width": 8}},
         "tune": {"method": "full"},
         "train": {"lr": 0.003, "batch_size": 8, "optimizer": "adamw"},
         "federation": {"clients": 16, "rounds": 1, "cohort": 1},
@@ -56,8 +56,8 @@ def test_nothing_in_them_looks_at_a_batch(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", NETWORKS)
-def test_an_option_that_there_is_not_is_named(task: str) -> None:
-    backbone = {"name": NETWORKS[task], "weights": "random", "options": {"width": 3}}
+def test_an_option_that_does_not_fit_is_named(task: str) -> None:
+    backbone = {"name": NETWORKS[task], "weights": "random", "options": {"width": 12}}
     learner, _ = learner_of(job_of(task, backbone=backbone))
     with pytest.raises(ConfigError, match=r"backbone\.options.*width"):
         _ = learner.model
@@ -77,7 +77,7 @@ def test_a_run_is_gone_on_from_with_other_classes(task: str, tmp_path: Path) -> 
     """All but the layers that say classes are the run's."""
     first = simulate(job_of(task), tmp_path / "first", watch=unwatched)
     backbone = {"name": NETWORKS[task], "weights": str(tmp_path / "first"), "image_size": 48}
-    backbone |= {"options": {"groups": 1}}
+    backbone |= {"options": {"width": 8}}
     ahead, _ = learner_of(job_of(task, "generated-street", backbone=backbone))
     fresh, _ = learner_of(job_of(task, "generated-street"))
     changed = {
