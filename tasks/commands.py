@@ -19,7 +19,7 @@ from protocol.streams import global_stream
 from tasks.loading import fill, load_transformer, load_weights
 from tasks.options import options_of
 from tasks.seam import Batch, Encoder, Model
-from tasks.text_encoder import load_tokenizer, longest, padded
+from tasks.text_encoder import load_tokenizer, longest, padded, without_pooler
 from tasks.weights import Backbone
 from tasks.wordpieces import own_tokenizer, vocabulary
 
@@ -165,4 +165,4 @@ def _encoder(backbone: Backbone, job: Job) -> WordEncoder:
         raise WeightsError(f"{backbone.folder}: its tokenizer can't tell words apart, expected a fast one")
     network = load_transformer(backbone, job.seed)
     network = network.encoder if network.config.is_encoder_decoder else network
-    return WordEncoder(network, int(network.config.hidden_size), tokenizer, job.backbone)
+    return WordEncoder(without_pooler(network), int(network.config.hidden_size), tokenizer, job.backbone)
