@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +12,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from atoll.show import out, plain
+from atoll.trained import check_finished, trained
 from protocol.errors import ConfigError, DataError
-from protocol.job import DataSection, Job, apply_override
-from protocol.tensors import from_bytes
+from protocol.job import DataSection, apply_override
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
@@ -51,20 +50,6 @@ def read_result(run: Path) -> dict[str, Any]:
     return result
 
 
-def check_finished(run: Path, product: Path) -> None:
-    """Raises ConfigError unless RUN is a run directory whose run has come to the `product`."""
-    if not run.is_dir():
-        raise ConfigError(f"{run}: no such run directory")
-    if not (run / "job.toml").is_file():
-        raise ConfigError(f"{run}: no run directory, expected one that atoll simulate or submit wrote")
-    if not product.is_file():
-        raise ConfigError(
-            f"{run}: the run is not finished (no {product.relative_to(run)});"
-            f" go on with: atoll simulate {shlex.quote(str(run / 'job.toml'))}"
-            f" --out {shlex.quote(str(run))} --resume"
-        )
-
-
 def predict(
     run: RunDir,
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Texts, or files.")],
@@ -90,24 +75,9 @@ def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: RUN holds no model. DataError: an input cannot be read.
     """
-    from tasks import task_named
-    from tasks.learner import Learner
-
-    about = run / "model" / "model.json"
-    check_finished(run, about)
-    try:
-        saved = json.loads(about.read_text("utf-8"))
-        job = Job.parse(saved["job"], origin=str(about))
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{about}: damaged: {error}") from None
-    # Compiling takes longer than a few inputs do.
-    job = job.model_copy(update={"backbone": job.backbone.model_copy(update={"compile": False})})
-    task = task_named(job.task.name)
-    tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
-    learner = Learner.of(job, task, saved["facts"])
-    learner.check_fingerprint()
+    learner, tensors = trained(run)
     raw = [learner.task.raw_input(given) for given in inputs]
-    return learner.task.answer(learner.predictions(tensors, raw), saved["facts"])
+    return learner.task.answer(learner.predictions(tensors, raw), learner.facts)
 
 
 def check(

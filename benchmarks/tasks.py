@@ -2,13 +2,18 @@
 
     python -m benchmarks.tasks [JOB …]        # jobs/*.toml, all but those that pretrain
 
-Prints a table in Markdown. Runs go to a temporary folder; nothing is timed.
+Prints a table in Markdown. A job that goes on from another's run runs that first; "from nothing" is the
+same federation from random weights. Seconds are of one run of the job as its file is. Runs go to a
+temporary folder.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+import time
+import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,70 @@ from sim.engine import simulate
 
 JOBS = Path(__file__).parents[1] / "jobs"
 ROWS = ("zero_shot", "local_only", "federated", "pooled")
-HEAD = "| job | task | metric | reference | untrained | alone | federated | pooled | of pooled |"
+ALL = 'evaluate.baselines=["zero_shot", "local_only", "pooled"]'
+NONE = "evaluate.baselines=[]"
+HEAD = (
+    "| job | task | metric | reference | untrained | alone | federated | pooled | of pooled"
+    " | from nothing | seconds |"
+)
+
+
+@dataclass
+class Bench:
+    """Runs jobs in one folder; what several of them go on from runs once."""
+
+    folder: Path
+    made: dict[str, Path] = field(default_factory=dict)
+    count: int = 0
+
+    def rows(self, path: Path) -> list[str]:
+        """A line for the job as it is, and one with clients alike where they aren't."""
+        try:
+            start = self.start(path)
+            job = Job.load(path, [*start, ALL])
+            began = time.perf_counter()
+            self.run(Job.load(path, start))
+            seconds = f"{time.perf_counter() - began:.0f}"
+            nothing = self.from_nothing(path, job)
+            lines = [self.line(path.stem, job, nothing, seconds)]
+            if job.data.partition.kind != "iid":
+                alike = job.model_copy(update={"data": job.data.model_copy(update={"partition": Iid()})})
+                lines.append(self.line(f"{path.stem}, clients alike", alike, "-", "-"))
+            return lines
+        except InputError as error:
+            return [f"| {path.stem} | not run: {error} |"]
+
+    def start(self, path: Path) -> list[str]:
+        """The override that names the run that the job goes on from, once that has run."""
+        weights = str(tomllib.loads(path.read_text(encoding="utf-8"))["backbone"].get("weights", ""))
+        if not weights.startswith("../runs/"):
+            return []
+        name = Path(weights).name
+        if name not in self.made:
+            self.made[name] = self.folder / name
+            simulate(Job.load(JOBS / f"{name}.toml"), self.made[name], watch=unwatched, report=False)
+        return [f'backbone.weights="{self.made[name]}"']
+
+    def run(self, job: Job) -> dict[str, Any]:
+        self.count += 1
+        return simulate(job, self.folder / f"run-{self.count}", watch=unwatched, report=False)
+
+    def from_nothing(self, path: Path, job: Job) -> str:
+        """The federated metric from random weights, where the job starts from others."""
+        if job.backbone.weights == "random":
+            return "-"
+        result = self.run(Job.load(path, [NONE, 'backbone.weights="random"']))
+        compared = comparison_of(result)
+        return shown(compared.value("federated", compared.headline or "loss"))
+
+    def line(self, name: str, job: Job, nothing: str, seconds: str) -> str:
+        compared = comparison_of(self.run(job))
+        metric = compared.headline or "loss"
+        references = {row: compared.value(row, metric) for row in compared.rows if row not in ROWS}
+        told = ", ".join(f"{row.replace('_', ' ')} {shown(value)}" for row, value in references.items())
+        values = [compared.value(row, metric) for row in ROWS]
+        cells = [name, job.task.name, metric, told, *map(shown, values), share(metric, values)]
+        return f"| {' | '.join([*cells, nothing, seconds])} |"
 
 
 def main(paths: list[str]) -> None:
@@ -27,33 +95,19 @@ def main(paths: list[str]) -> None:
     found = [Path(path) for path in paths] or sorted(JOBS.glob("*.toml"))
     print(HEAD)
     print("|" + "---|" * (HEAD.count("|") - 1))
-    for path in found:
-        if path.stem.startswith("pretrain") or path.stem == "digits-frontier":
-            continue
-        job = Job.load(path, ['evaluate.baselines=["zero_shot", "local_only", "pooled"]'])
-        print(row_of(path.stem, job), flush=True)
-        if job.data.partition.kind != "iid":
-            data = job.data.model_copy(update={"partition": Iid()})
-            print(row_of(f"{path.stem}, clients alike", job.model_copy(update={"data": data})), flush=True)
-
-
-def row_of(name: str, job: Job) -> str:
-    """One line of the table; a job that can't run here says why."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            result = simulate(job, Path(folder) / "run", watch=lambda step, what: None, report=False)
-        except InputError as error:
-            return f"| {name} | {job.task.name} | not run: {error} |"
-    compared = comparison_of(result)
-    metric = compared.headline or "loss"
-    references = {row: compared.value(row, metric) for row in compared.rows if row not in ROWS}
-    told = ", ".join(f"{row.replace('_', ' ')} {shown(value)}" for row, value in references.items())
-    values = [compared.value(row, metric) for row in ROWS]
-    cells = [name, job.task.name, metric, told, *map(shown, values), share(metric, values)]
-    return f"| {' | '.join(cells)} |"
+        bench = Bench(Path(folder))
+        for path in found:
+            if path.stem.startswith("pretrain") or path.stem == "digits-frontier":
+                continue
+            print("\n".join(bench.rows(path)), flush=True)
 
 
-def share(metric: str, values: list[Any]) -> str:
+def unwatched(step: str, what: dict[str, Any]) -> None:
+    """Nobody looks on."""
+
+
+def share(metric: str, values: list[float | None]) -> str:
     """What part of pooled quality the federated model has."""
     federated, pooled = values[2], values[3]
     if not federated or not pooled:

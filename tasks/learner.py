@@ -163,7 +163,7 @@ class Learner:
         """What the model says of raw inputs, one prediction each; nothing is looked up or kept."""
         shard = Shard(inputs, torch.zeros(len(inputs), dtype=torch.int64), (bytes(32),) * len(inputs))
         if not self.task.on_features:
-            model = self._filled(tensors)
+            model = self.filled(tensors)
             with torch.inference_mode():
                 return model.predict(self._on_device(self.encoder.prepare(inputs)))
         return self._fresh_outputs(tensors, shard)
@@ -179,7 +179,7 @@ class Learner:
         """What the model with these tensors says of a shard, [n, outputs]."""
         if self.uses_features:
             return self._through_head(tensors, self.features(shard))
-        model = self._filled(tensors)
+        model = self.filled(tensors)
         parts = []
         with torch.inference_mode():
             for rows, prepare in model.backbone.fixed_batches(shard.inputs, EVALUATION_BATCH):
@@ -196,13 +196,20 @@ class Learner:
             metrics.update(*self.task.measured(outputs, shard.table))
             loss = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard)
         else:
-            loss = self._measure(self._filled(tensors), shard, metrics)
+            loss = self._measure(self.filled(tensors), shard, metrics)
         states = {
             f"{name}.{state}": getattr(metric, state).clone()
             for name, metric in metrics.items()
             for state in metric._defaults
         }
         return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
+
+    def measured(self, model: Model, shard: Shard) -> dict[str, float]:
+        """Metrics and loss of any model of this kind on a shard, past the cache of features."""
+        metrics = self.task.metrics(self.facts)
+        total = self._measure(model, shard, metrics)
+        found = {name: float(value) for name, value in metrics.compute().items()}
+        return found | {"loss": float(total) / len(shard)}
 
     def references(self, shard: Shard) -> dict[str, dict[str, float]]:
         """Metrics of the task's predictions that need no learning."""
@@ -226,7 +233,7 @@ class Learner:
                 total += loss.cpu().to(torch.float64) * len(rows)
         return total
 
-    def _filled(self, tensors: Tensors) -> Model:
+    def filled(self, tensors: Tensors) -> Model:
         """The model with these tensors, as it is measured and used."""
         model = self.model.eval()
         tuning.load_values(model, tensors)

@@ -1,0 +1,239 @@
+"""The verb that ships a trained model: written for others, read back, measured before and after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from atoll.show import out as shown
+from atoll.trained import trained
+from protocol.errors import ConfigError, JobError
+
+if TYPE_CHECKING:
+    from tasks.learner import Learner
+    from tasks.seam import Batch, Model, Shard
+
+FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8")
+MOST_EXAMPLES = 1000
+"""Measured at most, before and after."""
+CALIBRATION_EXAMPLES = 128
+TIMED = 30
+"""Passes of one example, whose median is the latency."""
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a form of the model costs, and what it is worth."""
+
+    megabytes: float
+    milliseconds: float
+    metrics: dict[str, float]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(epilog="Example: atoll export runs/bbc-news --format onnx-int8")(export)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    format: Annotated[str, typer.Option("--format", metavar="F", help=", ".join(FORMATS))],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: RUN/exports/F.")] = None,
+    data: Annotated[Path | None, typer.Option(help="What to measure on, if not the job's test data.")] = None,
+    max_drop: Annotated[float, typer.Option(min=0.0, help="How far the metric may fall.")] = 0.01,
+    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
+) -> None:
+    """Write the trained model for other programs, and measure what that costs."""
+    if format not in FORMATS:
+        raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}")
+    folder = out or run / "exports" / format
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise ConfigError(f"{folder}: exists and is not empty, choose another --out or --force")
+    learner, tensors = trained(run)
+    check_can_be(learner, format)
+    examples = examples_of(learner, data)
+    model = learner.filled(tensors)
+    with shown.status(f"measuring {len(examples)} examples as trained"):
+        before = Measured(
+            size_of(model), latency(model, learner, examples), learner.measured(model, examples)
+        )
+    staging = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        with shown.status(f"writing {format}"):
+            result = written(model, learner, format, staging, examples)
+        with shown.status(f"measuring {len(examples)} examples as {format}"):
+            after = Measured(
+                megabytes_in(staging, format),
+                latency(result, learner, examples),
+                learner.measured(result, examples),
+            )
+        check_drop(learner.task.headline, format, before, after, max_drop)
+        (staging / "export.json").write_text(
+            json.dumps(told(learner, run, format, before, after, len(examples)), indent=2) + "\n", "utf-8"
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    shown.print(table_of(format, before, after))
+    shown.print(f"measured on  {len(examples)} examples; ms is the pass of one of them", highlight=False)
+    shown.print(f"written to   {folder}", highlight=False, soft_wrap=True)
+
+
+def check_can_be(learner: Learner, format: str) -> None:
+    """Raises ConfigError unless a run of this task and backbone can be had in that format."""
+    if format == "huggingface" and learner.backbone.kind != "hf":
+        raise ConfigError(
+            f"--format huggingface: {learner.job.backbone.name} is no transformers network, try onnx"
+        )
+    if format.startswith("onnx"):
+        from tasks.exports.onnx_file import MEANT_FOR, check_installed
+
+        check_installed()
+        if not (learner.task.on_features or learner.task.name in ("segmentation", "forecasting")):
+            raise ConfigError(f"--format {format}: for {MEANT_FOR}, not {learner.task.name}")
+
+
+def examples_of(learner: Learner, data: Path | None) -> Shard:
+    """What the export is measured on: the given data's test part or all of it, else the job's test data.
+
+    Raises:
+        ConfigError: there is none. DataError: the data is unfit.
+    """
+    from server.testset import server_test_set
+
+    job = learner.job
+    if data is None:
+        found = server_test_set(job)(learner)
+        if found is None:
+            raise ConfigError("--data: missing, and the run's job has no test data here to measure on")
+        return found.select(range(min(len(found), MOST_EXAMPLES)))
+    table = learner.task.read(data, job.data, job.task.options)
+    shard = learner.task.shard(table.train if table.test is None else table.test, learner.facts)
+    return shard.select(range(min(len(shard), MOST_EXAMPLES)))
+
+
+def written(model: Model, learner: Learner, format: str, folder: Path, examples: Shard) -> Model:
+    """Write the model; what was written, read back and used as the model is."""
+    from tasks.exports.huggingface import read_network, write_folder, write_tokenizer
+    from tasks.exports.plain import make_plain, read_tensors, write_tensors
+
+    if format == "huggingface":
+        write_folder(model, learner.job, folder)
+        read_network(model, folder)
+        return model
+    make_plain(model)
+    if format == "safetensors":
+        write_tensors(model, folder / "model.safetensors")
+        read_tensors(model, folder / "model.safetensors")
+        return model
+    from tasks.exports import onnx_file
+
+    path = folder / "model.onnx"
+    onnx_file.write_onnx(model, learner.batch(examples, range(1)), path)
+    if format == "onnx-int8":
+        batches = calibration(learner) if onnx_file.convolves(model) else None
+        onnx_file.quantise(path, folder / "int8.onnx", batches)
+        (folder / "int8.onnx").rename(path)
+    write_tokenizer(model, folder)
+    return onnx_file.model_of(path, model, learner.job.train.threads)
+
+
+def calibration(learner: Learner) -> Iterator[Batch]:
+    """Some training examples of a source that is here, as batches.
+
+    Raises:
+        ConfigError: the training data is at the clients only.
+    """
+    from server.testset import hold_out, read_source
+    from tasks.sources import SOURCES
+
+    job = learner.job
+    if job.data.source not in SOURCES and not Path(job.data.source).exists():
+        raise ConfigError(
+            "--format onnx-int8: ranges are found on training data, which is not here; try onnx"
+        )
+    train, _ = hold_out(read_source(job), job)
+    shard = learner.task.shard(train, learner.facts)
+    rows = range(min(len(shard), CALIBRATION_EXAMPLES))
+    return (learner.batch(shard, rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
+
+
+def latency(model: Model, learner: Learner, examples: Shard) -> float:
+    """Milliseconds of one example's pass on this machine: the median of some."""
+    import torch
+
+    torch.set_num_threads(learner.job.train.threads)
+    batch = learner.batch(examples, range(1))
+    spent = []
+    with torch.inference_mode():
+        for _ in range(TIMED):
+            began = time.perf_counter()
+            model(batch)
+            spent.append(time.perf_counter() - began)
+    return 1000 * statistics.median(spent)
+
+
+def size_of(model: Model) -> float:
+    """Megabytes of the model's tensors."""
+    from tasks.exports.plain import tensors_of
+
+    return sum(t.numel() * t.element_size() for t in tensors_of(model).values()) / 1e6
+
+
+def megabytes_in(folder: Path, format: str) -> float:
+    """Megabytes of the files that hold numbers."""
+    pattern = "*.onnx*" if format.startswith("onnx") else "*.safetensors"
+    return sum(file.stat().st_size for file in folder.glob(pattern)) / 1e6
+
+
+def check_drop(metric: str, format: str, before: Measured, after: Measured, most: float) -> None:
+    """Raises JobError if the metric fell by more than that."""
+    from server.comparison import lower_is_better
+
+    was, now = before.metrics[metric], after.metrics[metric]
+    drop = now - was if lower_is_better(metric) else was - now
+    if not drop <= most:
+        raise JobError(
+            f"--format {format}: {metric} goes from {was:.4f} to {now:.4f}, more than --max-drop {most:g}"
+            " allows; nothing was written"
+        )
+
+
+def told(
+    learner: Learner, run: Path, format: str, before: Measured, after: Measured, examples: int
+) -> dict[str, Any]:
+    """What stands in export.json."""
+    return {
+        "format": format,
+        "run": str(run),
+        "task": learner.job.task.name,
+        "backbone": learner.job.backbone.name,
+        "facts": learner.facts,
+        "examples": examples,
+        "before": vars(before),
+        "after": vars(after),
+    }
+
+
+def table_of(format: str, before: Measured, after: Measured) -> Table:
+    """Both forms, side by side."""
+    table = Table()
+    for name in ("model", "MB", "ms", *before.metrics):
+        table.add_column(name.replace("_", " "), justify="left" if name == "model" else "right")
+    for name, one in (("as trained", before), (format, after)):
+        values = [f"{one.metrics[metric]:.4f}" for metric in before.metrics]
+        table.add_row(name, f"{one.megabytes:.2f}", f"{one.milliseconds:.2f}", *values)
+    return table

@@ -1,0 +1,52 @@
+"""The model of a finished run, as verbs use it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from protocol.errors import ConfigError
+from protocol.job import Job
+from protocol.tensors import Tensors, from_bytes
+
+if TYPE_CHECKING:
+    from tasks.learner import Learner
+
+
+def trained(run: Path) -> tuple[Learner, Tensors]:
+    """(what builds and uses the run's model, its tuned tensors).
+
+    Raises:
+        ConfigError: RUN holds no model. WeightsError: its backbone can't be had.
+    """
+    from tasks import task_named
+    from tasks.learner import Learner
+
+    about = run / "model" / "model.json"
+    check_finished(run, about)
+    try:
+        saved = json.loads(about.read_text("utf-8"))
+        job, facts = Job.parse(saved["job"], origin=str(about)), dict(saved["facts"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{about}: damaged: {error}") from None
+    # Compiling takes longer than a few inputs do.
+    job = job.model_copy(update={"backbone": job.backbone.model_copy(update={"compile": False})})
+    learner = Learner.of(job, task_named(job.task.name), facts)
+    learner.check_fingerprint()
+    return learner, from_bytes((run / "model" / "model.safetensors").read_bytes())
+
+
+def check_finished(run: Path, product: Path) -> None:
+    """Raises ConfigError unless RUN is a run directory whose run has come to the `product`."""
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such run directory")
+    if not (run / "job.toml").is_file():
+        raise ConfigError(f"{run}: no run directory, expected one that atoll simulate or submit wrote")
+    if not product.is_file():
+        raise ConfigError(
+            f"{run}: the run is not finished (no {product.relative_to(run)});"
+            f" go on with: atoll simulate {shlex.quote(str(run / 'job.toml'))}"
+            f" --out {shlex.quote(str(run))} --resume"
+        )

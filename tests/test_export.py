@@ -1,0 +1,169 @@
+"""Exported models, used by the programs that they are for: onnxruntime, transformers, peft, torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from atoll import export_verbs
+from atoll.cli import run
+from atoll.trained import trained
+from sim.engine import simulate
+from tasks.seam import Model
+from tests.task_data import ready
+from tests.task_jobs import job_of
+from tests.test_simulation import unwatched
+
+pytestmark = pytest.mark.slow
+
+TEXTS = ["good good a", "bad", "a b c d e bad", "good e"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each kind that can be exported, and one that can't."""
+    folder = tmp_path_factory.mktemp("runs")
+    for task, method in (
+        ("text-classification", "lora"),
+        ("segmentation", "full"),
+        ("question-answering", "head"),
+    ):
+        (folder / task).mkdir()
+        data = {"data": {**_data_of(task), "test_fraction": 0.2}}
+        job = ready(job_of(task, method, **data), folder / task)
+        simulate(job, folder / f"{task}-run", watch=unwatched, report=False)
+    return folder
+
+
+def _data_of(task: str) -> dict[str, object]:
+    classes = {"classes": ("good", "bad")} if task == "text-classification" else {}
+    return {"source": "written", **classes}
+
+
+def exported(runs: Path, task: str, form: str, *options: str) -> Path:
+    folder = runs / f"{task}-{form}"
+    assert run(["export", str(runs / f"{task}-run"), "--format", form, "--out", str(folder), *options]) == 0
+    return folder
+
+
+def as_trained(runs: Path, task: str) -> Model:
+    learner, tensors = trained(runs / f"{task}-run")
+    return learner.filled(tensors)
+
+
+def test_onnxruntime_says_what_the_model_says_with_the_tokenizer_beside_it(runs: Path) -> None:
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    folder = exported(runs, "text-classification", "onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    tokens = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="np")
+    inputs = {one.name: tokens[one.name].astype(np.int64) for one in session.get_inputs()}
+    model = as_trained(runs, "text-classification")
+    with torch.inference_mode():
+        expected = model(model.backbone.prepare(TEXTS)).numpy()
+    assert np.allclose(session.run(None, inputs)[0], expected, atol=1e-5)
+
+
+def test_a_network_of_convolutions_is_written_for_any_number_of_pictures(runs: Path) -> None:
+    import onnxruntime
+
+    folder = exported(runs, "segmentation", "onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    model = as_trained(runs, "segmentation")
+    for count in (1, 5):
+        shape = (count, *(int(n) for n in session.get_inputs()[0].shape[1:]))
+        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(count))
+        with torch.inference_mode():
+            expected = model({"pixel_values": pixels}).numpy()
+        assert np.allclose(session.run(None, {"pixel_values": pixels.numpy()})[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "segmentation"])
+def test_eight_bits_are_smaller_and_close(runs: Path, task: str) -> None:
+    folder = exported(runs, task, "onnx-int8", "--max-drop", "0.1")
+    told = json.loads((folder / "export.json").read_text())
+    whole = exported(runs, task, "onnx", "--force")
+    assert (folder / "model.onnx").stat().st_size < (whole / "model.onnx").stat().st_size
+    assert [file.name for file in folder.glob("*.onnx*")] == ["model.onnx"]
+    assert told["after"]["metrics"]["loss"] == pytest.approx(told["before"]["metrics"]["loss"], rel=0.1)
+
+
+def test_transformers_and_peft_read_a_lora_run_with_equal_features(runs: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    folder = exported(runs, "text-classification", "huggingface")
+    model = as_trained(runs, "text-classification")
+    batch = model.backbone.prepare(TEXTS)
+    with torch.inference_mode():
+        expected, outputs = model.backbone(batch), model(batch)
+        base = AutoModel.from_pretrained(runs / "text-classification" / "bert").eval()
+        for network in (
+            AutoModel.from_pretrained(folder).eval(),
+            PeftModel.from_pretrained(base, folder / "adapter").eval(),
+        ):
+            states = network(**batch).last_hidden_state
+            mask = batch["attention_mask"].unsqueeze(-1)
+            pooled = (states * mask).sum(1) / mask.sum(1)
+            assert torch.allclose(pooled, expected, atol=1e-5)
+            head = load_file(folder / "head.safetensors")
+            assert torch.allclose(pooled @ head["weight"].T + head["bias"], outputs, atol=1e-5)
+        untouched = AutoModel.from_pretrained(runs / "text-classification" / "bert").eval()
+        first = untouched(**batch).last_hidden_state[:, 0]
+        assert not torch.allclose(first, network(**batch).last_hidden_state[:, 0], atol=1e-5)
+
+
+def test_safetensors_hold_the_whole_model_without_factors(runs: Path) -> None:
+    folder = exported(runs, "text-classification", "safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    assert not any("lora" in name or "base_layer" in name for name in tensors)
+    told = json.loads((folder / "export.json").read_text())
+    assert told["before"]["metrics"] == pytest.approx(told["after"]["metrics"], rel=1e-5)
+
+
+def test_a_metric_that_falls_too_far_leaves_nothing(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = export_verbs.written
+
+    def spoilt(*arguments: object) -> Model:
+        model = written(*arguments)  # type: ignore[arg-type]
+        for p in model.head.parameters():
+            p.data.zero_()
+        return model
+
+    monkeypatch.setattr(export_verbs, "written", spoilt)
+    folder = runs / "spoilt"
+    line = ["export", str(runs / "segmentation-run"), "--format", "safetensors", "--out", str(folder)]
+    assert run([*line, "--max-drop", "0.001"]) == 1
+    said = capsys.readouterr().err
+    assert "more than --max-drop 0.001 allows; nothing was written" in said
+    assert not folder.exists() and not list(runs.glob(".spoilt*"))
+
+
+@pytest.mark.parametrize(
+    ("task", "form", "said"),
+    [
+        ("segmentation", "huggingface", "torchvision:.* is no transformers network"),
+        ("question-answering", "onnx", "not question-answering"),
+        (
+            "segmentation",
+            "coreml",
+            "expected one of safetensors, huggingface, onnx, onnx-int8, found 'coreml'",
+        ),
+    ],
+)
+def test_what_can_not_be_is_one_line(
+    runs: Path, task: str, form: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(runs / f"{task}-run"), "--format", form, "--out", str(runs / "none")]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and re.search(said, line), line
+    assert not (runs / "none").exists()
