@@ -23,7 +23,7 @@ from tasks.letters import OWN, code_points, from_code_points
 from tasks.seam import Shard
 from tasks.sounds import RATE, checked_sound, log_mel
 from tasks.speech import NOTHING, SPEECH_RECOGNITION
-from tests.models import small_wav2vec2
+from tests.models import small_wav2vec2, small_whisper
 
 PITCHES = {"a": 300.0, "b": 700.0, "o": 1500.0, " ": 0.0}
 
@@ -122,10 +122,11 @@ def networks(root: Path) -> dict[str, dict[str, Any]]:
         "layer": {"name": str(small_wav2vec2(root / "layer"))},
         "group": {"name": str(small_wav2vec2(root / "group", norm="group"))},
         "hubert": {"name": str(small_wav2vec2(root / "hubert", kind="Hubert"))},
+        "whisper": {"name": str(small_whisper(root / "whisper"))},
     }
 
 
-@pytest.mark.parametrize("name", ["small", "layer", "group", "hubert"])
+@pytest.mark.parametrize("name", ["small", "layer", "group", "hubert", "whisper"])
 def test_the_padding_of_its_neighbours_changes_nothing_of_a_recording(tmp_path: Path, name: str) -> None:
     learner = learner_of(backbone=networks(tmp_path)[name])
     short, long = sound(tones("ab")), sound(tones("baobab bob"))
@@ -218,7 +219,7 @@ def test_a_folder_of_wav2vec_takes_a_step(tmp_path: Path, tune: dict[str, Any], 
 def test_networks_that_hear_no_letters_are_refused(tmp_path: Path) -> None:
     from tests.models import small_t5
 
-    with pytest.raises(WeightsError, match="does not hear letters"):
+    with pytest.raises(WeightsError, match="does not hear"):
         learner_of(backbone={"name": "raw:pixels"}).model  # noqa: B018
     with pytest.raises(WeightsError, match="does not read waves"):
         learner_of(backbone={"name": str(small_t5(tmp_path / "t5"))}).model  # noqa: B018
