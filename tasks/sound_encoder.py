@@ -17,7 +17,7 @@ from protocol.job import Job
 from protocol.section import Count, Decay, Section
 from protocol.streams import global_stream
 from tasks.letters import OWN
-from tasks.loading import fill, load_transformer, load_weights
+from tasks.loading import config_of, fill, load_transformer, load_weights
 from tasks.options import options_of
 from tasks.seam import Batch, Encoder
 from tasks.sounds import BANDS, checked_sound, log_mel, normalised
@@ -171,7 +171,7 @@ def load_sound_encoder(
             f"backbone.name: {job.backbone.name} does not hear, expected atoll:{SMALL}, hf:NAME or"
             " a folder of a network such as wav2vec2 or Whisper"
         )
-    config = _config(backbone)
+    config = config_of(backbone)
     if config.model_type == WHISPER:
         network = load_whisper(backbone, job.seed, config, max_seconds)
         return MelEncoder(network, int(config.d_model), max_seconds)
@@ -206,13 +206,3 @@ def _small(backbone: Backbone, job: Job, max_seconds: float, letters: int | None
         ignored = ("out.",) if letters is None else ()
         fill(small, load_weights(backbone.weights), backbone.weights, ignore=ignored)
     return SoundEncoder(small, 2 * known.width, max_seconds)
-
-
-def _config(backbone: Backbone) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{backbone.folder}: transformers cannot load it: {why}") from None
