@@ -216,6 +216,31 @@ def test_a_folder_of_wav2vec_takes_a_step(tmp_path: Path, tune: dict[str, Any], 
     assert len(tuning.blocks(learner.model.backbone.model, learner.model.head)) >= 2
 
 
+@pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert"])
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_a_folder_with_ctc_says_what_transformers_says(tmp_path: Path, kind: str, norm: str) -> None:
+    import transformers
+
+    folder = small_wav2vec2(tmp_path / "model", kind=kind, norm=norm)
+    samples = tones("baobab bob")
+    learner = learner_of({"method": "head"}, backbone={"name": str(folder)})
+    batch = learner.encoder.prepare([sound(samples)])
+    theirs = getattr(transformers, f"{kind}ForCTC").from_pretrained(folder).eval()
+    read, _ = soundfile.read(io.BytesIO(sound(samples)), dtype="float32")
+    given = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)(
+        read, sampling_rate=RATE, return_tensors="pt"
+    )
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    with torch.no_grad():
+        own, logits = learner.model.eval()(batch), theirs(given.input_values).logits
+    assert torch.allclose(own, logits, atol=1e-4)
+    # A random network says what no letter stands for too: here it must choose among letters.
+    logits[:, :, 1:4] = -1e4
+    heard = learner.task.answer(learner.model._letters.texts(logits), {})[0]["label"]
+    said = tokenizer.batch_decode(logits.argmax(2))[0].lower()
+    assert heard == " ".join(said.split()) != ""
+
+
 def test_networks_that_hear_no_letters_are_refused(tmp_path: Path) -> None:
     from tests.models import small_t5
 
