@@ -15,7 +15,7 @@ def tasks() -> Lines:
 
 
 def backbones() -> Lines:
-    from tasks.weights import PACKAGED, RAW, TorchvisionKind, torchvision_names
+    from tasks.weights import OWN, PACKAGED, RAW, TorchvisionKind, torchvision_names
 
     packaged = [
         (name, f"pretrained weights from package {package}") for name, (package, _) in PACKAGED.items()
@@ -25,6 +25,7 @@ def backbones() -> Lines:
         ("FOLDER", "any folder written by save_pretrained"),
         (RAW, "no network: an image's pixels, scaled to length 1; head only"),
     ]
+    own = [(f"atoll:{name}", f"built by Atoll, for {what}") for name, what in OWN.items()]
     vision = [
         (f"torchvision:{n}", "torchvision") for n in torchvision_names() if f"torchvision:{n}" not in PACKAGED
     ]
@@ -33,7 +34,7 @@ def backbones() -> Lines:
         for kind in get_args(TorchvisionKind)[1:]
         for name in torchvision_names(kind)
     ]
-    return packaged + open_ended + vision + dense
+    return packaged + open_ended + own + vision + dense
 
 
 def strategies() -> Lines:

@@ -56,6 +56,8 @@ RESEND_SECONDS = 60.0
 
 A site answers the same request with the same reply and does not train twice.
 """
+RESEND_PART = 0.25
+"""Part of the time for a round after which it is sent again, where that is sooner."""
 HELLO_AGAIN_SECONDS = 5.0
 """The same of a greeting, which costs little; `federation.wait` bounds how long one may be lost."""
 
@@ -158,8 +160,8 @@ class FlowerCarrier:
         A node whose connection is gone has `patience` seconds to come back and is then asked again.
         """
         start = time.monotonic()
-        first = min(self.resend_after, HELLO_AGAIN_SECONDS) if kind == "query" else self.resend_after
-        pauses = dict.fromkeys(letters, first)
+        soon = HELLO_AGAIN_SECONDS if kind == "query" else timeout * RESEND_PART
+        pauses = dict.fromkeys(letters, min(self.resend_after, soon))
         due = dict.fromkeys(letters, start)
         sent: dict[str, int] = {}
         activated, look = self._activations(), start + LOOK_SECONDS

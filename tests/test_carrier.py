@@ -8,23 +8,25 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from protocol.job import Job
-from protocol.messages import Hello, hello_to_json
+from protocol.messages import Hello, Measurement, Request, encode_reply, hello_to_json
 from server import app
-from server.app import FlowerCarrier
+from server.app import FlowerCarrier, bytes_array
 
 NODE = 7
 
 
 @dataclass
 class LossyGrid:
-    """One node, which answers every greeting but the first ones."""
+    """One node, which answers every message but the first ones."""
 
     lost: int
+    answer: RecordDict
     pushed: int = 0
     waiting: dict[str, Message] = field(default_factory=dict)
 
@@ -42,25 +44,29 @@ class LossyGrid:
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Any]:
         found = [name for name in message_ids if self.waiting.pop(name, None) is not None]
-        hello = hello_to_json(Hello("north", {}, 12))
-        content = RecordDict({"hellos": ConfigRecord({"json": [hello]})})
         return [
             SimpleNamespace(
                 metadata=SimpleNamespace(reply_to_message_id=name),
                 has_error=lambda: False,
-                content=content,
+                content=self.answer,
             )
             for name in found
         ]
+
+
+@pytest.fixture(autouse=True)
+def in_a_server_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower lets messages be made in the process of a run only."""
+    for number in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, number, 1)
 
 
 def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(app, "HELLO_AGAIN_SECONDS", 0.2)
-    for number in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, number, 1)
-    grid = LossyGrid(lost=2)
+    hello = hello_to_json(Hello("north", {}, 12))
+    grid = LossyGrid(lost=2, answer=RecordDict({"hellos": ConfigRecord({"json": [hello]})}))
     table = {
         "name": "lost",
         "seed": 1,
@@ -71,4 +77,15 @@ def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(
     }
     roll = FlowerCarrier(cast(Grid, grid), "test").hello(Job.parse(table, origin="test"))
     assert (list(roll.names), roll.sizes.tolist()) == (["north"], [12])
+    assert grid.pushed == 3
+
+
+def test_a_request_that_was_lost_is_sent_again_before_a_short_round_is_over() -> None:
+    head, body = encode_reply(Measurement("north", 1, 12, {"seen": torch.tensor(5)}))
+    heads, bodies = ConfigRecord({"north": head}), ArrayRecord({"north": bytes_array(body)})
+    grid = LossyGrid(lost=2, answer=RecordDict({"heads": heads, "bodies": bodies}))
+    request = Request("evaluate", "{}", "", 1, {}, {"w": torch.zeros(2)})
+    carrier = FlowerCarrier(cast(Grid, grid), "test", nodes={"north": NODE})
+    (reply,) = carrier.exchange(request, ["north"], timeout=2.0)
+    assert isinstance(reply, Measurement) and reply.num_examples == 12
     assert grid.pushed == 3

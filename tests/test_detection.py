@@ -247,5 +247,7 @@ def test_example_level_privacy_is_refused_by_name() -> None:
 
 def test_a_backbone_of_another_kind_is_refused() -> None:
     learner, _ = prepared(job(name="resnet18"))
-    with pytest.raises(WeightsError, match="is no detection model, expected one of torchvision:fasterrcnn"):
+    with pytest.raises(
+        WeightsError, match="is no detection model, expected one of atoll:small-detector, torch"
+    ):
         _ = learner.model

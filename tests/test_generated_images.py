@@ -7,7 +7,9 @@ import pyarrow as pa
 import pytest
 
 from tasks.generated.drawing import SIDE, box_of, ellipse, rectangle, triangle
+from tasks.generated.scans import HOSPITALS, generated_scans
 from tasks.generated.shapes import MASK_CLASSES, SHAPES, generated_shapes
+from tasks.generated.street import MASK_CLASSES as STREET_CLASSES
 from tasks.generated.street import OBJECTS, WEATHER, generated_street
 from tasks.images import decode_image, image_bytes
 from tasks.png import rgb_png
@@ -28,7 +30,7 @@ def digest(splits: dict[str, pa.Table]) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("make", [generated_shapes, generated_street])
+@pytest.mark.parametrize("make", [generated_shapes, generated_street, generated_scans])
 def test_a_seed_gives_the_same_bytes_and_another_gives_others(make):
     assert digest(make(3, 20)) == digest(make(3, 20)) != digest(make(4, 20))
 
@@ -82,6 +84,31 @@ def test_a_shape_differs_from_the_ground_where_its_mask_says():
             distance = np.linalg.norm(image[mask == value] - ground, axis=1)
             assert distance.mean() > 70
         assert np.linalg.norm(image[mask == 0] - ground, axis=1).mean() < 30
+
+
+def test_a_streets_mask_has_its_objects_in_their_boxes_on_the_road_and_beside_it():
+    road = STREET_CLASSES.index("road")
+    for row in rows("generated_street"):
+        mask = pixels(row["mask"])[:, :, 0]
+        assert 0.15 < (mask == road).mean() < 0.6 and not (mask[:30] == road).any()
+        rest = mask.copy()
+        for (x1, y1, x2, y2), name in zip(row["boxes"], row["classes"], strict=True):
+            inside = mask[int(y1) : int(y2), int(x1) : int(x2)] == STREET_CLASSES.index(name)
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+            rest[int(y1) : int(y2), int(x1) : int(x2)] = 0
+        assert set(np.unique(rest)) <= {0, road}
+
+
+def test_scans_of_a_patient_agree_and_no_patient_is_in_both_splits():
+    splits = generated_scans()
+    patients = [set(table["patient"].to_pylist()) for table in splits.values()]
+    assert [len(found) for found in patients] == [192, 48] and not patients[0] & patients[1]
+    whose = {}
+    for row in pa.concat_tables(splits.values()).to_pylist():
+        told = (row["label"], row["hospital"])
+        assert whose.setdefault(row["patient"], told) == told
+    assert {hospital for _, hospital in whose.values()} == set(HOSPITALS)
+    assert 0.25 < sum(label == "nodule" for label, _ in whose.values()) / len(whose) < 0.55
 
 
 def test_weather_can_be_told_by_brightness_and_colour():

@@ -217,7 +217,9 @@ def test_weights_of_other_classes_leave_the_last_layers_fresh(tmp_path: Path) ->
 
 def test_a_backbone_of_another_kind_is_refused() -> None:
     learner, _ = prepared(job(name="resnet18"))
-    with pytest.raises(WeightsError, match="is no segmentation model, expected one of torchvision:deeplabv3"):
+    with pytest.raises(
+        WeightsError, match="is no segmentation model, expected one of atoll:small-segmenter, torch"
+    ):
         _ = learner.model
 
 

@@ -1,15 +1,17 @@
 """The named data sets are what they say, and come from the cache the second time."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from protocol.errors import ConfigError, DataError
 from tasks.images import decode_image, image_bytes
 from tasks.png import grey_png
 from tasks.reading import Table, table_of
-from tasks.sources import SOURCES, load_source
+from tasks.sources import SOURCES, Source, _drawn_by, load_source
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +84,16 @@ def test_a_damaged_cache_says_what_to_remove(tmp_path, monkeypatch):
     (tmp_path / "sources" / "digits-1" / "train.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match=r"train.parquet: damaged: .*remove .*digits-1"):
         load_source("digits")
+
+
+def test_what_is_generated_anew_is_not_taken_from_an_older_copy(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATOLL_CACHE", str(tmp_path))
+    older = Source("generated-shapes", (), "", "", lambda *_: {"train": pa.table({"a": [1]})}, lambda: "old")
+    newer = replace(older, decode=lambda *_: {"train": pa.table({"a": [2]})}, edition=lambda: "new")
+    for source, value in ((older, 1), (newer, 2), (older, 1)):
+        monkeypatch.setitem(SOURCES, "generated-shapes", source)
+        assert load_source("generated-shapes")["train"]["a"].to_pylist() == [value]
+    assert _drawn_by() == _drawn_by() != "1"
 
 
 def test_an_unknown_source_suggests_the_nearest():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from protocol.streams import stream_seed
 from tasks.generated.drawing import (
@@ -18,27 +19,30 @@ from tasks.generated.drawing import (
     image_column,
     rectangle,
 )
-from tasks.png import rgb_png
+from tasks.png import grey_png, rgb_png
 
 WEATHER = ("day", "night", "rain")
 OBJECTS = ("car", "pedestrian", "sign")
+MASK_CLASSES = ("background", "road", *OBJECTS)
 _HORIZON = 34
 _TRIES = 30
 
 Part = tuple[Region, tuple[float, float, float]]
+Mask = NDArray[np.uint8]
 
 
 def generated_street(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
-    """Scenes with one to four objects: columns image, label (the weather), boxes and classes."""
+    """Scenes with one to four objects: columns image, label (the weather), boxes, classes and mask."""
     rng = np.random.default_rng(stream_seed(seed, "generated-street"))
-    images, labels, boxes, classes = [], [], [], []
+    images, labels, boxes, classes, masks = [], [], [], [], []
     for _ in range(count):
         label = WEATHER[rng.integers(len(WEATHER))]
-        pixels, found = _scene(label, rng)
+        pixels, found, mask = _scene(label, rng)
         images.append(rgb_png(as_bytes(pixels)))
         labels.append(label)
         boxes.append([box_of(region) for _, region in found])
         classes.append([name for name, _ in found])
+        masks.append(grey_png(mask))
     return cut(
         pa.table(
             {
@@ -46,13 +50,16 @@ def generated_street(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
                 "label": pa.array(labels, pa.string()),
                 "boxes": box_column(boxes),
                 "classes": pa.array(classes, pa.list_(pa.string())),
+                "mask": image_column(masks),
             }
         )
     )
 
 
-def _scene(weather: str, rng: np.random.Generator) -> tuple[Pixels, list[tuple[str, Region]]]:
-    pixels = _road(rng)
+def _scene(weather: str, rng: np.random.Generator) -> tuple[Pixels, list[tuple[str, Region]], Mask]:
+    """(what is seen, the objects, for each pixel its place in `MASK_CLASSES`)."""
+    pixels, road = _road(rng)
+    mask = road.astype(np.uint8) * MASK_CLASSES.index("road")
     taken = np.zeros((SIDE, SIDE), dtype=np.bool_)
     found: list[tuple[str, Region]] = []
     wanted = rng.integers(1, 5)
@@ -66,12 +73,13 @@ def _scene(weather: str, rng: np.random.Generator) -> tuple[Pixels, list[tuple[s
             x1, y1, x2, y2 = box_of(region)
             taken |= rectangle((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1 + 4, y2 - y1 + 4)
             found.append((name, region))
-    return _WEATHER[weather](pixels, rng) + rng.normal(0, 6, pixels.shape), found
+            mask[region] = MASK_CLASSES.index(name)
+    return _WEATHER[weather](pixels, rng) + rng.normal(0, 6, pixels.shape), found, mask
 
 
-def _road(rng: np.random.Generator) -> Pixels:
-    """Sky, grass, and a road with its middle line that runs to the horizon."""
-    pixels = np.zeros((SIDE, SIDE, 3))
+def _road(rng: np.random.Generator) -> tuple[Pixels, Region]:
+    """Sky, grass, and a road with its middle line that runs to the horizon; which pixels are road."""
+    pixels, road = np.zeros((SIDE, SIDE, 3)), np.zeros((SIDE, SIDE), dtype=np.bool_)
     pixels[:_HORIZON] = rng.normal((140, 185, 235), 10)
     pixels[_HORIZON:] = rng.normal((85, 140, 75), 10)
     middle = rng.uniform(40, 56)
@@ -80,9 +88,10 @@ def _road(rng: np.random.Generator) -> Pixels:
         half = 4 + 44 * near
         left, right = max(0, round(middle - half)), min(SIDE, round(middle + half))
         pixels[row, left:right] = 105
+        road[row, left:right] = True
         if row // 6 % 2:
             pixels[row, round(middle - near) : round(middle + near) + 1] = 230
-    return pixels
+    return pixels, road
 
 
 def _car(rng: np.random.Generator) -> list[Part]:

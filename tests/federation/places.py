@@ -139,7 +139,7 @@ class Federation:
         try:
             submit(job.canonical, self.server, out=out, show=show)
         except JobError as error:
-            said = "\n".join(f"{name}: {one.text()[-3000:]}" for name, one in self.running.items())
+            said = "\n".join(f"{name}: {one.text()[-900:]}" for name, one in self.running.items())
             raise AssertionError(f"{error}; they said:\n{said}") from error
         return result_of(out)
 
