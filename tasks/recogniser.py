@@ -27,13 +27,24 @@ class Recogniser(Model):
         """[batch, frames, symbols]; frames of padding say blank for certain, which changes no likelihood."""
         states, count = self.backbone(batch)
         scores: torch.Tensor = self.head(states)
-        padding = torch.full_like(scores[0, 0], SURELY_NOT)
-        padding[self._letters.blank] = 0.0
+        padding = _padding(scores, self._letters.blank)
         return torch.where(real_frames(states, count).unsqueeze(2), scores, padding)
 
     def predict(self, batch: Batch) -> list[str]:
         """What is heard, in lower case."""
         return self._letters.texts(self.forward(batch))
+
+
+def _padding(scores: torch.Tensor, blank: int) -> torch.Tensor:
+    """The row of scores of a frame that isn't there."""
+    row = torch.full_like(scores[0, 0], SURELY_NOT)
+    row[blank] = 0.0
+    return row
+
+
+def real_counts(scores: torch.Tensor, blank: int) -> torch.Tensor:
+    """How many frames of each recording aren't padding, [batch]."""
+    return (scores != _padding(scores, blank)).any(2).sum(1)
 
 
 def load_recogniser(backbone: Backbone, job: Job, letters: Letters, max_seconds: float) -> Recogniser:

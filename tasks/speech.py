@@ -24,7 +24,7 @@ from tasks.lazy import Cells, Picked
 from tasks.letters import Letters, code_points, from_code_points, letters_of, spoken
 from tasks.options import options_of, refuse_augment
 from tasks.problems import shown
-from tasks.recogniser import load_recogniser
+from tasks.recogniser import load_recogniser, real_counts
 from tasks.recorded import Recorded
 from tasks.records import FILE, Records, Role, file_bytes
 from tasks.seam import Model, Shard, canonical_order
@@ -143,7 +143,8 @@ class SpeechRecognition(Recorded):
         letters = [self._letters.coded(text) for text in from_code_points(targets)]
         lengths = torch.tensor([len(one) for one in letters])
         coded = torch.tensor([number for one in letters for number in one], dtype=torch.int64)
-        frames = torch.full((len(outputs),), outputs.shape[1])
+        # Padding would let the letters of a transcript that is too long for its recording be said there.
+        frames = real_counts(outputs, self._letters.blank)
         likelihoods = outputs.log_softmax(2).transpose(0, 1)
         each = nn.functional.ctc_loss(
             likelihoods, coded, frames, lengths, self._letters.blank, reduction="none", zero_infinity=True

@@ -159,6 +159,18 @@ def test_the_loss_is_ctc_by_the_letter_and_padding_of_targets_does_not_count() -
     assert float(learner.task.loss(outputs, targets)) == pytest.approx(sum(wanted) / 2, rel=1e-5)
 
 
+def test_a_transcript_too_long_for_its_recording_costs_nothing_beside_a_longer_one_either() -> None:
+    learner = learner_of()
+    short, long = sound(tones("a")), sound(tones("baobab bob"))
+    model, encoder = learner.model.eval(), learner.encoder
+    said = code_points(["abba oa bob oa bob", "bob"], NOTHING)
+    with torch.no_grad():
+        together, alone = model(encoder.prepare([short, long])), model(encoder.prepare([long]))
+    assert float(learner.task.loss(together, said)) == pytest.approx(
+        float(learner.task.loss(alone, code_points(["bob"], NOTHING))) / 2, rel=1e-4
+    )
+
+
 def test_what_is_heard_merges_repeats_and_skips_blanks() -> None:
     heard = [OWN.numbers["a"], OWN.numbers["a"], 0, OWN.numbers["a"], OWN.numbers[" "], OWN.numbers["b"], 0]
     outputs = torch.nn.functional.one_hot(torch.tensor([heard]), OWN.size).float()

@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from client.train import train_model
 from protocol.errors import ConfigError, DataError, WeightsError
 from protocol.job import DataSection, Job
+from sim.engine import simulate
 from tasks.generated.commands import generated_commands
 from tasks.intent import INTENT
 from tasks.learner import Learner, added
 from tasks.seam import Shard
 from tests.models import small_wav2vec2, small_whisper
+from tests.test_simulation import unwatched
 from tests.test_speech import learner_of as recogniser_of
 from tests.test_speech import sound, tones
 
@@ -190,6 +192,29 @@ def test_learning_beats_not_learning_and_a_file_is_answered_with_an_intent_alone
     given = learner.task.raw_input(str(tmp_path / "d" / "3.wav"))
     said = learner.task.answer(learner.predictions(trained, [given]), learner.facts)
     assert said[0]["label"] == "stop" and set(said[0]) == {"label", "probability"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small", "whisper"])
+@pytest.mark.parametrize("task", ["intent", "speech-recognition"])
+def test_the_bits_are_the_same_in_one_process_and_in_two(tmp_path: Path, name: str, task: str) -> None:
+    table: dict[str, Any] = {
+        "task": {
+            "name": task,
+            "options": {"max_seconds": 3} | ({"input": "audio"} if task == "intent" else {}),
+        },
+        "data": {"source": str(folder_of(tmp_path / "d")), "test_fraction": 0.0, "columns": {}},
+        "backbone": networks(tmp_path)[name],
+        "train": {"optimizer": "adamw", "lr": 0.003, "batch_size": 2},
+        "federation": {"clients": 2, "rounds": 2},
+    }
+    if task == "speech-recognition":
+        table["data"]["columns"] = {"transcript": "text"}
+    one = simulate(job_of(**table), tmp_path / "one", watch=unwatched)
+    two = simulate(job_of(**table), tmp_path / "two", workers=2, watch=unwatched)
+    assert one["model_sha256"] == two["model_sha256"]
+    losses = [line["loss"] for line in one["rounds"]]
+    assert losses[-1] < losses[0]
 
 
 def test_inputs_and_networks_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
