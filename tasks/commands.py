@@ -19,7 +19,7 @@ from protocol.streams import global_stream
 from tasks.loading import fill, load_transformer, load_weights
 from tasks.options import options_of
 from tasks.seam import Batch, Encoder, Model
-from tasks.text_encoder import load_tokenizer, longest, padded
+from tasks.text_encoder import load_tokenizer, longest, padded, without_pooler
 from tasks.weights import Backbone
 from tasks.wordpieces import own_tokenizer, vocabulary
 
@@ -27,6 +27,9 @@ SMALL = "small-text"
 LONGEST = 512
 NO_CHANCE = -1e4
 """The score of what can't be."""
+
+CUT_OFF, NO_WORD = -1, -2
+"""Instead of the place of a word's first piece: the piece isn't there, or not even the word."""
 
 
 class SmallTextOptions(Section):
@@ -78,7 +81,7 @@ class WordEncoder(Encoder):
         self._max_tokens = min(section.max_tokens, most)
 
     def ready(self, inputs: Sequence[Sequence[str]]) -> list[Batch]:
-        """Pieces, and for each word the place of its first one; -1 where it was cut off."""
+        """Pieces, and for each word the place of its first one, or `CUT_OFF`."""
         coded = self._tokenizer(
             [list(words) for words in inputs],
             is_split_into_words=True,
@@ -89,14 +92,15 @@ class WordEncoder(Encoder):
         found = []
         for number, words in enumerate(inputs):
             of_piece = coded.word_ids(number)
-            first = [of_piece.index(word) if word in of_piece else -1 for word in range(len(words))]
+            first = [of_piece.index(word) if word in of_piece else CUT_OFF for word in range(len(words))]
             ids = torch.tensor(coded["input_ids"][number], dtype=torch.int64)
             found.append({"ids": ids, "first": torch.tensor(first, dtype=torch.int64)})
         return found
 
     def batch(self, ready: Sequence[Batch]) -> Batch:
         table = padded([one["ids"] for one in ready], self._tokenizer.pad_token_id or 0)
-        words = nn.utils.rnn.pad_sequence([one["first"] for one in ready], batch_first=True, padding_value=-1)
+        first = [one["first"] for one in ready]
+        words = nn.utils.rnn.pad_sequence(first, batch_first=True, padding_value=NO_WORD)
         return table | {"first_piece": words}
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -129,6 +133,11 @@ class CommandModel(Model):
         most = max(intent.shape[2], tags.shape[2])
         filled = (nn.functional.pad(s, (0, most - s.shape[2]), value=NO_CHANCE) for s in (intent, tags))
         return torch.cat(list(filled), dim=1)
+
+    def predict(self, batch: Batch) -> list[torch.Tensor]:
+        """The scores of each sentence, as long as it has words: [1 + words, most of either]."""
+        words = (batch["first_piece"] != NO_WORD).sum(1).tolist()
+        return [scores[: 1 + count] for scores, count in zip(self(batch), words, strict=True)]
 
 
 def load_command_model(backbone: Backbone, job: Job, intents: int, tags: int) -> CommandModel:
@@ -165,4 +174,4 @@ def _encoder(backbone: Backbone, job: Job) -> WordEncoder:
         raise WeightsError(f"{backbone.folder}: its tokenizer can't tell words apart, expected a fast one")
     network = load_transformer(backbone, job.seed)
     network = network.encoder if network.config.is_encoder_decoder else network
-    return WordEncoder(network, int(network.config.hidden_size), tokenizer, job.backbone)
+    return WordEncoder(without_pooler(network), int(network.config.hidden_size), tokenizer, job.backbone)

@@ -7,7 +7,6 @@ of class -1 are none. The network's own class 0 is the background.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,23 +28,32 @@ class Detector(Model):
     """The head is what names and places boxes: Faster R-CNN's predictor, an SSD's head."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The detector's losses, each the mean over the batch, [losses]; the batch must hold targets."""
-        network: Any = self.backbone.model
+        """The detector's losses, [losses]; the batch must hold targets.
+
+        To learn from they are torchvision's, which weighs pictures by what it sampled of the whole batch.
+        Where nothing learns, they are the mean of what each picture costs alone, so that they add up.
+        """
         images, targets = list(batch["pixel_values"]), _as_torchvision(batch[TARGETS])
+        if torch.is_grad_enabled():
+            return self._losses(images, targets)
+        each = []
+        for image, target in zip(images, targets, strict=True):
+            # What torchvision draws of proposals must not depend on what came before.
+            with global_stream(0, "proposals"):
+                each.append(self._losses([image], [target]))
+        return torch.stack(each).mean(0)
+
+    def _losses(self, images: Sequence[torch.Tensor], targets: Sequence[Found]) -> torch.Tensor:
+        network: Any = self.backbone.model
         parts = [
             network,
             *(getattr(network, name) for name in ("rpn", "roi_heads") if hasattr(network, name)),
         ]
         before = [part.training for part in parts]
-        # Where nothing learns, torchvision's drawing of proposals must not depend on what came before.
-        drawn: AbstractContextManager[None] = (
-            nullcontext() if torch.is_grad_enabled() else global_stream(0, "proposals")
-        )
         try:
             # These flags alone say whether losses come out; layers keep their own.
             _set_training(parts, [True] * len(parts))
-            with drawn:
-                losses = network(images, targets)
+            losses = network(images, targets)
         finally:
             _set_training(parts, before)
         return torch.stack([losses[name] for name in sorted(losses)])

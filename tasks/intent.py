@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import torch
+from torch import nn
 
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
@@ -234,13 +235,14 @@ class Intent(Recorded):
 
     def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """The best intent and tags as numbers; a batch is as long as its own longest sentence."""
-        found = predictions.argmax(2).cpu()
+        best = [scores.argmax(1).cpu() for scores in predictions]
+        found = nn.utils.rnn.pad_sequence(best, batch_first=True)
         return found, targets[:, : found.shape[1]]
 
     def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
-        """The intent, its probability, and, of words, a tag for each place."""
+        """The intent, its probability, and, unless it was heard, a tag for each word."""
         rows: list[dict[str, Any]] = []
-        for scores in predictions.cpu():
+        for scores in (one.cpu() for one in predictions):
             chances = torch.softmax(scores[0, : len(facts["intents"])], dim=0)
             best = int(chances.argmax())
             said = {"label": facts["intents"][best], "probability": round(float(chances[best]), 4)}

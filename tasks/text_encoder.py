@@ -102,7 +102,17 @@ def load_text_encoder(backbone: Backbone, section: BackboneSection, seed: int) -
     tokenizer = load_tokenizer(backbone.folder)
     network = load_transformer(backbone, seed)
     network = getattr(network, "encoder", network) if network.config.is_encoder_decoder else network
-    return TextEncoder(network, tokenizer, section)
+    return TextEncoder(without_pooler(network), tokenizer, section)
+
+
+def without_pooler(network: Any) -> Any:
+    """The network without the layer behind its states that only its own pretraining takes.
+
+    What nobody takes must not count as its last block, or travel.
+    """
+    if isinstance(getattr(network, "pooler", None), nn.Module):
+        network.pooler = nn.Identity()
+    return network
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from protocol.errors import ConfigError
 from protocol.job import TuneSection
@@ -156,4 +157,7 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
 
 
 def _takes_lora(module: nn.Module) -> bool:
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        # torch's attention takes this layer's weight and never calls it: factors would do nothing.
+        return False
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

@@ -275,3 +275,7 @@ def test_learning_beats_not_learning() -> None:
     before, after = (learner.compute(learner.evaluate(t, shard)) for t in (start, trained))
     assert before["exact_match"] < 0.5 and after["exact_match"] == 1.0
     assert after["loss"] < before["loss"]
+    prompts = [prompt(row["question"], row["context"]) for row in ROWS]
+    said = learner.predictions(trained, prompts)
+    assert said == [row["answer"] for row in ROWS]
+    assert said == [learner.predictions(trained, [one])[0] for one in prompts]

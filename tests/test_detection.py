@@ -216,13 +216,15 @@ def test_every_way_of_tuning_moves_the_head(method: str, name: str) -> None:
     assert any(update.delta[n].any() for n in in_head)
 
 
-def test_the_metric_over_clients_is_that_of_all_data_and_a_rerun_the_same_bits() -> None:
-    learner, shard = prepared(job(name="fasterrcnn_mobilenet_v3_large_320_fpn"))
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_what_is_measured_over_clients_is_that_of_all_data_and_a_rerun_the_same_bits(name: str) -> None:
+    learner, shard = prepared(job(name=name))
     tensors = learner.initial()
     parts = [shard.select([0, 3, 4]), shard.select([1, 2, 5])]
     over_clients = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
     together = learner.compute(learner.evaluate(tensors, shard))
     assert {m: over_clients[m] for m in ("map", "map50")} == {m: together[m] for m in ("map", "map50")}
+    assert over_clients["loss"] == pytest.approx(together["loss"], rel=1e-5)
     assert learner.compute(learner.evaluate(tensors, shard)) == together
 
 

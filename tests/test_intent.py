@@ -117,6 +117,13 @@ def test_places_behind_a_short_sentence_count_neither_in_the_loss_nor_in_the_met
     assert torch.equal(learner.task.loss(changed, targets), learner.task.loss(outputs, targets))
 
 
+def test_a_sentence_has_as_many_tags_as_words_whoever_is_asked_for_beside_it() -> None:
+    learner, _ = learner_and_shard(ROWS)
+    asked = [row["text"].split() for row in ROWS]
+    said = learner.task.answer(learner.predictions(learner.initial(), asked), learner.facts)
+    assert [len(one["slots"].split()) for one in said] == [len(words) for words in asked]
+
+
 def test_metrics_of_clients_add_up_to_those_of_all_data() -> None:
     rows = generated_commands(3, 40)["train"].to_pylist()
     learner, whole = learner_and_shard(rows, train={"lr": 0.003, "optimizer": "adamw", "epochs": 4})

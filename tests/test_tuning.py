@@ -1,5 +1,7 @@
 """What is trained: blocks, LoRA against peft's own count, batch norm that never moves."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from tasks.learner import Learner
 from tasks.seam import Model, Shard
 from tasks.vision_encoder import torchvision_trunk
 from tests.small import grey_png_shard, image_job
+from tests.test_backbones import tiny_bert
 
 
 def learner(name: str = "mobilenet_v2", **tune: object) -> Learner:
@@ -50,6 +53,25 @@ def test_a_bert_opens_into_its_layers() -> None:
     with torch.device("meta"):
         model = BertModel(BertConfig(num_hidden_layers=3), add_pooling_layer=False)
     assert [type(b).__name__ for b in tuning.blocks(model)] == ["BertEmbeddings"] + 3 * ["BertLayer"]
+
+
+@pytest.mark.parametrize("task", ["text-classification", "intent"])
+def test_what_nobody_takes_of_a_bert_is_neither_its_last_block_nor_travels(task: str, tmp_path: Path) -> None:
+    """BERT pools its states for its own pretraining; here they are pooled otherwise."""
+    job = image_job("squeezenet1_1", task={"name": task})
+    backbone = job.backbone.model_copy(update={"name": str(tiny_bert(tmp_path / "bert"))})
+    facts = {"classes": ["a", "b"], "intents": ["a", "b"], "tags": ["O"]}
+    for tune in ({"method": "last-k", "layers": 1}, {"method": "lora"}, {"method": "full"}):
+        asked = job.model_copy(update={"backbone": backbone, "tune": TuneSection.model_validate(tune)})
+        names = set(Learner.of(asked, task_named(task), facts).initial())
+        assert not [name for name in names if "pooler" in name]
+        tuned = {name.split(".")[4] for name in names if ".encoder.layer." in name}
+        assert tuned == ({"1"} if tune["method"] == "last-k" else {"0", "1"})
+
+
+def test_a_layer_that_torchs_attention_never_calls_gets_no_lora_factors() -> None:
+    names = learner("vit_b_16", method="lora", rank=2).initial()
+    assert any(".mlp." in name for name in names) and not any("out_proj" in name for name in names)
 
 
 def test_last_k_tunes_the_last_blocks_and_the_head() -> None:

@@ -1,0 +1,72 @@
+"""The folders that the tasks' small jobs are made of: data as a user has it, and an encoder of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+from protocol.job import Job
+from tasks import TASKS
+from tasks.generated.questions import generated_questions
+from tasks.generated.shapes import generated_shapes
+from tasks.generated.street import generated_street
+from tests.federation.news import news_file
+from tests.test_backbones import tiny_bert
+from tests.test_medical import scans
+from tests.test_speech import folder_of
+
+SAID = (
+    "ab", "abba", "bob", "oa ob", "a bob", "baobab a", "boa", "a boa", "ba", "abo ab", "bao", "o bob", "obo",
+    "ab oba", "aa bb", "ob", "bab", "oba bo",
+)  # fmt: skip
+
+
+def ready(job: Job, folder: Path) -> Job:
+    """The job with the folders that it names as written; they are written unless they are there."""
+    data, backbone = job.data, job.backbone
+    if data.source == "written":
+        data = data.model_copy(update={"source": str(_once(folder / "data", WRITTEN[job.task.name], job))})
+    bert = folder / "bert"
+    if backbone.name == "written":
+        backbone = backbone.model_copy(update={"name": str(_once(bert, _bert, job))})
+    if backbone.options.get("text") == "written":
+        backbone = backbone.model_copy(update={"options": {"text": str(_once(bert, _bert, job))}})
+    return job.model_copy(update={"data": data, "backbone": backbone})
+
+
+def _once(path: Path, write: Callable[[Path, Job], object], job: Job) -> Path:
+    if not path.exists():
+        write(path, job)
+    return path
+
+
+def _bert(folder: Path, job: Job) -> None:
+    tiny_bert(folder)
+
+
+def _generated(make: Callable[[], dict[str, pa.Table]]) -> Callable[[Path, Job], None]:
+    """Writes the training split of a generated source as the task writes shards."""
+
+    def write(folder: Path, job: Job) -> None:
+        task = TASKS[job.task.name]
+        task.write(task.adopt({"train": make()["train"]}, job).train, folder, job.data)
+
+    return write
+
+
+def _news(folder: Path, job: Job) -> None:
+    folder.mkdir()
+    news_file(folder / "news.csv", 60)
+
+
+WRITTEN: dict[str, Callable[[Path, Job], object]] = {
+    "text-classification": _news,
+    "image-classification": _generated(lambda: generated_street(0, 60)),
+    "medical-imaging": lambda folder, job: scans(folder, patients=24, each=2),
+    "object-detection": _generated(lambda: generated_shapes(0, 20)),
+    "segmentation": _generated(lambda: generated_shapes(0, 30)),
+    "question-answering": _generated(lambda: generated_questions(0, 100)),
+    "speech-recognition": lambda folder, job: folder_of(folder, *SAID),
+}
