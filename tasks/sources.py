@@ -293,6 +293,22 @@ SOURCES = {
             edition=_drawn_by,
         ),
         Source(
+            name="generated-dictation",
+            tasks=("speech-recognition",),
+            description="generated: 2,400 rows of other words spoken in 10 other voices, to pretrain on",
+            licence=_OWN,
+            decode=_generated("dictation"),
+            edition=_drawn_by,
+        ),
+        Source(
+            name="generated-assistant",
+            tasks=("speech-recognition", "intent"),
+            description="generated: 720 commands to a voice assistant spoken in 6 voices",
+            licence=_OWN,
+            decode=_generated("assistant"),
+            edition=_drawn_by,
+        ),
+        Source(
             name="generated-reviews",
             tasks=("image-text",),
             description="generated: 600 photos of a thing with what a customer says of it",

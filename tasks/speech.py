@@ -24,7 +24,7 @@ from tasks.lazy import Cells, Picked
 from tasks.letters import Letters, code_points, from_code_points, letters_of, spoken
 from tasks.options import options_of, refuse_augment
 from tasks.problems import shown
-from tasks.recogniser import load_recogniser
+from tasks.recogniser import load_recogniser, real_counts
 from tasks.recorded import Recorded
 from tasks.records import FILE, Records, Role, file_bytes
 from tasks.seam import Model, Shard, canonical_order
@@ -46,17 +46,38 @@ class SpeechOptions(Section):
 
 
 def recordings(options: SpeechOptions) -> Records:
-    """A row for each recording; a longer one than the job allows is refused."""
-
-    def sound(data: Any, where: str) -> None:
-        checked_sound(data, where, options.max_seconds)
-
+    """A row for each recording."""
     return Records(
         (
-            Role("audio", sound, FILE, ("file", "path", "wav", "sound", "clip"), file=True),
+            audio_role(options.max_seconds),
             Role("transcript", _transcript, pa.string(), ("text", "sentence", "transcription")),
         )
     )
+
+
+def audio_role(max_seconds: float) -> Role:
+    """A recording; a longer one than the job allows is refused."""
+
+    def sound(data: Any, where: str) -> None:
+        checked_sound(data, where, max_seconds)
+
+    return Role("audio", sound, FILE, ("file", "path", "wav", "sound", "clip"), file=True)
+
+
+def audio_inputs(dataset: datasets.Dataset, order: Sequence[int]) -> Picked:
+    """The recordings of those rows, read when they are asked for."""
+    return Picked(Cells(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
+
+
+def read_audio_input(given: str, max_seconds: float) -> bytes:
+    """The bytes of a WAV or FLAC file.
+
+    Raises:
+        DataError: it can't be read, or is too long.
+    """
+    data = file_bytes({"bytes": None, "path": given}, "audio")
+    checked_sound(data, shown(given), max_seconds)
+    return data
 
 
 def _transcript(cell: Any, where: str) -> str:
@@ -71,7 +92,7 @@ class SpeechRecognition(Recorded):
     """Targets are [n, longest]: the code points of each transcript, in lower case without punctuation."""
 
     name: str = "speech-recognition"
-    summary: str = "what was said; wav2vec2, HuBERT, or a small network, with CTC; WER, CER"
+    summary: str = "what was said; wav2vec2, HuBERT, Whisper's encoder, or a small one, with CTC; WER, CER"
     on_features: bool = False
     headline: str = "wer"
     options: SpeechOptions = field(default_factory=SpeechOptions)
@@ -107,19 +128,12 @@ class SpeechRecognition(Recorded):
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         transcripts = dataset["transcript"][:]
-        inputs = Picked(Cells(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
         targets = code_points([spoken(transcripts[place]) for place in order], NOTHING)
-        return Shard(inputs, targets, tuple(keys[place] for place in order))
+        return Shard(audio_inputs(dataset, order), targets, tuple(keys[place] for place in order))
 
     def raw_input(self, given: str) -> Any:
-        """The bytes of a WAV or FLAC file.
-
-        Raises:
-            DataError: it can't be read, or is too long.
-        """
-        data = file_bytes({"bytes": None, "path": given}, "audio")
-        checked_sound(data, shown(given), self.options.max_seconds)
-        return data
+        """The bytes of a WAV or FLAC file."""
+        return read_audio_input(given, self.options.max_seconds)
 
     def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
         options = options_of(job.task.options, SpeechOptions)
@@ -129,7 +143,8 @@ class SpeechRecognition(Recorded):
         letters = [self._letters.coded(text) for text in from_code_points(targets)]
         lengths = torch.tensor([len(one) for one in letters])
         coded = torch.tensor([number for one in letters for number in one], dtype=torch.int64)
-        frames = torch.full((len(outputs),), outputs.shape[1])
+        # Padding would let the letters of a transcript that is too long for its recording be said there.
+        frames = real_counts(outputs, self._letters.blank)
         likelihoods = outputs.log_softmax(2).transpose(0, 1)
         each = nn.functional.ctc_loss(
             likelihoods, coded, frames, lengths, self._letters.blank, reduction="none", zero_infinity=True

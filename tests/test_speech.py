@@ -23,7 +23,7 @@ from tasks.letters import OWN, code_points, from_code_points
 from tasks.seam import Shard
 from tasks.sounds import RATE, checked_sound, log_mel
 from tasks.speech import NOTHING, SPEECH_RECOGNITION
-from tests.models import small_wav2vec2
+from tests.models import small_wav2vec2, small_whisper
 
 PITCHES = {"a": 300.0, "b": 700.0, "o": 1500.0, " ": 0.0}
 
@@ -122,10 +122,11 @@ def networks(root: Path) -> dict[str, dict[str, Any]]:
         "layer": {"name": str(small_wav2vec2(root / "layer"))},
         "group": {"name": str(small_wav2vec2(root / "group", norm="group"))},
         "hubert": {"name": str(small_wav2vec2(root / "hubert", kind="Hubert"))},
+        "whisper": {"name": str(small_whisper(root / "whisper"))},
     }
 
 
-@pytest.mark.parametrize("name", ["small", "layer", "group", "hubert"])
+@pytest.mark.parametrize("name", ["small", "layer", "group", "hubert", "whisper"])
 def test_the_padding_of_its_neighbours_changes_nothing_of_a_recording(tmp_path: Path, name: str) -> None:
     learner = learner_of(backbone=networks(tmp_path)[name])
     short, long = sound(tones("ab")), sound(tones("baobab bob"))
@@ -156,6 +157,18 @@ def test_the_loss_is_ctc_by_the_letter_and_padding_of_targets_does_not_count() -
         )  # fmt: skip
         wanted.append(float(each) / len(text))
     assert float(learner.task.loss(outputs, targets)) == pytest.approx(sum(wanted) / 2, rel=1e-5)
+
+
+def test_a_transcript_too_long_for_its_recording_costs_nothing_beside_a_longer_one_either() -> None:
+    learner = learner_of()
+    short, long = sound(tones("a")), sound(tones("baobab bob"))
+    model, encoder = learner.model.eval(), learner.encoder
+    said = code_points(["abba oa bob oa bob", "bob"], NOTHING)
+    with torch.no_grad():
+        together, alone = model(encoder.prepare([short, long])), model(encoder.prepare([long]))
+    assert float(learner.task.loss(together, said)) == pytest.approx(
+        float(learner.task.loss(alone, code_points(["bob"], NOTHING))) / 2, rel=1e-4
+    )
 
 
 def test_what_is_heard_merges_repeats_and_skips_blanks() -> None:
@@ -215,10 +228,35 @@ def test_a_folder_of_wav2vec_takes_a_step(tmp_path: Path, tune: dict[str, Any], 
     assert len(tuning.blocks(learner.model.backbone.model, learner.model.head)) >= 2
 
 
+@pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert"])
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_a_folder_with_ctc_says_what_transformers_says(tmp_path: Path, kind: str, norm: str) -> None:
+    import transformers
+
+    folder = small_wav2vec2(tmp_path / "model", kind=kind, norm=norm)
+    samples = tones("baobab bob")
+    learner = learner_of({"method": "head"}, backbone={"name": str(folder)})
+    batch = learner.encoder.prepare([sound(samples)])
+    theirs = getattr(transformers, f"{kind}ForCTC").from_pretrained(folder).eval()
+    read, _ = soundfile.read(io.BytesIO(sound(samples)), dtype="float32")
+    given = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)(
+        read, sampling_rate=RATE, return_tensors="pt"
+    )
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    with torch.no_grad():
+        own, logits = learner.model.eval()(batch), theirs(given.input_values).logits
+    assert torch.allclose(own, logits, atol=1e-4)
+    # A random network says what no letter stands for too: here it must choose among letters.
+    logits[:, :, 1:4] = -1e4
+    heard = learner.task.answer(learner.model._letters.texts(logits), {})[0]["label"]
+    said = tokenizer.batch_decode(logits.argmax(2))[0].lower()
+    assert heard == " ".join(said.split()) != ""
+
+
 def test_networks_that_hear_no_letters_are_refused(tmp_path: Path) -> None:
     from tests.models import small_t5
 
-    with pytest.raises(WeightsError, match="does not hear letters"):
+    with pytest.raises(WeightsError, match="does not hear"):
         learner_of(backbone={"name": "raw:pixels"}).model  # noqa: B018
     with pytest.raises(WeightsError, match="does not read waves"):
         learner_of(backbone={"name": str(small_t5(tmp_path / "t5"))}).model  # noqa: B018

@@ -9,7 +9,7 @@ import io
 import shutil
 import subprocess
 import wave
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -68,23 +68,31 @@ def generated_speech(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
     Raises:
         DataError: espeak-ng isn't installed, or fails.
     """
-    if shutil.which(_PROGRAM) is None:
-        raise DataError("generated-speech: espeak-ng not found; provide it with `apt-get install espeak-ng`")
     rng = np.random.default_rng(stream_seed(seed, "generated-speech"))
     sentences = _sentences(rng, count)
     speakers = [int(speaker) for speaker in rng.integers(0, len(VOICES), count)]
+    more = {"intent": [s.intent for s in sentences], "slots": [s.slots for s in sentences]}
+    return cut(recordings([s.text for s in sentences], speakers, VOICES, more))
+
+
+def recordings(
+    texts: Sequence[str],
+    speakers: Sequence[int],
+    voices: Sequence[Voice],
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> pa.Table:
+    """Each text spoken by its speaker: columns audio, transcript, speaker, and those of `more`.
+
+    Raises:
+        DataError: espeak-ng isn't installed, or fails.
+    """
+    if shutil.which(_PROGRAM) is None:
+        raise DataError("generated speech: espeak-ng not found; provide it with `apt-get install espeak-ng`")
     with ThreadPoolExecutor(_PROCESSES) as pool:
-        clips = list(pool.map(_spoken, [s.text for s in sentences], [VOICES[i] for i in speakers]))
-    columns = {
-        "transcript": [s.text for s in sentences],
-        "speaker": [f"speaker-{i:02d}" for i in speakers],
-        "intent": [s.intent for s in sentences],
-        "slots": [s.slots for s in sentences],
-    }
+        clips = list(pool.map(_spoken, texts, [voices[speaker] for speaker in speakers]))
+    columns = {"transcript": texts, "speaker": [f"speaker-{s:02d}" for s in speakers]} | dict(more or {})
     audio = pa.array([{"bytes": clip, "path": None} for clip in clips], _AUDIO_CELL)
-    return cut(
-        pa.table({"audio": audio} | {name: pa.array(values, pa.string()) for name, values in columns.items()})
-    )
+    return pa.table({"audio": audio} | {name: pa.array(v, pa.string()) for name, v in columns.items()})
 
 
 def wav(samples: NDArray[np.int16]) -> bytes:
