@@ -12,13 +12,14 @@ demo: $(STAMP)
 	$(BIN)/atoll demo
 
 test: check
-	$(BIN)/python -m pytest -m "not matrix"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not federation and not matrix"
+	$(BIN)/python -m pytest -m "federation and not matrix"
 
 matrix: $(STAMP)
 	$(BIN)/python -m pytest -m matrix
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not federation and not slow and not matrix"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not federation and not slow and not matrix"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,3 +1,31 @@
-"""Atoll: federated fine-tuning, the same bits in simulation and in deployment."""
+"""Atoll: federated fine-tuning, the same bits in simulation and in deployment.
+
+import atoll
+run = atoll.simulate(atoll.load_job("job.toml", {"federation.rounds": 5}))
+run.metrics["federated"], run.predict(["a new text"]), run.export("onnx")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atoll.api import Run, Sweep, load_job, simulate, sweep
+    from protocol.errors import InputError, JobError
+    from protocol.job import Job
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "InputError", "Job", "JobError", "Run", "Sweep", "__version__", "load_job", "simulate", "sweep",
+]  # fmt: skip
+
+_ELSEWHERE = {"Job": "protocol.job", "InputError": "protocol.errors", "JobError": "protocol.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """What is offered, imported when it is asked for: the command line need not wait for it."""
+    if name not in __all__:
+        raise AttributeError(f"module 'atoll' has no attribute {name!r}")
+    return getattr(import_module(_ELSEWHERE.get(name, "atoll.api")), name)

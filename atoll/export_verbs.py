@@ -52,7 +52,7 @@ def export(
     data: Annotated[Path | None, typer.Option(help="What to measure on, if not the job's test data.")] = None,
     max_drop: Annotated[float, typer.Option(min=0.0, help="How far the metric may fall.")] = 0.01,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
-) -> None:
+) -> Path:
     """Write the trained model for other programs, and measure what that costs."""
     if format not in FORMATS:
         raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}")
@@ -90,6 +90,7 @@ def export(
     shown.print(table_of(format, before, after))
     shown.print(f"measured on  {len(examples)} examples; ms is the pass of one of them", highlight=False)
     shown.print(f"written to   {folder}", highlight=False, soft_wrap=True)
+    return folder
 
 
 def check_can_be(learner: Learner, format: str) -> None:

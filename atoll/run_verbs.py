@@ -72,8 +72,8 @@ def run_here(
     workers: int = 1,
     resume: bool = False,
     force: bool = False,
-) -> None:
-    """Simulate with a live display, then say what came out."""
+) -> Path:
+    """Simulate with a live display, then say what came out; the run directory."""
     from sim.engine import simulate as simulate_job
 
     where = where or (default if force else unused(default, resume=resume))
@@ -81,7 +81,7 @@ def run_here(
     if finished is not None:
         out.print(plain(f"{where}: this run is complete, nothing is left to do"), soft_wrap=True)
         ending(finished, where)
-        return
+        return where
     try:
         with watching(job.federation.rounds) as watcher:
             result = simulate_job(
@@ -97,6 +97,7 @@ def run_here(
     except KeyboardInterrupt:
         raise Interrupted(how_to_go_on(where, job.federation.rounds)) from None
     ending(result, where)
+    return where
 
 
 def _finished(where: Path, job: Job) -> dict[str, Any] | None:

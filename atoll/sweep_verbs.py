@@ -48,7 +48,7 @@ def sweep(
     plot_only: Annotated[
         bool, typer.Option("--plot-only", help="Draw what is there anew, and run nothing.")
     ] = False,
-) -> None:
+) -> Path:
     """Run a grid of a job's variations over several seeds: one table, one plot.
 
     privacy.epsilon=inf is the same job without privacy. The same command goes on where a killed one was.
@@ -65,7 +65,7 @@ def sweep(
     runs = planned(base, grid)
     if plot_only:
         tell(folder, runs, base.name, {})
-        return
+        return folder.path
     from sim.sweep_runs import check_all
 
     check_all(runs)
@@ -74,6 +74,7 @@ def sweep(
         tell(folder, runs, base.name, failures)
     if failures:
         raise JobError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
+    return folder.path
 
 
 def _run_all(

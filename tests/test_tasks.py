@@ -82,6 +82,17 @@ def test_each_way_of_tuning_has_the_same_bits_with_two_workers(job: Job, tmp_pat
     assert pooled["model_sha256"] == result["model_sha256"]
 
 
+FULL = [(task, "full") for task in TABLES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", cases(FULL, [("forecasting", "full")]), indirect=True)
+def test_each_task_has_the_same_bits_on_ray(job: Job, tmp_path: Path) -> None:
+    result = simulate(job, tmp_path / "one", watch=unwatched)
+    spread = simulate(job, tmp_path / "ray", engine="ray", workers=2, watch=unwatched)
+    assert spread["model_sha256"] == result["model_sha256"]
+
+
 @pytest.mark.slow
 @pytest.mark.matrix
 def test_what_a_detector_draws_is_the_same_in_two_processes(tmp_path: Path) -> None:

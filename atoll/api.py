@@ -1,0 +1,176 @@
+"""What `import atoll` offers: jobs, runs, sweeps and exports, from Python as from the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protocol.job import Job
+
+
+def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> Job:
+    """A job file with some keys changed: `{"train.lr": 0.05}`.
+
+    Raises:
+        ConfigError: one line that names the file, the key, what was found and what was expected.
+    """
+    from atoll.run_verbs import load
+
+    return load(Path(path), as_overrides(changes or {}))
+
+
+def simulate(
+    job: Job | str | Path,
+    out: str | Path | None = None,
+    *,
+    engine: str = "inline",
+    workers: int = 1,
+    resume: bool = False,
+    force: bool = False,
+) -> Run:
+    """Run a whole federation on this machine, as `atoll simulate` does.
+
+    Without `out` the run directory is runs/NAME, or the next free name after it.
+
+    Raises:
+        InputError: the job or its data is wrong; nothing was run.
+        JobError: the run could not go on.
+    """
+    from atoll.run_verbs import run_here
+
+    job = job if isinstance(job, Job) else load_job(job)
+    where = run_here(
+        job,
+        Path(out) if out is not None else None,
+        default=Path("runs") / job.name,
+        engine=engine,
+        workers=workers,
+        resume=resume,
+        force=force,
+    )
+    return Run(where)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run directory."""
+
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What result.json holds.
+
+        Raises:
+            ConfigError: there is no finished run.
+        """
+        from atoll.look_verbs import read_result
+
+        return read_result(self.folder)
+
+    @property
+    def job(self) -> Job:
+        """The job with every default written out."""
+        return Job.load(self.folder / "job.toml")
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """A line for every round: loss, metrics, seconds, bytes."""
+        lines = (self.folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float | None]]:
+        """Metrics of the federated model, and of each baseline that was measured."""
+        from server.comparison import comparison_of
+
+        return comparison_of(self.result).rows
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.folder / "report.html"
+
+    def predict(self, inputs: Sequence[str]) -> list[dict[str, Any]]:
+        """The model's answer to each text or file.
+
+        Raises:
+            DataError: an input cannot be read.
+        """
+        from atoll.look_verbs import predictions
+
+        return predictions(self.folder, list(inputs))
+
+    def export(
+        self,
+        format: str,
+        out: str | Path | None = None,
+        *,
+        data: str | Path | None = None,
+        max_drop: float = 0.01,
+        force: bool = False,
+    ) -> Path:
+        """Write the model for other programs; the folder where it is then.
+
+        Raises:
+            ConfigError: this run can't be had in that format.
+            JobError: its metric falls by more than `max_drop`; nothing was written.
+        """
+        from atoll.export_verbs import export
+
+        folder = Path(out) if out is not None else None
+        return export(self.folder, format, folder, Path(data) if data is not None else None, max_drop, force)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A folder of runs that differ in some keys."""
+
+    folder: Path
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """A line for every run, as sweep.csv has it."""
+        with (self.folder / "sweep.csv").open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    @property
+    def picture(self) -> Path:
+        """The frontier."""
+        return self.folder / "frontier.png"
+
+
+def sweep(
+    job: str | Path,
+    vary: Mapping[str, Sequence[Any]],
+    out: str | Path | None = None,
+    *,
+    seeds: int = 10,
+    workers: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Sweep:
+    """Run a grid of a job's variations over several seeds, as `atoll sweep` does.
+
+    Raises:
+        InputError: a key or a value is wrong; nothing was run.
+        JobError: some runs failed; the same call tries them again.
+    """
+    from atoll.sweep_verbs import sweep as run_sweep
+
+    grid = [f"{key}={','.join(as_text(value) for value in values)}" for key, values in vary.items()]
+    folder = Path(out) if out is not None else None
+    return Sweep(run_sweep(Path(job), grid, seeds, folder, workers, as_overrides(changes or {})))
+
+
+def as_overrides(changes: Mapping[str, Any]) -> list[str]:
+    """Changes as `--set` takes them."""
+    return [f"{key}={as_text(value)}" for key, value in changes.items()]
+
+
+def as_text(value: Any) -> str:
+    """A value as TOML has it; a text as it is."""
+    return value if isinstance(value, str) else json.dumps(value)
