@@ -18,12 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from client.batches import epoch_seeds, permutations, view_numbers
+from client.imbalance import balanced
 from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded
 from client.per_example import PerExample, StackedNoise, factors, stacked_noise
 from client.steps import is_plain, stepper
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.tensors import Tensors
+from tasks.imbalance import Imbalance, counts_of
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def _train_group(
     job = local.job
     layers = Layers.of(head)
     schedule = _schedule(works, size, job, local.round, examples)
+    local = replace(local, loss=_loss(local, schedule, examples, head))
     start = layers.stack(head, job.train.device)
     now = [matrix.repeat(len(works), 1, 1) for matrix in start]
     losses = _descend(layers, now, start, examples, schedule, local)
@@ -176,6 +179,16 @@ def _train_group(
         num_examples=counts,
         states=states,
     )
+
+
+def _loss(local: Local, schedule: _Schedule, examples: Examples, head: Tensors) -> Loss:
+    """The loss of the clients that are trained together, by how many examples of each class they have."""
+    imbalance = Imbalance.of(local.job)
+    if imbalance is None:
+        return local.loss
+    classes = Layers.of(head).layers[-1].outputs
+    counts = [counts_of(examples.targets[torch.from_numpy(w.rows)], classes) for w in schedule.works]
+    return balanced(local.loss, imbalance, torch.stack(counts).to(examples.features.device))
 
 
 def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:

@@ -24,5 +24,5 @@ def model_sums(
     for client, shard in shards.items():
         hooks = hooks_suffice_for(learner, shard)
         rows = private.draw(client, len(shard))[0]
-        with per_example_gradients(model, learner.task.loss, hooks=hooks) as found:
+        with per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as found:
             yield client, clipped_sum(learner, found, shard, rows, private, (round, client, 0))

@@ -16,6 +16,7 @@ import torch
 from client.books import Books
 from client.discretion import discreet
 from client.heads import Examples, HeadWork, Local, train_heads
+from client.imbalance import loss_by_example
 from client.layers import LOSSES
 from client.per_example import PerExample
 from client.private import private_training
@@ -190,7 +191,7 @@ class Site:
         elif learner.trains_on_features:
             assert private is not None
             examples, works = heads_of(held, learner.job.train.device)
-            loss = LOSSES[learner.task.head_loss]
+            loss = loss_by_example(learner.job, learner.task.head_loss)
             values = sums(head_sums(request.tensors, examples, works, loss, private))
         else:
             from client.model_sums import model_sums

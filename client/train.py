@@ -35,12 +35,12 @@ def train_model(
     parameters = tuning.trainable(model)
     start = tuning.values(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
-    summed = 0.0
+    summed, loss_of = 0.0, learner.training_loss(shard)
     with global_stream(job.seed, "dropout", round, client):
         for number, rows in enumerate(batches(len(shard), job, round, client)):
             batch = learner.batch(shard, rows, variation(job, round, client, number))
             outputs = model({name: t.to(device) for name, t in batch.items()})
-            loss = learner.task.loss(outputs, shard.targets_of(rows).to(device))
+            loss = loss_of(outputs, shard.targets_of(rows).to(device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if mu:

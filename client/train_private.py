@@ -55,7 +55,7 @@ def train_privately(
     noise = _Noise(private, client, parameters)
     with (
         global_stream(job.seed, "dropout", round, client),
-        per_example_gradients(model, learner.task.loss, hooks=hooks) as gradients,
+        per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as gradients,
     ):
         for number, rows in enumerate(drawn):
             total = clipped_sum(learner, gradients, shard, rows, private, (round, client, number))
@@ -139,7 +139,7 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
                 f"backbone {learner.backbone.name}: layer {mixing[0]} mixes the examples of a batch, so that"
                 " no example has a gradient of its own; expected another backbone, or tune.method = 'head'"
             )
-        _in_use[:] = [(learner, hooks_suffice(learner.model, learner.task.loss, batch, targets))]
+        _in_use[:] = [(learner, hooks_suffice(learner.model, learner.training_loss(shard), batch, targets))]
     return _in_use[0][1]
 
 

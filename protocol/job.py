@@ -136,6 +136,8 @@ class TrainSection(Section):
     weight_decay: NotNegative = 0.0
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     device: str = "cpu"
+    imbalance: Literal["weights", "focal", "logits"] | None = None
+    imbalance_strength: Annotated[float, Field(gt=0, le=10)] | None = None
     augment: tuple[str, ...] = ()
     cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
 
@@ -143,6 +145,12 @@ class TrainSection(Section):
     def _momentum_is_for_sgd(self) -> TrainSection:
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum has no meaning with optimizer = {self.optimizer!r}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _strength_is_of_something(self) -> TrainSection:
+        if self.imbalance_strength is not None and self.imbalance is None:
+            raise ValueError("imbalance_strength has no meaning without imbalance: remove it")
         return self
 
     @model_validator(mode="after")

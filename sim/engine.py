@@ -79,9 +79,13 @@ def simulate(
 
 
 def check_engine(job: Job, engine: str) -> None:
-    """Raises ConfigError unless there is such an engine."""
+    """Raises ConfigError unless there is such an engine, and it can do what the job asks."""
     if engine not in ENGINES:
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
+    if engine == "cohort" and job.train.imbalance and not trains_on_features(job):
+        raise ConfigError(
+            "train.imbalance: engine cohort trains such clients at once by one loss, try inline"
+        )
 
 
 def _carrier(population: Population, engine: str, workers: int, ledgers: Path, stack: ExitStack) -> Carrier:

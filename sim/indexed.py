@@ -21,7 +21,7 @@ import torch
 
 from client.at_once import train_at_once
 from client.heads import Examples, HeadWork, Local, train_heads
-from client.layers import LOSSES
+from client.imbalance import loss_by_example
 from client.secure import contributions, sums
 from client.site import Admitted, Held, Site, local_training
 from client.sums import head_sums
@@ -156,7 +156,7 @@ class IndexedSite(Site):
         terms, job, private = distributed_terms(learner.job), learner.job, admitted.private
         if request.kind == "sum" and terms is not None and terms.unit == "example":
             assert private is not None
-            loss = LOSSES[learner.task.head_loss]
+            loss = loss_by_example(job, learner.task.head_loss)
             summed = sums(head_sums(request.tensors, examples, works, loss, private))
             return self.desk.sent(job, request, summed, admitted.charged)
         local = local_training(learner, request, private)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from tasks.features import (
     plain_view,
     varied_views,
 )
+from tasks.imbalance import Imbalance, check_imbalance, counts_of
 from tasks.ready import ReadyInputs
 from tasks.seam import TARGETS, Batch, Encoder, Model, Shard, Task, Variation
 from tasks.vision_encoder import torchvision_width
@@ -37,6 +38,8 @@ from tasks.weights import Backbone, resolve
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
+
+TrainingLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 EVALUATION_BATCH = 64
 
@@ -204,6 +207,13 @@ class Learner:
         }
         return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
 
+    def training_loss(self, shard: Shard) -> TrainingLoss:
+        """The loss that a client with this shard learns by: the task's, or one for uneven classes."""
+        imbalance = Imbalance.of(self.job)
+        if imbalance is None:
+            return self.task.loss
+        return imbalance.loss(counts_of(shard.table, len(self.facts["classes"])))
+
     def measured(self, model: Model, shard: Shard) -> dict[str, float]:
         """Metrics and loss of any model of this kind on a shard, past the cache of features."""
         metrics = self.task.metrics(self.facts)
@@ -328,6 +338,7 @@ def added(states: Iterable[Tensors]) -> Tensors:
 def check_fits(job: Job, task: Task) -> None:
     """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
     task.check(job)
+    check_imbalance(job, task)
     check_device(job.train.device)
     if job.backbone.compile:
         compiler()

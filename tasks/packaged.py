@@ -7,11 +7,16 @@ import gzip
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from protocol.errors import DataError
+from tasks.generated.drawing import box_column, image_column
 from tasks.packages import Progress, unpacked
+from tasks.png import rgb_png
 
 
 def movielens_100k(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:
@@ -36,6 +41,45 @@ def movielens_100k(offline: bool = False, progress: Progress | None = None) -> d
         }
     )
     return {"train": table.select(["user", "item", "rating", "time", "item_text", "category"])}
+
+
+TILE = 128
+"""Pixels of a side of the squares that photographs of woods are cut into."""
+
+
+def tree_crowns(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:
+    """Squares of four photographs of woods from the air: columns image, boxes, classes and site.
+
+    A crown is in the square that its middle lies in, and ends at the square's sides; squares without
+    crowns stay. What lies right of or below the last whole square is left out.
+    """
+    folder = unpacked("deepforest", offline=offline, progress=progress)
+    images, boxes, sites = [], [], []
+    for path in sorted(folder.glob("*.xml")):
+        tree = ElementTree.parse(path)
+        crowns = np.array([_corners(found) for found in tree.iter("bndbox")])
+        middles = (crowns[:, :2] + crowns[:, 2:]) // (2 * TILE)
+        with Image.open(folder / str(tree.findtext("filename"))) as photograph:
+            pixels = np.asarray(photograph.convert("RGB"))
+        for row, column in np.ndindex(pixels.shape[0] // TILE, pixels.shape[1] // TILE):
+            corner = np.array([column, row])
+            inside = crowns[(middles == corner).all(axis=1)] - np.tile(corner * TILE, 2)
+            images.append(rgb_png(pixels[row * TILE :, column * TILE :][:TILE, :TILE]))
+            boxes.append(np.clip(inside, 0, TILE).tolist())
+            sites.append(path.stem.removeprefix("2019_").split("_")[0].lower())
+    table = pa.table(
+        {
+            "image": image_column(images),
+            "boxes": box_column(boxes),
+            "classes": pa.array([["tree"] * len(each) for each in boxes], pa.list_(pa.string())),
+            "site": pa.array(sites, pa.string()),
+        }
+    )
+    return {"train": table}
+
+
+def _corners(box: ElementTree.Element) -> list[float]:
+    return [float(box.findtext(side) or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
 
 
 def sp500(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:

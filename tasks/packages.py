@@ -117,6 +117,17 @@ PACKAGES = {
             error=DataError,
         ),
         Package(
+            project="deepforest",
+            version="2.1.0",
+            wheel_sha256="8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",
+            content_sha256="423ac4a433bdad7f6029ab3c536550d4db0a14def069c7e6e46088918f7fc205",
+            folder="deepforest/data",
+            wanted=("2019_YELL_2_*.png", "2019_YELL_2_*.xml", "OSBS_029.tif", "OSBS_029.xml", "SOAP_061.*"),
+            licence="MIT",
+            carries="four photographs of woods from the air, with the boxes of 951 crowns",
+            error=DataError,
+        ),
+        Package(
             project="skfolio",
             version="1.12.2",
             wheel_sha256="2d324c62a4188dc0b62a713f8d5cea177e208a5b45987e3d3f204dd56d3a669b",

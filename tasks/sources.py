@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from protocol.cache import cache_root, cached_folder
 from protocol.errors import ConfigError, DataError
-from tasks.packaged import movielens_100k, sp500
+from tasks.packaged import movielens_100k, sp500, tree_crowns
 from tasks.packages import PACKAGES, Progress, unpacked
 from tasks.png import grey_png
 from tasks.texts import checked_text
@@ -235,6 +235,13 @@ SOURCES = {
             description="daily closing prices of 20 shares, 1990-2022, adjusted",
             licence=PACKAGES["skfolio"].licence,
             decode=sp500,
+        ),
+        Source(
+            name="tree-crowns",
+            tasks=("object-detection",),
+            description="413 squares of photographs of woods from the air at 3 sites, with boxes of crowns",
+            licence=PACKAGES["deepforest"].licence,
+            decode=tree_crowns,
         ),
         Source(
             name="generated-shapes",

@@ -69,6 +69,20 @@ def test_fashion_mnist_has_its_own_test_split():
     assert table.train[0]["label"] == "Ankle boot" and table.train["label"][:1000].count("Bag") > 50
 
 
+def test_tree_crowns_lie_in_their_squares_and_are_counted_once():
+    try:
+        rows = load_source("tree-crowns")["train"].to_pylist()
+    except DataError as error:
+        pytest.skip(str(error))
+    assert len(rows) == 413 and {row["site"] for row in rows} == {"yell", "osbs", "soap"}
+    boxes = np.array([box for row in rows for box in row["boxes"]])
+    # 951 crowns in all; those at the right and lower edges are in no whole square.
+    assert 700 < len(boxes) <= 951 and len({tuple(box) for box in boxes.tolist()}) > 700
+    assert (boxes >= 0).all() and (boxes <= 128).all() and (boxes[:, :2] < boxes[:, 2:]).all()
+    wooded = [np.asarray(decode_image(image_bytes(row["image"]), "x")) for row in rows if row["boxes"]]
+    assert all(picture.shape == (128, 128, 3) for picture in wooded)
+
+
 @pytest.mark.parametrize("name", ["bbc-news", "mnist-5k", "digits"])
 def test_a_second_load_takes_under_a_second_and_is_equal(name):
     first = loaded(name)
