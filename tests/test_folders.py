@@ -46,7 +46,7 @@ def test_a_model_of_both_gives_the_encoder_of_images_and_the_one_of_texts(
 
 
 def test_a_network_of_images_alone_asks_for_one_of_texts(tmp_path: Path) -> None:
-    setting = job("image-text")
+    setting = job("image-text", backbone={"name": "torchvision:squeezenet1_1", "weights": "random"})
     with pytest.raises(WeightsError, match=r"backbone\.options\.text: missing"):
         simulate(setting, tmp_path / "out", watch=unwatched)
 
