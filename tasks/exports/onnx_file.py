@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,8 @@ def write_onnx(model: Model, batch: Batch, path: Path) -> None:
     """
     examples = {name: torch.cat([t, t]) for name, t in batch.items()}
     free = [_free_axes(t) for t in examples.values()]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quietly("torch.onnx"), torch.no_grad():
             program: Any = torch.onnx.export(
                 _ByPosition(model, examples).eval(), tuple(examples.values()), input_names=list(examples),
                 output_names=[OUTPUT], dynamo=True, dynamic_shapes=(tuple(free),), verbose=False,
@@ -64,6 +63,20 @@ def write_onnx(model: Model, batch: Batch, path: Path) -> None:
         why = str(error).strip().splitlines()[0]
         raise ConfigError(f"--format: the network can't be written as ONNX: {why}") from None
     program.save(path)
+
+
+@contextmanager
+def _quietly(logger: str) -> Iterator[None]:
+    """Within, that logger and Python's warnings say nothing of what isn't an error."""
+    speaking = logging.getLogger(logger)
+    before = speaking.level
+    speaking.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        speaking.setLevel(before)
 
 
 def _free_axes(tensor: torch.Tensor) -> dict[int, Any]:
@@ -85,18 +98,18 @@ def quantise(given: Path, path: Path, batches: Iterable[Batch] | None) -> None:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    logging.getLogger().setLevel(logging.ERROR)
-    if batches is None:
-        quantize_dynamic(given, path, weight_type=QuantType.QInt8, per_channel=True)
-        return
-    ready = path.with_suffix(".ready.onnx")
-    quant_pre_process(given, ready, skip_symbolic_shape=True)
-    quantize_static(
-        ready, path, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True,
-        weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-    )  # fmt: skip
-    ready.unlink()
+    with _quietly("root"):
+        if batches is None:
+            quantize_dynamic(given, path, weight_type=QuantType.QInt8, per_channel=True)
+            return
+        ready = path.with_suffix(".ready.onnx")
+        quant_pre_process(given, ready, skip_symbolic_shape=True)
+        quantize_static(
+            ready, path, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True,
+            weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        )  # fmt: skip
+        ready.unlink()
 
 
 class _Reader:
