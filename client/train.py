@@ -30,10 +30,10 @@ def train_model(
     """Train from the global tensors on one shard; the update is how far they moved."""
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     model = learner.model
-    tuning.load_values(model, tensors)
+    start = tuning.placed(model, tensors)
+    tuning.load_values(model, start)
     tuning.training_mode(model)
     parameters = tuning.trainable(model)
-    start = tuning.values(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     summed, loss_of = 0.0, learner.training_loss(shard)
     with global_stream(job.seed, "dropout", round, client):
@@ -51,7 +51,7 @@ def train_model(
     return Update(
         client=client,
         round=round,
-        delta={name: (tuning.in_order(p.detach()) - start[name]).cpu() for name, p in parameters.items()},
+        delta=tuning.movement(model, start),
         num_examples=len(shard),
         states={
             "train_loss.sum": torch.tensor(summed).double(),

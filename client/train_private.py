@@ -45,9 +45,10 @@ def train_privately(
     """
     job, mu = learner.job, plan.get("proximal_mu", 0.0)
     model = learner.model
-    tuning.load_values(model, tensors)
+    start = tuning.placed(model, tensors)
+    tuning.load_values(model, start)
     tuning.training_mode(model)
-    parameters, start = tuning.trainable(model), tuning.values(model)
+    parameters = tuning.trainable(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     assert private.draw is not None
     drawn = private.draw(client, len(shard))
@@ -68,7 +69,7 @@ def train_privately(
     return Update(
         client=client,
         round=round,
-        delta={name: (tuning.in_order(p.detach()) - start[name]).cpu() for name, p in parameters.items()},
+        delta=tuning.movement(model, start),
         num_examples=told[0][0],
         states={name: state[0] for name, state in told[1].items()},
     )

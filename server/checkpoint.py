@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import time
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +46,52 @@ class Checkpoint:
 class Keeper:
     """Saves the rounds' checkpoints, but of rounds that take milliseconds not every one.
 
-    To wait for the disk then takes longer than the round; what a kill loses is `EVERY` seconds at most.
+    To wait for the disk then takes longer than the round; what a kill loses is `EVERY` seconds at most, and
+    the rounds that pass while one checkpoint is on its way to the disk.
     """
 
     folder: Path
     last: Checkpoint | None = None
     saved: int = 0
-    saved_at: float = -math.inf
+    began: float = -math.inf
+    _writing: list[Future[int]] = field(default_factory=list)
 
     def keep(self, checkpoint: Checkpoint) -> None:
-        """Take note of a whole round, and save it if the last saved one is old enough.
+        """Take note of a whole round, and begin to save it if the last saved one is old enough.
+
+        Raises:
+            JobError: as `save`, of the one before.
+        """
+        self.last = checkpoint
+        if self._writing and not self._writing[0].done():
+            return
+        if time.monotonic() - self.began >= EVERY:
+            self._finish()
+            self.began = time.monotonic()
+            self._writing.append(self._writer.submit(self._save, checkpoint))
+
+    def save_last(self) -> None:
+        """Have the last whole round on the disk.
 
         Raises:
             JobError: as `save`.
         """
-        self.last = checkpoint
-        if time.monotonic() - self.saved_at >= EVERY:
-            self.save_last()
-
-    def save_last(self) -> None:
-        """Save the last whole round unless it is on the disk already."""
+        self._finish()
         if self.last is not None and self.last.round != self.saved:
-            save(self.folder, self.last)
-            self.saved, self.saved_at = self.last.round, time.monotonic()
+            self.saved, self.began = self._save(self.last), time.monotonic()
+
+    def _save(self, checkpoint: Checkpoint) -> int:
+        save(self.folder, checkpoint)
+        return checkpoint.round
+
+    def _finish(self) -> None:
+        """Wait for the checkpoint that is on its way to the disk."""
+        while self._writing:
+            self.saved = self._writing.pop().result()
+
+    @cached_property
+    def _writer(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "checkpoints")
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:

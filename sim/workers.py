@@ -1,4 +1,8 @@
-"""The in-process engine over several worker processes: blocks of clients, the same bits."""
+"""The in-process engine over several worker processes: blocks of clients, the same bits.
+
+Models and updates lie in memory that the processes share, where the system has such memory; all else
+that is said travels as messages do.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Self
@@ -22,19 +26,46 @@ from protocol.job import Job
 from protocol.messages import (
     Reply,
     Request,
+    Update,
     decode_reply,
     decode_request,
     encode_reply,
     encode_request,
 )
 from server.roll import Roll
+from sim.board import Board, Layout, can_share
 from sim.population import Population
 from tasks import trains_on_features
 
 RETRIES = 3
 
+MODEL = 0
+"""The slot of a board that holds what a request sends; the others are the clients'."""
+
 _site: list[Site] = []
 """In a worker process: the site that answers for the simulated clients."""
+
+_board: list[Board] = []
+"""In a worker process: the memory that it shares at present."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request for some clients: the message, and which slots of a board are theirs, if there is one."""
+
+    head: str
+    body: bytes
+    slots: dict[str, int]
+    shared: Layout | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply as a message; an update's tensors may lie in its client's slot instead."""
+
+    head: str
+    body: bytes
+    in_slot: bool = False
 
 
 @dataclass
@@ -47,33 +78,53 @@ class PooledCarrier:
     engine: str = "inline"
     masks: bool = False
     _pool: list[ProcessPoolExecutor] = field(default_factory=list)
+    _board: list[Board] = field(default_factory=list)
 
     def hello(self, job: Job) -> Roll:
         return self.population.roll(job)
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
-        """Replies of all blocks, in order of completion.
+        """Replies of all blocks, in order of completion; updates are good until the next exchange.
 
         Raises:
             JobError: workers keep dying.
         """
-        head, body = encode_request(request)
+        board = self._board_for(request, len(names) + 1)
+        if board is not None:
+            board.put(MODEL, request.tensors)
+        head, body = encode_request(request if board is None else replace(request, tensors={}))
+        shared = None if board is None else board.layout
+        slots = {name: number for number, name in enumerate(names, start=MODEL + 1)}
         waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
         for _ in range(RETRIES):
             lost: list[list[str]] = []
             with interrupts_held_back():
-                running = {self._start().submit(answer, head, body, block): block for block in waiting}
+                works = [Work(head, body, {name: slots[name] for name in block}, shared) for block in waiting]
+                running = {self._start().submit(answer, work): list(work.slots) for work in works}
             for future in as_completed(running):
-                replies = _result(future)
-                if replies is None:
+                answers = _result(future)
+                if answers is None:
                     lost.append(running[future])
                     continue
-                yield from (decode_reply(*reply) for reply in replies)
+                yield from (_reply(found, board, slots) for found in answers)
             if not lost:
                 return
-            self.close()
+            self._end_workers()
             waiting = lost
         raise JobError(f"worker processes died {RETRIES} times over {len(waiting)} blocks; out of memory?")
+
+    def _board_for(self, request: Request, slots: int) -> Board | None:
+        """Memory for what is sent and for the answers, where there are tensors and such memory."""
+        if not request.tensors or not can_share():
+            return None
+        if not self._board or not self._board[0].fits(request.tensors, slots):
+            self._let_go()
+            self._board.append(Board.like(request.tensors, slots))
+        return self._board[0]
+
+    def _let_go(self) -> None:
+        while self._board:
+            self._board.pop().close()
 
     def _start(self) -> ProcessPoolExecutor:
         if not self._pool:
@@ -83,7 +134,12 @@ class PooledCarrier:
         return self._pool[0]
 
     def close(self) -> None:
-        """End the worker processes at once: what they are at is lost, and they hold nothing else."""
+        """End the worker processes at once, and give back what they shared."""
+        self._end_workers()
+        self._let_go()
+
+    def _end_workers(self) -> None:
+        """End them at once: what they are at is lost, and they hold nothing else."""
         while self._pool:
             pool = self._pool.pop()
             processes = list((pool._processes or {}).values())
@@ -109,7 +165,15 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _result(future: Future[list[tuple[str, bytes]]]) -> list[tuple[str, bytes]] | None:
+def _reply(found: Answer, board: Board | None, slots: dict[str, int]) -> Reply:
+    """A worker's answer as a reply, with its tensors where the worker left them."""
+    reply = decode_reply(found.head, found.body)
+    if found.in_slot and isinstance(reply, Update) and board is not None:
+        return replace(reply, delta=board.tensors(slots[reply.client]))
+    return reply
+
+
+def _result(future: Future[list[Answer]]) -> list[Answer] | None:
     """What a worker sent, or nothing if it died."""
     try:
         return future.result()
@@ -137,6 +201,24 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def answer(head: str, body: bytes, names: list[str]) -> list[tuple[str, bytes]]:
-    """In a worker process: the named clients' replies, encoded."""
-    return [encode_reply(reply) for reply in _site[0].answer(decode_request(head, body), names)]
+def answer(work: Work) -> list[Answer]:
+    """In a worker process: the replies of the clients that the work names."""
+    request = decode_request(work.head, work.body)
+    board = None if work.shared is None else _opened(work.shared)
+    if board is not None:
+        request = replace(request, tensors=board.tensors(MODEL))
+    replies = _site[0].answer(request, list(work.slots))
+    return [_answered(reply, board, work.slots) for reply in replies]
+
+
+def _opened(layout: Layout) -> Board:
+    if not _board or _board[0].layout != layout:
+        _board[:] = [Board.opened(layout)]
+    return _board[0]
+
+
+def _answered(reply: Reply, board: Board | None, slots: dict[str, int]) -> Answer:
+    if board is None or not isinstance(reply, Update) or not board.fits(reply.delta, 0):
+        return Answer(*encode_reply(reply))
+    board.put(slots[reply.client], reply.delta)
+    return Answer(*encode_reply(replace(reply, delta={})), in_slot=True)

@@ -37,7 +37,7 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
     return {name: _of_each(weights, [u.delta[name] for u in updates]) / total for name in updates[0].delta}
 
 
-BLOCK = 1 << 19
+BLOCK = 1 << 16
 """Values of all clients that are summed in float64 at a time: they stay in the processor's cache."""
 
 

@@ -22,12 +22,13 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from protocol.errors import DataError
@@ -54,26 +55,39 @@ class Decoded:
     more_frames: bool
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, *, verify: bool = True) -> Image.Image:
     """The 8-bit RGB image in `data`, upright, fully decoded; `name` is for the error."""
-    return decode(data, name).image
+    return decode(data, name, verify=verify).image
 
 
-def decode(data: bytes, name: str) -> Decoded:
-    """The image in `data` and what is remarkable about it."""
+def decode(data: bytes, name: str, *, verify: bool = True) -> Decoded:
+    """The image in `data` and what is remarkable about it.
+
+    Who has seen these bytes decode before need not `verify` them: checksums then go unread.
+    """
     if len(data) > MAX_IMAGE_BYTES:
         raise DataError(f"{name}: {len(data)} bytes of image, at most {MAX_IMAGE_BYTES} allowed")
     try:
         with warnings.catch_warnings():
             # A decompression bomb is only a warning to Pillow: _check_size refuses it.
             warnings.simplefilter("ignore")
-            return _decode(data, name)
+            return _decode(data, name, verify)
     except Image.DecompressionBombError:
         raise DataError(f"{name}: a decompression bomb, at most {MAX_PIXELS} pixels allowed") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: {_nature(data)}, expected an image ({', '.join(FORMATS)})") from None
     except _DAMAGED as error:
         raise DataError(f"{name}: damaged image: {_one_line(error)}; expected one that decodes") from None
+
+
+def eight_bits(image: Image.Image) -> torch.Tensor:
+    """An RGB image's pixels, [3, height, width]."""
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def scaled(images: Sequence[torch.Tensor], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """8-bit images of one size as float32 with this mean and deviation, [batch, 3, height, width]."""
+    return torch.stack(list(images)).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def image_bytes(cell: Mapping[str, object]) -> bytes:
@@ -98,14 +112,16 @@ def read_image_input(given: str) -> bytes:
     return data
 
 
-def _decode(data: bytes, name: str) -> Decoded:
+def _decode(data: bytes, name: str, verify: bool) -> Decoded:
     # With a list of formats, open() doesn't load the plugins that they need.
     Image.init()
+    if verify:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, name)
+            # Only this looks at a PNG's checksums, and only load() at the pixels.
+            image.verify()
     with Image.open(BytesIO(data), formats=FORMATS) as image:
         _check_size(image, name)
-        # Only this looks at a PNG's checksums, and only load() at the pixels.
-        image.verify()
-    with Image.open(BytesIO(data), formats=FORMATS) as image:
         more = bool(getattr(image, "is_animated", False))
         image.load()
         return Decoded(_rgb(ImageOps.exif_transpose(image), name), more)

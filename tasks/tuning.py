@@ -56,6 +56,16 @@ def load_values(model: nn.Module, tensors: Tensors) -> None:
             p.copy_(tensors[name])
 
 
+def placed(model: nn.Module, tensors: Tensors) -> Tensors:
+    """The tensors on the device and in the type of the tuned parameters; not copied where they are so."""
+    return {name: tensors[name].to(p.device, p.dtype) for name, p in trainable(model).items()}
+
+
+def movement(model: nn.Module, start: Tensors) -> Tensors:
+    """How far the tuned parameters are from where they were, laid out as it travels."""
+    return {name: (p.detach() - start[name]).contiguous().cpu() for name, p in trainable(model).items()}
+
+
 def training_mode(module: nn.Module, inherited: bool = True) -> None:
     """Dropout works where something is tuned; the statistics of batch norm never move."""
     parameters = list(module.parameters())

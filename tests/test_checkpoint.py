@@ -13,7 +13,7 @@ import torch
 
 from protocol.errors import ConfigError, JobError
 from server import checkpoint
-from server.checkpoint import Checkpoint, latest, save
+from server.checkpoint import Checkpoint, Keeper, latest, save
 
 
 def at(round: int) -> Checkpoint:
@@ -121,6 +121,37 @@ def test_an_error_of_the_disk_leaves_the_older_checkpoint_and_names_the_path(
     found = latest(tmp_path, "ab" * 32)
     assert found is not None and found.round == 1
     assert [p.name for p in tmp_path.iterdir()] == ["round-000001.safetensors"]
+
+
+def test_rounds_of_milliseconds_share_a_checkpoint_and_the_last_one_is_always_saved(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path)
+    for round in range(1, 51):
+        keeper.keep(at(round))
+    keeper.save_last()
+    found = latest(tmp_path, "ab" * 32)
+    assert found is not None and found.round == 50
+    assert len(list(tmp_path.iterdir())) == 2  # of the first round and of the last
+
+
+def test_an_error_of_the_disk_on_the_way_stops_the_run_and_is_tried_once_more_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = Keeper(tmp_path)
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    keeper.keep(at(1))
+    with pytest.raises(JobError, match="No space left on device"):
+        for _ in range(1000):
+            keeper.keep(at(2))
+            time.sleep(0.01)
+    monkeypatch.undo()
+    keeper.save_last()
+    found = latest(tmp_path, "ab" * 32)
+    assert found is not None and found.round == 2
 
 
 WRITER = """
