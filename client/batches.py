@@ -19,14 +19,17 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX1, MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-def batches(count: int, job: Job, round: int, client: str) -> list[list[int]]:
+def batches(
+    count: int, job: Job, round: int, client: str, chances: NDArray[np.float64] | None = None
+) -> list[list[int]]:
     """Rows of every batch of a round's local epochs; each epoch is a fresh permutation.
 
-    The last batch of an epoch may be smaller; no row is dropped.
+    The last batch of an epoch may be smaller; no row is dropped. With `chances` [count] an epoch draws as
+    many rows by them, with replacement.
     """
     size = job.train.batch_size
     seeds = (epoch_seeds(job, round, [client], epoch) for epoch in range(job.train.epochs))
-    epochs = (permutations([count], own)[0] for own in seeds)
+    epochs = (permutations([count], own)[0] if chances is None else drawn_by(chances, own) for own in seeds)
     return [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
 
 
@@ -66,6 +69,15 @@ def permutations(counts: Sequence[int], seeds: Sequence[int] | NDArray[np.uint64
     beyond = np.arange(longest)[None, :] >= np.array(counts)[:, None]
     # Places beyond the count sort behind all others, whatever their numbers are.
     return np.lexsort((numbers, beyond), axis=1)
+
+
+def drawn_by(chances: NDArray[np.float64], seed: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """As many rows as there are `chances` [count], drawn by them with replacement; `seed` is [1]."""
+    count = len(chances)
+    found = np.searchsorted(np.cumsum(chances), uniform_numbers(seed, count)[0], side="right")
+    # A sum of chances may end just below one.
+    rows: NDArray[np.int64] = found.clip(max=count - 1).astype(np.int64)
+    return rows
 
 
 def random_numbers(seeds: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.batches import epoch_seeds, permutations, view_numbers
-from client.imbalance import balanced
+from client.batches import drawn_by, epoch_seeds, permutations, view_numbers
+from client.imbalance import balanced, smoothed
 from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded
 from client.per_example import PerExample, StackedNoise, factors, stacked_noise
 from client.steps import is_plain, stepper
@@ -184,8 +184,8 @@ def _train_group(
 def _loss(local: Local, schedule: _Schedule, examples: Examples, head: Tensors) -> Loss:
     """The loss of the clients that are trained together, by how many examples of each class they have."""
     imbalance = Imbalance.of(local.job)
-    if imbalance is None:
-        return local.loss
+    if imbalance is None or imbalance.kind == "sampling":
+        return smoothed(local.loss, local.job)
     classes = Layers.of(head).layers[-1].outputs
     counts = [counts_of(examples.targets[torch.from_numpy(w.rows)], classes) for w in schedule.works]
     return balanced(local.loss, imbalance, torch.stack(counts).to(examples.features.device))
@@ -207,7 +207,7 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: 
     )
     share = np.zeros(rows.shape, dtype=np.float32)
     for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round)):
-        order = permutations(counts.tolist(), epoch_seeds(job, round, clients, epoch))
+        order = _order(works, examples, job, epoch_seeds(job, round, clients, epoch))
         shuffled = np.take_along_axis(seen, order, axis=1)
         _lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
     return _Schedule(
@@ -236,6 +236,20 @@ def _drawn_schedule(works: list[HeadWork], size: int, job: Job, round: int, exam
     return _Schedule(
         works, torch.from_numpy(rows).to(device), torch.from_numpy(share).to(device), [steps] * len(works)
     )
+
+
+def _order(
+    works: Sequence[HeadWork], examples: Examples, job: Job, seeds: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """Each client's places among its rows in the order of an epoch, [clients, most rows]."""
+    counts, imbalance = [len(work.rows) for work in works], Imbalance.of(job)
+    order = permutations(counts, seeds)
+    if imbalance is not None and imbalance.kind == "sampling":
+        for i, work in enumerate(works):
+            chances = imbalance.chances(examples.targets[torch.from_numpy(work.rows)].cpu())
+            assert chances is not None
+            order[i, : counts[i]] = drawn_by(chances, seeds[i : i + 1])
+    return order
 
 
 def _rows_seen(

@@ -24,8 +24,29 @@ def loss_by_example(job: Job, kind: str) -> Loss:
     """The job's loss where each example's gradient depends on nothing but the example."""
     imbalance = Imbalance.of(job)
     if imbalance is None or imbalance.kind != "focal":
-        return LOSSES[kind]
+        return smoothed(LOSSES[kind], job)
     return balanced(LOSSES[kind], imbalance, torch.zeros(1, 1))
+
+
+def smoothed(loss: Loss, job: Job) -> Loss:
+    """`loss` (softmax) with the job's label smoothing: a part of each target is shared by all classes.
+
+    The target of class c is (1 - s) [c = class] + s / classes (Szegedy et al. 2016, section 7), so that the
+    derivative in the outputs is q minus that, and the loss -(1 - s) log q_class - s mean of log q.
+    """
+    share = job.train.label_smoothing
+    if share is None:
+        return loss
+
+    def error(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        place, classes = targets.unsqueeze(2), outputs.shape[2]
+        own, middle = outputs.gather(2, place).squeeze(2), outputs.mean(dim=2)
+        plain, likelihood = loss.error(outputs, targets)
+        surprise = -in_lines(torch.log, likelihood.clamp_min(torch.finfo(torch.float32).tiny))
+        plain.scatter_add_(2, place, torch.full_like(own, share).unsqueeze(2))
+        return plain.sub_(share / classes), surprise + share * (own - middle)
+
+    return Loss(error, _same)
 
 
 def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
@@ -44,7 +65,9 @@ def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
         return Loss(
             lambda outputs, targets: loss.error(outputs + shifts[: len(outputs)], targets), loss.value
         )
-    return Loss(lambda outputs, targets: _focal(loss, imbalance.strength, outputs, targets), _same)
+    if imbalance.kind == "focal":
+        return Loss(lambda outputs, targets: _focal(loss, imbalance.strength, outputs, targets), _same)
+    return loss  # its examples are drawn otherwise, and count as ever
 
 
 def _focal(

@@ -35,9 +35,9 @@ def train_model(
     tuning.training_mode(model)
     parameters = tuning.trainable(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
-    summed, loss_of = 0.0, learner.training_loss(shard)
+    summed, loss_of, chances = 0.0, learner.training_loss(shard), learner.chances(shard)
     with global_stream(job.seed, "dropout", round, client):
-        for number, rows in enumerate(batches(len(shard), job, round, client)):
+        for number, rows in enumerate(batches(len(shard), job, round, client, chances)):
             batch = learner.batch(shard, rows, variation(job, round, client, number))
             outputs = model({name: t.to(device) for name, t in batch.items()})
             loss = loss_of(outputs, shard.targets_of(rows).to(device))

@@ -136,8 +136,10 @@ class TrainSection(Section):
     weight_decay: NotNegative = 0.0
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     device: str = "cpu"
-    imbalance: Literal["weights", "focal", "logits"] | None = None
+    imbalance: Literal["weights", "focal", "logits", "sampling"] | None = None
     imbalance_strength: Annotated[float, Field(gt=0, le=10)] | None = None
+    label_smoothing: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     augment: tuple[str, ...] = ()
     cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
 

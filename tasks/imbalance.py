@@ -1,4 +1,4 @@
-"""What makes up for classes of which a client has few: weights, focal loss, logit adjustment.
+"""What makes up for classes of which a client has few: weights, focal loss, logit adjustment, sampling.
 
 How often each class is there is counted at every client, for itself; nothing of it travels.
 """
@@ -9,14 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from protocol.errors import ConfigError
 from protocol.job import Job
 from tasks.seam import Task
 
-USUAL = {"weights": 1.0, "focal": 2.0, "logits": 1.0}
+USUAL = {"weights": 1.0, "focal": 2.0, "logits": 1.0, "sampling": 1.0}
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,11 @@ class Imbalance:
     `focal`: it counts (1 - p)^strength, p being what its class is given (Lin et al. 2017).
     `logits`: strength * log of the class's share is added to its output in training (Menon et al. 2021,
     "Long-tail learning via logit adjustment"; by each client's own shares: Zhang et al. 2022, "FedLC").
+    `sampling`: an epoch draws as many examples as there are, with replacement, one of class c with a
+    probability in proportion to n_c^-strength: with strength 1 all classes are seen as often.
     """
 
-    kind: Literal["weights", "focal", "logits"]
+    kind: Literal["weights", "focal", "logits", "sampling"]
     strength: float
 
     @classmethod
@@ -52,6 +56,15 @@ class Imbalance:
         shares = (counts + 1) / (counts + 1).sum(-1, keepdim=True)
         return (self.strength * shares.log()).to(torch.float32)
 
+    def chances(self, targets: torch.Tensor) -> NDArray[np.float64] | None:
+        """How likely a draw takes each example of a client with these classes, [n]; only for `sampling`."""
+        if self.kind != "sampling":
+            return None
+        counts = counts_of(targets, int(targets.max()) + 1)
+        each: NDArray[np.float64] = (counts[targets] ** -self.strength).numpy()
+        each /= each.sum()
+        return each
+
     def loss(self, counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The mean over examples of outputs [n, classes] with targets [n], at a client with these counts."""
 
@@ -66,7 +79,8 @@ class Imbalance:
         def adjusted(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             return nn.functional.cross_entropy(outputs + self.shifts(counts).to(outputs), targets)
 
-        return {"weights": weighted, "focal": focal, "logits": adjusted}[self.kind]
+        known = {"weights": weighted, "focal": focal, "logits": adjusted}
+        return known.get(self.kind, nn.functional.cross_entropy)
 
 
 def counts_of(targets: torch.Tensor, classes: int) -> torch.Tensor:
@@ -85,4 +99,17 @@ def check_imbalance(job: Job, task: Task) -> None:
         raise ConfigError(
             f'train.imbalance: expected "focal" under example-level privacy, found "{kind}": by it an'
             " example's gradient depends on how many others there are of its class"
+        )
+
+
+def check_smoothing(job: Job, task: Task) -> None:
+    """Raises ConfigError where the task has no classes whose labels could be smoothed, or not so."""
+    if job.train.label_smoothing is None:
+        return
+    if not (task.on_features and task.head_loss == "softmax"):
+        raise ConfigError(f"train.label_smoothing: {task.name} has no labels to smooth, expected none")
+    if job.train.imbalance not in (None, "sampling"):
+        raise ConfigError(
+            f'train.label_smoothing: it goes with imbalance = "sampling" or none, found'
+            f' "{job.train.imbalance}", which changes the same loss'
         )

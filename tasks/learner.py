@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call
 
@@ -30,7 +32,7 @@ from tasks.features import (
     plain_view,
     varied_views,
 )
-from tasks.imbalance import Imbalance, check_imbalance, counts_of
+from tasks.imbalance import Imbalance, check_imbalance, check_smoothing, counts_of
 from tasks.ready import ReadyInputs
 from tasks.seam import TARGETS, Batch, Encoder, Model, Shard, Task, Variation
 from tasks.vision_encoder import torchvision_width
@@ -95,6 +97,8 @@ class Learner:
         else:
             model = self.task.network(self.backbone, self.job, self.facts)
         tuning.mark_trainable(model, self.job.tune, self.job.seed)
+        if self.job.train.dropout is not None:
+            tuning.set_dropout(model, self.job.train.dropout)
         return model.to(self.job.train.device)
 
     @cached_property
@@ -209,10 +213,17 @@ class Learner:
 
     def training_loss(self, shard: Shard) -> TrainingLoss:
         """The loss that a client with this shard learns by: the task's, or one for uneven classes."""
-        imbalance = Imbalance.of(self.job)
+        imbalance, smoothing = Imbalance.of(self.job), self.job.train.label_smoothing
+        if smoothing is not None:
+            return partial(nn.functional.cross_entropy, label_smoothing=smoothing)
         if imbalance is None:
             return self.task.loss
         return imbalance.loss(counts_of(shard.table, len(self.facts["classes"])))
+
+    def chances(self, shard: Shard) -> NDArray[np.float64] | None:
+        """How likely each example is drawn in training, [n], where not all are taken in turn."""
+        imbalance = Imbalance.of(self.job)
+        return None if imbalance is None else imbalance.chances(shard.table)
 
     def measured(self, model: Model, shard: Shard) -> dict[str, float]:
         """Metrics and loss of any model of this kind on a shard, past the cache of features."""
@@ -339,6 +350,9 @@ def check_fits(job: Job, task: Task) -> None:
     """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
     task.check(job)
     check_imbalance(job, task)
+    check_smoothing(job, task)
+    if job.train.dropout is not None and task.on_features and job.tune.method == "head":
+        raise ConfigError("train.dropout: a head on a frozen backbone has no layer of dropout, expected none")
     check_device(job.train.device)
     if job.backbone.compile:
         compiler()

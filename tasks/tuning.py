@@ -66,6 +66,20 @@ def movement(model: nn.Module, start: Tensors) -> Tensors:
     return {name: (p.detach() - start[name]).contiguous().cpu() for name, p in trainable(model).items()}
 
 
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Let every layer of dropout drop this part of its inputs; those where nothing is tuned stay silent.
+
+    Raises:
+        ConfigError: there is no such layer where something is tuned.
+    """
+    training_mode(model)
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    if not any(layer.training for layer in layers):
+        raise ConfigError("train.dropout: no layer of dropout is where this job tunes, expected none")
+    for layer in layers:
+        layer.p = probability
+
+
 def training_mode(module: nn.Module, inherited: bool = True) -> None:
     """Dropout works where something is tuned; the statistics of batch norm never move."""
     parameters = list(module.parameters())
