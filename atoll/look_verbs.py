@@ -14,7 +14,8 @@ from rich.table import Column, Table
 from atoll.show import out, plain
 from atoll.trained import check_finished, trained
 from protocol.errors import ConfigError, DataError
-from protocol.job import DataSection, apply_override
+from protocol.job import DataSection
+from protocol.job_file import apply_override
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 

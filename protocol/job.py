@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from protocol.complaints import explain
 from protocol.errors import ConfigError
+from protocol.job_file import absolute, apply_override, read_toml
 from protocol.promise import PrivacySection, check_promises
 from protocol.section import Count, Decay, NotNegative, Positive, Rate, Section
 
@@ -217,6 +216,7 @@ class EvaluateSection(Section):
 
     every: Count = 1
     clients: Count = 10_000
+    patience: Count | None = None
     baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
 
 
@@ -244,6 +244,22 @@ class Job(Section):
         for key, given in asked.items():
             if given and self.tune.method != "head":
                 raise ValueError(f"{key} has no meaning with tune.method = {self.tune.method!r}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _stopping_has_what_it_measures(self) -> Job:
+        if self.evaluate.patience is None:
+            return self
+        if self.privacy.units:
+            raise ValueError(
+                "evaluate.patience: which round is best would be chosen by data that is promised privacy;"
+                f" expected none with privacy.unit = {self.privacy.unit!r}"
+            )
+        if self.data.validation_fraction == 0:
+            raise ValueError(
+                "evaluate.patience: clients keep nothing back to measure on; expected"
+                " data.validation_fraction above 0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -307,81 +323,23 @@ def _read_back(text: str) -> Job:
     return Job.parse(json.loads(text), origin="job")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file; every failure is one ConfigError line that names it."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: found a folder, expected a TOML file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; expected a UTF-8 TOML file") from None
-    if not text.strip():
-        raise ConfigError(f"{path}: the file is empty, expected TOML")
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-
-
-def apply_override(table: dict[str, Any], override: str, *, option: str = "--set") -> None:
-    """Set `a.b=value` in a parsed job; the value is TOML, or else a plain string.
-
-    `option` is what the override was given with, for error messages.
-    """
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"{option} {override}: expected key=value, such as train.lr=0.05")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        if text.strip()[:1] in ("{", "[", '"', "'"):
-            raise ConfigError(
-                f"{option} {override}: not valid TOML: {error}; put it in single quotes, for the shell"
-            ) from None
-        value = text
-    for part in parts[:-1]:
-        inner = table.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{option} {override}: {part} is not a table")
-        table = inner
-    table[parts[-1]] = value
-
-
 def _with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
     """Make the job's paths absolute, so that its resolved form replays from anywhere."""
     data = job.data.model_copy(
         update={
-            "source": _absolute(job.data.source, folder, origin, "data.source"),
-            "test": job.data.test and _absolute(job.data.test, folder, origin, "data.test"),
+            "source": absolute(job.data.source, folder, origin, "data.source"),
+            "test": job.data.test and absolute(job.data.test, folder, origin, "data.test"),
         }
     )
     backbone = job.backbone.model_copy(
         update={
-            "name": _absolute(job.backbone.name, folder, origin, "backbone.name"),
-            "weights": _absolute(job.backbone.weights, folder, origin, "backbone.weights"),
+            "name": absolute(job.backbone.name, folder, origin, "backbone.name"),
+            "weights": absolute(job.backbone.weights, folder, origin, "backbone.weights"),
         }
     )
     devices = job.federation.devices
     if devices is not None:
         named = devices if "/" in devices or devices.startswith("~") else f"./{devices}"
-        devices = _absolute(named, folder, origin, "federation.devices")
+        devices = absolute(named, folder, origin, "federation.devices")
     federation = job.federation.model_copy(update={"devices": devices})
     return job.model_copy(update={"data": data, "backbone": backbone, "federation": federation})
-
-
-def _absolute(value: str, folder: Path, origin: str, key: str) -> str:
-    """A value that looks like a path (has a slash, `~`, or a dot in front), made absolute."""
-    if "$" in value:
-        raise ConfigError(f"{origin}: {key}: environment variables are not expanded, found {value!r}")
-    if ":" in value.split("/")[0] or not (value.startswith((".", "~")) or "/" in value):
-        return value
-    if "\0" in value:
-        raise ConfigError(f"{origin}: {key}: NUL cannot be part of a path, found {value!r}")
-    return os.path.realpath(folder / os.path.expanduser(value))  # noqa: PTH111 - these raise at nothing

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from protocol.complaints import explain
 from protocol.errors import ConfigError
-from protocol.job import read_toml
+from protocol.job_file import read_toml
 
 RESERVED = ("server", "ca")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from server.protection import Protection, run_key
 from server.rundir import RunDirectory
 from server.screen import Screened, screen, screen_stack
 from server.secure import SecureRound
+from server.stopping import Stopping
 from strategies import State, Strategy, build_strategy
 from tasks import task_named
 from tasks.learner import Learner, added
@@ -63,6 +65,7 @@ class Run:
     bytes_up: int = 0
     clock: Clock = everybody
     protection: Protection | None = None
+    stopping: Stopping | None = None
     ended_early: str = ""
 
     @property
@@ -104,6 +107,7 @@ def open_run(
     run = Run(
         job, carrier, directory, learner, strategy, roll.names, dict(first), strategy.begin(first),
         test_set(learner), watch, first_model=first, clock=clock, protection=protection,
+        stopping=Stopping.of(job, learner.task.headline),
     )  # fmt: skip
     found = directory.latest_checkpoint(job.hash) if resume else None
     if found is not None:
@@ -119,6 +123,8 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     run.round, run.tensors, run.state = found.round, found.tensors, found.state
     run.bytes_up, run.bytes_down = found.bytes_up, found.bytes_down
+    if run.stopping is not None:
+        run.state = run.stopping.resume(found.state)
     run.log = run.directory.wind_back(found.round)
     run.watch("resumed", {"round": run.round})
 
@@ -126,16 +132,19 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
 def all_rounds(run: Run) -> None:
     """Play the rounds that are left; however it ends, the last whole round is on the disk then.
 
-    A run whose next release would overspend ends with the rounds it has.
+    A run whose next release would overspend ends with the rounds it has; one that stops early, or could
+    have, with its best model.
     """
     try:
-        while run.round < run.job.federation.rounds:
+        while run.round < run.job.federation.rounds and not (run.stopping and run.stopping.is_over):
             play_round(run)
     except BudgetExhausted as spent:
         run.ended_early = str(spent)
         logger.warning("%s: the run ends after round %d", spent, run.round)
     finally:
         run.keeper.save_last()
+    if run.stopping is not None and run.stopping.best:
+        run.tensors, run.ended_early = run.stopping.best, run.stopping.words
 
 
 def play_round(run: Run) -> None:
@@ -150,7 +159,12 @@ def play_round(run: Run) -> None:
     at_clients = time.monotonic() - started
     merge(run, screened.updates, round)
     run.round = round
-    metrics = measure(run) if round % run.job.evaluate.every == 0 else {}
+    is_measured = round % run.job.evaluate.every == 0
+    metrics = measure(run) if is_measured else {}
+    if run.stopping is not None and is_measured:
+        validation = validated(run)
+        run.stopping.note(round, validation.get(run.stopping.metric, math.nan), run.tensors)
+        simulated = {**simulated, "validation": validation}
     seconds = {"seconds": time.monotonic() - started, "seconds_at_clients": at_clients}
     line = _log_line(run, cohort, screened, metrics, seconds | simulated)
     run.log.append(line)
@@ -281,8 +295,11 @@ def measure(run: Run) -> dict[str, float]:
     """
     if run.test is not None:
         return run.learner.compute(run.learner.evaluate(run.tensors, run.test))
-    if run.is_private:
-        return {}
+    return {} if run.is_private else validated(run)
+
+
+def validated(run: Run) -> dict[str, float]:
+    """Metrics of the global model over all clients' validation splits; nothing where there are none."""
     measurements = measure_clients(run)
     states = [m.states for m in measurements if m.num_examples]
     return run.learner.compute(added(states)) if states else {}
@@ -318,7 +335,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
         round=run.round,
         job_hash=run.job.hash,
         tensors=run.tensors,
-        state=run.state,
+        state=run.state | (run.stopping.state() if run.stopping else {}),
         bytes_up=run.bytes_up,
         bytes_down=run.bytes_down,
         facts=run.learner.facts,

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import ConfigError
-from protocol.job import Job, apply_override, read_toml
+from protocol.job import Job
+from protocol.job_file import apply_override, read_toml
 from server.checkpoint import replace_synced
 
 FORMAT = 1

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import ConfigError
-from protocol.job import Job, read_toml
+from protocol.job import Job
+from protocol.job_file import read_toml
 from server.rundir import job_toml
 
 GOOD = """

@@ -1,0 +1,68 @@
+"""A job's file: TOML as a table, single keys of it overridden, paths made absolute."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import ConfigError
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; every failure is one ConfigError line that names it."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: found a folder, expected a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; expected a UTF-8 TOML file") from None
+    if not text.strip():
+        raise ConfigError(f"{path}: the file is empty, expected TOML")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def apply_override(table: dict[str, Any], override: str, *, option: str = "--set") -> None:
+    """Set `a.b=value` in a parsed job; the value is TOML, or else a plain string.
+
+    `option` is what the override was given with, for error messages.
+    """
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{option} {override}: expected key=value, such as train.lr=0.05")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if text.strip()[:1] in ("{", "[", '"', "'"):
+            raise ConfigError(
+                f"{option} {override}: not valid TOML: {error}; put it in single quotes, for the shell"
+            ) from None
+        value = text
+    for part in parts[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{option} {override}: {part} is not a table")
+        table = inner
+    table[parts[-1]] = value
+
+
+def absolute(value: str, folder: Path, origin: str, key: str) -> str:
+    """A value that looks like a path (has a slash, `~`, or a dot in front), made absolute."""
+    if "$" in value:
+        raise ConfigError(f"{origin}: {key}: environment variables are not expanded, found {value!r}")
+    if ":" in value.split("/")[0] or not (value.startswith((".", "~")) or "/" in value):
+        return value
+    if "\0" in value:
+        raise ConfigError(f"{origin}: {key}: NUL cannot be part of a path, found {value!r}")
+    return os.path.realpath(folder / os.path.expanduser(value))  # noqa: PTH111 - these raise at nothing
