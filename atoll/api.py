@@ -149,11 +149,12 @@ def sweep(
     vary: Mapping[str, Sequence[Any]],
     out: str | Path | None = None,
     *,
-    seeds: int = 10,
+    seeds: int | None = None,
+    folds: int | None = None,
     workers: int | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Sweep:
-    """Run a grid of a job's variations over several seeds, as `atoll sweep` does.
+    """Run a grid of a job's variations over several seeds or folds, as `atoll sweep` does.
 
     Raises:
         InputError: a key or a value is wrong; nothing was run.
@@ -163,7 +164,7 @@ def sweep(
 
     grid = [f"{key}={','.join(as_text(value) for value in values)}" for key, values in vary.items()]
     folder = Path(out) if out is not None else None
-    return Sweep(run_sweep(Path(job), grid, seeds, folder, workers, as_overrides(changes or {})))
+    return Sweep(run_sweep(Path(job), grid, seeds, folds, folder, workers, as_overrides(changes or {})))
 
 
 def as_overrides(changes: Mapping[str, Any]) -> list[str]:

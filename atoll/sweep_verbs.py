@@ -40,6 +40,12 @@ def sweep(
         int | None,
         typer.Option(min=1, max=10_000, help=f"Runs of every combination; {SEEDS} if not said."),
     ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            min=2, max=1000, help="Cross-validate inside the clients, by so many folds of their data."
+        ),
+    ] = None,
     out_dir: OutDir = None,
     workers: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Processes; as many as there are cores if not said.")
@@ -55,13 +61,14 @@ def sweep(
     """
     from sim.sweep import Base, Grid, SweepFolder, planned
 
-    grid = Grid.of(vary or [], seeds or SEEDS) if vary or not plot_only else None
+    repeats = seeds or (SEEDS if folds is None else 1)
+    grid = Grid.of(vary or [], repeats, folds) if vary or folds or not plot_only else None
     base = Base.load(job, overrides or (), list(grid.keys) if grid else ())
     folder = SweepFolder(out_dir or Path("runs") / f"{base.name}-sweep")
     folder.check(base)
     if grid is None:
         known = folder.grid()
-        grid = Grid(known.keys, seeds or known.seeds)
+        grid = Grid(known.keys, seeds or known.seeds, known.folds)
     runs = planned(base, grid)
     if plot_only:
         tell(folder, runs, base.name, {})
@@ -127,6 +134,7 @@ def _progress(shown: Gauge):  # type: ignore[no-untyped-def]
 
 def _size(grid: Grid) -> str:
     parts = [f"{len(values)} of {key}" for key, values in grid.keys.items()]
+    parts += [f"{grid.folds} folds"] if grid.folds is not None else []
     return " x ".join([*parts, f"{grid.seeds} seed{'s' if grid.seeds > 1 else ''}"])
 
 
@@ -167,10 +175,11 @@ def shown_table(rows: Sequence[Row], name: str) -> Table:
     from sim.frontier import headline_of, table
     from sim.sweep import said
 
-    shown = Table(title=f"{plain(name)}: mean ± standard deviation over seeds", title_justify="left")
+    repeats = "seeds" if rows[0].job.data.folds is None else "folds and seeds"
+    shown = Table(title=f"{plain(name)}: mean ± standard deviation over {repeats}", title_justify="left")
     for key in rows[0].values:
         shown.add_column(escape(key), justify="right")
-    shown.add_column("seeds", justify="right")
+    shown.add_column(repeats, justify="right")
     shown.add_column((headline_of(rows) or "metric").replace("_", " "), justify="right")
     shown.add_column("epsilon spent", justify="right")
     for line in table(rows):

@@ -86,6 +86,18 @@ class DataSection(Section):
     test: str | None = None
     test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
     validation_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    folds: Annotated[int, Field(ge=2, le=1000)] | None = None
+    fold: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_the_folds(self) -> DataSection:
+        if self.folds is None and self.fold:
+            raise ValueError("fold has no meaning without folds: remove it")
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(
+                f"fold: expected 0 to {self.folds - 1} with folds = {self.folds}, found {self.fold}"
+            )
+        return self
 
 
 class BackboneSection(Section):
@@ -248,6 +260,11 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _stopping_has_what_it_measures(self) -> Job:
+        if self.data.folds is not None and self.privacy.units:
+            raise ValueError(
+                "data.folds: clients measure nothing under a promise of privacy; expected none with"
+                f" privacy.unit = {self.privacy.unit!r}"
+            )
         if self.evaluate.patience is None:
             return self
         if self.privacy.units:
@@ -255,7 +272,7 @@ class Job(Section):
                 "evaluate.patience: which round is best would be chosen by data that is promised privacy;"
                 f" expected none with privacy.unit = {self.privacy.unit!r}"
             )
-        if self.data.validation_fraction == 0:
+        if self.data.validation_fraction == 0 and self.data.folds is None:
             raise ValueError(
                 "evaluate.patience: clients keep nothing back to measure on; expected"
                 " data.validation_fraction above 0"

@@ -76,12 +76,12 @@ class Comparison:
         return way / gap if gap > NO_GAP else None
 
 
-def comparison_of(result: dict[str, Any]) -> Comparison:
+def comparison_of(result: dict[str, Any], *, by_folds: bool = False) -> Comparison:
     """The task's references, then the rows in the order of `NAMES`.
 
-    The federated one is from the server's test set, else its clients.
+    The federated one is from the server's test set, else its clients; `by_folds` from its clients only.
     """
-    server = result["final"]["server"]
+    server = {} if by_folds else result["final"]["server"]
     rows = dict(result["baselines"]) | {"federated": server or mean_over_clients(result)}
     order = [name for name in rows if name not in NAMES] + list(NAMES)
     task = TASKS.get(str(result.get("task")))

@@ -27,7 +27,7 @@ from protocol.job import Job
 from protocol.streams import stream_seed
 from server.clock import Call, Clock, Turnout, everybody
 from sim.population import Population, client_names, number_of
-from tasks.learner import validation_count
+from tasks.learner import kept_back
 
 Numbers = NDArray[np.float64]
 
@@ -147,8 +147,8 @@ class VirtualClock:
 
     def seconds(self, kinds: NDArray[np.int64], sizes: NDArray[np.int64], bytes_each_way: int) -> Numbers:
         """When each answers, in seconds after the call; its own validation part is not trained on."""
-        fraction = self.job.data.validation_fraction
-        kept = np.array([validation_count(size, fraction) for size in sizes.tolist()])
+        parts = (kept_back(size, self.job.data) for size in sizes.tolist())
+        kept = np.array([part.stop - part.start for part in parts])
         work = (sizes - kept) * self.job.train.epochs / self._of("examples_per_second", kinds)
         bits = 8 * bytes_each_way / 1e6
         sent = bits / self._of("download_mbps", kinds) + bits / self._of("upload_mbps", kinds)

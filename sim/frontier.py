@@ -41,7 +41,7 @@ class Row:
     @classmethod
     def of(cls, run: Planned, result: Mapping[str, Any], path: str) -> Row:
         """From what `result.json` holds."""
-        compared = comparison_of(dict(result))
+        compared = comparison_of(dict(result), by_folds=run.job.data.folds is not None)
         federated = compared.rows.get("federated", {})
         metrics = {
             name: value for name in compared.metrics if (value := finite(federated.get(name))) is not None
@@ -227,6 +227,8 @@ def _best_sentence(rows: Sequence[Row]) -> str:
     group = best(combinations(rows))
     found = Estimate.of(scores(group))
     words = ", ".join(f"{k} {said(v)}" for k, v in group[0].values.items() if v is not None)
+    if not words:
+        return f"The {metric_words(metric)} is {value_words(found)} over {found.count} folds and seeds."
     return f"The best {metric_words(metric)}, {value_words(found)}, has {words}."
 
 
@@ -283,14 +285,16 @@ def as_csv(rows: Sequence[Row]) -> str:
     spent = ["epsilon_spent", "delta", "noise_multiplier"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*keys, "seed", *metrics, *spent, "model_sha256", "seconds", "path"])
+    repeats = ["seed", "fold"] if rows and rows[0].job.data.folds is not None else ["seed"]
+    writer.writerow([*keys, *repeats, *metrics, *spent, "model_sha256", "seconds", "path"])
     for row in rows:
         promised = [row.privacy["epsilon"], row.privacy["delta"], row.privacy["noise_multiplier"]]
         if row.is_private and promised[0] is None:
             promised[0] = math.inf
         measured = [row.metrics.get(name) for name in metrics]
         given = [None if (v := row.values[key]) is None else said(v) for key in keys]
+        numbers = [row.job.seed, row.job.data.fold][: len(repeats)]
         writer.writerow(
-            [*given, row.job.seed, *measured, *promised, row.model_sha256, f"{row.seconds:.3f}", row.path]
+            [*given, *numbers, *measured, *promised, row.model_sha256, f"{row.seconds:.3f}", row.path]
         )
     return text.getvalue()

@@ -32,7 +32,7 @@ from protocol.messages import Facts, Measurement, Reply, Request
 from protocol.tensors import Tensors
 from sim.dealing import Rows
 from sim.population import Population, number_of
-from tasks.learner import Learner, ranked, validation_count
+from tasks.learner import Learner, kept_back, ranked
 from tasks.seam import Shard
 
 TABLE_BYTES = 1 << 30
@@ -89,11 +89,12 @@ class Index:
         if task.splits_itself:
             own = task.split(self.whole.select(rows.tolist()), job.seed, job.data.validation_fraction)
             return rows[own[0]], rows[own[1]]
-        count = validation_count(len(rows), job.data.validation_fraction)
-        if not count:
+        kept = kept_back(len(rows), job.data)
+        if kept.start == kept.stop:
             return rows, rows[:0]
         drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
-        return np.sort(drawn[count:]), np.sort(drawn[:count])
+        train = np.concatenate([drawn[: kept.start], drawn[kept.stop :]])
+        return np.sort(train), np.sort(drawn[kept])
 
     def works(self, names: Sequence[str]) -> tuple[Examples, list[HeadWork]]:
         """Examples, and which of their rows those clients train on."""

@@ -42,13 +42,17 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Grid:
-    """What varies: for each key its values, as they were typed, and how many seeds there are."""
+    """What varies: for each key its values, as they were typed, and how many seeds there are.
+
+    With `folds` every combination also runs once for each fold of the clients' data.
+    """
 
     keys: Mapping[str, tuple[str, ...]]
     seeds: int
+    folds: int | None = None
 
     @classmethod
-    def of(cls, vary: Sequence[str], seeds: int) -> Grid:
+    def of(cls, vary: Sequence[str], seeds: int, folds: int | None = None) -> Grid:
         """From `key=a,b,c` texts.
 
         Raises:
@@ -63,17 +67,19 @@ class Grid:
                 raise ConfigError(f"--vary {text}: expected key=value,value,..., such as train.lr=0.1,0.3")
             if key == "seed":
                 raise ConfigError("--vary seed: expected --seeds N; every combination runs with N seeds")
+            if key in ("data.folds", "data.fold"):
+                raise ConfigError(f"--vary {key}: expected --folds K; every combination runs with K folds")
             if key in keys:
                 raise ConfigError(f"--vary {key}: found twice, expected all its values in one --vary")
             if len({said(as_value(v)) for v in found}) < len(found):
                 raise ConfigError(f"--vary {text}: a value is there twice, expected different ones")
             keys[key] = tuple(found)
-        if not keys:
+        if not keys and folds is None:
             raise ConfigError(
                 "--vary: missing, expected what the runs differ in, such as"
                 " --vary privacy.epsilon=0.5,1,2,inf"
             )
-        return cls(keys, seeds)
+        return cls(keys, seeds, folds)
 
     def combinations(self) -> Iterator[dict[str, str]]:
         """Every combination of the values as they were typed; the last key varies fastest."""
@@ -193,12 +199,14 @@ class Planned:
         given = {key.rpartition(".")[2]: v for key, v in self.values.items() if v is not None}
         parts = [f"{key}-{said(value)}" for key, value in given.items()]
         readable = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part) for part in parts)
-        return f"{readable[:80]}_seed-{self.job.seed}_{self.job.hash[:HASH]}"
+        fold = "" if self.job.data.folds is None else f"_fold-{self.job.data.fold}"
+        return f"{readable[:80]}_seed-{self.job.seed}{fold}_{self.job.hash[:HASH]}".lstrip("_")
 
     @property
     def words(self) -> str:
         """How a person would name it."""
-        return f"{combination_words(self.values)}, seed {self.job.seed}"
+        fold = [] if self.job.data.folds is None else [f"fold {self.job.data.fold}"]
+        return ", ".join([*_words(self.values), f"seed {self.job.seed}", *fold])
 
 
 def said(value: Any) -> str:
@@ -214,21 +222,28 @@ def said(value: Any) -> str:
 
 def combination_words(values: Values) -> str:
     """The values that have a meaning, each with its key."""
-    return ", ".join(f"{key} {said(value)}" for key, value in values.items() if value is not None)
+    return ", ".join(_words(values))
+
+
+def _words(values: Values) -> list[str]:
+    return [f"{key} {said(value)}" for key, value in values.items() if value is not None]
 
 
 def planned(base: Base, grid: Grid) -> list[Planned]:
-    """Every run once, seed by seed; two combinations that make the same job are one run.
+    """Every run once, seed by seed and fold by fold; two combinations that make the same job are one run.
 
     Raises:
         ConfigError: one of them is no valid job.
     """
     runs: dict[str, Planned] = {}
     combined = [base.job(texts) for texts in grid.combinations()]
-    for offset in range(grid.seeds):
+    for offset, fold in product(range(grid.seeds), range(grid.folds or 1)):
         for values, job in combined:
-            seeded = Job.parse(job.model_dump(mode="json") | {"seed": job.seed + offset}, origin=base.origin)
-            runs.setdefault(seeded.hash, Planned(values, seeded))
+            table = job.model_dump(mode="json") | {"seed": job.seed + offset}
+            if grid.folds is not None:
+                table["data"] |= {"folds": grid.folds, "fold": fold}
+            repeated = Job.parse(table, origin=base.origin)
+            runs.setdefault(repeated.hash, Planned(values, repeated))
     return list(runs.values())
 
 
@@ -260,7 +275,11 @@ class SweepFolder:
     def grid(self) -> Grid:
         """The grid that was asked for last."""
         about = self._read()
-        return Grid({key: tuple(texts) for key, texts in about["vary"].items()}, int(about["seeds"]))
+        return Grid(
+            {key: tuple(texts) for key, texts in about["vary"].items()},
+            int(about["seeds"]),
+            about.get("folds"),
+        )
 
     def _read(self) -> dict[str, Any]:
         if not self.about.is_file():
@@ -275,7 +294,8 @@ class SweepFolder:
 
     def note(self, base: Base, grid: Grid) -> None:
         """Write down which job this is a sweep of, and the grid."""
-        about = {"format": FORMAT, "base": _as_json(base.table), "vary": dict(grid.keys), "seeds": grid.seeds}
+        vary = {"vary": dict(grid.keys), "seeds": grid.seeds, "folds": grid.folds}
+        about = {"format": FORMAT, "base": _as_json(base.table), **vary}
         replace_synced(self.about, json.dumps(about, indent=2).encode())
 
     @contextmanager

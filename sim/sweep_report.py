@@ -47,10 +47,11 @@ def write_sweep(folder: Path, rows: Sequence[Row], name: str, *, missing: int) -
     lines = tuple(words_of(rows, chosen, missing))
     files = {"table": folder / "sweep.csv", "page": folder / "sweep.md"}
     replace_synced(files["table"], as_csv(rows).encode())
-    if scores(rows):
+    is_drawn = bool(scores(rows) and rows[0].values)
+    if is_drawn:
         files["picture"] = folder / "frontier.png"
         replace_synced(files["picture"], frontier_png(rows, name))
-    page = _page(rows, name, lines, has_picture=bool(scores(rows)))
+    page = _page(rows, name, lines, has_picture=is_drawn)
     replace_synced(files["page"], page.encode())
     return Written(lines, files)
 
@@ -79,7 +80,8 @@ def words_of(rows: Sequence[Row], chosen: Sequence[Pick], missing: int) -> list[
 def _page(rows: Sequence[Row], name: str, lines: Sequence[str], *, has_picture: bool) -> str:
     metric = metric_words(headline_of(rows) or "metric")
     keys = list(rows[0].values)
-    head = [*keys, "seeds", f"{metric}, mean ± standard deviation", "epsilon spent"]
+    repeats = "seeds" if rows[0].job.data.folds is None else "folds and seeds"
+    head = [*keys, repeats, f"{metric}, mean ± standard deviation", "epsilon spent"]
     told = [
         [*(said(value) for value in line.values.values()), str(line.seeds), line.score, line.epsilon]
         for line in table(rows)

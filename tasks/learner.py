@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from protocol.errors import ConfigError
-from protocol.job import Job
+from protocol.job import DataSection, Job
 from protocol.messages import Facts
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
@@ -279,8 +279,9 @@ class Learner:
             train, validation = self.task.split(shard, self.job.seed, self.job.data.validation_fraction)
             return shard.select(train), shard.select(validation)
         rows = ranked(shard.keys, self.job.seed, "validation")
-        count = validation_count(len(shard), self.job.data.validation_fraction)
-        return shard.select(sorted(rows[count:])), shard.select(sorted(rows[:count]))
+        kept = kept_back(len(shard), self.job.data)
+        train = rows[: kept.start] + rows[kept.stop :]
+        return shard.select(sorted(train)), shard.select(sorted(rows[kept]))
 
     @cached_property
     def width(self) -> int:
@@ -330,6 +331,18 @@ def validation_count(examples: int, fraction: float) -> int:
     return min(round(examples * fraction), examples - 1)
 
 
+def kept_back(examples: int, data: DataSection) -> slice:
+    """Which of a shard's examples, in the order of their ranks, are measured on: a part, or one fold.
+
+    A single example is in no fold: it is trained on.
+    """
+    if data.folds is None:
+        return slice(0, validation_count(examples, data.validation_fraction))
+    if examples == 1:
+        return slice(0, 0)
+    return slice(examples * data.fold // data.folds, examples * (data.fold + 1) // data.folds)
+
+
 def ranked(keys: Sequence[bytes], seed: int, purpose: str) -> list[int]:
     """Rows in an order that depends on seed, purpose and content, and not on where they stood."""
     prefix = f"{seed}/{purpose}/".encode()
@@ -351,6 +364,8 @@ def check_fits(job: Job, task: Task) -> None:
     task.check(job)
     check_imbalance(job, task)
     check_smoothing(job, task)
+    if job.data.folds is not None and task.splits_itself:
+        raise ConfigError(f"data.folds: {task.name} says itself what is measured on, expected none")
     if job.train.dropout is not None and task.on_features and job.tune.method == "head":
         raise ConfigError("train.dropout: a head on a frozen backbone has no layer of dropout, expected none")
     check_device(job.train.device)
