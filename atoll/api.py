@@ -31,6 +31,7 @@ def simulate(
     workers: int = 1,
     resume: bool = False,
     force: bool = False,
+    track: Sequence[str] = (),
 ) -> Run:
     """Run a whole federation on this machine, as `atoll simulate` does.
 
@@ -51,6 +52,7 @@ def simulate(
         workers=workers,
         resume=resume,
         force=force,
+        track=track,
     )
     return Run(where)
 

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: atoll report runs/bbc-news")(report)
     app.command(epilog='Example: atoll predict runs/bbc-news "Shares fell sharply"')(predict)
     app.command(epilog="Example: atoll check my-photos --task image-classification")(check)
+    app.command(epilog="Example: atoll track runs/bbc-news --to tensorboard")(track)
     app.command("list", epilog="Example: atoll list backbones")(list_)
 
 
@@ -34,6 +35,17 @@ def report(run: RunDir) -> None:
 
     write_report(run, read_result(run))
     out.print(f"report  {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def track(
+    run: RunDir,
+    to: Annotated[list[str], typer.Option("--to", metavar="NAME", help="tensorboard or mlflow.")],
+) -> None:
+    """Write a complete run, simulated or of real sites, to TensorBoard or MLflow."""
+    from atoll.tracking import track_finished
+
+    for name, place in track_finished(run, read_result(run), to).items():
+        out.print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
 
 
 def read_result(run: Path) -> dict[str, Any]:

@@ -6,12 +6,14 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from atoll.show import ending, out, plain, watching
+from atoll.tracking import Tracking, check_trackers
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
 
@@ -20,6 +22,10 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.lr=0.05."),
 ]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file (TOML).")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="NAME", help="Follow it in tensorboard or mlflow; can be given again."),
+]
 OutDir = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the run directory goes.")]
 
 
@@ -54,13 +60,17 @@ def simulate(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an old run in --out.")] = False,
+    track: Track = None,
 ) -> None:
     """Run a whole federation on this machine."""
     if engine not in ENGINES:
         raise ConfigError(f"--engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     loaded = load(job, overrides)
     default = Path("runs") / loaded.name
-    run_here(loaded, out, engine=engine, workers=workers, resume=resume, force=force, default=default)
+    run_here(
+        loaded, out, engine=engine, workers=workers, resume=resume, force=force, default=default,
+        track=track or (),
+    )  # fmt: skip
 
 
 def run_here(
@@ -72,16 +82,25 @@ def run_here(
     workers: int = 1,
     resume: bool = False,
     force: bool = False,
+    track: Sequence[str] = (),
 ) -> Path:
     """Simulate with a live display, then say what came out; the run directory."""
     from sim.engine import simulate as simulate_job
 
+    check_trackers(track)
     where = where or (default if force else unused(default, resume=resume))
     finished = _finished(where, job) if resume else None
     if finished is not None:
         out.print(plain(f"{where}: this run is complete, nothing is left to do"), soft_wrap=True)
         ending(finished, where)
         return where
+    tracking = Tracking(job, where, track)
+
+    def step(name: str, what: dict[str, Any]) -> None:
+        watcher.step(name, what)
+        if name == "round" and track:
+            tracking.line(what)
+
     try:
         with watching(job.federation.rounds) as watcher:
             result = simulate_job(
@@ -89,14 +108,18 @@ def run_here(
                 where,
                 engine=engine,
                 workers=workers,
-                watch=watcher.step,
+                watch=step,
                 progress=watcher.features,
                 resume=resume,
                 force=force,
             )
     except KeyboardInterrupt:
         raise Interrupted(how_to_go_on(where, job.federation.rounds)) from None
+    if track:
+        tracking.end(result)
     ending(result, where)
+    for name, place in tracking.places.items():
+        out.print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
     return where
 
 

@@ -231,7 +231,7 @@ def _locked(path: Path) -> TextIO:
 
 def _clear(path: Path) -> None:
     """Remove what a run writes, and nothing else that may lie there."""
-    for name in ("checkpoints", "model", "ledgers"):
+    for name in ("checkpoints", "model", "ledgers", "tensorboard"):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in ("metrics.jsonl", "result.json", "report.html", "ledger.jsonl", "audit.json"):
         (path / name).unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""Runs beside other runs: their rounds and results in TensorBoard or MLflow, as they go or afterwards.
+
+What is written is what `metrics.jsonl` and `result.json` hold, no more: under a promise of privacy they have
+only what may be told.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from protocol.errors import ConfigError
+from protocol.job import Job
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+"""The package that each needs."""
+
+TAG = "atoll.run"
+"""An MLflow run's tag that says which run directory it is of."""
+
+LOST = (OSError, ValueError)
+"""What a tracker may fail with, a full disk or a silent server; MLflow's own errors are added."""
+
+
+class Tracker(Protocol):
+    """Where a run's numbers go."""
+
+    place: str
+
+    def numbers(self, values: Mapping[str, float], round: int) -> None:
+        """What is known after a round."""
+        ...
+
+    def words(self, values: Mapping[str, str]) -> None:
+        """The job's settings, or what came out that is no number."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is to come."""
+        ...
+
+
+class TensorBoardTracker:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, job: Job, run: Path, after: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.place = str(run / "tensorboard")
+        self._writer = SummaryWriter(self.place, purge_step=after + 1 if after else None)
+
+    def numbers(self, values: Mapping[str, float], round: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, round)
+        self._writer.flush()
+
+    def words(self, values: Mapping[str, str]) -> None:
+        table = "\n".join(["| key | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in values.items())])
+        self._writer.add_text(next(iter(values)).partition(".")[0], table)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MLflowTracker:
+    """A run of the experiment that is called as the job.
+
+    It is kept at MLFLOW_TRACKING_URI, or in mlflow.db beside RUN.
+    """
+
+    def __init__(self, job: Job, run: Path, after: int) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.resolve().parent}/mlflow.db"
+        self._client = MlflowClient(tracking_uri=self.place)
+        found = self._client.get_experiment_by_name(job.name)
+        experiment = self._client.create_experiment(job.name) if found is None else found.experiment_id
+        known = self._known(experiment, run, job) if after else None
+        tags = {TAG: str(run.resolve()), "atoll.job_hash": job.hash}
+        self._run = known or str(
+            self._client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
+        )
+
+    def _known(self, experiment: str, run: Path, job: Job) -> str | None:
+        """The run that this one goes on with, if it was tracked from its beginning."""
+        wanted = f"tags.`{TAG}` = '{run.resolve()}' and tags.`atoll.job_hash` = '{job.hash}'"
+        found = self._client.search_runs([experiment], wanted, max_results=1)
+        return found[0].info.run_id if found else None
+
+    def numbers(self, values: Mapping[str, float], round: int) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run, name, value, step=round)
+
+    def words(self, values: Mapping[str, str]) -> None:
+        for name, value in values.items():
+            self._client.set_tag(self._run, name, value)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+TRACKERS: dict[str, Callable[[Job, Path, int], Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "mlflow": MLflowTracker,
+}
+
+
+def check_trackers(names: Sequence[str], option: str = "--track") -> None:
+    """Raises ConfigError where there is no such tracker, or its package isn't installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"{option}: expected {' or '.join(TRACKERS)}, found {name!r}")
+        if find_spec(PACKAGES[name]) is None:
+            raise ConfigError(
+                f"{option} {name}: the package {PACKAGES[name]} is not installed; pip install 'atoll[track]'"
+            )
+
+
+@dataclass
+class Tracking:
+    """Writes a run's lines to trackers; one that fails is told of once, and the run goes on without it."""
+
+    job: Job
+    run: Path
+    names: Sequence[str]
+    places: dict[str, str] = field(default_factory=dict)
+    _open: dict[str, Tracker] = field(default_factory=dict)
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """A round's line, as `metrics.jsonl` has it; the first one opens the trackers."""
+        if not self.places:
+            self._begin(after=int(line["round"]) - 1)
+        values = dict(numbers_of({k: v for k, v in line.items() if k != "round"}))
+        self._each(lambda tracker: tracker.numbers(values, int(line["round"])))
+
+    def end(self, result: Mapping[str, Any]) -> None:
+        """What `result.json` has beyond its rounds."""
+        told = {key: result[key] for key in ("final", "baselines", "privacy", "seconds", "peak_rss_mb")}
+        told["final"] = {"server": result["final"]["server"]}
+        values, rounds = dict(numbers_of(told)), len(result["rounds"])
+        words = {key: str(result[key]) for key in ("model_sha256", "job_hash", "engine", "task", "strategy")}
+        self._each(lambda tracker: tracker.numbers(values, rounds))
+        self._each(lambda tracker: tracker.words({f"result.{k}": v for k, v in words.items()}))
+        self._each(lambda tracker: tracker.close())
+
+    def _begin(self, after: int) -> None:
+        settings = dict(words_of(self.job.model_dump(mode="json"), "job"))
+        for name in self.names:
+            self.places[name] = name
+            try:
+                self._open[name] = TRACKERS[name](self.job, self.run, after)
+                self.places[name] = self._open[name].place
+            except lost() as error:
+                _tell(name, error)
+        self._each(lambda tracker: tracker.words(settings))
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._open.items()):
+            try:
+                act(tracker)
+            except lost() as error:
+                del self._open[name]
+                _tell(name, error)
+
+
+def _tell(name: str, error: Exception) -> None:
+    why = " ".join(str(error).split())
+    logger.warning(
+        "%s is left out from here on: %s; atoll track writes it when the run is complete", name, why
+    )
+
+
+def lost() -> tuple[type[Exception], ...]:
+    """What a tracker may fail with."""
+    if find_spec("mlflow") is None:
+        return LOST
+    from mlflow.exceptions import MlflowException
+
+    return (*LOST, MlflowException)
+
+
+def numbers_of(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    """Every finite number in nested tables, by its path.
+
+    >>> dict(numbers_of({"loss": 0.5, "metrics": {"accuracy": 1}, "cohort": ["a"], "set_aside": {}}))
+    {'loss': 0.5, 'metrics/accuracy': 1.0}
+    """
+    for key, value in values.items():
+        name = f"{path}/{key}" if path else key
+        if isinstance(value, Mapping):
+            yield from numbers_of(value, name)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield name, float(value)
+
+
+def words_of(table: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    """Every setting of a job that there is, by its path."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from words_of(value, f"{path}.{key}")
+        elif value is not None:
+            yield f"{path}.{key}", str(value)
+
+
+def track_finished(run: Path, result: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """Write a complete run's directory to trackers; where each of them is.
+
+    Raises:
+        ConfigError: there is no such tracker here.
+    """
+    check_trackers(names, "--to")
+    tracking = Tracking(Job.load(run / "job.toml"), run, names)
+    for text in (run / "metrics.jsonl").read_text("utf-8").splitlines():
+        tracking.line(json.loads(text))
+    tracking.end(result)
+    return tracking.places

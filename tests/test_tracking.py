@@ -1,0 +1,142 @@
+"""Runs in TensorBoard and MLflow: what is read back there is what the run directory holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from atoll import tracking
+from atoll.cli import run as command_line
+from atoll.tracking import Tracking, numbers_of
+from protocol.job import Job
+
+TABLE: dict[str, Any] = {
+    "name": "followed",
+    "seed": 3,
+    "task": {"name": "image-classification"},
+    "data": {"source": "digits"},
+    "backbone": {"name": "raw:pixels", "image_size": 8},
+    "train": {"batch_size": 32, "lr": 1.0},
+    "federation": {"clients": 4, "rounds": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "job.toml").write_text(tomli_w.dumps(TABLE))
+    given = ["simulate", str(folder / "job.toml"), "--out", str(folder / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert command_line([*given, "--track", "tensorboard", "--track", "mlflow"]) == 0
+    return folder
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def mlflow_runs(database: Path) -> list[Any]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{database}")
+    experiment = client.get_experiment_by_name("followed")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def test_tensorboard_has_every_round_and_the_result(followed: Path) -> None:
+    result = json.loads((followed / "run" / "result.json").read_text())
+    found = scalars(followed / "run" / "tensorboard")
+    for line in result["rounds"]:
+        assert found["loss"][line["round"]] == pytest.approx(line["loss"])
+        assert found["metrics/accuracy"][line["round"]] == pytest.approx(line["metrics"]["accuracy"])
+        assert found["bytes_up"][line["round"]] == line["bytes_up"]
+    assert found["final/server/accuracy"] == {3: pytest.approx(result["final"]["server"]["accuracy"])}
+
+
+def test_mlflow_has_every_round_the_settings_and_the_result(followed: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    result = json.loads((followed / "run" / "result.json").read_text())
+    (run,) = mlflow_runs(followed / "mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{followed / 'mlflow.db'}")
+    history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "metrics/accuracy")}
+    assert history == {line["round"]: pytest.approx(line["metrics"]["accuracy"]) for line in result["rounds"]}
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["job.train.lr"] == "1.0"
+    assert run.data.tags["result.model_sha256"] == result["model_sha256"]
+    assert run.data.metrics["final/server/accuracy"] == pytest.approx(result["final"]["server"]["accuracy"])
+
+
+def test_a_run_directory_is_written_afterwards_too(followed: Path, tmp_path: Path) -> None:
+    shutil.copytree(followed / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
+    assert command_line(["track", str(tmp_path / "run"), "--to", "tensorboard", "--to", "mlflow"]) == 0
+    assert scalars(tmp_path / "run" / "tensorboard") == scalars(followed / "run" / "tensorboard")
+    assert len(mlflow_runs(tmp_path / "mlflow.db")) == 1
+
+
+def test_a_resumed_run_goes_on_where_it_was_tracked(tmp_path: Path) -> None:
+    job = Job.parse(TABLE, origin="test")
+    names = ("tensorboard", "mlflow")
+    first = Tracking(job, tmp_path / "run", names)
+    for round in (1, 2, 3):
+        first.line({"round": round, "loss": float(round)})
+    again = Tracking(job, tmp_path / "run", names)
+    for round in (3, 4):
+        again.line({"round": round, "loss": 10.0 * round})
+    (run,) = mlflow_runs(tmp_path / "mlflow.db")
+    assert run.data.metrics["loss"] == 40.0
+    assert scalars(tmp_path / "run" / "tensorboard")["loss"] == {1: 1.0, 2: 2.0, 3: 30.0, 4: 40.0}
+
+
+def test_a_tracker_that_fails_costs_its_lines_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Full:
+        place = "nowhere"
+
+        def __init__(self, *about: object) -> None: ...
+        def words(self, values: object) -> None: ...
+        def close(self) -> None: ...
+        def numbers(self, values: object, round: int) -> None:
+            seen.append(round)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Full)
+    followed = Tracking(Job.parse(TABLE, origin="test"), tmp_path, ["tensorboard"])
+    followed.line({"round": 1})
+    followed.line({"round": 2})
+    assert seen == [1]
+    assert "tensorboard is left out from here on" in caplog.text and "No space left" in caplog.text
+
+
+def test_what_there_is_not_is_refused_before_anything_runs(
+    followed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["simulate", str(followed / "job.toml"), "--out", str(tmp_path / "run")]
+    assert command_line([*given, "--track", "wandb"]) == 2
+    assert "--track: expected tensorboard or mlflow, found 'wandb'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_finite_numbers_are_told() -> None:
+    line = {
+        "loss": float("nan"),
+        "trained": 3,
+        "set_aside": {"a": "why"},
+        "flag": True,
+        "metrics": {"f1": 0.5},
+    }
+    assert dict(numbers_of(line)) == {"trained": 3.0, "metrics/f1": 0.5}
