@@ -1,4 +1,4 @@
-"""Random augmentation: torchvision's transforms, and token dropout, each draw from a stream of its own.
+"""Random augmentation: torchvision's transforms, token dropout, SpecAugment, each from a stream of its own.
 
 torchvision's own classes draw from torch's one global generator, which threads would share, so
 the draws are made here, with their distributions and default ranges, and the functions are theirs.
@@ -15,6 +15,7 @@ from PIL import Image
 IMAGE_AUGMENTATIONS = ("crop", "rotate", "flip", "color")
 """In the order in which they are applied, whatever the order in the job."""
 TEXT_AUGMENTATIONS = ("token-dropout",)
+SOUND_AUGMENTATIONS = ("spec-augment",)
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 """Of a random crop, as in RandomResizedCrop: its part of the image, its width by its height."""
@@ -23,6 +24,8 @@ JITTER, HUE = 0.4, 0.1
 """Brightness, contrast and saturation change by up to this factor, hue by this part of the circle."""
 DROPPED = 0.1
 """The probability that a token is hidden."""
+MASKS, WIDEST_BAND, WIDEST_TIME = 2, 1 / 3, 1 / 5
+"""SpecAugment's: how many masks of either kind, and the most of bands and of frames that one hides."""
 
 Frame = tuple[int, int, int, int]
 """Top, left, height, width."""
@@ -91,6 +94,21 @@ def hidden_tokens(
     if mask is not None:
         return [mask if h else i for i, h in zip(ids, hit, strict=True)]
     return [i for i, h in zip(ids, hit, strict=True) if not h] or list(ids)
+
+
+def masked_spectrum(spectrum: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Log-mel features [frames, bands] with bands and frames hidden by their mean (Park et al. 2019).
+
+    Two masks of each kind, each as wide as an even draw says, up to a third of the bands (27 of 80 in the
+    paper) and a fifth of the frames; nothing is warped.
+    """
+    masked, fill = spectrum.clone(), spectrum.mean()
+    for axis, widest in ((1, WIDEST_BAND), (0, WIDEST_TIME)):
+        size = spectrum.shape[axis]
+        for _ in range(MASKS):
+            width = _below(int(size * widest) + 1, draw)
+            masked.narrow(axis, _below(size - width + 1, draw), width).fill_(fill)
+    return masked
 
 
 def _between(low: float, high: float, draw: torch.Generator) -> float:

@@ -15,7 +15,7 @@ from tasks.columns import Columns
 from tasks.images import image_bytes, read_image_input
 from tasks.labelled import Labelled, check_pinned
 from tasks.lazy import Cells, Picked
-from tasks.options import refuse_options
+from tasks.options import check_augment, refuse_options
 from tasks.reading import Findings, Table, example_keys, inspect, read_images, read_texts, table_of
 from tasks.seam import Encoder, Shard, canonical_order
 from tasks.text_encoder import load_text_encoder
@@ -44,10 +44,7 @@ class Classification(Labelled):
     has_channels: bool
 
     def check(self, job: Job) -> None:
-        for name in job.train.augment:
-            if name not in self.augmentations:
-                known = ", ".join(map(repr, self.augmentations))
-                raise ConfigError(f"train.augment: expected {known} for {self.name}, found {name!r}")
+        check_augment(job, self.augmentations)
         if job.backbone.channels_last and not self.has_channels:
             raise ConfigError(
                 f"backbone.channels_last: expected false for {self.name}, found true: texts have no channels"

@@ -19,12 +19,13 @@ from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
 from protocol.section import Positive, Section
+from tasks.augment import SOUND_AUGMENTATIONS
 from tasks.cells import name_cell, text_cell
 from tasks.commands import load_command_model
 from tasks.labelled import agreed, check_pinned, named
 from tasks.lazy import Picked
 from tasks.losses import surprise
-from tasks.options import options_of, refuse_augment
+from tasks.options import check_augment, options_of, refuse_augment
 from tasks.problems import Journal, shown
 from tasks.reading import Table
 from tasks.recorded import Recorded
@@ -135,10 +136,12 @@ class Intent(Recorded):
     def check(self, job: Job) -> None:
         options = options_of(job.task.options, IntentOptions)
         _records(options).check(job.data)
-        refuse_augment(job)
         if options.is_heard:
+            check_augment(job, SOUND_AUGMENTATIONS)
             _check_privacy_of_recordings(job)
-        elif job.privacy.units and job.data.source not in SOURCES:
+            return
+        refuse_augment(job)
+        if job.privacy.units and job.data.source not in SOURCES:
             raise ConfigError(
                 f"privacy.unit = {job.privacy.unit!r}: the slots' names would tell what clients hold,"
                 " expected a built-in source"

@@ -364,6 +364,8 @@ def check_fits(job: Job, task: Task) -> None:
     task.check(job)
     check_imbalance(job, task)
     check_smoothing(job, task)
+    if job.train.cached_views is not None and not task.on_features:
+        raise ConfigError(f"train.cached_views: {task.name} has no features to keep, expected none")
     if job.data.folds is not None and task.splits_itself:
         raise ConfigError(f"data.folds: {task.name} says itself what is measured on, expected none")
     if job.train.dropout is not None and task.on_features and job.tune.method == "head":

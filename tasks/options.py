@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -32,6 +32,14 @@ def refuse_options(given: Mapping[str, Any], where: str, whose: str) -> None:
     """Raises ConfigError if there are any, of a task or a network that has none."""
     if given:
         raise ConfigError(f"{where}.{next(iter(given))}: {whose} has no options, expected none")
+
+
+def check_augment(job: Job, known: Sequence[str]) -> None:
+    """Raises ConfigError if inputs are to vary in a way that the task doesn't know."""
+    for name in job.train.augment:
+        if name not in known:
+            names = ", ".join(map(repr, known))
+            raise ConfigError(f"train.augment: expected {names} for {job.task.name}, found {name!r}")
 
 
 def refuse_augment(job: Job) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from protocol.errors import WeightsError
+from protocol.errors import ConfigError, WeightsError
 from protocol.job import Job
 from protocol.section import Count, Decay, Section
 from protocol.streams import global_stream
+from tasks.augment import masked_spectrum
 from tasks.letters import OWN
 from tasks.loading import config_of, fill, load_transformer, load_weights
 from tasks.options import options_of
-from tasks.seam import Batch, Encoder
+from tasks.seam import Batch, Encoder, Variation
 from tasks.sounds import BANDS, checked_sound, log_mel, normalised
 from tasks.weights import Backbone
 from tasks.whisper import WHISPER, load_whisper, mel_of
@@ -91,6 +92,16 @@ class SoundEncoder(Encoder):
         """What the network takes of each sound, as long as the sound is."""
         return [log_mel(checked_sound(data, "audio", self._max_seconds)) for data in inputs]
 
+    def prepare(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
+        ready = self.ready(inputs)
+        if variation is None:
+            return self.batch(ready)
+        return self.batch([self.varied(one, variation.stream(place)) for place, one in enumerate(ready)])
+
+    def varied(self, ready: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        """What the network takes of a sound, varied at random."""
+        return masked_spectrum(ready, draw)
+
     def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
         lengths = torch.tensor([len(one) for one in ready])
         return {"sound": nn.utils.rnn.pad_sequence(list(ready), batch_first=True), "length": lengths}
@@ -141,6 +152,9 @@ class MelEncoder(SoundEncoder):
         network: Any = self.model
         return [mel_of(checked_sound(data, "audio", self._max_seconds), network.config) for data in inputs]
 
+    def varied(self, ready: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        return torch.cat([masked_spectrum(ready[:-1], draw), ready[-1:]])
+
     def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
         """The last row of each is the silence that follows it."""
         network: Any = self.model
@@ -163,6 +177,7 @@ def load_sound_encoder(
 
     Raises:
         WeightsError: it doesn't hear, or its weights don't fit.
+        ConfigError: what it hears is to vary, and can't.
     """
     if (backbone.kind, backbone.name) == ("atoll", SMALL):
         return _small(backbone, job, max_seconds, letters)
@@ -178,6 +193,11 @@ def load_sound_encoder(
     if not hasattr(config, "conv_stride") or not hasattr(config, "feat_extract_norm"):
         raise WeightsError(
             f"{backbone.folder}: {config.model_type} does not read waves, expected wav2vec2 or {WHISPER}"
+        )
+    if job.train.augment:
+        raise ConfigError(
+            f"train.augment: {config.model_type} reads waves, of which there is no spectrum to mask;"
+            f" expected none, or a network such as atoll:{SMALL} or {WHISPER}"
         )
     # What it masks it would draw from NumPy's global generator.
     config.apply_spec_augment = False

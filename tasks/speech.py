@@ -19,10 +19,11 @@ from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
 from protocol.section import Positive, Section
+from tasks.augment import SOUND_AUGMENTATIONS
 from tasks.cells import text_cell
 from tasks.lazy import Cells, Picked
 from tasks.letters import Letters, code_points, from_code_points, letters_of, spoken
-from tasks.options import options_of, refuse_augment
+from tasks.options import check_augment, options_of
 from tasks.problems import shown
 from tasks.recogniser import load_recogniser, real_counts
 from tasks.recorded import Recorded
@@ -108,7 +109,7 @@ class SpeechRecognition(Recorded):
 
     def check(self, job: Job) -> None:
         recordings(options_of(job.task.options, SpeechOptions)).check(job.data)
-        refuse_augment(job)
+        check_augment(job, SOUND_AUGMENTATIONS)
         if job.privacy.unit in ("example", "both"):
             raise ConfigError(
                 f"privacy.unit = {job.privacy.unit!r}: neither CTC nor a recurrent layer gives each example"

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from client.train import train_model
 from protocol.errors import ConfigError, DataError, WeightsError
 from protocol.job import DataSection, Job
+from protocol.streams import stream
+from protocol.tensors import tensors_sha256
 from tasks import tuning
+from tasks.augment import masked_spectrum
 from tasks.learner import Learner, added
 from tasks.letters import OWN, code_points, from_code_points
 from tasks.seam import Shard
@@ -292,3 +295,40 @@ def test_generated_speech_is_a_source_of_the_task() -> None:
     learner = learner_of()
     shard = learner.task.shard(table.train, {})
     assert learner.batch(shard, [0, 1])["sound"].shape[2] == 40
+
+
+def test_a_spectrum_is_masked_as_the_paper_says_and_repeats_with_its_stream() -> None:
+    spectrum = torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
+    masks = [masked_spectrum(spectrum, stream(1, "test", n)) != spectrum for n in range(400)]
+    assert torch.equal(masked_spectrum(spectrum, stream(1, "test", 0)) != spectrum, masks[0])
+    bands = torch.stack([m.all(0).sum() for m in masks]).float()
+    frames = torch.stack([m.all(1).sum() for m in masks]).float()
+    # Two masks of up to 10 of 30 bands and 10 of 50 frames, each 5 wide on average, seldom over each other.
+    assert bands.max() <= 20 and frames.max() <= 20
+    assert 8 < bands.mean() < 10 and 8 < frames.mean() < 10
+    for mask in masks[:20]:
+        whole = mask.all(0).unsqueeze(0) | mask.all(1).unsqueeze(1)
+        assert torch.equal(whole, mask)  # nothing is hidden but whole bands and whole frames
+    assert (masked_spectrum(spectrum, stream(1, "test", 0))[masks[0]] == spectrum.mean()).all()
+
+
+def test_training_on_masked_spectra_repeats_and_measuring_sees_none(tmp_path: Path) -> None:
+    found = learner_of(
+        train={"optimizer": "adamw", "lr": 0.005, "batch_size": 4, "augment": ["spec-augment"]}
+    )
+    shard, first = shard_of(found, tmp_path / "data", *TEXTS), found.initial()
+    deltas = [
+        train_model(found, first, shard, found.job, client="a", round=r, plan={}).delta for r in (1, 1, 2)
+    ]
+    assert tensors_sha256(deltas[0]) == tensors_sha256(deltas[1]) != tensors_sha256(deltas[2])
+    plain = learner_of()
+    measured = [one.compute(one.evaluate(first, shard)) for one in (found, plain)]
+    assert measured[0] == measured[1]
+
+
+def test_what_cannot_be_masked_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"train\.augment: expected 'spec-augment' for speech-recognition"):
+        SPEECH_RECOGNITION.check(job_of(train={"augment": ["crop"]}))
+    with pytest.raises(ConfigError, match=r"train\.cached_views: speech-recognition has no features to keep"):
+        head = {"method": "head"}
+        learner_of(head, train={"augment": ["spec-augment"], "cached_views": 2})
