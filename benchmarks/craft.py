@@ -3,7 +3,7 @@
     python -m benchmarks.craft [CASE …] [--seeds 5]        # imbalance, few, network
 
 `imbalance`: digits of which one in fifty is of the last five classes, measured on even ones. `few`: 10
-clients of 20 digits each (MNIST, MobileNetV2's features). `network`: a small vision transformer, from nothing,
+clients of 20 digits (MNIST, MobileNetV2's features). `network`: a small vision transformer, from nothing,
 on 20 digits each. A seed deals the data anew and starts the model anew. Intervals are Student's, 95 % over
 seeds; "gain" is the mean of the differences to the plain run of the same seed. Seconds are of one run with
 what it shares with others cached: read them as more or less, other work may run beside.
