@@ -15,8 +15,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from protocol.complaints import explain
 from protocol.errors import ConfigError
+from protocol.federation import FederationSection
 from protocol.promise import PrivacySection, check_promises
-from protocol.section import Count, Decay, NotNegative, Positive, Rate, Section
+from protocol.section import Count, Decay, NotNegative, Positive, Section
 
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
 """Settings that only the named task or network knows; whoever knows them checks them."""
@@ -160,43 +161,6 @@ class TrainSection(Section):
         return self
 
 
-class FederationSection(Section):
-    """`[federation]`: who takes part in a round."""
-
-    clients: Count = 20
-    cohort: Count | None = None
-    cohort_rate: Rate | None = None
-    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 20
-    quorum: Rate = 0.5
-    round_timeout: Positive = 3600.0
-    wait: Positive = 600.0
-    devices: str | None = None
-    deadline: Positive | None = None
-    over_sampling: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.0
-    secure_aggregation: bool = False
-    secure_threshold: Rate | None = None
-
-    @model_validator(mode="after")
-    def _time_is_simulated_with_devices(self) -> FederationSection:
-        for key, given in (
-            ("deadline", self.deadline is not None),
-            ("over_sampling", self.over_sampling > 1),
-        ):
-            if given and self.devices is None:
-                raise ValueError(f"{key} is in simulated time: it needs devices, a profile of the clients'")
-        if self.over_sampling > 1 and self.cohort is None:
-            raise ValueError("over_sampling goes with cohort, the number of updates that a round waits for")
-        return self
-
-    @model_validator(mode="after")
-    def _cohort_fits(self) -> FederationSection:
-        if self.cohort is not None and self.cohort_rate is not None:
-            raise ValueError("cohort and cohort_rate exclude each other: keep one")
-        if self.cohort is not None and self.cohort > self.clients:
-            raise ValueError(f"cohort must be at most clients = {self.clients}, found {self.cohort}")
-        return self
-
-
 class StrategySection(Section):
     """`[strategy]`: how updates merge; which parameters apply depends on the name."""
 
@@ -253,6 +217,11 @@ class Job(Section):
     def leaves_backbone(self) -> bool:
         """Whether the backbone is frozen, and what training shows it can be known before."""
         return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients keep something from one round to the next."""
+        return self.federation.compression is not None and self.federation.error_feedback
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:

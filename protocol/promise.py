@@ -150,6 +150,11 @@ def _check_secure_sums(job: Job) -> None:
             f"federation: a secure sum needs {FEWEST_IN_A_SUM} clients a round, found"
             f" {expected_cohort(job):g}"
         )
+    if job.federation.compression is not None:
+        raise ValueError(
+            "federation.compression: a secure sum adds whole numbers of one grid that all clients share, and"
+            " compressed updates are on grids of their own; expected no compression, or no secure sum"
+        )
     promise = job.privacy.promise("example")
     if promise is not None and promise.where == "distributed":
         _check_single_step(job)

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 from protocol.cohort import StackedUpdates, stacked_states
+from protocol.compression import upload_size
 from protocol.errors import BudgetExhausted, ConfigError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Request, Update
 from protocol.promise import expected_cohort, hides_cohorts, sums_securely
 from protocol.streams import stream
-from protocol.tensors import Tensors, tensors_sha256
+from protocol.tensors import Tensors, size_of, tensors_sha256
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint, Keeper
 from server.clock import Call, Clock, Turnout, elapsed, everybody
+from server.decompression import decompressed
 from server.protection import Protection, run_key
 from server.rundir import RunDirectory
 from server.screen import Screened, screen, screen_stack
@@ -69,6 +71,11 @@ class Run:
     def is_private(self) -> bool:
         """Whether privacy is promised; what clients hold is then never published in the clear."""
         return bool(self.job.privacy.units)
+
+    @cached_property
+    def upload(self) -> int:
+        """Bytes of one client's update as it travels."""
+        return upload_size(self.job, self.tensors)
 
     @cached_property
     def keeper(self) -> Keeper:
@@ -156,8 +163,9 @@ def play_round(run: Run) -> None:
     run.log.append(line)
     run.directory.append_metrics(line)
     run.keeper.keep(checkpoint_of(run))
-    if run.is_private and not run.job.privacy.seeded_noise:
-        run.keeper.save_last()  # a round that is lost is released, and charged, a second time
+    if run.job.remembers or (run.is_private and not run.job.privacy.seeded_noise):
+        # Clients remember few rounds; and a private round that is lost is charged a second time.
+        run.keeper.save_last()
     run.watch("round", line)
 
 
@@ -218,13 +226,13 @@ def train(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[s
     needed = max(1, round_up(run.job.federation.quorum * goal))
     before = elapsed(run.log)
     for attempt in range(1, ATTEMPTS + 1):
-        turnout = run.clock(Call(round, attempt, cohort, goal, size_of(run.tensors)))
+        turnout = run.clock(Call(round, attempt, cohort, goal, size_of(run.tensors), run.upload))
         request = _request(run, "train", round, run.strategy.plan(run.state, round))
         enough = len(turnout.names) >= needed or not cohort
         asked = turnout.names if enough else []
         screened = collect(run, request, asked, attempt)
         run.bytes_down += len(cohort) * size_of(run.tensors)
-        run.bytes_up += screened.usable * size_of(run.tensors)
+        run.bytes_up += screened.usable * run.upload
         for name, reason in screened.set_aside.items() if not hides_cohorts(run.job) else ():
             logger.warning("round %d: set aside %s: %s", round, name, reason)
         if screened.usable >= needed or not cohort:
@@ -258,15 +266,11 @@ def collect(run: Run, request: Request, asked: Sequence[str], attempt: int) -> S
             run.job, base, asked, run.carrier.masks,
             lambda stage, names: list(run.carrier.exchange(stage, names, timeout)),
         ).screened()  # fmt: skip
-    replies = run.carrier.exchange(request, asked, timeout)
+    sent = run.carrier.exchange(request, asked, timeout)
+    replies = decompressed(sent, run.job, run.tensors, blind=run.is_private)
     if isinstance(replies, StackedUpdates):
         return screen_stack(replies, asked, run.tensors, request.round, blind=run.is_private)
     return screen(replies, asked, run.tensors, request.round, blind=run.is_private)
-
-
-def size_of(tensors: Tensors) -> int:
-    """Bytes of the tensors' values."""
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def round_up(value: float) -> int:
@@ -374,6 +378,9 @@ def charged_rounds(run: Run) -> int:
 def _as_expected(run: Run) -> dict[str, Any]:
     """What stands in a line for who took part, where that is secret: what is public anyway."""
     expected = expected_cohort(run.job)
-    each_way = round(expected * size_of(run.tensors)) * run.round
-    traffic = {"bytes_up": each_way, "bytes_down": each_way}
+    up, down = run.upload, size_of(run.tensors)
+    traffic = {
+        "bytes_up": round(expected * up) * run.round,
+        "bytes_down": round(expected * down) * run.round,
+    }
     return {"cohort": [], "trained": round(expected), "set_aside": {}, **traffic}
