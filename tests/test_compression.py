@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -246,7 +247,7 @@ BAD: dict[str, tuple[Scheme, dict[str, Any], str]] = {
     "uncompressed": ("int8", {"scales": None, "values": None, "w": MODEL["w"]}, "tensor scales is missing"),
     "one more": ("fp16", {"w": torch.ones(1)}, "tensor w is unexpected"),
     "too few": ("int8", {"values": torch.ones(302, dtype=torch.int8)}, r"shape \(302,\), expected \(303,\)"),
-    "too many": ("int4", {"values": torch.ones(10**6, dtype=torch.uint8)}, r"\(1000000,\), expected \(152,\)"),
+    "too many": ("int4", {"values": torch.ones(10**6, dtype=torch.uint8)}, r"\(1000000,\), .* \(152,\)"),
     "too many scales": ("int8", {"scales": torch.ones(3)}, r"scales have shape \(3,\), expected \(2,\)"),
     "a table": ("int8", {"values": torch.ones((303, 1), dtype=torch.int8)}, r"shape \(303, 1\)"),
     "another kind": ("int8", {"values": torch.ones(303)}, "values are torch.float32, expected torch.int8"),
@@ -274,7 +275,7 @@ def test_a_bad_message_is_set_aside_with_its_reason_and_the_others_stay(name: st
     scheme, changed, pattern = BAD[name]
     found = seen([message(scheme, **changed), message(scheme, "b")], scheme)
     assert [u.client for u in found.updates] == ["b"]
-    assert __import__("re").search(pattern, found.set_aside["a"]), found.set_aside["a"]
+    assert re.search(pattern, found.set_aside["a"]), found.set_aside["a"]
     assert {n: t.shape for n, t in found.updates[0].delta.items()} == {n: t.shape for n, t in MODEL.items()}
 
 
