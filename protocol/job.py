@@ -141,6 +141,23 @@ class TrainSection(Section):
     imbalance_strength: Annotated[float, Field(gt=0, le=10)] | None = None
     augment: tuple[str, ...] = ()
     cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: Count = 1
+    checkpoint_activations: bool = False
+
+    @model_validator(mode="after")
+    def _parts_of_a_batch_are_even(self) -> TrainSection:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of batch_size = {self.batch_size}, found {self.accumulate}"
+            )
+        return self
+
+    @property
+    def by_autograd(self) -> tuple[str, ...]:
+        """Keys that are set and say how gradients are taken by autograd."""
+        keys = ("precision", "accumulate", "checkpoint_activations")
+        return tuple(key for key in keys if getattr(self, key) != type(self).model_fields[key].default)
 
     @model_validator(mode="after")
     def _momentum_is_for_sgd(self) -> TrainSection:

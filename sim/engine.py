@@ -87,6 +87,10 @@ def check_engine(job: Job, engine: str) -> None:
         raise ConfigError(
             "train.imbalance: engine cohort trains such clients at once by one loss, try inline"
         )
+    for key in job.train.by_autograd if engine == "cohort" else ():
+        raise ConfigError(
+            f"train.{key}: engine cohort trains clients at once and has no such way, try inline"
+        )
 
 
 def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Carrier:

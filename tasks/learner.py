@@ -95,6 +95,8 @@ class Learner:
         else:
             model = self.task.network(self.backbone, self.job, self.facts)
         tuning.mark_trainable(model, self.job.tune, self.job.seed)
+        if self.job.train.checkpoint_activations:
+            tuning.recomputable(model)
         return model.to(self.job.train.device)
 
     @cached_property
@@ -339,9 +341,20 @@ def check_fits(job: Job, task: Task) -> None:
     """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
     task.check(job)
     check_imbalance(job, task)
+    check_autograd(job, task)
     check_device(job.train.device)
     if job.backbone.compile:
         compiler()
+
+
+def check_autograd(job: Job, task: Task) -> None:
+    """Raises ConfigError where heads train in closed form, and the job says how autograd is to do it."""
+    if task.on_features and job.leaves_backbone:
+        for key in job.train.by_autograd:
+            raise ConfigError(
+                f"train.{key}: has no meaning for a head on kept features, whose gradients have a closed form"
+                " in float32; remove it, or tune more than the head"
+            )
 
 
 def check_device(device: str) -> None:
