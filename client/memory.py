@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from protocol.errors import DataError, JobError
-from protocol.synced import replace_all_synced
+from protocol.synced import replace_all
 from protocol.tensors import Tensors, tensors_sha256, to_bytes
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,9 @@ HASH = "sha256"
 class Memory:
     """States by run and client; without a folder they end with the process.
 
-    The folder of a run's own directory is `of_one_run`: what the run is called doesn't matter then, as
-    when the directory was moved.
+    The folder of a simulation's own directory is `of_one_run`: what the run is called doesn't matter
+    then, as when the directory was moved. A round of many clients doesn't wait for the disk there, so
+    that its memory survives a kill at any instant, but perhaps no power cut.
     """
 
     folder: Path | None = None
@@ -78,7 +79,7 @@ class Memory:
             for path in files:
                 if not path.parent.is_dir():
                     self._make(path.parent)
-            replace_all_synced(files, mode=0o600)
+            replace_all(files, mode=0o600, durable=not self.of_one_run)
         except OSError as error:
             raise JobError(f"{self.folder}: memory not written ({error.strerror})") from None
 

@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def write_synced(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Write a file and wait until it is on the disk; `mode` is a new file's, less the umask."""
+def write_synced(path: Path, content: bytes, mode: int = 0o666, *, durable: bool = True) -> None:
+    """Write a file and wait until it is on the disk; `mode` is a new file's, less the umask.
+
+    What is not `durable` is not waited for: a kill leaves it whole, a power cut may not.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def temporary_of(path: Path) -> Path:
@@ -23,22 +27,22 @@ def temporary_of(path: Path) -> Path:
 
 def replace_synced(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Put a file in place whole or not at all."""
-    replace_all_synced({path: content}, mode)
+    replace_all({path: content}, mode)
 
 
-def replace_all_synced(contents: Mapping[Path, bytes], mode: int = 0o666) -> None:
+def replace_all(contents: Mapping[Path, bytes], mode: int = 0o666, *, durable: bool = True) -> None:
     """Put files in place, each of them whole or not at all; an error leaves no temporary file."""
     temporary = {path: temporary_of(path) for path in contents}
     try:
         for path, content in contents.items():
-            write_synced(temporary[path], content, mode)
+            write_synced(temporary[path], content, mode, durable=durable)
         for path in contents:
             temporary[path].replace(path)
     except OSError:
         for left in temporary.values():
             left.unlink(missing_ok=True)
         raise
-    for folder in dict.fromkeys(path.parent for path in contents):
+    for folder in dict.fromkeys(path.parent for path in contents if durable):
         sync_folder(folder)
 
 
