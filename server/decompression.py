@@ -16,13 +16,14 @@ from protocol.messages import Failure, Reply, Update
 from protocol.tensors import Tensors
 
 
-def decompressed(replies: Iterable[Reply], job: Job, model: Tensors, *, blind: bool) -> Iterable[Reply]:
+def decompressed(replies: Iterable[Reply], job: Job, model: Tensors) -> Iterable[Reply]:
     """The replies with whole updates; of a bad one its client's name and the reason.
 
-    To a `blind` look values tell nothing: an update that can't be is not finite then, and counts as
-    zero where it is clipped.
+    Where clients are promised privacy the look is blind, and no value is a reason: an update that can't
+    be is not finite then, and counts as zero where it is clipped. Updates that protect examples are
+    noised already, so that their values may be looked at.
     """
-    how = Compression.of(job, model)
+    how, blind = Compression.of(job, model), "client" in job.privacy.units
     if how is None:
         return replies
     if isinstance(replies, StackedUpdates) and _is_well_formed(replies, how, blind=blind):

@@ -267,7 +267,7 @@ def collect(run: Run, request: Request, asked: Sequence[str], attempt: int) -> S
             lambda stage, names: list(run.carrier.exchange(stage, names, timeout)),
         ).screened()  # fmt: skip
     sent = run.carrier.exchange(request, asked, timeout)
-    replies = decompressed(sent, run.job, run.tensors, blind=run.is_private)
+    replies = decompressed(sent, run.job, run.tensors)
     if isinstance(replies, StackedUpdates):
         return screen_stack(replies, asked, run.tensors, request.round, blind=run.is_private)
     return screen(replies, asked, run.tensors, request.round, blind=run.is_private)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 import client.compression
 import client.site
@@ -26,8 +27,10 @@ from privacy.detectors import Detected, adversaries
 from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.messages import Request, Update
+from server.play import play
 from server.screen import Screened, screen
-from sim.engine import simulate
+from sim.engine import simulate, warmed
+from sim.inline import InlineCarrier
 from sim.population import Population
 from tests import watchdogs as w
 
@@ -50,7 +53,7 @@ def arrived(updates: Sequence[Update], scheme: str) -> Screened:
     memory.keep("r", 0, {u.client: {ERROR: torch.full((numbers,), 50.0)} for u in updates})
     told = [replace(u, states=STATES, num_examples=1) for u in updates]
     sent = client.compression.compressed(iter(told), request, setting, memory)
-    whole = server.decompression.decompressed(sent, setting, w.MODEL, blind=True)
+    whole = server.decompression.decompressed(sent, setting, w.MODEL)
     return screen(whole, [u.client for u in updates], w.MODEL, 1, blind=True)
 
 
@@ -272,3 +275,34 @@ def test_expected_bytes_hide_who_took_part(tmp_path: Path) -> None:
 def test_secure_sums_refuse_compression_by_name(privacy: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"federation\.compression: a secure sum adds whole numbers"):
         job("int8", privacy)
+
+
+class Rubbish(InlineCarrier):
+    """One client's scales are no numbers, and one's message is too short."""
+
+    def exchange(self, request: Request, names: Any, timeout: float) -> Any:
+        for reply in super().exchange(request, names, timeout):
+            if isinstance(reply, Update) and reply.client == "client-0000":
+                scales = torch.full_like(reply.delta["scales"], torch.nan)
+                reply = replace(reply, delta=reply.delta | {"scales": scales})
+            if isinstance(reply, Update) and reply.client == "client-0001":
+                reply = replace(reply, delta=reply.delta | {"values": reply.delta["values"][1:]})
+            yield reply
+
+
+@pytest.mark.parametrize("unit", ["client", "example", "both"])
+def test_a_hostile_message_never_reaches_the_model_and_is_named_where_that_tells_nothing(
+    tmp_path: Path, unit: str
+) -> None:
+    setting = job("int8", PROMISES[unit], quorum=0.2)
+    population = Population.of(setting)
+    carrier = Rubbish.of(population, books=w.Books(tmp_path / "ledgers"))
+    result = play(setting, carrier, tmp_path / "r", warmed(population, None))
+    aside = result["rounds"][0]["set_aside"]
+    assert "values have shape (1929,), expected (1930,)" in aside["client-0001"]
+    if unit == "example":
+        assert "scales are not all finite" in aside["client-0000"]
+    else:
+        assert set(aside) == {"client-0001"}  # what isn't finite counts as zero
+    model = load((tmp_path / "r" / "model" / "model.safetensors").read_bytes())
+    assert all(bool(torch.isfinite(t).all()) for t in model.values())

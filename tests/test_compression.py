@@ -209,11 +209,14 @@ NUMBERS = 303
 STATES = {"train_loss.sum": torch.tensor(1.0).double(), "train_loss.count": torch.tensor(2.0).double()}
 
 
-def job_of(scheme: str, **federation: Any) -> Job:
+BLIND = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
+
+
+def job_of(scheme: str, *, privacy: dict[str, Any] | None = None, **federation: Any) -> Job:
     table = {
         "name": "small", "seed": 1, "task": {"name": "image-classification"}, "data": {"source": "digits"},
         "backbone": {"name": "raw:pixels"},
-        "federation": {"compression": scheme, **federation},
+        "federation": {"compression": scheme, **federation}, "privacy": privacy or {},
     }  # fmt: skip
     return Job.parse(table, origin="test")
 
@@ -228,9 +231,8 @@ def message(scheme: Scheme, client: str = "a", **changed: Any) -> Update:
 def seen(replies: list[Update], scheme: Scheme, *, blind: bool = False) -> Any:
     """What screening finds of replies that travelled over the wire."""
     arrived: list[Reply] = [decode_reply(*encode_reply(reply)) for reply in replies]
-    return screen(
-        decompressed(arrived, job_of(scheme), MODEL, blind=blind), ["a", "b"], MODEL, 4, blind=blind
-    )
+    whole = decompressed(arrived, job_of(scheme, privacy=BLIND if blind else None), MODEL)
+    return screen(whole, ["a", "b"], MODEL, 4, blind=blind)
 
 
 def indices(*values: int) -> torch.Tensor:
