@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from client.books import Books
+from client.memory import Memory
 from client.shards import FolderShards
 from client.site import Site
 from protocol.errors import DataError
@@ -44,7 +45,8 @@ def folder_site(job: Job, context: Context) -> Site:
         shards = FolderShards.of(name, [Path(p) for p in json.loads(paths)])
         budget = str(config["budget"])
         books = Books(Path(str(config["ledgers"])), Budget.model_validate_json(budget) if budget else None)
-        _sites[key] = Site(shards, discreet=True, books=books)
+        memory = Memory(Path(str(config["memory"])))
+        _sites[key] = Site(shards, discreet=True, books=books, memory=memory)
     return _sites[key]
 
 

@@ -98,6 +98,7 @@ class _Site:
                 "name": self.kit.name,
                 "data-paths": json.dumps([str(p) for p in self.data]),
                 "ledgers": str(self.kit.ledgers),
+                "memory": str(self.kit.memory),
                 "budget": self.kit.budget.model_dump_json() if self.kit.budget else "",
             },
         )

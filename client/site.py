@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from client.books import Books
+from client.compression import compressed
 from client.discretion import discreet
 from client.heads import Examples, HeadWork, Local, train_heads
 from client.imbalance import loss_by_example
 from client.layers import LOSSES
+from client.memory import Memory
 from client.per_example import PerExample
 from client.private import private_training
 from client.secure import STAGES, Desk, contributions, sums
@@ -111,6 +113,7 @@ class Site:
     shards: Shards
     discreet: bool = False
     books: Books | None = None
+    memory: Memory = field(default_factory=Memory)
     desk: Desk = field(default_factory=Desk)
     _learners: dict[str, Learner] = field(default_factory=dict)
     _held: dict[tuple[str, str, str], Held] = field(default_factory=dict)
@@ -177,7 +180,8 @@ class Site:
         if request.kind == "evaluate":
             replies = evaluate(learner, request, held)
         elif request.kind == "train":
-            replies = train(learner, request, held, admitted.private)
+            updates = train(learner, request, held, admitted.private)
+            replies = compressed(updates, request, job, self.memory)
         else:
             replies = self._summed(learner, request, held, admitted)
         return chain(failures, replies) if failures else replies

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from client.batches import batches
+from client.precision import in_full, lowered, scaler_of
+from client.recomputing import recomputed_activations
 from client.steps import torch_optimizer
 from protocol.job import Job
 from protocol.messages import Update
@@ -14,7 +17,7 @@ from protocol.streams import global_stream, stream
 from protocol.tensors import Tensors
 from tasks import tuning
 from tasks.learner import Learner
-from tasks.seam import Shard, Variation
+from tasks.seam import Model, Shard, Variation
 
 
 def train_model(
@@ -35,18 +38,24 @@ def train_model(
     tuning.training_mode(model)
     parameters = tuning.trainable(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
-    summed, loss_of, chances = 0.0, learner.training_loss(shard), learner.chances(shard)
-    with global_stream(job.seed, "dropout", round, client):
+    summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
+    chances = learner.chances(shard)
+    with global_stream(job.seed, "dropout", round, client), _memory_saved(model, job):
         for number, rows in enumerate(batches(len(shard), job, round, client, chances)):
-            batch = learner.batch(shard, rows, variation(job, round, client, number))
-            outputs = model({name: t.to(device) for name, t in batch.items()})
-            loss = loss_of(outputs, shard.targets_of(rows).to(device))
+            varied = variation(job, round, client, number)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for part in parts_of(rows, job):
+                batch = learner.batch(shard, part, varied)
+                with lowered(job.train):
+                    outputs = model({name: t.to(device) for name, t in batch.items()})
+                loss = loss_of(in_full(outputs), shard.targets_of(part).to(device))
+                scaler.scale(loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
+                summed += float(loss.detach()) * len(part)
             if mu:
+                scaler.unscale_(optimizer)
                 pull_back(parameters, start, mu)
-            optimizer.step()
-            summed += float(loss.detach()) * len(rows)
+            scaler.step(optimizer)
+            scaler.update()
     count = float(len(shard) * job.train.epochs)
     return Update(
         client=client,
@@ -58,6 +67,19 @@ def train_model(
             "train_loss.count": torch.tensor(count).double(),
         },
     )
+
+
+def parts_of(rows: Sequence[int], job: Job) -> list[Sequence[int]]:
+    """A batch's rows in parts of batch_size / accumulate, of which the last one may be smaller.
+
+    The loss is a mean over examples, so a part's counts by its share of the batch.
+    """
+    size = job.train.batch_size // job.train.accumulate
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _memory_saved(model: Model, job: Job) -> AbstractContextManager[None]:
+    return recomputed_activations(model) if job.train.checkpoint_activations else nullcontext()
 
 
 def variation(job: Job, round: int, client: str, number: int) -> Variation | None:

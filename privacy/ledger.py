@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from privacy.accounting import Release
 from protocol.errors import DataError
+from protocol.synced import sync_folder
 
 FORMAT = 1
 START = "0" * 64
@@ -101,7 +102,7 @@ class Ledger:
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if is_new and self.durable:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
             self._catch_up(file)
             yield file
 
@@ -152,15 +153,6 @@ class Ledger:
         self.spent[entry.release] += entry.count
         self._of_job.setdefault(entry.job, Counter())[entry.release] += entry.count
         self._rounds.add((entry.job, entry.round))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _entry(fields: dict[str, object]) -> Entry:

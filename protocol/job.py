@@ -13,9 +13,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from protocol.complaints import explain
 from protocol.errors import ConfigError
+from protocol.federation import FederationSection
 from protocol.job_file import absolute, apply_override, read_toml
 from protocol.promise import PrivacySection, check_promises
-from protocol.section import Count, Decay, NotNegative, Positive, Rate, Section
+from protocol.section import Count, Decay, NotNegative, Positive, Section
 
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
 """Settings that only the named task or network knows; whoever knows them checks them."""
@@ -153,6 +154,23 @@ class TrainSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     augment: tuple[str, ...] = ()
     cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: Count = 1
+    checkpoint_activations: bool = False
+
+    @model_validator(mode="after")
+    def _parts_of_a_batch_are_even(self) -> TrainSection:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of batch_size = {self.batch_size}, found {self.accumulate}"
+            )
+        return self
+
+    @property
+    def by_autograd(self) -> tuple[str, ...]:
+        """Keys that are set and say how gradients are taken by autograd."""
+        keys = ("precision", "accumulate", "checkpoint_activations")
+        return tuple(key for key in keys if getattr(self, key) != type(self).model_fields[key].default)
 
     @model_validator(mode="after")
     def _momentum_is_for_sgd(self) -> TrainSection:
@@ -170,43 +188,6 @@ class TrainSection(Section):
     def _views_are_of_what_varies(self) -> TrainSection:
         if self.cached_views is not None and not self.augment:
             raise ValueError("cached_views has no meaning without augment: remove it")
-        return self
-
-
-class FederationSection(Section):
-    """`[federation]`: who takes part in a round."""
-
-    clients: Count = 20
-    cohort: Count | None = None
-    cohort_rate: Rate | None = None
-    rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 20
-    quorum: Rate = 0.5
-    round_timeout: Positive = 3600.0
-    wait: Positive = 600.0
-    devices: str | None = None
-    deadline: Positive | None = None
-    over_sampling: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.0
-    secure_aggregation: bool = False
-    secure_threshold: Rate | None = None
-
-    @model_validator(mode="after")
-    def _time_is_simulated_with_devices(self) -> FederationSection:
-        for key, given in (
-            ("deadline", self.deadline is not None),
-            ("over_sampling", self.over_sampling > 1),
-        ):
-            if given and self.devices is None:
-                raise ValueError(f"{key} is in simulated time: it needs devices, a profile of the clients'")
-        if self.over_sampling > 1 and self.cohort is None:
-            raise ValueError("over_sampling goes with cohort, the number of updates that a round waits for")
-        return self
-
-    @model_validator(mode="after")
-    def _cohort_fits(self) -> FederationSection:
-        if self.cohort is not None and self.cohort_rate is not None:
-            raise ValueError("cohort and cohort_rate exclude each other: keep one")
-        if self.cohort is not None and self.cohort > self.clients:
-            raise ValueError(f"cohort must be at most clients = {self.clients}, found {self.cohort}")
         return self
 
 
@@ -288,6 +269,11 @@ class Job(Section):
     def leaves_backbone(self) -> bool:
         """Whether the backbone is frozen, and what training shows it can be known before."""
         return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients keep something from one round to the next."""
+        return self.federation.compression is not None and self.federation.error_feedback
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:

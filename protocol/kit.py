@@ -171,6 +171,11 @@ class SiteKit(_Kit):
         """What this site's clients have spent of their privacy, a file each."""
         return self.state / "ledgers"
 
+    @property
+    def memory(self) -> Path:
+        """What this site's clients keep from one round of a run to the next."""
+        return self.state / "memory"
+
     @classmethod
     def load(cls, folder: Path) -> "SiteKit":
         table = _kit_table(folder, _SiteTable)

@@ -57,7 +57,8 @@ class Request:
 class Update:
     """What one client returns: how its trainable tensors moved, and how much data moved them.
 
-    `states` are metric states that add up over clients.
+    Where the job compresses updates, `delta` travels as `protocol.compression` says. `states` are
+    metric states that add up over clients.
     """
 
     client: str

@@ -109,6 +109,11 @@ def check_promises(job: Job) -> None:
         _check_place(promise, prefix, unit)
         _check_delta(promise, prefix, unit, job)
         _check_sampling(promise, prefix, unit)
+    for key in job.train.by_autograd if "example" in job.privacy.units else ():
+        raise ValueError(
+            f"train.{key}: an example's gradient is clipped as it is, from one pass in full precision, and"
+            " noised once a step; expected no such key under example-level privacy"
+        )
     if sums_securely(job):
         _check_secure_sums(job)
     elif job.federation.secure_threshold is not None and not job.privacy.units:
@@ -149,6 +154,11 @@ def _check_secure_sums(job: Job) -> None:
         raise ValueError(
             f"federation: a secure sum needs {FEWEST_IN_A_SUM} clients a round, found"
             f" {expected_cohort(job):g}"
+        )
+    if job.federation.compression is not None:
+        raise ValueError(
+            "federation.compression: a secure sum adds whole numbers of one grid that all clients share, and"
+            " compressed updates are on grids of their own; expected no compression, or no secure sum"
         )
     promise = job.privacy.promise("example")
     if promise is not None and promise.where == "distributed":

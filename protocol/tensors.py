@@ -33,6 +33,11 @@ def from_bytes(blob: bytes) -> Tensors:
         raise DataError(f"not a safetensors message of {len(blob)} bytes: {error}") from None
 
 
+def size_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of the tensors' values."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The values in row order, little-endian."""
     if sys.byteorder != "little":

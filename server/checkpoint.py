@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from protocol.errors import ConfigError, JobError
+from protocol.synced import replace_synced, temporary_of
 from protocol.tensors import Tensors, tensors_sha256, to_bytes
 from strategies import State
 
@@ -180,37 +180,3 @@ def _read(path: Path) -> Checkpoint:
 
 def _rounds(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*.safetensors")) if folder.is_dir() else []
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def temporary_of(path: Path) -> Path:
-    """Where a file is written before it takes its place; a run's lock keeps others away."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def replace_synced(path: Path, content: bytes) -> None:
-    """Put a file in place whole or not at all."""
-    temporary = temporary_of(path)
-    try:
-        write_synced(temporary, content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

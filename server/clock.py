@@ -9,13 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Call:
-    """A round's call to its cohort: how many updates it wants, and how many bytes travel each way."""
+    """A round's call to its cohort: how many updates it wants, and how many bytes travel to and from each."""
 
     round: int
     attempt: int
     cohort: Sequence[str]
     goal: int
-    bytes_each_way: int
+    bytes_down: int
+    bytes_up: int
 
 
 @dataclass(frozen=True)

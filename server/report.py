@@ -9,7 +9,7 @@ from typing import Any
 
 from protocol.errors import ConfigError
 from protocol.job import Job
-from server.checkpoint import replace_synced
+from protocol.synced import replace_synced
 from server.comparison import (
     NAMES,
     Comparison,

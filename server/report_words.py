@@ -207,11 +207,16 @@ def _trainable(result: dict[str, Any]) -> str:
 
 
 def what_it_cost(result: dict[str, Any]) -> str:
-    """One sentence: traffic and time."""
-    return (
+    """A sentence on traffic and time, and one on what compression saved."""
+    told = (
         f"In all, {size(result['bytes_up'])} travelled up to the server and {size(result['bytes_down'])} down"
         f" to the clients, and the run took {duration(result['seconds'])}."
     )
+    compression = result.get("compression")
+    if compression is None:
+        return told
+    smaller = f"{compression['times_smaller']:.1f} times smaller"
+    return f"{told} Updates were compressed by {compression['scheme']}: uploads were {smaller}."
 
 
 def simulated_facts(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import torch
 
 from protocol.messages import Measurement
 from protocol.promise import hides_cohorts
-from protocol.tensors import tensors_sha256
+from protocol.tensors import size_of, tensors_sha256
 from server.claim import claim_of
 from server.clock import elapsed
 from server.rounds import Run, measure_clients
@@ -45,6 +45,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         },
         "baselines": _references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
         "privacy": claim_of(run),
+        "compression": compression_of(run),
         "facts": run.learner.facts,
         "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
         "trainable": {n: list(t.shape) for n, t in run.tensors.items()},
@@ -63,6 +64,15 @@ def traffic(run: Run) -> dict[str, int]:
     if hides_cohorts(run.job):
         return {key: run.log[-1][key] if run.log else 0 for key in ("bytes_up", "bytes_down")}
     return {"bytes_up": run.bytes_up, "bytes_down": run.bytes_down}
+
+
+def compression_of(run: Run) -> dict[str, Any] | None:
+    """How updates travelled, and how many times smaller than the model; None where as they were."""
+    scheme = run.job.federation.compression
+    if scheme is None:
+        return None
+    smaller = size_of(run.tensors) / run.upload if run.upload else 1.0
+    return {"scheme": scheme, "times_smaller": smaller}
 
 
 def private_notes(run: Run) -> list[str]:

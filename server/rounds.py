@@ -13,17 +13,20 @@ from typing import Any
 import torch
 
 from protocol.cohort import StackedUpdates, stacked_states
+from protocol.compression import upload_size
 from protocol.errors import BudgetExhausted, ConfigError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Request, Update
 from protocol.promise import expected_cohort, hides_cohorts, sums_securely
 from protocol.streams import stream
-from protocol.tensors import Tensors, tensors_sha256
+from protocol.tensors import Tensors, size_of, tensors_sha256
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint, Keeper
 from server.clock import Call, Clock, Turnout, elapsed, everybody
+from server.decompression import decompressed
 from server.protection import Protection, run_key
 from server.rundir import RunDirectory
+from server.sampling import round_up, sample, some
 from server.screen import Screened, screen, screen_stack
 from server.secure import SecureRound
 from server.stopping import Stopping
@@ -72,6 +75,11 @@ class Run:
     def is_private(self) -> bool:
         """Whether privacy is promised; what clients hold is then never published in the clear."""
         return bool(self.job.privacy.units)
+
+    @cached_property
+    def upload(self) -> int:
+        """Bytes of one client's update as it travels."""
+        return upload_size(self.job, self.tensors)
 
     @cached_property
     def keeper(self) -> Keeper:
@@ -170,8 +178,9 @@ def play_round(run: Run) -> None:
     run.log.append(line)
     run.directory.append_metrics(line)
     run.keeper.keep(checkpoint_of(run))
-    if run.is_private and not run.job.privacy.seeded_noise:
-        run.keeper.save_last()  # a round that is lost is released, and charged, a second time
+    if run.job.remembers or (run.is_private and not run.job.privacy.seeded_noise):
+        # Clients remember few rounds; and a private round that is lost is charged a second time.
+        run.keeper.save_last()
     run.watch("round", line)
 
 
@@ -186,42 +195,6 @@ def merge(run: Run, updates: Sequence[Update], round: int) -> None:
     run.state = {**run.state, **kept}
 
 
-def sample(
-    population: Sequence[str], job: Job, round: int, coins: Callable[[int], torch.Tensor] | None = None
-) -> list[str]:
-    """The round's cohort, sorted: a fixed number without replacement, or each client by a coin.
-
-    More are asked than the number by the factor `over_sampling`, where only the first to answer count.
-    Where privacy rests on the coins, `coins` are others than anybody can throw who has the job.
-    """
-    generator = stream(job.seed, "cohort", round)
-    rate, count = job.federation.cohort_rate, job.federation.cohort
-    if rate is not None:
-        number = len(population)
-        thrown = (
-            torch.rand(number, generator=generator, dtype=torch.float64) if coins is None else coins(number)
-        )
-        return [population[i] for i in (thrown < rate).nonzero().flatten().tolist()]
-    if count is None:
-        return list(population)
-    return some(population, round_up(count * job.federation.over_sampling), generator)
-
-
-def some(population: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """`count` different names, every set of them equally likely, sorted; all where there are no more.
-
-    Floyd's algorithm (Bentley and Floyd 1987): its work depends on the sample, not on the population.
-    """
-    if count >= len(population):
-        return list(population)
-    chosen: set[int] = set()
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
-    for last, u in zip(range(len(population) - count, len(population)), uniform, strict=True):
-        place = int(u * (last + 1))
-        chosen.add(last if place in chosen else place)
-    return [population[i] for i in sorted(chosen)]
-
-
 def train(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[str, Any]]:
     """Send the model to the cohort and collect usable updates; and what is logged of simulated time.
 
@@ -232,13 +205,13 @@ def train(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[s
     needed = max(1, round_up(run.job.federation.quorum * goal))
     before = elapsed(run.log)
     for attempt in range(1, ATTEMPTS + 1):
-        turnout = run.clock(Call(round, attempt, cohort, goal, size_of(run.tensors)))
+        turnout = run.clock(Call(round, attempt, cohort, goal, size_of(run.tensors), run.upload))
         request = _request(run, "train", round, run.strategy.plan(run.state, round))
         enough = len(turnout.names) >= needed or not cohort
         asked = turnout.names if enough else []
         screened = collect(run, request, asked, attempt)
         run.bytes_down += len(cohort) * size_of(run.tensors)
-        run.bytes_up += screened.usable * size_of(run.tensors)
+        run.bytes_up += screened.usable * run.upload
         for name, reason in screened.set_aside.items() if not hides_cohorts(run.job) else ():
             logger.warning("round %d: set aside %s: %s", round, name, reason)
         if screened.usable >= needed or not cohort:
@@ -272,20 +245,11 @@ def collect(run: Run, request: Request, asked: Sequence[str], attempt: int) -> S
             run.job, base, asked, run.carrier.masks,
             lambda stage, names: list(run.carrier.exchange(stage, names, timeout)),
         ).screened()  # fmt: skip
-    replies = run.carrier.exchange(request, asked, timeout)
+    sent = run.carrier.exchange(request, asked, timeout)
+    replies = decompressed(sent, run.job, run.tensors)
     if isinstance(replies, StackedUpdates):
         return screen_stack(replies, asked, run.tensors, request.round, blind=run.is_private)
     return screen(replies, asked, run.tensors, request.round, blind=run.is_private)
-
-
-def size_of(tensors: Tensors) -> int:
-    """Bytes of the tensors' values."""
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def round_up(value: float) -> int:
-    """The smallest integer that is not below, forgiving the last bits of a float."""
-    return int(-(-(value - 1e-9) // 1))
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -391,6 +355,9 @@ def charged_rounds(run: Run) -> int:
 def _as_expected(run: Run) -> dict[str, Any]:
     """What stands in a line for who took part, where that is secret: what is public anyway."""
     expected = expected_cohort(run.job)
-    each_way = round(expected * size_of(run.tensors)) * run.round
-    traffic = {"bytes_up": each_way, "bytes_down": each_way}
+    up, down = run.upload, size_of(run.tensors)
+    traffic = {
+        "bytes_up": round(expected * up) * run.round,
+        "bytes_down": round(expected * down) * run.round,
+    }
     return {"cohort": [], "trained": round(expected), "set_aside": {}, **traffic}

@@ -17,8 +17,9 @@ import tomli_w
 
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
+from protocol.synced import replace_synced
 from protocol.tensors import Tensors, to_bytes
-from server.checkpoint import Checkpoint, latest, replace_synced
+from server.checkpoint import Checkpoint, latest
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _locked(path: Path) -> TextIO:
 
 def _clear(path: Path) -> None:
     """Remove what a run writes, and nothing else that may lie there."""
-    for name in ("checkpoints", "model", "ledgers", "tensorboard"):
+    for name in ("checkpoints", "model", "ledgers", "memory", "tensorboard"):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in ("metrics.jsonl", "result.json", "report.html", "ledger.jsonl", "audit.json"):
         (path / name).unlink(missing_ok=True)

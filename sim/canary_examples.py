@@ -29,7 +29,8 @@ from protocol.promise import hides_cohorts, sums_securely
 from protocol.streams import stream_seed
 from protocol.tensors import Tensors
 from server.carrier import Carrier
-from server.rounds import Run, sample
+from server.rounds import Run
+from server.sampling import sample
 from sim.indexed import Index, IndexedSite
 from sim.inline import InlineCarrier
 from sim.population import Population, client_names

@@ -2,12 +2,13 @@
 
 The model. A client that is there answers a call after
 
-    2 * latency + 8 * bytes / download + examples * epochs / speed + 8 * bytes / upload
+    2 * latency + 8 * down / download + examples * epochs / speed + 8 * up / upload
 
-seconds: `bytes` is the size of the trained tensors, `examples` are those it trains on, rates are in
-bit/s. It is there with its own probability, drawn anew for every call; one that is not says so at
-once. A round ends when as many updates have come as it wants (`federation.cohort`), or when all
-that can come have come, or at the deadline, whichever is first. Time at the server is not counted.
+seconds: `down` is the size in bytes of the trained tensors, `up` that of an update as it travels,
+`examples` are those it trains on, rates are in bit/s. It is there with its own probability, drawn anew
+for every call; one that is not says so at once. A round ends when as many updates have come as it wants
+(`federation.cohort`), or when all that can come have come, or at the deadline, whichever is first. Time
+at the server is not counted.
 """
 
 from __future__ import annotations
@@ -142,16 +143,20 @@ class VirtualClock:
         number = stream_seed(self.job.seed, "available", call.round, call.attempt)
         drawn = uniform_numbers(numbers.astype(np.uint64) ^ np.uint64(number), 1)[:, 0]
         is_there = drawn < self._of("availability", kinds)
-        arrival = np.where(is_there, self.seconds(kinds, self.sizes[numbers], call.bytes_each_way), math.inf)
+        arrival = np.where(
+            is_there, self.seconds(kinds, self.sizes[numbers], call.bytes_down, call.bytes_up), math.inf
+        )
         return turnout(call.cohort, arrival, call.goal, self.job.federation.deadline or math.inf)
 
-    def seconds(self, kinds: NDArray[np.int64], sizes: NDArray[np.int64], bytes_each_way: int) -> Numbers:
+    def seconds(
+        self, kinds: NDArray[np.int64], sizes: NDArray[np.int64], bytes_down: int, bytes_up: int
+    ) -> Numbers:
         """When each answers, in seconds after the call; its own validation part is not trained on."""
         parts = (kept_back(size, self.job.data) for size in sizes.tolist())
         kept = np.array([part.stop - part.start for part in parts])
         work = (sizes - kept) * self.job.train.epochs / self._of("examples_per_second", kinds)
-        bits = 8 * bytes_each_way / 1e6
-        sent = bits / self._of("download_mbps", kinds) + bits / self._of("upload_mbps", kinds)
+        received = 8 * bytes_down / 1e6 / self._of("download_mbps", kinds)
+        sent = received + 8 * bytes_up / 1e6 / self._of("upload_mbps", kinds)
         total: Numbers = 2 * self._of("latency_seconds", kinds) + work + sent
         return total
 

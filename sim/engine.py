@@ -9,6 +9,7 @@ from typing import Any
 
 from client.at_once import AT_ONCE
 from client.books import Books
+from client.memory import Memory
 from client.site import UNCACHED
 from protocol.errors import ConfigError
 from protocol.job import Job
@@ -20,7 +21,7 @@ from sim.baselines import Comparison
 from sim.devices import clock_of
 from sim.inline import InlineCarrier, LoopCarrier
 from sim.population import Population
-from sim.workers import PooledCarrier
+from sim.workers import LEDGERS, MEMORY, PooledCarrier
 from tasks import task_named, trains_on_features
 from tasks.features import Progress
 from tasks.learner import Learner
@@ -69,7 +70,7 @@ def simulate(
         result = simulate_on_ray(job, out, workers, warmed(population, progress), options)
     else:
         with ExitStack() as stack:
-            carrier = _carrier(population, engine, workers, out / "ledgers", stack)
+            carrier = _carrier(population, engine, workers, out, stack)
             result = play(job, carrier, out, warmed(population, progress), **options)
     if job.privacy.audit:
         from sim.self_audit import attack_at_the_end
@@ -86,18 +87,23 @@ def check_engine(job: Job, engine: str) -> None:
         raise ConfigError(
             "train.imbalance: engine cohort trains such clients at once by one loss, try inline"
         )
+    for key in job.train.by_autograd if engine == "cohort" else ():
+        raise ConfigError(
+            f"train.{key}: engine cohort trains clients at once and has no such way, try inline"
+        )
 
 
-def _carrier(population: Population, engine: str, workers: int, ledgers: Path, stack: ExitStack) -> Carrier:
+def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Carrier:
     job = population.job
-    books = Books(ledgers) if job.privacy.units else None
+    books = Books(out / LEDGERS) if job.privacy.units else None
+    memory = Memory(out / MEMORY, of_one_run=True)
     if engine == "loop":
-        return LoopCarrier.of(population, books)
+        return LoopCarrier.of(population, books, memory)
     if engine == "cohort" and not trains_on_features(job):
-        return InlineCarrier.of(population, at_once=True, books=books)
+        return InlineCarrier.of(population, at_once=True, books=books, memory=memory)
     if workers > 1 and not trains_on_features(job):
-        return stack.enter_context(PooledCarrier(population, workers, ledgers))
-    return InlineCarrier.of(population, workers, books=books)
+        return stack.enter_context(PooledCarrier(population, workers, out))
+    return InlineCarrier.of(population, workers, books=books, memory=memory)
 
 
 def path_taken(job: Job, engine: str, workers: int) -> str:

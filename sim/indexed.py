@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from client.at_once import train_at_once
+from client.compression import compressed
 from client.heads import Examples, HeadWork, Local, train_heads
 from client.imbalance import loss_by_example
 from client.secure import contributions, sums
@@ -134,9 +135,10 @@ class IndexedSite(Site):
         if self.at_once and request.kind == "train" and is_plain:
             shards = {name: self._hold(learner, name, request.facts).train for name in names}
             job = learner.job
-            return train_at_once(
+            updates = train_at_once(
                 learner, request.tensors, shards, job, round=request.round, plan=request.plan
             )
+            return compressed(updates, request, job, self.memory)
         if not learner.trains_on_features:
             return super().answer(request, names)
         admitted, failures = self.admit(learner.job, request, names)
@@ -164,7 +166,7 @@ class IndexedSite(Site):
         updates = self._train(examples, works, request.tensors, local)
         if request.kind == "sum":
             return self.desk.sent(job, request, contributions(updates, terms), admitted.charged)
-        return updates
+        return compressed(updates, request, job, self.memory)
 
     def _train(
         self, examples: Examples, works: list[HeadWork], head: Tensors, local: Local

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from client.books import Books
+from client.memory import Memory
 from client.site import Site
 from protocol.job import Job
 from protocol.messages import Reply, Request
@@ -32,9 +33,13 @@ class InlineCarrier:
         *,
         at_once: bool = False,
         books: Books | None = None,
+        memory: Memory | None = None,
     ) -> Self:
         """A carrier to every client of the population; heads train in so many threads."""
-        site = IndexedSite(population, books=books, population=population, workers=workers, at_once=at_once)
+        site = IndexedSite(
+            population, books=books, memory=memory or Memory(), population=population, workers=workers,
+            at_once=at_once,
+        )  # fmt: skip
         return cls(population, site, "cohort" if at_once else "inline")
 
     def hello(self, job: Job) -> Roll:
@@ -54,9 +59,9 @@ class LoopCarrier:
     masks: bool = False
 
     @classmethod
-    def of(cls, population: Population, books: Books | None = None) -> Self:
+    def of(cls, population: Population, books: Books | None = None, memory: Memory | None = None) -> Self:
         """A carrier to every client of the population."""
-        return cls(population, Site(population, books=books))
+        return cls(population, Site(population, books=books, memory=memory or Memory()))
 
     def hello(self, job: Job) -> Roll:
         return self.population.roll(job)

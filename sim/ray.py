@@ -22,13 +22,13 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from client.app import register
-from client.books import Books
 from client.site import Site
 from protocol.job import Job
 from server.app import FlowerCarrier
 from server.play import play
 from server.rounds import TestSet
 from sim.population import Population
+from sim.workers import site_in
 from tasks import trains_on_features
 
 if TYPE_CHECKING:
@@ -60,16 +60,15 @@ class Block:
         return ""
 
 
-def block_site(job: Job, context: Context, ledgers: Path) -> Site:
-    """In a Ray actor: the warm site of a virtual node; `ledgers` is a folder that all actors share."""
+def block_site(job: Job, context: Context, out: Path) -> Site:
+    """In a Ray actor: the warm site of a virtual node; `out` is a folder that all actors share."""
     config = context.node_config
     number, total = int(config["partition-id"]), int(config["num-partitions"])
     key = (job.hash, number, total)
     if job.hash not in _populations:
         _populations[job.hash] = Population.of(job)
     if key not in _sites:
-        books = Books(ledgers) if job.privacy.units else None
-        _sites[key] = Site(Block(_populations[job.hash], number, total), books=books)
+        _sites[key] = site_in(out, Block(_populations[job.hash], number, total))
     return _sites[key]
 
 
@@ -88,8 +87,8 @@ def simulate_on_ray(
             )
         )
 
-    client, ledgers = ClientApp(), out.resolve() / "ledgers"
-    register(client, lambda job, context: block_site(job, context, ledgers))
+    client, folder = ClientApp(), out.resolve()
+    register(client, lambda job, context: block_site(job, context, folder))
     per_worker = 1 if trains_on_features(job) else BLOCKS_PER_WORKER
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * job.train.threads}
     if not logging.getLogger().isEnabledFor(logging.DEBUG):

@@ -24,8 +24,9 @@ from protocol.tensors import Tensors
 from server.carrier import Carrier
 from server.play import unwatched
 from server.protection import protection_of
-from server.rounds import Run, merge, open_run, sample, train
+from server.rounds import Run, merge, open_run, train
 from server.rundir import RunDirectory
+from server.sampling import sample
 from sim.devices import clock_of
 from sim.population import Population
 from tasks.learner import Learner

@@ -9,7 +9,7 @@ from typing import Any
 
 from protocol.errors import ConfigError
 from protocol.job import Job
-from server.checkpoint import replace_synced
+from protocol.synced import replace_synced
 from server.report import write_report
 from server.rounds import Watch
 from sim.audit import AT_THE_END, Audit, audited

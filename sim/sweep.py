@@ -22,7 +22,7 @@ from typing import Any
 from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.job_file import apply_override, read_toml
-from server.checkpoint import replace_synced
+from protocol.synced import replace_synced
 
 FORMAT = 1
 """Of `sweep.json`."""

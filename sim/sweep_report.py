@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.checkpoint import replace_synced
+from protocol.synced import replace_synced
 from server.comparison import finite
 from server.report_words import metric_words
 from sim.frontier import (

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Self
 
 from client.books import Books
-from client.site import Site
+from client.memory import Memory
+from client.site import Shards, Site
 from protocol.errors import JobError
 from protocol.job import Job
 from protocol.messages import (
@@ -38,6 +39,8 @@ from sim.population import Population
 from tasks import trains_on_features
 
 RETRIES = 3
+LEDGERS, MEMORY = "ledgers", "memory"
+"""Folders of a run's directory: what clients have spent, and what they remember."""
 
 MODEL = 0
 """The slot of a board that holds what a request sends; the others are the clients'."""
@@ -74,11 +77,15 @@ class PooledCarrier:
 
     population: Population
     workers: int
-    ledgers: Path | None = None
+    out: Path | None = None
     engine: str = "inline"
     masks: bool = False
     _pool: list[ProcessPoolExecutor] = field(default_factory=list)
     _board: list[Board] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.out is None and self.population.job.remembers:
+            raise ValueError("clients that remember move between processes: expected the run's directory")
 
     def hello(self, job: Job) -> Roll:
         return self.population.roll(job)
@@ -129,7 +136,7 @@ class PooledCarrier:
     def _start(self) -> ProcessPoolExecutor:
         if not self._pool:
             context = multiprocessing.get_context("spawn")
-            about = (self.population.job.canonical, self.ledgers)
+            about = (self.population.job.canonical, self.out)
             self._pool.append(ProcessPoolExecutor(self.workers, context, open_site, about))
         return self._pool[0]
 
@@ -187,11 +194,16 @@ def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]
     return [list(names[start : start + size]) for start in range(0, len(names), size)]
 
 
-def open_site(job: str, ledgers: Path | None) -> None:
+def open_site(text: str, out: Path | None) -> None:
     """In a new worker process: read the source and wait for work, for as long as the parent lives."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    books = None if ledgers is None else Books(ledgers)
-    _site.append(Site(Population.of(Job.from_json(job)), books=books))
+    job = Job.from_json(text)
+    _site.append(Site(Population.of(job)) if out is None else site_in(out, Population.of(job)))
+
+
+def site_in(out: Path, shards: Shards) -> Site:
+    """A site of simulated clients whose books and memory are in the run's directory, for all processes."""
+    return Site(shards, books=Books(out / LEDGERS), memory=Memory(out / MEMORY, of_one_run=True))
 
 
 def end_with_parent() -> None:

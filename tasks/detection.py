@@ -55,6 +55,11 @@ class Detection(Recorded):
                 f"privacy.unit: object-detection has no example-level privacy, found {job.privacy.unit!r}:"
                 ' a detector\'s losses are shared by all pictures of a batch; expected "client" or "none"'
             )
+        if job.train.accumulate > 1:
+            raise ConfigError(
+                f"train.accumulate: expected 1 for object-detection, found {job.train.accumulate}: a"
+                " detector's losses are shared by all pictures of a batch, so that parts don't add up"
+            )
         check_pinned(job)
 
     def records(self, options: Options) -> Records:

@@ -99,6 +99,8 @@ class Learner:
         tuning.mark_trainable(model, self.job.tune, self.job.seed)
         if self.job.train.dropout is not None:
             tuning.set_dropout(model, self.job.train.dropout)
+        if self.job.train.checkpoint_activations:
+            tuning.recomputable(model)
         return model.to(self.job.train.device)
 
     @cached_property
@@ -370,9 +372,20 @@ def check_fits(job: Job, task: Task) -> None:
         raise ConfigError(f"data.folds: {task.name} says itself what is measured on, expected none")
     if job.train.dropout is not None and task.on_features and job.tune.method == "head":
         raise ConfigError("train.dropout: a head on a frozen backbone has no layer of dropout, expected none")
+    check_autograd(job, task)
     check_device(job.train.device)
     if job.backbone.compile:
         compiler()
+
+
+def check_autograd(job: Job, task: Task) -> None:
+    """Raises ConfigError where heads train in closed form, and the job says how autograd is to do it."""
+    if task.on_features and job.leaves_backbone:
+        for key in job.train.by_autograd:
+            raise ConfigError(
+                f"train.{key}: has no meaning for a head on kept features, whose gradients have a closed form"
+                " in float32; remove it, or tune more than the head"
+            )
 
 
 def check_device(device: str) -> None:

@@ -112,6 +112,20 @@ def blocks(network: nn.Module, head: nn.Module | None = None) -> list[nn.Module]
     return found
 
 
+def recomputable(model: Model) -> list[nn.Module]:
+    """The blocks whose activations can be computed again: the backbone's, or of each network it has.
+
+    Raises:
+        ConfigError: it has no blocks.
+    """
+    network = model.backbone.model
+    networks = list(network.children()) if isinstance(network, nn.ModuleDict) else [network]
+    found = [block for each in networks for block in blocks(each, model.head)]
+    if len(found) < 2:
+        raise ConfigError("train.checkpoint_activations: this backbone has no blocks, expected false")
+    return found
+
+
 def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
     is_container = _contains(module)
     if not is_container and (listed or not _wraps_a_container(module)):

@@ -27,8 +27,8 @@ from protocol.messages import Update
 from protocol.tensors import Tensors, tensors_sha256
 from server.play import check_real
 from server.report_audit import what_the_audit_found
-from server.rounds import sample
 from server.rundir import job_toml
+from server.sampling import sample
 from sim.audit import FEWEST, Audit, audited, canaries_for
 from sim.canary_clients import CanaryClients
 from sim.canary_examples import CanaryFeatures, carrier_with, owners

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import environments, head_tuning
+from benchmarks import craft_messages, environments, head_tuning
 from benchmarks.environments import NotInstalled, environment_of
 from benchmarks.turns import Row, System, chosen, report, take_turns
 from benchmarks.workload import Workload, seconds_between
@@ -96,3 +96,39 @@ def test_a_failed_installation_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(environments, "FOLDER", tmp_path)
     with pytest.raises(NotInstalled, match=r"^not installed: \S.*$"):
         environments._do("peer", [environments.sys.executable, "-m", "pip", "install", "./nothing-here"])
+
+
+def test_a_row_of_messages_has_the_differences_of_the_same_seeds_and_the_ratio_of_bytes() -> None:
+    plain = [craft_messages.Measured(0.80, 4000.0), craft_messages.Measured(0.90, 4000.0)]
+    runs = [craft_messages.Measured(0.79, 1000.0), craft_messages.Measured(0.87, 1000.0)]
+    said = craft_messages.line("int8", runs, plain).split()
+    # means .83 and -.02; Student's 12.706 with one degree of freedom times deviation / sqrt(2)
+    assert said == ["int8", "0.830", "±", "0.508", "-0.020", "±", "0.127", "1,000", "4.0x"]
+    assert craft_messages.line("none", plain, plain).split() == [
+        "none",
+        "0.850",
+        "±",
+        "0.635",
+        "4,000",
+        "1.0x",
+    ]
+
+
+def test_a_way_to_compress_is_measured_on_the_job_as_its_file_is(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text(
+        """
+        name = "small"
+        seed = 1
+        task = { name = "image-classification" }
+        data = { source = "digits" }
+        backbone = { name = "raw:pixels", image_size = 8 }
+        federation = { clients = 3, rounds = 2 }
+        """
+    )
+    found = [
+        craft_messages.measured(file, craft_messages.WAYS[name], 2, None, tmp_path / name)
+        for name in ("none", "int8")
+    ]
+    assert found[0].bytes_up == 4 * 1930 and found[1].bytes_up == 1930 + 4 * 8
+    assert all(0 < one.accuracy <= 1 for one in found)

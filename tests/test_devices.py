@@ -41,7 +41,7 @@ def clock(path: Path, sizes: list[int], **federation: Any) -> VirtualClock:
 
 
 def call(cohort: list[str], goal: int, round: int = 1, attempt: int = 1) -> Call:
-    return Call(round, attempt, cohort, goal, bytes_each_way=1_000_000)
+    return Call(round, attempt, cohort, goal, bytes_down=1_000_000, bytes_up=1_000_000)
 
 
 def test_a_round_lasts_as_long_as_its_slowest_client_by_the_written_model(tmp_path: Path) -> None:

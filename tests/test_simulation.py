@@ -17,7 +17,7 @@ from protocol.errors import ConfigError, InconsistentUpdates, InputError
 from protocol.job import Job
 from protocol.messages import Failure, Reply, Request, Update
 from server.play import play
-from server.rounds import sample
+from server.sampling import sample
 from sim.engine import simulate, warmed
 from sim.inline import InlineCarrier
 from sim.population import Population, client_names

@@ -45,7 +45,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     varied = image | {"name": "varied", "train": image["train"] | augment}  # type: ignore[operator]
     fused = {"channels_last": True, "compile": True}
     compiled = image | {"name": "compiled", "backbone": image["backbone"] | fused}  # type: ignore[operator]
-    return {
+    made = {
         f"{table['name']}-{strategy}": Job.parse(
             common | table | {"strategy": {"name": strategy}},  # type: ignore[operator]
             origin="test",
@@ -53,6 +53,10 @@ def jobs(folder: Path) -> dict[str, Job]:
         for table in (text, image, views, varied, compiled)
         for strategy in ("fedavg", "fedadam")
     }
+    small = made["digits-fedavg"]
+    travels = small.federation.model_copy(update={"compression": "int8"})
+    made["small-fedavg"] = small.model_copy(update={"name": "small", "federation": travels})
+    return made
 
 
 @dataclass
@@ -118,6 +122,20 @@ def test_real_sites_that_join_in_any_order_give_the_bits_of_the_simulation(
             assert result["engine"] == "flower"
             assert set(result["final"]["clients"]) == {f"client-{i:04d}" for i in range(CLIENTS)}
             assert all(not line["set_aside"] for line in result["rounds"])
+
+
+def test_real_sites_that_compress_and_remember_give_the_bits_of_the_simulation(places: Places) -> None:
+    with places.sites("digits-fedavg", [1, 0, 2, 3]):
+        result = places.federation.run(places.jobs["small-fedavg"])
+    assert result["model_sha256"] == places.expected("small-fedavg") != places.expected("digits-fedavg")
+    assert all(not line["set_aside"] for line in result["rounds"])
+    assert result["bytes_up"] < result["bytes_down"] / 3.9
+    for number in range(CLIENTS):
+        kept = places.federation.kits[f"client-{number:04d}"] / "state" / "memory"
+        trained = [line["round"] for line in result["rounds"] if f"client-{number:04d}" in line["cohort"]]
+        found = sorted(kept.rglob("*.safetensors"))
+        assert [path.name for path in found] == [f"round-{round:06d}.safetensors" for round in trained]
+        assert all(path.stat().st_mode & 0o077 == 0 for path in found)
 
 
 @pytest.mark.slow

@@ -1,0 +1,55 @@
+"""Files that a kill at any instant leaves whole: temporary name, sync, rename, sync."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_synced(path: Path, content: bytes, mode: int = 0o666, *, durable: bool = True) -> None:
+    """Write a file and wait until it is on the disk; `mode` is a new file's, less the umask.
+
+    What is not `durable` is not waited for: a kill leaves it whole, a power cut may not.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file is written before it takes its place; a lock keeps other writers away."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def replace_synced(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Put a file in place whole or not at all."""
+    replace_all({path: content}, mode)
+
+
+def replace_all(contents: Mapping[Path, bytes], mode: int = 0o666, *, durable: bool = True) -> None:
+    """Put files in place, each of them whole or not at all; an error leaves no temporary file."""
+    temporary = {path: temporary_of(path) for path in contents}
+    try:
+        for path, content in contents.items():
+            write_synced(temporary[path], content, mode, durable=durable)
+        for path in contents:
+            temporary[path].replace(path)
+    except OSError:
+        for left in temporary.values():
+            left.unlink(missing_ok=True)
+        raise
+    for folder in dict.fromkeys(path.parent for path in contents if durable):
+        sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
