@@ -237,7 +237,9 @@ PROMISES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("unit", PROMISES)
+@pytest.mark.parametrize(
+    "unit", ["client", "example", *(pytest.param(u, marks=pytest.mark.slow) for u in ("adaptive", "both"))]
+)
 def test_private_runs_have_the_same_bits_at_once_and_one_by_one(tmp_path: Path, unit: str) -> None:
     setting = job("int8", PROMISES[unit])
     results = [

@@ -44,7 +44,16 @@ def hashes(result: Mapping[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "feedback"), [*((scheme, True) for scheme in SCHEMES), ("int4", False), ("top-k", False)]
+    ("scheme", "feedback"),
+    [
+        ("int4", True),
+        ("top-k", True),
+        ("int4", False),
+        *(
+            pytest.param(scheme, feedback, marks=pytest.mark.slow)
+            for scheme, feedback in (("fp16", True), ("int8", True), ("top-k", False))
+        ),
+    ],
 )
 def test_heads_have_the_same_bits_at_once_one_by_one_and_in_threads(
     tmp_path: Path, scheme: str, feedback: bool

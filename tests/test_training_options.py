@@ -73,7 +73,7 @@ def test_a_batchs_parts_are_even_but_for_the_last_one() -> None:
     assert [list(part) for part in parts_of(range(1), job)] == [[0]]
 
 
-@pytest.mark.parametrize("count", [8, 7, 5, 1])
+@pytest.mark.parametrize("count", [8, 7, 1])
 def test_the_parts_of_a_batch_have_the_gradient_of_the_whole_whatever_its_size(
     tmp_path: Path, count: int
 ) -> None:
@@ -217,7 +217,10 @@ def test_recomputed_activations_give_the_same_bits_dropout_included(tmp_path: Pa
     assert not torch.equal(flat(other.delta), flat(kept.delta))  # there is dropout, drawn anew each round
 
 
-@pytest.mark.parametrize("network", ["resnet18", "squeezenet1_1", "densenet121", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "network",
+    ["resnet18", *(pytest.param(n, marks=pytest.mark.slow) for n in ("densenet121", "mobilenet_v2"))],
+)
 def test_layers_that_work_in_place_are_recomputed_from_what_they_saw(network: str) -> None:
     def update(again: bool) -> Update:
         train = {"lr": 0.001, "batch_size": 2, "checkpoint_activations": again}
@@ -261,7 +264,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS if n != "all")]
+)
 def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str) -> None:
     job = texts(tmp_path, OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
     results = [
