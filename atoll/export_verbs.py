@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tasks.learner import Learner
     from tasks.seam import Batch, Model, Shard
 
-FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8")
+FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8", "torchao-int8")
 MOST_EXAMPLES = 1000
 """Measured at most, before and after."""
 CALIBRATION_EXAMPLES = 128
@@ -99,6 +99,10 @@ def check_can_be(learner: Learner, format: str) -> None:
         raise ConfigError(
             f"--format huggingface: {learner.job.backbone.name} is no transformers network, try onnx"
         )
+    if format == "torchao-int8":
+        from tasks.exports import torchao_file
+
+        torchao_file.check_installed()
     if format.startswith("onnx"):
         from tasks.exports.onnx_file import MEANT_FOR, check_installed
 
@@ -140,6 +144,12 @@ def written(model: Model, learner: Learner, format: str, folder: Path, examples:
         write_tensors(model, folder / "model.safetensors")
         read_tensors(model, folder / "model.safetensors")
         return model
+    if format == "torchao-int8":
+        from tasks.exports import torchao_file
+
+        torchao_file.quantise(model)
+        torchao_file.write_model(model, learner, folder)
+        return torchao_file.read_model(folder)[1].to(learner.job.train.device)
     from tasks.exports import onnx_file
 
     path = folder / "model.onnx"
