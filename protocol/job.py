@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -15,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from protocol.complaints import explain
 from protocol.errors import ConfigError
+from protocol.paths import with_absolute_paths
 from protocol.promise import PrivacySection, check_promises
 from protocol.section import Count, Decay, NotNegative, Positive, Rate, Section
 
@@ -140,6 +140,9 @@ class TrainSection(Section):
     imbalance_strength: Annotated[float, Field(gt=0, le=10)] | None = None
     augment: tuple[str, ...] = ()
     cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    teacher: str | None = None
+    teacher_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    teacher_weight: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _momentum_is_for_sgd(self) -> TrainSection:
@@ -152,6 +155,25 @@ class TrainSection(Section):
         if self.imbalance_strength is not None and self.imbalance is None:
             raise ValueError("imbalance_strength has no meaning without imbalance: remove it")
         return self
+
+    @model_validator(mode="after")
+    def _a_teacher_teaches_alone(self) -> TrainSection:
+        for key in ("teacher_temperature", "teacher_weight"):
+            if getattr(self, key) is not None and self.teacher is None:
+                raise ValueError(f"{key} has no meaning without teacher: remove it")
+        if self.teacher is not None and self.imbalance is not None:
+            raise ValueError("imbalance and teacher exclude each other: keep one")
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """What softens the answers of teacher and student."""
+        return 2.0 if self.teacher_temperature is None else self.teacher_temperature
+
+    @property
+    def taught(self) -> float:
+        """The teacher's part in the loss; the labels have the rest."""
+        return 0.5 if self.teacher_weight is None else self.teacher_weight
 
     @model_validator(mode="after")
     def _views_are_of_what_varies(self) -> TrainSection:
@@ -275,7 +297,7 @@ class Job(Section):
             job = cls.model_validate_json(json.dumps(table, default=str))
         except ValidationError as error:
             raise ConfigError(explain(error, cls, origin)) from None
-        return job if folder is None else _with_absolute_paths(job, folder, origin)
+        return job if folder is None else with_absolute_paths(job, folder, origin)
 
     @classmethod
     def from_json(cls, text: str) -> Job:
@@ -350,36 +372,3 @@ def apply_override(table: dict[str, Any], override: str, *, option: str = "--set
             raise ConfigError(f"{option} {override}: {part} is not a table")
         table = inner
     table[parts[-1]] = value
-
-
-def _with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
-    """Make the job's paths absolute, so that its resolved form replays from anywhere."""
-    data = job.data.model_copy(
-        update={
-            "source": _absolute(job.data.source, folder, origin, "data.source"),
-            "test": job.data.test and _absolute(job.data.test, folder, origin, "data.test"),
-        }
-    )
-    backbone = job.backbone.model_copy(
-        update={
-            "name": _absolute(job.backbone.name, folder, origin, "backbone.name"),
-            "weights": _absolute(job.backbone.weights, folder, origin, "backbone.weights"),
-        }
-    )
-    devices = job.federation.devices
-    if devices is not None:
-        named = devices if "/" in devices or devices.startswith("~") else f"./{devices}"
-        devices = _absolute(named, folder, origin, "federation.devices")
-    federation = job.federation.model_copy(update={"devices": devices})
-    return job.model_copy(update={"data": data, "backbone": backbone, "federation": federation})
-
-
-def _absolute(value: str, folder: Path, origin: str, key: str) -> str:
-    """A value that looks like a path (has a slash, `~`, or a dot in front), made absolute."""
-    if "$" in value:
-        raise ConfigError(f"{origin}: {key}: environment variables are not expanded, found {value!r}")
-    if ":" in value.split("/")[0] or not (value.startswith((".", "~")) or "/" in value):
-        return value
-    if "\0" in value:
-        raise ConfigError(f"{origin}: {key}: NUL cannot be part of a path, found {value!r}")
-    return os.path.realpath(folder / os.path.expanduser(value))  # noqa: PTH111 - these raise at nothing

@@ -97,7 +97,7 @@ def open_run(
     roll.check(job)
     task = task_named(job.task.name)
     learner = Learner.of(job, task, task.agree(roll.facts))
-    learner.facts = learner.facts | {"backbone": learner.backbone.fingerprint}
+    learner.facts = learner.facts | learner.given
     torch.set_num_threads(job.train.threads)
     first = learner.initial()
     watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})

@@ -39,6 +39,8 @@ from tasks.weights import Backbone, resolve
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+    from tasks.teacher import Teacher
+
 TrainingLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 EVALUATION_BATCH = 64
@@ -56,6 +58,7 @@ class Learner:
     facts: Facts
     backbone: Backbone
     progress: Progress | None = None
+    teacher: Teacher | None = None
     _ready: ReadyInputs = field(default_factory=ReadyInputs)
 
     @classmethod
@@ -66,9 +69,11 @@ class Learner:
             WeightsError: the backbone's weights can't be had.
             ConfigError: the device isn't there.
         """
+        from tasks.teacher import teacher_of  # which is made of a learner itself
+
         check_fits(job, task)
         backbone = resolve(job.backbone, job.seed)
-        return cls(job, task.bound(job, backbone), facts, backbone, progress)
+        return cls(job, task.bound(job, backbone), facts, backbone, progress, teacher_of(job))
 
     @property
     def uses_features(self) -> bool:
@@ -153,8 +158,27 @@ class Learner:
             progress=self.progress,
         )
 
+    @property
+    def given(self) -> Facts:
+        """What all must have alike, as facts: the backbone's weights, and the teacher.
+
+        Raises:
+            ConfigError: the teacher knows other classes.
+        """
+        if self.teacher is None:
+            return {"backbone": self.backbone.fingerprint}
+        self.teacher.check(self.facts)
+        return {"backbone": self.backbone.fingerprint, "teacher": self.teacher.fingerprint}
+
     def check_fingerprint(self) -> None:
-        """Raises ConfigError unless the weights here are those the run's facts name."""
+        """Raises ConfigError unless the weights here, and the teacher, are those the run's facts name."""
+        if self.teacher is not None:
+            told, here = self.facts.get("teacher"), self.teacher.fingerprint
+            if told is not None and told != here:
+                raise ConfigError(
+                    f"train.teacher: {self.job.train.teacher} is not the run's teacher"
+                    f" (here {here[:12]}, there {told[:12]})"
+                )
         expected, found = self.facts.get("backbone"), self.backbone.fingerprint
         if expected is not None and expected != found:
             raise ConfigError(
@@ -207,8 +231,23 @@ class Learner:
         }
         return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
 
+    def taught(self, shard: Shard) -> Shard:
+        """A shard as training sees it: with a teacher, its targets hold the teacher's answers too."""
+        return shard if self.teacher is None else self.teacher.taught(shard)
+
+    def outputs_by_row(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
+        """As `outputs`, and no row's bits depend on other rows: whoever asks for it gets the same."""
+        if not self.uses_features:
+            return self.outputs(tensors, shard)
+        features = self.features(shard)
+        # Twice, for a product of one row takes another way through the library.
+        rows = [self._through_head(tensors, row.expand(2, -1).contiguous())[0] for row in features]
+        return torch.stack(rows)
+
     def training_loss(self, shard: Shard) -> TrainingLoss:
         """The loss that a client with this shard learns by: the task's, or one for uneven classes."""
+        if self.teacher is not None:
+            return self.teacher.loss
         imbalance = Imbalance.of(self.job)
         if imbalance is None:
             return self.task.loss
@@ -337,8 +376,11 @@ def added(states: Iterable[Tensors]) -> Tensors:
 
 def check_fits(job: Job, task: Task) -> None:
     """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
+    from tasks.teacher import check_teacher
+
     task.check(job)
     check_imbalance(job, task)
+    check_teacher(job, task)
     check_device(job.train.device)
     if job.backbone.compile:
         compiler()
