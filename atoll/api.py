@@ -113,6 +113,8 @@ class Run:
         data: str | Path | None = None,
         max_drop: float = 0.01,
         force: bool = False,
+        prune: float | None = None,
+        prune_kind: str = "magnitude",
     ) -> Path:
         """Write the model for other programs; the folder where it is then.
 
@@ -123,7 +125,8 @@ class Run:
         from atoll.export_verbs import export
 
         folder = Path(out) if out is not None else None
-        return export(self.folder, format, folder, Path(data) if data is not None else None, max_drop, force)
+        measured_on = Path(data) if data is not None else None
+        return export(self.folder, format, folder, measured_on, max_drop, force, prune, prune_kind)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ CALIBRATION_EXAMPLES = 128
 TIMED = 30
 """Passes of one example, whose median is the latency."""
 BATCH = 16
+KINDS = ("magnitude", "structured")
+MOST_PRUNED = 0.95
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,16 @@ def export(
     data: Annotated[Path | None, typer.Option(help="What to measure on, if not the job's test data.")] = None,
     max_drop: Annotated[float, typer.Option(min=0.0, help="How far the metric may fall.")] = 0.01,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
+    prune: Annotated[float | None, typer.Option(help="Leave out this part of every layer.")] = None,
+    prune_kind: Annotated[str, typer.Option(help="magnitude or structured.")] = "magnitude",
 ) -> Path:
     """Write the trained model for other programs, and measure what that costs."""
     if format not in FORMATS:
         raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}")
+    if prune is not None and not 0 < prune <= MOST_PRUNED:
+        raise ConfigError(f"--prune: expected a part above 0 and up to {MOST_PRUNED}, found {prune:g}")
+    if prune_kind not in KINDS:
+        raise ConfigError(f"--prune-kind: expected {' or '.join(KINDS)}, found {prune_kind!r}")
     folder = out or run / "exports" / format
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ConfigError(f"{folder}: exists and is not empty, choose another --out or --force")
@@ -71,6 +79,8 @@ def export(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
+        if prune is not None:
+            make_smaller(model, learner, examples, prune, prune_kind)
         with shown.status(f"writing {format}"):
             result = written(model, learner, format, staging, examples)
         with shown.status(f"measuring {len(examples)} examples as {format}"):
@@ -128,6 +138,25 @@ def examples_of(learner: Learner, data: Path | None) -> Shard:
     table = learner.task.read(data, job.data, job.task.options)
     shard = learner.task.shard(table.train if table.test is None else table.test, learner.facts)
     return shard.select(range(min(len(shard), MOST_EXAMPLES)))
+
+
+def make_smaller(model: Model, learner: Learner, examples: Shard, part: float, kind: str) -> None:
+    """Prune the backbone in place; the learner's job says so from then on.
+
+    Raises:
+        ConfigError: its run has pruned it before, or there is nothing to leave out.
+    """
+    from tasks.exports.plain import make_plain
+    from tasks.pruning import leave_out
+
+    backbone = learner.job.backbone
+    if backbone.prune is not None:
+        raise ConfigError(f"--prune: the run was pruned by {backbone.prune:g} before it was trained")
+    make_plain(model)
+    rows = range(min(2, len(examples)))
+    leave_out(model.backbone, part, kind, learner.batch(examples, rows), model.head, "--prune")  # type: ignore[arg-type]
+    pruned = backbone.model_copy(update={"prune": part, "prune_kind": kind})
+    learner.job = learner.job.model_copy(update={"backbone": pruned})
 
 
 def written(model: Model, learner: Learner, format: str, folder: Path, examples: Shard) -> Model:
@@ -232,6 +261,7 @@ def told(
         "run": str(run),
         "task": learner.job.task.name,
         "backbone": learner.job.backbone.name,
+        "pruned": {"part": learner.job.backbone.prune, "kind": learner.job.backbone.prune_kind},
         "facts": learner.facts,
         "examples": examples,
         "before": vars(before),

@@ -46,6 +46,7 @@ def train_model(
             if mu:
                 pull_back(parameters, start, mu)
             optimizer.step()
+            tuning.keep_pruned(model)
             summed += float(loss.detach()) * len(rows)
     count = float(len(shard) * job.train.epochs)
     return Update(

@@ -100,7 +100,20 @@ class BackboneSection(Section):
     pool: Literal["mean", "first"] = "mean"
     channels_last: bool = False
     compile: bool = False
+    prune: Annotated[float, Field(gt=0, le=0.95)] | None = None
+    prune_kind: Literal["magnitude", "structured"] | None = None
     options: Options = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _a_kind_is_of_pruning(self) -> BackboneSection:
+        if self.prune_kind is not None and self.prune is None:
+            raise ValueError("prune_kind has no meaning without prune: remove it")
+        return self
+
+    @property
+    def pruning(self) -> Literal["magnitude", "structured"]:
+        """How the backbone is pruned, if it is."""
+        return self.prune_kind or "magnitude"
 
 
 class TuneSection(Section):
@@ -264,6 +277,16 @@ class Job(Section):
         for key, given in asked.items():
             if given and self.tune.method != "head":
                 raise ValueError(f"{key} has no meaning with tune.method = {self.tune.method!r}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_pruned_stays_pruned(self) -> Job:
+        by_magnitude = self.backbone.prune is not None and self.backbone.pruning == "magnitude"
+        if by_magnitude and self.tune.method == "lora":
+            raise ValueError(
+                "backbone.prune_kind: LoRA's factors would fill what magnitude pruning left out;"
+                " expected 'structured', or another tune.method"
+            )
         return self
 
     @model_validator(mode="after")

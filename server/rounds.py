@@ -29,6 +29,7 @@ from strategies import State, Strategy, build_strategy
 from tasks import task_named
 from tasks.learner import Learner, added
 from tasks.seam import Shard
+from tasks.tuning import without_pruned
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,8 @@ def merge(run: Run, updates: Sequence[Update], round: int) -> None:
         updates = [noised]
     if updates:
         run.tensors, run.state = run.strategy.merge(run.tensors, updates, run.state)
+    if run.job.backbone.prune is not None and not run.learner.uses_features:
+        run.tensors = without_pruned(run.learner.model, run.tensors)  # noise has no holes
     run.state = {**run.state, **kept}
 
 

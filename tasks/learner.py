@@ -31,6 +31,7 @@ from tasks.features import (
     varied_views,
 )
 from tasks.imbalance import Imbalance, check_imbalance, counts_of
+from tasks.pruning import fingerprinted, pruned
 from tasks.ready import ReadyInputs
 from tasks.seam import TARGETS, Batch, Encoder, Model, Shard, Task, Variation
 from tasks.vision_encoder import torchvision_width
@@ -72,7 +73,7 @@ class Learner:
         from tasks.teacher import teacher_of  # which is made of a learner itself
 
         check_fits(job, task)
-        backbone = resolve(job.backbone, job.seed)
+        backbone = fingerprinted(resolve(job.backbone, job.seed), job.backbone)
         return cls(job, task.bound(job, backbone), facts, backbone, progress, teacher_of(job))
 
     @property
@@ -90,7 +91,8 @@ class Learner:
         """The backbone, loaded at first use."""
         if not self.task.on_features:
             return self.model.backbone
-        return self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
+        encoder = self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
+        return pruned(encoder, self.job.backbone)
 
     @cached_property
     def model(self) -> Model:
@@ -99,6 +101,7 @@ class Learner:
             model = Model(self.encoder, self._fresh_head(self.encoder.width))
         else:
             model = self.task.network(self.backbone, self.job, self.facts)
+            pruned(model.backbone, self.job.backbone, model.head)
         tuning.mark_trainable(model, self.job.tune, self.job.seed)
         return model.to(self.job.train.device)
 

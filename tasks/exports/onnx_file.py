@@ -109,7 +109,7 @@ def quantise(given: Path, path: Path, batches: Iterable[Batch] | None) -> None:
         quantize_static(
             ready, path, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True,
             weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
-            op_types_to_quantize=_operations(ready), nodes_to_exclude=_first_third(ready),
+            op_types_to_quantize=PRODUCTS, nodes_to_exclude=_first_third(ready),
         )  # fmt: skip
         ready.unlink()
 
@@ -125,11 +125,6 @@ def _convolutions(file: Path) -> list[int]:
 
     found = [place for place, node in enumerate(onnx.load(file).graph.node) if node.op_type == "Conv"]
     return found if len(found) >= FEWEST_CONVOLUTIONS else []
-
-
-def _operations(file: Path) -> list[str] | None:
-    """What is made 8-bit: in a row of convolutions also what is between them, else it goes through float."""
-    return None if _convolutions(file) else PRODUCTS
 
 
 def _first_third(file: Path) -> list[str]:
