@@ -114,7 +114,7 @@ class Run:
         max_drop: float = 0.01,
         force: bool = False,
         prune: float | None = None,
-        prune_kind: str = "magnitude",
+        prune_kind: str | None = None,
     ) -> Path:
         """Write the model for other programs; the folder where it is then.
 

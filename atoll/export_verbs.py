@@ -55,15 +55,12 @@ def export(
     max_drop: Annotated[float, typer.Option(min=0.0, help="How far the metric may fall.")] = 0.01,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     prune: Annotated[float | None, typer.Option(help="Leave out this part of every layer.")] = None,
-    prune_kind: Annotated[str, typer.Option(help="magnitude or structured.")] = "magnitude",
+    prune_kind: Annotated[str | None, typer.Option(help="magnitude (default) or structured.")] = None,
 ) -> Path:
     """Write the trained model for other programs, and measure what that costs."""
     if format not in FORMATS:
         raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}")
-    if prune is not None and not 0 < prune <= MOST_PRUNED:
-        raise ConfigError(f"--prune: expected a part above 0 and up to {MOST_PRUNED}, found {prune:g}")
-    if prune_kind not in KINDS:
-        raise ConfigError(f"--prune-kind: expected {' or '.join(KINDS)}, found {prune_kind!r}")
+    check_pruning(prune, prune_kind)
     folder = out or run / "exports" / format
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ConfigError(f"{folder}: exists and is not empty, choose another --out or --force")
@@ -80,7 +77,7 @@ def export(
     staging.mkdir(parents=True)
     try:
         if prune is not None:
-            make_smaller(model, learner, examples, prune, prune_kind)
+            make_smaller(model, learner, examples, prune, prune_kind or KINDS[0])
         with shown.status(f"writing {format}"):
             result = written(model, learner, format, staging, examples)
         with shown.status(f"measuring {len(examples)} examples as {format}"):
@@ -101,6 +98,16 @@ def export(
     shown.print(f"measured on  {len(examples)} examples; ms is the pass of one of them", highlight=False)
     shown.print(f"written to   {folder}", highlight=False, soft_wrap=True)
     return folder
+
+
+def check_pruning(part: float | None, kind: str | None) -> None:
+    """Raises ConfigError unless that can be asked for."""
+    if part is not None and not 0 < part <= MOST_PRUNED:
+        raise ConfigError(f"--prune: expected a part above 0 and up to {MOST_PRUNED}, found {part:g}")
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"--prune-kind: expected {' or '.join(KINDS)}, found {kind!r}")
+    if kind is not None and part is None:
+        raise ConfigError("--prune-kind: has no meaning without --prune: leave it out")
 
 
 def check_can_be(learner: Learner, format: str) -> None:

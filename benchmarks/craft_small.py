@@ -121,13 +121,13 @@ def vision_transformer(folder: Path, width: int) -> str:
     return str(folder)
 
 
-def digits_job(seed: int, backbone: str, weights: str = "random", **more: dict[str, Any]) -> Job:
+def digits_job(seed: int, folder: str, weights: str = "random", **more: dict[str, Any]) -> Job:
     table: dict[str, Any] = {
         "name": "digits", "seed": seed, "task": {"name": "image-classification"},
         "data": {"source": "digits", "partition": {"kind": "dirichlet", "alpha": 1.0}},
-        "backbone": {"name": backbone, "weights": weights},
-        "tune": {"method": "full"}, "train": {"epochs": 2, "batch_size": 16, "optimizer": "adam", "lr": 1e-3},
-        "federation": {"clients": 8, "rounds": 6}, "evaluate": {"every": 100},
+        "backbone": {"name": folder, "weights": weights},
+        "tune": {"method": "full"}, "train": {"epochs": 1, "batch_size": 16, "optimizer": "adam", "lr": 2e-3},
+        "federation": {"clients": 8, "rounds": 5}, "evaluate": {"every": 100},
     }  # fmt: skip
     return Job.parse({key: {**table[key], **more[key]} if key in more else table[key] for key in table},
                      origin="benchmark")  # fmt: skip
@@ -138,13 +138,13 @@ def digits(seed: int, folder: Path) -> dict[str, Form]:
     whole, quarter = vision_transformer(folder / "vit", 64), vision_transformer(folder / "small", 32)
     run = ran(digits_job(seed, whole), folder / "plain")
     found = forms_of(run, 1000)
-    going_on = {"train": {"lr": 3e-4}, "federation": {"rounds": 3}}
+    going_on = {"train": {"lr": 5e-4}, "federation": {"rounds": 2}}
     again = ran(digits_job(seed, whole, str(run), **going_on), folder / "again")
-    found["3 rounds more, unpruned"] = shipped(again, "plain", 1000)
+    found["2 rounds more, unpruned"] = shipped(again, "plain", 1000)
     for kind in ("magnitude", "structured"):
         pruned = {"backbone": {"prune": 0.5, "prune_kind": kind}}
         healed = ran(digits_job(seed, whole, str(run), **going_on, **pruned), folder / kind)
-        found[f"pruned 50%, {kind}, 3 rounds more"] = shipped(healed, "plain", 1000)
+        found[f"pruned 50%, {kind}, 2 rounds more"] = shipped(healed, "plain", 1000)
     alone = ran(digits_job(seed, quarter), folder / "alone")
     found["student of a quarter, alone"] = shipped(alone, "plain", 1000)
     teaching = {"train": {"teacher": str(run), "teacher_weight": 0.9, "teacher_temperature": 3.0}}
