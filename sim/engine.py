@@ -82,7 +82,8 @@ def check_engine(job: Job, engine: str) -> None:
     """Raises ConfigError unless there is such an engine, and it can do what the job asks."""
     if engine not in ENGINES:
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
-    if engine == "cohort" and job.backbone.prune and not trains_on_features(job):
+    by_magnitude = job.backbone.prune is not None and job.backbone.pruning == "magnitude"
+    if engine == "cohort" and by_magnitude and not trains_on_features(job):
         raise ConfigError("backbone.prune: engine cohort would fill what was left out, try inline")
     if engine == "cohort" and job.train.teacher and not trains_on_features(job):
         raise ConfigError(
