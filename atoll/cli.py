@@ -15,7 +15,16 @@ from types import FrameType
 import click
 import typer
 
-from atoll import __version__, audit_verbs, export_verbs, look_verbs, run_verbs, site_verbs, sweep_verbs
+from atoll import (
+    __version__,
+    audit_verbs,
+    distil_verbs,
+    export_verbs,
+    look_verbs,
+    run_verbs,
+    site_verbs,
+    sweep_verbs,
+)  # fmt: skip
 from atoll.show import OneLine, err, interrupted, plain
 from atoll.usage import verbs_of, what_is_wrong
 from protocol import child
@@ -35,6 +44,7 @@ sweep_verbs.register(app)
 site_verbs.register(app)
 look_verbs.register(app)
 export_verbs.register(app)
+distil_verbs.register(app)
 audit_verbs.register(app)
 
 INTERRUPTED = 130

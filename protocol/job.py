@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError, model_validator
 from protocol.complaints import explain
 from protocol.errors import ConfigError
 from protocol.federation import FederationSection
-from protocol.job_file import absolute, apply_override, read_toml
+from protocol.job_file import apply_override, read_toml
+from protocol.paths import with_absolute_paths
 from protocol.promise import PrivacySection, check_promises
 from protocol.section import Count, Decay, NotNegative, Positive, Section
 
@@ -112,7 +113,20 @@ class BackboneSection(Section):
     pool: Literal["mean", "first"] = "mean"
     channels_last: bool = False
     compile: bool = False
+    prune: Annotated[float, Field(gt=0, le=0.95)] | None = None
+    prune_kind: Literal["magnitude", "structured"] | None = None
     options: Options = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _a_kind_is_of_pruning(self) -> BackboneSection:
+        if self.prune_kind is not None and self.prune is None:
+            raise ValueError("prune_kind has no meaning without prune: remove it")
+        return self
+
+    @property
+    def pruning(self) -> Literal["magnitude", "structured"]:
+        """How the backbone is pruned, if it is."""
+        return self.prune_kind or "magnitude"
 
 
 class TuneSection(Section):
@@ -157,6 +171,9 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: Count = 1
     checkpoint_activations: bool = False
+    teacher: str | None = None
+    teacher_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    teacher_weight: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _parts_of_a_batch_are_even(self) -> TrainSection:
@@ -183,6 +200,25 @@ class TrainSection(Section):
         if self.imbalance_strength is not None and self.imbalance is None:
             raise ValueError("imbalance_strength has no meaning without imbalance: remove it")
         return self
+
+    @model_validator(mode="after")
+    def _a_teacher_teaches_alone(self) -> TrainSection:
+        for key in ("teacher_temperature", "teacher_weight"):
+            if getattr(self, key) is not None and self.teacher is None:
+                raise ValueError(f"{key} has no meaning without teacher: remove it")
+        if self.teacher is not None and self.imbalance is not None:
+            raise ValueError("imbalance and teacher exclude each other: keep one")
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """What softens the answers of teacher and student."""
+        return 2.0 if self.teacher_temperature is None else self.teacher_temperature
+
+    @property
+    def taught(self) -> float:
+        """The teacher's part in the loss; the labels have the rest."""
+        return 0.5 if self.teacher_weight is None else self.teacher_weight
 
     @model_validator(mode="after")
     def _views_are_of_what_varies(self) -> TrainSection:
@@ -261,6 +297,16 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_pruned_stays_pruned(self) -> Job:
+        by_magnitude = self.backbone.prune is not None and self.backbone.pruning == "magnitude"
+        if by_magnitude and self.tune.method == "lora":
+            raise ValueError(
+                "backbone.prune_kind: LoRA's factors would fill what magnitude pruning left out;"
+                " expected 'structured', or another tune.method"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _privacy_can_be_kept(self) -> Job:
         check_promises(self)
         return self
@@ -296,7 +342,7 @@ class Job(Section):
             job = cls.model_validate_json(json.dumps(table, default=str))
         except ValidationError as error:
             raise ConfigError(explain(error, cls, origin)) from None
-        return job if folder is None else _with_absolute_paths(job, folder, origin)
+        return job if folder is None else with_absolute_paths(job, folder, origin)
 
     @classmethod
     def from_json(cls, text: str) -> Job:
@@ -324,25 +370,3 @@ class Job(Section):
 @lru_cache(maxsize=16)
 def _read_back(text: str) -> Job:
     return Job.parse(json.loads(text), origin="job")
-
-
-def _with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
-    """Make the job's paths absolute, so that its resolved form replays from anywhere."""
-    data = job.data.model_copy(
-        update={
-            "source": absolute(job.data.source, folder, origin, "data.source"),
-            "test": job.data.test and absolute(job.data.test, folder, origin, "data.test"),
-        }
-    )
-    backbone = job.backbone.model_copy(
-        update={
-            "name": absolute(job.backbone.name, folder, origin, "backbone.name"),
-            "weights": absolute(job.backbone.weights, folder, origin, "backbone.weights"),
-        }
-    )
-    devices = job.federation.devices
-    if devices is not None:
-        named = devices if "/" in devices or devices.startswith("~") else f"./{devices}"
-        devices = absolute(named, folder, origin, "federation.devices")
-    federation = job.federation.model_copy(update={"devices": devices})
-    return job.model_copy(update={"data": data, "backbone": backbone, "federation": federation})

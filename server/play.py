@@ -18,7 +18,7 @@ from server.rounds import Run, TestSet, Watch, all_rounds, open_run
 from server.rundir import RunDirectory
 from strategies import build_strategy
 from tasks import task_named
-from tasks.learner import check_fits
+from tasks.fits import check_fits
 from tasks.weights import resolve
 
 Compare = Callable[[Run], tuple[Baselines, list[str]]]

@@ -34,6 +34,7 @@ from strategies import State, Strategy, build_strategy
 from tasks import task_named
 from tasks.learner import Learner, added
 from tasks.seam import Shard
+from tasks.tuning import without_pruned
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def open_run(
     roll.check(job)
     task = task_named(job.task.name)
     learner = Learner.of(job, task, task.agree(roll.facts))
-    learner.facts = learner.facts | {"backbone": learner.backbone.fingerprint}
+    learner.facts = learner.facts | learner.given
     torch.set_num_threads(job.train.threads)
     first = learner.initial()
     watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
@@ -192,6 +193,8 @@ def merge(run: Run, updates: Sequence[Update], round: int) -> None:
         updates = [noised]
     if updates:
         run.tensors, run.state = run.strategy.merge(run.tensors, updates, run.state)
+    if run.job.backbone.prune is not None and not run.learner.uses_features:
+        run.tensors = without_pruned(run.learner.model, run.tensors)  # noise has no holes
     run.state = {**run.state, **kept}
 
 

@@ -83,6 +83,13 @@ def check_engine(job: Job, engine: str) -> None:
     """Raises ConfigError unless there is such an engine, and it can do what the job asks."""
     if engine not in ENGINES:
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
+    by_magnitude = job.backbone.prune is not None and job.backbone.pruning == "magnitude"
+    if engine == "cohort" and by_magnitude and not trains_on_features(job):
+        raise ConfigError("backbone.prune: engine cohort would fill what was left out, try inline")
+    if engine == "cohort" and job.train.teacher and not trains_on_features(job):
+        raise ConfigError(
+            "train.teacher: engine cohort trains such clients by the task's own loss, try inline"
+        )
     if engine == "cohort" and job.train.imbalance and not trains_on_features(job):
         raise ConfigError(
             "train.imbalance: engine cohort trains such clients at once by one loss, try inline"
