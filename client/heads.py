@@ -25,6 +25,7 @@ from client.steps import is_plain, stepper
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.tensors import Tensors
+from tasks.devices import is_gpu
 from tasks.imbalance import Imbalance, counts_of
 
 
@@ -93,16 +94,24 @@ def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], lo
     The head is one linear layer (`head.weight` [outputs, width], `head.bias`) or several with a ReLU
     between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …).
     """
-    groups: dict[int, list[HeadWork]] = {}
+    groups: dict[tuple[int, int], list[HeadWork]] = {}
+    on_gpu = is_gpu(local.job.train.device)
     for work in (drawn(work, local.per_example) for work in works):
-        groups.setdefault(_rows_per_batch(work, local), []).append(work)
+        steps = _steps(work, local) if on_gpu else 0
+        groups.setdefault((_rows_per_batch(work, local), steps), []).append(work)
     parts = []
-    for size, group in groups.items():
-        count = _fitting(head, size)
+    for (size, _), group in groups.items():
+        count = min(_fitting(head, size), GPU_BLOCK) if on_gpu else _fitting(head, size)
         for start in range(0, len(group), count):
-            parts.append(_train_group(head, examples, group[start : start + count], size, local))
+            block = group[start : start + count]
+            whole = block + block[-1:] * (count - len(block)) if on_gpu else block
+            trained = _train_group(head, examples, whole, size, local)
+            parts.append(trained.of_clients([work.client for work in block]) if on_gpu else trained)
     return joined(parts).of_clients([work.client for work in works])
 
+
+GPU_BLOCK = 64
+"""Clients of a block on a GPU, filled up where there are fewer: cuBLAS sums by the number of products."""
 
 CACHE_NUMBERS = 1 << 20
 """Numbers that a block of clients works on at a time: more of them don't stay in a core's cache."""
@@ -119,6 +128,12 @@ def drawn(work: HeadWork, private: PerExample | None) -> HeadWork:
     if private is None or private.draw is None:
         return work
     return replace(work, batches=tuple(private.draw(work.client, len(work.rows))))
+
+
+def _steps(work: HeadWork, local: Local) -> int:
+    """How many local steps a client takes."""
+    train = local.job.train
+    return len(work.batches) or train.epochs * -(-len(work.rows) // train.batch_size)
 
 
 def _rows_per_batch(work: HeadWork, local: Local) -> int:
