@@ -15,7 +15,16 @@ from types import FrameType
 import click
 import typer
 
-from atoll import __version__, audit_verbs, export_verbs, look_verbs, run_verbs, site_verbs, sweep_verbs
+from atoll import (
+    __version__,
+    audit_verbs,
+    export_verbs,
+    look_verbs,
+    run_verbs,
+    site_verbs,
+    sweep_verbs,
+    tune_verbs,
+)
 from atoll.show import OneLine, err, interrupted, plain
 from atoll.usage import verbs_of, what_is_wrong
 from protocol import child
@@ -32,6 +41,7 @@ app = typer.Typer(
 )
 run_verbs.register(app)
 sweep_verbs.register(app)
+tune_verbs.register(app)
 site_verbs.register(app)
 look_verbs.register(app)
 export_verbs.register(app)
