@@ -126,12 +126,12 @@ def _run_all(
         shown.close()
 
 
-def progress_of(shown: Gauge) -> Progress:
+def progress_of(shown: Gauge, note: str = "every example once, then cached") -> Progress:
     """Shows how far features have got."""
 
     def progress(done: int, total: int) -> None:
         stop_if_asked()
-        shown.show("features", done, total, "every example once, then cached")
+        shown.show("features", done, total, note)
 
     return progress
 

@@ -11,12 +11,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides
+from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides, load
 from atoll.show import gauge, out, plain, stop_if_asked
 from atoll.sweep_verbs import default_workers, progress_of
-from protocol.errors import JobError
+from protocol.errors import ConfigError, JobError
+from protocol.job import Job
+from protocol.job_file import absolute
 
 if TYPE_CHECKING:
+    from sim.advice import Advice
     from sim.search import Search, Tried
 
 TRIALS = 20
@@ -24,9 +27,10 @@ TRIALS = 20
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    app.command(epilog="Example: atoll tune jobs/bbc-news.toml --range train.lr=0.01..3,log --trials 12")(
-        tune
-    )
+    app.command(epilog="Example: atoll tune jobs/bbc-news.toml --range train.lr=0.01..3,log")(tune)
+    app.command(
+        epilog="Example: atoll advise jobs/mnist.toml --backbones torchvision:mobilenet_v2,raw:pixels"
+    )(advise)
 
 
 def tune(
@@ -180,4 +184,76 @@ def _best_table(search: Search, ranked: Sequence[Tried]) -> Table:
         table.add_row(
             str(tried.place + 1), *values, *("-" if value is None else f"{value:.4g}" for value in found)
         )
+    return table
+
+
+def advise(
+    job: JobFile,
+    backbones: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,C", help="Candidates; if not said, those whose weights are here."),
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="How many examples to look at; 2000 if not said.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Rank backbones for a job by their features of the clients' data, before anything is trained.
+
+    In a simulation only: it looks at the features of all clients together.
+    """
+    loaded = load(job, overrides)
+    found = advised(loaded, None if backbones is None else backbones.split(","), head)
+    out.print()
+    out.print(_advice_table(loaded.name, found))
+    out.print(
+        "LogME on the clients' training data, and the accuracy of a linear probe on what they keep back: of"
+        " both, more is better. Nothing looked at the test set.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    changes = [f"backbone.name={found[0].backbone}", *(overrides or ())]
+    best = shlex.join(["atoll", "simulate", str(job), *(a for c in changes for a in ("--set", c))])
+    out.print(f"run it    {plain(best)}", highlight=False, soft_wrap=True)
+
+
+def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list[Advice]:
+    """What is said of each backbone, the best by LogME first, with progress.
+
+    Raises:
+        ConfigError, WeightsError: the job isn't one for this, or a backbone isn't there.
+    """
+    from sim.advice import HEAD, advise, candidates_here, check_advisable, with_backbone
+    from tasks.weights import resolve
+
+    check_advisable(job)
+    names = [name.strip() for name in backbones or ()]
+    if not all(names):
+        raise ConfigError("--backbones: expected names between commas, see atoll list backbones")
+    names = [absolute(name, Path.cwd(), "atoll advise", "--backbones") for name in names]
+    for name in names:
+        resolve(with_backbone(job, name).backbone, job.seed)
+    shown = gauge()
+    try:
+        return advise(
+            job,
+            list(dict.fromkeys(names)) or candidates_here(job),
+            head=head or HEAD,
+            progress=lambda name: progress_of(shown, f"{name}: every example once, then cached"),
+            left_out=lambda name, why: shown.say(f"left out  {plain(name)}: {plain(why)}"),
+        )
+    finally:
+        shown.close()
+
+
+def _advice_table(name: str, found: Sequence[Advice]) -> Table:
+    table = Table(title=f"{plain(name)}: backbones, the best by LogME first", title_justify="left")
+    table.add_column("backbone")
+    for head in ("LogME", "probe accuracy", "features", "parameters", "ms an example"):
+        table.add_column(head, justify="right")
+    for one in found:
+        table.add_row(
+            plain(one.backbone), f"{one.logme:.3f}", f"{one.probe:.3f}", str(one.width),
+            f"{one.parameters / 1e6:.1f} M", f"{one.seconds * 1e3:.1f}",
+        )  # fmt: skip
     return table

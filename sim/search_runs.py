@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
 from server.comparison import lower_is_better
+from server.play import unwatched
 from server.result import Baselines
 from server.rounds import Run, validated
 from sim.engine import simulate
@@ -64,7 +65,7 @@ class Judge:
         from optuna.trial import TrialState, create_trial
 
         optuna = quiet_optuna()
-        warm_up = job.federation.rounds // WARM_UP
+        warm_up = job.federation.rounds // WARM_UP + 1  # the first round that may be the last
         study = optuna.create_study(
             direction="minimize" if lower_is_better(metric) else "maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=COMPARED, n_warmup_steps=warm_up),
@@ -118,8 +119,8 @@ def play_trial(text: str) -> str:
         # would be validated on by another.
         clients = _bench.population(jobs[0])
         for job, out in zip(jobs, outs, strict=True):
-            watch = judge.watch if job is jobs[0] else _unwatched
-            found.append(_validation(job, out, without_test_set(job, clients), watch))
+            watch = judge.watch if job is jobs[0] else unwatched
+            found.append(validation_metrics(job, out, without_test_set(job, clients), watch))
         outcome = judged(found, work["metric"])
     except Stopped as stopped:
         outcome = Outcome(stopped=stopped.round)
@@ -131,10 +132,7 @@ def play_trial(text: str) -> str:
     return json.dumps(vars(whole))
 
 
-def _unwatched(step: str, what: dict[str, Any]) -> None: ...
-
-
-def _validation(
+def validation_metrics(
     job: Job, out: Path, population: Population, watch: Callable[[str, dict[str, Any]], None]
 ) -> Mapping[str, float]:
     """Play a run, or go on with one that was begun; its final model's metrics over all clients' splits."""
