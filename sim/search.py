@@ -33,7 +33,10 @@ FORMAT = 1
 """Of `tune.json`."""
 
 STARTUP = 5
-"""Trials that are drawn at random before the sampler learns from what they found."""
+"""Trials before the sampler learns from what they found: drawn at random, far from each other."""
+
+SPREAD = 20
+"""Random draws of which such a trial is the one that is farthest from all before it (maximin)."""
 
 DRAWS = 20
 """Draws of the sampler after which what hasn't been tried is looked for in another way."""
@@ -195,6 +198,11 @@ class Search:
         if not tried and self.own is not None:
             return self.own
         invalid: list[str] = []
+        if 0 < len(tried) < STARTUP:
+            drawn = [self._sampled(tried, -1 - draw) for draw in range(SPREAD)]
+            new = [texts for texts in drawn if self._is_new(texts, known, invalid)]
+            if new:
+                return max(new, key=lambda t: min(self.space.apart(t, one.texts) for one in tried))
         for draw in range(DRAWS):
             texts = self._sampled(tried, draw)
             if self._is_new(texts, known, invalid):

@@ -71,6 +71,17 @@ class Choice:
         """What `text` is among what can be drawn; None where it isn't there."""
         return next((t for t in self.texts if as_value(t) == as_value(text)), None)
 
+    def apart(self, text: str, other: str) -> float:
+        """How far two values are from each other, from 0 to 1; numbers by their places in the list."""
+        if text == other:
+            return 0.0
+        values = [as_value(t) for t in self.texts]
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            return 1.0
+        order = sorted(values)
+        places = [order.index(as_value(t)) for t in (text, other)]
+        return abs(places[0] - places[1]) / (len(order) - 1)
+
     @property
     def ends(self) -> tuple[str, ...]:
         """The values that must be valid for all to be."""
@@ -141,6 +152,13 @@ class Range:
             return None
         return int(value) if self.is_whole else float(value)
 
+    def apart(self, text: str, other: str) -> float:
+        """How far two values are from each other, from 0 to 1, on the range's own scale."""
+        low, high, *values = (
+            math.log(v) if self.is_log else v for v in (self.low, self.high, float(text), float(other))
+        )
+        return abs(values[0] - values[1]) / (high - low)
+
     @property
     def ends(self) -> tuple[str, ...]:
         return (self.text(self.low), self.text(self.high))
@@ -203,6 +221,16 @@ class Space:
                 texts[one.key] = pick(one)
                 apply_override(table, f"{one.key}={texts[one.key]}", option="--vary")
         return texts
+
+    def apart(self, texts: Texts, other: Texts) -> float:
+        """How far two choices are from each other: the sum over keys, 1 for one that only one of them has."""
+        total = 0.0
+        for one in self.keys:
+            if (one.key in texts) != (one.key in other):
+                total += 1
+            elif one.key in texts:
+                total += one.apart(texts[one.key], other[one.key])
+        return total
 
     def combinations(self, base: Base) -> Iterator[Texts]:
         """Every choice there is, each once; nothing where a range makes them countless, or too many."""
