@@ -118,6 +118,8 @@ class Run:
         data: str | Path | None = None,
         max_drop: float = 0.01,
         force: bool = False,
+        prune: float | None = None,
+        prune_kind: str | None = None,
     ) -> Path:
         """Write the model for other programs; the folder where it is then.
 
@@ -128,7 +130,45 @@ class Run:
         from atoll.export_verbs import export
 
         folder = Path(out) if out is not None else None
-        return export(self.folder, format, folder, Path(data) if data is not None else None, max_drop, force)
+        measured_on = Path(data) if data is not None else None
+        return export(self.folder, format, folder, measured_on, max_drop, force, prune, prune_kind)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder that `atoll export --format torchao-int8` wrote, in use."""
+
+    folder: Path
+    model: Any
+    """The network, a torch module in eval mode; it takes a batch by name, as the ONNX file does."""
+    learner: Any
+
+    def predict(self, inputs: Sequence[str]) -> list[dict[str, Any]]:
+        """The model's answer to each text or file, as `Run.predict` gives it.
+
+        Raises:
+            DataError: an input cannot be read.
+        """
+        import torch
+
+        task = self.learner.task
+        raw = [task.raw_input(given) for given in inputs]
+        with torch.inference_mode():
+            said = self.model.predict(self.model.backbone.prepare(raw))
+        answers: list[dict[str, Any]] = task.answer(said, self.learner.facts)
+        return answers
+
+
+def load_export(folder: str | Path) -> Exported:
+    """The model of a torchao export: from its folder alone, without the run.
+
+    Raises:
+        ConfigError, WeightsError: the folder holds no such model, or a damaged one.
+    """
+    from tasks.exports.torchao_file import read_model
+
+    learner, model = read_model(Path(folder))
+    return Exported(Path(folder), model, learner)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import typer
 from atoll import (
     __version__,
     audit_verbs,
+    distil_verbs,
     export_verbs,
     look_verbs,
     run_verbs,
@@ -45,6 +46,7 @@ tune_verbs.register(app)
 site_verbs.register(app)
 look_verbs.register(app)
 export_verbs.register(app)
+distil_verbs.register(app)
 audit_verbs.register(app)
 
 INTERRUPTED = 130

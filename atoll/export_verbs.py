@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from tasks.learner import Learner
     from tasks.seam import Batch, Model, Shard
 
-FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8")
+FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8", "torchao-int8")
 MOST_EXAMPLES = 1000
 """Measured at most, before and after."""
 CALIBRATION_EXAMPLES = 128
 TIMED = 30
 """Passes of one example, whose median is the latency."""
 BATCH = 16
+KINDS = ("magnitude", "structured")
+MOST_PRUNED = 0.95
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,13 @@ def export(
     data: Annotated[Path | None, typer.Option(help="What to measure on, if not the job's test data.")] = None,
     max_drop: Annotated[float, typer.Option(min=0.0, help="How far the metric may fall.")] = 0.01,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
+    prune: Annotated[float | None, typer.Option(help="Leave out this part of every layer.")] = None,
+    prune_kind: Annotated[str | None, typer.Option(help="magnitude (default) or structured.")] = None,
 ) -> Path:
     """Write the trained model for other programs, and measure what that costs."""
     if format not in FORMATS:
         raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}")
+    check_pruning(prune, prune_kind)
     folder = out or run / "exports" / format
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ConfigError(f"{folder}: exists and is not empty, choose another --out or --force")
@@ -71,6 +76,8 @@ def export(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
+        if prune is not None:
+            make_smaller(model, learner, examples, prune, prune_kind or KINDS[0])
         with shown.status(f"writing {format}"):
             result = written(model, learner, format, staging, examples)
         with shown.status(f"measuring {len(examples)} examples as {format}"):
@@ -93,12 +100,26 @@ def export(
     return folder
 
 
+def check_pruning(part: float | None, kind: str | None) -> None:
+    """Raises ConfigError unless that can be asked for."""
+    if part is not None and not 0 < part <= MOST_PRUNED:
+        raise ConfigError(f"--prune: expected a part above 0 and up to {MOST_PRUNED}, found {part:g}")
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"--prune-kind: expected {' or '.join(KINDS)}, found {kind!r}")
+    if kind is not None and part is None:
+        raise ConfigError("--prune-kind: has no meaning without --prune: leave it out")
+
+
 def check_can_be(learner: Learner, format: str) -> None:
     """Raises ConfigError unless a run of this task and backbone can be had in that format."""
     if format == "huggingface" and learner.backbone.kind != "hf":
         raise ConfigError(
             f"--format huggingface: {learner.job.backbone.name} is no transformers network, try onnx"
         )
+    if format == "torchao-int8":
+        from tasks.exports import torchao_file
+
+        torchao_file.check_installed()
     if format.startswith("onnx"):
         from tasks.exports.onnx_file import MEANT_FOR, check_installed
 
@@ -126,6 +147,25 @@ def examples_of(learner: Learner, data: Path | None) -> Shard:
     return shard.select(range(min(len(shard), MOST_EXAMPLES)))
 
 
+def make_smaller(model: Model, learner: Learner, examples: Shard, part: float, kind: str) -> None:
+    """Prune the backbone in place; the learner's job says so from then on.
+
+    Raises:
+        ConfigError: its run has pruned it before, or there is nothing to leave out.
+    """
+    from tasks.exports.plain import make_plain
+    from tasks.pruning import leave_out
+
+    backbone = learner.job.backbone
+    if backbone.prune is not None:
+        raise ConfigError(f"--prune: the run was pruned by {backbone.prune:g} before it was trained")
+    make_plain(model)
+    rows = range(min(2, len(examples)))
+    leave_out(model.backbone, part, kind, learner.batch(examples, rows), model.head, "--prune")  # type: ignore[arg-type]
+    pruned = backbone.model_copy(update={"prune": part, "prune_kind": kind})
+    learner.job = learner.job.model_copy(update={"backbone": pruned})
+
+
 def written(model: Model, learner: Learner, format: str, folder: Path, examples: Shard) -> Model:
     """Write the model; what was written, read back and used as the model is."""
     from tasks.exports.huggingface import read_network, write_folder, write_tokenizer
@@ -140,6 +180,12 @@ def written(model: Model, learner: Learner, format: str, folder: Path, examples:
         write_tensors(model, folder / "model.safetensors")
         read_tensors(model, folder / "model.safetensors")
         return model
+    if format == "torchao-int8":
+        from tasks.exports import torchao_file
+
+        torchao_file.quantise(model)
+        torchao_file.write_model(model, learner, folder)
+        return torchao_file.read_model(folder)[1].to(learner.job.train.device)
     from tasks.exports import onnx_file
 
     path = folder / "model.onnx"
@@ -222,6 +268,7 @@ def told(
         "run": str(run),
         "task": learner.job.task.name,
         "backbone": learner.job.backbone.name,
+        "pruned": {"part": learner.job.backbone.prune, "kind": learner.job.backbone.prune_kind},
         "facts": learner.facts,
         "examples": examples,
         "before": vars(before),

@@ -31,8 +31,14 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
         job, facts = Job.parse(saved["job"], origin=str(about)), dict(saved["facts"])
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{about}: damaged: {error}") from None
-    # Compiling takes longer than a few inputs do.
-    job = job.model_copy(update={"backbone": job.backbone.model_copy(update={"compile": False})})
+    # Compiling takes longer than a few inputs do, and what was taught needs its teacher no more.
+    alone = {"teacher": None, "teacher_temperature": None, "teacher_weight": None}
+    job = job.model_copy(
+        update={
+            "backbone": job.backbone.model_copy(update={"compile": False}),
+            "train": job.train.model_copy(update=alone),
+        }
+    )
     learner = Learner.of(job, task_named(job.task.name), facts)
     learner.check_fingerprint()
     return learner, from_bytes((run / "model" / "model.safetensors").read_bytes())

@@ -16,7 +16,7 @@ from atoll.show import gauge, out, plain, stop_if_asked
 from atoll.sweep_verbs import default_workers, progress_of
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
-from protocol.job_file import absolute
+from protocol.paths import with_absolute_paths
 
 if TYPE_CHECKING:
     from sim.advice import Advice
@@ -230,9 +230,10 @@ def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list
     names = [name.strip() for name in backbones or ()]
     if not all(names):
         raise ConfigError("--backbones: expected names between commas, see atoll list backbones")
-    names = [absolute(name, Path.cwd(), "atoll advise", "--backbones") for name in names]
-    for name in names:
-        resolve(with_backbone(job, name).backbone, job.seed)
+    asked = [with_absolute_paths(with_backbone(job, name), Path.cwd(), "--backbones") for name in names]
+    names = [one.backbone.name for one in asked]
+    for one in asked:
+        resolve(one.backbone, job.seed)
     shown = gauge()
     try:
         return advise(

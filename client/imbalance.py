@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from client.layers import LOSSES, Loss
+from client.layers import Loss
+from client.teaching import head_loss
 from protocol.job import Job
 from tasks.imbalance import Imbalance
 
@@ -24,8 +25,8 @@ def loss_by_example(job: Job, kind: str) -> Loss:
     """The job's loss where each example's gradient depends on nothing but the example."""
     imbalance = Imbalance.of(job)
     if imbalance is None or imbalance.kind != "focal":
-        return smoothed(LOSSES[kind], job)
-    return balanced(LOSSES[kind], imbalance, torch.zeros(1, 1))
+        return smoothed(head_loss(job, kind), job)
+    return balanced(head_loss(job, kind), imbalance, torch.zeros(1, 1))
 
 
 def smoothed(loss: Loss, job: Job) -> Loss:

@@ -18,12 +18,12 @@ from client.compression import compressed
 from client.discretion import discreet
 from client.heads import Examples, HeadWork, Local, train_heads
 from client.imbalance import loss_by_example
-from client.layers import LOSSES
 from client.memory import Memory
 from client.per_example import PerExample
 from client.private import private_training
 from client.secure import STAGES, Desk, contributions, sums
 from client.sums import head_sums
+from client.teaching import head_loss
 from client.train import train_model
 from privacy.terms import distributed_terms, terms_of
 from protocol.errors import BudgetExhausted, DataChanged, InputError
@@ -261,7 +261,7 @@ class Site:
         features = learner.training_features(part) if learner.trains_on_features else None
         while len(self._held) >= KEPT_SHARDS:
             self._held.pop(next(iter(self._held)))
-        self._held[key] = Held(part, validation, features)
+        self._held[key] = Held(learner.taught(part), validation, features)
         return self._held[key]
 
     def _unchanged(self, job: Job, name: str) -> str:
@@ -304,7 +304,7 @@ def train(
 
 def local_training(learner: Learner, request: Request, private: PerExample | None) -> Local:
     """How the clients of a round train their heads."""
-    loss = LOSSES[learner.task.head_loss]
+    loss = head_loss(learner.job, learner.task.head_loss)
     return Local(learner.job, loss, request.round, request.plan.get("proximal_mu", 0.0), private)
 
 

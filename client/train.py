@@ -56,6 +56,7 @@ def train_model(
                 pull_back(parameters, start, mu)
             scaler.step(optimizer)
             scaler.update()
+            tuning.keep_pruned(model)
     count = float(len(shard) * job.train.epochs)
     return Update(
         client=client,

@@ -65,6 +65,7 @@ def train_privately(
             if mu:
                 pull_back(parameters, start, mu)
             optimizer.step()
+            tuning.keep_pruned(model)
     told = private.told([client])
     return Update(
         client=client,

@@ -14,9 +14,11 @@ from pydantic import Field, ValidationError, model_validator
 from protocol.complaints import explain
 from protocol.errors import ConfigError
 from protocol.federation import FederationSection
-from protocol.job_file import absolute, apply_override, read_toml
+from protocol.job_file import apply_override, read_toml
+from protocol.paths import with_absolute_paths
 from protocol.promise import PrivacySection, check_promises
 from protocol.section import Count, Decay, NotNegative, Positive, Section
+from protocol.tuning import Later, TuneSection, grows
 
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
 """Settings that only the named task or network knows; whoever knows them checks them."""
@@ -112,29 +114,20 @@ class BackboneSection(Section):
     pool: Literal["mean", "first"] = "mean"
     channels_last: bool = False
     compile: bool = False
+    prune: Annotated[float, Field(gt=0, le=0.95)] | None = None
+    prune_kind: Literal["magnitude", "structured"] | None = None
     options: Options = Field(default_factory=dict)
 
-
-class TuneSection(Section):
-    """`[tune]`: which tensors are trained and travel."""
-
-    method: Literal["head", "last-k", "lora", "full"] = "head"
-    layers: Count | None = None
-    rank: Count | None = None
-    alpha: Positive | None = None
-    targets: tuple[str, ...] | None = None
-    freeze_a: bool | None = None
-    hidden: Count | None = None
-
     @model_validator(mode="after")
-    def _only_what_the_method_uses(self) -> TuneSection:
-        used = {"last-k": {"layers"}, "lora": {"rank", "alpha", "targets", "freeze_a"}}.get(
-            self.method, set()
-        )
-        for key in ("layers", "rank", "alpha", "targets", "freeze_a"):
-            if getattr(self, key) is not None and key not in used:
-                raise ValueError(f"{key} has no meaning with method = {self.method!r}: remove it")
+    def _a_kind_is_of_pruning(self) -> BackboneSection:
+        if self.prune_kind is not None and self.prune is None:
+            raise ValueError("prune_kind has no meaning without prune: remove it")
         return self
+
+    @property
+    def pruning(self) -> Literal["magnitude", "structured"]:
+        """How the backbone is pruned, if it is."""
+        return self.prune_kind or "magnitude"
 
 
 class TrainSection(Section):
@@ -157,6 +150,9 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: Count = 1
     checkpoint_activations: bool = False
+    teacher: str | None = None
+    teacher_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    teacher_weight: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _parts_of_a_batch_are_even(self) -> TrainSection:
@@ -183,6 +179,25 @@ class TrainSection(Section):
         if self.imbalance_strength is not None and self.imbalance is None:
             raise ValueError("imbalance_strength has no meaning without imbalance: remove it")
         return self
+
+    @model_validator(mode="after")
+    def _a_teacher_teaches_alone(self) -> TrainSection:
+        for key in ("teacher_temperature", "teacher_weight"):
+            if getattr(self, key) is not None and self.teacher is None:
+                raise ValueError(f"{key} has no meaning without teacher: remove it")
+        if self.teacher is not None and self.imbalance is not None:
+            raise ValueError("imbalance and teacher exclude each other: keep one")
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """What softens the answers of teacher and student."""
+        return 2.0 if self.teacher_temperature is None else self.teacher_temperature
+
+    @property
+    def taught(self) -> float:
+        """The teacher's part in the loss; the labels have the rest."""
+        return 0.5 if self.teacher_weight is None else self.teacher_weight
 
     @model_validator(mode="after")
     def _views_are_of_what_varies(self) -> TrainSection:
@@ -261,6 +276,43 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_pruned_stays_pruned(self) -> Job:
+        by_magnitude = self.backbone.prune is not None and self.backbone.pruning == "magnitude"
+        if by_magnitude and self.tune.method == "lora":
+            raise ValueError(
+                "backbone.prune_kind: LoRA's factors would fill what magnitude pruning left out;"
+                " expected 'structured', or another tune.method"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_can_be_kept(self) -> Job:
+        if not self.tune.then:
+            return self
+        for key, given in (
+            ("privacy.unit", bool(self.privacy.units)),
+            ("federation.secure_aggregation", self.federation.secure_aggregation),
+            ("federation.compression", self.remembers),
+            ("train.teacher", self.train.teacher is not None),
+            ("backbone.prune", self.backbone.prune is not None),
+        ):
+            if given:
+                raise ValueError(f"tune.then: what is tuned can't change on the way with {key}; remove one")
+        waits = any(later.patience is not None for later in self.tune.then)
+        if waits and self.data.validation_fraction == 0 and self.data.folds is None:
+            raise ValueError(
+                "tune.then: clients keep nothing back to see progress stall by; expected"
+                " data.validation_fraction above 0, or after instead of patience"
+            )
+        for stage, later in zip(self.stages, self.stages[1:], strict=False):
+            if not grows(stage.tune, later.tune):
+                raise ValueError(
+                    f"tune.then: {later.tune.words} would leave behind what {stage.tune.words} tuned;"
+                    " expected head, then last-k or lora, then more layers or full"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _privacy_can_be_kept(self) -> Job:
         check_promises(self)
         return self
@@ -269,6 +321,14 @@ class Job(Section):
     def leaves_backbone(self) -> bool:
         """Whether the backbone is frozen, and what training shows it can be known before."""
         return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
+
+    @cached_property
+    def stages(self) -> tuple[Job, ...]:
+        """The job as it is in each stage of its schedule: what is tuned, and how fast; one without one."""
+        if not self.tune.then:
+            return (self,)
+        first = self.model_copy(update={"tune": self.tune.model_copy(update={"then": ()})})
+        return (first, *(_in_stage(first, later) for later in self.tune.then))
 
     @property
     def remembers(self) -> bool:
@@ -296,7 +356,7 @@ class Job(Section):
             job = cls.model_validate_json(json.dumps(table, default=str))
         except ValidationError as error:
             raise ConfigError(explain(error, cls, origin)) from None
-        return job if folder is None else _with_absolute_paths(job, folder, origin)
+        return job if folder is None else with_absolute_paths(job, folder, origin)
 
     @classmethod
     def from_json(cls, text: str) -> Job:
@@ -306,7 +366,7 @@ class Job(Section):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Job:
         """A copy with some tables replaced; what was derived from the old ones is derived anew."""
         copy = super().model_copy(update=update, deep=deep)
-        for derived in ("canonical", "hash"):
+        for derived in ("canonical", "hash", "stages"):
             copy.__dict__.pop(derived, None)
         return copy
 
@@ -321,28 +381,14 @@ class Job(Section):
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
 
+def _in_stage(first: Job, later: Later) -> Job:
+    tune = TuneSection(
+        hidden=first.tune.hidden, **{key: getattr(later, key) for key in TuneSection.own_keys()}
+    )
+    lr = first.train.lr if later.lr is None else later.lr
+    return first.model_copy(update={"tune": tune, "train": first.train.model_copy(update={"lr": lr})})
+
+
 @lru_cache(maxsize=16)
 def _read_back(text: str) -> Job:
     return Job.parse(json.loads(text), origin="job")
-
-
-def _with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
-    """Make the job's paths absolute, so that its resolved form replays from anywhere."""
-    data = job.data.model_copy(
-        update={
-            "source": absolute(job.data.source, folder, origin, "data.source"),
-            "test": job.data.test and absolute(job.data.test, folder, origin, "data.test"),
-        }
-    )
-    backbone = job.backbone.model_copy(
-        update={
-            "name": absolute(job.backbone.name, folder, origin, "backbone.name"),
-            "weights": absolute(job.backbone.weights, folder, origin, "backbone.weights"),
-        }
-    )
-    devices = job.federation.devices
-    if devices is not None:
-        named = devices if "/" in devices or devices.startswith("~") else f"./{devices}"
-        devices = absolute(named, folder, origin, "federation.devices")
-    federation = job.federation.model_copy(update={"devices": devices})
-    return job.model_copy(update={"data": data, "backbone": backbone, "federation": federation})

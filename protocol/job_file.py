@@ -1,8 +1,7 @@
-"""A job's file: TOML as a table, single keys of it overridden, paths made absolute."""
+"""A job's file: TOML as a table, and single keys of it overridden."""
 
 from __future__ import annotations
 
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -55,14 +54,3 @@ def apply_override(table: dict[str, Any], override: str, *, option: str = "--set
             raise ConfigError(f"{option} {override}: {part} is not a table")
         table = inner
     table[parts[-1]] = value
-
-
-def absolute(value: str, folder: Path, origin: str, key: str) -> str:
-    """A value that looks like a path (has a slash, `~`, or a dot in front), made absolute."""
-    if "$" in value:
-        raise ConfigError(f"{origin}: {key}: environment variables are not expanded, found {value!r}")
-    if ":" in value.split("/")[0] or not (value.startswith((".", "~")) or "/" in value):
-        return value
-    if "\0" in value:
-        raise ConfigError(f"{origin}: {key}: NUL cannot be part of a path, found {value!r}")
-    return os.path.realpath(folder / os.path.expanduser(value))  # noqa: PTH111 - these raise at nothing

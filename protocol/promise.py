@@ -121,6 +121,8 @@ def check_promises(job: Job) -> None:
     if "client" in job.privacy.units or sums_securely(job):
         _check_merging(job)
     _check_what_is_measured(job)
+    if job.privacy.audit and job.train.teacher is not None:
+        raise ValueError("privacy.audit: a run with train.teacher can't be attacked; expected false")
 
 
 def places(job: Job) -> tuple[str, ...]:

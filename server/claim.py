@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from privacy.accounting import Spent, epsilon, epsilon_rdp
 from privacy.terms import Terms, terms_of
 from server.protection import NORM
 from server.rounds import Run, charged_rounds
+from tasks.teacher import claim_of_teacher
 
 NOTHING: Mapping[str, Any] = {
     "unit": "none", "epsilon": None, "delta": None, "accountant": None,
@@ -52,7 +54,26 @@ def _of_unit(run: Run, unit: str) -> dict[str, Any]:
     if terms.where == "server" and run.protection is not None:
         total = run.protection.ledger.spent
         claim["epsilon_of_all_runs"] = _number(epsilon(total, terms.delta))
-    return claim
+    return claim if run.job.train.teacher is None else _with_teacher(claim, Path(run.job.train.teacher))
+
+
+def _with_teacher(claim: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The claim with the teacher's added: who saw the same clients' data has composed both releases.
+
+    Basic composition (Dwork et al. 2006): epsilons and deltas add up, whatever was drawn.
+    """
+    other = claim_of_teacher(run, claim["unit"])
+    assert other is not None, "a job under a promise is refused a teacher without one"
+    own, its = claim["epsilon"], other["epsilon"]
+    total = None if own is None or its is None else own + its
+    loose = (claim["epsilon_rdp"], other.get("epsilon_rdp"))
+    return claim | {
+        "epsilon": total,
+        "epsilon_rdp": None if None in loose else sum(loose),
+        "delta": claim["delta"] + other["delta"],
+        "without_teacher": {"epsilon": own, "delta": claim["delta"]},
+        "teacher": {"epsilon": its, "delta": other["delta"]},
+    }
 
 
 def spending(terms: Terms, spent: Spent) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from server.rounds import Run, TestSet, Watch, all_rounds, open_run
 from server.rundir import RunDirectory
 from strategies import build_strategy
 from tasks import task_named
-from tasks.learner import check_fits
+from tasks.fits import check_fits
 from tasks.weights import resolve
 
 Compare = Callable[[Run], tuple[Baselines, list[str]]]
@@ -106,5 +106,6 @@ def check_job(job: Job) -> None:
         ConfigError, WeightsError: it names something that there is not, or not on this machine.
     """
     build_strategy(job.strategy)
-    check_fits(job, task_named(job.task.name))
+    for stage in job.stages:
+        check_fits(stage, task_named(job.task.name))
     resolve(job.backbone, job.seed)

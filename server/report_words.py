@@ -269,6 +269,9 @@ def _claim(unit: str, of: dict[str, Any]) -> str:
     epsilon, loose, delta = (finite(of.get(key)) for key in ("epsilon", "epsilon_rdp", "delta"))
     spent = "no finite epsilon" if epsilon is None else f"epsilon {epsilon:.3g}"
     at = "" if delta is None else f" at delta {delta:.2g}"
+    if of.get("teacher"):
+        own = _short(of["without_teacher"].get("epsilon"))
+        at += f" (its own {own} and the teacher's {_short(of['teacher'].get('epsilon'))}, added up)"
     beside = "" if loose is None else f" ({loose:.3g} by RDP)"
     noise, releases = finite(of.get("noise_multiplier")), finite(of.get("releases"))
     much = "unknown noise" if noise is None else f"noise multiplier {noise:.4g}"
@@ -280,6 +283,11 @@ def _claim(unit: str, of: dict[str, Any]) -> str:
         f" {PLACES.get(of.get('where') or '', 'at a place not recorded')};"
         f" sampling: {of.get('sampler') or 'not recorded'}."
     )
+
+
+def _short(value: Any) -> str:
+    """An epsilon in three digits."""
+    return "unknown" if finite(value) is None else f"{value:.3g}"
 
 
 def reading(compared: Comparison) -> str:

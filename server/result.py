@@ -53,7 +53,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "notes": [*notes, *private_notes(run)],
     }  # fmt: skip
     run.directory.save_model(
-        run.tensors, {"job": run.job.model_dump(mode="json"), "facts": run.learner.facts}
+        run.tensors, {"job": run.learner.job.model_dump(mode="json"), "facts": run.learner.facts}
     )
     run.directory.save_result(result)
     return result

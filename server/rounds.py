@@ -20,6 +20,7 @@ from protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Request, Upd
 from protocol.promise import expected_cohort, hides_cohorts, sums_securely
 from protocol.streams import stream
 from protocol.tensors import Tensors, size_of, tensors_sha256
+from server import stages
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint, Keeper
 from server.clock import Call, Clock, Turnout, elapsed, everybody
@@ -34,6 +35,7 @@ from strategies import State, Strategy, build_strategy
 from tasks import task_named
 from tasks.learner import Learner, added
 from tasks.seam import Shard
+from tasks.tuning import without_pruned
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class Run:
     clock: Clock = everybody
     protection: Protection | None = None
     stopping: Stopping | None = None
+    stage: int = 0
+    began: int = 0
     ended_early: str = ""
 
     @property
@@ -76,7 +80,7 @@ class Run:
         """Whether privacy is promised; what clients hold is then never published in the clear."""
         return bool(self.job.privacy.units)
 
-    @cached_property
+    @property
     def upload(self) -> int:
         """Bytes of one client's update as it travels."""
         return upload_size(self.job, self.tensors)
@@ -107,16 +111,16 @@ def open_run(
     roll = carrier.hello(job)
     roll.check(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.agree(roll.facts))
-    learner.facts = learner.facts | {"backbone": learner.backbone.fingerprint}
+    learner = Learner.of(job.stages[0], task, task.agree(roll.facts))
+    learner.facts = learner.facts | learner.given
     torch.set_num_threads(job.train.threads)
     first = learner.initial()
     watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
     run = Run(
         job, carrier, directory, learner, strategy, roll.names, dict(first), strategy.begin(first),
         test_set(learner), watch, first_model=first, clock=clock, protection=protection,
-        stopping=Stopping.of(job, learner.task.headline),
     )  # fmt: skip
+    run.stopping = stages.stopping_of(run)
     found = directory.latest_checkpoint(job.hash) if resume else None
     if found is not None:
         _continue_from(run, found)
@@ -129,10 +133,8 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
             k for k in {*found.facts, *run.learner.facts} if found.facts.get(k) != run.learner.facts.get(k)
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
-    run.round, run.tensors, run.state = found.round, found.tensors, found.state
+    run.round, run.tensors, run.state = found.round, found.tensors, stages.resume(run, found.state)
     run.bytes_up, run.bytes_down = found.bytes_up, found.bytes_down
-    if run.stopping is not None:
-        run.state = run.stopping.resume(found.state)
     run.log = run.directory.wind_back(found.round)
     run.watch("resumed", {"round": run.round})
 
@@ -144,7 +146,9 @@ def all_rounds(run: Run) -> None:
     have, with its best model.
     """
     try:
-        while run.round < run.job.federation.rounds and not (run.stopping and run.stopping.is_over):
+        while run.round < run.job.federation.rounds:
+            if stages.is_over(run) and not stages.begin_next(run):
+                break
             play_round(run)
     except BudgetExhausted as spent:
         run.ended_early = str(spent)
@@ -192,6 +196,8 @@ def merge(run: Run, updates: Sequence[Update], round: int) -> None:
         updates = [noised]
     if updates:
         run.tensors, run.state = run.strategy.merge(run.tensors, updates, run.state)
+    if run.job.backbone.prune is not None and not run.learner.uses_features:
+        run.tensors = without_pruned(run.learner.model, run.tensors)  # noise has no holes
     run.state = {**run.state, **kept}
 
 
@@ -247,9 +253,11 @@ def collect(run: Run, request: Request, asked: Sequence[str], attempt: int) -> S
         ).screened()  # fmt: skip
     sent = run.carrier.exchange(request, asked, timeout)
     replies = decompressed(sent, run.job, run.tensors)
+    # What examples are promised is in the noise of an update already: its values may be looked at.
+    blind = "client" in run.job.privacy.units
     if isinstance(replies, StackedUpdates):
-        return screen_stack(replies, asked, run.tensors, request.round, blind=run.is_private)
-    return screen(replies, asked, run.tensors, request.round, blind=run.is_private)
+        return screen_stack(replies, asked, run.tensors, request.round, blind=blind)
+    return screen(replies, asked, run.tensors, request.round, blind=blind)
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -299,7 +307,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
         round=run.round,
         job_hash=run.job.hash,
         tensors=run.tensors,
-        state=run.state | (run.stopping.state() if run.stopping else {}),
+        state=run.state | stages.state_of(run),
         bytes_up=run.bytes_up,
         bytes_down=run.bytes_down,
         facts=run.learner.facts,
@@ -309,8 +317,8 @@ def checkpoint_of(run: Run) -> Checkpoint:
 def _request(run: Run, kind: str, round: int, plan: Any) -> Request:
     return Request(
         kind=kind,
-        job=run.job.canonical,
-        job_hash=run.job.hash,
+        job=run.learner.job.canonical,
+        job_hash=run.learner.job.hash,
         round=round,
         facts=run.learner.facts,
         tensors=run.tensors,
@@ -340,6 +348,8 @@ def _log_line(
         "set_aside": screened.set_aside,
         "model_sha256": tensors_sha256(run.tensors),
     }
+    if run.job.tune.then:
+        line["tuning"] = run.learner.job.tune.words
     if CHARGED_ROUNDS in states:
         line["charged_rounds"] = max(int(states[CHARGED_ROUNDS].max()), charged_rounds(run))
     if hides_cohorts(run.job):

@@ -24,7 +24,8 @@ from sim.logme import logme
 from sim.population import Population, client_names, number_of
 from tasks import task_named
 from tasks.features import Progress, extract
-from tasks.learner import Learner, check_fits
+from tasks.fits import check_fits
+from tasks.learner import Learner
 from tasks.weights import PACKAGED, RAW, resolve, torchvision_names
 
 HEAD = 2000

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.heads import Local, train_heads
-from client.layers import LOSSES
 from client.site import Held, heads_of
+from client.teaching import head_loss
 from client.train import train_model
 from protocol.job import Job
 from protocol.messages import Update
@@ -45,11 +45,11 @@ class Comparison:
         index = Index(self.population, run.learner)
         rows = [train for train, _ in index.splits([number_of(name) for name in panel])]
         if "local_only" in asked:
-            shards = (index.whole.select(own.tolist()) for own in rows)
+            shards = (index.lessons.select(own.tolist()) for own in rows)
             alone = trained(run, dict(zip(panel, shards, strict=True)))
             found["local_only"] = _mean([_measured(run, tensors) for tensors in alone.values()])
         if "pooled" in asked:
-            everything = index.whole.select(np.unique(np.concatenate(rows)).tolist())
+            everything = index.lessons.select(np.unique(np.concatenate(rows)).tolist())
             found["pooled"] = _measured(run, trained(run, {"pooled": everything})["pooled"])
         if len(panel) == len(run.population):
             return found, []
@@ -61,7 +61,7 @@ def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     job, learner, first = long_job(run.job), run.learner, run.first_model
     if learner.trains_on_features:
         held = {name: Held(shard, shard, learner.training_features(shard)) for name, shard in shards.items()}
-        local = Local(job, LOSSES[learner.task.head_loss], round=0)
+        local = Local(job, head_loss(job, learner.task.head_loss), round=0)
         updates: Sequence[Update] = train_heads(first, *heads_of(held, job.train.device), local)
     else:
         updates = [

@@ -83,6 +83,15 @@ def check_engine(job: Job, engine: str) -> None:
     """Raises ConfigError unless there is such an engine, and it can do what the job asks."""
     if engine not in ENGINES:
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
+    by_magnitude = job.backbone.prune is not None and job.backbone.pruning == "magnitude"
+    if engine == "cohort" and by_magnitude and not trains_on_features(job):
+        raise ConfigError("backbone.prune: engine cohort would fill what was left out, try inline")
+    if engine == "cohort" and job.train.teacher and not trains_on_features(job):
+        raise ConfigError(
+            "train.teacher: engine cohort trains such clients by the task's own loss, try inline"
+        )
+    if engine == "cohort" and job.tune.then:
+        raise ConfigError("tune.then: engine cohort has one way to train for a whole run, try inline")
     if engine == "cohort" and job.train.imbalance and not trains_on_features(job):
         raise ConfigError(
             "train.imbalance: engine cohort trains such clients at once by one loss, try inline"
@@ -101,7 +110,7 @@ def _carrier(population: Population, engine: str, workers: int, out: Path, stack
         return LoopCarrier.of(population, books, memory)
     if engine == "cohort" and not trains_on_features(job):
         return InlineCarrier.of(population, at_once=True, books=books, memory=memory)
-    if workers > 1 and not trains_on_features(job):
+    if workers > 1 and not all(trains_on_features(stage) for stage in job.stages):
         return stack.enter_context(PooledCarrier(population, workers, out))
     return InlineCarrier.of(population, workers, books=books, memory=memory)
 

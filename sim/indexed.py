@@ -64,7 +64,12 @@ class Index:
         held = len(whole) * (learner.job.train.cached_views or 1)
         if held * learner.width * 4 > TABLE_BYTES:
             return None
-        return Examples.of(learner.training_features(whole), whole.table, learner.job.train.device)
+        return Examples.of(learner.training_features(whole), self.lessons.table, learner.job.train.device)
+
+    @cached_property
+    def lessons(self) -> Shard:
+        """All training examples as training sees them."""
+        return self.learner.taught(self.whole)
 
     @cached_property
     def _validation_rank(self) -> Rows:
@@ -103,7 +108,7 @@ class Index:
         if self.examples is not None:
             return self.examples, [HeadWork(n, rows) for n, rows in zip(names, parts, strict=True)]
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
-        cohort = self.whole.select(used.tolist())
+        cohort = self.lessons.select(used.tolist())
         device = self.learner.job.train.device
         examples = Examples.of(self.learner.training_features(cohort), cohort.table, device)
         ends = np.cumsum([len(part) for part in parts])[:-1]
@@ -206,5 +211,5 @@ class IndexedSite(Site):
     def _hold(self, learner: Learner, name: str, facts: Facts) -> Held:
         index = self.index(learner)
         [(train, validation)] = index.splits([number_of(name)])
-        part = index.whole.select(train.tolist())
+        part = index.lessons.select(train.tolist())
         return Held(part, index.whole.select(validation.tolist()), None)

@@ -18,6 +18,7 @@ import numpy as np
 from client.books import Books
 from privacy.audit import Coins, Vector
 from privacy.terms import Terms
+from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.messages import Request, Update
 from protocol.tensors import Tensors
@@ -81,7 +82,13 @@ class Uncounted(Books):
 
 
 def job_to_replay(job: Job) -> Job:
-    """The job with real noise, and without what only its result needs."""
+    """The job with real noise, and without what only its result needs.
+
+    Raises:
+        ConfigError: the job has a teacher, whose answers to canaries nobody has asked for.
+    """
+    if job.train.teacher is not None:
+        raise ConfigError("train.teacher: a run with a teacher can't be attacked; expected one without")
     privacy = job.privacy.model_copy(update={"seeded_noise": False, "audit": False})
     evaluate = job.evaluate.model_copy(update={"baselines": ()})
     return job.model_copy(update={"privacy": privacy, "evaluate": evaluate})

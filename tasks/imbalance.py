@@ -108,6 +108,8 @@ def check_smoothing(job: Job, task: Task) -> None:
         return
     if not (task.on_features and task.head_loss == "softmax"):
         raise ConfigError(f"train.label_smoothing: {task.name} has no labels to smooth, expected none")
+    if job.train.teacher is not None:
+        raise ConfigError("train.label_smoothing: a teacher's answers are soft already, expected none")
     if job.train.imbalance not in (None, "sampling"):
         raise ConfigError(
             f'train.label_smoothing: it goes with imbalance = "sampling" or none, found'

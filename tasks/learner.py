@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from protocol.messages import Facts
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
 from tasks import tuning
-from tasks.compiled import CompiledEncoder, compiler
+from tasks.compiled import CompiledEncoder
 from tasks.features import (
     Progress,
     View,
@@ -32,14 +30,18 @@ from tasks.features import (
     plain_view,
     varied_views,
 )
-from tasks.imbalance import Imbalance, check_imbalance, check_smoothing, counts_of
+from tasks.fits import check_fits
+from tasks.imbalance import Imbalance, counts_of
+from tasks.pruning import fingerprinted, pruned
 from tasks.ready import ReadyInputs
 from tasks.seam import TARGETS, Batch, Encoder, Model, Shard, Task, Variation
-from tasks.vision_encoder import torchvision_width
 from tasks.weights import Backbone, resolve
+from tasks.width import known_width
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
+
+    from tasks.teacher import Teacher
 
 TrainingLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -58,6 +60,7 @@ class Learner:
     facts: Facts
     backbone: Backbone
     progress: Progress | None = None
+    teacher: Teacher | None = None
     _ready: ReadyInputs = field(default_factory=ReadyInputs)
 
     @classmethod
@@ -68,9 +71,11 @@ class Learner:
             WeightsError: the backbone's weights can't be had.
             ConfigError: the device isn't there.
         """
+        from tasks.teacher import teacher_of  # which is made of a learner itself
+
         check_fits(job, task)
-        backbone = resolve(job.backbone, job.seed)
-        return cls(job, task.bound(job, backbone), facts, backbone, progress)
+        backbone = fingerprinted(resolve(job.backbone, job.seed), job.backbone)
+        return cls(job, task.bound(job, backbone), facts, backbone, progress, teacher_of(job))
 
     @property
     def uses_features(self) -> bool:
@@ -87,7 +92,8 @@ class Learner:
         """The backbone, loaded at first use."""
         if not self.task.on_features:
             return self.model.backbone
-        return self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
+        encoder = self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
+        return pruned(encoder, self.job.backbone)
 
     @cached_property
     def model(self) -> Model:
@@ -96,6 +102,7 @@ class Learner:
             model = Model(self.encoder, self._fresh_head(self.encoder.width))
         else:
             model = self.task.network(self.backbone, self.job, self.facts)
+            pruned(model.backbone, self.job.backbone, model.head)
         tuning.mark_trainable(model, self.job.tune, self.job.seed)
         if self.job.train.dropout is not None:
             tuning.set_dropout(model, self.job.train.dropout)
@@ -159,8 +166,27 @@ class Learner:
             progress=self.progress,
         )
 
+    @property
+    def given(self) -> Facts:
+        """What all must have alike, as facts: the backbone's weights, and the teacher.
+
+        Raises:
+            ConfigError: the teacher knows other classes.
+        """
+        if self.teacher is None:
+            return {"backbone": self.backbone.fingerprint}
+        self.teacher.check(self.facts)
+        return {"backbone": self.backbone.fingerprint, "teacher": self.teacher.fingerprint}
+
     def check_fingerprint(self) -> None:
-        """Raises ConfigError unless the weights here are those the run's facts name."""
+        """Raises ConfigError unless the weights here, and the teacher, are those the run's facts name."""
+        if self.teacher is not None:
+            told, here = self.facts.get("teacher"), self.teacher.fingerprint
+            if told is not None and told != here:
+                raise ConfigError(
+                    f"train.teacher: {self.job.train.teacher} is not the run's teacher"
+                    f" (here {here[:12]}, there {told[:12]})"
+                )
         expected, found = self.facts.get("backbone"), self.backbone.fingerprint
         if expected is not None and expected != found:
             raise ConfigError(
@@ -213,9 +239,24 @@ class Learner:
         }
         return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
 
+    def taught(self, shard: Shard) -> Shard:
+        """A shard as training sees it: with a teacher, its targets hold the teacher's answers too."""
+        return shard if self.teacher is None else self.teacher.taught(shard)
+
+    def outputs_by_row(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
+        """As `outputs`, and no row's bits depend on other rows: whoever asks for it gets the same."""
+        if not self.uses_features:
+            return self.outputs(tensors, shard)
+        features = self.features(shard)
+        # Twice, for a product of one row takes another way through the library.
+        rows = [self._through_head(tensors, row.expand(2, -1).contiguous())[0] for row in features]
+        return torch.stack(rows)
+
     def training_loss(self, shard: Shard) -> TrainingLoss:
         """The loss that a client with this shard learns by: the task's, or one for uneven classes."""
         imbalance, smoothing = Imbalance.of(self.job), self.job.train.label_smoothing
+        if self.teacher is not None:
+            return self.teacher.loss
         if smoothing is not None:
             return partial(nn.functional.cross_entropy, label_smoothing=smoothing)
         if imbalance is None:
@@ -310,24 +351,6 @@ class Learner:
         return outputs
 
 
-def known_width(backbone: Backbone) -> int | None:
-    """The width of a backbone's features, where it can be told without loading the weights."""
-    if backbone.also is not None:
-        widths = known_width(replace(backbone, also=None)), known_width(backbone.also)
-        return None if None in widths else sum(w for w in widths if w is not None)
-    if backbone.kind == "torchvision":
-        return torchvision_width(backbone.name)
-    if backbone.kind == "raw":
-        return None
-    written = json.loads((Path(backbone.folder or "") / "config.json").read_text("utf-8"))
-    if isinstance(written.get("hidden_size"), int):
-        return int(written["hidden_size"])
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
-    return getattr(config, "hidden_size", None)
-
-
 def validation_count(examples: int, fraction: float) -> int:
     """How many examples of a shard are kept to measure on: never all of them."""
     return min(round(examples * fraction), examples - 1)
@@ -359,39 +382,3 @@ def added(states: Iterable[Tensors]) -> Tensors:
         for name, value in state.items():
             total[name] = total[name] + value if name in total else value
     return total
-
-
-def check_fits(job: Job, task: Task) -> None:
-    """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
-    task.check(job)
-    check_imbalance(job, task)
-    check_smoothing(job, task)
-    if job.train.cached_views is not None and not task.on_features:
-        raise ConfigError(f"train.cached_views: {task.name} has no features to keep, expected none")
-    if job.data.folds is not None and task.splits_itself:
-        raise ConfigError(f"data.folds: {task.name} says itself what is measured on, expected none")
-    if job.train.dropout is not None and task.on_features and job.tune.method == "head":
-        raise ConfigError("train.dropout: a head on a frozen backbone has no layer of dropout, expected none")
-    check_autograd(job, task)
-    check_device(job.train.device)
-    if job.backbone.compile:
-        compiler()
-
-
-def check_autograd(job: Job, task: Task) -> None:
-    """Raises ConfigError where heads train in closed form, and the job says how autograd is to do it."""
-    if task.on_features and job.leaves_backbone:
-        for key in job.train.by_autograd:
-            raise ConfigError(
-                f"train.{key}: has no meaning for a head on kept features, whose gradients have a closed form"
-                " in float32; remove it, or tune more than the head"
-            )
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError unless torch can compute on it here."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ConfigError(f"train.device: {device!r} cannot be used on this machine: {why}") from None

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from protocol.errors import ConfigError
-from protocol.job import TuneSection
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
+from protocol.tuning import TuneSection
 from tasks.seam import Model
 
 BatchNorms = (nn.modules.batchnorm._BatchNorm,)
@@ -50,10 +50,34 @@ def in_order(values: torch.Tensor) -> torch.Tensor:
 
 
 def load_values(model: nn.Module, tensors: Tensors) -> None:
-    """Copy tensors into the tuned parameters of the same names."""
+    """Copy tensors into the tuned parameters of the same names; weights that were pruned stay zero."""
     with torch.no_grad():
         for name, p in trainable(model).items():
             p.copy_(tensors[name])
+    keep_pruned(model)
+
+
+KEPT = "kept_weights"
+"""A pruned layer's attribute: ones where its weight is, zeros where it was left out."""
+
+
+def keep_pruned(model: nn.Module) -> None:
+    """Set to zero again what was pruned, whatever a step or noise has made of it."""
+    with torch.no_grad():
+        for module in model.modules():
+            mask = vars(module).get(KEPT)
+            if mask is not None:
+                module.weight.mul_(mask.to(module.weight))  # type: ignore[operator]
+
+
+def without_pruned(model: nn.Module, tensors: Tensors) -> Tensors:
+    """The tensors with zeros where the model's weights were pruned."""
+    found = dict(tensors)
+    for name, module in model.named_modules():
+        mask = vars(module).get(KEPT)
+        if mask is not None and f"{name}.weight" in found:
+            found[f"{name}.weight"] = found[f"{name}.weight"] * mask.to(found[f"{name}.weight"])
+    return found
 
 
 def placed(model: nn.Module, tensors: Tensors) -> Tensors:

@@ -45,7 +45,7 @@ class VisionEncoder(Encoder):
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = trunk.to(memory_format=self._layout) if channels_last else trunk
         self.width = width
-        self._size = size
+        self.size = size
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
 
@@ -91,9 +91,9 @@ class VisionEncoder(Encoder):
         """A square of the image in 8 bits: [3, s, s]."""
         image = decode_image(data, "image", verify=False)  # who read it has seen to that
         if variation is None:
-            image = framed(image, self._size)
+            image = framed(image, self.size)
         else:
-            image = varied_image(image, self._size, variation.names, variation.stream(place))
+            image = varied_image(image, self.size, variation.names, variation.stream(place))
         return eight_bits(image)
 
 

@@ -17,7 +17,7 @@ from protocol.job import BackboneSection
 from tasks import task_named
 from tasks.compiled import CompiledEncoder
 from tasks.features import BATCH, cache_key, extract
-from tasks.learner import check_fits
+from tasks.fits import check_fits
 from tasks.loading import load_weights
 from tasks.seam import Encoder
 from tasks.text_encoder import load_text_encoder

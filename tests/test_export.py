@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import atoll
 from atoll import export_verbs
 from atoll.cli import run
 from atoll.trained import trained
@@ -82,7 +84,8 @@ def test_a_network_of_convolutions_is_written_for_any_number_of_pictures(runs: P
         pixels = torch.randn(shape, generator=torch.Generator().manual_seed(count))
         with torch.inference_mode():
             expected = model({"pixel_values": pixels}).numpy()
-        assert np.allclose(session.run(None, {"pixel_values": pixels.numpy()})[0], expected, atol=1e-3)
+        given = session.run(None, {"pixel_values": pixels.numpy()})[0]
+        assert np.allclose(given, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("task", ["text-classification", "segmentation"])
@@ -153,10 +156,11 @@ def test_a_metric_that_falls_too_far_leaves_nothing(
     [
         ("segmentation", "huggingface", "torchvision:.* is no transformers network"),
         ("question-answering", "onnx", "not question-answering"),
+        ("segmentation", "torchao-int8", "this backbone has none, try onnx-int8"),
         (
             "segmentation",
             "coreml",
-            "expected one of safetensors, huggingface, onnx, onnx-int8, found 'coreml'",
+            "expected one of safetensors, huggingface, onnx, onnx-int8, torchao-int8, found 'coreml'",
         ),
     ],
 )
@@ -167,3 +171,50 @@ def test_what_can_not_be_is_one_line(
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and re.search(said, line), line
     assert not (runs / "none").exists()
+
+
+def test_torchao_and_transformers_alone_say_what_the_folder_says(runs: Path) -> None:
+    from safetensors import safe_open
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    folder = exported(runs, "text-classification", "torchao-int8", "--max-drop", "0.1")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state, _ = unflatten_tensor_state_dict(flat, file.metadata())
+    prefix = "backbone.model."
+    network = AutoModel.from_config(AutoConfig.from_pretrained(folder / "backbone"), add_pooling_layer=False)
+    network.load_state_dict(
+        {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}, assign=True
+    )
+    assert network.encoder.layer[0].intermediate.dense.weight.qdata.dtype == torch.int8
+    tokens = AutoTokenizer.from_pretrained(folder / "backbone")(TEXTS, padding=True, return_tensors="pt")
+    ours = atoll.load_export(folder)
+    with torch.inference_mode():
+        states = network.eval()(**tokens).last_hidden_state
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        pooled = (states * mask).sum(1) / mask.sum(1)
+        outputs = pooled @ state["head.weight"].T + state["head.bias"]
+        expected = ours.model(ours.model.backbone.prepare(TEXTS))
+    assert torch.allclose(outputs, expected, atol=1e-5)
+    whole = as_trained(runs, "text-classification")
+    with torch.inference_mode():
+        assert torch.allclose(expected, whole(whole.backbone.prepare(TEXTS)), atol=0.1)
+    assert [answer["label"] for answer in ours.predict(TEXTS)] == [
+        answer["label"] for answer in atoll.Run(runs / "text-classification-run").predict(TEXTS)
+    ]
+
+
+def test_a_torchao_folder_stands_alone_and_a_damaged_one_is_one_line(runs: Path, tmp_path: Path) -> None:
+    folder = exported(runs, "segmentation", "safetensors", "--force")
+    with pytest.raises(atoll.InputError, match="no folder that atoll export --format torchao-int8 wrote"):
+        atoll.load_export(folder)
+    made = runs / "text-classification-torchao-int8"
+    if not made.exists():
+        exported(runs, "text-classification", "torchao-int8", "--max-drop", "0.1")
+    copy = shutil.copytree(made, tmp_path / "copy")
+    assert atoll.load_export(copy).predict(["good"])[0]["label"] in ("good", "bad")
+    blob = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(blob[: len(blob) // 2])
+    with pytest.raises(atoll.InputError, match="not a model that torchao can load"):
+        atoll.load_export(copy)

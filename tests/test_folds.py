@@ -15,7 +15,8 @@ from protocol.errors import ConfigError
 from protocol.job import DataSection, Job
 from sim.engine import simulate
 from tasks import task_named
-from tasks.learner import Learner, check_fits, kept_back
+from tasks.fits import check_fits
+from tasks.learner import Learner, kept_back
 from tests.small import grey_png_shard, image_job
 from tests.test_simulation import unwatched
 

@@ -19,8 +19,8 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from sim.engine import simulate
 from tasks import task_named
+from tasks.fits import check_fits
 from tasks.imbalance import Imbalance, counts_of
-from tasks.learner import check_fits
 from tests.test_simulation import unwatched
 
 KINDS = ("weights", "focal", "logits")
@@ -41,6 +41,11 @@ def job_of(kind: str | None, strength: float | None = None, **tables: Any) -> Jo
         key: TABLE.get(key, {}) | tables[key] if key in tables else TABLE[key] for key in {**TABLE, **tables}
     }
     return Job.parse(table | {"train": table["train"] | uneven}, origin="test")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # as the job's `threads` says, for what is called here without a run
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,8 +19,9 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from sim.engine import simulate
 from tasks import task_named
+from tasks.fits import check_fits
 from tasks.imbalance import Imbalance
-from tasks.learner import Learner, check_fits
+from tasks.learner import Learner
 from tests.small import grey_png_shard, image_job
 from tests.test_imbalance import job_of
 from tests.test_simulation import unwatched

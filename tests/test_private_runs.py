@@ -18,11 +18,11 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.kit import Budget
 from protocol.messages import Failure, Request, Update
-from server.play import check_real
+from server.play import check_real, play
 from server.protection import run_key
-from sim.engine import simulate
+from sim.engine import simulate, warmed
 from sim.population import Population
-from tests.test_simulation import DIGITS, unwatched
+from tests.test_simulation import DIGITS, Hostile, unwatched
 
 pytestmark = pytest.mark.slow
 
@@ -347,3 +347,15 @@ def test_a_site_with_a_budget_takes_no_job_that_shows_updates(
     setting = job(privacy)
     site = Site(Population.of(setting), books=Books(tmp_path, Budget(epsilon=8.0, delta=1e-5)))
     assert all("no noise before the server sees" in hello.refusal for hello in site.hello(setting))
+
+
+def test_an_update_that_is_no_number_is_set_aside_where_only_examples_are_promised_privacy(
+    tmp_path: Path,
+) -> None:
+    setting = job(EXAMPLE | SEEDED, federation={"cohort": 6, "rounds": 2})
+    population = Population.of(setting)
+    books = Books(tmp_path / "run" / "ledgers")
+    carrier = Hostile.of(population, books=books)
+    result = play(setting, carrier, tmp_path / "run", warmed(population, None), report=False)
+    assert result["rounds"][0]["set_aside"]["client-0000"].startswith("tensor head.")
+    assert result["final"]["server"]["accuracy"] > 0

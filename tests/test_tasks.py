@@ -16,7 +16,8 @@ from sim.engine import simulate
 from sim.population import Population
 from sim.shards import write_shards
 from tasks import TASKS, task_named, tuning
-from tasks.learner import Learner, added, check_fits
+from tasks.fits import check_fits
+from tasks.learner import Learner, added
 from tasks.seam import Shard
 from tests.task_data import ready
 from tests.task_jobs import DRAWING, TABLES, job_of

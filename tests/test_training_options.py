@@ -21,7 +21,8 @@ from protocol.tensors import Tensors
 from sim.engine import simulate
 from sim.population import Population
 from tasks import task_named, tuning
-from tasks.learner import Learner, check_fits
+from tasks.fits import check_fits
+from tasks.learner import Learner
 from tasks.seam import Shard
 from tests.small import grey_png_shard, image_job
 from tests.task_data import ready

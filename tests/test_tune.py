@@ -24,8 +24,9 @@ from server.play import unwatched
 from sim.engine import simulate
 from sim.population import Population
 from sim.search import PLACE, STARTUP, Outcome, Search, SearchFolder, Tried
+from sim.search_keys import Choice, Range
 from sim.search_runs import Judge, Stopped, judged, play_trial, validation_metrics, without_test_set
-from sim.search_space import Choice, Range, Space, default_space, has_meaning, job_of
+from sim.search_space import Space, default_space, has_meaning, job_of
 from sim.sweep import Base
 from tasks import task_named
 from tasks.learner import Learner
@@ -141,7 +142,7 @@ def test_values_are_apart_by_their_places_and_words_by_being_different() -> None
     )
     one = {"train.epochs": "1", "strategy.name": "fedavg", "train.lr": "0.01"}
     assert space.apart(one, one) == 0
-    # epochs 1 and 2 are neighbours of three, 1/2; the rate is half of the two decades away, 1/2; a rank more, 1
+    # epochs 1 and 2 are neighbours of three, 1/2; the rate is one of two decades away, 1/2; a rank, 1
     other = {"train.epochs": "2", "strategy.name": "fedadam", "train.lr": "0.1", "tune.rank": "2"}
     assert space.apart(one, other) == pytest.approx(0.5 + 1 + 0.5 + 1)
 
@@ -200,7 +201,7 @@ def test_a_search_starts_with_the_job_as_it_is_and_comes_near_the_best(tmp_path:
 
 
 def test_the_first_trials_are_far_from_each_other(tmp_path: Path) -> None:
-    """Before anything is known every rate and every strategy is tried: at random a third of searches miss one."""
+    """Drawn independently, five trials would miss one of three rates in a third of all searches."""
     for seed in range(4):
         space, base = Space.of(GRID, []), base_of()
         search = Search(tmp_path / "none", base, space, seed, 1, 1, space.own(base))

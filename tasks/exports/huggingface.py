@@ -56,9 +56,19 @@ def write_tokenizer(model: Model, folder: Path) -> None:
 
 
 def read_network(model: Model, folder: Path) -> None:
-    """Replace the model's network by what transformers reads from the folder."""
+    """Replace the model's network by what transformers reads from the folder.
+
+    Raises:
+        ConfigError: it has no words for a shape that pruning has left.
+    """
     network = network_of(model)
-    model.backbone.model = type(network).from_pretrained(folder, local_files_only=True).eval()
+    try:
+        model.backbone.model = type(network).from_pretrained(folder, local_files_only=True).eval()
+    except (RuntimeError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--format huggingface: transformers can't build the network in this shape, try onnx: {why}"
+        ) from None
 
 
 def _write_adapter(layers: list[tuple[str, BaseTunerLayer]], job: Job, folder: Path) -> None:
