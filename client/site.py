@@ -22,10 +22,12 @@ from client.memory import Memory
 from client.per_example import PerExample
 from client.private import private_training
 from client.secure import STAGES, Desk, contributions, sums
+from client.statistics import statistics
 from client.sums import head_sums
 from client.teaching import head_loss
 from client.train import train_model
 from privacy.terms import distributed_terms, terms_of
+from protocol.closed_form import STATISTICS
 from protocol.errors import BudgetExhausted, DataChanged, InputError
 from protocol.job import Job
 from protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
@@ -130,6 +132,8 @@ class Site:
             return "its site has a privacy budget, and the job adds no noise before the server sees an update"
         if not self.discreet:
             return ""
+        if kind == STATISTICS and job.tune.head_init is None:
+            return "its job forms no head of statistics"
         if kind == "sum" or (kind == "train" and sums_securely(job)):
             return "its site sends such updates under masks only"
         if kind == "evaluate" and job.privacy.units:
@@ -179,6 +183,8 @@ class Site:
         replies: Iterable[Reply]
         if request.kind == "evaluate":
             replies = evaluate(learner, request, held)
+        elif request.kind == STATISTICS:
+            replies = statistics(learner, request, held)
         elif request.kind == "train":
             updates = train(learner, request, held, admitted.private)
             replies = compressed(updates, request, job, self.memory)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from protocol.closed_form import check_closed_form
 from protocol.complaints import explain
 from protocol.errors import ConfigError
 from protocol.federation import FederationSection
@@ -139,6 +140,14 @@ class TuneSection(Section):
     targets: tuple[str, ...] | None = None
     freeze_a: bool | None = None
     hidden: Count | None = None
+    head_init: Literal["prototype", "ridge"] | None = None
+    ridge: Positive | None = None
+
+    @model_validator(mode="after")
+    def _ridge_is_of_the_closed_form(self) -> TuneSection:
+        if self.ridge is not None and self.head_init != "ridge":
+            raise ValueError("ridge has no meaning without head_init = 'ridge': remove it")
+        return self
 
     @model_validator(mode="after")
     def _only_what_the_method_uses(self) -> TuneSection:
@@ -294,6 +303,11 @@ class Job(Section):
                 "evaluate.patience: clients keep nothing back to measure on; expected"
                 " data.validation_fraction above 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_head_has_a_closed_form(self) -> Job:
+        check_closed_form(self)
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from protocol.closed_form import STATISTICS, forms_head
 from protocol.cohort import StackedUpdates, stacked_states
 from protocol.compression import upload_size
 from protocol.errors import BudgetExhausted, ConfigError, InconsistentUpdates
@@ -23,6 +24,7 @@ from protocol.tensors import Tensors, size_of, tensors_sha256
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint, Keeper
 from server.clock import Call, Clock, Turnout, elapsed, everybody
+from server.closed_form import formed, screen_statistics, statistics_size
 from server.decompression import decompressed
 from server.protection import Protection, run_key
 from server.rundir import RunDirectory
@@ -166,7 +168,10 @@ def play_round(run: Run) -> None:
     cohort = sample(run.population, run.job, round, coins)
     screened, simulated = train(run, cohort, round)
     at_clients = time.monotonic() - started
-    merge(run, screened.updates, round)
+    if screened.statistics:
+        run.tensors = formed(run.job, screened.statistics)
+    else:
+        merge(run, screened.updates, round)
     run.round = round
     is_measured = round % run.job.evaluate.every == 0
     metrics = measure(run) if is_measured else {}
@@ -206,15 +211,20 @@ def train(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[s
     """
     goal = min(run.job.federation.cohort or len(cohort), len(cohort))
     needed = max(1, round_up(run.job.federation.quorum * goal))
+    down, up = size_of(run.tensors), run.upload
+    if forms_head(run.job, round):
+        down, up = 0, statistics_size(run.job, run.tensors)
     before = elapsed(run.log)
     for attempt in range(1, ATTEMPTS + 1):
-        turnout = run.clock(Call(round, attempt, cohort, goal, size_of(run.tensors), run.upload))
+        turnout = run.clock(Call(round, attempt, cohort, goal, down, up))
         request = _request(run, "train", round, run.strategy.plan(run.state, round))
+        if forms_head(run.job, round):
+            request = replace(request, kind=STATISTICS, tensors={})
         enough = len(turnout.names) >= needed or not cohort
         asked = turnout.names if enough else []
         screened = collect(run, request, asked, attempt)
-        run.bytes_down += len(cohort) * size_of(run.tensors)
-        run.bytes_up += screened.usable * run.upload
+        run.bytes_down += len(cohort) * down
+        run.bytes_up += screened.usable * up
         for name, reason in screened.set_aside.items() if not hides_cohorts(run.job) else ():
             logger.warning("round %d: set aside %s: %s", round, name, reason)
         if screened.usable >= needed or not cohort:
@@ -249,6 +259,8 @@ def collect(run: Run, request: Request, asked: Sequence[str], attempt: int) -> S
             lambda stage, names: list(run.carrier.exchange(stage, names, timeout)),
         ).screened()  # fmt: skip
     sent = run.carrier.exchange(request, asked, timeout)
+    if request.kind == STATISTICS:
+        return screen_statistics(sent, asked, run.job, run.tensors)
     replies = decompressed(sent, run.job, run.tensors)
     # What examples are promised is in the noise of an update already: its values may be looked at.
     blind = "client" in run.job.privacy.units

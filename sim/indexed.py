@@ -27,6 +27,7 @@ from client.secure import contributions, sums
 from client.site import Admitted, Held, Site, local_training
 from client.sums import head_sums
 from privacy.terms import distributed_terms
+from protocol.closed_form import STATISTICS
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.messages import Facts, Measurement, Reply, Request
@@ -144,7 +145,7 @@ class IndexedSite(Site):
                 learner, request.tensors, shards, job, round=request.round, plan=request.plan
             )
             return compressed(updates, request, job, self.memory)
-        if not learner.trains_on_features:
+        if not learner.trains_on_features or request.kind == STATISTICS:
             return super().answer(request, names)
         admitted, failures = self.admit(learner.job, request, names)
         if not admitted.names:

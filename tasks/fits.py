@@ -18,6 +18,8 @@ def check_fits(job: Job, task: Task) -> None:
     task.check(job)
     check_imbalance(job, task)
     check_smoothing(job, task)
+    if job.tune.head_init is not None and not (task.on_features and task.head_loss == "softmax"):
+        raise ConfigError(f"tune.head_init: {task.name} has no head of classes on features, expected none")
     if job.train.cached_views is not None and not task.on_features:
         raise ConfigError(f"train.cached_views: {task.name} has no features to keep, expected none")
     if job.data.folds is not None and task.splits_itself:
