@@ -76,7 +76,8 @@ class Local:
     """How every client of a round trains: the job's loop, and what the round adds to it.
 
     `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, Karimireddy
-    et al. 2020), one for each client that has any.
+    et al. 2020), one for each client that has any. Clients with `starts` of their own, which are all or
+    none, move from there; their updates, and the proximal term, are still relative to the shared head.
     """
 
     job: Job
@@ -85,6 +86,7 @@ class Local:
     proximal_mu: float = 0.0
     per_example: PerExample | None = None
     corrections: Mapping[str, Tensors] = field(default_factory=dict)
+    starts: Mapping[str, Tensors] = field(default_factory=dict)
 
 
 def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], local: Local) -> StackedUpdates:
@@ -164,6 +166,9 @@ def _train_group(
     local = replace(local, loss=_loss(local, schedule, examples, head))
     start = layers.stack(head, job.train.device)
     now = [matrix.repeat(len(works), 1, 1) for matrix in start]
+    if local.starts:
+        own = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.works]
+        now = [torch.cat(matrices) for matrices in zip(*own, strict=True)]
     losses = _descend(layers, now, start, examples, schedule, local)
     counts = tuple(len(work.rows) for work in schedule.works)
     states = {

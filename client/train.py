@@ -29,12 +29,17 @@ def train_model(
     client: str,
     round: int,
     plan: Mapping[str, float],
+    begin: Tensors | None = None,
 ) -> Update:
-    """Train from the global tensors on one shard; the update is how far they moved."""
+    """Train from the global tensors on one shard; the update is how far they moved.
+
+    A client that has a place of its own to `begin` at moves from there; its update leads from the global
+    tensors to where it arrives, and it is to them that the proximal term holds it.
+    """
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     model = learner.model
     start = tuning.placed(model, tensors)
-    tuning.load_values(model, start)
+    tuning.load_values(model, start if begin is None else begin)
     tuning.training_mode(model)
     parameters = tuning.trainable(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)

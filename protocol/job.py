@@ -17,6 +17,7 @@ from protocol.errors import ConfigError
 from protocol.federation import FederationSection
 from protocol.job_file import apply_override, read_toml
 from protocol.paths import with_absolute_paths
+from protocol.personal import PersonalSection, check_personal
 from protocol.promise import PrivacySection, check_promises
 from protocol.section import Count, Decay, NotNegative, Positive, Section
 
@@ -272,6 +273,7 @@ class Job(Section):
     strategy: StrategySection = StrategySection()
     privacy: PrivacySection = PrivacySection()
     evaluate: EvaluateSection = EvaluateSection()
+    personal: PersonalSection = PersonalSection()
 
     @model_validator(mode="after")
     def _features_are_of_a_frozen_backbone(self) -> Job:
@@ -306,8 +308,9 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_head_has_a_closed_form(self) -> Job:
+    def _closed_forms_and_own_parts_make_sense(self) -> Job:
         check_closed_form(self)
+        check_personal(self)
         return self
 
     @model_validator(mode="after")
@@ -333,7 +336,8 @@ class Job(Section):
     @property
     def remembers(self) -> bool:
         """Whether clients keep something from one round to the next."""
-        return self.federation.compression is not None and self.federation.error_feedback
+        feedback = self.federation.compression is not None and self.federation.error_feedback
+        return feedback or self.personal.keep is not None
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:

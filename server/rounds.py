@@ -79,6 +79,13 @@ class Run:
         """Whether privacy is promised; what clients hold is then never published in the clear."""
         return bool(self.job.privacy.units)
 
+    @property
+    def whole(self) -> Tensors | None:
+        """The model that all share, where norms are kept with the first ones; None where heads are kept."""
+        if self.job.personal.keep == "head":
+            return None
+        return {**self.learner.own, **self.tensors}
+
     @cached_property
     def upload(self) -> int:
         """Bytes of one client's update as it travels."""
@@ -114,9 +121,10 @@ def open_run(
     learner.facts = learner.facts | learner.given
     torch.set_num_threads(job.train.threads)
     first = learner.initial()
+    shared = {name: t for name, t in first.items() if name not in learner.own}
     watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
     run = Run(
-        job, carrier, directory, learner, strategy, roll.names, dict(first), strategy.begin(first),
+        job, carrier, directory, learner, strategy, roll.names, shared, strategy.begin(shared),
         test_set(learner), watch, first_model=first, clock=clock, protection=protection,
         stopping=Stopping.of(job, learner.task.headline),
     )  # fmt: skip
@@ -274,8 +282,8 @@ def measure(run: Run) -> dict[str, float]:
 
     Clients that are promised privacy measure nothing.
     """
-    if run.test is not None:
-        return run.learner.compute(run.learner.evaluate(run.tensors, run.test))
+    if run.test is not None and run.whole is not None:
+        return run.learner.compute(run.learner.evaluate(run.whole, run.test))
     return {} if run.is_private else validated(run)
 
 
@@ -286,12 +294,15 @@ def validated(run: Run) -> dict[str, float]:
     return run.learner.compute(added(states)) if states else {}
 
 
-def measure_clients(run: Run) -> list[Measurement]:
-    """The global model on every panel member's validation split, by client name; nothing under privacy."""
+def measure_clients(run: Run, **plan: float) -> list[Measurement]:
+    """The model on every panel member's validation split, by client name; nothing under privacy.
+
+    It is the one that each client would use, unless the `plan` says otherwise.
+    """
     if run.is_private:
         return []
     panel = panel_of(run)
-    request = _request(run, "evaluate", run.round, {})
+    request = _request(run, "evaluate", run.round, plan)
     replies = run.carrier.exchange(request, panel, run.job.federation.round_timeout)
     run.bytes_down += len(panel) * size_of(run.tensors)
     asked = set(panel)

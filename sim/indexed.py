@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
@@ -23,6 +23,7 @@ from client.at_once import train_at_once
 from client.compression import compressed
 from client.heads import Examples, HeadWork, Local, train_heads
 from client.imbalance import loss_by_example
+from client.personal import measured_model, train_mixture
 from client.secure import contributions, sums
 from client.site import Admitted, Held, Site, local_training
 from client.sums import head_sums
@@ -30,7 +31,7 @@ from privacy.terms import distributed_terms
 from protocol.closed_form import STATISTICS
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
-from protocol.messages import Facts, Measurement, Reply, Request
+from protocol.messages import Facts, Measurement, Reply, Request, Update
 from protocol.tensors import Tensors
 from sim.dealing import Rows
 from sim.population import Population, number_of
@@ -169,6 +170,14 @@ class IndexedSite(Site):
             summed = sums(head_sums(request.tensors, examples, works, loss, private))
             return self.desk.sent(job, request, summed, admitted.charged)
         local = local_training(learner, request, private)
+        if job.personal.keep == "mixture":
+
+            def from_own(asked: Request, starts: Mapping[str, Tensors]) -> Iterable[Update]:
+                own = replace(local_training(learner, asked, None), starts=starts)
+                return self._train(examples, works, asked.tensors, own)
+
+            mixed = train_mixture(learner, request, [w.client for w in works], from_own, self.memory)
+            return compressed(mixed, request, job, self.memory)
         updates = self._train(examples, works, request.tensors, local)
         if request.kind == "sum":
             return self.desk.sent(job, request, contributions(updates, terms), admitted.charged)
@@ -200,7 +209,8 @@ class IndexedSite(Site):
         index = self.index(learner)
         for name, (_, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
             part = index.whole.select(rows.tolist())
-            states = learner.evaluate(request.tensors, part) if len(part) else {}
+            model = measured_model(learner, request, name, self.memory)
+            states = learner.evaluate(model, part) if len(part) else {}
             yield Measurement(name, request.round, len(part), states)
 
     def index(self, learner: Learner) -> Index:

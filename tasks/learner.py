@@ -32,6 +32,7 @@ from tasks.features import (
 )
 from tasks.fits import check_fits
 from tasks.imbalance import Imbalance, counts_of
+from tasks.own_parts import own_part
 from tasks.pruning import fingerprinted, pruned
 from tasks.ready import ReadyInputs
 from tasks.seam import TARGETS, Batch, Encoder, Model, Shard, Task, Variation
@@ -129,6 +130,11 @@ class Learner:
             head = self._fresh_head(self.width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
         return {name: t.cpu() for name, t in tuning.values(self.model).items()}
+
+    @cached_property
+    def own(self) -> Tensors:
+        """What clients keep of the tensors, before training: to be asked for before anything is trained."""
+        return own_part(self.model, self.job) if self.job.personal.splits else {}
 
     def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
         """Some rows of a shard as the model takes them; they are decoded once, unless they vary."""
