@@ -78,6 +78,7 @@ class Local:
     `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, Karimireddy
     et al. 2020), one for each client that has any. Clients with `starts` of their own, which are all or
     none, move from there; their updates, and the proximal term, are still relative to the shared head.
+    With `steps` everybody stops after so many.
     """
 
     job: Job
@@ -87,6 +88,7 @@ class Local:
     per_example: PerExample | None = None
     corrections: Mapping[str, Tensors] = field(default_factory=dict)
     starts: Mapping[str, Tensors] = field(default_factory=dict)
+    steps: int | None = None
 
 
 def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], local: Local) -> StackedUpdates:
@@ -156,13 +158,20 @@ class _Schedule:
         """How many clients still train at each step."""
         return [sum(steps > s for steps in self.steps) for s in range(len(self.rows))]
 
+    def first(self, most: int | None) -> _Schedule:
+        """The schedule's first steps, or all of them."""
+        if most is None:
+            return self
+        steps = [min(own, most) for own in self.steps]
+        return replace(self, rows=self.rows[:most], share=self.share[:most], steps=steps)
+
 
 def _train_group(
     head: Tensors, examples: Examples, works: list[HeadWork], size: int, local: Local
 ) -> StackedUpdates:
     job = local.job
     layers = Layers.of(head)
-    schedule = _schedule(works, size, job, local.round, examples)
+    schedule = _schedule(works, size, job, local.round, examples).first(local.steps)
     local = replace(local, loss=_loss(local, schedule, examples, head))
     start = layers.stack(head, job.train.device)
     now = [matrix.repeat(len(works), 1, 1) for matrix in start]

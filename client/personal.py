@@ -1,4 +1,4 @@
-"""What clients keep for themselves from round to round: a part of the model, or a model beside the shared one.
+"""What clients keep from round to round: a part of the model, or a model beside the shared one.
 
 In a client's memory its own tensors stand under `own/`. A client that never trained has none yet and
 uses the first ones, which follow from the job's seed, or the model that all share.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from client.adapting import adapted
 from client.memory import Memory
 from client.train import train_model
 from protocol.cohort import StackedUpdates
 from protocol.errors import DataError
 from protocol.messages import Request, Update
-from protocol.personal import OF_ALL
+from protocol.personal import ADAPT, OF_ALL
 from protocol.tensors import Tensors
 from tasks.learner import Learner
 from tasks.seam import Shard
@@ -25,9 +26,16 @@ Train = Callable[[Request, Mapping[str, Tensors]], Iterable[Update]]
 """(request, where clients start that don't start from its tensors): updates, relative to its tensors."""
 
 
-def measured_model(learner: Learner, request: Request, client: str, memory: Memory) -> Tensors:
-    """The model that this client would use after the request's round, or the one that all share."""
-    job = learner.job
+def measured_model(
+    learner: Learner, request: Request, client: str, memory: Memory, lessons: Callable[[], Shard]
+) -> Tensors:
+    """The model that this client would use after the request's round, or the one that all share.
+
+    It may have to take a few steps first, on its `lessons`.
+    """
+    job, steps = learner.job, int(request.plan.get(ADAPT, 0))
+    if steps:
+        return adapted(learner, request, client, lessons(), steps)
     if job.personal.keep is None:
         return request.tensors
     of_all = bool(request.plan.get(OF_ALL))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
@@ -349,11 +350,15 @@ def heads_of(held: dict[str, Held], device: str) -> tuple[Examples, list[HeadWor
     return Examples.of(torch.cat(parts, dim=1), targets, device), works
 
 
+def _lessons(held: Held) -> Shard:
+    return held.train
+
+
 def evaluate(
     learner: Learner, request: Request, held: dict[str, Held], memory: Memory
 ) -> Iterator[Measurement]:
     """The model on each named client's validation split; one without a split measures nothing."""
     for name, h in held.items():
-        model = measured_model(learner, request, name, memory)
+        model = measured_model(learner, request, name, memory, partial(_lessons, h))
         states = learner.evaluate(model, h.validation) if len(h.validation) else {}
         yield Measurement(name, request.round, len(h.validation), states)

@@ -92,6 +92,7 @@ class DataSection(Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     fold: Annotated[int, Field(ge=0)] = 0
+    shots: Count | None = None
 
     @model_validator(mode="after")
     def _fold_is_one_of_the_folds(self) -> DataSection:
@@ -256,6 +257,7 @@ class EvaluateSection(Section):
     every: Count = 1
     clients: Count = 10_000
     patience: Count | None = None
+    adapt: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
 
 

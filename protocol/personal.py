@@ -11,6 +11,9 @@ from protocol.section import NotNegative, Section
 if TYPE_CHECKING:
     from protocol.job import Job
 
+ADAPT = "adapt"
+"""In the plan of a request to measure: how many local steps each client takes first."""
+
 OF_ALL = "global"
 """In the plan of a request to measure: the model that all share is meant, not the client's own."""
 
@@ -35,6 +38,7 @@ class PersonalSection(Section):
 
 def check_personal(job: Job) -> None:
     """Raises ValueError, in one line that names the key, where clients can't keep what the job says."""
+    _check_adapting(job)
     keep = job.personal.keep
     if keep is None:
         return
@@ -58,4 +62,21 @@ def check_personal(job: Job) -> None:
         raise ValueError(
             "personal.keep: clients keep what their last rounds left, not the best round's; expected none"
             " with evaluate.patience"
+        )
+
+
+def _check_adapting(job: Job) -> None:
+    if job.evaluate.adapt is None:
+        return
+    if job.privacy.units:
+        raise ValueError(
+            "evaluate.adapt: clients measure nothing under a promise of privacy; expected none with"
+            f" privacy.unit = {job.privacy.unit!r}"
+        )
+    if job.personal.keep is not None:
+        raise ValueError("evaluate.adapt: clients have models of their own; expected none with personal.keep")
+    if job.data.validation_fraction == 0 and job.data.folds is None:
+        raise ValueError(
+            "evaluate.adapt: clients keep nothing back to measure on; expected"
+            " data.validation_fraction above 0"
         )

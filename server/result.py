@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from protocol.messages import Measurement
-from protocol.personal import OF_ALL
+from protocol.personal import ADAPT, OF_ALL
 from protocol.promise import hides_cohorts
 from protocol.tensors import size_of, tensors_sha256
 from server.claim import claim_of
 from server.clock import elapsed
-from server.own_models import own_models, own_notes
+from server.own_models import own_models, own_notes, with_adapted
 from server.rounds import Run, measure_clients
 
 Baselines = Mapping[str, Mapping[str, float]]
@@ -26,6 +26,8 @@ Baselines = Mapping[str, Mapping[str, float]]
 def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
     """Measure the final model everywhere, and write the model and `result.json`."""
     clients = measured_clients(run)
+    if run.job.evaluate.adapt is not None:
+        clients = with_adapted(clients, measured_clients(run, **{ADAPT: float(run.job.evaluate.adapt)}))
     keep = run.job.personal.keep
     shared = measured_clients(run, **{OF_ALL: 1.0}) if keep in ("norms", "mixture") else {}
     own = None if keep is None else own_models(keep, clients, shared)
@@ -56,7 +58,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
         "trainable": {n: list(t.shape) for n, t in run.tensors.items()},
         "machine": machine(run.job.train.threads),
-        "notes": [*notes, *private_notes(run), *own_notes(own, run.learner.task.headline)],
+        "notes": [*notes, *private_notes(run), *own_notes(run.job, own, clients, run.learner.task.headline)],
     }  # fmt: skip
     run.directory.save_model(
         run.tensors if run.whole is None else run.whole,

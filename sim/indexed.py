@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 import numpy as np
@@ -37,6 +37,7 @@ from sim.dealing import Rows
 from sim.population import Population, number_of
 from tasks.learner import Learner, kept_back, ranked
 from tasks.seam import Shard
+from tasks.shots import few
 
 TABLE_BYTES = 1 << 30
 """Features of more than this are not held as one table; a cohort's are then looked up every round."""
@@ -98,10 +99,12 @@ class Index:
             own = task.split(self.whole.select(rows.tolist()), job.seed, job.data.validation_fraction)
             return rows[own[0]], rows[own[1]]
         kept = kept_back(len(rows), job.data)
-        if kept.start == kept.stop:
+        if kept.start == kept.stop and job.data.shots is None:
             return rows, rows[:0]
         drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
         train = np.concatenate([drawn[: kept.start], drawn[kept.stop :]])
+        if job.data.shots is not None:
+            train = np.array(few(train.tolist(), self.whole, job.data.shots), dtype=np.int64)
         return np.sort(train), np.sort(drawn[kept])
 
     def works(self, names: Sequence[str]) -> tuple[Examples, list[HeadWork]]:
@@ -207,9 +210,10 @@ class IndexedSite(Site):
 
     def _measure(self, learner: Learner, request: Request, names: Sequence[str]) -> Iterator[Measurement]:
         index = self.index(learner)
-        for name, (_, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
+        for name, (lessons, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
             part = index.whole.select(rows.tolist())
-            model = measured_model(learner, request, name, self.memory)
+            lesson = partial(index.lessons.select, lessons.tolist())
+            model = measured_model(learner, request, name, self.memory, lesson)
             states = learner.evaluate(model, part) if len(part) else {}
             yield Measurement(name, request.round, len(part), states)
 

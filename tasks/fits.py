@@ -9,6 +9,7 @@ from protocol.job import Job
 from tasks.compiled import compiler
 from tasks.imbalance import check_imbalance, check_smoothing
 from tasks.seam import Task
+from tasks.shots import check_shots
 
 
 def check_fits(job: Job, task: Task) -> None:
@@ -18,6 +19,7 @@ def check_fits(job: Job, task: Task) -> None:
     task.check(job)
     check_imbalance(job, task)
     check_smoothing(job, task)
+    check_shots(job, task)
     if job.tune.head_init is not None and not (task.on_features and task.head_loss == "softmax"):
         raise ConfigError(f"tune.head_init: {task.name} has no head of classes on features, expected none")
     if job.train.cached_views is not None and not task.on_features:

@@ -36,6 +36,7 @@ from tasks.own_parts import own_part
 from tasks.pruning import fingerprinted, pruned
 from tasks.ready import ReadyInputs
 from tasks.seam import TARGETS, Batch, Encoder, Model, Shard, Task, Variation
+from tasks.shots import few
 from tasks.weights import Backbone, resolve
 from tasks.width import known_width
 
@@ -329,7 +330,7 @@ class Learner:
             return shard.select(train), shard.select(validation)
         rows = ranked(shard.keys, self.job.seed, "validation")
         kept = kept_back(len(shard), self.job.data)
-        train = rows[: kept.start] + rows[kept.stop :]
+        train = few(rows[: kept.start] + rows[kept.stop :], shard, self.job.data.shots)
         return shard.select(sorted(train)), shard.select(sorted(rows[kept]))
 
     @cached_property

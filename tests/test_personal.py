@@ -288,7 +288,7 @@ def test_with_heads_kept_nothing_whole_is_on_disk_and_using_it_is_refused_in_one
     setting = texts(folder, "head", federation={"rounds": 1})
     result = run(setting, tmp_path / "r")
     assert result["final"]["server"] == {} and not any(n.startswith("head.") for n in result["trainable"])
-    assert any("keep their heads" in note for note in result["notes"])
+    assert any("clients keep their heads" in note for note in result["notes"])
     with pytest.raises(ConfigError, match="its clients kept their heads, so it holds no whole model"):
         trained(tmp_path / "r")
     run(texts(folder, "norms", federation={"rounds": 1}), tmp_path / "n")
