@@ -3,8 +3,8 @@
     python -m benchmarks.craft_personal [CASE …] [--seeds 5]        # few, skewed
 
 `few`: five MNIST digits of each class in all, one at each of 5 clients, on MobileNetV2's features; accuracy
-on the test part. `skewed`: a small vision transformer, from nothing, over 10 clients with two of the ten digits
-each; the mean over clients of accuracy on what each keeps back, with the model that it would use. A seed
+on the test part. `skewed`: a small vision transformer, from nothing, over 10 clients with two of the ten
+digits each; the mean over clients of accuracy on what each keeps back, with the model that it would use. A seed
 deals the data anew and starts the model anew. Intervals are Student's, 95 % over seeds; "gain" is the
 mean of the differences to the first row's run of the same seed.
 """

@@ -35,7 +35,8 @@ def train_model(
     """Train from the global tensors on one shard; the update is how far they moved.
 
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
-    tensors to where it arrives, and it is to them that the proximal term holds it. With `steps` it stops after so many.
+    tensors to where it arrives, and it is to them that the proximal term holds it. With `steps` it stops
+    after so many.
     """
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     model = learner.model
