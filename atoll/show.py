@@ -150,6 +150,8 @@ class Watcher:
                 self._hello(what)
             case "resumed":
                 self.gauge.say(f"resumed   after round {what['round']} of {self.rounds}")
+            case "stage":
+                self.gauge.say(f"tuning    {what['tuning']}, from round {what['round'] + 1} on")
             case "round":
                 self._round(what)
             case "baselines":

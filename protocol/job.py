@@ -16,10 +16,12 @@ from protocol.complaints import explain
 from protocol.errors import ConfigError
 from protocol.federation import FederationSection
 from protocol.job_file import apply_override, read_toml
+from protocol.measuring import EvaluateSection, check_measuring
 from protocol.paths import with_absolute_paths
 from protocol.personal import PersonalSection, check_personal
 from protocol.promise import PrivacySection, check_promises
 from protocol.section import Count, Decay, NotNegative, Positive, Section
+from protocol.tuning import Later, TuneSection, grows
 
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
 """Settings that only the named task or network knows; whoever knows them checks them."""
@@ -132,36 +134,6 @@ class BackboneSection(Section):
         return self.prune_kind or "magnitude"
 
 
-class TuneSection(Section):
-    """`[tune]`: which tensors are trained and travel."""
-
-    method: Literal["head", "last-k", "lora", "full"] = "head"
-    layers: Count | None = None
-    rank: Count | None = None
-    alpha: Positive | None = None
-    targets: tuple[str, ...] | None = None
-    freeze_a: bool | None = None
-    hidden: Count | None = None
-    head_init: Literal["prototype", "ridge"] | None = None
-    ridge: Positive | None = None
-
-    @model_validator(mode="after")
-    def _ridge_is_of_the_closed_form(self) -> TuneSection:
-        if self.ridge is not None and self.head_init != "ridge":
-            raise ValueError("ridge has no meaning without head_init = 'ridge': remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _only_what_the_method_uses(self) -> TuneSection:
-        used = {"last-k": {"layers"}, "lora": {"rank", "alpha", "targets", "freeze_a"}}.get(
-            self.method, set()
-        )
-        for key in ("layers", "rank", "alpha", "targets", "freeze_a"):
-            if getattr(self, key) is not None and key not in used:
-                raise ValueError(f"{key} has no meaning with method = {self.method!r}: remove it")
-        return self
-
-
 class TrainSection(Section):
     """`[train]`: one client's local training in one round."""
 
@@ -251,16 +223,6 @@ class StrategySection(Section):
     options: dict[str, bool | int | float | str] | None = None
 
 
-class EvaluateSection(Section):
-    """`[evaluate]`: how often the global model is measured, and against what."""
-
-    every: Count = 1
-    clients: Count = 10_000
-    patience: Count | None = None
-    adapt: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
-
-
 class Job(Section):
     """A whole job. Two jobs are the same job exactly when their `hash` is equal."""
 
@@ -289,28 +251,8 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _stopping_has_what_it_measures(self) -> Job:
-        if self.data.folds is not None and self.privacy.units:
-            raise ValueError(
-                "data.folds: clients measure nothing under a promise of privacy; expected none with"
-                f" privacy.unit = {self.privacy.unit!r}"
-            )
-        if self.evaluate.patience is None:
-            return self
-        if self.privacy.units:
-            raise ValueError(
-                "evaluate.patience: which round is best would be chosen by data that is promised privacy;"
-                f" expected none with privacy.unit = {self.privacy.unit!r}"
-            )
-        if self.data.validation_fraction == 0 and self.data.folds is None:
-            raise ValueError(
-                "evaluate.patience: clients keep nothing back to measure on; expected"
-                " data.validation_fraction above 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _closed_forms_and_own_parts_make_sense(self) -> Job:
+    def _measuring_closed_forms_and_own_parts_make_sense(self) -> Job:
+        check_measuring(self)
         check_closed_form(self)
         check_personal(self)
         return self
@@ -326,6 +268,34 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _schedule_can_be_kept(self) -> Job:
+        if not self.tune.then:
+            return self
+        for key, given in (
+            ("privacy.unit", bool(self.privacy.units)),
+            ("federation.secure_aggregation", self.federation.secure_aggregation),
+            ("federation.compression", self.remembers and self.personal.keep is None),
+            ("train.teacher", self.train.teacher is not None),
+            ("backbone.prune", self.backbone.prune is not None),
+            ("personal.keep", self.personal.keep is not None),
+        ):
+            if given:
+                raise ValueError(f"tune.then: what is tuned can't change on the way with {key}; remove one")
+        waits = any(later.patience is not None for later in self.tune.then)
+        if waits and self.data.validation_fraction == 0 and self.data.folds is None:
+            raise ValueError(
+                "tune.then: clients keep nothing back to see progress stall by; expected"
+                " data.validation_fraction above 0, or after instead of patience"
+            )
+        for stage, later in zip(self.stages, self.stages[1:], strict=False):
+            if not grows(stage.tune, later.tune):
+                raise ValueError(
+                    f"tune.then: {later.tune.words} would leave behind what {stage.tune.words} tuned;"
+                    " expected head, then last-k or lora, then more layers or full"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _privacy_can_be_kept(self) -> Job:
         check_promises(self)
         return self
@@ -334,6 +304,14 @@ class Job(Section):
     def leaves_backbone(self) -> bool:
         """Whether the backbone is frozen, and what training shows it can be known before."""
         return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
+
+    @cached_property
+    def stages(self) -> tuple[Job, ...]:
+        """The job as it is in each stage of its schedule: what is tuned, and how fast; one without one."""
+        if not self.tune.then:
+            return (self,)
+        first = self.model_copy(update={"tune": self.tune.model_copy(update={"then": ()})})
+        return (first, *(_in_stage(first, later) for later in self.tune.then))
 
     @property
     def remembers(self) -> bool:
@@ -372,7 +350,7 @@ class Job(Section):
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Job:
         """A copy with some tables replaced; what was derived from the old ones is derived anew."""
         copy = super().model_copy(update=update, deep=deep)
-        for derived in ("canonical", "hash"):
+        for derived in ("canonical", "hash", "stages"):
             copy.__dict__.pop(derived, None)
         return copy
 
@@ -385,6 +363,14 @@ class Job(Section):
     def hash(self) -> str:
         """SHA-256 of the canonical form, in hex."""
         return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+
+def _in_stage(first: Job, later: Later) -> Job:
+    tune = TuneSection(
+        hidden=first.tune.hidden, **{key: getattr(later, key) for key in TuneSection.own_keys()}
+    )
+    lr = first.train.lr if later.lr is None else later.lr
+    return first.model_copy(update={"tune": tune, "train": first.train.model_copy(update={"lr": lr})})
 
 
 @lru_cache(maxsize=16)

@@ -38,7 +38,6 @@ class PersonalSection(Section):
 
 def check_personal(job: Job) -> None:
     """Raises ValueError, in one line that names the key, where clients can't keep what the job says."""
-    _check_adapting(job)
     keep = job.personal.keep
     if keep is None:
         return
@@ -62,21 +61,4 @@ def check_personal(job: Job) -> None:
         raise ValueError(
             "personal.keep: clients keep what their last rounds left, not the best round's; expected none"
             " with evaluate.patience"
-        )
-
-
-def _check_adapting(job: Job) -> None:
-    if job.evaluate.adapt is None:
-        return
-    if job.privacy.units:
-        raise ValueError(
-            "evaluate.adapt: clients measure nothing under a promise of privacy; expected none with"
-            f" privacy.unit = {job.privacy.unit!r}"
-        )
-    if job.personal.keep is not None:
-        raise ValueError("evaluate.adapt: clients have models of their own; expected none with personal.keep")
-    if job.data.validation_fraction == 0 and job.data.folds is None:
-        raise ValueError(
-            "evaluate.adapt: clients keep nothing back to measure on; expected"
-            " data.validation_fraction above 0"
         )

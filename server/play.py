@@ -106,5 +106,6 @@ def check_job(job: Job) -> None:
         ConfigError, WeightsError: it names something that there is not, or not on this machine.
     """
     build_strategy(job.strategy)
-    check_fits(job, task_named(job.task.name))
+    for stage in job.stages:
+        check_fits(stage, task_named(job.task.name))
     resolve(job.backbone, job.seed)

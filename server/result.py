@@ -62,7 +62,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
     }  # fmt: skip
     run.directory.save_model(
         run.tensors if run.whole is None else run.whole,
-        {"job": run.job.model_dump(mode="json"), "facts": run.learner.facts},
+        {"job": run.learner.job.model_dump(mode="json"), "facts": run.learner.facts},
     )
     run.directory.save_result(result)
     return result

@@ -21,6 +21,7 @@ from protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Request, Upd
 from protocol.promise import expected_cohort, hides_cohorts, sums_securely
 from protocol.streams import stream
 from protocol.tensors import Tensors, size_of, tensors_sha256
+from server import stages
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint, Keeper
 from server.clock import Call, Clock, Turnout, elapsed, everybody
@@ -72,6 +73,8 @@ class Run:
     clock: Clock = everybody
     protection: Protection | None = None
     stopping: Stopping | None = None
+    stage: int = 0
+    began: int = 0
     ended_early: str = ""
 
     @property
@@ -86,7 +89,7 @@ class Run:
             return None
         return {**self.learner.own, **self.tensors}
 
-    @cached_property
+    @property
     def upload(self) -> int:
         """Bytes of one client's update as it travels."""
         return upload_size(self.job, self.tensors)
@@ -117,7 +120,7 @@ def open_run(
     roll = carrier.hello(job)
     roll.check(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.agree(roll.facts))
+    learner = Learner.of(job.stages[0], task, task.agree(roll.facts))
     learner.facts = learner.facts | learner.given
     torch.set_num_threads(job.train.threads)
     first = learner.initial()
@@ -126,8 +129,8 @@ def open_run(
     run = Run(
         job, carrier, directory, learner, strategy, roll.names, shared, strategy.begin(shared),
         test_set(learner), watch, first_model=first, clock=clock, protection=protection,
-        stopping=Stopping.of(job, learner.task.headline),
     )  # fmt: skip
+    run.stopping = stages.stopping_of(run)
     found = directory.latest_checkpoint(job.hash) if resume else None
     if found is not None:
         _continue_from(run, found)
@@ -140,10 +143,8 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
             k for k in {*found.facts, *run.learner.facts} if found.facts.get(k) != run.learner.facts.get(k)
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
-    run.round, run.tensors, run.state = found.round, found.tensors, found.state
+    run.round, run.tensors, run.state = found.round, found.tensors, stages.resume(run, found.state)
     run.bytes_up, run.bytes_down = found.bytes_up, found.bytes_down
-    if run.stopping is not None:
-        run.state = run.stopping.resume(found.state)
     run.log = run.directory.wind_back(found.round)
     run.watch("resumed", {"round": run.round})
 
@@ -155,7 +156,9 @@ def all_rounds(run: Run) -> None:
     have, with its best model.
     """
     try:
-        while run.round < run.job.federation.rounds and not (run.stopping and run.stopping.is_over):
+        while run.round < run.job.federation.rounds:
+            if stages.is_over(run) and not stages.begin_next(run):
+                break
             play_round(run)
     except BudgetExhausted as spent:
         run.ended_early = str(spent)
@@ -327,7 +330,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
         round=run.round,
         job_hash=run.job.hash,
         tensors=run.tensors,
-        state=run.state | (run.stopping.state() if run.stopping else {}),
+        state=run.state | stages.state_of(run),
         bytes_up=run.bytes_up,
         bytes_down=run.bytes_down,
         facts=run.learner.facts,
@@ -337,8 +340,8 @@ def checkpoint_of(run: Run) -> Checkpoint:
 def _request(run: Run, kind: str, round: int, plan: Any) -> Request:
     return Request(
         kind=kind,
-        job=run.job.canonical,
-        job_hash=run.job.hash,
+        job=run.learner.job.canonical,
+        job_hash=run.learner.job.hash,
         round=round,
         facts=run.learner.facts,
         tensors=run.tensors,
@@ -368,6 +371,8 @@ def _log_line(
         "set_aside": screened.set_aside,
         "model_sha256": tensors_sha256(run.tensors),
     }
+    if run.job.tune.then:
+        line["tuning"] = run.learner.job.tune.words
     if CHARGED_ROUNDS in states:
         line["charged_rounds"] = max(int(states[CHARGED_ROUNDS].max()), charged_rounds(run))
     if hides_cohorts(run.job):

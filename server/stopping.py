@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from protocol.job import Job
 from protocol.tensors import Tensors
 from server.comparison import lower_is_better
 from strategies import State
@@ -33,12 +32,6 @@ class Stopping:
     value: float = math.nan
     waited: int = 0
     best: Tensors = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, job: Job, metric: str) -> Stopping | None:
-        """What ends a run of this job early, if it asks for that."""
-        patience = job.evaluate.patience
-        return None if patience is None else cls(metric, patience)
 
     def note(self, round: int, value: float, model: Tensors) -> None:
         """Take note of a measurement; one that isn't finite is never better."""

@@ -90,6 +90,8 @@ def check_engine(job: Job, engine: str) -> None:
         raise ConfigError(
             "train.teacher: engine cohort trains such clients by the task's own loss, try inline"
         )
+    if engine == "cohort" and job.tune.then:
+        raise ConfigError("tune.then: engine cohort has one way to train for a whole run, try inline")
     if engine == "cohort" and job.train.imbalance and not trains_on_features(job):
         raise ConfigError(
             "train.imbalance: engine cohort trains such clients at once by one loss, try inline"
@@ -110,7 +112,7 @@ def _carrier(population: Population, engine: str, workers: int, out: Path, stack
         return LoopCarrier.of(population, books, memory)
     if engine == "cohort" and not trains_on_features(job):
         return InlineCarrier.of(population, at_once=True, books=books, memory=memory)
-    if workers > 1 and not trains_on_features(job):
+    if workers > 1 and not all(trains_on_features(stage) for stage in job.stages):
         return stack.enter_context(PooledCarrier(population, workers, out))
     return InlineCarrier.of(population, workers, books=books, memory=memory)
 

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from protocol.errors import ConfigError
-from protocol.job import TuneSection
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
+from protocol.tuning import TuneSection
 from tasks.seam import Model
 
 BatchNorms = (nn.modules.batchnorm._BatchNorm,)
