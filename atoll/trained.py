@@ -31,6 +31,11 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
         job, facts = Job.parse(saved["job"], origin=str(about)), dict(saved["facts"])
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{about}: damaged: {error}") from None
+    if job.personal.keep == "head":
+        raise ConfigError(
+            f"{run}: its clients kept their heads, so it holds no whole model; expected a run with"
+            " personal.keep = 'norms' or 'mixture', or none"
+        )
     # Compiling takes longer than a few inputs do, and what was taught needs its teacher no more.
     alone = {"teacher": None, "teacher_temperature": None, "teacher_weight": None}
     job = job.model_copy(

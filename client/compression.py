@@ -56,6 +56,9 @@ def _compressed(
     sound = torch.isfinite(lost).all(dim=1, keepdim=True)
     lost = torch.where(sound, lost, error)
     states = {client: {ERROR: own.clone()} for client, own in zip(updates.clients, lost, strict=True)}
+    if job.personal.keep is not None:  # which is in this round's memory already
+        beside = {client: memory.before(request.run, client, request.round + 1) for client in states}
+        states = {client: beside[client] | state for client, state in states.items()}
     memory.keep(request.run, request.round, states)
     return replace(updates, delta=packed)
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from client.batches import drawn_by, epoch_seeds, permutations, view_numbers
+from client.examples import Examples, HeadWork
 from client.imbalance import balanced, smoothed
 from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded
 from client.per_example import PerExample, StackedNoise, factors, stacked_noise
@@ -30,54 +31,13 @@ from tasks.imbalance import Imbalance, counts_of
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Features [views * n, padded width] and their targets, which several clients' rows point into.
-
-    View v of example i is in row v * n + i. Targets are classes for softmax, labels or values
-    [views * n, outputs] for the other losses.
-    """
-
-    features: torch.Tensor
-    targets: torch.Tensor
-    views: int = 1
-
-    @classmethod
-    def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> Examples:
-        """Features [n, width] or [views, n, width] of targets [n], on their device.
-
-        Behind the features stand a one for the bias, and zeros.
-        """
-        views = len(features) if features.ndim == 3 else 1
-        flat = features.reshape(-1, features.shape[-1])
-        table = torch.zeros((len(flat), padded(flat.shape[1])))
-        table[:, : flat.shape[1]] = flat
-        table[:, flat.shape[1]] = 1
-        return cls(table.to(device), torch.cat([targets] * views).to(device), views)
-
-    @property
-    def count(self) -> int:
-        """How many examples there are, whatever their views."""
-        return len(self.targets) // self.views
-
-
-@dataclass(frozen=True)
-class HeadWork:
-    """One client's part of a round: its rows of the examples, in the first view.
-
-    `batches` are places among those rows for each step, where they are drawn by Poisson's coins.
-    """
-
-    client: str
-    rows: NDArray[np.int64]
-    batches: tuple[NDArray[np.int64], ...] = ()
-
-
-@dataclass(frozen=True)
 class Local:
     """How every client of a round trains: the job's loop, and what the round adds to it.
 
     `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, Karimireddy
-    et al. 2020), one for each client that has any.
+    et al. 2020), one for each client that has any. Clients with `starts` of their own, which are all or
+    none, move from there; their updates, and the proximal term, are still relative to the shared head.
+    With `steps` everybody stops after so many.
     """
 
     job: Job
@@ -86,6 +46,8 @@ class Local:
     proximal_mu: float = 0.0
     per_example: PerExample | None = None
     corrections: Mapping[str, Tensors] = field(default_factory=dict)
+    starts: Mapping[str, Tensors] = field(default_factory=dict)
+    steps: int | None = None
 
 
 def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], local: Local) -> StackedUpdates:
@@ -169,16 +131,26 @@ class _Schedule:
         """How many clients still train at each step."""
         return [sum(steps > s for steps in self.steps) for s in range(len(self.rows))]
 
+    def first(self, most: int | None) -> _Schedule:
+        """The schedule's first steps, or all of them."""
+        if most is None:
+            return self
+        steps = [min(own, most) for own in self.steps]
+        return replace(self, rows=self.rows[:most], share=self.share[:most], steps=steps)
+
 
 def _train_group(
     head: Tensors, examples: Examples, works: list[HeadWork], size: int, local: Local
 ) -> StackedUpdates:
     job = local.job
     layers = Layers.of(head)
-    schedule = _schedule(works, size, job, local.round, examples)
+    schedule = _schedule(works, size, job, local.round, examples).first(local.steps)
     local = replace(local, loss=_loss(local, schedule, examples, head))
     start = layers.stack(head, job.train.device)
     now = [matrix.repeat(len(works), 1, 1) for matrix in start]
+    if local.starts:
+        own = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.works]
+        now = [torch.cat(matrices) for matrices in zip(*own, strict=True)]
     losses = _descend(layers, now, start, examples, schedule, local)
     counts = tuple(len(work.rows) for work in schedule.works)
     states = {

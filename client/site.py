@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,20 +17,25 @@ import torch
 from client.books import Books
 from client.compression import compressed
 from client.discretion import discreet
-from client.heads import Examples, HeadWork, Local, train_heads
+from client.examples import Examples, HeadWork
+from client.heads import Local, train_heads
 from client.imbalance import loss_by_example
 from client.memory import Memory
 from client.per_example import PerExample
+from client.personal import measured_model, train_mixture, train_own_part
 from client.private import private_training
 from client.secure import STAGES, Desk, contributions, sums
+from client.statistics import statistics
 from client.sums import head_sums
 from client.teaching import head_loss
 from client.train import train_model
 from privacy.terms import distributed_terms, terms_of
+from protocol.closed_form import STATISTICS
 from protocol.errors import BudgetExhausted, DataChanged, InputError
 from protocol.job import Job
 from protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
 from protocol.promise import places, sums_securely
+from protocol.tensors import Tensors
 from tasks import task_named
 from tasks.learner import Learner
 from tasks.seam import Shard
@@ -44,6 +50,8 @@ KEPT_SHARDS = 4096
 
 SECONDS_OF_SILENCE = 10.0
 """Between two lines on how far the features are."""
+
+NO_STARTS: Mapping[str, Tensors] = {}
 
 UNCACHED = "training features are not cached, for train.augment varies inputs and there are no cached_views"
 
@@ -130,6 +138,8 @@ class Site:
             return "its site has a privacy budget, and the job adds no noise before the server sees an update"
         if not self.discreet:
             return ""
+        if kind == STATISTICS and job.tune.head_init is None:
+            return "its job forms no head of statistics"
         if kind == "sum" or (kind == "train" and sums_securely(job)):
             return "its site sends such updates under masks only"
         if kind == "evaluate" and job.privacy.units:
@@ -178,13 +188,29 @@ class Site:
                 failures.append(Failure(name, self._told(name, error, request.job)))
         replies: Iterable[Reply]
         if request.kind == "evaluate":
-            replies = evaluate(learner, request, held)
+            replies = evaluate(learner, request, held, self.memory)
+        elif request.kind == STATISTICS:
+            replies = statistics(learner, request, held)
         elif request.kind == "train":
-            updates = train(learner, request, held, admitted.private)
+            updates = self._trained(learner, request, held, admitted.private)
             replies = compressed(updates, request, job, self.memory)
         else:
             replies = self._summed(learner, request, held, admitted)
         return chain(failures, replies) if failures else replies
+
+    def _trained(
+        self, learner: Learner, request: Request, held: dict[str, Held], private: PerExample | None
+    ) -> Iterable[Update]:
+        if learner.job.personal.splits:
+            shards = {name: h.train for name, h in held.items()}
+            return train_own_part(learner, request, shards, self.memory)
+        if learner.job.personal.keep is None or not held:
+            return train(learner, request, held, private)
+
+        def from_own(asked: Request, starts: Mapping[str, Tensors]) -> Iterable[Update]:
+            return train(learner, asked, held, None, starts)
+
+        return train_mixture(learner, request, list(held), from_own, self.memory)
 
     def _summed(
         self, learner: Learner, request: Request, held: dict[str, Held], admitted: Admitted
@@ -277,12 +303,17 @@ class Site:
 
 
 def train(
-    learner: Learner, request: Request, held: dict[str, Held], private: PerExample | None
+    learner: Learner,
+    request: Request,
+    held: dict[str, Held],
+    private: PerExample | None,
+    starts: Mapping[str, Tensors] = NO_STARTS,
 ) -> Iterable[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
     if learner.trains_on_features and held:
         examples, works = heads_of(held, learner.job.train.device)
-        return train_heads(request.tensors, examples, works, local_training(learner, request, private))
+        local = replace(local_training(learner, request, private), starts=starts)
+        return train_heads(request.tensors, examples, works, local)
     if private is not None:
         from client.train_private import train_privately  # it brings in Opacus, which takes a second
 
@@ -296,7 +327,7 @@ def train(
     return (
         train_model(
             learner, request.tensors, h.train, learner.job,
-            client=name, round=request.round, plan=request.plan,
+            client=name, round=request.round, plan=request.plan, begin=starts.get(name),
         )
         for name, h in held.items()
     )  # fmt: skip
@@ -320,8 +351,15 @@ def heads_of(held: dict[str, Held], device: str) -> tuple[Examples, list[HeadWor
     return Examples.of(torch.cat(parts, dim=1), targets, device), works
 
 
-def evaluate(learner: Learner, request: Request, held: dict[str, Held]) -> Iterator[Measurement]:
-    """The global model on each named client's validation split; one without a split measures nothing."""
+def _lessons(held: Held) -> Shard:
+    return held.train
+
+
+def evaluate(
+    learner: Learner, request: Request, held: dict[str, Held], memory: Memory
+) -> Iterator[Measurement]:
+    """The model on each named client's validation split; one without a split measures nothing."""
     for name, h in held.items():
-        states = learner.evaluate(request.tensors, h.validation) if len(h.validation) else {}
+        model = measured_model(learner, request, name, memory, partial(_lessons, h))
+        states = learner.evaluate(model, h.validation) if len(h.validation) else {}
         yield Measurement(name, request.round, len(h.validation), states)

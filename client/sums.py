@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from client.heads import Examples, HeadWork, drawn, rows_per_batch
+from client.examples import Examples, HeadWork
+from client.heads import drawn, rows_per_batch
 from client.layers import Layers, Loss, gradients
 from client.per_example import PerExample, factors
 from protocol.tensors import Tensors

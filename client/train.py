@@ -29,19 +29,26 @@ def train_model(
     client: str,
     round: int,
     plan: Mapping[str, float],
+    begin: Tensors | None = None,
+    steps: int | None = None,
 ) -> Update:
-    """Train from the global tensors on one shard; the update is how far they moved."""
+    """Train from the global tensors on one shard; the update is how far they moved.
+
+    A client that has a place of its own to `begin` at moves from there; its update leads from the global
+    tensors to where it arrives, and it is to them that the proximal term holds it. With `steps` it stops
+    after so many.
+    """
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     model = learner.model
     parameters = tuning.trainable(model)
     start = tuning.placed(parameters, tensors)
-    tuning.load_values(model, start)
+    tuning.load_values(model, start if begin is None else begin)
     tuning.training_mode(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
     chances = learner.chances(shard)
     with global_stream(job.seed, "dropout", round, client), _memory_saved(model, job):
-        for number, rows in enumerate(batches(len(shard), job, round, client, chances)):
+        for number, rows in enumerate(batches(len(shard), job, round, client, chances)[:steps]):
             varied = variation(job, round, client, number)
             optimizer.zero_grad()
             for part in parts_of(rows, job):

@@ -11,11 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from protocol.closed_form import check_closed_form
 from protocol.complaints import explain
 from protocol.errors import ConfigError
 from protocol.federation import FederationSection
 from protocol.job_file import apply_override, read_toml
+from protocol.measuring import EvaluateSection, check_measuring
 from protocol.paths import with_absolute_paths
+from protocol.personal import PersonalSection, check_personal
 from protocol.promise import PrivacySection, check_promises
 from protocol.section import Count, Decay, NotNegative, Positive, Section
 from protocol.tuning import Later, TuneSection, grows
@@ -91,6 +94,7 @@ class DataSection(Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     fold: Annotated[int, Field(ge=0)] = 0
+    shots: Count | None = None
 
     @model_validator(mode="after")
     def _fold_is_one_of_the_folds(self) -> DataSection:
@@ -219,15 +223,6 @@ class StrategySection(Section):
     options: dict[str, bool | int | float | str] | None = None
 
 
-class EvaluateSection(Section):
-    """`[evaluate]`: how often the global model is measured, and against what."""
-
-    every: Count = 1
-    clients: Count = 10_000
-    patience: Count | None = None
-    baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
-
-
 class Job(Section):
     """A whole job. Two jobs are the same job exactly when their `hash` is equal."""
 
@@ -242,6 +237,7 @@ class Job(Section):
     strategy: StrategySection = StrategySection()
     privacy: PrivacySection = PrivacySection()
     evaluate: EvaluateSection = EvaluateSection()
+    personal: PersonalSection = PersonalSection()
 
     @model_validator(mode="after")
     def _features_are_of_a_frozen_backbone(self) -> Job:
@@ -255,24 +251,10 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _stopping_has_what_it_measures(self) -> Job:
-        if self.data.folds is not None and self.privacy.units:
-            raise ValueError(
-                "data.folds: clients measure nothing under a promise of privacy; expected none with"
-                f" privacy.unit = {self.privacy.unit!r}"
-            )
-        if self.evaluate.patience is None:
-            return self
-        if self.privacy.units:
-            raise ValueError(
-                "evaluate.patience: which round is best would be chosen by data that is promised privacy;"
-                f" expected none with privacy.unit = {self.privacy.unit!r}"
-            )
-        if self.data.validation_fraction == 0 and self.data.folds is None:
-            raise ValueError(
-                "evaluate.patience: clients keep nothing back to measure on; expected"
-                " data.validation_fraction above 0"
-            )
+    def _measuring_closed_forms_and_own_parts_make_sense(self) -> Job:
+        check_measuring(self)
+        check_closed_form(self)
+        check_personal(self)
         return self
 
     @model_validator(mode="after")
@@ -292,9 +274,10 @@ class Job(Section):
         for key, given in (
             ("privacy.unit", bool(self.privacy.units)),
             ("federation.secure_aggregation", self.federation.secure_aggregation),
-            ("federation.compression", self.remembers),
+            ("federation.compression", self.remembers and self.personal.keep is None),
             ("train.teacher", self.train.teacher is not None),
             ("backbone.prune", self.backbone.prune is not None),
+            ("personal.keep", self.personal.keep is not None),
         ):
             if given:
                 raise ValueError(f"tune.then: what is tuned can't change on the way with {key}; remove one")
@@ -333,7 +316,8 @@ class Job(Section):
     @property
     def remembers(self) -> bool:
         """Whether clients keep something from one round to the next."""
-        return self.federation.compression is not None and self.federation.error_feedback
+        feedback = self.federation.compression is not None and self.federation.error_feedback
+        return feedback or self.personal.keep is not None
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:

@@ -58,7 +58,15 @@ class TuneSection(Tuned):
     """`[tune]`: which tensors are trained and travel, at first and `then`."""
 
     hidden: Count | None = None
+    head_init: Literal["prototype", "ridge"] | None = None
+    ridge: Positive | None = None
     then: tuple[Later, ...] = ()
+
+    @model_validator(mode="after")
+    def _ridge_is_of_the_closed_form(self) -> Self:
+        if self.ridge is not None and self.head_init != "ridge":
+            raise ValueError("ridge has no meaning without head_init = 'ridge': remove it")
+        return self
 
     @classmethod
     def own_keys(cls) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ SHOUTED = {
 STRATEGY_NAMES = {
     "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
+    "reptile": "Reptile",
 }  # fmt: skip
 ENGINES = {
     "inline": "in process (inline)",

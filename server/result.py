@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from protocol.messages import Measurement
+from protocol.personal import ADAPT, OF_ALL
 from protocol.promise import hides_cohorts
 from protocol.tensors import size_of, tensors_sha256
 from server.claim import claim_of
 from server.clock import elapsed
+from server.own_models import own_models, own_notes, with_adapted
 from server.rounds import Run, measure_clients
 from tasks.features import processor
 
@@ -24,7 +26,12 @@ Baselines = Mapping[str, Mapping[str, float]]
 
 def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
     """Measure the final model everywhere, and write the model and `result.json`."""
-    measurements = measure_clients(run)
+    clients = measured_clients(run)
+    if run.job.evaluate.adapt is not None:
+        clients = with_adapted(clients, measured_clients(run, **{ADAPT: float(run.job.evaluate.adapt)}))
+    keep = run.job.personal.keep
+    shared = measured_clients(run, **{OF_ALL: 1.0}) if keep in ("norms", "mixture") else {}
+    own = None if keep is None else own_models(keep, clients, shared)
     result = {
         "name": run.job.name,
         "job_hash": run.job.hash,
@@ -42,8 +49,9 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "rounds": run.log,
         "final": {
             "server": final_server(run),
-            "clients": {m.client: _client(run, m) for m in measurements},
+            "clients": clients,
         },
+        "personal": own,
         "baselines": _references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
         "privacy": claim_of(run),
         "compression": compression_of(run),
@@ -51,10 +59,11 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
         "trainable": {n: list(t.shape) for n, t in run.tensors.items()},
         "machine": machine(run.job.train.threads, run.job.train.device),
-        "notes": [*notes, *private_notes(run)],
+        "notes": [*notes, *private_notes(run), *own_notes(run.job, own, clients, run.learner.task.headline)],
     }  # fmt: skip
     run.directory.save_model(
-        run.tensors, {"job": run.learner.job.model_dump(mode="json"), "facts": run.learner.facts}
+        run.tensors if run.whole is None else run.whole,
+        {"job": run.learner.job.model_dump(mode="json"), "facts": run.learner.facts},
     )
     run.directory.save_result(result)
     return result
@@ -95,9 +104,14 @@ def _references(run: Run) -> dict[str, dict[str, float]]:
 
 def final_server(run: Run) -> dict[str, float]:
     """The final model on the server's test set; empty where the server has none."""
-    if run.test is None:
+    if run.test is None or run.whole is None:
         return {}
-    return run.learner.compute(run.learner.evaluate(run.tensors, run.test))
+    return run.learner.compute(run.learner.evaluate(run.whole, run.test))
+
+
+def measured_clients(run: Run, **plan: float) -> dict[str, dict[str, float]]:
+    """What each panel member measured, by name."""
+    return {m.client: _client(run, m) for m in measure_clients(run, **plan)}
 
 
 def _client(run: Run, measurement: Measurement) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from protocol.closed_form import STATISTICS, forms_head
 from protocol.cohort import StackedUpdates, stacked_states
 from protocol.compression import upload_size
 from protocol.errors import BudgetExhausted, ConfigError, InconsistentUpdates
@@ -24,6 +25,7 @@ from server import stages
 from server.carrier import Carrier
 from server.checkpoint import Checkpoint, Keeper
 from server.clock import Call, Clock, Turnout, elapsed, everybody
+from server.closed_form import formed, screen_statistics, statistics_size
 from server.decompression import decompressed
 from server.protection import Protection, run_key
 from server.rundir import RunDirectory
@@ -81,6 +83,13 @@ class Run:
         return bool(self.job.privacy.units)
 
     @property
+    def whole(self) -> Tensors | None:
+        """The model that all share, where norms are kept with the first ones; None where heads are kept."""
+        if self.job.personal.keep == "head":
+            return None
+        return {**self.learner.own, **self.tensors}
+
+    @property
     def upload(self) -> int:
         """Bytes of one client's update as it travels."""
         return upload_size(self.job, self.tensors)
@@ -115,9 +124,10 @@ def open_run(
     learner.facts = learner.facts | learner.given
     torch.set_num_threads(job.train.threads)
     first = learner.initial()
+    shared = {name: t for name, t in first.items() if name not in learner.own}
     watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
     run = Run(
-        job, carrier, directory, learner, strategy, roll.names, dict(first), strategy.begin(first),
+        job, carrier, directory, learner, strategy, roll.names, shared, strategy.begin(shared),
         test_set(learner), watch, first_model=first, clock=clock, protection=protection,
     )  # fmt: skip
     run.stopping = stages.stopping_of(run)
@@ -169,7 +179,10 @@ def play_round(run: Run) -> None:
     cohort = sample(run.population, run.job, round, coins)
     screened, simulated = train(run, cohort, round)
     at_clients = time.monotonic() - started
-    merge(run, screened.updates, round)
+    if screened.statistics:
+        run.tensors = formed(run.job, screened.statistics)
+    else:
+        merge(run, screened.updates, round)
     run.round = round
     is_measured = round % run.job.evaluate.every == 0
     metrics = measure(run) if is_measured else {}
@@ -209,15 +222,20 @@ def train(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[s
     """
     goal = min(run.job.federation.cohort or len(cohort), len(cohort))
     needed = max(1, round_up(run.job.federation.quorum * goal))
+    down, up = size_of(run.tensors), run.upload
+    if forms_head(run.job, round):
+        down, up = 0, statistics_size(run.job, run.tensors)
     before = elapsed(run.log)
     for attempt in range(1, ATTEMPTS + 1):
-        turnout = run.clock(Call(round, attempt, cohort, goal, size_of(run.tensors), run.upload))
+        turnout = run.clock(Call(round, attempt, cohort, goal, down, up))
         request = _request(run, "train", round, run.strategy.plan(run.state, round))
+        if forms_head(run.job, round):
+            request = replace(request, kind=STATISTICS, tensors={})
         enough = len(turnout.names) >= needed or not cohort
         asked = turnout.names if enough else []
         screened = collect(run, request, asked, attempt)
-        run.bytes_down += len(cohort) * size_of(run.tensors)
-        run.bytes_up += screened.usable * run.upload
+        run.bytes_down += len(cohort) * down
+        run.bytes_up += screened.usable * up
         for name, reason in screened.set_aside.items() if not hides_cohorts(run.job) else ():
             logger.warning("round %d: set aside %s: %s", round, name, reason)
         if screened.usable >= needed or not cohort:
@@ -252,6 +270,8 @@ def collect(run: Run, request: Request, asked: Sequence[str], attempt: int) -> S
             lambda stage, names: list(run.carrier.exchange(stage, names, timeout)),
         ).screened()  # fmt: skip
     sent = run.carrier.exchange(request, asked, timeout)
+    if request.kind == STATISTICS:
+        return screen_statistics(sent, asked, run.job, run.tensors)
     replies = decompressed(sent, run.job, run.tensors)
     # What examples are promised is in the noise of an update already: its values may be looked at.
     blind = "client" in run.job.privacy.units
@@ -265,8 +285,8 @@ def measure(run: Run) -> dict[str, float]:
 
     Clients that are promised privacy measure nothing.
     """
-    if run.test is not None:
-        return run.learner.compute(run.learner.evaluate(run.tensors, run.test))
+    if run.test is not None and run.whole is not None:
+        return run.learner.compute(run.learner.evaluate(run.whole, run.test))
     return {} if run.is_private else validated(run)
 
 
@@ -277,12 +297,15 @@ def validated(run: Run) -> dict[str, float]:
     return run.learner.compute(added(states)) if states else {}
 
 
-def measure_clients(run: Run) -> list[Measurement]:
-    """The global model on every panel member's validation split, by client name; nothing under privacy."""
+def measure_clients(run: Run, **plan: float) -> list[Measurement]:
+    """The model on every panel member's validation split, by client name; nothing under privacy.
+
+    It is the one that each client would use, unless the `plan` says otherwise.
+    """
     if run.is_private:
         return []
     panel = panel_of(run)
-    request = _request(run, "evaluate", run.round, {})
+    request = _request(run, "evaluate", run.round, plan)
     replies = run.carrier.exchange(request, panel, run.job.federation.round_timeout)
     run.bytes_down += len(panel) * size_of(run.tensors)
     asked = set(panel)

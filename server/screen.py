@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,12 +22,13 @@ MAX_NORM = 1e6
 class Screened:
     """Good updates in canonical order (by client name), and why the others were set aside.
 
-    One update may stand for several clients, of which there are `stayed`.
+    One update may stand for several clients, of which there are `stayed`, and so may `statistics`.
     """
 
     updates: Sequence[Update]
     set_aside: dict[str, str]
     stayed: int | None = None
+    statistics: Tensors = field(default_factory=dict)
 
     @property
     def usable(self) -> int:

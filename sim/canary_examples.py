@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.heads import Examples, HeadWork
+from client.examples import Examples, HeadWork
 from client.layers import LOSSES, Layers
 from privacy.audit import Coins, Vector
 from privacy.terms import terms_of

@@ -96,6 +96,8 @@ def check_engine(job: Job, engine: str) -> None:
         raise ConfigError(
             "train.imbalance: engine cohort trains such clients at once by one loss, try inline"
         )
+    if engine == "cohort" and job.personal.keep is not None and not trains_on_features(job):
+        raise ConfigError("personal.keep: engine cohort trains clients from one start, try inline")
     for key in job.train.by_autograd if engine == "cohort" else ():
         raise ConfigError(
             f"train.{key}: engine cohort trains clients at once and has no such way, try inline"

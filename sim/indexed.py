@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import chain
 
 import numpy as np
@@ -21,20 +21,24 @@ import torch
 
 from client.at_once import train_at_once
 from client.compression import compressed
-from client.heads import Examples, HeadWork, Local, train_heads
+from client.examples import Examples, HeadWork
+from client.heads import Local, train_heads
 from client.imbalance import loss_by_example
+from client.personal import measured_model, train_mixture
 from client.secure import contributions, sums
 from client.site import Admitted, Held, Site, local_training
 from client.sums import head_sums
 from privacy.terms import distributed_terms
+from protocol.closed_form import STATISTICS
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
-from protocol.messages import Facts, Measurement, Reply, Request
+from protocol.messages import Facts, Measurement, Reply, Request, Update
 from protocol.tensors import Tensors
 from sim.dealing import Rows
 from sim.population import Population, number_of
 from tasks.learner import Learner, kept_back, ranked
 from tasks.seam import Shard
+from tasks.shots import few
 
 TABLE_BYTES = 1 << 30
 """Features of more than this are not held as one table; a cohort's are then looked up every round."""
@@ -96,10 +100,12 @@ class Index:
             own = task.split(self.whole.select(rows.tolist()), job.seed, job.data.validation_fraction)
             return rows[own[0]], rows[own[1]]
         kept = kept_back(len(rows), job.data)
-        if kept.start == kept.stop:
+        if kept.start == kept.stop and job.data.shots is None:
             return rows, rows[:0]
         drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
         train = np.concatenate([drawn[: kept.start], drawn[kept.stop :]])
+        if job.data.shots is not None:
+            train = np.array(few(train.tolist(), self.whole, job.data.shots), dtype=np.int64)
         return np.sort(train), np.sort(drawn[kept])
 
     def works(self, names: Sequence[str]) -> tuple[Examples, list[HeadWork]]:
@@ -144,7 +150,7 @@ class IndexedSite(Site):
                 learner, request.tensors, shards, job, round=request.round, plan=request.plan
             )
             return compressed(updates, request, job, self.memory)
-        if not learner.trains_on_features:
+        if not learner.trains_on_features or request.kind == STATISTICS:
             return super().answer(request, names)
         admitted, failures = self.admit(learner.job, request, names)
         if not admitted.names:
@@ -168,6 +174,14 @@ class IndexedSite(Site):
             summed = sums(head_sums(request.tensors, examples, works, loss, private))
             return self.desk.sent(job, request, summed, admitted.charged)
         local = local_training(learner, request, private)
+        if job.personal.keep == "mixture":
+
+            def from_own(asked: Request, starts: Mapping[str, Tensors]) -> Iterable[Update]:
+                own = replace(local_training(learner, asked, None), starts=starts)
+                return self._train(examples, works, asked.tensors, own)
+
+            mixed = train_mixture(learner, request, [w.client for w in works], from_own, self.memory)
+            return compressed(mixed, request, job, self.memory)
         updates = self._train(examples, works, request.tensors, local)
         if request.kind == "sum":
             return self.desk.sent(job, request, contributions(updates, terms), admitted.charged)
@@ -197,9 +211,11 @@ class IndexedSite(Site):
 
     def _measure(self, learner: Learner, request: Request, names: Sequence[str]) -> Iterator[Measurement]:
         index = self.index(learner)
-        for name, (_, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
+        for name, (lessons, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
             part = index.whole.select(rows.tolist())
-            states = learner.evaluate(request.tensors, part) if len(part) else {}
+            lesson = partial(index.lessons.select, lessons.tolist())
+            model = measured_model(learner, request, name, self.memory, lesson)
+            states = learner.evaluate(model, part) if len(part) else {}
             yield Measurement(name, request.round, len(part), states)
 
     def index(self, learner: Learner) -> Index:

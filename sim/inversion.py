@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.heads import Examples, HeadWork, Local, train_heads
+from client.examples import Examples, HeadWork
+from client.heads import Local, train_heads
 from client.layers import LOSSES, Layers
 from client.per_example import PerExample
 from client.private import private_training

@@ -89,6 +89,9 @@ def job_to_replay(job: Job) -> Job:
     """
     if job.train.teacher is not None:
         raise ConfigError("train.teacher: a run with a teacher can't be attacked; expected one without")
+    for key, asked in (("personal.keep", job.personal.keep), ("tune.head_init", job.tune.head_init)):
+        if asked is not None:
+            raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {asked!r}")
     privacy = job.privacy.model_copy(update={"seeded_noise": False, "audit": False})
     evaluate = job.evaluate.model_copy(update={"baselines": ()})
     return job.model_copy(update={"privacy": privacy, "evaluate": evaluate})

@@ -11,6 +11,7 @@ from protocol.errors import ConfigError
 from protocol.job import StrategySection
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedOpt, adagrad, adam, yogi
+from strategies.reptile import Reptile
 from strategies.seam import Plan, State, Strategy
 
 __all__ = ["STRATEGIES", "Plan", "State", "Strategy", "build_strategy"]
@@ -42,6 +43,7 @@ STRATEGIES: dict[str, Entry] = {
     ),
     "fedadam": Entry(partial(FedOpt, adam), ADAPTIVE, "Adam on the mean delta (Reddi 2021)"),
     "fedyogi": Entry(partial(FedOpt, yogi), ADAPTIVE, "Yogi on the mean delta (Reddi 2021)"),
+    "reptile": Entry(Reptile, ("lr",), "part of the way to the clients' even mean (Nichol 2018)"),
 }
 
 

@@ -8,6 +8,7 @@ from tasks.compiled import compiler
 from tasks.devices import check_device, settle
 from tasks.imbalance import check_imbalance, check_smoothing
 from tasks.seam import Task
+from tasks.shots import check_shots
 
 
 def check_fits(job: Job, task: Task) -> None:
@@ -17,6 +18,9 @@ def check_fits(job: Job, task: Task) -> None:
     task.check(job)
     check_imbalance(job, task)
     check_smoothing(job, task)
+    check_shots(job, task)
+    if job.tune.head_init is not None and not (task.on_features and task.head_loss == "softmax"):
+        raise ConfigError(f"tune.head_init: {task.name} has no head of classes on features, expected none")
     if job.train.cached_views is not None and not task.on_features:
         raise ConfigError(f"train.cached_views: {task.name} has no features to keep, expected none")
     if job.data.folds is not None and task.splits_itself:

@@ -32,9 +32,11 @@ from tasks.features import (
 )
 from tasks.fits import check_fits
 from tasks.imbalance import Imbalance, counts_of
+from tasks.own_parts import own_part
 from tasks.pruning import fingerprinted, pruned
 from tasks.ready import ReadyInputs
 from tasks.seam import TARGETS, Batch, Encoder, Model, Shard, Task, Variation
+from tasks.shots import few
 from tasks.weights import Backbone, resolve
 from tasks.width import known_width
 
@@ -129,6 +131,11 @@ class Learner:
             head = self._fresh_head(self.width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
         return {name: t.cpu() for name, t in tuning.values(self.model).items()}
+
+    @cached_property
+    def own(self) -> Tensors:
+        """What clients keep of the tensors, before training: to be asked for before anything is trained."""
+        return own_part(self.model, self.job) if self.job.personal.splits else {}
 
     def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
         """Some rows of a shard as the model takes them; they are decoded once, unless they vary."""
@@ -323,7 +330,7 @@ class Learner:
             return shard.select(train), shard.select(validation)
         rows = ranked(shard.keys, self.job.seed, "validation")
         kept = kept_back(len(shard), self.job.data)
-        train = rows[: kept.start] + rows[kept.stop :]
+        train = few(rows[: kept.start] + rows[kept.stop :], shard, self.job.data.shots)
         return shard.select(sorted(train)), shard.select(sorted(rows[kept]))
 
     @cached_property

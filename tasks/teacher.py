@@ -74,6 +74,8 @@ def teacher_of(job: Job) -> Teacher | None:
     run = Path(job.train.teacher)
     saved = _saved(run)
     own = Job.parse(saved["job"], origin=f"{run}/model/model.json")
+    if own.personal.keep == "head":
+        raise ConfigError(f"train.teacher: the clients of {run} kept their heads, expected a whole model")
     train = {"threads": job.train.threads, "device": job.train.device, "teacher": None}
     train |= {"teacher_temperature": None, "teacher_weight": None}
     own = own.model_copy(

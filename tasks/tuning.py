@@ -174,7 +174,7 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """Also one of transformers' own; a layer that is called after its norm is none."""
     is_leaf = next(module.children(), None) is None
     return isinstance(module, Norms) or (is_leaf and type(module).__name__.endswith("Norm"))
@@ -185,7 +185,7 @@ def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Mod
     is_inside = any(module is head for module in network.modules())
     parts = set(head.modules())
     found = [block for block in blocks(network, head if is_inside else None) if block not in parts]
-    starts = [place for place, block in enumerate(found) if not _is_norm(block)]
+    starts = [place for place, block in enumerate(found) if not is_norm(block)]
     if count > len(starts):
         raise ConfigError(f"tune.layers: this backbone has {len(starts)} blocks, found {count}")
     return found[starts[-count] :]

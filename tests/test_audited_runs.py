@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from atoll.cli import run as command_line
-from client.heads import HeadWork, Local, train_heads
+from client.examples import HeadWork
+from client.heads import Local, train_heads
 from client.layers import LOSSES
 from client.per_example import PerExample, factors
 from privacy.accounting import epsilon

@@ -173,7 +173,8 @@ def test_a_view_is_drawn_evenly_from_the_clients_stream() -> None:
 def test_a_head_trains_on_the_views_that_its_streams_draw() -> None:
     """The oracle: one table without views whose rows are, in each epoch, those of the drawn view."""
     from client.batches import batches, epoch_seeds, view_numbers
-    from client.heads import Examples, HeadWork, Local, train_heads
+    from client.examples import Examples, HeadWork
+    from client.heads import Local, train_heads
     from client.layers import LOSSES
 
     job = image_job("squeezenet1_1", train={"lr": 0.1, "batch_size": 4, "epochs": 2})

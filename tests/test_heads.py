@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from client.batches import batches
-from client.heads import Examples, HeadWork, Local
+from client.examples import Examples, HeadWork
+from client.heads import Local
 from client.heads import train_heads as train_stacked
 from client.layers import LOSSES
 from client.per_example import PerExample

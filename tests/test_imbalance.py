@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from client.heads import Examples, HeadWork, Local, train_heads
+from client.examples import Examples, HeadWork
+from client.heads import Local, train_heads
 from client.imbalance import balanced
 from client.layers import LOSSES
 from protocol.errors import ConfigError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from client.heads import Examples
+from client.examples import Examples
 from protocol.job import Job
 from sim.inversion import Probe, probed
 from sim.population import Population

@@ -50,7 +50,8 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
 
 def test_one_client_with_every_example_in_one_batch_is_gradient_descent() -> None:
     """One client, one full batch a round, FedAvg: the model moves by minus lr times the gradient."""
-    from client.heads import Examples, HeadWork, Local, train_heads
+    from client.examples import Examples, HeadWork
+    from client.heads import Local, train_heads
     from client.layers import LOSSES
     from strategies.fedavg import FedAvg
 

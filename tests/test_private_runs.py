@@ -204,7 +204,8 @@ def test_an_update_tells_nothing_but_its_noised_tensors(tmp_path: Path) -> None:
 
 
 def test_one_example_that_is_not_finite_spoils_no_update(tmp_path: Path) -> None:
-    from client.heads import Examples, HeadWork, Local, train_heads
+    from client.examples import Examples, HeadWork
+    from client.heads import Local, train_heads
     from client.layers import LOSSES
     from client.private import private_training
 

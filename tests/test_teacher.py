@@ -13,7 +13,7 @@ from torch import nn
 
 import atoll
 from atoll.trained import trained
-from client.heads import Examples, HeadWork
+from client.examples import Examples, HeadWork
 from client.layers import LOSSES
 from client.per_example import PerExample
 from client.sums import head_sums

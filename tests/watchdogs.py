@@ -17,8 +17,9 @@ from torch import nn
 
 from client import train_private
 from client.books import Books
+from client.examples import Examples, HeadWork
 from client.gradients import mixing_layers
-from client.heads import Examples, HeadWork, Local, train_heads
+from client.heads import Local, train_heads
 from client.layers import LOSSES
 from client.per_example import PerExample
 from client.private import private_training

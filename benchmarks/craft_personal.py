@@ -1,0 +1,161 @@
+"""What few examples and skewed clients ask for: heads in closed form, and models of clients' own.
+
+    python -m benchmarks.craft_personal [CASE …] [--seeds 5]        # few, skewed, network
+
+`few`: five MNIST digits of each class in all, one at each of 5 clients, on MobileNetV2's features; accuracy
+on the test part. `skewed`: the same features over 10 clients with two of the ten digits each; the mean over
+clients of accuracy on what each keeps back, with the model that it would use. `network`: the same of a
+small vision transformer, from nothing, which takes an hour. A seed deals the data anew and starts the model
+anew. Intervals are Student's, 95 % over seeds; "gain" is the mean of the differences to the first row's run
+of the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from benchmarks.craft import BASE, Measured, Table, line, merged, network
+from protocol.job import Job
+from sim.engine import simulate
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job, what is tried with it, and what is read from the result."""
+
+    metric: str
+    table: Callable[[Path], Table]
+    ways: Mapping[str, Table]
+    value: Callable[[dict[str, Any]], float]
+
+
+TWO_CLASSES: Table = {
+    "partition": {"kind": "pathological", "classes_per_client": 2},
+    "classes": tuple("0123456789"),
+    "validation_fraction": 0.3,
+}
+
+
+def few(folder: Path) -> Table:
+    """One MNIST digit of each class at each of 5 clients."""
+    return {
+        "data": {"source": "mnist-5k", "shots": 1},
+        "backbone": {"name": "torchvision:mobilenet_v2", "image_size": 64},
+        "train": {"lr": 0.01, "batch_size": 10, "optimizer": "adam"},
+        "federation": {"clients": 5, "rounds": 40},
+    }
+
+
+def skewed(folder: Path) -> Table:
+    """MNIST's digits on features, of which a client has two classes."""
+    data = {"source": "mnist-5k", **TWO_CLASSES}
+    return merged(few(folder), {"data": {"shots": 20}}, {"data": data, "federation": {"clients": 10}})
+
+
+def transformer(folder: Path) -> Table:
+    """The transformer of benchmarks.craft on digits, of which a client has two classes."""
+    own = {"data": {"source": "digits", "shots": 20, **TWO_CLASSES}, "federation": {"rounds": 30}}
+    return merged({k: v for k, v in network(folder).items() if k != "data"}, own)
+
+
+def formed(kind: str, rounds: int) -> Table:
+    """A head in closed form, and rounds of training after it."""
+    return {"tune": {"head_init": kind}, "federation": {"rounds": 1 + rounds}}
+
+
+def on_the_server(result: dict[str, Any]) -> float:
+    """Accuracy on the test part."""
+    return float(result["final"]["server"]["accuracy"])
+
+
+def at_the_clients(result: dict[str, Any]) -> float:
+    """The mean over clients of what each measured, after its own steps where it took any."""
+    clients = [c for c in result["final"]["clients"].values() if c["examples"]]
+    return sum(c.get("adapted_accuracy", c["accuracy"]) for c in clients) / len(clients)
+
+
+ADAPTED: Mapping[str, Table] = {
+    "one model, 20 steps": {"evaluate": {"adapt": 20}},
+    "reptile, 20 steps": {"strategy": {"name": "reptile"}, "evaluate": {"adapt": 20}},
+}
+
+CASES = {
+    "few": Case(
+        "accuracy",
+        few,
+        {
+            "head by SGD (Adam)": {},
+            "prototype": formed("prototype", 0),
+            "ridge": formed("ridge", 0),
+            "prototype, then SGD": formed("prototype", 40),
+            "ridge, then SGD": formed("ridge", 40),
+        },
+        on_the_server,
+    ),
+    "skewed": Case(
+        "at clients",
+        skewed,
+        {
+            "one model": {},
+            "mixture, pull 0.1": {"personal": {"keep": "mixture"}},
+            "mixture, pull 1": {"personal": {"keep": "mixture", "pull": 1.0}},
+            **ADAPTED,
+        },
+        at_the_clients,
+    ),
+    "network": Case(
+        "at clients",
+        transformer,
+        {
+            "one model": {},
+            "own head": {"personal": {"keep": "head"}},
+            "own norms": {"personal": {"keep": "norms"}},
+            "mixture, pull 0.1": {"personal": {"keep": "mixture"}},
+            **ADAPTED,
+        },
+        at_the_clients,
+    ),
+}
+
+
+def measured(case: Case, name: str, way: str, seed: int, folder: Path) -> Measured:
+    """The case's job in one way, played once."""
+    table = merged(BASE, case.table(folder), case.ways[way], {"name": name, "seed": seed})
+    out = folder / f"{name}-{list(case.ways).index(way)}-{seed}"
+    result = simulate(Job.parse(table, origin=name), out, watch=lambda *step: None, report=False)
+    bytes_up = result["bytes_up"] / max(1, result["clients_trained"])
+    return Measured(case.value(result), bytes_up, len(result["rounds"]), result["seconds"])
+
+
+def main() -> None:
+    """Run every way of every case with every seed, and print a table for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    for name in options.cases or CASES:
+        case = CASES[name]
+        print(f"{name}, seeds 1 to {options.seeds}")
+        head = f"{case.metric:>16}{'gain':>18}{'bytes up':>12}{'rounds':>8}{'seconds':>9}"
+        print(f"{'':<28}{head}", flush=True)
+        plain: list[Measured] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for way in case.ways:
+                runs = [measured(case, name, way, s, Path(folder)) for s in range(1, options.seeds + 1)]
+                plain = plain or runs
+                print(line(way, runs, plain), flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()

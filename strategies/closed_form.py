@@ -1,0 +1,85 @@
+"""Heads in closed form from sums over clients: class means, and ridge regression.
+
+What a client sends adds up over clients, so the head is the one that all examples in one place would
+give, whoever holds which. Both take features that are standardised by all examples' mean and deviation,
+which are in the sums too, and both come out as a linear layer on features as they are: standardising is
+folded into weights and bias.
+
+prototype  Snell et al. 2017, "Prototypical Networks for Few-shot Learning", equation 8: an output is
+           minus the squared distance to the class's mean, here the mean over features, without the
+           term that all classes share.
+ridge      Hoerl and Kennard 1970: least squares on one-hot classes, plus `ridge` times the sum of the
+           weights' squares for every example; the bias is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from protocol.tensors import Tensors
+
+ABSENT = -1e4
+"""The bias of a class that no client has an example of: it is never predicted."""
+
+
+def prototype_statistics(features: torch.Tensor, classes: torch.Tensor, count: int) -> Tensors:
+    """Of features [n, width] and their classes [n] of `count`: sums by class, and of squares, in float64."""
+    x = features.to(torch.float64)
+    chosen = torch.nn.functional.one_hot(classes, count).to(torch.float64)
+    return {"counts": chosen.sum(0), "sums": chosen.T @ x, "squares": x.square().sum(0)}
+
+
+def ridge_statistics(features: torch.Tensor, classes: torch.Tensor, count: int) -> Tensors:
+    """Of features [n, width] and their classes [n] of `count`: X'X, X'Y and counts, in float64."""
+    x = features.to(torch.float64)
+    chosen = torch.nn.functional.one_hot(classes, count).to(torch.float64)
+    return {"counts": chosen.sum(0), "sums": chosen.T @ x, "gram": x.T @ x}
+
+
+STATISTICS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], Tensors]] = {
+    "prototype": prototype_statistics,
+    "ridge": ridge_statistics,
+}
+
+
+def prototype_head(total: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights [classes, width], bias [classes]) of the nearest class mean, in float64."""
+    mean, deviation = _scale(total, total["squares"])
+    counts = total["counts"].unsqueeze(1)
+    centres = (total["sums"] / counts.clamp_min(1) - mean) / deviation
+    width = len(mean)
+    weights = 2 * centres / deviation / width
+    bias = -centres.square().sum(1) / width - weights @ mean
+    absent = total["counts"] == 0
+    return weights.masked_fill(absent.unsqueeze(1), 0), bias.masked_fill(absent, ABSENT)
+
+
+def ridge_head(total: Tensors, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights [classes, width], bias [classes]) of ridge regression on one-hot classes, in float64."""
+    mean, deviation = _scale(total, total["gram"].diagonal())
+    count = total["counts"].sum()
+    scale = deviation.unsqueeze(1) * deviation
+    covariance = (total["gram"] / count - mean.unsqueeze(1) * mean) / scale
+    shares = total["counts"] / count
+    moments = (total["sums"] / count - shares.unsqueeze(1) * mean) / deviation
+    penalised = covariance + ridge * torch.eye(len(mean), dtype=torch.float64)
+    weights = torch.linalg.solve(penalised, moments.T).T / deviation
+    return weights, shares - weights @ mean
+
+
+def _scale(total: Tensors, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of every feature, [width]; a feature that never varies is left as it is."""
+    count = total["counts"].sum()
+    mean = total["sums"].sum(0) / count
+    raw = squares / count
+    # What is left of equal numbers by rounding is no deviation.
+    variance = torch.where(raw - mean.square() > 1e-12 * raw, raw - mean.square(), torch.ones_like(mean))
+    return mean, variance.sqrt()
+
+
+def head_of(kind: str, total: Tensors, ridge: float) -> Tensors:
+    """The head as the model's tensors, in float32."""
+    weights, bias = prototype_head(total) if kind == "prototype" else ridge_head(total, ridge)
+    return {"head.weight": weights.to(torch.float32), "head.bias": bias.to(torch.float32)}

@@ -1,0 +1,37 @@
+"""Reptile (Nichol et al. 2018, "On First-Order Meta-Learning Algorithms", section 5, a batch of tasks).
+
+The model moves by `lr` (the paper's epsilon) times the even mean of the clients' deltas: every client is a
+task and counts the same, whatever it holds. Several local steps a round are what makes the result an
+initialisation that a few more steps adapt; `evaluate.adapt` measures that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from protocol.cohort import StackedUpdates
+from protocol.messages import Update
+from protocol.tensors import Tensors
+from strategies.mean import moved, weighted_mean
+from strategies.seam import Plan, State
+
+
+@dataclass(frozen=True)
+class Reptile:
+    """Move by `lr` times the even mean of the deltas."""
+
+    lr: float = 0.5
+
+    def begin(self, model: Tensors) -> State:
+        return {}
+
+    def plan(self, state: State, round: int) -> Plan:
+        return {}
+
+    def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
+        if isinstance(updates, StackedUpdates):
+            updates = replace(updates, num_examples=(1,) * len(updates))
+        else:
+            updates = [replace(update, num_examples=1) for update in updates]
+        return moved(model, {name: self.lr * d for name, d in weighted_mean(updates).items()}), state

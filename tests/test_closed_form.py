@@ -1,0 +1,224 @@
+"""Heads in closed form: scikit-learn's, however the examples are dealt, with the same bits everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import NearestCentroid
+from sklearn.preprocessing import StandardScaler
+
+from client.site import Site
+from protocol.closed_form import STATISTICS, form_of
+from protocol.errors import ConfigError
+from protocol.job import Job
+from protocol.messages import Failure, Measurement, Reply, Request
+from protocol.tensors import Tensors
+from server.closed_form import screen_statistics, statistics_size
+from sim.inline import InlineCarrier
+from sim.population import Population
+from strategies import closed_form
+from tasks.learner import added
+from tests.task_data import ready
+from tests.task_jobs import job_of
+from tests.test_simulation import job, run
+
+KINDS = ("prototype", "ridge")
+FEW: dict[str, Any] = {"rounds": 1, "cohort": 6}
+
+
+def formed(kind: str, **tables: Any) -> Job:
+    return job(tune={"head_init": kind}, federation=FEW | tables.pop("federation", {}), **tables)
+
+
+def examples(count: int = 60, width: int = 12, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    targets = torch.arange(count) % classes
+    features = torch.randn(count, width, generator=draw) * torch.rand(width, generator=draw) * 3
+    features += targets.unsqueeze(1) * torch.rand(width, generator=draw) + 5
+    features[:, 2] = 0.1  # a feature that never varies
+    return features, targets
+
+
+def total(kind: str, features: torch.Tensor, targets: torch.Tensor, parts: Sequence[slice]) -> Tensors:
+    return added(closed_form.STATISTICS[kind](features[p], targets[p], 4) for p in parts)
+
+
+WHOLE = [slice(0, 60)]
+
+
+def test_prototypes_decide_as_nearest_centroids_of_standardised_features() -> None:
+    features, targets = examples()
+    features = features[:, torch.arange(12) != 2]  # scikit-learn warns of features that never vary
+    weights, bias = closed_form.prototype_head(total("prototype", features, targets, WHOLE))
+    standard = StandardScaler().fit(features.double().numpy())
+    x = standard.transform(features.double().numpy())
+    oracle = NearestCentroid().fit(x, targets.numpy())
+    outputs = features.double() @ weights.T + bias
+    assert np.array_equal(outputs.argmax(1).numpy(), oracle.predict(x))
+    # outputs are minus the mean squared distances, but for a term that all classes share
+    distances = torch.from_numpy(((x[:, None] - oracle.centroids_[None]) ** 2).mean(2))
+    apart = outputs + distances
+    assert torch.allclose(apart, apart[:, :1].expand(-1, 4), atol=1e-10)
+
+
+@pytest.mark.parametrize("ridge", [0.01, 1.0, 30.0])
+def test_ridge_is_scikit_learns_on_standardised_features(ridge: float) -> None:
+    features, targets = examples()
+    weights, bias = closed_form.ridge_head(total("ridge", features, targets, WHOLE), ridge)
+    x = StandardScaler().fit_transform(features.double().numpy())
+    oracle = Ridge(alpha=ridge * len(x)).fit(x, np.eye(4)[targets.numpy()])
+    outputs = features.double() @ weights.T + bias
+    assert np.allclose(outputs.numpy(), oracle.predict(x), atol=1e-9)
+
+
+def test_ridge_takes_fewer_examples_than_features() -> None:
+    features, targets = examples(count=6, width=40)
+    weights, bias = closed_form.ridge_head(total("ridge", features, targets, [slice(0, 6)]), 0.1)
+    x = StandardScaler().fit_transform(features.double().numpy())
+    oracle = Ridge(alpha=0.6, solver="svd").fit(x, np.eye(4)[targets.numpy()])
+    assert np.allclose((features.double() @ weights.T + bias).numpy(), oracle.predict(x), atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_is_the_pooled_one_to_float64_whoever_holds_what(kind: str) -> None:
+    features, targets = examples()
+    order = targets.argsort(stable=True)  # one class a client, and a client with one example
+    features, targets = features[order], targets[order]
+    of = closed_form.prototype_head if kind == "prototype" else lambda t: closed_form.ridge_head(t, 0.5)
+    pooled = of(total(kind, features, targets, WHOLE))
+    parts = [slice(0, 15), slice(15, 16), slice(16, 30), slice(30, 45), slice(45, 60)]
+    dealt = of(total(kind, features, targets, parts))
+    for one, other in zip(pooled, dealt, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_class_that_nobody_has_is_never_predicted(kind: str) -> None:
+    features, targets = examples(classes=3)
+    head = closed_form.head_of(kind, total(kind, features, targets, WHOLE), 1.0)
+    outputs = features @ head["head.weight"].T + head["head.bias"]
+    assert torch.isfinite(outputs).all() and 3 not in outputs.argmax(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_one_round_has_the_same_bits_everywhere_and_beats_chance(tmp_path: Path, kind: str) -> None:
+    setting = formed(kind)
+    results = [
+        run(setting, tmp_path / str(number), **options)
+        for number, options in enumerate(({}, {"engine": "loop"}, {"workers": 3}))
+    ]
+    assert len({r["model_sha256"] for r in results}) == 1
+    assert results[0]["final"]["server"]["accuracy"] > 0.3  # of ten classes, on random features
+    [line] = results[0]["rounds"]
+    assert line["loss"] is None and line["trained"] == 6 and not line["set_aside"]
+    model = {"head.weight": torch.zeros(10, 512)}
+    assert results[0]["bytes_up"] == 6 * statistics_size(setting, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ray_has_the_bits_of_one_process(tmp_path: Path, kind: str) -> None:
+    setting = formed(kind, federation={"rounds": 2})
+    inline, ray = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="ray", workers=2)
+    assert inline["model_sha256"] == ray["model_sha256"]
+
+
+def test_later_rounds_train_from_the_formed_head_and_resume_to_the_same_bits(tmp_path: Path) -> None:
+    setting = formed("prototype", federation={"rounds": 3, "cohort": 4})
+    whole = run(setting, tmp_path / "whole")
+    assert len({line["model_sha256"] for line in whole["rounds"]}) == 3
+    assert whole["rounds"][1]["loss"] < math.log(10)
+
+    class Stopped(Exception): ...
+
+    class Stops(InlineCarrier):
+        def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
+            if request.kind == "train" and request.round == 2:
+                raise Stopped
+            return super().exchange(request, names, timeout)
+
+    from server.play import play
+    from sim.engine import warmed
+
+    population = Population.of(setting)
+    with pytest.raises(Stopped):
+        play(setting, Stops.of(population), tmp_path / "r", warmed(population, None))
+    again = run(setting, tmp_path / "r", resume=True)
+    assert [r["model_sha256"] for r in again["rounds"]] == [r["model_sha256"] for r in whole["rounds"]]
+
+
+def statistics(**changes: torch.Tensor) -> Tensors:
+    form = form_of(formed("prototype"), 10, 4)
+    return {name: torch.ones(shape, dtype=torch.float64) for name, shape in form.items()} | changes
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (Measurement("a", 1, 5, statistics(sums=torch.full((10, 4), math.nan).double())), "not finite"),
+        (Measurement("a", 1, 5, statistics(counts=torch.zeros(10).double())), "statistics of 0 examples"),
+        (Measurement("a", 1, 5, statistics(counts=-torch.ones(10).double())), "statistics of -10 examples"),
+        (Measurement("a", 1, 5, statistics(sums=torch.ones(10, 4))), "in float64, found"),
+        (Measurement("a", 1, 5, statistics(sums=torch.ones(9, 4).double())), "expected .*found"),
+        (Measurement("a", 2, 5, statistics()), "of round 2, expected statistics of round 1"),
+        (Failure("a", "ill"), "ill"),
+    ],
+)
+def test_statistics_that_cannot_be_are_set_aside_by_their_clients_name(reply: Reply, why: str) -> None:
+    model = {"head.weight": torch.zeros(10, 4), "head.bias": torch.zeros(10)}
+    replies = [reply, Measurement("b", 1, 5, statistics()), Measurement("b", 1, 5, statistics())]
+    screened = screen_statistics(replies, ["a", "b", "c"], formed("prototype"), model)
+    assert screened.usable == 1 and set(screened.set_aside) == {"a", "b (again)", "c"}
+    import re
+
+    assert re.search(why, screened.set_aside["a"])
+    assert torch.equal(screened.statistics["counts"], torch.ones(10).double())
+
+
+def test_a_real_site_gives_no_statistics_to_a_job_that_forms_no_head() -> None:
+    setting = job()
+    population = Population.of(setting)
+    request = Request(STATISTICS, setting.canonical, setting.hash, 1, population.roll(setting).facts[0], {})
+    [reply] = Site(population, discreet=True).answer(request, ["client-0000"])
+    assert reply == Failure("client-0000", "its job forms no head of statistics")
+
+
+PRIVATE = {"unit": "client", "epsilon": 1.0, "delta": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("tables", "why"),
+    [
+        ({"privacy": PRIVATE}, "tune.head_init: .* expected none with privacy.unit = 'client'"),
+        (
+            {"privacy": PRIVATE | {"unit": "example", "sampling_rate": 0.1}},
+            "tune.head_init: .* expected none with privacy.unit = 'example'",
+        ),
+        ({"federation": {"secure_aggregation": True}}, "expected none with federation.secure_aggregation"),
+        ({"train": {"teacher": "x"}}, "expected none with train.teacher"),
+        (
+            {"tune": {"head_init": "ridge", "hidden": 8}},
+            "linear head on a frozen backbone, found tune.hidden",
+        ),
+        ({"tune": {"head_init": "ridge", "method": "full"}}, "found tune.method = 'full'"),
+        ({"tune": {"head_init": "prototype", "ridge": 1.0}}, "ridge has no meaning without head_init"),
+    ],
+)
+def test_where_a_closed_form_makes_no_sense_it_is_refused_by_name(tables: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        job(**{"tune": {"head_init": "ridge"}} | tables)
+
+
+def test_a_task_without_classes_on_features_refuses_it(tmp_path: Path) -> None:
+    from server.play import check_job
+
+    base = ready(job_of("forecasting", "head"), tmp_path)
+    with pytest.raises(ConfigError, match=r"tune\.head_init: forecasting has no head of classes"):
+        check_job(base.model_copy(update={"tune": base.tune.model_copy(update={"head_init": "ridge"})}))

@@ -1,0 +1,342 @@
+"""Models of clients' own: what is kept stays, the rest is merged, and everywhere with the same bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from atoll.trained import trained
+from client.heads import Local, train_heads
+from client.layers import LOSSES
+from client.memory import Memory
+from protocol.errors import ConfigError, DataError
+from protocol.job import Job
+from protocol.messages import Request
+from protocol.tensors import Tensors
+from server.play import play
+from server.report_html import marked
+from sim.engine import simulate, warmed
+from sim.indexed import Index
+from sim.inline import InlineCarrier
+from sim.population import Population
+from tasks import task_named
+from tasks.learner import Learner
+from tests.test_simulation import job, run
+
+BERT: dict[str, Any] = {}
+KEEPS = ("head", "norms", "mixture")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.federation.news import news_file
+    from tests.test_backbones import tiny_bert
+
+    made = tmp_path_factory.mktemp("texts")
+    news_file(made / "news.csv")
+    tiny_bert(made / "bert")
+    return made
+
+
+def texts(folder: Path, keep: str | None, **tables: Any) -> Job:
+    """Clients with few classes each, and a small encoder of texts that is tuned."""
+    table: dict[str, Any] = {
+        "name": "news",
+        "seed": 21,
+        "task": {"name": "text-classification"},
+        "data": {
+            "source": str(folder / "news.csv"),
+            "partition": {"kind": "dirichlet", "alpha": 0.3},
+            "validation_fraction": 0.3,
+        },
+        "backbone": {"name": str(folder / "bert"), "max_tokens": 16},
+        "tune": {"method": "last-k", "layers": 1},
+        "train": {"lr": 0.05, "batch_size": 8},
+        "federation": {"clients": 4, "cohort": 3, "rounds": 3},
+        "personal": {} if keep is None else {"keep": keep},
+    }
+    return Job.parse(table | {k: table.get(k, {}) | v for k, v in tables.items()}, origin="test")
+
+
+def hashes(result: dict[str, Any]) -> list[str]:
+    return [line["model_sha256"] for line in result["rounds"]]
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("references")
+    return {keep: run(texts(folder, keep), out / keep) for keep in KEEPS}
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_own_models_are_the_same_bits_one_client_at_a_time(
+    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
+) -> None:
+    loop = run(texts(folder, keep), tmp_path / "r", engine="loop")
+    assert hashes(loop) == hashes(references[keep])
+    assert loop["final"] == references[keep]["final"] and loop["personal"] == references[keep]["personal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", KEEPS)
+def test_own_models_are_the_same_bits_in_worker_processes(
+    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
+) -> None:
+    """A client's own part is reached from whichever process trains it."""
+    pooled = run(texts(folder, keep), tmp_path / "r", workers=2)
+    assert hashes(pooled) == hashes(references[keep])
+    assert pooled["final"] == references[keep]["final"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["head", "mixture"])
+def test_own_models_are_the_same_bits_on_ray(
+    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
+) -> None:
+    ray = run(texts(folder, keep), tmp_path / "r", engine="ray", workers=2)
+    assert hashes(ray) == hashes(references[keep])
+    assert ray["final"] == references[keep]["final"]
+
+
+class Stopped(Exception): ...
+
+
+class Stops(InlineCarrier):
+    """Breaks off in round 3, when clients have trained and the server has not merged yet."""
+
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
+        replies = list(super().exchange(request, names, timeout))
+        if request.kind == "train" and request.round == 3:
+            raise Stopped
+        return replies
+
+
+def stopped_and_resumed(setting: Job, out: Path) -> dict[str, Any]:
+    population = Population.of(setting)
+    with pytest.raises(Stopped):
+        play(
+            setting,
+            Stops.of(population, memory=Memory(out / "memory", of_one_run=True)),
+            out,
+            warmed(population, None),
+        )
+    return run(setting, out, resume=True)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_run_stopped_between_memory_and_checkpoint_resumes_to_the_same_bits(
+    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
+) -> None:
+    again = stopped_and_resumed(texts(folder, keep), tmp_path / "r")
+    assert hashes(again) == hashes(references[keep])
+    assert again["final"] == references[keep]["final"]
+
+
+@pytest.mark.parametrize("keep", ["head", "norms"])
+def test_what_clients_keep_never_travels_and_differs_between_them(
+    tmp_path: Path, folder: Path, keep: str
+) -> None:
+    setting = texts(folder, keep)
+    sent: list[set[str]] = []
+
+    class Watched(InlineCarrier):
+        def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
+            replies = list(super().exchange(request, names, timeout))
+            sent.append(set(request.tensors))
+            sent.extend(set(reply.delta) for reply in replies if request.kind == "train")
+            return replies
+
+    population, memory = Population.of(setting), Memory()
+    play(setting, Watched.of(population, memory=memory), tmp_path / "r", warmed(population, None))
+    own = {"head": {"head.weight", "head.bias"}}.get(keep, set())
+    for names in sent:
+        assert names == sent[0] and not names & own
+        assert keep != "norms" or not any("LayerNorm" in name for name in names)
+    [held] = {run for run, _ in memory._held}
+    states = [memory.before(held, f"client-000{n}", 99) for n in range(4)]
+    assert all(set(state) == set(states[0]) and state for state in states)
+    name = next(iter(states[0]))
+    assert not any(torch.equal(states[0][name], other[name]) for other in states[1:])
+
+
+def test_a_single_client_with_its_own_head_trains_as_without(tmp_path: Path, folder: Path) -> None:
+    """FedPer with one client is plain training, but for the rounding of a head that isn't merged."""
+    alone = {"federation": {"clients": 1, "cohort": 1, "rounds": 3}}
+    plain = run(texts(folder, None, **alone), tmp_path / "plain")
+    own = run(texts(folder, "head", **alone), tmp_path / "own")
+    found = {
+        name: json.loads((tmp_path / name / "result.json").read_text())["final"]["clients"]
+        for name in ("plain", "own")
+    }
+    [a], [b] = found["plain"].values(), found["own"].values()
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["accuracy"] == b["accuracy"]
+    for one, other in zip(plain["rounds"], own["rounds"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_the_shared_model_of_a_mixture_is_the_plain_runs_bit_for_bit(
+    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]]
+) -> None:
+    plain = run(texts(folder, None), tmp_path / "r")
+    mixture = references["mixture"]
+    assert hashes(mixture) == hashes(plain)
+    assert mixture["final"]["server"] == plain["final"]["server"]
+    assert mixture["personal"]["global_clients"] == plain["final"]["clients"]
+    assert mixture["final"]["clients"] != plain["final"]["clients"]
+
+
+MIXED: dict[str, Any] = {"personal": {"keep": "mixture", "pull": 0.5}}
+
+
+@pytest.mark.parametrize("options", [{"engine": "loop"}, {"workers": 3}], ids=str)
+def test_mixtures_of_heads_are_the_same_bits_at_once_and_one_by_one(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    setting = job(**MIXED)
+    inline, other = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", **options)
+    assert hashes(inline) == hashes(other) == hashes(run(job(), tmp_path / "plain"))
+    assert inline["final"] == other["final"]
+
+
+def test_mixtures_of_heads_resume_to_the_same_bits_also_where_updates_are_compressed(tmp_path: Path) -> None:
+    setting = job(**MIXED, federation={"compression": "int4"})
+    whole = run(setting, tmp_path / "whole")
+    again = stopped_and_resumed(setting, tmp_path / "r")
+    assert hashes(again) == hashes(whole) and again["final"] == whole["final"]
+    assert hashes(whole) == hashes(run(job(federation={"compression": "int4"}), tmp_path / "plain"))
+
+
+def digits(**tables: Any) -> tuple[Learner, Population]:
+    setting = job(**tables)
+    population = Population.of(setting)
+    return Learner.of(setting, task_named(setting.task.name), population.roll(setting).facts[0]), population
+
+
+def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_one() -> None:
+    """Ditto's own model, against the loop that is written out with torch's autograd and optimizer."""
+    learner, population = digits(train={"epochs": 2})
+    index = Index(population, learner)
+    examples, works = index.works(["client-0000", "client-0001", "client-0002"])
+    shared = learner.initial()
+    draw = torch.Generator().manual_seed(1)
+    starts: dict[str, Tensors] = {
+        w.client: {n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in shared.items()}
+        for w in works
+    }
+    local = Local(learner.job, LOSSES["softmax"], 1, proximal_mu=0.5, starts=starts)
+    found = {u.client: u for u in train_heads(shared, examples, works, local)}
+    alone = train_heads(shared, examples, works[1:2], local)[0]
+    for work in works:
+        shard = index.whole.select(work.rows.tolist())
+        x, y = learner.features(shard), shard.table
+        weight, bias = (starts[work.client][f"head.{n}"].clone().requires_grad_() for n in ("weight", "bias"))
+        from client.batches import batches
+
+        optimizer = torch.optim.SGD([weight, bias], lr=learner.job.train.lr)
+        for rows in batches(len(shard), learner.job, 1, work.client):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(x[rows] @ weight.T + bias, y[rows])
+            apart = (weight - shared["head.weight"]).square().sum()
+            apart = apart + (bias - shared["head.bias"]).square().sum()
+            (loss + 0.25 * apart).backward()
+            optimizer.step()
+        delta = found[work.client].delta
+        assert torch.allclose(shared["head.weight"] + delta["head.weight"], weight, atol=1e-5)
+        assert torch.allclose(shared["head.bias"] + delta["head.bias"], bias, atol=1e-5)
+    assert all(torch.equal(alone.delta[n], found[works[1].client].delta[n]) for n in shared)
+
+
+def test_a_strong_pull_holds_a_mixture_to_the_shared_head_and_none_lets_it_go(tmp_path: Path) -> None:
+    def gap(pull: float) -> float:
+        setting = job(personal={"keep": "mixture", "pull": pull}, train={"lr": 0.01})
+        population, memory = Population.of(setting), Memory()
+        play(
+            setting,
+            InlineCarrier.of(population, memory=memory),
+            tmp_path / str(pull),
+            warmed(population, None),
+        )
+        states = [next(iter(held.values())) for held in memory._held.values()]
+        shared = trained(tmp_path / str(pull))[1]["head.weight"]
+        return sum(float((s["own/head.weight"] - shared).norm()) for s in states)
+
+    assert gap(50.0) < gap(1.0) < gap(0.0)
+
+
+def test_own_models_gain_where_clients_differ_and_the_result_says_so(tmp_path: Path) -> None:
+    classes = tuple("0123456789")
+    data = {"partition": {"kind": "pathological", "classes_per_client": 2}, "classes": classes}
+    federation = {"clients": 10, "cohort": 10, "rounds": 10}
+    setting = job(personal={"keep": "mixture"}, data=data, federation=federation)
+    result = simulate(setting, tmp_path / "r", watch=lambda *step: None)
+    own = result["personal"]
+    assert own["keep"] == "mixture" and own["clients"]["accuracy"] > own["global"]["accuracy"] + 0.05
+    values = [c["accuracy"] for c in result["final"]["clients"].values()]
+    assert own["clients"]["accuracy"] == pytest.approx(sum(values) / len(values))
+    [note] = [n for n in result["notes"] if "own model" in n]
+    assert marked(note) in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_with_heads_kept_nothing_whole_is_on_disk_and_using_it_is_refused_in_one_line(
+    tmp_path: Path, folder: Path
+) -> None:
+    setting = texts(folder, "head", federation={"rounds": 1})
+    result = run(setting, tmp_path / "r")
+    assert result["final"]["server"] == {} and not any(n.startswith("head.") for n in result["trainable"])
+    assert any("clients keep their heads" in note for note in result["notes"])
+    with pytest.raises(ConfigError, match="its clients kept their heads, so it holds no whole model"):
+        trained(tmp_path / "r")
+    run(texts(folder, "norms", federation={"rounds": 1}), tmp_path / "n")
+    learner, tensors = trained(tmp_path / "n")
+    assert set(tensors) == set(learner.initial())
+
+
+def test_damaged_or_foreign_memory_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    setting = job(**MIXED, federation={"cohort": 6})
+    run(setting, tmp_path / "r")
+    memory = Memory(tmp_path / "r" / "memory", of_one_run=True)
+    memory.keep("", 4, {"client-0001": {"own/head.weight": torch.zeros(3)}})
+    population = Population.of(setting)
+    carrier = InlineCarrier.of(population, memory=memory)
+    facts = population.roll(setting).facts[0]
+    learner = carrier.site.learner(setting, facts)
+    request = Request("train", setting.canonical, setting.hash, 5, facts, learner.initial())
+    with pytest.raises(DataError, match="memory of client-0001: is not of this model"):
+        list(carrier.exchange(request, ["client-0001"], 1.0))
+
+
+PRIVATE = {"unit": "client", "epsilon": 1.0, "delta": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("tables", "why"),
+    [
+        ({"privacy": PRIVATE}, r"personal\.keep: .* expected none with privacy\.unit = 'client'"),
+        (
+            {"privacy": PRIVATE | {"unit": "example", "sampling_rate": 0.1}},
+            r"personal\.keep: .* expected none with privacy\.unit = 'example'",
+        ),
+        ({"federation": {"secure_aggregation": True}}, "expected none with federation.secure_aggregation"),
+        ({"evaluate": {"patience": 2}}, "expected none with evaluate.patience"),
+        ({"personal": {"keep": "head"}}, "'head' would leave nothing to merge with tune.method = 'head'"),
+        ({"personal": {"keep": "norms"}}, "'norms' would leave nothing to merge"),
+        ({"personal": {"keep": "norms"}, "tune": {"method": "lora"}}, "'norms' are not trained"),
+        ({"personal": {"keep": "head", "pull": 1.0}}, "pull has no meaning without keep = 'mixture'"),
+    ],
+)
+def test_where_nothing_can_be_kept_it_is_refused_by_name(tables: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        job(**{"personal": {"keep": "mixture"}} | tables)
+
+
+def test_a_network_without_norms_and_an_engine_with_one_start_refuse_it(tmp_path: Path, folder: Path) -> None:
+    plain = job(personal={"keep": "norms"}, tune={"method": "full"})
+    with pytest.raises(ConfigError, match=r"personal\.keep: no norms among what this job tunes"):
+        run(plain, tmp_path / "r")
+    with pytest.raises(ConfigError, match=r"personal\.keep: engine cohort trains clients from one start"):
+        run(texts(folder, "head"), tmp_path / "c", engine="cohort")
