@@ -281,11 +281,15 @@ class Search:
         Of the keys that all whole trials have; empty where there are too few of them, or all are equal.
         """
         optuna = quiet_optuna()
-        values = {one.outcome.value for one in self.ranked(tried) if one.outcome}
-        if len(values) < 2:
+        ranked = self.ranked(tried)
+        if len(ranked) < STARTUP or len({one.outcome.value for one in ranked if one.outcome}) < 2:
             return {}
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=stream_seed(self.seed, "fanova") % 2**32)
-        return dict(optuna.importance.get_param_importances(self.study, evaluator=evaluator))
+        try:
+            found = optuna.importance.get_param_importances(self.study, evaluator=evaluator)
+        except RuntimeError:  # fANOVA's trees found no variance to explain
+            return {}
+        return {key: float(share) for key, share in found.items()}
 
 
 @dataclass(frozen=True)
