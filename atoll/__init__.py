@@ -11,15 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atoll.api import Exported, Run, Sweep, load_export, load_job, simulate, sweep
+    from atoll.api import Exported, Run, Search, Sweep, advise, load_export, load_job, simulate, sweep, tune
     from protocol.errors import InputError, JobError
     from protocol.job import Job
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Exported", "InputError", "Job", "JobError", "Run", "Sweep", "__version__", "load_export", "load_job",
-    "simulate", "sweep",
+    "Exported", "InputError", "Job", "JobError", "Run", "Search", "Sweep", "__version__", "advise",
+    "load_export", "load_job", "simulate", "sweep", "tune",
 ]  # fmt: skip
 
 _ELSEWHERE = {"Job": "protocol.job", "InputError": "protocol.errors", "JobError": "protocol.errors"}

@@ -7,9 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protocol.job import Job
+
+if TYPE_CHECKING:
+    from sim.advice import Advice
 
 
 def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> Job:
@@ -207,6 +210,71 @@ def sweep(
     grid = [f"{key}={','.join(as_text(value) for value in values)}" for key, values in vary.items()]
     folder = Path(out) if out is not None else None
     return Sweep(run_sweep(Path(job), grid, seeds, folds, folder, workers, as_overrides(changes or {})))
+
+
+@dataclass(frozen=True)
+class Search:
+    """A folder of trials of a job's settings."""
+
+    folder: Path
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """A line for every trial, as trials.csv has it."""
+        with (self.folder / "trials.csv").open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    @property
+    def best(self) -> Job:
+        """The best trial's job, to simulate or submit."""
+        return Job.load(self.folder / "best.toml")
+
+    @property
+    def picture(self) -> Path:
+        """The values over the trials."""
+        return self.folder / "trials.png"
+
+
+def tune(
+    job: str | Path,
+    space: Mapping[str, Sequence[Any] | str] | None = None,
+    out: str | Path | None = None,
+    *,
+    trials: int = 20,
+    seeds: int = 1,
+    seed: int | None = None,
+    workers: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Search:
+    """Search for the settings that are best on what clients keep back, as `atoll tune` does.
+
+    A key of the space has a list of values or a range: `{"train.epochs": [1, 4], "train.lr": "0.01..3,log"}`.
+
+    Raises:
+        InputError: a key or a value is wrong; nothing was run.
+        JobError: trials failed, or none has a value.
+    """
+    from atoll.tune_verbs import tune as search
+
+    given = space or {}
+    ranges = [f"{key}={values}" for key, values in given.items() if isinstance(values, str)]
+    lists = {key: values for key, values in given.items() if not isinstance(values, str)}
+    vary = [f"{key}={','.join(as_text(value) for value in values)}" for key, values in lists.items()]
+    folder, overrides = Path(out) if out is not None else None, as_overrides(changes or {})
+    return Search(search(Path(job), vary, ranges, trials, seeds, seed, folder, workers, overrides))
+
+
+def advise(
+    job: Job | str | Path, backbones: Sequence[str] | None = None, *, head: int | None = None
+) -> list[Advice]:
+    """What features of each backbone promise for a job, the best by LogME first, as `atoll advise` shows.
+
+    Raises:
+        InputError: the job isn't one for this, or a backbone isn't there.
+    """
+    from atoll.tune_verbs import advised
+
+    return advised(job if isinstance(job, Job) else load_job(job), backbones, head)
 
 
 def as_overrides(changes: Mapping[str, Any]) -> list[str]:

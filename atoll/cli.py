@@ -24,7 +24,8 @@ from atoll import (
     run_verbs,
     site_verbs,
     sweep_verbs,
-)  # fmt: skip
+    tune_verbs,
+)
 from atoll.show import OneLine, err, interrupted, plain
 from atoll.usage import verbs_of, what_is_wrong
 from protocol import child
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 run_verbs.register(app)
 sweep_verbs.register(app)
+tune_verbs.register(app)
 site_verbs.register(app)
 look_verbs.register(app)
 export_verbs.register(app)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +15,12 @@ from rich.table import Table
 from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides
 from atoll.show import Gauge, gauge, out, plain, stop_if_asked
 from protocol.errors import ConfigError, JobError
+from protocol.job import Job
 
 if TYPE_CHECKING:
     from sim.frontier import Row
     from sim.sweep import Base, Grid, Planned, SweepFolder
+    from tasks.features import Progress
 
 SEEDS = 10
 
@@ -59,7 +61,7 @@ def sweep(
 
     privacy.epsilon=inf is the same job without privacy. The same command goes on where a killed one was.
     """
-    from sim.sweep import Base, Grid, SweepFolder, planned
+    from sim.sweep import Base, Grid, SweepFolder, alone_in, planned
 
     repeats = seeds or (SEEDS if folds is None else 1)
     grid = Grid.of(vary or [], repeats, folds) if vary or folds or not plot_only else None
@@ -76,7 +78,7 @@ def sweep(
     from sim.sweep_runs import check_all
 
     check_all(runs)
-    with folder.alone():
+    with alone_in(folder.path, "sweep"):
         failures = _run_all(folder, base, grid, runs, workers)
         tell(folder, runs, base.name, failures)
     if failures:
@@ -93,7 +95,7 @@ def _run_all(
     waiting = [(run, folder.of(run)) for run in runs if folder.result(run) is None]
     done = len(runs) - len(waiting)
     shown = gauge()
-    count = min(workers or default_workers(runs), max(len(waiting), 1))
+    count = min(workers or default_workers(run.job for run in runs), max(len(waiting), 1))
     left = f"{done} are there, {count} at a time" if waiting else "all are there"
     shown.say(f"sweep     {len(runs)} runs: {_size(grid)}; {left}")
     folder.note(base, grid)
@@ -113,7 +115,7 @@ def _run_all(
     try:
         with Crew(count) as crew:
             crew.start()
-            warm([run for run, _ in waiting], _progress(shown))
+            warm([run.job for run, _ in waiting], progress_of(shown))
             return crew.play(waiting, told)
     except KeyboardInterrupt:
         where = shlex.quote(str(folder.path))
@@ -124,10 +126,12 @@ def _run_all(
         shown.close()
 
 
-def _progress(shown: Gauge):  # type: ignore[no-untyped-def]
+def progress_of(shown: Gauge, note: str = "every example once, then cached") -> Progress:
+    """Shows how far features have got."""
+
     def progress(done: int, total: int) -> None:
         stop_if_asked()
-        shown.show("features", done, total, "every example once, then cached")
+        shown.show("features", done, total, note)
 
     return progress
 
@@ -138,9 +142,9 @@ def _size(grid: Grid) -> str:
     return " x ".join([*parts, f"{grid.seeds} seed{'s' if grid.seeds > 1 else ''}"])
 
 
-def default_workers(runs: Sequence[Planned]) -> int:
+def default_workers(jobs: Iterable[Job]) -> int:
     """As many processes as the cores that we may use have room for, with the job's threads each."""
-    return max(1, len(os.sched_getaffinity(0)) // max(run.job.train.threads for run in runs))
+    return max(1, len(os.sched_getaffinity(0)) // max(job.train.threads for job in jobs))
 
 
 def tell(folder: SweepFolder, runs: Sequence[Planned], name: str, failures: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.batches import drawn_by, epoch_seeds, permutations, view_numbers
+from client.batches import drawn_by, epoch_seeds, lay_out, permutations, view_numbers
 from client.imbalance import balanced, smoothed
 from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded
 from client.per_example import PerExample, StackedNoise, factors, stacked_noise
@@ -25,6 +25,7 @@ from client.steps import is_plain, stepper
 from protocol.cohort import StackedUpdates, joined
 from protocol.job import Job
 from protocol.tensors import Tensors
+from tasks.devices import is_gpu
 from tasks.imbalance import Imbalance, counts_of
 
 
@@ -97,16 +98,24 @@ def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], lo
     The head is one linear layer (`head.weight` [outputs, width], `head.bias`) or several with a ReLU
     between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …).
     """
-    groups: dict[int, list[HeadWork]] = {}
+    groups: dict[tuple[int, int], list[HeadWork]] = {}
+    on_gpu = is_gpu(local.job.train.device)
     for work in (drawn(work, local.per_example) for work in works):
-        groups.setdefault(_rows_per_batch(work, local), []).append(work)
+        steps = _steps(work, local) if on_gpu else 0
+        groups.setdefault((_rows_per_batch(work, local), steps), []).append(work)
     parts = []
-    for size, group in groups.items():
-        count = _fitting(head, size)
+    for (size, _), group in groups.items():
+        count = min(_fitting(head, size), GPU_BLOCK) if on_gpu else _fitting(head, size)
         for start in range(0, len(group), count):
-            parts.append(_train_group(head, examples, group[start : start + count], size, local))
+            block = group[start : start + count]
+            whole = block + block[-1:] * (count - len(block)) if on_gpu else block
+            trained = _train_group(head, examples, whole, size, local)
+            parts.append(trained.of_clients([work.client for work in block]) if on_gpu else trained)
     return joined(parts).of_clients([work.client for work in works])
 
+
+GPU_BLOCK = 64
+"""Clients of a block on a GPU, filled up where there are fewer: cuBLAS sums by the number of products."""
 
 CACHE_NUMBERS = 1 << 20
 """Numbers that a block of clients works on at a time: more of them don't stay in a core's cache."""
@@ -123,6 +132,12 @@ def drawn(work: HeadWork, private: PerExample | None) -> HeadWork:
     if private is None or private.draw is None:
         return work
     return replace(work, batches=tuple(private.draw(work.client, len(work.rows))))
+
+
+def _steps(work: HeadWork, local: Local) -> int:
+    """How many local steps a client takes."""
+    train = local.job.train
+    return len(work.batches) or train.epochs * -(-len(work.rows) // train.batch_size)
 
 
 def _rows_per_batch(work: HeadWork, local: Local) -> int:
@@ -223,7 +238,7 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: 
     for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round)):
         order = _order(works, examples, job, epoch_seeds(job, round, clients, epoch))
         shuffled = np.take_along_axis(seen, order, axis=1)
-        _lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
+        lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
     return _Schedule(
         works,
         torch.from_numpy(rows.transpose(1, 0, 2).copy()).to(job.train.device),
@@ -276,29 +291,6 @@ def _rows_seen(
             yield own + examples.count * view_numbers(examples.views, seeds, own.shape[1])
         else:
             yield own
-
-
-def _lay_out(
-    rows: NDArray[np.int64],
-    share: NDArray[np.float32],
-    shuffled: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    batch: int,
-    epoch: int,
-) -> None:
-    """Write one epoch's batches behind the epochs before it; clients of equal count all at once."""
-    for count in np.unique(counts).tolist():
-        members = np.flatnonzero(counts == count)
-        steps = -(-count // batch)
-        filled = np.zeros((len(members), steps * batch), dtype=np.int64)
-        filled[:, :count] = shuffled[members, :count]
-        filled[:, count:] = shuffled[members, :1]
-        weights = np.zeros(steps * batch, dtype=np.float32)
-        weights[:count] = 1.0 / batch
-        weights[(steps - 1) * batch : count] = 1.0 / (count - (steps - 1) * batch)
-        span = slice(epoch * steps, (epoch + 1) * steps)
-        rows[members, span, :batch] = filled.reshape(-1, steps, batch)
-        share[members, span, :batch] = weights.reshape(steps, batch)
 
 
 def _descend(

@@ -40,10 +40,10 @@ def train_model(
     """
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     model = learner.model
-    start = tuning.placed(model, tensors)
+    parameters = tuning.trainable(model)
+    start = tuning.placed(parameters, tensors)
     tuning.load_values(model, start if begin is None else begin)
     tuning.training_mode(model)
-    parameters = tuning.trainable(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
     chances = learner.chances(shard)
@@ -63,12 +63,13 @@ def train_model(
                 pull_back(parameters, start, mu)
             scaler.step(optimizer)
             scaler.update()
-            tuning.keep_pruned(model)
+            if job.backbone.prune is not None:
+                tuning.keep_pruned(model)
     count = float(len(shard) * job.train.epochs)
     return Update(
         client=client,
         round=round,
-        delta=tuning.movement(model, start),
+        delta=tuning.movement(parameters, start),
         num_examples=len(shard),
         states={
             "train_loss.sum": torch.tensor(summed).double(),

@@ -45,10 +45,10 @@ def train_privately(
     """
     job, mu = learner.job, plan.get("proximal_mu", 0.0)
     model = learner.model
-    start = tuning.placed(model, tensors)
+    parameters = tuning.trainable(model)
+    start = tuning.placed(parameters, tensors)
     tuning.load_values(model, start)
     tuning.training_mode(model)
-    parameters = tuning.trainable(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     assert private.draw is not None
     drawn = private.draw(client, len(shard))
@@ -65,12 +65,13 @@ def train_privately(
             if mu:
                 pull_back(parameters, start, mu)
             optimizer.step()
-            tuning.keep_pruned(model)
+            if job.backbone.prune is not None:
+                tuning.keep_pruned(model)
     told = private.told([client])
     return Update(
         client=client,
         round=round,
-        delta=tuning.movement(model, start),
+        delta=tuning.movement(parameters, start),
         num_examples=told[0][0],
         states={name: state[0] for name, state in told[1].items()},
     )

@@ -19,6 +19,7 @@ from server.claim import claim_of
 from server.clock import elapsed
 from server.own_models import own_models, own_notes, with_adapted
 from server.rounds import Run, measure_clients
+from tasks.features import processor
 
 Baselines = Mapping[str, Mapping[str, float]]
 
@@ -57,7 +58,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "facts": run.learner.facts,
         "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
         "trainable": {n: list(t.shape) for n, t in run.tensors.items()},
-        "machine": machine(run.job.train.threads),
+        "machine": machine(run.job.train.threads, run.job.train.device),
         "notes": [*notes, *private_notes(run), *own_notes(run.job, own, clients, run.learner.task.headline)],
     }  # fmt: skip
     run.directory.save_model(
@@ -124,14 +125,15 @@ def peak_rss_mb() -> float:
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the bits of a run depend on besides the job: processor, libraries, threads."""
+def machine(threads: int, device: str) -> dict[str, Any]:
+    """What the bits of a run depend on besides the job: processor, libraries, threads, device."""
     packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
     return {
         "processor": platform.machine(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "device": " ".join(processor(device)),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }

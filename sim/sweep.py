@@ -298,23 +298,6 @@ class SweepFolder:
         about = {"format": FORMAT, "base": _as_json(base.table), **vary}
         replace_synced(self.about, json.dumps(about, indent=2).encode())
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """For the time of the block, no other sweep runs here.
-
-        Raises:
-            ConfigError: one does, or the folder can't be written.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / ".lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield
-        except BlockingIOError:
-            raise ConfigError(f"{self.path}: another sweep runs in it") from None
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
-
     def of(self, run: Planned) -> Path:
         """The run's folder; one of another grid, with another name, is the run's if its hash is."""
         known = sorted(self.path.glob(f"*_{run.job.hash[:HASH]}"))
@@ -327,6 +310,24 @@ class SweepFolder:
         except (OSError, ValueError):
             return None
         return result if result.get("job_hash") == run.job.hash else None
+
+
+@contextmanager
+def alone_in(path: Path, what: str) -> Iterator[None]:
+    """For the time of the block, no other sweep or search (`what`) runs in that folder.
+
+    Raises:
+        ConfigError: one does, or the folder can't be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise ConfigError(f"{path}: another {what} runs in it") from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _as_json(table: Mapping[str, Any]) -> Any:

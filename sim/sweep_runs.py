@@ -46,15 +46,19 @@ def check_all(runs: Iterable[Planned]) -> None:
             check_job(job)
 
 
-def warm(runs: Iterable[Planned], progress: Progress | None) -> None:
-    """Compute the features that the runs train and measure on, once, before several processes want them.
+def warm(
+    jobs: Iterable[Job],
+    progress: Progress | None,
+    population_of: Callable[[Job], Population] = Population.of,
+) -> None:
+    """Compute the features that the jobs train and measure on, once, before several processes want them.
 
     Raises:
         ConfigError, DataError, WeightsError: data or weights aren't there.
     """
-    jobs = {_features_of(run.job): run.job for run in runs if run.job.tune.method == "head"}
-    for job in jobs.values():
-        population, task = Population.of(job), task_named(job.task.name)
+    different = {_features_of(job): job for job in jobs if job.tune.method == "head"}
+    for job in different.values():
+        population, task = population_of(job), task_named(job.task.name)
         roll = population.roll(job)
         roll.check(job)
         warmed(population, progress)(Learner.of(job, task, task.agree(roll.facts)))
@@ -78,7 +82,7 @@ class Bench:
 
     def play(self, job: Job, out: Path) -> None:
         """One run to its end; one that was begun goes on after its last whole round."""
-        population = self._population(job)
+        population = self.population(job)
 
         def compare(run: Run) -> tuple[Baselines, list[str]]:
             return self._compared(run, population)
@@ -93,7 +97,7 @@ class Bench:
             report=False,
         )
 
-    def _population(self, job: Job) -> Population:
+    def population(self, job: Job) -> Population:
         """The job's clients, which are another's of the same data, seed and number."""
         parts = job.model_dump(mode="json", include={"seed", "task", "data", "backbone"})
         key = json.dumps([parts, job.federation.clients], sort_keys=True)
@@ -142,6 +146,15 @@ def play_run(job: str, out: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Work for one process: what it is known by, a function that a new process can import, its arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+
+
 @dataclass
 class Crew:
     """Worker processes that play runs; one that dies is replaced, and what it was at is tried once more.
@@ -165,30 +178,54 @@ class Crew:
     ) -> dict[str, str]:
         """Play the runs; `told` hears of each that ends. Returns what went wrong, by the run's name."""
         failures: dict[str, str] = {}
-        waiting = deque(runs)
-        running: dict[Future[str | None], tuple[Planned, Path]] = {}
-        while waiting or running:
-            while waiting and self._has_room(waiting[0][0], [run for run, _ in running.values()]):
-                run, out = waiting.popleft()
-                running[self._submit(play_run, run.job.canonical, str(out))] = run, out
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                run, out = running.pop(future)
-                try:
-                    failure = future.result()
-                except BrokenProcessPool:
-                    self._strikes[run.job.hash] += 1
-                    if self._strikes[run.job.hash] == 1:
-                        waiting.append((run, out))
-                        continue
-                    failure = "its worker process died twice; out of memory?"
-                if failure is not None:
-                    failures[run.words] = failure
-                told(run, failure)
+        planned = {run.job.hash: run for run, _ in runs}
+        waiting = deque(Piece(run.job.hash, play_run, (run.job.canonical, str(out))) for run, out in runs)
+
+        def ended(piece: Piece, failure: str | None, died: str | None) -> None:
+            run, failure = planned[piece.name], died or failure
+            if failure is not None:
+                failures[run.words] = failure
+            told(run, failure)
+
+        self.work(lambda: waiting.popleft() if waiting else None, ended)
         return failures
 
-    def _has_room(self, run: Planned, running: Sequence[Planned]) -> bool:
-        is_suspect = any(self._strikes[r.job.hash] for r in (run, *running))
+    def work(self, draw: Callable[[], Piece | None], ended: Callable[[Piece, Any, str | None], None]) -> None:
+        """Work off what `draw` gives, until it gives None while nothing is under way.
+
+        It is asked when a process is free; None means that there is nothing now. `ended` hears what each
+        piece returned, or that it killed its process twice.
+        """
+        waiting: deque[Piece] = deque()
+        running: dict[Future[Any], Piece] = {}
+        while True:
+            while len(running) < self.workers:
+                if not waiting:
+                    drawn = draw()
+                    if drawn is None:
+                        break
+                    waiting.append(drawn)
+                if not self._has_room(waiting[0], list(running.values())):
+                    break
+                piece = waiting.popleft()
+                running[self._submit(piece.function, *piece.arguments)] = piece
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                piece, result, died = running.pop(future), None, None
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    self._strikes[piece.name] += 1
+                    if self._strikes[piece.name] == 1:
+                        waiting.append(piece)
+                        continue
+                    died = "its worker process died twice; out of memory?"
+                ended(piece, result, died)
+
+    def _has_room(self, piece: Piece, running: Sequence[Piece]) -> bool:
+        is_suspect = any(self._strikes[p.name] for p in (piece, *running))
         return len(running) < (1 if is_suspect else self.workers)
 
     def _submit(self, work: Callable[..., Any], *arguments: str) -> Future[Any]:

@@ -70,8 +70,17 @@ def _variation(job: Job, view: int, keys: Sequence[bytes]) -> Variation:
 
 
 def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:
-    key = cache_key(backbone, job.backbone, job.train.threads, **more)
+    key = cache_key(backbone, job.backbone, job.train.threads, processor=processor(job.train.device), **more)
     return FeatureCache(cache_root() / "features" / key[:32])
+
+
+def processor(device: str) -> list[str]:
+    """What computes on that device, as far as features' bits depend on it."""
+    if torch.device(device).type == "cuda":
+        return ["cuda", torch.cuda.get_device_name(device)]
+    if torch.device(device).type != "cpu":
+        return [torch.device(device).type, platform.platform()]
+    return [platform.machine(), torch.backends.cpu.get_cpu_capability()]
 
 
 def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more: Any) -> str:
@@ -89,7 +98,7 @@ def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more
         "batch": BATCH,
         "threads": threads,
         "versions": [version(package) for package in ("torch", "torchvision", "transformers")],
-        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+        "processor": processor("cpu"),
     }
     return hashlib.sha256(json.dumps(parts | more, sort_keys=True).encode()).hexdigest()
 

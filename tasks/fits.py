@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from protocol.errors import ConfigError
 from protocol.job import Job
 from tasks.compiled import compiler
+from tasks.devices import check_device, settle
 from tasks.imbalance import check_imbalance, check_smoothing
 from tasks.seam import Task
 from tasks.shots import check_shots
@@ -30,6 +29,7 @@ def check_fits(job: Job, task: Task) -> None:
         raise ConfigError("train.dropout: a head on a frozen backbone has no layer of dropout, expected none")
     check_autograd(job, task)
     check_teacher(job, task)
+    settle(job.train.device)
     check_device(job.train.device)
     if job.backbone.compile:
         compiler()
@@ -43,12 +43,3 @@ def check_autograd(job: Job, task: Task) -> None:
                 f"train.{key}: has no meaning for a head on kept features, whose gradients have a closed form"
                 " in float32; remove it, or tune more than the head"
             )
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError unless torch can compute on it here."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise ConfigError(f"train.device: {device!r} cannot be used on this machine: {why}") from None

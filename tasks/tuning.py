@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -80,14 +82,14 @@ def without_pruned(model: nn.Module, tensors: Tensors) -> Tensors:
     return found
 
 
-def placed(model: nn.Module, tensors: Tensors) -> Tensors:
-    """The tensors on the device and in the type of the tuned parameters; not copied where they are so."""
-    return {name: tensors[name].to(p.device, p.dtype) for name, p in trainable(model).items()}
+def placed(parameters: Mapping[str, nn.Parameter], tensors: Tensors) -> Tensors:
+    """The tensors on the device and in the type of the parameters; not copied where they are so."""
+    return {name: tensors[name].to(p.device, p.dtype) for name, p in parameters.items()}
 
 
-def movement(model: nn.Module, start: Tensors) -> Tensors:
-    """How far the tuned parameters are from where they were, laid out as it travels."""
-    return {name: (p.detach() - start[name]).contiguous().cpu() for name, p in trainable(model).items()}
+def movement(parameters: Mapping[str, nn.Parameter], start: Tensors) -> Tensors:
+    """How far the parameters are from where they were, laid out as it travels."""
+    return {name: (p.detach() - start[name]).contiguous().cpu() for name, p in parameters.items()}
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

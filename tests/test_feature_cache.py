@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from safetensors.torch import save_file
 from protocol.errors import InputError
 from tasks import feature_cache
 from tasks.feature_cache import MOST_SMALL, FeatureCache
+from tasks.features import plain_view, processor
+from tasks.weights import resolve
+from tests.small import image_job
 
 WIDTH = 5
 
@@ -240,3 +244,12 @@ def test_writers_killed_at_any_instant_lose_nothing_that_they_had_put(tmp_path: 
         writer.stdout.close()
     assert torch.equal(found(tmp_path, *put), features(*put))
     assert len(parts(tmp_path)) <= MOST_SMALL
+
+
+def test_features_of_another_device_are_kept_apart() -> None:
+    job = image_job("squeezenet1_1")
+    elsewhere = job.model_copy(update={"train": job.train.model_copy(update={"device": "meta"})})
+    backbone = resolve(job.backbone, job.seed)
+    here, there = (plain_view(each, backbone).cache.folder for each in (job, elsewhere))
+    assert here != there
+    assert processor("cpu") == [platform.machine(), torch.backends.cpu.get_cpu_capability()]

@@ -56,6 +56,17 @@ def jobs(folder: Path) -> dict[str, Job]:
     small = made["digits-fedavg"]
     travels = small.federation.model_copy(update={"compression": "int8"})
     made["small-fedavg"] = small.model_copy(update={"name": "small", "federation": travels})
+    later = [{"method": "last-k", "layers": 1, "after": 1}, {"method": "full", "after": 1, "lr": 0.001}]
+    made["grown-fedavg"] = Job.parse(
+        common | image | {"name": "grown", "tune": {"method": "head", "then": later}}, origin="test"
+    )
+    whole = text | {"tune": {"method": "full"}}
+    taught = {"teacher": str(folder / "teacher"), "teacher_weight": 0.8}
+    for table in (
+        whole | {"name": "taught", "train": text["train"] | taught},  # type: ignore[operator]
+        whole | {"name": "pruned", "backbone": text["backbone"] | {"prune": 0.5}},  # type: ignore[operator]
+    ):
+        made[f"{table['name']}-fedavg"] = Job.parse(common | table, origin="test")
     return made
 
 
@@ -124,9 +135,25 @@ def test_real_sites_that_join_in_any_order_give_the_bits_of_the_simulation(
             assert all(not line["set_aside"] for line in result["rounds"])
 
 
-def test_real_sites_that_compress_and_remember_give_the_bits_of_the_simulation(places: Places) -> None:
+def test_real_sites_with_a_teacher_or_a_pruned_backbone_give_the_bits_of_the_simulation(
+    places: Places,
+) -> None:
+    simulate(places.jobs["news-fedavg"], places.folder / "teacher", watch=unwatched, report=False)
+    with places.sites("news-fedavg", [1, 0, 3, 2]):
+        for name in ("taught-fedavg", "pruned-fedavg"):
+            result = places.federation.run(places.jobs[name])
+            assert result["model_sha256"] == places.expected(name) != places.expected("news-fedavg")
+            assert all(not line["set_aside"] for line in result["rounds"])
+
+
+def test_real_sites_that_compress_and_remember_or_tune_ever_more_give_the_bits_of_the_simulation(
+    places: Places,
+) -> None:
     with places.sites("digits-fedavg", [1, 0, 2, 3]):
         result = places.federation.run(places.jobs["small-fedavg"])
+        grown = places.federation.run(places.jobs["grown-fedavg"])
+    assert grown["model_sha256"] == places.expected("grown-fedavg")
+    assert [line["tuning"] for line in grown["rounds"]] == ["head", "last-k with layers = 1", "full"]
     assert result["model_sha256"] == places.expected("small-fedavg") != places.expected("digits-fedavg")
     assert all(not line["set_aside"] for line in result["rounds"])
     assert result["bytes_up"] < result["bytes_down"] / 3.9

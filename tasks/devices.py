@@ -1,0 +1,38 @@
+"""Where a job computes: whether that can be had here, and what makes it compute the same bits again."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from protocol.errors import ConfigError
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError if torch cannot compute on it here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(f"train.device: {device!r} cannot be used on this machine: {why}") from None
+
+
+def is_gpu(device: str) -> bool:
+    """Whether it is one of CUDA's (or ROCm's)."""
+    return torch.device(device).type == "cuda"
+
+
+def settle(device: str) -> None:
+    """Have a GPU compute the same bits every time, in whole float32: for this process, from here on.
+
+    cuDNN and cuBLAS otherwise choose among ways to sum, and round products to 10 bits (TF32). Operations
+    for which torch knows no such way are told of in its own warning.
+    """
+    if not is_gpu(device):
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
