@@ -93,3 +93,26 @@ def uniform_numbers(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64
     """The first `count` numbers in [0, 1) from each seed, 53 bits of an output each, [len(seeds), count]."""
     numbers: NDArray[np.float64] = (random_numbers(seeds, count) >> np.uint64(11)).astype(np.float64)
     return numbers * 2.0**-53
+
+
+def lay_out(
+    rows: NDArray[np.int64],
+    share: NDArray[np.float32],
+    shuffled: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    batch: int,
+    epoch: int,
+) -> None:
+    """Write one epoch's batches behind the epochs before it; clients of equal count all at once."""
+    for count in np.unique(counts).tolist():
+        members = np.flatnonzero(counts == count)
+        steps = -(-count // batch)
+        filled = np.zeros((len(members), steps * batch), dtype=np.int64)
+        filled[:, :count] = shuffled[members, :count]
+        filled[:, count:] = shuffled[members, :1]
+        weights = np.zeros(steps * batch, dtype=np.float32)
+        weights[:count] = 1.0 / batch
+        weights[(steps - 1) * batch : count] = 1.0 / (count - (steps - 1) * batch)
+        span = slice(epoch * steps, (epoch + 1) * steps)
+        rows[members, span, :batch] = filled.reshape(-1, steps, batch)
+        share[members, span, :batch] = weights.reshape(steps, batch)

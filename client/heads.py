@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.batches import drawn_by, epoch_seeds, permutations, view_numbers
+from client.batches import drawn_by, epoch_seeds, lay_out, permutations, view_numbers
 from client.examples import Examples, HeadWork
 from client.imbalance import balanced, smoothed
 from client.layers import Layers, Loss, Stack, descend_plainly, gradients, padded
@@ -196,7 +196,7 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: 
     for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round)):
         order = _order(works, examples, job, epoch_seeds(job, round, clients, epoch))
         shuffled = np.take_along_axis(seen, order, axis=1)
-        _lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
+        lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
     return _Schedule(
         works,
         torch.from_numpy(rows.transpose(1, 0, 2).copy()).to(job.train.device),
@@ -249,29 +249,6 @@ def _rows_seen(
             yield own + examples.count * view_numbers(examples.views, seeds, own.shape[1])
         else:
             yield own
-
-
-def _lay_out(
-    rows: NDArray[np.int64],
-    share: NDArray[np.float32],
-    shuffled: NDArray[np.int64],
-    counts: NDArray[np.int64],
-    batch: int,
-    epoch: int,
-) -> None:
-    """Write one epoch's batches behind the epochs before it; clients of equal count all at once."""
-    for count in np.unique(counts).tolist():
-        members = np.flatnonzero(counts == count)
-        steps = -(-count // batch)
-        filled = np.zeros((len(members), steps * batch), dtype=np.int64)
-        filled[:, :count] = shuffled[members, :count]
-        filled[:, count:] = shuffled[members, :1]
-        weights = np.zeros(steps * batch, dtype=np.float32)
-        weights[:count] = 1.0 / batch
-        weights[(steps - 1) * batch : count] = 1.0 / (count - (steps - 1) * batch)
-        span = slice(epoch * steps, (epoch + 1) * steps)
-        rows[members, span, :batch] = filled.reshape(-1, steps, batch)
-        share[members, span, :batch] = weights.reshape(steps, batch)
 
 
 def _descend(

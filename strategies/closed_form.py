@@ -1,15 +1,13 @@
 """Heads in closed form from sums over clients: class means, and ridge regression.
 
 What a client sends adds up over clients, so the head is the one that all examples in one place would
-give, whoever holds which. Both take features that are standardised by all examples' mean and deviation,
-which are in the sums too, and both come out as a linear layer on features as they are: standardising is
-folded into weights and bias.
+give, whoever holds which. Both are a linear layer on features as they are.
 
 prototype  Snell et al. 2017, "Prototypical Networks for Few-shot Learning", equation 8: an output is
-           minus the squared distance to the class's mean, here the mean over features, without the
-           term that all classes share.
+           minus the squared distance to the class's mean, here the mean over features, each in its
+           deviation over all examples, without the term that all classes share.
 ridge      Hoerl and Kennard 1970: least squares on one-hot classes, plus `ridge` times the sum of the
-           weights' squares for every example; the bias is free.
+           weights' squares for every example, in units of the features' mean variance; the bias is free.
 """
 
 from __future__ import annotations
@@ -58,14 +56,13 @@ def prototype_head(total: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
 
 def ridge_head(total: Tensors, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [classes, width], bias [classes]) of ridge regression on one-hot classes, in float64."""
-    mean, deviation = _scale(total, total["gram"].diagonal())
     count = total["counts"].sum()
-    scale = deviation.unsqueeze(1) * deviation
-    covariance = (total["gram"] / count - mean.unsqueeze(1) * mean) / scale
-    shares = total["counts"] / count
-    moments = (total["sums"] / count - shares.unsqueeze(1) * mean) / deviation
-    penalised = covariance + ridge * torch.eye(len(mean), dtype=torch.float64)
-    weights = torch.linalg.solve(penalised, moments.T).T / deviation
+    mean, shares = total["sums"].sum(0) / count, total["counts"] / count
+    covariance = total["gram"] / count - mean.unsqueeze(1) * mean
+    moments = total["sums"] / count - shares.unsqueeze(1) * mean
+    # Where features never vary, as those of a single example, weights are nothing whatever they cost.
+    cost = ridge * (covariance.diagonal().clamp_min(0).mean() or 1.0)
+    weights = torch.linalg.solve(covariance + cost * torch.eye(len(mean), dtype=torch.float64), moments.T).T
     return weights, shares - weights @ mean
 
 

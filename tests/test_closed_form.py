@@ -69,11 +69,11 @@ def test_prototypes_decide_as_nearest_centroids_of_standardised_features() -> No
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1.0, 30.0])
-def test_ridge_is_scikit_learns_on_standardised_features(ridge: float) -> None:
+def test_ridge_is_scikit_learns_whose_penalty_is_in_units_of_the_mean_variance(ridge: float) -> None:
     features, targets = examples()
     weights, bias = closed_form.ridge_head(total("ridge", features, targets, WHOLE), ridge)
-    x = StandardScaler().fit_transform(features.double().numpy())
-    oracle = Ridge(alpha=ridge * len(x)).fit(x, np.eye(4)[targets.numpy()])
+    x = features.double().numpy()
+    oracle = Ridge(alpha=ridge * len(x) * x.var(0).mean()).fit(x, np.eye(4)[targets.numpy()])
     outputs = features.double() @ weights.T + bias
     assert np.allclose(outputs.numpy(), oracle.predict(x), atol=1e-9)
 
@@ -81,8 +81,8 @@ def test_ridge_is_scikit_learns_on_standardised_features(ridge: float) -> None:
 def test_ridge_takes_fewer_examples_than_features() -> None:
     features, targets = examples(count=6, width=40)
     weights, bias = closed_form.ridge_head(total("ridge", features, targets, [slice(0, 6)]), 0.1)
-    x = StandardScaler().fit_transform(features.double().numpy())
-    oracle = Ridge(alpha=0.6, solver="svd").fit(x, np.eye(4)[targets.numpy()])
+    x = features.double().numpy()
+    oracle = Ridge(alpha=0.6 * x.var(0).mean(), solver="svd").fit(x, np.eye(4)[targets.numpy()])
     assert np.allclose((features.double() @ weights.T + bias).numpy(), oracle.predict(x), atol=1e-9)
 
 
