@@ -29,8 +29,8 @@ def check_fits(job: Job, task: Task) -> None:
         raise ConfigError("train.dropout: a head on a frozen backbone has no layer of dropout, expected none")
     check_autograd(job, task)
     check_teacher(job, task)
-    settle(job.train.device)
     check_device(job.train.device)
+    settle(job.train.device)
     if job.backbone.compile:
         compiler()
 
