@@ -16,6 +16,7 @@ from protocol.messages import Update
 from protocol.streams import global_stream, stream
 from protocol.tensors import Tensors
 from tasks import tuning
+from tasks.devices import repeatable
 from tasks.learner import Learner
 from tasks.seam import Model, Shard, Variation
 
@@ -47,7 +48,7 @@ def train_model(
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
     chances = learner.chances(shard)
-    with global_stream(job.seed, "dropout", round, client), _memory_saved(model, job):
+    with global_stream(job.seed, "dropout", round, client), _memory_saved(model, job), repeatable(device):
         for number, rows in enumerate(batches(len(shard), job, round, client, chances)[:steps]):
             varied = variation(job, round, client, number)
             optimizer.zero_grad()

@@ -18,6 +18,7 @@ from protocol.messages import Update
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
 from tasks import tuning
+from tasks.devices import repeatable
 from tasks.learner import Learner
 from tasks.seam import Batch, Shard
 
@@ -56,6 +57,7 @@ def train_privately(
     noise = _Noise(private, client, parameters)
     with (
         global_stream(job.seed, "dropout", round, client),
+        repeatable(job.train.device),
         per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as gradients,
     ):
         for number, rows in enumerate(drawn):

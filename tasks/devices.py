@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,15 +26,28 @@ def is_gpu(device: str) -> bool:
 
 
 def settle(device: str) -> None:
-    """Have a GPU compute the same bits every time, in whole float32: for this process, from here on.
+    """Have a GPU multiply the same way every time, in whole float32: for this process, from here on.
 
-    cuDNN and cuBLAS otherwise choose among ways to sum, and round products to 10 bits (TF32). Operations
-    for which torch knows no such way are told of in its own warning.
+    cuDNN and cuBLAS otherwise choose among ways to sum, and round products to 10 bits (TF32).
     """
     if not is_gpu(device):
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@contextmanager
+def repeatable(device: str) -> Iterator[None]:
+    """Within, a GPU takes the same gradients every time; torch warns of an operation that has no such way.
+
+    For training alone: metrics, told so, would compare every value with every bin.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or is_gpu(device), warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
