@@ -26,6 +26,13 @@ Track = Annotated[
     list[str] | None,
     typer.Option("--track", metavar="NAME", help="Follow it in tensorboard or mlflow; can be given again."),
 ]
+Vary = Annotated[
+    list[str] | None,
+    typer.Option("--vary", metavar="KEY=A,B,C", help="A key and its values; can be given again."),
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Processes; as many as there are cores if not said.")
+]
 OutDir = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where the run directory goes.")]
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides
+from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides, Processes, Vary
 from atoll.show import Gauge, gauge, out, plain, stop_if_asked
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
@@ -34,10 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def sweep(
     job: JobFile,
-    vary: Annotated[
-        list[str] | None,
-        typer.Option("--vary", metavar="KEY=A,B,C", help="A key and its values; can be given again."),
-    ] = None,
+    vary: Vary = None,
     seeds: Annotated[
         int | None,
         typer.Option(min=1, max=10_000, help=f"Runs of every combination; {SEEDS} if not said."),
@@ -49,9 +46,7 @@ def sweep(
         ),
     ] = None,
     out_dir: OutDir = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Processes; as many as there are cores if not said.")
-    ] = None,
+    workers: Processes = None,
     overrides: Overrides = None,
     plot_only: Annotated[
         bool, typer.Option("--plot-only", help="Draw what is there anew, and run nothing.")

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides, load
+from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides, Processes, Vary, load
 from atoll.show import gauge, out, plain, stop_if_asked
 from atoll.sweep_verbs import default_workers, progress_of
 from protocol.errors import ConfigError, JobError
@@ -35,10 +35,7 @@ def register(app: typer.Typer) -> None:
 
 def tune(
     job: JobFile,
-    vary: Annotated[
-        list[str] | None,
-        typer.Option("--vary", metavar="KEY=A,B,C", help="A key and its values; can be given again."),
-    ] = None,
+    vary: Vary = None,
     ranges: Annotated[
         list[str] | None,
         typer.Option("--range", metavar="KEY=LOW..HIGH[,log]", help="A key and a range of numbers."),
@@ -49,9 +46,7 @@ def tune(
         int | None, typer.Option(min=0, max=2**63 - 1, help="Of the search; the job's if not said.")
     ] = None,
     out_dir: OutDir = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Processes; as many as there are cores if not said.")
-    ] = None,
+    workers: Processes = None,
     overrides: Overrides = None,
 ) -> Path:
     """Search for the settings that are best on what clients keep back, never on the test set.

@@ -37,11 +37,19 @@ BASE: Table = {
 
 @dataclass(frozen=True)
 class Case:
-    """A job that has a weakness, and what may help: changes by the name of the row."""
+    """A job that has a weakness, what may help (changes by the name of the row), and what is read from it.
+
+    Without a `value` that is the metric on the test part.
+    """
 
     metric: str
     table: Callable[[Path], Table]
     ways: Mapping[str, Table]
+    value: Callable[[dict[str, Any]], float] | None = None
+
+    def of(self, result: dict[str, Any]) -> float:
+        """What a run is judged by."""
+        return float(result["final"]["server"][self.metric]) if self.value is None else self.value(result)
 
 
 def uneven(folder: Path) -> Table:
@@ -165,17 +173,13 @@ def merged(*tables: Table) -> Table:
     return whole
 
 
-def measured(case: Case, name: str, way: Table, seed: int, folder: Path) -> Measured:
-    """The case's job with these changes, played once."""
-    table = merged(BASE, case.table(folder), way, {"name": name, "seed": seed})
-    out = folder / f"{name}-{seed}-{abs(hash(json.dumps(way)))}"
+def measured(case: Case, name: str, way: str, seed: int, folder: Path) -> Measured:
+    """The case's job in one way, played once."""
+    table = merged(BASE, case.table(folder), case.ways[way], {"name": name, "seed": seed})
+    out = folder / f"{name}-{list(case.ways).index(way)}-{seed}"
     result = simulate(Job.parse(table, origin=name), out, watch=lambda *step: None, report=False)
-    return Measured(
-        result["final"]["server"][case.metric],
-        result["bytes_up"] / max(1, result["clients_trained"]),
-        len(result["rounds"]),
-        result["seconds"],
-    )
+    bytes_up = result["bytes_up"] / max(1, result["clients_trained"])
+    return Measured(case.of(result), bytes_up, len(result["rounds"]), result["seconds"])
 
 
 def told(estimate: Estimate, sign: str = "") -> str:
@@ -194,27 +198,27 @@ def line(name: str, runs: list[Measured], plain: list[Measured]) -> str:
     return f"{name:<28}{value:>16}{apart:>18}{bytes_up:>12,.0f}{rounds:>8.0f}{seconds:>9.1f}"
 
 
-def main() -> None:
-    """Run every way of every case with every seed, and print a table for each case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
+def play(cases: Mapping[str, Case], text: str | None) -> None:
+    """Run every way of every case that is asked for, with every seed, and print a table for each case."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[*cases, []], metavar="CASE")
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
-    for name in options.cases or CASES:
-        case = CASES[name]
+    for name in options.cases or cases:
+        case = cases[name]
         print(f"{name}, seeds 1 to {options.seeds}")
         head = f"{case.metric:>16}{'gain':>18}{'bytes up':>12}{'rounds':>8}{'seconds':>9}"
         print(f"{'':<28}{head}", flush=True)
         plain: list[Measured] = []
         with tempfile.TemporaryDirectory() as folder:
-            for label, way in case.ways.items():
+            for way in case.ways:
                 runs = [measured(case, name, way, s, Path(folder)) for s in range(1, options.seeds + 1)]
                 plain = plain or runs
-                print(line(label, runs, plain), flush=True)
+                print(line(way, runs, plain), flush=True)
         print()
 
 
 if __name__ == "__main__":
-    main()
+    play(CASES, __doc__)

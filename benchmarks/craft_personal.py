@@ -12,30 +12,11 @@ of the same seed.
 
 from __future__ import annotations
 
-import argparse
-import logging
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
-
-from benchmarks.craft import BASE, Measured, Table, line, merged, network
-from protocol.job import Job
-from sim.engine import simulate
-
-
-@dataclass(frozen=True)
-class Case:
-    """A job, what is tried with it, and what is read from the result."""
-
-    metric: str
-    table: Callable[[Path], Table]
-    ways: Mapping[str, Table]
-    value: Callable[[dict[str, Any]], float]
-
+from benchmarks.craft import Case, Table, merged, network, play
 
 TWO_CLASSES: Table = {
     "partition": {"kind": "pathological", "classes_per_client": 2},
@@ -71,11 +52,6 @@ def formed(kind: str, rounds: int) -> Table:
     return {"tune": {"head_init": kind}, "federation": {"rounds": 1 + rounds}}
 
 
-def on_the_server(result: dict[str, Any]) -> float:
-    """Accuracy on the test part."""
-    return float(result["final"]["server"]["accuracy"])
-
-
 def at_the_clients(result: dict[str, Any]) -> float:
     """The mean over clients of what each measured, after its own steps where it took any."""
     clients = [c for c in result["final"]["clients"].values() if c["examples"]]
@@ -98,7 +74,6 @@ CASES = {
             "prototype, then SGD": formed("prototype", 40),
             "ridge, then SGD": formed("ridge", 40),
         },
-        on_the_server,
     ),
     "skewed": Case(
         "at clients",
@@ -126,36 +101,5 @@ CASES = {
 }
 
 
-def measured(case: Case, name: str, way: str, seed: int, folder: Path) -> Measured:
-    """The case's job in one way, played once."""
-    table = merged(BASE, case.table(folder), case.ways[way], {"name": name, "seed": seed})
-    out = folder / f"{name}-{list(case.ways).index(way)}-{seed}"
-    result = simulate(Job.parse(table, origin=name), out, watch=lambda *step: None, report=False)
-    bytes_up = result["bytes_up"] / max(1, result["clients_trained"])
-    return Measured(case.value(result), bytes_up, len(result["rounds"]), result["seconds"])
-
-
-def main() -> None:
-    """Run every way of every case with every seed, and print a table for each case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
-    parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args()
-    logging.disable(logging.WARNING)
-    datasets.disable_progress_bars()
-    for name in options.cases or CASES:
-        case = CASES[name]
-        print(f"{name}, seeds 1 to {options.seeds}")
-        head = f"{case.metric:>16}{'gain':>18}{'bytes up':>12}{'rounds':>8}{'seconds':>9}"
-        print(f"{'':<28}{head}", flush=True)
-        plain: list[Measured] = []
-        with tempfile.TemporaryDirectory() as folder:
-            for way in case.ways:
-                runs = [measured(case, name, way, s, Path(folder)) for s in range(1, options.seeds + 1)]
-                plain = plain or runs
-                print(line(way, runs, plain), flush=True)
-        print()
-
-
 if __name__ == "__main__":
-    main()
+    play(CASES, __doc__)

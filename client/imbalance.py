@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from client.layers import Loss
+from client.layers import Loss, same
 from client.teaching import head_loss
 from protocol.job import Job
 from tasks.imbalance import Imbalance
@@ -47,7 +47,7 @@ def smoothed(loss: Loss, job: Job) -> Loss:
         plain.scatter_add_(2, place, torch.full_like(own, share).unsqueeze(2))
         return plain.sub_(share / classes), surprise + share * (own - middle)
 
-    return Loss(error, _same)
+    return Loss(error, same)
 
 
 def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
@@ -60,14 +60,14 @@ def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
             each = weights[: len(outputs)].gather(1, targets)
             return error * each.unsqueeze(2), loss.value(likelihood) * each
 
-        return Loss(weighted, _same)
+        return Loss(weighted, same)
     if imbalance.kind == "logits":
         shifts = imbalance.shifts(counts).unsqueeze(1)
         return Loss(
             lambda outputs, targets: loss.error(outputs + shifts[: len(outputs)], targets), loss.value
         )
     if imbalance.kind == "focal":
-        return Loss(lambda outputs, targets: _focal(loss, imbalance.strength, outputs, targets), _same)
+        return Loss(lambda outputs, targets: _focal(loss, imbalance.strength, outputs, targets), same)
     return loss  # its examples are drawn otherwise, and count as ever
 
 
@@ -90,7 +90,3 @@ def in_lines(function: Callable[[torch.Tensor], torch.Tensor], values: torch.Ten
     count = values.shape[1]
     whole = torch.nn.functional.pad(values, (0, -count % _LINE), value=1.0)
     return function(whole)[:, :count]
-
-
-def _same(value: torch.Tensor) -> torch.Tensor:
-    return value

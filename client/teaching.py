@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from client.layers import LOSSES, Loss
+from client.layers import LOSSES, Loss, same
 from protocol.job import Job
 
 
@@ -35,8 +35,4 @@ def taught(loss: Loss, temperature: float, weight: float) -> Loss:
         value = loss.value(likelihood) * (1 - weight) + apart * (weight * temperature**2)
         return hard * (1 - weight) + (own - soft) * (weight * temperature), value
 
-    return Loss(error, _same)
-
-
-def _same(value: torch.Tensor) -> torch.Tensor:
-    return value
+    return Loss(error, same)

@@ -96,6 +96,11 @@ class DataSection(Section):
     fold: Annotated[int, Field(ge=0)] = 0
     shots: Count | None = None
 
+    @property
+    def keeps_back(self) -> bool:
+        """Whether clients keep examples back to measure on."""
+        return self.validation_fraction > 0 or self.folds is not None
+
     @model_validator(mode="after")
     def _fold_is_one_of_the_folds(self) -> DataSection:
         if self.folds is None and self.fold:
@@ -282,7 +287,7 @@ class Job(Section):
             if given:
                 raise ValueError(f"tune.then: what is tuned can't change on the way with {key}; remove one")
         waits = any(later.patience is not None for later in self.tune.then)
-        if waits and self.data.validation_fraction == 0 and self.data.folds is None:
+        if waits and not self.data.keeps_back:
             raise ValueError(
                 "tune.then: clients keep nothing back to see progress stall by; expected"
                 " data.validation_fraction above 0, or after instead of patience"

@@ -41,7 +41,7 @@ def _check_stopping(job: Job) -> None:
             "evaluate.patience: which round is best would be chosen by data that is promised privacy;"
             f" expected none with privacy.unit = {job.privacy.unit!r}"
         )
-    if job.data.validation_fraction == 0 and job.data.folds is None:
+    if not job.data.keeps_back:
         raise ValueError(
             "evaluate.patience: clients keep nothing back to measure on; expected"
             " data.validation_fraction above 0"
@@ -58,7 +58,7 @@ def _check_adapting(job: Job) -> None:
         )
     if job.personal.keep is not None:
         raise ValueError("evaluate.adapt: clients have models of their own; expected none with personal.keep")
-    if job.data.validation_fraction == 0 and job.data.folds is None:
+    if not job.data.keeps_back:
         raise ValueError(
             "evaluate.adapt: clients keep nothing back to measure on; expected"
             " data.validation_fraction above 0"

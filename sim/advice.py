@@ -72,7 +72,7 @@ def check_advisable(job: Job) -> None:
             "privacy.unit: backbones are ranked by data that is promised privacy; expected 'none',"
             f" found {job.privacy.unit!r}"
         )
-    if job.data.validation_fraction == 0 and job.data.folds is None:
+    if not job.data.keeps_back:
         raise ConfigError(
             "data.validation_fraction: clients keep nothing back to judge by; expected above 0, found 0"
         )

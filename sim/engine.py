@@ -145,7 +145,7 @@ def warmed(population: Population, progress: Progress | None) -> Callable[[Learn
 
     def test_set(learner: Learner) -> Shard | None:
         learner.progress, job = progress, learner.job
-        measured = job.data.validation_fraction > 0 or job.data.folds or not job.train.augment
+        measured = job.data.keeps_back or not job.train.augment
         if learner.uses_features and measured:
             learner.keep_features(population.whole(learner), training=False)
         if learner.trains_on_features:

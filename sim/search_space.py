@@ -234,7 +234,7 @@ def check_searchable(job: Job) -> None:
             "privacy.unit: a search chooses by what clients measure on data that is promised privacy;"
             f" expected 'none', found {job.privacy.unit!r} (docs/sweep.md tells what such a choice spends)"
         )
-    if job.data.validation_fraction == 0 and job.data.folds is None:
+    if not job.data.keeps_back:
         raise ConfigError(
             "data.validation_fraction: clients keep nothing back to judge by; expected above 0, found 0"
         )

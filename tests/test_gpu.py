@@ -58,8 +58,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def job_of(case: str, device: str, **train: Any) -> Job:
     tables = {key: dict(value) for key, value in {**TABLE, **CASES[case]}.items() if isinstance(value, dict)}
-    for key in ("train", "federation", "backbone"):
-        if key in CASES[case] and key != "backbone":
+    for key in ("train", "federation"):
+        if key in CASES[case]:
             tables[key] = {**TABLE[key], **CASES[case][key]}
     tables["train"] |= {"device": device} | train
     return Job.parse({"name": TABLE["name"], "seed": TABLE["seed"], **tables}, origin="test")
