@@ -25,6 +25,12 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def is_begun(folder: Path, first: str) -> bool:
+    """Whether a folder holds more than a kill leaves as the `first` file is written: a lock, half of it."""
+    left = {".lock", temporary_of(folder / first).name}
+    return any(entry.name not in left for entry in folder.iterdir())
+
+
 def replace_synced(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Put a file in place whole or not at all."""
     replace_all({path: content}, mode)

@@ -17,7 +17,7 @@ import tomli_w
 
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
-from protocol.synced import replace_synced
+from protocol.synced import is_begun, replace_synced
 from protocol.tensors import Tensors, to_bytes
 from server.checkpoint import Checkpoint, latest
 
@@ -162,10 +162,10 @@ def check_free(path: Path, job: Job, *, resume: bool, force: bool) -> None:
 
 
 def _is_taken(path: Path) -> bool:
-    """Whether something lies there; a lock alone is what a run killed at its start leaves."""
+    """Whether something lies there that a run killed at its start doesn't leave."""
     if not path.is_dir():
         return path.exists() or path.is_symlink()
-    return any(entry.name != ".lock" for entry in path.iterdir())
+    return is_begun(path, "job.toml")
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
 from protocol.streams import stream_seed
-from protocol.synced import replace_synced
+from protocol.synced import is_begun, replace_synced
 from server.comparison import lower_is_better
 from sim.search_space import Space, Texts, checked_job, values_of
 from sim.sweep import Base, Values
@@ -308,7 +308,7 @@ class SearchFolder:
             raise ConfigError(f"{self.path}: found a file, expected a folder; choose another --out")
         if self.about.is_file():
             self._same(self._table(base, space, seed, seeds))
-        elif self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+        elif self.path.is_dir() and is_begun(self.path, self.about.name):
             raise ConfigError(f"{self.path}: not empty and no search's folder; choose another --out")
 
     def opened(self, base: Base, space: Space, *, seed: int, seeds: int, at_once: int) -> Search:

@@ -22,7 +22,7 @@ from typing import Any
 from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.job_file import apply_override, read_toml
-from protocol.synced import replace_synced
+from protocol.synced import is_begun, replace_synced
 
 FORMAT = 1
 """Of `sweep.json`."""
@@ -264,7 +264,7 @@ class SweepFolder:
         if not self.path.is_dir():
             raise ConfigError(f"{self.path}: found a file, expected a folder; choose another --out")
         if not self.about.is_file():
-            if any(entry.name != ".lock" for entry in self.path.iterdir()):
+            if is_begun(self.path, self.about.name):
                 raise ConfigError(f"{self.path}: not empty and no sweep's folder; choose another --out")
             return
         known = self._read()["base"]

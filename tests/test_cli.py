@@ -293,7 +293,7 @@ def test_force_replaces_nothing_but_a_run(say: Say, tmp_path: Path) -> None:
     assert snapshot(tmp_path / "mine") == before
 
 
-def test_an_empty_folder_that_was_there_stays_and_a_left_lock_is_no_hindrance(
+def test_an_empty_folder_that_was_there_stays_and_what_a_kill_left_is_no_hindrance(
     say: Say, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -301,7 +301,9 @@ def test_an_empty_folder_that_was_there_stays_and_a_left_lock_is_no_hindrance(
     refused(say("simulate", job, "--out", tmp_path / "run", "--set", 'data.classes=["0"]'))
     assert list((tmp_path / "run").iterdir()) == []
     (tmp_path / "run" / ".lock").write_text("1\n")
+    (tmp_path / "run" / ".job.toml.partial").write_text("format = ")
     assert say("simulate", job, "--out", tmp_path / "run")[0] == 0
+    assert not (tmp_path / "run" / ".job.toml.partial").exists()
 
 
 def test_an_output_that_cannot_be_written_is_named(say: Say, tmp_path: Path) -> None:  # row 81

@@ -25,7 +25,7 @@ from server.play import unwatched
 from sim.engine import simulate
 from sim.frontier import Estimate, Row, losses, reference, sentence, table
 from sim.frontier_plot import axis_of, frontier_png
-from sim.sweep import Base, Grid, Planned, SweepFolder, planned, split_values
+from sim.sweep import Base, Grid, Planned, SweepFolder, alone_in, planned, split_values
 from sim.sweep_picks import picks
 from sim.sweep_runs import Crew
 
@@ -214,9 +214,18 @@ def test_a_folder_of_something_else_is_refused(
     assert "found a file" in capsys.readouterr().err
     assert command_line(["sweep", str(job), "--out", str(tmp_path / "new"), "--plot-only"]) == 2
     assert "no sweep's folder (no sweep.json)" in capsys.readouterr().err
-    with SweepFolder(copied).alone():
+    with alone_in(copied, "sweep"):
         assert command_line(["sweep", str(job), *GRID, "--out", str(copied)]) == 2
     assert "another sweep runs in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", [".lock", ".sweep.json.partial"])
+def test_what_a_kill_at_the_start_left_is_no_hindrance(tmp_path: Path, first: str) -> None:
+    (tmp_path / first).write_text("{")
+    SweepFolder(tmp_path).check(base_of(TABLE))
+    (tmp_path / "mine").write_text("{")
+    with pytest.raises(ConfigError, match="no sweep's folder"):
+        SweepFolder(tmp_path).check(base_of(TABLE))
 
 
 def test_values_are_split_at_commas_that_stand_alone() -> None:
