@@ -62,7 +62,10 @@ def simulate(
     engine: Annotated[
         str, typer.Option(help="inline, loop, cohort or ray; the bits are the same.")
     ] = "inline",
-    workers: Annotated[int, typer.Option(min=1, max=1024, help="How many work at a time.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="How many work at a time; else what suits job and machine."),
+    ] = None,
     out: OutDir = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
@@ -86,13 +89,14 @@ def run_here(
     *,
     default: Path,
     engine: str = "inline",
-    workers: int = 1,
+    workers: int | None = None,
     resume: bool = False,
     force: bool = False,
     track: Sequence[str] = (),
 ) -> Path:
     """Simulate with a live display, then say what came out; the run directory."""
     from sim.engine import simulate as simulate_job
+    from sim.engine import usual_workers
 
     check_trackers(track)
     where = where or (default if force else unused(default, resume=resume))
@@ -114,7 +118,7 @@ def run_here(
                 job,
                 where,
                 engine=engine,
-                workers=workers,
+                workers=workers or usual_workers(job, engine),
                 watch=step,
                 progress=watcher.features,
                 resume=resume,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from client.at_once import AT_ONCE
 from client.books import Books
@@ -102,6 +106,22 @@ def check_engine(job: Job, engine: str) -> None:
         raise ConfigError(
             f"train.{key}: engine cohort trains clients at once and has no such way, try inline"
         )
+
+
+def usual_workers(job: Job, engine: str) -> int:
+    """How many workers serve a job, where nobody says: for heads, and on other engines, one.
+
+    Clients that train one after the other on processors share out the cores: a process for as many of them
+    as the job's threads, but not more than there are clients in a round, or gigabytes of memory by four.
+    """
+    one_by_one = engine == "inline" and not all(trains_on_features(stage) for stage in job.stages)
+    if not one_by_one or torch.device(job.train.device).type != "cpu":
+        return 1
+    federation = job.federation
+    cohort = federation.cohort or math.ceil(federation.clients * (federation.cohort_rate or 1))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cores = len(os.sched_getaffinity(0)) // job.train.threads
+    return max(1, min(cores, cohort, memory >> 32))
 
 
 def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Carrier:

@@ -14,12 +14,13 @@ from torch import nn
 
 from protocol.job import Job
 from protocol.streams import global_stream
+from tasks.body import BodiedOptions, bodied_detector
 from tasks.options import options_of
 from tasks.pictures import PictureEncoder, fill_all_but_classes, of_torchvision, settle_norms, size_of
 from tasks.seam import TARGETS, Batch, Model
 from tasks.small_pictures import DETECTOR, SmallPictureOptions, small_detector
 from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
-from tasks.weights import Backbone
+from tasks.weights import BODIED, Backbone
 
 Found = dict[str, torch.Tensor]
 
@@ -97,9 +98,9 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
         size, size, IMAGENET_MEAN, IMAGENET_STD, fixed_size=(size, size)
     )
     head = "roi_heads.box_predictor" if hasattr(network, "roi_heads") else "head"
-    if backbone.weights is None:
+    if backbone.weights is None and (backbone.also is None or backbone.also.weights is None):
         settle_norms(network, size, job.seed, run=_everything)
-    else:
+    elif backbone.weights is not None:
         fill_all_but_classes(network, head, backbone)
     encoder = PictureEncoder(network, size, (0.0,) * 3, (1.0,) * 3)
     return Detector(encoder, network.get_submodule(head))
@@ -110,6 +111,9 @@ def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:
     if (backbone.kind, backbone.name) == ("atoll", DETECTOR):
         options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
         return small_detector(options, size, classes)
+    if (backbone.kind, backbone.name) == ("atoll", BODIED):
+        bodied = options_of(job.backbone.options, BodiedOptions, "backbone.options")
+        return bodied_detector(backbone, bodied, size, classes, job.seed)
     return of_torchvision(job.backbone, backbone, "detection", classes, DETECTOR)
 
 

