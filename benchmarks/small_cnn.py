@@ -136,6 +136,11 @@ def systems(workload: Workload, path: Path) -> list[System]:
         System("atoll-2", "Atoll, 2 workers", lambda: atoll(workload, folder, workers=2, threads=1)),
         System("atoll-1", "Atoll, 1 worker", lambda: atoll(workload, folder, workers=1, threads=1)),
         System("atoll-threads", "Atoll, 2 threads", lambda: atoll(workload, folder, workers=1, threads=2)),
+        System(
+            "atoll-threads-last",
+            "Atoll, 2 threads, channels_last",
+            lambda: atoll(workload, folder, workers=1, threads=2, channels_last=True),
+        ),
         System("loop-1", "plain PyTorch loop, 1 thread", lambda: plain_loop(workload, 1)),
         System("loop-2", "plain PyTorch loop, 2 threads", lambda: plain_loop(workload, 2)),
         *peers(path, threads=cores),
