@@ -31,19 +31,19 @@ def load_weights(path: Path) -> Tensors:
     own = {n.removeprefix(IN_RUN): t for n, t in tensors.items() if n.startswith(IN_RUN)}
     if not own or any(".lora_" in name for name in own):
         raise WeightsError(f'{path}: holds no whole backbone, expected a run with tune.method = "full"')
-    return _statistics_before(path) | own
+    return own
 
 
-def _statistics_before(path: Path) -> Tensors:
-    """Those of batch norms, which no run moves: what the run whose model this is began with."""
+def _buffers_before(path: Path) -> Tensors:
+    """What the run whose model this is began with and no run moves: of its file what isn't trained.
+
+    Among it are the statistics of batch norms.
+    """
     begun = begun_from(path)
-    if begun is None or begun.backbone.name.startswith("hf:"):  # those say themselves what they miss
+    weights = resolve(begun.backbone, begun.seed).weights if begun is not None else None
+    if weights is None or weights.is_dir():  # networks of random weights, or of transformers'
         return {}
-    weights = resolve(begun.backbone, begun.seed).weights
-    if weights is None or weights.is_dir():
-        return {}
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    return {name: t for name, t in load_weights(weights).items() if name.endswith(statistics)}
+    return load_weights(weights)
 
 
 IN_RUN = "backbone.model."
@@ -90,6 +90,8 @@ def fill(module: nn.Module, state: Tensors, path: Path, *, ignore: tuple[str, ..
     """
     own, buffers = module.state_dict(), {name for name, _ in module.named_buffers()}
     given = {k: v for k, v in state.items() if not k.startswith(ignore)} if ignore else dict(state)
+    if is_of_run(path) and not buffers & own.keys() <= given.keys():
+        given = {n: t for n, t in _buffers_before(path).items() if n in buffers} | given
     for name, tensor in own.items():
         if name not in given:
             if name.endswith("num_batches_tracked") or (is_of_run(path) and name in buffers):

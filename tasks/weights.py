@@ -73,13 +73,12 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     second = section.options.get("body" if is_bodied else "text")
     if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied):
         return found
-    own: dict[str, Any] = {"name": second, "options": {}}
     begun = begun_from(found.weights) if is_bodied and found.weights is not None else None
-    if begun is not None:
-        own["weights"] = "random" if begun.backbone.weights == "random" else "pretrained"
-    elif found.weights is not None and is_bodied:  # a file of the whole network
+    own: dict[str, Any] = {"name": second, "options": {}}
+    if found.weights is not None and is_bodied:  # the whole network's
         own["weights"] = "random"
-    also = _resolve(section.model_copy(update=own), seed)
+    also = resolve(begun.backbone, begun.seed).also if begun is not None else None
+    also = also or _resolve(section.model_copy(update=own), seed)
     both = hashlib.sha256(f"{found.fingerprint} {also.fingerprint}".encode()).hexdigest()
     origin = f"{found.origin}, {also.origin}"
     return replace(found, also=also, origin=origin, fingerprint=both)
