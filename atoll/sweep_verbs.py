@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,6 @@ from rich.table import Table
 from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides, Processes, Vary
 from atoll.show import Gauge, gauge, out, plain, stop_if_asked
 from protocol.errors import ConfigError, JobError
-from protocol.job import Job
 
 if TYPE_CHECKING:
     from sim.frontier import Row
@@ -86,11 +84,12 @@ def _run_all(
 ) -> dict[str, str]:
     """Play what isn't there yet; what went wrong, by the run's name."""
     from sim.sweep_runs import Crew, warm
+    from sim.workers import processes_for
 
     waiting = [(run, folder.of(run)) for run in runs if folder.result(run) is None]
     done = len(runs) - len(waiting)
     shown = gauge()
-    count = min(workers or default_workers(run.job for run in runs), max(len(waiting), 1))
+    count = min(workers or processes_for(run.job for run in runs), max(len(waiting), 1))
     left = f"{done} are there, {count} at a time" if waiting else "all are there"
     shown.say(f"sweep     {len(runs)} runs: {_size(grid)}; {left}")
     folder.note(base, grid)
@@ -135,11 +134,6 @@ def _size(grid: Grid) -> str:
     parts = [f"{len(values)} of {key}" for key, values in grid.keys.items()]
     parts += [f"{grid.folds} folds"] if grid.folds is not None else []
     return " x ".join([*parts, f"{grid.seeds} seed{'s' if grid.seeds > 1 else ''}"])
-
-
-def default_workers(jobs: Iterable[Job]) -> int:
-    """As many processes as the cores that we may use have room for, with the job's threads each."""
-    return max(1, len(os.sched_getaffinity(0)) // max(job.train.threads for job in jobs))
 
 
 def tell(folder: SweepFolder, runs: Sequence[Planned], name: str, failures: dict[str, str]) -> None:

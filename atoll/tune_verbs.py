@@ -13,7 +13,7 @@ from rich.table import Table
 
 from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides, Processes, Vary, load
 from atoll.show import gauge, out, plain, stop_if_asked
-from atoll.sweep_verbs import default_workers, progress_of
+from atoll.sweep_verbs import progress_of
 from protocol.errors import ConfigError, JobError
 from protocol.job import Job
 from protocol.paths import with_absolute_paths
@@ -57,6 +57,7 @@ def tune(
     from sim.search import SearchFolder, check_optuna
     from sim.search_space import Space, check_searchable, default_space, job_of
     from sim.sweep import Base, alone_in
+    from sim.workers import processes_for
 
     given = Space.of(vary or (), ranges or ())
     base = Base.load(job, overrides or (), [one.key for one in given.keys])
@@ -69,7 +70,7 @@ def tune(
     seed = own.seed if seed is None else seed
     folder.check(base, space, seed=seed, seeds=seeds)
     with alone_in(folder.path, "search"):
-        count = min(workers or default_workers([own]), trials)
+        count = min(workers or processes_for([own]), trials)
         search = folder.opened(base, space, seed=seed, seeds=seeds, at_once=count)
         tried = _search(search, trials, count, is_default=not given.keys)
         _tell(search, tried)

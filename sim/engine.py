@@ -25,7 +25,7 @@ from sim.baselines import Comparison
 from sim.devices import clock_of
 from sim.inline import InlineCarrier, LoopCarrier
 from sim.population import Population
-from sim.workers import LEDGERS, MEMORY, PooledCarrier
+from sim.workers import LEDGERS, MEMORY, PooledCarrier, processes_for
 from tasks import task_named, trains_on_features
 from tasks.features import Progress
 from tasks.learner import Learner
@@ -120,8 +120,7 @@ def usual_workers(job: Job, engine: str) -> int:
     federation = job.federation
     cohort = federation.cohort or math.ceil(federation.clients * (federation.cohort_rate or 1))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cores = len(os.sched_getaffinity(0)) // job.train.threads
-    return max(1, min(cores, cohort, memory >> 32))
+    return max(1, min(processes_for([job]), cohort, memory >> 32))
 
 
 def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Carrier:

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -192,6 +192,11 @@ def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]
     """Consecutive clients for each worker; one by one where clients train one after the other."""
     size = max(1, -(-len(names) // workers)) if whole else 1
     return [list(names[start : start + size]) for start in range(0, len(names), size)]
+
+
+def processes_for(jobs: Iterable[Job]) -> int:
+    """As many processes as the cores that we may use have room for, with the jobs' threads each."""
+    return max(1, len(os.sched_getaffinity(0)) // max(job.train.threads for job in jobs))
 
 
 def open_site(text: str, out: Path | None) -> None:

@@ -15,14 +15,16 @@ from pydantic import Field
 from torch import nn
 
 from protocol.errors import WeightsError
+from protocol.job import BackboneSection
 from protocol.section import Section
-from protocol.streams import global_stream
-from tasks.loading import fill, load_weights
+from protocol.streams import stream_seed
+from tasks.options import options_of
+from tasks.vision_encoder import load_vision_encoder
 from tasks.weights import Backbone, torchvision_names
 
 HALVINGS = (3, 4)
 _PROBE = 64
-"""Sides of the picture that is sent through the body to learn its layers' sizes; no value is computed."""
+"""Sides of the picture that is sent through the body to learn its layers' sizes."""
 
 
 class BodiedOptions(Section):
@@ -33,7 +35,7 @@ class BodiedOptions(Section):
 
 
 def bodied_detector(
-    backbone: Backbone, options: BodiedOptions, size: int, classes: int, seed: int
+    backbone: Backbone, section: BackboneSection, size: int, classes: int, seed: int
 ) -> nn.Module:
     """A Faster R-CNN (Ren et al. 2015) with the body's own weights, where it has any, and fresh heads.
 
@@ -48,11 +50,13 @@ def bodied_detector(
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign
 
-    if backbone.also is None or (backbone.also.kind, backbone.also.name) not in _classifiers():
+    options = options_of(section.options, BodiedOptions, "backbone.options")
+    body = backbone.also
+    if body is None or body.kind != "torchvision" or body.name not in torchvision_names():
         raise WeightsError(
             f"backbone.options.body: expected a torchvision classifier, found {options.body!r}"
         )
-    layers = _layers(backbone.also, seed)
+    layers = _layers(body, section, seed)
     levels = _levels(layers)
     if len(levels) < len(HALVINGS):
         raise WeightsError(
@@ -81,21 +85,12 @@ def bodied_detector(
     return network
 
 
-def _classifiers() -> list[tuple[str, str]]:
-    return [("torchvision", name) for name in torchvision_names()]
-
-
-def _layers(body: Backbone, seed: int) -> nn.Sequential:
+def _layers(body: Backbone, section: BackboneSection, seed: int) -> nn.Sequential:
     """The classifier's layers one after another, with its weights where they were found."""
-    from torchvision import models
-
-    with global_stream(seed, "init", "body"):
-        network: nn.Module = models.get_model(body.name, weights=None)
-    if body.weights is not None:
-        fill(network, load_weights(body.weights), body.weights)
-    features = getattr(network, "features", None)
-    row = features if isinstance(features, nn.Module) else network
-    return nn.Sequential(OrderedDict(row.eval().named_children()))
+    trunk = load_vision_encoder(body, section, stream_seed(seed, "init", "body")).model
+    features = getattr(trunk, "features", None)
+    row = features if isinstance(features, nn.Module) else trunk
+    return nn.Sequential(OrderedDict(row.named_children()))
 
 
 @torch.no_grad()

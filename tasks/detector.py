@@ -14,7 +14,7 @@ from torch import nn
 
 from protocol.job import Job
 from protocol.streams import global_stream
-from tasks.body import BodiedOptions, bodied_detector
+from tasks.body import bodied_detector
 from tasks.options import options_of
 from tasks.pictures import PictureEncoder, fill_all_but_classes, of_torchvision, settle_norms, size_of
 from tasks.seam import TARGETS, Batch, Model
@@ -112,8 +112,7 @@ def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:
         options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
         return small_detector(options, size, classes)
     if (backbone.kind, backbone.name) == ("atoll", BODIED):
-        bodied = options_of(job.backbone.options, BodiedOptions, "backbone.options")
-        return bodied_detector(backbone, bodied, size, classes, job.seed)
+        return bodied_detector(backbone, job.backbone, size, classes, job.seed)
     return of_torchvision(job.backbone, backbone, "detection", classes, DETECTOR)
 
 

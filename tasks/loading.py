@@ -15,7 +15,7 @@ from torch import nn
 from protocol.errors import WeightsError
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
-from tasks.weights import Backbone, begun_from, resolve
+from tasks.weights import Backbone, begun_from, is_of_run, resolve
 
 
 def load_weights(path: Path) -> Tensors:
@@ -35,9 +35,9 @@ def load_weights(path: Path) -> Tensors:
 
 
 def _buffers_before(path: Path) -> Tensors:
-    """What the run whose model this is began with and no run moves: of its file what isn't trained.
+    """Of a run's model: the tensors of the file that the run began from, with the statistics of batch norms.
 
-    Among it are the statistics of batch norms.
+    Those no run moves or keeps.
     """
     begun = begun_from(path)
     weights = resolve(begun.backbone, begun.seed).weights if begun is not None else None
@@ -48,11 +48,6 @@ def _buffers_before(path: Path) -> Tensors:
 
 IN_RUN = "backbone.model."
 """How a run names the tensors of its backbone's network."""
-
-
-def is_of_run(path: Path) -> bool:
-    """Whether a file of weights is the model that a run left: what was trained, without buffers."""
-    return (path.parent / "model.json").is_file()
 
 
 def check_finite(tensors: Tensors, path: Path) -> None:
@@ -90,7 +85,7 @@ def fill(module: nn.Module, state: Tensors, path: Path, *, ignore: tuple[str, ..
     """
     own, buffers = module.state_dict(), {name for name, _ in module.named_buffers()}
     given = {k: v for k, v in state.items() if not k.startswith(ignore)} if ignore else dict(state)
-    if is_of_run(path) and not buffers & own.keys() <= given.keys():
+    if not buffers & own.keys() <= given.keys():
         given = {n: t for n, t in _buffers_before(path).items() if n in buffers} | given
     for name, tensor in own.items():
         if name not in given:

@@ -8,9 +8,9 @@ from torch import nn
 
 from protocol.errors import WeightsError
 from protocol.streams import global_stream
-from tasks.loading import config_of, is_of_run, load_transformer
+from tasks.loading import config_of, load_transformer
 from tasks.vision_encoder import normalisation_of
-from tasks.weights import Backbone
+from tasks.weights import Backbone, is_of_run
 
 _KIND = "segformer"
 

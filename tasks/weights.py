@@ -73,11 +73,12 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     second = section.options.get("body" if is_bodied else "text")
     if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied):
         return found
-    begun = begun_from(found.weights) if is_bodied and found.weights is not None else None
     own: dict[str, Any] = {"name": second, "options": {}}
-    if found.weights is not None and is_bodied:  # the whole network's
+    also = None
+    if is_bodied and found.weights is not None:  # the whole network's, but for what no run keeps
+        begun = begun_from(found.weights)
+        also = None if begun is None else resolve(begun.backbone, begun.seed).also
         own["weights"] = "random"
-    also = resolve(begun.backbone, begun.seed).also if begun is not None else None
     also = also or _resolve(section.model_copy(update=own), seed)
     both = hashlib.sha256(f"{found.fingerprint} {also.fingerprint}".encode()).hexdigest()
     origin = f"{found.origin}, {also.origin}"
@@ -136,14 +137,18 @@ def _weights_file(section: BackboneSection) -> Path:
     return path
 
 
+def is_of_run(weights: Path) -> bool:
+    """Whether a file of weights is the model that a run left: what was trained, without buffers."""
+    return (weights.parent / "model.json").is_file()
+
+
 def begun_from(weights: Path) -> Job | None:
-    """The job of the run whose model a file is: what that run didn't tune is as it found it.
+    """The job of the run whose model a file is, if it is one's: what that run didn't tune is as it found it.
 
     Raises:
         ConfigError: the run's directory holds no job, or not one of this version.
     """
-    is_of_run = (weights.parent / "model.json").is_file()
-    return Job.load(weights.parents[1] / "job.toml") if is_of_run else None
+    return Job.load(weights.parents[1] / "job.toml") if is_of_run(weights) else None
 
 
 def _resolve_hf_folder(section: BackboneSection, folder: Path, seed: int) -> Backbone:

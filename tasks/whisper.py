@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from protocol.errors import ConfigError, WeightsError
 from protocol.streams import global_stream
 from protocol.tensors import Tensors
-from tasks.loading import fill, is_of_run, load_weights
+from tasks.loading import fill, load_weights
 from tasks.sounds import RATE
-from tasks.weights import Backbone, weight_files
+from tasks.weights import Backbone, is_of_run, weight_files
 
 if TYPE_CHECKING:
     from torch import nn
