@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -415,10 +416,13 @@ EXAMPLE_LEDGER: dict[str, Plant] = {
     ),
 }
 
+COUNTS = itertools.count(5)
+"""Numbers of examples that surely differ from one data set to the next."""
+
 CLIENT_SILENCE: dict[str, Plant] = {
     "an update tells how many examples there are": wrapped(
         client.per_example.PerExample, "told",
-        lambda original: lambda self, clients: ((5 + id(self) % 97,) * len(clients), original(self, clients)[1]),
+        lambda original: lambda self, clients: ((next(COUNTS),) * len(clients), original(self, clients)[1]),
     ),
     "the training loss is sent": wrapped(
         client.per_example.PerExample, "told",
@@ -428,7 +432,7 @@ CLIENT_SILENCE: dict[str, Plant] = {
         ),
     ),
     "a hello tells how many examples there are": wrapped(
-        client.site, "Hello", lambda original: lambda *given: original(given[0], given[1], 5 + id(given[1]) % 97)
+        client.site, "Hello", lambda original: lambda *given: original(given[0], given[1], next(COUNTS))
     ),
 }  # fmt: skip
 
