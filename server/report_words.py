@@ -142,7 +142,8 @@ def _classes(result: dict[str, Any]) -> str:
     classes = [str(c) for c in result.get("facts", {}).get("classes", [])]
     if not classes:
         return ""
-    return f" into {len(classes)} classes" + (f": {listed(classes)}" if len(classes) <= FEW_CLASSES else "")
+    number = f"{len(classes)} class" + ("es" if len(classes) > 1 else "")
+    return f" into {number}" + (f": {listed(classes)}" if len(classes) <= FEW_CLASSES else "")
 
 
 def on_what_data(result: dict[str, Any], job: Job | None) -> str:

@@ -70,7 +70,8 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     """
     found = _resolve(section, seed)
     is_bodied = (found.kind, found.name) == ("atoll", BODIED)
-    second = section.options.get("body" if is_bodied else "text")
+    key = "body" if is_bodied else "text"
+    second = section.options.get(key)
     if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied):
         return found
     own: dict[str, Any] = {"name": second, "options": {}}
@@ -79,7 +80,10 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
         begun = begun_from(found.weights)
         also = None if begun is None else resolve(begun.backbone, begun.seed).also
         own["weights"] = "random"
-    also = also or _resolve(section.model_copy(update=own), seed)
+    try:
+        also = also or _resolve(section.model_copy(update=own), seed)
+    except WeightsError as error:
+        raise WeightsError(str(error).replace("backbone.name:", f"backbone.options.{key}:", 1)) from None
     both = hashlib.sha256(f"{found.fingerprint} {also.fingerprint}".encode()).hexdigest()
     origin = f"{found.origin}, {also.origin}"
     return replace(found, also=also, origin=origin, fingerprint=both)

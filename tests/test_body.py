@@ -61,7 +61,10 @@ def test_a_body_without_such_layers_is_named(name: str) -> None:
         ({}, r"backbone\.options.*body"),
         ({"body": "hf:all-MiniLM-L6-v2"}, "expected a torchvision classifier"),
         ({"body": "torchvision:fasterrcnn_resnet50_fpn"}, "expected a torchvision classifier"),
-        ({"body": "torchvision:mobilnet_v2"}, "did you mean"),
+        (
+            {"body": "torchvision:mobilnet_v2"},
+            r"backbone\.options\.body: torchvision has no model .*did you mean mobilenet_v2",
+        ),
     ],
 )
 def test_a_body_that_is_none_is_named(options: dict[str, str], said: str) -> None:
