@@ -142,6 +142,29 @@ PACKAGES = {
             carries="closing prices of 20 stocks of the S&P 500, 1990-2022",
             error=DataError,
         ),
+        Package(
+            project="vaderSentiment",
+            version="3.3.2",
+            archive_sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+            content_sha256="66f5b5a254955e85bad0f1031690c288286cff1c5e484c2efbbe69b7e5d94c58",
+            folder="vaderSentiment-3.3.2/additional_resources",
+            wanted=("hutto_ICWSM_2014.tar.gz",),
+            licence="package MIT, asks to cite Hutto & Gilbert 2014; the texts are their authors'",
+            carries="23,703 rated snippets of tweets, reviews and editorials",
+            error=DataError,
+            is_sdist=True,
+        ),
+        Package(
+            project="chitchat-dataset",
+            version="0.9.0",
+            archive_sha256="7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+            content_sha256="61a66d5a1caaa43a3b62b463ce15d08bc8096492d33fcb0e9b2e5427af6e4d46",
+            folder="chitchat_dataset",
+            wanted=("dataset.json",),
+            licence="MIT",
+            carries="7,168 conversations of the Chit-Chat Challenge",
+            error=DataError,
+        ),
     )
 }
 
