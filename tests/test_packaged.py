@@ -7,13 +7,17 @@ import tarfile
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from protocol.errors import DataError
+from tasks.images import decode_image, image_bytes
+from tasks.masks import read_mask
 from tasks.packaged import movielens_100k, sp500
 from tasks.packaged_texts import chitchat, rated_snippets
 from tasks.packages import unpacked
+from tasks.volumes import lesion_masks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,6 +45,11 @@ def snippets() -> pa.Table:
 @pytest.fixture(scope="module")
 def replies() -> pa.Table:
     return decoded(chitchat)
+
+
+@pytest.fixture(scope="module")
+def slices() -> list[dict]:
+    return decoded(lesion_masks).to_pylist()
 
 
 def decoded(decode) -> pa.Table:
@@ -146,3 +155,40 @@ def test_an_answer_is_another_person_s_and_the_next_question(replies):
     follows = [(a, b) for a, b in pairs if a["answer"] == b["question"]]
     assert len(follows) > 0.98 * len(pairs)
     assert all(a["sender"] != b["sender"] for a, b in follows)
+
+
+# pyradiomics' own baseline, computed with SimpleITK: a mask's voxels, its box (x, y, z, and how many of
+# each), and the mean of the image in it.
+BASELINE = {
+    "brain1": (4137, (162, 84, 11, 47, 70, 7), 825.2354363065023),
+    "brain2": (453, (205, 155, 8, 20, 15, 3), 390.7858719646799),
+    "breast1": (143, (21, 64, 8, 9, 12, 3), 131.12587412587413),
+    "lung1": (837, (206, 347, 32, 24, 26, 3), -63.90800477897252),
+    "lung2": (24644, (318, 333, 15, 87, 66, 11), 7.602093815938971),
+}
+WINDOWS = {
+    "brain1": (0, 1600),
+    "brain2": (0, 1000),
+    "breast1": (0, 200),
+    "lung1": (-1000, 400),
+    "lung2": (-1000, 400),
+}
+
+
+@pytest.mark.parametrize("patient", BASELINE)
+def test_a_lesion_has_the_voxels_box_and_mean_of_pyradiomics_baseline(slices, patient):
+    voxels, (x, y, _, width, height, depth), mean = BASELINE[patient]
+    own = [row for row in slices if row["patient"] == patient]
+    masks = np.stack([read_mask(row["mask"]["bytes"], "mask") for row in own]) == 1
+    greys = np.stack([np.asarray(decode_image(image_bytes(row["image"]), "x"))[:, :, 0] for row in own])
+    assert masks.shape == greys.shape and masks.sum() == voxels
+    # As many slices without a lesion as with one.
+    assert masks.any(axis=(1, 2)).sum() == depth and len(own) == 2 * depth
+    rows, columns = np.flatnonzero(masks.any(axis=(0, 2))), np.flatnonzero(masks.any(axis=(0, 1)))
+    # The brains' files count from the back of the head, the others from the front.
+    top = masks.shape[1] - y - height if patient.startswith("brain") else y
+    assert (rows[0], rows[-1] + 1) == (top, top + height)
+    assert (columns[0], columns[-1] + 1) == (x, x + width)
+    black, white = WINDOWS[patient]
+    # To a grey or two of 255: rounding, and what lies outside of the window.
+    assert greys[masks].mean() == pytest.approx((mean - black) / (white - black) * 255, abs=1.5)
