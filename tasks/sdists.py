@@ -62,9 +62,13 @@ def _whole(path: Path) -> Path:
 def pip_settings() -> dict[str, str]:
     """pip's options as its configuration files and `PIP_…` variables set them, by their long names."""
     command = [sys.executable, "-m", "pip", "config", "list", "--no-input"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False, encoding="utf-8"
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False, encoding="utf-8"
+        )
+    except subprocess.TimeoutExpired:
+        why = f"pip took more than {_PATIENCE_SECONDS} seconds to tell its configuration"
+        raise NotFetchedError(why) from None
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise NotFetchedError(f"pip could not tell its configuration: {last}")
