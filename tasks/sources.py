@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from protocol.cache import cache_root, cached_folder
 from protocol.errors import ConfigError, DataError
 from tasks.packaged import movielens_100k, sp500, tree_crowns
+from tasks.packaged_texts import chitchat, rated_snippets
 from tasks.packages import PACKAGES, Progress, unpacked
 from tasks.png import grey_png
 from tasks.texts import checked_text
+from tasks.volumes import lesion_masks
 
 Splits = dict[str, pa.Table]
 _FASHION_CLASSES = (
@@ -242,6 +244,27 @@ SOURCES = {
             description="413 squares of photographs of woods from the air at 3 sites, with boxes of crowns",
             licence=PACKAGES["deepforest"].licence,
             decode=tree_crowns,
+        ),
+        Source(
+            name="rated-snippets",
+            tasks=("text-classification",),
+            description="23,320 tweets and sentences of reviews and editorials, rated positive or negative",
+            licence=PACKAGES["vaderSentiment"].licence,
+            decode=rated_snippets,
+        ),
+        Source(
+            name="chitchat",
+            tasks=("question-answering",),
+            description="131,548 replies of 1,113 people in chats, each with what was said before",
+            licence=PACKAGES["chitchat-dataset"].licence,
+            decode=chitchat,
+        ),
+        Source(
+            name="lesion-masks",
+            tasks=("segmentation",),
+            description="54 slices of CT and MR scans of 5 patients, half with a lesion, and its mask",
+            licence=PACKAGES["pyradiomics"].licence,
+            decode=lesion_masks,
         ),
         Source(
             name="generated-shapes",

@@ -55,7 +55,7 @@ def toy(path: Path) -> Package:
     return Package(
         project="toy-data",
         version="1.0",
-        wheel_sha256=file_sha256(path),
+        archive_sha256=file_sha256(path),
         content_sha256=hashlib.sha256(lines.encode()).hexdigest(),
         folder="toy_data/data",
         wanted=("*.txt", "deep/*.txt"),
