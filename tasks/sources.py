@@ -255,7 +255,7 @@ SOURCES = {
         Source(
             name="chitchat",
             tasks=("question-answering",),
-            description="131,548 replies of 1,113 people in chats, each with what was said before",
+            description="129,880 replies of 690 people in chats, each with what was said before",
             licence=PACKAGES["chitchat-dataset"].licence,
             decode=chitchat,
         ),
