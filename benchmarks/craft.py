@@ -1,10 +1,12 @@
 """What options of training gain or cost, each against the plain job on a case made for it, over seeds.
 
-    python -m benchmarks.craft [CASE …] [--seeds 5]        # imbalance, few, network
+    python -m benchmarks.craft [CASE …] [--seeds 5]        # imbalance, few, stages, speech, network
 
 `imbalance`: digits of which one in fifty is of the last five classes, measured on even ones. `few`: 10
-clients of 20 digits (MNIST, MobileNetV2's features). `network`: a small vision transformer, from nothing,
-on 20 digits each. A seed deals the data anew and starts the model anew. Intervals are Student's, 95 % over
+clients of 20 digits (MNIST, MobileNetV2's features). `stages`: the same, of which more than the head is
+tuned, from the start or later. `speech`: a small recogniser from nothing, on 480 spoken sentences at 4
+clients. `network`: a small vision transformer, from nothing, on 20 digits each. A seed deals the data anew
+and starts the model anew. Intervals are Student's, 95 % over
 seeds; "gain" is the mean of the differences to the plain run of the same seed. Seconds are of one run with
 what it shares with others cached: read them as more or less, other work may run beside.
 """
@@ -84,6 +86,23 @@ def few(folder: Path) -> Table:
     }
 
 
+def stages(folder: Path) -> Table:
+    """The same digits, fewer rounds: networks are trained through, features aren't kept."""
+    return merged(few(folder), {"federation": {"rounds": 20}, "train": {"epochs": 1}})
+
+
+def speech(folder: Path) -> Table:
+    """Sentences that espeak-ng speaks, which a convolutional recogniser hears as log-mel spectra."""
+    return {
+        "task": {"name": "speech-recognition"},
+        "data": {"source": "generated-speech"},
+        "backbone": {"name": "atoll:small-ctc", "weights": "random", "options": {"layers": 1}},
+        "tune": {"method": "full"},
+        "train": {"lr": 0.003, "batch_size": 16, "optimizer": "adamw", "epochs": 3},
+        "federation": {"clients": 4, "rounds": 12},
+    }
+
+
 def network(folder: Path) -> Table:
     """A vision transformer of 0.2 million parameters, from nothing on 20 digits at each of 10 clients."""
     where = folder / "vit"
@@ -113,6 +132,8 @@ def train(**options: Any) -> Table:
     return {"train": options}
 
 
+LAST: Table = {"method": "last-k", "layers": 4}
+
 CASES = {
     "imbalance": Case(
         "macro_f1",
@@ -136,6 +157,20 @@ CASES = {
             "rotate, 8 views": train(augment=("rotate",), cached_views=8),
             "early stopping, patience 5": {"evaluate": {"every": 1, "patience": 5}},
         },
+    ),
+    "stages": Case(
+        "accuracy",
+        stages,
+        {
+            "head": {},
+            "last-k": {"tune": LAST},
+            "head, then last-k": {"tune": {"method": "head", "then": ({**LAST, "after": 10},)}},
+        },
+    ),
+    "speech": Case(
+        "wer",
+        speech,
+        {"plain": {}, "spec-augment": train(augment=("spec-augment",)), "dropout 0.2": train(dropout=0.2)},
     ),
     "network": Case(
         "accuracy",
