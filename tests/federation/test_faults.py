@@ -11,7 +11,7 @@ from server.submit import status, stop
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import result_of, rounds_of, wait_until
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
 SLOW = {"epochs": 200}
 """Passes over the data that take a second or two: time to interfere."""

@@ -13,7 +13,7 @@ from tests.federation.news import news_file
 from tests.federation.places import federation_of, unwatched
 from tests.test_backbones import tiny_bert
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
 
 def test_sites_that_keep_their_heads_or_send_sums_give_the_bits_of_the_simulation(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from server.submit import status
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import result_of
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
 CLASSES = {"classes": [str(digit) for digit in range(10)]}
 EXAMPLE = {

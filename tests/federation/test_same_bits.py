@@ -17,7 +17,7 @@ from tests.federation.news import news_file
 from tests.federation.places import Federation, atoll, federation_of, result_of, unwatched, wait_until
 from tests.test_backbones import tiny_bert
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(900)]
 
 CLIENTS = 4
 

@@ -20,7 +20,7 @@ from server.submit import follow, logs, status
 from tests.federation.conftest import CLIENTS, SECRET, Ring, job, weights_home
 from tests.federation.places import provisioned, result_of, rounds_of, wait_until
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 

@@ -33,7 +33,7 @@ from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import unwatched
 from tests.federation.wire import Tap, bodies, said, share_found, tapped
 
-pytestmark = [pytest.mark.federation, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
 CHANCE = 1e-9
 """A test of randomness fails by bad luck this often; of plain numbers it gives 0."""
