@@ -163,14 +163,18 @@ CASES = {
         stages,
         {
             "head": {},
-            "last-k": {"tune": LAST},
-            "head, then last-k": {"tune": {"method": "head", "then": ({**LAST, "after": 10},)}},
+            "last-k": {"tune": LAST, "train": {"lr": 0.001}},
+            "head, then last-k": {"tune": {"method": "head", "then": ({**LAST, "after": 10, "lr": 0.001},)}},
         },
     ),
     "speech": Case(
         "wer",
         speech,
-        {"plain": {}, "spec-augment": train(augment=("spec-augment",)), "dropout 0.2": train(dropout=0.2)},
+        {
+            "plain": {},
+            "spec-augment": train(augment=("spec-augment",)),
+            "dropout 0.2": {"backbone": {"options": {"layers": 1, "dropout": 0.2}}},
+        },
     ),
     "network": Case(
         "accuracy",
