@@ -163,8 +163,8 @@ CASES = {
         stages,
         {
             "head": {},
-            "last-k": {"tune": LAST, "train": {"lr": 0.001}},
-            "head, then last-k": {"tune": {"method": "head", "then": ({**LAST, "after": 10, "lr": 0.001},)}},
+            "last-k": {"tune": LAST, "train": {"lr": 0.0001}},
+            "head, then last-k": {"tune": {"method": "head", "then": ({**LAST, "after": 10, "lr": 0.0001},)}},
         },
     ),
     "speech": Case(
