@@ -98,10 +98,11 @@ def duration(seconds: float | None) -> str:
 def counted(count: int, noun: str) -> str:
     """A count and its noun.
 
-    >>> counted(1, "round"), counted(1925, "number")
-    ('1 round', '1,925 numbers')
+    >>> counted(1, "round"), counted(1925, "number"), counted(2, "class")
+    ('1 round', '1,925 numbers', '2 classes')
     """
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -142,8 +143,8 @@ def _classes(result: dict[str, Any]) -> str:
     classes = [str(c) for c in result.get("facts", {}).get("classes", [])]
     if not classes:
         return ""
-    number = f"{len(classes)} class" + ("es" if len(classes) > 1 else "")
-    return f" into {number}" + (f": {listed(classes)}" if len(classes) <= FEW_CLASSES else "")
+    named = f": {listed(classes)}" if len(classes) <= FEW_CLASSES else ""
+    return f" into {counted(len(classes), 'class')}{named}"
 
 
 def on_what_data(result: dict[str, Any], job: Job | None) -> str:
