@@ -79,10 +79,10 @@ def pip_settings() -> dict[str, str]:
 
 def _client(settings: Mapping[str, str]) -> PyPIClient:
     verify: ssl.SSLContext | bool = True
-    if "cert" in settings or "client-cert" in settings:
+    if settings.keys() & {"cert", "client-cert"}:
         verify = ssl.create_default_context(cafile=settings.get("cert"))
-    if isinstance(verify, ssl.SSLContext) and "client-cert" in settings:
-        verify.load_cert_chain(settings["client-cert"])
+        if "client-cert" in settings:
+            verify.load_cert_chain(settings["client-cert"])
     indexes = f"{settings.get('index-url', '')} {settings.get('extra-index-url', '')}".split()
     return PyPIClient(
         trusted_hosts=settings.get("trusted-host", "").split(),

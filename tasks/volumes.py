@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nrrd
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -69,6 +68,8 @@ def _upright(path: Path) -> NDArray[Any]:
 
     The files' axes run along the patient's left, back and head, or against these.
     """
+    import nrrd
+
     values, header = nrrd.read(str(path))
     steps = np.asarray(header["space directions"])
     if header["space"] != "left-posterior-superior" or np.count_nonzero(steps - np.diag(np.diag(steps))):

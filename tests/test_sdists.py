@@ -4,6 +4,7 @@ import io
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import DataError
-from tasks.packages import PACKAGES, Package, content_sha256, file_sha256, unpacked
+from tasks.packages import PACKAGES, Package, unpacked
 from tasks.sdists import pip_settings
+from tests.test_packages import names
+from tests.test_packages import toy as of_wheel
 
 FILES = {"toy-data-1.0/data/a.txt": b"one", "toy-data-1.0/data/deep/b.txt": b"two"}
 RUNS = b"open('ran', 'w').close()"
@@ -43,23 +46,7 @@ def sdist(folder: Path, extra: dict[str, bytes | tuple[bytes, str]] | None = Non
 
 
 def toy(path: Path) -> Package:
-    wanted = path.parent.parent / "wanted"
-    for name, data in FILES.items():
-        file = wanted / name.removeprefix("toy-data-1.0/data/")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-    return Package(
-        project="toy-data",
-        version="1.0",
-        archive_sha256=file_sha256(path),
-        content_sha256=content_sha256(wanted),
-        folder="toy-data-1.0/data",
-        wanted=("*.txt", "deep/*.txt"),
-        licence="none",
-        carries="two words",
-        error=DataError,
-        is_sdist=True,
-    )
+    return replace(of_wheel(path), folder="toy-data-1.0/data", is_sdist=True)
 
 
 @pytest.fixture
@@ -86,10 +73,6 @@ def index(tmp_path, monkeypatch) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/simple"
         server.shutdown()
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def test_only_the_wanted_files_are_unpacked_and_nothing_runs(shelf, tmp_path):
