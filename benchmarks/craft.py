@@ -6,9 +6,9 @@
 clients of 20 digits (MNIST, MobileNetV2's features). `stages`: the same, of which more than the head is
 tuned, from the start or later. `speech`: a small recogniser from nothing, on 480 spoken sentences at 4
 clients. `network`: a small vision transformer, from nothing, on 20 digits each. A seed deals the data anew
-and starts the model anew. Intervals are Student's, 95 % over
-seeds; "gain" is the mean of the differences to the plain run of the same seed. Seconds are of one run with
-what it shares with others cached: read them as more or less, other work may run beside.
+and starts the model anew. Intervals are Student's, 95 % over seeds; "gain" is the mean of the differences
+to the plain run of the same seed. Seconds are of one run with what it shares with others cached: read them
+as more or less, other work may run beside.
 """
 
 from __future__ import annotations
