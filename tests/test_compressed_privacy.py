@@ -161,7 +161,7 @@ def example_job(scheme: str, **privacy: Any) -> Job:
 def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     """What a client sends and remembers in three rounds, in which its noised updates are given ones."""
     population = Population.of(setting)
-    site = Site(population, books=w.Books(Path(w.tempfile.mkdtemp())))
+    site = Site(population, books=w.Books(w.new_folder()))
     facts = population.roll(setting).facts[0]
     learner = w.rounds.Learner.of(setting, w.rounds.task_named(setting.task.name), facts)
     facts = facts | {"backbone": learner.backbone.fingerprint}

@@ -97,8 +97,16 @@ def terms_for(setting: Job, unit: str) -> Terms:
     return terms
 
 
+_scratch = tempfile.TemporaryDirectory(prefix="atoll-watchdogs-")
+
+
+def new_folder() -> Path:
+    """An empty folder that is gone when the tests end."""
+    return Path(tempfile.mkdtemp(dir=_scratch.name))
+
+
 def protection(kind: type[Protection], setting: Job, folder: Path | None = None) -> Protection:
-    folder = folder or Path(tempfile.mkdtemp())
+    folder = folder or new_folder()
     books = ServerBooks(folder / "ledger.jsonl", "test")
     return kind(setting, terms_for(setting, "client"), books, "run")
 
@@ -294,7 +302,7 @@ def what_a_client_sends_beside_its_tensors_is_silent() -> None:
         private = private_training(setting, terms_for(setting, "example"), 1, {"c": 1})
         local = Local(setting, LOSSES["softmax"], 1, per_example=private)
         update = train_heads(head(None), table, [HeadWork("c", np.arange(len(given)))], local)[0]
-        site = Site(cast(Any, Held(len(given))), books=Books(Path(tempfile.mkdtemp())))
+        site = Site(cast(Any, Held(len(given))), books=Books(new_folder()))
         return {
             "weight": update.num_examples,
             "states": dict(update.states),
