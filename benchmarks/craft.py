@@ -173,7 +173,6 @@ CASES = {
         {
             "plain": {},
             "spec-augment": train(augment=("spec-augment",)),
-            "dropout 0.2": {"backbone": {"options": {"layers": 1, "dropout": 0.2}}},
         },
     ),
     "network": Case(

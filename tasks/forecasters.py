@@ -15,10 +15,10 @@ from torch import nn
 
 from protocol.errors import WeightsError
 from protocol.job import Job
-from protocol.section import Count, Decay, Section
+from protocol.section import Count
 from protocol.streams import global_stream
 from tasks.loading import fill, load_transformer, load_weights
-from tasks.options import options_of
+from tasks.options import RecurrentLayers, options_of
 from tasks.seam import Batch, Encoder, Model
 from tasks.weights import Backbone
 from tasks.windows import ForecastOptions
@@ -26,12 +26,10 @@ from tasks.windows import ForecastOptions
 RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU}
 
 
-class RecurrentOptions(Section):
+class RecurrentOptions(RecurrentLayers):
     """`backbone.options` of atoll:lstm and atoll:gru."""
 
     width: Count = 64
-    layers: Count = 1
-    dropout: Decay = 0.0
 
 
 class WindowEncoder(Encoder):

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from protocol.complaints import explain
 from protocol.errors import ConfigError
 from protocol.job import Job
-from protocol.section import Section
+from protocol.section import Count, Decay, Section
 
 Known = TypeVar("Known", bound=Section)
+
+
+class RecurrentLayers(Section):
+    """Options of layers that read a sequence each; what goes from one to the next may drop out."""
+
+    layers: Count = 1
+    dropout: Decay = 0.0
+
+    @model_validator(mode="after")
+    def _dropout_is_between_layers(self) -> Self:
+        if self.dropout and self.layers == 1:
+            raise ValueError(
+                f"dropout: it is between layers, expected layers of 2 or more, found {self.layers}"
+            )
+        return self
 
 
 def options_of(given: Mapping[str, Any], known: type[Known], where: str = "task.options") -> Known:

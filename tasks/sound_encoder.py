@@ -14,12 +14,12 @@ from torch import nn
 
 from protocol.errors import ConfigError, WeightsError
 from protocol.job import Job
-from protocol.section import Count, Decay, Section
+from protocol.section import Count
 from protocol.streams import global_stream
 from tasks.augment import masked_spectrum
 from tasks.letters import OWN
 from tasks.loading import config_of, fill, load_transformer, load_weights
-from tasks.options import options_of
+from tasks.options import RecurrentLayers, options_of
 from tasks.seam import Batch, Encoder, Variation
 from tasks.sounds import BANDS, checked_sound, log_mel, normalised
 from tasks.weights import Backbone
@@ -28,12 +28,10 @@ from tasks.whisper import WHISPER, load_whisper, mel_of
 SMALL = "small-ctc"
 
 
-class SmallCtcOptions(Section):
+class SmallCtcOptions(RecurrentLayers):
     """`backbone.options` of atoll:small-ctc."""
 
     width: Count = 96
-    layers: Count = 1
-    dropout: Decay = 0.0
 
 
 class SmallCtc(nn.Module):

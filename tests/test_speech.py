@@ -21,9 +21,12 @@ from protocol.streams import stream
 from protocol.tensors import tensors_sha256
 from tasks import tuning
 from tasks.augment import masked_spectrum
+from tasks.forecasters import RecurrentOptions
 from tasks.learner import Learner, added
 from tasks.letters import OWN, code_points, from_code_points
+from tasks.options import RecurrentLayers, options_of
 from tasks.seam import Shard
+from tasks.sound_encoder import SmallCtcOptions
 from tasks.sounds import RATE, checked_sound, log_mel
 from tasks.speech import NOTHING, SPEECH_RECOGNITION
 from tests.models import small_wav2vec2, small_whisper
@@ -117,6 +120,13 @@ def test_what_is_written_is_read_again_with_the_same_keys(tmp_path: Path) -> Non
     SPEECH_RECOGNITION.write(table.train, tmp_path / "out", data)
     again = SPEECH_RECOGNITION.read(tmp_path / "out", data, {})
     assert SPEECH_RECOGNITION.keys(again.train) == SPEECH_RECOGNITION.keys(table.train)
+
+
+@pytest.mark.parametrize("known", [SmallCtcOptions, RecurrentOptions])
+def test_dropout_that_would_drop_nothing_is_refused(known: type[RecurrentLayers]) -> None:
+    assert options_of({"layers": 2, "dropout": 0.2}, known).dropout == 0.2
+    with pytest.raises(ConfigError, match=r"dropout: .* expected layers of 2 or more, found 1"):
+        options_of({"dropout": 0.2}, known)
 
 
 def networks(root: Path) -> dict[str, dict[str, Any]]:
