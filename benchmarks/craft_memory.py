@@ -12,14 +12,13 @@ seeds; a seed deals the data anew and starts the head anew.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,12 @@ class Trained:
     memory: float
 
 
-def run_here(case: str, way: str, seed: int) -> Trained:
-    """Play the job in this process, which should have done nothing before."""
+def run(case: str, way: str, seed: int) -> Trained:
+    """Play the job in this process, which has done nothing before."""
     from server.result import peak_rss_mb
     from sim.engine import simulate
 
+    logging.disable(logging.WARNING)
     before = after = 0.0
 
     def watch(step: str, what: dict[str, Any]) -> None:
@@ -92,28 +92,14 @@ def held_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def in_a_process(case: str, way: str, seed: int) -> Trained:
-    """`run_here` in a new process."""
-    command = [sys.executable, "-m", "benchmarks.craft_memory", "--one", case, way, str(seed)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return Trained(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def line(way: str, runs: list[Trained], plain: list[Trained]) -> str:
     """One row of the table."""
     pairs = list(zip(runs, plain, strict=True))
-    values = [
-        told(Estimate.of([run.accuracy for run in runs])),
-        ""
-        if runs is plain
-        else told(Estimate.of([run.accuracy - other.accuracy for run, other in pairs]), "+"),
-        told(Estimate.of([run.seconds / other.seconds for run, other in pairs])),
-    ]
-    return (
-        f"{way:<26}"
-        + "".join(f"{v:>18}" for v in values)
-        + f"{statistics.mean(r.memory for r in runs):>10.0f}"
-    )
+    accuracy = told(Estimate.of([run.accuracy for run in runs]))
+    change = told(Estimate.of([run.accuracy - other.accuracy for run, other in pairs]), "+")
+    share = told(Estimate.of([run.seconds / other.seconds for run, other in pairs]))
+    memory = statistics.mean(run.memory for run in runs)
+    return f"{way:<26}{accuracy:>18}{'' if runs is plain else change:>18}{share:>18}{memory:>10.0f}"
 
 
 def main() -> None:
@@ -121,19 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--one", nargs=3, metavar=("CASE", "WAY", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
-    if options.one:
-        case, way, seed = options.one
-        print(json.dumps(asdict(run_here(case, way, int(seed)))))
-        return
+    alone = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     for case in options.cases or CASES:
-        seeds = range(1, options.seeds + 1)
         runs: dict[str, list[Trained]] = {way: [] for way in WAYS}
-        for seed in seeds:
+        for seed in range(1, options.seeds + 1):
             for way in WAYS:
-                runs[way].append(in_a_process(case, way, seed))
+                runs[way].append(alone.submit(run, case, way, seed).result())
         print(f"{case}, seeds 1 to {options.seeds}")
         print(f"{'':<26}{'accuracy':>18}{'change':>18}{'time, of plain':>18}{'memory':>10}")
         for way in WAYS:
