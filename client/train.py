@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from client.batches import batches
+from client.factored import factored
 from client.precision import in_full, lowered, scaler_of
 from client.recomputing import recomputed_activations
 from client.steps import torch_optimizer
@@ -48,7 +49,12 @@ def train_model(
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
     chances = learner.chances(shard)
-    with global_stream(job.seed, "dropout", round, client), _memory_saved(model, job), repeatable(device):
+    with (
+        global_stream(job.seed, "dropout", round, client),
+        _memory_saved(model, job),
+        repeatable(device),
+        factored(model, job, mu) as factors,
+    ):
         for number, rows in enumerate(batches(len(shard), job, round, client, chances)[:steps]):
             varied = variation(job, round, client, number)
             optimizer.zero_grad()
@@ -64,6 +70,8 @@ def train_model(
                 pull_back(parameters, start, mu)
             scaler.step(optimizer)
             scaler.update()
+            for weight in factors:
+                weight.step(job.train.lr)
             if job.backbone.prune is not None:
                 tuning.keep_pruned(model)
     count = float(len(shard) * job.train.epochs)

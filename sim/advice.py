@@ -25,6 +25,7 @@ from sim.population import Population, client_names, number_of
 from tasks import task_named
 from tasks.features import Progress, extract
 from tasks.fits import check_fits
+from tasks.lazy import several
 from tasks.learner import Learner
 from tasks.weights import PACKAGED, RAW, resolve, torchvision_names
 
@@ -169,7 +170,7 @@ def _advice(job: Job, population: Population, head: int, progress: Progress | No
     train, kept = whole.select(sample.train.tolist()), whole.select(sample.kept.tolist())
     features, other = learner.features(train).numpy(), learner.features(kept).numpy()
     labels, true = train.table.numpy(), kept.table.numpy()
-    timed = [train.inputs[row] for row in range(min(TIMED, len(train)))]
+    timed = several(train.inputs, range(min(TIMED, len(train))))
     started = time.monotonic()
     extract(encoder, timed, threads=job.train.threads, device=job.train.device)
     seconds = (time.monotonic() - started) / len(timed)

@@ -28,7 +28,7 @@ from server.app import FlowerCarrier
 from server.play import play
 from server.rounds import TestSet
 from sim.population import Population
-from sim.workers import site_in
+from sim.workers import books_in
 from tasks import trains_on_features
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def block_site(job: Job, context: Context, out: Path) -> Site:
     if job.hash not in _populations:
         _populations[job.hash] = Population.of(job)
     if key not in _sites:
-        _sites[key] = site_in(out, Block(_populations[job.hash], number, total))
+        books, memory = books_in(out)
+        _sites[key] = Site(Block(_populations[job.hash], number, total), books=books, memory=memory)
     return _sites[key]
 
 

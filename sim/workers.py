@@ -10,8 +10,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from typing import Self
 
 from client.books import Books
 from client.memory import Memory
-from client.site import Shards, Site
+from client.site import Site
 from protocol.errors import JobError
 from protocol.job import Job
 from protocol.messages import (
@@ -35,7 +36,9 @@ from protocol.messages import (
 )
 from server.roll import Roll
 from sim.board import Board, Layout, can_share
+from sim.indexed import IndexedSite
 from sim.population import Population
+from sim.queueing import Homes, Queue
 from tasks import trains_on_features
 
 RETRIES = 3
@@ -80,7 +83,9 @@ class PooledCarrier:
     out: Path | None = None
     engine: str = "inline"
     masks: bool = False
-    _pool: list[ProcessPoolExecutor] = field(default_factory=list)
+    _pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
+    """Of one process each, so that a client can go where it was before."""
+    _homes: Homes = field(default_factory=Homes)
     _board: list[Board] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -90,7 +95,9 @@ class PooledCarrier:
     def hello(self, job: Job) -> Roll:
         return self.population.roll(job)
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+    def exchange(
+        self, request: Request, names: Sequence[str], timeout: float
+    ) -> Generator[Reply, None, None]:
         """Replies of all blocks, in order of completion; updates are good until the next exchange.
 
         Raises:
@@ -102,23 +109,50 @@ class PooledCarrier:
         head, body = encode_request(request if board is None else replace(request, tensors={}))
         shared = None if board is None else board.layout
         slots = {name: number for number, name in enumerate(names, start=MODEL + 1)}
-        waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
-        for _ in range(RETRIES):
-            lost: list[list[str]] = []
-            with interrupts_held_back():
-                works = [Work(head, body, {name: slots[name] for name in block}, shared) for block in waiting]
-                running = {self._start().submit(answer, work): list(work.slots) for work in works}
-            for future in as_completed(running):
-                answers = _result(future)
-                if answers is None:
-                    lost.append(running[future])
-                    continue
-                yield from (_reply(found, board, slots) for found in answers)
-            if not lost:
-                return
-            self._end_workers()
-            waiting = lost
-        raise JobError(f"worker processes died {RETRIES} times over {len(waiting)} blocks; out of memory?")
+        queue = Queue(self._homes, blocks(names, self.workers, whole=trains_on_features(self.population.job)))
+        running: dict[Future[list[Answer]], tuple[int, list[str]]] = {}
+        deaths: Counter[str] = Counter()
+
+        def start(worker: int) -> None:
+            block = queue.next_for(worker)
+            if block is not None:
+                work = Work(head, body, {name: slots[name] for name in block}, shared)
+                with interrupts_held_back():
+                    running[self._pool(worker).submit(answer, work)] = worker, block
+
+        def employ(worker: int) -> None:
+            # A block, and one more at its door, so that it needn't wait; the last ones go to who is free.
+            if worker not in {at_work for at_work, _ in running.values()}:
+                start(worker)
+            if len(queue) >= self.workers:
+                start(worker)
+
+        try:
+            for worker in range(self.workers):
+                employ(worker)
+            while running:
+                wait(running, return_when=FIRST_COMPLETED)
+                for future in [future for future in running if future.done()]:
+                    if future not in running:
+                        continue
+                    worker, block = running[future]
+                    answers = _result(future)
+                    if answers is None:
+                        deaths[block[0]] += 1
+                        if deaths[block[0]] == RETRIES:
+                            raise JobError(
+                                f"worker processes died {RETRIES} times over {_shown(block)}; out of memory?"
+                            )
+                        for lost in [f for f, (at_work, _) in running.items() if at_work == worker]:
+                            queue.put(running.pop(lost)[1])
+                        self._end_worker(worker)
+                    else:
+                        del running[future]
+                    employ(worker)
+                    yield from (_reply(found, board, slots) for found in answers or ())
+        finally:
+            for worker in {at_work for at_work, _ in running.values()}:  # nobody waits for it any more
+                self._end_worker(worker)
 
     def _board_for(self, request: Request, slots: int) -> Board | None:
         """Memory for what is sent and for the answers, where there are tensors and such memory."""
@@ -133,26 +167,27 @@ class PooledCarrier:
         while self._board:
             self._board.pop().close()
 
-    def _start(self) -> ProcessPoolExecutor:
-        if not self._pool:
+    def _pool(self, worker: int) -> ProcessPoolExecutor:
+        if worker not in self._pools:
             context = multiprocessing.get_context("spawn")
             about = (self.population.job.canonical, self.out)
-            self._pool.append(ProcessPoolExecutor(self.workers, context, open_site, about))
-        return self._pool[0]
+            self._pools[worker] = ProcessPoolExecutor(1, context, open_site, about)
+        return self._pools[worker]
 
     def close(self) -> None:
         """End the worker processes at once, and give back what they shared."""
-        self._end_workers()
+        for worker in list(self._pools):
+            self._end_worker(worker)
         self._let_go()
 
-    def _end_workers(self) -> None:
-        """End them at once: what they are at is lost, and they hold nothing else."""
-        while self._pool:
-            pool = self._pool.pop()
-            processes = list((pool._processes or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
+    def _end_worker(self, worker: int) -> None:
+        """End it at once: what it is at is lost, and it holds nothing else."""
+        pool = self._pools.pop(worker)
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        self._homes.leave(worker)
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +205,10 @@ def interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _shown(block: Sequence[str]) -> str:
+    return block[0] if len(block) == 1 else f"{block[0]} and {len(block) - 1} more"
 
 
 def _reply(found: Answer, board: Board | None, slots: dict[str, int]) -> Reply:
@@ -202,13 +241,14 @@ def processes_for(jobs: Iterable[Job]) -> int:
 def open_site(text: str, out: Path | None) -> None:
     """In a new worker process: read the source and wait for work, for as long as the parent lives."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    job = Job.from_json(text)
-    _site.append(Site(Population.of(job)) if out is None else site_in(out, Population.of(job)))
+    population = Population.of(Job.from_json(text))
+    books, memory = (None, None) if out is None else books_in(out)
+    _site.append(IndexedSite(population, books=books, memory=memory or Memory(), population=population))
 
 
-def site_in(out: Path, shards: Shards) -> Site:
-    """A site of simulated clients whose books and memory are in the run's directory, for all processes."""
-    return Site(shards, books=Books(out / LEDGERS), memory=Memory(out / MEMORY, of_one_run=True))
+def books_in(out: Path) -> tuple[Books, Memory]:
+    """Where simulated clients keep what they spent and what they remember, for all processes of a run."""
+    return Books(out / LEDGERS), Memory(out / MEMORY, of_one_run=True)
 
 
 def end_with_parent() -> None:

@@ -6,7 +6,10 @@ Data", algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 
@@ -34,34 +37,61 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
     weights = torch.tensor(counts, dtype=torch.float64)
     if isinstance(updates, StackedUpdates):
         return {name: _of_stack(weights, delta) / total for name, delta in updates.delta.items()}
-    return {name: _of_each(weights, [u.delta[name] for u in updates]) / total for name in updates[0].delta}
+    return {name: _of_each(weights, [u.delta[name] for u in updates], total) for name in updates[0].delta}
 
 
-BLOCK = 1 << 16
-"""Values of all clients that are summed in float64 at a time: they stay in the processor's cache."""
+STACK_BLOCK = 1 << 16
+"""Values of a stack that are summed in float64 at a time: they stay in the processor's cache."""
+BLOCK = 1 << 20
+"""The same of updates that lie apart: 8 MB, each by a thread of its own. No bit depends on either."""
 
 
 def _of_stack(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Weighted sum over the first dimension, [clients, …] to […], in float64."""
-    parts = torch.split(values.reshape(len(values), -1), _columns(weights), dim=1)
-    return torch.cat([_weighted_sum(weights, part) for part in parts]).reshape(values.shape[1:])
+    parts = torch.split(values.reshape(len(values), -1), _columns(weights, STACK_BLOCK), dim=1)
+    return torch.cat([weights @ part.to(torch.float64) for part in parts]).reshape(values.shape[1:])
 
 
-def _of_each(weights: torch.Tensor, values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The same of one tensor a client, which are stacked a block at a time: a large model only once."""
-    parts = zip(*(torch.split(v.reshape(-1), _columns(weights)) for v in values), strict=True)
-    return torch.cat([_weighted_sum(weights, torch.stack(part)) for part in parts]).reshape(values[0].shape)
+def _of_each(weights: torch.Tensor, values: Sequence[torch.Tensor], total: int) -> torch.Tensor:
+    """The same of one tensor a client, over `total`."""
+    flat = [value.reshape(-1) for value in values]
+    mean = torch.empty(flat[0].numel(), dtype=torch.float64)
+
+    def fill(span: slice) -> None:
+        block = torch.empty(len(flat), span.stop - span.start, dtype=torch.float64)
+        torch._foreach_copy_(list(block.unbind()), [value[span] for value in flat])
+        torch.div(weights @ block, total, out=mean[span])
+
+    _by_blocks(fill, len(mean), _columns(weights, BLOCK))
+    return mean.reshape(values[0].shape)
 
 
-def _columns(weights: torch.Tensor) -> int:
-    return max(1, BLOCK // len(weights))
+def _by_blocks(work: Callable[[slice], None], count: int, size: int) -> None:
+    """Do so many values in blocks of a size; each in a thread of its own, if there are several."""
+    spans = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    for _ in _threads().map(work, spans) if len(spans) > 1 else map(work, spans):
+        pass
 
 
-def _weighted_sum(weights: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """[clients, columns] to [columns]."""
-    return weights @ block.to(torch.float64)
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+def _columns(weights: torch.Tensor, block: int) -> int:
+    return max(1, block // len(weights))
 
 
 def moved(model: Tensors, step: Tensors) -> Tensors:
     """The model after a float64 step, each tensor in its own dtype again."""
-    return {name: (p.to(torch.float64) + step[name]).to(p.dtype) for name, p in model.items()}
+    return {name: _added(p, step[name]) for name, p in model.items()}
+
+
+def _added(p: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    before, by, after = p.reshape(-1), step.reshape(-1), torch.empty(p.numel(), dtype=p.dtype)
+
+    def fill(span: slice) -> None:
+        after[span] = before[span].to(torch.float64) + by[span]
+
+    _by_blocks(fill, len(after), BLOCK // 8)
+    return after.reshape(p.shape)

@@ -33,6 +33,8 @@ Frame = tuple[int, int, int, int]
 
 def framed(image: Image.Image, size: int) -> Image.Image:
     """The shorter side resized to `size`, and the square at the centre."""
+    if image.size == (size, size):
+        return image
     from torchvision.transforms import functional
 
     image = functional.resize(image, [size], antialias=True)

@@ -26,6 +26,7 @@ from protocol.job import BackboneSection, Job
 from protocol.streams import stream
 from tasks.compiled import compiler
 from tasks.feature_cache import FeatureCache
+from tasks.lazy import several
 from tasks.seam import Encoder, FixedBatch, Shard, Variation
 from tasks.weights import Backbone
 
@@ -184,7 +185,7 @@ def keep_features(
             keys = [shard.keys[row] for row in rows]
             features = extract(
                 encoder(),
-                [shard.inputs[row] for row in rows],
+                several(shard.inputs, rows),
                 threads=threads,
                 device=device,
                 progress=None if progress is None else partial(_told_from, progress, done, total),

@@ -124,7 +124,8 @@ def _decode(data: bytes, name: str, verify: bool) -> Decoded:
         _check_size(image, name)
         more = bool(getattr(image, "is_animated", False))
         image.load()
-        return Decoded(_rgb(ImageOps.exif_transpose(image), name), more)
+        ImageOps.exif_transpose(image, in_place=True)
+        return Decoded(_rgb(image, name), more)
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -39,4 +39,22 @@ class Cells:
     convert: Callable[[Any], Any]
 
     def __call__(self, row: int) -> Any:
-        return self.convert(self.dataset[row][self.column])
+        return self.several([row])[0]
+
+    def several(self, rows: Sequence[int]) -> list[Any]:
+        """Those rows' cells: asked for together, which costs little more than one of them."""
+        return [self.convert(cell) for cell in self.dataset[list(rows)][self.column]]
+
+
+def picked(values: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
+    """Those places of a sequence, in that order, looked up when they are needed."""
+    if isinstance(values, Picked):
+        return Picked(values.lookup, tuple(values.rows[place] for place in places))
+    return Picked(values.__getitem__, tuple(places))
+
+
+def several(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    """The values at those places, in that order: looked up at once where they are cells of a dataset."""
+    if isinstance(values, Picked) and isinstance(values.lookup, Cells) and places:
+        return values.lookup.several([values.rows[place] for place in places])
+    return [values[place] for place in places]

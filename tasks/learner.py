@@ -32,6 +32,7 @@ from tasks.features import (
 )
 from tasks.fits import check_fits
 from tasks.imbalance import Imbalance, counts_of
+from tasks.lazy import several
 from tasks.own_parts import own_part
 from tasks.pruning import fingerprinted, pruned
 from tasks.ready import ReadyInputs
@@ -140,7 +141,7 @@ class Learner:
     def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
         """Some rows of a shard as the model takes them; they are decoded once, unless they vary."""
         if variation is not None:
-            batch = self.encoder.prepare([shard.inputs[row] for row in rows], variation)
+            batch = self.encoder.prepare(several(shard.inputs, rows), variation)
         else:
             batch = self.encoder.batch(self._ready.of(self.encoder, shard, rows))
         if self.task.sees_targets:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tasks.lazy import several
 from tasks.seam import Encoder, Ready, Shard
 
 KEPT_BYTES = 512 << 20
@@ -26,7 +27,7 @@ class ReadyInputs:
         ready = {key: self._kept.pop(key) for key in wanted if key in self._kept}
         missing = [key for key in wanted if key not in ready]
         if missing:
-            made = encoder.ready([shard.inputs[wanted[key]] for key in missing])
+            made = encoder.ready(several(shard.inputs, [wanted[key] for key in missing]))
             ready.update(zip(missing, made, strict=True))
             self._bytes += sum(map(_size, made))
         # Back behind all others: the first ones are those not asked for the longest.

@@ -13,7 +13,7 @@ from torch import nn
 from protocol.job import BackboneSection, DataSection, Job, Options
 from protocol.messages import Facts
 from protocol.tensors import Tensors
-from tasks.lazy import Picked
+from tasks.lazy import picked
 
 if TYPE_CHECKING:
     import datasets
@@ -79,7 +79,7 @@ class Shard:
     def select(self, rows: Sequence[int]) -> Shard:
         """Those rows, in that order."""
         keys = tuple(self.keys[row] for row in rows)
-        inputs = Picked(self.inputs.__getitem__, tuple(rows))
+        inputs = picked(self.inputs, rows)
         groups = tuple(self.groups[row] for row in rows) if self.groups else ()
         if isinstance(self.targets, Lazy):
             return Shard(inputs, self.targets.select(rows), keys, groups)

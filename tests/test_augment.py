@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional
 
 from client.train import variation
 from protocol.errors import ConfigError
@@ -57,6 +58,13 @@ def test_crops_have_the_distribution_of_torchvisions_random_resized_crop() -> No
         assert ((ours.mean(0) - theirs.mean(0)).abs() <= 5 * error + 1e-9).all(), (height, width)
         if width < 400:  # of the longest image all but a few crops are one and the same
             torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.1, atol=1e-9)
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (24, 24), (24, 40), (40, 24), (9, 7)])
+def test_a_frame_is_what_torchvision_makes_of_an_image_of_any_size(width: int, height: int) -> None:
+    image = picture(width, height)
+    theirs = functional.center_crop(functional.resize(image, [24], antialias=True), [24, 24])
+    assert same(framed(image, 24), theirs)
 
 
 def test_flips_are_half_of_the_time_and_nothing_else() -> None:

@@ -355,7 +355,15 @@ def test_every_mode_becomes_rgb_by_its_fixed_rule(data, pixel):
     assert image.mode == "RGB" and image.getpixel((0, 0)) == pixel
 
 
-def test_exif_orientation_is_applied():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode_image(encoded(colour(1), "JPEG", exif=exif), "x").size == (4, 6)
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [(1, None), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270)],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_exif_orientation_is_applied(mode, orientation, turned):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    drawn, exif = Image.fromarray(pixels).convert(mode), Image.Exif()
+    exif[0x0112] = orientation
+    found = decode_image(encoded(drawn, "PNG", exif=exif), "x")
+    upright = drawn if turned is None else drawn.transpose(turned)
+    assert np.array_equal(np.asarray(found), np.asarray(upright.convert("RGB")))

@@ -35,8 +35,24 @@ def test_the_mean_has_the_same_bits_of_a_stack_as_of_single_updates(
     weights = torch.arange(1, clients + 1, dtype=torch.float64).view(-1, 1, 1)
     whole = (weights * deltas.to(torch.float64)).sum(0) / weights.sum()
     monkeypatch.setattr(mean, "BLOCK", block)
+    monkeypatch.setattr(mean, "STACK_BLOCK", block)
     for updates in (single, stacked(single)):
         assert torch.equal(mean.weighted_mean(updates)["w"], whole)
+
+
+@pytest.mark.parametrize("block", [8, 64, 1 << 20])
+def test_a_step_in_blocks_is_the_step_whatever_lies_where(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mean, "BLOCK", block)
+    draw = torch.Generator().manual_seed(1)
+    kernels = torch.randn(3, 2, 5, 5, generator=draw).to(memory_format=torch.channels_last)
+    model = {"w": kernels, "half": torch.randn(41, generator=draw).half(), "one": torch.tensor(2.0)}
+    step = {name: torch.randn(p.shape, generator=draw, dtype=torch.float64) for name, p in model.items()}
+    after = mean.moved(model, step)
+    for name, p in model.items():
+        assert after[name].dtype == p.dtype
+        assert torch.equal(after[name], (p.double() + step[name]).to(p.dtype))
 
 
 def test_server_momentum_carries_the_last_step() -> None:

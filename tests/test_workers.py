@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from atoll.cli import run as command_line
+from protocol.errors import JobError
+from protocol.job import Job
+from protocol.messages import Reply, Request, Update
+from server.play import play
 from server.rundir import job_toml
 from sim.engine import usual_workers
+from sim.population import Population
+from sim.workers import PooledCarrier
+from tasks import task_named
+from tasks.learner import Learner
+from tasks.png import grey_png
 from tests.small import image_job
 
 CORES = len(os.sched_getaffinity(0))
@@ -63,3 +75,78 @@ def test_the_command_line_shares_out_the_cores_and_ends_in_the_same_bits(
         said = capsys.readouterr()
         assert ("in 2 processes" in said.out + said.err) == (name == "unsaid")
     assert found[0] == found[1]
+
+
+SMALL: dict[str, Any] = {
+    "data": {"source": "digits", "test_fraction": 0.9},
+    "tune": {"method": "full"},
+    "federation": {"clients": 6, "cohort": 4, "rounds": 3},
+    "evaluate": {"every": 3},
+}
+
+
+class Killing(PooledCarrier):
+    """Kills a worker while it is at work, in the second round."""
+
+    killed = 0
+
+    def exchange(
+        self, request: Request, names: Sequence[str], timeout: float
+    ) -> Generator[Reply, None, None]:
+        for reply in super().exchange(request, names, timeout):
+            if request.round == 2 and not self.killed:
+                (process,) = self._pools[0]._processes.values()
+                process.kill()
+                self.killed = process.pid or 0
+            yield reply
+
+
+def run_with(job: Job, carrier: PooledCarrier, out: Path) -> dict[str, Any]:
+    with carrier:
+        return play(job, carrier, out, carrier.population.test_shard)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_changes_no_bit(tmp_path: Path) -> None:
+    job = image_job("squeezenet1_1", **SMALL)
+    population = Population.of(job)
+    whole = run_with(job, PooledCarrier(population, 2, tmp_path / "whole"), tmp_path / "whole")
+    carrier = Killing(population, 2, tmp_path / "killed")
+    assert run_with(job, carrier, tmp_path / "killed")["model_sha256"] == whole["model_sha256"]
+    assert carrier.killed
+
+
+@pytest.mark.slow
+def test_replies_that_nobody_waits_for_any_more_end_with_their_workers(tmp_path: Path) -> None:
+    job = image_job("squeezenet1_1", **SMALL)
+    population = Population.of(job)
+    asked = asked_of(job, population)
+    names = list(population.names(job)[:4])
+    with PooledCarrier(population, 2, tmp_path / "run") as carrier:
+        replies = carrier.exchange(asked, names, 60)
+        assert isinstance(next(iter(replies)), Update)
+        replies.close()
+        assert len(carrier._pools) < 2
+        again = {reply.client: reply for reply in carrier.exchange(asked, names, 60)}
+    assert sorted(again) == names and all(isinstance(reply, Update) for reply in again.values())
+
+
+def asked_of(job: Job, population: Population) -> Request:
+    facts = population.roll(job).facts
+    learner = Learner.of(job, task_named(job.task.name), facts[0])
+    return Request("train", job.canonical, job.hash, 1, learner.facts, learner.initial(), {}, run="run")
+
+
+def test_workers_that_keep_dying_end_the_run_in_one_line(tmp_path: Path) -> None:
+    digits = tmp_path / "digits"
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)):
+        (digits / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        (digits / str(number % 2) / f"{number}.png").write_bytes(grey_png(pixels))
+    job = image_job("squeezenet1_1", **SMALL | {"data": {"source": str(digits)}})
+    carrier = PooledCarrier(Population.of(job), 2, tmp_path / "run")
+    shutil.rmtree(digits)  # no worker can read it any more: each dies at its start
+    with (
+        carrier,
+        pytest.raises(JobError, match=r"worker processes died 3 times over client-\d+; out of memory\?"),
+    ):
+        play(job, carrier, tmp_path / "run", lambda learner: None)

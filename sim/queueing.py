@@ -1,0 +1,69 @@
+"""Which worker a block of clients goes to: the one that knows them, unless they would have to wait there.
+
+A worker keeps what it decoded of its clients' inputs, so a client costs less where it was before.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+KNOWN_CLIENTS = 1 << 16
+"""Clients of which we remember where they were; those that came longest ago are forgotten first."""
+
+
+@dataclass
+class Homes:
+    """Where each client was last."""
+
+    _worker: dict[str, int] = field(default_factory=dict)
+
+    def of(self, block: Sequence[str]) -> int | None:
+        """The worker that had the block's first client last."""
+        return self._worker.get(block[0])
+
+    def settle(self, block: Sequence[str], worker: int) -> None:
+        """Those clients are with that worker now."""
+        for client in block:
+            self._worker.pop(client, None)
+            self._worker[client] = worker
+        while len(self._worker) > KNOWN_CLIENTS:
+            del self._worker[next(iter(self._worker))]
+
+    def leave(self, worker: int) -> None:
+        """A worker that is new knows nobody."""
+        for client in [client for client, home in self._worker.items() if home == worker]:
+            del self._worker[client]
+
+
+class Queue:
+    """Blocks that wait for a worker, by where they were last."""
+
+    def __init__(self, homes: Homes, blocks: Sequence[list[str]]) -> None:
+        self._homes = homes
+        self._waiting: defaultdict[int | None, deque[list[str]]] = defaultdict(deque)
+        for block in blocks:
+            self.put(block)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def put(self, block: list[str]) -> None:
+        """One more that waits."""
+        self._waiting[self._homes.of(block)].append(block)
+
+    def next_for(self, worker: int) -> list[str] | None:
+        """A block that nobody knows, or else one that the worker does, or else any; None if none is left.
+
+        New clients take the longest, so they come first: what is left for the end is short.
+        """
+        for home in (None, worker, *self._by_length()):
+            if self._waiting[home]:
+                block = self._waiting[home].popleft()
+                self._homes.settle(block, worker)
+                return block
+        return None
+
+    def _by_length(self) -> list[int | None]:
+        return sorted(self._waiting, key=lambda home: len(self._waiting[home]), reverse=True)
