@@ -1,8 +1,7 @@
 """What training in 16 bits, in parts of a batch, or with activations computed twice saves and costs.
 
-    python -m benchmarks.craft_memory [CASE …] [--seeds 5]        # pictures, texts
+    python -m benchmarks.craft_memory [--seeds 5]
 
-`pictures`: MobileNetV2, tuned whole on 40 MNIST digits at each of 5 clients, in batches of 32. `texts`:
 LoRA on MiniLM, on 32 articles at each of 5 clients, a batch each. A run is a process of its own; "memory"
 is the most that its training held beyond what the process held before the first round, in MB, and "time"
 the median round's, as a share of the plain run's of the same seed. Intervals are Student's, 95 % over
@@ -26,23 +25,14 @@ from benchmarks.craft import BASE, Table, merged, told, train
 from protocol.job import Job
 from sim.frontier import Estimate
 
-CASES: dict[str, Table] = {
-    "pictures": {
-        "task": {"name": "image-classification"},
-        "data": {"source": "mnist-5k", "partition": {"kind": "resampled", "examples": 50}},
-        "backbone": {"name": "torchvision:mobilenet_v2", "image_size": 64},
-        "tune": {"method": "full"},
-        "train": {"lr": 0.001, "batch_size": 32, "optimizer": "adam"},
-        "federation": {"clients": 5, "rounds": 6},
-    },
-    "texts": {
-        "task": {"name": "text-classification"},
-        "data": {"source": "bbc-news", "partition": {"kind": "resampled", "examples": 40}},
-        "backbone": {"name": "hf:all-MiniLM-L6-v2", "max_tokens": 64},
-        "tune": {"method": "lora", "rank": 8},
-        "train": {"lr": 0.003, "batch_size": 32, "optimizer": "adam"},
-        "federation": {"clients": 5, "rounds": 4},
-    },
+TEXTS: Table = {
+    "name": "texts",
+    "task": {"name": "text-classification"},
+    "data": {"source": "bbc-news", "partition": {"kind": "resampled", "examples": 40}},
+    "backbone": {"name": "hf:all-MiniLM-L6-v2", "max_tokens": 64},
+    "tune": {"method": "lora", "rank": 8},
+    "train": {"lr": 0.003, "batch_size": 32, "optimizer": "adam"},
+    "federation": {"clients": 5, "rounds": 4},
 }
 
 WAYS: dict[str, Table] = {
@@ -64,7 +54,7 @@ class Trained:
     memory: float
 
 
-def run(case: str, way: str, seed: int) -> Trained:
+def run(way: str, seed: int) -> Trained:
     """Play the job in this process, which has done nothing before."""
     from server.result import peak_rss_mb
     from sim.engine import simulate
@@ -79,9 +69,11 @@ def run(case: str, way: str, seed: int) -> Trained:
         if step == "round":  # the measuring at the end isn't training
             after = peak_rss_mb()
 
-    table = merged(BASE, CASES[case], WAYS[way], {"name": case, "seed": seed})
+    table = merged(BASE, TEXTS, WAYS[way], {"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
-        result = simulate(Job.parse(table, origin=case), Path(folder) / "run", watch=watch, report=False)
+        result = simulate(
+            Job.parse(table, origin="benchmark"), Path(folder) / "run", watch=watch, report=False
+        )
     seconds = statistics.median(line["seconds"] for line in result["rounds"][1:])
     return Trained(result["final"]["server"]["accuracy"], seconds, after - before)
 
@@ -103,22 +95,19 @@ def line(way: str, runs: list[Trained], plain: list[Trained]) -> str:
 
 
 def main() -> None:
-    """Every way of every case that is asked for takes its turn with each seed; a table a case."""
+    """Every way takes its turn with each seed; one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE")
     parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args()
+    seeds = parser.parse_args().seeds
     alone = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    for case in options.cases or CASES:
-        runs: dict[str, list[Trained]] = {way: [] for way in WAYS}
-        for seed in range(1, options.seeds + 1):
-            for way in WAYS:
-                runs[way].append(alone.submit(run, case, way, seed).result())
-        print(f"{case}, seeds 1 to {options.seeds}")
-        print(f"{'':<26}{'accuracy':>18}{'change':>18}{'time, of plain':>18}{'memory':>10}")
+    runs: dict[str, list[Trained]] = {way: [] for way in WAYS}
+    for seed in range(1, seeds + 1):
         for way in WAYS:
-            print(line(way, runs[way], runs["plain"]))
-        print(flush=True)
+            runs[way].append(alone.submit(run, way, seed).result())
+    print(f"texts, seeds 1 to {seeds}")
+    print(f"{'':<26}{'accuracy':>18}{'change':>18}{'time, of plain':>18}{'memory':>10}")
+    for way in WAYS:
+        print(line(way, runs[way], runs["plain"]))
 
 
 if __name__ == "__main__":
