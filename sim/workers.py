@@ -10,11 +10,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Self
 from client.books import Books
 from client.memory import Memory
 from client.site import Site
-from protocol.errors import JobError
 from protocol.job import Job
 from protocol.messages import (
     Reply,
@@ -39,9 +36,9 @@ from sim.board import Board, Layout, can_share
 from sim.indexed import IndexedSite
 from sim.population import Population
 from sim.queueing import Homes, Queue
+from sim.shift import Shift
 from tasks import trains_on_features
 
-RETRIES = 3
 LEDGERS, MEMORY = "ledgers", "memory"
 """Folders of a run's directory: what clients have spent, and what they remember."""
 
@@ -109,50 +106,16 @@ class PooledCarrier:
         head, body = encode_request(request if board is None else replace(request, tensors={}))
         shared = None if board is None else board.layout
         slots = {name: number for number, name in enumerate(names, start=MODEL + 1)}
-        queue = Queue(self._homes, blocks(names, self.workers, whole=trains_on_features(self.population.job)))
-        running: dict[Future[list[Answer]], tuple[int, list[str]]] = {}
-        deaths: Counter[str] = Counter()
 
-        def start(worker: int) -> None:
-            block = queue.next_for(worker)
-            if block is not None:
-                work = Work(head, body, {name: slots[name] for name in block}, shared)
-                with interrupts_held_back():
-                    running[self._pool(worker).submit(answer, work)] = worker, block
+        def submit(worker: int, block: list[str]) -> Future[Sequence[Answer]]:
+            work = Work(head, body, {name: slots[name] for name in block}, shared)
+            with interrupts_held_back():
+                return self._pool(worker).submit(answer, work)
 
-        def employ(worker: int) -> None:
-            # A block, and one more at its door, so that it needn't wait; the last ones go to who is free.
-            if worker not in {at_work for at_work, _ in running.values()}:
-                start(worker)
-            if len(queue) >= self.workers:
-                start(worker)
-
-        try:
-            for worker in range(self.workers):
-                employ(worker)
-            while running:
-                wait(running, return_when=FIRST_COMPLETED)
-                for future in [future for future in running if future.done()]:
-                    if future not in running:
-                        continue
-                    worker, block = running[future]
-                    answers = _result(future)
-                    if answers is None:
-                        deaths[block[0]] += 1
-                        if deaths[block[0]] == RETRIES:
-                            raise JobError(
-                                f"worker processes died {RETRIES} times over {_shown(block)}; out of memory?"
-                            )
-                        for lost in [f for f, (at_work, _) in running.items() if at_work == worker]:
-                            queue.put(running.pop(lost)[1])
-                        self._end_worker(worker)
-                    else:
-                        del running[future]
-                    employ(worker)
-                    yield from (_reply(found, board, slots) for found in answers or ())
-        finally:
-            for worker in {at_work for at_work, _ in running.values()}:  # nobody waits for it any more
-                self._end_worker(worker)
+        waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
+        shift = Shift(Queue(self._homes, waiting), self.workers, submit, self._end_worker)
+        with closing(shift.answers()) as answers:
+            yield from (_reply(found, board, slots) for found in answers)
 
     def _board_for(self, request: Request, slots: int) -> Board | None:
         """Memory for what is sent and for the answers, where there are tensors and such memory."""
@@ -207,24 +170,12 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _shown(block: Sequence[str]) -> str:
-    return block[0] if len(block) == 1 else f"{block[0]} and {len(block) - 1} more"
-
-
 def _reply(found: Answer, board: Board | None, slots: dict[str, int]) -> Reply:
     """A worker's answer as a reply, with its tensors where the worker left them."""
     reply = decode_reply(found.head, found.body)
     if found.in_slot and isinstance(reply, Update) and board is not None:
         return replace(reply, delta=board.tensors(slots[reply.client]))
     return reply
-
-
-def _result(future: Future[list[Answer]]) -> list[Answer] | None:
-    """What a worker sent, or nothing if it died."""
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return None
 
 
 def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]]:
