@@ -74,17 +74,16 @@ def train_model(
                 weight.step(job.train.lr)
             if job.backbone.prune is not None:
                 tuning.keep_pruned(model)
+    return Update(client, round, tuning.movement(parameters, start), len(shard), losses(summed, shard, job))
+
+
+def losses(summed: float, shard: Shard, job: Job) -> dict[str, torch.Tensor]:
+    """The state that a round's mean training loss is added up from."""
     count = float(len(shard) * job.train.epochs)
-    return Update(
-        client=client,
-        round=round,
-        delta=tuning.movement(parameters, start),
-        num_examples=len(shard),
-        states={
-            "train_loss.sum": torch.tensor(summed).double(),
-            "train_loss.count": torch.tensor(count).double(),
-        },
-    )
+    return {
+        "train_loss.sum": torch.tensor(summed).double(),
+        "train_loss.count": torch.tensor(count).double(),
+    }
 
 
 def parts_of(rows: Sequence[int], job: Job) -> list[Sequence[int]]:
