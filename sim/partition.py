@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
-from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
 
 from protocol.errors import ConfigError
 from protocol.job import Dirichlet, Iid, Job, Natural, Pathological, Resampled
 from protocol.streams import stream_seed
 from sim.dealing import Dealing, Dealt, Drawn, Rows
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
 
 
 def partition(
@@ -158,6 +161,9 @@ def _by_partitioner(deck: Rows, table: datasets.Dataset, job: Job) -> Dealt:
 
 
 def _partitioner(job: Job) -> DirichletPartitioner | PathologicalPartitioner:
+    # Here, for it brings in what it draws plots with, which takes a second.
+    from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
+
     seed, clients = stream_seed(job.seed, "partition"), job.federation.clients
     match job.data.partition:
         case Dirichlet(alpha=alpha, min_examples=least):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tasks.learner import Learner
 from tasks.png import grey_png
 from tests.small import image_job
 
+ROOT = Path(__file__).parents[1]
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -150,3 +153,9 @@ def test_workers_that_keep_dying_end_the_run_in_one_line(tmp_path: Path) -> None
         pytest.raises(JobError, match=r"worker processes died 3 times over client-\d+; out of memory\?"),
     ):
         play(job, carrier, tmp_path / "run", lambda learner: None)
+
+
+def test_a_worker_does_not_wait_for_what_plots_are_drawn_with() -> None:
+    code = "import sys, sim.workers; print(*{'matplotlib', 'seaborn', 'peft'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == []
