@@ -127,7 +127,7 @@ def test_sites_that_cannot_take_part_are_named_and_tell_neither_data_nor_paths(r
 
 
 def test_a_run_outlives_its_submitter_and_the_superlink(ring: Ring) -> None:
-    federation, setting = ring.whole(), job(federation={"rounds": 10})
+    federation, setting = ring.whole(), job(federation={"rounds": 6})
     out = federation.folder / "left"
     left = federation.submit(setting, out)
     left.says("round 1 ")
