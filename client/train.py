@@ -74,10 +74,10 @@ def train_model(
                 weight.step(job.train.lr)
             if job.backbone.prune is not None:
                 tuning.keep_pruned(model)
-    return Update(client, round, tuning.movement(parameters, start), len(shard), losses(summed, shard, job))
+    return Update(client, round, tuning.movement(parameters, start), len(shard), _losses(summed, shard, job))
 
 
-def losses(summed: float, shard: Shard, job: Job) -> dict[str, torch.Tensor]:
+def _losses(summed: float, shard: Shard, job: Job) -> dict[str, torch.Tensor]:
     """The state that a round's mean training loss is added up from."""
     count = float(len(shard) * job.train.epochs)
     return {

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 
 from client.at_once import AT_ONCE
-from client.books import Books
-from client.memory import Memory
 from client.site import UNCACHED
 from protocol.errors import ConfigError
 from protocol.job import Job
@@ -25,7 +23,7 @@ from sim.baselines import Comparison
 from sim.devices import clock_of
 from sim.inline import InlineCarrier, LoopCarrier
 from sim.population import Population
-from sim.workers import LEDGERS, MEMORY, PooledCarrier, processes_for
+from sim.workers import PooledCarrier, books_in, processes_for
 from tasks import task_named, trains_on_features
 from tasks.features import Progress
 from tasks.learner import Learner
@@ -125,8 +123,7 @@ def usual_workers(job: Job, engine: str) -> int:
 
 def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Carrier:
     job = population.job
-    books = Books(out / LEDGERS) if job.privacy.units else None
-    memory = Memory(out / MEMORY, of_one_run=True)
+    books, memory = books_in(out)
     if engine == "loop":
         return LoopCarrier.of(population, books, memory)
     if engine == "cohort" and not trains_on_features(job):

@@ -25,7 +25,7 @@ from sim.baselines import Comparison
 from sim.engine import simulate, warmed
 from sim.population import Population
 from sim.sweep import Planned
-from sim.workers import end_with_parent, interrupts_held_back
+from sim.workers import end_processes, end_with_parent, interrupts_held_back
 from tasks import task_named
 from tasks.features import Progress
 from tasks.learner import Learner
@@ -245,11 +245,7 @@ class Crew:
     def close(self) -> None:
         """End the processes at once; what they are at goes on from its last checkpoint next time."""
         while self._pool:
-            pool = self._pool.pop()
-            processes = list((pool._processes or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
+            end_processes(self._pool.pop())
 
     def __enter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import resource_tracker
@@ -110,7 +111,11 @@ class PooledCarrier:
         def submit(worker: int, block: list[str]) -> Future[Sequence[Answer]]:
             work = Work(head, body, {name: slots[name] for name in block}, shared)
             with interrupts_held_back():
-                return self._pool(worker).submit(answer, work)
+                try:
+                    return self._pool(worker).submit(answer, work)
+                except BrokenProcessPool:  # it died while it had nothing to do
+                    self._end_worker(worker)
+                    return self._pool(worker).submit(answer, work)
 
         waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
         shift = Shift(Queue(self._homes, waiting), self.workers, submit, self._end_worker)
@@ -145,11 +150,7 @@ class PooledCarrier:
 
     def _end_worker(self, worker: int) -> None:
         """End it at once: what it is at is lost, and it holds nothing else."""
-        pool = self._pools.pop(worker)
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
+        end_processes(self._pools.pop(worker))
         self._homes.leave(worker)
 
     def __enter__(self) -> Self:
@@ -157,6 +158,14 @@ class PooledCarrier:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def end_processes(pool: ProcessPoolExecutor) -> None:
+    """End a pool's processes at once, whatever they are at."""
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
 
 
 @contextmanager
@@ -193,8 +202,8 @@ def open_site(text: str, out: Path | None) -> None:
     """In a new worker process: read the source and wait for work, for as long as the parent lives."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     population = Population.of(Job.from_json(text))
-    books, memory = (None, None) if out is None else books_in(out)
-    _site.append(IndexedSite(population, books=books, memory=memory or Memory(), population=population))
+    books, memory = (None, Memory()) if out is None else books_in(out)
+    _site.append(IndexedSite(population, books=books, memory=memory, population=population))
 
 
 def books_in(out: Path) -> tuple[Books, Memory]:

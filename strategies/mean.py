@@ -36,7 +36,7 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
         raise InconsistentUpdates("no examples behind any update: nothing to average")
     weights = torch.tensor(counts, dtype=torch.float64)
     if isinstance(updates, StackedUpdates):
-        return {name: _of_stack(weights, delta) / total for name, delta in updates.delta.items()}
+        return {name: _of_stack(weights, delta, total) for name, delta in updates.delta.items()}
     return {name: _of_each(weights, [u.delta[name] for u in updates], total) for name in updates[0].delta}
 
 
@@ -46,14 +46,14 @@ BLOCK = 1 << 20
 """The same of updates that lie apart: 8 MB, each by a thread of its own. No bit depends on either."""
 
 
-def _of_stack(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Weighted sum over the first dimension, [clients, …] to […], in float64."""
+def _of_stack(weights: torch.Tensor, values: torch.Tensor, total: int) -> torch.Tensor:
+    """Weighted sum over the first dimension, [clients, …] to […], over `total`, in float64."""
     parts = torch.split(values.reshape(len(values), -1), _columns(weights, STACK_BLOCK), dim=1)
-    return torch.cat([weights @ part.to(torch.float64) for part in parts]).reshape(values.shape[1:])
+    return torch.cat([weights @ part.to(torch.float64) for part in parts]).reshape(values.shape[1:]) / total
 
 
 def _of_each(weights: torch.Tensor, values: Sequence[torch.Tensor], total: int) -> torch.Tensor:
-    """The same of one tensor a client, over `total`."""
+    """The same of one tensor a client, which lie apart."""
     flat = [value.reshape(-1) for value in values]
     mean = torch.empty(flat[0].numel(), dtype=torch.float64)
 

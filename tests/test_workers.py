@@ -134,6 +134,21 @@ def test_replies_that_nobody_waits_for_any_more_end_with_their_workers(tmp_path:
     assert sorted(again) == names and all(isinstance(reply, Update) for reply in again.values())
 
 
+@pytest.mark.slow
+def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(tmp_path: Path) -> None:
+    job = image_job("squeezenet1_1", **SMALL)
+    population = Population.of(job)
+    asked, names = asked_of(job, population), list(population.names(job)[:2])
+    with PooledCarrier(population, 1, tmp_path / "run") as carrier:
+        first = {reply.client: reply for reply in carrier.exchange(asked, names, 60)}
+        (process,) = carrier._pools[0]._processes.values()
+        process.kill()
+        process.join()
+        again = {reply.client: reply for reply in carrier.exchange(asked, names, 60)}
+    assert sorted(first) == sorted(again) == names
+    assert all(isinstance(reply, Update) for reply in again.values())
+
+
 def asked_of(job: Job, population: Population) -> Request:
     facts = population.roll(job).facts
     learner = Learner.of(job, task_named(job.task.name), facts[0])
