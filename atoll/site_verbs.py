@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,7 +105,21 @@ def join(
     from client.join import join as join_kit
 
     speak_for("client")
-    join_kit(kit, data, tell=tell_when)
+    is_debugged = logging.getLogger().isEnabledFor(logging.DEBUG)
+    join_kit(kit, data, tell=tell_when, executor=(EXECUTOR, "--debug") if is_debugged else (EXECUTOR,))
+
+
+EXECUTOR = "atoll.site_verbs:executor"
+
+
+def executor() -> None:
+    """In the process that works for a site: answer tasks; what it logs are lines of `atoll join` too."""
+    from atoll.cli import quiet_libraries
+    from client.executor import answer_tasks
+
+    quiet_libraries("--debug" in sys.argv)
+    speak_for("client")
+    answer_tasks()
 
 
 def submit(

@@ -85,6 +85,7 @@ def _run_all(
     """Play what isn't there yet; what went wrong, by the run's name."""
     from sim.sweep_runs import Crew, warm
     from sim.workers import processes_for
+    from tasks.imports import imports_of
 
     waiting = [(run, folder.of(run)) for run in runs if folder.result(run) is None]
     done = len(runs) - len(waiting)
@@ -107,7 +108,7 @@ def _run_all(
         shown.show("runs", done, len(runs), plain(run.words))
 
     try:
-        with Crew(count) as crew:
+        with Crew(count, ("sim.sweep_runs", *imports_of(runs[0].job))) as crew:
             crew.start()
             warm([run.job for run, _ in waiting], progress_of(shown))
             return crew.play(waiting, told)

@@ -81,7 +81,9 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
     """Play the trials that are not there yet, a line for each."""
     from sim.population import Population
     from sim.search_runs import feature_jobs, play_trials, without_test_set
+    from sim.search_space import checked_job
     from sim.sweep_runs import Crew, warm
+    from tasks.imports import imports_of
 
     tried = search.trials()
     done = sum(one.outcome is not None and one.outcome.failed is None for one in tried)
@@ -99,7 +101,7 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
         shown.show("trials", ended, max(trials, len(so_far)), "")
 
     try:
-        with Crew(workers) as crew:
+        with Crew(workers, ("sim.search_runs", *imports_of(checked_job(search.base, {})))) as crew:
             crew.start()
             warm(
                 feature_jobs(search),

@@ -8,7 +8,9 @@ this file.
 
 import hashlib
 import io
+import json
 import logging
+import sys
 import threading
 import time
 import traceback
@@ -16,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
@@ -41,9 +44,9 @@ from flwr.supernode import start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from protocol.code import ROOMS, differing
+from protocol.code import ROOMS, differing, installed_hashes
 from protocol.errors import JobError
-from protocol.signals import Interrupted
+from protocol.signals import Interrupted, stop_on_signals
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ FAST_SECONDS = 0.1
 SLOW_SECONDS = 1.0
 WARM_SECONDS = 120.0
 """How long after a message a site goes on asking fast."""
+FORWARD_SECONDS = 0.5
+"""Enough for the SuperNode to send the last reply on."""
 ARRIVAL_SECONDS = 0.02
 """How long to wait before asking again for what is on its way; Flower waits 1 to 10 s."""
 
@@ -93,6 +98,26 @@ class Executor:
     lock: threading.Lock = field(default_factory=threading.Lock)
     stop: threading.Event = field(default_factory=threading.Event)
     """Set where the site is to stop; Python can lose an exception that a signal raises, but not this."""
+    working: bool = False
+    pace: Pace = field(default_factory=Pace)
+
+    def stay(self) -> None:
+        """Answer tasks as they come, until we are to stop."""
+        while not self.stop.is_set():
+            if token := self.acquire():
+                self._work(token)
+            else:
+                self.stop.wait(self.pace.seconds)
+
+    def _work(self, token: str) -> None:
+        self.working = True
+        try:
+            self.run(token)
+        except Interrupted:
+            time.sleep(FORWARD_SECONDS)
+        finally:
+            self.working = False
+        self.pace.worked()
 
     def acquire(self) -> str:
         """The token of the SuperNode's next task, or nothing."""
@@ -170,6 +195,22 @@ class Executor:
                 f"different: {', '.join(different[:5])}{' …' if different[5:] else ''}"
             )
         self.accepted.add(digest)
+
+
+def answer_tasks() -> None:
+    """Answer a SuperNode's tasks until SIGTERM; the entry of a child process.
+
+    `sys.argv[1]` is JSON: the SuperNode's `address`, the file with its `secret`, and the `node_config`.
+    """
+    # Imported here because the SuperNode, whose entry is in this file too, does without torch.
+    from client.app import app
+
+    given = json.loads(sys.argv[1])
+    executor = Executor(
+        given["address"], Path(given["secret"]).read_bytes(), app, installed_hashes(), given["node_config"]
+    )
+    with stop_on_signals(executor.stop, working=lambda: executor.working):
+        executor.stay()
 
 
 def _log_failure(run_id: int, error: Exception) -> None:

@@ -1,30 +1,38 @@
-"""A site: Flower's SuperNode as a supervised child, and the resident process that does the work."""
+"""A site: Flower's SuperNode and the resident process that does the work, both supervised."""
 
 import email.utils
 import http.client
 import json
 import logging
+import os
 import re
 import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.executor import Executor, Pace
-from protocol.child import Child, environment, free_port
-from protocol.code import installed_hashes
+from protocol.child import Child, free_port
+from protocol.child import environment as flower_environment
 from protocol.errors import DataError, JobError
 from protocol.kit import SiteKit
 from protocol.lock import only_one
-from protocol.signals import Interrupted, stop_on_signals
+from protocol.signals import stop_on_signals
+from protocol.warm import import_first
+from tasks.imports import ANY
 
 logger = logging.getLogger(__name__)
 
 SUPERNODE = "client.executor:supernode"
+EXECUTOR = "client.executor:answer_tasks"
+PROGRAMS = ("client.executor", "client.app")
+"""What the fork server imports for both."""
+WATCH_SECONDS = 0.2
+LAST_STEP_SECONDS = 30.0
+"""How long the executor may be at one step of training before it hears that it is to stop."""
 CONNECTED = "SuperNode ID: "
 """What the SuperNode writes once the server has let it in."""
 CONNECT_SECONDS = 10.0
@@ -34,8 +42,6 @@ REFUSED_SECONDS = 240.0
 """A vanished connection of the same site is forgotten by the server after a minute; then it's the key."""
 CLOCK_SECONDS = 120.0
 """Flower refuses signatures that are 300 s old or more."""
-FORWARD_SECONDS = 0.5
-"""Enough for the SuperNode to send the last reply on."""
 
 
 def join(
@@ -44,10 +50,12 @@ def join(
     *,
     tell: Callable[[str], None] = logger.info,
     stop: threading.Event | None = None,
+    executor: Sequence[str] = (EXECUTOR,),
 ) -> None:
     """Take part in the kit's federation until SIGTERM, SIGINT or `stop`.
 
-    One path is the site's own shard; of several, each is a client named as its folder.
+    One path is the site's own shard; of several, each is a client named as its folder. `executor` is the
+    entry (`module:function`) of the process that answers the server's tasks, and more words for its sys.argv.
 
     A server that isn't up, or is restarted, is waited for. Raises JobError where waiting can't help:
     the server's certificate is another authority's, or it refuses this site's key for minutes.
@@ -59,49 +67,49 @@ def join(
     stop = stop or threading.Event()
     with ExitStack() as stack:
         stack.enter_context(only_one(loaded.state / "join.lock", "a site"))
-        site = _Site(loaded, [path.resolve() for path in data], tell, stop)
+        site = _Site(loaded, [path.resolve() for path in data], tell, stop, executor)
         stack.callback(site.close)
-        stack.enter_context(stop_on_signals(stop, working=lambda: site.working))
+        stack.enter_context(stop_on_signals(stop))
         site.stay()
     tell("stopped")
 
 
 @dataclass
 class _Site:
-    """The SuperNode of a site and the executor that answers for it."""
+    """The SuperNode of a site and the executor that answers for it, both processes of their own."""
 
     kit: SiteKit
     data: list[Path]
     tell: Callable[[str], None]
     stop: threading.Event
-    working: bool = False
+    entry: Sequence[str] = (EXECUTOR,)
     connected: bool = False
     pause: float = SHORTEST_PAUSE
     refused_since: float | None = None
-    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
-        # Imported here because it brings in torch, which the command line should not wait for.
-        from client.app import app
-
         address = f"127.0.0.1:{free_port()}"
+        environment = flower_environment(self.kit.state / "flwr")
+        import_first(*PROGRAMS, *ANY)
         self.supernode = Child(
-            "supernode", SUPERNODE, self._arguments(address), environment(self.kit.state / "flwr")
+            "supernode", SUPERNODE, self._arguments(address), environment, title=str(self.kit.folder)
         )
-        self.executor = Executor(
-            address=address,
-            secret=self.kit.secret.read_bytes(),
-            app=app,
-            hashes=installed_hashes(),
-            stop=self.stop,
-            node_config={
+        work = {
+            "address": address,
+            "secret": str(self.kit.secret),
+            "node_config": {
                 "name": self.kit.name,
                 "data-paths": json.dumps([str(p) for p in self.data]),
                 "ledgers": str(self.kit.ledgers),
                 "memory": str(self.kit.memory),
                 "budget": self.kit.budget.model_dump_json() if self.kit.budget else "",
             },
-        )
+        }
+        self.executor = Child(
+            "executor", self.entry[0], [json.dumps(work), *self.entry[1:]], os.environ,
+            title=str(self.kit.folder),
+            streams=(1, 2), dies_with_parent=True,
+        )  # fmt: skip
 
     def _arguments(self, address: str) -> list[str]:
         host, _, port = address.rpartition(":")
@@ -113,41 +121,30 @@ class _Site:
         ]
 
     def stay(self) -> None:
-        """Answer tasks as they come, and see to it that the SuperNode runs, until we are to stop."""
+        """See to it that both processes run, until we are to stop."""
         while not self.stop.is_set():
-            if not self.supernode.running:
-                self._connect()
-            elif token := self.executor.acquire():
-                self._work(token)
-            else:
+            if self.supernode.running and self.executor.running:
                 self._tell_connected()
-                self.stop.wait(self.pace.seconds)
+                self.stop.wait(WATCH_SECONDS)
+            else:
+                self._connect()
 
     def _tell_connected(self) -> None:
         if not self.connected and any(CONNECTED in line for line in list(self.supernode.tail)):
             self.connected = True
             self.tell(f"{self.kit.name} is connected to the server at {self.kit.address}")
 
-    def _work(self, token: str) -> None:
-        self.working = True
-        try:
-            self.executor.run(token)
-        except Interrupted:
-            time.sleep(FORWARD_SECONDS)
-        finally:
-            self.working = False
-        self.pace.worked()
-
     def _connect(self) -> None:
         """Start the SuperNode once the server answers; say what is in the way if it doesn't."""
         if self.supernode.pid is not None:
             self._explain_end()
-            self.supernode.stop()
+            self.close()
             self._wait()
         while not self.stop.is_set():
             obstacle = self._obstacle()
             if obstacle is None:
                 self.supernode.start()
+                self.executor.start()
                 return
             self.tell(f"waiting for the server at {self.kit.address}: {obstacle}")
             self._wait()
@@ -171,6 +168,12 @@ class _Site:
         return None
 
     def _explain_end(self) -> None:
+        """Say which process ended, and why if it said so; raises where waiting can't help."""
+        if not self.executor.running:
+            how = self.executor.exit_code
+            self.connected = False
+            self.tell(f"the process that trains ended ({_ending(how)}); connecting again with another")
+            return
         words = self.supernode.last_words()
         logger.debug("last words of the supernode:\n%s", words)
         self.connected = False
@@ -190,7 +193,20 @@ class _Site:
         )
 
     def close(self) -> None:
+        """Stop the executor first: what it says last goes through the SuperNode."""
+        self.executor.stop(grace=LAST_STEP_SECONDS)
         self.supernode.stop()
+
+
+def _ending(code: int | None) -> str:
+    """How a process ended, in words.
+
+    >>> _ending(-9), _ending(1)
+    ('killed by signal 9; out of memory?', 'exit status 1')
+    """
+    if code is not None and code < 0:
+        return f"killed by signal {-code}{'; out of memory?' if code == -9 else ''}"
+    return f"exit status {code}"
 
 
 def server_clock_skew(kit: SiteKit) -> float:

@@ -1,30 +1,24 @@
-"""Child processes: Flower's programs, each in a session of its own, none outliving its parent."""
+"""Child processes: programs from the fork server, each a process group, none outliving its parent."""
 
 import contextlib
-import importlib
-import json
 import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO
 
+from protocol.warm import QUIET, start_program
+
 logger = logging.getLogger(__name__)
 
-ORPHAN_POLL_SECONDS = 0.5
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from protocol.child import run; run()"
+__all__ = ["QUIET", "Child", "environment", "free_port"]
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -42,14 +36,30 @@ def free_port() -> int:
 
 
 class Child:
-    """One program (`module:function` with arguments) that is started, watched and stopped."""
+    """One program (`module:function` with arguments) that is started, watched and stopped.
 
-    def __init__(self, name: str, entry: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    What it writes goes to the descriptors `streams` (output, errors), or else to the log at level DEBUG and,
+    its end, to `tail`. `title` is what ps and its like show after the name. When its parent is killed it is
+    asked to stop, or, if it `dies_with_parent`, killed too.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        entry: str,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        title: str = "",
+        streams: tuple[int, int] | None = None,
+        dies_with_parent: bool = False,
+    ) -> None:
         self.name = name
         self.tail: deque[str] = deque(maxlen=60)
-        self._command = [sys.executable, "-c", _START, json.dumps(sys.path), entry, *arguments]
-        self._env = dict(env)
-        self._process: subprocess.Popen[str] | None = None
+        self._entry, self._arguments, self._env = entry, tuple(arguments), dict(env)
+        self._title, self._streams = f"atoll {name} {title}".strip(), streams
+        self._dies_with_parent = dies_with_parent
+        self._process: BaseProcess | None = None
         self._reader: threading.Thread | None = None
 
     @property
@@ -58,29 +68,39 @@ class Child:
 
     @property
     def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.is_alive()
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended: its exit status, or minus the signal that ended it; None while it runs."""
+        return self._process.exitcode if self._process else None
 
     def start(self) -> None:
-        """Start the program; its output goes to the log at level DEBUG and, in part, to `tail`."""
+        """Start the program."""
         self.tail.clear()
-        self._process = subprocess.Popen(
-            self._command,
-            env={**self._env, "ATOLL_PARENT": str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        assert self._process.stdout is not None
-        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
+        if self._streams is not None:
+            self._process = self._started(*self._streams)
+            return
+        reader, writer = os.pipe()
+        try:
+            self._process = self._started(writer, writer)
+        finally:
+            os.close(writer)
+        output = os.fdopen(reader, encoding="utf-8", errors="replace")
+        self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
 
+    def _started(self, output: int, errors: int) -> BaseProcess:
+        return start_program(
+            self._entry, self._arguments, environment=self._env, output=output, errors=errors,
+            title=self._title, dies_with_parent=self._dies_with_parent,
+        )  # fmt: skip
+
     def _read(self, output: IO[str]) -> None:
-        for line in output:
-            self.tail.append(line.rstrip())
-            logger.debug("%s: %s", self.name, line.rstrip())
+        with output:
+            for line in output:
+                self.tail.append(line.rstrip())
+                logger.debug("%s: %s", self.name, line.rstrip())
 
     def last_words(self) -> str:
         """The output's end, once the program has ended."""
@@ -90,41 +110,27 @@ class Child:
 
     def stop(self, grace: float = 8.0) -> None:
         """Ask the program and all that it started to end, wait, then end what is left."""
-        if self._process is None:
+        if self._process is None or self._process.pid is None:
             return
-        _signal_session(self._process.pid, signal.SIGTERM)
+        leader = self._process.pid
+        _signal_group(leader, signal.SIGTERM)
         deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and (self.running or _session_lives(self._process.pid)):
+        while time.monotonic() < deadline and (self.running or _group_lives(leader)):
             time.sleep(0.05)
         if self.running:
             logger.warning("%s does not stop; killing it", self.name)
-        _signal_session(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        _signal_group(leader, signal.SIGKILL)
+        self._process.join()
 
 
-def _signal_session(leader: int, number: int) -> None:
+def _signal_group(leader: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, number)
 
 
-def _session_lives(leader: int) -> bool:
+def _group_lives(leader: int) -> bool:
     try:
         os.killpg(leader, 0)
     except ProcessLookupError:
         return False
     return True
-
-
-def run() -> None:
-    """In the child: follow the parent into death, and call the entry with the arguments."""
-    threading.Thread(target=_follow, args=(int(os.environ.pop("ATOLL_PARENT")),), daemon=True).start()
-    module, _, function = sys.argv.pop(1).partition(":")
-    getattr(importlib.import_module(module), function)()
-
-
-def _follow(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_POLL_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(8)
-    os.killpg(os.getpgid(0), signal.SIGKILL)

@@ -14,8 +14,10 @@ from protocol.errors import JobError
 from protocol.kit import ServerKit
 from protocol.lock import only_one
 from protocol.signals import stop_on_signals
+from protocol.warm import import_first
 from server.control import Control, Unreachable
 from server.gate import Gate, listen
+from tasks.imports import ANY
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,10 @@ class _Server:
 
     def __post_init__(self) -> None:
         env = environment(self.kit.state / "flwr", FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
-        self.superlink = Child("superlink", SUPERLINK, self._superlink_arguments(), env)
-        self.superexec = Child("superexec", SUPEREXEC, self._superexec_arguments(), env)
+        title = f"{self.kit.folder} {self.superlink_address}"
+        import_first(*PROGRAMS, *SERVER_APP)
+        self.superlink = Child("superlink", SUPERLINK, self._superlink_arguments(), env, title=title)
+        self.superexec = Child("superexec", SUPEREXEC, self._superexec_arguments(), env, title=title)
         self.control = Control(self.superlink_address, self.kit.authority)
 
     @property
@@ -160,4 +164,7 @@ class _Server:
 
 
 SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
-SUPEREXEC = "flwr.supercore.cli.flower_superexec:flower_superexec"
+SUPEREXEC = "server.executor:superexec"
+PROGRAMS = ("flwr.superlink.cli.flower_superlink", "server.executor")
+SERVER_APP = ("server.app", *ANY)
+"""What the fork server imports before it forks the two programs, and a process for each run."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +16,7 @@ from typing import Any, Self
 from protocol.errors import JobError
 from protocol.job import Job
 from protocol.promise import PrivacySection
+from protocol.warm import import_first, worker_pool
 from server.play import check_job, unwatched
 from server.result import Baselines
 from server.rounds import Run
@@ -25,7 +24,7 @@ from sim.baselines import Comparison
 from sim.engine import simulate, warmed
 from sim.population import Population
 from sim.sweep import Planned
-from sim.workers import end_processes, end_with_parent, interrupts_held_back
+from sim.workers import end_processes
 from tasks import task_named
 from tasks.features import Progress
 from tasks.learner import Learner
@@ -125,14 +124,9 @@ _bench = Bench()
 
 
 def open_bench() -> None:
-    """In a new worker process: live as long as the parent, which alone speaks to the user."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    """In a new worker process: be silent, for the parent alone speaks to the user."""
     logging.getLogger().addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")
-
-
-def ready() -> None:
-    """In a worker process: nothing to do, but everything is imported then."""
 
 
 def play_run(job: str, out: str) -> str | None:
@@ -163,13 +157,14 @@ class Crew:
     """
 
     workers: int
+    modules: tuple[str, ...] = ("sim.sweep_runs",)
+    """What the runs import, for the fork server to import first."""
     _pool: list[ProcessPoolExecutor] = field(default_factory=list)
     _strikes: Counter[str] = field(default_factory=Counter)
 
     def start(self) -> None:
-        """Let the processes import what they need, while others do something else."""
-        for _ in range(self.workers):
-            self._submit(ready)
+        """Let the fork server import what the runs need, while others do something else."""
+        self._started()
 
     def play(
         self,
@@ -229,17 +224,16 @@ class Crew:
         return len(running) < (1 if is_suspect else self.workers)
 
     def _submit(self, work: Callable[..., Any], *arguments: str) -> Future[Any]:
-        with interrupts_held_back():
-            try:
-                return self._started().submit(work, *arguments)
-            except BrokenProcessPool:
-                self.close()
-                return self._started().submit(work, *arguments)
+        try:
+            return self._started().submit(work, *arguments)
+        except BrokenProcessPool:
+            self.close()
+            return self._started().submit(work, *arguments)
 
     def _started(self) -> ProcessPoolExecutor:
         if not self._pool:
-            context = multiprocessing.get_context("spawn")
-            self._pool.append(ProcessPoolExecutor(self.workers, context, open_bench))
+            import_first(*self.modules)
+            self._pool.append(worker_pool(self.workers, open_bench))
         return self._pool[0]
 
     def close(self) -> None:

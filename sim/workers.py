@@ -6,16 +6,12 @@ that is said travels as messages do.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +28,7 @@ from protocol.messages import (
     encode_reply,
     encode_request,
 )
+from protocol.warm import import_first, worker_pool
 from server.roll import Roll
 from sim.board import Board, Layout, can_share
 from sim.indexed import IndexedSite
@@ -39,6 +36,7 @@ from sim.population import Population
 from sim.queueing import Homes, Queue
 from sim.shift import Shift
 from tasks import trains_on_features
+from tasks.imports import imports_of
 
 LEDGERS, MEMORY = "ledgers", "memory"
 """Folders of a run's directory: what clients have spent, and what they remember."""
@@ -110,12 +108,11 @@ class PooledCarrier:
 
         def submit(worker: int, block: list[str]) -> Future[Sequence[Answer]]:
             work = Work(head, body, {name: slots[name] for name in block}, shared)
-            with interrupts_held_back():
-                try:
-                    return self._pool(worker).submit(answer, work)
-                except BrokenProcessPool:  # it died while it had nothing to do
-                    self._end_worker(worker)
-                    return self._pool(worker).submit(answer, work)
+            try:
+                return self._pool(worker).submit(answer, work)
+            except BrokenProcessPool:  # it died while it had nothing to do
+                self._end_worker(worker)
+                return self._pool(worker).submit(answer, work)
 
         waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
         shift = Shift(Queue(self._homes, waiting), self.workers, submit, self._end_worker)
@@ -137,9 +134,8 @@ class PooledCarrier:
 
     def _pool(self, worker: int) -> ProcessPoolExecutor:
         if worker not in self._pools:
-            context = multiprocessing.get_context("spawn")
-            about = (self.population.job.canonical, self.out)
-            self._pools[worker] = ProcessPoolExecutor(1, context, open_site, about)
+            import_first("sim.workers", *imports_of(self.population.job))
+            self._pools[worker] = worker_pool(1, open_site, self.population.job.canonical, self.out)
         return self._pools[worker]
 
     def close(self) -> None:
@@ -168,17 +164,6 @@ def end_processes(pool: ProcessPoolExecutor) -> None:
         process.terminate()
 
 
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Processes started within never see Ctrl-C: it is for the one that started them to end them."""
-    resource_tracker.ensure_running()  # it lets them through again when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _reply(found: Answer, board: Board | None, slots: dict[str, int]) -> Reply:
     """A worker's answer as a reply, with its tensors where the worker left them."""
     reply = decode_reply(found.head, found.body)
@@ -199,8 +184,7 @@ def processes_for(jobs: Iterable[Job]) -> int:
 
 
 def open_site(text: str, out: Path | None) -> None:
-    """In a new worker process: read the source and wait for work, for as long as the parent lives."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    """In a new worker process: read the source and wait for work."""
     population = Population.of(Job.from_json(text))
     books, memory = (None, Memory()) if out is None else books_in(out)
     _site.append(IndexedSite(population, books=books, memory=memory, population=population))
@@ -209,13 +193,6 @@ def open_site(text: str, out: Path | None) -> None:
 def books_in(out: Path) -> tuple[Books, Memory]:
     """Where simulated clients keep what they spent and what they remember, for all processes of a run."""
     return Books(out / LEDGERS), Memory(out / MEMORY, of_one_run=True)
-
-
-def end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def answer(work: Work) -> list[Answer]:

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from tasks.seam import Encoder
 from tasks.text_encoder import load_text_encoder
 from tasks.vision_encoder import load_vision_encoder, torchvision_trunk, torchvision_width
 from tasks.weights import resolve, torchvision_names
+from tests.processes import python
 from tests.small import grey_png_shard, image_job
 
 SMALL = [
@@ -275,8 +274,8 @@ def test_a_compiled_encoder_gives_the_same_bits_in_another_process(tmp_path: Pat
     found = []
     for step in ("1", "-1"):
         out = tmp_path / f"{step}.safetensors"
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / step)}
-        subprocess.run([sys.executable, "-c", script, step, str(out)], env=env, check=True)
+        process = python(script, step, out, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / step)})
+        assert process.wait() == 0, process.communicate()
         found.append(load_file(out)["f"])
     assert torch.equal(found[0], found[1].flip(0))
 
@@ -322,8 +321,8 @@ def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPa
         "except ConfigError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("backbone.compile: torch.compile failed: ") and done.stdout.count("\n") == 1
+    printed, said = python(script).communicate()
+    assert printed.startswith("backbone.compile: torch.compile failed: ") and printed.count("\n") == 1, said
 
 
 def test_load_weights_reads_what_torch_saves(tmp_path: Path) -> None:

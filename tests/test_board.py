@@ -1,12 +1,12 @@
 """Memory that processes share: what one puts there another one finds, in the same bits."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 
 from protocol.tensors import Tensors, tensors_sha256
+from protocol.warm import worker_pool
 from sim.board import Board, Layout, can_share
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this system has no memory to share")
@@ -31,8 +31,8 @@ def negated(layout: Layout) -> str:
 def test_another_process_finds_the_same_bits_and_leaves_its_own() -> None:
     board = Board.like(MODEL, 3)
     board.put(0, MODEL)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(negated, (board.layout,)) == tensors_sha256(MODEL)
+    with worker_pool(1, int) as pool:
+        assert pool.submit(negated, board.layout).result() == tensors_sha256(MODEL)
     assert tensors_sha256(board.tensors(2)) == tensors_sha256({n: -t for n, t in MODEL.items()})
     assert tensors_sha256(board.tensors(0)) == tensors_sha256(MODEL)
     assert all(not t.to(torch.float64).any() for t in board.tensors(1).values())

@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from protocol.errors import ConfigError, JobError
 from server import checkpoint
 from server.checkpoint import Checkpoint, Keeper, latest, save
+from tests.processes import python, watched
 
 
 def at(round: int) -> Checkpoint:
@@ -157,7 +156,6 @@ def test_an_error_of_the_disk_on_the_way_stops_the_run_and_is_tried_once_more_at
 WRITER = """
 import sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[2]]
 from tests.test_checkpoint import at, save
 print("ready", flush=True)
 for round in range(2, 100_000):
@@ -166,15 +164,16 @@ for round in range(2, 100_000):
 
 
 def test_a_kill_at_any_time_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Fifty writers, each killed after another fraction of a save."""
+    """Fifty moments or more, each after another fraction of a save."""
     folder, reached = tmp_path / "c", set()
     save(folder, at(1))
-    command = [sys.executable, "-c", WRITER, str(folder), str(Path.cwd())]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE)
+    writer = python(WRITER, folder)
     assert writer.stdout is not None
     writer.stdout.readline()
-    for moment in range(50):
-        time.sleep(0.003 + moment * 0.0007)
+    for moment, _ in enumerate(watched("ten saves")):
+        if moment >= 50 and len(reached) > 10:
+            break
+        time.sleep(0.003 + moment % 50 * 0.0007)
         os.kill(writer.pid, signal.SIGSTOP)  # everything on the disk is now as a kill would leave it
         copy = tmp_path / f"copy{moment}"
         shutil.copytree(folder, copy)
@@ -183,6 +182,6 @@ def test_a_kill_at_any_time_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         assert found is not None
         assert torch.equal(found.tensors["w"], at(found.round).tensors["w"])
         reached.add(found.round)
+        shutil.rmtree(copy)
     writer.kill()
     writer.wait()
-    assert len(reached) > 10

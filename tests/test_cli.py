@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from server.rundir import RunDirectory
 from sim.population import Population
 from tasks import task_named
 from tasks.reading import example_keys
+from tests.processes import WATCHDOG_SECONDS, atoll, wait_until
 from tests.test_backbones import tiny_bert
 from tests.test_bad_data import CASES, Case, as_nobody, encoded, noise, png, snapshot
 
@@ -208,9 +210,8 @@ def test_a_run_on_bad_data_ends_in_one_line_and_leaves_nothing(
     source = case.make(tmp_path / "data")
     table = DIGITS | {"data": {"source": str(source)}} if case.images else text_table(bert, source)
     job = toml(tmp_path / "job.toml", table)
-    before, start = snapshot(tmp_path), time.perf_counter()
+    before = snapshot(tmp_path)
     answer = say("simulate", job, "--out", tmp_path / "new" / "run")
-    assert time.perf_counter() - start < 5 or answer[0] == 0
     if answer[0] == 0:
         assert not case.error
         assert case.note == "" or re.search(case.note, answer[1])
@@ -603,7 +604,7 @@ def long_job(tmp_path: Path) -> Path:
     return toml(tmp_path / "long job.toml", DIGITS, federation={"rounds": 100_000, "clients": 4})
 
 
-def atoll(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+def started(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """A process of its own, as a person starts it."""
     settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     settings["env"] = {**os.environ, "PYTHONPATH": str(ROOT), **options.get("env", {})}
@@ -612,11 +613,13 @@ def atoll(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def until(seen: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not seen():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.05)
+def until_rounds(count: int, run: Path, process: Any) -> None:
+    """Wait until so many rounds are whole."""
+
+    def whole() -> bool:
+        return len(list(run.glob("checkpoints/round-*"))) >= count
+
+    wait_until(whole, f"{count} rounds", alive=lambda: process.poll() is None)
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -626,11 +629,11 @@ def test_an_interrupted_run_keeps_its_rounds_and_says_how_to_go_on(
 ) -> None:  # row 86
     run = tmp_path / "my run"
     process = atoll("simulate", long_job, "--set", "train.lr=0.02", "--out", run)
-    until(lambda: len(list(run.glob("checkpoints/round-*"))) > 1, process)
+    until_rounds(2, run, process)
     for _ in range(times):
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.02)
-    printed, said = process.communicate(timeout=30)
+    printed, said = process.communicate(timeout=WATCHDOG_SECONDS)
     assert process.returncode == 130
     assert "Traceback" not in printed + said and said.count("\n") == 1
     line = re.fullmatch(r"interrupted: (\d+) of 100000 rounds are whole in (.*); go on with: (.*)\n", said)
@@ -639,9 +642,11 @@ def test_an_interrupted_run_keeps_its_rounds_and_says_how_to_go_on(
     if times > 1:
         return
     again = atoll("simulate", long_job, "--set", "train.lr=0.02", "--out", run, "--resume")
-    until(lambda: len((run / "metrics.jsonl").read_text().splitlines()) > int(line[1]) + 1, again)
+    wait_until(
+        lambda: len((run / "metrics.jsonl").read_text().splitlines()) > int(line[1]) + 1, "more rounds"
+    )
     os.killpg(again.pid, signal.SIGINT)
-    printed, said = again.communicate(timeout=30)
+    printed, said = again.communicate(timeout=WATCHDOG_SECONDS)
     assert again.returncode == 130 and f"resumed   after round {line[1]} of 100000" in printed
 
 
@@ -652,9 +657,9 @@ def test_ctrl_c_ends_the_workers_too_without_a_word_of_theirs(
 ) -> None:  # row 86
     run = tmp_path / "run"
     process = atoll("simulate", long_job, *options, "--out", run)
-    until(lambda: len(list(run.glob("checkpoints/round-*"))) > 1, process, 120)
+    until_rounds(2, run, process)
     os.killpg(process.pid, signal.SIGINT)
-    printed, said = process.communicate(timeout=30)
+    printed, said = process.communicate(timeout=WATCHDOG_SECONDS)
     assert process.returncode == 130
     assert said.startswith("interrupted: ") and said.count("\n") == 1 and "Traceback" not in printed
 
@@ -662,15 +667,25 @@ def test_ctrl_c_ends_the_workers_too_without_a_word_of_theirs(
 @pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_run(tmp_path: Path, long_job: Path) -> None:
     run = tmp_path / "run"
-    process = atoll("simulate", long_job, "--workers", "2", "--out", run)
-    until(lambda: len(list(run.glob("checkpoints/round-*"))) > 1, process, 120)
+    process = started(
+        "simulate", long_job, "--workers", "2", "--out", run,
+        "--set", "tune.method=full", "--set", "data.test_fraction=0.95",
+    )  # fmt: skip
+    until_rounds(1, run, process)
+    assert alive_in_group(process.pid) > 3  # the command, the fork server and two workers
     process.kill()
     process.wait()
-    end = time.monotonic() + 10
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < end:
-            os.killpg(process.pid, 0)
-            time.sleep(0.1)
+    wait_until(lambda: not alive_in_group(process.pid), "end of all its processes")
+
+
+def alive_in_group(group: int) -> int:
+    """How many processes of a process group there are, without those that only wait to be reaped."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, number = path.read_text().rpartition(")")[2].split()[:3]
+            count += int(number) == group and state != "Z"
+    return count
 
 
 @pytest.mark.slow
@@ -682,7 +697,7 @@ def test_ctrl_c_before_the_first_round_leaves_nothing(tmp_path: Path) -> None:
         if line.startswith("features"):
             break
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=WATCHDOG_SECONDS)
     assert process.returncode == 130
     assert said == "interrupted: no round had begun, and nothing is left behind\n"
     assert not (tmp_path / "run").exists()
@@ -718,8 +733,8 @@ def test_ctrl_c_in_any_verb_is_said(say: Say, monkeypatch: pytest.MonkeyPatch) -
 def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_path: Path) -> None:
     job = toml(tmp_path / "job.toml", DIGITS, federation={"rounds": 3})
     odd = {"LC_ALL": "C", "LANG": "C", "TZ": "Nowhere/Odd+99", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
-    process = atoll("simulate", job, "--out", tmp_path / "rün", env=odd, stdin=subprocess.DEVNULL)
-    printed, said = process.communicate(timeout=60)
+    process = started("simulate", job, "--out", tmp_path / "rün", env=odd, stdin=subprocess.DEVNULL)
+    printed, said = process.communicate(timeout=WATCHDOG_SECONDS)
     assert (process.returncode, said) == (0, "")  # row 84
     assert "\x1b" not in printed and "\r" not in printed and printed.isascii()
     assert "rounds    1 of 3  train loss " in printed and "rounds    3 of 3  train loss " in printed
@@ -730,11 +745,11 @@ def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_pat
 def test_nobody_who_listens_is_no_reason_for_a_traceback() -> None:  # row 83
     reader, writer = os.pipe()
     os.close(reader)
-    process = atoll("list", "backbones", stdout=writer)
+    process = started("list", "backbones", stdout=writer)
     os.close(writer)
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=WATCHDOG_SECONDS)[1] == ""
     closed = ["bash", "-c", f"{sys.executable} -m atoll list x >&- 2>&-; echo $?"]
-    assert subprocess.run(closed, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "2\n"
+    assert subprocess.run(closed, cwd=ROOT, capture_output=True, text=True).stdout == "2\n"
 
 
 def test_debug_shows_a_traceback(tmp_path: Path, say: Say) -> None:

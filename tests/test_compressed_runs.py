@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +24,7 @@ from server.rundir import job_toml
 from sim.engine import simulate, warmed
 from sim.inline import InlineCarrier
 from sim.population import Population
-from tests.test_simulation import SCRIPT, job, run
+from tests.test_simulation import job, kill_after, run
 
 SCHEMES = ("fp16", "int8", "int4", "top-k")
 
@@ -261,21 +256,8 @@ def test_a_compressed_run_killed_again_and_again_ends_in_the_same_bits(tmp_path:
     setting = compressed("int4", federation={"rounds": 40})
     expected = hashes(run(setting, tmp_path / "whole"))
     (tmp_path / "job.toml").write_text(job_toml(setting))
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "job.toml"), str(tmp_path / "r")]
-    for attempt, rounds in enumerate((3, 9, 14)):
-        process = subprocess.Popen(
-            [*command, "resume" if attempt else "new"], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        seen = 0
-        for line in process.stdout:
-            seen += line.strip() == "round"
-            if seen == rounds:
-                time.sleep(0.004 * attempt)
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+    for attempt, (rounds, last) in enumerate(((3, 5), (9, 16), (14, 34))):
+        kill_after(rounds, last, attempt, tmp_path / "job.toml", tmp_path / "r")
     assert hashes(run(setting, tmp_path / "r", resume=True)) == expected
 
 

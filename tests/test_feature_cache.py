@@ -4,8 +4,6 @@ import hashlib
 import os
 import platform
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from tasks import feature_cache
 from tasks.feature_cache import MOST_SMALL, FeatureCache
 from tasks.features import plain_view, processor
 from tasks.weights import resolve
+from tests.processes import python
 from tests.small import image_job
 
 WIDTH = 5
@@ -103,8 +102,8 @@ def test_a_cache_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
         "assert cache.missing([key]) == [] and len(cache.take([key])) == 1\n"
         "print(held() - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, check=True)
-    assert int(done.stdout) < 20e6
+    printed, said = python(script, tmp_path).communicate()
+    assert int(printed) < 20e6, said
 
 
 def test_many_small_parts_become_few_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -229,9 +228,7 @@ for number in range(int(sys.argv[2]), 10**6):
 
 
 def test_writers_killed_at_any_instant_lose_nothing_that_they_had_put(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    starts = (0, 100_000, 200_000)
-    writers = [subprocess.Popen([*command, str(s)], stdout=subprocess.PIPE, text=True) for s in starts]
+    writers = [python(WRITER, tmp_path, start) for start in (0, 100_000, 200_000)]
     put = []
     for writer, count in zip(writers, (90, 150, 201), strict=True):
         assert writer.stdout is not None

@@ -1,10 +1,7 @@
 """The ledger: nothing that was charged is ever lost, and a changed one is refused."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 from privacy.accounting import Release
 from privacy.ledger import Entry, Ledger
 from protocol.errors import DataError
+from tests.processes import python
 
 RELEASE = Release(1.1, 0.05)
 
@@ -103,10 +101,7 @@ def test_fifty_kills_never_lose_a_charge_whose_release_was_seen(tmp_path: Path) 
     """Each round prints after its charge: what was printed is at most what the ledger holds."""
     path, draw, seen = tmp_path / "ledger.jsonl", random.Random(3), 0
     for _ in range(50):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-        )  # fmt: skip
+        writer = python(WRITER, path)
         assert writer.stdout is not None
         first = writer.stdout.readline()
         time.sleep(draw.random() * 0.02)

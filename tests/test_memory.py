@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from client import memory
 from client.memory import KEPT, KEPT_DAYS, Memory
 from protocol.errors import DataError, JobError
 from protocol.tensors import Tensors
+from tests.processes import python, watched
 
 
 def state(value: float) -> Tensors:
@@ -142,7 +141,6 @@ def test_runs_long_past_are_let_go_of_when_a_new_one_starts(
 WRITER = """
 import sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[2]]
 from tests.test_memory import Memory, state
 kept = Memory(Path(sys.argv[1]))
 print("ready", flush=True)
@@ -156,12 +154,13 @@ def test_a_kill_at_any_time_leaves_whole_states_of_the_rounds_that_may_be_gone_o
 ) -> None:
     folder, reached = tmp_path / "c", set()
     Memory(folder).keep("run", 1, {"a": state(1), "b": state(-1)})
-    command = [sys.executable, "-c", WRITER, str(folder), str(Path.cwd())]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE)
+    writer = python(WRITER, folder)
     assert writer.stdout is not None
     writer.stdout.readline()
-    for moment in range(30):
-        time.sleep(0.003 + moment * 0.0007)
+    for moment, _ in enumerate(watched("ten states")):
+        if moment >= 30 and len(reached) > 10:
+            break
+        time.sleep(0.003 + moment % 30 * 0.0007)
         os.kill(writer.pid, signal.SIGSTOP)  # everything on the disk is now as a kill would leave it
         copy = tmp_path / f"copy{moment}"
         shutil.copytree(folder, copy)
@@ -171,6 +170,6 @@ def test_a_kill_at_any_time_leaves_whole_states_of_the_rounds_that_may_be_gone_o
         assert value_of(kept.before("run", "a", newest + 1)) == newest
         assert value_of(kept.before("run", "b", newest)) == -(newest - 1) or newest == 1
         reached.add(newest)
+        shutil.rmtree(copy)
     writer.kill()
     writer.wait()
-    assert len(reached) > 10

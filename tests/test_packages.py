@@ -1,8 +1,6 @@
 """Packages are archives: what is wanted of them is checked, copied, and nothing else happens."""
 
 import hashlib
-import os
-import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +11,8 @@ import pytest
 
 from protocol.cache import cache_root, cached_folder
 from protocol.errors import ConfigError, DataError, InputError, WeightsError
-from tasks import packages
 from tasks.packages import PACKAGES, Package, content_sha256, file_sha256, unpacked
+from tests.processes import python
 
 FILES = {"toy_data/data/a.txt": b"one", "toy_data/data/deep/b.txt": b"two"}
 
@@ -170,9 +168,8 @@ def test_processes_that_unpack_together_agree(shelf, cache):
         f"path = Path({str(shelf)!r}); PACKAGES['toy-data'] = toy(path)\n"
         "assert names(unpacked('toy-data')) == ['a.txt', 'deep/b.txt']\n"
     )
-    root = Path(packages.__file__).parent.parent
-    running = [subprocess.Popen([sys.executable, "-c", code], cwd=root, env=os.environ) for _ in range(3)]
-    assert [process.wait(60) for process in running] == [0, 0, 0]
+    running = [python(code) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
 
 
 def test_a_fill_that_fails_leaves_no_folder(tmp_path):

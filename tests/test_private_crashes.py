@@ -1,7 +1,5 @@
 """Fifty kills in the middle of private rounds: the ledgers never hold less than what was released."""
 
-import multiprocessing
-import os
 import random
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ import pytest
 
 from privacy.ledger import Ledger
 from protocol.job import Job
+from tests.processes import python, wait_until
 
 CLIENTS = ("client-0000", "client-0001", "client-0002")
 PROMISES: dict[str, dict[str, Any]] = {
@@ -30,16 +29,19 @@ def job(unit: str) -> Job:
     return Job.parse(table, origin="test")
 
 
-def play(unit: str, out: Path, seen: Path) -> None:
-    """In a process that will be killed: go on with the run, and note every round whose model is out."""
-    from sim.engine import simulate
-
-    def watch(step: str, what: dict[str, Any]) -> None:
-        if step == "round":
-            with seen.open("a") as file:
-                file.write(f"{what['round']}\n")
-
-    simulate(job(unit), out, watch=watch, resume=(out / "job.toml").is_file())
+PLAYER = """
+import sys
+from pathlib import Path
+from sim.engine import simulate
+from tests.test_private_crashes import job
+def watch(step, what):
+    if step == "round":
+        with Path(sys.argv[3]).open("a") as file:
+            file.write(f"{what['round']}\\n")
+out = Path(sys.argv[2])
+simulate(job(sys.argv[1]), out, watch=watch, resume=(out / "job.toml").is_file())
+"""
+"""Goes on with the run, and notes every round whose model is out."""
 
 
 def rounds(seen: Path) -> int:
@@ -49,21 +51,14 @@ def rounds(seen: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", PROMISES)
 def test_twenty_five_kills_lose_no_charge_of_a_release(unit: str, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sim.engine"])
     out, seen, draw = tmp_path / "run", tmp_path / "seen", random.Random(7)
     for kills in range(1, 26):
         before = rounds(seen)
-        player = context.Process(target=play, args=(unit, out, seen))
-        player.start()
-        deadline = time.monotonic() + 60
-        while rounds(seen) == before:
-            assert player.is_alive() and time.monotonic() < deadline
-            time.sleep(0.002)
+        player = python(PLAYER, unit, out, seen, output=False)
+        wait_until(lambda: rounds(seen) != before, "round", alive=lambda: player.poll() is None)  # noqa: B023
         time.sleep(draw.random() * 0.1)
-        assert player.pid is not None
-        os.kill(player.pid, 9)
-        player.join()
+        player.kill()
+        player.wait()
         for path, owner in ledgers(unit, out):
             charged = len(Ledger.open(path, owner).entries)
             assert rounds(seen) <= charged <= rounds(seen) + 2 * kills

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from sim.inline import InlineCarrier
 from sim.population import Population, client_names
 from tasks import task_named
 from tasks.learner import Learner
+from tests.processes import python
 from tests.small import grey_png_shard
 
 DIGITS = {
@@ -236,14 +235,30 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, reference: 
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
 from protocol.job import Job
 from sim.engine import simulate
 def watch(step, what):
     print(step, flush=True)
+    if step == "round" and what["round"] == int(sys.argv[4]):
+        signal.pause()  # so that it is killed before its end, however late that is
 simulate(Job.load(Path(sys.argv[1])), Path(sys.argv[2]), watch=watch, resume=sys.argv[3] == "resume")
 """
+
+
+def kill_after(rounds: int, last: int, attempt: int, job: Path, out: Path) -> None:
+    """Start a run, or go on with it, and kill it when it has made more rounds, but before `last` is over."""
+    process = python(SCRIPT, job, out, "resume" if attempt else "new", last)
+    assert process.stdout is not None
+    seen = 0
+    for line in process.stdout:
+        seen += line.strip() == "round"
+        if seen == rounds:
+            time.sleep(0.002 * attempt)
+            break
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -254,20 +269,8 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, stra
     setting = job(strategy={"name": strategy}, federation={"rounds": 40})
     expected = run(setting, tmp_path / "whole")["model_sha256"]
     (tmp_path / "job.toml").write_text(job_toml(setting))
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "job.toml"), str(tmp_path / "r")]
-    for attempt, rounds in enumerate((3, 9, 14)):
-        mode = "resume" if attempt else "new"
-        process = subprocess.Popen([*command, mode], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        seen = 0
-        for line in process.stdout:
-            seen += line.strip() == "round"
-            if seen == rounds:
-                time.sleep(0.002 * attempt)
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+    for attempt, (rounds, last) in enumerate(((3, 5), (9, 16), (14, 34))):
+        kill_after(rounds, last, attempt, tmp_path / "job.toml", tmp_path / "r")
     assert run(setting, tmp_path / "r", resume=True)["model_sha256"] == expected
 
 

@@ -8,9 +8,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from sim.frontier_plot import axis_of, frontier_png
 from sim.sweep import Base, Grid, Planned, SweepFolder, alone_in, planned, split_values
 from sim.sweep_picks import picks
 from sim.sweep_runs import Crew
+from tests.processes import atoll
 
 pytestmark = pytest.mark.slow
 
@@ -350,19 +348,18 @@ def test_the_axis_is_epsilon_or_the_first_key_that_counts() -> None:
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_with_the_same_bits(swept: Path, job: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "atoll", "sweep", str(job), *GRID, "--out", str(out), "--workers", "2"]
+    command = ["sweep", job, *GRID, "--out", out, "--workers", "2"]
     for kill in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        count = len(list(out.glob("*/result.json")))
-        until = time.monotonic() + 120
-        while len(list(out.glob("*/result.json"))) <= count and time.monotonic() < until:
-            time.sleep(0.02)
-        os.kill(process.pid, kill)
-        _, said = process.communicate(timeout=60)
+        process = atoll(*command, main="tests.pausing:main", env={"ATOLL_TEST_PAUSE_AFTER": "1"})
+        assert process.stdout is not None
+        assert any(line == "paused\n" for line in process.stdout)
+        process.send_signal(kill)
+        _, said = process.communicate()
         assert process.returncode == (130 if kill is signal.SIGINT else -signal.SIGKILL), said
         if kill is signal.SIGINT:
             assert said.startswith("interrupted: ") and "the same command goes on" in said
-    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    process = atoll(*command)
+    assert process.communicate()[1] == "" and process.returncode == 0
     hashes = [[line["model_sha256"] for line in lines_of(folder)] for folder in (out, swept)]
     assert hashes[0] == hashes[1]
 
@@ -374,6 +371,7 @@ def test_a_worker_that_dies_costs_no_run_but_the_one_that_killed_it(tmp_path: Pa
     with Crew(2) as crew:
         crew.start()
         pool = crew._pool[0]
+        assert all(pool.submit(os.getpid).result() for _ in range(2))
         for process in list(pool._processes.values()):
             os.kill(process.pid or 0, signal.SIGKILL)
         failures = crew.play(

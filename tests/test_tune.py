@@ -5,11 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ from sim.search_space import Space, default_space, has_meaning, job_of
 from sim.sweep import Base
 from tasks import task_named
 from tasks.learner import Learner
+from tests.processes import atoll
 
 ROOT = Path(__file__).parents[1]
 TABLE: dict[str, Any] = {
@@ -487,31 +484,20 @@ def test_a_killed_search_goes_on_and_ends_with_the_same_trials(tmp_path: Path) -
     tables = []
     for name in ("whole", "killed"):
         out = tmp_path / name
-        command = [
-            sys.executable,
-            "-m",
-            "atoll",
-            "tune",
-            str(path),
-            *given,
-            "--workers",
-            "2",
-            "--out",
-            str(out),
-        ]
+        command = ["tune", path, *given, "--workers", "2", "--out", out]
         if name == "killed":
-            for count, kill in ((1, signal.SIGKILL), (3, signal.SIGINT)):
-                process = subprocess.Popen(
-                    command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            for count, kill in ((1, signal.SIGKILL), (2, signal.SIGINT)):
+                process = atoll(
+                    *command, main="tests.pausing:main", env={"ATOLL_TEST_PAUSE_AFTER": str(count)}
                 )
-                until = time.monotonic() + 120
-                while len(list(out.glob("*/*/result.json"))) < count and time.monotonic() < until:
-                    time.sleep(0.02)
-                os.kill(process.pid, kill)
-                _, said = process.communicate(timeout=60)
+                assert process.stdout is not None
+                assert any(line == "paused\n" for line in process.stdout)
+                process.send_signal(kill)
+                _, said = process.communicate()
                 assert process.returncode == (130 if kill is signal.SIGINT else -signal.SIGKILL), said
                 assert kill is signal.SIGKILL or "the same command goes on" in said
-        assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+        process = atoll(*command)
+        assert process.communicate()[1] == "" and process.returncode == 0
         tables.append([line | {"seconds": ""} for line in lines_of(out)])
     assert len(tables[0]) == 6
     assert tables[0] == tables[1]

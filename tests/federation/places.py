@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,67 +19,59 @@ from protocol.job import Job
 from server.provision import provision
 from server.rundir import job_toml
 from server.submit import status, submit
+from tests.processes import Started, wait_until
+from tests.processes import atoll as start_atoll
 
 
 def unwatched(step: str, what: dict[str, Any]) -> None: ...
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.01)
 
 
 @dataclass
 class Running:
     """One verb of the command line as a process of its own, and what it wrote."""
 
-    process: subprocess.Popen[bytes]
+    process: Started | subprocess.Popen[bytes]
     log: Path
 
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def says(self, words: str, seconds: float = 90, times: int = 1) -> None:
+    def says(self, words: str, times: int = 1) -> None:
         """Wait until it has said this, so often."""
+
+        def said() -> bool:
+            return self.text().count(words) >= times
+
         try:
-            wait_until(lambda: self.text().count(words) >= times, seconds, words)
+            wait_until(said, words, alive=lambda: self.process.poll() is None or said())
         except AssertionError as error:
             raise AssertionError(f"{error}; it said:\n{self.text()}") from None
 
-    def ends(self, seconds: float = 120) -> int:
+    def ends(self) -> int:
         """Its exit status, once it has ended by itself."""
-        return self.process.wait(timeout=seconds)
+        return self.process.wait()
 
     def end(self) -> int:
         """Its exit status, after SIGTERM."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        return self.process.wait(timeout=60)
+        self.process.terminate()
+        return self.process.wait()
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
-def atoll(
-    log: Path,
-    *arguments: str,
-    program: tuple[str, ...] = ("-m", "atoll"),
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-) -> Running:
-    """Start a verb; `program` is what of Python's stands for the command."""
+def atoll(log: Path, *arguments: str, **options: Any) -> Running:
+    """Start a verb."""
+    return Running(start_atoll(*arguments, log=log, **options), log)
+
+
+def installed_atoll(log: Path, code: Path, *arguments: str) -> Running:
+    """Start a verb of the code in a folder as a person does: with a new Python, which imports it."""
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, *program, *arguments],
-            stdout=output,
-            stderr=output,
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-        )
-    return Running(process, log)
+        command = [sys.executable, "-m", "atoll", *arguments]
+        env = os.environ | {"PYTHONPATH": str(code)}
+        return Running(subprocess.Popen(command, stdout=output, stderr=output, cwd=code, env=env), log)
 
 
 def provisioned(folder: Path, names: tuple[str, ...], port: int) -> dict[str, Path]:
@@ -105,9 +96,12 @@ class Federation:
         return self.kits["server"]
 
     def start(self, name: str, *arguments: str, **options: Any) -> Running:
-        self.count += 1
-        self.running[name] = atoll(self.folder / f"{self.count:03d}-{name}.log", *arguments, **options)
+        self.running[name] = atoll(self._log(name), *arguments, **options)
         return self.running[name]
+
+    def _log(self, name: str) -> Path:
+        self.count += 1
+        return self.folder / f"{self.count:03d}-{name}.log"
 
     def serve(self) -> Running:
         running = self.start("server", "serve", str(self.server))
@@ -118,6 +112,12 @@ class Federation:
         paths = [word for path in data for word in ("--data", str(path))]
         return self.start(site, "join", str(kit or self.kits[site]), *paths, **options)
 
+    def join_with(self, code: Path, site: str, data: Path) -> Running:
+        """Join with the code in a folder instead of this one."""
+        arguments = ("join", str(self.kits[site]), "--data", str(data))
+        self.running[site] = installed_atoll(self._log(site), code, *arguments)
+        return self.running[site]
+
     def online(self) -> set[str]:
         try:
             return set(status(self.server).online)
@@ -126,11 +126,11 @@ class Federation:
 
     def wait_online(self, *sites: str) -> None:
         """Until these sites are connected."""
-        wait_until(lambda: set(sites) <= self.online(), 120, f"{sites} to connect")
+        wait_until(lambda: set(sites) <= self.online(), f"connection of {sites}")
 
     def wait_alone(self) -> None:
         """Until no site is connected."""
-        wait_until(lambda: not self.online(), 120, f"{self.online()} to leave")
+        wait_until(lambda: not self.online(), f"leaving of {self.online()}")
 
     def run(self, job: Job, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
         """Submit a job, wait for its end; its result."""

@@ -9,7 +9,8 @@ import pytest
 
 from server.submit import status, stop
 from tests.federation.conftest import CLIENTS, Ring, job
-from tests.federation.places import result_of, rounds_of, wait_until
+from tests.federation.places import result_of, rounds_of
+from tests.processes import wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
@@ -63,7 +64,7 @@ def test_a_run_whose_server_app_was_killed_is_resumed_to_the_same_bits(ring: Rin
     setting = job("resumed", federation={"rounds": 6})
     federation, out = ring.whole(), ring.federation.folder / "resumed"
     submitted = federation.submit(setting, out)
-    wait_until(lambda: len(rounds_of(out)) >= 2, 90, "two rounds")
+    wait_until(lambda: len(rounds_of(out)) >= 2, "two rounds")
     os.kill(federation.pid_of("flwr-serverapp"), signal.SIGKILL)
     submitted.process.send_signal(signal.SIGINT)
     assert submitted.ends() == 130

@@ -14,7 +14,8 @@ from sim.engine import simulate
 from sim.population import client_names
 from sim.shards import write_shards
 from tests.federation.news import news_file
-from tests.federation.places import Federation, atoll, federation_of, result_of, unwatched, wait_until
+from tests.federation.places import Federation, atoll, federation_of, result_of, unwatched
+from tests.processes import wait_until
 from tests.test_backbones import tiny_bert
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(900)]
@@ -188,7 +189,7 @@ def test_a_killed_and_resumed_run_gives_the_same_bits(places: Places, name: str)
     out = places.folder / f"killed-{name}"
     log = places.folder / f"killed-{name}.log"
     running = atoll(log, "simulate", str(job), "--out", str(out))
-    wait_until((out / "checkpoints" / "round-000001.safetensors").exists, 120, "the first checkpoint")
+    wait_until((out / "checkpoints" / "round-000001.safetensors").exists, "the first checkpoint")
     running.kill()
     assert not (out / "result.json").exists(), "it was too fast to be killed"
     assert atoll(log, "simulate", str(job), "--out", str(out), "--resume").ends() == 0, running.text()

@@ -18,7 +18,8 @@ from protocol.kit import ServerKit
 from server.serve import runtime_path, serve
 from server.submit import follow, logs, status
 from tests.federation.conftest import CLIENTS, SECRET, Ring, job, weights_home
-from tests.federation.places import provisioned, result_of, rounds_of, wait_until
+from tests.federation.places import provisioned, result_of, rounds_of
+from tests.processes import wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
@@ -99,7 +100,7 @@ def test_sites_that_cannot_take_part_are_named_and_tell_neither_data_nor_paths(r
     weights = weights_home(federation.folder / "other weights", seed=2)
     shard = ring.shards / "client-0000"
     others = [
-        federation.join("other-code", shard, cwd=code, env={"PYTHONPATH": str(code)}),
+        federation.join_with(code, "other-code", shard),
         federation.join("no-labels", unlabelled),
         federation.join("other-weights", shard, env={"TORCH_HOME": str(weights)}),
     ]
@@ -136,9 +137,9 @@ def test_a_run_outlives_its_submitter_and_the_superlink(ring: Ring) -> None:
     run = federation.latest()
     assert f"run {run} goes on" in left.text() and f"atoll stop {run}" in left.text()
     assert not status(federation.server).runs[0].finished
-    wait_until(lambda: len(rounds_of(out)) >= 2, 60, "a second round")
+    wait_until(lambda: len(rounds_of(out)) >= 2, "a second round")
 
-    os.kill(federation.pid_of("flower_superlink"), signal.SIGKILL)
+    os.kill(federation.pid_of("atoll superlink"), signal.SIGKILL)
     assert follow(federation.server, run, show=lambda line: None).completed
     assert result_of(out)["model_sha256"] == ring.expected(setting)
     assert "the superlink ended; starting it again" in federation.running["server"].text()
@@ -148,7 +149,7 @@ def test_a_site_of_another_authority_is_refused(ring: Ring, tmp_path: Path) -> N
     port = ServerKit.load(ring.federation.server).address.port
     other = provisioned(tmp_path, ("west",), port)
     refused = ring.federation.join("west", ring.shards / "client-0000", kit=other["west"])
-    assert refused.ends(60) == 1
+    assert refused.ends() == 1
     assert "is not the one of this kit" in refused.text()
 
 
@@ -169,7 +170,7 @@ def test_a_second_server_and_a_second_site_on_one_kit_are_refused(ring: Ring) ->
         serve(ring.federation.server)
     pid = ring.federation.running["client-0000"].process.pid
     second = ring.federation.join("second", ring.shards, kit=ring.federation.kits["client-0000"])
-    assert second.ends(60) == 2
+    assert second.ends() == 2
     assert f"a site already runs on this kit, pid {pid}" in second.text()
 
 
@@ -205,6 +206,6 @@ def test_sigterm_leaves_no_process_behind_and_the_servers_log_holds_no_data(ring
     federation = ring.whole()
     ended = {name: federation.running[name].end() for name in ("client-0000", "pair", "server")}
     assert ended == {"client-0000": 0, "pair": 0, "server": 0}
-    wait_until(lambda: not federation.processes(), 15, f"the end of {federation.processes()}")
+    wait_until(lambda: not federation.processes(), f"the end of {federation.processes()}")
     logged = "".join(path.read_text(errors="replace") for path in federation.folder.glob("*-server.log"))
     assert "ready on" in logged and SECRET not in logged and str(ring.shards) not in logged

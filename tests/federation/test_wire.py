@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 CHANCE = 1e-9
 """A test of randomness fails by bad luck this often; of plain numbers it gives 0."""
 SIGMAS = 6.0
-WATCHED_SITE = (str(Path(__file__).with_name("watched_site.py")),)
+WATCHED_SITE = "tests.federation.watched_site:main"
 
 
 @dataclass
@@ -120,7 +120,7 @@ def wire(ring: Ring, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]
             table.write_text(table.read_text().replace(f"port = {kit.address.port}", f"port = {tap.port}"))
             data = [ring.shards / client for client in clients]
             env = {"ATOLL_TEST_WATCH": str(folder)}
-            ring.federation.join(site, *data, program=WATCHED_SITE, env=env)
+            ring.federation.join(site, *data, main=WATCHED_SITE, env=env)
         ring.federation.wait_online("client-0000", "pair")
         yield Wire(ring, tap, folder)
         for site in ("client-0000", "pair"):

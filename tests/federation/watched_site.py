@@ -14,7 +14,6 @@ import numpy as np
 
 import client.secure
 import privacy.secagg
-from atoll.start import main
 from privacy.secagg import Participant, Vector, mask_of
 
 FOLDER = Path(os.environ["ATOLL_TEST_WATCH"])
@@ -42,7 +41,19 @@ def mask_or_zeros(seed: bytes, count: int) -> Vector:
     return mask_of(seed, count)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`atoll join` whose executor is watched."""
+    import atoll.site_verbs
+    from atoll.start import main as start
+
+    vars(atoll.site_verbs)["EXECUTOR"] = "tests.federation.watched_site:executor"
+    start()
+
+
+def executor() -> None:
+    """The entry of the process that works for the site."""
+    from atoll.site_verbs import executor as answer
+
     vars(client.secure)["Participant"] = Watched
     vars(privacy.secagg)["mask_of"] = mask_or_zeros
-    main()
+    answer()

@@ -1,0 +1,40 @@
+"""A command whose worker processes have so many pieces of work done and then wait for a signal.
+
+A test that stops a sweep or a search in its middle thus finds it there, however fast the machine is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sim.sweep_runs import Crew, Piece
+
+AFTER = "ATOLL_TEST_PAUSE_AFTER"
+
+
+def main() -> None:
+    """The command; it writes `paused` once $ATOLL_TEST_PAUSE_AFTER runs or trials have ended."""
+    from atoll.start import main as start
+
+    work, left = Crew.work, int(os.environ[AFTER])
+
+    def pausing(
+        crew: Crew, draw: Callable[[], Piece | None], ended: Callable[[Piece, Any, str | None], None]
+    ) -> None:
+        def counted(piece: Piece, result: Any, died: str | None) -> None:
+            nonlocal left
+            ended(piece, result, died)
+            left -= 1
+            if left == 0:
+                sys.stdout.write("paused\n")
+                sys.stdout.flush()
+                signal.pause()
+
+        work(crew, draw, counted)
+
+    Crew.work = pausing  # type: ignore[method-assign]
+    start()
