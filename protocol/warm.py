@@ -35,6 +35,9 @@ QUIET = {
 STOP_SECONDS = 8.0
 """What a program has to end by itself, once its parent is gone."""
 
+NO_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""For the fork server itself: pyarrow's allocator has a thread of its own unless it is told not to."""
+
 _lock = threading.Lock()
 _modules: list[str] = []
 _inherited = False
@@ -65,10 +68,14 @@ def fork_server() -> ForkServerContext:
 @contextmanager
 def _search_path() -> Iterator[None]:
     """Within, a new Python finds the same modules as this one, and none in the folder it stands in."""
-    changed = QUIET | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "PYTHONSAFEPATH": "1",
-    }
+    changed = (
+        QUIET
+        | NO_THREAD
+        | {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONSAFEPATH": "1",
+        }
+    )
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:
@@ -117,10 +124,10 @@ def _enter(environment: Mapping[str, str], title: str) -> None:
     # Python means a child to use its parent's fork server, but `ensure_running` starts another one, since
     # the server is not the child's own process (seen in 3.11 to 3.14).
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
+    setproctitle(title)  # first, for it writes over the place where the old environment is
     os.environ.clear()
     os.environ.update(environment)
     time.tzset()
-    setproctitle(title)
 
 
 class _Stream:

@@ -17,6 +17,7 @@ from protocol.job import Job
 from protocol.messages import Hello, Measurement, Request, encode_reply, hello_to_json
 from server import app
 from server.app import FlowerCarrier, bytes_array
+from tests.clock import TurnedClock
 
 NODE = 7
 
@@ -55,16 +56,21 @@ class LossyGrid:
 
 
 @pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> TurnedClock:
+    """The carrier's."""
+    turned = TurnedClock()
+    monkeypatch.setattr(app, "time", turned)
+    return turned
+
+
+@pytest.fixture(autouse=True)
 def in_a_server_app(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower lets messages be made in the process of a run only."""
     for number in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, number, 1)
 
 
-def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(app, "HELLO_AGAIN_SECONDS", 0.2)
+def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(clock: TurnedClock) -> None:
     hello = hello_to_json(Hello("north", {}, 12))
     grid = LossyGrid(lost=2, answer=RecordDict({"hellos": ConfigRecord({"json": [hello]})}))
     table = {
@@ -73,19 +79,35 @@ def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(
         "task": {"name": "image-classification"},
         "data": {"source": "digits"},
         "backbone": {"name": "torchvision:squeezenet1_1"},
-        "federation": {"clients": 1, "wait": 5},
+        "federation": {"clients": 1, "wait": 60},
     }
     roll = FlowerCarrier(cast(Grid, grid), "test").hello(Job.parse(table, origin="test"))
     assert (list(roll.names), roll.sizes.tolist()) == (["north"], [12])
-    assert grid.pushed == 3
+    assert grid.pushed == 3 and clock.now < 1000 + 20
+
+
+def measured() -> RecordDict:
+    head, body = encode_reply(Measurement("north", 1, 12, {"seen": torch.tensor(5)}))
+    heads, bodies = ConfigRecord({"north": head}), ArrayRecord({"north": bytes_array(body)})
+    return RecordDict({"heads": heads, "bodies": bodies})
+
+
+REQUEST = Request("evaluate", "{}", "", 1, {}, {"w": torch.zeros(2)})
 
 
 def test_a_request_that_was_lost_is_sent_again_before_a_short_round_is_over() -> None:
-    head, body = encode_reply(Measurement("north", 1, 12, {"seen": torch.tensor(5)}))
-    heads, bodies = ConfigRecord({"north": head}), ArrayRecord({"north": bytes_array(body)})
-    grid = LossyGrid(lost=2, answer=RecordDict({"heads": heads, "bodies": bodies}))
-    request = Request("evaluate", "{}", "", 1, {}, {"w": torch.zeros(2)})
+    grid = LossyGrid(lost=2, answer=measured())
     carrier = FlowerCarrier(cast(Grid, grid), "test", nodes={"north": NODE})
-    (reply,) = carrier.exchange(request, ["north"], timeout=2.0)
+    (reply,) = carrier.exchange(REQUEST, ["north"], timeout=2.0)
     assert isinstance(reply, Measurement) and reply.num_examples == 12
     assert grid.pushed == 3
+
+
+@pytest.mark.parametrize("timeout", [12.0, 300.0])
+def test_a_node_that_never_answers_is_waited_for_until_the_deadline_and_not_longer(
+    timeout: float, clock: TurnedClock
+) -> None:  # rows 5, 9
+    grid = LossyGrid(lost=10**6, answer=measured())
+    carrier = FlowerCarrier(cast(Grid, grid), "test", nodes={"north": NODE})
+    assert list(carrier.exchange(REQUEST, ["north"], timeout=timeout)) == []
+    assert timeout <= clock.now - 1000 <= timeout + 1

@@ -15,6 +15,7 @@ from torchvision.models import squeezenet1_1
 from protocol.job import Job
 from sim.engine import simulate
 from sim.shards import write_shards
+from tests.federation.held_site import HOLD
 from tests.federation.places import Federation, Running, federation_of, unwatched
 
 SECRET = "Ann Smith"
@@ -29,7 +30,7 @@ DIGITS: dict[str, Any] = {
     "data": {"source": "digits", "partition": {"kind": "dirichlet", "alpha": 0.5}},
     "backbone": {"name": "torchvision:squeezenet1_1", "image_size": 32, "offline": True},
     "train": {"lr": 0.02, "batch_size": 16},
-    "federation": {"clients": 3, "rounds": 2, "wait": 60, "round_timeout": 60},
+    "federation": {"clients": 3, "rounds": 2, "wait": 600, "round_timeout": 600},
 }
 
 
@@ -61,10 +62,24 @@ class Ring:
         self.alone(), self.pair()
         return self.federation
 
+    def hold(self, job: str, round: int, client: str = "client-0000") -> Path:
+        """From now on the client's training in that round stops at its begin, until the file is gone."""
+        self.holds.mkdir(exist_ok=True)
+        held = self.holds / f"{job}-{round}-{client}"
+        held.touch()
+        return held
+
+    @property
+    def holds(self) -> Path:
+        return self.federation.folder / "holds"
+
     def _there(self, site: str, clients: list[str]) -> Running:
         running = self.federation.running.get(site)
         if running is None or running.process.poll() is not None:
-            running = self.federation.join(site, *(self.shards / client for client in clients))
+            data = (self.shards / client for client in clients)
+            running = self.federation.join(
+                site, *data, main="tests.federation.held_site:main", env={HOLD: str(self.holds)}
+            )
             running.says("is connected")
         return running
 

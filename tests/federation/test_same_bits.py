@@ -15,8 +15,8 @@ from sim.population import client_names
 from sim.shards import write_shards
 from tests.federation.news import news_file
 from tests.federation.places import Federation, atoll, federation_of, result_of, unwatched
-from tests.processes import wait_until
 from tests.test_backbones import tiny_bert
+from tests.test_simulation import kill_after
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(900)]
 
@@ -184,13 +184,9 @@ def test_four_workers_give_the_bits_of_one(places: Places, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["digits-fedavg", "news-fedadam"])
 def test_a_killed_and_resumed_run_gives_the_same_bits(places: Places, name: str) -> None:
-    job = places.folder / f"{name}.toml"
+    job, out = places.folder / f"{name}.toml", places.folder / f"killed-{name}"
     job.write_text(job_toml(places.jobs[name]))
-    out = places.folder / f"killed-{name}"
-    log = places.folder / f"killed-{name}.log"
-    running = atoll(log, "simulate", str(job), "--out", str(out))
-    wait_until((out / "checkpoints" / "round-000001.safetensors").exists, "the first checkpoint")
-    running.kill()
-    assert not (out / "result.json").exists(), "it was too fast to be killed"
-    assert atoll(log, "simulate", str(job), "--out", str(out), "--resume").ends() == 0, running.text()
+    kill_after(1, 2, 0, job, out)
+    resumed = atoll(places.folder / f"{name}.log", "simulate", str(job), "--out", str(out), "--resume")
+    assert resumed.ends() == 0, resumed.text()
     assert result_of(out)["model_sha256"] == places.expected(name)

@@ -128,8 +128,9 @@ def test_sites_that_cannot_take_part_are_named_and_tell_neither_data_nor_paths(r
 
 
 def test_a_run_outlives_its_submitter_and_the_superlink(ring: Ring) -> None:
-    federation, setting = ring.whole(), job(federation={"rounds": 6})
+    federation, setting = ring.whole(), job(federation={"rounds": 4})
     out = federation.folder / "left"
+    held = [ring.hold("digits", round) for round in (2, 3)]
     left = federation.submit(setting, out)
     left.says("round 1 ")
     left.process.send_signal(signal.SIGINT)
@@ -137,9 +138,11 @@ def test_a_run_outlives_its_submitter_and_the_superlink(ring: Ring) -> None:
     run = federation.latest()
     assert f"run {run} goes on" in left.text() and f"atoll stop {run}" in left.text()
     assert not status(federation.server).runs[0].finished
+    held[0].unlink()
     wait_until(lambda: len(rounds_of(out)) >= 2, "a second round")
-
     os.kill(federation.pid_of("atoll superlink"), signal.SIGKILL)
+    federation.running["server"].says("the superlink ended; starting it again")
+    held[1].unlink()
     assert follow(federation.server, run, show=lambda line: None).completed
     assert result_of(out)["model_sha256"] == ring.expected(setting)
     assert "the superlink ended; starting it again" in federation.running["server"].text()

@@ -1,0 +1,94 @@
+"""What holds for all tests: the order of files, who may start processes, how long each file took."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+import protocol.warm
+from tests.budget import RECORD, budgets
+
+MATRIX = Path(__file__).with_name("matrix.toml")
+settings.register_profile("test", deadline=None, derandomize=True)
+settings.register_profile("matrix", deadline=None)
+settings.load_profile(os.environ.get("ATOLL_TEST_PROFILE", "test"))
+
+STARTS_PROCESSES = ("processes", "federation")
+"""Markers of tests that may start processes; all others are held to starting none."""
+
+_started: list[str] = []
+_seconds: Counter[str] = Counter()
+
+
+def _listen(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+        _started.append(f"{event} {arguments[0] if arguments else ''}")
+
+
+sys.addaudithook(_listen)
+
+
+def _counted(server: Any) -> Any:
+    def fork_server() -> Any:
+        _started.append("a process from the fork server")
+        return server()
+
+    return fork_server
+
+
+vars(protocol.warm)["fork_server"] = _counted(protocol.warm.fork_server)
+
+
+@pytest.fixture(autouse=True)
+def processes_are_told(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that starts a process and isn't marked: `make fast` and `make stress` go by the mark."""
+    _started.clear()
+    yield
+    marked = any(request.node.get_closest_marker(name) for name in STARTS_PROCESSES)
+    if _started and not marked:
+        pytest.fail(f"starts a process ({_started[0]}): mark it with pytest.mark.processes")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is for the matrix; put the files that take longest first, so that none is left at the end."""
+    patterns = tomllib.loads(MATRIX.read_text("utf-8"))["matrix"]
+    unused = set(patterns)
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        fitting = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        unused.difference_update(fitting)
+        if fitting:
+            item.add_marker(pytest.mark.matrix)
+    is_whole = config.args == config.getini("testpaths") and not config.option.ignore
+    if unused and is_whole:
+        raise pytest.UsageError(f"{MATRIX}: fits no test: {', '.join(sorted(unused))}")
+    known = budgets()
+    items.sort(key=lambda item: -known.get(_file(item.nodeid), 0.0))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[_file(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keep how long each file took; of several processes only the one that hears of all tests does."""
+    if hasattr(session.config, "workerinput") or not _seconds:
+        return
+    known: dict[str, float] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    known |= {file: round(seconds, 1) for file, seconds in _seconds.items()}
+    RECORD.write_text(json.dumps(known, indent=1, sort_keys=True))
+
+
+def _file(nodeid: str) -> str:
+    return Path(nodeid.partition("::")[0]).as_posix().removeprefix("tests/")

@@ -1,0 +1,47 @@
+"""A site whose work can be held in its middle, so that a test interferes just there.
+
+While the folder $ATOLL_TEST_HOLD has a file `JOB-ROUND-CLIENT`, that client's training in that round of that
+job has begun, and is charged where it is private, but doesn't go on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import client.site
+from protocol.job import Job
+from protocol.messages import Reply, Request
+
+HOLD = "ATOLL_TEST_HOLD"
+
+
+def main() -> None:
+    """`atoll join` whose executor can be held."""
+    import atoll.site_verbs
+    from atoll.start import main as start
+
+    vars(atoll.site_verbs)["EXECUTOR"] = "tests.federation.held_site:executor"
+    start()
+
+
+def executor() -> None:
+    """The entry of the process that works for the site."""
+    from atoll.site_verbs import executor as answer_tasks
+
+    folder, admit = Path(os.environ[HOLD]), client.site.Site.admit
+
+    def held(
+        site: client.site.Site, job: Job, request: Request, names: Sequence[str]
+    ) -> tuple[client.site.Admitted, list[Reply]]:
+        admitted = admit(site, job, request, names)
+        while request.kind != "evaluate" and any(
+            (folder / f"{job.name}-{request.round}-{name}").exists() for name in names
+        ):
+            time.sleep(0.01)
+        return admitted
+
+    client.site.Site.admit = held  # type: ignore[method-assign]
+    answer_tasks()
