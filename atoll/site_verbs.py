@@ -86,12 +86,18 @@ def provision(
     tell("give each site its own kit over a safe channel; keep the folder ca offline")
 
 
-def serve(kit: Kit) -> None:
+def serve(
+    kit: Kit,
+    health: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where gRPC health is answered; else on a free local port."),
+    ] = None,
+) -> None:
     """Run a federation's server until it is stopped."""
     from server.serve import serve as serve_kit
 
     speak_for("server")
-    serve_kit(kit, tell=tell_when)
+    serve_kit(kit, health_address=health, tell=tell_when)
 
 
 def join(
@@ -157,16 +163,26 @@ def _result(where: Path) -> dict[str, Any]:
 
 
 def status(server: ServerKitOption) -> None:
-    """Which sites are connected, and how the latest runs stand."""
-    from server.submit import status as ask
+    """Which sites are connected, how the latest runs stand, and whether a job can be submitted."""
+    from server.status import status as ask
 
-    federation = ask(server)
-    tell(f"online   {', '.join(federation.online) or 'none'}")
-    tell(f"offline  {', '.join(federation.offline) or 'none'}")
-    table = Table(Column("run id", no_wrap=True), "status", Column("submitted", no_wrap=True), "details")
-    for run in federation.runs:
-        table.add_row(str(run.run_id), run.outcome or run.status, moment(run.submitted), escape(run.details))
-    if federation.runs:
+    stands = ask(server)
+    unknown = "none" if stands.known else "unknown"
+    tell(f"online   {', '.join(stands.online) or unknown}")
+    tell(f"offline  {', '.join(stands.offline) or unknown}")
+    tell(f"health   {f'not serving: {stands.trouble}' if stands.trouble else 'serving'}")
+    tell(f"         answered on {stands.health} (gRPC)")
+    table = Table(
+        Column("run id", no_wrap=True), "status", Column("health", no_wrap=True),
+        Column("submitted", no_wrap=True), "details",
+    )  # fmt: skip
+    for run in stands.runs:
+        table.add_row(
+            str(run.run_id), run.outcome or run.status,
+            "serving" if run.run_id in stands.going_on else "not serving",
+            moment(run.submitted), escape(run.details),
+        )  # fmt: skip
+    if stands.runs:
         out.print(table)
 
 

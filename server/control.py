@@ -30,6 +30,7 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from protocol.code import installed_files
 from protocol.errors import JobError
+from server.status import Run
 
 logging.getLogger("httpx").setLevel(logging.WARNING)
 """It has a line for every call, and the sites call all the time."""
@@ -63,25 +64,6 @@ class Node:
     name: str
     public_key: bytes
     online: bool
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run and how it stands; `outcome` is empty until it is finished."""
-
-    run_id: int
-    status: str
-    outcome: str
-    details: str
-    submitted: str
-
-    @property
-    def finished(self) -> bool:
-        return self.status == "finished"
-
-    @property
-    def completed(self) -> bool:
-        return self.finished and self.outcome == "completed"
 
 
 @dataclass(frozen=True)
@@ -155,10 +137,10 @@ class Control:
             raise JobError(f"the SuperLink did not start the run: {response.note or 'no reason given'}")
         return response.run_id
 
-    def runs(self) -> list[Run]:
+    def runs(self, limit: int = 20) -> list[Run]:
         """The latest runs, newest first."""
         with _one_line(self._address):
-            response = self._client.ListRuns(ListRunsRequest())
+            response = self._client.ListRuns(ListRunsRequest(limit=limit))
         runs = [_run(run) for run in response.run_dict.values()]
         return sorted(runs, key=lambda run: run.submitted, reverse=True)
 

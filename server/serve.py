@@ -17,6 +17,8 @@ from protocol.signals import stop_on_signals
 from protocol.warm import import_first
 from server.control import Control, Unreachable
 from server.gate import Gate, listen
+from server.health import Health, address_from, answered
+from server.status import Federation, answering
 from tasks.imports import ANY
 
 logger = logging.getLogger(__name__)
@@ -27,36 +29,48 @@ LONGEST_PAUSE = 30.0
 
 
 def serve(
-    kit: Path, *, tell: Callable[[str], None] = logger.info, stop: threading.Event | None = None
+    kit: Path,
+    *,
+    health_address: str | None = None,
+    tell: Callable[[str], None] = logger.info,
+    stop: threading.Event | None = None,
 ) -> None:
     """Serve the federation until SIGTERM, SIGINT or `stop`; `tell` gets a line for what an operator sees.
+
+    The gRPC health protocol is answered on `health_address` (HOST:PORT), or else on a free port of loopback.
 
     The SuperLink and its executor are restarted when they die. Runs and registered sites are in a
     database in the kit, so a run goes on after a restart of the SuperLink.
     """
     loaded = ServerKit.load(kit)
+    wanted = address_from(health_address) if health_address else None
     stop = stop or threading.Event()
     with ExitStack() as stack:
         stack.enter_context(only_one(loaded.state / "serve.lock", "a server"))
         listener = stack.enter_context(listen(loaded.address))
+        health = Health()
+        where = stack.enter_context(answered(health, wanted))
+        tell(f"health is answered on {where} (gRPC)")
         stack.enter_context(stop_on_signals(stop))
-        server = _Server(loaded, free_port(), tell, stop)
+        server = _Server(loaded, free_port(), tell, stop, health, where)
         stack.callback(server.close)
         server.open()
         gate = Gate(loaded, listener, server.superlink_address)
         stack.callback(gate.stop)
         gate.start()
-        stack.enter_context(_runtime_file(loaded, server.superlink_address))
+        stack.enter_context(_runtime_file(loaded, server.superlink_address, where))
+        stack.enter_context(answering(loaded.state, server.status))
         tell(f"ready on {loaded.address}; waiting for {', '.join(loaded.sites)}")
         server.watch()
+        health.stop()
     tell("stopped")
 
 
 @contextmanager
-def _runtime_file(kit: ServerKit, control: str) -> Iterator[None]:
-    """Within, the kit says where `submit` finds the Control API."""
+def _runtime_file(kit: ServerKit, control: str, health: str) -> Iterator[None]:
+    """Within, the kit says where `submit` finds the Control API, and where health is answered."""
     path = runtime_path(kit)
-    path.write_text(json.dumps({"control": control}), encoding="utf-8")
+    path.write_text(json.dumps({"control": control, "health": health}), encoding="utf-8")
     try:
         yield
     finally:
@@ -75,6 +89,8 @@ class _Server:
     port: int
     tell: Callable[[str], None]
     stop: threading.Event
+    health: Health
+    health_address: str
     online: set[str] = field(default_factory=set)
     pause: float = 1.0
 
@@ -114,6 +130,7 @@ class _Server:
         self._wait_for_superlink()
         self.control.admit({site: self.kit.node_key(site) for site in self.kit.sites})
         self.superexec.start()
+        self._look_around()
 
     def _wait_for_superlink(self) -> None:
         """Return once the SuperLink answers, or once we are to stop."""
@@ -135,6 +152,7 @@ class _Server:
             self._look_around()
 
     def _restart(self, child: Child) -> None:
+        self.health.not_serving(f"the {child.name} ended; it is started again")
         self.tell(f"the {child.name} ended; starting it again")
         logger.warning("last words of the %s:\n%s", child.name, child.last_words())
         child.stop(grace=0)
@@ -146,8 +164,12 @@ class _Server:
     def _look_around(self) -> None:
         try:
             online = {node.name for node in self.control.nodes() if node.online}
-        except Unreachable:
+            self._look_at_runs()
+        except JobError as error:
+            self.health.not_serving(str(error))
             return
+        if self.superlink.running and self.superexec.running:
+            self.health.serving()
         self.pause = 1.0
         for name in sorted(self.online - online):
             self.online.remove(name)
@@ -155,6 +177,37 @@ class _Server:
         for name in sorted(online - self.online):
             self.online.add(name)
             self.tell(f"{name} is connected ({len(self.online)} of {len(self.kit.sites)})")
+
+    def _look_at_runs(self) -> None:
+        """Tell `health` how runs stand; all that is asked for is the latest one and those that go on.
+
+        For Flower tidies up after every finished run that it lists, each time.
+        """
+        latest = self.control.runs(limit=1)
+        if latest and not self.health.knows(latest[0].run_id):
+            latest = self.control.runs()
+        others = self.health.going_on - {run.run_id for run in latest}
+        self.health.update([*latest, *(self.control.run(run_id) for run_id in others)])
+
+    def status(self) -> Federation:
+        """How the federation stands at this moment; for any thread."""
+        control = Control(self.superlink_address, self.kit.authority)
+        try:
+            nodes, runs = control.nodes(), tuple(control.runs())
+            self.health.update(runs)
+        except JobError as error:
+            self.health.not_serving(str(error))
+            return Federation((), (), (), frozenset(), str(error), self.health_address, known=False)
+        finally:
+            control.close()
+        return Federation(
+            online=tuple(sorted(node.name for node in nodes if node.online)),
+            offline=tuple(sorted(node.name for node in nodes if not node.online)),
+            runs=runs,
+            going_on=self.health.going_on,
+            trouble=self.health.trouble,
+            health=self.health_address,
+        )
 
     def close(self) -> None:
         """Stop the executor first: a ServerApp can then still say how it ended."""

@@ -1,31 +1,24 @@
-"""Jobs on a live federation: start one, follow it, look at all, stop one."""
+"""Jobs on a live federation: start one, follow it, stop one."""
 
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.errors import ConfigError, JobError
 from protocol.kit import ServerKit
-from server.control import Control, Run, Unreachable, bundle
+from server.control import Control, Unreachable, bundle
 from server.serve import runtime_path
+from server.status import Federation as Federation
+from server.status import Run, no_server
+from server.status import status as status
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
 """How long a server may be away before following a run gives up."""
-
-
-@dataclass(frozen=True)
-class Federation:
-    """How a federation stands: its sites and its latest runs, newest first."""
-
-    online: tuple[str, ...]
-    offline: tuple[str, ...]
-    runs: tuple[Run, ...]
 
 
 def submit(
@@ -91,17 +84,6 @@ def logs(kit: Path, run_id: int, *, show: Callable[[str], None]) -> Run:
     return follow(kit, run_id, show=show)
 
 
-def status(kit: Path) -> Federation:
-    """Who is connected, and the latest runs."""
-    with _control(kit) as control:
-        nodes = control.nodes()
-        return Federation(
-            online=tuple(sorted(node.name for node in nodes if node.online)),
-            offline=tuple(sorted(node.name for node in nodes if not node.online)),
-            runs=tuple(control.runs()),
-        )
-
-
 def stop(kit: Path, run_id: int) -> Run:
     """Stop a run; returns how it stands then."""
     with _control(kit) as control:
@@ -117,7 +99,7 @@ def _control(kit: Path) -> Iterator[Control]:
     try:
         address = json.loads(runtime_path(loaded).read_text(encoding="utf-8"))["control"]
     except FileNotFoundError:
-        raise ConfigError(f"{kit}: no server runs on this kit; start one with: atoll serve {kit}") from None
+        raise no_server(kit) from None
     control = Control(address, loaded.authority)
     try:
         yield control

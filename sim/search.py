@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol.errors import ConfigError, JobError
+from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.streams import stream_seed
 from protocol.synced import is_begun, replace_synced
@@ -348,6 +348,6 @@ def quiet_optuna() -> Any:
 
 
 def check_optuna() -> None:
-    """Raises JobError unless Optuna is installed, which only a search needs."""
+    """Raises ConfigError unless Optuna is installed, which only a search needs."""
     if find_spec("optuna") is None:
-        raise JobError("the package optuna is not installed; pip install 'atoll[tune]'")
+        raise ConfigError("the package optuna is not installed; pip install 'atoll[tune]'")

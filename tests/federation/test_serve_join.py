@@ -16,10 +16,11 @@ from protocol.code import ROOMS
 from protocol.errors import ConfigError, JobError
 from protocol.kit import ServerKit
 from server.serve import runtime_path, serve
-from server.submit import follow, logs, status
+from server.submit import follow, logs, status, stop
 from tests.federation.conftest import CLIENTS, SECRET, Ring, job, weights_home
 from tests.federation.places import provisioned, result_of, rounds_of
 from tests.processes import wait_until
+from tests.test_health import probe, states
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
@@ -146,6 +147,29 @@ def test_a_run_outlives_its_submitter_and_the_superlink(ring: Ring) -> None:
     assert follow(federation.server, run, show=lambda line: None).completed
     assert result_of(out)["model_sha256"] == ring.expected(setting)
     assert "the superlink ended; starting it again" in federation.running["server"].text()
+
+
+def test_health_follows_the_superlink_and_a_run(ring: Ring) -> None:
+    federation = ring.whole()
+    health = status(federation.server).health
+    assert f"health is answered on {health} (gRPC)" in federation.running["server"].text()
+    with probe(health) as stub:
+        server = states(stub, "atoll.federation")
+        assert next(server) == "SERVING"
+        os.kill(federation.pid_of("atoll superlink"), signal.SIGKILL)
+        assert (next(server), next(server)) == ("NOT_SERVING", "SERVING")
+
+        waiting = job("waiting", federation={"clients": 9, "wait": 600})  # more than there are
+        submitted = federation.submit(waiting, federation.folder / "waiting")
+        submitted.says("waiting   3 of 9 clients are here")
+        stands = status(federation.server)
+        run = stands.runs[0].run_id
+        assert (stands.going_on, stands.trouble, stands.known) == ({run}, "", True)
+        of_run = states(stub, f"atoll.run.{run}")
+        assert next(of_run) == "SERVING"
+        assert stop(federation.server, run).outcome == "stopped"
+        assert next(of_run) == "NOT_SERVING"
+        assert submitted.ends() == 1 and status(federation.server).going_on == set()
 
 
 def test_a_site_of_another_authority_is_refused(ring: Ring, tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""Atoll where only its declared packages are installed: everything else is hidden, and it works.
+
+Where an extra is missing, the verb that needs it says in one line what to install.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atoll.cli import run as command_line
+from protocol.child import free_port
+from protocol.job import Job
+from server.rundir import job_toml
+from sim.shards import write_shards
+from tests.federation.places import Federation, Running, provisioned, result_of
+from tests.hiding import ROOT, Without, closure, hiding_environment, installed, modules_of
+from tests.task_data import ready
+from tests.task_jobs import job_of
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+NEEDED = closure(PROJECT["dependencies"])
+PRIVATE: dict[str, Any] = {
+    "unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.2, "seeded_noise": True,
+}  # fmt: skip
+SGD = {"lr": 0.01, "optimizer": "sgd"}
+
+
+@pytest.fixture(scope="module")
+def declared_only(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables under which an interpreter finds nothing but the closure of the dependencies."""
+    hidden = installed() - NEEDED
+    assert {"pytest", "ruff", "optuna", "onnx", "torchao", "torch-pruning", "tensorboard"} <= hidden
+    env = hiding_environment(tmp_path_factory.mktemp("hiding") / "site", hidden)
+    look = (
+        "from importlib import metadata, util\n"
+        "print(util.find_spec('pytest'), util.find_spec('optuna'), util.find_spec('google.auth'),"
+        " *(one.name for one in metadata.distributions() if one.name in ('pytest', 'opacus')))\n"
+        "import pytest"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", look], env=os.environ | env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "None None None opacus\n"
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'pytest'\n")
+    return env
+
+
+IN_TURN = """
+import json, os, sys
+from atoll.cli import QUIET, run
+os.environ.update(QUIET)
+for arguments in json.loads(sys.argv[1]):
+    print("exit code", run(arguments), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_and_private_jobs_need_nothing_that_is_not_declared(
+    declared_only: dict[str, str], tmp_path: Path
+) -> None:
+    jobs = {
+        "lora": job_of("text-classification", "lora", privacy=PRIVATE, train=SGD),
+        "lstm": job_of(
+            "forecasting", "full", privacy=PRIVATE, train=SGD,
+            backbone={"name": "atoll:lstm", "weights": "random", "options": {"width": 8, "layers": 1}},
+        ),
+    }  # fmt: skip
+    verbs = [["demo", "--out", str(tmp_path / "demo")]]
+    for name, job in jobs.items():
+        (tmp_path / f"{name}.toml").write_text(job_toml(ready(job, tmp_path)))
+        verbs.append(["simulate", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name)])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(verbs)],
+        env=os.environ | declared_only, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.count("exit code 0\n") == len(verbs), done.stdout + done.stderr
+    assert "sitecustomize" not in done.stderr
+    assert result_of(tmp_path / "demo")["final"]["server"]["accuracy"] > 0.9
+    for name in jobs:
+        privacy = result_of(tmp_path / name)["privacy"]
+        assert (privacy["unit"], privacy["releases"] > 0, privacy["epsilon"] > 0) == ("example", True, True)
+
+
+@pytest.mark.federation
+@pytest.mark.timeout(600)
+def test_a_real_federation_needs_nothing_that_is_not_declared(
+    declared_only: dict[str, str], tmp_path: Path
+) -> None:
+    job = Job.parse(
+        {
+            "name": "alone",
+            "seed": 1,
+            "task": {"name": "image-classification"},
+            "data": {"source": "digits"},
+            "backbone": {"name": "raw:pixels", "image_size": 8},
+            "train": {"lr": 1.0, "batch_size": 32},
+            "federation": {"clients": 1, "rounds": 1},
+        },
+        origin="test",
+    )
+    write_shards(job, tmp_path / "shards")
+    (tmp_path / "job.toml").write_text(job_toml(job))
+    federation = Federation(tmp_path, provisioned(tmp_path, ("client-0000",), free_port()))
+    server, site = str(federation.server), str(federation.kits["client-0000"])
+
+    def start(verb: str, *arguments: str) -> Running:
+        with (tmp_path / f"{verb}.log").open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "atoll", verb, *arguments],
+                env=os.environ | declared_only, cwd=ROOT, stdout=output, stderr=output,
+            )  # fmt: skip
+        federation.running["server" if verb == "serve" else verb] = Running(process, tmp_path / f"{verb}.log")
+        return federation.running["server" if verb == "serve" else verb]
+
+    try:
+        start("serve", server).says("ready on")
+        start("join", site, "--data", str(tmp_path / "shards" / "client-0000")).says("is connected")
+        submitted = start(
+            "submit", str(tmp_path / "job.toml"), "--server", server, "--out", str(tmp_path / "out")
+        )
+        code = submitted.ends()
+        asked = start("status", "--server", server)
+        assert asked.ends() == 0, asked.text()
+    finally:
+        federation.close()
+    assert code == 0, "\n".join(f"{name}: {one.text()}" for name, one in federation.running.items())
+    assert "clients   client-0000" in submitted.text() and "health   serving" in asked.text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a job and its run."""
+    folder = tmp_path_factory.mktemp("finished")
+    job = ready(job_of("image-classification", "head"), folder)
+    (folder / "job.toml").write_text(job_toml(job))
+    assert command_line(["simulate", str(folder / "job.toml"), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+VERBS: list[tuple[str, str]] = [
+    ("export", "export run --format onnx"),
+    ("export", "export run --format onnx-int8"),
+    ("torchao", "export run --format torchao-int8"),
+    ("prune", "export run --format safetensors --prune 0.5 --prune-kind structured"),
+    ("prune", "simulate job.toml --set backbone.prune=0.5 --set backbone.prune_kind=structured"),
+    ("track", "simulate job.toml --track tensorboard"),
+    ("track", "simulate job.toml --track mlflow"),
+    ("track", "track run --to tensorboard"),
+    ("track", "track run --to mlflow"),
+    ("tune", "tune job.toml"),
+]
+
+
+def test_every_extra_has_a_verb_that_needs_it() -> None:
+    assert {extra for extra, _ in VERBS} == set(EXTRAS) - {"dev"}
+
+
+@pytest.mark.parametrize(("extra", "verb"), VERBS)
+def test_without_an_extra_the_verb_says_in_one_line_what_to_install(
+    extra: str,
+    verb: str,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hide_for_a_test(monkeypatch, closure(EXTRAS[extra]) - NEEDED)
+    words = [str(finished / word) if word in ("run", "job.toml") else word for word in verb.split()]
+    out = ["--out", str(tmp_path / "out")] if words[0] != "track" else []
+    assert command_line([*words, *out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.endswith(f"pip install 'atoll[{extra}]'\n")
+    assert said.count("\n") == 1 and "internal error" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def hide_for_a_test(monkeypatch: pytest.MonkeyPatch, packages: frozenset[str]) -> None:
+    """Until its end this interpreter doesn't find the packages, though it may have imported them before."""
+    hidden = modules_of(packages)
+    finders = [Without(packages, hidden) if one is PathFinder else one for one in sys.meta_path]
+    assert finders != sys.meta_path
+    monkeypatch.setattr(sys, "meta_path", finders)
+    for name in list(sys.modules):
+        parts = name.split(".")
+        if any(".".join(parts[: i + 1]) in hidden for i in range(len(parts))):
+            monkeypatch.delitem(sys.modules, name)
