@@ -16,7 +16,7 @@ FLOWER = {
     "server/app.py", "client/app.py", "sim/grid.py", "sim/ray.py", "strategies/flower.py",
     "server/serve.py", "client/join.py",
     # what serve, submit and join are made of: Flower's Control API and a site's executor
-    "server/control.py", "client/executor.py",
+    "server/control.py", "server/executor.py", "client/executor.py",
 }  # fmt: skip
 MODULES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
 
