@@ -6,20 +6,26 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := atoll client privacy protocol server sim strategies tasks
 
-.PHONY: demo test check fast matrix setup format clean
+.PHONY: demo test check fast stress matrix setup format clean
 
 demo: $(STAMP)
 	$(BIN)/atoll demo
 
-test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not federation and not matrix"
-	$(BIN)/python -m pytest -m "federation and not matrix"
+# Three at a time, for those that start servers and sites wait for them half of their time.
+TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 
-matrix: $(STAMP)
-	$(BIN)/python -m pytest -m matrix
+test: check
+	$(BIN)/python -m pytest $(TOGETHER) -m "not matrix and not gpu"
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not federation and not slow and not matrix"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not processes and not federation and not slow and not matrix and not gpu"
+
+# What starts processes or reads a clock, with two busy loops for each core beside it.
+stress: $(STAMP)
+	$(BIN)/python -m tools.busy $(BIN)/python -m pytest $(TOGETHER) -m "(processes or federation) and not matrix and not gpu"
+
+matrix: $(STAMP)
+	ATOLL_TEST_PROFILE=matrix $(BIN)/python -m pytest -m matrix
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -27,6 +33,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.declared
+	$(BIN)/python -m tests.budget
 
 format: $(STAMP)
 	$(BIN)/ruff format .
