@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
-
-from protocol.errors import ConfigError
 from protocol.job import Job
+from server.checks import check_source
 from server.rounds import TestSet
 from tasks import task_named
 from tasks.learner import Learner, ranked
 from tasks.reading import Table
 from tasks.seam import Shard, Task
 from tasks.sources import SOURCES, load_source
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +33,6 @@ def read_source(job: Job) -> Table:
     check_source(job)
     splits = load_source(job.data.source, offline=job.backbone.offline)
     return task_named(job.task.name).adopt(splits, job)
-
-
-def check_source(job: Job) -> None:
-    """Raises ConfigError if the source is a built-in one that holds no data of the job's task."""
-    source = SOURCES.get(job.data.source)
-    if source is not None and job.task.name not in source.tasks:
-        fitting = [name for name, other in SOURCES.items() if job.task.name in other.tasks]
-        tasks = " and ".join(source.tasks)
-        raise ConfigError(
-            f"data.source: {source.name} is for {tasks}, the job's task is {job.task.name};"
-            f" expected {' or '.join([*fitting, 'a path'])}"
-        )
 
 
 def hold_out(table: Table, job: Job) -> tuple[datasets.Dataset, datasets.Dataset]:
