@@ -9,8 +9,31 @@ from typing import get_type_hints
 
 import click
 import typer
-from typer.core import TyperArgument
+from typer import core
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 from typer.main import get_command
+
+core.HAS_RICH = False  # what rich would draw help with takes longer to import than all else that help needs
+
+LONGEST = 200
+"""Letters of a verb's first sentence, which the list of verbs has whole."""
+
+
+class Verb(TyperCommand):
+    """One verb, whose arguments help lists once: Typer does, and click from 8.5 on would do it again."""
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write nothing more."""
+
+
+class Verbs(TyperGroup):
+    """All verbs, each with its whole first sentence."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a verb a line, or two where its sentence is long."""
+        rows = [(name, verb.get_short_help_str(LONGEST)) for name, verb in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 @cache
