@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -239,9 +240,13 @@ def _chosen_files(weights: Path, section: BackboneSection) -> list[Path]:
 
 
 def _hub_cache(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     for repo in (name, f"sentence-transformers/{name}"):
+        if not Path(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}").is_dir():
+            continue
+        from huggingface_hub import try_to_load_from_cache  # brings in what talks to the hub
+
         try:
             found = try_to_load_from_cache(repo, "config.json")
         except ValueError:  # not a name the hub could have
@@ -332,9 +337,16 @@ def _files_print(files: list[Path]) -> str:
     """SHA-256 over the files' SHA-256s, in order of name."""
     digest = hashlib.sha256()
     for file in sorted(files):
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(handle, "sha256").digest())
+        seen = file.stat()
+        digest.update(file.name.encode() + b"\0" + _file_print(file, seen.st_size, seen.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _file_print(file: Path, size: int, changed: int) -> bytes:
+    """SHA-256 of a file, read once for as long as its size and time stay the same: a job asks three times."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()
 
 
 def _random_print(name: str, seed: int) -> str:
