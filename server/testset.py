@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from protocol.job import Job
 from server.checks import check_source
 from server.rounds import TestSet
 from tasks import task_named
+from tasks.dataset import Dataset
 from tasks.learner import Learner, ranked
 from tasks.reading import Table
 from tasks.seam import Shard, Task
 from tasks.sources import SOURCES, load_source
-
-if TYPE_CHECKING:
-    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ def read_source(job: Job) -> Table:
     return task_named(job.task.name).adopt(splits, job)
 
 
-def hold_out(table: Table, job: Job) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(table: Table, job: Job) -> tuple[Dataset, Dataset]:
     """(what is dealt to clients, the server's test set): never one example in both.
 
     The test set is the job's own `data.test`, or the source's test split, or a fraction of the
@@ -54,7 +51,7 @@ def hold_out(table: Table, job: Job) -> tuple[datasets.Dataset, datasets.Dataset
     return table.train.select(sorted(order[count:])), table.train.select(sorted(order[:count]))
 
 
-def unit_keys(task: Task, dataset: datasets.Dataset) -> list[bytes]:
+def unit_keys(task: Task, dataset: Dataset) -> list[bytes]:
     """For each row a hash of what must not be split: its example's content, or its group."""
     groups = task.groups(dataset)
     return task.keys(dataset) if groups is None else [hashlib.sha256(g.encode()).digest() for g in groups]

@@ -78,7 +78,7 @@ def load_source(name: str, *, offline: bool = False, progress: Progress | None =
 
 def _read(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path)
+        return pq.ParquetFile(path).read()  # read_table would bring pandas in
     except pa.ArrowException as error:
         first = (str(error).splitlines() or [""])[0]
         raise DataError(f"{path}: damaged: {first}; expected to be whole, remove {path.parent}") from None
