@@ -16,7 +16,6 @@ import click
 import typer
 
 from atoll import (
-    __version__,
     audit_verbs,
     distil_verbs,
     export_verbs,
@@ -56,12 +55,15 @@ PATIENCE = 2.0
 
 @app.callback(invoke_without_command=True)
 def options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    version: bool = typer.Option(False, "--version", help="Print what a run's bits depend on, and exit."),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks and library messages."),
 ) -> None:
     """Options that go before the verb."""
     if version:
-        typer.echo(__version__)
+        from atoll.versions import versions
+
+        for line in versions():
+            typer.echo(line)
         raise typer.Exit()
     quiet_libraries(debug)
 
