@@ -16,7 +16,6 @@ from atoll.show import plain
 from atoll.trained import trained
 from atoll.usage import Verb
 from protocol.errors import ConfigError
-from protocol.job_file import apply_override, read_toml
 
 if TYPE_CHECKING:
     from protocol.job import Job
@@ -81,6 +80,7 @@ def student_job(
         ConfigError: the job, or a key of it, is wrong.
     """
     from protocol.job import Job
+    from protocol.job_file import apply_override, read_toml
 
     own = learner.job.model_dump(mode="json")
     if student.endswith(".toml"):

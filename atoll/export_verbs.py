@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -222,6 +221,8 @@ def calibration(learner: Learner) -> Iterator[Batch]:
 
 def latency(model: Model, learner: Learner, examples: Shard) -> float:
     """Milliseconds of one example's pass on this machine: the median of some."""
+    import statistics
+
     import torch
 
     torch.set_num_threads(learner.job.train.threads)

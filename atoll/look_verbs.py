@@ -13,7 +13,6 @@ from atoll.show import escape, out, plain
 from atoll.trained import check_finished, trained
 from atoll.usage import Verb
 from protocol.errors import ConfigError, DataError
-from protocol.job_file import apply_override
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
@@ -135,6 +134,8 @@ def check(
 
 def _given(pairs: list[str] | None, option: str) -> dict[str, Any]:
     """What `key=value` pairs say, the values as in TOML."""
+    from protocol.job_file import apply_override
+
     table: dict[str, Any] = {}
     for pair in pairs or ():
         apply_override(table, pair, option=option)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
+from inspect import unwrap
 from pathlib import Path
 from typing import get_type_hints
 
@@ -22,6 +23,15 @@ LONGEST = 200
 class Verb(TyperCommand):
     """One verb, whose arguments help lists once: Typer does, and click from 8.5 on would do it again."""
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write arguments and options; Typer 0.20 loses the arguments' help under click 8.5."""
+        hints = get_type_hints(unwrap(self.callback), include_extras=True) if self.callback else {}
+        for param in self.params:
+            told = [info.help for info in getattr(hints.get(param.name or ""), "__metadata__", ())]
+            if isinstance(param, TyperArgument) and told:
+                param.help = told[0]
+        super().format_options(ctx, formatter)
+
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write nothing more."""
 
@@ -38,16 +48,9 @@ class Verbs(TyperGroup):
 
 @cache
 def verbs_of(app: typer.Typer) -> click.Group:
-    """The app's verbs, each argument with its help, which Typer 0.20 loses under click 8.5."""
+    """The app's verbs."""
     verbs = get_command(app)
     assert isinstance(verbs, click.Group)
-    for registered in app.registered_commands:
-        assert registered.callback is not None
-        hints = get_type_hints(registered.callback, include_extras=True)
-        for param in verbs.commands[registered.name or registered.callback.__name__].params:
-            told = [info.help for info in getattr(hints[param.name or ""], "__metadata__", ())]
-            if isinstance(param, TyperArgument) and told:
-                param.help = told[0]
     return verbs
 
 
