@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from atoll.look_verbs import RunDir, read_result
 from atoll.show import out, plain, watching
+from atoll.usage import Verb
 from protocol.errors import ConfigError
-from protocol.job import Job
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from protocol.job import Job
 
 REAL = "flower"
 """What results of real federations call their engine."""
@@ -21,7 +25,7 @@ REAL = "flower"
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command(epilog="Example: atoll audit runs/bbc-news --canaries 2000")(audit)
+    app.command(cls=Verb, epilog="Example: atoll audit runs/bbc-news --canaries 2000")(audit)
 
 
 def audit(
@@ -38,15 +42,15 @@ def audit(
     ] = None,
 ) -> None:
     """Attack a simulated run: what it proves of epsilon, beside what the run claims."""
+    job, result = simulated_run(run)
+    if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
+        raise ConfigError(f"--out: expected a file, in a folder that is there, found {out_file}")
     from server.report_audit import what_the_audit_found
     from sim.audit import Audit, audited
     from sim.inversion import probed
     from sim.population import Population
 
     how = Audit(canaries, confidence, shadows)
-    job, result = simulated_run(run)
-    if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
-        raise ConfigError(f"--out: expected a file, in a folder that is there, found {out_file}")
     population = Population.of(job)
     with watching(job.federation.rounds) as watcher:
         found = audited(
@@ -57,11 +61,11 @@ def audit(
     text = json.dumps(found, indent=2, allow_nan=False)
     for path in filter(None, (run / "audit.json", out_file)):
         path.write_text(text + "\n", "utf-8")
-    out.print(bounds(found))
+    out().print(bounds(found))
     if found["inversion"] is not None:
-        out.print(given_away(found["inversion"]))
-    out.print(plain(what_the_audit_found(found)), highlight=False, soft_wrap=True)
-    out.print(f"audit  {plain(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
+        out().print(given_away(found["inversion"]))
+    out().print(plain(what_the_audit_found(found)), highlight=False, soft_wrap=True)
+    out().print(f"audit  {plain(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
     if found["contradicted"]:
         raise typer.Exit(1)
 
@@ -80,11 +84,15 @@ def simulated_run(run: Path) -> tuple[Job, dict[str, Any]]:
         )
     if not isinstance(result.get("privacy"), dict):
         raise ConfigError(f"{run / 'result.json'}: privacy: missing, expected what the run claims")
+    from protocol.job import Job
+
     return Job.load(run / "job.toml"), result
 
 
 def bounds(found: Mapping[str, Any]) -> Table:
     """The claimed epsilon and what the attack proves, a column for each unit."""
+    from rich.table import Table
+
     units: Mapping[str, Any] = found["units"]
     sure = f"{100 * found['confidence']:g} % confidence"
     table = Table(title=f"epsilon: claimed, and proven with {sure}", title_justify="left")
@@ -111,6 +119,8 @@ def bounds(found: Mapping[str, Any]) -> Table:
 
 def given_away(inversion: Mapping[str, Any]) -> Table:
     """What one update gives away of its examples, without protection and with the job's."""
+    from rich.table import Table
+
     table = Table(title="what one update of the head gives away", title_justify="left")
     for column in ("a step on", "labels found", "features (cosine)", "labels, here", "features, here"):
         table.add_column(column, justify="left" if column == "a step on" else "right")

@@ -11,11 +11,12 @@ Lines = list[tuple[str, str]]
 def tasks() -> Lines:
     from tasks import TASKS
 
-    return [(name, task.summary) for name, task in TASKS.items()]
+    return [(name, entry.summary) for name, entry in TASKS.items()]
 
 
 def backbones() -> Lines:
-    from tasks.weights import OWN, PACKAGED, RAW, TorchvisionKind, torchvision_names
+    from tasks.torchvision_models import TorchvisionKind, torchvision_names
+    from tasks.weights import OWN, PACKAGED, RAW
 
     packaged = [
         (name, f"pretrained weights from package {package}") for name, (package, _) in PACKAGED.items()
@@ -39,7 +40,7 @@ def backbones() -> Lines:
 
 def strategies() -> Lines:
     from strategies import STRATEGIES
-    from strategies.flower import flower_names
+    from strategies.flower_names import flower_names
 
     ours = [(name, f"{entry.summary}; keys: {', '.join(entry.keys)}") for name, entry in STRATEGIES.items()]
     return ours + [(f"flwr:{name}", "Flower's own") for name in flower_names()]

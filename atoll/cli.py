@@ -16,7 +16,6 @@ import click
 import typer
 
 from atoll import (
-    __version__,
     audit_verbs,
     distil_verbs,
     export_verbs,
@@ -27,17 +26,17 @@ from atoll import (
     tune_verbs,
 )
 from atoll.show import OneLine, err, interrupted, plain
-from atoll.usage import verbs_of, what_is_wrong
+from atoll.usage import Verbs, verbs_of, what_is_wrong
 from protocol import child
 from protocol.errors import JobError
 
 app = typer.Typer(
     name="atoll",
+    cls=Verbs,
     help="Fine-tune one pretrained backbone across many clients whose data never leaves them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 run_verbs.register(app)
@@ -56,12 +55,15 @@ PATIENCE = 2.0
 
 @app.callback(invoke_without_command=True)
 def options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    version: bool = typer.Option(False, "--version", help="Print what a run's bits depend on, and exit."),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks and library messages."),
 ) -> None:
     """Options that go before the verb."""
     if version:
-        typer.echo(__version__)
+        from atoll.versions import versions
+
+        for line in versions():
+            typer.echo(line)
         raise typer.Exit()
     quiet_libraries(debug)
 
@@ -71,7 +73,7 @@ def quiet_libraries(debug: bool) -> None:
     if debug:
         from rich.logging import RichHandler
 
-        chatty = RichHandler(console=err, show_time=False, markup=False)
+        chatty = RichHandler(console=err(), show_time=False, markup=False)
         logging.basicConfig(level=logging.DEBUG, handlers=[chatty], format="%(message)s")
         return
     logging.basicConfig(level=logging.WARNING, handlers=[OneLine()])
@@ -190,7 +192,7 @@ def _complain(message: str, code: int, debug: bool, *, label: str = "error") -> 
     if debug:
         traceback.print_exc()
     try:
-        err.print(f"[bold red]{label}:[/] {plain(message)}", highlight=False, soft_wrap=True)
+        err().print(f"[bold red]{label}:[/] {plain(message)}", highlight=False, soft_wrap=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return code

@@ -14,11 +14,11 @@ from atoll.run_verbs import Overrides, run_here, unused
 from atoll.show import out as shown
 from atoll.show import plain
 from atoll.trained import trained
+from atoll.usage import Verb
 from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.job_file import apply_override, read_toml
 
 if TYPE_CHECKING:
+    from protocol.job import Job
     from tasks.learner import Learner
 
 AT_ONCE = 64
@@ -34,7 +34,7 @@ ROUNDS = 5
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     example = "Example: atoll distil runs/news --student hf:prajjwal1/bert-mini --data texts.txt"
-    app.command(epilog=example)(distil)
+    app.command(cls=Verb, epilog=example)(distil)
 
 
 def distil(
@@ -59,7 +59,7 @@ def distil(
         if weight not in (None, 1.0):
             raise ConfigError(f"--weight: without labels the teacher says all, expected 1, found {weight}")
         source = where.with_name(f"{where.name}-data")
-        with shown.status("asking the teacher"):
+        with shown().status("asking the teacher"):
             label(learner, tensors, data, source, force)
     part = 1.0 if unlabelled else 0.5 if weight is None else weight
     teaching = {"teacher": str(run.resolve()), "teacher_temperature": temperature, "teacher_weight": part}
@@ -67,7 +67,7 @@ def distil(
     made = run_here(job, where, default=where, force=force)
     if unlabelled:
         note = f"labels are the teacher's, in {source}: metrics tell how far the student agrees with it"
-        shown.print(plain(note), highlight=False, soft_wrap=True)
+        shown().print(plain(note), highlight=False, soft_wrap=True)
     return made
 
 
@@ -79,6 +79,9 @@ def student_job(
     Raises:
         ConfigError: the job, or a key of it, is wrong.
     """
+    from protocol.job import Job
+    from protocol.job_file import apply_override, read_toml
+
     own = learner.job.model_dump(mode="json")
     if student.endswith(".toml"):
         origin, folder, table = student, Path(student).parent, read_toml(Path(student))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from atoll.show import out as shown
 from atoll.trained import trained
+from atoll.usage import Verb
 from protocol.errors import ConfigError, JobError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tasks.learner import Learner
     from tasks.seam import Batch, Model, Shard
 
@@ -44,7 +45,7 @@ class Measured:
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command(epilog="Example: atoll export runs/bbc-news --format onnx-int8")(export)
+    app.command(cls=Verb, epilog="Example: atoll export runs/bbc-news --format onnx-int8")(export)
 
 
 def export(
@@ -68,7 +69,7 @@ def export(
     check_can_be(learner, format)
     examples = examples_of(learner, data)
     model = learner.filled(tensors)
-    with shown.status(f"measuring {len(examples)} examples as trained"):
+    with shown().status(f"measuring {len(examples)} examples as trained"):
         before = Measured(
             size_of(model), latency(model, learner, examples), learner.measured(model, examples)
         )
@@ -78,9 +79,9 @@ def export(
     try:
         if prune is not None:
             make_smaller(model, learner, examples, prune, prune_kind or KINDS[0])
-        with shown.status(f"writing {format}"):
+        with shown().status(f"writing {format}"):
             result = written(model, learner, format, staging, examples)
-        with shown.status(f"measuring {len(examples)} examples as {format}"):
+        with shown().status(f"measuring {len(examples)} examples as {format}"):
             after = Measured(
                 megabytes_in(staging, format),
                 latency(result, learner, examples),
@@ -94,9 +95,9 @@ def export(
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    shown.print(table_of(format, before, after))
-    shown.print(f"measured on  {len(examples)} examples; ms is the pass of one of them", highlight=False)
-    shown.print(f"written to   {folder}", highlight=False, soft_wrap=True)
+    shown().print(table_of(format, before, after))
+    shown().print(f"measured on  {len(examples)} examples; ms is the pass of one of them", highlight=False)
+    shown().print(f"written to   {folder}", highlight=False, soft_wrap=True)
     return folder
 
 
@@ -220,6 +221,8 @@ def calibration(learner: Learner) -> Iterator[Batch]:
 
 def latency(model: Model, learner: Learner, examples: Shard) -> float:
     """Milliseconds of one example's pass on this machine: the median of some."""
+    import statistics
+
     import torch
 
     torch.set_num_threads(learner.job.train.threads)
@@ -278,6 +281,8 @@ def told(
 
 def table_of(format: str, before: Measured, after: Measured) -> Table:
     """Both forms, side by side."""
+    from rich.table import Table
+
     table = Table()
     for name in ("model", "MB", "ms", *before.metrics):
         table.add_column(name.replace("_", " "), justify="left" if name == "model" else "right")

@@ -8,25 +8,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Column, Table
 
-from atoll.show import out, plain
+from atoll.show import escape, out, plain
 from atoll.trained import check_finished, trained
+from atoll.usage import Verb
 from protocol.errors import ConfigError, DataError
-from protocol.job import DataSection
-from protocol.job_file import apply_override
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    app.command(epilog="Example: atoll report runs/bbc-news")(report)
-    app.command(epilog='Example: atoll predict runs/bbc-news "Shares fell sharply"')(predict)
-    app.command(epilog="Example: atoll check my-photos --task image-classification")(check)
-    app.command(epilog="Example: atoll track runs/bbc-news --to tensorboard")(track)
-    app.command("list", epilog="Example: atoll list backbones")(list_)
+    app.command(cls=Verb, epilog="Example: atoll report runs/bbc-news")(report)
+    app.command(cls=Verb, epilog='Example: atoll predict runs/bbc-news "Shares fell sharply"')(predict)
+    app.command(cls=Verb, epilog="Example: atoll check my-photos --task image-classification")(check)
+    app.command(cls=Verb, epilog="Example: atoll track runs/bbc-news --to tensorboard")(track)
+    app.command("list", cls=Verb, epilog="Example: atoll list backbones")(list_)
 
 
 def report(run: RunDir) -> None:
@@ -34,7 +31,7 @@ def report(run: RunDir) -> None:
     from server.report import write_report
 
     write_report(run, read_result(run))
-    out.print(f"report  {run / 'report.html'}", highlight=False, soft_wrap=True)
+    out().print(f"report  {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def track(
@@ -45,7 +42,7 @@ def track(
     from atoll.tracking import track_finished
 
     for name, place in track_finished(run, read_result(run), to).items():
-        out.print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
+        out().print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -69,6 +66,8 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Use the trained model on new inputs."""
+    from rich.table import Column, Table
+
     answers = predictions(run, inputs)
     if as_json:
         for given, answer in zip(inputs, answers, strict=True):
@@ -79,7 +78,7 @@ def predict(
     for given, answer in zip(inputs, answers, strict=True):
         sure = [f"{answer['probability']:.3f}"] if has_probability else []
         table.add_row(plain(given), escape(answer["label"]), *sure)
-    out.print(table)
+    out().print(table)
 
 
 def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
@@ -107,6 +106,9 @@ def check(
     ] = None,
 ) -> None:
     """Look at a site's data before it joins: what is there, and what is wrong with it."""
+    from rich.table import Table
+
+    from protocol.job import DataSection
     from tasks import task_named
 
     columns = _given(column, "--column")
@@ -118,20 +120,22 @@ def check(
     for name in sorted({*findings.train, *findings.test}):
         table.add_row(escape(name), str(findings.train.get(name, 0)), str(findings.test.get(name, 0)))
     table.add_row("all", str(sum(findings.train.values())), str(sum(findings.test.values())), style="bold")
-    out.print(table)
-    out.print(f"sizes       {findings.sizes}", highlight=False)
-    out.print(f"duplicates  {findings.duplicates}", highlight=False)
+    out().print(table)
+    out().print(f"sizes       {findings.sizes}", highlight=False)
+    out().print(f"duplicates  {findings.duplicates}", highlight=False)
     for note in findings.notes:
-        out.print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
+        out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
     for problem in findings.problems:
-        out.print(f"[red]unreadable[/]  {escape(problem)}", highlight=False, soft_wrap=True)
+        out().print(f"[red]unreadable[/]  {escape(problem)}", highlight=False, soft_wrap=True)
     if findings.bad:
         raise DataError(f"{data}: {findings.bad} examples cannot be used; mend or remove them")
-    out.print("[green]ready[/]: a run can use this data as it is")
+    out().print("[green]ready[/]: a run can use this data as it is")
 
 
 def _given(pairs: list[str] | None, option: str) -> dict[str, Any]:
     """What `key=value` pairs say, the values as in TOML."""
+    from protocol.job_file import apply_override
+
     table: dict[str, Any] = {}
     for pair in pairs or ():
         apply_override(table, pair, option=option)

@@ -8,14 +8,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atoll.show import ending, out, plain, watching
-from atoll.tracking import Tracking, check_trackers
+from atoll.usage import Verb
 from protocol.errors import ConfigError, JobError
-from protocol.job import Job
+
+if TYPE_CHECKING:
+    from protocol.job import Job
 
 Overrides = Annotated[
     list[str] | None,
@@ -45,9 +47,11 @@ ENGINES = ("inline", "loop", "cohort", "ray")
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    app.command(epilog="Example: atoll demo")(demo)
-    app.command(epilog="Example: atoll simulate jobs/bbc-news.toml --set federation.rounds=5")(simulate)
-    app.command(epilog="Example: atoll partition jobs/bbc-news.toml --out shards")(partition)
+    app.command(cls=Verb, epilog="Example: atoll demo")(demo)
+    app.command(cls=Verb, epilog="Example: atoll simulate jobs/bbc-news.toml --set federation.rounds=5")(
+        simulate
+    )
+    app.command(cls=Verb, epilog="Example: atoll partition jobs/bbc-news.toml --out shards")(partition)
 
 
 def demo(out: OutDir = None) -> None:
@@ -95,16 +99,20 @@ def run_here(
     track: Sequence[str] = (),
 ) -> Path:
     """Simulate with a live display, then say what came out; the run directory."""
-    from sim.engine import simulate as simulate_job
-    from sim.engine import usual_workers
+    from atoll.tracking import Tracking, check_trackers
+    from server.checks import check_simulated
 
     check_trackers(track)
+    check_simulated(job)
     where = where or (default if force else unused(default, resume=resume))
     finished = _finished(where, job) if resume else None
     if finished is not None:
-        out.print(plain(f"{where}: this run is complete, nothing is left to do"), soft_wrap=True)
+        out().print(plain(f"{where}: this run is complete, nothing is left to do"), soft_wrap=True)
         ending(finished, where)
         return where
+    from sim.engine import simulate as simulate_job  # torch comes with it: not before there is work to do
+    from sim.engine import usual_workers
+
     tracking = Tracking(job, where, track)
 
     def step(name: str, what: dict[str, Any]) -> None:
@@ -130,7 +138,7 @@ def run_here(
         tracking.end(result)
     ending(result, where)
     for name, place in tracking.places.items():
-        out.print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
+        out().print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
     return where
 
 
@@ -165,6 +173,8 @@ def resuming(arguments: list[str], where: Path) -> list[str]:
 
 def load(path: Path, overrides: list[str] | None) -> Job:
     """The job; a path in it that would be right from here, but not from the job's folder, is told apart."""
+    from protocol.job import Job
+
     job = Job.load(path, overrides or ())
     paths = {
         "data.source": job.data.source, "data.test": job.data.test,
@@ -196,10 +206,13 @@ def partition(
     overrides: Overrides = None,
 ) -> None:
     """Write the simulated clients' shards as folders, one a client, for a real federation."""
-    from sim.shards import write_shards
+    from server.checks import check_simulated
+
+    check_simulated(loaded := load(job, overrides))
+    from sim.shards import write_shards  # torch comes with it
 
     try:
-        names = write_shards(load(job, overrides), out_dir)
+        names = write_shards(loaded, out_dir)
     except KeyboardInterrupt:
         raise Interrupted(f"no shard is left in {out_dir}") from None
     first = shlex.quote(str(out_dir / names[0]))
@@ -207,11 +220,13 @@ def partition(
         f"{len(names)} shards written to {out_dir}: {names[0]} to {names[-1]}",
         f"join one with: atoll join KIT --data {first}",
     ):
-        out.print(plain(line), highlight=False, soft_wrap=True)
+        out().print(plain(line), highlight=False, soft_wrap=True)
 
 
 def _demo_job() -> Job:
     """The embedded default; `jobs/bbc-news.toml` is the same job."""
+    from protocol.job import Job
+
     return Job.parse(
         {
             "name": "bbc-news",

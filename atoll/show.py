@@ -9,15 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-from server.comparison import comparison_of, row_name
-from server.report_words import duration, what_was_private
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+    from rich.table import Table
 
 PIPED_WIDTH = 160
 """Columns of a table that goes to a file or a pipe, where nothing has to fit a screen."""
@@ -25,15 +23,32 @@ EVERY = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
 
+@cache
+def out() -> Console:
+    """Where results go; made at the first word, for rich takes longer to import than help to print."""
+    return console()
+
+
+@cache
+def err() -> Console:
+    """Where complaints go."""
+    return console(stderr=True)
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that fits its terminal, or is wide and plain where there is none."""
+    from rich.console import Console
+
     stream = sys.stderr if stderr else sys.stdout
     is_terminal = stream is not None and stream.isatty()
     return Console(stderr=stderr, width=None if is_terminal else PIPED_WIDTH)
 
 
-out = console()
-err = console(stderr=True)
+def escape(text: str) -> str:
+    """Text whose brackets mean nothing to a console."""
+    from rich.markup import escape as escaped
+
+    return escaped(text)
 
 
 def plain(text: str) -> str:
@@ -45,7 +60,7 @@ class OneLine(logging.Handler):
     """A line for every warning; on a terminal above the progress, else on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        place = out if out.is_terminal and err.is_terminal else err
+        place = out() if out().is_terminal and err().is_terminal else err()
         what = record.levelname.lower()
         place.print(f"[yellow]{what}:[/] {plain(record.getMessage())}", highlight=False, soft_wrap=True)
 
@@ -101,8 +116,8 @@ class Lines:
     _last: dict[str, float] = field(default_factory=dict)
 
     def say(self, line: str) -> None:
-        out.print(line, highlight=False, soft_wrap=True)
-        out.file.flush()
+        out().print(line, highlight=False, soft_wrap=True)
+        out().file.flush()
 
     def show(self, name: str, done: int, total: int | None, note: str) -> None:
         now = time.monotonic()
@@ -194,10 +209,12 @@ def watching(rounds: int) -> Iterator[Watcher]:
 
 def gauge() -> Gauge:
     """Bars on a terminal, else lines."""
-    return Bars(_bars()) if out.is_terminal else Lines()
+    return Bars(_bars()) if out().is_terminal else Lines()
 
 
 def _bars() -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(bar_width=24),
@@ -205,11 +222,15 @@ def _bars() -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=out)
+    return Progress(*columns, console=out())
 
 
 def comparison(result: dict[str, Any]) -> Table:
     """The baselines and the federated model on the same test set, a row each."""
+    from rich.table import Table
+
+    from server.comparison import comparison_of, row_name
+
     compared = comparison_of(result)
     table = Table(title=f"{result['name']}: {result['task']}, {result['strategy']}", title_justify="left")
     table.add_column("model")
@@ -224,18 +245,20 @@ def comparison(result: dict[str, Any]) -> Table:
 
 def ending(result: dict[str, Any], run: Any) -> None:
     """What came out, and where it lies."""
-    out.print()
-    out.print(comparison(result))
+    from server.report_words import duration, what_was_private
+
+    out().print()
+    out().print(comparison(result))
     for note in result["notes"]:
-        out.print(f"note           {plain(note)}", highlight=False, soft_wrap=True)
+        out().print(f"note           {plain(note)}", highlight=False, soft_wrap=True)
     if result.get("simulated_seconds"):
         told = f"{duration(result['simulated_seconds'])} on the devices, {duration(result['seconds'])} here"
-        out.print(f"simulated time  {told}", highlight=False)
+        out().print(f"simulated time  {told}", highlight=False)
     if result["privacy"]["unit"] != "none":
-        out.print(plain(what_was_private(result["privacy"])), highlight=False, soft_wrap=True)
+        out().print(plain(what_was_private(result["privacy"])), highlight=False, soft_wrap=True)
     for name, what in (
         ("model sha256", result["model_sha256"]),
         ("run directory", run),
         ("report", run / "report.html"),
     ):
-        out.print(f"{name:<13}  {plain(str(what))}", highlight=False, soft_wrap=True)
+        out().print(f"{name:<13}  {plain(str(what))}", highlight=False, soft_wrap=True)

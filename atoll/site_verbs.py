@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Column, Table
 
 from atoll.run_verbs import JobFile, Overrides, unused
-from atoll.show import ending, out
+from atoll.show import ending, escape, out
+from atoll.usage import Verb
 from protocol.errors import ConfigError
-from protocol.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +27,18 @@ RunId = Annotated[int, typer.Argument(metavar="RUN_ID", help="As atoll submit an
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    app.command(epilog="Example: atoll provision sites.toml --out kits")(provision)
-    app.command(epilog="Example: atoll serve kits/server")(serve)
-    app.command(epilog="Example: atoll join kits/site-a --data /data/site-a")(join)
-    app.command(epilog="Example: atoll submit jobs/bbc-news.toml --server kits/server")(submit)
-    app.command(epilog="Example: atoll status --server kits/server")(status)
-    app.command(epilog="Example: atoll logs 1234 --server kits/server")(logs)
-    app.command(epilog="Example: atoll stop 1234 --server kits/server")(stop)
+    app.command(cls=Verb, epilog="Example: atoll provision sites.toml --out kits")(provision)
+    app.command(cls=Verb, epilog="Example: atoll serve kits/server")(serve)
+    app.command(cls=Verb, epilog="Example: atoll join kits/site-a --data /data/site-a")(join)
+    app.command(cls=Verb, epilog="Example: atoll submit jobs/bbc-news.toml --server kits/server")(submit)
+    app.command(cls=Verb, epilog="Example: atoll status --server kits/server")(status)
+    app.command(cls=Verb, epilog="Example: atoll logs 1234 --server kits/server")(logs)
+    app.command(cls=Verb, epilog="Example: atoll stop 1234 --server kits/server")(stop)
 
 
 def tell(line: str) -> None:
     """One line of what an operator should know."""
-    out.print(escape(line), highlight=False, soft_wrap=True)
+    out().print(escape(line), highlight=False, soft_wrap=True)
 
 
 def tell_when(line: str) -> None:
@@ -136,16 +134,19 @@ def submit(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
 ) -> None:
     """Run a job on the live federation, and wait for its end."""
-    from server.play import check_real
-    from server.submit import submit as submit_job
+    from protocol.job import Job
+    from server.checks import check_named, check_real
 
     loaded = Job.load(job, overrides or ())
+    check_named(loaded)
     check_real(loaded)
     where = out_dir or unused(server / "runs" / loaded.name, resume=resume)
     if resume and not (where / "job.toml").is_file():
         raise ConfigError(f"{where}: nothing to resume, there is no job.toml")
     if not resume and where.exists() and any(where.iterdir()):
         raise ConfigError(f"{where}: exists and is not empty; use --resume to go on, or another --out")
+    from server.submit import submit as submit_job  # Flower comes with it: not before the job is looked at
+
     submit_job(
         loaded.canonical,
         server,
@@ -164,6 +165,8 @@ def _result(where: Path) -> dict[str, Any]:
 
 def status(server: ServerKitOption) -> None:
     """Which sites are connected, how the latest runs stand, and whether a job can be submitted."""
+    from rich.table import Column, Table
+
     from server.status import status as ask
 
     stands = ask(server)
@@ -183,7 +186,7 @@ def status(server: ServerKitOption) -> None:
             moment(run.submitted), escape(run.details),
         )  # fmt: skip
     if stands.runs:
-        out.print(table)
+        out().print(table)
 
 
 def moment(iso: str) -> str:

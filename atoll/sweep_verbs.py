@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides, Processes, Vary
-from atoll.show import Gauge, gauge, out, plain, stop_if_asked
+from atoll.show import Gauge, escape, gauge, out, plain, stop_if_asked
+from atoll.usage import Verb
 from protocol.errors import ConfigError, JobError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from sim.frontier import Row
     from sim.sweep import Base, Grid, Planned, SweepFolder
     from tasks.features import Progress
@@ -26,7 +27,8 @@ SEEDS = 10
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     app.command(
-        epilog="Example: atoll sweep jobs/digits-frontier.toml --vary privacy.epsilon=0.5,1,2,4,8,inf"
+        cls=Verb,
+        epilog="Example: atoll sweep jobs/digits-frontier.toml --vary privacy.epsilon=0.5,1,2,4,8,inf",
     )(sweep)
 
 
@@ -54,6 +56,7 @@ def sweep(
 
     privacy.epsilon=inf is the same job without privacy. The same command goes on where a killed one was.
     """
+    from server.checks import check_simulated
     from sim.sweep import Base, Grid, SweepFolder, alone_in, planned
 
     repeats = seeds or (SEEDS if folds is None else 1)
@@ -68,7 +71,9 @@ def sweep(
     if plot_only:
         tell(folder, runs, base.name, {})
         return folder.path
-    from sim.sweep_runs import check_all
+    for run in runs:
+        check_simulated(run.job)
+    from sim.sweep_runs import check_all  # torch comes with it
 
     check_all(runs)
     with alone_in(folder.path, "sweep"):
@@ -156,16 +161,18 @@ def tell(folder: SweepFolder, runs: Sequence[Planned], name: str, failures: dict
             return
         raise ConfigError(f"{folder.path}: no run of this grid is complete, there is nothing to draw")
     written = write_sweep(folder.path, rows, name, missing=len(runs) - len(rows))
-    out.print()
-    out.print(shown_table(rows, name))
+    out().print()
+    out().print(shown_table(rows, name))
     for line in written.said:
-        out.print(plain(line), highlight=False, soft_wrap=True)
+        out().print(plain(line), highlight=False, soft_wrap=True)
     for what, path in written.files.items():
-        out.print(f"{what:<9} {plain(str(path))}", highlight=False, soft_wrap=True)
+        out().print(f"{what:<9} {plain(str(path))}", highlight=False, soft_wrap=True)
 
 
 def shown_table(rows: Sequence[Row], name: str) -> Table:
     """A line for every combination."""
+    from rich.table import Table
+
     from sim.frontier import headline_of, table
     from sim.sweep import said
 

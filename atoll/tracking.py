@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from protocol.errors import ConfigError
-from protocol.job import Job
+
+if TYPE_CHECKING:
+    from protocol.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +219,8 @@ def track_finished(run: Path, result: Mapping[str, Any], names: Sequence[str]) -
     Raises:
         ConfigError: there is no such tracker here.
     """
+    from protocol.job import Job
+
     check_trackers(names, "--to")
     tracking = Tracking(Job.load(run / "job.toml"), run, names)
     for text in (run / "metrics.jsonl").read_text("utf-8").splitlines():

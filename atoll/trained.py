@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.tensors import Tensors, from_bytes
 
 if TYPE_CHECKING:
+    from protocol.tensors import Tensors
     from tasks.learner import Learner
 
 
@@ -21,11 +20,13 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
     Raises:
         ConfigError: RUN holds no model. WeightsError: its backbone can't be had.
     """
+    about = run / "model" / "model.json"
+    check_finished(run, about)
+    from protocol.job import Job
+    from protocol.tensors import from_bytes  # torch comes with it: not before a model is there
     from tasks import task_named
     from tasks.learner import Learner
 
-    about = run / "model" / "model.json"
-    check_finished(run, about)
     try:
         saved = json.loads(about.read_text("utf-8"))
         job, facts = Job.parse(saved["job"], origin=str(about)), dict(saved["facts"])

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from atoll.run_verbs import Interrupted, JobFile, OutDir, Overrides, Processes, Vary, load
-from atoll.show import gauge, out, plain, stop_if_asked
+from atoll.show import escape, gauge, out, plain, stop_if_asked
 from atoll.sweep_verbs import progress_of
+from atoll.usage import Verb
 from protocol.errors import ConfigError, JobError
-from protocol.job import Job
 from protocol.paths import with_absolute_paths
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from protocol.job import Job
     from sim.advice import Advice
     from sim.search import Search, Tried
 
@@ -27,9 +28,10 @@ TRIALS = 20
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    app.command(epilog="Example: atoll tune jobs/bbc-news.toml --range train.lr=0.01..3,log")(tune)
+    app.command(cls=Verb, epilog="Example: atoll tune jobs/bbc-news.toml --range train.lr=0.01..3,log")(tune)
     app.command(
-        epilog="Example: atoll advise jobs/mnist.toml --backbones torchvision:mobilenet_v2,raw:pixels"
+        cls=Verb,
+        epilog="Example: atoll advise jobs/mnist.toml --backbones torchvision:mobilenet_v2,raw:pixels",
     )(advise)
 
 
@@ -54,14 +56,14 @@ def tune(
     With neither --vary nor --range what is searched follows from the job. The same command goes on where a
     killed one was.
     """
+    from server.checks import check_simulated
     from sim.search import SearchFolder, check_optuna
     from sim.search_space import Space, check_searchable, default_space, job_of
     from sim.sweep import Base, alone_in
-    from sim.workers import processes_for
 
     given = Space.of(vary or (), ranges or ())
     base = Base.load(job, overrides or (), [one.key for one in given.keys])
-    own = job_of(base, {})
+    check_simulated(own := job_of(base, {}))
     check_searchable(own)
     space = given if given.keys else default_space(own)
     space.check(base)
@@ -69,6 +71,8 @@ def tune(
     folder = SearchFolder(out_dir or Path("runs") / f"{base.name}-tune")
     seed = own.seed if seed is None else seed
     folder.check(base, space, seed=seed, seeds=seeds)
+    from sim.workers import processes_for  # torch comes with it
+
     with alone_in(folder.path, "search"):
         count = min(workers or processes_for([own]), trials)
         search = folder.opened(base, space, seed=seed, seeds=seeds, at_once=count)
@@ -146,23 +150,25 @@ def _tell(search: Search, tried: Sequence[Tried]) -> None:
     ranked = search.ranked(tried)
     failed = [one for one in tried if one.outcome is not None and one.outcome.failed is not None]
     if ranked:
-        out.print()
-        out.print(_best_table(search, ranked))
+        out().print()
+        out().print(_best_table(search, ranked))
     for line in summary(search, tried):
-        out.print(plain(line), highlight=False, soft_wrap=True)
+        out().print(plain(line), highlight=False, soft_wrap=True)
     for what, path in files.items():
-        out.print(f"{what:<9} {plain(str(path))}", highlight=False, soft_wrap=True)
+        out().print(f"{what:<9} {plain(str(path))}", highlight=False, soft_wrap=True)
     if failed:
         raise JobError(f"{len(failed)} of {len(tried)} trials failed; the same command tries them again")
     if not ranked:
         reasons = [one.outcome.words for one in tried if one.outcome is not None]
         raise JobError(f"no trial has a value: {reasons[0]}")
     command = shlex.join(["atoll", "simulate", str(files["best job"])])
-    out.print(f"run it    {plain(command)}", highlight=False, soft_wrap=True)
+    out().print(f"run it    {plain(command)}", highlight=False, soft_wrap=True)
 
 
 def _best_table(search: Search, ranked: Sequence[Tried]) -> Table:
     """A line for each of the best trials."""
+    from rich.table import Table
+
     from sim.search_report import SHOWN
     from sim.sweep import said
 
@@ -200,11 +206,13 @@ def advise(
 
     In a simulation only: it looks at the features of all clients together.
     """
-    loaded = load(job, overrides)
+    from server.checks import check_simulated
+
+    check_simulated(loaded := load(job, overrides))
     found = advised(loaded, None if backbones is None else backbones.split(","), head)
-    out.print()
-    out.print(_advice_table(loaded.name, found))
-    out.print(
+    out().print()
+    out().print(_advice_table(loaded.name, found))
+    out().print(
         "LogME on the clients' training data, and the accuracy of a linear probe on what they keep back: of"
         " both, more is better. Nothing looked at the test set.",
         highlight=False,
@@ -212,7 +220,7 @@ def advise(
     )
     changes = [f"backbone.name={found[0].backbone}", *(overrides or ())]
     best = shlex.join(["atoll", "simulate", str(job), *(a for c in changes for a in ("--set", c))])
-    out.print(f"run it    {plain(best)}", highlight=False, soft_wrap=True)
+    out().print(f"run it    {plain(best)}", highlight=False, soft_wrap=True)
 
 
 def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list[Advice]:
@@ -246,6 +254,8 @@ def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list
 
 
 def _advice_table(name: str, found: Sequence[Advice]) -> Table:
+    from rich.table import Table
+
     table = Table(title=f"{plain(name)}: backbones, the best by LogME first", title_justify="left")
     table.add_column("backbone")
     for head in ("LogME", "probe accuracy", "features", "parameters", "ms an example"):

@@ -4,27 +4,53 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
+from inspect import unwrap
 from pathlib import Path
 from typing import get_type_hints
 
 import click
 import typer
-from typer.core import TyperArgument
+from typer import core
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 from typer.main import get_command
+
+core.HAS_RICH = False  # what rich would draw help with takes longer to import than all else that help needs
+
+LONGEST = 200
+"""Letters of a verb's first sentence, which the list of verbs has whole."""
+
+
+class Verb(TyperCommand):
+    """One verb, whose arguments help lists once: Typer does, and click from 8.5 on would do it again."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write arguments and options; Typer 0.20 loses the arguments' help under click 8.5."""
+        hints = get_type_hints(unwrap(self.callback), include_extras=True) if self.callback else {}
+        for param in self.params:
+            told = [info.help for info in getattr(hints.get(param.name or ""), "__metadata__", ())]
+            if isinstance(param, TyperArgument) and told:
+                param.help = told[0]
+        super().format_options(ctx, formatter)
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write nothing more."""
+
+
+class Verbs(TyperGroup):
+    """All verbs, each with its whole first sentence."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a verb a line, or two where its sentence is long."""
+        rows = [(name, verb.get_short_help_str(LONGEST)) for name, verb in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 @cache
 def verbs_of(app: typer.Typer) -> click.Group:
-    """The app's verbs, each argument with its help, which Typer 0.20 loses under click 8.5."""
+    """The app's verbs."""
     verbs = get_command(app)
     assert isinstance(verbs, click.Group)
-    for registered in app.registered_commands:
-        assert registered.callback is not None
-        hints = get_type_hints(registered.callback, include_extras=True)
-        for param in verbs.commands[registered.name or registered.callback.__name__].params:
-            told = [info.help for info in getattr(hints[param.name or ""], "__metadata__", ())]
-            if isinstance(param, TyperArgument) and told:
-                param.help = told[0]
     return verbs
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 
 from benchmarks.workload import Workload
 from protocol.job import Job
 from sim.dealing import Dealt
 from sim.population import Population
+from tasks.dataset import Dataset
 from tasks.reading import example_keys
 
 
@@ -41,12 +42,11 @@ def population_of(workload: Workload, folder: Path) -> Population:
         },
         origin="benchmark",
     )
-    table = datasets.Dataset.from_dict(
-        {
-            "text": [f"generated {i}" for i in range(len(features))],
-            "label": [f"{c:03d}" for c in workload.targets.tolist()],
-        }
-    )
+    columns = {
+        "text": [f"generated {i}" for i in range(len(features))],
+        "label": [f"{c:03d}" for c in workload.targets.tolist()],
+    }
+    table = Dataset(pa.table(columns))
     keys = example_keys(table)
     _fill_cache(job, keys, features)
     dealt = Dealt(np.arange(len(features)), np.asarray(workload.starts))

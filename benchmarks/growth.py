@@ -69,14 +69,15 @@ def run_point(point: Point) -> dict[str, float]:
 
 def generated(point: Point, folder: Path):  # type: ignore[no-untyped-def]
     """A population that draws its clients' examples from generated features in the cache."""
-    import datasets
     import numpy as np
+    import pyarrow as pa
     import torch
 
     from benchmarks.generated import _backbone, _fill_cache
     from protocol.job import Job
     from sim.dealing import Drawn
     from sim.population import Population
+    from tasks.dataset import Dataset
     from tasks.reading import example_keys
 
     # A wide table is a shorter one: what is offered takes 30 MB at most times two.
@@ -99,9 +100,8 @@ def generated(point: Point, folder: Path):  # type: ignore[no-untyped-def]
         },
         origin="benchmark",
     )
-    table = datasets.Dataset.from_dict(
-        {"text": [f"generated {i}" for i in range(offered)], "label": [f"{c:03d}" for c in labels]}
-    )
+    columns = {"text": [f"generated {i}" for i in range(offered)], "label": [f"{c:03d}" for c in labels]}
+    table = Dataset(pa.table(columns))
     keys = example_keys(table)
     _fill_cache(job, keys, torch.from_numpy(features))
     deck = np.argsort(labels, kind="stable")

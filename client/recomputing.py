@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from torch.utils.checkpoint import checkpoint
-
 from tasks import tuning
 from tasks.seam import Model
 
@@ -23,6 +21,8 @@ def recomputed_activations(model: Model) -> Iterator[None]:
     Raises:
         ConfigError: the backbone has no blocks.
     """
+    from torch.utils.checkpoint import checkpoint  # brings more than anyone else needs of torch
+
     blocks = tuning.recomputable(model)
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

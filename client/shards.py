@@ -7,14 +7,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from protocol.errors import ConfigError, DataError
 from protocol.job import Job
 from tasks import task_named
-
-if TYPE_CHECKING:
-    import datasets
+from tasks.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Read:
     """A path's rows, as they were when `reading` (files, their times, the job's columns) was this."""
 
     reading: str
-    dataset: datasets.Dataset
+    dataset: Dataset
     fingerprint: str
 
 
@@ -52,7 +49,7 @@ class FolderShards:
     def names(self, job: Job) -> list[str]:
         return sorted(self.paths)
 
-    def dataset(self, job: Job, client: str) -> datasets.Dataset:
+    def dataset(self, job: Job, client: str) -> Dataset:
         return self._current(job, client).dataset
 
     def fingerprint(self, job: Job, client: str) -> str:

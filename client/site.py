@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,11 +37,9 @@ from protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request
 from protocol.promise import places, sums_securely
 from protocol.tensors import Tensors
 from tasks import task_named
+from tasks.dataset import Dataset
 from tasks.learner import Learner
 from tasks.seam import Shard
-
-if TYPE_CHECKING:
-    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ class Shards(Protocol):
         """The clients that live here."""
         ...
 
-    def dataset(self, job: Job, client: str) -> datasets.Dataset:
+    def dataset(self, job: Job, client: str) -> Dataset:
         """One client's checked rows.
 
         Raises:

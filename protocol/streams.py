@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json.encoder import encode_basestring_ascii
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Purpose = str | int
 
@@ -26,6 +28,8 @@ def stream_seed(seed: int, *purpose: Purpose) -> int:
 
 def stream(seed: int, *purpose: Purpose) -> torch.Generator:
     """A fresh CPU generator for one purpose, such as `stream(7, "shuffle", round, client)`."""
+    import torch  # here, for seeds are wanted where torch isn't
+
     return torch.Generator().manual_seed(stream_seed(seed, *purpose))
 
 
@@ -36,6 +40,8 @@ def global_stream(seed: int, *purpose: Purpose) -> Iterator[None]:
     For library code that draws from the global generator and takes no other: weight
     initialisation, dropout.
     """
+    import torch
+
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(stream_seed(seed, *purpose))

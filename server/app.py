@@ -29,7 +29,8 @@ from flwr.superlink.grid import http_grid
 from protocol.errors import DataError, InconsistentUpdates
 from protocol.job import Job
 from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
-from server.play import check_real, play
+from server.checks import check_real
+from server.play import play
 from server.protection import Books
 from server.roll import Roll
 from server.testset import server_test_set

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from protocol.errors import ConfigError, JobError
 from protocol.synced import replace_synced, temporary_of
 from protocol.tensors import Tensors, tensors_sha256, to_bytes
-from strategies import State
+from strategies.seam import State
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from protocol.errors import ConfigError
 from protocol.job import Job
 from server.carrier import Carrier
 from server.clock import Clock, everybody
 from server.protection import Books, protection_of
-from server.report import write_report
 from server.result import Baselines, finish
 from server.rounds import Run, TestSet, Watch, all_rounds, open_run
 from server.rundir import RunDirectory
@@ -71,32 +69,10 @@ def play(
         watch("finish", {})
         result = finish(run, compared, time.monotonic() - started, notes)
         if report:
+            from server.report import write_report  # not before the first round: it is drawn after the last
+
             write_report(out, result)
     return result
-
-
-def check_real(job: Job) -> None:
-    """Raises ConfigError if the job asks for what only a simulation has."""
-    if job.federation.devices is not None:
-        raise ConfigError(
-            "federation.devices: simulates devices, a real federation has its own; expected a job without"
-            " devices, deadline and over_sampling (round_timeout is the real deadline)"
-        )
-    if job.privacy.seeded_noise:
-        raise ConfigError(
-            "privacy.seeded_noise: anybody who has the job can subtract such noise, so a real federation"
-            " takes none of it; expected false"
-        )
-    if job.privacy.audit:
-        raise ConfigError(
-            "privacy.audit: the attack trains the run again on all clients' data, so only a simulation can be"
-            " attacked; expected false"
-        )
-    if job.privacy.units and job.data.classes is None:
-        raise ConfigError(
-            f"data.classes: missing, expected the list of classes with privacy.unit = {job.privacy.unit!r}:"
-            " one made from the clients' data would tell what they hold"
-        )
 
 
 def check_job(job: Job) -> None:

@@ -22,7 +22,7 @@ from protocol.job import Job
 from protocol.messages import Update
 from protocol.streams import stream_seed
 from protocol.tensors import Tensors
-from strategies import State
+from strategies.seam import State
 
 NORM = "privacy.clipping_norm"
 """In the strategy's state: the clipping norm of the next round, where it adapts."""

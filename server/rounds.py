@@ -33,7 +33,8 @@ from server.sampling import round_up, sample, some
 from server.screen import Screened, screen, screen_stack
 from server.secure import SecureRound
 from server.stopping import Stopping
-from strategies import State, Strategy, build_strategy
+from strategies import build_strategy
+from strategies.seam import State, Strategy
 from tasks import task_named
 from tasks.learner import Learner, added
 from tasks.seam import Shard

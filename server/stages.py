@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from server.stopping import Stopping
-from strategies import State
+from strategies.seam import State
 from tasks import task_named
 from tasks.learner import Learner
 

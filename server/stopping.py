@@ -13,7 +13,7 @@ import torch
 
 from protocol.tensors import Tensors
 from server.comparison import lower_is_better
-from strategies import State
+from strategies.seam import State
 
 PREFIX = "stopping."
 """Before the names of what a checkpoint keeps of it."""

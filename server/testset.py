@@ -6,12 +6,11 @@ import hashlib
 import logging
 from pathlib import Path
 
-import datasets
-
-from protocol.errors import ConfigError
 from protocol.job import Job
+from server.checks import check_source
 from server.rounds import TestSet
 from tasks import task_named
+from tasks.dataset import Dataset
 from tasks.learner import Learner, ranked
 from tasks.reading import Table
 from tasks.seam import Shard, Task
@@ -33,19 +32,7 @@ def read_source(job: Job) -> Table:
     return task_named(job.task.name).adopt(splits, job)
 
 
-def check_source(job: Job) -> None:
-    """Raises ConfigError if the source is a built-in one that holds no data of the job's task."""
-    source = SOURCES.get(job.data.source)
-    if source is not None and job.task.name not in source.tasks:
-        fitting = [name for name, other in SOURCES.items() if job.task.name in other.tasks]
-        tasks = " and ".join(source.tasks)
-        raise ConfigError(
-            f"data.source: {source.name} is for {tasks}, the job's task is {job.task.name};"
-            f" expected {' or '.join([*fitting, 'a path'])}"
-        )
-
-
-def hold_out(table: Table, job: Job) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(table: Table, job: Job) -> tuple[Dataset, Dataset]:
     """(what is dealt to clients, the server's test set): never one example in both.
 
     The test set is the job's own `data.test`, or the source's test split, or a fraction of the
@@ -64,7 +51,7 @@ def hold_out(table: Table, job: Job) -> tuple[datasets.Dataset, datasets.Dataset
     return table.train.select(sorted(order[count:])), table.train.select(sorted(order[:count]))
 
 
-def unit_keys(task: Task, dataset: datasets.Dataset) -> list[bytes]:
+def unit_keys(task: Task, dataset: Dataset) -> list[bytes]:
     """For each row a hash of what must not be split: its example's content, or its group."""
     groups = task.groups(dataset)
     return task.keys(dataset) if groups is None else [hashlib.sha256(g.encode()).digest() for g in groups]

@@ -27,7 +27,8 @@ from tasks.features import Progress, extract
 from tasks.fits import check_fits
 from tasks.lazy import several
 from tasks.learner import Learner
-from tasks.weights import PACKAGED, RAW, resolve, torchvision_names
+from tasks.torchvision_models import torchvision_names
+from tasks.weights import PACKAGED, RAW, resolve
 
 HEAD = 2000
 """Examples that are looked at where nothing is said."""

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaincinv
 
 from client.batches import random_numbers, uniform_numbers
 from protocol.streams import stream_seed
@@ -118,6 +117,8 @@ def dirichlet(uniform: NDArray[np.float64], alpha: float) -> NDArray[np.float64]
     Normalised Gamma(alpha) numbers, taken as Gamma(alpha + 1) U^(1 / alpha) (Marsaglia and Tsang
     2000, section 6), in logarithms: for a small alpha all of them are otherwise rounded to zero.
     """
+    from scipy.special import gammaincinv  # takes a second to import, and few jobs draw so
+
     classes = uniform.shape[1] // 2
     gamma = gammaincinv(alpha + 1, uniform[:, :classes])
     with np.errstate(divide="ignore"):

@@ -1,30 +1,23 @@
-"""Split one source over simulated clients, by flwr-datasets' partitioners or as they do.
+"""Split one source over simulated clients, as flwr-datasets' partitioners do.
 
-Its partitioners make one table a client; where a million clients are usual (IID, natural) the same
-rows come out of one array operation here.
+They make one table a client; here the same rows come out of array operations, for a million clients too.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
 from protocol.errors import ConfigError
 from protocol.job import Dirichlet, Iid, Job, Natural, Pathological, Resampled
 from protocol.streams import stream_seed
 from sim.dealing import Dealing, Dealt, Drawn, Rows
+from sim.skew import dirichlet_hands, pathological_hands
+from tasks.dataset import Dataset
 
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
 
-
-def partition(
-    table: datasets.Dataset, order: Sequence[int], job: Job, groups: Sequence[str] | None = None
-) -> Dealing:
+def partition(table: Dataset, order: Sequence[int], job: Job, groups: Sequence[str] | None = None) -> Dealing:
     """Which rows of `table` each client holds. `order` is how they are dealt: by content alone.
 
     Rows of one of the `groups` (a patient, say) stay together, where they are dealt evenly.
@@ -44,7 +37,7 @@ def partition(
         case Resampled():
             return _drawn(deck, table, rule, job)
         case _:
-            return _by_partitioner(deck, table, job)
+            return _skewed(deck, table, job)
 
 
 def _too_few(count: int, job: Job) -> str:
@@ -86,7 +79,7 @@ def _evenly_together(deck: Rows, clients: int, groups: Sequence[str]) -> Dealt:
     return Dealt(deck, np.concatenate([[0], starts[cut], [len(deck)]]).astype(np.int64))
 
 
-def _column(table: datasets.Dataset, by: str) -> list[object]:
+def _column(table: Dataset, by: str) -> list[object]:
     """The values of a column that the partition goes by.
 
     Raises:
@@ -99,14 +92,19 @@ def _column(table: datasets.Dataset, by: str) -> list[object]:
     return list(table[by])
 
 
-def _by_value(deck: Rows, table: datasets.Dataset, by: str, clients: int) -> Dealt:
-    """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
-    column = np.array(_column(table, by))
-    if column.dtype == object:
-        missing = sum(value is None for value in column.tolist())
+def _check_filled(column: list[object], by: str) -> None:
+    """Raises ConfigError where a column that the partition goes by has gaps."""
+    if missing := sum(value is None for value in column):
         raise ConfigError(
             f"data.partition.by: column {by!r} is empty in {missing} rows, expected a value in each"
         )
+
+
+def _by_value(deck: Rows, table: Dataset, by: str, clients: int) -> Dealt:
+    """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
+    given = _column(table, by)
+    _check_filled(given, by)
+    column = np.array(given)
     values, owner = np.unique(column[deck], return_inverse=True)
     if len(values) != clients:
         raise ConfigError(
@@ -120,7 +118,7 @@ LISTED = 10_000
 """Clients up to which it is drawn at once what each holds; of more, what the cohort holds every round."""
 
 
-def _drawn(deck: Rows, table: datasets.Dataset, rule: Resampled, job: Job) -> Dealing:
+def _drawn(deck: Rows, table: Dataset, rule: Resampled, job: Job) -> Dealing:
     if rule.alpha is None and rule.by not in table.column_names:
         label = np.zeros(len(deck), dtype=np.int64)
     else:
@@ -137,41 +135,24 @@ def _drawn(deck: Rows, table: datasets.Dataset, rule: Resampled, job: Job) -> De
     return Dealt.of(drawn.rows(range(clients))) if clients <= LISTED else drawn
 
 
-def _by_partitioner(deck: Rows, table: datasets.Dataset, job: Job) -> Dealt:
-    rule = job.data.partition
+def _skewed(deck: Rows, table: Dataset, job: Job) -> Dealt:
+    """As flwr-datasets' partitioners deal label skew.
+
+    Raises:
+        ConfigError: a client would get no example, or the rule can't be kept.
+    """
+    rule, clients = job.data.partition, job.federation.clients
     assert isinstance(rule, Dirichlet | Pathological)
-    labels = _column(table, rule.by)
-    partitioner = _partitioner(job)
-    partitioner.dataset = datasets.Dataset.from_dict(
-        {"row": deck, "label": [labels[row] for row in deck.tolist()]}
-    )
-    clients = job.federation.clients
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it redraws, and says so at length
-            hands = [list(partitioner.load_partition(i)["row"]) for i in range(clients)]
-    except ValueError as error:
-        raise ConfigError(f"data.partition: {_first_sentence(error)}") from None
+    column, seed = _column(table, rule.by), stream_seed(job.seed, "partition")
+    _check_filled(column, rule.by)
+    labels = [column[row] for row in deck.tolist()]
+    if isinstance(rule, Dirichlet):
+        hands = dirichlet_hands(labels, clients, rule.alpha, least=rule.min_examples, seed=seed)
+    else:
+        hands = pathological_hands(labels, clients, rule.classes_per_client, seed=seed)
     empty = sum(not hand for hand in hands)
     if empty:
         raise ConfigError(
             f"data.partition: {empty} of {clients} clients would get no example; use fewer clients"
         )
-    return Dealt.of(hands)
-
-
-def _partitioner(job: Job) -> DirichletPartitioner | PathologicalPartitioner:
-    # Here, for it brings in what it draws plots with, which takes a second.
-    from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
-
-    seed, clients = stream_seed(job.seed, "partition"), job.federation.clients
-    match job.data.partition:
-        case Dirichlet(alpha=alpha, min_examples=least):
-            return DirichletPartitioner(clients, "label", alpha, min_partition_size=least, seed=seed)
-        case Pathological(classes_per_client=count):
-            return PathologicalPartitioner(clients, "label", count, seed=seed)
-    raise ConfigError(f"data.partition: unknown kind {job.data.partition.kind!r}")
-
-
-def _first_sentence(error: ValueError) -> str:
-    return " ".join(str(error).split()).split(". ")[0]
+    return Dealt.of([deck[hand] for hand in hands])

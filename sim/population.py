@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import datasets
 import numpy as np
 
 from protocol.job import Job
@@ -17,6 +16,7 @@ from server.testset import hold_out, read_source, unit_keys
 from sim.dealing import Dealing, Dealt, Rows
 from sim.partition import partition
 from tasks import task_named
+from tasks.dataset import Dataset
 from tasks.lazy import Picked
 from tasks.learner import Learner, ranked
 from tasks.seam import Shard, canonical_order
@@ -27,8 +27,8 @@ class Population:
     """All clients of a simulation; a client's rows of `train`, and its shard, are made when asked for."""
 
     job: Job
-    train: datasets.Dataset
-    test: datasets.Dataset
+    train: Dataset
+    test: Dataset
     keys: list[bytes]
     dealing: Dealing
     notes: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Population:
             self._facts[key] = task_named(job.task.name).describe(self.train, job.data, job.task.options)
         return Roll(self.names(job), self.dealing.sizes, [self._facts[key]])
 
-    def dataset(self, job: Job, client: str) -> datasets.Dataset:
+    def dataset(self, job: Job, client: str) -> Dataset:
         return self.train.select(self.dealing.rows([number_of(client)])[0])
 
     def fingerprint(self, job: Job, client: str) -> str:

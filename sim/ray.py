@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
@@ -30,9 +30,7 @@ from server.rounds import TestSet
 from sim.population import Population
 from sim.workers import books_in
 from tasks import trains_on_features
-
-if TYPE_CHECKING:
-    import datasets
+from tasks.dataset import Dataset
 
 BLOCKS_PER_WORKER = 4
 """Blocks that a worker gets in turn where clients train one by one, so that none waits for long."""
@@ -52,7 +50,7 @@ class Block:
     def names(self, job: Job) -> Sequence[str]:
         return self.population.names(job)[self.number :: self.total]
 
-    def dataset(self, job: Job, client: str) -> datasets.Dataset:
+    def dataset(self, job: Job, client: str) -> Dataset:
         return self.population.dataset(job, client)
 
     def fingerprint(self, job: Job, client: str) -> str:

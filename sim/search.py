@@ -23,7 +23,7 @@ from protocol.synced import is_begun, replace_synced
 from server.comparison import lower_is_better
 from sim.search_space import Space, Texts, checked_job, values_of
 from sim.sweep import Base, Values
-from tasks import task_named
+from tasks import TASKS, check_task
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -106,7 +106,8 @@ class Search:
     @cached_property
     def metric(self) -> str:
         """What is judged by: the task's headline."""
-        return task_named(self.base.table["task"]["name"]).headline
+        check_task(name := self.base.table["task"]["name"])
+        return TASKS[name].headline
 
     @property
     def direction(self) -> str:

@@ -13,12 +13,10 @@ from typing import Any
 from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.job_file import apply_override
-from server.play import check_job
 from sim.search_keys import Choice, Range
 from sim.sweep import Base, Grid, Values, as_value
 from strategies import STRATEGIES, build_strategy
 from tasks import task_named
-from tasks.fits import check_fits
 
 Texts = Mapping[str, str]
 """What one trial has for each key that has a meaning in it, as it would be typed."""
@@ -125,12 +123,16 @@ class Space:
         Raises:
             ConfigError, WeightsError: one of them makes no valid job whatever stands beside it.
         """
+        from server.play import check_job
+
         check_job(job_of(base, {}))
         for one in self.keys:
             for text in one.ends:
                 self._check_value(base, one, text)
 
     def _check_value(self, base: Base, one: Choice | Range, text: str) -> None:
+        from server.play import check_job
+
         beside: list[dict[str, str]] = [{}]
         beside += [{o.key: end} for o in self.keys if o.key != one.key for end in o.ends]
         complaint: ConfigError | None = None
@@ -216,6 +218,8 @@ def checked_job(base: Base, texts: Texts) -> Job:
     Raises:
         ConfigError: there is no such job.
     """
+    from tasks.fits import check_fits
+
     job = job_of(base, texts)
     build_strategy(job.strategy)
     check_fits(job, task_named(job.task.name))

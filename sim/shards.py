@@ -8,7 +8,7 @@ from pathlib import Path
 
 from protocol.errors import ConfigError
 from protocol.job import Job
-from server.testset import check_source
+from server.checks import check_source
 from sim.population import Population
 from tasks import task_named
 

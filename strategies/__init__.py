@@ -1,4 +1,7 @@
-"""How updates merge into the next global model: pure functions on tensors."""
+"""How updates merge into the next global model: pure functions on tensors.
+
+The registry is read without torch: a strategy's module comes in when one is built.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,15 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ConfigError
 from protocol.job import StrategySection
-from strategies.fedavg import FedAvg
-from strategies.fedopt import FedOpt, adagrad, adam, yogi
-from strategies.reptile import Reptile
-from strategies.seam import Plan, State, Strategy
 
-__all__ = ["STRATEGIES", "Plan", "State", "Strategy", "build_strategy"]
+if TYPE_CHECKING:
+    from strategies.seam import Strategy
+
+__all__ = ["STRATEGIES", "Entry", "build_strategy", "check_strategy"]
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,66 @@ class Entry:
     summary: str
 
 
+def _fedavg(**keys: float) -> Strategy:
+    from strategies.fedavg import FedAvg
+
+    return FedAvg(**keys)
+
+
+def _fedopt(step: str, **keys: float) -> Strategy:
+    from strategies import fedopt
+
+    return fedopt.FedOpt(fedopt.STEPS[step], **keys)
+
+
+def _reptile(**keys: float) -> Strategy:
+    from strategies.reptile import Reptile
+
+    return Reptile(**keys)
+
+
 ADAPTIVE = ("lr", "beta1", "beta2", "tau")
 
 STRATEGIES: dict[str, Entry] = {
-    "fedavg": Entry(FedAvg, ("lr",), "mean of the deltas, weighted by examples (McMahan 2017)"),
+    "fedavg": Entry(_fedavg, ("lr",), "mean of the deltas, weighted by examples (McMahan 2017)"),
     "fedavgm": Entry(
-        partial(FedAvg, momentum=0.9), ("lr", "momentum"), "FedAvg with server momentum (Hsu 2019)"
+        partial(_fedavg, momentum=0.9), ("lr", "momentum"), "FedAvg with server momentum (Hsu 2019)"
     ),
     "fedprox": Entry(
-        partial(FedAvg, proximal_mu=0.01),
+        partial(_fedavg, proximal_mu=0.01),
         ("lr", "proximal_mu"),
         "FedAvg whose clients are held near the global model (Li 2020)",
     ),
     "fedadagrad": Entry(
-        partial(FedOpt, adagrad, beta1=0.0), ADAPTIVE, "Adagrad on the mean delta (Reddi 2021)"
+        partial(_fedopt, "adagrad", beta1=0.0), ADAPTIVE, "Adagrad on the mean delta (Reddi 2021)"
     ),
-    "fedadam": Entry(partial(FedOpt, adam), ADAPTIVE, "Adam on the mean delta (Reddi 2021)"),
-    "fedyogi": Entry(partial(FedOpt, yogi), ADAPTIVE, "Yogi on the mean delta (Reddi 2021)"),
-    "reptile": Entry(Reptile, ("lr",), "part of the way to the clients' even mean (Nichol 2018)"),
+    "fedadam": Entry(partial(_fedopt, "adam"), ADAPTIVE, "Adam on the mean delta (Reddi 2021)"),
+    "fedyogi": Entry(partial(_fedopt, "yogi"), ADAPTIVE, "Yogi on the mean delta (Reddi 2021)"),
+    "reptile": Entry(_reptile, ("lr",), "part of the way to the clients' even mean (Nichol 2018)"),
 }
+
+
+def check_strategy(section: StrategySection) -> None:
+    """Say what is wrong with a name, or with keys of a strategy of ours, before torch is there.
+
+    Raises:
+        ConfigError: the name is unknown, or a key has no meaning for it.
+    """
+    if section.name.startswith("flwr:"):
+        from strategies.flower_names import check_flower_name
+
+        check_flower_name(section.name.removeprefix("flwr:"))
+        return
+    entry = STRATEGIES.get(section.name)
+    if entry is None:
+        close = difflib.get_close_matches(section.name, STRATEGIES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(STRATEGIES)}"
+        raise ConfigError(f"strategy.name: unknown strategy {section.name!r}, {hint} (or flwr:NAME)")
+    for key in _given(section):
+        if key not in entry.keys:
+            raise ConfigError(
+                f"strategy.{key}: {section.name} does not use it, expected only {', '.join(entry.keys)}"
+            )
 
 
 def build_strategy(section: StrategySection) -> Strategy:
@@ -53,19 +97,13 @@ def build_strategy(section: StrategySection) -> Strategy:
     Raises:
         ConfigError: the name is unknown, or a key has no meaning for it.
     """
-    given = {k: v for k, v in section.model_dump().items() if k != "name" and v is not None}
+    check_strategy(section)
     if section.name.startswith("flwr:"):
         from strategies.flower import FlowerStrategy
 
-        return FlowerStrategy.named(section.name.removeprefix("flwr:"), given)
-    entry = STRATEGIES.get(section.name)
-    if entry is None:
-        close = difflib.get_close_matches(section.name, STRATEGIES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(STRATEGIES)}"
-        raise ConfigError(f"strategy.name: unknown strategy {section.name!r}, {hint} (or flwr:NAME)")
-    for key in given:
-        if key not in entry.keys:
-            raise ConfigError(
-                f"strategy.{key}: {section.name} does not use it, expected only {', '.join(entry.keys)}"
-            )
-    return entry.build(**given)
+        return FlowerStrategy.named(section.name.removeprefix("flwr:"), _given(section))
+    return STRATEGIES[section.name].build(**_given(section))
+
+
+def _given(section: StrategySection) -> dict[str, Any]:
+    return {k: v for k, v in section.model_dump().items() if k != "name" and v is not None}

@@ -38,6 +38,9 @@ def yogi(v: torch.Tensor, d: torch.Tensor, beta2: float) -> torch.Tensor:
     return v - (1 - beta2) * d * d * torch.sign(v - d * d)
 
 
+STEPS: dict[str, SecondMoment] = {"adagrad": adagrad, "adam": adam, "yogi": yogi}
+
+
 @dataclass(frozen=True)
 class FedOpt:
     """Move by an adaptive step; `tau` keeps it finite where nothing has moved yet."""

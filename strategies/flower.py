@@ -8,7 +8,6 @@ order, so that a Flower strategy too can be checkpointed and repeats bit for bit
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from protocol.errors import ConfigError, InconsistentUpdates
 from protocol.messages import Update
 from protocol.tensors import Tensors
+from strategies.flower_names import check_flower_name
 from strategies.mean import moved
 from strategies.seam import Plan, State, Strategy
 
@@ -36,12 +36,6 @@ KEYS = {
     "proximal_mu": ("proximal_mu",),
 }
 """A job's key, and what Flower's constructors call it."""
-
-
-def flower_names() -> list[str]:
-    """Names that can follow `flwr:` in a job; tree boosting and wrappers of strategies can't."""
-    found = inspect.getmembers(flower_strategies, inspect.isclass)
-    return [n for n, c in found if issubclass(c, FlowerFedAvg) and "Xgb" not in n]
 
 
 @dataclass(frozen=True)
@@ -58,10 +52,7 @@ class FlowerStrategy:
         Raises:
             ConfigError: there is no such strategy, or it takes no such key.
         """
-        if name not in flower_names():
-            close = difflib.get_close_matches(name, flower_names(), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(flower_names())}"
-            raise ConfigError(f"strategy.name: Flower has no strategy {name!r}, {hint}")
+        check_flower_name(name)
         accepted = _parameters(getattr(flower_strategies, name))
         options: dict[str, Any] = {}
         for key, value in keys.items():

@@ -19,6 +19,7 @@ from protocol.messages import Facts
 from protocol.section import Section
 from tasks.answerer import answer_tokenizer, load_answerer
 from tasks.cells import name_cell, optional_text_cell, text_cell
+from tasks.dataset import Dataset
 from tasks.lazy import Picked
 from tasks.losses import surprise
 from tasks.options import options_of, refuse_augment
@@ -29,7 +30,6 @@ from tasks.texts import read_text_input
 from tasks.weights import Backbone
 
 if TYPE_CHECKING:
-    import datasets
     from torchmetrics import MetricCollection
 
 NOTHING = -100
@@ -78,13 +78,13 @@ class QuestionAnswering(Recorded):
     def records(self, options: Options) -> Records:
         return QUESTIONS
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         return {}
 
     def agree(self, facts: Sequence[Facts]) -> Facts:
         return {}
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         questions, answers = dataset["question"][:], dataset["answer"][:]

@@ -19,8 +19,9 @@ from protocol.job import BackboneSection
 from protocol.section import Section
 from protocol.streams import stream_seed
 from tasks.options import options_of
+from tasks.torchvision_models import torchvision_names
 from tasks.vision_encoder import load_vision_encoder
-from tasks.weights import Backbone, torchvision_names
+from tasks.weights import Backbone
 
 HALVINGS = (3, 4)
 _PROBE = 64

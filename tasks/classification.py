@@ -12,6 +12,7 @@ from protocol.job import BackboneSection, DataSection, Job, Options
 from protocol.messages import Facts
 from tasks.augment import IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
 from tasks.columns import Columns
+from tasks.dataset import Dataset
 from tasks.images import image_bytes, read_image_input
 from tasks.labelled import Labelled, check_pinned
 from tasks.lazy import Cells, Picked
@@ -25,7 +26,6 @@ from tasks.weights import Backbone
 from tasks.writing import write_images, write_texts
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
 
 
@@ -37,7 +37,7 @@ class Classification(Labelled):
     column: str
     summary: str
     reader: Callable[[Path, Columns], Table]
-    writer: Callable[[datasets.Dataset, Path, Columns], None]
+    writer: Callable[[Dataset, Path, Columns], None]
     convert: Callable[[Any], Any]
     load_encoder: Callable[[Backbone, BackboneSection, int], Encoder]
     augmentations: tuple[str, ...]
@@ -60,16 +60,16 @@ class Classification(Labelled):
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return table_of(splits)
 
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         self.writer(dataset, folder, _columns(data))
 
     def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
         return inspect(source, self.name, _columns(data))
 
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+    def keys(self, dataset: Dataset) -> list[bytes]:
         return example_keys(dataset)
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = example_keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         targets = self.targets(dataset["label"][:], order, facts)

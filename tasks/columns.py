@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from protocol.errors import DataError
 from tasks.problems import Journal
 from tasks.tables import Rows
-
-if TYPE_CHECKING:
-    import datasets
 
 _USUAL = {
     "text": ("text", "sentence", "content", "review", "document", "body", "message", "article"),
@@ -172,17 +168,3 @@ def _check_sound(column: pa.ChunkedArray, rows: Rows, name: str) -> None:
     except pa.ArrowInvalid as error:
         found = str(error).splitlines()[0]
         raise DataError(f"{rows.name}: column {name!r}: {found}, expected sound Arrow data") from None
-
-
-def as_dataset(columns: dict[str, pa.ChunkedArray], fingerprint: str) -> datasets.Dataset:
-    """A dataset that knows no file of its own, so that no method of it writes beside the data.
-
-    Without a fingerprint it would pickle all of the table, mapped files too, to make one.
-    """
-    import datasets
-
-    table = pa.table(columns)
-    features = datasets.Features.from_arrow_schema(table.schema)
-    if "image" in features:
-        features["image"] = datasets.Image(decode=False)
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=fingerprint)

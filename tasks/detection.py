@@ -12,6 +12,7 @@ from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
 from tasks.boxes import BOXES
+from tasks.dataset import Dataset
 from tasks.detector import load_detector
 from tasks.images import image_bytes, read_image_input
 from tasks.labelled import agreed, check_pinned, named
@@ -25,7 +26,6 @@ from tasks.seam import Model, Shard, canonical_order
 from tasks.weights import Backbone
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
     from torchmetrics import MetricCollection
 
@@ -68,7 +68,7 @@ class Detection(Recorded):
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return BOXES.adopted(without_other_parts(splits, ("image", "boxes", "classes")))
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         """The classes, as the job names them or sorted, and how many boxes a picture has at most.
 
         Raises:
@@ -89,7 +89,7 @@ class Detection(Recorded):
             raise ConfigError("object-detection needs boxes of at least one class, found none")
         return {"classes": classes, "most": max(f["most"] for f in facts)}
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         index = {name: number for number, name in enumerate(facts["classes"])}

@@ -108,6 +108,13 @@ class FeatureCache:
         width: int = next(iter(self._parts.values())).features.shape[1]
         return width
 
+    @property
+    def kept_width(self) -> int | None:
+        """Of the features that are there, or None where there are none."""
+        if not self._parts:
+            self._read_folder()
+        return self.width if self._parts else None
+
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """Places of the keys that have no features yet, the first of equal keys only."""
         distinct, first = np.unique(key_table(keys), return_index=True)

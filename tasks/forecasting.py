@@ -16,6 +16,7 @@ import torch
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
+from tasks.dataset import Dataset
 from tasks.forecasters import load_forecaster
 from tasks.lazy import Picked
 from tasks.options import options_of, refuse_augment
@@ -27,7 +28,6 @@ from tasks.weights import Backbone
 from tasks.windows import WINDOWS, ForecastOptions, dated, last_window, windows_of
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
     from torchmetrics import MetricCollection
 
@@ -103,19 +103,19 @@ class Forecasting(Task):
                 raise ConfigError(f"task.options: {job.data.source} has no column {name!r}, found {known}")
         return WINDOWS.adopted(windows_of(whole(splits), options, job.data.test_fraction, job.data.source))
 
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         WINDOWS.write(dataset, folder, DataSection(source=data.source))
 
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+    def keys(self, dataset: Dataset) -> list[bytes]:
         return WINDOWS.keys(dataset)
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         return {}
 
     def agree(self, facts: Sequence[Facts]) -> Facts:
         return {}
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         rows = dataset.select_columns(["first", "last", "history", "future", "observed", "known"])[:]

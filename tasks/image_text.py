@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -21,6 +21,7 @@ from protocol.job import BackboneSection, Job, Options
 from protocol.messages import Facts
 from protocol.section import Section
 from tasks.cells import text_cell
+from tasks.dataset import Dataset
 from tasks.images import decode_image, image_bytes, read_image_input
 from tasks.labelled import Labelled, check_pinned
 from tasks.labels import class_name
@@ -33,9 +34,6 @@ from tasks.seam import Batch, Encoder, FixedBatch, Shard, Variation, canonical_o
 from tasks.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
 from tasks.vision_encoder import VisionEncoder, load_vision_encoder
 from tasks.weights import Backbone
-
-if TYPE_CHECKING:
-    import datasets
 
 Pair = tuple[bytes, str]
 
@@ -140,7 +138,7 @@ class ImageText(Recorded, Labelled):
     def records(self, options: Options) -> Records:
         return RECORDS
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         targets = self.targets(dataset["label"][:], order, facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol.job import Job
 
-LEARNING = ("torch", "datasets", "torchmetrics.classification")
+LEARNING = ("torch", "torchmetrics.classification")
 TEXT = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto")
 TOKENS = ("transformers.models.auto.tokenization_auto",)
 IMAGES = ("torchvision.models",)

@@ -22,6 +22,7 @@ from protocol.section import Positive, Section
 from tasks.augment import SOUND_AUGMENTATIONS
 from tasks.cells import name_cell, text_cell
 from tasks.commands import load_command_model
+from tasks.dataset import Dataset
 from tasks.labelled import agreed, check_pinned, named
 from tasks.lazy import Picked
 from tasks.losses import surprise
@@ -39,7 +40,6 @@ from tasks.texts import read_text_input
 from tasks.weights import Backbone
 
 if TYPE_CHECKING:
-    import datasets
     from torchmetrics import MetricCollection
 
 NOTHING = -100
@@ -150,10 +150,10 @@ class Intent(Recorded):
     def records(self, options: Options) -> Records:
         return _records(options_of(options, IntentOptions))
 
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+    def keys(self, dataset: Dataset) -> list[bytes]:
         return EITHER.keys(dataset)
 
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         EITHER.write(dataset, folder, data)
 
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
@@ -172,7 +172,7 @@ class Intent(Recorded):
             }
         )
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         """The intents, those the job names or else those of the data, and the tags of the data, sorted.
 
         Raises:
@@ -190,7 +190,7 @@ class Intent(Recorded):
             raise ConfigError(f"intent needs at least two intents, found {intents}")
         return {"intents": intents, "tags": sorted({tag for f in facts for tag in f["tags"]})}
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         heard = self.options.is_heard

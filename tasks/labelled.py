@@ -11,11 +11,11 @@ from torch import nn
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
+from tasks.dataset import Dataset
 from tasks.seam import Task
 from tasks.sources import SOURCES
 
 if TYPE_CHECKING:
-    import datasets
     from torchmetrics import MetricCollection
 
 
@@ -63,7 +63,7 @@ class Labelled(Task):
         except KeyError as unknown:
             raise DataError(f"label {unknown} is not one of the run's classes {facts['classes']}") from None
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         """The classes, in order: those the job names, or else those of the data, sorted.
 
         Raises:

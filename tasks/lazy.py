@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
-if TYPE_CHECKING:
-    import datasets
+from tasks.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Picked(Sequence[Any]):
 class Cells:
     """Converted cells of one column of a dataset, by row."""
 
-    dataset: datasets.Dataset
+    dataset: Dataset
     column: str
     convert: Callable[[Any], Any]
 
@@ -43,7 +42,7 @@ class Cells:
 
     def several(self, rows: Sequence[int]) -> list[Any]:
         """Those rows' cells: asked for together, which costs little more than one of them."""
-        return [self.convert(cell) for cell in self.dataset[list(rows)][self.column]]
+        return [self.convert(cell) for cell in self.dataset.several(self.column, rows)]
 
 
 def picked(values: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:

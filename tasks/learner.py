@@ -336,7 +336,11 @@ class Learner:
 
     @cached_property
     def width(self) -> int:
-        """The width of the backbone's features."""
+        """The width of the backbone's features: of those that are kept, for what has none must be loaded."""
+        views = (self._plain, *self._views) if self.uses_features else ()
+        for view in views:
+            if (kept := view.cache.kept_width) is not None:
+                return kept
         width = known_width(self.backbone)
         return width if width is not None else self.encoder.width
 

@@ -17,6 +17,7 @@ from protocol.messages import Facts
 from protocol.streams import stream_seed
 from tasks.augment import IMAGE_AUGMENTATIONS
 from tasks.classification import Classification
+from tasks.dataset import Dataset
 from tasks.reading import read_images
 from tasks.recorded import Recorded
 from tasks.records import Records, file_bytes
@@ -26,7 +27,6 @@ from tasks.vision_encoder import load_vision_encoder
 from tasks.writing import write_images
 
 if TYPE_CHECKING:
-    import datasets
     from torchmetrics import MetricCollection
 
 
@@ -44,10 +44,10 @@ class Medical(Recorded, Classification):
     def records(self, options: Options) -> Records:
         return SCANS
 
-    def groups(self, dataset: datasets.Dataset) -> list[str] | None:
+    def groups(self, dataset: Dataset) -> list[str] | None:
         return list(dataset["patient"][:]) if "patient" in dataset.column_names else None
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         plain = super().shard(dataset, facts, keys)
         patients = self.groups(dataset)

@@ -23,7 +23,8 @@ from tasks.loading import fill, load_weights
 from tasks.options import refuse_augment
 from tasks.records import file_bytes
 from tasks.seam import Batch, Encoder
-from tasks.weights import Backbone, TorchvisionKind, torchvision_names
+from tasks.torchvision_models import TorchvisionKind, torchvision_names
+from tasks.weights import Backbone
 
 SIZE = 128
 """Of a picture's sides, where the job names no other."""

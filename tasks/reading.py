@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,13 +21,13 @@ from protocol.errors import ConfigError, DataError
 from tasks.columns import (
     USUAL,
     Columns,
-    as_dataset,
     column_name,
     image_column,
     label_values,
     other_columns,
     text_column,
 )
+from tasks.dataset import Dataset
 from tasks.folders import checked_file
 from tasks.images import decode, image_bytes
 from tasks.labels import class_name
@@ -35,9 +35,6 @@ from tasks.problems import Journal, shown
 from tasks.shards import image_classes, noting, open_shard, text_classes
 from tasks.tables import Rows
 from tasks.texts import checked_text
-
-if TYPE_CHECKING:
-    import datasets
 
 LISTED_PROBLEMS = 20
 
@@ -50,8 +47,8 @@ class Table:
     `label` is a class name. `notes` are what the owner of the data should know, one line each.
     """
 
-    train: datasets.Dataset
-    test: datasets.Dataset | None
+    train: Dataset
+    test: Dataset | None
     notes: tuple[str, ...]
 
 
@@ -119,10 +116,11 @@ def inspect(path: Path, task_name: str, columns: Columns = USUAL) -> Findings:
     return _findings(examples, kind, journal)
 
 
-def example_keys(table: datasets.Dataset) -> list[bytes]:
+def example_keys(table: Dataset) -> list[bytes]:
     """A 32-byte key for each example, from its content and label alone: not its path or place."""
-    contents = map(image_bytes, _cells(table, "image")) if "image" in table.column_names else _texts(table)
-    return [_key(content, label) for content, label in zip(contents, _cells(table, "label"), strict=True)]
+    is_image = "image" in table.column_names
+    contents = map(image_bytes, table.cells("image")) if is_image else map(str.encode, table.cells("text"))
+    return [_key(content, label) for content, label in zip(contents, table.cells("label"), strict=True)]
 
 
 def _key(content: bytes, label: str) -> bytes:
@@ -130,32 +128,13 @@ def _key(content: bytes, label: str) -> bytes:
     return hashlib.sha256(len(content).to_bytes(8, "little") + content + label.encode()).digest()
 
 
-def _texts(table: datasets.Dataset) -> Iterator[bytes]:
-    return (text.encode() for text in _cells(table, "text"))
-
-
-def _cells(table: datasets.Dataset, name: str) -> Iterator[Any]:
-    """One column's values, a few hundred in memory at a time."""
-    for batch in table.select_columns([name]).with_format("arrow").iter(256):
-        yield from batch.column(0).to_pylist()
-
-
 def table_of(splits: Mapping[str, pa.Table]) -> Table:
     """Splits that are canonical already, and trusted: their images are not decoded."""
     journal = Journal()
     examples = {split: _trusted(part) for split, part in splits.items()}
     _remark_all(examples, journal)
-    data = {
-        split: as_dataset(
-            dict(zip(part.column_names, part.columns, strict=True)), _fingerprint(examples[split])
-        )
-        for split, part in splits.items()
-    }
+    data = {split: Dataset(part) for split, part in splits.items()}
     return Table(data["train"], data.get("test"), journal.notes)
-
-
-def _fingerprint(examples: Iterable[_Example]) -> str:
-    return hashlib.sha256(b"".join(example.digest for example in examples)).hexdigest()[:16]
 
 
 def _trusted(part: pa.Table) -> list[_Example]:
@@ -178,7 +157,7 @@ def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
     examples = {split: part.examples for split, part in splits.items()}
     _check_filled(examples, path)
     _remark_all(examples, journal)
-    data = {split: as_dataset(part.columns, _fingerprint(part.examples)) for split, part in splits.items()}
+    data = {split: Dataset(pa.table(part.columns)) for split, part in splits.items()}
     return Table(data["train"], data.get("test"), journal.notes)
 
 

@@ -16,6 +16,7 @@ import torch
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
+from tasks.dataset import Dataset
 from tasks.histories import EVENTS, HISTORIES, RecommendOptions, histories_of
 from tasks.labelled import check_pinned
 from tasks.lazy import Picked
@@ -29,7 +30,6 @@ from tasks.seam import Model, Shard, Task, canonical_order
 from tasks.weights import Backbone
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
     from torchmetrics import MetricCollection
 
@@ -88,13 +88,13 @@ class Recommendation(Task):
         hold_out = job.data.test_fraction > 0
         return HISTORIES.adopted(histories_of(whole(splits), length, job.data.source, hold_out=hold_out))
 
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         HISTORIES.write(dataset, folder, DataSection(source=data.source))
 
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+    def keys(self, dataset: Dataset) -> list[bytes]:
         return HISTORIES.keys(dataset)
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         """The items and their texts: those the job names, or else those of the data, sorted."""
         rows = dataset[:]
         texts: dict[str, str] = {}
@@ -119,7 +119,7 @@ class Recommendation(Task):
             raise ConfigError(f"recommendation needs at least two items, found {items}")
         return {"items": items, "texts": [texts[name] for name in items]}
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         histories = dataset["items"][:]

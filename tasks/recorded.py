@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protocol.job import DataSection, Job, Options
+from tasks.dataset import Dataset
 from tasks.reading import Findings, Table
 from tasks.records import Records
 from tasks.seam import Task
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
 
 
@@ -32,8 +32,8 @@ class Recorded(Task):
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return self.records(job.task.options).adopted(splits)
 
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         self.records({}).write(dataset, folder, data)
 
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+    def keys(self, dataset: Dataset) -> list[bytes]:
         return self.records({}).keys(dataset)

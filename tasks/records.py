@@ -14,22 +14,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from protocol.errors import ConfigError, DataError
 from protocol.job import DataSection
-from tasks.columns import as_dataset, file_column, other_columns, role_column, values_of
+from tasks.columns import file_column, other_columns, role_column, values_of
+from tasks.dataset import Dataset
 from tasks.folders import checked_file
 from tasks.problems import Journal, shown
 from tasks.reading import LISTED_PROBLEMS, Findings, Table
 from tasks.shards import noting, open_shard
 from tasks.tables import SUFFIXES, Rows
 from tasks.writing import write_records
-
-if TYPE_CHECKING:
-    import datasets
 
 MAX_FILE_BYTES = 200_000_000
 
@@ -97,15 +95,15 @@ class Records:
         for split, table in splits.items():
             if not table.num_rows:
                 raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
-        keys = {split: self.keys_of(table) for split, table in splits.items()}
+        keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
         _remark(keys, journal)
-        return _table({split: _dataset(table, keys[split]) for split, table in splits.items()}, journal.notes)
+        return _table(splits, journal.notes)
 
     def findings_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Journal) -> Findings:
         """What `atoll check` tells of gathered splits."""
         if not journal.problems and not any(table.num_rows for table in splits.values()):
             raise DataError(f"{shown(path)}: no examples to train on, expected at least one")
-        keys = {split: self.keys_of(table) for split, table in splits.items()}
+        keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
         _remark(keys, journal)
         return Findings(
             train=self._counts(splits.get("train")),
@@ -120,19 +118,15 @@ class Records:
 
     def adopted(self, splits: Mapping[str, pa.Table]) -> Table:
         """Splits that are canonical already, such as a built-in source's."""
-        return _table({split: _dataset(table, self.keys_of(table)) for split, table in splits.items()}, ())
+        return _table(splits, ())
 
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+    def keys(self, dataset: Dataset) -> list[bytes]:
         """A 32-byte hash of each example's parts, files by their bytes, in the order of the roles."""
-        return self.keys_of(dataset.with_format("arrow")[:] if len(dataset) else dataset.data.table)
-
-    def keys_of(self, table: pa.Table) -> list[bytes]:
-        """As `keys`, of a table."""
-        digests = [hashlib.sha256() for _ in range(table.num_rows)]
+        digests = [hashlib.sha256() for _ in range(len(dataset))]
         for role in self.roles:
-            if role.name not in table.column_names:
+            if role.name not in dataset.column_names:
                 continue
-            for digest, cell in zip(digests, _cells(table.column(role.name)), strict=True):
+            for digest, cell in zip(digests, dataset.cells(role.name), strict=True):
                 content = (
                     file_bytes(cell, role.name) if role.file else json.dumps(cell, sort_keys=True).encode()
                 )
@@ -140,7 +134,7 @@ class Records:
                 digest.update(f"{role.name} {len(content)} ".encode() + content)
         return [digest.digest() for digest in digests]
 
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         """`data.jsonl` with a line an example, its files beside it; named as the job names columns."""
         files = [role.name for role in self.roles if role.file and role.name in dataset.column_names]
         names = {role.name: chosen_name(data, role.name) or role.name for role in self.roles}
@@ -268,14 +262,9 @@ def _remark(keys: Mapping[str, Sequence[bytes]], journal: Journal) -> None:
         journal.remark(f"test: {leaked} examples are training examples too, so scores will flatter")
 
 
-def _dataset(table: pa.Table, keys: Sequence[bytes]) -> datasets.Dataset:
-    """Canonical rows as the dataset that the rest of the house knows."""
-    fingerprint = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
-    return as_dataset(dict(zip(table.column_names, table.columns, strict=True)), fingerprint)
-
-
-def _table(made: Mapping[str, datasets.Dataset], notes: tuple[str, ...]) -> Table:
-    return Table(made["train"], made.get("test"), notes)
+def _table(splits: Mapping[str, pa.Table], notes: tuple[str, ...]) -> Table:
+    test = splits.get("test")
+    return Table(Dataset(splits["train"]), None if test is None else Dataset(test), notes)
 
 
 def whole(splits: Mapping[str, pa.Table]) -> pa.Table:

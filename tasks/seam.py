@@ -13,10 +13,10 @@ from torch import nn
 from protocol.job import BackboneSection, DataSection, Job, Options
 from protocol.messages import Facts
 from protocol.tensors import Tensors
+from tasks.dataset import Dataset
 from tasks.lazy import picked
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
     from torchmetrics import MetricCollection
 
@@ -205,7 +205,7 @@ class Task(Protocol):
         """The splits of a built-in source, which are in the task's own columns and trusted."""
         ...
 
-    def write(self, dataset: datasets.Dataset, folder: Path, data: DataSection) -> None:
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         """Write rows into a new folder, as `read` with the same `data` reads them back."""
         ...
 
@@ -213,11 +213,11 @@ class Task(Protocol):
         """What is in the data and what is wrong with it, for `atoll check`."""
         ...
 
-    def keys(self, dataset: datasets.Dataset) -> list[bytes]:
+    def keys(self, dataset: Dataset) -> list[bytes]:
         """A 32-byte hash of each example's content: not of its path or place."""
         ...
 
-    def groups(self, dataset: datasets.Dataset) -> list[str] | None:
+    def groups(self, dataset: Dataset) -> list[str] | None:
         """What must not be split between training and test, or between clients: a patient, say."""
         return None
 
@@ -225,7 +225,7 @@ class Task(Protocol):
         """(rows to train on, rows to measure on) within a client, of a task that `splits_itself`."""
         raise TypeError(f"{self.name} splits by content alone")
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         """What must be known of the data before a model can be built."""
         ...
 
@@ -233,7 +233,7 @@ class Task(Protocol):
         """The facts that hold for all clients together."""
         ...
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
         ...
 

@@ -16,6 +16,7 @@ from protocol.job import DataSection, Job, Options
 from protocol.messages import Facts
 from protocol.section import Section
 from protocol.streams import global_stream
+from tasks.dataset import Dataset
 from tasks.images import read_image_input
 from tasks.lazy import Cells, Picked
 from tasks.masks import IGNORED, MASKS, highest_class, read_mask
@@ -41,7 +42,6 @@ from tasks.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
 from tasks.weights import Backbone
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow as pa
     from torchmetrics import MetricCollection
 
@@ -104,13 +104,13 @@ class Segmentation(Recorded):
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return MASKS.adopted(without_other_parts(splits, ("image", "mask")))
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         """The classes: those the job names, or as many as the masks have.
 
         Raises:
             DataError: a mask has a class that the job doesn't name.
         """
-        highest = max((highest_class(cell) for cell in dataset["mask"]), default=-1)
+        highest = max((highest_class(cell) for cell in dataset.cells("mask")), default=-1)
         named = options_of(options, SegmentationOptions).classes
         if named is None:
             return {"highest": highest}
@@ -133,7 +133,7 @@ class Segmentation(Recorded):
             raise ConfigError(f"segmentation needs at least two classes of pixels, found {classes}")
         return {"classes": classes}
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = tuple(canonical_order(keys))
         count = len(facts["classes"])

@@ -53,11 +53,22 @@ class Source:
     """Changes when `decode` comes to make something else, so that no older copy in a cache is taken."""
 
 
+def source_named(name: str) -> Source:
+    """The data set of that name, of which nothing is loaded yet.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SOURCES:
+        near = difflib.get_close_matches(name, SOURCES, n=1)
+        known = f"expected one of {', '.join(SOURCES)}, or a path such as ./{name}"
+        raise ConfigError(f"data.source {name!r}: {f'did you mean {near[0]!r}? {known}' if near else known}")
+    return SOURCES[name]
+
+
 def load_source(name: str, *, offline: bool = False, progress: Progress | None = None) -> Splits:
     """The splits of the data set called `name`; it is fetched, where it must be, at first use only."""
-    source = SOURCES.get(name)
-    if source is None:
-        raise ConfigError(f"data.source {name!r}: {_nearest(name)}")
+    source = source_named(name)
     folder = cached_folder(
         cache_root() / "sources" / f"{name}-{source.edition()}",
         lambda staging: _write(source.decode(offline, progress), staging),
@@ -67,16 +78,10 @@ def load_source(name: str, *, offline: bool = False, progress: Progress | None =
 
 def _read(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path)
+        return pq.ParquetFile(path).read()  # read_table would bring pandas in
     except pa.ArrowException as error:
         first = (str(error).splitlines() or [""])[0]
         raise DataError(f"{path}: damaged: {first}; expected to be whole, remove {path.parent}") from None
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, SOURCES, n=1)
-    known = f"expected one of {', '.join(SOURCES)}, or a path such as ./{name}"
-    return f"did you mean {near[0]!r}? {known}" if near else known
 
 
 def _write(splits: Mapping[str, pa.Table], folder: Path) -> None:

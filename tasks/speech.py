@@ -21,6 +21,7 @@ from protocol.messages import Facts
 from protocol.section import Positive, Section
 from tasks.augment import SOUND_AUGMENTATIONS
 from tasks.cells import text_cell
+from tasks.dataset import Dataset
 from tasks.lazy import Cells, Picked
 from tasks.letters import Letters, code_points, from_code_points, letters_of, spoken
 from tasks.options import check_augment, options_of
@@ -33,7 +34,6 @@ from tasks.sounds import checked_sound
 from tasks.weights import Backbone
 
 if TYPE_CHECKING:
-    import datasets
     from torchmetrics import MetricCollection
 
 NOTHING = -100
@@ -65,7 +65,7 @@ def audio_role(max_seconds: float) -> Role:
     return Role("audio", sound, FILE, ("file", "path", "wav", "sound", "clip"), file=True)
 
 
-def audio_inputs(dataset: datasets.Dataset, order: Sequence[int]) -> Picked:
+def audio_inputs(dataset: Dataset, order: Sequence[int]) -> Picked:
     """The recordings of those rows, read when they are asked for."""
     return Picked(Cells(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
 
@@ -119,13 +119,13 @@ class SpeechRecognition(Recorded):
     def records(self, options: Options) -> Records:
         return recordings(options_of(options, SpeechOptions))
 
-    def describe(self, dataset: datasets.Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
         return {}
 
     def agree(self, facts: Sequence[Facts]) -> Facts:
         return {}
 
-    def shard(self, dataset: datasets.Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         transcripts = dataset["transcript"][:]

@@ -257,10 +257,10 @@ def _mapped(file: pq.ParquetFile) -> pa.Table:
 
 
 def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
-    import datasets
-
     if b"huggingface" not in (schema.metadata or {}):
         return {}
+    import datasets
+
     features = datasets.Features.from_arrow_schema(schema)
     return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
 

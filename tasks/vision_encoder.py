@@ -16,7 +16,8 @@ from tasks.augment import framed, varied_image
 from tasks.images import decode_image, eight_bits, scaled
 from tasks.loading import fill, load_transformer, load_weights
 from tasks.seam import Batch, Encoder, FixedBatch, Variation
-from tasks.weights import Backbone, torchvision_names
+from tasks.torchvision_models import torchvision_names
+from tasks.weights import Backbone
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

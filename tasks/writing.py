@@ -6,16 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.columns import Columns
+from tasks.dataset import Dataset
 from tasks.images import image_bytes
-
-if TYPE_CHECKING:
-    import datasets
 
 SUFFIXES = {
     b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"BM": ".bmp", b"GIF8": ".gif", b"fLaC": ".flac",
@@ -24,7 +22,7 @@ ROWS = 256
 """Images of a Parquet file that are in memory at a time."""
 
 
-def write_texts(dataset: datasets.Dataset, folder: Path, columns: Columns) -> None:
+def write_texts(dataset: Dataset, folder: Path, columns: Columns) -> None:
     """`data.jsonl`, one row a line, with all columns, named as the job names them."""
     folder.mkdir(parents=True)
     with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
@@ -33,9 +31,7 @@ def write_texts(dataset: datasets.Dataset, folder: Path, columns: Columns) -> No
             file.write(json.dumps(named, ensure_ascii=False) + "\n")
 
 
-def write_records(
-    dataset: datasets.Dataset, folder: Path, files: Sequence[str], names: Mapping[str, str]
-) -> None:
+def write_records(dataset: Dataset, folder: Path, files: Sequence[str], names: Mapping[str, str]) -> None:
     """`data.jsonl` in a new folder, and a folder for each column of files; `names` are by column."""
     folder.mkdir(parents=True)
     for column in files:
@@ -68,7 +64,7 @@ def _json_value(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def write_images(dataset: datasets.Dataset, folder: Path, columns: Columns) -> None:
+def write_images(dataset: Dataset, folder: Path, columns: Columns) -> None:
     """A folder per class with the images' own bytes; Parquet where a class can't name a folder."""
     folder.mkdir(parents=True)
     labels = sorted(set(dataset["label"]))
@@ -82,9 +78,9 @@ def write_images(dataset: datasets.Dataset, folder: Path, columns: Columns) -> N
         (folder / row["label"] / f"{number:07d}{_suffix(data)}").write_bytes(data)
 
 
-def _write_parquet(dataset: datasets.Dataset, path: Path, columns: Columns) -> None:
+def _write_parquet(dataset: Dataset, path: Path, columns: Columns) -> None:
     """All columns, the images as bytes wherever they came from."""
-    kinds = {name: dataset.features.arrow_schema.field(name).type for name in dataset.column_names}
+    kinds = {name: dataset.schema.field(name).type for name in dataset.column_names}
     schema = pa.schema([(_name(name, columns), kind) for name, kind in kinds.items()])
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, len(dataset), ROWS):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from protocol.job import Job
-from tasks import TASKS
+from tasks import task_named
 from tasks.generated.questions import generated_questions
 from tasks.generated.shapes import generated_shapes
 from tasks.generated.street import generated_street
@@ -50,7 +50,7 @@ def _generated(make: Callable[[], dict[str, pa.Table]]) -> Callable[[Path, Job],
     """Writes the training split of a generated source as the task writes shards."""
 
     def write(folder: Path, job: Job) -> None:
-        task = TASKS[job.task.name]
+        task = task_named(job.task.name)
         task.write(task.adopt({"train": make()["train"]}, job).train, folder, job.data)
 
     return write

@@ -26,7 +26,7 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.messages import Update
 from protocol.tensors import Tensors, tensors_sha256
-from server.play import check_real
+from server.checks import check_real
 from server.report_audit import what_the_audit_found
 from server.rundir import job_toml
 from server.sampling import sample

@@ -5,10 +5,12 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torchvision import models
 
 from protocol.errors import ConfigError, WeightsError
 from protocol.job import BackboneSection
@@ -19,8 +21,9 @@ from tasks.fits import check_fits
 from tasks.loading import load_weights
 from tasks.seam import Encoder
 from tasks.text_encoder import load_text_encoder
+from tasks.torchvision_models import TorchvisionKind, published_weights, torchvision_names
 from tasks.vision_encoder import load_vision_encoder, torchvision_trunk, torchvision_width
-from tasks.weights import resolve, torchvision_names
+from tasks.weights import resolve
 from tests.processes import python
 from tests.small import grey_png_shard, image_job
 
@@ -38,6 +41,21 @@ def test_a_torchvision_network_gives_one_feature_vector_an_image(name: str) -> N
         features = trunk(torch.zeros(2, 3, 64, 64)).flatten(1)
     assert features.shape == (2, width)
     assert torchvision_width(name) == width
+
+
+@pytest.mark.parametrize("kind", get_args(TorchvisionKind))
+def test_models_and_weights_read_from_torchvisions_source_are_what_it_says_when_imported(
+    kind: TorchvisionKind,
+) -> None:
+    module = models if kind == "classification" else getattr(models, kind)
+    others = ("quantized_", "maskrcnn", "keypointrcnn")
+    assert torchvision_names(kind) == [
+        n for n in models.list_models(module=module) if not n.startswith(others)
+    ]
+    for name in torchvision_names(kind):
+        weights, found = models.get_model_weights(name), published_weights(name)
+        assert found.urls == {entry.name: entry.url for entry in weights}
+        assert found.default == weights.DEFAULT.url
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -14,16 +15,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
+from atoll import __version__, versions
 from atoll.catalogue import CATALOGUE
 from atoll.cli import app
 from atoll.cli import run as command_line
 from atoll.usage import verbs_of
+from atoll.versions import cpu_capability
 from client.shards import FolderShards
 from protocol.errors import ConfigError
 from protocol.job import Job
@@ -176,7 +181,75 @@ def test_atoll_alone_prints_its_help(say: Say) -> None:
     assert code == 2 and said == ""
     assert all(verb in printed for verb in VERBS) and "Usage: atoll" in printed
     assert say("--help")[0] == 0
-    assert say("--version") == (0, "0.1.0\n", "")
+
+
+def test_the_version_comes_with_what_the_bits_depend_on(say: Say) -> None:
+    code, printed, said = say("--version")
+    assert (code, said) == (0, "")
+    assert printed.splitlines() == [
+        f"atoll {__version__}",
+        f"torch {torch.__version__.partition('+')[0]}",
+        f"Flower {version('flwr')}",
+        f"Opacus {version('opacus')}",
+        f"processor {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+    ]
+
+
+@pytest.mark.parametrize("asked", ["avx2", "default", "AVX512", ""])
+def test_the_processor_is_asked_as_torch_asks_it(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", asked)
+    question = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    told = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True)
+    assert cpu_capability() == told.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability"),
+    [
+        ("fpu fma avx2 avx512vl avx512bw avx512dq", "AVX512"),
+        ("fpu fma avx2 avx512vl avx512bw", "AVX2"),
+        ("fpu fma avx2", "AVX2"),
+        ("fpu avx2", "DEFAULT"),
+    ],
+)
+def test_older_processors_have_less(
+    flags: str, capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: avx512dq\n")
+    monkeypatch.setattr(versions, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    assert cpu_capability() == capability
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"), [("atoll simu", {"simulate"}), ("atoll simulate --work", {"--workers"})]
+)
+def test_a_shell_completes_verbs_and_options(
+    words: str, offered: set[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_ATOLL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    with pytest.raises(SystemExit):
+        command_line([])
+    assert set(capsys.readouterr().out.split()) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_shown_and_installed_for_the_shell(
+    shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shellingham.detect_shell", lambda: (shell, f"/bin/{shell}"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        command_line(["--show-completion"])
+    script = capsys.readouterr().out.strip()
+    assert f"_ATOLL_COMPLETE=complete_{shell}" in script
+    with pytest.raises(SystemExit):
+        command_line(["--install-completion"])
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(script in text for text in written)
 
 
 @pytest.mark.parametrize(

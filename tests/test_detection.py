@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,6 +15,7 @@ from client.train import train_model
 from protocol.errors import ConfigError, DataError, WeightsError
 from protocol.job import DataSection, Job
 from tasks import task_named
+from tasks.dataset import Dataset
 from tasks.detection import DETECTION
 from tasks.learner import Learner, added
 from tasks.png import rgb_png
@@ -190,7 +191,7 @@ def job(method: str = "full", name: str = "ssdlite320_mobilenet_v3_large", **tab
 
 def prepared(asked: Job, pairs: list[tuple[bytes, list[float]]] | None = None) -> tuple[Learner, Shard]:
     pairs = pairs or [scene(n) for n in range(6)]
-    dataset = datasets.Dataset.from_dict(
+    table = pa.table(
         {
             "image": [{"bytes": image, "path": None} for image, _ in pairs],
             "boxes": [[box] for _, box in pairs],
@@ -199,7 +200,7 @@ def prepared(asked: Job, pairs: list[tuple[bytes, list[float]]] | None = None) -
     )
     keys = [hashlib.sha256(image).digest() for image, _ in pairs]
     learner = Learner.of(asked, task_named("object-detection"), FACTS)
-    return learner, learner.task.shard(dataset, FACTS, keys)
+    return learner, learner.task.shard(Dataset(table), FACTS, keys)
 
 
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"])

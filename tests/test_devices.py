@@ -8,8 +8,8 @@ import pytest
 
 from protocol.errors import ConfigError, InconsistentUpdates
 from protocol.job import Job
+from server.checks import check_real
 from server.clock import Call
-from server.play import check_real
 from sim.devices import Profile, VirtualClock, turnout
 from sim.engine import simulate
 from sim.population import client_names

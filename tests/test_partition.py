@@ -6,12 +6,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
-from flwr_datasets.partitioner import IidPartitioner, NaturalIdPartitioner
+from flwr_datasets.partitioner import (
+    DirichletPartitioner,
+    IidPartitioner,
+    NaturalIdPartitioner,
+    PathologicalPartitioner,
+)
 
 from protocol.errors import ConfigError
 from protocol.job import Job
+from protocol.streams import stream_seed
 from sim.dealing import Drawn, dirichlet
 from sim.population import Population, client_names, number_of
 from tasks.learner import ranked
@@ -46,6 +53,9 @@ def hands(found: Population) -> list[list[int]]:
     """The rows of every client."""
     return [rows.tolist() for rows in found.dealing.rows(range(len(found.dealing.sizes)))]
 
+
+SEED = stream_seed(3, "partition")
+"""What the job's partition draws from."""
 
 RULES: list[dict[str, Any]] = [
     {"kind": "iid"},
@@ -136,15 +146,31 @@ def test_a_test_source_of_its_own_is_held_apart(tmp_path: Path) -> None:
     [
         ({"kind": "iid"}, 7, IidPartitioner(7)),
         ({"kind": "natural", "by": "hospital"}, 6, NaturalIdPartitioner("hospital")),
+        (
+            {"kind": "dirichlet", "alpha": 0.5},
+            6,
+            DirichletPartitioner(6, "label", 0.5, min_partition_size=2, seed=SEED),
+        ),
+        (
+            {"kind": "dirichlet", "alpha": 1.0, "min_examples": 16, "by": "hospital"},
+            9,
+            DirichletPartitioner(9, "hospital", 1.0, min_partition_size=16, seed=SEED),
+        ),
+        (
+            {"kind": "pathological", "classes_per_client": 2},
+            6,
+            PathologicalPartitioner(6, "label", 2, seed=SEED),
+        ),
     ],
-    ids=["iid", "natural"],
+    ids=["iid", "natural", "dirichlet", "dirichlet-again-and-again", "pathological"],
 )
-def test_iid_and_natural_clients_hold_what_flwr_datasets_gives_them(
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")  # they say so of every new attempt
+def test_clients_hold_what_flwr_datasets_gives_them(
     tmp_path: Path, rule: dict[str, Any], clients: int, theirs: Any
 ) -> None:
     found = population(tmp_path, rule, clients)
     order = ranked(found.keys, 3, "partition")
-    theirs.dataset = found.train.select(order).add_column("row", order)
+    theirs.dataset = datasets.Dataset.from_dict({**found.train.select(order)[:], "row": order})
     assert hands(found) == [theirs.load_partition(i)["row"][:] for i in range(clients)]
 
 

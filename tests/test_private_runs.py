@@ -18,7 +18,8 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from protocol.kit import Budget
 from protocol.messages import Failure, Request, Update
-from server.play import check_real, play
+from server.checks import check_real
+from server.play import play
 from server.protection import run_key
 from sim.engine import simulate, warmed
 from sim.population import Population

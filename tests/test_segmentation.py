@@ -5,8 +5,8 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from client.train import train_model
 from protocol.errors import ConfigError, DataError, WeightsError
 from protocol.job import DataSection, Job
 from tasks import task_named
+from tasks.dataset import Dataset
 from tasks.learner import Learner, added
 from tasks.metrics.regions import Dice, MeanIoU
 from tasks.seam import Shard
@@ -153,7 +154,7 @@ def job(method: str = "full", name: str = "lraspp_mobilenet_v3_large", **tables:
 
 def prepared(asked: Job, count: int = 8) -> tuple[Learner, Shard]:
     pairs = [pair(n) for n in range(count)]
-    dataset = datasets.Dataset.from_dict(
+    table = pa.table(
         {
             "image": [{"bytes": image, "path": None} for image, _ in pairs],
             "mask": [{"bytes": mask, "path": None} for _, mask in pairs],
@@ -161,7 +162,7 @@ def prepared(asked: Job, count: int = 8) -> tuple[Learner, Shard]:
     )
     keys = [hashlib.sha256(image).digest() for image, _ in pairs]
     learner = Learner.of(asked, task_named("segmentation"), {"classes": ["ground", "square"]})
-    return learner, learner.task.shard(dataset, learner.facts, keys)
+    return learner, learner.task.shard(Dataset(table), learner.facts, keys)
 
 
 @pytest.mark.parametrize("method", ["head", "last-k", "lora", "full"])

@@ -1,5 +1,8 @@
 """The merge, against arithmetic by hand, Flower's own strategies and the definition."""
 
+import inspect
+
+import flwr.serverapp.strategy
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +15,8 @@ from protocol.messages import Update
 from strategies import STRATEGIES, build_strategy, mean
 from strategies.fedavg import FedAvg
 from strategies.fedopt import FedOpt, adagrad, adam, yogi
-from strategies.flower import FlowerStrategy, flower_names
+from strategies.flower import FlowerStrategy
+from strategies.flower_names import flower_names
 
 
 def update(values: list[float], n: int, client: str = "a", round: int = 1) -> Update:
@@ -172,3 +176,9 @@ def test_a_wrong_strategy_is_answered_in_one_line(section: dict[str, object], me
     with pytest.raises(ConfigError, match=message) as caught:
         build_strategy(StrategySection.model_validate(section))
     assert "\n" not in str(caught.value)
+
+
+def test_the_names_read_from_flowers_source_are_those_that_flower_has() -> None:
+    found = inspect.getmembers(flwr.serverapp.strategy, inspect.isclass)
+    averaging = [name for name, kind in found if issubclass(kind, flwr.serverapp.strategy.FedAvg)]
+    assert list(flower_names()) == [name for name in averaging if "Xgb" not in name]

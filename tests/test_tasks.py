@@ -58,6 +58,12 @@ def test_every_task_has_a_small_job() -> None:
     assert set(TABLES) == set(TASKS)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_the_registry_says_what_the_task_says_of_itself(name: str) -> None:
+    task, entry = task_named(name), TASKS[name]
+    assert (task.name, task.summary, task.headline) == (name, entry.summary, entry.headline)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "job", cases(WORKING, [p for p in WORKING if p[1] in ("head", "full")]), indirect=True

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -39,6 +40,7 @@ from server import rounds
 from server.protection import NORM, Protection
 from server.protection import Books as ServerBooks
 from server.screen import screen
+from tasks.dataset import Dataset
 
 Vector = NDArray[np.float64]
 
@@ -323,9 +325,7 @@ class Held(NoShards):
         return ["c"]
 
     def dataset(self, job: Job, client: str) -> Any:
-        import datasets
-
-        return datasets.Dataset.from_dict({"label": ["1"] * self.count})
+        return Dataset(pa.table({"label": ["1"] * self.count}))
 
 
 def what_the_server_tells_is_silent() -> None:
