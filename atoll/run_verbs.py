@@ -103,13 +103,13 @@ def run_here(
     from server.checks import check_simulated
 
     check_trackers(track)
-    check_simulated(job)
     where = where or (default if force else unused(default, resume=resume))
     finished = _finished(where, job) if resume else None
     if finished is not None:
         out().print(plain(f"{where}: this run is complete, nothing is left to do"), soft_wrap=True)
         ending(finished, where)
         return where
+    check_simulated(job)
     from sim.engine import simulate as simulate_job  # torch comes with it: not before there is work to do
     from sim.engine import usual_workers
 

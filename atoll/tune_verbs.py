@@ -206,9 +206,12 @@ def advise(
 
     In a simulation only: it looks at the features of all clients together.
     """
-    from server.checks import check_simulated
+    from server.checks import source_of
+    from tasks import check_task
 
-    check_simulated(loaded := load(job, overrides))
+    loaded = load(job, overrides)
+    check_task(loaded.task.name)
+    source_of(loaded)  # what else there is to say of them is said with torch
     found = advised(loaded, None if backbones is None else backbones.split(","), head)
     out().print()
     out().print(_advice_table(loaded.name, found))

@@ -8,7 +8,7 @@ from protocol.errors import ConfigError
 from protocol.job import Job
 from strategies import check_strategy
 from tasks import check_task
-from tasks.sources import SOURCES, source_named
+from tasks.sources import SOURCES, Source, source_named
 from tasks.weights import check_backbone
 
 
@@ -34,12 +34,19 @@ def check_simulated(job: Job) -> None:
     check_named(job)
 
 
+def source_of(job: Job) -> Source | None:
+    """The built-in source that the job names; None where it names a path.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    return None if Path(job.data.source).is_absolute() else source_named(job.data.source)
+
+
 def check_source(job: Job) -> None:
     """Raises ConfigError unless the source is a path, or a built-in one that holds data of the job's task."""
-    if Path(job.data.source).is_absolute():
-        return
-    source = source_named(job.data.source)
-    if job.task.name not in source.tasks:
+    source = source_of(job)
+    if source is not None and job.task.name not in source.tasks:
         fitting = [name for name, other in SOURCES.items() if job.task.name in other.tasks]
         tasks = " and ".join(source.tasks)
         raise ConfigError(
