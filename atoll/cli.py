@@ -141,9 +141,8 @@ QUIET = child.QUIET | {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
-    "ATOLL_LEAN_METRICS": "1",
 }
-"""Settings of libraries that would report home, chat, start threads, or bring in what isn't used."""
+"""Settings of libraries that would report home, chat, or start threads of their own."""
 
 
 def run(arguments: list[str]) -> int:

@@ -33,7 +33,6 @@ from tasks.features import (
 from tasks.fits import check_fits
 from tasks.imbalance import Imbalance, counts_of
 from tasks.lazy import several
-from tasks.metrics.lean import metrics_of
 from tasks.own_parts import own_part
 from tasks.pruning import fingerprinted, pruned
 from tasks.ready import ReadyInputs
@@ -234,7 +233,7 @@ class Learner:
 
     def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
         """Metric states of the model with these tensors on a shard; they add up over shards."""
-        metrics = metrics_of(self.task, self.facts)
+        metrics = self.task.metrics(self.facts)
         if self.task.on_features:
             outputs = self.outputs(tensors, shard)
             metrics.update(*self.task.measured(outputs, shard.table))
@@ -279,7 +278,7 @@ class Learner:
 
     def measured(self, model: Model, shard: Shard) -> dict[str, float]:
         """Metrics and loss of any model of this kind on a shard, past the cache of features."""
-        metrics = metrics_of(self.task, self.facts)
+        metrics = self.task.metrics(self.facts)
         total = self._measure(model, shard, metrics)
         found = {name: float(value) for name, value in metrics.compute().items()}
         return found | {"loss": float(total) / len(shard)}
@@ -288,7 +287,7 @@ class Learner:
         """Metrics of the task's predictions that need no learning."""
         found = {}
         for name, predictions in self.task.references(shard, self.facts).items():
-            metrics = metrics_of(self.task, self.facts)
+            metrics = self.task.metrics(self.facts)
             targets = shard.targets_of(range(len(shard)))
             metrics.update(*self.task.measured(predictions, targets))
             found[name] = {metric: float(value) for metric, value in metrics.compute().items()}
@@ -317,7 +316,7 @@ class Learner:
 
     def compute(self, states: Tensors) -> dict[str, float]:
         """Metrics from added-up states."""
-        metrics = metrics_of(self.task, self.facts)
+        metrics = self.task.metrics(self.facts)
         for name, metric in metrics.items():
             for state in metric._defaults:
                 setattr(metric, state, states[f"{name}.{state}"])

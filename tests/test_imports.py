@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import tomli_w
 
-from atoll.cli import QUIET
-from tasks.metrics.lean import ASKED as ASKED_LEAN
 from tests.test_backbones import tiny_bert
 from tests.test_cli import DIGITS, VERBS, some_texts, text_table
 
@@ -91,15 +89,15 @@ def watch(step, what):
     asked.line = step
     steps.append([f"round {what['round']} is over" if step == 'round' else step, asked.loaded()])
 
-result = simulate(Job.load(Path(sys.argv[2])), Path(sys.argv[3]), watch=watch)
-print(json.dumps({'steps': steps, 'measured': [line['metrics'] for line in result['rounds']]}))
+simulate(Job.load(Path(sys.argv[2])), Path(sys.argv[3]), watch=watch)
+print(json.dumps(steps))
 """
 
 
-def in_an_interpreter_of_its_own(script: str, names: set[str], *arguments: object, lean: bool = False) -> Any:
-    """What the script's last line says, as JSON; `lean` as our commands are."""
+def in_an_interpreter_of_its_own(script: str, names: set[str], *arguments: object) -> Any:
+    """What the script's last line says, as JSON."""
     command = [sys.executable, "-c", ASKED + script, json.dumps(sorted(names)), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), ASKED_LEAN: str(int(lean))}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -193,23 +191,16 @@ def text_job(folder: Path) -> dict[str, Any]:
     ids=["a source's images on torchvision", "one's own texts on transformers"],
 )
 def test_rounds_on_kept_features_wait_for_torch_alone(tmp_path: Path, table: Any, allowed: set[str]) -> None:
-    """And a measured one for torchmetrics, of which our commands leave out what brings in everything else.
+    """Nothing is measured before the last round is over: that brings torchmetrics, and what it imports.
 
     pyarrow imports pandas to make an array of one's own texts.
     """
     path = tmp_path / "job.toml"
-    rounds = {"federation": {"clients": 2, "rounds": 2}, "evaluate": {"every": 2}}
+    rounds = {"federation": {"clients": 2, "rounds": 2}, "evaluate": {"every": 10}}
     path.write_text(tomli_w.dumps(table(tmp_path) | rounds))
-    whole = in_an_interpreter_of_its_own(ROUNDS, HEAVY, path, tmp_path / "features are computed")
-    found = in_an_interpreter_of_its_own(ROUNDS, HEAVY, path, tmp_path / "features are kept", lean=True)
-    names = [name for name, _ in found["steps"]]
-    first, last = names.index("round 1 is over"), names.index("round 2 is over")
-    assert names.index("train 1") < first < last < names.index("finish")
-    for number, (name, loaded) in enumerate(found["steps"]):
-        measured = {"torchmetrics"} if number > first else set()
-        assert loaded.keys() <= allowed | measured, f"{name}: {loaded}"
-    assert found["measured"] == whole["measured"] and "accuracy" in found["measured"][1]
-
-
-def test_our_commands_ask_for_lean_metrics() -> None:
-    assert QUIET[ASKED_LEAN] == "1"
+    for run in ("features are computed", "features are kept"):
+        steps = in_an_interpreter_of_its_own(ROUNDS, HEAVY, path, tmp_path / run)
+    names = [name for name, _ in steps]
+    assert names.index("train 1") < names.index("round 1 is over") < names.index("round 2 is over")
+    for name, loaded in steps[: names.index("round 2 is over") + 1]:
+        assert loaded.keys() <= allowed, f"{name}: {loaded}"
