@@ -283,7 +283,7 @@ def test_a_compiled_encoder_gives_the_same_bits_in_another_process(tmp_path: Pat
         "from tasks.vision_encoder import load_vision_encoder\n"
         "from tasks.weights import resolve\n"
         "from tests.small import grey_png_shard\n"
-        "section = BackboneSection(name='torchvision:mobilenet_v2', weights='random', image_size=32,\n"
+        "section = BackboneSection(name='torchvision:squeezenet1_1', weights='random', image_size=32,\n"
         "                          channels_last=True, compile=True)\n"
         "encoder = CompiledEncoder(load_vision_encoder(resolve(section, 1), section, 1))\n"
         "inputs = list(grey_png_shard(21, classes=3).inputs)[:: int(sys.argv[1])]\n"

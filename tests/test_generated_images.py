@@ -1,6 +1,7 @@
 """Generated images are the same twice, and boxes, masks and pixels agree."""
 
 import hashlib
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +15,17 @@ from tasks.generated.street import OBJECTS, WEATHER, generated_street
 from tasks.images import decode_image, image_bytes
 from tasks.png import rgb_png
 
-MADE = {make.__name__: make() for make in (generated_shapes, generated_street)}
+MADE = ("generated_shapes", "generated_street")
 
 
+@cache
+def made(name: str) -> dict[str, pa.Table]:
+    return {make.__name__: make for make in (generated_shapes, generated_street)}[name]()
+
+
+@cache
 def rows(name: str) -> list[dict]:
-    return pa.concat_tables(MADE[name].values()).to_pylist()
+    return pa.concat_tables(made(name).values()).to_pylist()
 
 
 def pixels(cell: dict) -> np.ndarray:
@@ -37,7 +44,7 @@ def test_a_seed_gives_the_same_bytes_and_another_gives_others(make):
 
 @pytest.mark.parametrize("name", MADE)
 def test_there_are_480_images_for_training_and_120_for_test_all_different(name):
-    assert [table.num_rows for table in MADE[name].values()] == [480, 120]
+    assert [table.num_rows for table in made(name).values()] == [480, 120]
     assert len({image_bytes(row["image"]) for row in rows(name)}) == 600
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -10,8 +11,15 @@ import pytest
 from tasks.generated.deliveries import DAYS, DISTRICTS, TEST_DAYS, generated_deliveries
 from tasks.generated.shop import CATEGORIES, generated_shop
 
-DELIVERIES = generated_deliveries()
-SHOP = generated_shop()
+
+@cache
+def deliveries() -> dict[str, pa.Table]:
+    return generated_deliveries()
+
+
+@cache
+def shop() -> dict[str, pa.Table]:
+    return generated_shop()
 
 
 def rows(splits: dict[str, pa.Table]) -> list[dict]:
@@ -20,7 +28,7 @@ def rows(splits: dict[str, pa.Table]) -> list[dict]:
 
 def district(name: str) -> dict[str, np.ndarray]:
     """Its columns over all days."""
-    own = sorted((row for row in rows(DELIVERIES) if row["series"] == name), key=lambda row: row["date"])
+    own = sorted((row for row in rows(deliveries()) if row["series"] == name), key=lambda row: row["date"])
     return {column: np.array([row[column] for row in own]) for column in own[0]}
 
 
@@ -33,16 +41,16 @@ def test_a_seed_gives_the_same_rows_and_another_gives_others(make):
 
 
 def test_every_district_has_every_day_and_the_test_split_comes_last():
-    assert DELIVERIES["train"].num_rows == 12 * (DAYS - TEST_DAYS)
-    assert DELIVERIES["test"].num_rows == 12 * TEST_DAYS
+    assert deliveries()["train"].num_rows == 12 * (DAYS - TEST_DAYS)
+    assert deliveries()["test"].num_rows == 12 * TEST_DAYS
     first = datetime.date(2021, 1, 1)
     expected = [(first + datetime.timedelta(days=day)).isoformat() for day in range(DAYS)]
     assert all(district(name)["date"].tolist() == expected for name in DISTRICTS)
-    assert max(DELIVERIES["train"]["date"].to_pylist()) < min(DELIVERIES["test"]["date"].to_pylist())
+    assert max(deliveries()["train"]["date"].to_pylist()) < min(deliveries()["test"]["date"].to_pylist())
 
 
 def test_numbers_are_those_of_weather_and_deliveries():
-    for row in rows(DELIVERIES):
+    for row in rows(deliveries()):
         assert 5 < row["value"] < 120 and 0 <= row["rain"] < 60 and -25 < row["temperature"] < 40
         assert 0.2 <= row["traffic"] < 2 and row["holiday"] in (0, 1)
 
@@ -77,13 +85,13 @@ def test_last_week_is_a_better_forecast_than_yesterday():
 
 def histories() -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
-    for row in rows(SHOP):
+    for row in rows(shop()):
         found.setdefault(row["user"], []).append(row)
     return found
 
 
 def test_eight_hundred_users_of_ten_shops_buy_two_hundred_items():
-    bought = rows(SHOP)
+    bought = rows(shop())
     assert len({row["user"] for row in bought}) == 800 and len({row["shop"] for row in bought}) == 10
     items = {row["item"]: (row["item_text"], row["category"]) for row in bought}
     assert len(items) == 200 == len(set(items.values()))
@@ -101,7 +109,7 @@ def test_a_history_has_one_shop_goes_forward_in_time_and_repeats_nothing():
 
 
 def test_test_users_are_others_of_the_same_shops():
-    train, test = (SHOP[name] for name in ("train", "test"))
+    train, test = (shop()[name] for name in ("train", "test"))
     assert not set(train["user"].to_pylist()) & set(test["user"].to_pylist())
     assert set(train["shop"].to_pylist()) == set(test["shop"].to_pylist())
     assert len(set(test["user"].to_pylist())) == 120
@@ -109,8 +117,8 @@ def test_test_users_are_others_of_the_same_shops():
 
 def test_what_was_bought_last_tells_what_comes_next_better_than_what_sells():
     pairs: dict[str, Counter[str]] = {}
-    sold: Counter[str] = Counter(SHOP["train"]["item"].to_pylist())
-    trained = set(SHOP["train"]["user"].to_pylist())
+    sold: Counter[str] = Counter(shop()["train"]["item"].to_pylist())
+    trained = set(shop()["train"]["user"].to_pylist())
     users = histories()
     for user in trained:
         for last, following in zip(users[user], users[user][1:], strict=False):
@@ -127,7 +135,7 @@ def test_what_was_bought_last_tells_what_comes_next_better_than_what_sells():
 
 def test_shops_sell_different_things():
     shares = {}
-    for row in rows(SHOP):
+    for row in rows(shop()):
         shares.setdefault(row["shop"], Counter())[row["category"]] += 1
     top = {own.most_common(1)[0][0] for own in shares.values()}
     assert len(top) >= 4

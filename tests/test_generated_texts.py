@@ -1,6 +1,7 @@
 """Generated questions have right answers, and generated commands have a tag for each word."""
 
 import re
+from functools import cache
 
 import pyarrow as pa
 import pytest
@@ -9,8 +10,15 @@ from tasks.generated.commands import INTENTS, SLOTS, generated_commands
 from tasks.generated.questions import KINDS, generated_questions
 from tasks.metrics.slots import spans
 
-QUESTIONS = generated_questions()
-COMMANDS = generated_commands()
+
+@cache
+def questions() -> dict[str, pa.Table]:
+    return generated_questions()
+
+
+@cache
+def commands() -> dict[str, pa.Table]:
+    return generated_commands()
 
 
 def rows(splits: dict[str, pa.Table]) -> list[dict]:
@@ -23,8 +31,8 @@ def test_a_seed_gives_the_same_texts_and_another_gives_others(make):
 
 
 def test_three_thousand_different_questions_of_every_kind():
-    assert [table.num_rows for table in QUESTIONS.values()] == [2400, 600]
-    asked = rows(QUESTIONS)
+    assert [table.num_rows for table in questions().values()] == [2400, 600]
+    asked = rows(questions())
     assert len({(row["context"], row["question"]) for row in asked}) == 3000
     assert all([row["kind"] for row in asked].count(kind) == 500 for kind in KINDS)
 
@@ -46,15 +54,15 @@ def worked_out(context: str, question: str) -> str:
 
 
 def test_every_answer_is_right_and_questions_alone_do_not_tell_it():
-    for row in rows(QUESTIONS):
+    for row in rows(questions()):
         assert row["answer"] == worked_out(row["context"], row["question"])
         assert (row["context"] == "") == (row["kind"] in ("sum", "difference"))
-    assert not any(row["answer"].startswith("-") for row in rows(QUESTIONS))
+    assert not any(row["answer"].startswith("-") for row in rows(questions()))
 
 
 def test_two_thousand_different_commands_have_a_tag_for_each_word():
-    assert [table.num_rows for table in COMMANDS.values()] == [1600, 400]
-    said = rows(COMMANDS)
+    assert [table.num_rows for table in commands().values()] == [1600, 400]
+    said = rows(commands())
     assert len({row["text"] for row in said}) == 2000
     assert all(len(row["text"].split()) == len(row["slots"].split()) for row in said)
     assert {row["intent"] for row in said} == set(INTENTS) and len(INTENTS) == 8
@@ -63,7 +71,7 @@ def test_two_thousand_different_commands_have_a_tag_for_each_word():
 
 def test_tags_mark_just_the_values_of_slots():
     seen = {slot: set() for slot in SLOTS}
-    for row in rows(COMMANDS):
+    for row in rows(commands()):
         words, tags = row["text"].split(), row["slots"].split()
         forms = [set(re.findall(r"{(\w+)}", form)) for form in INTENTS[row["intent"]]]
         found = list(spans(tags))
@@ -75,8 +83,8 @@ def test_tags_mark_just_the_values_of_slots():
 
 
 def test_the_test_split_has_every_intent_and_speakers_differ_in_theirs():
-    assert set(COMMANDS["test"]["intent"].to_pylist()) == set(INTENTS)
-    said = rows(COMMANDS)
+    assert set(commands()["test"]["intent"].to_pylist()) == set(INTENTS)
+    said = rows(commands())
     wanted = {}
     for row in said:
         wanted.setdefault(row["speaker"], []).append(row["intent"])

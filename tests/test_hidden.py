@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,22 @@ from tests.task_jobs import job_of
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-NEEDED = closure(PROJECT["dependencies"])
 PRIVATE: dict[str, Any] = {
     "unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.2, "seeded_noise": True,
 }  # fmt: skip
 SGD = {"lr": 0.01, "optimizer": "sgd"}
 
 
+@cache
+def needed() -> frozenset[str]:
+    """The distributions that come with Atoll without extras."""
+    return closure(PROJECT["dependencies"])
+
+
 @pytest.fixture(scope="module")
 def declared_only(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Variables under which an interpreter finds nothing but the closure of the dependencies."""
-    hidden = installed() - NEEDED
+    hidden = installed() - needed()
     assert {"pytest", "ruff", "optuna", "onnx", "torchao", "torch-pruning", "tensorboard"} <= hidden
     env = hiding_environment(tmp_path_factory.mktemp("hiding") / "site", hidden)
     look = (
@@ -175,7 +181,7 @@ def test_without_an_extra_the_verb_says_in_one_line_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    hide_for_a_test(monkeypatch, closure(EXTRAS[extra]) - NEEDED)
+    hide_for_a_test(monkeypatch, closure(EXTRAS[extra]) - needed())
     words = [str(finished / word) if word in ("run", "job.toml") else word for word in verb.split()]
     out = ["--out", str(tmp_path / "out")] if words[0] != "track" else []
     assert command_line([*words, *out]) == 2
