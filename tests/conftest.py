@@ -18,6 +18,9 @@ from hypothesis import settings
 import protocol.warm
 from tests.budget import RECORD, budgets
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+"""A compiler of torch's in the same process: more of them are processes that import all of torch each."""
+
 MATRIX = Path(__file__).with_name("matrix.toml")
 settings.register_profile("test", deadline=None, derandomize=True)
 settings.register_profile("matrix", deadline=None)

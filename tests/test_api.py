@@ -55,6 +55,7 @@ def test_a_run_is_exported(run: atoll.Run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_sweep_has_a_row_for_each_run(job_file: Path, tmp_path: Path) -> None:
     swept = atoll.sweep(job_file, {"train.lr": [0.01, 0.1]}, tmp_path / "sweep", seeds=2, workers=1)
     assert len(swept.rows) == 4 and {row["train.lr"] for row in swept.rows} == {"0.01", "0.1"}
@@ -73,6 +74,7 @@ def test_what_is_not_offered_is_no_attribute() -> None:
     assert all(hasattr(atoll, name) for name in atoll.__all__)
 
 
+@pytest.mark.processes
 def test_importing_atoll_does_not_bring_in_torch() -> None:
     code = "import sys, atoll; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

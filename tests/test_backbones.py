@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -249,6 +251,7 @@ def test_a_damaged_transformers_folder_is_refused(tmp_path: Path, kind: str) -> 
         pytest.param("image channels_last compiled", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.processes
 def test_features_do_not_depend_on_neighbours_or_place_or_workers(tmp_path: Path, kind: str) -> None:
     if kind.startswith("text"):
         section = BackboneSection(name=str(tiny_bert(tmp_path / "bert")), max_tokens=32)
@@ -272,6 +275,7 @@ def test_features_do_not_depend_on_neighbours_or_place_or_workers(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_compiled_encoder_gives_the_same_bits_in_another_process(tmp_path: Path) -> None:
     """Which compiles for itself, and gets the inputs in another order."""
     script = (
@@ -298,6 +302,7 @@ def test_a_compiled_encoder_gives_the_same_bits_in_another_process(tmp_path: Pat
     assert torch.equal(found[0], found[1].flip(0))
 
 
+@pytest.mark.processes
 def test_every_setting_of_the_backbone_has_a_cache_of_its_own(tmp_path: Path) -> None:
     bert = tiny_bert(tmp_path / "bert")
     section = BackboneSection(name=str(bert))
@@ -324,6 +329,7 @@ def test_a_missing_compiler_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken-g++"
     broken.write_text("#!/bin/sh\nexit 1\n")
@@ -339,8 +345,9 @@ def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPa
         "except ConfigError as error:\n"
         "    print(error)\n"
     )
-    printed, said = python(script).communicate()
-    assert printed.startswith("backbone.compile: torch.compile failed: ") and printed.count("\n") == 1, said
+    # A Python of its own, for torch reads $CXX when it is imported.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("backbone.compile: torch.compile failed: ") and done.stdout.count("\n") == 1
 
 
 def test_load_weights_reads_what_torch_saves(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_an_environment_is_made_anew_when_its_pins_change(
     assert made == ["thing==1  # why\n", "thing==2\n"]
 
 
+@pytest.mark.processes
 def test_a_failed_installation_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "FOLDER", tmp_path)
     with pytest.raises(NotInstalled, match=r"^not installed: \S.*$"):

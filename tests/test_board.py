@@ -28,6 +28,7 @@ def negated(layout: Layout) -> str:
     return tensors_sha256(found)
 
 
+@pytest.mark.processes
 def test_another_process_finds_the_same_bits_and_leaves_its_own() -> None:
     board = Board.like(MODEL, 3)
     board.put(0, MODEL)

@@ -162,6 +162,7 @@ for round in range(2, 100_000):
 """
 
 
+@pytest.mark.processes
 def test_a_kill_at_any_time_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     """Fifty moments or more, each after another fraction of a save."""
     folder, reached = tmp_path / "c", set()

@@ -36,7 +36,7 @@ from server.rundir import RunDirectory
 from sim.population import Population
 from tasks import task_named
 from tasks.reading import example_keys
-from tests.processes import WATCHDOG_SECONDS, atoll, wait_until
+from tests.processes import WATCHDOG_SECONDS, atoll, python, wait_until
 from tests.test_backbones import tiny_bert
 from tests.test_bad_data import CASES, Case, as_nobody, encoded, noise, png, snapshot
 
@@ -196,11 +196,11 @@ def test_the_version_comes_with_what_the_bits_depend_on(say: Say) -> None:
 
 
 @pytest.mark.parametrize("asked", ["avx2", "default", "AVX512", ""])
+@pytest.mark.processes
 def test_the_processor_is_asked_as_torch_asks_it(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", asked)
-    question = "import torch; print(torch.backends.cpu.get_cpu_capability())"
-    told = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True)
-    assert cpu_capability() == told.stdout.strip()
+    told, _ = python("import torch; print(torch.backends.cpu.get_cpu_capability())").communicate()
+    assert cpu_capability() == told.strip()
 
 
 @pytest.mark.parametrize(
@@ -697,6 +697,7 @@ def until_rounds(count: int, run: Path, process: Any) -> None:
 
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.slow
+@pytest.mark.processes
 def test_an_interrupted_run_keeps_its_rounds_and_says_how_to_go_on(
     tmp_path: Path, long_job: Path, times: int, say: Say
 ) -> None:  # row 86
@@ -725,6 +726,7 @@ def test_an_interrupted_run_keeps_its_rounds_and_says_how_to_go_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--workers", "2"], ["--engine", "ray"]], ids=str)
+@pytest.mark.processes
 def test_ctrl_c_ends_the_workers_too_without_a_word_of_theirs(
     tmp_path: Path, long_job: Path, options: list[str]
 ) -> None:  # row 86
@@ -738,6 +740,7 @@ def test_ctrl_c_ends_the_workers_too_without_a_word_of_theirs(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_workers_do_not_outlive_a_killed_run(tmp_path: Path, long_job: Path) -> None:
     run = tmp_path / "run"
     process = started(
@@ -762,6 +765,7 @@ def alive_in_group(group: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_ctrl_c_before_the_first_round_leaves_nothing(tmp_path: Path) -> None:
     job = toml(tmp_path / "job.toml", DIGITS, backbone={"image_size": 224})
     process = atoll("simulate", job, "--out", tmp_path / "run", env={"ATOLL_CACHE": str(tmp_path / "cache")})
@@ -803,6 +807,7 @@ def test_ctrl_c_in_any_verb_is_said(say: Say, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_path: Path) -> None:
     job = toml(tmp_path / "job.toml", DIGITS, federation={"rounds": 3})
     odd = {"LC_ALL": "C", "LANG": "C", "TZ": "Nowhere/Odd+99", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
@@ -815,6 +820,7 @@ def test_a_pipe_gets_plain_lines_whatever_the_locale_and_no_escape_codes(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_nobody_who_listens_is_no_reason_for_a_traceback() -> None:  # row 83
     reader, writer = os.pipe()
     os.close(reader)

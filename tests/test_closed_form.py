@@ -53,6 +53,7 @@ def total(kind: str, features: torch.Tensor, targets: torch.Tensor, parts: Seque
 WHOLE = [slice(0, 60)]
 
 
+@pytest.mark.processes
 def test_prototypes_decide_as_nearest_centroids_of_standardised_features() -> None:
     features, targets = examples()
     features = features[:, torch.arange(12) != 2]  # scikit-learn warns of features that never vary

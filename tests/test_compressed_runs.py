@@ -64,6 +64,7 @@ def test_heads_have_the_same_bits_at_once_one_by_one_and_in_threads(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "top-k"])
+@pytest.mark.processes
 def test_networks_have_the_same_bits_in_one_process_and_in_several(tmp_path: Path, scheme: str) -> None:
     """A client's memory is reached from whichever process trains it."""
     setting = compressed(scheme, tune={"method": "last-k"}, federation={"rounds": 3})
@@ -75,6 +76,7 @@ def test_networks_have_the_same_bits_in_one_process_and_in_several(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_ray_has_the_bits_of_one_process(tmp_path: Path) -> None:
     setting = compressed("int4", federation={"rounds": 3})
     inline, ray = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="ray", workers=2)
@@ -252,6 +254,7 @@ def test_a_round_that_is_tried_again_finds_the_memory_it_found_first(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_compressed_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path) -> None:
     setting = compressed("int4", federation={"rounds": 40})
     expected = hashes(run(setting, tmp_path / "whole"))

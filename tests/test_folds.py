@@ -74,6 +74,7 @@ def test_engines_agree_on_every_fold_and_folds_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_sweep_over_folds_judges_by_what_clients_keep_back(tmp_path: Path) -> None:
     path, out = tmp_path / "folded.toml", tmp_path / "swept"
     path.write_text(tomli_w.dumps(TABLE))

@@ -34,6 +34,7 @@ def samples(row: dict) -> np.ndarray:
 
 
 @needs_espeak
+@pytest.mark.processes
 def test_a_seed_gives_the_same_clips_and_another_gives_others():
     assert rows(generated_speech(3, 24)) == rows(generated_speech(3, 24)) != rows(generated_speech(4, 24))
 
@@ -63,12 +64,14 @@ def test_sentences_differ_and_speakers_are_in_both_splits(spoken):
 
 
 @needs_espeak
+@pytest.mark.processes
 def test_every_voice_is_known_to_espeak():
     # It speaks in another voice where it doesn't know one, or no variant of it.
     alike = {speech._spoken("turn on the light", Voice(voice.name, 170, 50)) for voice in VOICES}
     assert len(alike) == len(VOICES)
 
 
+@pytest.mark.processes
 def test_a_program_that_fails_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "espeak-ng").write_text("#!/bin/sh\necho no data >&2\nexit 1\n")
     (tmp_path / "espeak-ng").chmod(0o755)
@@ -98,6 +101,7 @@ def test_a_wav_file_holds_its_samples():
 
 
 @needs_espeak
+@pytest.mark.processes
 def test_dictation_has_other_words_and_voices_than_what_it_pretrains_for():
     commanded = {word for text in speech._DIGITS + speech._COLOURS for word in text.split()} | command_words()
     assert len(set(dictation.WORDS)) == len(dictation.WORDS) and not set(dictation.WORDS) & commanded
@@ -113,6 +117,7 @@ def test_dictation_has_other_words_and_voices_than_what_it_pretrains_for():
 
 
 @needs_espeak
+@pytest.mark.processes
 def test_the_assistants_commands_are_tagged_and_those_of_the_test_are_others():
     said = generated_assistant(3, 60)
     assert rows(said) == rows(generated_assistant(3, 60)) != rows(generated_assistant(4, 60))

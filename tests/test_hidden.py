@@ -72,6 +72,7 @@ for arguments in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.processes
 def test_the_demo_and_private_jobs_need_nothing_that_is_not_declared(
     declared_only: dict[str, str], tmp_path: Path
 ) -> None:

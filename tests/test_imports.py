@@ -103,6 +103,7 @@ def in_an_interpreter_of_its_own(script: str, names: set[str], *arguments: objec
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.processes
 def test_help_and_the_version_import_nothing_but_what_prints_them() -> None:
     lines = [[], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)]
     found = in_an_interpreter_of_its_own(LINES, HEAVY | MORE, json.dumps(lines))
@@ -117,6 +118,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.processes
 def test_lists_import_nothing_that_takes_long() -> None:
     lines = [["list", what] for what in ("tasks", "backbones", "strategies", "partitions", "sources")]
     found = in_an_interpreter_of_its_own(LINES, HEAVY, json.dumps(lines))
@@ -167,6 +169,7 @@ MISTAKES = (
 """A mistake each, in a verb, a file, a key, a value or a name."""
 
 
+@pytest.mark.processes
 def test_a_mistake_is_answered_without_what_takes_long_to_import(job: Path) -> None:
     lines = [line.replace("JOB", str(job)).split() for line in MISTAKES]
     found = in_an_interpreter_of_its_own(LINES, HEAVY, json.dumps(lines))
@@ -174,6 +177,7 @@ def test_a_mistake_is_answered_without_what_takes_long_to_import(job: Path) -> N
     assert {line for line, code in found["codes"].items() if code != 2} == set()
 
 
+@pytest.mark.processes
 def test_atoll_is_imported_at_once_and_its_names_come_when_they_are_used() -> None:
     found = in_an_interpreter_of_its_own(NAMES, HEAVY)
     assert found == {"at_first": False, "loaded": {}}
@@ -190,6 +194,7 @@ def text_job(folder: Path) -> dict[str, Any]:
     [(lambda _: DIGITS, {"torch"}), (text_job, {"torch", "pandas"})],
     ids=["a source's images on torchvision", "one's own texts on transformers"],
 )
+@pytest.mark.processes
 def test_rounds_on_kept_features_wait_for_torch_alone(tmp_path: Path, table: Any, allowed: set[str]) -> None:
     """Nothing is measured before the last round is over: that brings torchmetrics, and what it imports.
 

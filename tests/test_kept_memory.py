@@ -48,10 +48,12 @@ def glibc() -> None:
         pytest.skip("another C library")
 
 
+@pytest.mark.processes
 def test_what_was_freed_costs_no_page_faults_once_the_process_is_settled() -> None:
     assert faults("plain") > 0.9 * PAGES
     assert faults("settled") < 0.2 * PAGES
 
 
+@pytest.mark.processes
 def test_how_memory_is_kept_can_be_said_by_the_environment() -> None:
     assert faults("settled", MALLOC_TRIM_THRESHOLD_="0") > 0.9 * PAGES

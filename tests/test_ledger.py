@@ -97,6 +97,7 @@ while True:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_fifty_kills_never_lose_a_charge_whose_release_was_seen(tmp_path: Path) -> None:
     """Each round prints after its charge: what was printed is at most what the ledger holds."""
     path, draw, seen = tmp_path / "ledger.jsonl", random.Random(3), 0

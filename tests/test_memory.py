@@ -149,6 +149,7 @@ for round in range(2, 100_000):
 """
 
 
+@pytest.mark.processes
 def test_a_kill_at_any_time_leaves_whole_states_of_the_rounds_that_may_be_gone_on_from(
     tmp_path: Path,
 ) -> None:

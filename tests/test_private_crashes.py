@@ -50,6 +50,7 @@ def rounds(seen: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", PROMISES)
+@pytest.mark.processes
 def test_twenty_five_kills_lose_no_charge_of_a_release(unit: str, tmp_path: Path) -> None:
     out, seen, draw = tmp_path / "run", tmp_path / "seen", random.Random(7)
     for kills in range(1, 26):

@@ -92,6 +92,7 @@ def test_what_is_pruned_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
     ("method", "kind"),
     [("full", "magnitude"), ("last-k", "magnitude"), ("full", "structured"), ("lora", "structured")],
 )
+@pytest.mark.processes
 def test_bits_are_the_same_everywhere_and_zeros_stay_zero(method: str, kind: str, tmp_path: Path) -> None:
     job = texts(tmp_path, method, kind)
     one, two, three = (

@@ -41,6 +41,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_stages_follow_each_other_and_engines_agree(grown: Any, tmp_path: Path) -> None:
     whole, _ = grown
     assert [line["tuning"] for line in whole["rounds"]] == [

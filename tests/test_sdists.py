@@ -75,6 +75,7 @@ def index(tmp_path, monkeypatch) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.processes
 def test_only_the_wanted_files_are_unpacked_and_nothing_runs(shelf, tmp_path):
     told: list[str] = []
     assert names(unpacked("toy-data", progress=told.append)) == ["a.txt", "deep/b.txt"]
@@ -82,6 +83,7 @@ def test_only_the_wanted_files_are_unpacked_and_nothing_runs(shelf, tmp_path):
     assert not list(tmp_path.rglob("ran"))
 
 
+@pytest.mark.processes
 def test_another_sdist_than_the_known_one_is_refused_unopened(shelf, cache):
     # No archive at all: opening it would be another error.
     shelf.write_bytes(b"something else")
@@ -101,6 +103,7 @@ def test_another_sdist_than_the_known_one_is_refused_unopened(shelf, cache):
     ],
     ids=["climbing", "link out", "link within", "hard link", "linked folder"],
 )
+@pytest.mark.processes
 def test_members_that_climb_out_and_links_are_never_written(shelf, tmp_path, monkeypatch, extra):
     monkeypatch.setitem(PACKAGES, "toy-data", toy(sdist(shelf.parent, extra)))
     folder = unpacked("toy-data")
@@ -109,17 +112,20 @@ def test_members_that_climb_out_and_links_are_never_written(shelf, tmp_path, mon
     assert not [path for path in tmp_path.rglob("out.txt") if path.is_file()]
 
 
+@pytest.mark.processes
 def test_the_index_of_the_environment_is_asked(index, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", index)
     assert names(unpacked("toy-data")) == ["a.txt", "deep/b.txt"]
 
 
+@pytest.mark.processes
 def test_the_index_of_the_configuration_file_is_asked(index, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = {index}\n")
     assert names(unpacked("toy-data")) == ["a.txt", "deep/b.txt"]
 
 
+@pytest.mark.processes
 def test_the_environment_counts_more_than_the_file_and_downloads_more_than_all(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     (tmp_path / "pip.conf").write_text("[global]\nproxy = a\nindex-url = b\n[download]\nproxy = c\n")
@@ -128,6 +134,7 @@ def test_the_environment_counts_more_than_the_file_and_downloads_more_than_all(t
     assert (settings["proxy"], settings["index-url"]) == ("c", "it's d")
 
 
+@pytest.mark.processes
 def test_an_index_that_does_not_answer_is_one_line(index, monkeypatch):
     # Nothing listens on port 9 of this machine.
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
@@ -136,6 +143,7 @@ def test_an_index_that_does_not_answer_is_one_line(index, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.processes
 def test_a_proxy_that_does_not_answer_is_not_gone_around(index, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", index)
     monkeypatch.setenv("PIP_PROXY", "http://127.0.0.1:9")
@@ -143,6 +151,7 @@ def test_a_proxy_that_does_not_answer_is_not_gone_around(index, monkeypatch):
         unpacked("toy-data")
 
 
+@pytest.mark.processes
 def test_an_sdist_that_is_not_there_is_one_line(shelf):
     shelf.unlink()
     with pytest.raises(DataError, match="no sdist of that version was found") as caught:

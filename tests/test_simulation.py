@@ -184,6 +184,7 @@ def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_worker_processes_augment_as_one_process_does(tmp_path: Path) -> None:
     varied = job(train=VARIED, federation={"rounds": 2})
     assert (
@@ -263,6 +264,7 @@ def kill_after(rounds: int, last: int, attempt: int, job: Path, out: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "flwr:FedYogi"])
+@pytest.mark.processes
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, strategy: str) -> None:
     from server.rundir import job_toml
 

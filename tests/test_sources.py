@@ -31,6 +31,7 @@ def pixels(table: Table, row: int) -> np.ndarray:
     return np.asarray(decode_image(image_bytes(table.train[row]["image"]), "x"))[:, :, 0]
 
 
+@pytest.mark.processes
 def test_bbc_news_has_its_articles_and_topics():
     table = loaded("bbc-news")
     counts = {label: table.train["label"].count(label) for label in set(table.train["label"])}
@@ -45,6 +46,7 @@ def test_the_one_article_in_latin_1_keeps_its_pound_sign():
     )
 
 
+@pytest.mark.processes
 def test_mnist_5k_is_upright_and_balanced():
     table = loaded("mnist-5k")
     assert table.train.num_rows == 5000 and table.train["label"].count("6") == 500
@@ -68,6 +70,7 @@ def test_fashion_mnist_has_its_own_test_split():
     assert table.train[0]["label"] == "Ankle boot" and table.train["label"][:1000].count("Bag") > 50
 
 
+@pytest.mark.processes
 def test_tree_crowns_lie_in_their_squares_and_are_counted_once():
     try:
         rows = load_source("tree-crowns")["train"].to_pylist()

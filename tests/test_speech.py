@@ -298,6 +298,7 @@ def test_learning_beats_not_learning(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng isn't installed")
+@pytest.mark.processes
 def test_generated_speech_is_a_source_of_the_task() -> None:
     from tasks.generated.speech import generated_speech
 

@@ -192,6 +192,7 @@ def test_learning_beats_not_learning_and_a_file_is_answered_with_an_intent_alone
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "name"), [("intent", "small"), ("speech-recognition", "whisper")])
+@pytest.mark.processes
 def test_the_bits_are_the_same_in_one_process_and_in_two(tmp_path: Path, task: str, name: str) -> None:
     heard = {"input": "audio"} if task == "intent" else {}
     columns = {} if heard else {"transcript": "said"}

@@ -152,6 +152,7 @@ print(code, [name for name in {heavy} if name in sys.modules])
 
 
 @pytest.mark.parametrize(("program", "first"), [(ASK, "('north',)"), (VERB, "0")])
+@pytest.mark.processes
 def test_asking_imports_neither_flower_nor_torch(kit: Path, program: str, first: str) -> None:
     with answering(kit / "state", lambda: STANDS):
         done = subprocess.run(

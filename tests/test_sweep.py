@@ -133,6 +133,7 @@ def test_what_is_there_is_not_run_again(swept: Path, job: Path, capsys: pytest.C
     assert before == {path: path.stat().st_mtime_ns for path in swept.glob("*/result.json")}
 
 
+@pytest.mark.processes
 def test_another_grid_takes_what_it_can_use_and_goes_on_with_what_was_begun(
     copied: Path, job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,6 +347,7 @@ def test_the_axis_is_epsilon_or_the_first_key_that_counts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_sweep_goes_on_and_ends_with_the_same_bits(swept: Path, job: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["sweep", job, *GRID, "--out", out, "--workers", "2"]
@@ -365,6 +367,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_bits(swept: Path, job: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_worker_that_dies_costs_no_run_but_the_one_that_killed_it(tmp_path: Path) -> None:
     runs = planned(base_of(TABLE), Grid.of(["train.lr=1,2"], 2))
     told: list[tuple[str, str | None]] = []

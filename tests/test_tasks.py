@@ -83,6 +83,7 @@ TWO_WORKERS = (("recommendation", "full"), ("object-detection", "full"), ("text-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", cases(WORKING, TWO_WORKERS), indirect=True)
+@pytest.mark.processes
 def test_each_way_of_tuning_has_the_same_bits_with_two_workers(job: Job, tmp_path: Path) -> None:
     result = simulate(job, tmp_path / "one", watch=unwatched)
     pooled = simulate(job, tmp_path / "pool", workers=2, watch=unwatched)

@@ -105,6 +105,7 @@ def test_an_answer_does_not_depend_on_who_else_is_asked(teacher: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_whole_network_learns_from_its_teacher_with_the_same_bits_and_needs_it_no_more(
     tmp_path: Path,
 ) -> None:

@@ -14,6 +14,7 @@ TOUR = Path(__file__).parent.parent / "docs" / "tour.ipynb"
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_the_tour_runs_and_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "jobs").symlink_to(TOUR.parent.parent / "jobs")
     (tmp_path / "docs").mkdir()

@@ -280,6 +280,7 @@ def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp16", "all"])
+@pytest.mark.processes
 def test_two_workers_give_the_same_bits(tmp_path: Path, name: str) -> None:
     job = texts(tmp_path, OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
     results = [simulate(job, tmp_path / str(n), workers=n, watch=lambda *step: None) for n in (1, 2)]

@@ -451,6 +451,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_search_finds_what_a_grid_finds_and_leaves_a_job_that_replays_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -478,6 +479,7 @@ def test_a_search_finds_what_a_grid_finds_and_leaves_a_job_that_replays_it(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_search_goes_on_and_ends_with_the_same_trials(tmp_path: Path) -> None:
     path = job_file(tmp_path, federation={"rounds": 8})
     given = ["--range", "train.lr=0.001..3,log", "--vary", "train.epochs=1,4", "--trials", "6"]

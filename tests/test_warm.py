@@ -42,6 +42,7 @@ def look_twice() -> tuple[dict[str, object], dict[str, object]]:
         return look(), pool.submit(look).result()
 
 
+@pytest.mark.processes
 def test_a_worker_has_its_parents_environment_and_group_and_no_interrupts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -54,6 +55,7 @@ def test_a_worker_has_its_parents_environment_and_group_and_no_interrupts(
         assert found["title"] == "atoll worker"
 
 
+@pytest.mark.processes
 def test_workers_of_a_worker_come_from_the_same_server() -> None:
     with worker_pool(1, note, "key", "value") as pool:
         first, second = pool.submit(look_twice).result()
@@ -74,6 +76,7 @@ print(len(names), "nvidia" in maps and "/dev/nvidia" in maps)
 """
 
 
+@pytest.mark.processes
 def test_the_server_has_no_thread_and_no_accelerator_when_it_forks() -> None:
     """OpenBLAS, which starts threads when it is loaded, ends them around a fork; here it has none to end."""
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -81,6 +84,7 @@ def test_the_server_has_no_thread_and_no_accelerator_when_it_forks() -> None:
     assert done.stdout.split() == ["1", "False"], done.stderr
 
 
+@pytest.mark.processes
 def test_a_program_gets_its_arguments_writes_to_its_streams_and_has_an_exit_status() -> None:
     process = python("import sys; print(sys.argv[1:]); print('no', file=sys.stderr); sys.exit(3)", "a b", "c")
     assert process.communicate() == ("['a b', 'c']\n", "no\n")
@@ -111,6 +115,7 @@ def sleep() -> None:
 
 
 @pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.processes
 def test_a_program_ends_with_whoever_started_it_and_is_asked_first_unless_it_dies_with_it(
     dies: bool, tmp_path: Path
 ) -> None:

@@ -253,6 +253,7 @@ HEARD = [[-0.6315, -0.7204, 1.8483], [-0.5175, 0.0410, -0.8385], [-0.9452, -0.13
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_the_packaged_whisper_hears_what_ctranslate_hears() -> None:
     tables = {
         "task": {"name": "speech-recognition", "options": {"max_seconds": 30}},

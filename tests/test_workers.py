@@ -63,6 +63,7 @@ def test_every_worker_has_four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_the_command_line_shares_out_the_cores_and_ends_in_the_same_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +111,7 @@ def run_with(job: Job, carrier: PooledCarrier, out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_worker_is_replaced_and_changes_no_bit(tmp_path: Path) -> None:
     job = image_job("squeezenet1_1", **SMALL)
     population = Population.of(job)
@@ -120,6 +122,7 @@ def test_a_killed_worker_is_replaced_and_changes_no_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_replies_that_nobody_waits_for_any_more_end_with_their_workers(tmp_path: Path) -> None:
     job = image_job("squeezenet1_1", **SMALL)
     population = Population.of(job)
@@ -135,6 +138,7 @@ def test_replies_that_nobody_waits_for_any_more_end_with_their_workers(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(tmp_path: Path) -> None:
     job = image_job("squeezenet1_1", **SMALL)
     population = Population.of(job)
@@ -155,6 +159,7 @@ def asked_of(job: Job, population: Population) -> Request:
     return Request("train", job.canonical, job.hash, 1, learner.facts, learner.initial(), {}, run="run")
 
 
+@pytest.mark.processes
 def test_workers_that_keep_dying_end_the_run_in_one_line(tmp_path: Path) -> None:
     digits = tmp_path / "digits"
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)):
@@ -170,6 +175,7 @@ def test_workers_that_keep_dying_end_the_run_in_one_line(tmp_path: Path) -> None
         play(job, carrier, tmp_path / "run", lambda learner: None)
 
 
+@pytest.mark.processes
 def test_a_worker_does_not_wait_for_what_plots_are_drawn_with() -> None:
     code = "import sys, sim.workers; print(*{'matplotlib', 'seaborn', 'peft'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
