@@ -21,7 +21,7 @@ test: check
 	$(BIN)/python -m pytest $(TOGETHER) -m "not matrix and not gpu"
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest $(TOGETHER) -m "not processes and not federation and not slow and not matrix and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not processes and not federation and not slow and not matrix and not gpu"
 
 # What starts processes or reads a clock, with two busy loops for each core beside it.
 stress: $(STAMP)

@@ -22,6 +22,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 """A compiler of torch's in the same process: more of them are processes that import all of torch each."""
 
 MATRIX = Path(__file__).with_name("matrix.toml")
+SLOW = Path(__file__).with_name("slow.txt")
 settings.register_profile("test", deadline=None, derandomize=True)
 settings.register_profile("matrix", deadline=None)
 settings.load_profile(os.environ.get("ATOLL_TEST_PROFILE", "test"))
@@ -67,12 +68,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark what is for the matrix; put the files that take longest first, so that none is left at the end."""
     patterns = tomllib.loads(MATRIX.read_text("utf-8"))["matrix"]
     unused = set(patterns)
+    slow = set(SLOW.read_text("utf-8").splitlines())
     for item in items:
         name = item.nodeid.removeprefix("tests/")
         fitting = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
         unused.difference_update(fitting)
         if fitting:
             item.add_marker(pytest.mark.matrix)
+        if name.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
     is_whole = config.args == config.getini("testpaths") and not config.option.ignore
     if unused and is_whole:
         raise pytest.UsageError(f"{MATRIX}: fits no test: {', '.join(sorted(unused))}")

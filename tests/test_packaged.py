@@ -19,6 +19,8 @@ from tasks.packaged_texts import chitchat, rated_snippets
 from tasks.packages import unpacked
 from tasks.volumes import lesion_masks
 
+pytestmark = pytest.mark.processes  # pip fetches what no cache has yet
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):

@@ -14,6 +14,8 @@ from protocol.errors import ConfigError, DataError, InputError, WeightsError
 from tasks.packages import PACKAGES, Package, content_sha256, file_sha256, unpacked
 from tests.processes import python
 
+pytestmark = pytest.mark.processes  # pip fetches what no cache has yet
+
 FILES = {"toy_data/data/a.txt": b"one", "toy_data/data/deep/b.txt": b"two"}
 
 

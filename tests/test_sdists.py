@@ -17,6 +17,8 @@ from tasks.sdists import pip_settings
 from tests.test_packages import names
 from tests.test_packages import toy as of_wheel
 
+pytestmark = pytest.mark.processes  # pip fetches what no cache has yet
+
 FILES = {"toy-data-1.0/data/a.txt": b"one", "toy-data-1.0/data/deep/b.txt": b"two"}
 RUNS = b"open('ran', 'w').close()"
 

@@ -12,6 +12,8 @@ from tasks.png import grey_png
 from tasks.reading import Table, table_of
 from tasks.sources import SOURCES, Source, _drawn_by, load_source
 
+pytestmark = pytest.mark.processes  # pip fetches what no cache has yet
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
