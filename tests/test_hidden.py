@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 
 from atoll.cli import run as command_line
-from protocol.child import free_port
 from protocol.job import Job
 from server.rundir import job_toml
 from sim.shards import write_shards
-from tests.federation.places import Federation, Running, provisioned, result_of
+from tests.federation.places import Federation, Running, provisioned, result_of, unused_port
 from tests.hiding import ROOT, Without, closure, hiding_environment, installed, modules_of
 from tests.task_data import ready
 from tests.task_jobs import job_of
@@ -118,7 +117,7 @@ def test_a_real_federation_needs_nothing_that_is_not_declared(
     )
     write_shards(job, tmp_path / "shards")
     (tmp_path / "job.toml").write_text(job_toml(job))
-    federation = Federation(tmp_path, provisioned(tmp_path, ("client-0000",), free_port()))
+    federation = Federation(tmp_path, provisioned(tmp_path, ("client-0000",), unused_port()))
     server, site = str(federation.server), str(federation.kits["client-0000"])
 
     def start(verb: str, *arguments: str) -> Running:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from privacy.noise import entropy
+from privacy.secagg import Participant
 from protocol.warm import worker_pool
 from tests.processes import atoll, python, wait_until
+
+pytestmark = pytest.mark.processes
 
 FOUND: dict[str, str] = {}
 
@@ -42,7 +48,6 @@ def look_twice() -> tuple[dict[str, object], dict[str, object]]:
         return look(), pool.submit(look).result()
 
 
-@pytest.mark.processes
 def test_a_worker_has_its_parents_environment_and_group_and_no_interrupts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -55,7 +60,6 @@ def test_a_worker_has_its_parents_environment_and_group_and_no_interrupts(
         assert found["title"] == "atoll worker"
 
 
-@pytest.mark.processes
 def test_workers_of_a_worker_come_from_the_same_server() -> None:
     with worker_pool(1, note, "key", "value") as pool:
         first, second = pool.submit(look_twice).result()
@@ -76,7 +80,6 @@ print(len(names), "nvidia" in maps and "/dev/nvidia" in maps)
 """
 
 
-@pytest.mark.processes
 def test_the_server_has_no_thread_and_no_accelerator_when_it_forks() -> None:
     """OpenBLAS, which starts threads when it is loaded, ends them around a fork; here it has none to end."""
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -84,7 +87,6 @@ def test_the_server_has_no_thread_and_no_accelerator_when_it_forks() -> None:
     assert done.stdout.split() == ["1", "False"], done.stderr
 
 
-@pytest.mark.processes
 def test_a_program_gets_its_arguments_writes_to_its_streams_and_has_an_exit_status() -> None:
     process = python("import sys; print(sys.argv[1:]); print('no', file=sys.stderr); sys.exit(3)", "a b", "c")
     assert process.communicate() == ("['a b', 'c']\n", "no\n")
@@ -115,7 +117,6 @@ def sleep() -> None:
 
 
 @pytest.mark.parametrize("dies", [False, True])
-@pytest.mark.processes
 def test_a_program_ends_with_whoever_started_it_and_is_asked_first_unless_it_dies_with_it(
     dies: bool, tmp_path: Path
 ) -> None:
@@ -135,3 +136,19 @@ def _lives(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def draw() -> tuple[list[int], bytes, float]:
+    """In a worker process: noise's random bits, the public keys of a secure sum, Python's own number."""
+    return entropy(4).tolist(), Participant("a", b"context").advertise(), random.random()
+
+
+def test_forked_processes_draw_neither_the_same_noise_nor_the_same_keys() -> None:
+    """They begin as copies of one process, so any generator that it had seeded would be the same in all."""
+    drawn = []
+    for _ in range(3):
+        with worker_pool(1, int) as pool:
+            drawn.append(pool.submit(draw).result())
+    for one, other in itertools.combinations(drawn, 2):
+        assert not set(one[0]) & set(other[0])
+        assert one[1] != other[1] and one[2] != other[2]

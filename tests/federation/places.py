@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from protocol.child import free_port
 from protocol.errors import JobError
 from protocol.job import Job
 from server.provision import provision
@@ -72,6 +74,19 @@ def installed_atoll(log: Path, code: Path, *arguments: str) -> Running:
         command = [sys.executable, "-m", "atoll", *arguments]
         env = os.environ | {"PYTHONPATH": str(code)}
         return Running(subprocess.Popen(command, stdout=output, stderr=output, cwd=code, env=env), log)
+
+
+FIRST_PORT, PORTS_A_PROCESS = 20_000, 500
+"""Below those that the system gives to connections, which take one here and there at any moment."""
+_ports = count(FIRST_PORT + PORTS_A_PROCESS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+
+
+def unused_port() -> int:
+    """A loopback port that nobody listens on, and that nobody else is going to take."""
+    for port in _ports:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("ports never end")
 
 
 def provisioned(folder: Path, names: tuple[str, ...], port: int) -> dict[str, Path]:
@@ -179,7 +194,7 @@ class Federation:
 @contextmanager
 def federation_of(folder: Path, *names: str) -> Iterator[Federation]:
     """A server for these sites, for the time of the block."""
-    made = Federation(folder, provisioned(folder, names, free_port()))
+    made = Federation(folder, provisioned(folder, names, unused_port()))
     try:
         made.serve()
         yield made
