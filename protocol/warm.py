@@ -35,8 +35,9 @@ QUIET = {
 STOP_SECONDS = 8.0
 """What a program has to end by itself, once its parent is gone."""
 
-NO_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
-"""For the fork server itself: pyarrow's allocator has a thread of its own unless it is told not to."""
+FORKABLE = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""For the fork server itself: pyarrow's allocator has a thread of its own unless it is told not to, and a
+library that asks torch for a GPU while it is imported must not wake the driver, which outlives no fork."""
 
 _lock = threading.Lock()
 _modules: list[str] = []
@@ -70,7 +71,7 @@ def _search_path() -> Iterator[None]:
     """Within, a new Python finds the same modules as this one, and none in the folder it stands in."""
     changed = (
         QUIET
-        | NO_THREAD
+        | FORKABLE
         | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "PYTHONSAFEPATH": "1",

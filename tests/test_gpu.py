@@ -14,6 +14,7 @@ import torch
 
 from protocol.job import Job
 from protocol.tensors import Tensors, from_bytes
+from protocol.warm import worker_pool
 from sim.engine import simulate
 from tests.test_simulation import unwatched
 
@@ -99,3 +100,16 @@ def test_lower_precision_trains_near_full_precision(precision: str, tmp_path: Pa
     _, kept = run(job_of("full", "cuda", precision=precision, checkpoint_activations=True), tmp_path / "kept")
     assert 0 < apart(full, low) < 0.05
     assert 0 < apart(full, kept) < 0.05
+
+
+def doubled(number: float) -> float:
+    """In a worker process: twice the number, computed on the GPU."""
+    return float((2 * torch.tensor(number, device="cuda")).cpu())
+
+
+@pytest.mark.processes
+def test_a_forked_worker_uses_the_gpu_that_its_parent_uses_too() -> None:
+    assert float(torch.ones(3, device="cuda").sum()) == 3
+    for _ in range(2):
+        with worker_pool(1, int) as pool:
+            assert pool.submit(doubled, 21.0).result() == 42
