@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 LOOPS_PER_CORE = 2
-LOOP = "while True: pass"
+LOOP = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+"""Ends with whoever started it, however that ends."""
 
 
 def main(command: list[str]) -> int:
