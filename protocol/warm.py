@@ -123,7 +123,7 @@ def _enter(environment: Mapping[str, str], title: str) -> None:
     global _inherited
     _inherited = True
     # Python means a child to use its parent's fork server, but `ensure_running` starts another one, since
-    # the server is not the child's own process (seen in 3.11 to 3.14).
+    # the server is not the child's own process (seen in 3.11).
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
     setproctitle(title)  # first, for it writes over the place where the old environment is
     os.environ.clear()
