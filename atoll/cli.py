@@ -139,7 +139,6 @@ QUIET = child.QUIET | {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
 }
 """Settings of libraries that would report home, chat, or start threads of their own."""

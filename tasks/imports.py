@@ -16,7 +16,7 @@ ANY = (*LEARNING, *TEXT, *TOKENS, *IMAGES)
 
 
 def imports_of(job: Job) -> tuple[str, ...]:
-    """The modules that training and measuring for this job import first or last, in that order.
+    """The modules, by full name, that training and measuring for this job import.
 
     A list that misses one costs time only: the process that needs it imports it then.
     """
