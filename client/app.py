@@ -1,7 +1,7 @@
 """The client as a Flower ClientApp: Flower's messages in, the site's answers out.
 
 Names of several clients can travel in one message: a site may host more than one, and an
-engine sends them in blocks. Bodies are safetensors bytes in an array record.
+engine sends them in blocks. Bodies are safetensors bytes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TypeVar
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.books import Books
@@ -23,11 +23,14 @@ from client.memory import Memory
 from client.shards import FolderShards
 from client.site import Site
 from protocol.errors import DataError
+from protocol.flower_content import bodies_of, packed, unpacked
 from protocol.job import Job
 from protocol.kit import Budget
 from protocol.messages import decode_request, encode_reply, hello_to_json
 
 logger = logging.getLogger(__name__)
+
+Content = TypeVar("Content", str, bytes)
 
 SiteOf = Callable[[Job, Context], Site]
 """Which site answers in this process, given the job and Flower's context."""
@@ -55,12 +58,13 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
 
     @app.query()
     def hello(message: Message, context: Context) -> Message:
-        job = Job.from_json(_text(message, "job"))
+        texts, _ = unpacked(message.content)
+        job = Job.from_json(_given(texts, "job"))
         hellos = site_of(job, context).hello(job)
         for h in (h for h in hellos if not h.refusal):
             logger.info("job %s: %s has %d examples for it", job.name, h.client, h.num_examples)
-        texts = [hello_to_json(h) for h in hellos]
-        return Message(RecordDict({"hellos": ConfigRecord({"json": texts})}), reply_to=message)
+        answers = [hello_to_json(h) for h in hellos]
+        return Message(RecordDict({"hellos": ConfigRecord({"json": answers})}), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -76,19 +80,19 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
 
     A request that comes again, because the reply was lost on its way, gets the same reply.
     """
-    head, names = _text(message, "request"), _text(message, "names")
-    asked = hashlib.sha256(b"\0".join((head.encode(), names.encode(), _body(message)))).hexdigest()
+    texts, bodies = unpacked(message.content)
+    head, names, body = _given(texts, "request"), _given(texts, "names"), _given(bodies, "tensors")
+    asked = hashlib.sha256(b"\0".join((head.encode(), names.encode(), body))).hexdigest()
     if asked not in _answered:
-        request = decode_request(head, _body(message))
+        request = decode_request(head, body)
         job = Job.from_json(request.job)
         with timed(f"round {request.round} of {job.name}: {request.kind} {', '.join(json.loads(names))}"):
             answers = site_of(job, context).answer(request, json.loads(names))
             replies = [(r.client, *encode_reply(r)) for r in answers]
         _answered.clear()
         _answered[asked] = replies
-    bodies = ArrayRecord({name: bytes_array(body) for name, _, body in _answered[asked]})
-    heads = ConfigRecord({name: head for name, head, _ in _answered[asked]})
-    return Message(RecordDict({"bodies": bodies, "heads": heads}), reply_to=message)
+    sent = bodies_of({name: body for name, _, body in _answered[asked]})
+    return Message(packed({name: head for name, head, _ in _answered[asked]}, sent), reply_to=message)
 
 
 @contextmanager
@@ -100,20 +104,11 @@ def timed(work: str) -> Iterator[None]:
     logger.info("%s: done in %.1f s", work, time.monotonic() - began)
 
 
-def bytes_array(body: bytes) -> Array:
-    """Bytes as one of Flower's arrays, which it cuts into pieces and streams."""
-    return Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)
-
-
-def _text(message: Message, key: str) -> str:
+def _given(contents: Mapping[str, Content], key: str) -> Content:
     try:
-        return cast(str, message.content.config_records["head"][key])
+        return contents[key]
     except KeyError:
         raise DataError(f"message without {key!r}: sent by another version of Atoll?") from None
-
-
-def _body(message: Message) -> bytes:
-    return message.content.array_records["body"]["tensors"].data
 
 
 app = ClientApp()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -27,6 +27,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.superlink.grid import http_grid
 
 from protocol.errors import DataError, InconsistentUpdates
+from protocol.flower_content import bodies_of, packed, unpacked
 from protocol.job import Job
 from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
 from server.checks import check_real
@@ -100,7 +101,7 @@ class FlowerCarrier:
             time.sleep(POLL_SECONDS)
 
     def _greet(self, job: Job, timeout: float) -> None:
-        content = RecordDict({"head": ConfigRecord({"job": job.canonical})})
+        content = packed({"job": job.canonical}, bodies_of({}))
         sites = {node.node_id: node.name or f"node {node.node_id}" for node in self.grid.get_nodes()}
         strangers = [node for node in sites if node not in self.greeted]
         for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout, patience=0):
@@ -133,13 +134,12 @@ class FlowerCarrier:
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
         letters, shared = {}, encode_request(request)
-        common = ArrayRecord({"tensors": bytes_array(shared[1])})
+        common = bodies_of({"tensors": shared[1]})
         for node, clients in self._hosts(names).items():
-            config = ConfigRecord({"request": shared[0], "names": json.dumps(clients)})
             body = common
             if request.own:
-                body = ArrayRecord({"tensors": bytes_array(encode_request(request, clients)[1])})
-            letters[node] = RecordDict({"head": config, "body": body})
+                body = bodies_of({"tensors": encode_request(request, clients)[1]})
+            letters[node] = packed({"request": shared[0], "names": json.dumps(clients)}, body)
         kind = "evaluate" if request.kind == "evaluate" else "train"
         for node, reply in self._converse(letters, kind, timeout, REJOIN_SECONDS):
             if isinstance(reply, str):
@@ -230,21 +230,16 @@ class FlowerCarrier:
         return {}
 
 
-def bytes_array(body: bytes) -> Array:
-    """Bytes as one of Flower's arrays, which it cuts into pieces and streams."""
-    return Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)
-
-
 def _content(reply: Message) -> RecordDict | str:
     return (reply.error.reason or NO_REASON) if reply.has_error() else reply.content
 
 
 def _decoded(reply: RecordDict) -> Iterator[Reply]:
     """The clients' replies in one message; an unreadable one is dropped and named in the log."""
-    bodies = reply.array_records["bodies"]
-    for name, head in reply.config_records["heads"].items():
+    heads, bodies = unpacked(reply)
+    for name, head in heads.items():
         try:
-            decoded = decode_reply(str(head), bodies[name].data)
+            decoded = decode_reply(head, bodies[name])
         except (DataError, KeyError) as error:
             logger.warning("reply of %s cannot be read: %s", name, error)
             continue
@@ -308,7 +303,7 @@ def _watch_uploads(grid: Grid) -> None:
                     raise ObjectPullError(object_id, "its sender is gone") from None
                 raise
 
-        return pull_objects(object_ids, pull_one, initial_backoff=ARRIVAL_SECONDS, backoff_cap=2.0)
+        return pull_objects(object_ids, pull_one, initial_backoff=ARRIVAL_SECONDS, backoff_cap=0.5)
 
     client.PullMessages = note_senders
     vars(http_grid)["pull_objects"] = pull

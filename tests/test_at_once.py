@@ -79,7 +79,7 @@ def test_updates_are_those_of_one_client_after_the_other_to_1e5(
 def test_texts_of_many_lengths_train_at_once_as_one_by_one(tmp_path: Path) -> None:
     job = text_job(tmp_path)
     runs = {
-        engine: simulate(job, tmp_path / engine, engine=engine, watch=lambda *step: None)
+        engine: simulate(job, tmp_path / engine, engine=engine, watch=lambda *step: None, report=False)
         for engine in ("inline", "cohort")
     }
     assert runs["cohort"]["engine"] == "cohort"

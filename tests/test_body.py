@@ -84,7 +84,7 @@ def test_who_goes_on_from_its_run_begins_with_its_network_to_the_last_number(
     weights: str, tmp_path: Path
 ) -> None:
     """Also the statistics of batch norms, which no run moves or keeps."""
-    simulate(bodied(weights), tmp_path / "first", watch=unwatched)
+    simulate(bodied(weights), tmp_path / "first", watch=unwatched, report=False)
     fresh, ahead = (
         whole(learner_of(bodied(weights))[0]),
         whole(learner_of(bodied(str(tmp_path / "first")))[0]),
@@ -111,7 +111,7 @@ def test_a_classifier_that_goes_on_from_a_run_keeps_its_statistics(tmp_path: Pat
         }
         return Job.parse(table, origin="test")
 
-    simulate(job("pretrained"), tmp_path / "first", watch=unwatched)
+    simulate(job("pretrained"), tmp_path / "first", watch=unwatched, report=False)
     fresh, ahead = (learner_of(job(w))[0].model.state_dict() for w in ("pretrained", str(tmp_path / "first")))
     statistics = [name for name in fresh if name.endswith(("running_mean", "running_var"))]
     assert len(statistics) == 104 and all(torch.equal(ahead[name], fresh[name]) for name in statistics)

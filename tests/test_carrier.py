@@ -9,14 +9,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from protocol.flower_content import bodies_of, packed
 from protocol.job import Job
 from protocol.messages import Hello, Measurement, Request, encode_reply, hello_to_json
 from server import app
-from server.app import FlowerCarrier, bytes_array
+from server.app import FlowerCarrier
 from tests.clock import TurnedClock
 
 NODE = 7
@@ -88,8 +89,7 @@ def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(clo
 
 def measured() -> RecordDict:
     head, body = encode_reply(Measurement("north", 1, 12, {"seen": torch.tensor(5)}))
-    heads, bodies = ConfigRecord({"north": head}), ArrayRecord({"north": bytes_array(body)})
-    return RecordDict({"heads": heads, "bodies": bodies})
+    return packed({"north": head}, bodies_of({"north": body}))
 
 
 REQUEST = Request("evaluate", "{}", "", 1, {}, {"w": torch.zeros(2)})

@@ -304,6 +304,8 @@ def test_worker_processes_without_a_place_for_memory_are_refused() -> None:
 
 
 def test_results_and_reports_of_a_simulation_carry_the_scheme(tmp_path: Path) -> None:
-    result = simulate(compressed("int8", federation={"rounds": 1}), tmp_path / "r", watch=lambda *step: None)
+    result = simulate(
+        compressed("int8", federation={"rounds": 1}), tmp_path / "r", watch=lambda *step: None, report=False
+    )
     assert result["compression"] == {"scheme": "int8", "times_smaller": pytest.approx(3.94, abs=0.01)}
     assert run(job(federation={"rounds": 1}), tmp_path / "s")["compression"] is None

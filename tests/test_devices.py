@@ -143,7 +143,7 @@ def test_a_profile_that_cannot_be_is_answered_in_one_line(tmp_path: Path, text: 
 
 def test_a_missing_profile_is_named_with_its_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing.csv: cannot be read as CSV .*federation.devices"):
-        simulate(job(tmp_path / "nothing.csv"), tmp_path / "r", watch=unwatched)
+        simulate(job(tmp_path / "nothing.csv"), tmp_path / "r", watch=unwatched, report=False)
     assert not (tmp_path / "r").exists()
 
 
@@ -182,8 +182,8 @@ def test_a_run_tells_simulated_time_and_resumes_to_the_same(tmp_path: Path) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(setting, tmp_path / "cut", watch=stop_after_three)
-    again = simulate(setting, tmp_path / "cut", watch=unwatched, resume=True)
+        simulate(setting, tmp_path / "cut", watch=stop_after_three, report=False)
+    again = simulate(setting, tmp_path / "cut", watch=unwatched, report=False, resume=True)
     assert again["model_sha256"] == whole["model_sha256"]
     assert [line["simulated"] for line in again["rounds"]] == lines
     report = (tmp_path / "whole" / "report.html").read_text()
@@ -197,7 +197,7 @@ def test_the_engine_changes_no_bit_of_a_run_in_simulated_time(tmp_path: Path) ->
         profile(tmp_path, KINDS), federation={"clients": 12, "cohort": 4, "over_sampling": 1.5, "rounds": 3}
     )
     hashes = {
-        simulate(setting, tmp_path / engine, engine=engine, watch=unwatched)["model_sha256"]
+        simulate(setting, tmp_path / engine, engine=engine, watch=unwatched, report=False)["model_sha256"]
         for engine in ("inline", "loop")
     }
     assert len(hashes) == 1
@@ -208,4 +208,4 @@ def test_a_round_for_which_too_few_are_there_is_abandoned_with_the_reason(tmp_pa
     with pytest.raises(
         InconsistentUpdates, match=r"round 1: 0 of 4 usable updates, needed 2 \(4 clients not"
     ):
-        simulate(job(path), tmp_path / "r", watch=unwatched)
+        simulate(job(path), tmp_path / "r", watch=unwatched, report=False)

@@ -22,7 +22,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on texts, with its data and its small network beside it."""
     folder = tmp_path_factory.mktemp("distil")
     data = {"data": {"source": "written", "classes": ("good", "bad"), "test_fraction": 0.2}}
-    simulate(ready(job_of("text-classification", "full", **data), folder), folder / "run", watch=unwatched)
+    simulate(
+        ready(job_of("text-classification", "full", **data), folder),
+        folder / "run",
+        watch=unwatched,
+        report=False,
+    )
     return folder
 
 

@@ -41,14 +41,14 @@ def test_a_model_of_both_gives_the_encoder_of_images_and_the_one_of_texts(
     folder = tiny_clip(tmp_path / "clip")
     backbone = {"name": str(folder), "image_size": 32, "max_tokens": 16}
     setting = job("image-text", backbone=backbone, tune={"method": method})
-    result = simulate(setting, tmp_path / "out", watch=unwatched)
+    result = simulate(setting, tmp_path / "out", watch=unwatched, report=False)
     assert result["rounds"][-1]["loss"] < result["rounds"][0]["loss"]
 
 
 def test_a_network_of_images_alone_asks_for_one_of_texts(tmp_path: Path) -> None:
     setting = job("image-text", backbone={"name": "torchvision:squeezenet1_1", "weights": "random"})
     with pytest.raises(WeightsError, match=r"backbone\.options\.text: missing"):
-        simulate(setting, tmp_path / "out", watch=unwatched)
+        simulate(setting, tmp_path / "out", watch=unwatched, report=False)
 
 
 @pytest.mark.parametrize("method", ["head", "last-k", "lora", "full"])
@@ -60,7 +60,9 @@ def test_series_are_read_by_transformers_own_networks(tmp_path: Path, method: st
     transformers.PatchTSTModel(config).save_pretrained(tmp_path / "patches")
     tune = {"method": method} | ({"layers": 1} if method == "last-k" else {})
     backbone = {"name": str(tmp_path / "patches")}
-    result = simulate(job("forecasting", backbone=backbone, tune=tune), tmp_path / "out", watch=unwatched)
+    result = simulate(
+        job("forecasting", backbone=backbone, tune=tune), tmp_path / "out", watch=unwatched, report=False
+    )
     assert result["rounds"][-1]["loss"] < result["rounds"][0]["loss"]
 
 
@@ -71,5 +73,8 @@ def test_a_network_of_other_windows_is_refused_in_one_line(tmp_path: Path) -> No
     transformers.PatchTSTModel(config).save_pretrained(tmp_path / "patches")
     with pytest.raises(WeightsError, match="reads 20 steps of 3 columns, the job has 14 of 3"):
         simulate(
-            job("forecasting", backbone={"name": str(tmp_path / "patches")}), tmp_path / "o", watch=unwatched
+            job("forecasting", backbone={"name": str(tmp_path / "patches")}),
+            tmp_path / "o",
+            watch=unwatched,
+            report=False,
         )

@@ -17,6 +17,7 @@ FLOWER = {
     "server/serve.py", "client/join.py",
     # what serve, submit and join are made of: Flower's Control API and a site's executor
     "server/control.py", "server/executor.py", "client/executor.py",
+    "protocol/flower_content.py",
 }  # fmt: skip
 MODULES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
 

@@ -39,7 +39,7 @@ def watch(step, what):
         with Path(sys.argv[3]).open("a") as file:
             file.write(f"{what['round']}\\n")
 out = Path(sys.argv[2])
-simulate(job(sys.argv[1]), out, watch=watch, resume=(out / "job.toml").is_file())
+simulate(job(sys.argv[1]), out, watch=watch, report=False, resume=(out / "job.toml").is_file())
 """
 """Goes on with the run, and notes every round whose model is out."""
 

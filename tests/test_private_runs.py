@@ -41,12 +41,12 @@ def job(privacy: dict[str, Any], **tables: Any) -> Job:
 
 
 def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
-    return simulate(job, out, watch=unwatched, **options)
+    return simulate(job, out, watch=unwatched, **{"report": False, **options})
 
 
 def test_a_client_level_run_says_what_it_spent_and_nothing_of_its_clients(tmp_path: Path) -> None:
     setting = job(CLIENT, federation=POISSON)
-    result = run(setting, tmp_path / "run")
+    result = run(setting, tmp_path / "run", report=True)
     privacy = result["privacy"]
     spent = {Release(0.7, 0.6): 4}
     assert privacy["epsilon"] == epsilon(spent, 1e-3)
@@ -96,7 +96,7 @@ def test_a_seeded_run_that_was_cut_off_ends_in_the_same_bits_and_the_same_epsilo
             raise Cut
 
     with pytest.raises(Cut):
-        simulate(setting, out, watch=watch)
+        simulate(setting, out, watch=watch, report=False)
     for checkpoint in sorted((out / "checkpoints").glob("round-*"))[1:]:
         checkpoint.unlink()  # as after a kill: what came later was not on the disk yet
     result = run(setting, out, resume=True)
@@ -241,7 +241,7 @@ def test_a_real_federation_takes_no_seeded_noise_and_wants_the_classes() -> None
 
 
 def test_the_result_is_json_that_holds_no_infinity(tmp_path: Path) -> None:
-    run(job(CLIENT | {"noise_multiplier": 0.01}), tmp_path / "run")
+    run(job(CLIENT | {"noise_multiplier": 0.01}), tmp_path / "run", report=True)
     privacy = json.loads((tmp_path / "run" / "result.json").read_text())["privacy"]
     assert privacy["epsilon"] is None
     assert "no finite epsilon" in (tmp_path / "run" / "report.html").read_text()

@@ -156,7 +156,9 @@ def test_networks_without_support_are_refused(tmp_path: Path) -> None:
     series = job_of("forecasting", "full")
     backbone = series.backbone.model_copy(update={"prune": 0.5, "prune_kind": "structured"})
     with pytest.raises(ConfigError, match="one encoder of texts or of images"):
-        simulate(series.model_copy(update={"backbone": backbone}), tmp_path / "a", watch=unwatched)
+        simulate(
+            series.model_copy(update={"backbone": backbone}), tmp_path / "a", watch=unwatched, report=False
+        )
     with pytest.raises(ConfigError, match="engine cohort would fill"):
         sha(texts(tmp_path), tmp_path / "b", engine="cohort")
 

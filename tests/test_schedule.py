@@ -108,7 +108,7 @@ def test_a_run_killed_in_any_stage_goes_on_to_the_same_bits(grown: Any, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(scheduled(), tmp_path / "cut", watch=stop)
+        simulate(scheduled(), tmp_path / "cut", watch=stop, report=False)
     assert run(scheduled(), tmp_path / "cut", resume=True)["model_sha256"] == grown[0]["model_sha256"]
 
 
@@ -144,7 +144,7 @@ def test_a_schedule_that_cannot_be_kept_is_refused(tables: dict[str, Any], said:
 
 def test_a_later_stage_is_checked_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match=r"engine cohort has one way to train"):
-        simulate(scheduled(), Path("nowhere"), engine="cohort", watch=unwatched)
+        simulate(scheduled(), Path("nowhere"), engine="cohort", watch=unwatched, report=False)
     asked = scheduled(backbone={"name": "nowhere"})
     with pytest.raises(Exception, match="nowhere"):
         check_job(asked)

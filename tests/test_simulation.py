@@ -43,7 +43,7 @@ def unwatched(step: str, what: dict[str, Any]) -> None: ...
 
 
 def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
-    return simulate(job, out, watch=unwatched, **options)
+    return simulate(job, out, watch=unwatched, **{"report": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def test_a_run_learns_and_leaves_the_run_directory_of_the_contract(tmp_path: Pat
             federation={"rounds": 10},
         ),
         tmp_path / "r",
+        report=True,
     )
     names = {p.name for p in (tmp_path / "r").iterdir()} - {".lock"}
     assert names == {"job.toml", "metrics.jsonl", "result.json", "report.html", "model", "checkpoints"}
@@ -173,7 +174,7 @@ def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
         said.extend([what["path"]] if step == "path" else [])
 
     varied = job(train=VARIED, federation={"rounds": 2})
-    inline = simulate(varied, tmp_path / "inline", watch=watch)
+    inline = simulate(varied, tmp_path / "inline", watch=watch, report=False)
     loop = run(varied, tmp_path / "loop", engine="loop")
     assert inline["model_sha256"] == loop["model_sha256"]
     assert said == [
@@ -244,7 +245,9 @@ def watch(step, what):
     print(step, flush=True)
     if step == "round" and what["round"] == int(sys.argv[4]):
         signal.pause()  # so that it is killed before its end, however late that is
-simulate(Job.load(Path(sys.argv[1])), Path(sys.argv[2]), watch=watch, resume=sys.argv[3] == "resume")
+simulate(
+    Job.load(Path(sys.argv[1])), Path(sys.argv[2]), watch=watch, report=False, resume=sys.argv[3] == "resume"
+)
 """
 
 
@@ -416,7 +419,7 @@ def test_clients_that_share_examples_train_to_the_same_bits_on_every_engine(tmp_
     )
     hashes = set()
     for engine in ("inline", "loop"):
-        result = simulate(setting, tmp_path / engine, engine=engine, watch=lambda *step: None)
+        result = simulate(setting, tmp_path / engine, engine=engine, watch=lambda *step: None, report=False)
         hashes.add(result["model_sha256"])
         assert len(result["final"]["clients"]) == 7
         assert result["notes"][-1] == "local_only and pooled are of 7 of 300 clients"

@@ -68,14 +68,14 @@ def test_the_segmenter_trains_under_example_level_privacy(tmp_path: Path) -> Non
     private = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.1}
     private |= {"seeded_noise": True}
     job = job_of("segmentation", privacy=private, train={"lr": 0.1, "optimizer": "sgd"})
-    assert simulate(job, tmp_path / "out", watch=unwatched)["privacy"]["epsilon"] > 0
+    assert simulate(job, tmp_path / "out", watch=unwatched, report=False)["privacy"]["epsilon"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", NETWORKS)
 def test_a_run_is_gone_on_from_with_other_classes(task: str, tmp_path: Path) -> None:
     """All but the layers that say classes are the run's."""
-    first = simulate(job_of(task), tmp_path / "first", watch=unwatched)
+    first = simulate(job_of(task), tmp_path / "first", watch=unwatched, report=False)
     backbone = {"name": NETWORKS[task], "weights": str(tmp_path / "first"), "image_size": 48}
     backbone |= {"options": {"width": 8}}
     ahead, _ = learner_of(job_of(task, "generated-street", backbone=backbone))

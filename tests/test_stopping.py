@@ -74,7 +74,7 @@ def test_engines_and_a_resumed_run_stop_in_the_same_round_with_the_same_bits(tmp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(patient(patience=2), tmp_path / "cut", watch=stop)
+        simulate(patient(patience=2), tmp_path / "cut", watch=stop, report=False)
     resumed = run(patient(patience=2), tmp_path / "cut", resume=True)
     for other in (looped, resumed):
         assert other["model_sha256"] == whole["model_sha256"]

@@ -158,11 +158,11 @@ def test_a_promise_takes_no_teacher_without_one_and_counts_the_teachers(
     data = {"data": TABLE["data"]}
     taught_by = {"train": TABLE["train"] | {"teacher": str(teacher)}}
     with pytest.raises(ConfigError, match="promises nothing to the unit 'example'"):
-        simulate(digits(**data, **private, **taught_by), tmp_path / "x", watch=unwatched)
+        simulate(digits(**data, **private, **taught_by), tmp_path / "x", watch=unwatched, report=False)
     first = simulate(digits(**data, **private), tmp_path / "private", watch=unwatched, report=False)
     train = {"train": TABLE["train"] | {"teacher": str(tmp_path / "private")}}
     with pytest.raises(ConfigError, match="was seeded and protects nobody"):
-        simulate(digits(**data, privacy=PRIVATE, **train), tmp_path / "y", watch=unwatched)
+        simulate(digits(**data, privacy=PRIVATE, **train), tmp_path / "y", watch=unwatched, report=False)
     both = simulate(digits(**data, **private, **train), tmp_path / "both", watch=unwatched)
     told, its = both["privacy"], first["privacy"]
     assert told["without_teacher"]["epsilon"] == pytest.approx(its["epsilon"])
@@ -190,7 +190,7 @@ def test_what_makes_no_sense_is_one_line(changes: dict[str, Any], said: str, tmp
 
     file.write_text(tomli_w.dumps(TABLE))
     with pytest.raises(ConfigError, match=said):
-        simulate(atoll.load_job(file, changes), tmp_path / "out", watch=unwatched)
+        simulate(atoll.load_job(file, changes), tmp_path / "out", watch=unwatched, report=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -198,11 +198,11 @@ def test_another_task_other_classes_and_another_run_are_refused(teacher: Path, t
     fitting = job_of("forecasting", "head")
     asked = fitting.model_copy(update={"train": fitting.train.model_copy(update={"teacher": str(teacher)})})
     with pytest.raises(ConfigError, match="distillation is of classes, forecasting has none"):
-        simulate(asked, tmp_path / "a", watch=unwatched)
+        simulate(asked, tmp_path / "a", watch=unwatched, report=False)
     texts = job_of("text-classification", "head")
     asked = texts.model_copy(update={"train": texts.train.model_copy(update={"teacher": str(teacher)})})
     with pytest.raises(ConfigError, match="expected a run of text-classification, found one of image-class"):
-        simulate(asked, tmp_path / "b", watch=unwatched)
+        simulate(asked, tmp_path / "b", watch=unwatched, report=False)
     job = student(teacher)
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["1", "0"]})
     with pytest.raises(ConfigError, match="expected the same, in the same order"):

@@ -83,7 +83,7 @@ class Places:
         """The `model_sha256` of the simulation."""
         if name not in self.known:
             out = self.folder / f"sim-{name}"
-            self.known[name] = simulate(self.jobs[name], out, watch=unwatched)["model_sha256"]
+            self.known[name] = simulate(self.jobs[name], out, watch=unwatched, report=False)["model_sha256"]
         return self.known[name]
 
     @contextmanager
@@ -173,7 +173,12 @@ def test_real_sites_that_compress_and_remember_or_tune_ever_more_give_the_bits_o
 @pytest.mark.parametrize("name", ["digits-fedavg", "news-fedadam", "views-fedadam", "varied-fedavg"])
 def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None:
     result = simulate(
-        places.jobs[name], places.folder / f"ray-{name}", engine="ray", workers=2, watch=unwatched
+        places.jobs[name],
+        places.folder / f"ray-{name}",
+        engine="ray",
+        workers=2,
+        watch=unwatched,
+        report=False,
     )
     assert result["model_sha256"] == places.expected(name)
     assert result["engine"] == "ray"
@@ -181,7 +186,9 @@ def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None
 
 @pytest.mark.parametrize("name", ["digits-fedavg", "news-fedadam"])
 def test_four_workers_give_the_bits_of_one(places: Places, name: str) -> None:
-    result = simulate(places.jobs[name], places.folder / f"workers-{name}", workers=4, watch=unwatched)
+    result = simulate(
+        places.jobs[name], places.folder / f"workers-{name}", workers=4, watch=unwatched, report=False
+    )
     assert result["model_sha256"] == places.expected(name)
 
 

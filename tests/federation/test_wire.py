@@ -103,7 +103,7 @@ class Wire:
         carrier = Noted.of(Population.of(setting))
         expected = play(
             setting, carrier, folder / "replayed", warmed(carrier.population, None),
-            baselines=Comparison(carrier.population), watch=unwatched,
+            baselines=Comparison(carrier.population), watch=unwatched, report=False,
         )  # fmt: skip
         told = [json.loads(line) for line in secrets.read_text().splitlines()]
         return Heard(folder / "tapped", carrier, told, expected["model_sha256"], result["model_sha256"])
