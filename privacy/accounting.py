@@ -139,9 +139,13 @@ def _calibrate(target: float, delta: float, rate: float, releases: int, relation
         low, high = high, 2 * high
         if high > 1e6:
             raise ValueError(f"no noise multiplier below 1e6 reaches epsilon {target} at delta {delta}")
+    # Little noise is dear to compute: what costs more than the target costs more with less noise too.
+    over = high / 2
+    while over > low and coarse(over) <= target:
+        over /= 2
     while high / low > 1.05:
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if coarse(middle) <= target else (middle, high)
+        low, high = (middle, high) if middle <= over or coarse(middle) > target else (low, middle)
     # The coarse grid is pessimistic, so that the answer may lie below its bracket.
     while fine(low) <= target and low > LEAST_NOISE:
         low, high = 0.9 * low, low

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -35,3 +38,22 @@ def grey_png_shard(count: int, *, classes: int, seed: int = 0) -> Shard:
     pixels = [rng.integers(0, 60, (8, 8), dtype=np.uint8) + np.uint8(60 * t) for t in targets]
     images = [grey_png(p) for p in pixels]
     return Shard(images, torch.tensor(targets), tuple(hashlib.sha256(i).digest() for i in images))
+
+
+@cache
+def _folder(count: int, classes: int) -> TemporaryDirectory[str]:
+    folder = TemporaryDirectory(prefix="few-pictures-")
+    shard = grey_png_shard(count, classes=classes)
+    for number, (image, target) in enumerate(zip(shard.inputs, shard.targets.tolist(), strict=True)):
+        place = Path(folder.name, str(target), f"{number}.png")
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(image)
+    return folder
+
+
+def few_pictures(count: int = 90, *, classes: int = 3) -> dict[str, object]:
+    """A job's `[data]` with the same images as files, on which whole networks take little time.
+
+    They are written once, and go when the tests are over.
+    """
+    return {"source": _folder(count, classes).name, "partition": {"kind": "iid"}}

@@ -338,7 +338,7 @@ def test_a_compiler_that_fails_is_named_in_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     script = (
         "from tests.test_backbones import *\n"
-        "section = BackboneSection(name='torchvision:squeezenet1_1', weights='random', image_size=32)\n"
+        "section = BackboneSection(name='raw:pixels', image_size=8)\n"
         "encoder = CompiledEncoder(load_vision_encoder(resolve(section, 1), section, 1))\n"
         "try:\n"
         "    extract(encoder, grey_png_shard(2, classes=2).inputs, threads=1, device='cpu')\n"

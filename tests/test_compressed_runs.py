@@ -24,6 +24,7 @@ from server.rundir import job_toml
 from sim.engine import simulate, warmed
 from sim.inline import InlineCarrier
 from sim.population import Population
+from tests.small import few_pictures
 from tests.test_simulation import job, kill_after, run
 
 SCHEMES = ("fp16", "int8", "int4", "top-k")
@@ -67,7 +68,7 @@ def test_heads_have_the_same_bits_at_once_one_by_one_and_in_threads(
 @pytest.mark.processes
 def test_networks_have_the_same_bits_in_one_process_and_in_several(tmp_path: Path, scheme: str) -> None:
     """A client's memory is reached from whichever process trains it."""
-    setting = compressed(scheme, tune={"method": "last-k"}, federation={"rounds": 3})
+    setting = compressed(scheme, data=few_pictures(), tune={"method": "last-k"}, federation={"rounds": 3})
     results = [
         run(setting, tmp_path / str(number), **options)
         for number, options in enumerate(({}, {"engine": "loop"}, {"workers": 2}))

@@ -14,6 +14,7 @@ from protocol.tensors import tensors_sha256
 from server.play import check_job
 from sim.engine import simulate
 from sim.population import Population
+from tests.small import few_pictures
 from tests.test_simulation import job, unwatched
 
 GROWING: dict[str, Any] = {
@@ -27,7 +28,8 @@ SMALL: dict[str, Any] = {"clients": 3, "cohort": 2, "rounds": 4}
 
 
 def scheduled(tune: dict[str, Any] = GROWING, **tables: Any) -> Job:
-    return job(**{"tune": tune, "federation": SMALL, "train": {"lr": 0.02}} | tables)
+    tables = {"federation": SMALL, "train": {"lr": 0.02}} | tables
+    return job(**tables | {"tune": tune, "data": few_pictures() | tables.get("data", {})})
 
 
 def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sim.population import Population, client_names
 from tasks import task_named
 from tasks.learner import Learner
 from tests.processes import python
-from tests.small import grey_png_shard
+from tests.small import few_pictures, grey_png_shard
 
 DIGITS = {
     "name": "digits",
@@ -103,9 +103,14 @@ VARIED = {"augment": ["crop", "rotate", "flip", "color"], "epochs": 2}
 KEPT = VARIED | {"cached_views": 3}
 
 
+def of_few(train: dict[str, Any], **tables: Any) -> Job:
+    """A job whose every view is computed, on few pictures."""
+    return job(train=train, data=few_pictures(), **tables)
+
+
 @pytest.fixture(scope="module")
 def of_views(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(job(train=KEPT), tmp_path_factory.mktemp("views") / "run")
+    return run(of_few(KEPT), tmp_path_factory.mktemp("views") / "run")
 
 
 @pytest.mark.parametrize("options", [{"engine": "loop"}, {"engine": "cohort"}, {"workers": 3}], ids=str)
@@ -114,7 +119,7 @@ def test_every_engine_that_makes_its_own_views_gives_the_same_bits(
     tmp_path: Path, of_views: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "cache"))
-    result = run(job(train=KEPT), tmp_path / "r", **options)
+    result = run(of_few(KEPT), tmp_path / "r", **options)
     assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in of_views["rounds"]]
     assert result["final"]["clients"] == of_views["final"]["clients"]
 
@@ -123,7 +128,7 @@ def test_a_table_of_views_that_is_too_large_is_trained_from_shards_to_the_same_b
     tmp_path: Path, of_views: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sim.indexed.TABLE_BYTES", 1000)
-    result = run(job(train=KEPT), tmp_path / "r")
+    result = run(of_few(KEPT), tmp_path / "r")
     assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in of_views["rounds"]]
 
 
@@ -131,7 +136,7 @@ def test_views_change_what_is_learnt_and_each_number_of_them_does(
     tmp_path: Path, of_views: dict[str, Any]
 ) -> None:
     others = [{"epochs": 2}, KEPT | {"cached_views": 2}, KEPT | {"augment": ["flip"]}]
-    hashes = {run(job(train=t), tmp_path / str(i))["model_sha256"] for i, t in enumerate(others)}
+    hashes = {run(of_few(t), tmp_path / str(i))["model_sha256"] for i, t in enumerate(others)}
     assert len(hashes | {of_views["model_sha256"]}) == 4
 
 
@@ -140,7 +145,7 @@ def test_a_site_that_extracts_its_own_views_has_the_bits_of_the_simulators_table
 ) -> None:
     import torch
 
-    setting = job(train=KEPT)
+    setting = of_few(KEPT)
     population = Population.of(setting)
     task = task_named(setting.task.name)
     facts = task.describe(population.train, setting.data, {})
@@ -158,9 +163,9 @@ def test_a_site_that_extracts_its_own_views_has_the_bits_of_the_simulators_table
 def test_what_is_measured_is_never_augmented(tmp_path: Path) -> None:
     """Without local steps worth the name, the varied job says of every example what the plain one says."""
     still = {"lr": 1e-30, "epochs": 1}
-    plain = run(job(train=still), tmp_path / "plain")
+    plain = run(of_few(still), tmp_path / "plain")
     for name, train in (("kept", KEPT), ("varied", VARIED)):
-        assert run(job(train=train | still), tmp_path / name)["final"] == plain["final"]
+        assert run(of_few(train | still), tmp_path / name)["final"] == plain["final"]
 
 
 @pytest.mark.slow
@@ -173,7 +178,7 @@ def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
     def watch(step: str, what: dict[str, Any]) -> None:
         said.extend([what["path"]] if step == "path" else [])
 
-    varied = job(train=VARIED, federation={"rounds": 2})
+    varied = of_few(VARIED, federation={"rounds": 2})
     inline = simulate(varied, tmp_path / "inline", watch=watch, report=False)
     loop = run(varied, tmp_path / "loop", engine="loop")
     assert inline["model_sha256"] == loop["model_sha256"]
@@ -187,7 +192,7 @@ def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
 @pytest.mark.slow
 @pytest.mark.processes
 def test_worker_processes_augment_as_one_process_does(tmp_path: Path) -> None:
-    varied = job(train=VARIED, federation={"rounds": 2})
+    varied = of_few(VARIED, federation={"rounds": 2})
     assert (
         run(varied, tmp_path / "two", workers=2)["model_sha256"]
         == run(varied, tmp_path / "one")["model_sha256"]
@@ -448,8 +453,9 @@ def test_a_network_tuned_in_channels_last_travels_in_the_usual_layout_to_the_sam
     tmp_path: Path, method: str
 ) -> None:
     setting = job(
-        backbone={"channels_last": True}, tune={"method": method}, federation={"rounds": 2, "cohort": 2}
-    )
+        data=few_pictures(), backbone={"channels_last": True}, tune={"method": method},
+        federation={"rounds": 2, "cohort": 2},
+    )  # fmt: skip
     results = [run(setting, tmp_path / engine, engine=engine) for engine in ("inline", "loop")]
     assert results[0]["model_sha256"] == results[1]["model_sha256"]
     task, shard, outputs = task_named(setting.task.name), grey_png_shard(5, classes=3), []
