@@ -17,6 +17,7 @@ from sim.engine import simulate
 from sim.shards import write_shards
 from tests.federation.held_site import HOLD
 from tests.federation.places import Federation, Running, federation_of, unwatched
+from tests.federation.turned_server import CUTS
 
 SECRET = "Ann Smith"
 """Stands in the data of sites; no line of the server's may have it."""
@@ -69,6 +70,13 @@ class Ring:
         held.touch()
         return held
 
+    def cut(self, job: str, round: int, kind: str, *missing: str) -> Path:
+        """The exchange is at its deadline once none but these clients are missing; then the file is gone."""
+        cut = self.federation.folder / "cuts" / f"{job}-{round}-{kind}"
+        cut.parent.mkdir(exist_ok=True)
+        cut.write_text(" ".join(missing))
+        return cut
+
     @property
     def holds(self) -> Path:
         return self.federation.folder / "holds"
@@ -109,7 +117,8 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ring]:
     os.environ["TORCH_HOME"] = str(weights_home(folder / "weights", seed=1))
     write_shards(job(), folder / "shards")
     try:
-        with federation_of(folder, *KITS) as federation:
+        turned = {"main": "tests.federation.turned_server:main", "env": {CUTS: str(folder / "cuts")}}
+        with federation_of(folder, *KITS, **turned) as federation:
             yield Ring(federation, folder / "shards")
     finally:
         if before is None:

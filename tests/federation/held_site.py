@@ -1,11 +1,13 @@
 """A site whose work can be held in its middle, so that a test interferes just there.
 
 While the folder $ATOLL_TEST_HOLD has a file `JOB-ROUND-CLIENT`, that client's training in that round of that
-job has begun, and is charged where it is private, but doesn't go on.
+job has begun, and is charged where it is private, but doesn't go on. The site's log says `held: ` and the
+file's name once it is so.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from protocol.job import Job
 from protocol.messages import Reply, Request
 
 HOLD = "ATOLL_TEST_HOLD"
+logger = logging.getLogger("client.site")
 
 
 def main() -> None:
@@ -37,10 +40,12 @@ def executor() -> None:
         site: client.site.Site, job: Job, request: Request, names: Sequence[str]
     ) -> tuple[client.site.Admitted, list[Reply]]:
         admitted = admit(site, job, request, names)
-        while request.kind != "evaluate" and any(
-            (folder / f"{job.name}-{request.round}-{name}").exists() for name in names
-        ):
-            time.sleep(0.01)
+        files = [folder / f"{job.name}-{request.round}-{name}" for name in names]
+        for file in files if request.kind != "evaluate" else ():
+            if file.exists():
+                logger.info("held: %s", file.name)
+            while file.exists():
+                time.sleep(0.01)
         return admitted
 
     client.site.Site.admit = held  # type: ignore[method-assign]

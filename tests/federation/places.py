@@ -103,6 +103,7 @@ class Federation:
 
     folder: Path
     kits: dict[str, Path]
+    serving: dict[str, Any] = field(default_factory=dict)
     running: dict[str, Running] = field(default_factory=dict)
     count: int = 0
 
@@ -119,7 +120,7 @@ class Federation:
         return self.folder / f"{self.count:03d}-{name}.log"
 
     def serve(self) -> Running:
-        running = self.start("server", "serve", str(self.server))
+        running = self.start("server", "serve", str(self.server), **self.serving)
         running.says("ready on")
         return running
 
@@ -192,9 +193,9 @@ class Federation:
 
 
 @contextmanager
-def federation_of(folder: Path, *names: str) -> Iterator[Federation]:
-    """A server for these sites, for the time of the block."""
-    made = Federation(folder, provisioned(folder, names, unused_port()))
+def federation_of(folder: Path, *names: str, **serving: Any) -> Iterator[Federation]:
+    """A server for these sites, for the time of the block; `serving` says how its process is started."""
+    made = Federation(folder, provisioned(folder, names, unused_port()), serving)
     try:
         made.serve()
         yield made

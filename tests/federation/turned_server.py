@@ -1,0 +1,74 @@
+"""A server whose deadlines can be brought on: its clock is turned once all others have answered.
+
+While the folder $ATOLL_TEST_CUTS has a file `JOB-ROUND-KIND`, that exchange of that job (`train`, `evaluate`)
+ends at its deadline as soon as no answer is missing but those of the clients whom the file names; then the
+file goes away. However busy the machine is, whoever answers is heard before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from protocol.job import Job
+from protocol.messages import Reply, Request
+from tests.clock import TurnedClock
+
+CUTS = "ATOLL_TEST_CUTS"
+
+
+class AheadClock(TurnedClock):
+    """Stands in for the module `time`: it goes as the real one does, and can be turned on."""
+
+    def monotonic(self) -> float:
+        return self.now + time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def main() -> None:
+    """`atoll serve` whose ServerApps have a clock that can be turned."""
+    import server.serve
+    from atoll.start import main as start
+
+    vars(server.serve)["SUPEREXEC"] = "tests.federation.turned_server:superexec"
+    start()
+
+
+def superexec() -> None:
+    """The entry of the process that starts ServerApps."""
+    import server.executor
+
+    vars(server.executor)["SERVER_APP"] = "tests.federation.turned_server:server_app"
+    server.executor.superexec()
+
+
+def server_app() -> None:
+    """The entry of a run's process."""
+    from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
+
+    from server import app
+
+    folder, clock, exchange = Path(os.environ[CUTS]), AheadClock(0.0), app.FlowerCarrier.exchange
+
+    def cut_short(
+        carrier: app.FlowerCarrier, request: Request, names: Sequence[str], timeout: float
+    ) -> Iterator[Reply]:
+        cut = folder / f"{Job.from_json(request.job).name}-{request.round}-{request.kind}"
+        missing = set(names)
+        if cut.exists():  # what it waits for is the deadline, not the site's connection
+            vars(app)["REJOIN_SECONDS"] = math.inf
+        for reply in exchange(carrier, request, names, timeout):
+            yield reply
+            missing.discard(reply.client)
+            if cut.exists() and missing == set(cut.read_text().split()):
+                cut.unlink()
+                clock.now += timeout
+
+    vars(app)["time"] = clock
+    app.FlowerCarrier.exchange = cut_short  # type: ignore[method-assign]
+    flwr_serverapp()
