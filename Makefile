@@ -4,7 +4,6 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-ROOMS := atoll client privacy protocol server sim strategies tasks
 
 # Tests compile to files that the next run finds, wherever Python is told not to write them.
 unexport PYTHONDONTWRITEBYTECODE

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atoll.api import Exported, Run, Search, Sweep, advise, load_export, load_job, simulate, sweep, tune
-    from protocol.errors import InputError, JobError
-    from protocol.job import Job
+    from atoll.errors import InputError, JobError
+    from atoll.job.job import Job
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ __all__ = [
     "load_export", "load_job", "simulate", "sweep", "tune",
 ]  # fmt: skip
 
-_ELSEWHERE = {"Job": "protocol.job", "InputError": "protocol.errors", "JobError": "protocol.errors"}
+_ELSEWHERE = {"Job": "atoll.job.job", "InputError": "atoll.errors", "JobError": "atoll.errors"}
 
 
 def __getattr__(name: str) -> Any:

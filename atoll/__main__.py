@@ -1,5 +1,5 @@
 """`python -m atoll` is the command `atoll`."""
 
-from atoll.start import main
+from atoll.cli.start import main
 
 main()

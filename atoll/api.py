@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol.job import Job
+from atoll.job.job import Job
 
 if TYPE_CHECKING:
-    from sim.advice import Advice
+    from atoll.sim.search.backbone_ranking import Advice
 
 
 def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> Job:
@@ -21,7 +21,7 @@ def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> Job:
     Raises:
         ConfigError: one line that names the file, the key, what was found and what was expected.
     """
-    from atoll.run_verbs import load
+    from atoll.cli.run import load
 
     return load(Path(path), as_overrides(changes or {}))
 
@@ -44,7 +44,7 @@ def simulate(
         InputError: the job or its data is wrong; nothing was run.
         JobError: the run could not go on.
     """
-    from atoll.run_verbs import run_here
+    from atoll.cli.run import run_here
 
     job = job if isinstance(job, Job) else load_job(job)
     where = run_here(
@@ -73,7 +73,7 @@ class Run:
         Raises:
             ConfigError: there is no finished run.
         """
-        from atoll.look_verbs import read_result
+        from atoll.cli.inspect import read_result
 
         return read_result(self.folder)
 
@@ -91,7 +91,7 @@ class Run:
     @property
     def metrics(self) -> Mapping[str, Mapping[str, float | None]]:
         """Metrics of the federated model, and of each baseline that was measured."""
-        from server.comparison import comparison_of
+        from atoll.report.comparison import comparison_of
 
         return comparison_of(self.result).rows
 
@@ -106,7 +106,7 @@ class Run:
         Raises:
             DataError: an input cannot be read.
         """
-        from atoll.look_verbs import predictions
+        from atoll.cli.inspect import predictions
 
         return predictions(self.folder, list(inputs))
 
@@ -127,7 +127,7 @@ class Run:
             ConfigError: this run can't be had in that format.
             JobError: its metric falls by more than `max_drop`; nothing was written.
         """
-        from atoll.export_verbs import export
+        from atoll.cli.export import export
 
         folder = Path(out) if out is not None else None
         measured_on = Path(data) if data is not None else None
@@ -165,7 +165,7 @@ def load_export(folder: str | Path) -> Exported:
     Raises:
         ConfigError, WeightsError: the folder holds no such model, or a damaged one.
     """
-    from tasks.exports.torchao_file import read_model
+    from atoll.export.torchao import read_model
 
     learner, model = read_model(Path(folder))
     return Exported(Path(folder), model, learner)
@@ -205,7 +205,7 @@ def sweep(
         InputError: a key or a value is wrong; nothing was run.
         JobError: some runs failed; the same call tries them again.
     """
-    from atoll.sweep_verbs import sweep as run_sweep
+    from atoll.cli.sweep import sweep as run_sweep
 
     grid = [f"{key}={','.join(as_text(value) for value in values)}" for key, values in vary.items()]
     folder = Path(out) if out is not None else None
@@ -254,7 +254,7 @@ def tune(
         InputError: a key or a value is wrong; nothing was run.
         JobError: trials failed, or none has a value.
     """
-    from atoll.tune_verbs import tune as search
+    from atoll.cli.tune import tune as search
 
     given = space or {}
     ranges = [f"{key}={values}" for key, values in given.items() if isinstance(values, str)]
@@ -272,7 +272,7 @@ def advise(
     Raises:
         InputError: the job isn't one for this, or a backbone isn't there.
     """
-    from atoll.tune_verbs import advised
+    from atoll.cli.tune import advised
 
     return advised(job if isinstance(job, Job) else load_job(job), backbones, head)
 

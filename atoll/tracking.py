@@ -16,10 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from protocol.errors import ConfigError
+from atoll.errors import ConfigError
 
 if TYPE_CHECKING:
-    from protocol.job import Job
+    from atoll.job.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def track_finished(run: Path, result: Mapping[str, Any], names: Sequence[str]) -
     Raises:
         ConfigError: there is no such tracker here.
     """
-    from protocol.job import Job
+    from atoll.job.job import Job
 
     check_trackers(names, "--to")
     tracking = Tracking(Job.load(run / "job.toml"), run, names)

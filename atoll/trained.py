@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.errors import ConfigError
+from atoll.errors import ConfigError
 
 if TYPE_CHECKING:
-    from protocol.tensors import Tensors
-    from tasks.learner import Learner
+    from atoll.learning.learner import Learner
+    from atoll.protocol.tensors import Tensors
 
 
 def trained(run: Path) -> tuple[Learner, Tensors]:
@@ -22,10 +22,10 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
     """
     about = run / "model" / "model.json"
     check_finished(run, about)
-    from protocol.job import Job
-    from protocol.tensors import from_bytes  # torch comes with it: not before a model is there
-    from tasks import task_named
-    from tasks.learner import Learner
+    from atoll.job.job import Job
+    from atoll.learning.learner import Learner
+    from atoll.protocol.tensors import from_bytes  # torch comes with it: not before a model is there
+    from atoll.tasks import task_named
 
     try:
         saved = json.loads(about.read_text("utf-8"))

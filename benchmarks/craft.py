@@ -25,9 +25,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from protocol.job import Job
-from sim.engine import simulate
-from sim.frontier import Estimate
+from atoll.job.job import Job
+from atoll.sim.engines.engine import simulate
+from atoll.sim.sweep.results import Estimate
 
 Table = dict[str, Any]
 
@@ -56,7 +56,7 @@ class Case:
 
 def uneven(folder: Path) -> Table:
     """Digits of 8 x 8 pixels, of which one in fifty is of the last five classes; the test part is even."""
-    from tasks.sources import load_source
+    from atoll.datasets.registry import load_source
 
     source = folder / "uneven"
     if not source.exists():

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atoll.job.job import Job
+from atoll.sim.sweep.results import Estimate
 from benchmarks.craft import BASE, Table, merged, told, train
-from protocol.job import Job
-from sim.frontier import Estimate
 
 TEXTS: Table = {
     "name": "texts",
@@ -56,8 +56,8 @@ class Trained:
 
 def run(way: str, seed: int) -> Trained:
     """Play the job in this process, which has done nothing before."""
-    from server.result import peak_rss_mb
-    from sim.engine import simulate
+    from atoll.server.run.result import peak_rss_mb
+    from atoll.sim.engines.engine import simulate
 
     logging.disable(logging.WARNING)
     before = after = 0.0

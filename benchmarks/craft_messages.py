@@ -16,9 +16,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.job import Job
-from sim.engine import simulate
-from sim.frontier import Estimate
+from atoll.job.job import Job
+from atoll.sim.engines.engine import simulate
+from atoll.sim.sweep.results import Estimate
 
 JOBS = Path(__file__).parents[1] / "jobs"
 WAYS: dict[str, tuple[str, ...]] = {

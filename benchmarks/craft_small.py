@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from scipy import stats
 
-from atoll import export_verbs
+from atoll.backbones.encoder import Batch, Model
+from atoll.cli import export
+from atoll.job.job import Job
+from atoll.sim.engines.engine import simulate
 from atoll.trained import trained
-from protocol.job import Job
-from sim.engine import simulate
-from tasks.seam import Batch, Model
 
 SEEDS = (1, 2, 3, 4, 5)
 TURNS = 40
@@ -58,17 +58,17 @@ class Form:
 def shipped(run: Path, format: str, count: int, prune: float | None = None, kind: str = "") -> Form:
     """The run's model as `atoll export` writes it, measured on so many test examples."""
     learner, tensors = trained(run)
-    examples = export_verbs.examples_of(learner, None)
+    examples = export.examples_of(learner, None)
     examples = examples.select(range(min(count, len(examples))))
     model = learner.filled(tensors)
     if prune is not None:
-        export_verbs.make_smaller(model, learner, examples, prune, kind)
+        export.make_smaller(model, learner, examples, prune, kind)
     if format == "plain":
-        size = export_verbs.size_of(model)
+        size = export.size_of(model)
     else:
         folder = Path(tempfile.mkdtemp(dir=run.parent))
-        model = export_verbs.written(model, learner, format, folder, examples)
-        size = export_verbs.megabytes_in(folder, format)
+        model = export.written(model, learner, format, folder, examples)
+        size = export.megabytes_in(folder, format)
     measured = learner.measured(model, examples)
     return Form(size, measured["accuracy"], model, learner.batch(examples, range(1)))
 

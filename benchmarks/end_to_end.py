@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from protocol.job import Job
+from atoll.job.job import Job
 
 CLIENTS = 20
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -67,11 +67,11 @@ if os.environ.get(UNCACHED):  # a worker process imports this module before anyt
 
 def atoll(job: Job, cache: Path) -> float:
     """Seconds of a run with features kept in `cache`."""
-    from sim.engine import simulate
+    from atoll.sim.engines.engine import simulate
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch("tasks.features.cache_root", lambda: cache),
+        mock.patch("atoll.learning.features.cache_root", lambda: cache),
     ):
         start = time.perf_counter()
         simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, watch=lambda *step: None)
@@ -80,7 +80,7 @@ def atoll(job: Job, cache: Path) -> float:
 
 def atoll_uncached(job: Job) -> float:
     """Seconds of a run whose worker processes, one a core, run the backbone on every batch."""
-    from sim.engine import simulate
+    from atoll.sim.engines.engine import simulate
 
     before = Job.leaves_backbone
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {UNCACHED: "1"}):
@@ -101,9 +101,9 @@ def flower(job: Job) -> float:
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
-    from sim.population import Population
-    from tasks import task_named
-    from tasks.learner import Learner
+    from atoll.learning.learner import Learner
+    from atoll.sim.population.population import Population
+    from atoll.tasks import task_named
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     client, server = ClientApp(), ServerApp()
@@ -159,10 +159,10 @@ def train_one(job_json: str, facts: dict[str, Any], tensors: Any, place: int) ->
     """
     import torch
 
-    from client.train import train_model
-    from sim.population import Population
-    from tasks import task_named
-    from tasks.learner import Learner
+    from atoll.client.training.local_sgd import train_model
+    from atoll.learning.learner import Learner
+    from atoll.sim.population.population import Population
+    from atoll.tasks import task_named
 
     torch.set_num_threads(1)
     if job_json not in _warm:

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from protocol.job import BackboneSection
-from tasks.compiled import CompiledEncoder
-from tasks.features import BATCH, extract
-from tasks.seam import Batch, Encoder, FixedBatch, Variation
-from tasks.text_encoder import load_text_encoder
-from tasks.vision_encoder import load_vision_encoder
-from tasks.weights import resolve
+from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
+from atoll.backbones.extract import BATCH, extract
+from atoll.backbones.resolve import resolve
+from atoll.backbones.text import load_text_encoder
+from atoll.backbones.vision import load_vision_encoder
+from atoll.job.job import BackboneSection
+from atoll.learning.compiled import CompiledEncoder
 
 WORDS = ("federated", "island", "lagoon", "reef", "the", "of", "and", "measures", "tide", "every", "seven")
 

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from atoll.data.classification import example_keys
+from atoll.data.dataset import Dataset
+from atoll.job.job import Job
+from atoll.sim.population.assignment import Dealt
+from atoll.sim.population.population import Population
 from benchmarks.workload import Workload
-from protocol.job import Job
-from sim.dealing import Dealt
-from sim.population import Population
-from tasks.dataset import Dataset
-from tasks.reading import example_keys
 
 
 def population_of(workload: Workload, folder: Path) -> Population:
@@ -64,8 +64,8 @@ def _backbone(folder: Path, width: int) -> Path:
 
 
 def _fill_cache(job: Job, keys: list[bytes], features: torch.Tensor) -> None:
-    from tasks import task_named
-    from tasks.learner import Learner
+    from atoll.learning.learner import Learner
+    from atoll.tasks import task_named
 
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
     cache = learner._plain.cache

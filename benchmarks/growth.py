@@ -49,10 +49,10 @@ def run_point(point: Point) -> dict[str, float]:
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from server.result import peak_rss_mb
-    from server.rounds import all_rounds, open_run
-    from server.rundir import RunDirectory
-    from sim.inline import InlineCarrier
+    from atoll.server.rounds.loop import all_rounds, open_run
+    from atoll.server.run.directory import RunDirectory
+    from atoll.server.run.result import peak_rss_mb
+    from atoll.sim.engines.inline import InlineCarrier
 
     with tempfile.TemporaryDirectory() as folder:
         population = generated(point, Path(folder))
@@ -73,12 +73,12 @@ def generated(point: Point, folder: Path):  # type: ignore[no-untyped-def]
     import pyarrow as pa
     import torch
 
+    from atoll.data.classification import example_keys
+    from atoll.data.dataset import Dataset
+    from atoll.job.job import Job
+    from atoll.sim.population.assignment import Drawn
+    from atoll.sim.population.population import Population
     from benchmarks.generated import _backbone, _fill_cache
-    from protocol.job import Job
-    from sim.dealing import Drawn
-    from sim.population import Population
-    from tasks.dataset import Dataset
-    from tasks.reading import example_keys
 
     # A wide table is a shorter one: what is offered takes 30 MB at most times two.
     offered = min(OFFERED, 8_000_000 // point.width)

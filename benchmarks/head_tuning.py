@@ -51,10 +51,10 @@ def made(rounds: int, *, uneven: bool) -> Workload:
 
 def atoll(workload: Workload, workers: int) -> Outcome:
     """Atoll's in-process engine on a population whose features are in the cache."""
+    from atoll.server.rounds.loop import all_rounds, open_run
+    from atoll.server.run.directory import RunDirectory
+    from atoll.sim.engines.inline import InlineCarrier
     from benchmarks.generated import population_of
-    from server.rounds import all_rounds, open_run
-    from server.rundir import RunDirectory
-    from sim.inline import InlineCarrier
 
     stamps = []
     with tempfile.TemporaryDirectory() as folder:

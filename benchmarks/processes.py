@@ -20,9 +20,9 @@ COUNT = 4
 
 WORKERS = """
 import os, time
-from protocol.job import Job
-from protocol.warm import import_first, worker_pool
-from tasks.imports import imports_of
+from atoll.job.job import Job
+from atoll.system.fork_server import import_first, worker_pool
+from atoll.tasks.imports import imports_of
 job = Job.parse({
     "name": "ready", "seed": 1, "task": {"name": "image-classification"}, "data": {"source": "digits"},
     "backbone": {"name": "torchvision:squeezenet1_1", "weights": "random"}, "tune": {"method": "full"},
@@ -35,7 +35,7 @@ if __name__ == "__main__":
         pool.submit(os.getpid).result()
         print(time.perf_counter() - start, flush=True)
 """
-IMPORTS = "import sim.workers, torch, torchmetrics.classification, torchvision.models"
+IMPORTS = "import atoll.sim.engines.process_pool, torch, torchmetrics.classification, torchvision.models"
 
 
 def forked() -> list[float]:

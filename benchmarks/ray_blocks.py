@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from protocol.job import Job
+from atoll.job.job import Job
 
 CLIENTS, COHORT = 1000, 200
 
@@ -44,7 +44,7 @@ def job_of(rounds: int) -> Job:
 
 def seconds_a_round(job: Job, engine: str, workers: int) -> float:
     """The median round's; the first one, in which processes start and read, is left out."""
-    from sim.engine import simulate
+    from atoll.sim.engines.engine import simulate
 
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", engine=engine, workers=workers, watch=lambda *step: None)

@@ -23,21 +23,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from protocol.child import free_port
-from protocol.job import Job
-from server.provision import provision
-from server.submit import status, submit
-from sim.population import client_names
-from sim.shards import write_shards
+from atoll.job.job import Job
+from atoll.server.deploy.provision import provision
+from atoll.server.deploy.status import status
+from atoll.server.deploy.submit import submit
+from atoll.sim.population.population import client_names
+from atoll.sim.population.write_shards import write_shards
+from atoll.system.child_process import free_port
 
 ROOT = Path(__file__).parents[1]
 STARTER = """
 import logging, sys
 from pathlib import Path
 logging.basicConfig(format="%(created)f %(message)s", level=logging.WARNING)
-logging.getLogger("client").setLevel(logging.INFO)
-from client.join import join
-from server.serve import serve
+logging.getLogger("atoll.client").setLevel(logging.INFO)
+from atoll.client.deploy.join import join
+from atoll.server.deploy.serve import serve
 if sys.argv[1] == "serve":
     serve(Path(sys.argv[2]))
 else:

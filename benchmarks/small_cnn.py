@@ -26,16 +26,16 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from atoll.job.job import Job
+from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.engines.process_pool import PooledCarrier
+from atoll.sim.population.population import Population
 from benchmarks import registered
 from benchmarks.images import Images
 from benchmarks.loop import plain_loop
 from benchmarks.networks import accuracy, network_of
 from benchmarks.turns import System, chosen, options_of, peers, report, take_turns
 from benchmarks.workload import Array, Outcome, Workload, seconds_between
-from protocol.job import Job
-from sim.inline import InlineCarrier
-from sim.population import Population
-from sim.workers import PooledCarrier
 
 CLIENTS, COHORT, EXAMPLES, BATCH, LR = 100, 10, 50, 10, 0.05
 TOLERANCE = 0.02
@@ -88,8 +88,8 @@ def job_of(folder: Path, rounds: int, threads: int, *, channels_last: bool = Fal
 
 def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **options: bool) -> Outcome:
     """Atoll's engine on the very job; several workers are processes."""
-    from server.rounds import all_rounds, open_run
-    from server.rundir import RunDirectory
+    from atoll.server.rounds.loop import all_rounds, open_run
+    from atoll.server.run.directory import RunDirectory
 
     job = job_of(folder, workload.rounds, threads, **options)
     stamps = []

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protocol.errors import InputError
-from protocol.job import Iid, Job
-from server.comparison import comparison_of, lower_is_better
-from sim.engine import simulate
+from atoll.errors import InputError
+from atoll.job.job import Iid, Job
+from atoll.report.comparison import comparison_of, lower_is_better
+from atoll.sim.engines.engine import simulate
 
 JOBS = Path(__file__).parents[1] / "jobs"
 ROWS = ("zero_shot", "local_only", "federated", "pooled")

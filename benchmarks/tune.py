@@ -27,13 +27,13 @@ from typing import Any
 import tomli_w
 
 import atoll
-from protocol.job import Job
-from server.play import unwatched
-from sim.engine import simulate
-from sim.population import Population
-from sim.search_runs import validation_metrics, without_test_set
-from sim.search_space import job_of
-from sim.sweep import Base
+from atoll.job.job import Job
+from atoll.server.run.run_job import unwatched
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.population import Population
+from atoll.sim.search.space import job_of
+from atoll.sim.search.trials import validation_metrics, without_test_set
+from atoll.sim.sweep.grid import Base
 
 ROOT = Path(__file__).parents[1]
 BAD: dict[str, Any] = {

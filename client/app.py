@@ -18,15 +18,15 @@ from typing import TypeVar
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.books import Books
-from client.memory import Memory
-from client.shards import FolderShards
-from client.site import Site
-from protocol.errors import DataError
-from protocol.flower_content import bodies_of, packed, unpacked
-from protocol.job import Job
-from protocol.kit import Budget
-from protocol.messages import decode_request, encode_reply, hello_to_json
+from atoll.client.dp.ledgers import Books
+from atoll.client.local_data import FolderShards
+from atoll.client.site import Site
+from atoll.client.state.store import Memory
+from atoll.errors import DataError
+from atoll.job.job import Job
+from atoll.kit.kit import Budget
+from atoll.protocol.flower_content import bodies_of, packed, unpacked
+from atoll.protocol.messages import decode_request, encode_reply, hello_to_json
 
 logger = logging.getLogger(__name__)
 

@@ -14,32 +14,32 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from client.books import Books
-from client.compression import compressed
-from client.discretion import discreet
-from client.examples import Examples, HeadWork
-from client.heads import Local, train_heads
-from client.imbalance import loss_by_example
-from client.memory import Memory
-from client.per_example import PerExample
-from client.personal import measured_model, train_mixture, train_own_part
-from client.private import private_training
-from client.secure import STAGES, Desk, contributions, sums
-from client.statistics import statistics
-from client.sums import head_sums
-from client.teaching import head_loss
-from client.train import train_model
-from privacy.terms import distributed_terms, terms_of
-from protocol.closed_form import STATISTICS
-from protocol.errors import BudgetExhausted, DataChanged, InputError
-from protocol.job import Job
-from protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
-from protocol.promise import places, sums_securely
-from protocol.tensors import Tensors
-from tasks import task_named
-from tasks.dataset import Dataset
-from tasks.learner import Learner
-from tasks.seam import Shard
+from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.gradient_sums import head_sums
+from atoll.client.dp.ledgers import Books
+from atoll.client.dp.poisson import private_training
+from atoll.client.dp.secure_aggregation import STAGES, Desk, contributions, sums
+from atoll.client.heads.class_imbalance import loss_by_example
+from atoll.client.heads.distillation import head_loss
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.statistics import statistics
+from atoll.client.heads.train import Local, train_heads
+from atoll.client.redaction import discreet
+from atoll.client.state.error_feedback import compressed
+from atoll.client.state.personalization import measured_model, train_mixture, train_own_part
+from atoll.client.state.store import Memory
+from atoll.client.training.local_sgd import train_model
+from atoll.data.dataset import Dataset
+from atoll.data.shard import Shard
+from atoll.errors import BudgetExhausted, DataChanged, InputError
+from atoll.job.closed_form import STATISTICS
+from atoll.job.job import Job
+from atoll.job.privacy import places, sums_securely
+from atoll.learning.learner import Learner
+from atoll.privacy.dp_plan import distributed_terms, terms_of
+from atoll.protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
+from atoll.protocol.tensors import Tensors
+from atoll.tasks import task_named
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ class Site:
             loss = loss_by_example(learner.job, learner.task.head_loss)
             values = sums(head_sums(request.tensors, examples, works, loss, private))
         else:
-            from client.model_sums import model_sums
+            from atoll.client.dp.gradient_sums import model_sums
 
             assert private is not None
             shards = {name: h.train for name, h in held.items()}
@@ -313,7 +313,7 @@ def train(
         local = replace(local_training(learner, request, private), starts=starts)
         return train_heads(request.tensors, examples, works, local)
     if private is not None:
-        from client.train_private import train_privately  # it brings in Opacus, which takes a second
+        from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second
 
         return (
             train_privately(

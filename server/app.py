@@ -26,15 +26,23 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid import http_grid
 
-from protocol.errors import DataError, InconsistentUpdates
-from protocol.flower_content import bodies_of, packed, unpacked
-from protocol.job import Job
-from protocol.messages import Failure, Hello, Reply, Request, decode_reply, encode_request, hello_from_json
-from server.checks import check_real
-from server.play import play
-from server.protection import Books
-from server.roll import Roll
-from server.testset import server_test_set
+from atoll.errors import DataError, InconsistentUpdates
+from atoll.job.job import Job
+from atoll.protocol.flower_content import bodies_of, packed, unpacked
+from atoll.protocol.messages import (
+    Failure,
+    Hello,
+    Reply,
+    Request,
+    decode_reply,
+    encode_request,
+    hello_from_json,
+)
+from atoll.server.job_checks import check_real
+from atoll.server.roster import Roll
+from atoll.server.rounds.central_dp import Books
+from atoll.server.run.run_job import play
+from atoll.server.run.test_set import server_test_set
 
 logger = logging.getLogger(__name__)
 
@@ -313,9 +321,8 @@ def speak_up() -> None:
     """Write our own log lines to standard output, which Flower carries to `atoll submit` and `logs`."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(MARK + "%(message)s"))
-    for room in ("server", "strategies", "tasks"):
-        logging.getLogger(room).addHandler(handler)
-        logging.getLogger(room).setLevel(logging.INFO)
+    logging.getLogger("atoll").addHandler(handler)
+    logging.getLogger("atoll").setLevel(logging.INFO)
 
 
 def announce(step: str, what: dict[str, Any]) -> None:

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.heads import Local, train_heads
-from client.site import Held, heads_of
-from client.teaching import head_loss
-from client.train import train_model
-from protocol.job import Job
-from protocol.messages import Update
-from protocol.tensors import Tensors
-from server.result import Baselines
-from server.rounds import Run, panel_of
-from sim.indexed import Index
-from sim.population import Population, number_of
-from tasks.seam import Shard
+from atoll.client.heads.distillation import head_loss
+from atoll.client.heads.train import Local, train_heads
+from atoll.client.site import Held, heads_of
+from atoll.client.training.local_sgd import train_model
+from atoll.data.shard import Shard
+from atoll.job.job import Job
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.loop import Run, panel_of
+from atoll.server.run.result import Baselines
+from atoll.sim.engines.simulated_site import Index
+from atoll.sim.population.population import Population, number_of
 
 
 @dataclass(frozen=True)

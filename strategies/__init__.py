@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from protocol.errors import ConfigError
-from protocol.job import StrategySection
+from atoll.errors import ConfigError
+from atoll.job.job import StrategySection
 
 if TYPE_CHECKING:
-    from strategies.seam import Strategy
+    from atoll.strategies.strategy import Strategy
 
 __all__ = ["STRATEGIES", "Entry", "build_strategy", "check_strategy"]
 
@@ -30,19 +30,19 @@ class Entry:
 
 
 def _fedavg(**keys: float) -> Strategy:
-    from strategies.fedavg import FedAvg
+    from atoll.strategies.fedavg import FedAvg
 
     return FedAvg(**keys)
 
 
 def _fedopt(step: str, **keys: float) -> Strategy:
-    from strategies import fedopt
+    from atoll.strategies import fedopt
 
     return fedopt.FedOpt(fedopt.STEPS[step], **keys)
 
 
 def _reptile(**keys: float) -> Strategy:
-    from strategies.reptile import Reptile
+    from atoll.strategies.reptile import Reptile
 
     return Reptile(**keys)
 
@@ -75,7 +75,7 @@ def check_strategy(section: StrategySection) -> None:
         ConfigError: the name is unknown, or a key has no meaning for it.
     """
     if section.name.startswith("flwr:"):
-        from strategies.flower_names import check_flower_name
+        from atoll.strategies.flower_names import check_flower_name
 
         check_flower_name(section.name.removeprefix("flwr:"))
         return
@@ -99,7 +99,7 @@ def build_strategy(section: StrategySection) -> Strategy:
     """
     check_strategy(section)
     if section.name.startswith("flwr:"):
-        from strategies.flower import FlowerStrategy
+        from atoll.strategies.flower import FlowerStrategy
 
         return FlowerStrategy.named(section.name.removeprefix("flwr:"), _given(section))
     return STRATEGIES[section.name].build(**_given(section))

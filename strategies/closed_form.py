@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from protocol.tensors import Tensors
+from atoll.protocol.tensors import Tensors
 
 ABSENT = -1e4
 """The bias of a class that no client has an example of: it is never predicted."""

@@ -14,10 +14,10 @@ from typing import cast
 
 import torch
 
-from protocol.messages import Update
-from protocol.tensors import Tensors
-from strategies.mean import moved, weighted_mean
-from strategies.seam import Plan, State
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.mean import moved, weighted_mean
+from atoll.strategies.strategy import Plan, State
 
 SecondMoment = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """(v, d, beta2) -> the next v."""

@@ -20,12 +20,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from protocol.errors import ConfigError, InconsistentUpdates
-from protocol.messages import Update
-from protocol.tensors import Tensors
-from strategies.flower_names import check_flower_name
-from strategies.mean import moved
-from strategies.seam import Plan, State, Strategy
+from atoll.errors import ConfigError, InconsistentUpdates
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.flower_names import check_flower_name
+from atoll.strategies.mean import moved
+from atoll.strategies.strategy import Plan, State, Strategy
 
 KEYS = {
     "lr": ("eta", "server_learning_rate"),

@@ -6,8 +6,8 @@ import ast
 import difflib
 from functools import cache
 
-from protocol.errors import ConfigError
-from protocol.installed import folder_of, parsed
+from atoll.errors import ConfigError
+from atoll.system.installed import folder_of, parsed
 
 BASE = "FedAvg"
 """What every strategy that a job can name is made of; wrappers of strategies aren't."""

@@ -13,10 +13,10 @@ from functools import cache
 
 import torch
 
-from protocol.cohort import StackedUpdates
-from protocol.errors import InconsistentUpdates
-from protocol.messages import Update
-from protocol.tensors import Tensors
+from atoll.errors import InconsistentUpdates
+from atoll.protocol.messages import Update
+from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.tensors import Tensors
 
 
 def weighted_mean(updates: Sequence[Update]) -> Tensors:

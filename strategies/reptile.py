@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from protocol.cohort import StackedUpdates
-from protocol.messages import Update
-from protocol.tensors import Tensors
-from strategies.mean import moved, weighted_mean
-from strategies.seam import Plan, State
+from atoll.protocol.messages import Update
+from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.mean import moved, weighted_mean
+from atoll.strategies.strategy import Plan, State
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-import protocol.warm
+import atoll.system.fork_server
 from tests.budget import RECORD, budgets
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -50,7 +50,7 @@ def _counted(server: Any) -> Any:
     return fork_server
 
 
-vars(protocol.warm)["fork_server"] = _counted(protocol.warm.fork_server)
+vars(atoll.system.fork_server)["fork_server"] = _counted(atoll.system.fork_server.fork_server)
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from atoll.versions import CPUINFO, cpu_capability
-from protocol.job import Job
-from sim.engine import simulate
+from atoll.cli.versions import CPUINFO, cpu_capability
+from atoll.job.job import Job
+from atoll.sim.engines.engine import simulate
 from tests.task_data import ready
 from tests.task_jobs import TABLES, job_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tasks.wordpieces import END, PAD, own_tokenizer, vocabulary
+from atoll.backbones.small_tokenizer import END, PAD, own_tokenizer, vocabulary
 
 
 def small_t5(folder: Path) -> Path:

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sim.sweep_runs import Crew, Piece
+from atoll.sim.sweep.runner import Crew, Piece
 
 AFTER = "ATOLL_TEST_PAUSE_AFTER"
 
 
 def main() -> None:
     """The command; it writes `paused` once $ATOLL_TEST_PAUSE_AFTER runs or trials have ended."""
-    from atoll.start import main as start
+    from atoll.cli.start import main as start
 
     work, left = Crew.work, int(os.environ[AFTER])
 

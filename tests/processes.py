@@ -19,8 +19,8 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import IO, Any
 
-from protocol.warm import import_first, start_program
-from tasks.imports import ANY
+from atoll.system.fork_server import import_first, start_program
+from atoll.tasks.imports import ANY
 
 WATCHDOG_SECONDS = 600.0
 """What nothing takes, however busy the machine is: only a hang ends a wait."""
@@ -28,10 +28,12 @@ WATCHDOG_SECONDS = 600.0
 NOWHERE = os.devnull
 
 import_first(
-    "atoll.cli", "atoll.site_verbs", "sim.engine", "sim.search_runs", "sim.shards",
-    "server.app", "server.executor", "server.serve", "server.submit", "server.report",
+    "atoll.cli.main", "atoll.cli.site", "atoll.report.page",
+    "atoll.sim.engines.engine", "atoll.sim.population.write_shards", "atoll.sim.search.trials",
+    "atoll.server.app", "atoll.server.deploy.executor", "atoll.server.deploy.serve",
+    "atoll.server.deploy.submit",
+    "atoll.client.app", "atoll.client.deploy.executor", "atoll.client.deploy.join",
     "flwr.superlink.cli.flower_superlink", "flwr.superlink.cli.flwr_serverapp",
-    "client.app", "client.executor", "client.join",
     "opacus.grad_sample", *ANY,
 )  # fmt: skip
 
@@ -91,7 +93,7 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-def atoll(*arguments: object, main: str = "atoll.start:main", **options: Any) -> Started:
+def atoll(*arguments: object, main: str = "atoll.cli.start:main", **options: Any) -> Started:
     """A verb of the command line in a process of its own, through the command's real entry point.
 
     Another `main` (`module:function`) may change something before it calls that.

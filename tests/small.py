@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from protocol.job import Job
-from tasks.png import grey_png
-from tasks.seam import Shard
+from atoll.data.shard import Shard
+from atoll.datasets.synthetic.png import grey_png
+from atoll.job.job import Job
 
 
 def image_job(backbone: str, **tables: object) -> Job:

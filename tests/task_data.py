@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from protocol.job import Job
-from tasks import task_named
-from tasks.generated.questions import generated_questions
-from tasks.generated.shapes import generated_shapes
-from tasks.generated.street import generated_street
+from atoll.datasets.synthetic.questions import generated_questions
+from atoll.datasets.synthetic.shapes import generated_shapes
+from atoll.datasets.synthetic.street import generated_street
+from atoll.job.job import Job
+from atoll.tasks import task_named
 from tests.federation.news import news_file
 from tests.test_backbones import tiny_bert
 from tests.test_medical import scans

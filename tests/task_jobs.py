@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from protocol.job import Job
+from atoll.job.job import Job
 
 COMMON: dict[str, Any] = {
     "seed": 11,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy.accounting import Release, calibrate, epsilon, epsilon_rdp, together, within
+from atoll.privacy.accounting import Release, calibrate, epsilon, epsilon_rdp, together, within
 
 TABLE = [
     # noise multiplier, sampling rate, releases, delta, epsilon by PLD on a refined grid

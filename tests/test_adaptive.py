@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from privacy.adaptive import multiplier_of_sum, next_norm, noised_fraction
+from atoll.privacy.adaptive_clipping import multiplier_of_sum, next_norm, noised_fraction
 
 
 @pytest.mark.parametrize("start", [0.1, 10.0])

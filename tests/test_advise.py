@@ -11,13 +11,13 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
 import atoll
-from atoll.cli import run as command_line
-from protocol.job import Job
-from sim.advice import Sample, advise, candidates_here, probe_accuracy, sampled
-from sim.logme import logme
-from sim.population import Population
-from tasks import task_named
-from tasks.learner import Learner
+from atoll.cli.main import run as command_line
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.sim.population.population import Population
+from atoll.sim.search.backbone_ranking import Sample, advise, candidates_here, probe_accuracy, sampled
+from atoll.sim.search.logme import logme
+from atoll.tasks import task_named
 from tests.test_tune import base_of, job_file, job_of
 
 

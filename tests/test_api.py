@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import atoll
-from server.rundir import job_toml
-from sim.engine import simulate
+from atoll.server.run.directory import job_toml
+from atoll.sim.engines.engine import simulate
 from tests.test_cli import DIGITS
 from tests.test_simulation import unwatched
 
@@ -37,8 +37,8 @@ def test_a_run_has_the_bits_of_the_engine_and_tells_what_it_found(run: atoll.Run
 
 
 def test_a_run_predicts(run: atoll.Run, tmp_path: Path) -> None:
-    from tasks.images import image_bytes
-    from tasks.sources import load_source
+    from atoll.data.images import image_bytes
+    from atoll.datasets.registry import load_source
 
     picture = tmp_path / "one.png"
     picture.write_bytes(image_bytes(load_source("digits")["train"].slice(0, 1).to_pylist()[0]["image"]))

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from client.at_once import train_at_once
-from client.train import train_model
-from protocol.job import Job
-from sim.engine import path_taken, simulate
-from sim.population import Population
-from tasks import task_named
-from tasks.learner import Learner
-from tasks.seam import Shard
+from atoll.client.training.local_sgd import train_model
+from atoll.client.training.vmap import train_at_once
+from atoll.data.shard import Shard
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.sim.engines.engine import path_taken, simulate
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.test_backbones import tiny_bert
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, norm
 from sklearn.metrics import roc_auc_score
 
-from privacy.accounting import Release, epsilon, profile
-from privacy.audit import (
+from atoll.privacy.accounting import Release, epsilon, profile
+from atoll.privacy.auditing.epsilon_bounds import (
     Family,
     Guesses,
     Inverse,
@@ -25,7 +25,7 @@ from privacy.audit import (
     profile_inverse,
     refutes,
 )
-from privacy.membership import area, clopper_pearson, epsilon_of_rates, log_ratios, rate_at
+from atoll.privacy.auditing.membership import area, clopper_pearson, epsilon_of_rates, log_ratios, rate_at
 
 RESPONSE = 1 / (1 + math.exp(-1.0))
 """How often randomized response of epsilon 1 tells the truth."""

@@ -12,31 +12,31 @@ import numpy as np
 import pytest
 import torch
 
-from atoll.cli import run as command_line
-from client.examples import HeadWork
-from client.heads import Local, train_heads
-from client.layers import LOSSES
-from client.per_example import PerExample, factors
-from privacy.accounting import epsilon
-from privacy.clipping import clipped_sum
-from privacy.membership import area
-from privacy.noise import Lattice
-from privacy.terms import terms_of
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.messages import Update
-from protocol.tensors import Tensors, tensors_sha256
-from server.checks import check_real
-from server.report_audit import what_the_audit_found
-from server.rundir import job_toml
-from server.sampling import sample
-from sim.audit import FEWEST, Audit, audited, canaries_for
-from sim.canary_clients import CanaryClients
-from sim.canary_examples import CanaryFeatures, carrier_with, owners
-from sim.canary_mislabelled import Mislabelled, MislabelledIndex
-from sim.indexed import Index
-from sim.population import Population, client_names
-from sim.replay import Canaries, Seen, job_to_replay, replayed
+from atoll.cli.main import run as command_line
+from atoll.client.dp.dp_sgd import PerExample, factors
+from atoll.client.heads.feature_table import HeadWork
+from atoll.client.heads.layers import LOSSES
+from atoll.client.heads.train import Local, train_heads
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.privacy.accounting import epsilon
+from atoll.privacy.auditing.membership import area
+from atoll.privacy.clipping import clipped_sum
+from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.noise import Lattice
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors, tensors_sha256
+from atoll.report.audit import what_the_audit_found
+from atoll.server.job_checks import check_real
+from atoll.server.rounds.cohort import sample
+from atoll.server.run.directory import job_toml
+from atoll.sim.audit.audit import FEWEST, Audit, audited, canaries_for
+from atoll.sim.audit.client_canaries import CanaryClients
+from atoll.sim.audit.example_canaries import CanaryFeatures, carrier_with, owners
+from atoll.sim.audit.mislabelled_canaries import Mislabelled, MislabelledIndex
+from atoll.sim.audit.replay import Canaries, Seen, job_to_replay, replayed
+from atoll.sim.engines.simulated_site import Index
+from atoll.sim.population.population import Population, client_names
 from tests.test_private_runs import job, run
 
 pytestmark = pytest.mark.slow
@@ -107,11 +107,11 @@ def unclipped_factors(values: Any, each: Any, share: torch.Tensor, private: PerE
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_audit_notices_that_nobody_clips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("privacy.central.clipped_sum", unclipped_sum)
-    for room in ("sim.canary_clients", "client.secure"):
+    monkeypatch.setattr("atoll.privacy.central.clipped_sum", unclipped_sum)
+    for room in ("atoll.sim.audit.client_canaries", "atoll.client.dp.secure_aggregation"):
         monkeypatch.setattr(f"{room}.clipped", lambda numbers, clipping_norm: numbers)
-    monkeypatch.setattr("client.heads.factors", unclipped_factors)
-    monkeypatch.setattr("client.sums.factors", unclipped_factors)
+    monkeypatch.setattr("atoll.client.heads.train.factors", unclipped_factors)
+    monkeypatch.setattr("atoll.client.dp.gradient_sums.factors", unclipped_factors)
     setting = job(SETTINGS[name], federation=ONCE, data=EVERYBODY)
     assert attacked(setting, Audit(canaries=2000))["contradicted"]
 

@@ -9,12 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from client.train import variation
-from protocol.errors import ConfigError
-from protocol.job import BackboneSection, Job
-from protocol.streams import stream
-from tasks import task_named
-from tasks.augment import (
+from atoll.backbones.augmentation import (
     DROPPED,
     IMAGE_AUGMENTATIONS,
     crop_frame,
@@ -23,11 +18,16 @@ from tasks.augment import (
     jittered,
     varied_image,
 )
-from tasks.learner import Learner
-from tasks.seam import Encoder, Variation
-from tasks.text_encoder import load_text_encoder
-from tasks.vision_encoder import load_vision_encoder
-from tasks.weights import resolve
+from atoll.backbones.encoder import Encoder, Variation
+from atoll.backbones.resolve import resolve
+from atoll.backbones.text import load_text_encoder
+from atoll.backbones.vision import load_vision_encoder
+from atoll.client.training.local_sgd import variation
+from atoll.errors import ConfigError
+from atoll.job.job import BackboneSection, Job
+from atoll.learning.learner import Learner
+from atoll.protocol.random_streams import stream
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.test_backbones import tiny_bert
 
@@ -152,7 +152,7 @@ def test_the_draws_of_a_training_batch_depend_on_seed_round_client_and_batch() -
 
 def test_training_on_augmented_batches_leaves_the_frozen_backbone_as_it_is() -> None:
     """MobileNetV2 has batch norms, whose statistics would move in training mode."""
-    from client.train import train_model
+    from atoll.client.training.local_sgd import train_model
 
     job = image_job("mobilenet_v2", train={"augment": ["flip", "color"], "batch_size": 4})
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
@@ -169,7 +169,7 @@ def test_training_on_augmented_batches_leaves_the_frozen_backbone_as_it_is() -> 
 
 
 def test_a_view_is_drawn_evenly_from_the_clients_stream() -> None:
-    from client.batches import view_numbers
+    from atoll.client.training.batches import view_numbers
 
     drawn = view_numbers(3, np.arange(200, dtype=np.uint64), 150)
     assert drawn.shape == (200, 150)
@@ -180,10 +180,10 @@ def test_a_view_is_drawn_evenly_from_the_clients_stream() -> None:
 
 def test_a_head_trains_on_the_views_that_its_streams_draw() -> None:
     """The oracle: one table without views whose rows are, in each epoch, those of the drawn view."""
-    from client.batches import batches, epoch_seeds, view_numbers
-    from client.examples import Examples, HeadWork
-    from client.heads import Local, train_heads
-    from client.layers import LOSSES
+    from atoll.client.heads.feature_table import Examples, HeadWork
+    from atoll.client.heads.layers import LOSSES
+    from atoll.client.heads.train import Local, train_heads
+    from atoll.client.training.batches import batches, epoch_seeds, view_numbers
 
     job = image_job("squeezenet1_1", train={"lr": 0.1, "batch_size": 4, "epochs": 2})
     g = torch.Generator().manual_seed(0)

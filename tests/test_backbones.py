@@ -14,18 +14,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchvision import models
 
-from protocol.errors import ConfigError, WeightsError
-from protocol.job import BackboneSection
-from tasks import task_named
-from tasks.compiled import CompiledEncoder
-from tasks.features import BATCH, cache_key, extract
-from tasks.fits import check_fits
-from tasks.loading import load_weights
-from tasks.seam import Encoder
-from tasks.text_encoder import load_text_encoder
-from tasks.torchvision_models import TorchvisionKind, published_weights, torchvision_names
-from tasks.vision_encoder import load_vision_encoder, torchvision_trunk, torchvision_width
-from tasks.weights import resolve
+from atoll.backbones.checkpoint import load_weights
+from atoll.backbones.encoder import Encoder
+from atoll.backbones.extract import BATCH, extract
+from atoll.backbones.resolve import resolve
+from atoll.backbones.text import load_text_encoder
+from atoll.backbones.torchvision_models import TorchvisionKind, published_weights, torchvision_names
+from atoll.backbones.vision import load_vision_encoder, torchvision_trunk, torchvision_width
+from atoll.errors import ConfigError, WeightsError
+from atoll.job.job import BackboneSection
+from atoll.learning.compatibility import check_fits
+from atoll.learning.compiled import CompiledEncoder
+from atoll.learning.features import cache_key
+from atoll.tasks import task_named
 from tests.processes import python
 from tests.small import grey_png_shard, image_job
 
@@ -281,11 +282,11 @@ def test_a_compiled_encoder_gives_the_same_bits_in_another_process(tmp_path: Pat
     script = (
         "import sys, torch\n"
         "from safetensors.torch import save_file\n"
-        "from protocol.job import BackboneSection\n"
-        "from tasks.compiled import CompiledEncoder\n"
-        "from tasks.features import extract\n"
-        "from tasks.vision_encoder import load_vision_encoder\n"
-        "from tasks.weights import resolve\n"
+        "from atoll.job.job import BackboneSection\n"
+        "from atoll.learning.compiled import CompiledEncoder\n"
+        "from atoll.backbones.extract import extract\n"
+        "from atoll.backbones.vision import load_vision_encoder\n"
+        "from atoll.backbones.resolve import resolve\n"
         "from tests.small import grey_png_shard\n"
         "section = BackboneSection(name='torchvision:squeezenet1_1', weights='random', image_size=32,\n"
         "                          channels_last=True, compile=True)\n"

@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from protocol.errors import DataError
-from tasks.columns import Columns
-from tasks.images import image_bytes
-from tasks.reading import Table, example_keys, inspect, read_images, read_texts
+from atoll.data.classification import Table, example_keys, inspect, read_images, read_texts
+from atoll.data.columns import Columns
+from atoll.data.images import image_bytes
+from atoll.errors import DataError
 
 Make = Callable[[Path], Path]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from protocol.tensors import Tensors, tensors_sha256
-from protocol.warm import worker_pool
-from sim.board import Board, Layout, can_share
+from atoll.protocol.tensors import Tensors, tensors_sha256
+from atoll.sim.engines.shared_memory import Board, Layout, can_share
+from atoll.system.fork_server import worker_pool
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this system has no memory to share")
 

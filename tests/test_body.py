@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.errors import ConfigError, WeightsError
-from protocol.job import BackboneSection, Job
-from sim.engine import simulate
-from tasks.learner import Learner
-from tasks.loading import load_weights
-from tasks.weights import resolve
+from atoll.backbones.checkpoint import load_weights
+from atoll.backbones.resolve import resolve
+from atoll.errors import ConfigError, WeightsError
+from atoll.job.job import BackboneSection, Job
+from atoll.learning.learner import Learner
+from atoll.sim.engines.engine import simulate
 from tests.test_simulation import unwatched
 from tests.test_small_pictures import job_of, learner_of
 

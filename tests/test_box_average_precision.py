@@ -11,7 +11,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tasks.metrics.boxes import BoxAveragePrecision, greedy_matches, overlaps
+from atoll.tasks.detection.metrics import BoxAveragePrecision, greedy_matches, overlaps
 from tests.adding import split, value_of
 
 CLASSES = 3

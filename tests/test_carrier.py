@@ -13,11 +13,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from protocol.flower_content import bodies_of, packed
-from protocol.job import Job
-from protocol.messages import Hello, Measurement, Request, encode_reply, hello_to_json
-from server import app
-from server.app import FlowerCarrier
+from atoll.job.job import Job
+from atoll.protocol.flower_content import bodies_of, packed
+from atoll.protocol.messages import Hello, Measurement, Request, encode_reply, hello_to_json
+from atoll.server import app
+from atoll.server.app import FlowerCarrier
 from tests.clock import TurnedClock
 
 NODE = 7

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from privacy.accounting import Release
-from privacy.central import CentralGaussian
-from privacy.clipping import clipped_sum
-from privacy.noise import entropy, seeded
-from protocol.errors import BudgetExhausted
-from protocol.messages import Update
-from protocol.tensors import Tensors
+from atoll.errors import BudgetExhausted
+from atoll.privacy.accounting import Release
+from atoll.privacy.central import CentralGaussian
+from atoll.privacy.clipping import clipped_sum
+from atoll.privacy.noise import entropy, seeded
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors
 
 MODEL: Tensors = {"b": torch.zeros(3), "a": torch.zeros(2, 2)}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from protocol.errors import ConfigError, JobError
-from server import checkpoint
-from server.checkpoint import Checkpoint, Keeper, latest, save
+from atoll.errors import ConfigError, JobError
+from atoll.server.run import checkpoint
+from atoll.server.run.checkpoint import Checkpoint, Keeper, latest, save
 from tests.processes import python, watched
 
 

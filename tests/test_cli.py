@@ -23,19 +23,20 @@ import pytest
 import tomli_w
 import torch
 
-from atoll import __version__, versions
-from atoll.catalogue import CATALOGUE
-from atoll.cli import app
-from atoll.cli import run as command_line
-from atoll.usage import verbs_of
-from atoll.versions import cpu_capability
-from client.shards import FolderShards
-from protocol.errors import ConfigError
-from protocol.job import Job
-from server.rundir import RunDirectory
-from sim.population import Population
-from tasks import task_named
-from tasks.reading import example_keys
+from atoll import __version__
+from atoll.cli import versions
+from atoll.cli.listing import CATALOGUE
+from atoll.cli.main import app
+from atoll.cli.main import run as command_line
+from atoll.cli.usage import verbs_of
+from atoll.cli.versions import cpu_capability
+from atoll.client.local_data import FolderShards
+from atoll.data.classification import example_keys
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.server.run.directory import RunDirectory
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from tests.processes import WATCHDOG_SECONDS, atoll, python, wait_until
 from tests.test_backbones import tiny_bert
 from tests.test_bad_data import CASES, Case, as_nobody, encoded, noise, png, snapshot
@@ -847,7 +848,7 @@ def test_a_bug_of_ours_is_one_line_too(say: Say, monkeypatch: pytest.MonkeyPatch
 
 
 def test_progress_in_a_pipe_comes_every_so_often(capsys: pytest.CaptureFixture[str]) -> None:
-    from atoll.show import Lines
+    from atoll.cli.display import Lines
 
     gauge = Lines(every=1000)
     for done in range(1, 6):

@@ -14,17 +14,17 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
-from client.site import Site
-from protocol.closed_form import STATISTICS, form_of
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.messages import Failure, Measurement, Reply, Request
-from protocol.tensors import Tensors
-from server.closed_form import screen_statistics, statistics_size
-from sim.inline import InlineCarrier
-from sim.population import Population
-from strategies import closed_form
-from tasks.learner import added
+from atoll.client.site import Site
+from atoll.errors import ConfigError
+from atoll.job.closed_form import STATISTICS, form_of
+from atoll.job.job import Job
+from atoll.learning.learner import added
+from atoll.protocol.messages import Failure, Measurement, Reply, Request
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.closed_form import screen_statistics, statistics_size
+from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.population.population import Population
+from atoll.strategies import closed_form
 from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_simulation import job, run
@@ -145,8 +145,8 @@ def test_later_rounds_train_from_the_formed_head_and_resume_to_the_same_bits(tmp
                 raise Stopped
             return super().exchange(request, names, timeout)
 
-    from server.play import play
-    from sim.engine import warmed
+    from atoll.server.run.run_job import play
+    from atoll.sim.engines.engine import warmed
 
     population = Population.of(setting)
     with pytest.raises(Stopped):
@@ -218,7 +218,7 @@ def test_where_a_closed_form_makes_no_sense_it_is_refused_by_name(tables: dict[s
 
 
 def test_a_task_without_classes_on_features_refuses_it(tmp_path: Path) -> None:
-    from server.play import check_job
+    from atoll.server.run.run_job import check_job
 
     base = ready(job_of("forecasting", "head"), tmp_path)
     with pytest.raises(ConfigError, match=r"tune\.head_init: forecasting has no head of classes"):

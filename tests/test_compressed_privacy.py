@@ -15,24 +15,24 @@ import pytest
 import torch
 from safetensors.torch import load
 
-import client.compression
-import client.site
-import protocol.compression
-import server.decompression
-from client.compression import ERROR
-from client.memory import Memory
-from client.site import Site
-from privacy import detectors
-from privacy.detectors import Detected, adversaries
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.messages import Request, Update
-from server.play import play
-from server.screen import Screened, screen
-from sim.engine import simulate, warmed
-from sim.inline import InlineCarrier
-from sim.population import Population
+import atoll.client.site
+from atoll.client.site import Site
+from atoll.client.state import error_feedback
+from atoll.client.state.error_feedback import ERROR
+from atoll.client.state.store import Memory
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.protocol import compression
+from atoll.protocol.messages import Request, Update
+from atoll.server.rounds import decompression
+from atoll.server.rounds.validation import Screened, screen
+from atoll.server.run.run_job import play
+from atoll.sim.engines.engine import simulate, warmed
+from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.population.population import Population
+from tests import detectors
 from tests import watchdogs as w
+from tests.detectors import Detected, adversaries
 
 SCHEMES = ("fp16", "int8", "int4", "top-k")
 STATES = {"train_loss.sum": torch.tensor(1.0).double(), "train_loss.count": torch.tensor(2.0).double()}
@@ -48,12 +48,12 @@ def job(scheme: str, privacy: dict[str, Any], **federation: Any) -> Job:
 def arrived(updates: Sequence[Update], scheme: str) -> Screened:
     """What the server has of those updates, whose clients remember more than they may ever contribute."""
     setting, memory = job(scheme, w.clients()), Memory()
-    numbers = protocol.compression.numbers_of(w.MODEL)
+    numbers = compression.numbers_of(w.MODEL)
     request = Request("train", setting.canonical, setting.hash, 1, {}, w.MODEL, run="r")
     memory.keep("r", 0, {u.client: {ERROR: torch.full((numbers,), 50.0)} for u in updates})
     told = [replace(u, states=STATES, num_examples=1) for u in updates]
-    sent = client.compression.compressed(iter(told), request, setting, memory)
-    whole = server.decompression.decompressed(sent, setting, w.MODEL)
+    sent = error_feedback.compressed(iter(told), request, setting, memory)
+    whole = decompression.decompressed(sent, setting, w.MODEL)
     return screen(whole, [u.client for u in updates], w.MODEL, 1, blind=True)
 
 
@@ -105,7 +105,7 @@ def feedback_at_the_server(patch: pytest.MonkeyPatch) -> None:
 
 def sizes_by_values(patch: pytest.MonkeyPatch) -> None:
     """Only what isn't zero is sent, so that a message's size tells of the data."""
-    original = client.compression.compressed
+    original = error_feedback.compressed
 
     def compressed(updates: Any, request: Any, setting: Any, memory: Any) -> Any:
         for update in original(updates, request, setting, memory):
@@ -113,14 +113,14 @@ def sizes_by_values(patch: pytest.MonkeyPatch) -> None:
             short = {name: t[: len(t) // 2] for name, t in update.delta.items()}
             yield replace(update, delta=short) if large else update
 
-    patch.setattr(client.compression, "compressed", compressed)
+    patch.setattr(error_feedback, "compressed", compressed)
 
 
 def looks_at_values(patch: pytest.MonkeyPatch) -> None:
     """An update that isn't finite is set aside by name."""
-    original = server.decompression._whole
+    original = decompression._whole
     patch.setattr(
-        server.decompression,
+        decompression,
         "_whole",
         lambda reply, how, model, blind: original(reply, how, model, blind=False),
     )
@@ -177,7 +177,7 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
         told = private.told([owner])
         return told[0][0], {key: value[0] for key, value in told[1].items()}
 
-    patch.setattr(client.site, "train", noised)
+    patch.setattr(atoll.client.site, "train", noised)
     found: list[Any] = []
     for round in (1, 2, 3):
         request = Request("train", setting.canonical, setting.hash, round, facts, model, run="r")
@@ -207,7 +207,7 @@ def test_a_feedback_that_knows_more_than_the_noised_update_is_found(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the error were taken before the noise was added: something of the client's own gets in."""
-    original = client.site.compressed
+    original = atoll.client.site.compressed
 
     def leaking(updates: Any, request: Request, setting: Job, memory: Memory) -> Any:
         population = Population.of(setting)
@@ -220,7 +220,7 @@ def test_a_feedback_that_knows_more_than_the_noised_update_is_found(
                 state = memory.before("r", update.client, request.round + 1)
                 memory.keep("r", request.round, {update.client: state | {"own": torch.tensor(own)}})
 
-    monkeypatch.setattr(client.site, "compressed", leaking)
+    monkeypatch.setattr(atoll.client.site, "compressed", leaking)
     with pytest.raises(Detected):
         messages_and_memory_follow_from_noised_updates("int8", monkeypatch)
 
@@ -258,7 +258,7 @@ def test_private_runs_have_the_same_bits_at_once_and_one_by_one(tmp_path: Path, 
 def test_expected_bytes_hide_who_took_part(tmp_path: Path) -> None:
     setting = job("int8", w.clients(seeded_noise=True), clients=4, cohort_rate=0.5)
     result = simulate(setting, tmp_path / "r", watch=lambda *step: None, report=False)
-    size = protocol.compression.Compression("int8", 1930).bytes  # ten classes of 192 numbers, and biases
+    size = compression.Compression("int8", 1930).bytes  # ten classes of 192 numbers, and biases
     assert [line["bytes_up"] for line in result["rounds"]] == [2 * size, 4 * size, 6 * size]
 
 

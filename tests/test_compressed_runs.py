@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-import client.compression
-from client.memory import Memory
-from protocol.cohort import stacked
-from protocol.compression import Compression, compress, decompress, flat
-from protocol.errors import DataError
-from protocol.job import Job
-from protocol.messages import Request, Update, encode_reply
-from server.play import play
-from server.report_words import what_it_cost
-from server.rundir import job_toml
-from sim.engine import simulate, warmed
-from sim.inline import InlineCarrier
-from sim.population import Population
+from atoll.client.state import error_feedback
+from atoll.client.state.store import Memory
+from atoll.errors import DataError
+from atoll.job.job import Job
+from atoll.protocol.compression import Compression, compress, decompress, flat
+from atoll.protocol.messages import Request, Update, encode_reply
+from atoll.protocol.stacked_updates import stacked
+from atoll.report.text import what_it_cost
+from atoll.server.run.directory import job_toml
+from atoll.server.run.run_job import play
+from atoll.sim.engines.engine import simulate, warmed
+from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.population.population import Population
 from tests.small import few_pictures
 from tests.test_simulation import job, kill_after, run
 
@@ -136,7 +136,7 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_learnt(tmp_path: P
     run_name = next(iter(carrier.site.memory._held))[0]
     left = torch.stack(
         [
-            carrier.site.memory.before(run_name, name, 4)[client.compression.ERROR]
+            carrier.site.memory.before(run_name, name, 4)[error_feedback.ERROR]
             for name in population.names(plain)
         ]
     )
@@ -277,13 +277,13 @@ def test_an_update_that_is_not_finite_is_set_aside_and_does_not_spoil_memory(sch
         request = Request("train", setting.canonical, setting.hash, round, {}, model, run="r")
         delta = {"w": torch.full((20, 20), 0.3) + torch.eye(20) * 0.7}
         delta["w"][3, 3] = value
-        [update] = client.compression.compressed([Update("a", round, delta, 1)], request, setting, memory)
+        [update] = error_feedback.compressed([Update("a", round, delta, 1)], request, setting, memory)
         return {name: tensor.unsqueeze(0) for name, tensor in update.delta.items()}
 
     sent(1, 0.1)
-    before = memory.before("r", "a", 2)[client.compression.ERROR]
+    before = memory.before("r", "a", 2)[error_feedback.ERROR]
     assert not torch.isfinite(decompress(sent(2, float("nan")), how)).any()
-    assert torch.equal(memory.before("r", "a", 3)[client.compression.ERROR], before)
+    assert torch.equal(memory.before("r", "a", 3)[error_feedback.ERROR], before)
     assert torch.isfinite(decompress(sent(3, 0.2), how)).all()
 
 
@@ -292,13 +292,13 @@ def test_the_first_rounds_message_is_the_plain_compression_of_the_update() -> No
     model = {"w": torch.zeros(20, 20)}
     request = Request("train", setting.canonical, setting.hash, 1, {}, model, run="r")
     delta = {"w": torch.randn(20, 20, generator=torch.Generator().manual_seed(5))}
-    [update] = client.compression.compressed([Update("a", 1, delta, 1)], request, setting, Memory())
+    [update] = error_feedback.compressed([Update("a", 1, delta, 1)], request, setting, Memory())
     expected = compress(delta["w"].reshape(1, -1), Compression("int8", 400))
     assert all(torch.equal(update.delta[name], expected[name][0]) for name in expected)
 
 
 def test_worker_processes_without_a_place_for_memory_are_refused() -> None:
-    from sim.workers import PooledCarrier
+    from atoll.sim.engines.process_pool import PooledCarrier
 
     with pytest.raises(ValueError, match="expected the run's directory"):
         PooledCarrier(Population.of(compressed("int8")), 2)

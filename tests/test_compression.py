@@ -12,7 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.compression import (
+from atoll.errors import ConfigError
+from atoll.job.federation import Scheme
+from atoll.job.job import Job
+from atoll.protocol.compression import (
     BLOCK,
     LEVELS,
     Compression,
@@ -27,13 +30,10 @@ from protocol.compression import (
     quantised,
     unsound,
 )
-from protocol.errors import ConfigError
-from protocol.federation import Scheme
-from protocol.job import Job
-from protocol.messages import Reply, Update, decode_reply, encode_reply
-from protocol.tensors import Tensors
-from server.decompression import decompressed
-from server.screen import screen
+from atoll.protocol.messages import Reply, Update, decode_reply, encode_reply
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.decompression import decompressed
+from atoll.server.rounds.validation import screen
 
 SCHEMES: tuple[Scheme, ...] = ("fp16", "int8", "int4", "top-k")
 VALUES = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=400)
@@ -299,7 +299,7 @@ def test_a_claim_of_terabytes_takes_no_memory() -> None:
     import json
     import struct
 
-    from protocol.errors import DataError
+    from atoll.errors import DataError
 
     head, _ = encode_reply(message("int8"))
     table = json.dumps(

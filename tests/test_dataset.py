@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.dataset import Dataset
+from atoll.data.dataset import Dataset
 
 COLUMNS: dict[str, list[Any]] = {
     "text": [f"text {i}" for i in range(700)],

@@ -11,15 +11,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from client.train import train_model
-from protocol.errors import ConfigError, DataError, WeightsError
-from protocol.job import DataSection, Job
-from tasks import task_named
-from tasks.dataset import Dataset
-from tasks.detection import DETECTION
-from tasks.learner import Learner, added
-from tasks.png import rgb_png
-from tasks.seam import Shard
+from atoll.client.training.local_sgd import train_model
+from atoll.data.dataset import Dataset
+from atoll.data.shard import Shard
+from atoll.datasets.synthetic.png import rgb_png
+from atoll.errors import ConfigError, DataError, WeightsError
+from atoll.job.job import DataSection, Job
+from atoll.learning.learner import Learner, added
+from atoll.tasks import task_named
+from atoll.tasks.detection.task import DETECTION
 
 DATA = DataSection(source="./here")
 FACTS = {"classes": ["square"], "most": 1}

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protocol.errors import ConfigError, InconsistentUpdates
-from protocol.job import Job
-from server.checks import check_real
-from server.clock import Call
-from sim.devices import Profile, VirtualClock, turnout
-from sim.engine import simulate
-from sim.population import client_names
+from atoll.errors import ConfigError, InconsistentUpdates
+from atoll.job.job import Job
+from atoll.server.job_checks import check_real
+from atoll.server.rounds.participation import Call
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.devices import Profile, VirtualClock, turnout
+from atoll.sim.population.population import client_names
 from tests.test_simulation import DIGITS, unwatched
 
 

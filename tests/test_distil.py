@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import atoll
-from atoll.cli import run
-from sim.engine import simulate
+from atoll.cli.main import run
+from atoll.sim.engines.engine import simulate
 from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_simulation import unwatched

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import atoll
-from atoll import export_verbs
-from atoll.cli import run
+from atoll.backbones.encoder import Model
+from atoll.cli import export
+from atoll.cli.main import run
+from atoll.sim.engines.engine import simulate
 from atoll.trained import trained
-from sim.engine import simulate
-from tasks.seam import Model
 from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_simulation import unwatched
@@ -140,7 +140,7 @@ def test_safetensors_hold_the_whole_model_without_factors(runs: Path) -> None:
 def test_a_metric_that_falls_too_far_leaves_nothing(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = export_verbs.written
+    written = export.written
 
     def spoilt(*arguments: object) -> Model:
         model = written(*arguments)  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def test_a_metric_that_falls_too_far_leaves_nothing(
             p.data.zero_()
         return model
 
-    monkeypatch.setattr(export_verbs, "written", spoilt)
+    monkeypatch.setattr(export, "written", spoilt)
     folder = runs / "spoilt"
     line = ["export", str(runs / "segmentation-run"), "--format", "safetensors", "--out", str(folder)]
     assert run([*line, "--max-drop", "0.001"]) == 1

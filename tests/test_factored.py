@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from client import factored as module
-from client.factored import factored
-from protocol.job import Job
+from atoll.client.training import factored_sgd as module
+from atoll.client.training.factored_sgd import factored
+from atoll.job.job import Job
 from tests.small import image_job
 
 LR = 0.1

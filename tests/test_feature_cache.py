@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from protocol.errors import InputError
-from tasks import feature_cache
-from tasks.feature_cache import MOST_SMALL, FeatureCache
-from tasks.features import plain_view, processor
-from tasks.weights import resolve
+from atoll.backbones.resolve import resolve
+from atoll.errors import InputError
+from atoll.learning import feature_cache
+from atoll.learning.feature_cache import MOST_SMALL, FeatureCache
+from atoll.learning.features import plain_view, processor
 from tests.processes import python
 from tests.small import image_job
 
@@ -98,7 +98,7 @@ def test_a_cache_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
     script = (
         "import hashlib, sys\n"
         "from pathlib import Path\n"
-        "from tasks.feature_cache import FeatureCache\n"
+        "from atoll.learning.feature_cache import FeatureCache\n"
         "def held(): return int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
         "cache, key = FeatureCache(Path(sys.argv[1])), hashlib.sha256(b'77').digest()\n"
         "before = held()\n"
@@ -222,7 +222,7 @@ WRITER = """
 import hashlib, sys
 from pathlib import Path
 import torch
-from tasks.feature_cache import FeatureCache
+from atoll.learning.feature_cache import FeatureCache
 cache = FeatureCache(Path(sys.argv[1]))
 for number in range(int(sys.argv[2]), 10**6):
     row = torch.full((1, 5), float(number)) + torch.arange(5) / 8

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from client.adapting import adapted
-from client.site import Site
-from protocol.cohort import stacked
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.messages import Request, Update
-from sim.indexed import Index
-from sim.population import Population
-from strategies.reptile import Reptile
-from tasks import task_named
-from tasks.learner import Learner
+from atoll.client.site import Site
+from atoll.client.training.local_adaptation import adapted
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Request, Update
+from atoll.protocol.stacked_updates import stacked
+from atoll.sim.engines.simulated_site import Index
+from atoll.sim.population.population import Population
+from atoll.strategies.reptile import Reptile
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.task_data import ready
 from tests.task_jobs import job_of
@@ -48,7 +48,7 @@ def test_an_adapted_head_is_the_one_of_torchs_loop_stopped_after_as_many_steps(s
     shard, head = index.whole.select(train.tolist()), learner.initial()
     request = Request("evaluate", learner.job.canonical, learner.job.hash, 4, learner.facts, head)
     found = adapted(learner, request, "client-0001", shard, steps)
-    from client.batches import batches
+    from atoll.client.training.batches import batches
 
     longer = learner.job.model_copy(update={"train": learner.job.train.model_copy(update={"epochs": 9})})
     weight, bias = (head[f"head.{name}"].clone().requires_grad_() for name in ("weight", "bias"))
@@ -71,7 +71,7 @@ def test_an_adapted_network_took_as_many_steps_by_autograd() -> None:
     shard, first = grey_png_shard(8, classes=2), learner.initial()
     request = Request("evaluate", setting.canonical, setting.hash, 1, facts, first)
     two = adapted(learner, request, "c", shard, 2)
-    from client.train import train_model
+    from atoll.client.training.local_sgd import train_model
 
     epoch = train_model(learner, first, shard, setting, client="c", round=2, plan={})  # of 8 / 4 steps
     assert all(torch.equal(two[n], first[n] + d) for n, d in epoch.delta.items())
@@ -140,7 +140,7 @@ def test_where_nobody_could_adapt_it_is_refused_by_name(tables: dict[str, Any], 
 
 
 def test_shots_are_refused_where_examples_are_promised_privacy_or_have_no_class(tmp_path: Path) -> None:
-    from server.play import check_job
+    from atoll.server.run.run_job import check_job
 
     promise = {"unit": "example", "epsilon": 1.0, "delta": 1e-4, "sampling_rate": 0.1}
     with pytest.raises(ConfigError, match=r"data\.shots: .* expected none with privacy\.unit = 'example'"):

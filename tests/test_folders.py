@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from protocol.errors import WeightsError
-from protocol.job import Job
-from sim.engine import simulate
+from atoll.errors import WeightsError
+from atoll.job.job import Job
+from atoll.sim.engines.engine import simulate
 from tests.task_jobs import COMMON, TABLES
 from tests.test_backbones import tiny_bert
 from tests.test_simulation import unwatched

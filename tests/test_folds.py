@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import tomli_w
 
-from atoll.cli import run as command_line
-from protocol.errors import ConfigError
-from protocol.job import DataSection, Job
-from sim.engine import simulate
-from tasks import task_named
-from tasks.fits import check_fits
-from tasks.learner import Learner, kept_back
+from atoll.cli.main import run as command_line
+from atoll.errors import ConfigError
+from atoll.job.job import DataSection, Job
+from atoll.learning.compatibility import check_fits
+from atoll.learning.learner import Learner, kept_back
+from atoll.sim.engines.engine import simulate
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.test_simulation import unwatched
 

@@ -7,13 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tasks.generated.drawing import SIDE, box_of, ellipse, rectangle, triangle
-from tasks.generated.scans import HOSPITALS, generated_scans
-from tasks.generated.shapes import MASK_CLASSES, SHAPES, generated_shapes
-from tasks.generated.street import MASK_CLASSES as STREET_CLASSES
-from tasks.generated.street import OBJECTS, WEATHER, generated_street
-from tasks.images import decode_image, image_bytes
-from tasks.png import rgb_png
+from atoll.data.images import decode_image, image_bytes
+from atoll.datasets.synthetic.drawing import SIDE, box_of, ellipse, rectangle, triangle
+from atoll.datasets.synthetic.png import rgb_png
+from atoll.datasets.synthetic.scans import HOSPITALS, generated_scans
+from atoll.datasets.synthetic.shapes import MASK_CLASSES, SHAPES, generated_shapes
+from atoll.datasets.synthetic.street import MASK_CLASSES as STREET_CLASSES
+from atoll.datasets.synthetic.street import OBJECTS, WEATHER, generated_street
 
 MADE = ("generated_shapes", "generated_street")
 

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pytest
 import soundfile
 
-from protocol.errors import DataError
-from tasks.generated import dictation, speech
-from tasks.generated.assistant import generated_assistant
-from tasks.generated.commands import INTENTS, command_words
-from tasks.generated.dictation import generated_dictation
-from tasks.generated.speech import RATE, VOICES, Voice, generated_speech, wav
+from atoll.datasets.synthetic import dictation, speech
+from atoll.datasets.synthetic.assistant import generated_assistant
+from atoll.datasets.synthetic.commands import INTENTS, command_words
+from atoll.datasets.synthetic.dictation import generated_dictation
+from atoll.datasets.synthetic.speech import RATE, VOICES, Voice, generated_speech, wav
+from atoll.errors import DataError
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng isn't installed")
 

@@ -6,9 +6,9 @@ from functools import cache
 import pyarrow as pa
 import pytest
 
-from tasks.generated.commands import INTENTS, SLOTS, generated_commands
-from tasks.generated.questions import KINDS, generated_questions
-from tasks.metrics.slots import spans
+from atoll.datasets.synthetic.commands import INTENTS, SLOTS, generated_commands
+from atoll.datasets.synthetic.questions import KINDS, generated_questions
+from atoll.tasks.intent.metrics import spans
 
 
 @cache

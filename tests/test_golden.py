@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from protocol.job import Job
+from atoll.job.job import Job
 from tests.golden import FILE, bits, jobs, place
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.job import Job
-from protocol.tensors import Tensors, from_bytes
-from protocol.warm import worker_pool
-from sim.engine import simulate
+from atoll.job.job import Job
+from atoll.protocol.tensors import Tensors, from_bytes
+from atoll.sim.engines.engine import simulate
+from atoll.system.fork_server import worker_pool
 from tests.test_simulation import unwatched
 
 pytestmark = [

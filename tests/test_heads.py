@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from client.batches import batches
-from client.examples import Examples, HeadWork
-from client.heads import Local
-from client.heads import train_heads as train_stacked
-from client.layers import LOSSES
-from client.per_example import PerExample
-from client.steps import torch_optimizer
-from privacy.noise import Words, seeded, standard_normal, uniform
-from protocol.job import Job
-from protocol.messages import Update
-from protocol.streams import stream_seed
-from protocol.tensors import Tensors
+from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.layers import LOSSES
+from atoll.client.heads.train import Local
+from atoll.client.heads.train import train_heads as train_stacked
+from atoll.client.training.batches import batches
+from atoll.client.training.optimizers import torch_optimizer
+from atoll.job.job import Job
+from atoll.privacy.noise import Words, seeded, standard_normal, uniform
+from atoll.protocol.messages import Update
+from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.tensors import Tensors
 
 
 def job(**train: object) -> Job:
@@ -312,7 +312,7 @@ def test_order_depends_on_round_client_and_seed_and_on_nothing_else() -> None:
 
 
 def test_permutations_are_uniform_and_differ_between_seeds() -> None:
-    from client.batches import permutations
+    from atoll.client.training.batches import permutations
 
     many = permutations([4] * 24_000, range(24_000))
     counts = np.unique(many, axis=0, return_counts=True)[1]
@@ -322,7 +322,7 @@ def test_permutations_are_uniform_and_differ_between_seeds() -> None:
 
 def test_splitmix64_gives_its_published_numbers() -> None:
     """The first outputs from seed 1234567, as listed with the reference implementation."""
-    from client.batches import random_numbers
+    from atoll.client.training.batches import random_numbers
 
     found = random_numbers(np.array([1234567], dtype=np.uint64), 3)[0].tolist()
     assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]

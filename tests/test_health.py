@@ -12,11 +12,11 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from atoll.cli import run as command_line
-from protocol.child import free_port
-from protocol.errors import ConfigError
-from server.health import Health, address_from, answered
-from server.status import Run
+from atoll.cli.main import run as command_line
+from atoll.errors import ConfigError
+from atoll.server.deploy.health import Health, address_from, answered
+from atoll.server.deploy.status import Run
+from atoll.system.child_process import free_port
 from tests.federation.places import provisioned
 
 WATCHDOG = 600.0

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from atoll.cli import run as command_line
-from protocol.job import Job
-from server.rundir import job_toml
-from sim.shards import write_shards
+from atoll.cli.main import run as command_line
+from atoll.job.job import Job
+from atoll.server.run.directory import job_toml
+from atoll.sim.population.write_shards import write_shards
 from tests.federation.places import Federation, Running, provisioned, result_of, unused_port
 from tests.hiding import ROOT, Without, closure, hiding_environment, installed, modules_of
 from tests.task_data import ready
@@ -62,7 +62,7 @@ def declared_only(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 IN_TURN = """
 import json, os, sys
-from atoll.cli import QUIET, run
+from atoll.cli.main import QUIET, run
 os.environ.update(QUIET)
 for arguments in json.loads(sys.argv[1]):
     print("exit code", run(arguments), flush=True)

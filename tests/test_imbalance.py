@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from client.examples import Examples, HeadWork
-from client.heads import Local, train_heads
-from client.imbalance import balanced
-from client.layers import LOSSES
-from protocol.errors import ConfigError
-from protocol.job import Job
-from sim.engine import simulate
-from tasks import task_named
-from tasks.fits import check_fits
-from tasks.imbalance import Imbalance, counts_of
+from atoll.client.heads.class_imbalance import balanced
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.layers import LOSSES
+from atoll.client.heads.train import Local, train_heads
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.class_imbalance import Imbalance, counts_of
+from atoll.learning.compatibility import check_fits
+from atoll.sim.engines.engine import simulate
+from atoll.tasks import task_named
 from tests.test_simulation import unwatched
 
 KINDS = ("weights", "focal", "logits")
@@ -131,7 +131,7 @@ def test_the_step_of_autograd_is_that_of_the_closed_form(kind: str) -> None:
 
 def uneven_digits(folder: Path) -> Path:
     """Digits of which one in fifty is of the last five classes; the test part is even."""
-    from tasks.sources import load_source
+    from atoll.datasets.registry import load_source
 
     rows = load_source("digits")["train"].to_pylist()
     common = [row for row in rows[:1200] if row["label"] in "01234"]
@@ -190,7 +190,7 @@ def test_under_example_level_privacy_only_focal_loss_keeps_the_promise(tmp_path:
     ],
 )
 def test_what_has_no_classes_is_refused(tables: dict[str, Any], said: str) -> None:
-    from tasks.imbalance import check_imbalance
+    from atoll.learning.class_imbalance import check_imbalance
 
     job = job_of("focal", **tables)
     with pytest.raises(ConfigError, match=said):

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import tomli_w
 
-from protocol.job import Job
-from server.play import unwatched
-from sim.engine import simulate
+from atoll.job.job import Job
+from atoll.server.run.run_job import unwatched
+from atoll.sim.engines.engine import simulate
 from tests.test_backbones import tiny_bert
 from tests.test_cli import DIGITS, VERBS, some_texts, text_table
 
@@ -56,7 +56,7 @@ sys.meta_path.insert(0, asked)
 """
 
 LINES = """
-from atoll.cli import run
+from atoll.cli.main import run
 codes = {}
 for line in json.loads(sys.argv[2]):
     asked.line = ' '.join(line)
@@ -75,9 +75,9 @@ print(json.dumps({'at_first': at_first, 'loaded': asked.loaded()}))
 
 ROUNDS = """
 from pathlib import Path
-from protocol.job import Job
-from sim.engine import simulate
-from sim.inline import InlineCarrier
+from atoll.job.job import Job
+from atoll.sim.engines.engine import simulate
+from atoll.sim.engines.inline import InlineCarrier
 
 steps = []
 exchange = InlineCarrier.exchange

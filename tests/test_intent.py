@@ -11,18 +11,18 @@ import pyarrow as pa
 import pytest
 import torch
 
-from client.per_example import PerExample
-from client.train import train_model
-from client.train_private import train_privately
-from privacy.noise import seeded
-from protocol.errors import ConfigError, DataError, WeightsError
-from protocol.job import DataSection, Job
-from protocol.streams import stream_seed
-from tasks import tuning
-from tasks.generated.commands import generated_commands
-from tasks.intent import INTENT, NOTHING
-from tasks.learner import Learner, added
-from tasks.seam import Shard
+from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd_model import train_privately
+from atoll.client.training.local_sgd import train_model
+from atoll.data.shard import Shard
+from atoll.datasets.synthetic.commands import generated_commands
+from atoll.errors import ConfigError, DataError, WeightsError
+from atoll.job.job import DataSection, Job
+from atoll.learning import trainable
+from atoll.learning.learner import Learner, added
+from atoll.privacy.noise import seeded
+from atoll.protocol.random_streams import stream_seed
+from atoll.tasks.intent.task import INTENT, NOTHING
 from tests.test_backbones import tiny_bert
 
 ROWS = [
@@ -164,11 +164,11 @@ def test_private_training_clips_each_sentences_own_gradient(tune: dict[str, Any]
     start = learner.initial()
     update = train_privately(learner, start, shard, how, client="c", round=1, plan={})
     model, total = learner.model, {name: torch.zeros_like(t).double() for name, t in start.items()}
-    tuning.load_values(model, start)
+    trainable.load_values(model, start)
     for row in rows.tolist():
         model.zero_grad()
         learner.task.loss(model(learner.batch(shard, [row])), shard.targets_of([row])).backward()
-        own = {n: p.grad.double() for n, p in tuning.trainable(model).items() if p.grad is not None}
+        own = {n: p.grad.double() for n, p in trainable.trainable(model).items() if p.grad is not None}
         norm = float(torch.stack([g.square().sum() for g in own.values()]).sum().sqrt())
         for name, g in own.items():
             total[name] += g * min(1.0, 0.5 / norm) / 4.0

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from client.examples import Examples
-from protocol.job import Job
-from sim.inversion import Probe, probed
-from sim.population import Population
+from atoll.client.heads.feature_table import Examples
+from atoll.job.job import Job
+from atoll.sim.audit.gradient_inversion import Probe, probed
+from atoll.sim.population.population import Population
 from tests.test_private_runs import job
 
 CLASSES, WIDTH = 10, 64

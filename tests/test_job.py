@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.job_file import read_toml
-from server.rundir import job_toml
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.job.toml import read_toml
+from atoll.server.run.directory import job_toml
 
 GOOD = """
 name = "bbc-news"
@@ -154,7 +154,7 @@ def test_the_hash_depends_on_every_value_and_not_on_the_spelling(good: Path, tmp
 
 
 def test_the_demo_is_the_job_file_in_jobs() -> None:
-    from atoll.run_verbs import _demo_job
+    from atoll.cli.run import _demo_job
 
     assert Job.load(Path("jobs/bbc-news.toml")).hash == _demo_job().hash
 

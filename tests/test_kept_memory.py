@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LARGEST = 30
 STEPS = f"""
 import ctypes, resource, sys, torch
-from tasks.devices import settle
+from atoll.learning.determinism import settle
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages (PR_SET_THP_DISABLE): a fault is of 4,096 bytes
 if sys.argv[1] == "settled":
     settle("cpu")

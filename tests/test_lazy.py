@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tasks.dataset import Dataset
-from tasks.lazy import Cells, Picked, picked, several
+from atoll.data.dataset import Dataset
+from atoll.data.lazy import Cells, Picked, picked, several
 
 
 class Counted:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from privacy.accounting import Release
-from privacy.ledger import Entry, Ledger
-from protocol.errors import DataError
+from atoll.errors import DataError
+from atoll.privacy.accounting import Release
+from atoll.privacy.ledger import Entry, Ledger
 from tests.processes import python
 
 RELEASE = Release(1.1, 0.05)
@@ -85,8 +85,8 @@ def test_what_a_crash_left_unfinished_is_taken_off_and_the_rest_stays(tmp_path: 
 WRITER = """
 import sys
 from pathlib import Path
-from privacy.accounting import Release
-from privacy.ledger import Entry, Ledger
+from atoll.privacy.accounting import Release
+from atoll.privacy.ledger import Entry, Ledger
 ledger = Ledger.open(Path(sys.argv[1]), "data")
 round = len(ledger.entries)
 while True:

@@ -10,14 +10,14 @@ import torch
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from protocol.errors import DataError
-from protocol.job import DataSection, Job
-from tasks import task_named
-from tasks.images import decode_image
-from tasks.learner import Learner, added
-from tasks.medical import MEDICAL_IMAGING
-from tasks.png import grey_png
-from tasks.scans import as_picture
+from atoll.data.images import decode_image
+from atoll.datasets.synthetic.png import grey_png
+from atoll.errors import DataError
+from atoll.job.job import DataSection, Job
+from atoll.learning.learner import Learner, added
+from atoll.tasks import task_named
+from atoll.tasks.medical.dicom import as_picture
+from atoll.tasks.medical.task import MEDICAL_IMAGING
 
 DATA = DataSection(source="./here")
 FACTS = {"classes": ["no", "yes"]}
@@ -114,15 +114,15 @@ def test_a_bad_scan_is_one_line(tmp_path: Path, spoil: str, said: str) -> None:
 
 
 def test_no_patient_is_on_two_sides(tmp_path: Path) -> None:
-    from server.testset import hold_out
-    from sim.partition import partition
+    from atoll.server.run.test_set import hold_out
+    from atoll.sim.population.partition import partition
 
     asked = job(federation={"clients": 3})
     table = MEDICAL_IMAGING.read(scans(tmp_path / "d"), DATA, {})
     train, test = hold_out(table, asked)
     assert len(test) and not set(train["patient"]) & set(test["patient"])
-    from server.testset import unit_keys
-    from tasks.learner import ranked
+    from atoll.learning.learner import ranked
+    from atoll.server.run.test_set import unit_keys
 
     order = ranked(unit_keys(MEDICAL_IMAGING, train), asked.seed, "partition")
     dealing = partition(train, order, asked, MEDICAL_IMAGING.groups(train))

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import memory
-from client.memory import KEPT, KEPT_DAYS, Memory
-from protocol.errors import DataError, JobError
-from protocol.tensors import Tensors
+from atoll.client.state import store
+from atoll.client.state.store import KEPT, KEPT_DAYS, Memory
+from atoll.errors import DataError, JobError
+from atoll.protocol.tensors import Tensors
 from tests.processes import python, watched
 
 
@@ -126,7 +126,7 @@ def test_a_full_disk_is_named_and_leaves_the_state_before(
 def test_runs_long_past_are_let_go_of_when_a_new_one_starts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, memory.__name__)
+    caplog.set_level(logging.INFO, store.__name__)
     kept = Memory(tmp_path)
     kept.keep("old", 1, {"a": state(1)})
     kept.keep("young", 1, {"a": state(2)})

@@ -17,18 +17,17 @@ from torchmetrics.classification import BinaryAUROC, MulticlassF1Score, Multicla
 from torchmetrics.functional.text import squad
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
-from tasks.metrics.answers import ExactMatch, TokenF1, normalised
-from tasks.metrics.calibration import BinnedCalibrationError
-from tasks.metrics.forecasts import (
+from atoll.tasks.forecasting.metrics import (
     DirectionAccuracy,
     MeanAbsoluteError,
     MeanAbsoluteScaledError,
     PinballLoss,
     RootMeanSquaredError,
 )
-from tasks.metrics.ranks import HitRate, Ndcg
-from tasks.metrics.sensitivity import SensitivityAtSpecificity
-from tasks.metrics.slots import SlotF1
+from atoll.tasks.intent.metrics import SlotF1
+from atoll.tasks.medical.metrics import BinnedCalibrationError, SensitivityAtSpecificity
+from atoll.tasks.question_answering.metrics import ExactMatch, TokenF1, normalised
+from atoll.tasks.recommendation.metrics import HitRate, Ndcg
 from tests.adding import split, value_of
 
 RNG = np.random.default_rng(11)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from client.batches import random_numbers
-from privacy.noise import Lattice, entropy, standard_normal
+from atoll.client.training.batches import random_numbers
+from atoll.privacy.noise import Lattice, entropy, standard_normal
 
 
 def seeded(count: int) -> np.ndarray:

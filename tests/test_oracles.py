@@ -8,11 +8,11 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from protocol.job import Job
-from sim.engine import simulate, warmed
-from sim.population import Population
-from tasks import task_named
-from tasks.learner import Learner
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.sim.engines.engine import simulate, warmed
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 
 
@@ -51,10 +51,10 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
 
 def test_one_client_with_every_example_in_one_batch_is_gradient_descent() -> None:
     """One client, one full batch a round, FedAvg: the model moves by minus lr times the gradient."""
-    from client.examples import Examples, HeadWork
-    from client.heads import Local, train_heads
-    from client.layers import LOSSES
-    from strategies.fedavg import FedAvg
+    from atoll.client.heads.feature_table import Examples, HeadWork
+    from atoll.client.heads.layers import LOSSES
+    from atoll.client.heads.train import Local, train_heads
+    from atoll.strategies.fedavg import FedAvg
 
     job = image_job("squeezenet1_1", train={"lr": 0.5, "batch_size": 64})
     g = torch.Generator().manual_seed(0)
@@ -79,7 +79,7 @@ def test_one_client_with_every_example_in_one_batch_is_gradient_descent() -> Non
 def test_merged_metrics_are_those_of_all_examples_together() -> None:
     from sklearn.metrics import accuracy_score, f1_score
 
-    from tasks.learner import added
+    from atoll.learning.learner import added
 
     job = image_job("squeezenet1_1")
     task = task_named(job.task.name)

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from client.batches import batches, drawn_by
-from client.examples import Examples, HeadWork
-from client.heads import Local, train_heads
-from client.imbalance import smoothed
-from client.layers import LOSSES
-from protocol.errors import ConfigError
-from protocol.job import Job
-from sim.engine import simulate
-from tasks import task_named
-from tasks.fits import check_fits
-from tasks.imbalance import Imbalance
-from tasks.learner import Learner
+from atoll.client.heads.class_imbalance import smoothed
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.layers import LOSSES
+from atoll.client.heads.train import Local, train_heads
+from atoll.client.training.batches import batches, drawn_by
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.class_imbalance import Imbalance
+from atoll.learning.compatibility import check_fits
+from atoll.learning.learner import Learner
+from atoll.sim.engines.engine import simulate
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.test_imbalance import job_of
 from tests.test_simulation import unwatched
@@ -163,7 +163,7 @@ def test_under_privacy_smoothed_labels_keep_the_account(tmp_path: Path) -> None:
 
 
 def test_a_clients_training_repeats_bit_for_bit_under_dropout() -> None:
-    from client.train import train_model
+    from atoll.client.training.local_sgd import train_model
 
     job = image_job("squeezenet1_1", tune={"method": "full"}, train={"dropout": 0.5, "lr": 0.01})
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b", "c"]})

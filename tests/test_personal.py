@@ -10,22 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from atoll.client.heads.layers import LOSSES
+from atoll.client.heads.train import Local, train_heads
+from atoll.client.state.store import Memory
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Request
+from atoll.protocol.tensors import Tensors
+from atoll.report.html import marked
+from atoll.server.run.run_job import play
+from atoll.sim.engines.engine import simulate, warmed
+from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.engines.simulated_site import Index
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from atoll.trained import trained
-from client.heads import Local, train_heads
-from client.layers import LOSSES
-from client.memory import Memory
-from protocol.errors import ConfigError, DataError
-from protocol.job import Job
-from protocol.messages import Request
-from protocol.tensors import Tensors
-from server.play import play
-from server.report_html import marked
-from sim.engine import simulate, warmed
-from sim.indexed import Index
-from sim.inline import InlineCarrier
-from sim.population import Population
-from tasks import task_named
-from tasks.learner import Learner
 from tests.test_simulation import job, run
 
 BERT: dict[str, Any] = {}
@@ -236,7 +236,7 @@ def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_
         shard = index.whole.select(work.rows.tolist())
         x, y = learner.features(shard), shard.table
         weight, bias = (starts[work.client][f"head.{n}"].clone().requires_grad_() for n in ("weight", "bias"))
-        from client.batches import batches
+        from atoll.client.training.batches import batches
 
         optimizer = torch.optim.SGD([weight, bias], lr=learner.job.train.lr)
         for rows in batches(len(shard), learner.job, 1, work.client):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from privacy.ledger import Ledger
-from protocol.job import Job
+from atoll.job.job import Job
+from atoll.privacy.ledger import Ledger
 from tests.processes import python, wait_until
 
 CLIENTS = ("client-0000", "client-0001", "client-0002")
@@ -32,7 +32,7 @@ def job(unit: str) -> Job:
 PLAYER = """
 import sys
 from pathlib import Path
-from sim.engine import simulate
+from atoll.sim.engines.engine import simulate
 from tests.test_private_crashes import job
 def watch(step, what):
     if step == "round":

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from client.books import Books
-from client.site import Site
-from privacy.accounting import Release, epsilon
-from privacy.ledger import Entry, Ledger
-from privacy.terms import terms_of
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.kit import Budget
-from protocol.messages import Failure, Request, Update
-from server.checks import check_real
-from server.play import play
-from server.protection import run_key
-from sim.engine import simulate, warmed
-from sim.population import Population
+from atoll.client.dp.ledgers import Books
+from atoll.client.site import Site
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.kit.kit import Budget
+from atoll.privacy.accounting import Release, epsilon
+from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.ledger import Entry, Ledger
+from atoll.protocol.messages import Failure, Request, Update
+from atoll.server.job_checks import check_real
+from atoll.server.rounds.central_dp import run_key
+from atoll.server.run.run_job import play
+from atoll.sim.engines.engine import simulate, warmed
+from atoll.sim.population.population import Population
 from tests.test_simulation import DIGITS, Hostile, unwatched
 
 pytestmark = pytest.mark.slow
@@ -122,7 +122,7 @@ def test_a_real_round_that_was_lost_is_charged_again_and_the_gate_ends_the_run(t
 
 
 def _toml(setting: Job) -> str:
-    from server.rundir import job_toml
+    from atoll.server.run.directory import job_toml
 
     return job_toml(setting)
 
@@ -161,8 +161,8 @@ def test_an_adaptive_norm_moves_in_public_and_costs_nothing_more(tmp_path: Path)
 
 
 def request(setting: Job, population: Population, round: int = 1) -> Request:
-    from tasks import task_named
-    from tasks.learner import Learner
+    from atoll.learning.learner import Learner
+    from atoll.tasks import task_named
 
     facts = population.roll(setting).facts[0]
     learner = Learner.of(setting, task_named(setting.task.name), facts)
@@ -205,10 +205,10 @@ def test_an_update_tells_nothing_but_its_noised_tensors(tmp_path: Path) -> None:
 
 
 def test_one_example_that_is_not_finite_spoils_no_update(tmp_path: Path) -> None:
-    from client.examples import Examples, HeadWork
-    from client.heads import Local, train_heads
-    from client.layers import LOSSES
-    from client.private import private_training
+    from atoll.client.dp.poisson import private_training
+    from atoll.client.heads.feature_table import Examples, HeadWork
+    from atoll.client.heads.layers import LOSSES
+    from atoll.client.heads.train import Local, train_heads
 
     setting = job(EXAMPLE | {"sampling_rate": 1.0, "seeded_noise": True})
     terms = terms_of(setting, "example")
@@ -262,9 +262,9 @@ def distributed(which: str, **privacy: Any) -> Job:
 
 @pytest.mark.parametrize("which", DISTRIBUTED)
 def test_a_secure_sum_under_masks_has_the_bits_of_the_sum_without(which: str, tmp_path: Path) -> None:
-    from server.play import play
-    from sim.engine import warmed
-    from sim.inline import LoopCarrier
+    from atoll.server.run.run_job import play
+    from atoll.sim.engines.engine import warmed
+    from atoll.sim.engines.inline import LoopCarrier
 
     setting = distributed(which, **SEEDED)
     plain = run(setting, tmp_path / "plain")
@@ -302,8 +302,8 @@ def test_distributed_noise_is_charged_in_the_clients_own_ledgers(which: str, tmp
 @pytest.mark.parametrize("gone", [0, 1])
 def test_the_shares_of_the_noise_make_the_whole_whoever_leaves(gone: int) -> None:
     """With all of the threshold there the deviation is z C; with more clients it is more, never less."""
-    from privacy.noise import entropy
-    from privacy.sums import Scale
+    from atoll.privacy.noise import entropy
+    from atoll.privacy.secagg_encoding import Scale
 
     setting = distributed("client")
     terms = terms_of(setting, "client")

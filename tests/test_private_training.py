@@ -9,18 +9,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from client.gradients import hooks_suffice, mixing_layers, per_example_gradients
-from client.per_example import PerExample
-from client.train_private import train_privately
-from privacy.noise import seeded
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.streams import stream_seed
-from protocol.tensors import Tensors
-from sim.population import Population
-from tasks import task_named, tuning
-from tasks.learner import Learner
-from tasks.seam import Shard
+from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd_model import train_privately
+from atoll.client.dp.per_example_gradients import hooks_suffice, mixing_layers, per_example_gradients
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning import trainable
+from atoll.learning.learner import Learner
+from atoll.privacy.noise import seeded
+from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.tensors import Tensors
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.test_at_once import text_job
 
@@ -39,9 +40,9 @@ def private(clipping_norm: float = 0.5, noise: float = 1e-9) -> PerExample:
 def by_hand(learner: Learner, start: Tensors, shard: Shard, how: PerExample) -> tuple[Tensors, list[float]]:
     """Examples one by one by autograd, clipped, added, divided; plain SGD."""
     model, lr = learner.model, learner.job.train.lr
-    tuning.load_values(model, start)
-    tuning.training_mode(model)
-    parameters, norms = tuning.trainable(model), []
+    trainable.load_values(model, start)
+    trainable.training_mode(model)
+    parameters, norms = trainable.trainable(model), []
     assert how.draw is not None
     for rows in how.draw("c", len(shard)):
         total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
@@ -112,14 +113,14 @@ def test_noise_is_added_once_a_step_over_all_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_hooks_are_used_where_they_see_every_gradient_and_nowhere_else(name: str, tmp_path: Path) -> None:
     learner, shard = case(name, tmp_path, 2)
-    tuning.training_mode(learner.model)
+    trainable.training_mode(learner.model)
     batch = learner.batch(shard, [0, 1])
     assert hooks_suffice(learner.model, learner.task.loss, batch, shard.targets) == CASES[name][2]
 
 
 def test_hooks_leave_the_model_as_it_was(tmp_path: Path) -> None:
     learner, shard = case("image, last block", tmp_path, 2)
-    tuning.training_mode(learner.model)
+    trainable.training_mode(learner.model)
     batch = learner.batch(shard, [0, 1])
     for _ in range(2):
         with per_example_gradients(learner.model, learner.task.loss, hooks=True) as gradients:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from privacy.accounting import Release, epsilon
-from privacy.terms import terms_of
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.promise import expected_cohort, hides_cohorts, local_steps
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.job.privacy import expected_cohort, hides_cohorts, local_steps
+from atoll.privacy.accounting import Release, epsilon
+from atoll.privacy.dp_plan import terms_of
 
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
 EXAMPLE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.05}
@@ -156,7 +156,7 @@ def test_seeded_noise_may_be_compared_with_what_has_none() -> None:
 
 
 def test_classes_must_be_public_where_the_data_is_the_clients_own() -> None:
-    from tasks import task_named
+    from atoll.tasks import task_named
 
     setting = job(CLIENT, data={"source": "/data/flowers"})
     with pytest.raises(ConfigError, match=r"data\.classes: missing, expected the list of classes"):

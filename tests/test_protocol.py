@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.errors import DataError
-from protocol.messages import (
+from atoll.errors import DataError
+from atoll.protocol.messages import (
     Failure,
     Hello,
     Measurement,
@@ -23,8 +23,8 @@ from protocol.messages import (
     hello_from_json,
     hello_to_json,
 )
-from protocol.streams import global_stream, stream, stream_seed
-from protocol.tensors import from_bytes, tensors_sha256, to_bytes
+from atoll.protocol.random_streams import global_stream, stream, stream_seed
+from atoll.protocol.tensors import from_bytes, tensors_sha256, to_bytes
 
 
 def test_a_streams_seed_is_the_hash_of_its_purpose() -> None:

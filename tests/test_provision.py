@@ -8,9 +8,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from protocol.errors import ConfigError
-from protocol.kit import ServerKit, SiteKit
-from server.provision import provision
+from atoll.errors import ConfigError
+from atoll.kit.kit import ServerKit, SiteKit
+from atoll.server.deploy.provision import provision
 
 GOOD = """
 [server]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atoll.cli import run
+from atoll.cli.main import run
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.sim.engines.engine import simulate
+from atoll.tasks import task_named
 from atoll.trained import trained
-from protocol.errors import ConfigError
-from protocol.job import Job
-from sim.engine import simulate
-from tasks import task_named
-from tasks.learner import Learner
 from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_simulation import unwatched

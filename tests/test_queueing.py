@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sim import queueing
-from sim.queueing import Homes, Queue
+from atoll.sim.engines import affinity
+from atoll.sim.engines.affinity import Homes, Queue
 
 
 def dealt(queue: Queue, turns: list[int]) -> dict[str, int]:
@@ -54,7 +54,7 @@ def test_a_worker_that_is_new_knows_nobody() -> None:
 
 
 def test_of_very_many_clients_the_oldest_are_forgotten(monkeypatch) -> None:
-    monkeypatch.setattr(queueing, "KNOWN_CLIENTS", 2)
+    monkeypatch.setattr(affinity, "KNOWN_CLIENTS", 2)
     homes = Homes()
     dealt(Queue(homes, [["a"], ["b"], ["a"], ["c"]]), [0, 0, 0, 0])
     assert [homes.of([name]) for name in "abc"] == [0, None, 0]

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from protocol.errors import ConfigError, DataError
-from tasks.columns import USUAL, Columns
-from tasks.dataset import Dataset
-from tasks.images import decode_image, image_bytes
-from tasks.labels import class_name
-from tasks.reading import Table, example_keys, inspect, read_images, read_texts
-from tasks.writing import write_images
+from atoll.data.classification import Table, example_keys, inspect, read_images, read_texts
+from atoll.data.columns import USUAL, Columns
+from atoll.data.dataset import Dataset
+from atoll.data.images import decode_image, image_bytes
+from atoll.data.labels import class_name
+from atoll.data.writers import write_images
+from atoll.errors import ConfigError, DataError
 
 TEXTS = [("a goal", "sport"), ("a film", "art"), ("one more goal", "sport")]
 

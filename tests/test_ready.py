@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from client.train import train_model
-from tasks import task_named
-from tasks.learner import Learner
-from tasks.ready import ReadyInputs
-from tasks.seam import Encoder, Shard
+from atoll.backbones.encoder import Encoder
+from atoll.client.training.local_sgd import train_model
+from atoll.data.shard import Shard
+from atoll.learning.input_cache import ReadyInputs
+from atoll.learning.learner import Learner
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from protocol.job import Job
-from server.comparison import comparison_of
-from server.play import unwatched
-from server.report import page, write_report
-from server.report_words import reading
-from sim.engine import simulate
+from atoll.job.job import Job
+from atoll.report.comparison import comparison_of
+from atoll.report.page import page, write_report
+from atoll.report.text import reading
+from atoll.server.run.run_job import unwatched
+from atoll.sim.engines.engine import simulate
 from tests.chromium import Chromium, browser
 
 SECTIONS = (

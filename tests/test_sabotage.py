@@ -15,31 +15,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from atoll.privacy.detectors import Detected
 
-import client.books
-import client.heads
-import client.per_example
-import client.private
-import client.site
-import client.sums
-import client.train_private
-import privacy.accounting
-import privacy.adaptive
-import privacy.central
-import privacy.clipping
-import privacy.ledger
-import privacy.noise
-import privacy.secagg
-import privacy.sums
-import privacy.terms
-import protocol.promise
-import server.protection
-import server.rounds
-import server.screen
-import tasks.classification
-from privacy.accounting import Release
-from privacy.detectors import Detected
-from protocol.cohort import stacked
+import atoll.client.dp.dp_sgd
+import atoll.client.dp.dp_sgd_model
+import atoll.client.dp.gradient_sums
+import atoll.client.dp.ledgers
+import atoll.client.dp.poisson
+import atoll.client.heads.train
+import atoll.client.site
+import atoll.job.privacy
+import atoll.privacy.accounting
+import atoll.privacy.adaptive_clipping
+import atoll.privacy.central
+import atoll.privacy.clipping
+import atoll.privacy.dp_plan
+import atoll.privacy.ledger
+import atoll.privacy.noise
+import atoll.privacy.secagg
+import atoll.privacy.secagg_encoding
+import atoll.server.rounds.central_dp
+import atoll.server.rounds.loop
+import atoll.server.rounds.validation
+import atoll.tasks.classification
+from atoll.privacy.accounting import Release
+from atoll.protocol.stacked_updates import stacked
 from tests import watchdogs as w
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def scaled_sum(scale_of: Callable[[Any, torch.Tensor, float], torch.Tensor]) -> 
     def make(original: Any) -> Any:
         def clipped_sum(updates: Any, *, clipping_norm: float) -> Any:
             cohort = stacked(updates)
-            norms = privacy.clipping._norms(cohort)
+            norms = atoll.privacy.clipping._norms(cohort)
             scale = scale_of(cohort, norms, clipping_norm)
             flat = {n: t.reshape(len(t), -1).double() for n, t in cohort.delta.items()}
             total = {n: (scale @ flat[n]).reshape(t.shape[1:]) for n, t in cohort.delta.items()}
@@ -76,7 +76,7 @@ def scaled_sum(scale_of: Callable[[Any, torch.Tensor, float], torch.Tensor]) -> 
 
         return clipped_sum
 
-    return wrapped(privacy.central, "clipped_sum", make)
+    return wrapped(atoll.privacy.central, "clipped_sum", make)
 
 
 def capped(norms: torch.Tensor, norm: float) -> torch.Tensor:
@@ -90,7 +90,7 @@ def clipped_each(updates: Any, *, clipping_norm: float) -> Any:
         flat = delta.reshape(len(delta), -1).double()
         scale = capped(flat.norm(dim=1), clipping_norm)
         total[name] = (scale @ torch.nan_to_num(flat)).reshape(delta.shape[1:])
-    return total, privacy.clipping._norms(cohort)
+    return total, atoll.privacy.clipping._norms(cohort)
 
 
 def clipped_after_the_sum(updates: Any, *, clipping_norm: float) -> Any:
@@ -98,7 +98,7 @@ def clipped_after_the_sum(updates: Any, *, clipping_norm: float) -> Any:
     total = {n: torch.nan_to_num(t.double()).sum(0) for n, t in cohort.delta.items()}
     norm = torch.cat([t.reshape(-1) for t in total.values()]).norm()
     scale = len(cohort) * min(1.0, clipping_norm / max(float(norm) / len(cohort), 1e-30))
-    return {n: t * scale / len(cohort) for n, t in total.items()}, privacy.clipping._norms(cohort)
+    return {n: t * scale / len(cohort) for n, t in total.items()}, atoll.privacy.clipping._norms(cohort)
 
 
 def of_first_tensor(cohort: Any, norms: torch.Tensor, norm: float) -> torch.Tensor:
@@ -120,10 +120,10 @@ CLIENT_SUMS: dict[str, Plant] = {
         lambda cohort, norms, norm: (norm / norms).clamp_max(1.0)
     ),
     "each tensor is clipped to the norm on its own": wrapped(
-        privacy.central, "clipped_sum", lambda original: clipped_each
+        atoll.privacy.central, "clipped_sum", lambda original: clipped_each
     ),
     "clipped after averaging": wrapped(
-        privacy.central, "clipped_sum", lambda original: clipped_after_the_sum
+        atoll.privacy.central, "clipped_sum", lambda original: clipped_after_the_sum
     ),
     "one tensor travels unclipped": scaled_sum(of_first_tensor),
     "clipped by the largest number and not by the norm": scaled_sum(largest_number),
@@ -131,7 +131,7 @@ CLIENT_SUMS: dict[str, Plant] = {
         lambda cohort, norms, norm: (norm / norms.clamp_min(1e-12)).masked_fill(~torch.isfinite(norms), 0) * 3
     ),
     "divided by who answered": wrapped(
-        privacy.central.CentralGaussian, "release",
+        atoll.privacy.central.CentralGaussian, "release",
         lambda original: lambda self, updates, model: original(
             dataclasses.replace(self, expected_cohort=float(max(len(updates), 1))), updates, model
         ),
@@ -153,11 +153,11 @@ def noised_by(factor: Callable[[Any, Any], float]) -> Plant:
 
         return release
 
-    return wrapped(privacy.central.CentralGaussian, "release", make)
+    return wrapped(atoll.privacy.central.CentralGaussian, "release", make)
 
 
 def uniform_noise(words: Any) -> Any:
-    return (privacy.noise.uniform(words) - 0.5) * math.sqrt(12)
+    return (atoll.privacy.noise.uniform(words) - 0.5) * math.sqrt(12)
 
 
 CLIENT_NOISE: dict[str, Plant] = {
@@ -167,9 +167,9 @@ CLIENT_NOISE: dict[str, Plant] = {
     "noise nine tenths as large": noised_by(lambda m, updates: 0.9),
     "noise in units of one and not of the norm": noised_by(lambda m, updates: 1 / m.clipping_norm),
     "noise divided twice": noised_by(lambda m, updates: 1 / m.expected_cohort),
-    "noise without tails": wrapped(privacy.noise, "standard_normal", lambda original: uniform_noise),
+    "noise without tails": wrapped(atoll.privacy.noise, "standard_normal", lambda original: uniform_noise),
     "no noise at all": wrapped(
-        privacy.noise.Lattice, "noise", lambda original: lambda self, count: np.zeros(count)
+        atoll.privacy.noise.Lattice, "noise", lambda original: lambda self, count: np.zeros(count)
     ),
 }
 
@@ -177,8 +177,8 @@ CLIENT_NOISE: dict[str, Plant] = {
 def words_of(seed_of: Callable[..., int]) -> Plant:
     """Words of the server that come from a seed."""
     return wrapped(
-        server.protection.Protection, "_words",
-        lambda original: lambda self, purpose, round: privacy.noise.seeded(seed_of(self, purpose, round)),
+        atoll.server.rounds.central_dp.Protection, "_words",
+        lambda original: lambda self, purpose, round: atoll.privacy.noise.seeded(seed_of(self, purpose, round)),
     )  # fmt: skip
 
 
@@ -195,14 +195,14 @@ FRESHNESS: dict[str, Plant] = {
     "noise from the job's seed": words_of(lambda self, purpose, round: self.job.seed + round),
     "the same noise in every round": words_of(lambda self, purpose, round: id(self) % 1000),
     "one tensor's noise for all": wrapped(
-        privacy.central.CentralGaussian, "release", one_tensors_noise_for_all
+        atoll.privacy.central.CentralGaussian, "release", one_tensors_noise_for_all
     ),
 }
 
 
 def cost_as(change: Callable[[Any], Release]) -> Plant:
     return wrapped(
-        privacy.central.CentralGaussian, "cost", lambda original: lambda self: change(original(self))
+        atoll.privacy.central.CentralGaussian, "cost", lambda original: lambda self: change(original(self))
     )
 
 
@@ -216,12 +216,12 @@ def forgetful(original: Any) -> Any:
 
 SERVER_LEDGER: dict[str, Plant] = {
     "the accountant is made anew each round": wrapped(
-        privacy.ledger.Ledger, "spent_on",
+        atoll.privacy.ledger.Ledger, "spent_on",
         lambda original: lambda self, job: Counter(dict.fromkeys(original(self, job), 1)),
     ),
-    "a ledger lost at restart": wrapped(privacy.ledger.Ledger, "open", forgetful),
+    "a ledger lost at restart": wrapped(atoll.privacy.ledger.Ledger, "open", forgetful),
     "a round that is released twice is charged once": wrapped(
-        server.protection.Protection, "_is_repeated",
+        atoll.server.rounds.central_dp.Protection, "_is_repeated",
         lambda original: lambda self, round: self.ledger.has(self.run, round),
     ),
     "charged as if the noise were twice as large": cost_as(
@@ -231,7 +231,7 @@ SERVER_LEDGER: dict[str, Plant] = {
         lambda cost: Release(cost.noise_multiplier, cost.sampling_rate**2 / 2)
     ),
     "nothing is charged": wrapped(
-        server.protection.Protection, "_charge", lambda original: lambda self, round, cost: None
+        atoll.server.rounds.central_dp.Protection, "_charge", lambda original: lambda self, round, cost: None
     ),
 }  # fmt: skip
 
@@ -261,11 +261,11 @@ def without_coins(original: Any) -> Any:
 
 
 SAMPLING: dict[str, Plant] = {
-    "a cohort of fixed size under Poisson's account": wrapped(server.rounds, "sample", fixed_cohort),
+    "a cohort of fixed size under Poisson's account": wrapped(atoll.server.rounds.loop, "sample", fixed_cohort),
     "Poisson's account of a fixed cohort": wrapped(w, "terms_of", charged_as_poisson),
-    "cohorts drawn from the job's seed": wrapped(server.rounds, "sample", without_coins),
+    "cohorts drawn from the job's seed": wrapped(atoll.server.rounds.loop, "sample", without_coins),
     "the same cohort in every round": wrapped(
-        server.protection.Protection, "coins",
+        atoll.server.rounds.central_dp.Protection, "coins",
         lambda original: lambda self, round, count: original(self, 1, count).sort().values,
     ),
 }  # fmt: skip
@@ -273,14 +273,14 @@ SAMPLING: dict[str, Plant] = {
 
 def factors_by(change: Callable[[Any, Any, Any, Any], torch.Tensor]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
-        for room in (client.heads, client.sums):
+        for room in (atoll.client.heads.train, atoll.client.dp.gradient_sums):
             patch.setattr(room, "factors", change)
 
     return plant
 
 
 def norms_of(values: Any, each: Any) -> torch.Tensor:
-    return client.per_example.squared_norms(values, each).sqrt()
+    return atoll.client.dp.dp_sgd.squared_norms(values, each).sqrt()
 
 
 def clip_layers(values: Any, each: Any, share: Any, private: Any) -> torch.Tensor:
@@ -298,7 +298,7 @@ def clip_plainly(values: Any, each: Any, share: Any, private: Any) -> torch.Tens
 
 
 def by_batch(values: Any, each: Any, share: Any, private: Any) -> torch.Tensor:
-    found = client.per_example.factors(values, each, share, private)
+    found = atoll.client.dp.dp_sgd.factors(values, each, share, private)
     return found * private.divisor / (share > 0).sum()
 
 
@@ -316,13 +316,15 @@ EXAMPLE_SUMS: dict[str, Plant] = {
     "divided by the batch that was drawn": factors_by(by_batch),
     "the batch is clipped and not its examples": factors_by(clip_mean),
     "rare labels weigh more": factors_by(
-        lambda v, e, share, private: client.per_example.factors(v, e, share, private) * 3
+        lambda v, e, share, private: atoll.client.dp.dp_sgd.factors(v, e, share, private) * 3
     ),
 }
 
 
 def noise_of_steps(change: Callable[[list[Any]], list[Any]]) -> Plant:
-    return wrapped(client.heads, "stacked_noise", lambda original: lambda *given: change(original(*given)))
+    return wrapped(
+        atoll.client.heads.train, "stacked_noise", lambda original: lambda *given: change(original(*given))
+    )
 
 
 def quiet_steps(found: list[Any]) -> list[Any]:
@@ -343,25 +345,27 @@ EXAMPLE_NOISE: dict[str, Plant] = {
     "noise once after many clipped steps": noise_of_steps(quiet_steps),
     "no noise on the bias": noise_of_steps(quiet_bias),
     "no noise for an empty batch": wrapped(
-        client.heads, "stacked_noise",
+        atoll.client.heads.train, "stacked_noise",
         lambda original: lambda layers, steps, private, device: [],
     ),
     "noise in units of the divisor": wrapped(
-        client.private, "PerExample",
+        atoll.client.dp.poisson, "PerExample",
         lambda original: lambda **given: original(**given | {"noise_multiplier": given["noise_multiplier"] / 8}),
     ),
 }  # fmt: skip
 
 EXAMPLE_FRESHNESS: dict[str, Plant] = {
     "a client's noise from the job's seed": wrapped(
-        client.private, "entropy", lambda original: lambda count: privacy.noise.seeded(1)(count)
+        atoll.client.dp.poisson,
+        "entropy",
+        lambda original: lambda count: atoll.privacy.noise.seeded(1)(count),
     ),
 }
 
 
 def drawn_as(draw: Callable[[int], Any]) -> Plant:
     return wrapped(
-        client.private, "PerExample",
+        atoll.client.dp.poisson, "PerExample",
         lambda original: lambda **given: original(**given | {"draw": lambda client, count: [draw(count)]}),
     )  # fmt: skip
 
@@ -390,7 +394,7 @@ EXAMPLE_SAMPLING: dict[str, Plant] = {
 
 def charging(change: Callable[[Any], Any]) -> Plant:
     return wrapped(
-        privacy.ledger.Ledger, "charge",
+        atoll.privacy.ledger.Ledger, "charge",
         lambda original: lambda self, entry: original(self, change(entry)),
     )  # fmt: skip
 
@@ -407,8 +411,10 @@ def once_a_round(original: Any) -> Any:
 
 EXAMPLE_LEDGER: dict[str, Plant] = {
     "many steps are charged as one": charging(lambda entry: dataclasses.replace(entry, count=1)),
-    "a round that is trained twice is charged once": wrapped(client.books.Books, "charge", once_a_round),
-    "a client's ledger is lost at restart": wrapped(privacy.ledger.Ledger, "open", forgetful),
+    "a round that is trained twice is charged once": wrapped(
+        atoll.client.dp.ledgers.Books, "charge", once_a_round
+    ),
+    "a client's ledger is lost at restart": wrapped(atoll.privacy.ledger.Ledger, "open", forgetful),
     "the example's rate is multiplied with the cohort's": charging(
         lambda entry: dataclasses.replace(
             entry, release=Release(entry.release.noise_multiplier, entry.release.sampling_rate / 2)
@@ -421,40 +427,40 @@ COUNTS = itertools.count(5)
 
 CLIENT_SILENCE: dict[str, Plant] = {
     "an update tells how many examples there are": wrapped(
-        client.per_example.PerExample, "told",
+        atoll.client.dp.dp_sgd.PerExample, "told",
         lambda original: lambda self, clients: ((next(COUNTS),) * len(clients), original(self, clients)[1]),
     ),
     "the training loss is sent": wrapped(
-        client.per_example.PerExample, "told",
+        atoll.client.dp.dp_sgd.PerExample, "told",
         lambda original: lambda self, clients: (
             (1,) * len(clients),
             original(self, clients)[1] | {"train_loss.sum": torch.rand(len(clients)).double()},
         ),
     ),
     "a hello tells how many examples there are": wrapped(
-        client.site, "Hello", lambda original: lambda *given: original(given[0], given[1], next(COUNTS))
+        atoll.client.site, "Hello", lambda original: lambda *given: original(given[0], given[1], next(COUNTS))
     ),
 }  # fmt: skip
 
 
 def seeing(patch: pytest.MonkeyPatch) -> None:
     """Screening that looks at values although the clients are promised privacy."""
-    original = server.screen._value_fault
-    patch.setattr(server.screen, "_shape_fault", lambda delta, model: original(delta))
+    original = atoll.server.rounds.validation._value_fault
+    patch.setattr(atoll.server.rounds.validation, "_shape_fault", lambda delta, model: original(delta))
 
 
 def losses_published(patch: pytest.MonkeyPatch) -> None:
-    original = server.rounds._log_line
+    original = atoll.server.rounds.loop._log_line
 
     def line(run: Any, cohort: Any, screened: Any, metrics: Any, seconds: Any) -> Any:
         told = original(run, cohort, screened, metrics, seconds)
         return told | {"loss": sum(float(u.states["train_loss.sum"]) for u in screened.updates)}
 
-    patch.setattr(server.rounds, "_log_line", line)
+    patch.setattr(atoll.server.rounds.loop, "_log_line", line)
 
 
 def measured_in_the_clear(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(server.rounds, "measure_clients", lambda run: [np.random.default_rng().random()])
+    patch.setattr(atoll.server.rounds.loop, "measure_clients", lambda run: [np.random.default_rng().random()])
 
 
 SERVER_SILENCE: dict[str, Plant] = {
@@ -466,7 +472,7 @@ SERVER_SILENCE: dict[str, Plant] = {
 
 def shared_by(count: Callable[[int], float]) -> Plant:
     return wrapped(
-        privacy.sums, "math",
+        atoll.privacy.secagg_encoding, "math",
         lambda original: type("M", (), {"sqrt": staticmethod(lambda t: count(int(t))), "isfinite": math.isfinite}),
     )  # fmt: skip
 
@@ -480,32 +486,32 @@ SECURE: dict[str, tuple[Callable[[], None], Plant]] = {
     ),
     "no mask": (
         w.masked_vectors_show_nothing_and_add_up,
-        wrapped(privacy.secagg, "mask_of", lambda original: lambda seed, count: np.zeros(count, dtype=np.uint64)),
+        wrapped(atoll.privacy.secagg, "mask_of", lambda original: lambda seed, count: np.zeros(count, dtype=np.uint64)),
     ),
     "masks of 32 bits": (
         w.masked_vectors_show_nothing_and_add_up,
         wrapped(
-            privacy.secagg, "mask_of",
+            atoll.privacy.secagg, "mask_of",
             lambda original: lambda seed, count: original(seed, count) & np.uint64(0xFFFFFFFF),
         ),
     ),
     "the same mask for everyone": (
         w.masked_vectors_show_nothing_and_add_up,
-        wrapped(privacy.secagg, "mask_of", lambda original: lambda seed, count: original(bytes(32), count)),
+        wrapped(atoll.privacy.secagg, "mask_of", lambda original: lambda seed, count: original(bytes(32), count)),
     ),
     "both shares are revealed": (
         w.masked_vectors_show_nothing_and_add_up,
         wrapped(
-            privacy.secagg.Participant, "reveal",
+            atoll.privacy.secagg.Participant, "reveal",
             lambda original: lambda self, arrived: {
-                n: privacy.secagg.OF_KEY + k for n, (s, k) in self._shares.items()
+                n: atoll.privacy.secagg.OF_KEY + k for n, (s, k) in self._shares.items()
             },
         ),
     ),
     "a pair's mask is added on both sides": (
         w.masked_vectors_show_nothing_and_add_up,
         wrapped(
-            privacy.secagg, "_add_pairwise",
+            atoll.privacy.secagg, "_add_pairwise",
             lambda original: lambda total, own, other, seed: original(total, "a", "b", seed),
         ),
     ),
@@ -514,28 +520,28 @@ SECURE: dict[str, tuple[Callable[[], None], Plant]] = {
 
 def parts_noised(patch: pytest.MonkeyPatch) -> None:
     """Noise for every micro-batch: variances of three parts add up."""
-    original = client.train_private._Noise.added
+    original = atoll.client.dp.dp_sgd_model._Noise.added
 
     def added(self: Any, total: Any) -> Any:
         nothing = {n: torch.zeros_like(t) for n, t in total.items()}
         parts = [original(self, total), original(self, nothing), original(self, nothing)]
         return {n: sum(part[n] for part in parts) for n in total}
 
-    patch.setattr(client.train_private._Noise, "added", added)
+    patch.setattr(atoll.client.dp.dp_sgd_model._Noise, "added", added)
 
 
 MODELS: dict[str, tuple[Callable[[], None], Plant]] = {
     "a model's examples are not clipped": (
         w.an_example_moves_a_models_sum_by_the_clipping_norm,
         wrapped(
-            client.train_private, "_factors",
+            atoll.client.dp.dp_sgd_model, "_factors",
             lambda original: lambda each, private: torch.ones(len(next(iter(each.values())))) / private.divisor,
         ),
     ),
     "a model's tensors are clipped by the first one's norm": (
         w.an_example_moves_a_models_sum_by_the_clipping_norm,
         wrapped(
-            client.train_private, "_factors",
+            atoll.client.dp.dp_sgd_model, "_factors",
             lambda original: lambda each, private: original(dict([next(iter(each.items()))]), private),
         ),
     ),
@@ -548,23 +554,23 @@ MODELS: dict[str, tuple[Callable[[], None], Plant]] = {
 
 ADAPTIVE: dict[str, Plant] = {
     "the clipping norm moves the wrong way": wrapped(
-        server.protection, "next_norm",
+        atoll.server.rounds.central_dp, "next_norm",
         lambda original: lambda norm, fraction, quantile, lr: original(norm, fraction, quantile=quantile, lr=-lr),
     ),
     "the count is not noised": wrapped(
-        privacy.central, "noised_fraction",
+        atoll.privacy.central, "noised_fraction",
         lambda original: lambda within, answered, noise, expected_cohort: original(
             within, answered, noise=0.0, expected_cohort=expected_cohort
         ),
     ),
     "the count's noise is not paid for": wrapped(
-        privacy.central, "multiplier_of_sum", lambda original: lambda noise, deviation: noise
+        atoll.privacy.central, "multiplier_of_sum", lambda original: lambda noise, deviation: noise
     ),
     "this round is clipped by its own norms": wrapped(
-        privacy.central.CentralGaussian, "release",
+        atoll.privacy.central.CentralGaussian, "release",
         lambda original: lambda self, updates, model: original(
             dataclasses.replace(
-                self, clipping_norm=float(privacy.clipping._norms(stacked(updates)).median()) if updates else 1.0
+                self, clipping_norm=float(atoll.privacy.clipping._norms(stacked(updates)).median()) if updates else 1.0
             ),
             updates, model,
         ),
@@ -573,11 +579,11 @@ ADAPTIVE: dict[str, Plant] = {
 
 LATTICE: dict[str, Plant] = {
     "floating-point noise": wrapped(
-        privacy.noise.Lattice, "added",
+        atoll.privacy.noise.Lattice, "added",
         lambda original: lambda self, values: values + np.random.default_rng().normal(0, self.deviation, len(values)),
     ),
     "noise lost in half precision": wrapped(
-        privacy.noise.Lattice, "added",
+        atoll.privacy.noise.Lattice, "added",
         lambda original: lambda self, values: np.float16(original(self, values)).astype(np.float64).round(2),
     ),
 }  # fmt: skip
@@ -600,59 +606,59 @@ def central_limit(spent: Any, delta: float, relation: str = "") -> float:
 
 def coarse(patch: pytest.MonkeyPatch) -> None:
     """The first grid's figure, which nothing remembers afterwards."""
-    patch.setattr(privacy.accounting, "_epsilon", privacy.accounting._epsilon.__wrapped__)
-    patch.setattr(privacy.accounting, "STABLE", 1e9)
+    patch.setattr(atoll.privacy.accounting, "_epsilon", atoll.privacy.accounting._epsilon.__wrapped__)
+    patch.setattr(atoll.privacy.accounting, "STABLE", 1e9)
 
 
 ACCOUNTS: dict[str, tuple[Callable[[], None], Plant]] = {
     "an accountant in the Gaussian limit": (
-        w.epsilon_is_true, wrapped(privacy.accounting, "epsilon", lambda original: central_limit),
+        w.epsilon_is_true, wrapped(atoll.privacy.accounting, "epsilon", lambda original: central_limit),
     ),
     "only the cheapest kind of release is counted": (
         w.epsilon_is_true,
         wrapped(
-            privacy.accounting, "epsilon",
+            atoll.privacy.accounting, "epsilon",
             lambda original: lambda spent, delta: original(dict([max(spent.items())]), delta),
         ),
     ),
     "epsilon of one round for all": (
         w.epsilon_is_true,
         wrapped(
-            privacy.accounting, "epsilon",
+            atoll.privacy.accounting, "epsilon",
             lambda original: lambda spent, delta: original(dict.fromkeys(spent, 1), delta),
         ),
     ),
     "a coarse grid": (w.epsilon_is_true, coarse),
     "the gate is always open": (
         w.nothing_is_released_above_the_target,
-        wrapped(privacy.terms.Terms, "affords", lambda original: lambda self, spent, count: True),
+        wrapped(atoll.privacy.dp_plan.Terms, "affords", lambda original: lambda self, spent, count: True),
     ),
     "calibrated to half of the rounds": (
         w.nothing_is_released_above_the_target,
         wrapped(
-            privacy.terms, "calibrate",
+            atoll.privacy.dp_plan, "calibrate",
             lambda original: lambda target, **given: original(target, **given | {"releases": given["releases"] // 2}),
         ),
     ),
     "delta is not looked at": (
         w.promises_that_cannot_be_kept_are_refused,
-        wrapped(protocol.promise, "_check_delta", lambda original: lambda *given: None),
+        wrapped(atoll.job.privacy, "_check_delta", lambda original: lambda *given: None),
     ),
     "robust rules under the server's noise": (
         w.promises_that_cannot_be_kept_are_refused,
-        wrapped(protocol.promise, "_check_merging", lambda original: lambda job: None),
+        wrapped(atoll.job.privacy, "_check_merging", lambda original: lambda job: None),
     ),
     "baselines without noise under a promise": (
         w.promises_that_cannot_be_kept_are_refused,
-        wrapped(protocol.promise, "_check_what_is_measured", lambda original: lambda job: None),
+        wrapped(atoll.job.privacy, "_check_what_is_measured", lambda original: lambda job: None),
     ),
     "a secure sum of two": (
         w.promises_that_cannot_be_kept_are_refused,
-        wrapped(protocol.promise, "_check_secure_sums", lambda original: lambda job: None),
+        wrapped(atoll.job.privacy, "_check_secure_sums", lambda original: lambda job: None),
     ),
     "classes are listed from the data": (
         w.promises_that_cannot_be_kept_are_refused,
-        wrapped(tasks.classification.Classification, "check", lambda original: lambda self, job: None),
+        wrapped(atoll.tasks.classification.Classification, "check", lambda original: lambda self, job: None),
     ),
 }  # fmt: skip
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.protocol.tensors import tensors_sha256
+from atoll.server.run.run_job import check_job
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.population import Population
 from atoll.trained import trained
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.tensors import tensors_sha256
-from server.play import check_job
-from sim.engine import simulate
-from sim.population import Population
 from tests.small import few_pictures
 from tests.test_simulation import job, unwatched
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from protocol.messages import Failure, Measurement, Update
-from protocol.tensors import Tensors
-from server.screen import screen
+from atoll.protocol.messages import Failure, Measurement, Update
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.validation import screen
 
 MODEL = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}
 STATES = {"train_loss.sum": torch.tensor(1.0).double(), "train_loss.count": torch.tensor(2.0).double()}

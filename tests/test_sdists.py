@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from protocol.errors import DataError
-from tasks.packages import PACKAGES, Package, unpacked
-from tasks.sdists import pip_settings
+from atoll.downloads.pypi import PACKAGES, Package, unpacked
+from atoll.downloads.sdist import pip_settings
+from atoll.errors import DataError
 from tests.test_packages import names
 from tests.test_packages import toy as of_wheel
 

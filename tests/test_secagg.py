@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from privacy.secagg import (
+from atoll.privacy.secagg import (
     Participant,
     SecureAggregationFailed,
     Vector,

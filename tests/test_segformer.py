@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from client.train import train_model
-from protocol.errors import ConfigError, WeightsError
-from tasks.learner import Learner
-from tasks.seam import Shard
+from atoll.client.training.local_sgd import train_model
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError, WeightsError
+from atoll.learning.learner import Learner
 from tests.models import small_wav2vec2
 from tests.test_segmentation import job, pair, prepared
 

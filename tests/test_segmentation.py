@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from client.train import train_model
-from protocol.errors import ConfigError, DataError, WeightsError
-from protocol.job import DataSection, Job
-from tasks import task_named
-from tasks.dataset import Dataset
-from tasks.learner import Learner, added
-from tasks.metrics.regions import Dice, MeanIoU
-from tasks.seam import Shard
-from tasks.segmentation import SEGMENTATION
+from atoll.client.training.local_sgd import train_model
+from atoll.data.dataset import Dataset
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError, DataError, WeightsError
+from atoll.job.job import DataSection, Job
+from atoll.learning.learner import Learner, added
+from atoll.tasks import task_named
+from atoll.tasks.segmentation.metrics import Dice, MeanIoU
+from atoll.tasks.segmentation.task import SEGMENTATION
 
 DATA = DataSection(source="./here")
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from privacy.accounting import Release, epsilon, epsilon_rdp
-from privacy.selection import (
+from atoll.privacy.accounting import Release, epsilon, epsilon_rdp
+from atoll.privacy.selection import (
     Curve,
     Poisson,
     Repetitions,

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from protocol.errors import JobError
-from sim.queueing import Homes, Queue
-from sim.shift import Shift
+from atoll.errors import JobError
+from atoll.sim.engines.affinity import Homes, Queue
+from atoll.sim.engines.scheduler import Shift
 
 
 @dataclass

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from client.site import UNCACHED
-from protocol.errors import ConfigError, InconsistentUpdates, InputError
-from protocol.job import Job
-from protocol.messages import Failure, Reply, Request, Update
-from server.play import play
-from server.sampling import sample
-from sim.engine import simulate, warmed
-from sim.inline import InlineCarrier
-from sim.population import Population, client_names
-from tasks import task_named
-from tasks.learner import Learner
+from atoll.client.site import UNCACHED
+from atoll.errors import ConfigError, InconsistentUpdates, InputError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Failure, Reply, Request, Update
+from atoll.server.rounds.cohort import sample
+from atoll.server.run.run_job import play
+from atoll.sim.engines.engine import simulate, warmed
+from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.population.population import Population, client_names
+from atoll.tasks import task_named
 from tests.processes import python
 from tests.small import few_pictures, grey_png_shard
 
@@ -127,7 +127,7 @@ def test_every_engine_that_makes_its_own_views_gives_the_same_bits(
 def test_a_table_of_views_that_is_too_large_is_trained_from_shards_to_the_same_bits(
     tmp_path: Path, of_views: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sim.indexed.TABLE_BYTES", 1000)
+    monkeypatch.setattr("atoll.sim.engines.simulated_site.TABLE_BYTES", 1000)
     result = run(of_few(KEPT), tmp_path / "r")
     assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in of_views["rounds"]]
 
@@ -172,7 +172,7 @@ def test_what_is_measured_is_never_augmented(tmp_path: Path) -> None:
 def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "client")
+    caplog.set_level("INFO", "atoll.client")
     said: list[str] = []
 
     def watch(step: str, what: dict[str, Any]) -> None:
@@ -244,8 +244,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, reference: 
 SCRIPT = """
 import signal, sys
 from pathlib import Path
-from protocol.job import Job
-from sim.engine import simulate
+from atoll.job.job import Job
+from atoll.sim.engines.engine import simulate
 def watch(step, what):
     print(step, flush=True)
     if step == "round" and what["round"] == int(sys.argv[4]):
@@ -274,7 +274,7 @@ def kill_after(rounds: int, last: int, attempt: int, job: Path, out: Path) -> No
 @pytest.mark.parametrize("strategy", ["fedavg", "fedadam", "flwr:FedYogi"])
 @pytest.mark.processes
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, strategy: str) -> None:
-    from server.rundir import job_toml
+    from atoll.server.run.directory import job_toml
 
     setting = job(strategy={"name": strategy}, federation={"rounds": 40})
     expected = run(setting, tmp_path / "whole")["model_sha256"]
@@ -436,7 +436,7 @@ def test_features_too_many_for_one_table_are_looked_up_and_change_no_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(job(), tmp_path / "whole")
-    monkeypatch.setattr("sim.indexed.TABLE_BYTES", 0)
+    monkeypatch.setattr("atoll.sim.engines.simulated_site.TABLE_BYTES", 0)
     assert run(job(), tmp_path / "parts")["model_sha256"] == whole["model_sha256"]
 
 

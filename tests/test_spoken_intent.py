@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from client.train import train_model
-from protocol.errors import ConfigError, DataError, WeightsError
-from protocol.job import DataSection, Job
-from sim.engine import simulate
-from tasks.generated.commands import generated_commands
-from tasks.intent import INTENT
-from tasks.learner import Learner, added
-from tasks.seam import Shard
+from atoll.client.training.local_sgd import train_model
+from atoll.data.shard import Shard
+from atoll.datasets.synthetic.commands import generated_commands
+from atoll.errors import ConfigError, DataError, WeightsError
+from atoll.job.job import DataSection, Job
+from atoll.learning.learner import Learner, added
+from atoll.sim.engines.engine import simulate
+from atoll.tasks.intent.task import INTENT
 from tests.models import small_wav2vec2, small_whisper
 from tests.test_simulation import unwatched
 from tests.test_speech import learner_of as recogniser_of

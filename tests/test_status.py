@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from atoll.cli import run as command_line
-from protocol.child import free_port
-from protocol.errors import ConfigError, JobError
-from server.status import Federation, Run, answering, short_path, status
+from atoll.cli.main import run as command_line
+from atoll.errors import ConfigError, JobError
+from atoll.server.deploy.status import Federation, Run, answering, short_path, status
+from atoll.system.child_process import free_port
 from tests.federation.places import provisioned
 
 ROOT = Path(__file__).parents[1]
@@ -139,13 +139,13 @@ def test_where_no_server_runs_the_verb_says_so_in_one_line(
 HEAVY = ("torch", "transformers", "datasets", "flwr", "torchmetrics", "matplotlib")
 ASK = """
 import sys
-from server.status import status
+from atoll.server.deploy.status import status
 from pathlib import Path
 print(status(Path(sys.argv[1])).online, [name for name in {heavy} if name in sys.modules])
 """
 VERB = """
 import sys
-from atoll.cli import run
+from atoll.cli.main import run
 code = run(["status", "--server", sys.argv[1]])
 print(code, [name for name in {heavy} if name in sys.modules])
 """

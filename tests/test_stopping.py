@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from protocol.errors import ConfigError
-from protocol.job import Job
-from server.stopping import Stopping
-from sim.engine import simulate
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.server.rounds.early_stopping import Stopping
+from atoll.sim.engines.engine import simulate
 from tests.test_simulation import job, unwatched
 
 PATIENT: dict[str, Any] = {

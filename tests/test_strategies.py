@@ -8,15 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.cohort import stacked
-from protocol.errors import ConfigError, InconsistentUpdates
-from protocol.job import StrategySection
-from protocol.messages import Update
-from strategies import STRATEGIES, build_strategy, mean
-from strategies.fedavg import FedAvg
-from strategies.fedopt import FedOpt, adagrad, adam, yogi
-from strategies.flower import FlowerStrategy
-from strategies.flower_names import flower_names
+from atoll.errors import ConfigError, InconsistentUpdates
+from atoll.job.job import StrategySection
+from atoll.protocol.messages import Update
+from atoll.protocol.stacked_updates import stacked
+from atoll.strategies import STRATEGIES, build_strategy, mean
+from atoll.strategies.fedavg import FedAvg
+from atoll.strategies.fedopt import FedOpt, adagrad, adam, yogi
+from atoll.strategies.flower import FlowerStrategy
+from atoll.strategies.flower_names import flower_names
 
 
 def update(values: list[float], n: int, client: str = "a", round: int = 1) -> Update:

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import tomli_w
 
-from atoll.cli import run as command_line
-from privacy.accounting import Release, epsilon
-from protocol.errors import ConfigError
-from protocol.job import Job
-from server.play import unwatched
-from sim.engine import simulate
-from sim.frontier import Estimate, Row, losses, reference, sentence, table
-from sim.frontier_plot import axis_of, frontier_png
-from sim.sweep import Base, Grid, Planned, SweepFolder, alone_in, planned, split_values
-from sim.sweep_picks import picks
-from sim.sweep_runs import Crew
+from atoll.cli.main import run as command_line
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.privacy.accounting import Release, epsilon
+from atoll.server.run.run_job import unwatched
+from atoll.sim.engines.engine import simulate
+from atoll.sim.sweep.grid import Base, Grid, Planned, SweepFolder, alone_in, planned, split_values
+from atoll.sim.sweep.plot import axis_of, frontier_png
+from atoll.sim.sweep.results import Estimate, Row, losses, reference, sentence, table
+from atoll.sim.sweep.runner import Crew
+from atoll.sim.sweep.selection import picks
 from tests.processes import atoll
 
 pytestmark = pytest.mark.slow
@@ -328,7 +328,7 @@ def test_a_hyperparameter_that_was_looked_for_is_charged() -> None:
 
 
 def _releases(rows: list[Row]) -> set[Release]:
-    from privacy.terms import terms_of
+    from atoll.privacy.dp_plan import terms_of
 
     found = {terms_of(r.job, "example") for r in rows}
     return {terms.cost for terms in found if terms is not None}

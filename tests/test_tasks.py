@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from client.gradients import hooks_suffice, per_example_gradients
-from protocol.errors import ConfigError
-from protocol.job import Job
-from sim.engine import simulate
-from sim.population import Population
-from sim.shards import write_shards
-from tasks import TASKS, task_named, tuning
-from tasks.fits import check_fits
-from tasks.learner import Learner, added
-from tasks.seam import Shard
+from atoll.client.dp.per_example_gradients import hooks_suffice, per_example_gradients
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning import trainable
+from atoll.learning.compatibility import check_fits
+from atoll.learning.learner import Learner, added
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.population import Population
+from atoll.sim.population.write_shards import write_shards
+from atoll.tasks import TASKS, task_named
 from tests.task_data import ready
 from tests.task_jobs import DRAWING, TABLES, job_of
 from tests.test_simulation import unwatched
@@ -129,9 +130,9 @@ def learner_of(job: Job) -> tuple[Learner, Population]:
 @pytest.mark.parametrize("job", cases(WORKING, [p for p in WORKING if p[1] == "lora"]), indirect=True)
 def test_the_loss_reaches_everything_that_travels(job: Job) -> None:
     learner, population = learner_of(job)
-    tuning.training_mode(learner.model)
+    trainable.training_mode(learner.model)
     loss_of(learner, population.whole(learner), range(4)).backward()  # type: ignore[no-untyped-call]
-    tuned = tuning.trainable(learner.model)
+    tuned = trainable.trainable(learner.model)
     assert tuned and not [name for name, p in tuned.items() if p.grad is None]
 
 

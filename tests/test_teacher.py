@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 import atoll
+from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.gradient_sums import head_sums
+from atoll.client.heads.distillation import head_loss, taught
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.layers import LOSSES
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.distillation import Teacher
+from atoll.learning.learner import Learner
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from atoll.trained import trained
-from client.examples import Examples, HeadWork
-from client.layers import LOSSES
-from client.per_example import PerExample
-from client.sums import head_sums
-from client.teaching import head_loss, taught
-from protocol.errors import ConfigError
-from protocol.job import Job
-from sim.engine import simulate
-from sim.population import Population
-from tasks import task_named
-from tasks.learner import Learner
-from tasks.teacher import Teacher
 from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_imbalance import TABLE

@@ -11,9 +11,9 @@ import pytest
 import tomli_w
 
 from atoll import tracking
-from atoll.cli import run as command_line
+from atoll.cli.main import run as command_line
+from atoll.job.job import Job
 from atoll.tracking import Tracking, numbers_of
-from protocol.job import Job
 
 TABLE: dict[str, Any] = {
     "name": "followed",

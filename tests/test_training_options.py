@@ -10,20 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-import client.precision
-from client.precision import FIRST_SCALE, TYPES
-from client.recomputing import recomputed_activations
-from client.train import parts_of, train_model
-from protocol.errors import ConfigError
-from protocol.job import Job
-from protocol.messages import Update
-from protocol.tensors import Tensors
-from sim.engine import simulate
-from sim.population import Population
-from tasks import task_named, tuning
-from tasks.fits import check_fits
-from tasks.learner import Learner
-from tasks.seam import Shard
+import atoll.client.training.precision
+from atoll.client.training.activation_checkpointing import recomputed_activations
+from atoll.client.training.local_sgd import parts_of, train_model
+from atoll.client.training.precision import FIRST_SCALE, TYPES
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning import trainable
+from atoll.learning.compatibility import check_fits
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.task_data import ready
 from tests.task_jobs import TABLES, job_of
@@ -81,13 +82,13 @@ def test_the_parts_of_a_batch_have_the_gradient_of_the_whole_whatever_its_size(
     """One step of plain SGD is the gradient times the learning rate; here taken by autograd at once."""
     job = texts(tmp_path, {"accumulate": 4, "lr": 0.5})
     shard, learner = shard_of(job, count), learner_of(job)
-    tuning.load_values(learner.model, learner.initial())
-    tuning.training_mode(learner.model)
+    trainable.load_values(learner.model, learner.initial())
+    trainable.training_mode(learner.model)
     loss = learner.task.loss(
         learner.model(learner.batch(shard, range(count))), shard.targets_of(range(count))
     )
     loss.backward()  # type: ignore[no-untyped-call]
-    expected = {n: -0.5 * p.grad for n, p in tuning.trainable(learner.model).items() if p.grad is not None}
+    expected = {n: -0.5 * p.grad for n, p in trainable.trainable(learner.model).items() if p.grad is not None}
     found = update_of(job, shard)
     assert float(flat(expected).norm()) > 1e-3
     assert relative(flat({n: found.delta[n] for n in expected}), flat(expected)) < 1e-5
@@ -183,7 +184,7 @@ def test_the_loss_is_scaled_so_that_small_gradients_do_not_vanish_and_the_update
     shard = shard_of(job)
     found = {}
     for scale in (1.0, FIRST_SCALE):
-        monkeypatch.setattr(client.precision, "FIRST_SCALE", scale)
+        monkeypatch.setattr(atoll.client.training.precision, "FIRST_SCALE", scale)
         found[scale] = update_of(job, shard, proximal_mu=0.5)
     assert relative(flat(found[1.0].delta), flat(found[FIRST_SCALE].delta)) < 0.02
 
@@ -191,14 +192,14 @@ def test_the_loss_is_scaled_so_that_small_gradients_do_not_vanish_and_the_update
 def test_a_step_that_overflows_is_left_out_and_the_next_round_starts_with_a_fresh_scale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.precision, "FIRST_SCALE", 2.0**100)
+    monkeypatch.setattr(atoll.client.training.precision, "FIRST_SCALE", 2.0**100)
     job = texts(tmp_path, {"precision": "fp16", "epochs": 3})
     shard, learner = shard_of(job), learner_of(job)
     rounds = [
         train_model(learner, learner.initial(), shard, job, client="c", round=1, plan={}) for _ in range(2)
     ]
     assert all(float(flat(update.delta).abs().max()) == 0 for update in rounds)
-    monkeypatch.setattr(client.precision, "FIRST_SCALE", FIRST_SCALE)
+    monkeypatch.setattr(atoll.client.training.precision, "FIRST_SCALE", FIRST_SCALE)
     assert float(flat(update_of(job, shard).delta).abs().max()) > 0
 
 
@@ -235,7 +236,7 @@ def test_recomputed_activations_are_not_kept_and_the_model_is_left_as_it_was(tmp
     job = dropping(tmp_path)
     learner, shard = learner_of(job), shard_of(job)
     model = learner.model
-    tuning.training_mode(model)
+    trainable.training_mode(model)
 
     def kept_bytes() -> int:
         sizes: list[int] = []

@@ -13,19 +13,19 @@ import optuna
 import pytest
 import tomli_w
 
-from atoll.cli import run as command_line
-from protocol.errors import ConfigError
-from protocol.job import Job
-from server.play import unwatched
-from sim.engine import simulate
-from sim.population import Population
-from sim.search import PLACE, STARTUP, Outcome, Search, SearchFolder, Tried
-from sim.search_keys import Choice, Range
-from sim.search_runs import Judge, Stopped, judged, play_trial, validation_metrics, without_test_set
-from sim.search_space import Space, default_space, has_meaning, job_of
-from sim.sweep import Base
-from tasks import task_named
-from tasks.learner import Learner
+from atoll.cli.main import run as command_line
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.server.run.run_job import unwatched
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.population import Population
+from atoll.sim.search.distributions import Choice, Range
+from atoll.sim.search.space import Space, default_space, has_meaning, job_of
+from atoll.sim.search.study import PLACE, STARTUP, Outcome, Search, SearchFolder, Tried
+from atoll.sim.search.trials import Judge, Stopped, judged, play_trial, validation_metrics, without_test_set
+from atoll.sim.sweep.grid import Base
+from atoll.tasks import task_named
 from tests.processes import atoll
 
 ROOT = Path(__file__).parents[1]

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from client.train import train_model
-from protocol.errors import ConfigError
-from protocol.job import Job, TuneSection
-from tasks import task_named, tuning
-from tasks.learner import Learner
-from tasks.seam import Model, Shard
-from tasks.vision_encoder import torchvision_trunk
+from atoll.backbones.encoder import Model
+from atoll.backbones.vision import torchvision_trunk
+from atoll.client.training.local_sgd import train_model
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import Job, TuneSection
+from atoll.learning import trainable
+from atoll.learning.learner import Learner
+from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.test_backbones import tiny_bert
 
@@ -40,7 +42,7 @@ def learner(name: str = "mobilenet_v2", **tune: object) -> Learner:
 def test_a_network_opens_into_its_own_blocks(name: str, count: int, kind: str) -> None:
     with torch.device("meta"):
         trunk, _ = torchvision_trunk(name, 0)
-    found = tuning.blocks(trunk)
+    found = trainable.blocks(trunk)
     assert sum(type(block).__name__ == kind for block in found) == count
     held = [p for block in found for p in block.parameters()]
     assert len({id(p) for p in held}) == len(held), "a parameter is in two blocks"
@@ -52,7 +54,7 @@ def test_a_bert_opens_into_its_layers() -> None:
 
     with torch.device("meta"):
         model = BertModel(BertConfig(num_hidden_layers=3), add_pooling_layer=False)
-    assert [type(b).__name__ for b in tuning.blocks(model)] == ["BertEmbeddings"] + 3 * ["BertLayer"]
+    assert [type(b).__name__ for b in trainable.blocks(model)] == ["BertEmbeddings"] + 3 * ["BertLayer"]
 
 
 @pytest.mark.parametrize("task", ["text-classification", "intent"])
@@ -75,7 +77,7 @@ def test_a_layer_that_torchs_attention_never_calls_gets_no_lora_factors() -> Non
 
 
 def test_last_k_tunes_the_last_blocks_and_the_head() -> None:
-    names = set(tuning.trainable(learner(method="last-k", layers=2).model))
+    names = set(trainable.trainable(learner(method="last-k", layers=2).model))
     assert {"head.weight", "head.bias"} < names
     assert {n.split(".")[3] for n in names if n.startswith("backbone")} == {"17", "18"}
 
@@ -124,7 +126,7 @@ def test_training_moves_what_is_tuned_and_never_batch_norms_statistics(method: s
     update = train_model(found, found.initial(), shard, found.job, client="c", round=1, plan={})
     assert all(torch.equal(b, before[n]) for n, b in found.model.named_buffers())
     assert all(torch.equal(dict(found.model.named_parameters())[n], p) for n, p in frozen.items())
-    assert set(update.delta) == set(tuning.trainable(found.model))
+    assert set(update.delta) == set(trainable.trainable(found.model))
     assert any((d != 0).any() for n, d in update.delta.items() if n.startswith("backbone"))
 
 
@@ -159,7 +161,7 @@ def test_dropout_works_in_tuned_parts_only() -> None:
 
     model = Model(Encoder(), nn.Linear(2, 2))  # type: ignore[arg-type]
     model.backbone.frozen.requires_grad_(False)  # type: ignore[union-attr]
-    tuning.training_mode(model)
+    trainable.training_mode(model)
     modes = {n: m.training for n, m in model.named_modules() if not list(m.children())}
     assert modes == {
         "backbone.frozen.0": False, "backbone.frozen.1": False,

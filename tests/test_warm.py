@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from privacy.noise import entropy
-from privacy.secagg import Participant
-from protocol.warm import worker_pool
+from atoll.privacy.noise import entropy
+from atoll.privacy.secagg import Participant
+from atoll.system.fork_server import worker_pool
 from tests.processes import atoll, python, wait_until
 
 pytestmark = pytest.mark.processes
@@ -69,8 +69,8 @@ def test_workers_of_a_worker_come_from_the_same_server() -> None:
 
 SERVER_THREADS = """
 import multiprocessing, os
-from protocol.warm import fork_server, import_first, worker_pool
-from tasks.imports import ANY
+from atoll.system.fork_server import fork_server, import_first, worker_pool
+from atoll.tasks.imports import ANY
 import_first("sim.workers", "server.app", "client.app", *ANY)
 with worker_pool(1, int) as pool:
     server = pool.submit(os.getppid).result()
@@ -96,7 +96,7 @@ def test_a_program_gets_its_arguments_writes_to_its_streams_and_has_an_exit_stat
 
 PARENT = """
 import os, signal, time
-from protocol.child import Child
+from atoll.system.child_process import Child
 child = Child("sleeper", "tests.test_warm:sleep", ["{ending}"], os.environ, dies_with_parent={dies})
 child.start()
 print(child.pid, flush=True)

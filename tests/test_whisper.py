@@ -14,12 +14,12 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from client.train import train_model
-from protocol.errors import ConfigError, WeightsError
-from tasks.ctranslate import encoder_folder, read_model
-from tasks.learner import Learner
-from tasks.letters import OWN
-from tasks.sounds import RATE
+from atoll.backbones.ctc_vocabulary import OWN
+from atoll.backbones.ctranslate import encoder_folder, read_model
+from atoll.client.training.local_sgd import train_model
+from atoll.data.audio import RATE
+from atoll.errors import ConfigError, WeightsError
+from atoll.learning.learner import Learner
 from tests.models import small_whisper
 from tests.test_speech import TEXTS, learner_of, shard_of, sound, tones
 

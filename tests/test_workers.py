@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atoll.cli import run as command_line
-from protocol.errors import JobError
-from protocol.job import Job
-from protocol.messages import Reply, Request, Update
-from server.play import play
-from server.rundir import job_toml
-from sim.engine import usual_workers
-from sim.population import Population
-from sim.workers import PooledCarrier
-from tasks import task_named
-from tasks.learner import Learner
-from tasks.png import grey_png
+from atoll.cli.main import run as command_line
+from atoll.datasets.synthetic.png import grey_png
+from atoll.errors import JobError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Reply, Request, Update
+from atoll.server.run.directory import job_toml
+from atoll.server.run.run_job import play
+from atoll.sim.engines.engine import usual_workers
+from atoll.sim.engines.process_pool import PooledCarrier
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from tests.small import image_job
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def test_every_worker_has_four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_command_line_shares_out_the_cores_and_ends_in_the_same_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sim.engine.usual_workers", lambda job, engine: 2)
+    monkeypatch.setattr("atoll.sim.engines.engine.usual_workers", lambda job, engine: 2)
     few = {"data": {"source": "digits", "test_fraction": 0.9}, "federation": {"clients": 2, "rounds": 1}}
     job = image_job("squeezenet1_1", tune={"method": "full"}, **few)
     found = []

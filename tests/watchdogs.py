@@ -16,31 +16,32 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from client import train_private
-from client.books import Books
-from client.examples import Examples, HeadWork
-from client.gradients import mixing_layers
-from client.heads import Local, train_heads
-from client.layers import LOSSES
-from client.per_example import PerExample
-from client.private import private_training
-from client.site import Site
-from client.sums import head_sums
-from privacy import accounting, detectors, secagg, sums
-from privacy.accounting import Release
-from privacy.detectors import Detected, adversaries, silent
-from privacy.ledger import Ledger
-from privacy.noise import entropy
-from privacy.terms import Terms, terms_of
-from protocol.errors import BudgetExhausted, ConfigError
-from protocol.job import Job
-from protocol.messages import Request, Update
-from protocol.tensors import Tensors
-from server import rounds
-from server.protection import NORM, Protection
-from server.protection import Books as ServerBooks
-from server.screen import screen
-from tasks.dataset import Dataset
+from atoll.client.dp import dp_sgd_model
+from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.gradient_sums import head_sums
+from atoll.client.dp.ledgers import Books
+from atoll.client.dp.per_example_gradients import mixing_layers
+from atoll.client.dp.poisson import private_training
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.layers import LOSSES
+from atoll.client.heads.train import Local, train_heads
+from atoll.client.site import Site
+from atoll.data.dataset import Dataset
+from atoll.errors import BudgetExhausted, ConfigError
+from atoll.job.job import Job
+from atoll.privacy import accounting, secagg, secagg_encoding
+from atoll.privacy.accounting import Release
+from atoll.privacy.dp_plan import Terms, terms_of
+from atoll.privacy.ledger import Ledger
+from atoll.privacy.noise import entropy
+from atoll.protocol.messages import Request, Update
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds import loop
+from atoll.server.rounds.central_dp import NORM, Protection
+from atoll.server.rounds.central_dp import Books as ServerBooks
+from atoll.server.rounds.validation import screen
+from tests import detectors
+from tests.detectors import Detected, adversaries, silent
 
 Vector = NDArray[np.float64]
 
@@ -173,7 +174,7 @@ def cohorts_are_what_they_are_charged_as() -> None:
 
 def cohort(guard: Protection, setting: Job, round: int) -> list[int]:
     names = [f"{i:03d}" for i in range(200)]
-    drawn = rounds.sample(names, setting, round, partial(guard.coins, round))
+    drawn = loop.sample(names, setting, round, partial(guard.coins, round))
     return [int(name) for name in drawn]
 
 
@@ -340,10 +341,8 @@ def what_the_server_tells_is_silent() -> None:
         states = {n: torch.tensor(float(last.num_examples)) for n in ("train_loss.sum", "train_loss.count")}
         updates = [replace(u, client=f"c{i}", states=states) for i, u in enumerate([*people(MODEL, 2), last])]
         looked = screen(updates, ["c0", "c1", "c2"], MODEL, 1, blind=run.is_private)
-        line = rounds._log_line(
-            cast(Any, run), ["c0", "c1", "c2"], looked, rounds.measure(cast(Any, run)), {}
-        )
-        return {"line": line, "clients": rounds.measure_clients(cast(Any, run))}
+        line = loop._log_line(cast(Any, run), ["c0", "c1", "c2"], looked, loop.measure(cast(Any, run)), {})
+        return {"line": line, "clients": loop.measure_clients(cast(Any, run))}
 
     plain = told(people(MODEL)[0])
     for odd in adversaries(MODEL):
@@ -357,7 +356,7 @@ def shares_of_the_noise_make_the_whole() -> None:
     words = partial(np.random.default_rng(0).integers, 0, 2**64, dtype=np.uint64)
     total = np.zeros(numbers, dtype=np.uint64)
     for _ in range(threshold):  # the fewest with whom a sum is opened
-        scale = sums.Scale.of(terms, numbers, threshold, lambda count: words(count))
+        scale = secagg_encoding.Scale.of(terms, numbers, threshold, lambda count: words(count))
         total += scale.integers(np.zeros(numbers))
     detectors.check_noise(scale.values(total).numpy(), Z * C)
 
@@ -430,7 +429,7 @@ def of_a_model(given: Sequence[Record], words: Any = None, learner: Any = None) 
     start = {n: torch.full_like(p.detach(), 0.3) for n, p in learner.model.named_parameters()}
     setting = job(examples(sampling_rate=1.0))
     private = everyone(setting, words)
-    update = train_private.train_privately(
+    update = dp_sgd_model.train_privately(
         learner, start, cast(Any, Records(given)), private, client="c", round=1, plan={}
     )
     return -flat(update.delta) * 8.0
@@ -540,7 +539,7 @@ def promises_that_cannot_be_kept_are_refused() -> None:
         except ConfigError:
             continue
         raise Detected(f"{privacy} with {tables} was accepted")
-    from tasks import task_named
+    from atoll.tasks import task_named
 
     try:
         task_named("image-classification").check(job(clients(), data={"source": "/data/mine"}))

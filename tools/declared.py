@@ -16,6 +16,7 @@ what tests import.
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -90,6 +91,12 @@ class Import:
         return frozenset(map(canonicalize_name, found))
 
 
+def python_files(folder: Path) -> Iterator[Path]:
+    """All Python files of a folder, also through links to folders."""
+    for place, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(place) / name for name in names if name.endswith(".py"))
+
+
 @cache
 def _installed() -> Mapping[str, list[str]]:
     """By module: the packages that have it. It takes seconds to find out."""
@@ -112,7 +119,7 @@ def _imports(root: Path, declared: Declared) -> tuple[list[Import], list[Import]
     rooms = {*declared.rooms, *sys.stdlib_module_names}
 
     def imported(folders: Iterable[str], ours: set[str]) -> Iterator[Import]:
-        for path in (path for folder in folders for path in sorted((root / folder).rglob("*.py"))):
+        for path in (path for folder in folders for path in sorted(python_files(root / folder))):
             name = path.relative_to(root).as_posix()
             if not any(path.is_relative_to(root / other) for other in declared.elsewhere):
                 modules = set(modules_of(ast.parse(path.read_text("utf-8"), name)))

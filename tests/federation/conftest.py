@@ -12,9 +12,9 @@ import pytest
 import torch
 from torchvision.models import squeezenet1_1
 
-from protocol.job import Job
-from sim.engine import simulate
-from sim.shards import write_shards
+from atoll.job.job import Job
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.write_shards import write_shards
 from tests.federation.held_site import HOLD
 from tests.federation.places import Federation, Running, federation_of, unwatched
 from tests.federation.turned_server import CUTS

@@ -13,32 +13,32 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import client.site
-from protocol.job import Job
-from protocol.messages import Reply, Request
+import atoll.client.site
+from atoll.job.job import Job
+from atoll.protocol.messages import Reply, Request
 
 HOLD = "ATOLL_TEST_HOLD"
-logger = logging.getLogger("client.site")
+logger = logging.getLogger("atoll.client.site")
 
 
 def main() -> None:
     """`atoll join` whose executor can be held."""
-    import atoll.site_verbs
-    from atoll.start import main as start
+    import atoll.cli.site
+    from atoll.cli.start import main as start
 
-    vars(atoll.site_verbs)["EXECUTOR"] = "tests.federation.held_site:executor"
+    vars(atoll.cli.site)["EXECUTOR"] = "tests.federation.held_site:executor"
     start()
 
 
 def executor() -> None:
     """The entry of the process that works for the site."""
-    from atoll.site_verbs import executor as answer_tasks
+    from atoll.cli.site import executor as answer_tasks
 
-    folder, admit = Path(os.environ[HOLD]), client.site.Site.admit
+    folder, admit = Path(os.environ[HOLD]), atoll.client.site.Site.admit
 
     def held(
-        site: client.site.Site, job: Job, request: Request, names: Sequence[str]
-    ) -> tuple[client.site.Admitted, list[Reply]]:
+        site: atoll.client.site.Site, job: Job, request: Request, names: Sequence[str]
+    ) -> tuple[atoll.client.site.Admitted, list[Reply]]:
         admitted = admit(site, job, request, names)
         files = [folder / f"{job.name}-{request.round}-{name}" for name in names]
         for file in files if request.kind != "evaluate" else ():
@@ -48,5 +48,5 @@ def executor() -> None:
                 time.sleep(0.01)
         return admitted
 
-    client.site.Site.admit = held  # type: ignore[method-assign]
+    atoll.client.site.Site.admit = held  # type: ignore[method-assign]
     answer_tasks()

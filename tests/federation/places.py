@@ -16,11 +16,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from protocol.errors import JobError
-from protocol.job import Job
-from server.provision import provision
-from server.rundir import job_toml
-from server.submit import status, submit
+from atoll.errors import JobError
+from atoll.job.job import Job
+from atoll.server.deploy.provision import provision
+from atoll.server.deploy.status import status
+from atoll.server.deploy.submit import submit
+from atoll.server.run.directory import job_toml
 from tests.processes import Started, wait_until
 from tests.processes import atoll as start_atoll
 

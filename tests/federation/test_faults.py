@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from server.submit import status, stop
+from atoll.server.deploy.status import status
+from atoll.server.deploy.submit import stop
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import result_of, rounds_of
 from tests.processes import wait_until

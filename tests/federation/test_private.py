@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from privacy.accounting import Release, epsilon
-from server.submit import status
+from atoll.privacy.accounting import Release, epsilon
+from atoll.server.deploy.status import status
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import result_of
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from protocol.job import Job
-from server.rundir import job_toml
-from sim.engine import simulate
-from sim.population import client_names
-from sim.shards import write_shards
+from atoll.job.job import Job
+from atoll.server.run.directory import job_toml
+from atoll.sim.engines.engine import simulate
+from atoll.sim.population.population import client_names
+from atoll.sim.population.write_shards import write_shards
 from tests.federation.news import news_file
 from tests.federation.places import Federation, atoll, federation_of, result_of, unwatched
 from tests.task_data import ready

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from protocol.child import free_port
-from protocol.code import ROOMS
-from protocol.errors import ConfigError, JobError
-from protocol.kit import ServerKit
-from server.serve import runtime_path, serve
-from server.submit import follow, logs, status, stop
+from atoll.errors import ConfigError, JobError
+from atoll.kit.kit import ServerKit
+from atoll.server.deploy.serve import runtime_path, serve
+from atoll.server.deploy.status import status
+from atoll.server.deploy.submit import follow, logs, stop
+from atoll.system.child_process import free_port
 from tests.federation.conftest import CLIENTS, SECRET, Ring, job, weights_home
 from tests.federation.places import provisioned, result_of, rounds_of
 from tests.processes import wait_until
@@ -72,9 +72,8 @@ def test_control_answers_on_loopback_so_the_gate_is_what_hides_it(ring: Ring) ->
 def test_sites_that_cannot_take_part_are_named_and_tell_neither_data_nor_paths(ring: Ring) -> None:
     federation = ring.whole()
     code, unlabelled = federation.folder / "code", federation.folder / SECRET
-    for room in (*ROOMS, "atoll"):
-        shutil.copytree(ROOT / room, code / room, ignore=shutil.ignore_patterns("__pycache__"))
-    with (code / "client" / "app.py").open("a") as file:
+    shutil.copytree(ROOT / "atoll", code / "atoll", ignore=shutil.ignore_patterns("__pycache__"))
+    with (code / "atoll" / "client" / "app.py").open("a") as file:
         file.write("# one line more\n")
     unlabelled.mkdir()
     (unlabelled / "data.csv").write_text(f"image,{SECRET}\nscan.png,7\n")

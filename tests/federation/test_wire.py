@@ -18,17 +18,17 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 from scipy import stats
 
-from privacy.secagg import Vector, agreed_seed, mask_of
-from privacy.sums import flat, weighted
-from protocol.job import Job
-from protocol.kit import ServerKit
-from protocol.messages import Reply, Request, Sealed, Update
-from protocol.tensors import Tensors, tensor_bytes
-from server.play import play
-from sim.baselines import Comparison
-from sim.engine import warmed
-from sim.inline import InlineCarrier
-from sim.population import Population
+from atoll.job.job import Job
+from atoll.kit.kit import ServerKit
+from atoll.privacy.secagg import Vector, agreed_seed, mask_of
+from atoll.privacy.secagg_encoding import flat, weighted
+from atoll.protocol.messages import Reply, Request, Sealed, Update
+from atoll.protocol.tensors import Tensors, tensor_bytes
+from atoll.server.run.run_job import play
+from atoll.sim.baselines import Comparison
+from atoll.sim.engines.engine import warmed
+from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.population.population import Population
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import unwatched
 from tests.federation.wire import Tap, bodies, said, share_found, tapped

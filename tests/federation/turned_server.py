@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from protocol.job import Job
-from protocol.messages import Reply, Request
+from atoll.job.job import Job
+from atoll.protocol.messages import Reply, Request
 from tests.clock import TurnedClock
 
 CUTS = "ATOLL_TEST_CUTS"
@@ -32,26 +32,26 @@ class AheadClock(TurnedClock):
 
 def main() -> None:
     """`atoll serve` whose ServerApps have a clock that can be turned."""
-    import server.serve
-    from atoll.start import main as start
+    import atoll.server.deploy.serve
+    from atoll.cli.start import main as start
 
-    vars(server.serve)["SUPEREXEC"] = "tests.federation.turned_server:superexec"
+    vars(atoll.server.deploy.serve)["SUPEREXEC"] = "tests.federation.turned_server:superexec"
     start()
 
 
 def superexec() -> None:
     """The entry of the process that starts ServerApps."""
-    import server.executor
+    import atoll.server.deploy.executor
 
-    vars(server.executor)["SERVER_APP"] = "tests.federation.turned_server:server_app"
-    server.executor.superexec()
+    vars(atoll.server.deploy.executor)["SERVER_APP"] = "tests.federation.turned_server:server_app"
+    atoll.server.deploy.executor.superexec()
 
 
 def server_app() -> None:
     """The entry of a run's process."""
     from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
 
-    from server import app
+    from atoll.server import app
 
     folder, clock, exchange = Path(os.environ[CUTS]), AheadClock(0.0), app.FlowerCarrier.exchange
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-import client.secure
-import privacy.secagg
-from privacy.secagg import Participant, Vector, mask_of
+import atoll.client.dp.secure_aggregation
+import atoll.privacy.secagg
+from atoll.privacy.secagg import Participant, Vector, mask_of
 
 FOLDER = Path(os.environ["ATOLL_TEST_WATCH"])
 
@@ -43,17 +43,17 @@ def mask_or_zeros(seed: bytes, count: int) -> Vector:
 
 def main() -> None:
     """`atoll join` whose executor is watched."""
-    import atoll.site_verbs
-    from atoll.start import main as start
+    import atoll.cli.site
+    from atoll.cli.start import main as start
 
-    vars(atoll.site_verbs)["EXECUTOR"] = "tests.federation.watched_site:executor"
+    vars(atoll.cli.site)["EXECUTOR"] = "tests.federation.watched_site:executor"
     start()
 
 
 def executor() -> None:
     """The entry of the process that works for the site."""
-    from atoll.site_verbs import executor as answer
+    from atoll.cli.site import executor as answer
 
-    vars(client.secure)["Participant"] = Watched
-    vars(privacy.secagg)["mask_of"] = mask_or_zeros
+    vars(atoll.client.dp.secure_aggregation)["Participant"] = Watched
+    vars(atoll.privacy.secagg)["mask_of"] = mask_or_zeros
     answer()

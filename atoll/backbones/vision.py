@@ -1,0 +1,202 @@
+"""Any torchvision classification model, or transformers vision model, as features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from atoll.backbones.augmentation import framed, varied_image
+from atoll.backbones.checkpoint import fill, load_transformer, load_weights
+from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
+from atoll.backbones.resolve import Backbone
+from atoll.backbones.torchvision_models import torchvision_names
+from atoll.data.images import decode_image, eight_bits, scaled
+from atoll.errors import WeightsError
+from atoll.job.job import BackboneSection
+from atoll.protocol.random_streams import global_stream
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+RAW_SIZE = 28
+"""Of images without a network, where the job names no other."""
+
+
+class UnitPixels(nn.Module):
+    """No network: the pixels themselves, scaled to length 1 (a black image stays zero)."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[batch, 3, s, s] to [batch, 3 s s]."""
+        return nn.functional.normalize(pixels.flatten(1), dim=1)
+
+
+class VisionEncoder(Encoder):
+    """Encoded images to features [batch, width]."""
+
+    def __init__(
+        self, trunk: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], width: int,
+        *, channels_last: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.model = trunk.to(memory_format=self._layout) if channels_last else trunk
+        self.width = width
+        self.size = size
+        self._mean = torch.tensor(mean).view(3, 1, 1)
+        self._std = torch.tensor(std).view(3, 1, 1)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Features before the network's own classifier, [batch, width]."""
+        output = self.model(batch["pixel_values"].contiguous(memory_format=self._layout))
+        if isinstance(output, torch.Tensor):
+            return output.flatten(1)
+        pooled = getattr(output, "pooler_output", None)
+        features: torch.Tensor = output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
+        return features
+
+    def ready(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
+        """The squares as 8-bit pixels [3, s, s]: a quarter of the memory of what the network takes."""
+        return [self._pixels(data, place, None) for place, data in enumerate(inputs)]
+
+    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+        """Scaled to ImageNet's mean and deviation, or to the network's own."""
+        return {"pixel_values": scaled(ready, self._mean, self._std)}
+
+    def prepare(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
+        return self._prepared(inputs, range(len(inputs)), variation)
+
+    def fixed_batches(
+        self, inputs: Sequence[bytes], size: int, variation: Variation | None = None
+    ) -> Iterator[FixedBatch]:
+        for start in range(0, len(inputs), size):
+            rows = list(range(start, min(start + size, len(inputs))))
+            yield rows, partial(self._filled, [inputs[r] for r in rows], rows, variation, size)
+
+    def _filled(
+        self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None, size: int
+    ) -> Batch:
+        pixels = self._prepared(inputs, places, variation)["pixel_values"]
+        rest = pixels[-1:].expand(size - len(pixels), -1, -1, -1)
+        return {"pixel_values": torch.cat([pixels, rest])}
+
+    def _prepared(self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None) -> Batch:
+        pairs = zip(inputs, places, strict=True)
+        return self.batch([self._pixels(data, place, variation) for data, place in pairs])
+
+    def _pixels(self, data: bytes, place: int, variation: Variation | None) -> torch.Tensor:
+        """A square of the image in 8 bits: [3, s, s]."""
+        image = decode_image(data, "image", verify=False)  # who read it has seen to that
+        if variation is None:
+            image = framed(image, self.size)
+        else:
+            image = varied_image(image, self.size, variation.names, variation.stream(place))
+        return eight_bits(image)
+
+
+def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> VisionEncoder:
+    """Build the network in eval mode with the resolved weights, its own classifier cut off."""
+    if backbone.kind == "hf":
+        return _transformers_encoder(backbone, section, seed)
+    if backbone.kind == "raw":
+        side = section.image_size or RAW_SIZE
+        return VisionEncoder(UnitPixels(), side, (0.0,) * 3, (1.0,) * 3, 3 * side * side)
+    trunk, width = torchvision_trunk(backbone.name, seed)
+    if backbone.weights is not None:
+        state = load_weights(backbone.weights)
+        fill(trunk, _fitting(state, trunk), backbone.weights)
+    size = section.image_size or _native_size(backbone.name)
+    layout = section.channels_last
+    return VisionEncoder(trunk.eval(), size, IMAGENET_MEAN, IMAGENET_STD, width, channels_last=layout)
+
+
+def torchvision_trunk(name: str, seed: int) -> tuple[nn.Module, int]:
+    """(a torchvision network without its last layer, width of its features).
+
+    Raises:
+        WeightsError: it isn't one for whole images.
+    """
+    from torchvision import models
+
+    if name not in torchvision_names():
+        raise WeightsError(f"backbone.name: torchvision:{name} is no classification model, expected one")
+
+    with global_stream(seed, "init", "backbone"):
+        options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        network: nn.Module = models.get_model(name, weights=None, **options)
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(network, auxiliary):
+            setattr(network, auxiliary, None)
+    if hasattr(network, "aux_logits"):
+        network.aux_logits = False  # type: ignore[assignment]
+    if hasattr(network, "transform_input"):
+        network.transform_input = True  # type: ignore[assignment]  # what their weights were trained with
+    return network, _cut_classifier(network)
+
+
+def torchvision_width(name: str) -> int:
+    """Width of a torchvision network's features, without its weights where it can be told so."""
+    try:
+        with torch.device("meta"):
+            return torchvision_trunk(name, 0)[1]
+    except NotImplementedError:  # some compute their initial values on the way
+        return torchvision_trunk(name, 0)[1]
+
+
+def _cut_classifier(network: nn.Module) -> int:
+    """Replace the last linear layer (or, in SqueezeNet, convolution) by nothing; its input width."""
+    last_linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1:]
+    last = last_linear or [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)][-1:]
+    parent_name, _, child = last[0].rpartition(".")
+    layer: Any = network.get_submodule(last[0])
+    setattr(network.get_submodule(parent_name), child, nn.Identity())
+    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+
+
+def _fitting(state: dict[str, torch.Tensor], trunk: nn.Module) -> dict[str, torch.Tensor]:
+    """Without the classifier that was cut off; anything else unexpected stays and is an error."""
+    own = set(trunk.state_dict())
+    modules = {name for name, module in trunk.named_modules() if isinstance(module, nn.Identity)}
+    gone = (*tuple(f"{m}." for m in modules), "aux1.", "aux2.", "AuxLogits.")
+    return {n: t for n, t in state.items() if n in own or not n.startswith(gone)}
+
+
+def _native_size(name: str) -> int:
+    """The size of the images the published weights were measured at."""
+    from torchvision import models
+
+    crop = models.get_model_weights(name).DEFAULT.transforms().crop_size
+    return int(crop[0] if isinstance(crop, list | tuple) else crop)
+
+
+def _transformers_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> VisionEncoder:
+
+    network = load_transformer(backbone, seed)
+    network = getattr(network, "vision_model", network)
+    width = getattr(network.config, "hidden_size", None) or (network.config.hidden_sizes or [0])[-1]
+    if not width or not hasattr(network.config, "num_channels"):
+        raise WeightsError(
+            f"backbone.name: {section.name} is not a vision model, found {network.config.model_type}"
+        )
+    mean, std = normalisation_of(backbone)
+    size = section.image_size or getattr(network.config, "image_size", None) or 224
+    return VisionEncoder(network, int(size), mean, std, int(width), channels_last=section.channels_last)
+
+
+def normalisation_of(backbone: Backbone) -> tuple[list[float], list[float]]:
+    """(mean, deviation) of each colour that a folder's network expects pictures to be scaled by.
+
+    Raises:
+        WeightsError: the folder doesn't say.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(str(backbone.folder), local_files_only=True)  # type: ignore[no-untyped-call]
+    except OSError:
+        raise WeightsError(f"{backbone.folder}: has no preprocessor_config.json, expected one") from None
+    return list(processor.image_mean), list(processor.image_std)

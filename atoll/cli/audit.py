@@ -1,0 +1,146 @@
+"""The verb that attacks a finished run: audit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atoll.cli.display import out, plain, watching
+from atoll.cli.inspect import RunDir, read_result
+from atoll.cli.usage import Verb
+from atoll.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from atoll.job.job import Job
+
+REAL = "flower"
+"""What results of real federations call their engine."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(cls=Verb, epilog="Example: atoll audit runs/bbc-news --canaries 2000")(audit)
+
+
+def audit(
+    run: RunDir,
+    canaries: Annotated[
+        int | None, typer.Option(metavar="N", help="How many canaries; 1000, if there can be so many.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="How sure the lower bound is to be.")] = 0.95,
+    shadows: Annotated[
+        int, typer.Option(metavar="K", help="Runs to learn from, for a membership attack.")
+    ] = 0,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write what was found there as well.")
+    ] = None,
+) -> None:
+    """Attack a simulated run: what it proves of epsilon, beside what the run claims."""
+    job, result = simulated_run(run)
+    if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
+        raise ConfigError(f"--out: expected a file, in a folder that is there, found {out_file}")
+    from atoll.report.audit import what_the_audit_found
+    from atoll.sim.audit.audit import Audit, audited
+    from atoll.sim.audit.gradient_inversion import probed
+    from atoll.sim.population.population import Population
+
+    how = Audit(canaries, confidence, shadows)
+    population = Population.of(job)
+    with watching(job.federation.rounds) as watcher:
+        found = audited(
+            job, result["privacy"], how, population=population,
+            watch=lambda done, total: watcher.step("audit", {"done": done, "total": total}),
+        )  # fmt: skip
+    found["inversion"] = probed(job, population)
+    text = json.dumps(found, indent=2, allow_nan=False)
+    for path in filter(None, (run / "audit.json", out_file)):
+        path.write_text(text + "\n", "utf-8")
+    out().print(bounds(found))
+    if found["inversion"] is not None:
+        out().print(given_away(found["inversion"]))
+    out().print(plain(what_the_audit_found(found)), highlight=False, soft_wrap=True)
+    out().print(f"audit  {plain(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
+    if found["contradicted"]:
+        raise typer.Exit(1)
+
+
+def simulated_run(run: Path) -> tuple[Job, dict[str, Any]]:
+    """The job and the result of a run that can be played again.
+
+    Raises:
+        ConfigError: RUN is no finished run, or one of a real federation.
+    """
+    result = read_result(run)
+    if result.get("engine") == REAL:
+        raise ConfigError(
+            f"{run}: a run of real sites, whose data is not here to train it again; expected a simulation of"
+            " its job"
+        )
+    if not isinstance(result.get("privacy"), dict):
+        raise ConfigError(f"{run / 'result.json'}: privacy: missing, expected what the run claims")
+    from atoll.job.job import Job
+
+    return Job.load(run / "job.toml"), result
+
+
+def bounds(found: Mapping[str, Any]) -> Table:
+    """The claimed epsilon and what the attack proves, a column for each unit."""
+    from rich.table import Table
+
+    units: Mapping[str, Any] = found["units"]
+    sure = f"{100 * found['confidence']:g} % confidence"
+    table = Table(title=f"epsilon: claimed, and proven with {sure}", title_justify="left")
+    table.add_column("")
+    for unit, one in units.items():
+        table.add_column(f"{unit}, delta {one['delta']:.2g}", justify="right")
+
+    def row(name: str, *path: str, style: str = "", form: str = ".3g") -> None:
+        values = [_at(one, path) for one in units.values()]
+        table.add_row(name, *("-" if v is None else format(v, form) for v in values), style=style)
+
+    row("claimed (PLD)", "claimed_epsilon", style="bold")
+    for name, key in (("one-run audit", "one_run"), ("one-run audit by f-DP", "f_dp")):
+        row(f"proven, {name}", key, "epsilon", style="bold")
+        table.add_row("  guesses, right", *(_guesses(one[key]) for one in units.values()))
+    if any(one["membership"] for one in units.values()):
+        row("proven, membership attack", "membership", "epsilon")
+        row("  found at .1 % false alarms", "membership", "tpr_at_fpr_0.001", form=".1%")
+        row("  found at 1 % false alarms", "membership", "tpr_at_fpr_0.01", form=".1%")
+        row("  AUC", "membership", "auc", form=".3f")
+    table.add_row("canaries", *(f"{one['canaries']:,}" for one in units.values()))
+    return table
+
+
+def given_away(inversion: Mapping[str, Any]) -> Table:
+    """What one update gives away of its examples, without protection and with the job's."""
+    from rich.table import Table
+
+    table = Table(title="what one update of the head gives away", title_justify="left")
+    for column in ("a step on", "labels found", "features (cosine)", "labels, here", "features, here"):
+        table.add_column(column, justify="left" if column == "a step on" else "right")
+    batch = f"{inversion['batch_size']} classes, one example each"
+    for name, key in (("one example", "one"), (batch, "batch")):
+        plain_one, kept = inversion["unprotected"][key], (inversion["protected"] or {}).get(key)
+        if plain_one is None:
+            continue
+        told = [f"{plain_one['label']:.0%}", f"{plain_one['cosine']:z.2f}"]
+        told += ["-", "-"] if kept is None else [f"{kept['label']:.0%}", f"{kept['cosine']:z.2f}"]
+        table.add_row(f"{name} (by chance {inversion['chance'][key]:.0%})", *told)
+    return table
+
+
+def _at(one: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
+    value: Any = one
+    for key in path:
+        value = None if value is None else value[key]
+    return None if value is None else float(value)
+
+
+def _guesses(finding: Mapping[str, Any]) -> str:
+    return f"{finding['guesses']:,}, {finding['right']:,}"

@@ -1,0 +1,160 @@
+"""Verbs that look: report, predict, check, list."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atoll.cli.display import escape, out, plain
+from atoll.cli.usage import Verb
+from atoll.errors import ConfigError, DataError
+from atoll.trained import check_finished, trained
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command(cls=Verb, epilog="Example: atoll report runs/bbc-news")(report)
+    app.command(cls=Verb, epilog='Example: atoll predict runs/bbc-news "Shares fell sharply"')(predict)
+    app.command(cls=Verb, epilog="Example: atoll check my-photos --task image-classification")(check)
+    app.command(cls=Verb, epilog="Example: atoll track runs/bbc-news --to tensorboard")(track)
+    app.command("list", cls=Verb, epilog="Example: atoll list backbones")(list_)
+
+
+def report(run: RunDir) -> None:
+    """Write RUN/report.html anew from RUN/result.json."""
+    from atoll.report.page import write_report
+
+    write_report(run, read_result(run))
+    out().print(f"report  {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def track(
+    run: RunDir,
+    to: Annotated[list[str], typer.Option("--to", metavar="NAME", help="tensorboard or mlflow.")],
+) -> None:
+    """Write a complete run, simulated or of real sites, to TensorBoard or MLflow."""
+    from atoll.tracking import track_finished
+
+    for name, place in track_finished(run, read_result(run), to).items():
+        out().print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """A complete run's result.
+
+    Raises:
+        ConfigError: RUN isn't one.
+    """
+    path = run / "result.json"
+    check_finished(run, path)
+    try:
+        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    return result
+
+
+def predict(
+    run: RunDir,
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Texts, or files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Use the trained model on new inputs."""
+    from rich.table import Column, Table
+
+    answers = predictions(run, inputs)
+    if as_json:
+        for given, answer in zip(inputs, answers, strict=True):
+            typer.echo(json.dumps({"input": given} | answer))
+        return
+    has_probability = all("probability" in answer for answer in answers)
+    table = Table(Column("input", no_wrap=True, max_width=60), "label", *["probability"] * has_probability)
+    for given, answer in zip(inputs, answers, strict=True):
+        sure = [f"{answer['probability']:.3f}"] if has_probability else []
+        table.add_row(plain(given), escape(answer["label"]), *sure)
+    out().print(table)
+
+
+def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
+    """The model's answer to each input.
+
+    Raises:
+        ConfigError: RUN holds no model. DataError: an input cannot be read.
+    """
+    learner, tensors = trained(run)
+    raw = [learner.task.raw_input(given) for given in inputs]
+    return learner.task.answer(learner.predictions(tensors, raw), learner.facts)
+
+
+def check(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A shard: a folder or a file.")],
+    task: Annotated[str, typer.Option("--task", metavar="T", help="See: atoll list tasks.")],
+    text: Annotated[str | None, typer.Option(help="The text column, if it isn't found.")] = None,
+    image: Annotated[str | None, typer.Option(help="The image column, if it isn't found.")] = None,
+    label: Annotated[str | None, typer.Option(help="The label column, if it isn't found.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=NAME", help="Another column, as in data.columns.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
+    ] = None,
+) -> None:
+    """Look at a site's data before it joins: what is there, and what is wrong with it."""
+    from rich.table import Table
+
+    from atoll.job.job import DataSection
+    from atoll.tasks import task_named
+
+    columns = _given(column, "--column")
+    section = DataSection(source=str(data), text=text, image=image, label=label, columns=columns)
+    findings = task_named(task).inspect(data, section, _given(option, "--option"))
+    if findings.bad == 1 and not (findings.train or findings.test):  # all of it is one fault
+        raise DataError(findings.problems[0])
+    table = Table(findings.counted, "train", "test")
+    for name in sorted({*findings.train, *findings.test}):
+        table.add_row(escape(name), str(findings.train.get(name, 0)), str(findings.test.get(name, 0)))
+    table.add_row("all", str(sum(findings.train.values())), str(sum(findings.test.values())), style="bold")
+    out().print(table)
+    out().print(f"sizes       {findings.sizes}", highlight=False)
+    out().print(f"duplicates  {findings.duplicates}", highlight=False)
+    for note in findings.notes:
+        out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
+    for problem in findings.problems:
+        out().print(f"[red]unreadable[/]  {escape(problem)}", highlight=False, soft_wrap=True)
+    if findings.bad:
+        raise DataError(f"{data}: {findings.bad} examples cannot be used; mend or remove them")
+    out().print("[green]ready[/]: a run can use this data as it is")
+
+
+def _given(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """What `key=value` pairs say, the values as in TOML."""
+    from atoll.job.toml import apply_override
+
+    table: dict[str, Any] = {}
+    for pair in pairs or ():
+        apply_override(table, pair, option=option)
+    return table
+
+
+def list_(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="tasks, backbones, strategies, partitions or sources")
+    ],
+) -> None:
+    """What there is, one line each."""
+    from atoll.cli.listing import CATALOGUE
+
+    if what not in CATALOGUE:
+        near = difflib.get_close_matches(what, CATALOGUE, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(CATALOGUE)}"
+        raise ConfigError(f"list {what}: {hint}")
+    lines = CATALOGUE[what]()
+    width = max(len(name) for name, _ in lines)
+    for name, summary in lines:
+        typer.echo(f"{name:<{width}}  {summary}")

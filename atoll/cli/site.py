@@ -1,0 +1,212 @@
+"""Verbs of a real federation: provision, serve, join, submit, status, logs, stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atoll.cli.display import ending, escape, out
+from atoll.cli.run import JobFile, Overrides, unused
+from atoll.cli.usage import Verb
+from atoll.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Kit = Annotated[Path, typer.Argument(metavar="KIT", help="A kit written by atoll provision.")]
+ServerKitOption = Annotated[
+    Path, typer.Option("--server", metavar="KIT", help="The server's kit, on its host.")
+]
+RunId = Annotated[int, typer.Argument(metavar="RUN_ID", help="As atoll submit and status print it.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command(cls=Verb, epilog="Example: atoll provision sites.toml --out kits")(provision)
+    app.command(cls=Verb, epilog="Example: atoll serve kits/server")(serve)
+    app.command(cls=Verb, epilog="Example: atoll join kits/site-a --data /data/site-a")(join)
+    app.command(cls=Verb, epilog="Example: atoll submit jobs/bbc-news.toml --server kits/server")(submit)
+    app.command(cls=Verb, epilog="Example: atoll status --server kits/server")(status)
+    app.command(cls=Verb, epilog="Example: atoll logs 1234 --server kits/server")(logs)
+    app.command(cls=Verb, epilog="Example: atoll stop 1234 --server kits/server")(stop)
+
+
+def tell(line: str) -> None:
+    """One line of what an operator should know."""
+    out().print(escape(line), highlight=False, soft_wrap=True)
+
+
+def tell_when(line: str) -> None:
+    """As `tell`, with the time in front: for what runs for days."""
+    tell(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}")
+
+
+class Telling(logging.Handler):
+    """Log records as lines among the others, without levels and frames."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell_when(record.getMessage())
+
+
+def speak_for(package: str) -> None:
+    """Let a package's log lines be lines of the verb; `--debug` has set a level of its own and keeps it."""
+    if logging.getLogger().level > logging.DEBUG:
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(Telling())
+        logger.propagate = False
+
+
+def show_ours(line: str) -> None:
+    """Of a run's log the lines that are Atoll's; the rest is Flower's, and shown with --debug."""
+    from atoll.server.app import MARK
+
+    if line.startswith(MARK):
+        tell(line.removeprefix(MARK))
+    else:
+        logger.debug("%s", line)
+
+
+def provision(
+    sites: Annotated[Path, typer.Argument(metavar="SITES", help="TOML with [server] and [[site]] tables.")],
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the kits go.")],
+) -> None:
+    """Make a certificate authority, a server kit, and one kit for every site."""
+    from atoll.server.deploy.provision import provision as make_kits
+
+    for kit in make_kits(sites, out_dir):
+        tell(f"kit  {kit}")
+    tell("give each site its own kit over a safe channel; keep the folder ca offline")
+
+
+def serve(
+    kit: Kit,
+    health: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where gRPC health is answered; else on a free local port."),
+    ] = None,
+) -> None:
+    """Run a federation's server until it is stopped."""
+    from atoll.server.deploy.serve import serve as serve_kit
+
+    speak_for("atoll.server")
+    serve_kit(kit, health_address=health, tell=tell_when)
+
+
+def join(
+    kit: Kit,
+    data: Annotated[
+        list[Path],
+        typer.Option("--data", metavar="DIR", help="The shard; more than one: clients named as the folders."),
+    ],
+) -> None:
+    """Take part with this site's data until it is stopped."""
+    from atoll.client.deploy.join import join as join_kit
+
+    speak_for("atoll.client")
+    is_debugged = logging.getLogger().isEnabledFor(logging.DEBUG)
+    join_kit(kit, data, tell=tell_when, executor=(EXECUTOR, "--debug") if is_debugged else (EXECUTOR,))
+
+
+EXECUTOR = "atoll.cli.site:executor"
+
+
+def executor() -> None:
+    """In the process that works for a site: answer tasks; what it logs are lines of `atoll join` too."""
+    from atoll.cli.main import quiet_libraries
+    from atoll.client.deploy.executor import answer_tasks
+
+    quiet_libraries("--debug" in sys.argv)
+    speak_for("atoll.client")
+    answer_tasks()
+
+
+def submit(
+    job: JobFile,
+    server: ServerKitOption,
+    out_dir: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
+) -> None:
+    """Run a job on the live federation, and wait for its end."""
+    from atoll.job.job import Job
+    from atoll.server.job_checks import check_named, check_real
+
+    loaded = Job.load(job, overrides or ())
+    check_named(loaded)
+    check_real(loaded)
+    where = out_dir or unused(server / "runs" / loaded.name, resume=resume)
+    if resume and not (where / "job.toml").is_file():
+        raise ConfigError(f"{where}: nothing to resume, there is no job.toml")
+    if not resume and where.exists() and any(where.iterdir()):
+        raise ConfigError(f"{where}: exists and is not empty; use --resume to go on, or another --out")
+    from atoll.server.deploy.submit import (
+        submit as submit_job,  # Flower comes with it: not before the job is looked at
+    )
+
+    submit_job(
+        loaded.canonical,
+        server,
+        out=where,
+        show=show_ours,
+        tell=tell,
+        started=lambda run: tell(f"run id    {run}"),
+    )
+    ending(_result(where), where)
+
+
+def _result(where: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((where / "result.json").read_text("utf-8"))
+    return result
+
+
+def status(server: ServerKitOption) -> None:
+    """Which sites are connected, how the latest runs stand, and whether a job can be submitted."""
+    from rich.table import Column, Table
+
+    from atoll.server.deploy.status import status as ask
+
+    stands = ask(server)
+    unknown = "none" if stands.known else "unknown"
+    tell(f"online   {', '.join(stands.online) or unknown}")
+    tell(f"offline  {', '.join(stands.offline) or unknown}")
+    tell(f"health   {f'not serving: {stands.trouble}' if stands.trouble else 'serving'}")
+    tell(f"         answered on {stands.health} (gRPC)")
+    table = Table(
+        Column("run id", no_wrap=True), "status", Column("health", no_wrap=True),
+        Column("submitted", no_wrap=True), "details",
+    )  # fmt: skip
+    for run in stands.runs:
+        table.add_row(
+            str(run.run_id), run.outcome or run.status,
+            "serving" if run.run_id in stands.going_on else "not serving",
+            moment(run.submitted), escape(run.details),
+        )  # fmt: skip
+    if stands.runs:
+        out().print(table)
+
+
+def moment(iso: str) -> str:
+    """A time of the server's as this machine's clock shows it."""
+    return f"{datetime.fromisoformat(iso).astimezone():%Y-%m-%d %H:%M:%S}" if iso else ""
+
+
+def logs(run: RunId, server: ServerKitOption) -> None:
+    """A run's log, from its beginning to its end."""
+    from atoll.server.deploy.submit import logs as show_logs
+
+    ended = show_logs(server, run, show=show_ours)
+    tell(f"run {run} {ended.outcome}" + (f": {ended.details}" if ended.details else ""))
+
+
+def stop(run: RunId, server: ServerKitOption) -> None:
+    """Stop a run; what its rounds have made stays in its run directory."""
+    from atoll.server.deploy.submit import stop as stop_run
+
+    ended = stop_run(server, run)
+    tell(f"run {run} {ended.outcome or ended.status}")

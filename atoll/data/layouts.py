@@ -1,0 +1,136 @@
+"""Which of the known layouts lies at a path, and its rows by split."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+
+from atoll.data import tables
+from atoll.data.diagnostics import Journal, shown
+from atoll.data.folders import checked_file, class_files, listing, resolved
+from atoll.data.tables import Rows
+from atoll.data.texts import read_text_file
+from atoll.errors import DataError
+
+_SPLIT_FILE = re.compile(r"(train|test|validation|val)(-\d+-of-\d+)?")
+_SPLITS = {"train", "test", "validation", "val"}
+_EXPECTED = f"a folder per class, or one file of {', '.join(tables.SUFFIXES)}"
+
+
+class NothingThere(DataError):
+    """There is no data at the path, so there is nothing to inspect either."""
+
+
+@contextmanager
+def noting(path: Path, journal: Journal) -> Iterator[None]:
+    """Within, what is wrong with the data at `path` is noted, unless there is none to speak of."""
+    try:
+        yield
+    except NothingThere:
+        raise
+    except DataError as problem:
+        journal.refuse(problem)
+    except OSError as error:
+        journal.refuse(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
+
+
+ClassReader = Callable[[Path, Path, Journal], Rows]
+"""Reads (shard, folder that holds the class folders) into canonical rows."""
+
+
+def open_shard(path: Path, read_classes: ClassReader, journal: Journal) -> dict[str, Rows]:
+    """The rows of "train" and, where there is one, of "test"."""
+    if not path.exists():
+        raise NothingThere(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
+    if not path.is_dir():
+        return {"train": tables.read_file(checked_file(path, path.resolve().parent), journal)}
+    return _used(_open_folder(path, read_classes, journal), path, journal)
+
+
+def _used(splits: dict[str, Rows], path: Path, journal: Journal) -> dict[str, Rows]:
+    if "train" not in splits:
+        raise DataError(f"{shown(path)}: splits {sorted(splits)}, expected train, and test if there is one")
+    for name in sorted(splits.keys() - {"train", "test"}):
+        journal.remark(f"split {shown(name)} is not used", shown(path))
+    return {name: splits[name] for name in ("train", "test") if name in splits}
+
+
+def _open_folder(path: Path, read_classes: ClassReader, journal: Journal) -> dict[str, Rows]:
+    entries = listing(path, path, journal)
+    if tables.is_saved_dataset(path):
+        _check_links(path, path, journal)
+        return tables.read_saved(path)
+    if files := [entry for entry in entries if entry.suffix.lower() in tables.SUFFIXES]:
+        return {split: _read_files(path, part, journal) for split, part in _by_split(path, files).items()}
+    folders = [entry for entry in entries if entry.is_dir()]
+    if not folders and not any(entry.is_symlink() for entry in entries):
+        found = f"{len(entries)} files" if entries else "nothing"
+        raise NothingThere(f"{shown(path)}: holds {found} and no class folder, expected {_EXPECTED}")
+    if _is_split(folders):
+        return {split.name: _open_split(path, split, read_classes, journal) for split in folders}
+    return {"train": read_classes(path, path, journal)}
+
+
+def _is_split(folders: Sequence[Path]) -> bool:
+    names = {folder.name for folder in folders}
+    return "train" in names and names <= _SPLITS
+
+
+def _open_split(root: Path, split: Path, read_classes: ClassReader, journal: Journal) -> Rows:
+    files = [entry for entry in listing(split, root, journal) if entry.suffix.lower() in tables.SUFFIXES]
+    return _read_files(root, files, journal) if files else read_classes(root, split, journal)
+
+
+def _by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files called train, test or train-00000-of-00002 go by their names; otherwise there is one file."""
+    if len(files) == 1:
+        return {"train": list(files)}
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        named = _SPLIT_FILE.fullmatch(file.stem.lower())
+        if not named:
+            found = ", ".join(shown(entry.name) for entry in files)
+            raise DataError(f"{shown(path)}: files {found}, expected one, or train and test")
+        splits.setdefault(named[1], []).append(file)
+    return splits
+
+
+def _read_files(root: Path, files: Sequence[Path], journal: Journal) -> Rows:
+    return tables.joined([tables.read_file(checked_file(file, root), journal) for file in files])
+
+
+def _check_links(folder: Path, root: Path, journal: Journal) -> None:
+    for entry in listing(folder, root, journal):
+        if resolved(entry, root).is_dir() and not entry.is_symlink():
+            _check_links(entry, root, journal)
+        else:
+            checked_file(entry, root)
+
+
+def text_classes(root: Path, base: Path, journal: Journal) -> Rows:
+    """The texts of `base`/CLASS/FILE."""
+    texts, labels, paths = [], [], []
+    for path, label in class_files(root, base, journal):
+        try:
+            texts.append(read_text_file(path, journal))
+        except DataError as problem:
+            journal.refuse(problem)
+            continue
+        labels.append(label)
+        paths.append(path)
+    return _canonical("text", pa.array(texts, pa.string()), labels, paths, root)
+
+
+def image_classes(root: Path, base: Path, journal: Journal) -> Rows:
+    """The images of `base`/CLASS/FILE: their paths, not yet their bytes."""
+    found = list(class_files(root, base, journal))
+    paths = [path for path, _ in found]
+    images = pa.array([str(path.absolute()) for path in paths], pa.string())
+    return _canonical("image", images, [label for _, label in found], paths, root)
+
+
+def _canonical(content: str, values: pa.Array, labels: list[str], paths: list[Path], root: Path) -> Rows:
+    table = pa.table({content: values, "label": pa.array(labels, pa.string())})
+    return Rows(shown(root), table, lambda row: shown(paths[row]), root, is_canonical=True)

@@ -1,0 +1,97 @@
+"""What a cell of a table may be, and what it becomes: text, numbers, days, lists."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from atoll.data.diagnostics import shown
+from atoll.data.texts import checked_text
+from atoll.errors import DataError
+
+
+def text_cell(cell: Any, where: str) -> str:
+    """A text that isn't empty.
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
+    if cell is not None and not isinstance(cell, str):
+        raise DataError(f"{where}: {shown(str(cell))}, expected text")
+    return checked_text(None if cell is None else cell.encode(), where)
+
+
+def optional_text_cell(cell: Any, where: str) -> str:
+    """A text, or nothing, which becomes an empty one."""
+    return "" if cell is None or cell == "" else text_cell(cell, where)
+
+
+def number_cell(cell: Any, where: str) -> float:
+    """A finite number, also one written as text.
+
+    Raises:
+        DataError: it is missing, or no finite number.
+    """
+    if isinstance(cell, bool) or cell is None or cell == "":
+        raise DataError(f"{where}: {'nothing' if cell in (None, '') else cell}, expected a number")
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: {shown(str(cell))!r}, expected a number") from None
+    if not math.isfinite(value):
+        raise DataError(f"{where}: {value}, expected a finite number")
+    return value
+
+
+def moment_cell(cell: Any, where: str) -> str:
+    """A day or a moment in ISO 8601, as text that sorts by time (without a zone, to the second).
+
+    >>> moment_cell("2024-03-01", ""), moment_cell("2024-03-01T12:30", "")
+    ('2024-03-01', '2024-03-01T12:30:00')
+
+    Raises:
+        DataError: it is neither.
+    """
+    if isinstance(cell, datetime.datetime):
+        return cell.replace(tzinfo=None, microsecond=0).isoformat()
+    if isinstance(cell, datetime.date):
+        return cell.isoformat()
+    try:
+        text = str(cell).strip()
+        if len(text) == 10:
+            return datetime.date.fromisoformat(text).isoformat()
+        return datetime.datetime.fromisoformat(text).replace(tzinfo=None, microsecond=0).isoformat()
+    except ValueError:
+        raise DataError(f"{where}: {shown(str(cell))!r}, expected a date such as 2024-03-01") from None
+
+
+def name_cell(cell: Any, where: str) -> str:
+    """An identifier: text, or a whole number, which becomes text.
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return str(cell)
+    return text_cell(cell, where).strip()
+
+
+def list_cell(each: Callable[[Any, str], Any]) -> Callable[[Any, str], list[Any]]:
+    """A list, also one written as JSON in a text cell, of what `each` reads."""
+
+    def read(cell: Any, where: str) -> list[Any]:
+        if isinstance(cell, str):
+            try:
+                cell = json.loads(cell)
+            except ValueError:
+                raise DataError(f"{where}: {shown(cell[:40])!r}, expected a list such as [1, 2]") from None
+        if not isinstance(cell, list):
+            raise DataError(f"{where}: {type(cell).__name__}, expected a list")
+        return [each(item, where) for item in cell]
+
+    return read

@@ -1,0 +1,272 @@
+"""Rows of several named parts, read, checked, hashed and written by one rule for every task.
+
+A task says which parts (roles) an example has: a question and an answer, an image and its boxes. A shard
+is a CSV, TSV, JSON Lines or Parquet file, a saved dataset, or a folder that holds one such file or train
+and test; parts that are files (images, sounds) are paths beside it, or bytes in it. A task with another
+layout (a folder per class, COCO's) says how it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from atoll.data.classification import LISTED_PROBLEMS, Findings, Table
+from atoll.data.columns import file_column, other_columns, role_column, values_of
+from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Journal, shown
+from atoll.data.folders import checked_file
+from atoll.data.layouts import noting, open_shard
+from atoll.data.tables import SUFFIXES, Rows
+from atoll.data.writers import write_records
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection
+
+MAX_FILE_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class Role:
+    """One part of an example.
+
+    `read` makes a cell's canonical value of what stands there and the place's name, or raises DataError.
+    For a part that is a `file` it is given the file's bytes, and what it returns is not kept.
+    A role that isn't `required` may be missing as a column.
+    """
+
+    name: str
+    read: Callable[[Any, str], Any]
+    kind: pa.DataType
+    usual: tuple[str, ...] = ()
+    required: bool = True
+    file: bool = False
+
+
+FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+"""A part that is a file: its bytes, or where they lie."""
+
+Opener = Callable[[Path, Journal], dict[str, Rows] | None]
+"""Another layout than a file of rows: the splits at a path, or None where it isn't that layout."""
+
+
+def _nothing_else(path: Path, journal: Journal) -> dict[str, Rows] | None:
+    return None
+
+
+def _any_will_do(parts: Mapping[str, Any], where: str) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Records:
+    """How a task's data is read: its roles, by what examples are counted, and other layouts."""
+
+    roles: tuple[Role, ...]
+    counted: str | None = None
+    opens: Opener = _nothing_else
+    layout: str = f"one file of {', '.join(SUFFIXES)}"
+    together: Callable[[Mapping[str, Any], str], None] = _any_will_do
+    """Raises DataError where an example's parts, each sound, don't fit one another."""
+
+    def read(self, path: Path, data: DataSection) -> Table:
+        """The checked examples at `path`.
+
+        Raises:
+            DataError: the first bad example, and how many there are.
+        """
+        journal = Journal()
+        return self.table_of(path, self.gather(path, data, journal), journal)
+
+    def inspect(self, path: Path, data: DataSection) -> Findings:
+        """What is at `path`, good and bad; raises only if there is nothing to look at."""
+        journal = Journal()
+        return self.findings_of(path, self.gather(path, data, journal), journal)
+
+    def table_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Journal) -> Table:
+        """Gathered splits, once it is clear that nothing in them is bad."""
+        journal.close()
+        for split, table in splits.items():
+            if not table.num_rows:
+                raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
+        keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
+        _remark(keys, journal)
+        return _table(splits, journal.notes)
+
+    def findings_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Journal) -> Findings:
+        """What `atoll check` tells of gathered splits."""
+        if not journal.problems and not any(table.num_rows for table in splits.values()):
+            raise DataError(f"{shown(path)}: no examples to train on, expected at least one")
+        keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
+        _remark(keys, journal)
+        return Findings(
+            train=self._counts(splits.get("train")),
+            test=self._counts(splits.get("test")),
+            sizes=f"{sum(map(len, keys.values()))} examples",
+            bad=len(journal.problems),
+            problems=tuple(journal.problems[:LISTED_PROBLEMS]),
+            duplicates=sum(len(found) - len(set(found)) for found in keys.values()),
+            notes=journal.notes,
+            counted=self.counted or "",
+        )
+
+    def adopted(self, splits: Mapping[str, pa.Table]) -> Table:
+        """Splits that are canonical already, such as a built-in source's."""
+        return _table(splits, ())
+
+    def keys(self, dataset: Dataset) -> list[bytes]:
+        """A 32-byte hash of each example's parts, files by their bytes, in the order of the roles."""
+        digests = [hashlib.sha256() for _ in range(len(dataset))]
+        for role in self.roles:
+            if role.name not in dataset.column_names:
+                continue
+            for digest, cell in zip(digests, dataset.cells(role.name), strict=True):
+                content = (
+                    file_bytes(cell, role.name) if role.file else json.dumps(cell, sort_keys=True).encode()
+                )
+                # Lengths keep the parts apart.
+                digest.update(f"{role.name} {len(content)} ".encode() + content)
+        return [digest.digest() for digest in digests]
+
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
+        """`data.jsonl` with a line an example, its files beside it; named as the job names columns."""
+        files = [role.name for role in self.roles if role.file and role.name in dataset.column_names]
+        names = {role.name: chosen_name(data, role.name) or role.name for role in self.roles}
+        write_records(dataset, folder, files, names)
+
+    def check(self, data: DataSection) -> None:
+        """Raises ConfigError where `data.columns` names a part that there isn't."""
+        known = [role.name for role in self.roles]
+        for role in data.columns:
+            if role not in known:
+                raise ConfigError(f"data.columns.{role}: expected one of {', '.join(known)}")
+
+    def gather(self, path: Path, data: DataSection, journal: Journal) -> dict[str, pa.Table]:
+        """The splits in canonical columns; what is wrong with rows that are left out is noted."""
+        self.check(data)
+        found: dict[str, pa.Table] = {}
+        with noting(path, journal):
+            opened = self.opens(path, journal) or open_shard(path, self._no_classes, journal)
+            for split, rows in opened.items():
+                found[split] = self.canonical(rows, data, journal)
+        return found
+
+    def has(self, path: Path, *names: str) -> bool:
+        """Whether rows with these columns lie at a path; what can't be opened has none."""
+        try:
+            opened = open_shard(path, self._no_classes, Journal())
+        except DataError:
+            return False
+        return set(names) <= set(opened["train"].table.column_names)
+
+    def _no_classes(self, root: Path, base: Path, journal: Journal) -> Rows:
+        raise DataError(f"{shown(root)}: a folder of folders, expected {self.layout}")
+
+    def canonical(self, rows: Rows, data: DataSection, journal: Journal) -> pa.Table:
+        """The rows whose every part could be read; what is wrong with the others is noted."""
+        named = {role.name: self._column(rows, role, data) for role in self.roles}
+        present = [role for role in self.roles if named[role.name] is not None]
+        columns: dict[str, list[Any]] = {role.name: [] for role in present}
+        raw = [_raw_cells(rows, role, str(named[role.name])) for role in present]
+        kept = []
+        for place, cells in enumerate(zip(*raw, strict=True)):
+            where = rows.where(place)
+            try:
+                values = [_read_cell(role, c, rows, where) for role, c in zip(present, cells, strict=True)]
+                self.together({r.name: v for r, v in zip(present, values, strict=True)}, where)
+            except DataError as problem:
+                told = str(problem)
+                journal.refuse(problem if told.startswith(where) else DataError(f"{where}: {told}"))
+                continue
+            kept.append(place)
+            for role, value in zip(present, values, strict=True):
+                columns[role.name].append(value)
+        used = [str(named[role.name]) for role in present]
+        others = other_columns(rows, used, "", journal)
+        own = {role.name: pa.chunked_array([pa.array(columns[role.name], role.kind)]) for role in present}
+        rest = {name: c.take(pa.array(kept, pa.int64())) for name, c in others.items() if name not in own}
+        return pa.table(own | rest)
+
+    def _column(self, rows: Rows, role: Role, data: DataSection) -> str | None:
+        if rows.is_canonical:
+            return role.name if role.name in rows.table.column_names else None
+        usual = (role.name, *role.usual)
+        return role_column(rows, role.name, chosen_name(data, role.name), usual, required=role.required)
+
+    def _counts(self, table: pa.Table | None) -> dict[str, int]:
+        if table is None:
+            return {}
+        if self.counted is None or self.counted not in table.column_names:
+            return {"examples": table.num_rows}
+        return dict(sorted(Counter(map(str, table.column(self.counted).to_pylist())).items()))
+
+
+def chosen_name(data: DataSection, role: str) -> str | None:
+    """The column that the job names for a role: `data.text`, `image`, `label`, or in `data.columns`."""
+    own = getattr(data, role) if role in ("text", "image", "label") else None
+    return own or data.columns.get(role)
+
+
+def file_bytes(cell: Mapping[str, Any], what: str) -> bytes:
+    """The bytes of a part that is a file, read from where they lie unless they are at hand."""
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    if not cell["path"]:
+        raise DataError(f"no {what}, expected its bytes or its path")
+    try:
+        with Path(cell["path"]).open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{shown(cell['path'])}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise DataError(f"{shown(cell['path'])}: more than {MAX_FILE_BYTES} bytes, the most that is allowed")
+    return data
+
+
+def _raw_cells(rows: Rows, role: Role, name: str) -> Iterator[Any]:
+    return _cells(
+        file_column(rows, name, f"{role.name}s or their paths") if role.file else values_of(rows, name)
+    )
+
+
+def _cells(column: pa.ChunkedArray) -> Iterator[Any]:
+    """The cells as Python values, a few hundred in memory at a time."""
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        for start in range(0, len(chunk), 256):
+            yield from chunk.slice(start, 256).to_pylist()
+
+
+def _read_cell(role: Role, cell: Any, rows: Rows, where: str) -> Any:
+    if not role.file:
+        return role.read(cell, where)
+    if cell["bytes"] is None and cell["path"]:
+        path = checked_file(Path(cell["path"]), rows.folder)
+        role.read(file_bytes(cell, role.name), f"{where}: {shown(path)}")
+    else:
+        role.read(file_bytes(cell, role.name), where)
+    return cell
+
+
+def _remark(keys: Mapping[str, Sequence[bytes]], journal: Journal) -> None:
+    for split, found in keys.items():
+        if repeats := len(found) - len(set(found)):
+            journal.remark(f"{split}: {repeats} examples repeat the content of another one")
+    seen = set(keys.get("train", ()))
+    if leaked := sum(key in seen for key in keys.get("test", ())):
+        journal.remark(f"test: {leaked} examples are training examples too, so scores will flatter")
+
+
+def _table(splits: Mapping[str, pa.Table], notes: tuple[str, ...]) -> Table:
+    test = splits.get("test")
+    return Table(Dataset(splits["train"]), None if test is None else Dataset(test), notes)
+
+
+def whole(splits: Mapping[str, pa.Table]) -> pa.Table:
+    """All splits of a source in one, for tasks that hold their test part out by another rule."""
+    return pa.concat_tables(list(splits.values()))

@@ -1,0 +1,1 @@
+"""Built-in sources of data, a file each."""

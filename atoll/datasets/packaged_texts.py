@@ -1,0 +1,97 @@
+"""Texts that published packages carry, decoded from their files: the packages' code never runs."""
+
+from __future__ import annotations
+
+import html
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from atoll.data.texts import checked_text
+from atoll.downloads.pypi import Progress, unpacked
+from atoll.errors import DataError
+
+_SNIPPETS = {
+    "tweet": "tweets",
+    "film review": "movieReviewSnippets",
+    "product review": "amazonReviewSnippets",
+    "editorial": "nytEditorialSnippets",
+}
+"""What a kind's file is called before `_GroundTruth.txt`."""
+
+
+def rated_snippets(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:
+    """Tweets and sentences of reviews and editorials: columns text, label, rating, kind and author.
+
+    The rating is the mean of at least fifteen people's, from -4 to 4; its sign is the label. The 383
+    snippets that were rated exactly 0 have no sign and are left out. An author is one review or one
+    editorial ("editorial 17"). Tweets and film reviews don't tell theirs: each of these two kinds has
+    one author, called as the kind is.
+    """
+    path = unpacked("vaderSentiment", offline=offline, progress=progress) / "hutto_ICWSM_2014.tar.gz"
+    columns: dict[str, list[Any]] = {name: [] for name in ("text", "label", "rating", "kind", "author")}
+    for kind, name in _SNIPPETS.items():
+        member = f"hutto_ICWSM_2014/{name}_GroundTruth.txt"
+        for where, (number, mean, text) in _lines(path, member):
+            item, is_part, _ = number.partition("_")
+            rating = float(mean)
+            if rating:
+                columns["text"].append(checked_text(html.unescape(text).encode(), where))
+                columns["label"].append("positive" if rating > 0 else "negative")
+                columns["rating"].append(rating)
+                columns["kind"].append(kind)
+                columns["author"].append(f"{kind} {item}" if is_part else kind)
+    return {"train": pa.table(columns)}
+
+
+def _lines(path: Path, member: str) -> Iterator[tuple[str, list[str]]]:
+    """A file's lines of three columns, each with the words that name it."""
+    with tarfile.open(path, "r:gz") as archive:
+        file = archive.extractfile(member)
+        if file is None:
+            raise DataError(f"{path}: {member} is no file, expected one of three columns")
+        data = file.read()
+    for number, line in enumerate(data.decode("utf-8").split("\r\n"), start=1):
+        where, cells = f"{path}: {member} line {number}", line.split("\t")
+        if len(cells) != 3:
+            raise DataError(f"{where} has {len(cells)} columns, expected 3")
+        yield where, cells
+
+
+MIN_REPLIES = 10
+"""Who replied less often is no client to learn at and to measure on."""
+
+
+def chitchat(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:
+    """Turns of chats and what was replied to them: columns question, answer, sender, conversation.
+
+    What a person sends in a row is one turn. Each but a conversation's first answers the one before, so
+    most turns are an answer once and then a question; `sender` is who answers. Pairs with a turn of
+    nothing but blanks are left out, and so are the answers of people who gave fewer than `MIN_REPLIES`.
+    """
+    path = unpacked("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
+    replies = list(_replies(json.loads(path.read_bytes())))
+    counts = Counter(reply["sender"] for reply in replies)
+    kept = [reply for reply in replies if counts[reply["sender"]] >= MIN_REPLIES]
+    for reply in kept:
+        for role in ("question", "answer"):
+            checked_text(reply[role].encode(), f"{path}: {role} in {reply['conversation']}")
+    return {"train": pa.Table.from_pylist(kept)}
+
+
+def _replies(conversations: dict[str, Any]) -> Iterator[dict[str, str]]:
+    for name, conversation in conversations.items():
+        turns = [(turn[0]["sender"], _said(turn)) for turn in conversation["messages"]]
+        for (_, question), (sender, answer) in pairwise(turns):
+            if question and answer:
+                yield {"question": question, "answer": answer, "sender": sender, "conversation": name}
+
+
+def _said(turn: list[dict[str, str]]) -> str:
+    return " ".join(text for message in turn if (text := message["text"].strip()))

@@ -1,0 +1,121 @@
+"""`generated-questions`: sums, and questions about one sentence, each with its one right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+
+from atoll.datasets.synthetic.drawing import cut
+from atoll.protocol.random_streams import stream_seed
+
+_NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ida", "Jonas", "Kira", "Leo")
+_THINGS = ("apples", "books", "coins", "pens", "cups", "keys", "shells", "stamps", "plums", "cards")
+_COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "grey")
+_OBJECTS = ("door", "car", "hat", "boat", "lamp", "chair", "coat", "bowl", "ball", "box")
+_PLACES = ("garden", "kitchen", "library", "harbour", "station", "office", "market", "forest")
+
+Asked = tuple[str, str, str]
+"""(context, question, answer)"""
+
+
+def generated_questions(seed: int = 0, count: int = 3000) -> dict[str, pa.Table]:
+    """Different questions, as many of each kind: columns question, context (may be empty), answer, kind.
+
+    There are 1,681 different sums, and with them an end to how many questions can be asked: 10,000.
+    """
+    rng = np.random.default_rng(stream_seed(seed, "generated-questions"))
+    return cut(_table(_asked(rng, count, tuple(_KINDS), set())))
+
+
+def generated_stories(seed: int = 0, count: int = 10_000) -> dict[str, pa.Table]:
+    """As `generated_questions`, to pretrain on: three kinds of six, and none of the same seed's questions."""
+    rng = np.random.default_rng(stream_seed(seed, "generated-stories"))
+    elsewhere = pa.concat_tables(generated_questions(seed).values()).to_pylist()
+    others = {(row["context"], row["question"], row["answer"]) for row in elsewhere}
+    return cut(_table(_asked(rng, count, ("more", "place", "owned"), others)))
+
+
+def question_words() -> set[str]:
+    """Every word of the questions, their contexts and answers, but for numbers."""
+    said = "what is plus minus how many has who have more colour where the and in The"
+    listed = (*_NAMES, *_THINGS, *_COLOURS, *_OBJECTS, *_PLACES)
+    return {*said.split(), *listed, "question", "context"}
+
+
+def _asked(
+    rng: np.random.Generator, count: int, kinds: tuple[str, ...], others: set[Asked]
+) -> dict[Asked, str]:
+    """Different questions with their kinds, none of the others."""
+    asked: dict[Asked, str] = {}
+    while len(asked) < count:
+        kind = kinds[len(asked) % len(kinds)]
+        found = _KINDS[kind](rng)
+        if found not in others:
+            asked.setdefault(found, kind)
+    return asked
+
+
+def _table(asked: dict[Asked, str]) -> pa.Table:
+    rows = [(question, context, answer, kind) for (context, question, answer), kind in asked.items()]
+    columns = zip(("question", "context", "answer", "kind"), zip(*rows, strict=True), strict=True)
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns})
+
+
+def _two(rng: np.random.Generator, words: tuple[str, ...]) -> tuple[str, str]:
+    first, second = rng.choice(len(words), 2, replace=False)
+    return words[first], words[second]
+
+
+def _one(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+    return words[rng.integers(len(words))]
+
+
+def _sum(rng: np.random.Generator) -> Asked:
+    a, b = rng.integers(0, 41, 2)
+    return "", f"what is {a} plus {b}?", str(a + b)
+
+
+def _difference(rng: np.random.Generator) -> Asked:
+    b, a = sorted(rng.integers(0, 61, 2))
+    return "", f"what is {a} minus {b}?", str(a - b)
+
+
+def _owned(rng: np.random.Generator) -> Asked:
+    (one, other), things = _two(rng, _NAMES), _one(rng, _THINGS)
+    a, b = rng.integers(1, 21, 2)
+    colour = _one(rng, _COLOURS)
+    asked, answer = ((one, a), (other, b))[rng.integers(2)]
+    context = f"{one} has {a} {colour} {things} and {other} has {b}."
+    return context, f"how many {things} has {asked}?", str(answer)
+
+
+def _more(rng: np.random.Generator) -> Asked:
+    (one, other), things = _two(rng, _NAMES), _one(rng, _THINGS)
+    a, b = rng.choice(np.arange(1, 21), 2, replace=False)
+    context = f"{one} has {a} {things} and {other} has {b}."
+    return context, f"who has more {things}?", one if a > b else other
+
+
+def _colour(rng: np.random.Generator) -> Asked:
+    (one, other), (first, second) = _two(rng, _OBJECTS), _two(rng, _COLOURS)
+    asked, answer = ((one, first), (other, second))[rng.integers(2)]
+    return f"The {one} is {first} and the {other} is {second}.", f"what colour is the {asked}?", answer
+
+
+def _place(rng: np.random.Generator) -> Asked:
+    (one, other), (first, second) = _two(rng, _NAMES), _two(rng, _PLACES)
+    asked, answer = ((one, first), (other, second))[rng.integers(2)]
+    return f"{one} is in the {first} and {other} is in the {second}.", f"where is {asked}?", f"the {answer}"
+
+
+_KINDS: dict[str, Callable[[np.random.Generator], Asked]] = {
+    "sum": _sum,
+    "difference": _difference,
+    "owned": _owned,
+    "more": _more,
+    "colour": _colour,
+    "place": _place,
+}
+KINDS = tuple(_KINDS)

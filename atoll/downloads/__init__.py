@@ -1,0 +1,1 @@
+"""Packages that carry data and weights, pinned by their hash; nothing of theirs is run."""

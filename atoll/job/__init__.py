@@ -1,0 +1,1 @@
+"""What a job can ask for: its sections and the rules between them."""

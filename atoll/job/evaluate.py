@@ -1,0 +1,65 @@
+"""`[evaluate]`: how often the model is measured, by whom, and against what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from atoll.job.section import Count, Section
+
+if TYPE_CHECKING:
+    from atoll.job.job import Job
+
+
+class EvaluateSection(Section):
+    """`[evaluate]`: how often the global model is measured, and against what."""
+
+    every: Count = 1
+    clients: Count = 10_000
+    patience: Count | None = None
+    adapt: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
+
+
+def check_measuring(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where nobody could measure what the job asks."""
+    if job.data.folds is not None and job.privacy.units:
+        raise ValueError(
+            "data.folds: clients measure nothing under a promise of privacy; expected none with"
+            f" privacy.unit = {job.privacy.unit!r}"
+        )
+    _check_stopping(job)
+    _check_adapting(job)
+
+
+def _check_stopping(job: Job) -> None:
+    if job.evaluate.patience is None:
+        return
+    if job.privacy.units:
+        raise ValueError(
+            "evaluate.patience: which round is best would be chosen by data that is promised privacy;"
+            f" expected none with privacy.unit = {job.privacy.unit!r}"
+        )
+    if not job.data.keeps_back:
+        raise ValueError(
+            "evaluate.patience: clients keep nothing back to measure on; expected"
+            " data.validation_fraction above 0"
+        )
+
+
+def _check_adapting(job: Job) -> None:
+    if job.evaluate.adapt is None:
+        return
+    if job.privacy.units:
+        raise ValueError(
+            "evaluate.adapt: clients measure nothing under a promise of privacy; expected none with"
+            f" privacy.unit = {job.privacy.unit!r}"
+        )
+    if job.personal.keep is not None:
+        raise ValueError("evaluate.adapt: clients have models of their own; expected none with personal.keep")
+    if not job.data.keeps_back:
+        raise ValueError(
+            "evaluate.adapt: clients keep nothing back to measure on; expected"
+            " data.validation_fraction above 0"
+        )

@@ -1,0 +1,383 @@
+"""The job: one frozen, validated description of a federated fine-tuning run. Data, never code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from atoll.errors import ConfigError
+from atoll.job.closed_form import check_closed_form
+from atoll.job.error_text import explain
+from atoll.job.evaluate import EvaluateSection, check_measuring
+from atoll.job.federation import FederationSection
+from atoll.job.paths import with_absolute_paths
+from atoll.job.personal import PersonalSection, check_personal
+from atoll.job.privacy import PrivacySection, check_promises
+from atoll.job.section import Count, Decay, NotNegative, Positive, Section
+from atoll.job.toml import apply_override, read_toml
+from atoll.job.tune import Later, TuneSection, grows
+
+Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
+"""Settings that only the named task or network knows; whoever knows them checks them."""
+
+
+class TaskSection(Section):
+    """`[task]`: what is learnt; which options there are depends on the name."""
+
+    name: str
+    options: Options = Field(default_factory=dict)
+
+
+class Iid(Section):
+    """Every client draws from the same distribution."""
+
+    kind: Literal["iid"] = "iid"
+
+
+class Dirichlet(Section):
+    """Label skew: each class is dealt to the clients in Dirichlet(alpha) proportions."""
+
+    kind: Literal["dirichlet"]
+    alpha: Positive
+    by: str = "label"
+    min_examples: Annotated[int, Field(ge=0)] = 2
+
+
+class Pathological(Section):
+    """Every client holds only a few classes."""
+
+    kind: Literal["pathological"]
+    classes_per_client: Count
+    by: str = "label"
+
+
+class Natural(Section):
+    """One client for each value of a column: a user, a hospital."""
+
+    kind: Literal["natural"]
+    by: str
+
+
+class Resampled(Section):
+    """Every client draws its own examples from the whole source, so that clients may share some.
+
+    With `alpha` each draws them in class shares of its own, from Dirichlet(alpha).
+    """
+
+    kind: Literal["resampled"]
+    examples: Count
+    alpha: Positive | None = None
+    by: str = "label"
+
+
+Partition = Annotated[Iid | Dirichlet | Pathological | Natural | Resampled, Field(discriminator="kind")]
+
+
+class DataSection(Section):
+    """`[data]`: where examples come from; a real client's shard is its own `--data` instead."""
+
+    source: str
+    partition: Partition = Iid()
+    text: str | None = None
+    image: str | None = None
+    label: str | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+    test: str | None = None
+    test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
+    validation_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    folds: Annotated[int, Field(ge=2, le=1000)] | None = None
+    fold: Annotated[int, Field(ge=0)] = 0
+    shots: Count | None = None
+
+    @property
+    def keeps_back(self) -> bool:
+        """Whether clients keep examples back to measure on."""
+        return self.validation_fraction > 0 or self.folds is not None
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_the_folds(self) -> DataSection:
+        if self.folds is None and self.fold:
+            raise ValueError("fold has no meaning without folds: remove it")
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(
+                f"fold: expected 0 to {self.folds - 1} with folds = {self.folds}, found {self.fold}"
+            )
+        return self
+
+
+class BackboneSection(Section):
+    """`[backbone]`: the pretrained network and how its inputs are prepared."""
+
+    name: str
+    weights: str = "pretrained"
+    offline: bool = False
+    max_tokens: Annotated[int, Field(ge=4, le=8192)] = 128
+    image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
+    pool: Literal["mean", "first"] = "mean"
+    channels_last: bool = False
+    compile: bool = False
+    prune: Annotated[float, Field(gt=0, le=0.95)] | None = None
+    prune_kind: Literal["magnitude", "structured"] | None = None
+    options: Options = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _a_kind_is_of_pruning(self) -> BackboneSection:
+        if self.prune_kind is not None and self.prune is None:
+            raise ValueError("prune_kind has no meaning without prune: remove it")
+        return self
+
+    @property
+    def pruning(self) -> Literal["magnitude", "structured"]:
+        """How the backbone is pruned, if it is."""
+        return self.prune_kind or "magnitude"
+
+
+class TrainSection(Section):
+    """`[train]`: one client's local training in one round."""
+
+    epochs: Count = 1
+    batch_size: Count = 16
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Decay = 0.0
+    weight_decay: NotNegative = 0.0
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    device: str = "cpu"
+    imbalance: Literal["weights", "focal", "logits", "sampling"] | None = None
+    imbalance_strength: Annotated[float, Field(gt=0, le=10)] | None = None
+    label_smoothing: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
+    augment: tuple[str, ...] = ()
+    cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    accumulate: Count = 1
+    checkpoint_activations: bool = False
+    teacher: str | None = None
+    teacher_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    teacher_weight: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _parts_of_a_batch_are_even(self) -> TrainSection:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of batch_size = {self.batch_size}, found {self.accumulate}"
+            )
+        return self
+
+    @property
+    def by_autograd(self) -> tuple[str, ...]:
+        """Keys that are set and say how gradients are taken by autograd."""
+        keys = ("precision", "accumulate", "checkpoint_activations")
+        return tuple(key for key in keys if getattr(self, key) != type(self).model_fields[key].default)
+
+    @model_validator(mode="after")
+    def _momentum_is_for_sgd(self) -> TrainSection:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum has no meaning with optimizer = {self.optimizer!r}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _strength_is_of_something(self) -> TrainSection:
+        if self.imbalance_strength is not None and self.imbalance is None:
+            raise ValueError("imbalance_strength has no meaning without imbalance: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _a_teacher_teaches_alone(self) -> TrainSection:
+        for key in ("teacher_temperature", "teacher_weight"):
+            if getattr(self, key) is not None and self.teacher is None:
+                raise ValueError(f"{key} has no meaning without teacher: remove it")
+        if self.teacher is not None and self.imbalance is not None:
+            raise ValueError("imbalance and teacher exclude each other: keep one")
+        return self
+
+    @property
+    def temperature(self) -> float:
+        """What softens the answers of teacher and student."""
+        return 2.0 if self.teacher_temperature is None else self.teacher_temperature
+
+    @property
+    def taught(self) -> float:
+        """The teacher's part in the loss; the labels have the rest."""
+        return 0.5 if self.teacher_weight is None else self.teacher_weight
+
+    @model_validator(mode="after")
+    def _views_are_of_what_varies(self) -> TrainSection:
+        if self.cached_views is not None and not self.augment:
+            raise ValueError("cached_views has no meaning without augment: remove it")
+        return self
+
+
+class StrategySection(Section):
+    """`[strategy]`: how updates merge; which parameters apply depends on the name."""
+
+    name: str = "fedavg"
+    lr: Positive | None = None
+    momentum: Decay | None = None
+    beta1: Decay | None = None
+    beta2: Decay | None = None
+    tau: Positive | None = None
+    proximal_mu: NotNegative | None = None
+    options: dict[str, bool | int | float | str] | None = None
+
+
+class Job(Section):
+    """A whole job. Two jobs are the same job exactly when their `hash` is equal."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    task: TaskSection
+    data: DataSection
+    backbone: BackboneSection
+    tune: TuneSection = TuneSection()
+    train: TrainSection = TrainSection()
+    federation: FederationSection = FederationSection()
+    strategy: StrategySection = StrategySection()
+    privacy: PrivacySection = PrivacySection()
+    evaluate: EvaluateSection = EvaluateSection()
+    personal: PersonalSection = PersonalSection()
+
+    @model_validator(mode="after")
+    def _features_are_of_a_frozen_backbone(self) -> Job:
+        asked = {
+            "train.cached_views": self.train.cached_views is not None,
+            "backbone.compile": self.backbone.compile,
+        }
+        for key, given in asked.items():
+            if given and self.tune.method != "head":
+                raise ValueError(f"{key} has no meaning with tune.method = {self.tune.method!r}: remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _measuring_closed_forms_and_own_parts_make_sense(self) -> Job:
+        check_measuring(self)
+        check_closed_form(self)
+        check_personal(self)
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_pruned_stays_pruned(self) -> Job:
+        by_magnitude = self.backbone.prune is not None and self.backbone.pruning == "magnitude"
+        if by_magnitude and self.tune.method == "lora":
+            raise ValueError(
+                "backbone.prune_kind: LoRA's factors would fill what magnitude pruning left out;"
+                " expected 'structured', or another tune.method"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_can_be_kept(self) -> Job:
+        if not self.tune.then:
+            return self
+        for key, given in (
+            ("privacy.unit", bool(self.privacy.units)),
+            ("federation.secure_aggregation", self.federation.secure_aggregation),
+            ("federation.compression", self.remembers and self.personal.keep is None),
+            ("train.teacher", self.train.teacher is not None),
+            ("backbone.prune", self.backbone.prune is not None),
+            ("personal.keep", self.personal.keep is not None),
+        ):
+            if given:
+                raise ValueError(f"tune.then: what is tuned can't change on the way with {key}; remove one")
+        waits = any(later.patience is not None for later in self.tune.then)
+        if waits and not self.data.keeps_back:
+            raise ValueError(
+                "tune.then: clients keep nothing back to see progress stall by; expected"
+                " data.validation_fraction above 0, or after instead of patience"
+            )
+        for stage, later in zip(self.stages, self.stages[1:], strict=False):
+            if not grows(stage.tune, later.tune):
+                raise ValueError(
+                    f"tune.then: {later.tune.words} would leave behind what {stage.tune.words} tuned;"
+                    " expected head, then last-k or lora, then more layers or full"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_can_be_kept(self) -> Job:
+        check_promises(self)
+        return self
+
+    @property
+    def leaves_backbone(self) -> bool:
+        """Whether the backbone is frozen, and what training shows it can be known before."""
+        return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
+
+    @cached_property
+    def stages(self) -> tuple[Job, ...]:
+        """The job as it is in each stage of its schedule: what is tuned, and how fast; one without one."""
+        if not self.tune.then:
+            return (self,)
+        first = self.model_copy(update={"tune": self.tune.model_copy(update={"then": ()})})
+        return (first, *(_in_stage(first, later) for later in self.tune.then))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether clients keep something from one round to the next."""
+        feedback = self.federation.compression is not None and self.federation.error_feedback
+        return feedback or self.personal.keep is not None
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:
+        """Read, override (`key=value`) and validate a job file.
+
+        Paths in the file are relative to its folder and come back absolute.
+
+        Raises:
+            ConfigError: one line that names the file, the key, what was found and what is expected.
+        """
+        table = read_toml(path)
+        for override in overrides:
+            apply_override(table, override)
+        return cls.parse(table, origin=str(path), folder=path.parent)
+
+    @classmethod
+    def parse(cls, table: Mapping[str, Any], *, origin: str, folder: Path | None = None) -> Job:
+        """Validate a job that is already a mapping; `origin` is what error messages call it."""
+        try:
+            job = cls.model_validate_json(json.dumps(table, default=str))
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, origin)) from None
+        return job if folder is None else with_absolute_paths(job, folder, origin)
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Read back what `canonical` wrote."""
+        return _read_back(text)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Job:
+        """A copy with some tables replaced; what was derived from the old ones is derived anew."""
+        copy = super().model_copy(update=update, deep=deep)
+        for derived in ("canonical", "hash", "stages"):
+            copy.__dict__.pop(derived, None)
+        return copy
+
+    @cached_property
+    def canonical(self) -> str:
+        """The job as JSON with every default written out and keys sorted."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical form, in hex."""
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+
+def _in_stage(first: Job, later: Later) -> Job:
+    tune = TuneSection(
+        hidden=first.tune.hidden, **{key: getattr(later, key) for key in TuneSection.own_keys()}
+    )
+    lr = first.train.lr if later.lr is None else later.lr
+    return first.model_copy(update={"tune": tune, "train": first.train.model_copy(update={"lr": lr})})
+
+
+@lru_cache(maxsize=16)
+def _read_back(text: str) -> Job:
+    return Job.parse(json.loads(text), origin="job")

@@ -1,0 +1,64 @@
+"""`[personal]`: what of a model each client keeps for itself, and never sends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import model_validator
+
+from atoll.job.section import NotNegative, Section
+
+if TYPE_CHECKING:
+    from atoll.job.job import Job
+
+ADAPT = "adapt"
+"""In the plan of a request to measure: how many local steps each client takes first."""
+
+OF_ALL = "global"
+"""In the plan of a request to measure: the model that all share is meant, not the client's own."""
+
+
+class PersonalSection(Section):
+    """`[personal]`: what each client keeps from round to round, and how its mixture is held to the model."""
+
+    keep: Literal["head", "norms", "mixture"] | None = None
+    pull: NotNegative = 0.1
+
+    @model_validator(mode="after")
+    def _pull_is_of_a_mixture(self) -> PersonalSection:
+        if self.keep != "mixture" and self.pull != type(self).model_fields["pull"].default:
+            raise ValueError("pull has no meaning without keep = 'mixture': remove it")
+        return self
+
+    @property
+    def splits(self) -> bool:
+        """Whether a part of the model's tensors stays with the clients."""
+        return self.keep in ("head", "norms")
+
+
+def check_personal(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where clients can't keep what the job says."""
+    keep = job.personal.keep
+    if keep is None:
+        return
+    if job.personal.splits and job.tune.method == "head":
+        raise ValueError(
+            f"personal.keep: {keep!r} would leave nothing to merge with tune.method = 'head'; expected"
+            " 'mixture', or last-k, lora or full"
+        )
+    if keep == "norms" and job.tune.method == "lora":
+        raise ValueError("personal.keep: 'norms' are not trained with tune.method = 'lora'; expected 'head'")
+    if job.personal.splits and job.backbone.prune is not None:
+        raise ValueError(f"personal.keep: {keep!r} excludes backbone.prune; expected 'mixture'")
+    if job.privacy.units:
+        raise ValueError(
+            "personal.keep: what clients keep learns without noise; expected none with"
+            f" privacy.unit = {job.privacy.unit!r}"
+        )
+    if job.federation.secure_aggregation:
+        raise ValueError("personal.keep: expected none with federation.secure_aggregation")
+    if job.evaluate.patience is not None:
+        raise ValueError(
+            "personal.keep: clients keep what their last rounds left, not the best round's; expected none"
+            " with evaluate.patience"
+        )

@@ -1,0 +1,272 @@
+"""`[privacy]`: whose data is protected, where the noise is added, and what is promised."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import model_validator
+
+from atoll.job.section import Between, Count, Positive, Rate, Section
+
+if TYPE_CHECKING:
+    from atoll.job.job import Job
+
+Unit = Literal["example", "client"]
+
+PLACES: dict[Unit, tuple[str, ...]] = {
+    "example": ("client", "distributed"),
+    "client": ("server", "distributed"),
+}
+"""Where noise can be added for each unit; the first is the default."""
+
+FEWEST_IN_A_SUM = 3
+
+MERGED_BY_MEAN = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi")
+"""Strategies that see nothing of the updates but their mean."""
+
+
+class Promise(Section):
+    """What one unit is promised, and how it is kept.
+
+    Either `epsilon` is given and the noise is calibrated to it, or `noise_multiplier`, and epsilon
+    follows. `sampling_rate` is Poisson's rate of examples in every local step.
+    """
+
+    where: Literal["client", "server", "distributed"] | None = None
+    epsilon: Positive | None = None
+    delta: Between | None = None
+    noise_multiplier: Positive | None = None
+    clipping_norm: Positive = 1.0
+    clipping: Literal["fixed", "adaptive"] = "fixed"
+    quantile: Between = 0.5
+    clipping_lr: Positive = 0.2
+    count_deviation: Positive | None = None
+    sampling_rate: Rate | None = None
+    steps: Count | None = None
+
+
+class PrivacySection(Promise):
+    """`[privacy]`: one promise, or with `unit = "both"` two in tables of their own.
+
+    `seeded_noise` repeats bit for bit and therefore protects nobody: it is for simulations. With
+    `audit` a simulation attacks itself at its end, and says what of epsilon the attack could prove.
+    """
+
+    unit: Literal["none", "example", "client", "both"] = "none"
+    seeded_noise: bool = False
+    audit: bool = False
+    example: Promise | None = None
+    client: Promise | None = None
+
+    @model_validator(mode="after")
+    def _promises_are_where_they_belong(self) -> PrivacySection:
+        for name in ("example", "client"):
+            given = getattr(self, name) is not None
+            if given and self.unit != "both":
+                raise ValueError(f"{name} is for unit = 'both': write its keys into [privacy] itself")
+            if not given and self.unit == "both":
+                raise ValueError(
+                    f"unit = 'both' needs the tables [privacy.example] and [privacy.client]; no {name}"
+                )
+        if self.unit in ("none", "both"):
+            self._refuse_own_keys()
+        return self
+
+    def _refuse_own_keys(self) -> None:
+        for key, field in Promise.model_fields.items():
+            if getattr(self, key) != field.default:
+                where = "[privacy.example] and [privacy.client]" if self.unit == "both" else "nothing"
+                raise ValueError(f"{key} has no meaning with unit = {self.unit!r}: it belongs to {where}")
+        if self.unit == "none" and self.seeded_noise:
+            raise ValueError("seeded_noise has no meaning with unit = 'none': remove it")
+        if self.unit == "none" and self.audit:
+            raise ValueError(
+                "audit has no meaning with unit = 'none', which claims nothing: remove it, or attack the run"
+                " with atoll audit"
+            )
+
+    def promise(self, unit: Unit) -> Promise | None:
+        """What the unit is promised, if anything."""
+        if self.unit == "both":
+            return self.example if unit == "example" else self.client
+        return self if self.unit == unit else None
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units that something is promised to."""
+        both: tuple[Unit, ...] = ("example", "client")
+        return tuple(unit for unit in both if self.promise(unit) is not None)
+
+
+def check_promises(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where a promise can't be kept."""
+    for unit in job.privacy.units:
+        promise = job.privacy.promise(unit)
+        assert promise is not None
+        prefix = "privacy" if job.privacy.unit == unit else f"privacy.{unit}"
+        _check_noise(promise, prefix)
+        _check_place(promise, prefix, unit)
+        _check_delta(promise, prefix, unit, job)
+        _check_sampling(promise, prefix, unit)
+    for key in job.train.by_autograd if "example" in job.privacy.units else ():
+        raise ValueError(
+            f"train.{key}: an example's gradient is clipped as it is, from one pass in full precision, and"
+            " noised once a step; expected no such key under example-level privacy"
+        )
+    if sums_securely(job):
+        _check_secure_sums(job)
+    elif job.federation.secure_threshold is not None and not job.privacy.units:
+        raise ValueError("federation.secure_threshold has no meaning without secure_aggregation: remove it")
+    if "client" in job.privacy.units or sums_securely(job):
+        _check_merging(job)
+    _check_what_is_measured(job)
+    if job.privacy.audit and job.train.teacher is not None:
+        raise ValueError("privacy.audit: a run with train.teacher can't be attacked; expected false")
+
+
+def places(job: Job) -> tuple[str, ...]:
+    """Where noise is added, for each promise."""
+    return tuple(promise_of(job, unit).where or PLACES[unit][0] for unit in job.privacy.units)
+
+
+def promise_of(job: Job, unit: Unit) -> Promise:
+    """The promise to a unit that is promised something."""
+    promise = job.privacy.promise(unit)
+    assert promise is not None
+    return promise
+
+
+def sums_securely(job: Job) -> bool:
+    """Whether the server sees nothing of the updates but their sum."""
+    return job.federation.secure_aggregation or "distributed" in places(job)
+
+
+def _check_secure_sums(job: Job) -> None:
+    if "server" in places(job):
+        raise ValueError(
+            "privacy.where: 'server' clips single updates, which a secure sum hides from it; expected"
+            " 'distributed', or federation.secure_aggregation = false"
+        )
+    if places(job).count("distributed") > 1:
+        raise ValueError("privacy.where: expected 'distributed' for one unit at most, found it for both")
+    if job.federation.cohort_rate is not None:
+        raise ValueError("federation.cohort_rate: a secure sum needs a cohort of fixed size; expected cohort")
+    if expected_cohort(job) < FEWEST_IN_A_SUM:
+        raise ValueError(
+            f"federation: a secure sum needs {FEWEST_IN_A_SUM} clients a round, found"
+            f" {expected_cohort(job):g}"
+        )
+    if job.federation.compression is not None:
+        raise ValueError(
+            "federation.compression: a secure sum adds whole numbers of one grid that all clients share, and"
+            " compressed updates are on grids of their own; expected no compression, or no secure sum"
+        )
+    promise = job.privacy.promise("example")
+    if promise is not None and promise.where == "distributed":
+        _check_single_step(job)
+    client = job.privacy.promise("client")
+    if client is not None and client.clipping == "adaptive":
+        raise ValueError("privacy.clipping: expected 'fixed' where noise is distributed, found 'adaptive'")
+
+
+def _check_single_step(job: Job) -> None:
+    promise, train = promise_of(job, "example"), job.train
+    if promise.steps not in (None, 1) or train.epochs != 1:
+        raise ValueError(
+            "privacy.where: 'distributed' takes one step a round; expected steps = 1 and train.epochs = 1"
+        )
+    if train.optimizer != "sgd" or train.momentum or train.weight_decay or job.strategy.name == "fedprox":
+        raise ValueError(
+            "privacy.where: 'distributed' sums gradients, and the strategy makes the step; expected"
+            " train.optimizer = 'sgd' without momentum and weight_decay, and a strategy other than fedprox"
+        )
+
+
+def _check_noise(promise: Promise, prefix: str) -> None:
+    if (promise.epsilon is None) == (promise.noise_multiplier is None):
+        found = "neither" if promise.epsilon is None else "both"
+        raise ValueError(f"{prefix}: expected epsilon (the noise follows) or noise_multiplier, found {found}")
+    if promise.delta is None:
+        raise ValueError(f"{prefix}.delta: missing, expected the probability of failure, such as 1e-5")
+
+
+def _check_place(promise: Promise, prefix: str, unit: Unit) -> None:
+    if promise.where is not None and promise.where not in PLACES[unit]:
+        known = " or ".join(map(repr, PLACES[unit]))
+        raise ValueError(f"{prefix}.where: expected {known} for the unit {unit!r}, found {promise.where!r}")
+
+
+def _check_delta(promise: Promise, prefix: str, unit: Unit, job: Job) -> None:
+    assert promise.delta is not None
+    if unit == "client":
+        units, what = float(job.federation.clients), "federation.clients"
+    else:
+        units = job.train.batch_size / (promise.sampling_rate or 1.0)
+        what = "the expected examples of a client (train.batch_size / sampling_rate)"
+    if promise.delta >= 1 / units:
+        raise ValueError(
+            f"{prefix}.delta: expected less than 1 / {what} = {1 / units:.3g}, found {promise.delta}:"
+            " otherwise giving one unit's data away would be allowed"
+        )
+
+
+def _check_sampling(promise: Promise, prefix: str, unit: Unit) -> None:
+    adaptive = ("quantile", "clipping_lr", "count_deviation")
+    if unit == "example":
+        if promise.sampling_rate is None:
+            raise ValueError(
+                f"{prefix}.sampling_rate: missing, expected the rate of examples in a step, such as 0.05"
+            )
+        if promise.clipping == "adaptive":
+            raise ValueError(f"{prefix}.clipping: expected 'fixed' for the unit 'example', found 'adaptive'")
+    else:
+        for key in ("sampling_rate", "steps"):
+            if getattr(promise, key) is not None:
+                raise ValueError(
+                    f"{prefix}.{key} has no meaning for the unit 'client', which"
+                    " federation.cohort_rate samples"
+                )
+    if promise.clipping == "fixed":
+        for key in adaptive:
+            if getattr(promise, key) != Promise.model_fields[key].default:
+                raise ValueError(f"{prefix}.{key} has no meaning with clipping = 'fixed': remove it")
+
+
+def _check_merging(job: Job) -> None:
+    if job.strategy.name not in MERGED_BY_MEAN:
+        raise ValueError(
+            f"strategy.name: expected one of {', '.join(MERGED_BY_MEAN)}, found {job.strategy.name!r}:"
+            " of the updates nothing can be seen but their noised or secure mean"
+        )
+
+
+def _check_what_is_measured(job: Job) -> None:
+    in_the_clear = [name for name in job.evaluate.baselines if name != "zero_shot"]
+    if job.privacy.units and in_the_clear and not job.privacy.seeded_noise:
+        raise ValueError(
+            f"evaluate.baselines: {', '.join(in_the_clear)} would train on the data without noise; leave"
+            " it out, or set privacy.seeded_noise = true, for a simulation that protects nobody"
+        )
+
+
+def local_steps(job: Job) -> int:
+    """Noised steps of a client in one round, a public number: as many as `epochs` take in expectation."""
+    promise = job.privacy.promise("example")
+    assert promise is not None and promise.sampling_rate is not None
+    if promise.where == "distributed":
+        return 1
+    return promise.steps or job.train.epochs * math.ceil(1 / promise.sampling_rate - 1e-9)
+
+
+def expected_cohort(job: Job) -> float:
+    """Clients in a round, on average: a public number."""
+    federation = job.federation
+    if federation.cohort_rate is not None:
+        return federation.cohort_rate * federation.clients
+    return float(federation.cohort or federation.clients)
+
+
+def hides_cohorts(job: Job) -> bool:
+    """Whether who takes part in a round must stay secret: Poisson sampling of clients amplifies only then."""
+    return "client" in job.privacy.units and job.federation.cohort_rate is not None

@@ -1,0 +1,82 @@
+"""`[tune]`: which tensors are trained and travel, and how that changes on the way."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from atoll.job.section import Count, Positive, Section
+
+
+class Tuned(Section):
+    """Which tensors are trained and travel."""
+
+    method: Literal["head", "last-k", "lora", "full"] = "head"
+    layers: Count | None = None
+    rank: Count | None = None
+    alpha: Positive | None = None
+    targets: tuple[str, ...] | None = None
+    freeze_a: bool | None = None
+
+    @model_validator(mode="after")
+    def _only_what_the_method_uses(self) -> Self:
+        used = {"last-k": {"layers"}, "lora": {"rank", "alpha", "targets", "freeze_a"}}.get(
+            self.method, set()
+        )
+        for key in ("layers", "rank", "alpha", "targets", "freeze_a"):
+            if getattr(self, key) is not None and key not in used:
+                raise ValueError(f"{key} has no meaning with method = {self.method!r}: remove it")
+        return self
+
+    @property
+    def words(self) -> str:
+        """What is tuned, in a word or two."""
+        return f"last-k with layers = {self.layers or 1}" if self.method == "last-k" else self.method
+
+
+class Later(Tuned):
+    """One of `tune.then`: what is tuned from then on.
+
+    Its stage begins `after` so many rounds of the one before, or when so many measurements at the clients
+    (`patience`) have brought nothing better; it starts then from the best model.
+    """
+
+    after: Count | None = None
+    patience: Count | None = None
+    lr: Positive | None = None
+
+    @model_validator(mode="after")
+    def _begins_at_some_time(self) -> Self:
+        if (self.after is None) == (self.patience is None):
+            found = "neither" if self.after is None else "both"
+            raise ValueError(f"expected after (rounds) or patience (measurements), found {found}")
+        return self
+
+
+class TuneSection(Tuned):
+    """`[tune]`: which tensors are trained and travel, at first and `then`."""
+
+    hidden: Count | None = None
+    head_init: Literal["prototype", "ridge"] | None = None
+    ridge: Positive | None = None
+    then: tuple[Later, ...] = ()
+
+    @model_validator(mode="after")
+    def _ridge_is_of_the_closed_form(self) -> Self:
+        if self.ridge is not None and self.head_init != "ridge":
+            raise ValueError("ridge has no meaning without head_init = 'ridge': remove it")
+        return self
+
+    @classmethod
+    def own_keys(cls) -> tuple[str, ...]:
+        """The keys that say which tensors."""
+        return tuple(Tuned.model_fields)
+
+
+def grows(before: Tuned, after: Tuned) -> bool:
+    """Whether everything that was tuned before is tuned after, and more."""
+    order = {"head": {"last-k", "lora", "full"}, "last-k": {"last-k", "full"}}
+    if after.method not in order.get(before.method, set()):
+        return False
+    return before.method != after.method or (after.layers or 1) > (before.layers or 1)

@@ -1,0 +1,1 @@
+"""What provisioning hands to a site or a server, and hashes of the installed code."""

@@ -1,0 +1,1 @@
+"""What trains and measures: the learner, features and their cache, trainable parameters, splits."""

@@ -1,0 +1,117 @@
+"""What makes up for classes of which a client has few: weights, focal loss, logit adjustment, sampling.
+
+How often each class is there is counted at every client, for itself; nothing of it travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.tasks.task import Task
+
+USUAL = {"weights": 1.0, "focal": 2.0, "logits": 1.0, "sampling": 1.0}
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """`train.imbalance` and its strength.
+
+    `weights`: an example counts (n / (classes that are there * n_c))^strength.
+    `focal`: it counts (1 - p)^strength, p being what its class is given (Lin et al. 2017).
+    `logits`: strength * log of the class's share is added to its output in training (Menon et al. 2021,
+    "Long-tail learning via logit adjustment"; by each client's own shares: Zhang et al. 2022, "FedLC").
+    `sampling`: an epoch draws as many examples as there are, with replacement, one of class c with a
+    probability in proportion to n_c^-strength: with strength 1 all classes are seen as often.
+    """
+
+    kind: Literal["weights", "focal", "logits", "sampling"]
+    strength: float
+
+    @classmethod
+    def of(cls, job: Job) -> Imbalance | None:
+        """What the job asks for."""
+        kind, strength = job.train.imbalance, job.train.imbalance_strength
+        return None if kind is None else cls(kind, USUAL[kind] if strength is None else strength)
+
+    def weights(self, counts: torch.Tensor) -> torch.Tensor:
+        """What an example of each class counts, [..., classes], for how many there are of each.
+
+        1 on average with strength 1; 0 for classes that aren't there.
+        """
+        there = counts > 0
+        even = counts.sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp_min(1)
+        return torch.where(there, (even / counts.clamp_min(1)) ** self.strength, 0).to(torch.float32)
+
+    def shifts(self, counts: torch.Tensor) -> torch.Tensor:
+        """What is added to each class's output, [..., classes]; a class that isn't there counts as one."""
+        shares = (counts + 1) / (counts + 1).sum(-1, keepdim=True)
+        return (self.strength * shares.log()).to(torch.float32)
+
+    def chances(self, targets: torch.Tensor) -> NDArray[np.float64] | None:
+        """How likely a draw takes each example of a client with these classes, [n]; only for `sampling`."""
+        if self.kind != "sampling":
+            return None
+        counts = counts_of(targets, int(targets.max()) + 1)
+        each: NDArray[np.float64] = (counts[targets] ** -self.strength).numpy()
+        each /= each.sum()
+        return each
+
+    def loss(self, counts: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The mean over examples of outputs [n, classes] with targets [n], at a client with these counts."""
+
+        def weighted(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+            return (each * self.weights(counts).to(outputs)[targets]).mean()
+
+        def focal(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+            return ((1 - torch.exp(-each)) ** self.strength * each).mean()
+
+        def adjusted(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(outputs + self.shifts(counts).to(outputs), targets)
+
+        known = {"weights": weighted, "focal": focal, "logits": adjusted}
+        return known.get(self.kind, nn.functional.cross_entropy)
+
+
+def counts_of(targets: torch.Tensor, classes: int) -> torch.Tensor:
+    """How many examples of each class, [classes] in float64."""
+    return torch.bincount(targets, minlength=classes).to(torch.float64)
+
+
+def check_imbalance(job: Job, task: Task) -> None:
+    """Raises ConfigError where the task has no classes to balance, or a promise would break."""
+    kind = job.train.imbalance
+    if kind is None:
+        return
+    if not (task.on_features and task.head_loss == "softmax"):
+        raise ConfigError(f"train.imbalance: {task.name} has no classes to balance, expected none")
+    if "example" in job.privacy.units and kind != "focal":
+        raise ConfigError(
+            f'train.imbalance: expected "focal" under example-level privacy, found "{kind}": by it an'
+            " example's gradient depends on how many others there are of its class"
+        )
+
+
+def check_smoothing(job: Job, task: Task) -> None:
+    """Raises ConfigError where the task has no classes whose labels could be smoothed, or not so."""
+    if job.train.label_smoothing is None:
+        return
+    if not (task.on_features and task.head_loss == "softmax"):
+        raise ConfigError(f"train.label_smoothing: {task.name} has no labels to smooth, expected none")
+    if job.train.teacher is not None:
+        raise ConfigError("train.label_smoothing: a teacher's answers are soft already, expected none")
+    if job.train.imbalance not in (None, "sampling"):
+        raise ConfigError(
+            f'train.label_smoothing: it goes with imbalance = "sampling" or none, found'
+            f' "{job.train.imbalance}", which changes the same loss'
+        )

@@ -1,0 +1,45 @@
+"""Whether a job's task, and this machine, have what the job asks for."""
+
+from __future__ import annotations
+
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.class_imbalance import check_imbalance, check_smoothing
+from atoll.learning.compiled import compiler
+from atoll.learning.determinism import check_device, settle
+from atoll.learning.few_shot import check_shots
+from atoll.tasks.task import Task
+
+
+def check_fits(job: Job, task: Task) -> None:
+    """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
+    from atoll.learning.distillation import check_teacher
+
+    task.check(job)
+    check_imbalance(job, task)
+    check_smoothing(job, task)
+    check_shots(job, task)
+    if job.tune.head_init is not None and not (task.on_features and task.head_loss == "softmax"):
+        raise ConfigError(f"tune.head_init: {task.name} has no head of classes on features, expected none")
+    if job.train.cached_views is not None and not task.on_features:
+        raise ConfigError(f"train.cached_views: {task.name} has no features to keep, expected none")
+    if job.data.folds is not None and task.splits_itself:
+        raise ConfigError(f"data.folds: {task.name} says itself what is measured on, expected none")
+    if job.train.dropout is not None and task.on_features and job.tune.method == "head":
+        raise ConfigError("train.dropout: a head on a frozen backbone has no layer of dropout, expected none")
+    check_autograd(job, task)
+    check_teacher(job, task)
+    check_device(job.train.device)
+    settle(job.train.device)
+    if job.backbone.compile:
+        compiler()
+
+
+def check_autograd(job: Job, task: Task) -> None:
+    """Raises ConfigError where heads train in closed form, and the job says how autograd is to do it."""
+    if task.on_features and job.leaves_backbone:
+        for key in job.train.by_autograd:
+            raise ConfigError(
+                f"train.{key}: has no meaning for a head on kept features, whose gradients have a closed form"
+                " in float32; remove it, or tune more than the head"
+            )

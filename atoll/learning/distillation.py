@@ -1,0 +1,152 @@
+"""A trained run as the teacher of another: its soft answers to a client's examples, and the loss by them.
+
+Hinton et al. 2015, "Distilling the Knowledge in a Neural Network": the student learns from its labels and
+from what the teacher says of the same example, both softened by a temperature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Facts
+from atoll.protocol.tensors import Tensors, from_bytes
+from atoll.tasks import task_named
+from atoll.tasks.task import Task
+
+PARTS = ("job.toml", "model/model.json", "model/model.safetensors")
+
+
+@dataclass
+class Teacher:
+    """The run that `train.teacher` names, in use; it sees examples as they are, never augmented."""
+
+    learner: Learner
+    tensors: Tensors
+    temperature: float
+    weight: float
+    fingerprint: str
+
+    def check(self, facts: Facts) -> None:
+        """Raises ConfigError unless the student tells the same classes apart, in the same order."""
+        own, expected = self.learner.facts["classes"], facts["classes"]
+        if own != expected:
+            raise ConfigError(
+                f"train.teacher: its classes are {own}, the job's are {expected}; expected the same, in the"
+                " same order (data.classes)"
+            )
+
+    def taught(self, shard: Shard) -> Shard:
+        """The shard with targets [n, 1 + classes]: the class, and what the teacher gives each class."""
+        soft = self.soft(self.learner.outputs_by_row(self.tensors, shard))
+        return replace(shard, targets=torch.cat([shard.table.to(soft.dtype).unsqueeze(1), soft], dim=1))
+
+    def soft(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Probabilities at the temperature, of outputs [n, classes], row by row: others change no bit."""
+        rows = [torch.softmax(row / self.temperature, dim=-1) for row in outputs.to(torch.float64)]
+        return torch.stack(rows).to(torch.float32)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(1 - weight) cross-entropy + weight T^2 KL(teacher, student) at temperature T, the batch's mean."""
+        hard = nn.functional.cross_entropy(outputs, targets[:, 0].to(torch.int64))
+        logs = nn.functional.log_softmax(outputs / self.temperature, dim=1)
+        soft = nn.functional.kl_div(logs, targets[:, 1:].to(logs), reduction="batchmean")
+        return (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
+
+
+def teacher_of(job: Job) -> Teacher | None:
+    """The job's teacher, if it has one.
+
+    Raises:
+        ConfigError: there is no such run. WeightsError: its backbone's weights can't be had here.
+    """
+    if job.train.teacher is None:
+        return None
+    run = Path(job.train.teacher)
+    saved = _saved(run)
+    own = Job.parse(saved["job"], origin=f"{run}/model/model.json")
+    if own.personal.keep == "head":
+        raise ConfigError(f"train.teacher: the clients of {run} kept their heads, expected a whole model")
+    train = {"threads": job.train.threads, "device": job.train.device, "teacher": None}
+    train |= {"teacher_temperature": None, "teacher_weight": None}
+    own = own.model_copy(
+        update={
+            "train": own.train.model_copy(update=train),
+            "backbone": own.backbone.model_copy(update={"compile": False}),
+        }
+    )
+    learner = Learner.of(own, task_named(own.task.name), dict(saved["facts"]))
+    learner.check_fingerprint()
+    tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
+    return Teacher(learner, tensors, job.train.temperature, job.train.taught, _fingerprint(run))
+
+
+def check_teacher(job: Job, task: Task) -> None:
+    """Raises ConfigError where the job's teacher can't teach this task, or would break its promise."""
+    if job.train.teacher is None:
+        return
+    if not (task.on_features and task.head_loss == "softmax"):
+        raise ConfigError(
+            f"train.teacher: distillation is of classes, {task.name} has none an example; expected none"
+        )
+    run = Path(job.train.teacher)
+    taught = Job.parse(_saved(run)["job"], origin=f"{run}/model/model.json").task.name
+    if taught != task.name:
+        raise ConfigError(f"train.teacher: expected a run of {task.name}, found one of {taught}: {run}")
+    for unit in job.privacy.units:
+        _check_promise(job, unit, run)
+
+
+def claim_of_teacher(run: Path, unit: str) -> dict[str, Any] | None:
+    """What the run's result claims for that unit: `epsilon`, `delta`, `seeded_noise`; None for nothing."""
+    try:
+        privacy = json.loads((run / "result.json").read_text("utf-8"))["privacy"]
+        found: dict[str, Any] | None = privacy["units"].get(unit)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"train.teacher: {run}/result.json does not say what was private: {error}"
+        ) from None
+    return found
+
+
+def _check_promise(job: Job, unit: str, run: Path) -> None:
+    claim = claim_of_teacher(run, unit)
+    if claim is None or claim.get("epsilon") is None:
+        raise ConfigError(
+            f"train.teacher: {run} promises nothing to the unit {unit!r}, and what it learnt of clients' data"
+            " the student would pass on; expected a run with that promise"
+        )
+    if claim.get("seeded_noise") and not job.privacy.seeded_noise:
+        raise ConfigError(
+            f"train.teacher: the noise of {run} was seeded and protects nobody; expected a run without"
+            " privacy.seeded_noise"
+        )
+
+
+def _saved(run: Path) -> dict[str, Any]:
+    missing = next((part for part in PARTS if not (run / part).is_file()), None)
+    if missing is not None:
+        raise ConfigError(f"train.teacher: expected a finished run directory, found no {missing} in {run}")
+    try:
+        saved: dict[str, Any] = json.loads((run / "model" / "model.json").read_text("utf-8"))
+        return {"job": saved["job"], "facts": dict(saved["facts"])}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"train.teacher: {run}/model/model.json is damaged: {error}") from None
+
+
+def _fingerprint(run: Path) -> str:
+    """SHA-256 over what was trained, and what it is of."""
+    digest = hashlib.sha256()
+    for part in PARTS[1:]:
+        digest.update(hashlib.sha256((run / part).read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""Features of a frozen backbone, computed once for every example, kept on disk.
+
+An example's features depend on its own content, the backbone's weights and the preparation
+of inputs, never on another example: batches have fixed shapes and one thread each. A
+simulator and a site therefore get the same bits, and a cache can be shared between runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from atoll.backbones.encoder import Encoder, Variation
+from atoll.backbones.extract import BATCH, Progress, extract
+from atoll.backbones.resolve import Backbone
+from atoll.data.lazy import several
+from atoll.data.shard import Shard
+from atoll.job.job import BackboneSection, Job
+from atoll.learning.compiled import compiler
+from atoll.learning.feature_cache import FeatureCache
+from atoll.protocol.random_streams import stream
+from atoll.system.cache import cache_root
+
+FORMAT = 2
+"""Of the files that features are kept in."""
+
+CHUNK = 2048
+"""Examples after which features are put on the disk: no more than these are lost in a kill."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Examples as they are, or as `variation` makes them of their keys; and where features are kept."""
+
+    cache: FeatureCache
+    variation: Callable[[Sequence[bytes]], Variation] | None = None
+
+
+def varied_views(job: Job, backbone: Backbone) -> list[View]:
+    """The job's `cached_views`; a view depends on nothing but its number, the seed and the augmentations."""
+    caches = [
+        _cache(job, backbone, augment=job.train.augment, seed=job.seed, view=number)
+        for number in range(job.train.cached_views or 0)
+    ]
+    return [View(cache, partial(_variation, job, number)) for number, cache in enumerate(caches)]
+
+
+def plain_view(job: Job, backbone: Backbone) -> View:
+    """Every example as it is."""
+    return View(_cache(job, backbone))
+
+
+def _variation(job: Job, view: int, keys: Sequence[bytes]) -> Variation:
+    """Draws that depend on seed, view and content, so that every simulation and site makes the same."""
+    return Variation(job.train.augment, lambda row: stream(job.seed, "augment", view, keys[row].hex()))
+
+
+def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:
+    key = cache_key(backbone, job.backbone, job.train.threads, processor=processor(job.train.device), **more)
+    return FeatureCache(cache_root() / "features" / key[:32])
+
+
+def processor(device: str) -> list[str]:
+    """What computes on that device, as far as features' bits depend on it."""
+    if torch.device(device).type == "cuda":
+        return ["cuda", torch.cuda.get_device_name(device)]
+    if torch.device(device).type != "cpu":
+        return [torch.device(device).type, platform.platform()]
+    return [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+
+
+def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more: Any) -> str:
+    """SHA-256 over everything but the example that a feature's bits depend on."""
+    parts = {
+        "format": FORMAT,
+        "weights": backbone.fingerprint,
+        "name": backbone.name,
+        "preparation": _preparation_print(backbone),
+        "max_tokens": section.max_tokens,
+        "image_size": section.image_size,
+        "pool": section.pool,
+        "channels_last": section.channels_last,
+        "compiler": compiler() if section.compile else None,
+        "batch": BATCH,
+        "threads": threads,
+        "versions": [version(package) for package in ("torch", "torchvision", "transformers")],
+        "processor": processor("cpu"),
+    }
+    return hashlib.sha256(json.dumps(parts | more, sort_keys=True).encode()).hexdigest()
+
+
+def _preparation_print(backbone: Backbone) -> str:
+    """A hash of the files beside a backbone's weights: tokenizer, vocabulary, an image's mean."""
+    digest = hashlib.sha256()
+    for file in sorted(backbone.folder.iterdir()) if backbone.folder else ():
+        if file.suffix in (".json", ".txt", ".model") and file.is_file():
+            digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    if backbone.also is not None:
+        digest.update(_preparation_print(backbone.also).encode())
+    return digest.hexdigest()
+
+
+def keep_features(
+    views: Sequence[View],
+    shard: Shard,
+    encoder: Callable[[], Encoder],
+    *,
+    threads: int,
+    device: str,
+    progress: Progress | None = None,
+) -> None:
+    """Compute a shard's features where they are missing; only then is the backbone loaded."""
+    missing = [view.cache.missing(shard.keys) for view in views]
+    total, done = sum(map(len, missing)), 0
+    for view, absent in zip(views, missing, strict=True):
+        for start in range(0, len(absent), CHUNK):
+            rows = absent[start : start + CHUNK]
+            keys = [shard.keys[row] for row in rows]
+            features = extract(
+                encoder(),
+                several(shard.inputs, rows),
+                threads=threads,
+                device=device,
+                progress=None if progress is None else partial(_told_from, progress, done, total),
+                variation=None if view.variation is None else view.variation(keys),
+            )
+            view.cache.put(keys, features)
+            done += len(rows)
+
+
+def kept_features(views: Sequence[View], shard: Shard) -> torch.Tensor:
+    """A shard's features [views, n, width], all of which are there."""
+    out = torch.empty((len(views), len(shard), views[0].cache.width))
+    for view, part in zip(views, out, strict=True):
+        view.cache.take(shard.keys, part)
+    return out
+
+
+def _told_from(progress: Progress, start: int, total: int, done: int, part: int) -> None:
+    """Progress of a part as progress of the whole."""
+    progress(start + done, total)

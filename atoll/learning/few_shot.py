@@ -1,0 +1,39 @@
+"""`data.shots`: few examples of each class, chosen by their content alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.tasks.task import Task
+
+
+def few(rows: Sequence[int], shard: Shard, shots: int | None) -> list[int]:
+    """The first `shots` of these rows of every class, in the order given; all of them without a limit."""
+    if shots is None:
+        return list(rows)
+    seen: Counter[int] = Counter()
+    kept = []
+    for row, label in zip(rows, shard.table[torch.tensor(rows, dtype=torch.int64)].tolist(), strict=True):
+        seen[label] += 1
+        if seen[label] <= shots:
+            kept.append(row)
+    return kept
+
+
+def check_shots(job: Job, task: Task) -> None:
+    """Raises ConfigError where the task has no classes to count by, or a promise would break."""
+    if job.data.shots is None:
+        return
+    if task.splits_itself or not (task.on_features and task.head_loss == "softmax"):
+        raise ConfigError(f"data.shots: {task.name} has no examples of one class each, expected none")
+    if "example" in job.privacy.units:
+        raise ConfigError(
+            "data.shots: which examples are taken would depend on one that is promised privacy; expected"
+            f" none with privacy.unit = {job.privacy.unit!r}"
+        )

@@ -1,0 +1,390 @@
+"""What one process keeps warm for a job: the task, the backbone, the features, the measuring."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.func import functional_call
+
+from atoll.backbones.encoder import TARGETS, Batch, Encoder, Model, Variation
+from atoll.backbones.extract import Progress, extract
+from atoll.backbones.resolve import Backbone, known_width, resolve
+from atoll.data.lazy import several
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import DataSection, Job
+from atoll.learning import trainable
+from atoll.learning.class_imbalance import Imbalance, counts_of
+from atoll.learning.compatibility import check_fits
+from atoll.learning.compiled import CompiledEncoder
+from atoll.learning.features import View, keep_features, kept_features, plain_view, varied_views
+from atoll.learning.few_shot import few
+from atoll.learning.input_cache import ReadyInputs
+from atoll.learning.local_parameters import own_part
+from atoll.learning.pruning import fingerprinted, pruned
+from atoll.protocol.messages import Facts
+from atoll.protocol.random_streams import global_stream
+from atoll.protocol.tensors import Tensors
+from atoll.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+    from atoll.learning.distillation import Teacher
+
+TrainingLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+EVALUATION_BATCH = 64
+
+WHOLE_BATCH = 16
+"""Examples measured together by models that aren't a head on features: some make much of each."""
+
+
+@dataclass
+class Learner:
+    """Builds, measures and prepares; it trains nothing itself. `facts` are the run's."""
+
+    job: Job
+    task: Task
+    facts: Facts
+    backbone: Backbone
+    progress: Progress | None = None
+    teacher: Teacher | None = None
+    _ready: ReadyInputs = field(default_factory=ReadyInputs)
+
+    @classmethod
+    def of(cls, job: Job, task: Task, facts: Facts, progress: Progress | None = None) -> Learner:
+        """A learner with its weights resolved and its device checked.
+
+        Raises:
+            WeightsError: the backbone's weights can't be had.
+            ConfigError: the device isn't there.
+        """
+        from atoll.learning.distillation import teacher_of  # which is made of a learner itself
+
+        check_fits(job, task)
+        backbone = fingerprinted(resolve(job.backbone, job.seed), job.backbone)
+        return cls(job, task.bound(job, backbone), facts, backbone, progress, teacher_of(job))
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether the backbone is frozen as a whole, so that an example's features never change."""
+        return self.task.on_features and self.job.tune.method == "head"
+
+    @property
+    def trains_on_features(self) -> bool:
+        """Whether training sees nothing but kept features, of examples as they are or of their views."""
+        return self.task.on_features and self.job.leaves_backbone
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The backbone, loaded at first use."""
+        if not self.task.on_features:
+            return self.model.backbone
+        encoder = self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
+        return pruned(encoder, self.job.backbone)
+
+    @cached_property
+    def model(self) -> Model:
+        """Backbone and head on the job's device, with what the job tunes marked as trainable."""
+        if self.task.on_features:
+            model = Model(self.encoder, self._fresh_head(self.encoder.width))
+        else:
+            model = self.task.network(self.backbone, self.job, self.facts)
+            pruned(model.backbone, self.job.backbone, model.head)
+        trainable.mark_trainable(model, self.job.tune, self.job.seed)
+        if self.job.train.dropout is not None:
+            trainable.set_dropout(model, self.job.train.dropout)
+        if self.job.train.checkpoint_activations:
+            trainable.recomputable(model)
+        return model.to(self.job.train.device)
+
+    @cached_property
+    def _extractor(self) -> Encoder:
+        """The backbone as features are computed with it."""
+        return CompiledEncoder(self.encoder) if self.job.backbone.compile else self.encoder
+
+    @cached_property
+    def _plain(self) -> View:
+        return plain_view(self.job, self.backbone)
+
+    @cached_property
+    def _views(self) -> list[View]:
+        return varied_views(self.job, self.backbone) if self.job.train.augment else [self._plain]
+
+    def initial(self) -> Tensors:
+        """The trainable tensors before the first round, named as in the model."""
+        if self.uses_features:
+            head = self._fresh_head(self.width)
+            return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
+        return {name: t.cpu() for name, t in trainable.values(self.model).items()}
+
+    @cached_property
+    def own(self) -> Tensors:
+        """What clients keep of the tensors, before training: to be asked for before anything is trained."""
+        return own_part(self.model, self.job) if self.job.personal.splits else {}
+
+    def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
+        """Some rows of a shard as the model takes them; they are decoded once, unless they vary."""
+        if variation is not None:
+            batch = self.encoder.prepare(several(shard.inputs, rows), variation)
+        else:
+            batch = self.encoder.batch(self._ready.of(self.encoder, shard, rows))
+        if self.task.sees_targets:
+            batch[TARGETS] = shard.targets_of(rows)
+        return batch
+
+    def features(self, shard: Shard) -> torch.Tensor:
+        """Features [n, width] of a shard as it is, from the cache where they are there."""
+        return self._features([self._plain], shard)[0]
+
+    def training_features(self, shard: Shard) -> torch.Tensor:
+        """Features [views, n, width] that training draws from: one view where inputs don't vary."""
+        return self._features(self._views, shard)
+
+    def keep_features(self, shard: Shard, *, training: bool) -> None:
+        """Compute what features aren't kept yet, and hold none of them in memory."""
+        self._keep(self._views if training else [self._plain], shard)
+
+    def _features(self, views: Sequence[View], shard: Shard) -> torch.Tensor:
+        self._keep(views, shard)
+        return kept_features(views, shard)
+
+    def _keep(self, views: Sequence[View], shard: Shard) -> None:
+        keep_features(
+            views,
+            shard,
+            lambda: self._extractor,
+            threads=self.job.train.threads,
+            device=self.job.train.device,
+            progress=self.progress,
+        )
+
+    @property
+    def given(self) -> Facts:
+        """What all must have alike, as facts: the backbone's weights, and the teacher.
+
+        Raises:
+            ConfigError: the teacher knows other classes.
+        """
+        if self.teacher is None:
+            return {"backbone": self.backbone.fingerprint}
+        self.teacher.check(self.facts)
+        return {"backbone": self.backbone.fingerprint, "teacher": self.teacher.fingerprint}
+
+    def check_fingerprint(self) -> None:
+        """Raises ConfigError unless the weights here, and the teacher, are those the run's facts name."""
+        if self.teacher is not None:
+            told, here = self.facts.get("teacher"), self.teacher.fingerprint
+            if told is not None and told != here:
+                raise ConfigError(
+                    f"train.teacher: {self.job.train.teacher} is not the run's teacher"
+                    f" (here {here[:12]}, there {told[:12]})"
+                )
+        expected, found = self.facts.get("backbone"), self.backbone.fingerprint
+        if expected is not None and expected != found:
+            raise ConfigError(
+                f"backbone {self.backbone.name}: these weights are not the run's"
+                f" (here {found[:12]} from {self.backbone.origin}, there {expected[:12]})"
+            )
+
+    def predictions(self, tensors: Tensors, inputs: Sequence[Any]) -> Any:
+        """What the model says of raw inputs, one prediction each; nothing is looked up or kept."""
+        shard = Shard(inputs, torch.zeros(len(inputs), dtype=torch.int64), (bytes(32),) * len(inputs))
+        if not self.task.on_features:
+            model = self.filled(tensors)
+            with torch.inference_mode():
+                return model.predict(self._on_device(self.encoder.prepare(inputs)))
+        return self._fresh_outputs(tensors, shard)
+
+    def _fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
+        if not self.uses_features:
+            return self.outputs(tensors, shard)
+        train = self.job.train
+        features = extract(self._extractor, shard.inputs, threads=train.threads, device=train.device)
+        return self._through_head(tensors, features)
+
+    def outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
+        """What the model with these tensors says of a shard, [n, outputs]."""
+        if self.uses_features:
+            return self._through_head(tensors, self.features(shard))
+        model = self.filled(tensors)
+        parts = []
+        with torch.inference_mode():
+            for rows, prepare in model.backbone.fixed_batches(shard.inputs, EVALUATION_BATCH):
+                output = model(self._on_device(prepare()))[: len(rows)].cpu()
+                parts.append((rows, output))
+        ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
+        return torch.stack([ordered[row] for row in range(len(shard))])
+
+    def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
+        """Metric states of the model with these tensors on a shard; they add up over shards."""
+        metrics = self.task.metrics(self.facts)
+        if self.task.on_features:
+            outputs = self.outputs(tensors, shard)
+            metrics.update(*self.task.measured(outputs, shard.table))
+            loss = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard)
+        else:
+            loss = self._measure(self.filled(tensors), shard, metrics)
+        states = {
+            f"{name}.{state}": getattr(metric, state).clone()
+            for name, metric in metrics.items()
+            for state in metric._defaults
+        }
+        return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
+
+    def taught(self, shard: Shard) -> Shard:
+        """A shard as training sees it: with a teacher, its targets hold the teacher's answers too."""
+        return shard if self.teacher is None else self.teacher.taught(shard)
+
+    def outputs_by_row(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
+        """As `outputs`, and no row's bits depend on other rows: whoever asks for it gets the same."""
+        if not self.uses_features:
+            return self.outputs(tensors, shard)
+        features = self.features(shard)
+        # Twice, for a product of one row takes another way through the library.
+        rows = [self._through_head(tensors, row.expand(2, -1).contiguous())[0] for row in features]
+        return torch.stack(rows)
+
+    def training_loss(self, shard: Shard) -> TrainingLoss:
+        """The loss that a client with this shard learns by: the task's, or one for uneven classes."""
+        imbalance, smoothing = Imbalance.of(self.job), self.job.train.label_smoothing
+        if self.teacher is not None:
+            return self.teacher.loss
+        if smoothing is not None:
+            return partial(nn.functional.cross_entropy, label_smoothing=smoothing)
+        if imbalance is None:
+            return self.task.loss
+        return imbalance.loss(counts_of(shard.table, len(self.facts["classes"])))
+
+    def chances(self, shard: Shard) -> NDArray[np.float64] | None:
+        """How likely each example is drawn in training, [n], where not all are taken in turn."""
+        imbalance = Imbalance.of(self.job)
+        return None if imbalance is None else imbalance.chances(shard.table)
+
+    def measured(self, model: Model, shard: Shard) -> dict[str, float]:
+        """Metrics and loss of any model of this kind on a shard, past the cache of features."""
+        metrics = self.task.metrics(self.facts)
+        total = self._measure(model, shard, metrics)
+        found = {name: float(value) for name, value in metrics.compute().items()}
+        return found | {"loss": float(total) / len(shard)}
+
+    def references(self, shard: Shard) -> dict[str, dict[str, float]]:
+        """Metrics of the task's predictions that need no learning."""
+        found = {}
+        for name, predictions in self.task.references(shard, self.facts).items():
+            metrics = self.task.metrics(self.facts)
+            targets = shard.targets_of(range(len(shard)))
+            metrics.update(*self.task.measured(predictions, targets))
+            found[name] = {metric: float(value) for metric, value in metrics.compute().items()}
+        return found
+
+    def _measure(self, model: Model, shard: Shard, metrics: MetricCollection) -> torch.Tensor:
+        """Put a shard's predictions into the metrics; the sum of its losses."""
+        total = torch.zeros((), dtype=torch.float64)
+        with torch.inference_mode():
+            for start in range(0, len(shard), WHOLE_BATCH):
+                rows = range(start, min(start + WHOLE_BATCH, len(shard)))
+                batch, targets = self._on_device(self.batch(shard, rows)), shard.targets_of(rows)
+                metrics.update(*self.task.measured(model.predict(batch), targets))
+                loss = self.task.measured_loss(model(batch), targets.to(self.job.train.device))
+                total += loss.cpu().to(torch.float64) * len(rows)
+        return total
+
+    def filled(self, tensors: Tensors) -> Model:
+        """The model with these tensors, as it is measured and used."""
+        model = self.model.eval()
+        trainable.load_values(model, tensors)
+        return model
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: t.to(self.job.train.device) for name, t in batch.items()}
+
+    def compute(self, states: Tensors) -> dict[str, float]:
+        """Metrics from added-up states."""
+        metrics = self.task.metrics(self.facts)
+        for name, metric in metrics.items():
+            for state in metric._defaults:
+                setattr(metric, state, states[f"{name}.{state}"])
+            metric._update_count = 1
+        values = {name: float(value) for name, value in metrics.compute().items()}
+        return values | {"loss": float(states["loss.sum"] / states["loss.count"])}
+
+    def split(self, shard: Shard) -> tuple[Shard, Shard]:
+        """(training part, validation part), chosen as the task says or by the hash of the content alone."""
+        if self.task.splits_itself:
+            train, validation = self.task.split(shard, self.job.seed, self.job.data.validation_fraction)
+            return shard.select(train), shard.select(validation)
+        rows = ranked(shard.keys, self.job.seed, "validation")
+        kept = kept_back(len(shard), self.job.data)
+        train = few(rows[: kept.start] + rows[kept.stop :], shard, self.job.data.shots)
+        return shard.select(sorted(train)), shard.select(sorted(rows[kept]))
+
+    @cached_property
+    def width(self) -> int:
+        """The width of the backbone's features: of those that are kept, for what has none must be loaded."""
+        views = (self._plain, *self._views) if self.uses_features else ()
+        for view in views:
+            if (kept := view.cache.kept_width) is not None:
+                return kept
+        width = known_width(self.backbone)
+        return width if width is not None else self.encoder.width
+
+    def _fresh_head(self, width: int) -> nn.Module:
+        """The task's head, behind a hidden layer where the job asks for one."""
+        hidden = self.job.tune.hidden
+        with global_stream(self.job.seed, "init", "head"):
+            if hidden is None:
+                return self.task.head(width, self.facts)
+            return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), self.task.head(hidden, self.facts))
+
+    @cached_property
+    def _head(self) -> nn.Module:
+        return self._fresh_head(self.width)
+
+    def _through_head(self, tensors: Tensors, features: torch.Tensor) -> torch.Tensor:
+        own = {name.removeprefix("head."): t for name, t in tensors.items()}
+        with torch.inference_mode():
+            outputs: torch.Tensor = functional_call(self._head, own, features)
+        return outputs
+
+
+def validation_count(examples: int, fraction: float) -> int:
+    """How many examples of a shard are kept to measure on: never all of them."""
+    return min(round(examples * fraction), examples - 1)
+
+
+def kept_back(examples: int, data: DataSection) -> slice:
+    """Which of a shard's examples, in the order of their ranks, are measured on: a part, or one fold.
+
+    A single example is in no fold: it is trained on.
+    """
+    if data.folds is None:
+        return slice(0, validation_count(examples, data.validation_fraction))
+    if examples == 1:
+        return slice(0, 0)
+    return slice(examples * data.fold // data.folds, examples * (data.fold + 1) // data.folds)
+
+
+def ranked(keys: Sequence[bytes], seed: int, purpose: str) -> list[int]:
+    """Rows in an order that depends on seed, purpose and content, and not on where they stood."""
+    prefix = f"{seed}/{purpose}/".encode()
+    marks = [hashlib.sha256(prefix + key).digest() for key in keys]
+    return sorted(range(len(keys)), key=marks.__getitem__)
+
+
+def added(states: Iterable[Tensors]) -> Tensors:
+    """Metric states summed in the order given."""
+    total: Tensors = {}
+    for state in states:
+        for name, value in state.items():
+            total[name] = total[name] + value if name in total else value
+    return total

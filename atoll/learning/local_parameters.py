@@ -1,0 +1,30 @@
+"""Which tensors stay with a client: those of the head, or of layers that normalise."""
+
+from __future__ import annotations
+
+from atoll.backbones.encoder import Model
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning import trainable
+from atoll.protocol.tensors import Tensors
+
+
+def own_part(model: Model, job: Job) -> Tensors:
+    """Copies of the tuned tensors that clients keep, by name, on the CPU.
+
+    `head`: Arivazhagan et al. 2019, "Federated Learning with Personalization Layers" (FedPer).
+    `norms`: Li et al. 2021, "FedBN"; scales and shifts, for statistics never move here.
+
+    Raises:
+        ConfigError: there are none, or nothing else is tuned.
+    """
+    of_head = {id(p) for p in model.head.parameters()}
+    of_norms = {id(p) for m in model.modules() if trainable.is_norm(m) for p in m.parameters()}
+    chosen = of_head if job.personal.keep == "head" else of_norms
+    trained = trainable.trainable(model)
+    own = [name for name, p in trained.items() if id(p) in chosen]
+    if not own:
+        raise ConfigError(f"personal.keep: no {job.personal.keep} among what this job tunes, expected none")
+    if len(own) == len(trained):
+        raise ConfigError(f"personal.keep: {job.personal.keep} is all that this job tunes, expected less")
+    return {name: trainable.in_order(trained[name].detach()).cpu() for name in own}

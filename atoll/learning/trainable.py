@@ -1,0 +1,227 @@
+"""Which tensors are trained and travel: the head, the last blocks, LoRA factors, or all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from atoll.backbones.encoder import Model
+from atoll.errors import ConfigError
+from atoll.job.tune import TuneSection
+from atoll.protocol.random_streams import global_stream
+from atoll.protocol.tensors import Tensors
+
+BatchNorms = (nn.modules.batchnorm._BatchNorm,)
+Norms = (*BatchNorms, nn.LayerNorm, nn.GroupNorm)
+
+
+def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
+    """Leave `requires_grad` on exactly what the job tunes; the head is always tuned.
+
+    Raises:
+        ConfigError: nothing matches `tune.targets`, or there are fewer blocks than `tune.layers`.
+    """
+    model.requires_grad_(False)
+    match tune.method:
+        case "last-k":
+            for module in _last_blocks(model.backbone.model, tune.layers or 1, model.head):
+                module.requires_grad_(True)
+        case "lora":
+            _inject_lora(model, tune, seed)
+        case "full":
+            model.requires_grad_(True)
+    model.head.requires_grad_(True)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tuned parameters by name: what travels and what is hashed."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def values(model: nn.Module) -> Tensors:
+    """Copies of the tuned parameters' values, laid out as they travel."""
+    return {name: in_order(p.detach()) for name, p in trainable(model).items()}
+
+
+def in_order(values: torch.Tensor) -> torch.Tensor:
+    """A copy in the usual layout, whatever the layout that the model computes in."""
+    return values.clone(memory_format=torch.contiguous_format)
+
+
+def load_values(model: nn.Module, tensors: Tensors) -> None:
+    """Copy tensors into the tuned parameters of the same names; weights that were pruned stay zero."""
+    with torch.no_grad():
+        for name, p in trainable(model).items():
+            p.copy_(tensors[name])
+    keep_pruned(model)
+
+
+KEPT = "kept_weights"
+"""A pruned layer's attribute: ones where its weight is, zeros where it was left out."""
+
+
+def keep_pruned(model: nn.Module) -> None:
+    """Set to zero again what was pruned, whatever a step or noise has made of it."""
+    with torch.no_grad():
+        for module in model.modules():
+            mask = vars(module).get(KEPT)
+            if mask is not None:
+                module.weight.mul_(mask.to(module.weight))  # type: ignore[operator]
+
+
+def without_pruned(model: nn.Module, tensors: Tensors) -> Tensors:
+    """The tensors with zeros where the model's weights were pruned."""
+    found = dict(tensors)
+    for name, module in model.named_modules():
+        mask = vars(module).get(KEPT)
+        if mask is not None and f"{name}.weight" in found:
+            found[f"{name}.weight"] = found[f"{name}.weight"] * mask.to(found[f"{name}.weight"])
+    return found
+
+
+def placed(parameters: Mapping[str, nn.Parameter], tensors: Tensors) -> Tensors:
+    """The tensors on the device and in the type of the parameters; not copied where they are so."""
+    return {name: tensors[name].to(p.device, p.dtype) for name, p in parameters.items()}
+
+
+def movement(parameters: Mapping[str, nn.Parameter], start: Tensors) -> Tensors:
+    """How far the parameters are from where they were, laid out as it travels."""
+    return {name: (p.detach() - start[name]).contiguous().cpu() for name, p in parameters.items()}
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Let every layer of dropout drop this part of its inputs; those where nothing is tuned stay silent.
+
+    Raises:
+        ConfigError: there is no such layer where something is tuned.
+    """
+    training_mode(model)
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    if not any(layer.training for layer in layers):
+        raise ConfigError("train.dropout: no layer of dropout is where this job tunes, expected none")
+    for layer in layers:
+        layer.p = probability
+
+
+def training_mode(module: nn.Module, inherited: bool = True) -> None:
+    """Dropout works where something is tuned; the statistics of batch norm never move."""
+    parameters = list(module.parameters())
+    tuned = any(p.requires_grad for p in parameters) if parameters else inherited
+    module.training = tuned and not isinstance(module, BatchNorms)
+    for child in module.children():
+        training_mode(child, module.training)
+
+
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def blocks(network: nn.Module, head: nn.Module | None = None) -> list[nn.Module]:
+    """The network as a row of blocks from input to output: transformer layers, residual units, …
+
+    Plain containers are opened, and outside of them whatever is mainly a wrapper around one; what
+    is in a container and is none itself is a block. A `head` inside the network is no block, and what
+    two blocks share (the embeddings of encoder and decoder) is the first one's.
+    """
+    parts = [child for child in network.children() if child is not head and _size(child)]
+    if head is not None and len(parts) == 1 < len(list(network.children())):
+        parts = list(parts[0].children())
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    for block in (block for part in parts for block in _opened(part)):
+        own = {id(p) for p in block.parameters()} - seen
+        if own and block is not head:
+            found.append(block)
+            seen |= own
+    return found
+
+
+def recomputable(model: Model) -> list[nn.Module]:
+    """The blocks whose activations can be computed again: the backbone's, or of each network it has.
+
+    Raises:
+        ConfigError: it has no blocks.
+    """
+    network = model.backbone.model
+    networks = list(network.children()) if isinstance(network, nn.ModuleDict) else [network]
+    found = [block for each in networks for block in blocks(each, model.head)]
+    if len(found) < 2:
+        raise ConfigError("train.checkpoint_activations: this backbone has no blocks, expected false")
+    return found
+
+
+def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
+    is_container = _contains(module)
+    if not is_container and (listed or not _wraps_a_container(module)):
+        return [module]
+    return [block for child in module.children() for block in _opened(child, listed=is_container)]
+
+
+def _contains(module: nn.Module) -> bool:
+    # torchvision puts a classifier's layers in the latter, for those who take what comes out on the way.
+    return type(module) in CONTAINERS or type(module).__name__ == "IntermediateLayerGetter"
+
+
+def _wraps_a_container(module: nn.Module) -> bool:
+    inner = [child for child in module.children() if _contains(child)]
+    tables = [child for child in module.children() if isinstance(child, nn.Embedding)]
+    return len(inner) == 1 and _size(inner[0]) > 0.8 * (_size(module) - sum(map(_size, tables)))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Also one of transformers' own; a layer that is called after its norm is none."""
+    is_leaf = next(module.children(), None) is None
+    return isinstance(module, Norms) or (is_leaf and type(module).__name__.endswith("Norm"))
+
+
+def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Module]:
+    """The last `count` blocks; a norm that stands alone belongs to the block before it."""
+    is_inside = any(module is head for module in network.modules())
+    parts = set(head.modules())
+    found = [block for block in blocks(network, head if is_inside else None) if block not in parts]
+    starts = [place for place, block in enumerate(found) if not is_norm(block)]
+    if count > len(starts):
+        raise ConfigError(f"tune.layers: this backbone has {len(starts)} blocks, found {count}")
+    return found[starts[-count] :]
+
+
+def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
+    """Put peft's LoRA factors into the backbone (Hu et al. 2021).
+
+    With `freeze_a` only B is trained (Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated
+    Learning"): noise on both factors is multiplied with itself, and the mean of products isn't the
+    product of means. A is drawn from the job's seed, the same everywhere.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    of_head = {id(module) for module in model.head.modules()}
+    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) not in of_head]
+    if not names:
+        raise ConfigError("tune.method: this backbone has no layer for LoRA, expected head, last-k or full")
+    wanted = [
+        n for n in names if tune.targets is None or n.split(".")[-1] in tune.targets or n in tune.targets
+    ]
+    if not wanted:
+        known = ", ".join(sorted({n.split(".")[-1] for n in names}))
+        raise ConfigError(
+            f"tune.targets: no layer is called {list(tune.targets or ())}, expected some of {known}"
+        )
+    rank = tune.rank or 8
+    config = LoraConfig(r=rank, lora_alpha=tune.alpha or 2 * rank, target_modules=wanted, lora_dropout=0.0)  # type: ignore[arg-type]
+    with global_stream(seed, "init", "lora"):
+        inject_adapter_in_model(config, model.backbone)
+    for name, parameter in model.backbone.named_parameters():
+        parameter.requires_grad_("lora_B" in name or ("lora_" in name and not tune.freeze_a))
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        # torch's attention takes this layer's weight and never calls it: factors would do nothing.
+        return False
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

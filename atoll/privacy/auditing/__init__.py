@@ -1,0 +1,1 @@
+"""What an attack shows of epsilon: bounds from guesses, and membership scores."""

@@ -1,0 +1,164 @@
+"""What a unit's data has been charged, on disk: append-only, synced, every line chained to the one before.
+
+An entry is written and synced before its release leaves, so a crash in between can only charge too
+much. The chain (SHA-256 of the line before) makes a line that was changed, removed or put in
+between show when the file is read; that lines are missing at the end, only who has seen them can
+tell. One ledger is bound to one owner of data, and outlives runs and jobs, of which several may write
+to it at the same time. Data that changes is charged on: what it held before may still be in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from atoll.errors import DataError
+from atoll.privacy.accounting import Release
+from atoll.system.durable_files import sync_folder
+
+FORMAT = 1
+START = "0" * 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One charge: for which release of which round of which job, on data of which fingerprint."""
+
+    job: str
+    round: int
+    unit: str
+    release: Release
+    count: int = 1
+    data: str = ""
+
+
+@dataclass
+class Ledger:
+    """An open ledger; `spent` counts every kind of release that was ever charged."""
+
+    path: Path
+    fingerprint: str
+    durable: bool = True
+    spent: Counter[Release] = field(default_factory=Counter)
+    entries: list[Entry] = field(default_factory=list)
+    _of_job: dict[str, Counter[Release]] = field(default_factory=dict)
+    _rounds: set[tuple[str, int]] = field(default_factory=set)
+    _last: str = START
+    _lines: int = 0
+    _end: int = 0
+
+    @classmethod
+    def open(cls, path: Path, fingerprint: str, *, durable: bool = True) -> Ledger:
+        """The ledger at `path`, read and checked; a new one if there is none.
+
+        A last line that a crash left unfinished is taken off: its release never left. What is not
+        `durable` is not waited for: it is for noise that a seed repeats, and that protects nobody.
+
+        Raises:
+            DataError: the chain is broken, or the ledger belongs to other data.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ledger = cls(path, fingerprint, durable)
+        with ledger._alone() as file:
+            if not ledger._lines:
+                ledger._append(file, {"format": FORMAT, "data": fingerprint})
+        return ledger
+
+    def charge(self, entry: Entry) -> None:
+        """Write an entry down and wait until it is on the disk; only then may the release leave."""
+        fields = {
+            "job": entry.job,
+            "round": entry.round,
+            "unit": entry.unit,
+            "noise_multiplier": entry.release.noise_multiplier,
+            "sampling_rate": entry.release.sampling_rate,
+            "count": entry.count,
+            "data": entry.data,
+        }
+        with self._alone() as file:
+            self._append(file, fields)
+        self._count(entry)
+
+    def spent_on(self, job: str) -> Counter[Release]:
+        """What one job was charged, of all the jobs on this data."""
+        return self._of_job.get(job, Counter())
+
+    def has(self, job: str, round: int) -> bool:
+        """Whether that round of the job was charged."""
+        return (job, round) in self._rounds
+
+    @contextmanager
+    def _alone(self) -> Iterator[BinaryIO]:
+        """The file, up to date and nobody else's for the time of the block."""
+        is_new = not self.path.exists()
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_new and self.durable:
+                sync_folder(self.path.parent)
+            self._catch_up(file)
+            yield file
+
+    def _catch_up(self, file: BinaryIO) -> None:
+        """Read what was appended since; what stands behind the last whole line is cut off."""
+        file.seek(self._end)
+        rest = file.read()
+        whole = rest[: rest.rfind(b"\n") + 1]
+        for line in whole.splitlines(keepends=True):
+            self._read(line)
+        if len(whole) < len(rest):
+            file.truncate(self._end)
+            os.fsync(file.fileno())
+
+    def _append(self, file: BinaryIO, fields: dict[str, object]) -> None:
+        line = (json.dumps({"before": self._last, **fields}, sort_keys=True) + "\n").encode()
+        file.write(line)
+        file.flush()
+        if self.durable:
+            os.fsync(file.fileno())
+        self._step(line)
+
+    def _step(self, line: bytes) -> None:
+        self._last = hashlib.sha256(line).hexdigest()
+        self._lines += 1
+        self._end += len(line)
+
+    def _read(self, line: bytes) -> None:
+        where = f"{self.path} line {self._lines + 1}"
+        try:
+            fields = json.loads(line)
+            before = fields["before"]
+            entry = _entry(fields) if self._lines else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: not an entry of a ledger ({error}); it was changed") from None
+        if before != self._last:
+            raise DataError(f"{where}: does not follow the line before it; the ledger was changed")
+        if entry is None and fields.get("format") != FORMAT:
+            raise DataError(f"{where}: format {fields.get('format')!r}, this version of Atoll reads {FORMAT}")
+        if entry is None and fields.get("data") != self.fingerprint:
+            raise DataError(f"{self.path}: belongs to other data than what is here; expected its own ledger")
+        self._step(line)
+        if entry is not None:
+            self._count(entry)
+
+    def _count(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self.spent[entry.release] += entry.count
+        self._of_job.setdefault(entry.job, Counter())[entry.release] += entry.count
+        self._rounds.add((entry.job, entry.round))
+
+
+def _entry(fields: dict[str, object]) -> Entry:
+    release = Release(float(str(fields["noise_multiplier"])), float(str(fields["sampling_rate"])))
+    count = int(str(fields["count"]))
+    if count < 1:
+        raise ValueError(f"count {count}")
+    job, unit, data = str(fields["job"]), str(fields["unit"]), str(fields["data"])
+    return Entry(job, int(str(fields["round"])), unit, release, count, data)

@@ -1,0 +1,255 @@
+"""Updates in fewer bytes: half precision, 8 or 4 bits a number, or the largest numbers alone.
+
+An update is one vector: its tensors, one behind the other in the order of their names. With `int8`
+and `int4` every block of 256 numbers shares a scale, its largest magnitude over the highest level
+(block-wise quantisation, Dettmers et al. 2022). A client with error feedback adds what the last
+messages lost to the next update before it is compressed (Seide et al. 2014). That converges at the
+rate of uncompressed updates for every C with |C(x) - x|² <= (1 - d) |x|² for some d > 0
+(Karimireddy et al. 2019), as rounding to the nearest level and keeping the largest numbers are;
+stochastic rounding is not. Without feedback numbers are rounded up or down at random, so that the
+message is right on average (Alistarh et al. 2017, QSGD).
+
+Every function works on vectors of several clients, [clients, numbers], and gives each the bits that
+it gives it alone. Sizes depend on the job and on the model, never on values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from atoll.job.federation import Scheme
+from atoll.job.job import Job
+from atoll.protocol.tensors import Tensors, size_of
+
+BLOCK = 256
+"""Numbers that share a scale."""
+LEVELS = {"int8": 127, "int4": 7}
+"""The highest level; the lowest is minus that."""
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""A block whose scale would be less counts as zeros: what is lost is below 2e-36."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How vectors of so many numbers travel; of them the part `share` with `top-k`."""
+
+    scheme: Scheme
+    numbers: int
+    share: float = 0.01
+
+    @classmethod
+    def of(cls, job: Job, model: Tensors) -> Compression | None:
+        """What the job asks for; None where updates travel as they are."""
+        federation = job.federation
+        if federation.compression is None:
+            return None
+        return cls(federation.compression, numbers_of(model), federation.compression_top_k)
+
+    @property
+    def kept(self) -> int:
+        """How many numbers `top-k` sends: at least one, where there are any."""
+        return min(self.numbers, max(1, ceil(self.share * self.numbers - 1e-9)))
+
+    @property
+    def form(self) -> dict[str, tuple[int, torch.dtype]]:
+        """A message's tensors: how many numbers of which kind, by name."""
+        blocks = ceil(self.numbers / BLOCK)
+        match self.scheme:
+            case "fp16":
+                return {"values": (self.numbers, torch.float16)}
+            case "int8":
+                return {"scales": (blocks, torch.float32), "values": (self.numbers, torch.int8)}
+            case "int4":
+                return {"scales": (blocks, torch.float32), "values": (ceil(self.numbers / 2), torch.uint8)}
+            case "top-k":
+                places = torch.int32 if self.numbers < 2**31 else torch.int64
+                return {"indices": (self.kept, places), "values": (self.kept, torch.float32)}
+
+    @property
+    def bytes(self) -> int:
+        """Of one client's message, without its wrapping."""
+        return sum(count * dtype.itemsize for count, dtype in self.form.values())
+
+
+def numbers_of(model: Tensors) -> int:
+    """How many numbers the model's vector has."""
+    return sum(tensor.numel() for tensor in model.values())
+
+
+def upload_size(job: Job, model: Tensors) -> int:
+    """Bytes of one client's update as it travels, without the message's wrapping."""
+    compression = Compression.of(job, model)
+    return size_of(model) if compression is None else compression.bytes
+
+
+def flat(stack: Tensors) -> torch.Tensor:
+    """Tensors [clients, …] as vectors in float32, [clients, numbers]."""
+    parts = [stack[name].flatten(1).to(torch.float32) for name in sorted(stack)]
+    return torch.cat(parts, dim=1)
+
+
+def apart(vectors: torch.Tensor, model: Tensors) -> Tensors:
+    """Vectors [clients, numbers] as the model's tensors, [clients, …] each."""
+    names = sorted(model)
+    parts = torch.split(vectors, [model[name].numel() for name in names], dim=1)
+    stacks = {
+        name: part.reshape(len(vectors), *model[name].shape).to(model[name].dtype)
+        for name, part in zip(names, parts, strict=True)
+    }
+    return {name: stacks[name] for name in model}
+
+
+def compress(vectors: torch.Tensor, how: Compression, uniform: torch.Tensor | None = None) -> Tensors:
+    """The messages of vectors [clients, numbers], as `how.form` says, [clients, …] each.
+
+    With `uniform` numbers in [0, 1), float64 of the same shape, levels are rounded stochastically. A
+    vector with a number that isn't finite makes a message that `unsound` finds.
+    """
+    sound = torch.isfinite(vectors).all(dim=1, keepdim=True)
+    finite = torch.where(sound, vectors, torch.zeros((), dtype=vectors.dtype))
+    packed = _packed(finite, how, uniform)
+    marked = "values" if how.scheme in ("fp16", "top-k") else "scales"
+    packed[marked] = packed[marked].masked_fill(~sound, torch.nan)
+    return packed
+
+
+def _packed(vectors: torch.Tensor, how: Compression, uniform: torch.Tensor | None) -> Tensors:
+    match how.scheme:
+        case "fp16":
+            most = torch.finfo(torch.float16).max
+            return {"values": vectors.clamp(-most, most).to(torch.float16)}
+        case "top-k":
+            places = largest(vectors, how.kept)
+            values = vectors.gather(1, places)
+            return {"indices": places.to(how.form["indices"][1]), "values": values}
+        case "int8" | "int4":
+            levels, scales = quantised(vectors, LEVELS[how.scheme], uniform)
+            return {"scales": scales, "values": levels if how.scheme == "int8" else in_nibbles(levels)}
+
+
+def decompress(packed: Tensors, how: Compression) -> torch.Tensor:
+    """The vectors [clients, numbers] that messages of the right form stand for; an unsound one is NaN."""
+    values = packed["values"]
+    match how.scheme:
+        case "fp16":
+            vectors = values.to(torch.float32)
+        case "top-k":
+            places = packed["indices"].to(torch.int64).clamp(0, max(how.numbers - 1, 0))
+            vectors = torch.zeros((len(values), how.numbers)).scatter_(1, places, values)
+        case "int8":
+            vectors = dequantised(values, packed["scales"])
+        case "int4":
+            vectors = dequantised(of_nibbles(values, how.numbers), packed["scales"])
+    for mask in unsound(packed, how).values():
+        vectors = vectors.masked_fill(mask.unsqueeze(1), torch.nan)
+    return vectors
+
+
+def unsound(packed: Tensors, how: Compression) -> dict[str, torch.Tensor]:
+    """What can be wrong with the values of messages of the right form, and with whose it is, [clients]."""
+    values = packed["values"]
+    faults: dict[str, torch.Tensor] = {}
+    if how.scheme in LEVELS:
+        scales = packed["scales"]
+        bad = ~(torch.isfinite(scales) & (scales >= 0))
+        faults["scales are not all finite and at least 0"] = bad.any(dim=1)
+    match how.scheme:
+        case "fp16":
+            faults["values are not all finite"] = ~torch.isfinite(values).all(dim=1)
+        case "int8":
+            faults["values are not all from -127 to 127"] = (values == -128).any(dim=1)
+        case "int4":
+            low, high = values & 15, values >> 4
+            outside = (low == 0).any(dim=1) | (high == 0).any(dim=1)
+            if how.numbers % 2:
+                outside |= high[:, -1] != ZERO
+            faults["values are not all from -7 to 7"] = outside
+        case "top-k":
+            places = packed["indices"].to(torch.int64)
+            outside = ((places < 0) | (places >= how.numbers)).any(dim=1)
+            faults[f"indices are not all from 0 to {how.numbers - 1}"] = outside
+            faults["indices do not rise"] = (places[:, 1:] <= places[:, :-1]).any(dim=1)
+            faults["values are not all finite"] = ~torch.isfinite(values).all(dim=1)
+    return faults
+
+
+def misshapen(packed: Mapping[str, torch.Tensor], how: Compression) -> str | None:
+    """What is wrong with the form of one client's message, if anything."""
+    if set(packed) != set(how.form):
+        odd = sorted(set(packed) ^ set(how.form))[0]
+        return f"tensor {odd} is {'unexpected' if odd in packed else 'missing'}"
+    for name, (count, dtype) in how.form.items():
+        found = packed[name]
+        if tuple(found.shape) != (count,):
+            return f"{name} have shape {tuple(found.shape)}, expected {(count,)}"
+        if found.dtype != dtype:
+            return f"{name} are {found.dtype}, expected {dtype}"
+    return None
+
+
+def largest(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """The places of each vector's `count` largest magnitudes, rising, [clients, count].
+
+    Of equal ones those in front are taken: `torch.topk` takes any.
+    """
+    size = vectors.abs()
+    least = size.topk(count, dim=1).values[:, -1:]
+    above, equal = size > least, size == least
+    open_places = count - above.sum(dim=1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(dim=1) <= open_places))
+    return chosen.nonzero()[:, 1].reshape(len(vectors), count)
+
+
+def quantised(
+    vectors: torch.Tensor, highest: int, uniform: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(levels from -highest to highest, int8 [clients, numbers]; scales [clients, blocks]).
+
+    Rounded to nearest, a number and its level times the scale differ by half a scale at most; rounded
+    up with the probability of what is left over, by less than one, and by nothing on average.
+    """
+    clients, numbers = vectors.shape
+    blocks = _in_blocks(vectors)
+    scales = blocks.abs().amax(dim=2) / torch.tensor(float(highest))
+    scales = torch.where(scales < SMALLEST_SCALE, torch.zeros(()), scales)
+    steps = torch.where(scales > 0, scales, torch.inf).unsqueeze(2)
+    if uniform is None:
+        levels = (blocks / steps).round_()
+    else:
+        levels = (blocks.to(torch.float64) / steps).add_(_in_blocks(uniform)).floor_()
+    levels = levels.clamp_(-highest, highest).to(torch.int8)
+    return levels.reshape(clients, -1)[:, :numbers].contiguous(), scales
+
+
+def dequantised(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Levels times their block's scale, [clients, numbers]."""
+    values = _in_blocks(levels.to(torch.float32)) * scales.unsqueeze(2)
+    return values.reshape(len(levels), -1)[:, : levels.shape[1]]
+
+
+def _in_blocks(vectors: torch.Tensor) -> torch.Tensor:
+    """[clients, blocks, BLOCK], the last one filled up with zeros."""
+    clients, numbers = vectors.shape
+    missing = -numbers % BLOCK
+    return torch.nn.functional.pad(vectors, (0, missing)).reshape(clients, -1, BLOCK)
+
+
+ZERO = 8
+"""A nibble that stands for level 0: they are levels plus 8."""
+
+
+def in_nibbles(levels: torch.Tensor) -> torch.Tensor:
+    """Two levels from -7 to 7 in a byte, the first in its lower half, [clients, half as many]."""
+    padded = torch.nn.functional.pad(levels, (0, levels.shape[1] % 2))
+    nibbles = (padded + ZERO).to(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def of_nibbles(packed: torch.Tensor, numbers: int) -> torch.Tensor:
+    """The levels that `in_nibbles` packed, int8 [clients, numbers]."""
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=2).reshape(len(packed), -1)
+    return nibbles[:, :numbers].to(torch.int8) - ZERO

@@ -1,0 +1,92 @@
+"""Updates of a whole cohort as stacked tensors, one slice a client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class StackedUpdates(Sequence[Update]):
+    """A sequence of updates whose tensors lie one behind the other: delta[name] is [clients, …]."""
+
+    clients: tuple[str, ...]
+    round: int
+    delta: Tensors
+    num_examples: tuple[int, ...]
+    states: Tensors = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    @overload
+    def __getitem__(self, place: int) -> Update: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Update]: ...
+    def __getitem__(self, place: int | slice) -> Update | Sequence[Update]:
+        if isinstance(place, slice):
+            return self.take(range(len(self))[place])
+        return Update(
+            client=self.clients[place],
+            round=self.round,
+            delta={name: t[place].clone() for name, t in self.delta.items()},
+            num_examples=self.num_examples[place],
+            states={name: t[place].clone() for name, t in self.states.items()},
+        )
+
+    def of_clients(self, clients: Sequence[str]) -> StackedUpdates:
+        """The same updates in the order of those clients, who are all there."""
+        place = {client: i for i, client in enumerate(self.clients)}
+        return self.take([place[client] for client in clients])
+
+    def take(self, places: Sequence[int]) -> StackedUpdates:
+        """The updates at those places, in that order."""
+        if list(places) == list(range(len(self))):
+            return self
+        index = torch.tensor(list(places), dtype=torch.int64)
+        return StackedUpdates(
+            clients=tuple(self.clients[p] for p in places),
+            round=self.round,
+            delta={name: t.index_select(0, index) for name, t in self.delta.items()},
+            num_examples=tuple(self.num_examples[p] for p in places),
+            states={name: t.index_select(0, index) for name, t in self.states.items()},
+        )
+
+
+def stacked(updates: Sequence[Update]) -> StackedUpdates:
+    """The same updates as stacked tensors; they must agree in names, shapes and dtypes."""
+    if isinstance(updates, StackedUpdates):
+        return updates
+    return StackedUpdates(
+        clients=tuple(u.client for u in updates),
+        round=updates[0].round,
+        delta={name: torch.stack([u.delta[name] for u in updates]) for name in updates[0].delta},
+        num_examples=tuple(u.num_examples for u in updates),
+        states=stacked_states(updates),
+    )
+
+
+def stacked_states(updates: Sequence[Update]) -> Tensors:
+    """The updates' metric states alone, stacked: deltas may be large."""
+    if isinstance(updates, StackedUpdates):
+        return updates.states
+    return {name: torch.stack([u.states[name] for u in updates]) for name in updates[0].states}
+
+
+def joined(parts: Sequence[StackedUpdates]) -> StackedUpdates:
+    """Several cohorts of one round, one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return StackedUpdates(
+        clients=tuple(client for part in parts for client in part.clients),
+        round=parts[0].round,
+        delta={name: torch.cat([part.delta[name] for part in parts]) for name in parts[0].delta},
+        num_examples=tuple(n for part in parts for n in part.num_examples),
+        states={name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states},
+    )

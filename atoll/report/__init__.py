@@ -1,0 +1,1 @@
+"""The page that shows a run: its sections, plots and sentences."""

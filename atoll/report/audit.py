@@ -1,0 +1,35 @@
+"""What an attack on a run found, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from atoll.report.comparison import finite
+
+LIMITS = "An audit can only find that a claim is false, never that it is true."
+
+
+def what_the_audit_found(audit: Mapping[str, Any]) -> str:
+    """A sentence or two for each unit, and what an audit can't say."""
+    told = " ".join(_of_unit(unit, found, audit["confidence"]) for unit, found in audit["units"].items())
+    return told if audit["contradicted"] else f"{told} {LIMITS}"
+
+
+def proven(found: Mapping[str, Any]) -> float:
+    """The larger of a unit's two lower bounds."""
+    return max(float(found["one_run"]["epsilon"]), float(found["f_dp"]["epsilon"]))
+
+
+def _of_unit(unit: str, found: Mapping[str, Any], confidence: float) -> str:
+    claimed, least = finite(found["claimed_epsilon"]), proven(found)
+    sure = f"with {100 * confidence:g} % confidence epsilon is at least {least:.3g} for one {unit}"
+    at = f"at delta {found['delta']:.2g}"
+    if found["contradicted"] and claimed is not None:
+        return (
+            f"ALARM: the attack contradicts the claim: {sure}, {at}, and {claimed:.3g} was claimed. Don't"
+            " rely on this run's privacy: its noise, its clipping, its sampling or its accounting is broken."
+        )
+    if claimed is None:
+        return f"Nothing finite was claimed to contradict: {sure}, {at}."
+    return f"The attack found no contradiction: {sure}, {at}, and {claimed:.3g} was claimed."

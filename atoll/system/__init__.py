@@ -1,0 +1,1 @@
+"""Caches, locks, child processes, signals, files that last."""

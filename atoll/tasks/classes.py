@@ -1,0 +1,113 @@
+"""What tasks with one class an example share: which classes there are, the loss, the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from atoll.data.dataset import Dataset
+from atoll.datasets.registry import SOURCES
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.protocol.messages import Facts
+from atoll.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+
+def check_pinned(job: Job, what: str = "classes") -> None:
+    """Raises ConfigError where a list of names made from the data would tell what clients hold."""
+    if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
+        raise ConfigError(
+            f"data.classes: missing, expected the list of {what} with"
+            f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
+        )
+
+
+def named(present: set[str], data: DataSection, key: str, what: str) -> Facts:
+    """The names, in order, under that key: those the job names, or else those of the data, sorted.
+
+    Raises:
+        DataError: the data has one that the job doesn't name.
+    """
+    if data.classes is None:
+        return {key: sorted(present)}
+    unknown = sorted(present - set(data.classes))
+    if unknown:
+        raise DataError(f"{what} {unknown[0]!r} is not in data.classes = {list(data.classes)}")
+    return {key: list(data.classes), "pinned": True}
+
+
+def agreed(facts: Sequence[Facts], key: str) -> list[str]:
+    """Pinned names as they are, else the sorted union."""
+    pinned = next((f for f in facts if f.get("pinned")), None)
+    return list(pinned[key]) if pinned else sorted({name for f in facts for name in f[key]})
+
+
+class Labelled(Task):
+    """One of several classes for each example: a linear head, cross-entropy, accuracy, macro F1."""
+
+    def targets(self, labels: Sequence[str], order: Sequence[int], facts: Facts) -> torch.Tensor:
+        """The classes of rows in that order as numbers, [n].
+
+        Raises:
+            DataError: one isn't among the run's.
+        """
+        index = {name: i for i, name in enumerate(facts["classes"])}
+        try:
+            return torch.tensor([index[labels[row]] for row in order], dtype=torch.int64)
+        except KeyError as unknown:
+            raise DataError(f"label {unknown} is not one of the run's classes {facts['classes']}") from None
+
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+        """The classes, in order: those the job names, or else those of the data, sorted.
+
+        Raises:
+            DataError: the data has a class that the job doesn't name.
+        """
+        return named(set(dataset["label"]), data, "classes", "label")
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """Pinned classes as they are, else the sorted union.
+
+        Raises:
+            ConfigError: there are fewer than two classes.
+        """
+        classes = agreed(facts, "classes")
+        if len(classes) < 2:
+            raise ConfigError(f"classification needs at least two classes, found {classes}")
+        return {"classes": classes}
+
+    def head(self, width: int, facts: Facts) -> nn.Module:
+        return nn.Linear(width, len(facts["classes"]))
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+        count = len(facts["classes"])
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(count, average="micro"),
+                "macro_f1": MulticlassF1Score(count, average="macro"),
+            },
+            compute_groups=False,
+        )
+
+    def answer(self, predictions: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
+        """The most likely class and its probability, and all probabilities."""
+        rows = []
+        for row in torch.softmax(predictions, dim=-1):
+            best = int(row.argmax())
+            probabilities = {c: round(float(p), 4) for c, p in zip(facts["classes"], row, strict=True)}
+            rows.append(
+                {"label": facts["classes"][best], "probability": float(row[best]), "all": probabilities}
+            )
+        return rows

@@ -1,0 +1,109 @@
+"""`atoll:detector`: torchvision's Faster R-CNN over the layers of a classifier that knows pictures already.
+
+Published detectors are large; a small classifier's weights are often at hand. Its layers give features at an
+eighth and a sixteenth of a picture's sides, which a feature pyramid joins (Lin et al. 2017).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from atoll.backbones.options import options_of
+from atoll.backbones.resolve import Backbone
+from atoll.backbones.torchvision_models import torchvision_names
+from atoll.backbones.vision import load_vision_encoder
+from atoll.errors import WeightsError
+from atoll.job.job import BackboneSection
+from atoll.job.section import Section
+from atoll.protocol.random_streams import stream_seed
+
+HALVINGS = (3, 4)
+_PROBE = 64
+"""Sides of the picture that is sent through the body to learn its layers' sizes."""
+
+
+class BodiedOptions(Section):
+    """`backbone.options`: the classifier, as `torchvision:NAME`, and the channels that heads are given."""
+
+    body: str
+    width: Annotated[int, Field(ge=8, le=1024)] = 64
+
+
+def bodied_detector(
+    backbone: Backbone, section: BackboneSection, size: int, classes: int, seed: int
+) -> nn.Module:
+    """A Faster R-CNN (Ren et al. 2015) with the body's own weights, where it has any, and fresh heads.
+
+    Anchors are of a twelfth to a half of a picture of `size` pixels; `classes` counts the background.
+
+    Raises:
+        WeightsError: the body isn't a row of layers with features of those sizes.
+    """
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+    from torchvision.models.detection.rpn import AnchorGenerator
+    from torchvision.ops import MultiScaleRoIAlign
+
+    options = options_of(section.options, BodiedOptions, "backbone.options")
+    body = backbone.also
+    if body is None or body.kind != "torchvision" or body.name not in torchvision_names():
+        raise WeightsError(
+            f"backbone.options.body: expected a torchvision classifier, found {options.body!r}"
+        )
+    layers = _layers(body, section, seed)
+    levels = _levels(layers)
+    if len(levels) < len(HALVINGS):
+        raise WeightsError(
+            f"backbone.options.body: {options.body} has no features at an eighth and a sixteenth of a"
+            " picture's sides, layer after layer; expected one like torchvision:mobilenet_v2"
+        )
+    names = {name: str(place) for place, (name, _) in enumerate(levels)}
+    pyramid = BackboneWithFPN(layers, names, [channels for _, channels in levels], options.width)
+    hidden = 4 * options.width
+    network: nn.Module = FasterRCNN(
+        pyramid,
+        rpn_anchor_generator=AnchorGenerator(
+            ((size // 12, size // 8), (size // 6, size // 4), (size // 3, size // 2)), ((0.5, 1.0, 2.0),) * 3
+        ),
+        rpn_pre_nms_top_n_train=300,
+        rpn_pre_nms_top_n_test=300,
+        rpn_post_nms_top_n_train=150,
+        rpn_post_nms_top_n_test=100,
+        rpn_batch_size_per_image=64,
+        box_roi_pool=MultiScaleRoIAlign(["0", "1"], output_size=5, sampling_ratio=2),
+        box_head=nn.Sequential(nn.Flatten(), nn.Linear(25 * options.width, hidden), nn.ReLU()),
+        box_predictor=FastRCNNPredictor(hidden, classes),
+        box_batch_size_per_image=48,
+        box_detections_per_img=60,
+    )
+    return network
+
+
+def _layers(body: Backbone, section: BackboneSection, seed: int) -> nn.Sequential:
+    """The classifier's layers one after another, with its weights where they were found."""
+    trunk = load_vision_encoder(body, section, stream_seed(seed, "init", "body")).model
+    features = getattr(trunk, "features", None)
+    row = features if isinstance(features, nn.Module) else trunk
+    return nn.Sequential(OrderedDict(row.named_children()))
+
+
+@torch.no_grad()
+def _levels(layers: nn.Sequential) -> list[tuple[str, int]]:
+    """(name, channels) of the last layer at each of the strides, where there is one."""
+    found: dict[int, tuple[str, int]] = {}
+    values = torch.zeros(1, 3, _PROBE, _PROBE)
+    for name, layer in layers.named_children():
+        try:
+            values = layer(values)
+        except (RuntimeError, ValueError, AssertionError):  # what follows the features is of another kind
+            break
+        if values.dim() == 4 and values.shape[2] == values.shape[3]:
+            found[round(math.log2(_PROBE / values.shape[2]))] = (name, values.shape[1])
+    return [found[halvings] for halvings in HALVINGS if halvings in found]

@@ -1,0 +1,126 @@
+"""torchvision's detectors as a task's whole model: in training their losses, otherwise their boxes.
+
+In a batch boxes are a table [batch, most, 5] of x1, y1, x2, y2, class in the resized square, in which rows
+of class -1 are none. The network's own class 0 is the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from atoll.backbones.dense_vision import (
+    PictureEncoder,
+    fill_all_but_classes,
+    of_torchvision,
+    settle_norms,
+    size_of,
+)
+from atoll.backbones.encoder import TARGETS, Batch, Model
+from atoll.backbones.options import options_of
+from atoll.backbones.resolve import BODIED, Backbone
+from atoll.backbones.small_vision import DETECTOR, SmallPictureOptions, small_detector
+from atoll.backbones.vision import IMAGENET_MEAN, IMAGENET_STD
+from atoll.job.job import Job
+from atoll.protocol.random_streams import global_stream
+from atoll.tasks.detection.faster_rcnn import bodied_detector
+
+Found = dict[str, torch.Tensor]
+
+
+class Detector(Model):
+    """The head is what names and places boxes: Faster R-CNN's predictor, an SSD's head."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The detector's losses, [losses]; the batch must hold targets.
+
+        To learn from they are torchvision's, which weighs pictures by what it sampled of the whole batch.
+        Where nothing learns, they are the mean of what each picture costs alone, so that they add up.
+        """
+        images, targets = list(batch["pixel_values"]), _as_torchvision(batch[TARGETS])
+        if torch.is_grad_enabled():
+            return self._losses(images, targets)
+        each = []
+        for image, target in zip(images, targets, strict=True):
+            # What torchvision draws of proposals must not depend on what came before.
+            with global_stream(0, "proposals"):
+                each.append(self._losses([image], [target]))
+        return torch.stack(each).mean(0)
+
+    def _losses(self, images: Sequence[torch.Tensor], targets: Sequence[Found]) -> torch.Tensor:
+        network: Any = self.backbone.model
+        parts = [
+            network,
+            *(getattr(network, name) for name in ("rpn", "roi_heads") if hasattr(network, name)),
+        ]
+        before = [part.training for part in parts]
+        try:
+            # These flags alone say whether losses come out; layers keep their own.
+            _set_training(parts, [True] * len(parts))
+            losses = network(images, targets)
+        finally:
+            _set_training(parts, before)
+        return torch.stack([losses[name] for name in sorted(losses)])
+
+    def predict(self, batch: Batch) -> list[Found]:
+        """Boxes, scores and classes (from 0) of each picture."""
+        network: Any = self.backbone.model
+        found = network(list(batch["pixel_values"]))
+        return [
+            {
+                "boxes": one["boxes"].float().cpu(),
+                "scores": one["scores"].float().clamp(0, 1).cpu(),
+                "labels": one["labels"].cpu() - 1,
+            }
+            for one in found
+        ]
+
+
+def _set_training(parts: Sequence[nn.Module], values: Sequence[bool]) -> None:
+    for part, value in zip(parts, values, strict=True):
+        part.training = value
+
+
+def _as_torchvision(targets: torch.Tensor) -> list[Found]:
+    rows = [one[one[:, 4] >= 0] for one in targets]
+    return [{"boxes": one[:, :4].float(), "labels": one[:, 4].to(torch.int64) + 1} for one in rows]
+
+
+def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detector:
+    """The network in eval mode, with a head for these classes.
+
+    Raises:
+        WeightsError: the backbone is of another kind, or its weights don't fit.
+    """
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    size = size_of(job)
+    with global_stream(job.seed, "init", "backbone"):
+        network: Any = _made(backbone, job, size, len(classes) + 1).eval()
+    network.transform = GeneralizedRCNNTransform(
+        size, size, IMAGENET_MEAN, IMAGENET_STD, fixed_size=(size, size)
+    )
+    head = "roi_heads.box_predictor" if hasattr(network, "roi_heads") else "head"
+    if backbone.weights is None and (backbone.also is None or backbone.also.weights is None):
+        settle_norms(network, size, job.seed, run=_everything)
+    elif backbone.weights is not None:
+        fill_all_but_classes(network, head, backbone)
+    encoder = PictureEncoder(network, size, (0.0,) * 3, (1.0,) * 3)
+    return Detector(encoder, network.get_submodule(head))
+
+
+def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:
+    """The network with first values; `classes` counts the background."""
+    if (backbone.kind, backbone.name) == ("atoll", DETECTOR):
+        options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
+        return small_detector(options, size, classes)
+    if (backbone.kind, backbone.name) == ("atoll", BODIED):
+        return bodied_detector(backbone, job.backbone, size, classes, job.seed)
+    return of_torchvision(job.backbone, backbone, "detection", classes, DETECTOR)
+
+
+def _everything(network: nn.Module, noise: torch.Tensor) -> None:
+    network(list(noise))

@@ -1,0 +1,151 @@
+"""Object detection: boxes with classes, by torchvision's detectors; COCO's mAP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atoll.backbones.dense_vision import SIZE, picture_size, refuse_variation, size_of, without_other_parts
+from atoll.backbones.encoder import Model
+from atoll.backbones.options import refuse_options
+from atoll.backbones.resolve import Backbone
+from atoll.data.classification import Table
+from atoll.data.dataset import Dataset
+from atoll.data.images import image_bytes, read_image_input
+from atoll.data.lazy import Cells, Picked
+from atoll.data.schema import Records
+from atoll.data.shard import Shard, canonical_order
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.protocol.messages import Facts
+from atoll.tasks.classes import agreed, check_pinned, named
+from atoll.tasks.detection.data import BOXES
+from atoll.tasks.detection.model import load_detector
+from atoll.tasks.schema_task import Recorded
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+SHOWN_SCORE = 0.5
+"""What `atoll predict` shows at least."""
+
+
+@dataclass(frozen=True)
+class Detection(Recorded):
+    """Targets are [n, most, 5]: x1, y1, x2, y2 in the resized square, and the class; -1 where none is."""
+
+    name: str = "object-detection"
+    summary: str = "boxes with classes; torchvision's Faster R-CNN, SSDlite; COCO's mAP, mAP50"
+    on_features: bool = False
+    sees_targets: bool = True
+    headline: str = "map"
+    size: int = SIZE
+
+    def bound(self, job: Job, backbone: Backbone) -> Detection:
+        return replace(self, size=size_of(job))
+
+    def check(self, job: Job) -> None:
+        refuse_options(job.task.options, "task.options", self.name)
+        refuse_variation(job, self.name)
+        if "example" in job.privacy.units:
+            raise ConfigError(
+                f"privacy.unit: object-detection has no example-level privacy, found {job.privacy.unit!r}:"
+                ' a detector\'s losses are shared by all pictures of a batch; expected "client" or "none"'
+            )
+        if job.train.accumulate > 1:
+            raise ConfigError(
+                f"train.accumulate: expected 1 for object-detection, found {job.train.accumulate}: a"
+                " detector's losses are shared by all pictures of a batch, so that parts don't add up"
+            )
+        check_pinned(job)
+
+    def records(self, options: Options) -> Records:
+        return BOXES
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return BOXES.adopted(without_other_parts(splits, ("image", "boxes", "classes")))
+
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+        """The classes, as the job names them or sorted, and how many boxes a picture has at most.
+
+        Raises:
+            DataError: the data has a class that the job doesn't name.
+        """
+        classes = dataset["classes"][:]
+        present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
+        return named(present, data, "classes", "class") | {"most": most}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """Pinned classes as they are, else the sorted union.
+
+        Raises:
+            ConfigError: there are no boxes at all.
+        """
+        classes = agreed(facts, "classes")
+        if not classes:
+            raise ConfigError("object-detection needs boxes of at least one class, found none")
+        return {"classes": classes, "most": max(f["most"] for f in facts)}
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        index = {name: number for number, name in enumerate(facts["classes"])}
+        rows = dataset.select_columns(["boxes", "classes"])[:]
+        most = max(1, facts["most"], *(len(rows["boxes"][row]) for row in order))
+        targets = torch.full((len(order), most, 5), -1.0)
+        for target, row in zip(targets, order, strict=True):
+            width, height = picture_size(dataset[row]["image"])
+            scale = torch.tensor([self.size / width, self.size / height] * 2)
+            for place, (box, name) in enumerate(zip(rows["boxes"][row], rows["classes"][row], strict=True)):
+                if name not in index:
+                    raise DataError(f"class {name!r} is not one of the run's classes {facts['classes']}")
+                target[place, :4] = (torch.tensor(box) * scale).clamp(0, self.size)
+                target[place, 4] = index[name]
+        inputs = Picked(Cells(dataset, "image", image_bytes), tuple(order))
+        return Shard(inputs, targets, tuple(keys[row] for row in order))
+
+    def raw_input(self, given: str) -> Any:
+        """The bytes of an image file."""
+        return read_image_input(given)
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        return load_detector(backbone, job, facts["classes"])
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The sum of the detector's losses, of which each is a mean already."""
+        return outputs.sum()
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from atoll.tasks.detection.metrics import BoxAveragePrecision
+
+        count = len(facts["classes"])
+        return MetricCollection(
+            {"map": BoxAveragePrecision(count), "map50": BoxAveragePrecision(count, thresholds=(0.5,))},
+            compute_groups=False,
+        )
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """Boxes with a score of at least a half, as parts of the picture's width and height."""
+        rows = []
+        for one in predictions:
+            found = [
+                {
+                    "class": facts["classes"][int(label)],
+                    "score": round(float(score), 4),
+                    "box": [round(side / self.size, 4) for side in box.tolist()],
+                }
+                for box, score, label in zip(one["boxes"], one["scores"], one["labels"], strict=True)
+                if score >= SHOWN_SCORE
+            ]
+            label = ", ".join(str(box["class"]) for box in found) or "nothing"
+            rows.append({"label": label, "boxes": found})
+        return rows
+
+
+DETECTION = Detection()

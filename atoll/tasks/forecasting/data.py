@@ -1,0 +1,205 @@
+"""Dated series as windows: a stretch of history, and the values that came after it.
+
+Rows of a series are taken in the order of their dates, one step after the other (business days are steps
+too). What is known of the days to come (a calendar, a weather forecast) stands beside the horizon as well
+as the history; what is only observed (traffic) beside the history alone. The last part of the time is
+held out: no window to train on reaches into it, so a test never looks at what was trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from atoll.data.diagnostics import Journal
+from atoll.data.parsers import list_cell, moment_cell, name_cell, number_cell
+from atoll.data.schema import Records, Role
+from atoll.errors import DataError
+from atoll.job.job import DataSection
+from atoll.job.section import Between, Count, Section
+
+Values = NDArray[np.float64]
+
+
+class ForecastOptions(Section):
+    """`task.options` of forecasting: how long a window is, what stands beside it, what is asked."""
+
+    history: Annotated[int, Field(ge=2, le=10_000)] = 28
+    horizon: Annotated[int, Field(ge=1, le=10_000)] = 7
+    season: Annotated[int, Field(ge=1, le=10_000)] = 7
+    stride: Count = 1
+    observed: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+    quantiles: Annotated[tuple[Between, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
+
+
+def dated(options: ForecastOptions) -> Records:
+    """A row for each day (or other step) of each series."""
+    return Records(
+        (
+            Role(
+                "series", name_cell, pa.string(), ("id", "name", "symbol", "ticker", "store"), required=False
+            ),
+            Role("date", moment_cell, pa.string(), ("time", "timestamp", "day", "datetime", "ds")),
+            Role("value", number_cell, pa.float64(), ("target", "y", "close", "price", "sales", "demand")),
+            *(Role(name, number_cell, pa.float64()) for name in (*options.observed, *options.known)),
+        ),
+        counted="series",
+    )
+
+
+_NUMBERS = list_cell(number_cell)
+WINDOWS = Records(
+    (
+        Role("series", name_cell, pa.string()),
+        Role("first", moment_cell, pa.string()),
+        Role("last", moment_cell, pa.string()),
+        Role("history", _NUMBERS, pa.list_(pa.float64())),
+        Role("future", _NUMBERS, pa.list_(pa.float64())),
+        Role("observed", _NUMBERS, pa.list_(pa.float64())),
+        Role("known", _NUMBERS, pa.list_(pa.float64())),
+    ),
+    counted="series",
+)
+"""A row for each window: dates of its first and last step to forecast; beside it, step by step, what is
+observed over the history and what is known over history and horizon."""
+
+
+@dataclass(frozen=True)
+class _Series:
+    """One series in the order of its dates; columns beside the values are [steps, columns]."""
+
+    name: str
+    dates: list[str]
+    values: Values
+    observed: Values
+    known: Values
+    rest: dict[str, Any]
+
+
+def windows_of(
+    table: pa.Table, options: ForecastOptions, test_fraction: float, origin: str
+) -> dict[str, pa.Table]:
+    """Dated rows as windows to train on, and, if a part of the time is held out, to test on.
+
+    Raises:
+        DataError: two rows of a series have one date, or no series is long enough for a window.
+    """
+    series = _apart(table, options, origin)
+    dates = sorted({date for one in series for date in one.dates})
+    cut = dates[min(len(dates) - 1, round(len(dates) * (1 - test_fraction)))] if test_fraction else "~"
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for one in series:
+        for row in _windows(one, options):
+            if row["last"] < cut:
+                rows["train"].append(row)
+            elif row["first"] >= cut:
+                rows["test"].append(row)
+    if not rows["train"]:
+        need = options.history + options.horizon
+        held = f" before {cut}, where the test part begins" if test_fraction else ""
+        raise DataError(
+            f"{origin}: {len(series)} series with at most {max(len(one.dates) for one in series)} steps,"
+            f" expected one with {need} (history and horizon){held}"
+        )
+    return {split: _as_table(found) for split, found in rows.items() if found}
+
+
+def _apart(table: pa.Table, options: ForecastOptions, origin: str) -> list[_Series]:
+    has_names = "series" in table.column_names
+    names = table.column("series").to_pylist() if has_names else ["series"] * table.num_rows
+    marks = list(zip(names, table.column("date").to_pylist(), strict=True))
+    order = sorted(range(table.num_rows), key=marks.__getitem__)
+    table = table.take(pa.array(order, pa.int64()))
+    names = [names[row] for row in order]
+    dates = table.column("date").to_pylist()
+    for before, after in zip(range(len(names) - 1), range(1, len(names)), strict=True):
+        if names[before] == names[after] and dates[before] == dates[after]:
+            raise DataError(
+                f"{origin}: series {names[after]!r} has {dates[after]} twice, expected a row a step"
+            )
+    used = {"series", "date", "value", *options.observed, *options.known}
+    rest = [name for name in table.column_names if name not in used]
+    starts = [row for row in range(len(names)) if not row or names[row] != names[row - 1]]
+    return [
+        _Series(
+            names[start],
+            dates[start:end],
+            _columns(part := table.slice(start, end - start), ("value",))[:, 0],
+            _columns(part, options.observed),
+            _columns(part, options.known),
+            {name: part.column(name)[0].as_py() for name in rest},
+        )
+        for start, end in zip(starts, [*starts[1:], len(names)], strict=True)
+    ]
+
+
+def _columns(table: pa.Table, names: tuple[str, ...]) -> Values:
+    if not names:
+        return np.zeros((table.num_rows, 0))
+    return np.stack([table.column(name).to_numpy() for name in names], axis=1)
+
+
+def _windows(one: _Series, options: ForecastOptions) -> list[dict[str, Any]]:
+    length, horizon = options.history, options.horizon
+    return [
+        {
+            "series": one.name,
+            "first": one.dates[start + length],
+            "last": one.dates[start + length + horizon - 1],
+            "history": one.values[start : start + length].tolist(),
+            "future": one.values[start + length : start + length + horizon].tolist(),
+            "observed": one.observed[start : start + length].ravel().tolist(),
+            "known": one.known[start : start + length + horizon].ravel().tolist(),
+        }
+        | one.rest
+        for start in range(0, len(one.dates) - length - horizon + 1, options.stride)
+    ]
+
+
+def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
+    kinds = {role.name: role.kind for role in WINDOWS.roles}
+    return pa.table({name: pa.array([row[name] for row in rows], kinds.get(name)) for name in rows[0]})
+
+
+def last_window(path: Path, options: ForecastOptions) -> dict[str, Any]:
+    """The end of a file's one series, as a window whose future nobody knows: rows without a value.
+
+    Raises:
+        DataError: there are several series, or too few rows before or after the last value.
+    """
+    roles = [
+        Role(r.name, _number_or_none, r.kind, r.usual) if r.name == "value" else r
+        for r in dated(options).roles
+    ]
+    journal = Journal()
+    found = Records(tuple(roles)).gather(path, DataSection(source=str(path)), journal)
+    journal.close()
+    table = found["train"].sort_by("date")
+    if "series" in table.column_names and len(set(table.column("series").to_pylist())) > 1:
+        raise DataError(f"{path}: several series, expected one")
+    values = table.column("value").to_pylist()
+    seen = len(values) - next((n for n, v in enumerate(reversed(values)) if v is not None), len(values))
+    ahead = options.horizon if options.known else 0
+    if seen < options.history or None in values[:seen] or len(values) - seen < ahead:
+        raise DataError(
+            f"{path}: {seen} rows with a value and {len(values) - seen} behind them, expected at least"
+            f" {options.history} and {ahead} (what is known of the steps to come)"
+        )
+    start = seen - options.history
+    known = _columns(table, options.known)[start : seen + options.horizon]
+    return {
+        "history": values[start:seen],
+        "observed": _columns(table, options.observed)[start:seen].ravel().tolist(),
+        "known": known.ravel().tolist(),
+    }
+
+
+def _number_or_none(cell: Any, where: str) -> float | None:
+    return None if cell is None or cell == "" else number_cell(cell, where)

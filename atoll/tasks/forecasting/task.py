@@ -1,0 +1,213 @@
+"""Forecasting of series: quantiles of the steps to come, beside the naive forecasts.
+
+Loss: the pinball loss (Koenker and Bassett 1978) in units of the series' own season-to-season change,
+so that clients whose numbers are large don't rule the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atoll.backbones.encoder import Model
+from atoll.backbones.options import options_of, refuse_augment
+from atoll.backbones.resolve import Backbone
+from atoll.data.classification import Findings, Table
+from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Journal, shown
+from atoll.data.lazy import Picked
+from atoll.data.schema import whole
+from atoll.data.shard import Shard, canonical_order
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.protocol.messages import Facts
+from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_window, windows_of
+from atoll.tasks.forecasting.models import load_forecaster
+from atoll.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+
+@dataclass(frozen=True)
+class Forecasting(Task):
+    """Targets are [n, horizon + 2]: the values, the last one before them, and the series' scale."""
+
+    name: str = "forecasting"
+    summary: str = "the next steps of a series; LSTM, GRU, PatchTST; MAE, RMSE, MASE, pinball loss, direction"
+    on_features: bool = False
+    splits_itself: bool = True
+    headline: str = "mase"
+    options: ForecastOptions = field(default_factory=ForecastOptions)
+
+    def bound(self, job: Job, backbone: Backbone) -> Forecasting:
+        return replace(self, options=options_of(job.task.options, ForecastOptions))
+
+    def check(self, job: Job) -> None:
+        options = options_of(job.task.options, ForecastOptions)
+        if list(options.quantiles) != sorted(set(options.quantiles)) or len(options.quantiles) % 2 == 0:
+            raise ConfigError(
+                "task.options.quantiles: expected an odd number of them in order, such as [0.1, 0.5, 0.9]:"
+                f" the middle one is the forecast; found {list(options.quantiles)}"
+            )
+        if options.history < options.season:
+            raise ConfigError(
+                f"task.options.history: expected at least a season ({options.season}),"
+                f" found {options.history}"
+            )
+        if job.backbone.name.startswith("atoll:") and job.tune.method in ("last-k", "lora"):
+            raise ConfigError(
+                f"tune.method: {job.backbone.name} has no blocks and no linear layer,"
+                f" expected 'head' or 'full', found {job.tune.method!r}"
+            )
+        refuse_augment(job)
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        journal = Journal()
+        return WINDOWS.table_of(source, self._gathered(source, data, options, journal), journal)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        journal = Journal()
+        try:
+            splits = self._gathered(source, data, options, journal)
+        except DataError as problem:
+            if not journal.problems:
+                raise
+            splits = {}
+            journal.refuse(problem)
+        return WINDOWS.findings_of(source, splits, journal)
+
+    def _gathered(
+        self, source: Path, data: DataSection, given: Options, journal: Journal
+    ) -> dict[str, pa.Table]:
+        """Windows, as they are there or cut out of dated rows."""
+        options = options_of(given, ForecastOptions)
+        if WINDOWS.has(source, "history", "future"):
+            return WINDOWS.gather(source, data, journal)
+        steps = dated(options).gather(source, data, journal)
+        journal.close()
+        fraction = 0.0 if "test" in steps or data.test is not None else data.test_fraction
+        made = windows_of(steps["train"], options, fraction, shown(source))
+        if "test" in steps:
+            made["test"] = windows_of(steps["test"], options, 0.0, shown(source))["train"]
+        return made
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        options = options_of(job.task.options, ForecastOptions)
+        for name in (*options.observed, *options.known):
+            if name not in splits["train"].column_names:
+                known = ", ".join(splits["train"].column_names)
+                raise ConfigError(f"task.options: {job.data.source} has no column {name!r}, found {known}")
+        return WINDOWS.adopted(windows_of(whole(splits), options, job.data.test_fraction, job.data.source))
+
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
+        WINDOWS.write(dataset, folder, DataSection(source=data.source))
+
+    def keys(self, dataset: Dataset) -> list[bytes]:
+        return WINDOWS.keys(dataset)
+
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+        return {}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        return {}
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        rows = dataset.select_columns(["first", "last", "history", "future", "observed", "known"])[:]
+        targets = [_target(rows["history"][row], rows["future"][row], self.options.season) for row in order]
+        inputs = Picked(
+            lambda row: {name: rows[name][row] for name in ("history", "observed", "known")}, tuple(order)
+        )
+        days = tuple(f"{rows['first'][row]}/{rows['last'][row]}" for row in order)
+        return Shard(inputs, torch.tensor(targets, dtype=torch.float64), tuple(keys[r] for r in order), days)
+
+    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
+        """The last part of the time to measure on; what reaches into it is left out of training."""
+        spans = [span.partition("/")[::2] for span in shard.groups]
+        firsts = sorted(first for first, _ in spans)
+        count = min(round(len(spans) * fraction), len(spans) - 1)
+        if not count:
+            return list(range(len(spans))), []
+        cut = firsts[-count]
+        train = [row for row, (_, last) in enumerate(spans) if last < cut]
+        if not train:
+            return list(range(len(spans))), []
+        return train, [row for row, (first, _) in enumerate(spans) if first >= cut]
+
+    def raw_input(self, given: str) -> Any:
+        """A file of dated rows: its last window, and what is known of the steps to come (rows without value).
+
+        Raises:
+            DataError: it is too short, or unfit.
+        """
+        return last_window(Path(given), self.options)
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        return load_forecaster(backbone, job, options_of(job.task.options, ForecastOptions))
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Pinball loss over the scale, the mean over steps and quantiles."""
+        levels = torch.tensor(self.options.quantiles, dtype=outputs.dtype, device=outputs.device)
+        values, scale = targets[:, :-2].to(outputs.dtype), targets[:, -1].to(outputs.dtype)
+        above = (values.unsqueeze(2) - outputs) / scale.view(-1, 1, 1)
+        return torch.maximum(levels * above, (levels - 1) * above).mean()
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from atoll.tasks.forecasting.metrics import (
+            DirectionAccuracy,
+            MeanAbsoluteError,
+            MeanAbsoluteScaledError,
+            PinballLoss,
+            RootMeanSquaredError,
+        )
+
+        return MetricCollection(
+            {
+                "mae": MeanAbsoluteError(),
+                "rmse": RootMeanSquaredError(),
+                "mase": MeanAbsoluteScaledError(),
+                "pinball": PinballLoss(self.options.quantiles),
+                "direction": DirectionAccuracy(),
+            },
+            compute_groups=False,
+        )
+
+    def references(self, shard: Shard, facts: Facts) -> dict[str, Any]:
+        """The last value once more, and the last season once more."""
+        horizon, season = self.options.horizon, self.options.season
+        history = torch.tensor([window["history"] for window in shard.inputs], dtype=torch.float64)
+        ahead = torch.arange(horizon)
+        seasonal = history[:, history.shape[1] - season + ahead % season]
+        found = {"naive": history[:, -1:].expand(-1, horizon), "seasonal_naive": seasonal}
+        count = len(self.options.quantiles)
+        return {name: values.unsqueeze(2).expand(-1, -1, count) for name, values in found.items()}
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """The middle forecast of every step, and all quantiles."""
+        middle = len(self.options.quantiles) // 2
+        names = [str(level) for level in self.options.quantiles]
+        rows = []
+        for steps in predictions.tolist():
+            label = ", ".join(f"{step[middle]:.6g}" for step in steps)
+            quantiles = {name: [step[place] for step in steps] for place, name in enumerate(names)}
+            rows.append({"label": label, "quantiles": quantiles})
+        return rows
+
+
+def _target(history: list[float], future: list[float], season: int) -> list[float]:
+    """Values, the last known one, and the mean change from season to season (1 where nothing changes)."""
+    changes = [abs(after - before) for before, after in zip(history, history[season:], strict=False)]
+    scale = sum(changes) / len(changes) if changes else 0.0
+    return [*future, history[-1], scale or 1.0]
+
+
+FORECASTING = Forecasting()

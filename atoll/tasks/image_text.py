@@ -1,0 +1,170 @@
+"""An image with a text: two encoders, frozen or tuned, and one head on what both say.
+
+The image's encoder is the job's backbone, the text's is `backbone.options.text`; where the backbone is a
+model of both (CLIP and kin), it gives both and there is no option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from atoll.backbones.checkpoint import load_transformer
+from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
+from atoll.backbones.options import options_of, refuse_augment, refuse_options
+from atoll.backbones.resolve import Backbone
+from atoll.backbones.text import TextEncoder, load_text_encoder, load_tokenizer
+from atoll.backbones.vision import VisionEncoder, load_vision_encoder
+from atoll.data.dataset import Dataset
+from atoll.data.images import decode_image, image_bytes, read_image_input
+from atoll.data.labels import class_name
+from atoll.data.lazy import Picked
+from atoll.data.parsers import text_cell
+from atoll.data.schema import FILE, Records, Role
+from atoll.data.shard import Shard, canonical_order
+from atoll.errors import ConfigError, DataError, WeightsError
+from atoll.job.job import BackboneSection, Job, Options
+from atoll.job.section import Section
+from atoll.protocol.messages import Facts
+from atoll.tasks.classes import Labelled, check_pinned
+from atoll.tasks.schema_task import Recorded
+
+Pair = tuple[bytes, str]
+
+
+class PairOptions(Section):
+    """`backbone.options` of image-text: the encoder of the texts, as a backbone is named."""
+
+    text: str | None = None
+
+
+def _image(data: bytes, where: str) -> None:
+    decode_image(data, where)
+
+
+RECORDS = Records(
+    (
+        Role("image", _image, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True),
+        Role("text", text_cell, pa.string(), ("sentence", "content", "caption", "review", "description")),
+        Role("label", class_name, pa.string(), ("class", "category", "target", "y")),
+    ),
+    counted="label",
+)
+
+
+class PairEncoder(Encoder):
+    """(image, text) to features: those of the one and of the other side by side, each at unit variance."""
+
+    def __init__(self, image: VisionEncoder, text: TextEncoder) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"image": image.model, "text": text.model})
+        self.width = image.width + text.width
+        # In a tuple, so that their networks have one name each.
+        self._parts = (image, text)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[batch, width of both]."""
+        words = {name: t for name, t in batch.items() if name != "pixel_values"}
+        image, text = self._parts
+        found = (image({"pixel_values": batch["pixel_values"]}), text(words))
+        return torch.cat([nn.functional.layer_norm(f, f.shape[1:]) for f in found], dim=1)
+
+    def ready(self, inputs: Sequence[Pair]) -> list[Batch]:
+        image, text = self._parts
+        pixels, words = image.ready([i for i, _ in inputs]), text.ready([t for _, t in inputs])
+        return [{"pixels": p, "words": w} for p, w in zip(pixels, words, strict=True)]
+
+    def batch(self, ready: Sequence[Batch]) -> Batch:
+        image, text = self._parts
+        return image.batch([one["pixels"] for one in ready]) | text.batch([one["words"] for one in ready])
+
+    def fixed_batches(
+        self, inputs: Sequence[Pair], size: int, variation: Variation | None = None
+    ) -> Iterator[FixedBatch]:
+        """As the texts' encoder forms them: by length."""
+        for rows, words in self._parts[1].fixed_batches([text for _, text in inputs], size):
+            filled = rows + [rows[-1]] * (size - len(rows))
+            yield rows, partial(self._filled, [inputs[row][0] for row in filled], words)
+
+    def _filled(self, images: Sequence[bytes], words: Any) -> Batch:
+        batch: Batch = words()
+        return self._parts[0].prepare(images) | batch
+
+
+def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> PairEncoder:
+    """Both encoders with their resolved weights, in eval mode.
+
+    Raises:
+        WeightsError: one of them doesn't read images, or texts.
+    """
+    image = load_vision_encoder(backbone, section, seed)
+    if backbone.also is None and backbone.kind == "hf":
+        network = load_transformer(backbone, seed)
+        if hasattr(network, "text_model"):
+            tokenizer = load_tokenizer(Path(str(backbone.folder)))
+            return PairEncoder(image, TextEncoder(network.text_model, tokenizer, section))
+    if backbone.also is None:
+        raise WeightsError(
+            f"backbone.options.text: missing, expected an encoder of texts beside {section.name},"
+            ' such as "hf:all-MiniLM-L6-v2"'
+        )
+    return PairEncoder(image, load_text_encoder(backbone.also, section, seed))
+
+
+@dataclass(frozen=True)
+class ImageText(Recorded, Labelled):
+    """One of several classes for each image with its text."""
+
+    name: str = "image-text"
+    summary: str = "one label for an image with its text; two encoders, or CLIP; accuracy, macro F1"
+
+    def check(self, job: Job) -> None:
+        refuse_options(job.task.options, "task.options", self.name)
+        options_of(job.backbone.options, PairOptions, "backbone.options")
+        refuse_augment(job)
+        if job.tune.method == "last-k":
+            raise ConfigError(
+                "tune.method: image-text has two networks and no last block of both,"
+                " expected 'head', 'lora' or 'full', found 'last-k'"
+            )
+        check_pinned(job)
+
+    def records(self, options: Options) -> Records:
+        return RECORDS
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        targets = self.targets(dataset["label"][:], order, facts)
+
+        def pair(row: int) -> Pair:
+            cells = dataset[row]
+            return image_bytes(cells["image"]), cells["text"]
+
+        return Shard(Picked(pair, tuple(order)), targets, tuple(keys[row] for row in order))
+
+    def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
+        return load_pair_encoder(backbone, section, seed)
+
+    def raw_input(self, given: str) -> Any:
+        """An image file, two colons, and its text.
+
+        Raises:
+            DataError: it isn't both.
+        """
+        path, colons, text = given.partition("::")
+        if not colons or not text.strip():
+            raise DataError(
+                f"input {given!r}: expected an image and its text, such as photo.jpg::'what it is'"
+            )
+        return read_image_input(path), text
+
+
+IMAGE_TEXT = ImageText()

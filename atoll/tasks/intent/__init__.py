@@ -1,0 +1,1 @@
+"""Intents and slots of commands, written or spoken."""

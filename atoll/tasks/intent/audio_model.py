@@ -1,0 +1,35 @@
+"""Networks that hear what is meant: the mean of an encoder's states over a recording, and a linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from atoll.backbones.audio import load_sound_encoder, real_frames
+from atoll.backbones.encoder import Batch, Model
+from atoll.backbones.resolve import Backbone
+from atoll.job.job import Job
+from atoll.protocol.random_streams import global_stream
+
+
+class SpokenIntent(Model):
+    """Scores of intents, of the mean over the frames that are real."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[batch, 1, intents]."""
+        states, count = self.backbone(batch)
+        mask = real_frames(states, count).unsqueeze(2).to(states.dtype)
+        scores: torch.Tensor = self.head((states * mask).sum(1) / mask.sum(1))
+        return scores.unsqueeze(1)
+
+
+def load_spoken_model(backbone: Backbone, job: Job, intents: int, max_seconds: float) -> SpokenIntent:
+    """Build the network with its resolved weights, and a fresh head; a recogniser's letters are left out.
+
+    Raises:
+        WeightsError: it doesn't hear, or its weights don't fit.
+    """
+    encoder = load_sound_encoder(backbone, job, max_seconds)
+    with global_stream(job.seed, "init", "head"):
+        head = nn.Linear(encoder.width, intents)
+    return SpokenIntent(encoder, head)

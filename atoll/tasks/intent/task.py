@@ -1,0 +1,269 @@
+"""Intent and slots of what is said to a voice assistant, from its words, by one network with two heads.
+
+Loss: cross-entropy of the intent, plus that of the tags, the mean over each sentence's own words. With
+`task.options.input = "audio"` the intent alone is learnt, straight from recordings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from atoll.backbones.augmentation import SOUND_AUGMENTATIONS
+from atoll.backbones.encoder import Model
+from atoll.backbones.options import check_augment, options_of, refuse_augment
+from atoll.backbones.resolve import Backbone
+from atoll.data.classification import Table
+from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Journal, shown
+from atoll.data.lazy import Picked
+from atoll.data.parsers import name_cell, text_cell
+from atoll.data.schema import Records, Role
+from atoll.data.shard import Shard, canonical_order
+from atoll.data.tables import Rows
+from atoll.data.texts import read_text_input
+from atoll.datasets.registry import SOURCES
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.job.section import Positive, Section
+from atoll.protocol.messages import Facts
+from atoll.tasks.classes import agreed, check_pinned, named
+from atoll.tasks.intent.audio_model import load_spoken_model
+from atoll.tasks.intent.text_model import load_command_model
+from atoll.tasks.losses import surprise
+from atoll.tasks.schema_task import Recorded
+from atoll.tasks.speech.task import audio_inputs, audio_role, read_audio_input
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+NOTHING = -100
+"""A target that isn't there: behind a short sentence, or a tag that no client knew."""
+
+OUTSIDE = "O"
+
+
+class IntentOptions(Section):
+    """`task.options` of intent: what is learnt from, and how long a recording may be."""
+
+    input: Literal["text", "audio"] = "text"
+    max_seconds: Positive = 20.0
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether recordings are learnt from."""
+        return self.input == "audio"
+
+
+def _tags(cell: Any, where: str) -> str:
+    """BIO tags with spaces between them."""
+    if cell is None or cell == "":
+        return ""
+    tags = text_cell(cell, where).split()
+    for tag in tags:
+        if tag != OUTSIDE and not (tag[:2] in ("B-", "I-") and len(tag) > 2):
+            raise DataError(f"{where}: slot tag {shown(repr(tag))}, expected O, B-name or I-name")
+    return " ".join(tags)
+
+
+@dataclass(frozen=True)
+class _Sentences(Records):
+    """Rows whose tags fit their words."""
+
+    def canonical(self, rows: Rows, data: DataSection, journal: Journal) -> pa.Table:
+        table = _without(super().canonical(rows, data, journal), "audio")
+        if "slots" not in table.column_names:
+            return table
+        kept = []
+        texts, slots = (table.column(name).to_pylist() for name in ("text", "slots"))
+        for place, (text, tags) in enumerate(zip(texts, slots, strict=True)):
+            words, count = len(text.split()), len(tags.split())
+            if count in (0, words):
+                kept.append(place)
+            else:
+                told = f"{shown(repr(text[:40]))}: {count} slot tags for {words} words, expected one a word"
+                journal.refuse(DataError(f"{shown(rows.folder)}: {told}"))
+        return table.take(pa.array(kept, pa.int64()))
+
+
+def _without(table: pa.Table, *names: str) -> pa.Table:
+    """A table without parts that are learnt from another way."""
+    return table.drop_columns([name for name in table.column_names if name in names])
+
+
+_TEXT = Role("text", text_cell, pa.string(), ("transcript", "utterance", "sentence"))
+_INTENT = Role("intent", name_cell, pa.string(), ("label",))
+_SLOTS = Role("slots", _tags, pa.string(), ("tags",), required=False)
+
+SENTENCES = _Sentences((_TEXT, _INTENT, _SLOTS), counted="intent")
+
+
+class _Recordings(Records):
+    """Rows of recordings; words beside them aren't learnt from."""
+
+    def canonical(self, rows: Rows, data: DataSection, journal: Journal) -> pa.Table:
+        return _without(super().canonical(rows, data, journal), "text", "slots")
+
+
+def _records(options: IntentOptions) -> Records:
+    if options.is_heard:
+        return _Recordings((audio_role(options.max_seconds), _INTENT), counted="intent")
+    return SENTENCES
+
+
+EITHER = Records((audio_role(IntentOptions().max_seconds), _TEXT, _INTENT, _SLOTS))
+"""What examples of either kind are made of, to hash and to write them."""
+
+
+@dataclass(frozen=True)
+class Intent(Recorded):
+    """Targets are [n, 1 + most words]: the intent, and a tag for each word, of which recordings have none."""
+
+    name: str = "intent"
+    summary: str = "what is asked for, of words with slots or of recordings; intent accuracy, slot F1"
+    on_features: bool = False
+    headline: str = "intent_accuracy"
+    options: IntentOptions = field(default_factory=IntentOptions)
+
+    def bound(self, job: Job, backbone: Backbone) -> Intent:
+        return replace(self, options=options_of(job.task.options, IntentOptions))
+
+    def check(self, job: Job) -> None:
+        options = options_of(job.task.options, IntentOptions)
+        _records(options).check(job.data)
+        if options.is_heard:
+            check_augment(job, SOUND_AUGMENTATIONS)
+            _check_privacy_of_recordings(job)
+            return
+        refuse_augment(job)
+        if job.privacy.units and job.data.source not in SOURCES:
+            raise ConfigError(
+                f"privacy.unit = {job.privacy.unit!r}: the slots' names would tell what clients hold,"
+                " expected a built-in source"
+            )
+
+    def records(self, options: Options) -> Records:
+        return _records(options_of(options, IntentOptions))
+
+    def keys(self, dataset: Dataset) -> list[bytes]:
+        return EITHER.keys(dataset)
+
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
+        EITHER.write(dataset, folder, data)
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        options = options_of(job.task.options, IntentOptions)
+        if options.is_heard:
+            return EITHER.adopted(
+                {split: _without(table, "text", "slots") for split, table in splits.items()}
+            )
+        words = {split: _without(table, "audio") for split, table in splits.items()}
+        return SENTENCES.adopted(
+            {
+                split: table.rename_columns(
+                    ["text" if name == "transcript" else name for name in table.column_names]
+                )
+                for split, table in words.items()
+            }
+        )
+
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+        """The intents, those the job names or else those of the data, and the tags of the data, sorted.
+
+        Raises:
+            DataError: the data has an intent that the job doesn't name.
+        """
+        present = set(dataset["intent"])
+        slots = dataset["slots"][:] if "slots" in dataset.column_names else []
+        tags = sorted({tag for row in slots for tag in row.split()} | {OUTSIDE})
+        return named(present, data, "intents", "intent") | {"tags": tags}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """Pinned intents as they are, else the sorted union; the sorted union of tags."""
+        intents = agreed(facts, "intents")
+        if len(intents) < 2:
+            raise ConfigError(f"intent needs at least two intents, found {intents}")
+        return {"intents": intents, "tags": sorted({tag for f in facts for tag in f["tags"]})}
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        heard = self.options.is_heard
+        words = [[]] * len(order) if heard else [text.split() for text in dataset["text"][:]]
+        slots = dataset["slots"][:] if "slots" in dataset.column_names else [""] * len(words)
+        intents, tags = ({name: n for n, name in enumerate(facts[key])} for key in ("intents", "tags"))
+        given = dataset["intent"][:]
+        targets = torch.full((len(order), 1 + max(map(len, words), default=0)), NOTHING)
+        for row, place in zip(targets, order, strict=True):
+            if given[place] not in intents:
+                raise DataError(f"intent {given[place]!r} is not one of the run's {facts['intents']}")
+            found = [tags.get(tag, NOTHING) for tag in slots[place].split()]
+            row[0] = intents[given[place]]
+            row[1 : 1 + len(found)] = torch.tensor(found, dtype=torch.int64)
+        inputs = audio_inputs(dataset, order) if heard else Picked(words.__getitem__, tuple(order))
+        return Shard(inputs, targets, tuple(keys[place] for place in order))
+
+    def raw_input(self, given: str) -> Any:
+        """The bytes of a recording, or the words of a text file or of the text itself."""
+        if self.options.is_heard:
+            return read_audio_input(given, self.options.max_seconds)
+        return read_text_input(given).split()
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        if self.options.is_heard:
+            return load_spoken_model(backbone, job, len(facts["intents"]), self.options.max_seconds)
+        return load_command_model(backbone, job, len(facts["intents"]), len(facts["tags"]))
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        fitting = targets[:, : outputs.shape[1]]
+        intent = surprise(outputs[:, :1], fitting[:, :1])
+        if self.options.is_heard:
+            return intent
+        return intent + surprise(outputs[:, 1:], fitting[:, 1:])
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import Metric, MetricCollection
+
+        from atoll.tasks.intent.metrics import CommandSlotF1, IntentAccuracy
+
+        found: dict[str, Metric | MetricCollection] = {"intent_accuracy": IntentAccuracy()}
+        if not self.options.is_heard:
+            found["slot_f1"] = CommandSlotF1(facts["tags"])
+        return MetricCollection(found, compute_groups=False)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """The best intent and tags as numbers; a batch is as long as its own longest sentence."""
+        best = [scores.argmax(1).cpu() for scores in predictions]
+        found = nn.utils.rnn.pad_sequence(best, batch_first=True)
+        return found, targets[:, : found.shape[1]]
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """The intent, its probability, and, unless it was heard, a tag for each word."""
+        rows: list[dict[str, Any]] = []
+        for scores in (one.cpu() for one in predictions):
+            chances = torch.softmax(scores[0, : len(facts["intents"])], dim=0)
+            best = int(chances.argmax())
+            said = {"label": facts["intents"][best], "probability": round(float(chances[best]), 4)}
+            if not self.options.is_heard:
+                tags = [facts["tags"][int(number)] for number in scores[1:].argmax(1)]
+                said["slots"] = " ".join(tags)
+            rows.append(said)
+        return rows
+
+
+def _check_privacy_of_recordings(job: Job) -> None:
+    check_pinned(job, "intents")
+    if job.privacy.unit in ("example", "both"):
+        raise ConfigError(
+            f"privacy.unit = {job.privacy.unit!r}: a recurrent layer gives no example a gradient of its own"
+            " in intent from recordings, expected 'none' or 'client'"
+        )
+
+
+INTENT = Intent()

@@ -1,0 +1,133 @@
+"""Medical images: PNG and JPEG as anywhere, and DICOM by fixed rules, with whose they are.
+
+DICOM's stored values are rescaled (slope, intercept), put through the file's own first window, or, where it
+has none, from the lowest to the highest value that its bits can hold; MONOCHROME1 is turned, so that more
+is brighter everywhere. No rule looks at the pixels' own minimum or maximum. Of several frames the first is
+taken. What the header says of a patient isn't read: who is whose is said by a column of the table.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from atoll.data.diagnostics import Journal, opened, shown
+from atoll.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, decode
+from atoll.data.labels import class_name
+from atoll.data.layouts import image_classes, open_shard
+from atoll.data.parsers import name_cell
+from atoll.data.schema import FILE, Records, Role
+from atoll.data.tables import SUFFIXES, Rows
+from atoll.datasets.synthetic.png import grey_png, rgb_png
+from atoll.errors import DataError
+
+_MARK = slice(128, 132)
+
+
+def as_picture(data: bytes, where: str) -> bytes:
+    """Bytes that any decoder of pictures takes: DICOM becomes an 8-bit PNG, the rest stays as it is.
+
+    Raises:
+        DataError: it can't be decoded.
+    """
+    if data[_MARK] != b"DICM":
+        decode(data, where)
+        return data
+    pixels = _dicom_pixels(data, where)
+    return grey_png(pixels) if pixels.ndim == 2 else rgb_png(pixels)
+
+
+def _dicom_pixels(data: bytes, where: str) -> np.ndarray:
+    """8-bit grey [height, width] or RGB [height, width, 3]."""
+    import pydicom
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        with pydicom.config.disable_value_validation():
+            header = pydicom.dcmread(BytesIO(data))
+            if int(header.Rows) * int(header.Columns) > MAX_PIXELS:
+                raise DataError(f"{where}: {header.Rows} x {header.Columns} pixels, at most {MAX_PIXELS}")
+            pixels = np.asarray(header.pixel_array)
+            if int(header.get("NumberOfFrames") or 1) > 1:
+                pixels = pixels[0]
+            return _grey(header, pixels) if pixels.ndim == 2 else _colour(header, pixels, where)
+    except (
+        InvalidDicomError, AttributeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError,
+        RuntimeError, OSError,
+    ) as error:  # fmt: skip
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{where}: DICOM that cannot be decoded: {why}; expected one with pixels") from None
+
+
+def _grey(header: Any, stored: np.ndarray) -> np.ndarray:
+    slope = float(header.get("RescaleSlope") or 1)
+    intercept = float(header.get("RescaleIntercept") or 0)
+    values = stored.astype(np.float64) * slope + intercept
+    low, high = _window(header, slope, intercept)
+    unit = np.clip((values - low) / (high - low), 0, 1)
+    if header.PhotometricInterpretation == "MONOCHROME1":
+        unit = 1 - unit
+    grey: np.ndarray = np.rint(unit * 255).astype(np.uint8)
+    return grey
+
+
+def _window(header: Any, slope: float, intercept: float) -> tuple[float, float]:
+    """The values that become black and white."""
+    centre, width = (_first(header.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    if centre is not None and width is not None and width > 1:
+        # DICOM PS3.3 C.11.2.1.2.1: black at centre - 0.5 - (width - 1) / 2, white as far above.
+        return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
+    bits = int(header.BitsStored)
+    lowest = -(1 << (bits - 1)) if int(header.PixelRepresentation) else 0
+    ends = [(lowest + step) * slope + intercept for step in (0, (1 << bits) - 1)]
+    return min(ends), max(ends)
+
+
+def _first(value: Any) -> float | None:
+    """A number, or the first of several."""
+    if value is None or value == "":
+        return None
+    return float(value if isinstance(value, int | float | str) else value[0])
+
+
+def _colour(header: Any, pixels: np.ndarray, where: str) -> np.ndarray:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise DataError(f"{where}: DICOM pixels {pixels.shape} {pixels.dtype}, expected grey, or 8-bit RGB")
+    if header.PhotometricInterpretation != "RGB":
+        raise DataError(
+            f"{where}: DICOM colours {header.PhotometricInterpretation}, expected RGB or MONOCHROME"
+        )
+    return pixels
+
+
+def read_scan_input(given: str) -> bytes:
+    """The picture in a file that someone names."""
+    path = Path(given)
+    if path.is_dir():
+        raise DataError(f"{shown(given)}: a folder, expected an image file")
+    with opened(path) as file:
+        return as_picture(file.read(MAX_IMAGE_BYTES + 1), shown(given))
+
+
+def _class_folders(path: Path, journal: Journal) -> dict[str, Rows] | None:
+    """A folder for each class, also under train/ and test/."""
+    return open_shard(path, image_classes, journal) if path.is_dir() else None
+
+
+SCANS = Records(
+    (
+        Role("image", as_picture, FILE, ("img", "file", "file_name", "filename", "path", "scan"), file=True),
+        Role("label", class_name, pa.string(), ("labels", "class", "finding", "diagnosis", "target")),
+        Role(
+            "patient", name_cell, pa.string(), ("patient_id", "patientid", "subject", "case"), required=False
+        ),
+    ),
+    counted="label",
+    opens=_class_folders,
+    layout=f"a folder per class, or one file of {', '.join(SUFFIXES)}",
+)
+"""A patient's name is in an example's hash, so that two patients' equal images stay two."""

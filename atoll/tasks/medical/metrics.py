@@ -1,0 +1,69 @@
+"""Calibration error, from bins that add up over clients, and sensitivity at a given specificity.
+
+Guo et al. 2017, "On Calibration of Modern Neural Networks". A screening test may rarely be wrong: its
+sensitivity counts where its specificity is high enough.
+"""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics import Metric
+from torchmetrics.classification import BinarySensitivityAtSpecificity
+
+
+class BinnedCalibrationError(Metric):
+    """Expected calibration error: the mean gap between confidence and accuracy in bins of equal width.
+
+    Bin i of n holds confidences in (i / n, (i + 1) / n], the first also 0.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    counts: torch.Tensor
+    right: torch.Tensor
+    confidence: torch.Tensor
+
+    def __init__(self, bins: int = 15) -> None:
+        super().__init__()
+        self.bins = bins
+        for name, dtype in (("counts", torch.int64), ("right", torch.int64), ("confidence", torch.float64)):
+            self.add_state(name, torch.zeros(bins, dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, probabilities: torch.Tensor, targets: torch.Tensor) -> None:
+        """Probabilities of the positive class [n] with targets 0 or 1, or of every class [n, classes].
+
+        Of several classes the most likely one is asked whether it is right (top label).
+        """
+        low, high = (float(v) for v in probabilities.aminmax()) if probabilities.numel() else (0.0, 0.0)
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"probabilities from {low} to {high}, expected 0 to 1: logits aren't")
+        if probabilities.ndim == 1:
+            stated, came = probabilities, targets
+        else:
+            stated, picked = probabilities.max(dim=1)
+            came = picked == targets
+        stated, came = stated.to(torch.float64), came.to(torch.int64)
+        place = (torch.ceil(stated * self.bins) - 1).clamp(0, self.bins - 1).to(torch.int64)
+        self.counts.index_add_(0, place, torch.ones_like(place))
+        self.right.index_add_(0, place, came)
+        self.confidence.index_add_(0, place, stated)
+
+    def compute(self) -> torch.Tensor:
+        # n_i / n * |right_i / n_i - confidence_i / n_i|, without dividing by an empty bin's n_i.
+        return (self.right - self.confidence).abs().sum() / self.counts.sum().clamp(min=1)
+
+
+class SensitivityAtSpecificity(BinarySensitivityAtSpecificity):
+    """The highest sensitivity over `thresholds` evenly spaced thresholds with at least that specificity.
+
+    torchmetrics' own, whose states are counts, without the threshold that it returns too. `update` takes
+    probabilities [n] of the positive class and targets [n], 0 or 1.
+    """
+
+    def __init__(self, specificity: float = 0.95, thresholds: int = 1001) -> None:
+        super().__init__(min_specificity=specificity, thresholds=thresholds)
+
+    def compute(self) -> torch.Tensor:  # type: ignore[override]
+        sensitivity, _ = super().compute()
+        return sensitivity

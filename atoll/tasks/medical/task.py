@@ -1,0 +1,121 @@
+"""Medical images: a finding from a scan, by patients; AUROC, sensitivity where few are alarmed in vain.
+
+Of two classes the second is the finding (`data.classes = ["no", "yes"]` says which). All images of a
+patient are on one side of every split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atoll.backbones.augmentation import IMAGE_AUGMENTATIONS
+from atoll.backbones.vision import load_vision_encoder
+from atoll.data.classification import read_images
+from atoll.data.dataset import Dataset
+from atoll.data.schema import Records, file_bytes
+from atoll.data.shard import Shard, canonical_order
+from atoll.data.writers import write_images
+from atoll.job.job import Options
+from atoll.protocol.messages import Facts
+from atoll.protocol.random_streams import stream_seed
+from atoll.tasks.classification import Classification
+from atoll.tasks.medical.dicom import SCANS, as_picture, read_scan_input
+from atoll.tasks.schema_task import Recorded
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+
+THRESHOLDS = 1001
+"""Of the AUROC's bins, which make it add over clients."""
+
+
+@dataclass(frozen=True)
+class Medical(Recorded, Classification):
+    """Classification whose examples belong to patients; without that column each is a patient's only one."""
+
+    headline: str = "auroc"
+    splits_itself: bool = True
+
+    def records(self, options: Options) -> Records:
+        return SCANS
+
+    def groups(self, dataset: Dataset) -> list[str] | None:
+        return list(dataset["patient"][:]) if "patient" in dataset.column_names else None
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        plain = super().shard(dataset, facts, keys)
+        patients = self.groups(dataset)
+        groups = tuple(patients[row] for row in canonical_order(keys)) if patients else ()
+        return Shard(plain.inputs, plain.targets, plain.keys, groups)
+
+    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
+        """Whole patients, in an order of their own, until a fraction of the examples is reached."""
+        owners = shard.groups or tuple(key.hex() for key in shard.keys)
+        wanted = min(round(len(shard) * fraction), len(shard) - 1)
+        held: list[int] = []
+        for owner in sorted(set(owners), key=lambda name: stream_seed(seed, "validation", name)):
+            rows = [row for row, whose in enumerate(owners) if whose == owner]
+            # Training keeps a patient at least.
+            if len(held) < wanted and len(held) + len(rows) < len(shard):
+                held += rows
+        kept = set(held)
+        return [row for row in range(len(shard)) if row not in kept], sorted(held)
+
+    def raw_input(self, given: str) -> Any:
+        """An image file's picture, DICOM too."""
+        return read_scan_input(given)
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import (
+            BinaryAccuracy,
+            BinaryAUROC,
+            MulticlassAccuracy,
+            MulticlassAUROC,
+        )
+
+        from atoll.tasks.medical.metrics import BinnedCalibrationError, SensitivityAtSpecificity
+
+        count = len(facts["classes"])
+        if count == 2:
+            metrics = {
+                "auroc": BinaryAUROC(thresholds=THRESHOLDS),
+                "sensitivity": SensitivityAtSpecificity(0.95, THRESHOLDS),
+                "calibration_error": BinnedCalibrationError(),
+                "accuracy": BinaryAccuracy(),
+            }
+        else:
+            metrics = {
+                "auroc": MulticlassAUROC(count, average="macro", thresholds=THRESHOLDS),
+                "calibration_error": BinnedCalibrationError(),
+                "accuracy": MulticlassAccuracy(count, average="micro"),
+            }
+        return MetricCollection(metrics, compute_groups=False)  # type: ignore[arg-type]
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """Probabilities: of the finding where there are two classes, else of each."""
+        stated = torch.softmax(predictions.to(torch.float64), dim=1)
+        return (stated[:, 1] if stated.shape[1] == 2 else stated), targets
+
+
+def _picture(cell: Mapping[str, Any]) -> bytes:
+    return as_picture(file_bytes(cell, "image"), "image")
+
+
+MEDICAL_IMAGING = Medical(
+    name="medical-imaging",
+    column="image",
+    summary="a finding from a scan (PNG, JPEG, DICOM), split by patient; AUROC, sensitivity, calibration",
+    reader=read_images,
+    writer=write_images,
+    convert=_picture,
+    load_encoder=load_vision_encoder,
+    augmentations=IMAGE_AUGMENTATIONS,
+    has_channels=True,
+)

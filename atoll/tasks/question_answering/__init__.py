@@ -1,0 +1,1 @@
+"""Question answering with encoder and decoder."""

@@ -1,0 +1,1 @@
+"""Recommendation of the next item."""

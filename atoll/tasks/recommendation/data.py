@@ -1,0 +1,101 @@
+"""Who did what when, as a history for each user: items in the order of time.
+
+The last item of each history is what is predicted: of the test part the very last, and of a client's own
+data the one before it (leave one out, as in Kang and McAuley 2018), so nothing that is measured was
+trained on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from atoll.data.parsers import list_cell, name_cell, optional_text_cell
+from atoll.data.schema import Records, Role
+from atoll.errors import DataError
+from atoll.job.section import Count, Section
+
+FEWEST = 4
+"""Items of a history that is used: two to learn from, one to measure on, one to test on."""
+
+
+class RecommendOptions(Section):
+    """`task.options` of recommendation: how far back a history goes, and how many items are proposed.
+
+    With `repeats` items that are in the history already may be among them.
+    """
+
+    length: Annotated[int, Field(ge=4, le=2_000)] = 50
+    top: Count = 10
+    repeats: bool = False
+
+
+EVENTS = Records(
+    (
+        Role("user", name_cell, pa.string(), ("user_id", "userid", "customer", "customer_id", "session")),
+        Role("item", name_cell, pa.string(), ("item_id", "itemid", "product", "product_id", "sku")),
+        Role("time", name_cell, pa.string(), ("timestamp", "date", "datetime", "ts")),
+        Role("item_text", optional_text_cell, pa.string(), ("title", "description", "name"), required=False),
+    ),
+    counted="user",
+)
+"""A row for each thing done."""
+
+_NAMES = list_cell(name_cell)
+_TEXTS = list_cell(optional_text_cell)
+HISTORIES = Records(
+    (
+        Role("user", name_cell, pa.string()),
+        Role("items", _NAMES, pa.list_(pa.string())),
+        Role("texts", _TEXTS, pa.list_(pa.string()), required=False),
+    ),
+)
+"""A row for each user; texts are those of the items, in the same order."""
+
+
+def histories_of(table: pa.Table, length: int, origin: str, *, hold_out: bool) -> dict[str, pa.Table]:
+    """Events as histories of the last `length` items to learn from, and as longer ones to test on.
+
+    Columns that are constant for a user (a shop) stay; rows of one user at one time keep their order.
+
+    Raises:
+        DataError: no user has enough of them.
+    """
+    rows = sorted(table.to_pylist(), key=lambda row: (row["user"], _moment(row["time"])))
+    users: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        users.setdefault(row["user"], []).append(row)
+    kept = {user: events for user, events in users.items() if len(events) >= FEWEST}
+    if not kept:
+        longest = max(map(len, users.values()), default=0)
+        raise DataError(f"{origin}: at most {longest} rows a user, expected a user with {FEWEST} or more")
+    rest = [name for name in table.column_names if name not in ("user", "item", "time", "item_text")]
+    constant = [name for name in rest if all(len({e[name] for e in events}) == 1 for events in kept.values())]
+    has_texts = "item_text" in table.column_names
+    seen = {"train": slice(-length - 2, -1), "test": slice(-length - 1, None)}
+    if not hold_out:
+        seen = {"train": slice(-length - 1, None)}
+    return {split: _rows(kept, part, constant, has_texts) for split, part in seen.items()}
+
+
+def _moment(time: str) -> tuple[int, float, str]:
+    """Numbers in their own order, before dates in theirs."""
+    try:
+        return 0, float(time), ""
+    except ValueError:
+        return 1, 0.0, time
+
+
+def _rows(
+    users: dict[str, list[dict[str, Any]]], part: slice, constant: list[str], has_texts: bool
+) -> pa.Table:
+    columns: dict[str, list[Any]] = {"user": list(users)}
+    columns["items"] = [[event["item"] for event in events[part]] for events in users.values()]
+    if has_texts:
+        columns["texts"] = [[event["item_text"] for event in events[part]] for events in users.values()]
+    for name in constant:
+        columns[name] = [events[0][name] for events in users.values()]
+    kinds = {role.name: role.kind for role in HISTORIES.roles}
+    return pa.table({name: pa.array(values, kinds.get(name)) for name, values in columns.items()})

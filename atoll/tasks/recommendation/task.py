@@ -1,0 +1,200 @@
+"""Recommendation from histories: what a user takes next, ranked among all items.
+
+A history never leaves its client; what travels are the vectors of items and the network's weights, and
+the names of the items, which all must agree on. A network has no vector of any user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atoll.backbones.encoder import Model
+from atoll.backbones.options import options_of, refuse_augment
+from atoll.backbones.resolve import Backbone
+from atoll.data.classification import Findings, Table
+from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Journal, shown
+from atoll.data.lazy import Picked
+from atoll.data.schema import whole
+from atoll.data.shard import Shard, canonical_order
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.protocol.messages import Facts
+from atoll.tasks.classes import check_pinned
+from atoll.tasks.losses import surprise
+from atoll.tasks.recommendation.data import EVENTS, HISTORIES, RecommendOptions, histories_of
+from atoll.tasks.recommendation.sasrec import load_recommender
+from atoll.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+NOTHING = -100
+"""A target that isn't there: in front of a short history."""
+
+UNKNOWN = -1
+"""A target that no client knew when the run began: it can't be proposed, and counts as missed."""
+
+
+@dataclass(frozen=True)
+class Recommendation(Task):
+    """Targets are [n, length]: the item after each place; the last place is only measured on."""
+
+    name: str = "recommendation"
+    summary: str = "what a user takes next; SASRec, with items' texts where there are; HR@10, NDCG@10"
+    on_features: bool = False
+    splits_itself: bool = True
+    headline: str = "ndcg"
+    options: RecommendOptions = field(default_factory=RecommendOptions)
+
+    def bound(self, job: Job, backbone: Backbone) -> Recommendation:
+        return replace(self, options=options_of(job.task.options, RecommendOptions))
+
+    def check(self, job: Job) -> None:
+        options_of(job.task.options, RecommendOptions)
+        refuse_augment(job)
+        check_pinned(job, "items")
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        journal = Journal()
+        return HISTORIES.table_of(source, self._gathered(source, data, options, journal), journal)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        journal = Journal()
+        return HISTORIES.findings_of(source, self._gathered(source, data, options, journal), journal)
+
+    def _gathered(
+        self, source: Path, data: DataSection, given: Options, journal: Journal
+    ) -> dict[str, pa.Table]:
+        """Histories, as they are there or made of events; the last item of each is held out for the test."""
+        length = options_of(given, RecommendOptions).length
+        if HISTORIES.has(source, "user", "items"):
+            return HISTORIES.gather(source, data, journal)
+        events = EVENTS.gather(source, data, journal)
+        if journal.problems:
+            return {}
+        if "test" in events:
+            raise DataError(
+                f"{shown(source)}: train and test, expected one table: the last items are the test"
+            )
+        return histories_of(events["train"], length, shown(source), hold_out=data.test_fraction > 0)
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        length = options_of(job.task.options, RecommendOptions).length
+        hold_out = job.data.test_fraction > 0
+        return HISTORIES.adopted(histories_of(whole(splits), length, job.data.source, hold_out=hold_out))
+
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
+        HISTORIES.write(dataset, folder, DataSection(source=data.source))
+
+    def keys(self, dataset: Dataset) -> list[bytes]:
+        return HISTORIES.keys(dataset)
+
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+        """The items and their texts: those the job names, or else those of the data, sorted."""
+        rows = dataset[:]
+        texts: dict[str, str] = {}
+        for items, said in zip(rows["items"], rows.get("texts") or [()] * len(dataset), strict=True):
+            for place, item in enumerate(items):
+                texts.setdefault(item, said[place] if said else "")
+        if data.classes is None:
+            names = sorted(texts)
+            return {"items": names, "texts": [texts[name] for name in names]}
+        pinned = list(data.classes)
+        return {"items": pinned, "texts": [texts.get(name, "") for name in pinned], "pinned": True}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """Pinned items as they are, else the sorted union; an item's text is the first that is there."""
+        texts: dict[str, str] = {}
+        for one in facts:
+            for name, text in zip(one["items"], one["texts"], strict=True):
+                texts[name] = texts.get(name) or text
+        pinned = next((f["items"] for f in facts if f.get("pinned")), None)
+        items = list(pinned) if pinned else sorted(texts)
+        if len(items) < 2:
+            raise ConfigError(f"recommendation needs at least two items, found {items}")
+        return {"items": items, "texts": [texts[name] for name in items]}
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        histories = dataset["items"][:]
+        index = {name: number for number, name in enumerate(facts["items"])}
+        length = self.options.length
+        targets = torch.full((len(order), length), NOTHING, dtype=torch.int64)
+        for row, place in zip(targets, order, strict=True):
+            after = [index.get(item, UNKNOWN) for item in histories[place][1:]][-length:]
+            row[length - len(after) :] = torch.tensor(after)
+        inputs = Picked(lambda place: histories[place][:-1], tuple(order))
+        return Shard(inputs, targets, tuple(keys[place] for place in order))
+
+    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
+        """Every history on both sides: its last item is only measured on."""
+        rows = list(range(len(shard)))
+        return rows, rows if fraction else []
+
+    def raw_input(self, given: str) -> Any:
+        """Items of a history, oldest first, with commas between them."""
+        items = [item.strip() for item in given.split(",") if item.strip()]
+        if not items:
+            raise DataError(f"input {given!r}: expected items with commas between them, oldest first")
+        return items
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        return load_recommender(backbone, job, self.options, facts["items"], facts["texts"])
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the next item at every place but the last, the mean over a history's places."""
+        return surprise(outputs[:, :-1], targets[:, :-1])
+
+    def measured_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of the last item."""
+        return surprise(outputs[:, -1:], targets[:, -1:])
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from atoll.tasks.recommendation.metrics import HitRate, Ndcg
+
+        top = self.options.top
+        return MetricCollection({"hit_rate": HitRate(top), "ndcg": Ndcg(top)}, compute_groups=False)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """The rank of what came next among all items; half of its equals stand before it."""
+        last = targets[:, -1].to(predictions.device)
+        own = predictions.gather(1, last.clamp_min(0).unsqueeze(1))
+        better, equal = (predictions > own).sum(1), (predictions == own).sum(1) - 1
+        ranks = better + torch.div(equal, 2, rounding_mode="floor")
+        return (torch.where(last == UNKNOWN, predictions.shape[1], ranks).cpu(),)
+
+    def references(self, shard: Shard, facts: Facts) -> dict[str, Any]:
+        """What is in most histories, for everybody."""
+        index = {name: number for number, name in enumerate(facts["items"])}
+        counts = torch.zeros(len(index))
+        known = [[index[item] for item in history if item in index] for history in shard.inputs]
+        for history in known:
+            counts[list(set(history))] += 1
+        scores = counts.repeat(len(known), 1)
+        if not self.options.repeats:
+            for row, history in zip(scores, known, strict=True):
+                row[history] = float("-inf")
+        return {"most_popular": scores}
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """The best items, and their share of the softmax."""
+        rows = []
+        for scores in torch.softmax(predictions, dim=1):
+            best = torch.topk(scores, min(self.options.top, len(scores)))
+            names = [facts["items"][place] for place in best.indices.tolist()]
+            shares = [round(float(share), 4) for share in best.values]
+            rows.append({"label": ", ".join(names), "items": dict(zip(names, shares, strict=True))})
+        return rows
+
+
+RECOMMENDATION = Recommendation()

@@ -1,0 +1,39 @@
+"""Tasks whose data is all said by one `Records`: what an example's parts are, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atoll.data.classification import Findings, Table
+from atoll.data.dataset import Dataset
+from atoll.data.schema import Records
+from atoll.job.job import DataSection, Job, Options
+from atoll.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Recorded(Task):
+    """Reads, checks, hashes and writes by `records`; how an example is hashed depends on no option."""
+
+    def records(self, options: Options) -> Records:
+        """How the data of a job with these `task.options` is read."""
+        raise TypeError(f"{type(self).__name__} does not say how its data is read")
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        return self.records(options).read(source, data)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        return self.records(options).inspect(source, data)
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return self.records(job.task.options).adopted(splits)
+
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
+        self.records({}).write(dataset, folder, data)
+
+    def keys(self, dataset: Dataset) -> list[bytes]:
+        return self.records({}).keys(dataset)

@@ -1,0 +1,115 @@
+"""Images with masks: a picture of the same size whose pixels are places in a list of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from atoll.backbones.dense_vision import picture_size
+from atoll.data.diagnostics import Journal, shown
+from atoll.data.folders import checked_file, listing
+from atoll.data.images import decode
+from atoll.data.schema import FILE, Records, Role, file_bytes
+from atoll.data.tables import SUFFIXES, Rows
+from atoll.errors import DataError
+
+IGNORED = 255
+"""A pixel that nobody labelled."""
+
+_SPLITS = ("train", "test")
+
+
+def read_mask(data: bytes, where: str) -> NDArray[np.uint8]:
+    """Class indices [height, width]; a palette's indices, not its colours.
+
+    Raises:
+        DataError: it is no picture of one channel of 8 bits without loss.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=("PNG", "BMP", "GIF", "TIFF")) as image:
+            if image.mode not in ("L", "P", "1"):
+                raise DataError(
+                    f"{where}: mask of mode {image.mode}, expected one 8-bit channel of class indices"
+                )
+            return np.asarray(image).astype(np.uint8)
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: no mask, expected a PNG whose pixels are class indices") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = str(error).splitlines()[0]
+        raise DataError(f"{where}: damaged mask: {why}; expected one that decodes") from None
+
+
+def _same_size(parts: Mapping[str, Any], where: str) -> None:
+    image, mask = picture_size(parts["image"]), picture_size(parts["mask"])
+    if image != mask:
+        raise DataError(
+            f"{where}: mask of {mask[0]} x {mask[1]} pixels, expected {image[0]} x {image[1]} as the image"
+        )
+
+
+def _folders(path: Path, journal: Journal) -> dict[str, Rows] | None:
+    """`images/` and `masks/`, also under train/ and test/."""
+    if _has_both(path):
+        return {"train": _paired(path, path, journal)}
+    found = {split: path / split for split in _SPLITS if _has_both(path / split)}
+    return {s: _paired(path, base, journal) for s, base in found.items()} if "train" in found else None
+
+
+def _has_both(base: Path) -> bool:
+    return (base / "images").is_dir() and (base / "masks").is_dir()
+
+
+def _paired(root: Path, base: Path, journal: Journal) -> Rows:
+    images, masks = (_by_stem(base / name, root, journal) for name in ("images", "masks"))
+    for stem in sorted(set(images) ^ set(masks)):
+        has, lacks = ("image", "mask") if stem in images else ("mask", "image")
+        lone = images.get(stem) or masks[stem]
+        journal.refuse(
+            DataError(f"{shown(lone)}: {has} without {lacks}, expected {base.name}/{lacks}s/{stem}.*")
+        )
+    stems = sorted(set(images) & set(masks))
+    columns = {
+        name: pa.array([str(found[stem].absolute()) for stem in stems], pa.string())
+        for name, found in (("image", images), ("mask", masks))
+    }
+    return Rows(
+        shown(root), pa.table(columns), lambda row: shown(images[stems[row]]), root, is_canonical=True
+    )
+
+
+def _by_stem(folder: Path, root: Path, journal: Journal) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in listing(folder, root, journal):
+        try:
+            checked_file(path, root)
+            if path.stem in found:
+                raise DataError(f"{shown(path)}: a second file called {shown(path.stem)}, expected one")
+            found[path.stem] = path
+        except DataError as problem:
+            journal.refuse(problem)
+    return found
+
+
+MASKS = Records(
+    (
+        Role("image", decode, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True),
+        Role("mask", read_mask, FILE, ("masks", "segmentation", "annotation", "label"), file=True),
+    ),
+    opens=_folders,
+    layout=f"images/ and masks/ with equal names, or one file of {', '.join(SUFFIXES)}",
+    together=_same_size,
+)
+
+
+def highest_class(cell: Mapping[str, Any]) -> int:
+    """The highest class index of a mask; -1 where every pixel is ignored."""
+    mask = read_mask(file_bytes(cell, "mask"), "mask")
+    known = mask[mask != IGNORED]
+    return int(known.max()) if known.size else -1

@@ -1,0 +1,40 @@
+"""SegFormer (Xie et al. 2021): a transformer that looks at four scales, and a head on all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from atoll.backbones.checkpoint import config_of, load_transformer
+from atoll.backbones.resolve import Backbone, is_of_run
+from atoll.backbones.vision import normalisation_of
+from atoll.errors import WeightsError
+from atoll.protocol.random_streams import global_stream
+
+_KIND = "segformer"
+
+
+def load_segformer(backbone: Backbone, classes: int, seed: int) -> tuple[Any, list[float], list[float]]:
+    """The network in eval mode, with a last layer for these classes, and its pictures' means and deviations.
+
+    The head is `decode_head`; that of a checkpoint for as many classes stays as it is, and an encoder
+    without one gets a fresh one.
+
+    Raises:
+        WeightsError: it is another network, or its weights don't fit.
+    """
+    config = config_of(backbone)
+    if config.model_type != _KIND:
+        raise WeightsError(f"{backbone.folder}: {config.model_type} does not segment, expected {_KIND}")
+    if backbone.weights is not None and is_of_run(backbone.weights):
+        config.num_labels = classes
+    network = load_transformer(
+        backbone, seed, "AutoModelForSemanticSegmentation", config=config, fresh=("decode_head.",)
+    )
+    if network.config.num_labels != classes:
+        with global_stream(seed, "init", "head"):
+            last = network.decode_head.classifier
+            network.decode_head.classifier = nn.Conv2d(last.in_channels, classes, 1)
+    mean, std = normalisation_of(backbone)
+    return network.eval(), mean, std

@@ -1,0 +1,224 @@
+"""Segmentation: a class for every pixel, by torchvision's networks or SegFormer; mean IoU, Dice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from atoll.backbones.dense_vision import (
+    SIZE,
+    PictureEncoder,
+    fill_all_but_classes,
+    of_torchvision,
+    refuse_variation,
+    settle_norms,
+    size_of,
+    without_other_parts,
+)
+from atoll.backbones.encoder import Batch, Model
+from atoll.backbones.options import options_of
+from atoll.backbones.resolve import Backbone
+from atoll.backbones.small_vision import SEGMENTER, SmallPictureOptions, small_segmenter
+from atoll.backbones.vision import IMAGENET_MEAN, IMAGENET_STD
+from atoll.data.classification import Table
+from atoll.data.dataset import Dataset
+from atoll.data.images import read_image_input
+from atoll.data.lazy import Cells, Picked
+from atoll.data.schema import Records, file_bytes
+from atoll.data.shard import Lazy, Shard, canonical_order
+from atoll.datasets.registry import SOURCES
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.job.section import Section
+from atoll.protocol.messages import Facts
+from atoll.protocol.random_streams import global_stream
+from atoll.tasks.schema_task import Recorded
+from atoll.tasks.segmentation.data import IGNORED, MASKS, highest_class, read_mask
+from atoll.tasks.segmentation.segformer import load_segformer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+
+class SegmentationOptions(Section):
+    """`task.options` of segmentation: what the pixels' values 0, 1, … stand for."""
+
+    classes: tuple[str, ...] | None = None
+
+
+class Segmenter(Model):
+    """A network of torchvision's or a SegFormer; the head is its classifier of pixels."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Scores of every class at every pixel, [batch, classes, s, s]; SegFormer's are at every fourth."""
+        pixels = batch["pixel_values"]
+        said = self.backbone.model(pixels)
+        if "out" in said:
+            scores: torch.Tensor = said["out"]
+            return scores
+        return nn.functional.interpolate(said["logits"], pixels.shape[2:], mode="bilinear")
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """The most likely class at every pixel, [batch, s, s]."""
+        return self.forward(batch).argmax(1)
+
+
+@dataclass(frozen=True)
+class Segmentation(Recorded):
+    """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
+
+    name: str = "segmentation"
+    summary: str = "a class for every pixel; torchvision's DeepLabV3, LRASPP, FCN, SegFormer; mean IoU"
+    on_features: bool = False
+    headline: str = "mean_iou"
+    size: int = SIZE
+
+    def bound(self, job: Job, backbone: Backbone) -> Segmentation:
+        return replace(self, size=size_of(job))
+
+    def check(self, job: Job) -> None:
+        options = options_of(job.task.options, SegmentationOptions)
+        refuse_variation(job, self.name)
+        if job.data.classes is not None:
+            raise ConfigError("data.classes: expected the classes of pixels as task.options.classes instead")
+        if options.classes is not None and len(options.classes) < 2:
+            raise ConfigError(
+                f"task.options.classes: expected at least two, as many as pixels can have,"
+                f" found {list(options.classes)}"
+            )
+        if job.privacy.units and options.classes is None and job.data.source not in SOURCES:
+            raise ConfigError(
+                "task.options.classes: missing, expected the list of classes with"
+                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
+            )
+
+    def records(self, options: Options) -> Records:
+        return MASKS
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return MASKS.adopted(without_other_parts(splits, ("image", "mask")))
+
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+        """The classes: those the job names, or as many as the masks have.
+
+        Raises:
+            DataError: a mask has a class that the job doesn't name.
+        """
+        highest = max((highest_class(cell) for cell in dataset.cells("mask")), default=-1)
+        named = options_of(options, SegmentationOptions).classes
+        if named is None:
+            return {"highest": highest}
+        if highest >= len(named):
+            raise DataError(
+                f"a mask has class {highest}, expected 0 to {len(named) - 1}"
+                f" (task.options.classes = {list(named)}) or {IGNORED}, which is ignored"
+            )
+        return {"classes": list(named)}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """Named classes as they are, else numbers up to the highest that anybody has.
+
+        Raises:
+            ConfigError: there are fewer than two classes.
+        """
+        named = next((f["classes"] for f in facts if "classes" in f), None)
+        classes = named or [str(c) for c in range(1 + max((f["highest"] for f in facts), default=-1))]
+        if len(classes) < 2:
+            raise ConfigError(f"segmentation needs at least two classes of pixels, found {classes}")
+        return {"classes": classes}
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = tuple(canonical_order(keys))
+        count = len(facts["classes"])
+
+        def target(row: int) -> torch.Tensor:
+            mask = read_mask(file_bytes(dataset[row]["mask"], "mask"), "mask")
+            known = mask[mask != IGNORED]
+            if known.size and int(known.max()) >= count:
+                raise DataError(f"a mask has class {int(known.max())}, expected one of {facts['classes']}")
+            return torch.from_numpy(_resized(mask, self.size)).to(torch.int64)
+
+        inputs = Picked(Cells(dataset, "image", _image), order)
+        return Shard(inputs, Lazy(target, order), tuple(keys[row] for row in order))
+
+    def raw_input(self, given: str) -> Any:
+        """The bytes of an image file."""
+        return read_image_input(given)
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        """The network in eval mode, with a last layer for these classes, and no auxiliary one.
+
+        Raises:
+            WeightsError: the backbone is of another kind, or its weights don't fit.
+        """
+        size = size_of(job)
+        if backbone.kind == "hf":
+            segformer, mean, std = load_segformer(backbone, len(facts["classes"]), job.seed)
+            return Segmenter(PictureEncoder(segformer, size, mean, std), segformer.decode_head)
+        with global_stream(job.seed, "init", "backbone"):
+            network = _made(backbone, job, len(facts["classes"])).eval()
+        if backbone.weights is None:
+            settle_norms(network, size, job.seed)
+        else:
+            fill_all_but_classes(network, "classifier", backbone)
+        head = network.get_submodule("classifier")
+        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy: the mean over an example's labelled pixels, then over examples."""
+        each = nn.functional.cross_entropy(outputs, targets, ignore_index=IGNORED, reduction="none")
+        labelled = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
+        return (each.flatten(1).sum(1) / labelled).mean()
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from atoll.tasks.segmentation.metrics import Dice, MeanIoU
+
+        count = len(facts["classes"])
+        return MetricCollection({"mean_iou": MeanIoU(count), "dice": Dice(count)}, compute_groups=False)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """Classes said and true of every labelled pixel."""
+        labelled = targets != IGNORED
+        return predictions.cpu()[labelled], targets[labelled]
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """The classes that are there, the largest first, and the share of pixels of each."""
+        rows = []
+        for mask in predictions:
+            counts = torch.bincount(mask.flatten().cpu(), minlength=len(facts["classes"]))
+            shares = {
+                facts["classes"][c]: round(float(counts[c]) / mask.numel(), 4)
+                for c in counts.argsort(descending=True).tolist()
+                if counts[c]
+            }
+            rows.append({"label": ", ".join(shares), "shares": shares})
+        return rows
+
+
+def _image(cell: Mapping[str, Any]) -> bytes:
+    return file_bytes(cell, "image")
+
+
+def _made(backbone: Backbone, job: Job, classes: int) -> nn.Module:
+    """The network with first values."""
+    if (backbone.kind, backbone.name) == ("atoll", SEGMENTER):
+        options = options_of(job.backbone.options, SmallPictureOptions, "backbone.options")
+        return small_segmenter(options, classes)
+    return of_torchvision(job.backbone, backbone, "segmentation", classes, SEGMENTER)
+
+
+def _resized(mask: np.ndarray, size: int) -> np.ndarray:
+    return np.array(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+
+
+SEGMENTATION = Segmentation()

@@ -1,0 +1,63 @@
+"""Recognisers: what a network hears at each frame, as scores of letters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from atoll.backbones.audio import SoundEncoder, load_sound_encoder, real_frames
+from atoll.backbones.ctc_vocabulary import Letters
+from atoll.backbones.encoder import Batch, Model
+from atoll.backbones.resolve import Backbone
+from atoll.job.job import Job
+from atoll.protocol.random_streams import global_stream
+
+SURELY_NOT = -1e4
+"""The score of letters in frames of padding, where the blank has 0."""
+
+
+class Recogniser(Model):
+    """Scores of letters at each frame."""
+
+    def __init__(self, backbone: SoundEncoder, head: nn.Module, letters: Letters) -> None:
+        super().__init__(backbone, head)
+        self._letters = letters
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[batch, frames, symbols]; frames of padding say blank for certain, which changes no likelihood."""
+        states, count = self.backbone(batch)
+        scores: torch.Tensor = self.head(states)
+        padding = _padding(scores, self._letters.blank)
+        return torch.where(real_frames(states, count).unsqueeze(2), scores, padding)
+
+    def predict(self, batch: Batch) -> list[str]:
+        """What is heard, in lower case."""
+        return self._letters.texts(self.forward(batch))
+
+
+def _padding(scores: torch.Tensor, blank: int) -> torch.Tensor:
+    """The row of scores of a frame that isn't there."""
+    row = torch.full_like(scores[0, 0], SURELY_NOT)
+    row[blank] = 0.0
+    return row
+
+
+def real_counts(scores: torch.Tensor, blank: int) -> torch.Tensor:
+    """How many frames of each recording aren't padding, [batch]."""
+    return (scores != _padding(scores, blank)).any(2).sum(1)
+
+
+def load_recogniser(backbone: Backbone, job: Job, letters: Letters, max_seconds: float) -> Recogniser:
+    """Build the network with its resolved weights; its head is its output layer.
+
+    Whisper's encoder has none, and a checkpoint may lack it (wav2vec2-base): a fresh one then.
+
+    Raises:
+        WeightsError: it doesn't hear, or its weights don't fit.
+    """
+    encoder = load_sound_encoder(backbone, job, max_seconds, letters.size)
+    head = encoder.letters
+    if head is None:
+        with global_stream(job.seed, "init", "head"):
+            head = nn.Linear(encoder.width, letters.size)
+    return Recogniser(encoder, head, letters)

@@ -1,0 +1,170 @@
+"""Speech recognition: a recording, and what was said.
+
+Loss: connectionist temporal classification (Graves et al. 2006) over each transcript's letters, the mean
+of what a letter costs, then over transcripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from atoll.backbones.augmentation import SOUND_AUGMENTATIONS
+from atoll.backbones.ctc_vocabulary import Letters, code_points, from_code_points, letters_of, spoken
+from atoll.backbones.encoder import Model
+from atoll.backbones.options import check_augment, options_of
+from atoll.backbones.resolve import Backbone
+from atoll.data.audio import checked_sound
+from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import shown
+from atoll.data.lazy import Cells, Picked
+from atoll.data.parsers import text_cell
+from atoll.data.schema import FILE, Records, Role, file_bytes
+from atoll.data.shard import Shard, canonical_order
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.job.section import Positive, Section
+from atoll.protocol.messages import Facts
+from atoll.tasks.schema_task import Recorded
+from atoll.tasks.speech.ctc_model import load_recogniser, real_counts
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+NOTHING = -100
+"""A target that isn't there: behind a short transcript."""
+
+
+class SpeechOptions(Section):
+    """`task.options` of speech recognition: how long a recording may be."""
+
+    max_seconds: Positive = 20.0
+
+
+def recordings(options: SpeechOptions) -> Records:
+    """A row for each recording."""
+    return Records(
+        (
+            audio_role(options.max_seconds),
+            Role("transcript", _transcript, pa.string(), ("text", "sentence", "transcription")),
+        )
+    )
+
+
+def audio_role(max_seconds: float) -> Role:
+    """A recording; a longer one than the job allows is refused."""
+
+    def sound(data: Any, where: str) -> None:
+        checked_sound(data, where, max_seconds)
+
+    return Role("audio", sound, FILE, ("file", "path", "wav", "sound", "clip"), file=True)
+
+
+def audio_inputs(dataset: Dataset, order: Sequence[int]) -> Picked:
+    """The recordings of those rows, read when they are asked for."""
+    return Picked(Cells(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
+
+
+def read_audio_input(given: str, max_seconds: float) -> bytes:
+    """The bytes of a WAV or FLAC file.
+
+    Raises:
+        DataError: it can't be read, or is too long.
+    """
+    data = file_bytes({"bytes": None, "path": given}, "audio")
+    checked_sound(data, shown(given), max_seconds)
+    return data
+
+
+def _transcript(cell: Any, where: str) -> str:
+    text = text_cell(cell, where)
+    if not spoken(text):
+        raise DataError(f"{where}: {shown(repr(text[:40]))}, expected words")
+    return text
+
+
+@dataclass(frozen=True)
+class SpeechRecognition(Recorded):
+    """Targets are [n, longest]: the code points of each transcript, in lower case without punctuation."""
+
+    name: str = "speech-recognition"
+    summary: str = "what was said; wav2vec2, HuBERT, Whisper's encoder, or a small one, with CTC; WER, CER"
+    on_features: bool = False
+    headline: str = "wer"
+    options: SpeechOptions = field(default_factory=SpeechOptions)
+    backbone: Backbone | None = None
+
+    def bound(self, job: Job, backbone: Backbone) -> SpeechRecognition:
+        return replace(self, options=options_of(job.task.options, SpeechOptions), backbone=backbone)
+
+    @cached_property
+    def _letters(self) -> Letters:
+        assert self.backbone is not None, "the loss is asked of the task that is bound to a job"
+        return letters_of(self.backbone)
+
+    def check(self, job: Job) -> None:
+        recordings(options_of(job.task.options, SpeechOptions)).check(job.data)
+        check_augment(job, SOUND_AUGMENTATIONS)
+        if job.privacy.unit in ("example", "both"):
+            raise ConfigError(
+                f"privacy.unit = {job.privacy.unit!r}: neither CTC nor a recurrent layer gives each example"
+                " a gradient of its own in speech-recognition, expected 'none' or 'client'"
+            )
+
+    def records(self, options: Options) -> Records:
+        return recordings(options_of(options, SpeechOptions))
+
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+        return {}
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        return {}
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        transcripts = dataset["transcript"][:]
+        targets = code_points([spoken(transcripts[place]) for place in order], NOTHING)
+        return Shard(audio_inputs(dataset, order), targets, tuple(keys[place] for place in order))
+
+    def raw_input(self, given: str) -> Any:
+        """The bytes of a WAV or FLAC file."""
+        return read_audio_input(given, self.options.max_seconds)
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        options = options_of(job.task.options, SpeechOptions)
+        return load_recogniser(backbone, job, letters_of(backbone), options.max_seconds)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        letters = [self._letters.coded(text) for text in from_code_points(targets)]
+        lengths = torch.tensor([len(one) for one in letters])
+        coded = torch.tensor([number for one in letters for number in one], dtype=torch.int64)
+        # Padding would let the letters of a transcript that is too long for its recording be said there.
+        frames = real_counts(outputs, self._letters.blank)
+        likelihoods = outputs.log_softmax(2).transpose(0, 1)
+        each = nn.functional.ctc_loss(
+            likelihoods, coded, frames, lengths, self._letters.blank, reduction="none", zero_infinity=True
+        )
+        return (each / lengths.clamp_min(1).to(each)).mean()
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        from torchmetrics import MetricCollection
+        from torchmetrics.text import CharErrorRate, WordErrorRate
+
+        return MetricCollection({"wer": WordErrorRate(), "cer": CharErrorRate()}, compute_groups=False)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """What was heard, and what was said."""
+        return predictions, from_code_points(targets)
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        return [{"label": text} for text in predictions]
+
+
+SPEECH_RECOGNITION = SpeechRecognition()

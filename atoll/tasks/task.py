@@ -1,0 +1,143 @@
+"""The seam of a task: what is read, what is built, what is minimised, what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from atoll.backbones.encoder import Encoder, Model
+from atoll.data.dataset import Dataset
+from atoll.data.shard import Shard
+from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.protocol.messages import Facts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+    from atoll.backbones.resolve import Backbone
+    from atoll.data.classification import Findings, Table
+
+
+class Task(Protocol):
+    """One kind of learning problem; a new one is a file and a line in the registry.
+
+    A task `on_features` has a head on one row of features an example, which may be kept and trained on at
+    once: it says `encoder`, `head` and `head_loss`. Any other says `network`, the whole model.
+    """
+
+    name: str
+    """What jobs call it."""
+
+    summary: str
+    """One line for `atoll list tasks`."""
+
+    on_features: bool = True
+    """Whether the head sees one row of features an example."""
+
+    sees_targets: bool = False
+    """Whether a batch to learn from holds the targets too (`TARGETS`): the words said so far, the boxes."""
+
+    splits_itself: bool = False
+    """Whether `split` says what a client trains on and what it measures on."""
+
+    headline: str = "accuracy"
+    """The metric that a run is judged by."""
+
+    head_loss: Literal["softmax", "sigmoid", "squared"] = "softmax"
+    """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
+
+    def bound(self, job: Job, backbone: Backbone) -> Task:
+        """This task as a job and its resolved backbone make it, above all by `task.options`.
+
+        `loss`, `metrics` and `shard` are asked of what it returns.
+        """
+        return self
+
+    def check(self, job: Job) -> None:
+        """Raises ConfigError where the job asks for what there isn't for this task."""
+        ...
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        """One owner's data, every example checked; `options` are the job's `task.options`."""
+        ...
+
+    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        """The splits of a built-in source, which are in the task's own columns and trusted."""
+        ...
+
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
+        """Write rows into a new folder, as `read` with the same `data` reads them back."""
+        ...
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        """What is in the data and what is wrong with it, for `atoll check`."""
+        ...
+
+    def keys(self, dataset: Dataset) -> list[bytes]:
+        """A 32-byte hash of each example's content: not of its path or place."""
+        ...
+
+    def groups(self, dataset: Dataset) -> list[str] | None:
+        """What must not be split between training and test, or between clients: a patient, say."""
+        return None
+
+    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
+        """(rows to train on, rows to measure on) within a client, of a task that `splits_itself`."""
+        raise TypeError(f"{self.name} splits by content alone")
+
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+        """What must be known of the data before a model can be built."""
+        ...
+
+    def agree(self, facts: Sequence[Facts]) -> Facts:
+        """The facts that hold for all clients together."""
+        ...
+
+    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+        """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
+        ...
+
+    def raw_input(self, given: str) -> Any:
+        """One input of `atoll predict` as a shard holds it."""
+        ...
+
+    def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
+        """The backbone as an encoder of this task's inputs."""
+        raise TypeError(f"{self.name} has no encoder of its own, but a network")
+
+    def head(self, width: int, facts: Facts) -> nn.Module:
+        """A fresh head; its initial values come from the global generator."""
+        raise TypeError(f"{self.name} has no head of its own, but a network")
+
+    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+        """The whole model, of a task that isn't `on_features`; its first values come from the job's seed."""
+        raise TypeError(f"{self.name} has a head on an encoder, and no network of its own")
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean over the batch."""
+        ...
+
+    def metrics(self, facts: Facts) -> MetricCollection:
+        """Metrics whose states add up over clients; they take predictions and targets."""
+        ...
+
+    def measured_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss on examples that are only measured on, where that is another one."""
+        return self.loss(outputs, targets)
+
+    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """What `update` of the metrics takes."""
+        return predictions, targets
+
+    def references(self, shard: Shard, facts: Facts) -> dict[str, Any]:
+        """Predictions that need no learning, by name, which a result always stands beside: the last value."""
+        return {}
+
+    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+        """What `atoll predict` prints for each prediction; `label` comes first."""
+        ...

@@ -1,0 +1,1 @@
+"""A real site: its processes, and the tasks that it answers."""

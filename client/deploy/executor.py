@@ -1,0 +1,328 @@
+"""What a site asks of Flower: a SuperNode, and its tasks, answered by the installed code.
+
+Flower starts a new process for every message and runs the code that came in the run's bundle. Here one
+resident process takes the tasks and runs `atoll.client.app` as installed on this site, so backbone, features
+and shard stay warm, and code from outside is never run. Every non-public Flower call of a site is in
+this file.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import sys
+import threading
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from atoll.errors import JobError
+from atoll.kit.code_hashes import HASHES, differing, installed_hashes
+from atoll.system.signals import Interrupted, stop_on_signals
+
+logger = logging.getLogger(__name__)
+
+logging.getLogger("httpx").setLevel(logging.WARNING)
+"""It has a line for every call, and a site calls ten times a second."""
+
+LARGEST_HASHES = 2**20
+"""Bytes; Atoll's own are some ten thousand."""
+
+App = Callable[[Message, Context], Message]
+
+FAST_SECONDS = 0.1
+SLOW_SECONDS = 1.0
+WARM_SECONDS = 120.0
+"""How long after a message a site goes on asking fast."""
+FORWARD_SECONDS = 0.5
+"""Enough for the SuperNode to send the last reply on."""
+ARRIVAL_SECONDS = 0.02
+"""How long to wait before asking again for what is on its way; Flower waits 1 to 10 s."""
+
+
+@dataclass
+class Pace:
+    """How long to wait before asking again: briefly while a run is going on, longer when idle."""
+
+    fast_until: float = 0.0
+
+    def worked(self) -> None:
+        self.fast_until = time.monotonic() + WARM_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        return FAST_SECONDS if time.monotonic() < self.fast_until else SLOW_SECONDS
+
+
+class CodeDiffers(JobError):
+    """A run's bundle is not the code that is installed on this site."""
+
+
+@dataclass
+class Executor:
+    """Takes the SuperNode's tasks, one at a time, and answers them with the installed ClientApp."""
+
+    address: str
+    secret: bytes
+    app: App
+    hashes: dict[str, str]
+    node_config: dict[str, str | int | float | bool]
+    accepted: set[str] = field(default_factory=set)
+    states: dict[int, RecordDict] = field(default_factory=dict)
+    next_token: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set where the site is to stop; Python can lose an exception that a signal raises, but not this."""
+    working: bool = False
+    pace: Pace = field(default_factory=Pace)
+
+    def stay(self) -> None:
+        """Answer tasks as they come, until we are to stop."""
+        while not self.stop.is_set():
+            if token := self.acquire():
+                self._work(token)
+            else:
+                self.stop.wait(self.pace.seconds)
+
+    def _work(self, token: str) -> None:
+        self.working = True
+        try:
+            self.run(token)
+        except Interrupted:
+            time.sleep(FORWARD_SECONDS)
+        finally:
+            self.working = False
+        self.pace.worked()
+
+    def acquire(self) -> str:
+        """The token of the SuperNode's next task, or nothing."""
+        token, self.next_token = self.next_token or self._ask(), ""
+        return token
+
+    def _ask(self) -> str:
+        signed = SuperExecAuthHttpInterceptor(
+            master_secret=self.secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
+        )
+        with _connection(self.address, signed) as client:
+            try:
+                answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+            except httpx.HTTPError as error:
+                logger.debug("the SuperNode does not answer: %s", error)
+                return ""
+        return answer.token
+
+    def overtaken(self) -> bool:
+        """Whether there is a next task; the SuperNode handles one message at a time."""
+        with self.lock:
+            self.next_token = self.next_token or self._ask()
+            return bool(self.next_token)
+
+    def run(self, token: str) -> None:
+        """Answer one task, unless it is withdrawn meanwhile, as when its run is stopped."""
+        with _connection(self.address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeat(client):
+            client.overtaken, client.stopping = self.overtaken, self.stop.is_set
+            try:
+                self._run(client)
+            except (httpx.HTTPError, ObjectPullError, RuntimeError) as error:
+                logger.warning("a task was withdrawn: %s", " ".join(str(error).split()))
+
+    def _run(self, client: RuntimeHttpClient) -> None:
+        """Send what the app replies, or an error if it raises one or we are to leave."""
+        message, context, run, fab = pull_task_input(client)
+        began = time.monotonic()
+        try:
+            reply = self._answer(message, context, run.run_id, fab.content)
+        except Interrupted:
+            leaving = Error(ErrorCode.UNKNOWN, "the site is leaving")
+            push_message(client, Message(leaving, reply_to=message), context)
+            raise
+        push_message(client, reply, context)
+        push_task_output(client, None, SubStatus.COMPLETED, "")
+        what = message.metadata.message_type
+        logger.debug("run %d, %s: answered in %.3f s", run.run_id, what, time.monotonic() - began)
+
+    def _answer(self, message: Message, context: Context, run_id: int, fab: bytes) -> Message:
+        try:
+            self._check(fab)
+            context.node_config = {**self.node_config}
+            context.state = self.states.setdefault(run_id, context.state)
+            reply = self.app(message, context)
+            self.states[run_id] = context.state
+            return reply
+        except CodeDiffers as error:
+            logger.error("refused a task of run %d: %s", run_id, error)
+            return Message(Error(ErrorCode.INVALID_FAB, str(error)), reply_to=message)
+        except Exception as error:  # noqa: BLE001 - whatever the app raises, the server must hear of it
+            _log_failure(run_id, error)
+            # The error's text may quote the shard, so the server learns the kind only.
+            reason = f"{type(error).__name__}; the site's log has the rest"
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+    def _check(self, fab: bytes) -> None:
+        """Raise CodeDiffers unless the bundle's code is the installed code, file by file."""
+        digest = hashlib.sha256(fab).hexdigest()
+        if digest in self.accepted:
+            return
+        different = differing(self.hashes, bundle_hashes(fab))
+        if different:
+            raise CodeDiffers(
+                f"site {self.node_config['name']}: the run's code is not the code installed here; "
+                f"different: {', '.join(different[:5])}{' …' if different[5:] else ''}"
+            )
+        self.accepted.add(digest)
+
+
+def answer_tasks() -> None:
+    """Answer a SuperNode's tasks until SIGTERM; the entry of a child process.
+
+    `sys.argv[1]` is JSON: the SuperNode's `address`, the file with its `secret`, and the `node_config`.
+    """
+    # Imported here because the SuperNode, whose entry is in this file too, does without torch.
+    from atoll.client.app import app
+
+    given = json.loads(sys.argv[1])
+    executor = Executor(
+        given["address"], Path(given["secret"]).read_bytes(), app, installed_hashes(), given["node_config"]
+    )
+    with stop_on_signals(executor.stop, working=lambda: executor.working):
+        executor.stay()
+
+
+def _log_failure(run_id: int, error: Exception) -> None:
+    """Say where it failed; what it said only if it is our own line, for others may quote examples."""
+    said = str(error) if isinstance(error, JobError) else "its text is in the log at level DEBUG"
+    where = "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()
+    logger.error("a task of run %d failed: %s: %s\n%s", run_id, type(error).__name__, said, where)
+    logger.debug("the failure in full", exc_info=error)
+
+
+def bundle_hashes(fab: bytes) -> dict[str, str]:
+    """The hashes of the server's installed code, which a bundle carries; read in memory.
+
+    Raises:
+        CodeDiffers: there are none.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+            if archive.getinfo(HASHES).file_size > LARGEST_HASHES:
+                raise CodeDiffers(f"the run's bundle has more than {LARGEST_HASHES} bytes of hashes")
+            found = json.loads(archive.read(HASHES))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise CodeDiffers(f"the run's bundle doesn't say which code the server has: {error}") from None
+    if not isinstance(found, dict):
+        raise CodeDiffers("the run's bundle doesn't say which code the server has")
+    return {str(name): str(value) for name, value in found.items()}
+
+
+class _Client(RuntimeHttpClient):
+    """Runtime calls that wait for a message on its way: a task is there before its message is.
+
+    When a run is stopped at that moment, Flower 1.41 drops the message and leaves the task; the only
+    sign is that the SuperNode goes on to a next task.
+    """
+
+    overtaken: Callable[[], bool] = staticmethod(lambda: False)
+    stopping: Callable[[], bool] = staticmethod(lambda: False)
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        for _ in self._waiting():
+            if (answer := super().PullMessages(request)).messages_list:
+                break
+        return answer
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
+        for _ in self._waiting():
+            answer = super().PullObject(request)
+            if answer.object_available or not answer.object_found:
+                break
+        return answer
+
+    def _waiting(self) -> Iterator[None]:
+        yield
+        look = time.monotonic() + SLOW_SECONDS
+        while True:
+            time.sleep(ARRIVAL_SECONDS)
+            if self.stopping():
+                raise RuntimeError("the site is to stop, and its message has not arrived")
+            if time.monotonic() > look:
+                look = time.monotonic() + SLOW_SECONDS
+                if self.overtaken():
+                    raise RuntimeError("its run was stopped before its message had arrived")
+            yield
+
+
+@contextmanager
+def _connection(address: str, proof: ProtobufClientInterceptor) -> Iterator[_Client]:
+    version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
+    client = _Client.from_server_address(address, True, None, interceptors=[version, proof])
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextmanager
+def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
+    """Within, the SuperNode hears that the task is being worked on."""
+
+    def beat() -> bool:
+        try:
+            return bool(client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+        except httpx.HTTPError:
+            return False
+
+    sender = HeartbeatSender(beat)
+    sender.start()
+    try:
+        yield
+    finally:
+        sender.stop()
+
+
+class _PacedTime:
+    """Stands in for `time` in the SuperNode's loop, whose pauses of 3 s and 0.5 s are literals."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+
+    def sleep(self, seconds: float) -> None:
+        if seconds < 3:
+            self._pace.worked()
+            time.sleep(min(seconds, 0.02))
+        else:
+            time.sleep(min(seconds, self._pace.seconds))
+
+
+def supernode() -> None:
+    """Flower's SuperNode, asking often while a run is going on; the entry of a child process."""
+    vars(start_client_internal)["time"] = _PacedTime()
+    pull_objects.__kwdefaults__ = {**(pull_objects.__kwdefaults__ or {}), "initial_backoff": ARRIVAL_SECONDS}
+    flower_supernode()

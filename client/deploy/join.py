@@ -1,0 +1,224 @@
+"""A site: Flower's SuperNode and the resident process that does the work, both supervised."""
+
+import email.utils
+import http.client
+import json
+import logging
+import os
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from atoll.errors import DataError, JobError
+from atoll.kit.kit import SiteKit
+from atoll.system.child_process import Child, free_port
+from atoll.system.child_process import environment as flower_environment
+from atoll.system.fork_server import import_first
+from atoll.system.lock import only_one
+from atoll.system.signals import stop_on_signals
+from atoll.tasks.imports import ANY
+
+logger = logging.getLogger(__name__)
+
+SUPERNODE = "atoll.client.deploy.executor:supernode"
+EXECUTOR = "atoll.client.deploy.executor:answer_tasks"
+PROGRAMS = ("atoll.client.deploy.executor", "atoll.client.app")
+"""What the fork server imports for both."""
+WATCH_SECONDS = 0.2
+LAST_STEP_SECONDS = 30.0
+"""How long the executor may be at one step of training before it hears that it is to stop."""
+CONNECTED = "SuperNode ID: "
+"""What the SuperNode writes once the server has let it in."""
+CONNECT_SECONDS = 10.0
+SHORTEST_PAUSE = 1.0
+LONGEST_PAUSE = 10.0
+REFUSED_SECONDS = 240.0
+"""A vanished connection of the same site is forgotten by the server after a minute; then it's the key."""
+CLOCK_SECONDS = 120.0
+"""Flower refuses signatures that are 300 s old or more."""
+
+
+def join(
+    kit: Path,
+    data: Sequence[Path],
+    *,
+    tell: Callable[[str], None] = logger.info,
+    stop: threading.Event | None = None,
+    executor: Sequence[str] = (EXECUTOR,),
+) -> None:
+    """Take part in the kit's federation until SIGTERM, SIGINT or `stop`.
+
+    One path is the site's own shard; of several, each is a client named as its folder. `executor` is the
+    entry (`module:function`) of the process that answers the server's tasks, and more words for its sys.argv.
+
+    A server that isn't up, or is restarted, is waited for. Raises JobError where waiting can't help:
+    the server's certificate is another authority's, or it refuses this site's key for minutes.
+    """
+    loaded = SiteKit.load(kit)
+    for path in data:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    stop = stop or threading.Event()
+    with ExitStack() as stack:
+        stack.enter_context(only_one(loaded.state / "join.lock", "a site"))
+        site = _Site(loaded, [path.resolve() for path in data], tell, stop, executor)
+        stack.callback(site.close)
+        stack.enter_context(stop_on_signals(stop))
+        site.stay()
+    tell("stopped")
+
+
+@dataclass
+class _Site:
+    """The SuperNode of a site and the executor that answers for it, both processes of their own."""
+
+    kit: SiteKit
+    data: list[Path]
+    tell: Callable[[str], None]
+    stop: threading.Event
+    entry: Sequence[str] = (EXECUTOR,)
+    connected: bool = False
+    pause: float = SHORTEST_PAUSE
+    refused_since: float | None = None
+
+    def __post_init__(self) -> None:
+        address = f"127.0.0.1:{free_port()}"
+        environment = flower_environment(self.kit.state / "flwr")
+        import_first(*PROGRAMS, *ANY)
+        self.supernode = Child(
+            "supernode", SUPERNODE, self._arguments(address), environment, title=str(self.kit.folder)
+        )
+        work = {
+            "address": address,
+            "secret": str(self.kit.secret),
+            "node_config": {
+                "name": self.kit.name,
+                "data-paths": json.dumps([str(p) for p in self.data]),
+                "ledgers": str(self.kit.ledgers),
+                "memory": str(self.kit.memory),
+                "budget": self.kit.budget.model_dump_json() if self.kit.budget else "",
+            },
+        }
+        self.executor = Child(
+            "executor", self.entry[0], [json.dumps(work), *self.entry[1:]], os.environ,
+            title=str(self.kit.folder),
+            streams=(1, 2), dies_with_parent=True,
+        )  # fmt: skip
+
+    def _arguments(self, address: str) -> list[str]:
+        host, _, port = address.rpartition(":")
+        return [
+            *("--superlink", str(self.kit.address), "--root-certificates", str(self.kit.authority)),
+            *("--auth-supernode-private-key", str(self.kit.key)),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(self.kit.secret)),
+            *("--host", host, "--port", port),
+        ]
+
+    def stay(self) -> None:
+        """See to it that both processes run, until we are to stop."""
+        while not self.stop.is_set():
+            if self.supernode.running and self.executor.running:
+                self._tell_connected()
+                self.stop.wait(WATCH_SECONDS)
+            else:
+                self._connect()
+
+    def _tell_connected(self) -> None:
+        if not self.connected and any(CONNECTED in line for line in list(self.supernode.tail)):
+            self.connected = True
+            self.tell(f"{self.kit.name} is connected to the server at {self.kit.address}")
+
+    def _connect(self) -> None:
+        """Start the SuperNode once the server answers; say what is in the way if it doesn't."""
+        if self.supernode.pid is not None:
+            self._explain_end()
+            self.close()
+            self._wait()
+        while not self.stop.is_set():
+            obstacle = self._obstacle()
+            if obstacle is None:
+                self.supernode.start()
+                self.executor.start()
+                return
+            self.tell(f"waiting for the server at {self.kit.address}: {obstacle}")
+            self._wait()
+
+    def _wait(self) -> None:
+        self.stop.wait(self.pause)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def _obstacle(self) -> str | None:
+        """Why the server can't be reached just now, or None; raises where waiting can't help."""
+        try:
+            skew = server_clock_skew(self.kit)
+        except ssl.SSLCertVerificationError as error:
+            raise JobError(
+                f"the server at {self.kit.address} is not the one of this kit: {error.verify_message}"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            return str(error) or type(error).__name__
+        if abs(skew) > CLOCK_SECONDS:
+            return f"this machine's clock is {skew:+.0f} s off the server's"
+        return None
+
+    def _explain_end(self) -> None:
+        """Say which process ended, and why if it said so; raises where waiting can't help."""
+        if not self.executor.running:
+            how = self.executor.exit_code
+            self.connected = False
+            self.tell(f"the process that trains ended ({_ending(how)}); connecting again with another")
+            return
+        words = self.supernode.last_words()
+        logger.debug("last words of the supernode:\n%s", words)
+        self.connected = False
+        if CONNECTED in words:
+            self.refused_since, self.pause = None, SHORTEST_PAUSE
+        if "Exit Code: 305" not in words:
+            self.tell("the connection to the server ended; connecting again")
+            return
+        self.refused_since = self.refused_since or time.monotonic()
+        if time.monotonic() - self.refused_since > REFUSED_SECONDS:
+            raise JobError(f"the server at {self.kit.address} does not know the key of site {self.kit.name}")
+        said = re.search(r"connection to the SuperLink\.\n(.*)", words)
+        self.tell(
+            f"refused by the server ({said.group(1) if said else 'no reason given'}): this site's last "
+            "connection has not timed out yet (up to a minute), it is connected from elsewhere, "
+            "or the server does not know its key"
+        )
+
+    def close(self) -> None:
+        """Stop the executor first: what it says last goes through the SuperNode."""
+        self.executor.stop(grace=LAST_STEP_SECONDS)
+        self.supernode.stop()
+
+
+def _ending(code: int | None) -> str:
+    """How a process ended, in words.
+
+    >>> _ending(-9), _ending(1)
+    ('killed by signal 9; out of memory?', 'exit status 1')
+    """
+    if code is not None and code < 0:
+        return f"killed by signal {-code}{'; out of memory?' if code == -9 else ''}"
+    return f"exit status {code}"
+
+
+def server_clock_skew(kit: SiteKit) -> float:
+    """Seconds by which this clock is ahead of the server's, asked over TLS under the kit's authority."""
+    context = ssl.create_default_context(cafile=str(kit.authority))
+    connection = http.client.HTTPSConnection(
+        kit.address.host, kit.address.port, timeout=CONNECT_SECONDS, context=context
+    )
+    try:
+        connection.request("GET", "/")
+        date = connection.getresponse().getheader("Date", "")
+    finally:
+        connection.close()
+    there = email.utils.parsedate_to_datetime(date) if date else datetime.now(UTC)
+    return (datetime.now(UTC) - there).total_seconds()

@@ -1,0 +1,1 @@
+"""Local training under differential privacy, and what it charges."""

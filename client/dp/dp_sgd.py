@@ -1,0 +1,107 @@
+"""DP-SGD's gradient for heads (Abadi et al. 2016, algorithm 1): every example clipped, the sum noised.
+
+Guarantee: each noised sum is one Gaussian release of sensitivity `clipping_norm` under adding or
+removing one example of the client; all that follows (the optimizer, other steps, the update) is
+post-processing. It rests on batches drawn by Poisson's coins that nobody else knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atoll.client.heads.layers import Layers, squared_norms
+from atoll.privacy.noise import Words, lattice_for
+from atoll.protocol.messages import CHARGED_ROUNDS
+from atoll.protocol.tensors import Tensors
+
+MARGIN = 1 - 1e-5
+"""Examples are clipped to a norm this much smaller: what float32 rounds is not to exceed the norm."""
+
+
+@dataclass(frozen=True)
+class PerExample:
+    """How examples are drawn, clipped and noised; `words` and `draw` are each client's own.
+
+    Sums are divided by `divisor`, a public number. `draw` gives, for a client with so many examples,
+    the places of each step's batch; without it batches are the usual shuffled ones, and no
+    sampling may be claimed. `charged` are the rounds in each client's ledger, with this one.
+    """
+
+    clipping_norm: float
+    noise_multiplier: float
+    divisor: float
+    words: Callable[[str], Words]
+    draw: Callable[[str, int], Sequence[NDArray[np.int64]]] | None = None
+    charged: Mapping[str, int] = field(default_factory=dict)
+
+    def told(self, clients: Sequence[str]) -> tuple[tuple[int, ...], Tensors]:
+        """(each client's weight, its states): nothing in them depends on anybody's examples."""
+        nothing = torch.zeros(len(clients), dtype=torch.float64)
+        charged = torch.tensor([self.charged.get(c, 0) for c in clients], dtype=torch.float64)
+        states = {"train_loss.sum": nothing, "train_loss.count": nothing.clone(), CHARGED_ROUNDS: charged}
+        return (1,) * len(clients), states
+
+
+def factors(
+    values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor, private: PerExample
+) -> torch.Tensor:
+    """What clips each example's gradient and divides it, [clients, batch]; zero where `share` is.
+
+    An example whose gradient isn't finite counts as zero: what it left in `values` and `each` goes.
+    """
+    norm = squared_norms(values, each).sqrt_()
+    unsound = ~torch.isfinite(norm)
+    if bool(unsound.any()):
+        for tensor in (*values, *each):
+            tensor[unsound] = 0
+        norm = norm.masked_fill(unsound, 0)
+    clipped = (private.clipping_norm * MARGIN / norm.clamp_min_(1e-12)).clamp_max_(1.0)
+    return clipped.mul_(share > 0).div_(private.divisor)
+
+
+@dataclass(frozen=True)
+class StackedNoise:
+    """One step's noise for one layer, on its lattice, [clients, outputs, padded inputs]."""
+
+    granularity: float
+    numbers: torch.Tensor
+
+    def added(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradients of the first clients, rounded to the lattice, with noise, exact in float64."""
+        rounded = (gradient.to(torch.float64) / self.granularity).round_().mul_(self.granularity)
+        return rounded.add_(self.numbers[: len(gradient)])
+
+
+def stacked_noise(
+    layers: Layers, steps: Sequence[tuple[str, int]], private: PerExample, device: str
+) -> list[list[StackedNoise]]:
+    """Noise of every step and layer for clients with so many steps each; what is padded gets none."""
+    if private.noise_multiplier == 0:
+        return []
+    sizes: list[tuple[str, tuple[int, ...]]]
+    sizes = [(layer.weight, (layer.outputs, layer.inputs)) for layer in layers.layers]
+    sizes += [(layer.bias, (layer.outputs,)) for layer in layers.layers]
+    numbers = [prod(shape) for _, shape in sizes]
+    sensitivity = private.clipping_norm / private.divisor
+    drawn = []
+    granularity = 0.0
+    for client, count in steps:
+        lattice = lattice_for(private.noise_multiplier, sensitivity, sum(numbers), private.words(client))
+        drawn.append(torch.from_numpy(lattice.noise(count * sum(numbers)).reshape(count, -1)))
+        granularity = lattice.granularity
+    found: list[list[StackedNoise]] = []
+    for s in range(max(count for _, count in steps)):
+        heads = [
+            {n: t.view(shape) for (n, shape), t in zip(sizes, torch.split(own[s], numbers), strict=True)}
+            for own in drawn
+            if len(own) > s
+        ]
+        stacks = [layers.stack(head, device) for head in heads]
+        found.append([StackedNoise(granularity, torch.cat(parts)) for parts in zip(*stacks, strict=True)])
+    return found

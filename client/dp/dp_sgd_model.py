@@ -1,0 +1,175 @@
+"""Local training under example-level privacy by per-example gradients: any model, one client at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atoll.backbones.encoder import Batch
+from atoll.client.dp.dp_sgd import MARGIN, PerExample
+from atoll.client.dp.per_example_gradients import (
+    PerExampleGradients,
+    hooks_suffice,
+    mixing_layers,
+    per_example_gradients,
+)
+from atoll.client.training.local_sgd import pull_back, variation
+from atoll.client.training.optimizers import torch_optimizer
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.learning import trainable
+from atoll.learning.determinism import repeatable
+from atoll.learning.learner import Learner
+from atoll.privacy.noise import lattice_for
+from atoll.protocol.messages import Update
+from atoll.protocol.random_streams import global_stream
+from atoll.protocol.tensors import Tensors
+
+AT_ONCE = 32
+"""Examples whose gradients are in memory together; noise is added once a step, however many parts it has."""
+
+_in_use: list[tuple[Learner, bool]] = []
+"""The learner in use, and whether Opacus' hooks can take its gradients."""
+
+
+def train_privately(
+    learner: Learner,
+    tensors: Tensors,
+    shard: Shard,
+    private: PerExample,
+    *,
+    client: str,
+    round: int,
+    plan: Mapping[str, float],
+) -> Update:
+    """Train from the global tensors by noised sums of clipped gradients; the update is how far they moved.
+
+    Raises:
+        ConfigError: a layer mixes the examples of a batch, so that none has a gradient of its own.
+    """
+    job, mu = learner.job, plan.get("proximal_mu", 0.0)
+    model = learner.model
+    parameters = trainable.trainable(model)
+    start = trainable.placed(parameters, tensors)
+    trainable.load_values(model, start)
+    trainable.training_mode(model)
+    optimizer = torch_optimizer(list(parameters.values()), job.train)
+    assert private.draw is not None
+    drawn = private.draw(client, len(shard))
+    hooks = hooks_suffice_for(learner, shard)
+    noise = _Noise(private, client, parameters)
+    with (
+        global_stream(job.seed, "dropout", round, client),
+        repeatable(job.train.device),
+        per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as gradients,
+    ):
+        for number, rows in enumerate(drawn):
+            total = clipped_sum(learner, gradients, shard, rows, private, (round, client, number))
+            for name, gradient in noise.added(total).items():
+                parameters[name].grad = gradient.to(parameters[name])
+            if mu:
+                pull_back(parameters, start, mu)
+            optimizer.step()
+            if job.backbone.prune is not None:
+                trainable.keep_pruned(model)
+    told = private.told([client])
+    return Update(
+        client=client,
+        round=round,
+        delta=trainable.movement(parameters, start),
+        num_examples=told[0][0],
+        states={name: state[0] for name, state in told[1].items()},
+    )
+
+
+def clipped_sum(
+    learner: Learner,
+    gradients: PerExampleGradients,
+    shard: Shard,
+    rows: NDArray[np.int64],
+    private: PerExample,
+    what: tuple[int, str, int],
+) -> Tensors:
+    """The clipped gradients of those rows, added up and divided, in float64; zeros for no rows."""
+    round, client, number = what
+    total = {
+        name: torch.zeros(value.shape, dtype=torch.float64)
+        for name, value in trainable.trainable(learner.model).items()
+    }
+    varied = variation(learner.job, round, client, number)
+    for begin in range(0, len(rows), AT_ONCE):
+        part = rows[begin : begin + AT_ONCE].tolist()
+        batch, targets = _on_device(learner, learner.batch(shard, part, varied), shard.targets_of(part))
+        each = gradients(batch, targets)
+        factor = _factors(each, private)
+        for name, g in each.items():
+            sound = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
+            total[name] += torch.tensordot(factor.to(g.dtype), sound, dims=1).cpu().to(torch.float64)
+    return total
+
+
+def _factors(each: Mapping[str, torch.Tensor], private: PerExample) -> torch.Tensor:
+    """What clips each example's gradient over all tensors together, and divides it, [batch]."""
+    squares = [g.flatten(1).to(torch.float64).square().sum(1) for g in each.values()]
+    norm = torch.stack(squares).sum(0).sqrt()
+    clipped = (private.clipping_norm * MARGIN / norm.clamp_min(1e-12)).clamp_max(1.0)
+    return clipped.masked_fill(~torch.isfinite(norm), 0.0) / private.divisor
+
+
+class _Noise:
+    """The client's noise, a step after the other, over all tensors in the order of their names."""
+
+    def __init__(
+        self, private: PerExample, client: str, parameters: Mapping[str, torch.nn.Parameter]
+    ) -> None:
+        self.names = sorted(parameters)
+        self.sizes = [parameters[name].numel() for name in self.names]
+        self.lattice = lattice_for(
+            private.noise_multiplier,
+            private.clipping_norm / private.divisor,
+            sum(self.sizes),
+            private.words(client),
+        )
+
+    def added(self, total: Tensors) -> Tensors:
+        flat = torch.cat([total[name].reshape(-1) for name in self.names]).numpy()
+        parts = torch.split(torch.from_numpy(self.lattice.added(flat)), self.sizes)
+        return {name: part.reshape(total[name].shape) for name, part in zip(self.names, parts, strict=True)}
+
+
+def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
+    """Looked up once for a learner, with two examples; layers that mix examples are found on the way."""
+    if not _in_use or _in_use[0][0] is not learner:
+        rows = [0, min(1, len(shard) - 1)]
+        batch, targets = _on_device(learner, learner.batch(shard, rows), shard.targets_of(rows))
+        mixing = mixing_layers(learner.model, _made_different(batch))
+        if mixing:
+            raise ConfigError(
+                f"backbone {learner.backbone.name}: layer {mixing[0]} mixes the examples of a batch, so that"
+                " no example has a gradient of its own; expected another backbone, or tune.method = 'head'"
+            )
+        _in_use[:] = [(learner, hooks_suffice(learner.model, learner.training_loss(shard), batch, targets))]
+    return _in_use[0][1]
+
+
+def _made_different(batch: Batch) -> Batch:
+    """The batch with a second row that is surely another one: numbers reversed, masks as they are."""
+    changed = {}
+    for name, t in batch.items():
+        changed[name] = t.clone()
+        if torch.is_floating_point(t):
+            changed[name][1] = t[1].flip(-1) + 1
+        elif "mask" not in name:
+            changed[name][1] = t[1].flip(-1)
+    return changed
+
+
+def _on_device(learner: Learner, batch: Batch, targets: torch.Tensor) -> tuple[Batch, torch.Tensor]:
+    device = learner.job.train.device
+    return {name: t.to(device) for name, t in batch.items()}, targets.to(device)
+
+
+__all__: Sequence[str] = ["train_privately"]

@@ -1,0 +1,57 @@
+"""The clipped gradients of one Poisson batch, added up: what a client gives to distributed DP-SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from atoll.client.dp.dp_sgd import PerExample, factors
+from atoll.client.dp.dp_sgd_model import clipped_sum, hooks_suffice_for
+from atoll.client.dp.per_example_gradients import per_example_gradients
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.layers import Layers, Loss, gradients
+from atoll.client.heads.train import drawn, rows_per_batch
+from atoll.data.shard import Shard
+from atoll.learning import trainable
+from atoll.learning.learner import Learner
+from atoll.protocol.tensors import Tensors
+
+
+def head_sums(
+    head: Tensors, examples: Examples, works: Sequence[HeadWork], loss: Loss, private: PerExample
+) -> Iterator[tuple[str, Tensors]]:
+    """(client, the sum over its batch of clipped gradients), in the order of `works`; zeros for no batch."""
+    layers = Layers.of(head)
+    device = str(examples.features.device)
+    start = layers.stack(head, device)
+    for work in works:
+        batch = drawn(work, private).batches[0]
+        size = rows_per_batch(len(batch), max(len(batch), 2))
+        rows = np.full(size, work.rows[0])
+        rows[: len(batch)] = work.rows[batch]
+        share = (torch.arange(size) < len(batch)).to(torch.float32).unsqueeze(0).to(device)
+        values = layers.forward(start, examples.features[torch.from_numpy(rows)].unsqueeze(0))
+        targets = examples.targets[torch.from_numpy(rows)].unsqueeze(0)
+        error, _ = loss.error(values[-1], targets)
+        each = layers.errors(start, values, error)
+        factor = factors(values, each, share, private).unsqueeze(2)
+        total = [torch.empty_like(matrix) for matrix in start]
+        gradients(values, [e.mul_(factor) for e in each], out=total)
+        yield work.client, {name: t[0] for name, t in layers.apart(total).items()}
+
+
+def model_sums(
+    learner: Learner, tensors: Tensors, shards: Mapping[str, Shard], private: PerExample, round: int
+) -> Iterator[tuple[str, Tensors]]:
+    """(client, the sum over its batch of clipped gradients); zeros for no batch."""
+    model = learner.model
+    trainable.load_values(model, tensors)
+    trainable.training_mode(model)
+    assert private.draw is not None
+    for client, shard in shards.items():
+        hooks = hooks_suffice_for(learner, shard)
+        rows = private.draw(client, len(shard))[0]
+        with per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as found:
+            yield client, clipped_sum(learner, found, shard, rows, private, (round, client, 0))

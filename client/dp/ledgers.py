@@ -1,0 +1,62 @@
+"""What the clients of this process have spent: a ledger each, written before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atoll.errors import BudgetExhausted
+from atoll.job.job import Job
+from atoll.kit.kit import Budget
+from atoll.privacy.accounting import together, within
+from atoll.privacy.dp_plan import Terms
+from atoll.privacy.ledger import Entry, Ledger
+from atoll.protocol.messages import Request
+
+
+@dataclass
+class Books:
+    """Ledgers by client and unit, in one folder; they outlive runs and jobs."""
+
+    folder: Path
+    budget: Budget | None = None
+    _open: dict[str, Ledger] = field(default_factory=dict)
+
+    def charge(self, client: str, fingerprint: str, job: Job, terms: Terms, request: Request) -> int:
+        """Charge one round; how many rounds of this run have been charged then.
+
+        A round that is answered a second time, because its update was lost, is charged again, but for
+        seeded noise, which repeats it byte for byte.
+
+        Raises:
+            BudgetExhausted: it would overspend the run's target or the site's budget.
+            DataError: the ledger was changed.
+        """
+        durable = not job.privacy.seeded_noise
+        ledger = self.ledger(client, terms.unit, durable=durable)
+        spent, count = ledger.spent_on(request.run), terms.per_round
+        if durable or not ledger.has(request.run, request.round):
+            if not terms.affords(spent, count):
+                raise BudgetExhausted(
+                    f"one more round would bring epsilon above the target {terms.promise.epsilon}"
+                )
+            if durable:
+                self._check_budget(ledger, terms)
+            entry = Entry(request.run, request.round, terms.unit, terms.cost, count, fingerprint)
+            ledger.charge(entry)
+        return sum(ledger.spent_on(request.run).values()) // count
+
+    def _check_budget(self, ledger: Ledger, terms: Terms) -> None:
+        if self.budget is None:
+            return
+        everything = together(ledger.spent, {terms.cost: terms.per_round})
+        if not within(everything, self.budget.delta, self.budget.epsilon):
+            raise BudgetExhausted("the site's privacy budget for this client's data is spent")
+
+    def ledger(self, client: str, unit: str, *, durable: bool = True) -> Ledger:
+        """The client's ledger for one unit, opened when first needed."""
+        name = client if unit == "example" else f"{client}.{unit}"
+        if name not in self._open:
+            path = self.folder / f"{name}.jsonl"
+            self._open[name] = Ledger.open(path, f"{unit} of {client}", durable=durable)
+        return self._open[name]

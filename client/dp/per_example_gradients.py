@@ -1,0 +1,163 @@
+"""Every example's own gradient of a model: by Opacus' hooks, or by torch.func where those can't.
+
+Hooks see a layer's inputs and what comes back (Yousefpour et al. 2021, "Opacus"). A parameter that
+the whole batch shares in one row (position embeddings), or of a layer that is not in training mode
+(batch norm, whose statistics never move here), has no gradient an example there; torch.func takes
+the gradient of each example on its own, whatever the layers do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from atoll.backbones.checkpoint import mask_always
+from atoll.backbones.encoder import Batch, Model
+from atoll.learning import trainable
+from atoll.protocol.random_streams import global_stream
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The mean over a batch."""
+
+PerExampleGradients = Callable[[Batch, torch.Tensor], dict[str, torch.Tensor]]
+"""Of a batch and its targets: by parameter, [batch, …]; without those that the loss doesn't reach."""
+
+
+@contextmanager
+def per_example_gradients(model: Model, loss: Loss, *, hooks: bool) -> Iterator[PerExampleGradients]:
+    """Within, what gives every example's gradient with the model's present values."""
+    if not hooks:
+        yield lambda batch, targets: _by_functions(model, loss, batch, targets)
+        return
+    with warnings.catch_warnings(), _nothing_in_place(model):
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        try:
+            hooked = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
+            yield lambda batch, targets: _by_hooks(hooked, model, loss, batch, targets)
+        finally:
+            _unhook(model)
+
+
+@contextmanager
+def _nothing_in_place(model: nn.Module) -> Iterator[None]:
+    """Within, no layer overwrites its input, which hooks still need."""
+    changed = [m for m in model.modules() if getattr(m, "inplace", False) is True]
+    for module in changed:
+        module.inplace = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.inplace = True  # type: ignore[assignment]
+
+
+def _unhook(model: nn.Module) -> None:
+    """Take off what Opacus puts on a model, also where it gave up half way."""
+    for handle in vars(model).pop("autograd_grad_sample_hooks", []):
+        handle.remove()
+    for module in model.modules():
+        for name in ("ft_compute_sample_grad", "activations", "max_batch_len"):
+            vars(module).pop(name, None)
+    for p in model.parameters():
+        p.grad = None
+        for name in ("grad_sample", "_forward_counter", "_current_grad_sample"):
+            vars(p).pop(name, None)
+
+
+def hooks_suffice(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor) -> bool:
+    """Whether the hooks give each parameter that the loss reaches one gradient an example."""
+    try:
+        with per_example_gradients(model, loss, hooks=True) as gradients:
+            found = gradients(batch, targets)
+    except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
+        return False  # layers that Opacus has no rule for; torch.func needs none
+    expected = _by_functions(model, loss, batch, targets)
+    reached = {name for name, g in expected.items() if bool(g.any())}
+    return found.keys() >= reached and all(found[n].shape == expected[n].shape for n in found)
+
+
+def _by_hooks(
+    hooked: GradSampleModule, model: Model, loss: Loss, batch: Batch, targets: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    (loss(hooked(batch), targets) * len(targets)).backward()  # type: ignore[no-untyped-call]
+    found = {}
+    for name, p in trainable.trainable(model).items():
+        if p.grad_sample is not None:  # type: ignore[attr-defined]
+            found[name] = p.grad_sample.detach()  # type: ignore[attr-defined]
+        p.grad = p.grad_sample = None  # type: ignore[attr-defined]
+    return found
+
+
+def _by_functions(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    mask_always(model)
+    own = {name: p.detach() for name, p in trainable.trainable(model).items()}
+
+    def of_one(parameters: dict[str, torch.Tensor], one: Batch, target: torch.Tensor) -> torch.Tensor:
+        alone = {name: t.unsqueeze(0) for name, t in one.items()}
+        return loss(functional_call(model, parameters, (alone,)), target.unsqueeze(0))
+
+    # Of attention's ways only the plain one has a rule for maps.
+    with sdpa_kernel(SDPBackend.MATH):
+        found: dict[str, torch.Tensor] = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="different")(
+            own, batch, targets
+        )
+    return found
+
+
+def mixing_layers(model: nn.Module, batch: Batch) -> list[str]:
+    """Layers in which an example's outputs depend on other examples of its batch, by name.
+
+    Two batches that differ in their second row only go through; a layer whose first row of inputs is
+    the same in both, and of outputs isn't, mixes examples.
+    """
+    other = {name: torch.stack([t[0], *(t[0] for _ in t[1:])]) for name, t in batch.items()}
+    seen = [_rows_seen(model, each) for each in (batch, other)]
+    return [
+        name
+        for name, (inputs, outputs) in seen[0].items()
+        if name in seen[1] and _equal(inputs, seen[1][name][0]) and not _equal(outputs, seen[1][name][1])
+    ]
+
+
+Rows = list[torch.Tensor]
+
+
+def _rows_seen(model: nn.Module, batch: Batch) -> dict[str, tuple[Rows, Rows]]:
+    """The first row of every layer's inputs and outputs; layers that see no batch are left out."""
+    size = len(next(iter(batch.values())))
+    seen: dict[str, tuple[Rows, Rows]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...], outputs: object) -> None:
+            before, after = _first_rows(inputs, size), _first_rows((outputs,), size)
+            if before and after:
+                seen[name] = (before, after)
+
+        return hook
+
+    leaves = [(name, m) for name, m in model.named_modules() if not list(m.children())]
+    handles = [module.register_forward_hook(note(name)) for name, module in leaves]
+    try:
+        with torch.no_grad(), global_stream(0, "dropout"):
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _first_rows(values: tuple[object, ...], size: int) -> Rows:
+    return [v[0].clone() for v in values if isinstance(v, torch.Tensor) and v.dim() and len(v) == size]
+
+
+def _equal(a: Rows, b: Rows) -> bool:
+    return len(a) == len(b) and all(
+        torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,37 @@
+"""Example-level privacy of a round's local training: the coins, the noise, and the charge before both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.client.dp.dp_sgd import PerExample
+from atoll.job.job import Job
+from atoll.privacy.dp_plan import Terms
+from atoll.privacy.noise import Words, entropy, seeded, uniform
+from atoll.protocol.random_streams import stream_seed
+
+
+def private_training(job: Job, terms: Terms, round: int, charged: Mapping[str, int]) -> PerExample:
+    """How the clients of a round train, who have been charged for it."""
+
+    def words(client: str, purpose: str = "noise") -> Words:
+        if job.privacy.seeded_noise:
+            return seeded(stream_seed(job.seed, purpose, round, client))
+        return entropy
+
+    def draw(client: str, count: int) -> list[NDArray[np.int64]]:
+        steps = terms.per_round
+        coins = uniform(words(client, "poisson")(steps * count)).reshape(steps, count)
+        return [np.flatnonzero(row < terms.cost.sampling_rate) for row in coins]
+
+    return PerExample(
+        clipping_norm=terms.promise.clipping_norm,
+        noise_multiplier=terms.noise_multiplier,
+        divisor=terms.divisor if terms.where == "client" else 1.0,
+        words=words,
+        draw=draw,
+        charged=charged,
+    )

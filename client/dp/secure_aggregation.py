@@ -1,0 +1,117 @@
+"""A site's part in secure sums: the stages that need no training, and what is sent in the third."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from atoll.job.job import Job
+from atoll.privacy.dp_plan import Terms, distributed_terms
+from atoll.privacy.noise import Words, entropy, seeded
+from atoll.privacy.secagg import Participant, SecureAggregationFailed
+from atoll.privacy.secagg_encoding import (
+    OutOfRange,
+    Scale,
+    as_bytes,
+    as_tensor,
+    clipped,
+    context_of,
+    flat,
+    length,
+    weighted,
+)
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, Request, Sealed, Update
+from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.tensors import Tensors
+
+STAGES = ("keys", "deal", "reveal")
+"""Kinds of requests that need no data; `mask` sends a vector under masks, `sum`, in a simulation, without."""
+SUMS = ("mask", "sum")
+
+
+@dataclass
+class Desk:
+    """The secure sums that this process' clients are in the middle of, one for each client."""
+
+    people: dict[str, Participant] = field(default_factory=dict)
+
+    def answer(self, request: Request, names: Sequence[str]) -> Iterator[Reply]:
+        """Keys, dealt shares or revealed shares of the named clients."""
+        for name in names:
+            try:
+                yield Sealed(name, request.round, self._stage(request, name))
+            except SecureAggregationFailed as error:
+                yield Failure(name, str(error))
+
+    def _stage(self, request: Request, name: str) -> Tensors:
+        if request.kind == "keys":
+            return {"keys": as_tensor(self._person(request, name, is_new=True).advertise())}
+        person = self._person(request, name)
+        if request.kind == "deal":
+            keys = {other: as_bytes(t) for other, t in request.tensors.items()}
+            dealt = person.deal(keys, int(request.plan["threshold"]))
+            return {other: as_tensor(content) for other, content in dealt.items()}
+        return {other: as_tensor(share) for other, share in person.reveal(request.others).items()}
+
+    def _person(self, request: Request, name: str, *, is_new: bool = False) -> Participant:
+        context = context_of(request)
+        known = self.people.get(name)
+        if is_new and (known is None or known.context != context):
+            known = self.people[name] = Participant(name, context)
+        if known is None or known.context != context:
+            raise SecureAggregationFailed("its site was started anew in the middle of the round")
+        return known
+
+    def sent(
+        self,
+        job: Job,
+        request: Request,
+        values: Iterable[tuple[str, torch.Tensor]],
+        charged: Mapping[str, int],
+    ) -> Iterator[Reply]:
+        """Contributions as integers with their share of the noise, under masks where `mask` asks for it.
+
+        A share is as large as the threshold that the client dealt its own shares with asks for,
+        whatever the request says now. `charged` are the rounds that the ledgers know of.
+        """
+        terms = distributed_terms(job)
+        numbers = length(request.tensors, private=terms is not None)
+        for name, contribution in values:
+            words = share_words(job, request.round, name)
+            try:
+                person = self._person(request, name) if request.kind == "mask" else None
+                threshold = int(request.plan["threshold"]) if person is None else person.threshold
+                vector = Scale.of(terms, numbers, threshold, words).integers(contribution.numpy())
+                if person is not None:
+                    dealt = {other: as_bytes(t) for other, t in request.own.get(name, {}).items()}
+                    vector = person.masked(dealt, vector)
+            except (OutOfRange, SecureAggregationFailed) as error:
+                yield Failure(name, str(error))
+                continue
+            rounds = torch.tensor(float(charged.get(name, 0)), dtype=torch.float64)
+            content = {"vector": torch.from_numpy(vector.view(np.int64)), CHARGED_ROUNDS: rounds}
+            yield Sealed(name, request.round, content)
+
+
+def contributions(updates: Iterable[Update], terms: Terms | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """What each update is in a secure sum: clipped where clients are promised privacy, else weighted."""
+    for update in updates:
+        if terms is None:
+            yield update.client, weighted(update)
+        else:
+            yield update.client, clipped(flat(update.delta), terms.promise.clipping_norm)
+
+
+def sums(found: Iterable[tuple[str, Tensors]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Sums of clipped gradients as they are."""
+    return ((name, flat(tensors)) for name, tensors in found)
+
+
+def share_words(job: Job, round: int, client: str) -> Words:
+    """Where a client's share of the noise comes from."""
+    if job.privacy.seeded_noise:
+        return seeded(stream_seed(job.seed, "share", round, client))
+    return entropy

@@ -1,0 +1,1 @@
+"""Local training of heads on features, many clients at once."""

@@ -1,0 +1,30 @@
+"""What a client says of its features for a head in closed form: sums, and nothing of a single example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from atoll.data.shard import Shard
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Measurement, Request
+from atoll.strategies.closed_form import STATISTICS
+
+
+class Holds(Protocol):
+    """What a client trains on."""
+
+    @property
+    def train(self) -> Shard: ...
+
+
+def statistics(learner: Learner, request: Request, held: Mapping[str, Holds]) -> Iterator[Measurement]:
+    """Each client's statistics of its training part as it is, also where training varies it.
+
+    A client's own matrix products alone make them, so they are the same bits whoever else is asked.
+    """
+    kind, classes = learner.job.tune.head_init, len(learner.facts["classes"])
+    assert kind is not None
+    for name, own in held.items():
+        found = STATISTICS[kind](learner.features(own.train), own.train.table, classes)
+        yield Measurement(name, request.round, len(own.train), found)

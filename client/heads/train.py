@@ -1,0 +1,347 @@
+"""Heads on features, a whole cohort at once; one real client is a cohort of one.
+
+Every local step is a few batched matrix products with the gradient in closed form (client/layers).
+A client's numbers are the same bits whoever else is in the cohort, because every slice has a
+shape of its own client's making: batches are padded to a size that depends on the client alone,
+and element-wise steps are single operations, never fused ones. That was seen to hold with one
+thread; the number of threads is fixed by the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atoll.client.dp.dp_sgd import PerExample, StackedNoise, factors, stacked_noise
+from atoll.client.heads.class_imbalance import balanced, smoothed
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.layers import Layers, Loss, Stack, descend_plainly, gradients, padded
+from atoll.client.training.batches import drawn_by, epoch_seeds, lay_out, permutations, view_numbers
+from atoll.client.training.optimizers import is_plain, stepper
+from atoll.job.job import Job
+from atoll.learning.class_imbalance import Imbalance, counts_of
+from atoll.learning.determinism import is_gpu
+from atoll.protocol.stacked_updates import StackedUpdates, joined
+from atoll.protocol.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Local:
+    """How every client of a round trains: the job's loop, and what the round adds to it.
+
+    `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, Karimireddy
+    et al. 2020), one for each client that has any. Clients with `starts` of their own, which are all or
+    none, move from there; their updates, and the proximal term, are still relative to the shared head.
+    With `steps` everybody stops after so many.
+    """
+
+    job: Job
+    loss: Loss
+    round: int
+    proximal_mu: float = 0.0
+    per_example: PerExample | None = None
+    corrections: Mapping[str, Tensors] = field(default_factory=dict)
+    starts: Mapping[str, Tensors] = field(default_factory=dict)
+    steps: int | None = None
+
+
+def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], local: Local) -> StackedUpdates:
+    """Local training at every client from one `head`; the updates come in the order of `works`.
+
+    The head is one linear layer (`head.weight` [outputs, width], `head.bias`) or several with a ReLU
+    between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …).
+    """
+    groups: dict[tuple[int, int], list[HeadWork]] = {}
+    on_gpu = is_gpu(local.job.train.device)
+    for work in (drawn(work, local.per_example) for work in works):
+        steps = _steps(work, local) if on_gpu else 0
+        groups.setdefault((_rows_per_batch(work, local), steps), []).append(work)
+    parts = []
+    for (size, _), group in groups.items():
+        count = min(_fitting(head, size), GPU_BLOCK) if on_gpu else _fitting(head, size)
+        for start in range(0, len(group), count):
+            block = group[start : start + count]
+            whole = block + block[-1:] * (count - len(block)) if on_gpu else block
+            trained = _train_group(head, examples, whole, size, local)
+            parts.append(trained.of_clients([work.client for work in block]) if on_gpu else trained)
+    return joined(parts).of_clients([work.client for work in works])
+
+
+GPU_BLOCK = 64
+"""Clients of a block on a GPU, filled up where there are fewer: cuBLAS sums by the number of products."""
+
+CACHE_NUMBERS = 1 << 20
+"""Numbers that a block of clients works on at a time: more of them don't stay in a core's cache."""
+
+
+def _fitting(head: Tensors, size: int) -> int:
+    """How many clients make a block, by the numbers of one: its head and the inputs of one batch."""
+    widths = [padded(layer.inputs) * (layer.outputs + size) for layer in Layers.of(head).layers]
+    return max(1, CACHE_NUMBERS // sum(widths))
+
+
+def drawn(work: HeadWork, private: PerExample | None) -> HeadWork:
+    """The work with its batches, where privacy asks for drawn ones."""
+    if private is None or private.draw is None:
+        return work
+    return replace(work, batches=tuple(private.draw(work.client, len(work.rows))))
+
+
+def _steps(work: HeadWork, local: Local) -> int:
+    """How many local steps a client takes."""
+    train = local.job.train
+    return len(work.batches) or train.epochs * -(-len(work.rows) // train.batch_size)
+
+
+def _rows_per_batch(work: HeadWork, local: Local) -> int:
+    if work.batches:
+        # Coins draw a different number for everybody: to a power of two, so that many are of one size.
+        most = max(len(batch) for batch in work.batches)
+        return rows_per_batch(most, batch_size=2 * most)
+    return rows_per_batch(len(work.rows), local.job.train.batch_size)
+
+
+def rows_per_batch(count: int, batch_size: int) -> int:
+    """Rows a batch is padded to: at least two, and a power of two where the shard is smaller."""
+    fitting: int = 1 << max(count - 1, 1).bit_length()
+    return max(2, min(batch_size, fitting))
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Which rows each client's steps take; clients with most steps come first.
+
+    Those still training at any step are then a prefix. `rows` is [steps, clients, batch] into
+    the examples, the client's first row where a batch is padded; `share` is 1 / batch size, or 0
+    for padding; `steps` counts each client's.
+    """
+
+    works: list[HeadWork]
+    rows: torch.Tensor
+    share: torch.Tensor
+    steps: list[int]
+
+    @cached_property
+    def active(self) -> list[int]:
+        """How many clients still train at each step."""
+        return [sum(steps > s for steps in self.steps) for s in range(len(self.rows))]
+
+    def first(self, most: int | None) -> _Schedule:
+        """The schedule's first steps, or all of them."""
+        if most is None:
+            return self
+        steps = [min(own, most) for own in self.steps]
+        return replace(self, rows=self.rows[:most], share=self.share[:most], steps=steps)
+
+
+def _train_group(
+    head: Tensors, examples: Examples, works: list[HeadWork], size: int, local: Local
+) -> StackedUpdates:
+    job = local.job
+    layers = Layers.of(head)
+    schedule = _schedule(works, size, job, local.round, examples).first(local.steps)
+    local = replace(local, loss=_loss(local, schedule, examples, head))
+    start = layers.stack(head, job.train.device)
+    now = [matrix.repeat(len(works), 1, 1) for matrix in start]
+    if local.starts:
+        own = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.works]
+        now = [torch.cat(matrices) for matrices in zip(*own, strict=True)]
+    losses = _descend(layers, now, start, examples, schedule, local)
+    counts = tuple(len(work.rows) for work in schedule.works)
+    states = {
+        "train_loss.sum": losses.cpu(),
+        "train_loss.count": torch.tensor(counts, dtype=torch.float64) * job.train.epochs,
+    }
+    if local.per_example is not None:
+        counts, states = local.per_example.told([work.client for work in schedule.works])
+    return StackedUpdates(
+        clients=tuple(work.client for work in schedule.works),
+        round=local.round,
+        delta=layers.apart([matrix.sub_(first) for matrix, first in zip(now, start, strict=True)]),
+        num_examples=counts,
+        states=states,
+    )
+
+
+def _loss(local: Local, schedule: _Schedule, examples: Examples, head: Tensors) -> Loss:
+    """The loss of the clients that are trained together, by how many examples of each class they have."""
+    imbalance = Imbalance.of(local.job)
+    if imbalance is None or imbalance.kind == "sampling":
+        return smoothed(local.loss, local.job)
+    classes = Layers.of(head).layers[-1].outputs
+    counts = [counts_of(examples.targets[torch.from_numpy(w.rows)], classes) for w in schedule.works]
+    return balanced(local.loss, imbalance, torch.stack(counts).to(examples.features.device))
+
+
+def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:
+    if works[0].batches:
+        return _drawn_schedule(works, size, job, round, examples)
+    works = sorted(works, key=lambda work: -len(work.rows))
+    counts = np.array([len(work.rows) for work in works])
+    per_epoch = -(-counts // job.train.batch_size)
+    epochs = job.train.epochs
+    clients = [work.client for work in works]
+    own = np.zeros((len(works), counts.max()), dtype=np.int64)
+    for i, work in enumerate(works):
+        own[i, : counts[i]] = work.rows
+    rows = np.repeat(own[:, :1, None], int(per_epoch[0]) * epochs * size, axis=2).reshape(
+        len(works), int(per_epoch[0]) * epochs, size
+    )
+    share = np.zeros(rows.shape, dtype=np.float32)
+    for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round)):
+        order = _order(works, examples, job, epoch_seeds(job, round, clients, epoch))
+        shuffled = np.take_along_axis(seen, order, axis=1)
+        lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
+    return _Schedule(
+        works,
+        torch.from_numpy(rows.transpose(1, 0, 2).copy()).to(job.train.device),
+        torch.from_numpy(share.transpose(1, 0, 2).copy()).to(job.train.device),
+        (per_epoch * epochs).tolist(),
+    )
+
+
+def _drawn_schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:
+    """Batches as they were drawn; every example in one counts as one, before it is clipped."""
+    steps = len(works[0].batches)
+    rows = np.empty((steps, len(works), size), dtype=np.int64)
+    share = np.zeros(rows.shape, dtype=np.float32)
+    for i, work in enumerate(works):
+        rows[:, i] = work.rows[0]
+        for s, batch in enumerate(work.batches):
+            seen = work.rows[batch]
+            if examples.views > 1:
+                seeds = epoch_seeds(job, round, [work.client], s, "view")
+                seen = seen + examples.count * view_numbers(examples.views, seeds, len(work.rows))[0][batch]
+            rows[s, i, : len(batch)] = seen
+            share[s, i, : len(batch)] = 1
+    device = job.train.device
+    return _Schedule(
+        works, torch.from_numpy(rows).to(device), torch.from_numpy(share).to(device), [steps] * len(works)
+    )
+
+
+def _order(
+    works: Sequence[HeadWork], examples: Examples, job: Job, seeds: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """Each client's places among its rows in the order of an epoch, [clients, most rows]."""
+    counts, imbalance = [len(work.rows) for work in works], Imbalance.of(job)
+    order = permutations(counts, seeds)
+    if imbalance is not None and imbalance.kind == "sampling":
+        for i, work in enumerate(works):
+            chances = imbalance.chances(examples.targets[torch.from_numpy(work.rows)].cpu())
+            assert chances is not None
+            order[i, : counts[i]] = drawn_by(chances, seeds[i : i + 1])
+    return order
+
+
+def _rows_seen(
+    own: NDArray[np.int64], clients: Sequence[str], examples: Examples, job: Job, round: int
+) -> Iterator[NDArray[np.int64]]:
+    """Each epoch's rows of every client, [clients, rows]: in views drawn from the client's stream."""
+    for epoch in range(job.train.epochs):
+        if examples.views > 1:
+            seeds = epoch_seeds(job, round, clients, epoch, "view")
+            yield own + examples.count * view_numbers(examples.views, seeds, own.shape[1])
+        else:
+            yield own
+
+
+def _descend(
+    layers: Layers, now: Stack, start: Stack, examples: Examples, schedule: _Schedule, local: Local
+) -> torch.Tensor:
+    """Move `now` in place through all local steps; each client's summed loss, [clients]."""
+    extra = _Extra.of(layers, schedule, local, now[0].device)
+    move = _plain_move(local) if extra.is_none and is_plain(local.job.train) else _move(start, extra, now)
+    count, clients, size = schedule.rows.shape
+    targets = examples.targets[schedule.rows]
+    losses = torch.zeros((count, clients, size), device=now[0].device)
+    # Written to again and again: fresh memory of this size costs more than what is put there.
+    room = examples.features.new_empty((clients, size, examples.features.shape[1]))
+    for s in range(count):
+        active = schedule.active[s]
+        rows, share = schedule.rows[s, :active], schedule.share[s, :active]
+        inputs = room[:active]
+        torch.index_select(examples.features, 0, rows.flatten(), out=inputs.view(active * size, -1))
+        stack = [matrix[:active] for matrix in now]
+        values = layers.forward(stack, inputs)
+        error, losses[s, :active] = local.loss.error(values[-1], targets[s, :active])
+        each = layers.errors(stack, values, error)
+        factor = extra.factor(values, each, share).unsqueeze(2)
+        move(s, stack, values, [e.mul_(factor) for e in each])
+    visited = schedule.share > 0
+    summed = (local.loss.value(losses) * visited).transpose(0, 1).reshape(clients, -1)
+    return summed.sum(dim=1, dtype=torch.float64)
+
+
+Move = Callable[[int, Stack, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+"""(step, stack, layers' inputs, errors times each example's factor): one local step."""
+
+
+def _plain_move(local: Local) -> Move:
+    def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
+        descend_plainly(stack, values, error, local.job.train.lr)
+
+    return move
+
+
+def _move(start: Stack, extra: _Extra, now: Stack) -> Move:
+    step = [stepper(extra.local.job.train) for _ in now]
+    sums = [torch.empty_like(matrix) for matrix in now]
+
+    def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
+        gradient = [matrix[: len(stack[0])] for matrix in sums]
+        gradients(values, error, out=gradient)
+        extra.add(gradient, stack, start, s)
+        for place, matrix in enumerate(stack):
+            step[place](matrix, gradient[place])
+
+    return move
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """What a round adds to the plain gradient: clipping and noise, the proximal term, corrections."""
+
+    local: Local
+    noise: list[list[StackedNoise]]
+    corrections: Stack
+
+    @classmethod
+    def of(cls, layers: Layers, schedule: _Schedule, local: Local, device: torch.device) -> _Extra:
+        """Noise for every step, and each client's correction, zero for one that has none."""
+        noise: list[list[StackedNoise]] = []
+        if local.per_example is not None:
+            steps = [(work.client, s) for work, s in zip(schedule.works, schedule.steps, strict=True)]
+            noise = stacked_noise(layers, steps, local.per_example, str(device))
+        if not local.corrections:
+            return cls(local, noise, [])
+        nothing = {n: torch.zeros_like(t) for n, t in next(iter(local.corrections.values())).items()}
+        own = [layers.stack(local.corrections.get(w.client, nothing), str(device)) for w in schedule.works]
+        return cls(local, noise, [torch.cat(parts) for parts in zip(*own, strict=True)])
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing is added to the gradient."""
+        return not (self.noise or self.corrections or self.local.proximal_mu)
+
+    def factor(
+        self, values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor
+    ) -> torch.Tensor:
+        """What each example's gradient is multiplied by, [clients, batch]."""
+        private = self.local.per_example
+        return share if private is None else factors(values, each, share, private)
+
+    def add(self, gradient: Stack, stack: Stack, start: Stack, s: int) -> None:
+        """Add what belongs to step `s` to the gradients of the clients that still train."""
+        for place, g in enumerate(gradient):
+            if self.noise:
+                g.copy_(self.noise[s][place].added(g))
+            if self.local.proximal_mu:
+                g += (stack[place] - start[place]) * self.local.proximal_mu
+            if self.corrections:
+                g += self.corrections[place][: len(g)]

@@ -1,0 +1,87 @@
+"""What a client makes of its update before it travels, and what it remembers of what that lost.
+
+Under example-level privacy all of this is post-processing: it sees the noised update and what earlier
+ones left behind, nothing else of the client's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from atoll.client.state.store import Memory
+from atoll.errors import DataError
+from atoll.job.job import Job
+from atoll.protocol.compression import LEVELS, Compression, compress, decompress, flat
+from atoll.protocol.messages import Request, Update
+from atoll.protocol.random_streams import stream
+from atoll.protocol.stacked_updates import StackedUpdates, joined, stacked
+
+ERROR = "compression.error"
+"""In a client's memory: what its messages have not delivered so far, [numbers]."""
+AT_ONCE = 1 << 24
+"""Numbers that are compressed together."""
+
+
+def compressed(updates: Iterable[Update], request: Request, job: Job, memory: Memory) -> Iterable[Update]:
+    """The updates as the job has them travel; what that loses is in memory before they leave.
+
+    Raises:
+        DataError, JobError: memory can't be read, or not be written.
+    """
+    how = Compression.of(job, request.tensors)
+    if how is None:
+        return updates
+    if not isinstance(updates, StackedUpdates):
+        return (_compressed(stacked([update]), how, request, job, memory)[0] for update in updates)
+    size = max(1, AT_ONCE // max(1, how.numbers))
+    parts = [updates.take(range(start, len(updates))[:size]) for start in range(0, len(updates), size)]
+    return joined([_compressed(part, how, request, job, memory) for part in parts])
+
+
+def _compressed(
+    updates: StackedUpdates, how: Compression, request: Request, job: Job, memory: Memory
+) -> StackedUpdates:
+    vectors = flat(updates.delta)
+    if not job.remembers:
+        uniform = _coins(updates.clients, how, job, request.round)
+        return replace(updates, delta=compress(vectors, how, uniform))
+    error = remembered(updates.clients, how, request, memory)
+    meant = vectors + error
+    packed = compress(meant, how)
+    lost = meant - decompress(packed, how)
+    # What the server will set aside delivers nothing, and must not spoil what is remembered.
+    sound = torch.isfinite(lost).all(dim=1, keepdim=True)
+    lost = torch.where(sound, lost, error)
+    states = {client: {ERROR: own.clone()} for client, own in zip(updates.clients, lost, strict=True)}
+    if job.personal.keep is not None:  # which is in this round's memory already
+        beside = {client: memory.before(request.run, client, request.round + 1) for client in states}
+        states = {client: beside[client] | state for client, state in states.items()}
+    memory.keep(request.run, request.round, states)
+    return replace(updates, delta=packed)
+
+
+def _coins(clients: Sequence[str], how: Compression, job: Job, round: int) -> torch.Tensor | None:
+    """Each client's own uniform numbers for stochastic rounding, where there is anything to round."""
+    if how.scheme not in LEVELS:
+        return None
+    drawn = [
+        torch.rand(how.numbers, generator=stream(job.seed, "rounding", round, client), dtype=torch.float64)
+        for client in clients
+    ]
+    return torch.stack(drawn)
+
+
+def remembered(clients: Sequence[str], how: Compression, request: Request, memory: Memory) -> torch.Tensor:
+    """What the clients' messages have not delivered yet, [clients, numbers]; zeros at the start."""
+    errors = torch.zeros((len(clients), how.numbers))
+    for row, client in zip(errors, clients, strict=True):
+        state = memory.before(request.run, client, request.round)
+        if not state:
+            continue
+        if ERROR not in state or state[ERROR].shape != row.shape:
+            raise DataError(f"memory of {client}: is not of this model; the run can't go on from it")
+        row.copy_(state[ERROR])
+    return errors

@@ -1,0 +1,108 @@
+"""What clients keep from round to round: a part of the model, or a model beside the shared one.
+
+In a client's memory its own tensors stand under `own/`. A client that never trained has none yet and
+uses the first ones, which follow from the job's seed, or the model that all share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from atoll.client.state.store import Memory
+from atoll.client.training.local_adaptation import adapted
+from atoll.client.training.local_sgd import train_model
+from atoll.data.shard import Shard
+from atoll.errors import DataError
+from atoll.job.personal import ADAPT, OF_ALL
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Request, Update
+from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.tensors import Tensors
+
+OWN = "own/"
+
+Train = Callable[[Request, Mapping[str, Tensors]], Iterable[Update]]
+"""(request, where clients start that don't start from its tensors): updates, relative to its tensors."""
+
+
+def measured_model(
+    learner: Learner, request: Request, client: str, memory: Memory, lessons: Callable[[], Shard]
+) -> Tensors:
+    """The model that this client would use after the request's round, or the one that all share.
+
+    It may have to take a few steps first, on its `lessons`.
+    """
+    job, steps = learner.job, int(request.plan.get(ADAPT, 0))
+    if steps:
+        return adapted(learner, request, client, lessons(), steps)
+    if job.personal.keep is None:
+        return request.tensors
+    of_all = bool(request.plan.get(OF_ALL))
+    own = {} if of_all else _own(request, client, request.round + 1, memory)
+    return _whole(learner, request, client, own)
+
+
+def train_own_part(
+    learner: Learner, request: Request, shards: Mapping[str, Shard], memory: Memory
+) -> Iterator[Update]:
+    """Train whole models; what isn't in the request's tensors stays, and is in memory before the rest goes.
+
+    Arivazhagan et al. 2019 (FedPer): the client's part and the shared one learn together.
+    """
+    for client, shard in shards.items():
+        own = _own(request, client, request.round, memory)
+        start = _whole(learner, request, client, own)
+        update = train_model(
+            learner, start, shard, learner.job, client=client, round=request.round, plan=request.plan
+        )
+        kept = {OWN + n: start[n] + delta for n, delta in update.delta.items() if n not in request.tensors}
+        memory.keep(request.run, request.round, {client: kept})
+        yield replace(update, delta={n: update.delta[n] for n in request.tensors})
+
+
+def train_mixture(
+    learner: Learner, request: Request, clients: Sequence[str], train: Train, memory: Memory
+) -> Iterable[Update]:
+    """The clients' updates of the shared model; each one's own model learns beside, held to what was sent.
+
+    Li et al. 2021, "Ditto", algorithm 1: the own model v moves by the gradient of
+    loss(v) + pull / 2 |v - w|^2, with w the shared model as the round began.
+    """
+    starts = {}
+    for client in clients:
+        own = _own(request, client, request.round, memory)
+        starts[client] = _whole(learner, request, client, own)
+    updates = train(request, {})
+    beside = train(replace(request, plan={"proximal_mu": learner.job.personal.pull}), starts)
+    if not isinstance(updates, StackedUpdates):
+        return (_kept(request, *both, memory) for both in zip(updates, beside, strict=True))
+    states = {moved.client: _arrived(request, moved) for moved in beside}
+    memory.keep(request.run, request.round, states)
+    return updates
+
+
+def _kept(request: Request, update: Update, moved: Update, memory: Memory) -> Update:
+    memory.keep(request.run, request.round, {moved.client: _arrived(request, moved)})
+    return update
+
+
+def _arrived(request: Request, moved: Update) -> Tensors:
+    return {OWN + name: request.tensors[name] + delta for name, delta in moved.delta.items()}
+
+
+def _own(request: Request, client: str, before: int, memory: Memory) -> Tensors:
+    state = memory.before(request.run, client, before)
+    return {n.removeprefix(OWN): t for n, t in state.items() if n.startswith(OWN)}
+
+
+def _whole(learner: Learner, request: Request, client: str, own: Tensors) -> Tensors:
+    """The client's whole model.
+
+    Raises:
+        DataError: what it kept is of another model.
+    """
+    first = learner.own if learner.job.personal.splits else request.tensors
+    if {n: t.shape for n, t in own.items()} not in ({}, {n: t.shape for n, t in first.items()}):
+        raise DataError(f"memory of {client}: is not of this model; the run can't go on from it")
+    return {**request.tensors, **first, **own}

@@ -1,0 +1,1 @@
+"""Local training of a network: batches, optimizers, precision, many clients at once."""

@@ -1,0 +1,33 @@
+"""Activations that are computed a second time for the backward pass instead of being kept (Chen et al. 2016).
+
+Memory then holds what goes into each block, and the activations of one block at a time. The second pass
+draws the same dropout as the first one, so gradients are the same bits as without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from atoll.backbones.encoder import Model
+from atoll.learning import trainable
+
+
+@contextmanager
+def recomputed_activations(model: Model) -> Iterator[None]:
+    """Within, every block of the backbone forgets its activations until it needs them.
+
+    Raises:
+        ConfigError: the backbone has no blocks.
+    """
+    from torch.utils.checkpoint import checkpoint  # brings more than anyone else needs of torch
+
+    blocks = trainable.recomputable(model)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

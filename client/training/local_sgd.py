@@ -1,0 +1,116 @@
+"""Local training by autograd: one client after the other, the loop written out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from atoll.backbones.encoder import Model, Variation
+from atoll.client.training.activation_checkpointing import recomputed_activations
+from atoll.client.training.batches import batches
+from atoll.client.training.factored_sgd import factored
+from atoll.client.training.optimizers import torch_optimizer
+from atoll.client.training.precision import in_full, lowered, scaler_of
+from atoll.data.shard import Shard
+from atoll.job.job import Job
+from atoll.learning import trainable
+from atoll.learning.determinism import repeatable
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Update
+from atoll.protocol.random_streams import global_stream, stream
+from atoll.protocol.tensors import Tensors
+
+
+def train_model(
+    learner: Learner,
+    tensors: Tensors,
+    shard: Shard,
+    job: Job,
+    *,
+    client: str,
+    round: int,
+    plan: Mapping[str, float],
+    begin: Tensors | None = None,
+    steps: int | None = None,
+) -> Update:
+    """Train from the global tensors on one shard; the update is how far they moved.
+
+    A client that has a place of its own to `begin` at moves from there; its update leads from the global
+    tensors to where it arrives, and it is to them that the proximal term holds it. With `steps` it stops
+    after so many.
+    """
+    device, mu = job.train.device, plan.get("proximal_mu", 0.0)
+    model = learner.model
+    parameters = trainable.trainable(model)
+    start = trainable.placed(parameters, tensors)
+    trainable.load_values(model, start if begin is None else begin)
+    trainable.training_mode(model)
+    optimizer = torch_optimizer(list(parameters.values()), job.train)
+    summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
+    chances = learner.chances(shard)
+    with (
+        global_stream(job.seed, "dropout", round, client),
+        _memory_saved(model, job),
+        repeatable(device),
+        factored(model, job, mu) as factors,
+    ):
+        for number, rows in enumerate(batches(len(shard), job, round, client, chances)[:steps]):
+            varied = variation(job, round, client, number)
+            optimizer.zero_grad()
+            for part in parts_of(rows, job):
+                batch = learner.batch(shard, part, varied)
+                with lowered(job.train):
+                    outputs = model({name: t.to(device) for name, t in batch.items()})
+                loss = loss_of(in_full(outputs), shard.targets_of(part).to(device))
+                scaler.scale(loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
+                summed += float(loss.detach()) * len(part)
+            if mu:
+                scaler.unscale_(optimizer)
+                pull_back(parameters, start, mu)
+            scaler.step(optimizer)
+            scaler.update()
+            for weight in factors:
+                weight.step(job.train.lr)
+            if job.backbone.prune is not None:
+                trainable.keep_pruned(model)
+    delta = trainable.movement(parameters, start)
+    return Update(client, round, delta, len(shard), _losses(summed, shard, job))
+
+
+def _losses(summed: float, shard: Shard, job: Job) -> dict[str, torch.Tensor]:
+    """The state that a round's mean training loss is added up from."""
+    count = float(len(shard) * job.train.epochs)
+    return {
+        "train_loss.sum": torch.tensor(summed).double(),
+        "train_loss.count": torch.tensor(count).double(),
+    }
+
+
+def parts_of(rows: Sequence[int], job: Job) -> list[Sequence[int]]:
+    """A batch's rows in parts of batch_size / accumulate, of which the last one may be smaller.
+
+    The loss is a mean over examples, so a part's counts by its share of the batch.
+    """
+    size = job.train.batch_size // job.train.accumulate
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _memory_saved(model: Model, job: Job) -> AbstractContextManager[None]:
+    return recomputed_activations(model) if job.train.checkpoint_activations else nullcontext()
+
+
+def variation(job: Job, round: int, client: str, number: int) -> Variation | None:
+    """How the inputs of a round's batch vary at random; not at all, unless the job says so."""
+    if not job.train.augment:
+        return None
+    draw = stream(job.seed, "augment", round, client, number)
+    return Variation(job.train.augment, lambda place: draw)
+
+
+def pull_back(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
+    """Add FedProx's gradient mu (w - w_global) (Li et al. 2020)."""
+    for name, p in parameters.items():
+        if p.grad is not None:
+            p.grad += mu * (p.detach() - start[name])

@@ -1,0 +1,37 @@
+"""The precision that local training computes in; weights, optimizers and updates stay in float32.
+
+Matrix products and convolutions run in 16 bits where torch.autocast says so, the loss in float32. With
+`fp16` the loss is scaled so that small gradients don't vanish (Micikevicius et al. 2018): a step whose
+gradients overflow is left out and the scale halved. The scale begins anew in every round, as the
+optimizer does, so that a round depends on nothing but the model.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from atoll.job.job import TrainSection
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FIRST_SCALE = 2.0**10
+"""torch's own is 2^16, whose first steps overflow: a round has few steps to leave out."""
+
+
+def lowered(train: TrainSection) -> AbstractContextManager[object]:
+    """Within, the network computes in the job's precision."""
+    if train.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(train.device).type, dtype=TYPES[train.precision])
+
+
+def scaler_of(train: TrainSection) -> torch.amp.GradScaler:
+    """A fresh scaler of the loss; one that does nothing unless the precision is fp16."""
+    device = torch.device(train.device).type
+    return torch.amp.GradScaler(device, init_scale=FIRST_SCALE, enabled=train.precision == "fp16")
+
+
+def in_full(outputs: torch.Tensor) -> torch.Tensor:
+    """A network's outputs as the loss takes them: float32, where they are of 16 bits."""
+    return outputs.float() if outputs.dtype in TYPES.values() else outputs

@@ -1,0 +1,1 @@
+"""A real federation's server: processes, the public door, kits, submitting jobs."""

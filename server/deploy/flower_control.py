@@ -1,0 +1,203 @@
+"""Flower's Control API as the server uses it; with the two apps, the server's only Flower calls."""
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    StreamLogsRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.run_pb2 import Run as ProtoRun
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import FlowerError
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+from atoll.errors import JobError
+from atoll.kit.code_hashes import HASHES, installed_hashes
+from atoll.server.deploy.status import Run
+
+logging.getLogger("httpx").setLevel(logging.WARNING)
+"""It has a line for every call, and the sites call all the time."""
+
+_APP = """
+[project]
+name = "atoll"
+version = "{version}"
+license = "Apache-2.0"
+description = "Federated fine-tuning of pretrained backbones"
+
+[tool.flwr.app]
+publisher = "atoll"
+fab-include = ["*.py", "*.json"]
+
+[tool.flwr.app.components]
+serverapp = "server_app:app"
+clientapp = "client_app:app"
+
+[tool.flwr.app.config]
+job = ""
+out = ""
+"""
+
+_MODULE = '''"""The {side}'s app as it is installed."""
+
+from atoll.{side}.app import app  # noqa: F401
+'''
+
+
+@dataclass(frozen=True)
+class Node:
+    """A registered site, as the SuperLink knows it: the name is bound to the site's key."""
+
+    node_id: int
+    name: str
+    public_key: bytes
+    online: bool
+
+
+@dataclass(frozen=True)
+class LogPart:
+    """Some text of a run's log, and the time of its last line."""
+
+    text: str
+    until: float
+
+
+def bundle() -> bytes:
+    """The Flower App Bundle: modules that import the installed apps, and the hashes of their code."""
+    try:
+        version = metadata.version("atoll")
+    except metadata.PackageNotFoundError:
+        version = "0.0.0"
+    files: dict[str, bytes | Path] = {
+        "pyproject.toml": _APP.format(version=version).encode(),
+        "server_app.py": _MODULE.format(side="server").encode(),
+        "client_app.py": _MODULE.format(side="client").encode(),
+        HASHES: json.dumps(installed_hashes(), indent=1).encode(),
+    }
+    with warnings.catch_warnings():
+        # Flower 1.41 asks pathspec for a pattern style that pathspec has deprecated.
+        warnings.filterwarnings("ignore", "GitWildMatchPattern", DeprecationWarning)
+        return build_fab_from_files(files)[0]
+
+
+class Control:
+    """Calls to a SuperLink on this machine; each raises JobError with one line if it is refused."""
+
+    def __init__(self, address: str, authority: Path) -> None:
+        self._address = address
+        self._client = ControlHttpClient.from_server_address(
+            server_address=address,
+            insecure=False,
+            root_certificates=authority.read_bytes(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+    def nodes(self) -> list[Node]:
+        """Every site that may join."""
+        with _one_line(self._address):
+            infos = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return [
+            Node(info.node_id, info.name, info.public_key, info.status == "online")
+            for info in infos
+            if info.status != "unregistered"
+        ]
+
+    def admit(self, keys: dict[str, Path]) -> None:
+        """Let in exactly these sites: register the new ones, unregister those that are gone."""
+        wanted = {name: _pem(path) for name, path in keys.items()}
+        known = self.nodes()
+        for node in known:
+            if wanted.get(node.name) != node.public_key:
+                with _one_line(self._address):
+                    self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+        for name in wanted.keys() - {n.name for n in known if wanted.get(n.name) == n.public_key}:
+            with _one_line(self._address):
+                self._client.RegisterNode(RegisterNodeRequest(public_key=wanted[name], name=name))
+
+    def start(self, fab: bytes, job: str, out: str) -> int:
+        """Start a run; returns its id."""
+        request = StartRunRequest(
+            fab=fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {})),
+            override_config=user_config_to_proto({"job": job, "out": out}),
+        )
+        with _one_line(self._address):
+            response = self._client.StartRun(request)
+        if not response.HasField("run_id"):
+            raise JobError(f"the SuperLink did not start the run: {response.note or 'no reason given'}")
+        return response.run_id
+
+    def runs(self, limit: int = 20) -> list[Run]:
+        """The latest runs, newest first."""
+        with _one_line(self._address):
+            response = self._client.ListRuns(ListRunsRequest(limit=limit))
+        runs = [_run(run) for run in response.run_dict.values()]
+        return sorted(runs, key=lambda run: run.submitted, reverse=True)
+
+    def run(self, run_id: int) -> Run:
+        """How one run stands."""
+        with _one_line(self._address):
+            return _run(self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id])
+
+    def stop(self, run_id: int) -> bool:
+        """Whether the run was stopped by this call."""
+        with _one_line(self._address):
+            return self._client.StopRun(StopRunRequest(run_id=run_id)).success
+
+    def log(self, run_id: int, after: float = 0.0) -> Iterator[LogPart]:
+        """The run's log as it comes, until the run has finished."""
+        with _one_line(self._address):
+            for part in self._client.StreamLogs(StreamLogsRequest(run_id=run_id, after_timestamp=after)):
+                yield LogPart(part.log_output, part.latest_timestamp)
+
+
+class Unreachable(JobError):
+    """The SuperLink doesn't answer now; it may again."""
+
+
+@contextmanager
+def _one_line(address: str) -> Iterator[None]:
+    """Turn what the transport raises into one line."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        flower = FlowerError.from_json(error.response.text)
+        reason = f"{flower.message} (code {flower.code})" if flower else str(error)
+        raise JobError(f"refused by the SuperLink: {' '.join(reason.split())}") from error
+    except httpx.TransportError as error:
+        raise Unreachable(f"the SuperLink at {address} does not answer: {error}") from error
+
+
+def _pem(path: Path) -> bytes:
+    key = load_ssh_public_key(path.read_bytes())
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _run(run: ProtoRun) -> Run:
+    return Run(
+        run_id=run.run_id,
+        status=run.status.status,
+        outcome=run.status.sub_status,
+        details=run.status.details.removeprefix("ServerApp failed with exception: "),
+        submitted=run.pending_at,
+    )

@@ -1,0 +1,130 @@
+"""The server's public door: TLS, and of the SuperLink's calls only those that a site needs.
+
+Flower's SuperLink serves Control, Fleet and Runtime on one port and asks no user who they are, so it
+listens on loopback only, and this gate passes on the exact paths below. What isn't one of them is
+answered 403 and never reaches the SuperLink.
+"""
+
+import asyncio
+import logging
+import socket
+import ssl
+import threading
+import time
+
+import httpx
+import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from atoll.errors import ConfigError
+from atoll.kit.kit import Address, ServerKit, is_address
+
+logger = logging.getLogger(__name__)
+
+CALLS = frozenset(
+    f"/v1/fleet/{call}".encode()
+    for call in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    )
+)
+HOP_BY_HOP = frozenset({"host", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"})
+BODY_LIMIT = 32 * 2**20
+"""Bytes; Flower sends arrays in objects of 5 MiB at most."""
+BODY_SECONDS = 60.0
+
+
+def listen(address: Address) -> socket.socket:
+    """The public socket: loopback if the host is this machine's own, else every interface."""
+    local = address.host in ("localhost", "::1") or address.host.startswith("127.")
+    host = address.host if local and is_address(address.host) else "127.0.0.1" if local else ""
+    try:
+        if host == "" and socket.has_dualstack_ipv6():
+            return socket.create_server(("", address.port), family=socket.AF_INET6, dualstack_ipv6=True)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, address.port), family=family)
+    except OSError as error:
+        raise ConfigError(f"server.port: cannot listen on port {address.port}: {error.strerror}") from error
+
+
+class Gate:
+    """Passes the sites' calls from the public socket to the SuperLink, in a thread of its own."""
+
+    def __init__(self, kit: ServerKit, listener: socket.socket, superlink: str) -> None:
+        self._upstream = f"https://{superlink}"
+        self._client = httpx.AsyncClient(
+            verify=ssl.create_default_context(cafile=str(kit.authority)), timeout=120, trust_env=False
+        )
+        config = uvicorn.Config(
+            self._answer,
+            ssl_certfile=str(kit.certificate),
+            ssl_keyfile=str(kit.key),
+            interface="asgi3",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=2,
+        )
+        self._server = uvicorn.Server(config)
+        run = self._server.run
+        self._thread = threading.Thread(target=run, kwargs={"sockets": [listener]}, name="gate", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        while self._thread.is_alive() and not self._server.started:
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=5)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        response = await self._pass_on(Request(scope, receive))
+        await response(scope, receive, send)
+
+    async def _pass_on(self, request: Request) -> Response:
+        path: bytes = request.scope.get("raw_path") or b""
+        if request.method != "POST" or path not in CALLS:
+            return PlainTextResponse("this port is for the sites of the federation only\n", 403)
+        try:
+            body = await asyncio.wait_for(_body(request), BODY_SECONDS)
+        except (TimeoutError, ClientDisconnect):
+            return PlainTextResponse("the request did not arrive in time\n", 408)
+        if body is None:
+            return PlainTextResponse("the request is too large\n", 413)
+        return await self._forward(path.decode("ascii"), request, body)
+
+    async def _forward(self, path: str, request: Request, body: bytes) -> Response:
+        headers = {k: v for k, v in request.headers.items() if k not in HOP_BY_HOP | {"content-length"}}
+        try:
+            answer = await self._client.post(self._upstream + path, content=body, headers=headers)
+        except httpx.TransportError as error:
+            logger.warning("the SuperLink does not answer: %s", type(error).__name__)
+            return PlainTextResponse("the server is starting again\n", 503)
+        drop = HOP_BY_HOP | {"content-length", "content-encoding"}
+        kept = {k: v for k, v in answer.headers.items() if k not in drop}
+        return Response(answer.content, answer.status_code, headers=kept)
+
+
+async def _body(request: Request) -> bytes | None:
+    """The request's body, or None as soon as it is larger than the limit."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > BODY_LIMIT:
+            return None
+    return bytes(body)

@@ -1,0 +1,223 @@
+"""A federation's server: Flower's SuperLink on loopback, its executor, and the gate for the sites."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atoll.errors import JobError
+from atoll.kit.kit import ServerKit
+from atoll.server.deploy.flower_control import Control, Unreachable
+from atoll.server.deploy.health import Health, address_from, answered
+from atoll.server.deploy.reverse_proxy import Gate, listen
+from atoll.server.deploy.status import Federation, answering
+from atoll.system.child_process import Child, environment, free_port
+from atoll.system.fork_server import import_first
+from atoll.system.lock import only_one
+from atoll.system.signals import stop_on_signals
+from atoll.tasks.imports import ANY
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 90.0
+WATCH_SECONDS = 1.0
+LONGEST_PAUSE = 30.0
+
+
+def serve(
+    kit: Path,
+    *,
+    health_address: str | None = None,
+    tell: Callable[[str], None] = logger.info,
+    stop: threading.Event | None = None,
+) -> None:
+    """Serve the federation until SIGTERM, SIGINT or `stop`; `tell` gets a line for what an operator sees.
+
+    The gRPC health protocol is answered on `health_address` (HOST:PORT), or else on a free port of loopback.
+
+    The SuperLink and its executor are restarted when they die. Runs and registered sites are in a
+    database in the kit, so a run goes on after a restart of the SuperLink.
+    """
+    loaded = ServerKit.load(kit)
+    wanted = address_from(health_address) if health_address else None
+    stop = stop or threading.Event()
+    with ExitStack() as stack:
+        stack.enter_context(only_one(loaded.state / "serve.lock", "a server"))
+        listener = stack.enter_context(listen(loaded.address))
+        health = Health()
+        where = stack.enter_context(answered(health, wanted))
+        tell(f"health is answered on {where} (gRPC)")
+        stack.enter_context(stop_on_signals(stop))
+        server = _Server(loaded, free_port(), tell, stop, health, where)
+        stack.callback(server.close)
+        server.open()
+        gate = Gate(loaded, listener, server.superlink_address)
+        stack.callback(gate.stop)
+        gate.start()
+        stack.enter_context(_runtime_file(loaded, server.superlink_address, where))
+        stack.enter_context(answering(loaded.state, server.status))
+        tell(f"ready on {loaded.address}; waiting for {', '.join(loaded.sites)}")
+        server.watch()
+        health.stop()
+    tell("stopped")
+
+
+@contextmanager
+def _runtime_file(kit: ServerKit, control: str, health: str) -> Iterator[None]:
+    """Within, the kit says where `submit` finds the Control API, and where health is answered."""
+    path = runtime_path(kit)
+    path.write_text(json.dumps({"control": control, "health": health}), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def runtime_path(kit: ServerKit) -> Path:
+    return kit.state / "serve.json"
+
+
+@dataclass
+class _Server:
+    """The two Flower programs of a server, and which sites are connected."""
+
+    kit: ServerKit
+    port: int
+    tell: Callable[[str], None]
+    stop: threading.Event
+    health: Health
+    health_address: str
+    online: set[str] = field(default_factory=set)
+    pause: float = 1.0
+
+    def __post_init__(self) -> None:
+        env = environment(self.kit.state / "flwr", FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
+        title = f"{self.kit.folder} {self.superlink_address}"
+        import_first(*PROGRAMS, *SERVER_APP)
+        self.superlink = Child("superlink", SUPERLINK, self._superlink_arguments(), env, title=title)
+        self.superexec = Child("superexec", SUPEREXEC, self._superexec_arguments(), env, title=title)
+        self.control = Control(self.superlink_address, self.kit.authority)
+
+    @property
+    def superlink_address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def _superlink_arguments(self) -> list[str]:
+        kit = self.kit
+        return [
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--ssl-ca-certfile", str(kit.authority)),
+            *("--ssl-certfile", str(kit.certificate), "--ssl-keyfile", str(kit.key)),
+            *("--database", str(kit.state / "superlink.db")),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(kit.secret)),
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+        ]
+
+    def _superexec_arguments(self) -> list[str]:
+        return [
+            *("--runtime-api-address", self.superlink_address),
+            *("--root-certificates", str(self.kit.authority)),
+            *("--superexec-auth-secret-file", str(self.kit.secret)),
+        ]
+
+    def open(self) -> None:
+        self.superlink.start()
+        self._wait_for_superlink()
+        self.control.admit({site: self.kit.node_key(site) for site in self.kit.sites})
+        self.superexec.start()
+        self._look_around()
+
+    def _wait_for_superlink(self) -> None:
+        """Return once the SuperLink answers, or once we are to stop."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self.stop.wait(0.1):
+            try:
+                self.control.nodes()
+                return
+            except Unreachable:
+                if not self.superlink.running or time.monotonic() > deadline:
+                    raise JobError(f"the SuperLink did not start:\n{self.superlink.last_words()}") from None
+
+    def watch(self) -> None:
+        """Keep both programs running and tell who comes and goes, until we are to stop."""
+        while not self.stop.wait(WATCH_SECONDS):
+            for child in (self.superlink, self.superexec):
+                if not child.running:
+                    self._restart(child)
+            self._look_around()
+
+    def _restart(self, child: Child) -> None:
+        self.health.not_serving(f"the {child.name} ended; it is started again")
+        self.tell(f"the {child.name} ended; starting it again")
+        logger.warning("last words of the %s:\n%s", child.name, child.last_words())
+        child.stop(grace=0)
+        self.stop.wait(self.pause)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        if not self.stop.is_set():
+            child.start()
+
+    def _look_around(self) -> None:
+        try:
+            online = {node.name for node in self.control.nodes() if node.online}
+            self._look_at_runs()
+        except JobError as error:
+            self.health.not_serving(str(error))
+            return
+        if self.superlink.running and self.superexec.running:
+            self.health.serving()
+        self.pause = 1.0
+        for name in sorted(self.online - online):
+            self.online.remove(name)
+            self.tell(f"{name} is gone ({len(self.online)} of {len(self.kit.sites)})")
+        for name in sorted(online - self.online):
+            self.online.add(name)
+            self.tell(f"{name} is connected ({len(self.online)} of {len(self.kit.sites)})")
+
+    def _look_at_runs(self) -> None:
+        """Tell `health` how runs stand; all that is asked for is the latest one and those that go on.
+
+        For Flower tidies up after every finished run that it lists, each time.
+        """
+        latest = self.control.runs(limit=1)
+        if latest and not self.health.knows(latest[0].run_id):
+            latest = self.control.runs()
+        others = self.health.going_on - {run.run_id for run in latest}
+        self.health.update([*latest, *(self.control.run(run_id) for run_id in others)])
+
+    def status(self) -> Federation:
+        """How the federation stands at this moment; for any thread."""
+        control = Control(self.superlink_address, self.kit.authority)
+        try:
+            nodes, runs = control.nodes(), tuple(control.runs())
+            self.health.update(runs)
+        except JobError as error:
+            self.health.not_serving(str(error))
+            return Federation((), (), (), frozenset(), str(error), self.health_address, known=False)
+        finally:
+            control.close()
+        return Federation(
+            online=tuple(sorted(node.name for node in nodes if node.online)),
+            offline=tuple(sorted(node.name for node in nodes if not node.online)),
+            runs=runs,
+            going_on=self.health.going_on,
+            trouble=self.health.trouble,
+            health=self.health_address,
+        )
+
+    def close(self) -> None:
+        """Stop the executor first: a ServerApp can then still say how it ended."""
+        self.superexec.stop()
+        self.superlink.stop(grace=3)
+        self.control.close()
+
+
+SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
+SUPEREXEC = "atoll.server.deploy.executor:superexec"
+PROGRAMS = ("flwr.superlink.cli.flower_superlink", "atoll.server.deploy.executor")
+SERVER_APP = ("atoll.server.app", *ANY)
+"""What the fork server imports before it forks the two programs, and a process for each run."""

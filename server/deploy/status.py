@@ -1,0 +1,156 @@
+"""How a federation stands, asked of the server that runs on a kit; needs neither Flower nor torch.
+
+The server answers on a Unix socket in the kit's state folder, which its owner alone may open: whoever
+connects gets JSON, made at that moment, and the end of the stream.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atoll.errors import ConfigError, JobError
+from atoll.kit.kit import ServerKit
+
+logger = logging.getLogger(__name__)
+
+NAME = "status.sock"
+ANSWER_SECONDS = 90.0
+"""The server gives the SuperLink 30 seconds for each of two questions."""
+READ_SECONDS = 10.0
+"""How long one who asked may take to read the answer, while nobody else is answered."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and how it stands; `outcome` is empty until it is finished."""
+
+    run_id: int
+    status: str
+    outcome: str
+    details: str
+    submitted: str
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def completed(self) -> bool:
+        return self.finished and self.outcome == "completed"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """How a federation stands: its sites, its latest runs, newest first, and what its health says.
+
+    `trouble` says why it can't accept a job and is empty while it can. While the SuperLink doesn't answer,
+    `known` is false, and sites and runs are empty.
+    """
+
+    online: tuple[str, ...]
+    offline: tuple[str, ...]
+    runs: tuple[Run, ...]
+    going_on: frozenset[int]
+    trouble: str
+    health: str
+    """Where the gRPC health protocol is answered."""
+    known: bool = True
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"going_on": sorted(self.going_on)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Federation:
+        table: dict[str, Any] = json.loads(text)
+        return cls(
+            online=tuple(table.pop("online")),
+            offline=tuple(table.pop("offline")),
+            runs=tuple(Run(**run) for run in table.pop("runs")),
+            going_on=frozenset(table.pop("going_on")),
+            **table,
+        )
+
+
+def status(kit: Path) -> Federation:
+    """How the federation stands now, as the server that runs on the kit says.
+
+    Raises:
+        ConfigError: no server runs on the kit.
+    """
+    folder = ServerKit.load(kit).state
+    try:
+        with socket.socket(socket.AF_UNIX) as asking, short_path(folder) as path:
+            asking.settimeout(ANSWER_SECONDS)
+            asking.connect(f"{path}/{NAME}")
+            text = b"".join(iter(lambda: asking.recv(65536), b"")).decode("utf-8")
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise no_server(kit) from None
+    except PermissionError:
+        raise ConfigError(f"{kit}: the server that runs on this kit is another user's") from None
+    except (TimeoutError, ConnectionError):
+        raise JobError(f"{kit}: the server that runs on this kit does not answer") from None
+    try:
+        return Federation.from_json(text)
+    except (ValueError, KeyError, TypeError):
+        raise JobError(f"{kit}: the server that runs on this kit is ending, or of another version") from None
+
+
+def no_server(kit: Path) -> ConfigError:
+    """What to raise where no server runs on the kit."""
+    return ConfigError(f"{kit}: no server runs on this kit; start one with: atoll serve {kit}")
+
+
+@contextmanager
+def answering(folder: Path, answer: Callable[[], Federation]) -> Iterator[None]:
+    """Within, a thread tells `answer()` to everyone who asks in the kit's state folder, one after another."""
+    with socket.socket(socket.AF_UNIX) as listener, short_path(folder) as path:
+        (folder / NAME).unlink(missing_ok=True)  # of a server that was killed
+        listener.bind(f"{path}/{NAME}")
+        (folder / NAME).chmod(0o600)
+        listener.listen()  # nobody can connect before
+        thread = threading.Thread(target=_answer_all, args=(listener, answer), name="status", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            (folder / NAME).unlink(missing_ok=True)
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(timeout=READ_SECONDS)
+
+
+def _answer_all(listener: socket.socket, answer: Callable[[], Federation]) -> None:
+    """Answer until the listener is shut down."""
+    while True:
+        try:
+            asking, _ = listener.accept()
+        except OSError:
+            return
+        with asking:
+            asking.settimeout(READ_SECONDS)
+            try:
+                asking.sendall(answer().to_json().encode("utf-8"))
+            except Exception as error:  # noqa: BLE001 - whoever asks next is answered all the same
+                logger.warning("the status could not be told: %s: %s", type(error).__name__, error)
+
+
+@contextmanager
+def short_path(folder: Path) -> Iterator[str]:
+    """A path to the folder that is short enough for a socket, whose path may have about 100 characters.
+
+    Without /proc there is none but the folder's own.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        link = f"/proc/self/fd/{handle}"
+        yield link if os.path.isdir(link) else str(folder)  # noqa: PTH112 - not a path to resolve
+    finally:
+        os.close(handle)

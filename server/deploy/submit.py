@@ -1,0 +1,105 @@
+"""Jobs on a live federation: start one, follow it, stop one."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from atoll.errors import ConfigError, JobError
+from atoll.kit.kit import ServerKit
+from atoll.server.deploy.flower_control import Control, Unreachable, bundle
+from atoll.server.deploy.serve import runtime_path
+from atoll.server.deploy.status import Run, no_server
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 120.0
+"""How long a server may be away before following a run gives up."""
+
+
+def submit(
+    job_json: str,
+    kit: Path,
+    *,
+    out: Path,
+    show: Callable[[str], None] = logger.info,
+    tell: Callable[[str], None] = logger.info,
+    started: Callable[[int], None] = lambda run_id: None,
+) -> int:
+    """Run a job on the federation and wait for its end; returns the run's id.
+
+    `show` gets the run's log line by line. Raises JobError unless the run completed. A
+    KeyboardInterrupt leaves the run going, after `tell` got how to follow and to stop it.
+    """
+    with _control(kit) as control:
+        run_id = control.start(bundle(), job_json, str(out.resolve()))
+    started(run_id)
+    try:
+        run = follow(kit, run_id, show=show)
+    except KeyboardInterrupt:
+        tell(f"run {run_id} goes on")
+        tell(f"follow it with: atoll logs {run_id} --server {kit}")
+        tell(f"stop it with:   atoll stop {run_id} --server {kit}")
+        raise
+    if not run.completed:
+        raise JobError(f"run {run_id} {run.outcome}: {run.details or 'no reason given'}")
+    return run_id
+
+
+def follow(kit: Path, run_id: int, *, show: Callable[[str], None]) -> Run:
+    """The run, once it has finished; `show` gets the server's log line by line meanwhile.
+
+    A server that is away for a while, as in a restart, is waited for.
+    """
+    after, seen = 0.0, time.monotonic()
+    while True:
+        try:
+            with _control(kit) as control:
+                for part in control.log(run_id, after):
+                    after, seen = part.until, time.monotonic()
+                    _show_lines(part.text, show)
+                run = control.run(run_id)
+            if run.finished:
+                return run
+            seen = time.monotonic()
+        except (Unreachable, ConfigError):
+            if time.monotonic() - seen > PATIENCE_SECONDS:
+                raise
+        time.sleep(1)
+
+
+def _show_lines(text: str, show: Callable[[str], None]) -> None:
+    for line in text.splitlines():
+        show(line)
+
+
+def logs(kit: Path, run_id: int, *, show: Callable[[str], None]) -> Run:
+    """Show a run's log from its beginning to its end; returns how it ended."""
+    with _control(kit) as control:
+        control.run(run_id)
+    return follow(kit, run_id, show=show)
+
+
+def stop(kit: Path, run_id: int) -> Run:
+    """Stop a run; returns how it stands then."""
+    with _control(kit) as control:
+        if not control.run(run_id).finished:
+            control.stop(run_id)
+        return control.run(run_id)
+
+
+@contextmanager
+def _control(kit: Path) -> Iterator[Control]:
+    """The Control API of the server that runs on the kit."""
+    loaded = ServerKit.load(kit)
+    try:
+        address = json.loads(runtime_path(loaded).read_text(encoding="utf-8"))["control"]
+    except FileNotFoundError:
+        raise no_server(kit) from None
+    control = Control(address, loaded.authority)
+    try:
+        yield control
+    finally:
+        control.close()

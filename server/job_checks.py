@@ -1,0 +1,79 @@
+"""What can be said of a job at once: before any data is read, and before torch is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atoll.backbones.resolve import check_backbone
+from atoll.datasets.registry import SOURCES, Source, source_named
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.strategies import check_strategy
+from atoll.tasks import check_task
+
+
+def check_named(job: Job) -> None:
+    """See whether the task, the strategy and the backbone that the job names are there; none is loaded.
+
+    Raises:
+        ConfigError, WeightsError: there is none of that name.
+    """
+    check_task(job.task.name)
+    check_strategy(job.strategy)
+    check_backbone(job.backbone)
+
+
+def check_simulated(job: Job) -> None:
+    """As `check_named`, of a run on this machine, whose data is the job's own source.
+
+    Raises:
+        ConfigError, WeightsError: there is none of that name.
+    """
+    check_task(job.task.name)
+    check_source(job)
+    check_named(job)
+
+
+def source_of(job: Job) -> Source | None:
+    """The built-in source that the job names; None where it names a path.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    return None if Path(job.data.source).is_absolute() else source_named(job.data.source)
+
+
+def check_source(job: Job) -> None:
+    """Raises ConfigError unless the source is a path, or a built-in one that holds data of the job's task."""
+    source = source_of(job)
+    if source is not None and job.task.name not in source.tasks:
+        fitting = [name for name, other in SOURCES.items() if job.task.name in other.tasks]
+        tasks = " and ".join(source.tasks)
+        raise ConfigError(
+            f"data.source: {source.name} is for {tasks}, the job's task is {job.task.name};"
+            f" expected {' or '.join([*fitting, 'a path'])}"
+        )
+
+
+def check_real(job: Job) -> None:
+    """Raises ConfigError if the job asks for what only a simulation has."""
+    if job.federation.devices is not None:
+        raise ConfigError(
+            "federation.devices: simulates devices, a real federation has its own; expected a job without"
+            " devices, deadline and over_sampling (round_timeout is the real deadline)"
+        )
+    if job.privacy.seeded_noise:
+        raise ConfigError(
+            "privacy.seeded_noise: anybody who has the job can subtract such noise, so a real federation"
+            " takes none of it; expected false"
+        )
+    if job.privacy.audit:
+        raise ConfigError(
+            "privacy.audit: the attack trains the run again on all clients' data, so only a simulation can be"
+            " attacked; expected false"
+        )
+    if job.privacy.units and job.data.classes is None:
+        raise ConfigError(
+            f"data.classes: missing, expected the list of classes with privacy.unit = {job.privacy.unit!r}:"
+            " one made from the clients' data would tell what they hold"
+        )

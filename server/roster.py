@@ -1,0 +1,65 @@
+"""Who takes part in a run, and who does not and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.protocol.messages import Facts, Hello
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Roll:
+    """The clients of a run in the order of their names, and how many examples each holds, [clients].
+
+    A million simulated clients fit: `names` may be a sequence that makes them when they are asked
+    for, and `facts` are those that differ, not one for each client.
+    """
+
+    names: Sequence[str]
+    sizes: NDArray[np.int64]
+    facts: Sequence[Facts]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, hellos: Sequence[Hello]) -> Roll:
+        """Those who introduced themselves one by one."""
+        taking = sorted((h for h in hellos if not h.refusal), key=lambda h: h.client)
+        return cls(
+            names=tuple(h.client for h in taking),
+            sizes=np.array([h.num_examples for h in taking], dtype=np.int64),
+            facts=[h.facts for h in taking],
+            refused={h.client: h.refusal for h in hellos if h.refusal},
+        )
+
+    def check(self, job: Job) -> None:
+        """Warn of each refusal.
+
+        Raises:
+            ConfigError: fewer take part than a round needs.
+        """
+        needed = job.federation.cohort or 1
+        if len(self.names) < needed:
+            asked = len(self.names) + len(self.refused)
+            raise ConfigError(
+                f"{len(self.names)} of {asked} clients take part, a round needs {needed}{self._reasons()}"
+            )
+        for client, reason in self.refused.items():
+            logger.warning("%s does not take part: %s", client, reason)
+
+    def _reasons(self) -> str:
+        """Why clients don't take part: each of a few reasons once, with the first client that gave it."""
+        first: dict[str, str] = {}
+        for client, reason in self.refused.items():
+            first.setdefault(reason, client)
+        told = [f"{client}: {reason}" for reason, client in list(first.items())[:3]]
+        more = [f"and {len(first) - 3} other reasons"] if len(first) > 3 else []
+        return f" ({'; '.join(told + more)})" if told else ""

@@ -1,0 +1,143 @@
+"""Client-level privacy in the rounds: the strategy never sees more than one noised sum a round."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from atoll.errors import BudgetExhausted
+from atoll.job.job import Job
+from atoll.privacy.accounting import Release
+from atoll.privacy.adaptive_clipping import next_norm
+from atoll.privacy.central import CentralGaussian
+from atoll.privacy.dp_plan import Terms, terms_of
+from atoll.privacy.ledger import Entry, Ledger
+from atoll.privacy.noise import Words, entropy, seeded, uniform
+from atoll.protocol.messages import Update
+from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.strategy import State
+
+NORM = "privacy.clipping_norm"
+"""In the strategy's state: the clipping norm of the next round, where it adapts."""
+
+
+@dataclass(frozen=True)
+class Books:
+    """Where the charges of runs on the same clients are written down, and what binds them to those."""
+
+    path: Path
+    fingerprint: str
+
+
+@dataclass
+class Protection:
+    """Clips, sums and noises the updates of a round, and charges the ledger for it first.
+
+    `run` tells this run's charges from those of other runs in one ledger.
+    """
+
+    job: Job
+    terms: Terms
+    books: Books
+    run: str
+    observed: Counter[Release] = field(default_factory=Counter)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Opened when first needed: a run that is refused leaves none behind.
+
+        Raises:
+            DataError: it was changed, or is of other clients.
+        """
+        durable = not self.job.privacy.seeded_noise
+        return Ledger.open(self.books.path, self.books.fingerprint, durable=durable)
+
+    @cached_property
+    def _count_deviation(self) -> float | None:
+        """Andrew et al. 2021, section 3.1, take a twentieth of the cohort."""
+        promise = self.terms.promise
+        if promise.clipping == "fixed":
+            return None
+        usual = max(self.terms.divisor / 20, self.terms.noise_multiplier)
+        return promise.count_deviation or usual
+
+    @property
+    def spent(self) -> Counter[Release]:
+        """What this run was charged, also for releases that a crash lost."""
+        return self.ledger.spent_on(self.run)
+
+    def check_budget(self, round: int) -> None:
+        """Raises BudgetExhausted if this round's release would spend more than the target."""
+        if self._is_repeated(round) or self.terms.affords(self.spent, 1):
+            return
+        raise BudgetExhausted(
+            f"round {round}: its release would bring epsilon above the target {self.terms.promise.epsilon}"
+        )
+
+    def merged(
+        self, round: int, updates: Sequence[Update], model: Tensors, state: State
+    ) -> tuple[Update, State]:
+        """(one update that stands for all of them, what is kept for the next round).
+
+        Raises:
+            BudgetExhausted: the release would overspend; nothing was released.
+        """
+        self.check_budget(round)
+        norm = float(state.get(NORM, self.terms.promise.clipping_norm))
+        mechanism = CentralGaussian(
+            clipping_norm=norm,
+            noise_multiplier=self.terms.noise_multiplier,
+            expected_cohort=self.terms.divisor,
+            sampling_rate=self.terms.cost.sampling_rate,
+            words=self._words("noise", round),
+            record=lambda cost: self._charge(round, cost),
+            count_deviation=self._count_deviation,
+        )
+        mean, fraction = mechanism.release(updates, model)
+        kept: State = {}
+        if fraction is not None:
+            promise = self.terms.promise
+            kept[NORM] = next_norm(norm, fraction, quantile=promise.quantile, lr=promise.clipping_lr)
+        return Update("the cohort", round, mean, num_examples=1), kept
+
+    def coins(self, round: int, count: int) -> torch.Tensor:
+        """A uniform number for each client, which nobody else can know, [count]."""
+        return torch.from_numpy(uniform(self._words("cohort", round)(count)))
+
+    def _words(self, purpose: str, round: int) -> Words:
+        if self.job.privacy.seeded_noise:
+            return seeded(stream_seed(self.job.seed, purpose, round))
+        return entropy
+
+    def _charge(self, round: int, cost: Release) -> None:
+        self.observed[cost] += 1
+        if not self._is_repeated(round):
+            self.ledger.charge(Entry(self.run, round, "client", cost))
+
+    def _is_repeated(self, round: int) -> bool:
+        """Whether this is byte for byte a release that was charged already, as seeded noise makes it."""
+        return self.job.privacy.seeded_noise and self.ledger.has(self.run, round)
+
+
+def protection_of(job: Job, out: Path, books: Books | None) -> Protection | None:
+    """What keeps a job's promise to clients, if it makes one; charged to the run's own books by default.
+
+    Raises:
+        ConfigError: the promise can't be kept with any noise.
+    """
+    terms = terms_of(job, "client")
+    if terms is None or terms.where != "server":
+        return None
+    return Protection(job, terms, books or Books(out / "ledger.jsonl", job.hash), run_key(job, out))
+
+
+def run_key(job: Job, out: Path) -> str:
+    """What a run is called in ledgers: the same when it is resumed, another for the job's next run."""
+    return hashlib.sha256(f"{job.hash} {out.resolve()}".encode()).hexdigest()[:32]

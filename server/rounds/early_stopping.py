@@ -1,0 +1,74 @@
+"""Early stopping (Prechelt 1998): the best model by what clients measure on data they kept back.
+
+The metric is the task's headline, added up over the clients' validation splits: never the test set, which
+would no longer be one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from atoll.protocol.tensors import Tensors
+from atoll.report.comparison import lower_is_better
+from atoll.strategies.strategy import State
+
+PREFIX = "stopping."
+"""Before the names of what a checkpoint keeps of it."""
+
+BEST = PREFIX + "best."
+"""Before the names of the best model's tensors."""
+
+
+@dataclass
+class Stopping:
+    """How long nothing was better than the best, and the model that was best."""
+
+    metric: str
+    patience: int
+    round: int = 0
+    value: float = math.nan
+    waited: int = 0
+    best: Tensors = field(default_factory=dict)
+
+    def note(self, round: int, value: float, model: Tensors) -> None:
+        """Take note of a measurement; one that isn't finite is never better."""
+        gain = self.value - value if lower_is_better(self.metric) else value - self.value
+        if math.isfinite(value) and (gain > 0 or not self.best):
+            self.round, self.value, self.waited = round, value, 0
+            # A checkpoint holds it beside the present model, in which no two tensors may be one.
+            self.best = {name: tensor.clone() for name, tensor in model.items()}
+        else:
+            self.waited += 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether as many measurements as the patience lasts have passed without a better one."""
+        return self.waited >= self.patience
+
+    @property
+    def words(self) -> str:
+        """What came of it, in one line."""
+        found = (
+            f"the model is round {self.round}'s, the best by the clients' {self.metric} ({self.value:.4g})"
+        )
+        return found + (f"; {self.waited} measurements since then were not better" if self.is_over else "")
+
+    def state(self) -> State:
+        """What a checkpoint keeps, as a strategy's state."""
+        numbers = {"round": float(self.round), "value": self.value, "waited": float(self.waited)}
+        return {PREFIX + k: v for k, v in numbers.items()} | {BEST + n: t for n, t in self.best.items()}
+
+    def resume(self, state: State) -> State:
+        """Take back what `state` said; what is left is the strategy's."""
+        if PREFIX + "round" in state:
+            self.round, self.waited = int(state[PREFIX + "round"]), int(state[PREFIX + "waited"])
+            self.value = float(state[PREFIX + "value"])
+        self.best = {
+            n.removeprefix(BEST): t
+            for n, t in state.items()
+            if n.startswith(BEST) and isinstance(t, torch.Tensor)
+        }
+        return {n: v for n, v in state.items() if not n.startswith(PREFIX)}

@@ -1,0 +1,147 @@
+"""A round whose updates the server never sees: only their secure sum, opened if enough clients stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from atoll.job.job import Job
+from atoll.privacy.dp_plan import distributed_terms
+from atoll.privacy.noise import entropy
+from atoll.privacy.secagg import SecureAggregationFailed, Vector, least_threshold, opened_sum
+from atoll.privacy.secagg_encoding import EXTRA, Scale, as_bytes, context_of, length, shaped
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, Request, Sealed, Update
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.validation import STATES, Screened
+
+Ask = Callable[[Request, Sequence[str]], Sequence[Reply]]
+"""Sends a request to clients and waits for their replies."""
+
+
+@dataclass
+class SecureRound:
+    """One try at a round; `base` is the request with model and plan, `aside` who fell out and why."""
+
+    job: Job
+    base: Request
+    cohort: Sequence[str]
+    masks: bool
+    ask: Ask
+    aside: dict[str, str] = field(default_factory=dict)
+    charged_rounds: int = 0
+
+    def screened(self) -> Screened:
+        """The sum as one update that stands for its clients; none where too few stayed to open it."""
+        try:
+            total, stayed = self._opened() if self.masks else self._added()
+        except SecureAggregationFailed as error:
+            return Screened((), {**self.aside, "the sum": str(error)})
+        return Screened((self._as_update(total),), dict(sorted(self.aside.items())), stayed)
+
+    @property
+    def threshold(self) -> int:
+        """Clients that must stay for the sum to be opened: public before the round begins."""
+        return threshold_of(self.job, len(self.cohort))
+
+    def _opened(self) -> tuple[Vector, int]:
+        """The protocol's four stages."""
+        context = context_of(self.base)
+        keys = {n: as_bytes(c["keys"]) for n, c in self._stage("keys", self.cohort).items()}
+        self._check(len(keys))
+        public = {name: torch.frombuffer(bytearray(k), dtype=torch.uint8) for name, k in keys.items()}
+        dealt = self._stage("deal", sorted(keys), tensors=public)
+        self._check(len(dealt))
+        own = {
+            name: {other: content[name] for other, content in dealt.items() if other != name}
+            for name in dealt
+        }
+        sent = self._stage("mask", sorted(dealt), tensors=self.base.tensors, own=own)
+        masked = self._vectors(sent)
+        self._check(len(masked))
+        revealed = self._stage("reveal", sorted(masked), others=tuple(sorted(masked)))
+        opened = {n: {other: as_bytes(t) for other, t in c.items()} for n, c in revealed.items()}
+        total = opened_sum(keys, list(dealt), masked, opened, self.threshold, context)
+        return total, len(masked)
+
+    def _added(self) -> tuple[Vector, int]:
+        """In a simulation masks are left out: they cancel, and the sum is the same bit for bit."""
+        vectors = self._vectors(self._stage("sum", self.cohort, tensors=self.base.tensors))
+        self._check(len(vectors))
+        return np.sum(list(vectors.values()), axis=0, dtype=np.uint64), len(vectors)
+
+    def _stage(
+        self,
+        kind: str,
+        names: Sequence[str],
+        *,
+        tensors: Tensors | None = None,
+        own: Mapping[str, Tensors] | None = None,
+        others: tuple[str, ...] = (),
+    ) -> dict[str, Tensors]:
+        """What the named clients answer, by name; who doesn't is set aside."""
+        plan = dict(self.base.plan) | {"threshold": float(self.threshold)}
+        request = Request(
+            kind, self.base.job, self.base.job_hash, self.base.round, self.base.facts,
+            tensors=tensors or {}, plan=plan, run=self.base.run, own=own or {}, others=others,
+        )  # fmt: skip
+        found: dict[str, Tensors] = {}
+        for reply in self.ask(request, names):
+            if isinstance(reply, Sealed) and reply.client in names and reply.round == request.round:
+                found[reply.client] = reply.content
+            elif isinstance(reply, Failure) and reply.client in names:
+                self.aside[reply.client] = reply.reason
+        for name in names:
+            if name not in found:
+                self.aside.setdefault(name, "no reply before the deadline")
+        return found
+
+    def _vectors(self, sent: Mapping[str, Tensors]) -> dict[str, Vector]:
+        """Vectors that have the right form; the others are set aside."""
+        numbers = length(self.base.tensors, private=distributed_terms(self.job) is not None)
+        good: dict[str, Vector] = {}
+        for name, content in sent.items():
+            vector = content.get("vector")
+            if vector is None or vector.dtype != torch.int64 or vector.shape != (numbers,):
+                self.aside[name] = f"its vector is not of {numbers} whole numbers"
+                continue
+            good[name] = vector.numpy().view(np.uint64)
+            if CHARGED_ROUNDS in content:
+                self.charged_rounds = max(self.charged_rounds, int(content[CHARGED_ROUNDS]))
+        return good
+
+    def _check(self, left: int) -> None:
+        if left < self.threshold:
+            raise SecureAggregationFailed(f"{left} clients are left, needed {self.threshold}")
+
+    def _as_update(self, total: Vector) -> Update:
+        model, terms = self.base.tensors, distributed_terms(self.job)
+        numbers = length(model, private=terms is not None)
+        values = Scale.of(terms, numbers, self.threshold, entropy).values(total)
+        states = {name: torch.zeros((), dtype=torch.float64) for name in STATES}
+        if terms is None:
+            weight, *told = values[-len(EXTRA) :]
+            states |= dict(zip(EXTRA[1:], told, strict=True))
+            return Update(
+                "the cohort", self.base.round, shaped(values[: -len(EXTRA)] / weight, model), 1, states
+            )
+        states[CHARGED_ROUNDS] = torch.tensor(float(self.charged_rounds), dtype=torch.float64)
+        mean = shaped(values * scale_of_sum(self.job), model)
+        return Update("the cohort", self.base.round, mean, 1, states)
+
+
+def scale_of_sum(job: Job) -> float:
+    """What makes a secure sum of clipped contributions a step: public numbers of the job alone."""
+    terms = distributed_terms(job)
+    assert terms is not None
+    step = -job.train.lr if terms.unit == "example" else 1.0
+    return step / terms.divisor
+
+
+def threshold_of(job: Job, cohort: int) -> int:
+    """More than two thirds of the cohort, or the part that the job asks for."""
+    asked = job.federation.secure_threshold
+    least = least_threshold(cohort)
+    return least if asked is None else max(least, -int(-asked * cohort // 1))

@@ -1,0 +1,159 @@
+"""Look at every update before it is merged; a bad one is set aside with its client's name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Reply, Sealed, Update
+from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.tensors import Tensors
+
+STATES = {"train_loss.sum", "train_loss.count"}
+MAX_EXAMPLES = 1_000_000_000
+MAX_NORM = 1e6
+"""L2 norm of a delta above which it is taken for an accident."""
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Good updates in canonical order (by client name), and why the others were set aside.
+
+    One update may stand for several clients, of which there are `stayed`, and so may `statistics`.
+    """
+
+    updates: Sequence[Update]
+    set_aside: dict[str, str]
+    stayed: int | None = None
+    statistics: Tensors = field(default_factory=dict)
+
+    @property
+    def usable(self) -> int:
+        """How many clients' work there is."""
+        return len(self.updates) if self.stayed is None else self.stayed
+
+
+def screen_stack(
+    updates: StackedUpdates, cohort: Sequence[str], model: Tensors, round: int, *, blind: bool = False
+) -> Screened:
+    """As `screen`, for a cohort that trained in this process: all its norms in one go.
+
+    Whatever looks amiss in any of them goes the slow way, client by client.
+    """
+    order = sorted(range(len(updates)), key=updates.clients.__getitem__)
+    whole = updates.take(order)
+    shapes = {name: (t.shape[1:], t.dtype) for name, t in whole.delta.items()}
+    as_expected = (
+        whole.clients == tuple(sorted(cohort))
+        and whole.round == round
+        and shapes == {name: (t.shape, t.dtype) for name, t in model.items()}
+        and all(0 < n <= MAX_EXAMPLES for n in whole.num_examples)
+    )
+    if as_expected and (blind or _values_are_sound(whole)):
+        return Screened(whole, {})
+    return screen(updates, cohort, model, round, blind=blind)
+
+
+def _values_are_sound(whole: StackedUpdates) -> bool:
+    return bool((_norms(whole.delta) <= MAX_NORM).all()) and _states_are_finite(whole.states)
+
+
+def _norms(delta: Tensors) -> torch.Tensor:
+    """L2 norm of each client's delta, [clients]; not finite where a value isn't."""
+    each = [torch.linalg.vector_norm(t.flatten(1), dim=1) for t in delta.values()]
+    norms: torch.Tensor = torch.linalg.vector_norm(torch.stack(each).to(torch.float64), dim=0)
+    return norms
+
+
+def _states_are_finite(states: Tensors) -> bool:
+    return set(states) - {CHARGED_ROUNDS} == STATES and all(
+        bool(torch.isfinite(t).all()) for t in states.values()
+    )
+
+
+def screen(
+    replies: Iterable[Reply], cohort: Sequence[str], model: Tensors, round: int, *, blind: bool = False
+) -> Screened:
+    """Sort the replies of a round into usable and set aside; who didn't reply is set aside too.
+
+    A `blind` look sees nothing that depends on a client's data: no value, no norm.
+    """
+    good: dict[str, Update] = {}
+    aside: dict[str, str] = {}
+    for reply in replies:
+        fault = _fault(reply, cohort, model, round, blind=blind)
+        if fault is None and reply.client in good:
+            aside[f"{reply.client} (again)"] = "duplicate reply; the first one counts"
+        elif fault is None and isinstance(reply, Update):
+            good[reply.client] = reply
+        else:
+            aside[reply.client] = fault or f"unexpected {type(reply).__name__}"
+    for name in cohort:
+        if name not in good and name not in aside:
+            aside[name] = "no reply before the deadline"
+    return Screened(tuple(good[name] for name in sorted(good)), dict(sorted(aside.items())))
+
+
+def _fault(reply: Reply, cohort: Sequence[str], model: Tensors, round: int, *, blind: bool) -> str | None:
+    if reply.client not in cohort:
+        return "not in this round's cohort"
+    match reply:
+        case Failure():
+            return reply.reason
+        case Measurement():
+            return "sent a measurement, expected an update"
+        case Sealed():
+            return "sent a part of a secure sum, expected an update"
+    if reply.round != round:
+        return f"reply to round {reply.round}, expected round {round}"
+    n = reply.num_examples
+    if not isinstance(n, int) or isinstance(n, bool) or not 0 < n <= MAX_EXAMPLES:
+        return f"num_examples: expected an integer from 1 to {MAX_EXAMPLES}, found {n!r}"
+    fault = _shape_fault(reply.delta, model) or _states_fault(reply.states, blind=blind)
+    return fault or (None if blind else _value_fault(reply.delta))
+
+
+def _states_fault(states: Tensors, *, blind: bool) -> str | None:
+    if set(states) - {CHARGED_ROUNDS} != STATES:
+        return f"metric states: expected train_loss.sum and train_loss.count, found {sorted(states)[:5]}"
+    for name, value in states.items():
+        if value.shape != () or not (blind or torch.isfinite(value)):
+            return f"metric state {name} is not one finite number"
+    return None
+
+
+def _shape_fault(delta: Tensors, model: Tensors) -> str | None:
+    if set(delta) != set(model):
+        odd = sorted(set(delta) ^ set(model))[0]
+        return f"tensor {odd} is {'unexpected' if odd in delta else 'missing'}"
+    for name, expected in model.items():
+        found = delta[name]
+        if found.shape != expected.shape:
+            return f"tensor {name} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+        if found.dtype != expected.dtype:
+            return f"tensor {name} is {found.dtype}, expected {expected.dtype}"
+    return None
+
+
+def _value_fault(delta: Tensors) -> str | None:
+    norms = []
+    for name, found in sorted(delta.items()):
+        norms.append(_norm(found))
+        # The norm of float32 values cannot overflow in float64: look closer only where it did.
+        if not math.isfinite(norms[-1]) and not torch.isfinite(found).all():
+            return f"tensor {name} has values that are not finite"
+    if math.hypot(*norms) > MAX_NORM:
+        return f"the update's norm is {math.hypot(*norms):.3g}, expected at most {MAX_NORM:.0g}"
+    return None
+
+
+def _norm(values: torch.Tensor) -> float:
+    """L2 norm: in the values' own precision where that is enough, as it nearly always is."""
+    flat = values.reshape(-1)
+    square = float(torch.dot(flat, flat)) if flat.dtype == torch.float32 else math.inf
+    if math.isfinite(square):
+        return math.sqrt(square)
+    return float(torch.linalg.vector_norm(flat, dtype=torch.float64))

@@ -1,0 +1,182 @@
+"""Checkpoints that a kill at any instant leaves whole: temporary name, sync, rename, sync."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from atoll.errors import ConfigError, JobError
+from atoll.protocol.tensors import Tensors, tensors_sha256, to_bytes
+from atoll.strategies.strategy import State
+from atoll.system.durable_files import replace_synced, temporary_of
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+KEEP = 2
+EVERY = 0.25
+"""Seconds that pass at least between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on after a round."""
+
+    round: int
+    job_hash: str
+    tensors: Tensors
+    state: State
+    bytes_up: int
+    bytes_down: int
+    facts: dict[str, Any]
+
+
+@dataclass
+class Keeper:
+    """Saves the rounds' checkpoints, but of rounds that take milliseconds not every one.
+
+    To wait for the disk then takes longer than the round; what a kill loses is `EVERY` seconds at most, and
+    the rounds that pass while one checkpoint is on its way to the disk.
+    """
+
+    folder: Path
+    last: Checkpoint | None = None
+    saved: int = 0
+    began: float = -math.inf
+    _writing: list[Future[int]] = field(default_factory=list)
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Take note of a whole round, and begin to save it if the last saved one is old enough.
+
+        Raises:
+            JobError: as `save`, of the one before.
+        """
+        self.last = checkpoint
+        if self._writing and not self._writing[0].done():
+            return
+        if time.monotonic() - self.began >= EVERY:
+            self._finish()
+            self.began = time.monotonic()
+            self._writing.append(self._writer.submit(self._save, checkpoint))
+
+    def save_last(self) -> None:
+        """Have the last whole round on the disk.
+
+        Raises:
+            JobError: as `save`.
+        """
+        self._finish()
+        if self.last is not None and self.last.round != self.saved:
+            self.saved, self.began = self._save(self.last), time.monotonic()
+
+    def _save(self, checkpoint: Checkpoint) -> int:
+        save(self.folder, checkpoint)
+        return checkpoint.round
+
+    def _finish(self) -> None:
+        """Wait for the checkpoint that is on its way to the disk."""
+        while self._writing:
+            self.saved = self._writing.pop().result()
+
+    @cached_property
+    def _writer(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "checkpoints")
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write one checkpoint durably, then let go of all but the last two.
+
+    Raises:
+        JobError: the disk is full or the folder cannot be written; older checkpoints are intact.
+    """
+    final = folder / f"round-{checkpoint.round:06d}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_synced(final, _encoded(checkpoint))
+        for old in _rounds(folder)[:-KEEP]:
+            old.unlink()
+    except OSError as error:
+        temporary_of(final).unlink(missing_ok=True)
+        raise JobError(
+            f"{final}: checkpoint not written ({error.strerror}); the one before it is intact"
+        ) from None
+
+
+def _encoded(checkpoint: Checkpoint) -> bytes:
+    """A safetensors file; numbers and words are in its metadata, with a hash of themselves."""
+    tensors = {f"model/{n}": t for n, t in checkpoint.tensors.items()}
+    numbers: dict[str, float] = {}
+    for name, value in checkpoint.state.items():
+        if isinstance(value, torch.Tensor):
+            tensors[f"state/{name}"] = value
+        else:
+            numbers[name] = value
+    head = json.dumps(
+        {
+            "schema": SCHEMA,
+            "round": checkpoint.round,
+            "job_hash": checkpoint.job_hash,
+            "numbers": numbers,
+            "facts": checkpoint.facts,
+            "bytes": [checkpoint.bytes_up, checkpoint.bytes_down],
+            "tensors_sha256": tensors_sha256(tensors),
+        }
+    )
+    return to_bytes(tensors, {"head": head, "head_sha256": hashlib.sha256(head.encode()).hexdigest()})
+
+
+def latest(folder: Path, job_hash: str) -> Checkpoint | None:
+    """The newest whole checkpoint; a damaged one is named in the log and the one before it used.
+
+    Raises:
+        ConfigError: it belongs to another job, or another version of Atoll wrote it.
+    """
+    for path in reversed(_rounds(folder)):
+        try:
+            found = _read(path)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s); going back to the checkpoint before it", path, error)
+            continue
+        if found.job_hash != job_hash:
+            raise ConfigError(f"{path}: belongs to job {found.job_hash[:12]}, this one is {job_hash[:12]}")
+        return found
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = metadata["head"]
+    if hashlib.sha256(text.encode()).hexdigest() != metadata["head_sha256"]:
+        raise ValueError("its head does not match its SHA-256")
+    head = json.loads(text)
+    if head["schema"] != SCHEMA:
+        raise ConfigError(f"{path}: checkpoint schema {head['schema']}, this version of Atoll reads {SCHEMA}")
+    if tensors_sha256(tensors) != head["tensors_sha256"]:
+        raise ValueError("its tensors do not match their SHA-256")
+    state: State = {n.removeprefix("state/"): t for n, t in tensors.items() if n.startswith("state/")}
+    return Checkpoint(
+        round=head["round"],
+        job_hash=head["job_hash"],
+        tensors={n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")},
+        state=state | head["numbers"],
+        bytes_up=head["bytes"][0],
+        bytes_down=head["bytes"][1],
+        facts=head["facts"],
+    )
+
+
+def _rounds(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*.safetensors")) if folder.is_dir() else []

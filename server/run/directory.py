@@ -1,0 +1,241 @@
+"""A run's directory: the resolved job, a line a round, checkpoints, the result and the model."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import tomli_w
+
+from atoll.errors import ConfigError, JobError
+from atoll.job.job import Job
+from atoll.protocol.tensors import Tensors, to_bytes
+from atoll.server.run.checkpoint import Checkpoint, latest
+from atoll.system.durable_files import is_begun, replace_synced
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunDirectory:
+    """Holds the directory's lock until it is left; one process runs in it at a time.
+
+    A job that is refused before `settle` leaves everything as it was: what opening made is taken
+    back, and an old run that `force` would replace is whole.
+    """
+
+    path: Path
+    lock: TextIO
+    job: Job
+    made: tuple[Path, ...]
+    is_new: bool
+    replaces: bool = False
+    settled: bool = False
+
+    @classmethod
+    def open(cls, path: Path, job: Job, *, resume: bool, force: bool) -> RunDirectory:
+        """Create the directory, or take an old one over with `resume` (go on) or `force` (start anew).
+
+        Raises:
+            ConfigError: it cannot be written, holds another run, or another process runs in it.
+        """
+        check_free(path, job, resume=resume, force=force)
+        made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _locked(path)
+            is_new = not (path / "job.toml").is_file()
+            directory = cls(path, lock, job, made, is_new, replaces=force and not is_new)
+            if is_new:
+                directory._write_job()
+        except OSError as error:
+            _remove_empty(made)
+            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+        except ConfigError:
+            _remove_empty(made)
+            raise
+        return directory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.settled and self.is_new:
+            for name in ("job.toml", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            _remove_empty(self.made)
+        self.lock.close()
+
+    def settle(self) -> None:
+        """The job can run: what an old run left is replaced now, and what is written from here on stays."""
+        if self.replaces:
+            _clear(self.path)
+            self._write_job()
+        self.settled = True
+
+    def _write_job(self) -> None:
+        try:
+            replace_synced(self.path / "job.toml", job_toml(self.job).encode())
+        except OSError as error:
+            if self.is_new:
+                (self.path / ".lock").unlink(missing_ok=True)
+            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add a round's line; a full disk costs the line, not the run."""
+        try:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.warning("%s: metrics.jsonl not written (%s)", self.path, error.strerror)
+
+    def wind_back(self, round: int) -> list[dict[str, Any]]:
+        """The lines up to a round; later ones, of rounds that will be played again, are removed."""
+        path = self.path / "metrics.jsonl"
+        lines = []
+        for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
+            try:
+                line = json.loads(text)
+            except ValueError:  # the kill came while it was written
+                continue
+            if line["round"] <= round:
+                lines.append(line)
+        if len(lines) != round:
+            logger.warning("%s: lines of %d rounds are missing", path, round - len(lines))
+        replace_synced(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return lines
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    def latest_checkpoint(self, job_hash: str) -> Checkpoint | None:
+        """The newest whole checkpoint, if any."""
+        return latest(self.checkpoints, job_hash)
+
+    def save_model(self, tensors: Tensors, about: dict[str, Any]) -> None:
+        """The final tensors, and what is needed to load them."""
+        folder = self.path / "model"
+        folder.mkdir(exist_ok=True)
+        replace_synced(folder / "model.safetensors", to_bytes(tensors))
+        replace_synced(folder / "model.json", json.dumps(about, indent=2).encode())
+
+    def save_result(self, result: dict[str, Any]) -> None:
+        """`result.json`; its presence says that the run is complete."""
+        try:
+            replace_synced(self.path / "result.json", json.dumps(result, indent=2, allow_nan=False).encode())
+        except OSError as error:
+            raise JobError(f"{self.path / 'result.json'}: not written ({error.strerror})") from None
+
+
+def check_free(path: Path, job: Job, *, resume: bool, force: bool) -> None:
+    """Look whether a run of this job may go to `path`, and change nothing.
+
+    Raises:
+        ConfigError: it holds another run, or something that is no run, or there is nothing to resume.
+    """
+    try:
+        if resume:
+            if not (path / "job.toml").is_file():
+                raise ConfigError(f"{path}: nothing to resume, there is no job.toml; leave --resume out")
+            _check_same_job(path / "job.toml", job)
+        elif force and _is_taken(path) and not (path / "job.toml").is_file():
+            raise ConfigError(f"{path}: no run directory (no job.toml), --force replaces nothing else")
+        elif not force and _is_taken(path):
+            raise ConfigError(
+                f"{path}: exists and is not empty; use --resume to go on, --force to start anew,"
+                " or another --out"
+            )
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether something lies there that a run killed at its start doesn't leave."""
+    if not path.is_dir():
+        return path.exists() or path.is_symlink()
+    return is_begun(path, "job.toml")
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders, the innermost first, that are there and empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def job_toml(job: Job) -> str:
+    """The job with every default written out, as TOML that replays it."""
+    return tomli_w.dumps(_without_none(job.model_dump(mode="json")))
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {key: _said(value) for key, value in table.items() if value is not None}
+
+
+def _said(value: Any) -> Any:
+    """A value without keys that have none, which TOML cannot say."""
+    if isinstance(value, dict):
+        return _without_none(value)
+    return [_said(one) for one in value] if isinstance(value, list) else value
+
+
+def _check_same_job(path: Path, job: Job) -> None:
+    before = Job.load(path)
+    if before.hash == job.hash:
+        return
+    old, new = before.model_dump(mode="json"), job.model_dump(mode="json")
+    changed = sorted(_differences(old, new))
+    raise ConfigError(
+        f"{path.parent}: cannot resume with a changed job: {', '.join(changed)};"
+        " start it anew with another --out"
+    )
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterable[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {*old, *new}:
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key
+
+
+def _locked(path: Path) -> TextIO:
+    """Take the directory's lock file; it is given back when the process ends, however it ends."""
+    file = (path / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_there = os.path.samestat(os.fstat(file.fileno()), (path / ".lock").stat())
+    except (BlockingIOError, FileNotFoundError):
+        is_there = False
+    if not is_there:  # held, or its holder was refused and took it away
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise ConfigError(f"{path}: another process runs in it (pid {holder})")
+    file.seek(0)
+    file.truncate()
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _clear(path: Path) -> None:
+    """Remove what a run writes, and nothing else that may lie there."""
+    for name in ("checkpoints", "model", "ledgers", "memory", "tensorboard"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "result.json", "report.html", "ledger.jsonl", "audit.json"):
+        (path / name).unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""What a run may claim of privacy: epsilon of what was charged, and all that it rests on."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from atoll.learning.distillation import claim_of_teacher
+from atoll.privacy.accounting import Spent, epsilon, epsilon_rdp
+from atoll.privacy.dp_plan import Terms, terms_of
+from atoll.server.rounds.central_dp import NORM
+from atoll.server.rounds.loop import Run, charged_rounds
+
+NOTHING: Mapping[str, Any] = {
+    "unit": "none", "epsilon": None, "delta": None, "accountant": None,
+    "noise_multiplier": None, "clipping_norm": None, "where": None, "seeded_noise": None, "units": {},
+}  # fmt: skip
+RELATION = "add-or-remove-one"
+
+
+def claim_of(run: Run) -> dict[str, Any]:
+    """The `privacy` of `result.json`; with two promises, the headline is the one with the larger epsilon.
+
+    An infinite epsilon is None: no number stands for it.
+    """
+    units = {unit: _of_unit(run, unit) for unit in run.job.privacy.units}
+    if not units:
+        return dict(NOTHING)
+    weakest = max(
+        units.values(), key=lambda claim: math.inf if claim["epsilon"] is None else claim["epsilon"]
+    )
+    return {**weakest, "unit": run.job.privacy.unit, "units": units, "ended_early": run.ended_early or None}
+
+
+def _of_unit(run: Run, unit: str) -> dict[str, Any]:
+    terms = terms_of(run.job, "client" if unit == "client" else "example")
+    assert terms is not None
+    claim = {
+        **spending(terms, _spent(run, terms)),
+        "unit": terms.unit,
+        "where": terms.where,
+        "clipping_norm": terms.promise.clipping_norm,
+        "clipping": terms.promise.clipping,
+        "divisor": terms.divisor,
+        "target_epsilon": terms.promise.epsilon,
+        "seeded_noise": run.job.privacy.seeded_noise,
+    }
+    if terms.promise.clipping == "adaptive":
+        claim["last_clipping_norm"] = run.state.get(NORM)
+    if terms.where == "server" and run.protection is not None:
+        total = run.protection.ledger.spent
+        claim["epsilon_of_all_runs"] = _number(epsilon(total, terms.delta))
+    return claim if run.job.train.teacher is None else _with_teacher(claim, Path(run.job.train.teacher))
+
+
+def _with_teacher(claim: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The claim with the teacher's added: who saw the same clients' data has composed both releases.
+
+    Basic composition (Dwork et al. 2006): epsilons and deltas add up, whatever was drawn.
+    """
+    other = claim_of_teacher(run, claim["unit"])
+    assert other is not None, "a job under a promise is refused a teacher without one"
+    own, its = claim["epsilon"], other["epsilon"]
+    total = None if own is None or its is None else own + its
+    loose = (claim["epsilon_rdp"], other.get("epsilon_rdp"))
+    return claim | {
+        "epsilon": total,
+        "epsilon_rdp": None if None in loose else sum(loose),
+        "delta": claim["delta"] + other["delta"],
+        "without_teacher": {"epsilon": own, "delta": claim["delta"]},
+        "teacher": {"epsilon": its, "delta": other["delta"]},
+    }
+
+
+def spending(terms: Terms, spent: Spent) -> dict[str, Any]:
+    """Epsilon of what was spent, never without what it rests on."""
+    return {
+        "epsilon": _number(epsilon(spent, terms.delta)),
+        "epsilon_rdp": _number(epsilon_rdp(spent, terms.delta)),
+        "delta": terms.delta,
+        "accountant": f"PLD (dp-accounting {version('dp-accounting')})",
+        "relation": RELATION,
+        "sampler": sampler(terms),
+        "noise_multiplier": terms.noise_multiplier,
+        "releases": sum(spent.values()),
+    }
+
+
+def sampler(terms: Terms) -> str:
+    """How units are drawn, in words."""
+    what = "examples" if terms.unit == "example" else "clients"
+    if terms.cost.sampling_rate == 1:
+        return f"none that counts: all {what} are charged for every release"
+    return f"Poisson, each of the {what} with probability {terms.cost.sampling_rate:g}"
+
+
+def _spent(run: Run, terms: Terms) -> Spent:
+    if terms.where == "server":
+        assert run.protection is not None
+        return run.protection.spent
+    return Counter({terms.cost: charged_rounds(run) * terms.per_round})
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

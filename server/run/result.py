@@ -1,0 +1,139 @@
+"""What a run ends with: `result.json` and the model on disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from atoll.job.personal import ADAPT, OF_ALL
+from atoll.job.privacy import hides_cohorts
+from atoll.learning.features import processor
+from atoll.protocol.messages import Measurement
+from atoll.protocol.tensors import size_of, tensors_sha256
+from atoll.server.rounds.loop import Run, measure_clients
+from atoll.server.rounds.participation import elapsed
+from atoll.server.run.personalization_metrics import own_models, own_notes, with_adapted
+from atoll.server.run.privacy_report import claim_of
+
+Baselines = Mapping[str, Mapping[str, float]]
+
+
+def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
+    """Measure the final model everywhere, and write the model and `result.json`."""
+    clients = measured_clients(run)
+    if run.job.evaluate.adapt is not None:
+        clients = with_adapted(clients, measured_clients(run, **{ADAPT: float(run.job.evaluate.adapt)}))
+    keep = run.job.personal.keep
+    shared = measured_clients(run, **{OF_ALL: 1.0}) if keep in ("norms", "mixture") else {}
+    own = None if keep is None else own_models(keep, clients, shared)
+    result = {
+        "name": run.job.name,
+        "job_hash": run.job.hash,
+        "model_sha256": tensors_sha256(run.tensors),
+        "engine": run.carrier.engine,
+        "task": run.job.task.name,
+        "strategy": run.job.strategy.name,
+        "seed": run.job.seed,
+        "seconds": seconds,
+        "simulated_seconds": elapsed(run.log) or None,
+        "population": len(run.population),
+        "clients_trained": sum(line["trained"] for line in run.log),
+        **traffic(run),
+        "peak_rss_mb": peak_rss_mb(),
+        "rounds": run.log,
+        "final": {
+            "server": final_server(run),
+            "clients": clients,
+        },
+        "personal": own,
+        "baselines": _references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
+        "privacy": claim_of(run),
+        "compression": compression_of(run),
+        "facts": run.learner.facts,
+        "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
+        "trainable": {n: list(t.shape) for n, t in run.tensors.items()},
+        "machine": machine(run.job.train.threads, run.job.train.device),
+        "notes": [*notes, *private_notes(run), *own_notes(run.job, own, clients, run.learner.task.headline)],
+    }  # fmt: skip
+    run.directory.save_model(
+        run.tensors if run.whole is None else run.whole,
+        {"job": run.learner.job.model_dump(mode="json"), "facts": run.learner.facts},
+    )
+    run.directory.save_result(result)
+    return result
+
+
+def traffic(run: Run) -> dict[str, int]:
+    """Bytes each way; on average, where the actual ones would tell who took part."""
+    if hides_cohorts(run.job):
+        return {key: run.log[-1][key] if run.log else 0 for key in ("bytes_up", "bytes_down")}
+    return {"bytes_up": run.bytes_up, "bytes_down": run.bytes_down}
+
+
+def compression_of(run: Run) -> dict[str, Any] | None:
+    """How updates travelled, and how many times smaller than the model; None where as they were."""
+    scheme = run.job.federation.compression
+    if scheme is None:
+        return None
+    smaller = size_of(run.tensors) / run.upload if run.upload else 1.0
+    return {"scheme": scheme, "times_smaller": smaller}
+
+
+def private_notes(run: Run) -> list[str]:
+    """What is missing from the result for privacy's sake, and a run that ended before its last round."""
+    notes = []
+    if run.is_private:
+        notes.append("training losses and the clients' own measurements are left out: they are not noised")
+    if hides_cohorts(run.job):
+        notes.append("who took part is secret: numbers of clients and bytes are expected values")
+    if run.ended_early:
+        notes.append(run.ended_early)
+    return notes
+
+
+def _references(run: Run) -> dict[str, dict[str, float]]:
+    """What needs no learning, on the server's test set."""
+    return {} if run.test is None else run.learner.references(run.test)
+
+
+def final_server(run: Run) -> dict[str, float]:
+    """The final model on the server's test set; empty where the server has none."""
+    if run.test is None or run.whole is None:
+        return {}
+    return run.learner.compute(run.learner.evaluate(run.whole, run.test))
+
+
+def measured_clients(run: Run, **plan: float) -> dict[str, dict[str, float]]:
+    """What each panel member measured, by name."""
+    return {m.client: _client(run, m) for m in measure_clients(run, **plan)}
+
+
+def _client(run: Run, measurement: Measurement) -> dict[str, float]:
+    metrics = run.learner.compute(measurement.states) if measurement.num_examples else {}
+    return metrics | {"examples": measurement.num_examples}
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process and its biggest child have held."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+
+
+def machine(threads: int, device: str) -> dict[str, Any]:
+    """What the bits of a run depend on besides the job: processor, libraries, threads, device."""
+    packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
+    return {
+        "processor": platform.machine(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": " ".join(processor(device)),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }

@@ -1,0 +1,89 @@
+"""A run from beginning to end, whoever carries its messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atoll.backbones.resolve import resolve
+from atoll.job.job import Job
+from atoll.learning.compatibility import check_fits
+from atoll.server.rounds.central_dp import Books, protection_of
+from atoll.server.rounds.loop import Run, TestSet, Watch, all_rounds, open_run
+from atoll.server.rounds.participation import Clock, everybody
+from atoll.server.run.directory import RunDirectory
+from atoll.server.run.result import Baselines, finish
+from atoll.server.transport import Carrier
+from atoll.strategies import build_strategy
+from atoll.tasks import task_named
+
+Compare = Callable[[Run], tuple[Baselines, list[str]]]
+"""Measures a run's baselines; and what is to be noted about them."""
+
+
+def unwatched(step: str, what: dict[str, Any]) -> None:
+    """Watch nothing."""
+
+
+def no_baselines(run: Run) -> tuple[Baselines, list[str]]:
+    """What a real federation can compare with: the model before training, never pooled data."""
+    asked, baselines, notes = run.job.evaluate.baselines, {}, []
+    if "zero_shot" in asked and run.test is not None:
+        baselines["zero_shot"] = run.learner.compute(run.learner.evaluate(run.first_model, run.test))
+    left_out = [name for name in asked if name not in baselines]
+    if left_out:
+        notes.append(f"baselines left out, for data stays at the sites: {', '.join(left_out)}")
+    return baselines, notes
+
+
+def play(
+    job: Job,
+    carrier: Carrier,
+    out: Path,
+    test_set: TestSet,
+    *,
+    baselines: Compare = no_baselines,
+    watch: Watch = unwatched,
+    resume: bool = False,
+    force: bool = False,
+    clock: Clock = everybody,
+    books: Books | None = None,
+    report: bool = True,
+) -> dict[str, Any]:
+    """Run a job and leave a complete run directory; returns what `result.json` holds.
+
+    Releases under client-level privacy are charged to `books`, or to the run's own.
+    """
+    started = time.monotonic()
+    with RunDirectory.open(out, job, resume=resume, force=force) as directory:
+        protection = protection_of(job, out, books)
+        run = open_run(
+            job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection
+        )
+        directory.settle()
+        all_rounds(run)
+        watch("baselines", {})
+        compared, notes = baselines(run)
+        watch("finish", {})
+        result = finish(run, compared, time.monotonic() - started, notes)
+        if report:
+            from atoll.report.page import (
+                write_report,  # not before the first round: it is drawn after the last
+            )
+
+            write_report(out, result)
+    return result
+
+
+def check_job(job: Job) -> None:
+    """What can be said of a job before any data is read.
+
+    Raises:
+        ConfigError, WeightsError: it names something that there is not, or not on this machine.
+    """
+    build_strategy(job.strategy)
+    for stage in job.stages:
+        check_fits(stage, task_named(job.task.name))
+    resolve(job.backbone, job.seed)

@@ -1,0 +1,77 @@
+"""The server's own test set, in a simulation and in a federation alike."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+from atoll.data.classification import Table
+from atoll.data.dataset import Dataset
+from atoll.data.shard import Shard
+from atoll.datasets.registry import SOURCES, load_source
+from atoll.job.job import Job
+from atoll.learning.learner import Learner, ranked
+from atoll.server.job_checks import check_source
+from atoll.server.rounds.loop import TestSet
+from atoll.tasks import task_named
+from atoll.tasks.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+def read_source(job: Job) -> Table:
+    """The job's source: a built-in name, or a path in the task's own format.
+
+    Raises:
+        ConfigError, DataError: it is missing or unfit.
+    """
+    if Path(job.data.source).is_absolute():
+        return task_named(job.task.name).read(Path(job.data.source), job.data, job.task.options)
+    check_source(job)
+    splits = load_source(job.data.source, offline=job.backbone.offline)
+    return task_named(job.task.name).adopt(splits, job)
+
+
+def hold_out(table: Table, job: Job) -> tuple[Dataset, Dataset]:
+    """(what is dealt to clients, the server's test set): never one example in both.
+
+    The test set is the job's own `data.test`, or the source's test split, or a fraction of the
+    source chosen by content, so that equal examples fall on the same side.
+    """
+    task = task_named(job.task.name)
+    if job.data.test is not None:
+        return table.train, task.read(Path(job.data.test), job.data, job.task.options).train
+    if table.test is not None:
+        return table.train, table.test
+    keys = unit_keys(task, table.train)
+    order = ranked(keys, job.seed, "test")
+    count = round(len(keys) * job.data.test_fraction)
+    while 0 < count < len(keys) and keys[order[count - 1]] == keys[order[count]]:
+        count += 1
+    return table.train.select(sorted(order[count:])), table.train.select(sorted(order[:count]))
+
+
+def unit_keys(task: Task, dataset: Dataset) -> list[bytes]:
+    """For each row a hash of what must not be split: its example's content, or its group."""
+    groups = task.groups(dataset)
+    return task.keys(dataset) if groups is None else [hashlib.sha256(g.encode()).digest() for g in groups]
+
+
+def server_test_set(job: Job) -> TestSet:
+    """For a real federation: `data.test`, or the test part of a source that the server can read.
+
+    A server that has no data of its own measures at the clients.
+    """
+
+    def test_set(learner: Learner) -> Shard | None:
+        if job.data.test is not None:
+            table = learner.task.read(Path(job.data.test), job.data, job.task.options)
+            return learner.task.shard(table.train, learner.facts)
+        if job.data.source not in SOURCES and not Path(job.data.source).exists():
+            logger.info("no test data at the server: the model is measured at the clients")
+            return None
+        _, test = hold_out(read_source(job), job)
+        return learner.task.shard(test, learner.facts) if len(test) else None
+
+    return test_set

@@ -1,0 +1,26 @@
+"""Who carries the messages: in-process, Ray, or real processes. The rounds don't know which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from atoll.job.job import Job
+from atoll.protocol.messages import Reply, Request
+from atoll.server.roster import Roll
+
+
+class Carrier(Protocol):
+    """Delivers requests to clients by name and brings their replies, in any order."""
+
+    engine: str
+    masks: bool
+    """Whether vectors of secure sums travel under masks: not where the clients are simulated."""
+
+    def hello(self, job: Job) -> Roll:
+        """All clients that could be reached; waits until the job's number of them is there."""
+        ...
+
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
+        """Replies of the named clients as they come; those that miss the deadline are left out."""
+        ...

@@ -1,0 +1,1 @@
+"""Attacks on a run, which check the epsilon that it claims."""

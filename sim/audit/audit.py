@@ -1,0 +1,215 @@
+"""Attack a simulated run: play it again with canaries, guess which were in, and bound epsilon from below."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.job.privacy import Unit
+from atoll.learning.learner import Learner
+from atoll.privacy.auditing.epsilon_bounds import (
+    GAUSSIAN,
+    Coins,
+    Family,
+    Guesses,
+    Vector,
+    best,
+    lower_bound,
+    lower_bound_in_family,
+)
+from atoll.privacy.auditing.membership import area, epsilon_of_rates, log_ratios, rate_at
+from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.noise import entropy, uniform
+from atoll.report.comparison import finite
+from atoll.report.page import write_report
+from atoll.server.rounds.loop import Watch
+from atoll.sim.audit.client_canaries import CanaryClients
+from atoll.sim.audit.example_canaries import CanaryFeatures
+from atoll.sim.audit.mislabelled_canaries import Mislabelled, candidates
+from atoll.sim.audit.replay import Canaries, job_to_replay, replayed
+from atoll.sim.population.population import Population
+from atoll.system.durable_files import replace_synced
+from atoll.tasks import task_named
+
+USUAL = 1000
+"""Canaries of an audit, unless another number is asked for or there can't be so many."""
+AT_THE_END = 256
+"""The same where a run audits itself, at its end."""
+FEWEST = 16
+USUAL_DELTA = 1e-5
+"""At which a run that promised nothing is measured."""
+
+RoundsPlayed = Callable[[int, int], None]
+"""Told how many rounds are played, of how many."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How hard to attack: with how many canaries, how sure to be, and with how many shadow runs.
+
+    Without `canaries` there are as many as `usual`, or as there can be.
+    """
+
+    canaries: int | None = None
+    confidence: float = 0.95
+    shadows: int = 0
+    usual: int = USUAL
+
+    def __post_init__(self) -> None:
+        if self.canaries is not None and self.canaries < FEWEST:
+            raise ConfigError(f"--canaries: expected {FEWEST} or more, found {self.canaries}")
+        if not 0.5 <= self.confidence < 1:
+            raise ConfigError(f"--confidence: expected a number from 0.5 to below 1, found {self.confidence}")
+        if self.shadows != 0 and self.shadows < 2:
+            raise ConfigError(f"--shadows: expected none, or 2 or more, found {self.shadows}")
+
+
+def audited(
+    job: Job, claim: Mapping[str, Any], how: Audit, *, population: Population, watch: RoundsPlayed
+) -> dict[str, Any]:
+    """What the attack found, for each unit that the job promises something, or for examples without one.
+
+    `claim` is the `privacy` of the run's result.
+    """
+    replay = job_to_replay(job)
+    claims = claim.get("units") or {claim.get("unit"): claim}
+    units: tuple[Unit, ...] = job.privacy.units or ("example",)
+    plays = len(units) * (1 + how.shadows) * job.federation.rounds
+    played = 0
+
+    def progress() -> None:
+        nonlocal played
+        played += 1
+        watch(played, plays)
+
+    found = {}
+    for unit in units:
+        canaries = canaries_for(replay, population, unit, how)
+        runs = [_run(replay, population, canaries, progress) for _ in range(1 + how.shadows)]
+        found[unit] = judged(replay, unit, claims.get(unit), canaries.what, runs, how)
+    return {
+        "confidence": how.confidence,
+        "units": found,
+        "contradicted": any(each["contradicted"] for each in found.values()),
+    }
+
+
+def _run(
+    job: Job, population: Population, canaries: Canaries, progress: Callable[[], None]
+) -> tuple[Vector, Coins]:
+    """(scores, which were inside) of one run with fresh coins and fresh noise."""
+    inside = uniform(entropy(canaries.count)) < 0.5
+    return replayed(job, population, canaries, inside, progress), inside
+
+
+def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Canaries:
+    """The canaries that hit a unit's promise hardest.
+
+    Raises:
+        ConfigError: there can't be so many.
+    """
+    learner = _learner(job, population)
+    if unit == "client":
+        terms, model = terms_of(job, "client"), learner.initial()
+        assert terms is not None
+        number = _fitting(how, CanaryClients.most(model), "different directions of updates")
+        return CanaryClients(population, job, terms, model, number)
+    if learner.trains_on_features:
+        number = _fitting(how, CanaryFeatures.most(learner), "different features and labels")
+        return CanaryFeatures.of(population, learner, number)
+    most = len(candidates(population, learner)) // 2
+    return Mislabelled.of(population, learner, _fitting(how, most, "examples to mislabel"))
+
+
+def _learner(job: Job, population: Population) -> Learner:
+    task = task_named(job.task.name)
+    return Learner.of(job, task, task.agree(population.roll(job).facts))
+
+
+def _fitting(how: Audit, most: int, what: str) -> int:
+    asked = how.canaries or FEWEST
+    if asked > most:
+        raise ConfigError(f"canaries: expected {most} at most, for the job has so many {what}, found {asked}")
+    return how.canaries or min(how.usual, most)
+
+
+def judged(
+    job: Job,
+    unit: Unit,
+    claim: Mapping[str, Any] | None,
+    what: str,
+    runs: list[tuple[Vector, Coins]],
+    how: Audit,
+) -> dict[str, Any]:
+    """One unit's bounds beside its claim; the first of the runs is judged, the others are its shadows."""
+    terms = terms_of(job, unit)
+    scores, inside = runs[0]
+    delta = terms.delta if terms is not None else USUAL_DELTA
+    releases = int((claim or {}).get("releases") or (terms.releases if terms is not None else 1))
+    family = Family(terms.cost.sampling_rate, releases) if terms is not None else GAUSSIAN
+
+    def plain(guesses: Guesses, confidence: float) -> float:
+        return lower_bound(guesses, delta=delta, confidence=confidence)
+
+    def of_kind(guesses: Guesses, confidence: float) -> float:
+        return lower_bound_in_family(guesses, family, delta=delta, confidence=confidence)
+
+    one_run = best(scores, inside, plain, how.confidence)
+    f_dp = best(scores, inside, of_kind, how.confidence)
+    claimed = finite((claim or {}).get("epsilon"))
+    return {
+        "attack": what,
+        "canaries": len(scores),
+        "inside": int(inside.sum()),
+        "claimed_epsilon": claimed,
+        "delta": delta,
+        "one_run": one_run.told(),
+        "f_dp": f_dp.told(),
+        "membership": _membership(runs, delta, how.confidence) if how.shadows else None,
+        "contradicted": claimed is not None and max(one_run.epsilon, f_dp.epsilon) > claimed,
+    }
+
+
+def _membership(runs: list[tuple[Vector, Coins]], delta: float, confidence: float) -> dict[str, Any]:
+    (scores, inside), shadows = runs[0], runs[1:]
+    ratios = log_ratios(scores, np.stack([s for s, _ in shadows]), np.stack([i for _, i in shadows]))
+    return {
+        "shadows": len(shadows),
+        "tpr_at_fpr_0.001": rate_at(ratios, inside, 0.001),
+        "tpr_at_fpr_0.01": rate_at(ratios, inside, 0.01),
+        "auc": area(ratios, inside),
+        "epsilon": epsilon_of_rates(ratios, inside, delta=delta, confidence=confidence),
+    }
+
+
+logger = logging.getLogger(__name__)
+
+
+def attack_at_the_end(
+    job: Job, population: Population, out: Path, result: dict[str, Any], watch: Watch
+) -> dict[str, Any]:
+    """The result with what the attack found under `privacy.audit`, written down and in the report.
+
+    A job that has no room for canaries keeps its result as it is, and the run's log says why.
+    """
+
+    def played(done: int, total: int) -> None:
+        watch("audit", {"done": done, "total": total})
+
+    try:
+        found = audited(job, result["privacy"], Audit(usual=AT_THE_END), population=population, watch=played)
+    except ConfigError as error:
+        logger.warning("no audit: %s", error)
+        return result
+    result = {**result, "privacy": {**result["privacy"], "audit": found}}
+    replace_synced(out / "result.json", json.dumps(result, indent=2, allow_nan=False).encode())
+    write_report(out, result)
+    return result

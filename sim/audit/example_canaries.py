@@ -1,0 +1,237 @@
+"""Canary examples for heads: a feature vector in a direction of its own, with a label of its own.
+
+In the closed form of a head's gradient an example is its features times the loss's derivative. Features
+that point where the data hardly does, long enough for the gradient to be clipped, so make the canary's
+clipped gradient a vector that the attacker knows, and that hardly anything else contributes to ("gradient
+canaries", Nasr et al. 2023, "Tight Auditing of Differentially Private Machine Learning").
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.layers import LOSSES, Layers
+from atoll.job.job import Job
+from atoll.job.privacy import hides_cohorts, sums_securely
+from atoll.learning.learner import Learner
+from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
+from atoll.privacy.dp_plan import terms_of
+from atoll.protocol.messages import Update
+from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.cohort import sample
+from atoll.server.rounds.loop import Run
+from atoll.server.transport import Carrier
+from atoll.sim.audit.replay import Seen, Uncounted
+from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.engines.simulated_site import Index, IndexedSite
+from atoll.sim.population.population import Population, client_names
+
+SAMPLED = 4096
+"""Examples from which the directions of the data are learnt."""
+LONG, SHORT = 16.0, 4.0
+"""A canary's features, times the clipping norm: the longer, the less of its gradient is in the bias,
+which all canaries share, but the more of the head's noise is in its outputs, until no gradient is left."""
+OFTEN = 0.8
+"""A client takes canaries if it trains in at least this part of the rounds that the busiest one does."""
+
+
+@dataclass
+class CanarySite(IndexedSite):
+    """All simulated clients, with another look at the population: one with canaries."""
+
+    look: Callable[[Learner], Index] = field(kw_only=True)
+
+    def index(self, learner: Learner) -> Index:
+        if id(learner) not in self._index:
+            self._index = {id(learner): self.look(learner)}
+        return self._index[id(learner)]
+
+
+def carrier_with(population: Population, look: Callable[[Learner], Index]) -> Carrier:
+    """To all clients of a population that is looked at that way."""
+    site = CanarySite(population, books=Uncounted(Path()), population=population, look=look)
+    return InlineCarrier(population, site)
+
+
+def owners(job: Job) -> list[str]:
+    """The clients that train most often, which lose most: who those are is known from the job."""
+    everybody = client_names(job.federation.clients)
+    if hides_cohorts(job):
+        return list(everybody)
+    rounds = range(1, job.federation.rounds + 1)
+    times = Counter(name for round in rounds for name in sample(everybody, job, round))
+    most = max(times.values(), default=0)
+    return sorted(name for name, count in times.items() if count >= OFTEN * most)
+
+
+@dataclass(frozen=True)
+class CanaryFeatures:
+    """So many canaries as features [canaries, width] and targets, each at one client."""
+
+    population: Population
+    learner: Learner
+    features: torch.Tensor
+    targets: torch.Tensor
+    owner: NDArray[np.str_]
+
+    @classmethod
+    def of(cls, population: Population, learner: Learner, count: int) -> CanaryFeatures:
+        """Dealt to the clients that train most often; two at one client differ in direction or label."""
+        job, free = learner.job, free_directions(population, learner)
+        holders = owners(job)
+        place = np.arange(count) if sums_securely(job) else np.arange(count) // len(holders)
+        classes = len(learner.facts.get("classes", ())) or 1
+        generator = np.random.default_rng(stream_seed(job.seed, "audit", "examples"))
+        shift = generator.integers(0, classes, len(free))
+        direction = place % len(free)
+        label = (place // len(free) + shift[direction]) % classes
+        targets = _targets(population, learner, label)
+        features = free[torch.from_numpy(direction)] * _length(population, learner)
+        owner = np.array(holders)[np.arange(count) % len(holders)]
+        return cls(population, learner, features, targets, owner)
+
+    @classmethod
+    def most(cls, learner: Learner) -> int:
+        """How many there can be, so that no two that are seen together are the same."""
+        together = len(learner.facts.get("classes", ())) * (learner.width - learner.width // 2)
+        return together * (1 if sums_securely(learner.job) else len(owners(learner.job)))
+
+    @property
+    def count(self) -> int:
+        return len(self.targets)
+
+    @property
+    def what(self) -> str:
+        return "canary examples whose features point where the data hardly does"
+
+    def names(self, inside: Coins) -> list[str]:
+        return []
+
+    def carrier(self, inside: Coins) -> Carrier:
+        return carrier_with(
+            self.population,
+            lambda learner: FeatureIndex(self.population, learner, canaries=self, inside=inside),
+        )
+
+    def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
+        return updates
+
+    def scores(self, seen: Seen) -> Vector:
+        """How far what the server got went against each canary's gradient at the model that was sent.
+
+        Where it gets single updates, that is the update of the canary's own client. Only the weights on
+        the features count: biases and later layers move with all examples, and would drown the canary.
+        """
+        found = np.zeros(self.count)
+        errors = self._errors(seen.before)
+        first = Layers.of(seen.before).layers[0]
+        for update in seen.updates:
+            rows = self._rows_of(update.client)
+            moved = update.delta[first.weight].to(torch.float32)
+            along = ((errors[rows][:, : first.outputs] @ moved) * self.features[rows]).sum(1)
+            found[rows.numpy()] = -along.to(torch.float64).numpy()
+        return found
+
+    def _errors(self, head: Tensors) -> torch.Tensor:
+        """The loss's derivative in the first layer's outputs, over the gradient's length, [canaries, …]."""
+        layers = Layers.of(head)
+        stack = layers.stack(head, "cpu")
+        values = layers.forward(stack, self._examples.features.unsqueeze(0))
+        loss = LOSSES[self.learner.task.head_loss]
+        error, _ = loss.error(values[-1].clone(), self._examples.targets.unsqueeze(0))
+        first = layers.errors(stack, values, error)[0][0]
+        length = first.norm(dim=1) * self.features.norm(dim=1)
+        scaled: torch.Tensor = first / length.clamp_min(1e-12).unsqueeze(1)
+        return scaled
+
+    def _rows_of(self, client: str) -> torch.Tensor:
+        """The canaries that an update may hold: the client's own, or all where it stands for everybody."""
+        if sums_securely(self.learner.job):
+            return torch.arange(self.count)
+        return torch.from_numpy(np.flatnonzero(self.owner == client))
+
+    @cached_property
+    def _examples(self) -> Examples:
+        return Examples.of(self.features, self.targets)
+
+
+@dataclass(frozen=True)
+class FeatureIndex(Index):
+    """The population with the canaries that are inside behind its examples."""
+
+    canaries: CanaryFeatures = field(kw_only=True)
+    inside: Coins = field(kw_only=True)
+    _tables: dict[int, tuple[Examples, Examples]] = field(default_factory=dict)
+
+    def works(self, names: Sequence[str]) -> tuple[Examples, list[HeadWork]]:
+        """As without canaries, but for the rows that each client has more."""
+        examples, works = super().works(names)
+        first = examples.count
+        return self._longer(examples), [
+            HeadWork(w.client, np.concatenate([w.rows, first + self._own(w.client)])) for w in works
+        ]
+
+    def _own(self, client: str) -> NDArray[np.int64]:
+        return np.flatnonzero(self.inside & (self.canaries.owner == client))
+
+    def _longer(self, examples: Examples) -> Examples:
+        """The table with the canaries behind every view's examples; the last one is kept."""
+        if id(examples) not in self._tables:
+            new = self.canaries._examples
+            parts: list[torch.Tensor] = []
+            targets: list[torch.Tensor] = []
+            for view in range(examples.views):
+                rows = slice(view * examples.count, (view + 1) * examples.count)
+                parts += [examples.features[rows], new.features.to(examples.features.device)]
+                targets += [examples.targets[rows], new.targets.to(examples.targets.device)]
+            self._tables.clear()
+            self._tables[id(examples)] = (
+                examples,
+                Examples(torch.cat(parts), torch.cat(targets), examples.views),
+            )
+        return self._tables[id(examples)][1]
+
+
+def free_directions(population: Population, learner: Learner) -> torch.Tensor:
+    """Orthonormal directions of features [half the width, width] in which the data varies least."""
+    features = _some_features(population, learner).to(torch.float64)
+    _, vectors = torch.linalg.eigh(features.T @ features)  # the smallest eigenvalues come first
+    free: torch.Tensor = vectors[:, : learner.width - learner.width // 2]
+    return free.T.to(torch.float32).contiguous()
+
+
+def _some_features(population: Population, learner: Learner) -> torch.Tensor:
+    whole = population.whole(learner)
+    generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "features"))
+    rows = generator.permutation(len(whole))[:SAMPLED]
+    return learner.training_features(whole.select(sorted(rows.tolist())))[0]
+
+
+def _length(population: Population, learner: Learner) -> float:
+    """Of a canary's features: as the data's, or under a promise so that its gradient is clipped."""
+    terms = terms_of(learner.job, "example")
+    if terms is None:
+        return float(_some_features(population, learner).norm(dim=1).median())
+    norm = terms.promise.clipping_norm
+    noise = learner.job.train.lr * terms.noise_multiplier * norm / terms.divisor * math.sqrt(terms.releases)
+    return min(max(1 / noise, SHORT * max(1.0, norm)), LONG * max(1.0, norm))
+
+
+def _targets(population: Population, learner: Learner, label: Iterable[int]) -> torch.Tensor:
+    """Targets of the canaries: classes, or where there are none, targets of examples drawn at random."""
+    if learner.task.head_loss == "softmax":
+        return torch.tensor(list(label), dtype=torch.int64)
+    whole = population.whole(learner)
+    generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "targets"))
+    return whole.table[torch.from_numpy(generator.integers(0, len(whole), len(list(label))))]

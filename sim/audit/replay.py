@@ -1,0 +1,148 @@
+"""A run played again with canaries in it, by the code that played it, as an attacker sees it.
+
+The rounds are those of `atoll.server.rounds`, the mechanisms those of the run: nothing is written anew here.
+The noise is always real, even where the job asks for a seeded one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+import numpy as np
+
+from atoll.client.dp.ledgers import Books
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
+from atoll.privacy.dp_plan import Terms
+from atoll.protocol.messages import Request, Update
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.central_dp import protection_of
+from atoll.server.rounds.cohort import sample
+from atoll.server.rounds.loop import Run, merge, open_run, train
+from atoll.server.run.directory import RunDirectory
+from atoll.server.run.run_job import unwatched
+from atoll.server.transport import Carrier
+from atoll.sim.population.devices import clock_of
+from atoll.sim.population.population import Population
+
+Progress = Callable[[], None]
+"""Told after every round."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an attacker has of one round: the models before and after, and what the server was sent."""
+
+    before: Tensors
+    after: Tensors
+    updates: Sequence[Update]
+
+
+class Canaries(Protocol):
+    """Units of privacy that are in a run or not, each by a coin, and how an attacker tells."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def what(self) -> str:
+        """The attack in a few words."""
+        ...
+
+    def names(self, inside: Coins) -> list[str]:
+        """Canary clients that cohorts are drawn from as well; none where examples are the canaries."""
+        ...
+
+    def carrier(self, inside: Coins) -> Carrier:
+        """To all clients, with the canaries among their data or their answers."""
+        ...
+
+    def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
+        """The round's updates with those of the canary clients that are present."""
+        ...
+
+    def scores(self, seen: Seen) -> Vector:
+        """What one round says for each canary's being in; rounds add up."""
+        ...
+
+
+class Uncounted(Books):
+    """Books of a replay: it spends nothing, for nobody but the audit sees what it releases."""
+
+    def charge(self, client: str, fingerprint: str, job: Job, terms: Terms, request: Request) -> int:
+        """As many rounds as there were: a replay is never interrupted."""
+        return request.round
+
+
+def job_to_replay(job: Job) -> Job:
+    """The job with real noise, and without what only its result needs.
+
+    Raises:
+        ConfigError: the job has a teacher, whose answers to canaries nobody has asked for.
+    """
+    if job.train.teacher is not None:
+        raise ConfigError("train.teacher: a run with a teacher can't be attacked; expected one without")
+    for key, asked in (("personal.keep", job.personal.keep), ("tune.head_init", job.tune.head_init)):
+        if asked is not None:
+            raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {asked!r}")
+    privacy = job.privacy.model_copy(update={"seeded_noise": False, "audit": False})
+    evaluate = job.evaluate.model_copy(update={"baselines": ()})
+    return job.model_copy(update={"privacy": privacy, "evaluate": evaluate})
+
+
+def replayed(
+    job: Job, population: Population, canaries: Canaries, inside: Coins, progress: Progress
+) -> Vector:
+    """Each canary's score over all rounds of one run that had those inside, [canaries]."""
+    total = np.zeros(canaries.count)
+    with TemporaryDirectory(prefix="atoll-audit-") as folder:
+        out = Path(folder) / "run"
+        with RunDirectory.open(out, job, resume=False, force=False) as directory:
+            protection = protection_of(job, out, None)
+            run = open_run(
+                job, canaries.carrier(inside), directory, _without_test_set(population), unwatched,
+                resume=False, clock=clock_of(population), protection=protection,
+            )  # fmt: skip
+            for round in range(1, job.federation.rounds + 1):
+                total += canaries.scores(_round(run, round, canaries, inside))
+                progress()
+    return total
+
+
+def _without_test_set(population: Population) -> Callable[[Learner], None]:
+    def test_set(learner: Learner) -> None:
+        if learner.trains_on_features:
+            learner.keep_features(population.whole(learner), training=True)
+
+    return test_set
+
+
+def _round(run: Run, round: int, canaries: Canaries, inside: Coins) -> Seen:
+    """A round without measuring and checkpoints."""
+    cohort, present = _cohort(run, round, canaries.names(inside))
+    screened, _ = train(run, cohort, round)
+    updates = canaries.joined(run, screened.updates, present)
+    before = run.tensors
+    merge(run, updates, round)
+    run.round = round
+    return Seen(before, run.tensors, updates)
+
+
+def _cohort(run: Run, round: int, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the cohort, the canary clients beside it): by the same coins, or each where none are thrown.
+
+    A cohort of fixed size is charged as if everybody were in it, so that is what canaries do.
+    """
+    coins = None if run.protection is None else partial(run.protection.coins, round)
+    if not names or run.job.federation.cohort_rate is None:
+        return sample(run.population, run.job, round, coins), list(names)
+    drawn = sample([*run.population, *names], run.job, round, coins)
+    new = set(names)
+    return [name for name in drawn if name not in new], [name for name in drawn if name in new]

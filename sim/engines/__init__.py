@@ -1,0 +1,1 @@
+"""How a simulated federation runs: in this process, in worker processes, on Ray."""

@@ -1,0 +1,174 @@
+"""Simulate a job on this machine with the engine that was asked for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atoll.backbones.extract import Progress
+from atoll.client.site import UNCACHED
+from atoll.client.training.vmap import AT_ONCE
+from atoll.data.shard import Shard
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.server.rounds.loop import Watch
+from atoll.server.run.directory import check_free
+from atoll.server.run.run_job import Compare, check_job, play
+from atoll.server.transport import Carrier
+from atoll.sim.baselines import Comparison
+from atoll.sim.engines.inline import InlineCarrier, LoopCarrier
+from atoll.sim.engines.process_pool import PooledCarrier, books_in, processes_for
+from atoll.sim.population.devices import clock_of
+from atoll.sim.population.population import Population
+from atoll.tasks import task_named, trains_on_features
+
+ENGINES = ("inline", "loop", "cohort", "ray")
+
+
+def simulate(
+    job: Job,
+    out: Path,
+    *,
+    engine: str = "inline",
+    workers: int = 1,
+    watch: Watch,
+    progress: Progress | None = None,
+    resume: bool = False,
+    force: bool = False,
+    population: Population | None = None,
+    baselines: Compare | None = None,
+    report: bool = True,
+) -> dict[str, Any]:
+    """Run a job in simulation; returns what `result.json` holds.
+
+    The final bits depend neither on the engine nor on the number of workers. With `privacy.audit`
+    the run is attacked when it is complete. Whoever runs many jobs can hand in the job's `population`
+    and a way to its `baselines`, and leave the report out.
+    """
+    check_engine(job, engine)
+    check_free(out, job, resume=resume, force=force)
+    check_job(job)
+    population = population or Population.of(job)
+    watch("population", {"population": population})
+    watch("path", {"path": path_taken(job, engine, workers)})
+    options: dict[str, Any] = {
+        "baselines": baselines or Comparison(population),
+        "watch": watch,
+        "resume": resume,
+        "force": force,
+        "clock": clock_of(population),
+        "report": report,
+    }
+    if engine == "ray":
+        from atoll.sim.engines.ray import simulate_on_ray
+
+        result = simulate_on_ray(job, out, workers, warmed(population, progress), options)
+    else:
+        with ExitStack() as stack:
+            carrier = _carrier(population, engine, workers, out, stack)
+            result = play(job, carrier, out, warmed(population, progress), **options)
+    if job.privacy.audit:
+        from atoll.sim.audit.audit import attack_at_the_end
+
+        result = attack_at_the_end(job, population, out, result, watch)
+    return result
+
+
+def check_engine(job: Job, engine: str) -> None:
+    """Raises ConfigError unless there is such an engine, and it can do what the job asks."""
+    if engine not in ENGINES:
+        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
+    by_magnitude = job.backbone.prune is not None and job.backbone.pruning == "magnitude"
+    if engine == "cohort" and by_magnitude and not trains_on_features(job):
+        raise ConfigError("backbone.prune: engine cohort would fill what was left out, try inline")
+    if engine == "cohort" and job.train.teacher and not trains_on_features(job):
+        raise ConfigError(
+            "train.teacher: engine cohort trains such clients by the task's own loss, try inline"
+        )
+    if engine == "cohort" and job.tune.then:
+        raise ConfigError("tune.then: engine cohort has one way to train for a whole run, try inline")
+    if engine == "cohort" and job.train.imbalance and not trains_on_features(job):
+        raise ConfigError(
+            "train.imbalance: engine cohort trains such clients at once by one loss, try inline"
+        )
+    if engine == "cohort" and job.personal.keep is not None and not trains_on_features(job):
+        raise ConfigError("personal.keep: engine cohort trains clients from one start, try inline")
+    for key in job.train.by_autograd if engine == "cohort" else ():
+        raise ConfigError(
+            f"train.{key}: engine cohort trains clients at once and has no such way, try inline"
+        )
+
+
+def usual_workers(job: Job, engine: str) -> int:
+    """How many workers serve a job, where nobody says: for heads, and on other engines, one.
+
+    Clients that train one after the other on processors share out the cores: a process for as many of them
+    as the job's threads, but not more than there are clients in a round, or gigabytes of memory by four.
+    """
+    one_by_one = engine == "inline" and not all(trains_on_features(stage) for stage in job.stages)
+    if not one_by_one or torch.device(job.train.device).type != "cpu":
+        return 1
+    federation = job.federation
+    cohort = federation.cohort or math.ceil(federation.clients * (federation.cohort_rate or 1))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(processes_for([job]), cohort, memory >> 32))
+
+
+def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Carrier:
+    job = population.job
+    books, memory = books_in(out)
+    if engine == "loop":
+        return LoopCarrier.of(population, books, memory)
+    if engine == "cohort" and not trains_on_features(job):
+        return InlineCarrier.of(population, at_once=True, books=books, memory=memory)
+    if workers > 1 and not all(trains_on_features(stage) for stage in job.stages):
+        return stack.enter_context(PooledCarrier(population, workers, out))
+    return InlineCarrier.of(population, workers, books=books, memory=memory)
+
+
+def path_taken(job: Job, engine: str, workers: int) -> str:
+    """How clients train, and why, in one line."""
+    if engine == "loop":
+        return "one client after the other, as --engine loop asks"
+    if trains_on_features(job):
+        heads = "a cohort's heads at once" if engine != "ray" else "heads in blocks on Ray"
+        threads = f" in {workers} threads" if workers > 1 and engine != "ray" else ""
+        views = job.train.cached_views
+        seen = f", {views} views of every example are cached" if views else ""
+        return f"{heads}{threads}: the backbone is frozen{seen}"
+    if engine == "cohort":
+        return (
+            f"{AT_ONCE} clients at once by torch.func, as --engine cohort asks:"
+            " other bits than one by one, and dropout is drawn for all together"
+        )
+    places = "in this process" if workers == 1 else f"in {workers} processes"
+    places = "on Ray" if engine == "ray" else places
+    why = f"{job.tune.method} tunes the backbone" if job.tune.method != "head" else UNCACHED
+    if job.tune.method == "head" and not task_named(job.task.name).on_features:
+        why = f"the head of {job.task.name} sees more than one row of features an example"
+    return f"one client after the other {places}: {why}"
+
+
+def warmed(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:
+    """The test set; before it is handed out, all features are computed, with every core at work."""
+
+    def test_set(learner: Learner) -> Shard | None:
+        learner.progress, job = progress, learner.job
+        measured = job.data.keeps_back or not job.train.augment
+        if learner.uses_features and measured:
+            learner.keep_features(population.whole(learner), training=False)
+        if learner.trains_on_features:
+            learner.keep_features(population.whole(learner), training=True)
+        test = population.test_shard(learner)
+        if test is not None and learner.uses_features:
+            learner.keep_features(test, training=False)
+        return test
+
+    return test_set

@@ -1,0 +1,70 @@
+"""The in-process engine: clients in this process, or in worker processes, no serialisation at one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from atoll.client.dp.ledgers import Books
+from atoll.client.site import Site
+from atoll.client.state.store import Memory
+from atoll.job.job import Job
+from atoll.protocol.messages import Reply, Request
+from atoll.server.roster import Roll
+from atoll.sim.engines.simulated_site import IndexedSite
+from atoll.sim.population.population import Population
+
+
+@dataclass
+class InlineCarrier:
+    """Calls the clients' code directly: breakpoints work, nothing is copied."""
+
+    population: Population
+    site: IndexedSite
+    engine: str = "inline"
+    masks: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        population: Population,
+        workers: int = 1,
+        *,
+        at_once: bool = False,
+        books: Books | None = None,
+        memory: Memory | None = None,
+    ) -> Self:
+        """A carrier to every client of the population; heads train in so many threads."""
+        site = IndexedSite(
+            population, books=books, memory=memory or Memory(), population=population, workers=workers,
+            at_once=at_once,
+        )  # fmt: skip
+        return cls(population, site, "cohort" if at_once else "inline")
+
+    def hello(self, job: Job) -> Roll:
+        return self.population.roll(job)
+
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
+        return self.site.answer(request, names)
+
+
+@dataclass
+class LoopCarrier:
+    """One client after the other, each as a real client trains: alone, from a shard of its own."""
+
+    population: Population
+    site: Site
+    engine: str = "loop"
+    masks: bool = False
+
+    @classmethod
+    def of(cls, population: Population, books: Books | None = None, memory: Memory | None = None) -> Self:
+        """A carrier to every client of the population."""
+        return cls(population, Site(population, books=books, memory=memory or Memory()))
+
+    def hello(self, job: Job) -> Roll:
+        return self.population.roll(job)
+
+    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
+        return (reply for name in names for reply in self.site.answer(request, [name]))

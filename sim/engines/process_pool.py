@@ -1,0 +1,218 @@
+"""The in-process engine over several worker processes: blocks of clients, the same bits.
+
+Models and updates lie in memory that the processes share, where the system has such memory; all else
+that is said travels as messages do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from atoll.client.dp.ledgers import Books
+from atoll.client.site import Site
+from atoll.client.state.store import Memory
+from atoll.job.job import Job
+from atoll.protocol.messages import (
+    Reply,
+    Request,
+    Update,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+)
+from atoll.server.roster import Roll
+from atoll.sim.engines.affinity import Homes, Queue
+from atoll.sim.engines.scheduler import Shift
+from atoll.sim.engines.shared_memory import Board, Layout, can_share
+from atoll.sim.engines.simulated_site import IndexedSite
+from atoll.sim.population.population import Population
+from atoll.system.fork_server import import_first, worker_pool
+from atoll.tasks import trains_on_features
+from atoll.tasks.imports import imports_of
+
+LEDGERS, MEMORY = "ledgers", "memory"
+"""Folders of a run's directory: what clients have spent, and what they remember."""
+
+MODEL = 0
+"""The slot of a board that holds what a request sends; the others are the clients'."""
+
+_site: list[Site] = []
+"""In a worker process: the site that answers for the simulated clients."""
+
+_board: list[Board] = []
+"""In a worker process: the memory that it shares at present."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request for some clients: the message, and which slots of a board are theirs, if there is one."""
+
+    head: str
+    body: bytes
+    slots: dict[str, int]
+    shared: Layout | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply as a message; an update's tensors may lie in its client's slot instead."""
+
+    head: str
+    body: bytes
+    in_slot: bool = False
+
+
+@dataclass
+class PooledCarrier:
+    """Deals a cohort to worker processes; a worker that dies is replaced and its block done again."""
+
+    population: Population
+    workers: int
+    out: Path | None = None
+    engine: str = "inline"
+    masks: bool = False
+    _pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
+    """Of one process each, so that a client can go where it was before."""
+    _homes: Homes = field(default_factory=Homes)
+    _board: list[Board] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.out is None and self.population.job.remembers:
+            raise ValueError("clients that remember move between processes: expected the run's directory")
+
+    def hello(self, job: Job) -> Roll:
+        return self.population.roll(job)
+
+    def exchange(
+        self, request: Request, names: Sequence[str], timeout: float
+    ) -> Generator[Reply, None, None]:
+        """Replies of all blocks, in order of completion; updates are good until the next exchange.
+
+        Raises:
+            JobError: workers keep dying.
+        """
+        board = self._board_for(request, len(names) + 1)
+        if board is not None:
+            board.put(MODEL, request.tensors)
+        head, body = encode_request(request if board is None else replace(request, tensors={}))
+        shared = None if board is None else board.layout
+        slots = {name: number for number, name in enumerate(names, start=MODEL + 1)}
+
+        def submit(worker: int, block: list[str]) -> Future[Sequence[Answer]]:
+            work = Work(head, body, {name: slots[name] for name in block}, shared)
+            try:
+                return self._pool(worker).submit(answer, work)
+            except BrokenProcessPool:  # it died while it had nothing to do
+                self._end_worker(worker)
+                return self._pool(worker).submit(answer, work)
+
+        waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
+        shift = Shift(Queue(self._homes, waiting), self.workers, submit, self._end_worker)
+        with closing(shift.answers()) as answers:
+            yield from (_reply(found, board, slots) for found in answers)
+
+    def _board_for(self, request: Request, slots: int) -> Board | None:
+        """Memory for what is sent and for the answers, where there are tensors and such memory."""
+        if not request.tensors or not can_share():
+            return None
+        if not self._board or not self._board[0].fits(request.tensors, slots):
+            self._let_go()
+            self._board.append(Board.like(request.tensors, slots))
+        return self._board[0]
+
+    def _let_go(self) -> None:
+        while self._board:
+            self._board.pop().close()
+
+    def _pool(self, worker: int) -> ProcessPoolExecutor:
+        if worker not in self._pools:
+            import_first("atoll.sim.engines.process_pool", *imports_of(self.population.job))
+            self._pools[worker] = worker_pool(1, open_site, self.population.job.canonical, self.out)
+        return self._pools[worker]
+
+    def close(self) -> None:
+        """End the worker processes at once, and give back what they shared."""
+        for worker in list(self._pools):
+            self._end_worker(worker)
+        self._let_go()
+
+    def _end_worker(self, worker: int) -> None:
+        """End it at once: what it is at is lost, and it holds nothing else."""
+        end_processes(self._pools.pop(worker))
+        self._homes.leave(worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def end_processes(pool: ProcessPoolExecutor) -> None:
+    """End a pool's processes at once, whatever they are at."""
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
+
+
+def _reply(found: Answer, board: Board | None, slots: dict[str, int]) -> Reply:
+    """A worker's answer as a reply, with its tensors where the worker left them."""
+    reply = decode_reply(found.head, found.body)
+    if found.in_slot and isinstance(reply, Update) and board is not None:
+        return replace(reply, delta=board.tensors(slots[reply.client]))
+    return reply
+
+
+def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]]:
+    """Consecutive clients for each worker; one by one where clients train one after the other."""
+    size = max(1, -(-len(names) // workers)) if whole else 1
+    return [list(names[start : start + size]) for start in range(0, len(names), size)]
+
+
+def processes_for(jobs: Iterable[Job]) -> int:
+    """As many processes as the cores that we may use have room for, with the jobs' threads each."""
+    return max(1, len(os.sched_getaffinity(0)) // max(job.train.threads for job in jobs))
+
+
+def open_site(text: str, out: Path | None) -> None:
+    """In a new worker process: read the source and wait for work."""
+    population = Population.of(Job.from_json(text))
+    books, memory = (None, Memory()) if out is None else books_in(out)
+    _site.append(IndexedSite(population, books=books, memory=memory, population=population))
+
+
+def books_in(out: Path) -> tuple[Books, Memory]:
+    """Where simulated clients keep what they spent and what they remember, for all processes of a run."""
+    return Books(out / LEDGERS), Memory(out / MEMORY, of_one_run=True)
+
+
+def answer(work: Work) -> list[Answer]:
+    """In a worker process: the replies of the clients that the work names."""
+    request = decode_request(work.head, work.body)
+    board = None if work.shared is None else _opened(work.shared)
+    if board is not None:
+        request = replace(request, tensors=board.tensors(MODEL))
+    replies = _site[0].answer(request, list(work.slots))
+    return [_answered(reply, board, work.slots) for reply in replies]
+
+
+def _opened(layout: Layout) -> Board:
+    if not _board or _board[0].layout != layout:
+        _board[:] = [Board.opened(layout)]
+    return _board[0]
+
+
+def _answered(reply: Reply, board: Board | None, slots: dict[str, int]) -> Answer:
+    if board is None or not isinstance(reply, Update) or not board.fits(reply.delta, 0):
+        return Answer(*encode_reply(reply))
+    board.put(slots[reply.client], reply.delta)
+    return Answer(*encode_reply(replace(reply, delta={})), in_slot=True)

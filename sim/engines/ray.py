@@ -1,0 +1,106 @@
+"""Flower's simulation engine on Ray: the path to a cluster.
+
+A virtual node hosts a block of clients, and one message asks for work of all of them, so the
+engine's cost is paid once a block. With RAY_ADDRESS set, Ray joins that cluster and its
+workers do the work; otherwise it starts on this machine with as many CPUs as workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from atoll.client.app import register
+from atoll.client.site import Site
+from atoll.data.dataset import Dataset
+from atoll.job.job import Job
+from atoll.server.app import FlowerCarrier
+from atoll.server.rounds.loop import TestSet
+from atoll.server.run.run_job import play
+from atoll.sim.engines.process_pool import books_in
+from atoll.sim.population.population import Population
+from atoll.tasks import trains_on_features
+
+BLOCKS_PER_WORKER = 4
+"""Blocks that a worker gets in turn where clients train one by one, so that none waits for long."""
+
+_populations: dict[str, Population] = {}
+_sites: dict[tuple[str, int, int], Site] = {}
+
+
+@dataclass(frozen=True)
+class Block:
+    """The clients of one virtual node: every n-th of the population."""
+
+    population: Population
+    number: int
+    total: int
+
+    def names(self, job: Job) -> Sequence[str]:
+        return self.population.names(job)[self.number :: self.total]
+
+    def dataset(self, job: Job, client: str) -> Dataset:
+        return self.population.dataset(job, client)
+
+    def fingerprint(self, job: Job, client: str) -> str:
+        """Nothing: simulated clients' rows are fixed for the run."""
+        return ""
+
+
+def block_site(job: Job, context: Context, out: Path) -> Site:
+    """In a Ray actor: the warm site of a virtual node; `out` is a folder that all actors share."""
+    config = context.node_config
+    number, total = int(config["partition-id"]), int(config["num-partitions"])
+    key = (job.hash, number, total)
+    if job.hash not in _populations:
+        _populations[job.hash] = Population.of(job)
+    if key not in _sites:
+        books, memory = books_in(out)
+        _sites[key] = Site(Block(_populations[job.hash], number, total), books=books, memory=memory)
+    return _sites[key]
+
+
+def simulate_on_ray(
+    job: Job, out: Path, workers: int, test_set: TestSet, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Run a job on Flower's engine; returns what `result.json` holds."""
+    results: list[dict[str, Any]] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        results.append(
+            play(
+                job, FlowerCarrier(grid, "ray", masks=False, resend_after=math.inf), out, test_set, **options
+            )
+        )
+
+    client, folder = ClientApp(), out.resolve()
+    register(client, lambda job, context: block_site(job, context, folder))
+    per_worker = 1 if trains_on_features(job) else BLOCKS_PER_WORKER
+    local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * job.train.threads}
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the carrier tells of each failed reply
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        run_simulation(
+            server,
+            client,
+            num_supernodes=min(job.federation.clients, workers * per_worker),
+            backend_config={
+                "client_resources": {"num_cpus": job.train.threads, "num_gpus": 0.0},
+                "init_args": {"log_to_driver": False, "logging_level": logging.ERROR, **local},
+            },
+        )
+    return results[0]

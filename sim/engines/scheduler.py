@@ -1,0 +1,96 @@
+"""One round's work at the worker processes: who is at what, who is next, and what to do when one dies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from atoll.errors import JobError
+from atoll.sim.engines.affinity import Queue
+
+RETRIES = 3
+"""Times that a block may lose its worker before the round fails."""
+
+A = TypeVar("A")
+
+
+@dataclass
+class Shift(Generic[A]):
+    """Blocks of clients that wait, and those that workers are at.
+
+    `submit` gives a worker's process a block; `dismiss` ends the process: the next block has a new one.
+    """
+
+    queue: Queue
+    workers: int
+    submit: Callable[[int, list[str]], Future[Sequence[A]]]
+    dismiss: Callable[[int], None]
+    _running: dict[Future[Sequence[A]], tuple[int, list[str]]] = field(default_factory=dict)
+    _deaths: Counter[str] = field(default_factory=Counter)
+
+    def answers(self) -> Generator[A, None, None]:
+        """What the workers answer for all blocks, in order of completion.
+
+        Raises:
+            JobError: a block's workers keep dying.
+        """
+        try:
+            for worker in range(self.workers):
+                self._employ(worker)
+            while self._running:
+                wait(self._running, return_when=FIRST_COMPLETED)
+                for future in [future for future in self._running if future.done()]:
+                    yield from self._ended(future)
+        finally:
+            for worker in {worker for worker, _ in self._running.values()}:  # nobody waits for it any more
+                self.dismiss(worker)
+
+    def _employ(self, worker: int) -> None:
+        """A block, and one more at its door, so that it needn't wait; the last ones go to who is free."""
+        if worker not in {at_work for at_work, _ in self._running.values()}:
+            self._start(worker)
+        if len(self.queue) >= self.workers:
+            self._start(worker)
+
+    def _start(self, worker: int) -> None:
+        block = self.queue.next_for(worker)
+        if block is not None:
+            self._running[self.submit(worker, block)] = worker, block
+
+    def _ended(self, future: Future[Sequence[A]]) -> Sequence[A]:
+        """What a worker answered, which gets its next block; nothing if it died, or was with one that did."""
+        if future not in self._running:
+            return ()
+        worker, block = self._running[future]
+        answers = _result(future)
+        if answers is None:
+            self._count_death(block)
+            self._take_back(worker)
+        else:
+            del self._running[future]
+        self._employ(worker)
+        return answers or ()
+
+    def _count_death(self, block: Sequence[str]) -> None:
+        self._deaths[block[0]] += 1
+        if self._deaths[block[0]] == RETRIES:
+            others = f" and {len(block) - 1} more" if len(block) > 1 else ""
+            raise JobError(f"worker processes died {RETRIES} times over {block[0]}{others}; out of memory?")
+
+    def _take_back(self, worker: int) -> None:
+        """All that a dead worker had before it."""
+        for lost in [future for future, (at_work, _) in self._running.items() if at_work == worker]:
+            self.queue.put(self._running.pop(lost)[1])
+        self.dismiss(worker)
+
+
+def _result(future: Future[Sequence[A]]) -> Sequence[A] | None:
+    """What a worker sent, or nothing if it died."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return None

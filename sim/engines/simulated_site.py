@@ -1,0 +1,231 @@
+"""A simulated population at hand as one table: a client is a few rows of it, found without reading.
+
+The whole training data is one shard in canonical order, so a client's rows, sorted, are the
+client's own shard in canonical order, and its validation split follows from ranks that are
+computed once. What a real client does with its own data gives the same rows. Of a client
+nothing is kept but its rows, and those of the clients seen last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain
+
+import numpy as np
+import torch
+
+from atoll.client.dp.gradient_sums import head_sums
+from atoll.client.dp.secure_aggregation import contributions, sums
+from atoll.client.heads.class_imbalance import loss_by_example
+from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.train import Local, train_heads
+from atoll.client.site import Admitted, Held, Site, local_training
+from atoll.client.state.error_feedback import compressed
+from atoll.client.state.personalization import measured_model, train_mixture
+from atoll.client.training.vmap import train_at_once
+from atoll.data.shard import Shard
+from atoll.job.closed_form import STATISTICS
+from atoll.job.job import Job
+from atoll.learning.few_shot import few
+from atoll.learning.learner import Learner, kept_back, ranked
+from atoll.privacy.dp_plan import distributed_terms
+from atoll.protocol.messages import Facts, Measurement, Reply, Request, Update
+from atoll.protocol.stacked_updates import StackedUpdates, joined
+from atoll.protocol.tensors import Tensors
+from atoll.sim.population.assignment import Rows
+from atoll.sim.population.population import Population, number_of
+
+TABLE_BYTES = 1 << 30
+"""Features of more than this are not held as one table; a cohort's are then looked up every round."""
+FEWEST = 16
+"""Clients that are worth a thread of their own."""
+KEPT_ROWS = 1 << 14
+"""Clients whose rows are remembered."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The population as one shard, and the order in which validation examples are drawn."""
+
+    population: Population
+    learner: Learner
+    _splits: OrderedDict[int, tuple[Rows, Rows]] = field(default_factory=OrderedDict)
+
+    @cached_property
+    def whole(self) -> Shard:
+        """All training examples in canonical order."""
+        return self.population.whole(self.learner)
+
+    @cached_property
+    def examples(self) -> Examples | None:
+        """Features of all training examples, if they are few enough for one table."""
+        whole, learner = self.whole, self.learner
+        held = len(whole) * (learner.job.train.cached_views or 1)
+        if held * learner.width * 4 > TABLE_BYTES:
+            return None
+        return Examples.of(learner.training_features(whole), self.lessons.table, learner.job.train.device)
+
+    @cached_property
+    def lessons(self) -> Shard:
+        """All training examples as training sees them."""
+        return self.learner.taught(self.whole)
+
+    @cached_property
+    def _validation_rank(self) -> Rows:
+        rank = np.empty(len(self.whole), dtype=np.int64)
+        rank[ranked(self.whole.keys, self.learner.job.seed, "validation")] = np.arange(len(self.whole))
+        return rank
+
+    def splits(self, clients: Sequence[int]) -> list[tuple[Rows, Rows]]:
+        """(training rows, validation rows) of each client, as `Learner.split` chooses them."""
+        new = [client for client in clients if client not in self._splits]
+        for client, rows in zip(new, self.population.dealing.rows(new), strict=True):
+            self._splits[client] = self._split(self.population.place[rows])
+        found = [self._splits[client] for client in clients]
+        for client in clients:
+            self._splits.move_to_end(client)
+        while len(self._splits) > KEPT_ROWS:
+            self._splits.popitem(last=False)
+        return found
+
+    def _split(self, rows: Rows) -> tuple[Rows, Rows]:
+        rows = np.sort(rows)
+        task, job = self.learner.task, self.learner.job
+        if task.splits_itself:
+            own = task.split(self.whole.select(rows.tolist()), job.seed, job.data.validation_fraction)
+            return rows[own[0]], rows[own[1]]
+        kept = kept_back(len(rows), job.data)
+        if kept.start == kept.stop and job.data.shots is None:
+            return rows, rows[:0]
+        drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
+        train = np.concatenate([drawn[: kept.start], drawn[kept.stop :]])
+        if job.data.shots is not None:
+            train = np.array(few(train.tolist(), self.whole, job.data.shots), dtype=np.int64)
+        return np.sort(train), np.sort(drawn[kept])
+
+    def works(self, names: Sequence[str]) -> tuple[Examples, list[HeadWork]]:
+        """Examples, and which of their rows those clients train on."""
+        parts = [train for train, _ in self.splits([number_of(name) for name in names])]
+        if self.examples is not None:
+            return self.examples, [HeadWork(n, rows) for n, rows in zip(names, parts, strict=True)]
+        used, places = np.unique(np.concatenate(parts), return_inverse=True)
+        cohort = self.lessons.select(used.tolist())
+        device = self.learner.job.train.device
+        examples = Examples.of(self.learner.training_features(cohort), cohort.table, device)
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        return examples, [HeadWork(n, rows) for n, rows in zip(names, np.split(places, ends), strict=True)]
+
+
+@dataclass
+class IndexedSite(Site):
+    """All simulated clients in this process; a cohort of heads trains on rows of one table.
+
+    With several `workers` it trains as so many blocks, each in a thread of its own; the bits stay
+    the same. `at_once` trains what isn't a head by torch.func, whose bits are others.
+    """
+
+    population: Population = field(kw_only=True)
+    workers: int = 1
+    at_once: bool = False
+    _index: dict[int, Index] = field(default_factory=dict)
+
+    def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
+        """As a site; heads train on the table, without a shard being built."""
+        learner = self.learner(Job.from_json(request.job), request.facts)
+        torch.set_num_threads(learner.job.train.threads)
+        if request.kind == "evaluate":
+            return self._measure(learner, request, names)
+        if not names:
+            return []
+        is_plain = not learner.trains_on_features and not learner.job.privacy.units
+        if self.at_once and request.kind == "train" and is_plain:
+            shards = {name: self._hold(learner, name, request.facts).train for name in names}
+            job = learner.job
+            updates = train_at_once(
+                learner, request.tensors, shards, job, round=request.round, plan=request.plan
+            )
+            return compressed(updates, request, job, self.memory)
+        if not learner.trains_on_features or request.kind == STATISTICS:
+            return super().answer(request, names)
+        admitted, failures = self.admit(learner.job, request, names)
+        if not admitted.names:
+            return failures
+        examples, works = self.index(learner).works(admitted.names)
+        replies = self._of_heads(learner, request, examples, works, admitted)
+        return chain(failures, replies) if failures else replies
+
+    def _of_heads(
+        self,
+        learner: Learner,
+        request: Request,
+        examples: Examples,
+        works: list[HeadWork],
+        admitted: Admitted,
+    ) -> Iterable[Reply]:
+        terms, job, private = distributed_terms(learner.job), learner.job, admitted.private
+        if request.kind == "sum" and terms is not None and terms.unit == "example":
+            assert private is not None
+            loss = loss_by_example(job, learner.task.head_loss)
+            summed = sums(head_sums(request.tensors, examples, works, loss, private))
+            return self.desk.sent(job, request, summed, admitted.charged)
+        local = local_training(learner, request, private)
+        if job.personal.keep == "mixture":
+
+            def from_own(asked: Request, starts: Mapping[str, Tensors]) -> Iterable[Update]:
+                own = replace(local_training(learner, asked, None), starts=starts)
+                return self._train(examples, works, asked.tensors, own)
+
+            mixed = train_mixture(learner, request, [w.client for w in works], from_own, self.memory)
+            return compressed(mixed, request, job, self.memory)
+        updates = self._train(examples, works, request.tensors, local)
+        if request.kind == "sum":
+            return self.desk.sent(job, request, contributions(updates, terms), admitted.charged)
+        return compressed(updates, request, job, self.memory)
+
+    def _train(
+        self, examples: Examples, works: list[HeadWork], head: Tensors, local: Local
+    ) -> StackedUpdates:
+        def block(part: list[HeadWork]) -> StackedUpdates:
+            torch.set_num_threads(local.job.train.threads)
+            return train_heads(head, examples, part, local)
+
+        parts = list(self._blocks(works))
+        if len(parts) == 1:
+            return block(works)
+        return joined(list(self._pool.map(block, parts)))
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        # Its threads stay: a new one first sets up torch's own, which takes as long as a block.
+        return ThreadPoolExecutor(self.workers)
+
+    def _blocks(self, works: list[HeadWork]) -> Iterator[list[HeadWork]]:
+        count = max(1, min(self.workers, os.cpu_count() or 1, len(works) // FEWEST))
+        size = -(-len(works) // count)
+        return (works[start : start + size] for start in range(0, len(works), size))
+
+    def _measure(self, learner: Learner, request: Request, names: Sequence[str]) -> Iterator[Measurement]:
+        index = self.index(learner)
+        for name, (lessons, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
+            part = index.whole.select(rows.tolist())
+            lesson = partial(index.lessons.select, lessons.tolist())
+            model = measured_model(learner, request, name, self.memory, lesson)
+            states = learner.evaluate(model, part) if len(part) else {}
+            yield Measurement(name, request.round, len(part), states)
+
+    def index(self, learner: Learner) -> Index:
+        """The population as this learner sees it."""
+        if id(learner) not in self._index:
+            self._index = {id(learner): Index(self.population, learner)}
+        return self._index[id(learner)]
+
+    def _hold(self, learner: Learner, name: str, facts: Facts) -> Held:
+        index = self.index(learner)
+        [(train, validation)] = index.splits([number_of(name)])
+        part = index.lessons.select(train.tolist())
+        return Held(part, index.whole.select(validation.tolist()), None)

@@ -1,0 +1,1 @@
+"""Simulated clients: how data is parted among them, and how their devices behave."""

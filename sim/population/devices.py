@@ -1,0 +1,195 @@
+"""Simulated time: how fast each client's device computes and sends, and who is there at all.
+
+The model. A client that is there answers a call after
+
+    2 * latency + 8 * down / download + examples * epochs / speed + 8 * up / upload
+
+seconds: `down` is the size in bytes of the trained tensors, `up` that of an update as it travels,
+`examples` are those it trains on, rates are in bit/s. It is there with its own probability, drawn anew
+for every call; one that is not says so at once. A round ends when as many updates have come as it wants
+(`federation.cohort`), or when all that can come have come, or at the deadline, whichever is first. Time
+at the server is not counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.client.training.batches import uniform_numbers
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import kept_back
+from atoll.protocol.random_streams import stream_seed
+from atoll.server.rounds.participation import Call, Clock, Turnout, everybody
+from atoll.sim.population.population import Population, client_names, number_of
+
+Numbers = NDArray[np.float64]
+
+FIELDS = {
+    "examples_per_second": None,
+    "download_mbps": math.inf,
+    "upload_mbps": math.inf,
+    "latency_seconds": 0.0,
+    "availability": 1.0,
+}
+"""Columns of a profile and what holds where one is left out."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Kinds of devices: columns by name, [kinds], and which client has which.
+
+    A profile names every client, or gives each kind's `share` of them.
+    """
+
+    columns: dict[str, Numbers]
+    ends: Numbers | None
+    rows: dict[str, int]
+
+    @classmethod
+    def read(cls, path: Path, names: Sequence[str]) -> Profile:
+        """Read a CSV with a row for each client (`client`) or each kind of device (`share`).
+
+        Raises:
+            ConfigError: one line that names the file, the line, what was found and what is expected.
+        """
+        table = _rows(path)
+        columns = {
+            field: np.array([_number(path, line, row, field, default) for line, row in table])
+            for field, default in FIELDS.items()
+        }
+        if "client" in table[0][1]:
+            rows = {row["client"].strip(): place for place, (_, row) in enumerate(table)}
+            missing = next((name for name in names if name not in rows), None)
+            if missing is not None:
+                raise ConfigError(
+                    f"{path}: no row for {missing}, expected one for each of {len(names)} clients"
+                )
+            return cls(columns, None, rows)
+        shares = np.array([_number(path, line, row, "share", None) for line, row in table])
+        return cls(columns, np.cumsum(shares) / shares.sum(), {})
+
+    def kinds(self, clients: Sequence[str], seed: int) -> NDArray[np.int64]:
+        """Each client's row; where kinds have shares a client keeps the one it drew."""
+        if self.ends is None:
+            return np.array([self.rows[client] for client in clients], dtype=np.int64)
+        numbers = np.array([number_of(client) for client in clients], dtype=np.uint64)
+        uniform = uniform_numbers(numbers ^ np.uint64(stream_seed(seed, "device")), 1)[:, 0]
+        drawn: NDArray[np.int64] = (uniform[:, None] >= self.ends[None, :-1]).sum(axis=1)
+        return drawn
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, cells by column) of every row."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            table = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{path}: cannot be read as CSV ({why}); it is federation.devices") from None
+    unknown = next((name for name in header if name not in {*FIELDS, "client", "share"}), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"{path}: unknown column {unknown!r}, expected client or share, {', '.join(FIELDS)}"
+        )
+    if ("client" in header) == ("share" in header):
+        raise ConfigError(f"{path}: columns {header}, expected one of client and share")
+    if not table:
+        raise ConfigError(f"{path}: holds no row, expected one for each client or kind of device")
+    return table
+
+
+def _number(path: Path, line: int, row: dict[str, str], field: str, default: float | None) -> float:
+    """One cell; an empty or absent one is the default."""
+    text = (row.get(field) or "").strip()
+    if not text and default is not None:
+        return default
+    allowed = "a number from 0 to 1" if field == "availability" else "a number above 0"
+    allowed = "a number from 0 on" if field == "latency_seconds" else allowed
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    least_is_in = field in ("availability", "latency_seconds")
+    most = 1.0 if field == "availability" else math.inf
+    if not ((value >= 0 if least_is_in else value > 0) and value <= most and math.isfinite(value)):
+        raise ConfigError(f"{path} line {line}: {field} is {text!r}, expected {allowed}")
+    return value
+
+
+@dataclass(frozen=True)
+class VirtualClock:
+    """Decides by the devices' profile who answers in time, and what the round then took."""
+
+    job: Job
+    profile: Profile
+    sizes: NDArray[np.int64]
+
+    def __call__(self, call: Call) -> Turnout:
+        if not call.cohort:
+            return Turnout([], seconds=0.0)
+        numbers = np.array([number_of(client) for client in call.cohort], dtype=np.int64)
+        kinds = self.profile.kinds(call.cohort, self.job.seed)
+        number = stream_seed(self.job.seed, "available", call.round, call.attempt)
+        drawn = uniform_numbers(numbers.astype(np.uint64) ^ np.uint64(number), 1)[:, 0]
+        is_there = drawn < self._of("availability", kinds)
+        arrival = np.where(
+            is_there, self.seconds(kinds, self.sizes[numbers], call.bytes_down, call.bytes_up), math.inf
+        )
+        return turnout(call.cohort, arrival, call.goal, self.job.federation.deadline or math.inf)
+
+    def seconds(
+        self, kinds: NDArray[np.int64], sizes: NDArray[np.int64], bytes_down: int, bytes_up: int
+    ) -> Numbers:
+        """When each answers, in seconds after the call; its own validation part is not trained on."""
+        parts = (kept_back(size, self.job.data) for size in sizes.tolist())
+        kept = np.array([part.stop - part.start for part in parts])
+        work = (sizes - kept) * self.job.train.epochs / self._of("examples_per_second", kinds)
+        received = 8 * bytes_down / 1e6 / self._of("download_mbps", kinds)
+        sent = received + 8 * bytes_up / 1e6 / self._of("upload_mbps", kinds)
+        total: Numbers = 2 * self._of("latency_seconds", kinds) + work + sent
+        return total
+
+    def _of(self, field: str, kinds: NDArray[np.int64]) -> Numbers:
+        return self.profile.columns[field][kinds]
+
+
+def turnout(cohort: Sequence[str], arrival: Numbers, goal: int, deadline: float) -> Turnout:
+    """The first `goal` arrivals before the deadline, by time and then by name.
+
+    An arrival is in seconds; infinity stands for a client that isn't there.
+    """
+    there = int(np.isfinite(arrival).sum())
+    in_time = int((np.isfinite(arrival) & (arrival <= deadline)).sum())
+    first = np.argsort(arrival, kind="stable")[: min(in_time, goal)]
+    if len(first) == min(goal, there):
+        seconds = float(arrival[first].max()) if len(first) else 0.0
+    else:
+        seconds = deadline
+    names = [cohort[place] for place in np.sort(first).tolist()]
+    return Turnout(
+        names, seconds, unavailable=len(cohort) - there, late=there - in_time, surplus=in_time - len(first)
+    )
+
+
+def clock_of(population: Population) -> Clock:
+    """The job's clock: the devices' own, or none.
+
+    Raises:
+        ConfigError: the devices' profile can't be used.
+    """
+    job = population.job
+    if job.federation.devices is None:
+        return everybody
+    profile = Profile.read(Path(job.federation.devices), client_names(job.federation.clients))
+    return VirtualClock(job, profile, population.dealing.sizes)

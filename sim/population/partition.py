@@ -1,0 +1,158 @@
+"""Split one source over simulated clients, as flwr-datasets' partitioners do.
+
+They make one table a client; here the same rows come out of array operations, for a million clients too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from atoll.data.dataset import Dataset
+from atoll.errors import ConfigError
+from atoll.job.job import Dirichlet, Iid, Job, Natural, Pathological, Resampled
+from atoll.protocol.random_streams import stream_seed
+from atoll.sim.population.assignment import Dealing, Dealt, Drawn, Rows
+from atoll.sim.population.skew import dirichlet_hands, pathological_hands
+
+
+def partition(table: Dataset, order: Sequence[int], job: Job, groups: Sequence[str] | None = None) -> Dealing:
+    """Which rows of `table` each client holds. `order` is how they are dealt: by content alone.
+
+    Rows of one of the `groups` (a patient, say) stay together, where they are dealt evenly.
+
+    Raises:
+        ConfigError: the data can't be split that way.
+    """
+    clients, rule = job.federation.clients, job.data.partition
+    if len(order) < (rule.examples if isinstance(rule, Resampled) else clients):
+        raise ConfigError(_too_few(len(order), job))
+    deck = np.asarray(order, dtype=np.int64)
+    match rule:
+        case Iid():
+            return _evenly(deck, clients) if groups is None else _evenly_together(deck, clients, groups)
+        case Natural():
+            return _by_value(deck, table, rule.by, clients)
+        case Resampled():
+            return _drawn(deck, table, rule, job)
+        case _:
+            return _skewed(deck, table, job)
+
+
+def _too_few(count: int, job: Job) -> str:
+    if isinstance(job.data.partition, Resampled):
+        asked = job.data.partition.examples
+        return f"data.partition.examples: found {asked}, expected at most the {count} training examples"
+    return (
+        f"federation.clients: {job.federation.clients} clients cannot share {count} training examples,"
+        ' set fewer, or partition = { kind = "resampled", … } so that clients may share examples'
+    )
+
+
+def _evenly(deck: Rows, clients: int) -> Dealt:
+    """As flwr-datasets' IidPartitioner: consecutive runs, the first ones longer by one."""
+    size, longer = divmod(len(deck), clients)
+    numbers = np.arange(clients + 1)
+    return Dealt(deck, numbers * size + np.minimum(numbers, longer))
+
+
+def _evenly_together(deck: Rows, clients: int, groups: Sequence[str]) -> Dealt:
+    """Runs of as even a length as whole groups allow; `deck` has each group's rows side by side.
+
+    Raises:
+        ConfigError: there are fewer groups than clients.
+    """
+    owner = np.array(groups)[deck]
+    starts = np.flatnonzero(np.concatenate([[True], owner[1:] != owner[:-1]]))
+    if len(starts) < clients:
+        raise ConfigError(
+            f"federation.clients: {clients} clients cannot share {len(starts)} groups of examples that belong"
+            " together, set fewer"
+        )
+    ends = np.append(starts[1:], len(deck))
+    wanted = np.arange(1, clients) * len(deck) / clients
+    last = np.maximum.accumulate(np.searchsorted(ends, wanted, side="left"))
+    # Every client gets a group of its own: cuts move apart where a group is longer than a share.
+    number = np.arange(1, clients)
+    cut = np.minimum(np.maximum.accumulate(last + 1 - number) + number, len(starts) - (clients - number))
+    return Dealt(deck, np.concatenate([[0], starts[cut], [len(deck)]]).astype(np.int64))
+
+
+def _column(table: Dataset, by: str) -> list[object]:
+    """The values of a column that the partition goes by.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if by not in table.column_names:
+        raise ConfigError(
+            f"data.partition.by: no column {by!r}, found {', '.join(sorted(table.column_names))}"
+        )
+    return list(table[by])
+
+
+def _check_filled(column: list[object], by: str) -> None:
+    """Raises ConfigError where a column that the partition goes by has gaps."""
+    if missing := sum(value is None for value in column):
+        raise ConfigError(
+            f"data.partition.by: column {by!r} is empty in {missing} rows, expected a value in each"
+        )
+
+
+def _by_value(deck: Rows, table: Dataset, by: str, clients: int) -> Dealt:
+    """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
+    given = _column(table, by)
+    _check_filled(given, by)
+    column = np.array(given)
+    values, owner = np.unique(column[deck], return_inverse=True)
+    if len(values) != clients:
+        raise ConfigError(
+            f"federation.clients: column {by!r} has {len(values)} values, found clients = {clients}"
+        )
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owner))]).astype(np.int64)
+    return Dealt(deck[np.argsort(owner, kind="stable")], starts)
+
+
+LISTED = 10_000
+"""Clients up to which it is drawn at once what each holds; of more, what the cohort holds every round."""
+
+
+def _drawn(deck: Rows, table: Dataset, rule: Resampled, job: Job) -> Dealing:
+    if rule.alpha is None and rule.by not in table.column_names:
+        label = np.zeros(len(deck), dtype=np.int64)
+    else:
+        label = np.unique(np.array(_column(table, rule.by))[deck], return_inverse=True)[1]
+    clients = job.federation.clients
+    drawn = Drawn(
+        deck[np.argsort(label, kind="stable")],
+        np.bincount(label),
+        clients,
+        rule.examples,
+        rule.alpha,
+        stream_seed(job.seed, "partition"),
+    )
+    return Dealt.of(drawn.rows(range(clients))) if clients <= LISTED else drawn
+
+
+def _skewed(deck: Rows, table: Dataset, job: Job) -> Dealt:
+    """As flwr-datasets' partitioners deal label skew.
+
+    Raises:
+        ConfigError: a client would get no example, or the rule can't be kept.
+    """
+    rule, clients = job.data.partition, job.federation.clients
+    assert isinstance(rule, Dirichlet | Pathological)
+    column, seed = _column(table, rule.by), stream_seed(job.seed, "partition")
+    _check_filled(column, rule.by)
+    labels = [column[row] for row in deck.tolist()]
+    if isinstance(rule, Dirichlet):
+        hands = dirichlet_hands(labels, clients, rule.alpha, least=rule.min_examples, seed=seed)
+    else:
+        hands = pathological_hands(labels, clients, rule.classes_per_client, seed=seed)
+    empty = sum(not hand for hand in hands)
+    if empty:
+        raise ConfigError(
+            f"data.partition: {empty} of {clients} clients would get no example; use fewer clients"
+        )
+    return Dealt.of([deck[hand] for hand in hands])

@@ -1,0 +1,100 @@
+"""The simulated clients: one source, its test part held out, the rest dealt to clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from atoll.data.dataset import Dataset
+from atoll.data.lazy import Picked
+from atoll.data.shard import Shard, canonical_order
+from atoll.job.job import Job
+from atoll.learning.learner import Learner, ranked
+from atoll.protocol.messages import Facts
+from atoll.server.roster import Roll
+from atoll.server.run.test_set import hold_out, read_source, unit_keys
+from atoll.sim.population.assignment import Dealing, Dealt, Rows
+from atoll.sim.population.partition import partition
+from atoll.tasks import task_named
+
+
+@dataclass(frozen=True)
+class Population:
+    """All clients of a simulation; a client's rows of `train`, and its shard, are made when asked for."""
+
+    job: Job
+    train: Dataset
+    test: Dataset
+    keys: list[bytes]
+    dealing: Dealing
+    notes: tuple[str, ...] = ()
+    _whole: dict[str, Shard] = field(default_factory=dict)
+    _facts: dict[str, Facts] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: Job) -> Population:
+        """Read the job's source, and hold the test part out.
+
+        Raises:
+            DataError, ConfigError: the source is missing or unfit.
+        """
+        table = read_source(job)
+        train, test = hold_out(table, job)
+        task = task_named(job.task.name)
+        keys, units = task.keys(train), unit_keys(task, train)
+        dealing = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
+        if isinstance(dealing, Dealt) and len(held := dealing.held()) < len(keys):
+            train, keys = train.select(held), [keys[row] for row in held.tolist()]
+            dealing = dealing.among(held)
+        return cls(job, train, test, keys, dealing, table.notes)
+
+    def names(self, job: Job) -> Sequence[str]:
+        return client_names(job.federation.clients)
+
+    def roll(self, job: Job) -> Roll:
+        """All clients, without asking each: what they hold between them is one table."""
+        key = job.task.name + job.data.model_dump_json()
+        if key not in self._facts:
+            self._facts[key] = task_named(job.task.name).describe(self.train, job.data, job.task.options)
+        return Roll(self.names(job), self.dealing.sizes, [self._facts[key]])
+
+    def dataset(self, job: Job, client: str) -> Dataset:
+        return self.train.select(self.dealing.rows([number_of(client)])[0])
+
+    def fingerprint(self, job: Job, client: str) -> str:
+        """Nothing: simulated clients' rows are fixed for the run."""
+        return ""
+
+    def whole(self, learner: Learner) -> Shard:
+        """All training examples as one shard; row i of `train` is its `place[i]`-th."""
+        key = json.dumps(learner.facts, sort_keys=True)
+        if key not in self._whole:
+            self._whole.clear()
+            self._whole[key] = learner.task.shard(self.train, learner.facts, self.keys)
+        return self._whole[key]
+
+    @cached_property
+    def place(self) -> Rows:
+        """Where each row of `train` stands in `whole`."""
+        place = np.empty(len(self.keys), dtype=np.int64)
+        place[np.array(canonical_order(self.keys))] = np.arange(len(self.keys))
+        return place
+
+    def test_shard(self, learner: Learner) -> Shard | None:
+        """The server's own test set; None where the job holds nothing out."""
+        return learner.task.shard(self.test, learner.facts) if len(self.test) else None
+
+
+def client_names(count: int) -> Sequence[str]:
+    """`client-0000`, `client-0001`, …; wide enough that sorting is counting. Made when asked for."""
+    width = max(4, len(str(count - 1)))
+    return Picked(lambda i: f"client-{i:0{width}d}", range(count))
+
+
+def number_of(client: str) -> int:
+    """3 of `client-0003`."""
+    return int(client.removeprefix("client-"))

@@ -1,0 +1,275 @@
+"""What a search may change of a job: keys with their values or ranges, and the job that one choice makes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.job.toml import apply_override
+from atoll.sim.search.distributions import Choice, Range
+from atoll.sim.sweep.grid import Base, Grid, Values, as_value
+from atoll.strategies import STRATEGIES, build_strategy
+from atoll.tasks import task_named
+
+Texts = Mapping[str, str]
+"""What one trial has for each key that has a meaning in it, as it would be typed."""
+
+MASTERS = {
+    "tune.layers": "tune.method", "tune.rank": "tune.method", "tune.alpha": "tune.method",
+    "tune.targets": "tune.method", "tune.freeze_a": "tune.method",
+    "train.momentum": "train.optimizer", "train.imbalance_strength": "train.imbalance",
+    "train.cached_views": "train.augment",
+    "train.teacher_temperature": "train.teacher", "train.teacher_weight": "train.teacher",
+    "backbone.prune_kind": "backbone.prune",
+    "federation.compression_top_k": "federation.compression",
+    "federation.error_feedback": "federation.compression",
+    **{f"strategy.{key}": "strategy.name"
+       for key in ("lr", "momentum", "beta1", "beta2", "tau", "proximal_mu", "options")},
+}  # fmt: skip
+"""Keys that have a meaning only with some values of another key."""
+
+FIXED = ("name", "seed", "task", "data", "privacy", "evaluate", "federation.clients", "train.device")
+"""Keys and tables that decide what a trial is judged by, on whose data: the same in every trial."""
+
+MOST = 100_000
+"""Combinations up to which a space of lists is gone through to find what hasn't been tried."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The keys that vary; one that hangs on another comes after it."""
+
+    keys: tuple[Choice | Range, ...]
+
+    @classmethod
+    def of(cls, vary: Sequence[str], ranges: Sequence[str]) -> Space:
+        """From the texts of --vary and --range.
+
+        Raises:
+            ConfigError: one of them has another form, is there twice, or may not vary.
+        """
+        lists = Grid.of(vary, 1).keys if vary else {}
+        found: list[Choice | Range] = [Choice(key, texts) for key, texts in lists.items()]
+        for text in ranges:
+            new = Range.of(text)
+            if any(new.key == other.key for other in found):
+                raise ConfigError(f"--range {new.key}: found twice, expected one --vary or --range for it")
+            found.append(new)
+        for one in found:
+            for fixed in FIXED:
+                if one.key == fixed or one.key.startswith(f"{fixed}."):
+                    raise ConfigError(
+                        f"{one.key}: may not vary in a search, expected a key that leaves the clients' data"
+                        " and what they measure as they are, such as train.lr"
+                    )
+        return cls(tuple(sorted(found, key=lambda one: one.key in MASTERS)))
+
+    @property
+    def words(self) -> list[str]:
+        """As it would be typed, an option for every key."""
+        return [one.words for one in self.keys]
+
+    def draw(self, base: Base, pick: Any) -> Texts:
+        """`pick(key)` for every key that has a meaning beside those before it."""
+        table, texts = copy.deepcopy(base.table), {}
+        for one in self.keys:
+            if has_meaning(one.key, table):
+                texts[one.key] = pick(one)
+                apply_override(table, f"{one.key}={texts[one.key]}", option="--vary")
+        return texts
+
+    def apart(self, texts: Texts, other: Texts) -> float:
+        """How far two choices are from each other: the sum over keys, 1 for one that only one of them has."""
+        total = 0.0
+        for one in self.keys:
+            if (one.key in texts) != (one.key in other):
+                total += 1
+            elif one.key in texts:
+                total += one.apart(texts[one.key], other[one.key])
+        return total
+
+    def combinations(self, base: Base) -> Iterator[Texts]:
+        """Every choice there is, each once; nothing where a range makes them countless, or too many."""
+        lists = [one.texts for one in self.keys if isinstance(one, Choice)]
+        if len(lists) < len(self.keys) or math.prod(len(texts) for texts in lists) > MOST:
+            return
+        seen = set()
+        for values in product(*lists):
+            given = dict(zip((one.key for one in self.keys), values, strict=True))
+            texts = self.draw(base, lambda one, given=given: given[one.key])
+            if (mark := json.dumps(texts, sort_keys=True)) not in seen:
+                seen.add(mark)
+                yield texts
+
+    def own(self, base: Base) -> Texts | None:
+        """The job's own values as a choice of the space; None where one is none of its values."""
+        own = job_of(base, {}).model_dump(mode="json")
+        texts = self.draw(base, lambda one: _at(own, one.key))
+        found = {one.key: one.param(texts[one.key]) for one in self.keys if one.key in texts}
+        if any(param is None for param in found.values()):
+            return None
+        return {one.key: one.text(found[one.key]) for one in self.keys if one.key in texts}
+
+    def check(self, base: Base) -> None:
+        """Look at every value before anything runs, alone and beside the others' values.
+
+        Raises:
+            ConfigError, WeightsError: one of them makes no valid job whatever stands beside it.
+        """
+        from atoll.server.run.run_job import check_job
+
+        check_job(job_of(base, {}))
+        for one in self.keys:
+            for text in one.ends:
+                self._check_value(base, one, text)
+
+    def _check_value(self, base: Base, one: Choice | Range, text: str) -> None:
+        from atoll.server.run.run_job import check_job
+
+        beside: list[dict[str, str]] = [{}]
+        beside += [{o.key: end} for o in self.keys if o.key != one.key for end in o.ends]
+        complaint: ConfigError | None = None
+        for others in beside:
+            given = {**others, one.key: text}
+            table = copy.deepcopy(base.table)
+            for key, value in given.items():
+                apply_override(table, f"{key}={value}", option="--vary")
+            if not has_meaning(one.key, table):
+                continue
+            try:
+                job = checked_job(base, given)
+            except ConfigError as error:
+                complaint = complaint or error
+                continue
+            if one.key.startswith("backbone."):
+                check_job(job)
+            return
+        raise complaint or ConfigError(f"{one.key}: has no meaning in any trial, expected {_wanted(one.key)}")
+
+
+def _at(table: Mapping[str, Any], key: str) -> str:
+    value: Any = table
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _wanted(key: str) -> str:
+    return f"another {MASTERS[key]} in the job, or in --vary" if key in MASTERS else "another key"
+
+
+def has_meaning(key: str, table: Mapping[str, Any]) -> bool:
+    """Whether a key says anything in a job, which is still a table.
+
+    >>> has_meaning("tune.rank", {"tune": {"method": "lora"}}), has_meaning("tune.rank", {})
+    (True, False)
+    """
+    if key not in MASTERS:
+        return True
+    section, name = MASTERS[key].split(".")
+    given = table.get(section)
+    master = given.get(name) if isinstance(given, dict) else None
+    last = key.rpartition(".")[2]
+    match MASTERS[key]:
+        case "tune.method":
+            return master == ("last-k" if last == "layers" else "lora")
+        case "train.optimizer":
+            return master in (None, "sgd")
+        case "strategy.name":
+            entry = STRATEGIES.get(master or "fedavg")
+            return last == "options" if entry is None else last in entry.keys
+        case "federation.compression" if last == "compression_top_k":
+            return master == "top-k"
+    return bool(master)
+
+
+def job_of(base: Base, texts: Texts) -> Job:
+    """The job with these values; what it says beside a value that is no longer its own is left out.
+
+    A server learning rate that was meant for FedAdam, say, is none for FedAvg.
+
+    Raises:
+        ConfigError: in one line, what is wrong with the key or its value.
+    """
+    table = copy.deepcopy(base.table)
+    for key, text in texts.items():
+        apply_override(table, f"{key}={text}", option="--vary")
+    for key, master in MASTERS.items():
+        section, name = key.split(".")
+        own = table.get(section)
+        if key in texts or master not in texts or not isinstance(own, dict) or name not in own:
+            continue
+        is_other = _at(base.table, master) != _at(table, master)
+        if not has_meaning(key, table) or (is_other and master == "strategy.name"):
+            own.pop(name)
+    return Job.parse(table, origin=base.origin, folder=base.folder)
+
+
+def checked_job(base: Base, texts: Texts) -> Job:
+    """`job_of`, with all that can be said without data or weights.
+
+    Raises:
+        ConfigError: there is no such job.
+    """
+    from atoll.learning.compatibility import check_fits
+
+    job = job_of(base, texts)
+    build_strategy(job.strategy)
+    check_fits(job, task_named(job.task.name))
+    return job
+
+
+def values_of(space: Space, texts: Texts) -> Values:
+    """What a trial has for each key; None for one that has no meaning in it."""
+    return {one.key: as_value(texts[one.key]) if one.key in texts else None for one in space.keys}
+
+
+def check_searchable(job: Job) -> None:
+    """Raises ConfigError where a search would break a promise, or has nothing to judge by."""
+    if job.privacy.units:
+        raise ConfigError(
+            "privacy.unit: a search chooses by what clients measure on data that is promised privacy;"
+            f" expected 'none', found {job.privacy.unit!r} (docs/sweep.md tells what such a choice spends)"
+        )
+    if not job.data.keeps_back:
+        raise ConfigError(
+            "data.validation_fraction: clients keep nothing back to judge by; expected above 0, found 0"
+        )
+    if job.evaluate.every > job.federation.rounds:
+        raise ConfigError(
+            f"evaluate.every: no round of {job.federation.rounds} is measured; expected at most that many,"
+            f" found {job.evaluate.every}"
+        )
+
+
+def default_space(job: Job) -> Space:
+    """What is searched where nothing is said: what mostly decides, for the job's way of tuning.
+
+    A head on a frozen backbone is a convex problem that takes large steps; what tunes the backbone
+    takes small ones. The server's strategy varies where it is one of Atoll's own.
+    """
+    method, is_sgd = job.tune.method, job.train.optimizer == "sgd"
+    batches = sorted({16, 64, job.train.batch_size})
+    vary = [f"train.batch_size={','.join(map(str, batches))}"] if job.train.accumulate == 1 else []
+    if method == "head" and task_named(job.task.name).on_features:
+        vary += ["train.epochs=1,2,4"]
+        ranges = ["train.lr=0.01..3,log" if is_sgd else "train.lr=0.0003..0.1,log"]
+    else:
+        vary += ["train.epochs=1,2"]
+        ranges = ["train.lr=0.001..0.3,log" if is_sgd else "train.lr=0.00003..0.01,log"]
+    if method == "lora":
+        vary.append("tune.rank=4,8,16")
+    if method == "last-k":
+        vary.append("tune.layers=1,2")
+    if job.strategy.name in STRATEGIES:
+        vary.append("strategy.name=fedavg,fedavgm,fedadam")
+    if job.train.weight_decay == 0 and not is_sgd:
+        vary.append("train.weight_decay=0.0,0.01")
+    return Space.of(vary, ranges)

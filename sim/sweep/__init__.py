@@ -1,0 +1,1 @@
+"""A grid of runs: what is run, what is kept, its table and plot."""

@@ -1,0 +1,112 @@
+"""What a sweep leaves behind: a table for machines, a picture, and a page with what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.report.comparison import finite
+from atoll.report.text import metric_words
+from atoll.sim.sweep.grid import combination_words, said
+from atoll.sim.sweep.plot import frontier_png
+from atoll.sim.sweep.results import (
+    REFERENCES,
+    Row,
+    as_csv,
+    headline_of,
+    losses,
+    reference,
+    scale_of,
+    scores,
+    sentence,
+    table,
+    value_words,
+)
+from atoll.sim.sweep.selection import Pick, pick_words, picks
+from atoll.system.durable_files import replace_synced
+
+CHARGED_ALONE = (
+    "Every run of this sweep was charged on its own. Whoever looks at several private results on the same"
+    " data, and picks one, has spent more than any of them says: see docs/sweep.md."
+)
+PROTECTS_NOBODY = "The noise of these runs was seeded, for research: they protect nobody."
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is said at the end, and which files there are."""
+
+    said: tuple[str, ...]
+    files: Mapping[str, Path]
+
+
+def write_sweep(folder: Path, rows: Sequence[Row], name: str, *, missing: int) -> Written:
+    """Write sweep.csv, frontier.png and sweep.md of the rows that are there; `missing` runs are not."""
+    chosen = picks(rows)
+    lines = tuple(words_of(rows, chosen, missing))
+    files = {"table": folder / "sweep.csv", "page": folder / "sweep.md"}
+    replace_synced(files["table"], as_csv(rows).encode())
+    is_drawn = bool(scores(rows) and rows[0].values)
+    if is_drawn:
+        files["picture"] = folder / "frontier.png"
+        replace_synced(files["picture"], frontier_png(rows, name))
+    page = _page(rows, name, lines, has_picture=is_drawn)
+    replace_synced(files["page"], page.encode())
+    return Written(lines, files)
+
+
+def words_of(rows: Sequence[Row], chosen: Sequence[Pick], missing: int) -> list[str]:
+    """The sentence, the references, what picking costs, and what is to be kept in mind."""
+    lines = [sentence(rows)]
+    for name, words in REFERENCES.items():
+        found = reference(rows, name)
+        if found is not None:
+            lines.append(f"For comparison, {words}: {value_words(found)}.")
+    lines += [pick_words(pick) for pick in chosen]
+    private = [row for row in rows if row.is_private]
+    if private and not all(row.privacy["seeded_noise"] for row in private):
+        lines.append(CHARGED_ALONE)
+    elif private:
+        lines.append(PROTECTS_NOBODY)
+    early = sum(bool(row.privacy.get("ended_early")) for row in private)
+    if early:
+        lines.append(f"{early} runs ended before their last round, for their budget was spent.")
+    if missing:
+        lines.append(f"{missing} runs of the grid are not complete and are left out.")
+    return lines
+
+
+def _page(rows: Sequence[Row], name: str, lines: Sequence[str], *, has_picture: bool) -> str:
+    metric = metric_words(headline_of(rows) or "metric")
+    keys = list(rows[0].values)
+    repeats = "seeds" if rows[0].job.data.folds is None else "folds and seeds"
+    head = [*keys, repeats, f"{metric}, mean ± standard deviation", "epsilon spent"]
+    told = [
+        [*(said(value) for value in line.values.values()), str(line.seeds), line.score, line.epsilon]
+        for line in table(rows)
+    ]
+    parts = [f"# {name}: a sweep", *lines[:1], "![The frontier](frontier.png)" if has_picture else ""]
+    parts += [_markdown(head, told), *lines[1:], _loss_table(rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _loss_table(rows: Sequence[Row]) -> str:
+    """What each private combination loses against the same without privacy, seed by seed."""
+    found = losses(rows)
+    if not found:
+        return ""
+    unit = "points" if scale_of(found[0].metric) == 100 else metric_words(found[0].metric)
+    digits = 1 if unit == "points" else 3
+    told = []
+    for loss in found:
+        half = finite(loss.points.half)
+        spread = "" if half is None else f" ± {half:.{digits}f}"
+        told.append([combination_words(loss.values), f"{loss.points.mean:.{digits}f}{spread}"])
+    title = "Lost to privacy, with the 95 % interval of the mean over paired seeds:"
+    return f"{title}\n\n{_markdown(['run', unit], told)}"
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)
