@@ -60,6 +60,9 @@ def jobs(folder: Path) -> dict[str, Job]:
     small = made["views-fedadam"]
     travels = small.federation.model_copy(update={"compression": "int8"})
     made["small"] = small.model_copy(update={"name": "small", "federation": travels})
+    texts = made["news-fedadam"]
+    travels = texts.federation.model_copy(update={"compression": "int4"})
+    made["remembering"] = texts.model_copy(update={"name": "remembering", "federation": travels})
     later = [{"method": "last-k", "layers": 1, "after": 1}, {"method": "full", "after": 1, "lr": 0.001}]
     grown = common | image | {"name": "grown", "tune": {"method": "head", "then": later}}
     made["grown"] = Job.parse(grown | {"federation": common["federation"] | {"rounds": 3}}, origin="test")  # type: ignore[operator]
@@ -239,7 +242,7 @@ def agree(places: Places, jobs: Sequence[Job], folder: Path) -> None:
             assert result["final"]["clients"].keys() == expected["final"]["clients"].keys()
 
 
-@pytest.mark.parametrize("name", ["digits-fedavg", "news-fedadam", "views-fedadam", "varied-fedavg"])
+@pytest.mark.parametrize("name", ["remembering", "digits-fedavg", "views-fedadam", "varied-fedavg"])
 def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None:
     result = simulate(
         places.jobs[name],
