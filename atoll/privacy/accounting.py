@@ -19,7 +19,10 @@ Relation = Literal["add-or-remove-one", "replace-one"]
 
 STABLE = 1e-3
 """Relative change of epsilon between two grids below which the finer one is taken."""
-COARSEST, FINEST = 1e-3, 1e-5
+GRIDS = (0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
+"""Widths of the grid of privacy losses, each an upper bound; a wide one does where epsilon is large."""
+USUAL_GRID = 1e-3
+"""The grid whose curve is shown, and the widest that may call an epsilon infinite."""
 UNREACHABLE = 1e4
 """Epsilon above which a guarantee says nothing and is reported as infinite."""
 PRECISION = 1.001
@@ -53,7 +56,7 @@ Spent = Mapping[Release, int]
 def epsilon(spent: Spent, delta: float, relation: Relation = "add-or-remove-one") -> float:
     """Epsilon at `delta` of all the releases together, by PLD; never negative, infinite if vacuous.
 
-    The figure is an upper bound on every grid, and is at most 0.1 % above the next finer one's.
+    The figure is an upper bound on every grid, and is at most 0.1 % below that of the next wider one.
 
     Raises:
         ValueError: delta is not in (0, 1).
@@ -84,10 +87,10 @@ def rdp_accountant(spent: Spent, relation: Relation = "add-or-remove-one"):  # t
 
 
 def profile(spent: Spent, epsilons: Sequence[float]) -> list[float]:
-    """Delta of all the releases together at each epsilon, by PLD on the coarsest grid: upper bounds."""
+    """Delta of all the releases together at each epsilon, by PLD on one grid: upper bounds."""
     from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant(_neighbours("add-or-remove-one"), COARSEST)
+    accountant = PLDAccountant(_neighbours("add-or-remove-one"), USUAL_GRID)
     for release, count in spent.items():
         accountant.compose(_event(release), count)
     return [float(delta) for delta in accountant.get_delta(list(epsilons))]
@@ -102,7 +105,7 @@ def within(spent: Spent, delta: float, budget: float, relation: Relation = "add-
     frozen = _frozen(spent)
     if any(release.noise_multiplier < LEAST_NOISE for release, _ in frozen):
         return False
-    if not frozen or _on_grid(frozen, delta, relation, COARSEST) <= budget:
+    if not frozen or any(_on_grid(frozen, delta, relation, grid) <= budget for grid in GRIDS[:2]):
         return True
     return _epsilon(frozen, delta, relation) <= budget
 
@@ -128,30 +131,24 @@ def calibrate(
 
 @lru_cache(maxsize=256)
 def _calibrate(target: float, delta: float, rate: float, releases: int, relation: Relation) -> float:
-    def coarse(noise: float) -> float:
-        return _on_grid(((Release(noise, rate), releases),), delta, relation, COARSEST)
-
-    def fine(noise: float) -> float:
+    def epsilon_at(noise: float) -> float:
         return _epsilon(((Release(noise, rate), releases),), delta, relation)
 
     low, high = LEAST_NOISE, 1.0
-    while coarse(high) > target:
+    while epsilon_at(high) > target:
         low, high = high, 2 * high
         if high > 1e6:
             raise ValueError(f"no noise multiplier below 1e6 reaches epsilon {target} at delta {delta}")
-    # Little noise is dear to compute: what costs more than the target costs more with less noise too.
-    over = high / 2
-    while over > low and coarse(over) <= target:
-        over /= 2
+    # From above, for little noise takes long to compute.
+    while high / 2 > low and epsilon_at(high / 2) <= target:
+        high /= 2
+    low = max(low, high / 2)
+    if epsilon_at(low) <= target:
+        return low
     while high / low > 1.05:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if middle <= over or coarse(middle) > target else (low, middle)
-    # The coarse grid is pessimistic, so that the answer may lie below its bracket.
-    while fine(low) <= target and low > LEAST_NOISE:
-        low, high = 0.9 * low, low
-    while fine(high) > target:
-        low, high = high, 1.02 * high
-    return _narrowed(low, high, target, fine)
+        low, high = (low, middle) if epsilon_at(middle) <= target else (middle, high)
+    return _narrowed(low, high, target, epsilon_at)
 
 
 def _narrowed(low: float, high: float, target: float, epsilon_at: Callable[[float], float]) -> float:
@@ -188,12 +185,12 @@ def _epsilon(spent: Frozen, delta: float, relation: Relation) -> float:
         return 0.0
     if min(release.noise_multiplier for release, _ in spent) < LEAST_NOISE:
         return math.inf
-    grid = COARSEST
-    before = _on_grid(spent, delta, relation, grid)
-    while grid > 1.5 * FINEST and before < UNREACHABLE:
-        grid /= 10
+    before = math.inf
+    for grid in GRIDS:
         value = _on_grid(spent, delta, relation, grid)
-        if abs(before - value) <= STABLE * max(value, 1e-6):
+        if math.isinf(value) and grid <= USUAL_GRID:
+            return value
+        if math.isfinite(before) and before - value <= STABLE * max(value, 1e-6):
             return value
         before = value
     return before
