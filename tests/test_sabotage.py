@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from atoll.privacy.detectors import Detected
 
 import atoll.client.dp.dp_sgd
 import atoll.client.dp.dp_sgd_model
@@ -41,6 +40,7 @@ import atoll.tasks.classification
 from atoll.privacy.accounting import Release
 from atoll.protocol.stacked_updates import stacked
 from tests import watchdogs as w
+from tests.detectors import Detected
 
 pytestmark = pytest.mark.slow
 
