@@ -49,7 +49,8 @@ def run_point(point: Point) -> dict[str, float]:
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from atoll.server.rounds.loop import all_rounds, open_run
+    from atoll.server.rounds.loop import run_rounds
+    from atoll.server.rounds.start import start_or_resume
     from atoll.server.run.directory import RunDirectory
     from atoll.server.run.result import peak_rss_mb
     from atoll.sim.engines.inline import InlineCarrier
@@ -58,12 +59,12 @@ def run_point(point: Point) -> dict[str, float]:
         population = generated(point, Path(folder))
         carrier = InlineCarrier.of(population)
         with RunDirectory.open(Path(folder) / "run", population.job, resume=False, force=False) as directory:
-            run = open_run(
+            run = start_or_resume(
                 population.job, carrier, directory, lambda learner: None, lambda *step: None, resume=False
             )
             directory.settle()
-            all_rounds(run)
-    seconds = [line["seconds"] for line in run.log[1:]]
+            run_rounds(run)
+    seconds = [line["seconds"] for line in run.state.log[1:]]
     return {"seconds": statistics.median(seconds), "memory": peak_rss_mb()}
 
 

@@ -51,7 +51,8 @@ def made(rounds: int, *, uneven: bool) -> Workload:
 
 def atoll(workload: Workload, workers: int) -> Outcome:
     """Atoll's in-process engine on a population whose features are in the cache."""
-    from atoll.server.rounds.loop import all_rounds, open_run
+    from atoll.server.rounds.loop import run_rounds
+    from atoll.server.rounds.start import start_or_resume
     from atoll.server.run.directory import RunDirectory
     from atoll.sim.engines.inline import InlineCarrier
     from benchmarks.generated import population_of
@@ -61,7 +62,7 @@ def atoll(workload: Workload, workers: int) -> Outcome:
         population = population_of(workload, Path(folder))
         carrier = InlineCarrier.of(population, workers)
         with RunDirectory.open(Path(folder) / "run", population.job, resume=False, force=False) as directory:
-            run = open_run(
+            run = start_or_resume(
                 population.job,
                 carrier,
                 directory,
@@ -71,8 +72,9 @@ def atoll(workload: Workload, workers: int) -> Outcome:
             )
             directory.settle()
             stamps.append(time.perf_counter())
-            all_rounds(run)
-    outputs = workload.test_inputs @ run.tensors["head.weight"].numpy().T + run.tensors["head.bias"].numpy()
+            run_rounds(run)
+    head = {name: tensor.numpy() for name, tensor in run.state.tensors.items()}
+    outputs = workload.test_inputs @ head["head.weight"].T + head["head.bias"]
     return seconds_between(stamps), float((outputs.argmax(1) == workload.test_targets).mean())
 
 

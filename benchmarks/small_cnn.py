@@ -88,7 +88,8 @@ def job_of(folder: Path, rounds: int, threads: int, *, channels_last: bool = Fal
 
 def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **options: bool) -> Outcome:
     """Atoll's engine on the very job; several workers are processes."""
-    from atoll.server.rounds.loop import all_rounds, open_run
+    from atoll.server.rounds.loop import run_rounds
+    from atoll.server.rounds.start import start_or_resume
     from atoll.server.run.directory import RunDirectory
 
     job = job_of(folder, workload.rounds, threads, **options)
@@ -102,7 +103,7 @@ def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **opt
             else InlineCarrier.of(population)
         )
         directory = stack.enter_context(RunDirectory.open(out, job, resume=False, force=False))
-        run = open_run(
+        run = start_or_resume(
             job,
             carrier,
             directory,
@@ -112,8 +113,8 @@ def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **opt
         )
         directory.settle()
         stamps.append(time.perf_counter())
-        all_rounds(run)
-    return seconds_between(stamps), accuracy(filled(workload, run.tensors), workload)
+        run_rounds(run)
+    return seconds_between(stamps), accuracy(filled(workload, run.state.tensors), workload)
 
 
 def filled(workload: Workload, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:

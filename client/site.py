@@ -222,7 +222,7 @@ class Site:
             loss = loss_by_example(learner.job, learner.task.head_loss)
             values = sums(head_sums(request.tensors, examples, works, loss, private))
         else:
-            from atoll.client.dp.gradient_sums import model_sums
+            from atoll.client.dp.dp_sgd_model import model_sums
 
             assert private is not None
             shards = {name: h.train for name, h in held.items()}

@@ -15,7 +15,8 @@ from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.loop import Run, panel_of
+from atoll.server.rounds.evaluation import evaluation_clients
+from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
 from atoll.sim.engines.simulated_site import Index
 from atoll.sim.population.population import Population, number_of
@@ -33,16 +34,16 @@ class Comparison:
     population: Population
 
     def __call__(self, run: Run) -> tuple[Baselines, list[str]]:
-        asked = run.job.evaluate.baselines
-        if run.test is None:
+        asked = run.setup.job.evaluate.baselines
+        if run.setup.test is None:
             return {}, ["baselines left out: the job holds no test data out"] if asked else []
-        panel = panel_of(run)
+        panel = evaluation_clients(run)
         found: dict[str, Mapping[str, float]] = {}
         if "zero_shot" in asked:
-            found["zero_shot"] = run.learner.compute(run.learner.evaluate(run.first_model, run.test))
+            found["zero_shot"] = _measured(run, run.state.initial_model)
         if not {"local_only", "pooled"} & set(asked):
             return found, []
-        index = Index(self.population, run.learner)
+        index = Index(self.population, run.state.learner)
         rows = [train for train, _ in index.splits([number_of(name) for name in panel])]
         if "local_only" in asked:
             shards = (index.lessons.select(own.tolist()) for own in rows)
@@ -51,14 +52,14 @@ class Comparison:
         if "pooled" in asked:
             everything = index.lessons.select(np.unique(np.concatenate(rows)).tolist())
             found["pooled"] = _measured(run, trained(run, {"pooled": everything})["pooled"])
-        if len(panel) == len(run.population):
+        if len(panel) == len(run.setup.population):
             return found, []
-        return found, [f"local_only and pooled are of {len(panel)} of {len(run.population)} clients"]
+        return found, [f"local_only and pooled are of {len(panel)} of {len(run.setup.population)} clients"]
 
 
 def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     """Final tensors of each owner that trains alone on its shard."""
-    job, learner, first = long_job(run.job), run.learner, run.first_model
+    job, learner, first = long_job(run.setup.job), run.state.learner, run.state.initial_model
     if learner.trains_on_features:
         held = {name: Held(shard, shard, learner.training_features(shard)) for name, shard in shards.items()}
         local = Local(job, head_loss(job, learner.task.head_loss), round=0)
@@ -80,8 +81,8 @@ def long_job(job: Job) -> Job:
 
 
 def _measured(run: Run, tensors: Tensors) -> dict[str, float]:
-    assert run.test is not None
-    return run.learner.compute(run.learner.evaluate(tensors, run.test))
+    assert run.setup.test is not None
+    return run.state.learner.compute(run.state.learner.evaluate(tensors, run.setup.test))
 
 
 def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:

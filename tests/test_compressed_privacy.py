@@ -22,6 +22,7 @@ from atoll.client.state.error_feedback import ERROR
 from atoll.client.state.store import Memory
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.learning.learner import Learner
 from atoll.protocol import compression
 from atoll.protocol.messages import Request, Update
 from atoll.server.rounds import decompression
@@ -30,6 +31,7 @@ from atoll.server.run.run_job import play
 from atoll.sim.engines.engine import simulate, warmed
 from atoll.sim.engines.inline import InlineCarrier
 from atoll.sim.population.population import Population
+from atoll.tasks import task_named
 from tests import detectors
 from tests import watchdogs as w
 from tests.detectors import Detected, adversaries
@@ -163,7 +165,7 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     population = Population.of(setting)
     site = Site(population, books=w.Books(w.new_folder()))
     facts = population.roll(setting).facts[0]
-    learner = w.rounds.Learner.of(setting, w.rounds.task_named(setting.task.name), facts)
+    learner = Learner.of(setting, task_named(setting.task.name), facts)
     facts = facts | {"backbone": learner.backbone.fingerprint}
     model = learner.initial()
 

@@ -34,7 +34,9 @@ import atoll.privacy.noise
 import atoll.privacy.secagg
 import atoll.privacy.secagg_encoding
 import atoll.server.rounds.central_dp
+import atoll.server.rounds.evaluation
 import atoll.server.rounds.loop
+import atoll.server.rounds.round_log
 import atoll.server.rounds.validation
 import atoll.tasks.classification
 from atoll.privacy.accounting import Release
@@ -450,17 +452,19 @@ def seeing(patch: pytest.MonkeyPatch) -> None:
 
 
 def losses_published(patch: pytest.MonkeyPatch) -> None:
-    original = atoll.server.rounds.loop._log_line
+    original = atoll.server.rounds.round_log.log_line
 
     def line(run: Any, cohort: Any, screened: Any, metrics: Any, seconds: Any) -> Any:
         told = original(run, cohort, screened, metrics, seconds)
         return told | {"loss": sum(float(u.states["train_loss.sum"]) for u in screened.updates)}
 
-    patch.setattr(atoll.server.rounds.loop, "_log_line", line)
+    patch.setattr(atoll.server.rounds.round_log, "log_line", line)
 
 
 def measured_in_the_clear(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(atoll.server.rounds.loop, "measure_clients", lambda run: [np.random.default_rng().random()])
+    patch.setattr(
+        atoll.server.rounds.evaluation, "evaluate_clients", lambda run: [np.random.default_rng().random()]
+    )
 
 
 SERVER_SILENCE: dict[str, Plant] = {

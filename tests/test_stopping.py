@@ -11,7 +11,7 @@ import torch
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.server.rounds.early_stopping import Stopping
+from atoll.server.rounds.early_stopping import EarlyStopping
 from atoll.sim.engines.engine import simulate
 from tests.test_simulation import job, unwatched
 
@@ -42,11 +42,11 @@ def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
 def test_the_best_is_kept_and_patience_counts_what_was_not_better(
     metric: str, values: list[float], best: int, over: bool
 ) -> None:
-    stopping = Stopping(metric, 2)
+    stopping = EarlyStopping(metric, 2)
     for round, value in enumerate(values, start=1):
         stopping.note(round, value, {"w": torch.tensor(float(round))})
     assert (stopping.round, float(stopping.best["w"]), stopping.is_over) == (best, float(best), over)
-    again = Stopping(metric, 2)
+    again = EarlyStopping(metric, 2)
     assert again.resume({"momentum.w": 1.0, **stopping.state()}) == {"momentum.w": 1.0}
     assert again == stopping
 

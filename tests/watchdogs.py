@@ -36,10 +36,11 @@ from atoll.privacy.ledger import Ledger
 from atoll.privacy.noise import entropy
 from atoll.protocol.messages import Request, Update
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds import loop
+from atoll.server.rounds import evaluation, loop, round_log
 from atoll.server.rounds.central_dp import NORM, Protection
 from atoll.server.rounds.central_dp import Books as ServerBooks
-from atoll.server.rounds.validation import screen
+from atoll.server.rounds.run_state import Run
+from atoll.server.rounds.validation import Validation
 from tests import detectors
 from tests.detectors import Detected, adversaries, silent
 
@@ -174,7 +175,7 @@ def cohorts_are_what_they_are_charged_as() -> None:
 
 def cohort(guard: Protection, setting: Job, round: int) -> list[int]:
     names = [f"{i:03d}" for i in range(200)]
-    drawn = loop.sample(names, setting, round, partial(guard.coins, round))
+    drawn = loop.sample(names, setting, round, guard.uniforms(round))
     return [int(name) for name in drawn]
 
 
@@ -332,17 +333,18 @@ class Held(NoShards):
 def what_the_server_tells_is_silent() -> None:
     """An update that isn't finite, or is huge, is screened, logged and counted like any other."""
     setting = job(clients())
-    run = SimpleNamespace(
-        job=setting, round=1, bytes_up=0, bytes_down=0, tensors=MODEL, is_private=True, log=[], test=None,
-        population=["c0", "c1", "c2"],
-    )  # fmt: skip
+    state = SimpleNamespace(
+        round=1, bytes_up=0, bytes_down=0, tensors=MODEL, log=[], learner=SimpleNamespace(own={})
+    )
+    setup = SimpleNamespace(job=setting, test=None, population=["c0", "c1", "c2"])
+    run = Run(cast(Any, setup), cast(Any, state))
 
     def told(last: Update) -> dict[str, Any]:
         states = {n: torch.tensor(float(last.num_examples)) for n in ("train_loss.sum", "train_loss.count")}
         updates = [replace(u, client=f"c{i}", states=states) for i, u in enumerate([*people(MODEL, 2), last])]
-        looked = screen(updates, ["c0", "c1", "c2"], MODEL, 1, blind=run.is_private)
-        line = loop._log_line(cast(Any, run), ["c0", "c1", "c2"], looked, loop.measure(cast(Any, run)), {})
-        return {"line": line, "clients": loop.measure_clients(cast(Any, run))}
+        looked = Validation.of(setting)(updates, ["c0", "c1", "c2"], MODEL, 1)
+        line = round_log.log_line(run, ["c0", "c1", "c2"], looked, evaluation.evaluate_global(run), {})
+        return {"line": line, "clients": evaluation.evaluate_clients(run)}
 
     plain = told(people(MODEL)[0])
     for odd in adversaries(MODEL):

@@ -1,8 +1,8 @@
-"""Local training under example-level privacy by per-example gradients: any model, one client at a time."""
+"""Training under example-level privacy by per-example gradients: any model, one client at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -173,3 +173,18 @@ def _on_device(learner: Learner, batch: Batch, targets: torch.Tensor) -> tuple[B
 
 
 __all__: Sequence[str] = ["train_privately"]
+
+
+def model_sums(
+    learner: Learner, tensors: Tensors, shards: Mapping[str, Shard], private: PerExample, round: int
+) -> Iterator[tuple[str, Tensors]]:
+    """(client, the sum over its batch of clipped gradients); zeros for no batch."""
+    model = learner.model
+    trainable.load_values(model, tensors)
+    trainable.training_mode(model)
+    assert private.draw is not None
+    for client, shard in shards.items():
+        hooks = hooks_suffice_for(learner, shard)
+        rows = private.draw(client, len(shard))[0]
+        with per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as found:
+            yield client, clipped_sum(learner, found, shard, rows, private, (round, client, 0))

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from atoll.client.dp.dp_sgd import PerExample, factors
-from atoll.client.dp.dp_sgd_model import clipped_sum, hooks_suffice_for
-from atoll.client.dp.per_example_gradients import per_example_gradients
 from atoll.client.heads.feature_table import Examples, HeadWork
 from atoll.client.heads.layers import Layers, Loss, gradients
 from atoll.client.heads.train import drawn, rows_per_batch
-from atoll.data.shard import Shard
-from atoll.learning import trainable
-from atoll.learning.learner import Learner
 from atoll.protocol.tensors import Tensors
 
 
@@ -40,18 +35,3 @@ def head_sums(
         total = [torch.empty_like(matrix) for matrix in start]
         gradients(values, [e.mul_(factor) for e in each], out=total)
         yield work.client, {name: t[0] for name, t in layers.apart(total).items()}
-
-
-def model_sums(
-    learner: Learner, tensors: Tensors, shards: Mapping[str, Shard], private: PerExample, round: int
-) -> Iterator[tuple[str, Tensors]]:
-    """(client, the sum over its batch of clipped gradients); zeros for no batch."""
-    model = learner.model
-    trainable.load_values(model, tensors)
-    trainable.training_mode(model)
-    assert private.draw is not None
-    for client, shard in shards.items():
-        hooks = hooks_suffice_for(learner, shard)
-        rows = private.draw(client, len(shard))[0]
-        with per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as found:
-            yield client, clipped_sum(learner, found, shard, rows, private, (round, client, 0))

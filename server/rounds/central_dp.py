@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -107,6 +107,15 @@ class Protection:
             kept[NORM] = next_norm(norm, fraction, quantile=promise.quantile, lr=promise.clipping_lr)
         return Update("the cohort", round, mean, num_examples=1), kept
 
+    @property
+    def update_transforms(self) -> tuple[NoisedMean, ...]:
+        """What happens to a round's updates before the strategy sees them."""
+        return (NoisedMean(self),)
+
+    def uniforms(self, round: int) -> Callable[[int], torch.Tensor]:
+        """What cohorts are sampled by: `coins` of this round."""
+        return partial(self.coins, round)
+
     def coins(self, round: int, count: int) -> torch.Tensor:
         """A uniform number for each client, which nobody else can know, [count]."""
         return torch.from_numpy(uniform(self._words("cohort", round)(count)))
@@ -126,7 +135,33 @@ class Protection:
         return self.job.privacy.seeded_noise and self.ledger.has(self.run, round)
 
 
-def protection_of(job: Job, out: Path, books: Books | None) -> Protection | None:
+@dataclass(frozen=True)
+class NoisedMean:
+    """A round's updates become one: the clipped and noised mean, charged before its noise is drawn."""
+
+    protection: Protection
+
+    def __call__(
+        self, updates: Sequence[Update], round: int, model: Tensors, state: State
+    ) -> tuple[Sequence[Update], State]:
+        mean, kept = self.protection.merged(round, updates, model, state)
+        return [mean], kept
+
+
+@dataclass(frozen=True)
+class NoProtection:
+    """No promise to clients that the server keeps: rounds cost nothing, updates merge as they are."""
+
+    update_transforms: tuple[NoisedMean, ...] = ()
+
+    def check_budget(self, round: int) -> None:
+        """Any round may be run."""
+
+    def uniforms(self, round: int) -> None:
+        """Cohorts are sampled from the job's own stream."""
+
+
+def protection_of(job: Job, out: Path, books: Books | None) -> Protection | NoProtection:
     """What keeps a job's promise to clients, if it makes one; charged to the run's own books by default.
 
     Raises:
@@ -134,7 +169,7 @@ def protection_of(job: Job, out: Path, books: Books | None) -> Protection | None
     """
     terms = terms_of(job, "client")
     if terms is None or terms.where != "server":
-        return None
+        return NoProtection()
     return Protection(job, terms, books or Books(out / "ledger.jsonl", job.hash), run_key(job, out))
 
 

@@ -7,13 +7,23 @@ the server take more memory than a model does.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from atoll.job.job import Job
 from atoll.protocol.compression import Compression, apart, decompress, misshapen, unsound
 from atoll.protocol.messages import Failure, Reply, Update
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Decompression:
+    """A transform of replies: whole updates in place of compressed ones, as the job compresses them."""
+
+    job: Job
+
+    def __call__(self, replies: Iterable[Reply], model: Tensors) -> Iterable[Reply]:
+        return decompressed(replies, self.job, model)
 
 
 def decompressed(replies: Iterable[Reply], job: Job, model: Tensors) -> Iterable[Reply]:

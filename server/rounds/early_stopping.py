@@ -7,7 +7,9 @@ would no longer be one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -22,8 +24,61 @@ BEST = PREFIX + "best."
 """Before the names of the best model's tensors."""
 
 
+Measure = Callable[[], dict[str, float]]
+"""Has the clients measure the model: metrics over all of their validation splits."""
+
+
+class StoppingRule(Protocol):
+    """What ends training by measurements, and remembers the best model."""
+
+    @property
+    def best(self) -> Tensors:
+        """The best model so far; empty where none was looked for."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether training should end."""
+        ...
+
+    @property
+    def words(self) -> str:
+        """What came of it, in one line."""
+        ...
+
+    def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
+        """Take note of the model of a round; what its line in the log says of that."""
+        ...
+
+    def state(self) -> State:
+        """What a checkpoint keeps."""
+        ...
+
+    def resume(self, state: State) -> State:
+        """Take back what `state` said; what is left is the strategy's."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoEarlyStopping:
+    """Training lasts for all rounds, and the last model is the one that counts."""
+
+    best: Tensors = field(default_factory=dict)
+    is_over: bool = False
+    words: str = ""
+
+    def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
+        return {}
+
+    def state(self) -> State:
+        return {}
+
+    def resume(self, state: State) -> State:
+        return state
+
+
 @dataclass
-class Stopping:
+class EarlyStopping:
     """How long nothing was better than the best, and the model that was best."""
 
     metric: str
@@ -32,6 +87,12 @@ class Stopping:
     value: float = math.nan
     waited: int = 0
     best: Tensors = field(default_factory=dict)
+
+    def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
+        """Have the clients measure the model, and take note of it; for the log, what they measured."""
+        validation = measure()
+        self.note(round, validation.get(self.metric, math.nan), model)
+        return {"validation": validation}
 
     def note(self, round: int, value: float, model: Tensors) -> None:
         """Take note of a measurement; one that isn't finite is never better."""

@@ -2,80 +2,105 @@
 
 A stage ends after its rounds, or when what clients measure on the data they kept back has stalled. The next
 one starts from the best model so far, with a strategy that begins anew. All it tunes beyond what was tuned
-before has the values that every client has already.
+before has the values that every client has already. A job without `tune.then` has one stage.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.server.rounds.early_stopping import Stopping
+from atoll.server.rounds.early_stopping import EarlyStopping, NoEarlyStopping, StoppingRule
 from atoll.strategies.strategy import State
 from atoll.tasks import task_named
 
 if TYPE_CHECKING:
-    from atoll.server.rounds.loop import Run
+    from atoll.server.rounds.run_state import Run
 
 PREFIX = "stage."
 """Before the names of what a checkpoint keeps of the schedule."""
 
 
-def stopping_of(run: Run) -> Stopping | None:
-    """What ends the present stage by measurements: the next one's patience, or at last the run's own."""
-    later = run.job.tune.then[run.stage] if run.stage < len(run.job.tune.then) else None
-    patience = run.job.evaluate.patience if later is None else later.patience
-    return None if patience is None else Stopping(run.learner.task.headline, patience)
+def stopping_of(job: Job, stage: int, learner: Learner) -> StoppingRule:
+    """What ends a stage by measurements: the next one's patience, or at last the run's own."""
+    is_last = stage == len(job.tune.then)
+    patience = job.evaluate.patience if is_last else job.tune.then[stage].patience
+    return NoEarlyStopping() if patience is None else EarlyStopping(learner.task.headline, patience)
+
+
+def goes_on(run: Run) -> bool:
+    """Whether a next round makes sense; begins the next stage where the present one is over."""
+    return not is_over(run) or begin_next(run)
 
 
 def is_over(run: Run) -> bool:
     """Whether nothing more is to come of the run's present stage."""
-    if run.stopping is not None and run.stopping.is_over:
+    state, later = run.state, run.setup.job.tune.then
+    if state.stopping.is_over:
         return True
-    if run.stage == len(run.job.tune.then):
+    if state.stage == len(later):
         return False
-    after = run.job.tune.then[run.stage].after
-    return after is not None and run.round - run.began >= after
+    after = later[state.stage].after
+    return after is not None and state.round - state.stage_start_round >= after
 
 
 def begin_next(run: Run) -> bool:
     """Tune what the next stage tunes, from the best model of the one before; False where there is none."""
-    if run.stage == len(run.job.tune.then):
+    setup, state = run.setup, run.state
+    if state.stage == len(setup.job.tune.then):
         return False
-    best = run.tensors if run.stopping is None else run.stopping.best or run.tensors
-    enter(run, run.stage + 1, run.round)
-    first = run.learner.initial()
-    assert set(best) <= set(first), "a later stage tunes what an earlier one has tuned"
-    run.tensors, run.first_model = first | best, first
-    run.state = run.strategy.begin(run.tensors)
-    run.watch("stage", {"round": run.round, "tuning": run.learner.job.tune.words})
+    best = state.stopping.best or state.tensors
+    switch_stage(run, state.stage + 1, state.round)
+    initial = state.learner.initial()
+    assert set(best) <= set(initial), "a later stage tunes what an earlier one has tuned"
+    state.tensors, state.initial_model = initial | best, initial
+    state.strategy_state = setup.strategy.begin(state.tensors)
+    setup.watch("stage", {"round": state.round, "tuning": state.learner.job.tune.words})
     return True
 
 
-def enter(run: Run, stage: int, began: int) -> None:
+def switch_stage(run: Run, stage: int, start_round: int) -> None:
     """Have the learner of a stage at hand; the tensors are the caller's to set.
 
     Raises:
         ConfigError: this backbone has nothing that the stage could tune.
     """
-    run.stage, run.began, before = stage, began, run.learner
-    task = task_named(run.job.task.name)
-    run.learner = Learner.of(run.job.stages[stage], task, before.facts, before.progress)
-    run.stopping = stopping_of(run)
+    job, state = run.setup.job, run.state
+    before = state.learner
+    state.stage, state.stage_start_round = stage, start_round
+    state.learner = Learner.of(job.stages[stage], task_named(job.task.name), before.facts, before.progress)
+    state.stopping = stopping_of(job, stage, state.learner)
+
+
+def take_best_model(run: Run) -> None:
+    """End with the best model by the clients' measurements, where early stopping has looked for one."""
+    state = run.state
+    if state.stopping.best:
+        state.tensors, state.ended_early = state.stopping.best, state.stopping.words
+
+
+def log_fields(run: Run) -> dict[str, Any]:
+    """What a round's line says of the schedule: what is tuned, where that changes."""
+    return {"tuning": run.state.learner.job.tune.words} if run.setup.job.tune.then else {}
 
 
 def state_of(run: Run) -> State:
     """What a checkpoint keeps of the schedule and of what would end its stage."""
-    stopping = {} if run.stopping is None else run.stopping.state()
-    if not run.job.tune.then:
+    state = run.state
+    stopping = state.stopping.state()
+    if not run.setup.job.tune.then:
         return stopping
-    return stopping | {PREFIX + "number": float(run.stage), PREFIX + "began": float(run.began)}
+    return stopping | {
+        PREFIX + "number": float(state.stage),
+        PREFIX + "began": float(state.stage_start_round),
+    }
 
 
-def resume(run: Run, state: State) -> State:
+def resume(run: Run, saved: State) -> State:
     """Enter the stage that a checkpoint was written in; what is left is the strategy's."""
-    if PREFIX + "number" in state and state[PREFIX + "number"]:
-        enter(run, int(state[PREFIX + "number"]), int(state[PREFIX + "began"]))
-        run.first_model = run.learner.initial()
-    rest = {name: value for name, value in state.items() if not name.startswith(PREFIX)}
-    return rest if run.stopping is None else run.stopping.resume(rest)
+    if PREFIX + "number" in saved and saved[PREFIX + "number"]:
+        switch_stage(run, int(saved[PREFIX + "number"]), int(saved[PREFIX + "began"]))
+        run.state.initial_model = run.state.learner.initial()
+    rest = {name: value for name, value in saved.items() if not name.startswith(PREFIX)}
+    return run.state.stopping.resume(rest)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 
+from atoll.job.job import Job
 from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Reply, Sealed, Update
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
@@ -34,6 +36,30 @@ class Screened:
     def usable(self) -> int:
         """How many clients' work there is."""
         return len(self.updates) if self.stayed is None else self.stayed
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A transform of replies: usable updates, and the others set aside.
+
+    Values are no reason where clients are promised privacy. What examples are promised is in the noise of
+    an update already: its values may be looked at.
+    """
+
+    inspects_values: bool
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """How the updates of a job are validated."""
+        return cls("client" not in job.privacy.units)
+
+    def __call__(
+        self, replies: Iterable[Reply], names: Sequence[str], model: Tensors, round: int
+    ) -> Screened:
+        blind = not self.inspects_values
+        if isinstance(replies, StackedUpdates):
+            return screen_stack(replies, names, model, round, blind=blind)
+        return screen(replies, names, model, round, blind=blind)
 
 
 def screen_stack(

@@ -47,10 +47,11 @@ class Keeper:
     """Saves the rounds' checkpoints, but of rounds that take milliseconds not every one.
 
     To wait for the disk then takes longer than the round; what a kill loses is `EVERY` seconds at most, and
-    the rounds that pass while one checkpoint is on its way to the disk.
+    the rounds that pass while one checkpoint is on its way to the disk. One that `waits` loses none.
     """
 
     folder: Path
+    waits: bool = False
     last: Checkpoint | None = None
     saved: int = 0
     began: float = -math.inf
@@ -63,6 +64,9 @@ class Keeper:
             JobError: as `save`, of the one before.
         """
         self.last = checkpoint
+        if self.waits:
+            self.save_last()
+            return
         if self._writing and not self._writing[0].done():
             return
         if time.monotonic() - self.began >= EVERY:

@@ -12,8 +12,9 @@ from typing import Any
 from atoll.learning.distillation import claim_of_teacher
 from atoll.privacy.accounting import Spent, epsilon, epsilon_rdp
 from atoll.privacy.dp_plan import Terms, terms_of
-from atoll.server.rounds.central_dp import NORM
-from atoll.server.rounds.loop import Run, charged_rounds
+from atoll.server.rounds.central_dp import NORM, Protection
+from atoll.server.rounds.round_log import charged_rounds
+from atoll.server.rounds.run_state import Run
 
 NOTHING: Mapping[str, Any] = {
     "unit": "none", "epsilon": None, "delta": None, "accountant": None,
@@ -27,17 +28,19 @@ def claim_of(run: Run) -> dict[str, Any]:
 
     An infinite epsilon is None: no number stands for it.
     """
-    units = {unit: _of_unit(run, unit) for unit in run.job.privacy.units}
+    privacy, ended_early = run.setup.job.privacy, run.state.ended_early or None
+    units = {unit: _of_unit(run, unit) for unit in privacy.units}
     if not units:
         return dict(NOTHING)
     weakest = max(
         units.values(), key=lambda claim: math.inf if claim["epsilon"] is None else claim["epsilon"]
     )
-    return {**weakest, "unit": run.job.privacy.unit, "units": units, "ended_early": run.ended_early or None}
+    return {**weakest, "unit": privacy.unit, "units": units, "ended_early": ended_early}
 
 
 def _of_unit(run: Run, unit: str) -> dict[str, Any]:
-    terms = terms_of(run.job, "client" if unit == "client" else "example")
+    job, protection = run.setup.job, run.setup.protection
+    terms = terms_of(job, "client" if unit == "client" else "example")
     assert terms is not None
     claim = {
         **spending(terms, _spent(run, terms)),
@@ -47,14 +50,14 @@ def _of_unit(run: Run, unit: str) -> dict[str, Any]:
         "clipping": terms.promise.clipping,
         "divisor": terms.divisor,
         "target_epsilon": terms.promise.epsilon,
-        "seeded_noise": run.job.privacy.seeded_noise,
+        "seeded_noise": job.privacy.seeded_noise,
     }
     if terms.promise.clipping == "adaptive":
-        claim["last_clipping_norm"] = run.state.get(NORM)
-    if terms.where == "server" and run.protection is not None:
-        total = run.protection.ledger.spent
+        claim["last_clipping_norm"] = run.state.strategy_state.get(NORM)
+    if terms.where == "server" and isinstance(protection, Protection):
+        total = protection.ledger.spent
         claim["epsilon_of_all_runs"] = _number(epsilon(total, terms.delta))
-    return claim if run.job.train.teacher is None else _with_teacher(claim, Path(run.job.train.teacher))
+    return claim if job.train.teacher is None else _with_teacher(claim, Path(job.train.teacher))
 
 
 def _with_teacher(claim: dict[str, Any], run: Path) -> dict[str, Any]:
@@ -100,8 +103,8 @@ def sampler(terms: Terms) -> str:
 
 def _spent(run: Run, terms: Terms) -> Spent:
     if terms.where == "server":
-        assert run.protection is not None
-        return run.protection.spent
+        assert isinstance(run.setup.protection, Protection)
+        return run.setup.protection.spent
     return Counter({terms.cost: charged_rounds(run) * terms.per_round})
 
 

@@ -16,8 +16,9 @@ from atoll.job.privacy import hides_cohorts
 from atoll.learning.features import processor
 from atoll.protocol.messages import Measurement
 from atoll.protocol.tensors import size_of, tensors_sha256
-from atoll.server.rounds.loop import Run, measure_clients
+from atoll.server.rounds.evaluation import evaluate_clients
 from atoll.server.rounds.participation import elapsed
+from atoll.server.rounds.run_state import Run
 from atoll.server.run.personalization_metrics import own_models, own_notes, with_adapted
 from atoll.server.run.privacy_report import claim_of
 
@@ -26,27 +27,28 @@ Baselines = Mapping[str, Mapping[str, float]]
 
 def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
     """Measure the final model everywhere, and write the model and `result.json`."""
+    setup, state, job = run.setup, run.state, run.setup.job
     clients = measured_clients(run)
-    if run.job.evaluate.adapt is not None:
-        clients = with_adapted(clients, measured_clients(run, **{ADAPT: float(run.job.evaluate.adapt)}))
-    keep = run.job.personal.keep
+    if job.evaluate.adapt is not None:
+        clients = with_adapted(clients, measured_clients(run, **{ADAPT: float(job.evaluate.adapt)}))
+    keep = job.personal.keep
     shared = measured_clients(run, **{OF_ALL: 1.0}) if keep in ("norms", "mixture") else {}
     own = None if keep is None else own_models(keep, clients, shared)
     result = {
-        "name": run.job.name,
-        "job_hash": run.job.hash,
-        "model_sha256": tensors_sha256(run.tensors),
-        "engine": run.carrier.engine,
-        "task": run.job.task.name,
-        "strategy": run.job.strategy.name,
-        "seed": run.job.seed,
+        "name": job.name,
+        "job_hash": job.hash,
+        "model_sha256": tensors_sha256(state.tensors),
+        "engine": setup.carrier.engine,
+        "task": job.task.name,
+        "strategy": job.strategy.name,
+        "seed": job.seed,
         "seconds": seconds,
-        "simulated_seconds": elapsed(run.log) or None,
-        "population": len(run.population),
-        "clients_trained": sum(line["trained"] for line in run.log),
+        "simulated_seconds": elapsed(state.log) or None,
+        "population": len(setup.population),
+        "clients_trained": sum(line["trained"] for line in state.log),
         **traffic(run),
         "peak_rss_mb": peak_rss_mb(),
-        "rounds": run.log,
+        "rounds": state.log,
         "final": {
             "server": final_server(run),
             "clients": clients,
@@ -55,33 +57,33 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "baselines": _references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
         "privacy": claim_of(run),
         "compression": compression_of(run),
-        "facts": run.learner.facts,
-        "backbone": {"name": run.job.backbone.name, "origin": run.learner.backbone.origin},
-        "trainable": {n: list(t.shape) for n, t in run.tensors.items()},
-        "machine": machine(run.job.train.threads, run.job.train.device),
-        "notes": [*notes, *private_notes(run), *own_notes(run.job, own, clients, run.learner.task.headline)],
+        "facts": state.learner.facts,
+        "backbone": {"name": job.backbone.name, "origin": state.learner.backbone.origin},
+        "trainable": {n: list(t.shape) for n, t in state.tensors.items()},
+        "machine": machine(job.train.threads, job.train.device),
+        "notes": [*notes, *private_notes(run), *own_notes(job, own, clients, state.learner.task.headline)],
     }  # fmt: skip
-    run.directory.save_model(
-        run.tensors if run.whole is None else run.whole,
-        {"job": run.learner.job.model_dump(mode="json"), "facts": run.learner.facts},
+    setup.directory.save_model(
+        state.tensors if run.full_model is None else run.full_model,
+        {"job": state.learner.job.model_dump(mode="json"), "facts": state.learner.facts},
     )
-    run.directory.save_result(result)
+    setup.directory.save_result(result)
     return result
 
 
 def traffic(run: Run) -> dict[str, int]:
     """Bytes each way; on average, where the actual ones would tell who took part."""
-    if hides_cohorts(run.job):
-        return {key: run.log[-1][key] if run.log else 0 for key in ("bytes_up", "bytes_down")}
-    return {"bytes_up": run.bytes_up, "bytes_down": run.bytes_down}
+    if hides_cohorts(run.setup.job):
+        return {key: run.state.log[-1][key] if run.state.log else 0 for key in ("bytes_up", "bytes_down")}
+    return {"bytes_up": run.state.bytes_up, "bytes_down": run.state.bytes_down}
 
 
 def compression_of(run: Run) -> dict[str, Any] | None:
     """How updates travelled, and how many times smaller than the model; None where as they were."""
-    scheme = run.job.federation.compression
+    scheme = run.setup.job.federation.compression
     if scheme is None:
         return None
-    smaller = size_of(run.tensors) / run.upload if run.upload else 1.0
+    smaller = size_of(run.state.tensors) / run.update_bytes if run.update_bytes else 1.0
     return {"scheme": scheme, "times_smaller": smaller}
 
 
@@ -90,32 +92,32 @@ def private_notes(run: Run) -> list[str]:
     notes = []
     if run.is_private:
         notes.append("training losses and the clients' own measurements are left out: they are not noised")
-    if hides_cohorts(run.job):
+    if hides_cohorts(run.setup.job):
         notes.append("who took part is secret: numbers of clients and bytes are expected values")
-    if run.ended_early:
-        notes.append(run.ended_early)
+    if run.state.ended_early:
+        notes.append(run.state.ended_early)
     return notes
 
 
 def _references(run: Run) -> dict[str, dict[str, float]]:
     """What needs no learning, on the server's test set."""
-    return {} if run.test is None else run.learner.references(run.test)
+    return {} if run.setup.test is None else run.state.learner.references(run.setup.test)
 
 
 def final_server(run: Run) -> dict[str, float]:
     """The final model on the server's test set; empty where the server has none."""
-    if run.test is None or run.whole is None:
+    if run.setup.test is None or run.full_model is None:
         return {}
-    return run.learner.compute(run.learner.evaluate(run.whole, run.test))
+    return run.state.learner.compute(run.state.learner.evaluate(run.full_model, run.setup.test))
 
 
 def measured_clients(run: Run, **plan: float) -> dict[str, dict[str, float]]:
     """What each panel member measured, by name."""
-    return {m.client: _client(run, m) for m in measure_clients(run, **plan)}
+    return {m.client: _client(run, m) for m in evaluate_clients(run, **plan)}
 
 
 def _client(run: Run, measurement: Measurement) -> dict[str, float]:
-    metrics = run.learner.compute(measurement.states) if measurement.num_examples else {}
+    metrics = run.state.learner.compute(measurement.states) if measurement.num_examples else {}
     return metrics | {"examples": measurement.num_examples}
 
 

@@ -11,8 +11,10 @@ from atoll.backbones.resolve import resolve
 from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
 from atoll.server.rounds.central_dp import Books, protection_of
-from atoll.server.rounds.loop import Run, TestSet, Watch, all_rounds, open_run
+from atoll.server.rounds.loop import run_rounds
 from atoll.server.rounds.participation import Clock, everybody
+from atoll.server.rounds.run_state import Run, TestSet, Watch
+from atoll.server.rounds.start import start_or_resume
 from atoll.server.run.directory import RunDirectory
 from atoll.server.run.result import Baselines, finish
 from atoll.server.transport import Carrier
@@ -29,9 +31,10 @@ def unwatched(step: str, what: dict[str, Any]) -> None:
 
 def no_baselines(run: Run) -> tuple[Baselines, list[str]]:
     """What a real federation can compare with: the model before training, never pooled data."""
-    asked, baselines, notes = run.job.evaluate.baselines, {}, []
-    if "zero_shot" in asked and run.test is not None:
-        baselines["zero_shot"] = run.learner.compute(run.learner.evaluate(run.first_model, run.test))
+    asked, baselines, notes = run.setup.job.evaluate.baselines, {}, []
+    test, learner = run.setup.test, run.state.learner
+    if "zero_shot" in asked and test is not None:
+        baselines["zero_shot"] = learner.compute(learner.evaluate(run.state.initial_model, test))
     left_out = [name for name in asked if name not in baselines]
     if left_out:
         notes.append(f"baselines left out, for data stays at the sites: {', '.join(left_out)}")
@@ -59,11 +62,11 @@ def play(
     started = time.monotonic()
     with RunDirectory.open(out, job, resume=resume, force=force) as directory:
         protection = protection_of(job, out, books)
-        run = open_run(
+        run = start_or_resume(
             job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection
         )
         directory.settle()
-        all_rounds(run)
+        run_rounds(run)
         watch("baselines", {})
         compared, notes = baselines(run)
         watch("finish", {})

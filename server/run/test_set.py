@@ -13,7 +13,7 @@ from atoll.datasets.registry import SOURCES, load_source
 from atoll.job.job import Job
 from atoll.learning.learner import Learner, ranked
 from atoll.server.job_checks import check_source
-from atoll.server.rounds.loop import TestSet
+from atoll.server.rounds.run_state import TestSet
 from atoll.tasks import task_named
 from atoll.tasks.task import Task
 

@@ -30,7 +30,7 @@ from atoll.privacy.dp_plan import terms_of
 from atoll.privacy.noise import entropy, uniform
 from atoll.report.comparison import finite
 from atoll.report.page import write_report
-from atoll.server.rounds.loop import Watch
+from atoll.server.rounds.run_state import Watch
 from atoll.sim.audit.client_canaries import CanaryClients
 from atoll.sim.audit.example_canaries import CanaryFeatures
 from atoll.sim.audit.mislabelled_canaries import Mislabelled, candidates

@@ -29,7 +29,7 @@ from atoll.protocol.stacked_updates import StackedUpdates, joined, stacked
 from atoll.protocol.tensors import Tensors
 from atoll.server.roster import Roll
 from atoll.server.rounds.central_dp import NORM
-from atoll.server.rounds.loop import Run
+from atoll.server.rounds.run_state import Run
 from atoll.server.transport import Carrier
 from atoll.sim.audit.replay import Seen, Uncounted
 from atoll.sim.engines.inline import InlineCarrier
@@ -78,13 +78,13 @@ class CanaryClients:
         """Where the server sees updates, theirs stand among them; else they are in the sum already."""
         if self.terms.where != "server" or not present:
             return updates
-        norm = float(run.state.get(NORM, self.terms.promise.clipping_norm))
+        norm = float(run.state.strategy_state.get(NORM, self.terms.promise.clipping_norm))
         places = [_place(name) for name in present]
         real = stacked(updates) if len(updates) else None
         states = {} if real is None else real.states
         canaries = StackedUpdates(
             clients=tuple(present),
-            round=run.round + 1,
+            round=run.state.round + 1,
             delta=self._deltas(places, LONG * norm),
             num_examples=(1,) * len(present),
             states={name: torch.zeros(len(present), dtype=t.dtype) for name, t in states.items()},

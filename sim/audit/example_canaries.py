@@ -30,7 +30,7 @@ from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.cohort import sample
-from atoll.server.rounds.loop import Run
+from atoll.server.rounds.run_state import Run
 from atoll.server.transport import Carrier
 from atoll.sim.audit.replay import Seen, Uncounted
 from atoll.sim.engines.inline import InlineCarrier

@@ -22,7 +22,7 @@ from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.loop import Run
+from atoll.server.rounds.run_state import Run
 from atoll.server.transport import Carrier
 from atoll.sim.audit.example_canaries import carrier_with, owners
 from atoll.sim.audit.replay import Seen

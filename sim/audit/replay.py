@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -23,9 +22,11 @@ from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
 from atoll.privacy.dp_plan import Terms
 from atoll.protocol.messages import Request, Update
 from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.aggregation import merge_updates, request_updates
 from atoll.server.rounds.central_dp import protection_of
 from atoll.server.rounds.cohort import sample
-from atoll.server.rounds.loop import Run, merge, open_run, train
+from atoll.server.rounds.run_state import Run
+from atoll.server.rounds.start import start_or_resume
 from atoll.server.run.directory import RunDirectory
 from atoll.server.run.run_job import unwatched
 from atoll.server.transport import Carrier
@@ -106,7 +107,7 @@ def replayed(
         out = Path(folder) / "run"
         with RunDirectory.open(out, job, resume=False, force=False) as directory:
             protection = protection_of(job, out, None)
-            run = open_run(
+            run = start_or_resume(
                 job, canaries.carrier(inside), directory, _without_test_set(population), unwatched,
                 resume=False, clock=clock_of(population), protection=protection,
             )  # fmt: skip
@@ -127,12 +128,12 @@ def _without_test_set(population: Population) -> Callable[[Learner], None]:
 def _round(run: Run, round: int, canaries: Canaries, inside: Coins) -> Seen:
     """A round without measuring and checkpoints."""
     cohort, present = _cohort(run, round, canaries.names(inside))
-    screened, _ = train(run, cohort, round)
-    updates = canaries.joined(run, screened.updates, present)
-    before = run.tensors
-    merge(run, updates, round)
-    run.round = round
-    return Seen(before, run.tensors, updates)
+    gathered, _ = request_updates(run, cohort, round)
+    updates = canaries.joined(run, gathered.updates, present)
+    before = run.state.tensors
+    merge_updates(run, updates, round)
+    run.state.round = round
+    return Seen(before, run.state.tensors, updates)
 
 
 def _cohort(run: Run, round: int, names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -140,9 +141,9 @@ def _cohort(run: Run, round: int, names: Sequence[str]) -> tuple[list[str], list
 
     A cohort of fixed size is charged as if everybody were in it, so that is what canaries do.
     """
-    coins = None if run.protection is None else partial(run.protection.coins, round)
-    if not names or run.job.federation.cohort_rate is None:
-        return sample(run.population, run.job, round, coins), list(names)
-    drawn = sample([*run.population, *names], run.job, round, coins)
+    uniforms = run.setup.protection.uniforms(round)
+    if not names or run.setup.job.federation.cohort_rate is None:
+        return sample(run.setup.population, run.setup.job, round, uniforms), list(names)
+    drawn = sample([*run.setup.population, *names], run.setup.job, round, uniforms)
     new = set(names)
     return [name for name in drawn if name not in new], [name for name in drawn if name in new]

@@ -18,7 +18,7 @@ from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.server.rounds.loop import Watch
+from atoll.server.rounds.run_state import Watch
 from atoll.server.run.directory import check_free
 from atoll.server.run.run_job import Compare, check_job, play
 from atoll.server.transport import Carrier

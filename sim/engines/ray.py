@@ -26,7 +26,7 @@ from atoll.client.site import Site
 from atoll.data.dataset import Dataset
 from atoll.job.job import Job
 from atoll.server.app import FlowerCarrier
-from atoll.server.rounds.loop import TestSet
+from atoll.server.rounds.run_state import TestSet
 from atoll.server.run.run_job import play
 from atoll.sim.engines.process_pool import books_in
 from atoll.sim.population.population import Population

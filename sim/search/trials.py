@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
 from atoll.report.comparison import lower_is_better
-from atoll.server.rounds.loop import Run, validated
+from atoll.server.rounds.evaluation import federated_evaluation
+from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
 from atoll.server.run.run_job import unwatched
 from atoll.sim.engines.engine import simulate
@@ -139,8 +140,9 @@ def validation_metrics(
     found: dict[str, float] = {}
 
     def measure(run: Run) -> tuple[Baselines, list[str]]:
-        is_known = run.stopping is None and run.round % job.evaluate.every == 0 and run.log
-        found.update(run.log[-1]["metrics"] if is_known else validated(run))
+        state = run.state
+        is_known = not state.stopping.best and state.round % job.evaluate.every == 0 and state.log
+        found.update(state.log[-1]["metrics"] if is_known else federated_evaluation(run))
         return {}, []
 
     begun = (out / "job.toml").is_file()

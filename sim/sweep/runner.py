@@ -18,7 +18,7 @@ from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.job.privacy import PrivacySection
 from atoll.learning.learner import Learner
-from atoll.server.rounds.loop import Run
+from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
 from atoll.server.run.run_job import check_job, unwatched
 from atoll.sim.baselines import Comparison
@@ -107,7 +107,7 @@ class Bench:
 
     def _compared(self, run: Run, population: Population) -> tuple[Baselines, list[str]]:
         """The baselines, which know nothing of a promise: they are those of the job without."""
-        key = run.job.model_copy(update={"privacy": PrivacySection()}).hash
+        key = run.setup.job.model_copy(update={"privacy": PrivacySection()}).hash
         if key not in self.baselines:
             _make_room(self.baselines)
             self.baselines[key] = Comparison(population)(run)

@@ -1,0 +1,176 @@
+"""From a cohort's names to the next global model: three kinds of rounds, and what all of them share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atoll.errors import InconsistentUpdates
+from atoll.job.closed_form import STATISTICS, forms_head
+from atoll.job.job import Job
+from atoll.job.privacy import hides_cohorts, sums_securely
+from atoll.learning.learner import Learner
+from atoll.learning.trainable import without_pruned
+from atoll.protocol.messages import Request, Update
+from atoll.protocol.tensors import Tensors, size_of
+from atoll.server.rounds.closed_form import formed, screen_statistics, statistics_size
+from atoll.server.rounds.cohort import round_up
+from atoll.server.rounds.decompression import Decompression
+from atoll.server.rounds.participation import Call, Turnout, elapsed
+from atoll.server.rounds.run_state import ModelTransform, ReplyTransform, RoundKind, Run
+from atoll.server.rounds.secure_aggregation import SecureRound
+from atoll.server.rounds.validation import Screened, Validation
+from atoll.strategies.strategy import State
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+"""Times a round below its quorum is tried before the run fails."""
+
+
+@dataclass(frozen=True)
+class PlainRound:
+    """Every client's update reaches the server by itself: transformed in the list's order, then validated."""
+
+    reply_transforms: Sequence[ReplyTransform]
+    validate: Validation
+
+    def bytes_per_client(self, run: Run) -> tuple[int, int]:
+        return size_of(run.state.tensors), run.update_bytes
+
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> Screened:
+        replies, model = run.send(train_request(run, round), names), run.state.tensors
+        for transform in self.reply_transforms:
+            replies = transform(replies, model)
+        return self.validate(replies, names, model, round)
+
+    def merge(self, run: Run, gathered: Screened, round: int) -> None:
+        merge_updates(run, gathered.updates, round)
+
+
+@dataclass(frozen=True)
+class SecureSumRound:
+    """The server sees the sum of the updates and no single one; it stands for them as one update."""
+
+    def bytes_per_client(self, run: Run) -> tuple[int, int]:
+        return size_of(run.state.tensors), run.update_bytes
+
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> Screened:
+        request = train_request(run, round)
+        base = replace(request, plan={**request.plan, "attempt": float(attempt)})
+        return SecureRound(
+            run.setup.job, base, names, run.setup.carrier.masks,
+            lambda stage, asked: list(run.send(stage, asked)),
+        ).screened()  # fmt: skip
+
+    def merge(self, run: Run, gathered: Screened, round: int) -> None:
+        merge_updates(run, gathered.updates, round)
+
+
+@dataclass(frozen=True)
+class ClosedFormRound:
+    """Clients send statistics that add up, and the server solves for the head: nothing is trained."""
+
+    def bytes_per_client(self, run: Run) -> tuple[int, int]:
+        return 0, statistics_size(run.setup.job, run.state.tensors)
+
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> Screened:
+        request = replace(train_request(run, round), kind=STATISTICS, tensors={})
+        return screen_statistics(run.send(request, names), names, run.setup.job, run.state.tensors)
+
+    def merge(self, run: Run, gathered: Screened, round: int) -> None:
+        if gathered.statistics:
+            run.state.tensors = formed(run.setup.job, gathered.statistics)
+
+
+def round_kinds(job: Job) -> tuple[RoundKind, RoundKind]:
+    """(the kind of the first round, the kind of all later ones)."""
+    later: RoundKind = (
+        SecureSumRound() if sums_securely(job) else PlainRound(reply_transforms(job), Validation.of(job))
+    )
+    return (ClosedFormRound() if forms_head(job, 1) else later), later
+
+
+def reply_transforms(job: Job) -> Sequence[ReplyTransform]:
+    """What happens to the replies of every plain round of the job."""
+    return () if job.federation.compression is None else (Decompression(job),)
+
+
+def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[str, Any]]:
+    """Validated updates of the cohort, of the first attempt that reaches the quorum; and the simulated time.
+
+    Raises:
+        InconsistentUpdates: fewer than the quorum came back, several times over.
+    """
+    kind, federation, state = run.setup.kind_of_round(round), run.setup.job.federation, run.state
+    goal = min(federation.cohort or len(cohort), len(cohort))
+    needed = max(1, round_up(federation.quorum * goal))
+    down, up = kind.bytes_per_client(run)
+    before = elapsed(state.log)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        turnout = run.setup.clock(Call(round, attempt, cohort, goal, down, up))
+        enough = len(turnout.names) >= needed or not cohort
+        gathered = kind.gather_updates(run, turnout.names if enough else [], round, attempt)
+        state.bytes_down += len(cohort) * down
+        state.bytes_up += gathered.usable * up
+        _warn_of_set_aside(run, gathered, round)
+        if gathered.usable >= needed or not cohort:
+            return gathered, turnout.logged(before)
+        before += turnout.seconds or 0.0
+        logger.warning(
+            "round %d abandoned: %d of %d usable updates, needed %d (attempt %d of %d)",
+            round, gathered.usable if enough else len(turnout.names), goal, needed, attempt, MAX_ATTEMPTS,
+        )  # fmt: skip
+    raise InconsistentUpdates(_below_quorum(run, gathered, turnout, goal, needed))
+
+
+def train_request(run: Run, round: int) -> Request:
+    """The model and the strategy's numbers for the clients that train in this round."""
+    return run.request("train", round, run.setup.strategy.plan(run.state.strategy_state, round))
+
+
+def merge_updates(run: Run, updates: Sequence[Update], round: int) -> None:
+    """The next global model of validated updates, transformed in the order of the run's lists."""
+    setup, state = run.setup, run.state
+    kept: State = {}
+    for transform_updates in setup.update_transforms:
+        updates, kept_by_this = transform_updates(updates, round, state.tensors, state.strategy_state)
+        kept |= kept_by_this
+    if updates:
+        merged = setup.strategy.merge(state.tensors, updates, state.strategy_state)
+        state.tensors, state.strategy_state = merged
+    for transform_model in setup.model_transforms:
+        state.tensors = transform_model(state.tensors, state.learner)
+    state.strategy_state = {**state.strategy_state, **kept}
+
+
+def zero_pruned(model: Tensors, learner: Learner) -> Tensors:
+    """The model with zeros where the backbone is pruned: noise has no holes."""
+    return model if learner.uses_features else without_pruned(learner.model, model)
+
+
+def model_transforms(job: Job) -> Sequence[ModelTransform]:
+    """What happens to every merged model of the job."""
+    return () if job.backbone.prune is None else (zero_pruned,)
+
+
+def _warn_of_set_aside(run: Run, gathered: Screened, round: int) -> None:
+    if hides_cohorts(run.setup.job):
+        return
+    for name, reason in gathered.set_aside.items():
+        logger.warning("round %d: set aside %s: %s", round, name, reason)
+
+
+def _below_quorum(run: Run, gathered: Screened, turnout: Turnout, goal: int, needed: int) -> str:
+    reasons = [f"{name}: {why}" for name, why in list(gathered.set_aside.items())[:3]]
+    usable = gathered.usable
+    if turnout.seconds is not None and len(turnout.names) < needed:
+        reasons = [f"{turnout.unavailable} clients not available, {turnout.late} late"]
+        usable = len(turnout.names)
+    return (
+        f"round {run.state.round + 1}: {usable} of {goal} usable updates, needed {needed}"
+        f" ({'; '.join(reasons)})"
+        + ("; go on after the last whole round with --resume" if run.state.round else "")
+    )

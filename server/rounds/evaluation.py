@@ -1,0 +1,69 @@
+"""How good the global model is: on the server's test set, and at the clients."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+from atoll.learning.learner import added
+from atoll.protocol.messages import Failure, Measurement
+from atoll.protocol.random_streams import stream
+from atoll.protocol.tensors import size_of
+from atoll.server.rounds.cohort import some
+from atoll.server.rounds.run_state import Run
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(run: Run) -> tuple[dict[str, float], dict[str, Any]]:
+    """(the global model's metrics, what early stopping adds to the log); nothing in rounds between two."""
+    state = run.state
+    if state.round % run.setup.job.evaluate.every:
+        return {}, {}
+    metrics = evaluate_global(run)
+    return metrics, state.stopping.observe(state.round, state.tensors, partial(federated_evaluation, run))
+
+
+def evaluate_global(run: Run) -> dict[str, float]:
+    """Metrics of the global model: on the server's test set, or, without one, over all clients.
+
+    Clients that are promised privacy measure nothing.
+    """
+    test, model, learner = run.setup.test, run.full_model, run.state.learner
+    if test is not None and model is not None:
+        return learner.compute(learner.evaluate(model, test))
+    return {} if run.is_private else federated_evaluation(run)
+
+
+def federated_evaluation(run: Run) -> dict[str, float]:
+    """Metrics of the global model over all clients' validation splits; nothing where there are none."""
+    states = [m.states for m in evaluate_clients(run) if m.num_examples]
+    return run.state.learner.compute(added(states)) if states else {}
+
+
+def evaluate_clients(run: Run, **plan: float) -> list[Measurement]:
+    """The model on each evaluation client's validation split, by client name; nothing under privacy.
+
+    It is the one that each client would use, unless the `plan` says otherwise.
+    """
+    if run.is_private:
+        return []
+    names = evaluation_clients(run)
+    replies = run.send(run.request("evaluate", run.state.round, plan), names)
+    run.state.bytes_down += len(names) * size_of(run.state.tensors)
+    asked = set(names)
+    measurements = []
+    for reply in replies:
+        match reply:
+            case Measurement() if reply.client in asked:
+                measurements.append(reply)
+            case Failure():
+                logger.warning("evaluation: set aside %s: %s", reply.client, reply.reason)
+    return sorted(measurements, key=lambda m: m.client)
+
+
+def evaluation_clients(run: Run) -> list[str]:
+    """The clients that measure the model, the same in every round: all, or `evaluate.clients` of them."""
+    job = run.setup.job
+    return some(run.setup.population, job.evaluate.clients, stream(job.seed, "panel"))

@@ -1,0 +1,63 @@
+"""The line that a round leaves in `metrics.jsonl` and `result.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from atoll.job.privacy import expected_cohort, hides_cohorts
+from atoll.protocol.messages import CHARGED_ROUNDS
+from atoll.protocol.stacked_updates import stacked_states
+from atoll.protocol.tensors import size_of, tensors_sha256
+from atoll.server.rounds import tuning_schedule
+from atoll.server.rounds.run_state import Run
+from atoll.server.rounds.validation import Screened
+
+
+def log_line(
+    run: Run,
+    cohort: Sequence[str],
+    gathered: Screened,
+    metrics: dict[str, float],
+    seconds: dict[str, Any],
+) -> dict[str, Any]:
+    """What is published of the run's last round; under privacy, nothing that a client's data changes."""
+    state = run.state
+    states = stacked_states(gathered.updates) if gathered.updates else {}
+    count = float(states["train_loss.count"].sum()) if states else 0.0
+    line = {
+        "round": state.round,
+        "cohort": list(cohort),
+        "loss": float(states["train_loss.sum"].sum()) / count if count and not run.is_private else None,
+        "metrics": metrics,
+        **seconds,
+        "trained": gathered.usable,
+        "bytes_up": state.bytes_up,
+        "bytes_down": state.bytes_down,
+        "set_aside": gathered.set_aside,
+        "model_sha256": tensors_sha256(state.tensors),
+        **tuning_schedule.log_fields(run),
+    }
+    if CHARGED_ROUNDS in states:
+        line["charged_rounds"] = max(int(states[CHARGED_ROUNDS].max()), charged_rounds(run))
+    if hides_cohorts(run.setup.job):
+        line |= _expected_fields(run)
+    return line
+
+
+def charged_rounds(run: Run) -> int:
+    """The most rounds that any client's ledger holds of this run, as far as clients have said."""
+    log = run.state.log
+    return int(log[-1].get("charged_rounds", 0)) if log else 0
+
+
+def _expected_fields(run: Run) -> dict[str, Any]:
+    """What stands in a line for who took part, where that is secret: what is public anyway."""
+    expected, rounds = expected_cohort(run.setup.job), run.state.round
+    return {
+        "cohort": [],
+        "trained": round(expected),
+        "set_aside": {},
+        "bytes_up": round(expected * run.update_bytes) * rounds,
+        "bytes_down": round(expected * size_of(run.state.tensors)) * rounds,
+    }

@@ -1,0 +1,159 @@
+"""What a run consists of: `RunSetup` is fixed for all of its rounds, `RunState` is what they change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from atoll.data.shard import Shard
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.protocol.compression import upload_size
+from atoll.protocol.messages import Reply, Request, Update
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.central_dp import NoProtection, Protection, run_key
+from atoll.server.rounds.early_stopping import StoppingRule
+from atoll.server.rounds.participation import Clock
+from atoll.server.rounds.validation import Screened
+from atoll.server.run.checkpoint import Keeper
+from atoll.server.run.directory import RunDirectory
+from atoll.server.transport import Carrier
+from atoll.strategies.strategy import State, Strategy
+
+Watch = Callable[[str, dict[str, Any]], None]
+"""Told of every step: a name (`hello`, `round`, …) and what there is to show."""
+
+TestSet = Callable[[Learner], Shard | None]
+"""The server's own test set, once the run's facts are known."""
+
+
+class RoundKind(Protocol):
+    """How a round asks its clients for work, and what becomes of their answers."""
+
+    def bytes_per_client(self, run: Run) -> tuple[int, int]:
+        """Bytes that travel (to, from) each client in one attempt."""
+        ...
+
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> Screened:
+        """The validated updates of the named clients; `attempt` counts from 1 within the round."""
+        ...
+
+    def merge(self, run: Run, gathered: Screened, round: int) -> None:
+        """Put the next global model into the run's state."""
+        ...
+
+
+class ReplyTransform(Protocol):
+    """What happens to the replies of one attempt before they are validated."""
+
+    def __call__(self, replies: Iterable[Reply], model: Tensors) -> Iterable[Reply]:
+        """The replies in their place, as they come; `model` is the one that was sent."""
+        ...
+
+
+class UpdateTransform(Protocol):
+    """What happens to a round's validated updates before the strategy sees them."""
+
+    def __call__(
+        self, updates: Sequence[Update], round: int, model: Tensors, state: State
+    ) -> tuple[Sequence[Update], State]:
+        """(the updates in their place, what the strategy's state keeps for the next round)."""
+        ...
+
+
+class ModelTransform(Protocol):
+    """What happens to a model that has just been merged."""
+
+    def __call__(self, model: Tensors, learner: Learner) -> Tensors:
+        """The tensors in its place."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """What is fixed when a run opens.
+
+    The first round may be of another kind than the later ones. Transforms are in the order in which they
+    are applied.
+    """
+
+    job: Job
+    carrier: Carrier
+    directory: RunDirectory
+    strategy: Strategy
+    population: Sequence[str]
+    test: Shard | None
+    watch: Watch
+    clock: Clock
+    protection: Protection | NoProtection
+    first_round: RoundKind
+    later_rounds: RoundKind
+    update_transforms: Sequence[UpdateTransform]
+    model_transforms: Sequence[ModelTransform]
+    checkpoints: Keeper
+
+    def kind_of_round(self, round: int) -> RoundKind:
+        """How the updates of this round are gathered."""
+        return self.first_round if round == 1 else self.later_rounds
+
+
+@dataclass
+class RunState:
+    """Where a run has got to: `round` is the last whole one, 0 before the first."""
+
+    learner: Learner
+    initial_model: Tensors
+    tensors: Tensors
+    strategy_state: State
+    stopping: StoppingRule
+    round: int = 0
+    stage: int = 0
+    stage_start_round: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    ended_early: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run in progress."""
+
+    setup: RunSetup
+    state: RunState
+
+    @property
+    def is_private(self) -> bool:
+        """Whether privacy is promised; what clients hold is then never published in the clear."""
+        return bool(self.setup.job.privacy.units)
+
+    @property
+    def full_model(self) -> Tensors | None:
+        """The model that all share, where norms are kept with the first ones; None where heads are kept."""
+        if self.setup.job.personal.keep == "head":
+            return None
+        return {**self.state.learner.own, **self.state.tensors}
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of one client's update as it travels."""
+        return upload_size(self.setup.job, self.state.tensors)
+
+    def request(self, kind: str, round: int, plan: Mapping[str, float]) -> Request:
+        """A request that carries the present model."""
+        job = self.state.learner.job
+        return Request(
+            kind=kind,
+            job=job.canonical,
+            job_hash=job.hash,
+            round=round,
+            facts=self.state.learner.facts,
+            tensors=self.state.tensors,
+            plan=dict(plan),
+            run=run_key(self.setup.job, self.setup.directory.path),
+        )
+
+    def send(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
+        """The named clients' replies as they come, until the job's deadline."""
+        return self.setup.carrier.exchange(request, names, self.setup.job.federation.round_timeout)

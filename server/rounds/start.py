@@ -1,0 +1,96 @@
+"""How a run starts, anew or from a checkpoint, and what its checkpoints hold."""
+
+from __future__ import annotations
+
+import torch
+
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.server.rounds import tuning_schedule
+from atoll.server.rounds.aggregation import model_transforms, round_kinds
+from atoll.server.rounds.central_dp import NoProtection, Protection
+from atoll.server.rounds.participation import Clock, everybody
+from atoll.server.rounds.run_state import Run, RunSetup, RunState, TestSet, Watch
+from atoll.server.run.checkpoint import Checkpoint, Keeper
+from atoll.server.run.directory import RunDirectory
+from atoll.server.transport import Carrier
+from atoll.strategies import build_strategy
+from atoll.tasks import task_named
+
+
+def start_or_resume(
+    job: Job,
+    carrier: Carrier,
+    directory: RunDirectory,
+    test_set: TestSet,
+    watch: Watch,
+    *,
+    resume: bool,
+    clock: Clock = everybody,
+    protection: Protection | NoProtection | None = None,
+) -> Run:
+    """Greet the clients, agree on the facts, and start at round 0 or at the last checkpoint.
+
+    Raises:
+        ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
+    """
+    strategy, protection = build_strategy(job.strategy), protection or NoProtection()
+    roll = carrier.hello(job)
+    roll.check(job)
+    task = task_named(job.task.name)
+    learner = Learner.of(job.stages[0], task, task.agree(roll.facts))
+    learner.facts = learner.facts | learner.given
+    torch.set_num_threads(job.train.threads)
+    initial = learner.initial()
+    shared = {name: t for name, t in initial.items() if name not in learner.own}
+    watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
+    first_round, later_rounds = round_kinds(job)
+    setup = RunSetup(
+        job, carrier, directory, strategy, roll.names, test_set(learner), watch, clock, protection,
+        first_round=first_round,
+        later_rounds=later_rounds,
+        update_transforms=protection.update_transforms,
+        model_transforms=model_transforms(job),
+        checkpoints=Keeper(directory.checkpoints, waits=loses_no_round(job)),
+    )  # fmt: skip
+    stopping = tuning_schedule.stopping_of(job, 0, learner)
+    run = Run(setup, RunState(learner, initial, shared, strategy.begin(shared), stopping))
+    checkpoint = directory.latest_checkpoint(job.hash) if resume else None
+    if checkpoint is not None:
+        _continue_from(run, checkpoint)
+    return run
+
+
+def loses_no_round(job: Job) -> bool:
+    """Whether each round must be on the disk before the next one begins.
+
+    Clients remember few rounds; and a private round that is lost is charged a second time.
+    """
+    return job.remembers or (bool(job.privacy.units) and not job.privacy.seeded_noise)
+
+
+def checkpoint_of(run: Run) -> Checkpoint:
+    """What a run killed after its last round needs to go on."""
+    state = run.state
+    return Checkpoint(
+        round=state.round,
+        job_hash=run.setup.job.hash,
+        tensors=state.tensors,
+        state=state.strategy_state | tuning_schedule.state_of(run),
+        bytes_up=state.bytes_up,
+        bytes_down=state.bytes_down,
+        facts=state.learner.facts,
+    )
+
+
+def _continue_from(run: Run, found: Checkpoint) -> None:
+    state, facts = run.state, run.state.learner.facts
+    if found.facts != facts:
+        changed = sorted(k for k in {*found.facts, *facts} if found.facts.get(k) != facts.get(k))
+        raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
+    state.round, state.tensors = found.round, found.tensors
+    state.strategy_state = tuning_schedule.resume(run, found.state)
+    state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
+    state.log = run.setup.directory.wind_back(found.round)
+    run.setup.watch("resumed", {"round": state.round})
