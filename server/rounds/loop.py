@@ -77,6 +77,8 @@ class Run:
     stage: int = 0
     began: int = 0
     ended_early: str = ""
+    is_jobs_strategy: bool = True
+    """Whether the strategy is the one that the job names."""
 
     @property
     def is_private(self) -> bool:
@@ -111,13 +113,15 @@ def open_run(
     resume: bool,
     clock: Clock = everybody,
     protection: Protection | None = None,
+    strategy: Strategy | None = None,
 ) -> Run:
     """Greet the clients, agree on the facts, and start at round 0 or at the last checkpoint.
 
     Raises:
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
     """
-    strategy = build_strategy(job.strategy)
+    is_jobs_strategy = strategy is None
+    strategy = build_strategy(job.strategy) if strategy is None else strategy
     roll = carrier.hello(job)
     roll.check(job)
     task = task_named(job.task.name)
@@ -130,6 +134,7 @@ def open_run(
     run = Run(
         job, carrier, directory, learner, strategy, roll.names, shared, strategy.begin(shared),
         test_set(learner), watch, first_model=first, clock=clock, protection=protection,
+        is_jobs_strategy=is_jobs_strategy,
     )  # fmt: skip
     run.stopping = tuning_schedule.stopping_of(run)
     found = directory.latest_checkpoint(job.hash) if resume else None

@@ -6,11 +6,13 @@ import os
 import platform
 import resource
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from atoll import plugins
 from atoll.job.personal import ADAPT, OF_ALL
 from atoll.job.privacy import hides_cohorts
 from atoll.learning.features import processor
@@ -38,7 +40,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "model_sha256": tensors_sha256(run.tensors),
         "engine": run.carrier.engine,
         "task": run.job.task.name,
-        "strategy": run.job.strategy.name,
+        "strategy": _strategy_name(run),
         "seed": run.job.seed,
         "seconds": seconds,
         "simulated_seconds": elapsed(run.log) or None,
@@ -61,12 +63,19 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "machine": machine(run.job.train.threads, run.job.train.device),
         "notes": [*notes, *private_notes(run), *own_notes(run.job, own, clients, run.learner.task.headline)],
     }  # fmt: skip
+    if loaded := plugins.files():
+        result["plugins"] = [asdict(plugin) for plugin in loaded]
     run.directory.save_model(
         run.tensors if run.whole is None else run.whole,
         {"job": run.learner.job.model_dump(mode="json"), "facts": run.learner.facts},
     )
     run.directory.save_result(result)
     return result
+
+
+def _strategy_name(run: Run) -> str:
+    """The job's name for it, or the class of an object that was handed in instead."""
+    return run.job.strategy.name if run.is_jobs_strategy else type(run.strategy).__name__
 
 
 def traffic(run: Run) -> dict[str, int]:
