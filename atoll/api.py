@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.job.job import Job
+from atoll.plugins import load_files
 
 if TYPE_CHECKING:
     from atoll.sim.search.backbone_ranking import Advice
+    from atoll.strategies import Strategy
 
 
 def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> Job:
@@ -35,10 +37,14 @@ def simulate(
     resume: bool = False,
     force: bool = False,
     track: Sequence[str] = (),
+    plugins: Sequence[str | Path] = (),
+    strategy: Strategy | None = None,
 ) -> Run:
     """Run a whole federation on this machine, as `atoll simulate` does.
 
-    Without `out` the run directory is runs/NAME, or the next free name after it.
+    Without `out` the run directory is runs/NAME, or the next free name after it. `plugins` are Python files
+    that bring what the job names. A `strategy` is used instead of the job's: any object with `begin`, `plan`
+    and `merge` (`atoll.strategies.Strategy`); result.json has its class's name.
 
     Raises:
         InputError: the job or its data is wrong; nothing was run.
@@ -46,6 +52,7 @@ def simulate(
     """
     from atoll.cli.run import run_here
 
+    load_files(plugins)
     job = job if isinstance(job, Job) else load_job(job)
     where = run_here(
         job,
@@ -56,6 +63,7 @@ def simulate(
         resume=resume,
         force=force,
         track=track,
+        strategy=strategy,
     )
     return Run(where)
 

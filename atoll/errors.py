@@ -1,4 +1,9 @@
-"""The one tree of errors that a user can cause or meet."""
+"""The one tree of errors that a user can cause or meet, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class JobError(Exception):
@@ -35,3 +40,20 @@ class BudgetExhausted(JobError):
 
 class InconsistentUpdates(JobError):
     """Too few usable updates arrived to close a round."""
+
+
+def did_you_mean(
+    name: str, known: Iterable[str], *, cutoff: float = 0.6, otherwise: str | None = None
+) -> str:
+    """The end of a line about an unknown name: the nearest known one, or else all of them.
+
+    `cutoff` is how alike two names must be, from 0 to 1; `otherwise` is said where none is.
+
+    >>> did_you_mean("fedavgg", ["fedavg", "fedadam"]), did_you_mean("x", ["fedavg", "fedadam"])
+    ("did you mean 'fedavg'?", 'expected one of fedavg, fedadam')
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return otherwise or f"expected one of {', '.join(names)}"

@@ -8,8 +8,9 @@ from atoll.backbones.resolve import check_backbone
 from atoll.datasets.registry import SOURCES, Source, source_named
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.job.partitions import check_partition
 from atoll.strategies import check_strategy
-from atoll.tasks import check_task
+from atoll.tasks import check_metrics, check_task
 
 
 def check_named(job: Job) -> None:
@@ -19,6 +20,7 @@ def check_named(job: Job) -> None:
         ConfigError, WeightsError: there is none of that name.
     """
     check_task(job.task.name)
+    check_metrics(job)
     check_strategy(job.strategy)
     check_backbone(job.backbone)
 
@@ -32,6 +34,7 @@ def check_simulated(job: Job) -> None:
     check_task(job.task.name)
     check_source(job)
     check_named(job)
+    check_partition(job)
 
 
 def source_of(job: Job) -> Source | None:

@@ -5,28 +5,54 @@ The registry is read without torch: a strategy's module comes in when one is bui
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import ConfigError
+from atoll.job.extension_options import checked_options
 from atoll.job.job import StrategySection
+from atoll.plugins import BUILT_IN, Extension, Registry
 
 if TYPE_CHECKING:
-    from atoll.strategies.strategy import Strategy
+    from atoll.protocol.messages import Update
+    from atoll.protocol.tensors import Tensors
+    from atoll.strategies.mean import moved, weighted_mean
+    from atoll.strategies.strategy import Plan, State, Strategy
 
-__all__ = ["STRATEGIES", "Entry", "build_strategy", "check_strategy"]
+__all__ = [
+    "STRATEGIES", "Entry", "Plan", "State", "Strategy", "Tensors", "Update",
+    "build_strategy", "check_strategy", "moved", "weighted_mean",
+]  # fmt: skip
+
+_ELSEWHERE = {
+    "Plan": "atoll.strategies.strategy",
+    "State": "atoll.strategies.strategy",
+    "Strategy": "atoll.strategies.strategy",
+    "Tensors": "atoll.protocol.tensors",
+    "Update": "atoll.protocol.messages",
+    "moved": "atoll.strategies.mean",
+    "weighted_mean": "atoll.strategies.mean",
+}
+"""What a strategy is written with, and where it is: it brings torch, and is imported when it is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module 'atoll.strategies' has no attribute {name!r}")
+    return getattr(import_module(_ELSEWHERE[name]), name)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is."""
+    """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose."""
 
     build: Callable[..., Strategy]
     keys: tuple[str, ...]
     summary: str
+    origin: str = BUILT_IN
 
 
 def _fedavg(**keys: float) -> Strategy:
@@ -49,7 +75,7 @@ def _reptile(**keys: float) -> Strategy:
 
 ADAPTIVE = ("lr", "beta1", "beta2", "tau")
 
-STRATEGIES: dict[str, Entry] = {
+BUILT_INS: dict[str, Entry] = {
     "fedavg": Entry(_fedavg, ("lr",), "mean of the deltas, weighted by examples (McMahan 2017)"),
     "fedavgm": Entry(
         partial(_fedavg, momentum=0.9), ("lr", "momentum"), "FedAvg with server momentum (Hsu 2019)"
@@ -68,6 +94,26 @@ STRATEGIES: dict[str, Entry] = {
 }
 
 
+def _brought(extension: Extension, options: Mapping[str, Any] | None = None) -> Strategy:
+    extension = extension.loaded()
+    assert extension.thing is not None
+    strategy: Strategy = extension.thing(*checked_options(extension, options, "strategy.options"))
+    for method in ("begin", "plan", "merge"):
+        if not callable(getattr(strategy, method, None)):
+            raise ConfigError(
+                f"strategy.name: {extension.name} ({extension.origin}) has no method {method},"
+                " expected begin, plan and merge"
+            )
+    return strategy
+
+
+def _of(extension: Extension) -> Entry:
+    return Entry(partial(_brought, extension), ("options",), extension.summary, extension.origin)
+
+
+STRATEGIES = Registry("strategy", BUILT_INS, _of)
+
+
 def check_strategy(section: StrategySection) -> None:
     """Say what is wrong with a name, or with keys of a strategy of ours, before torch is there.
 
@@ -79,11 +125,8 @@ def check_strategy(section: StrategySection) -> None:
 
         check_flower_name(section.name.removeprefix("flwr:"))
         return
-    entry = STRATEGIES.get(section.name)
-    if entry is None:
-        close = difflib.get_close_matches(section.name, STRATEGIES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(STRATEGIES)}"
-        raise ConfigError(f"strategy.name: unknown strategy {section.name!r}, {hint} (or flwr:NAME)")
+    STRATEGIES.check(section.name, "strategy.name", " (or flwr:NAME)")
+    entry = STRATEGIES[section.name]
     for key in _given(section):
         if key not in entry.keys:
             raise ConfigError(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from functools import cache
 
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, did_you_mean
 from atoll.system.installed import folder_of, parsed
 
 BASE = "FedAvg"
@@ -43,6 +42,6 @@ def _is_averaging(name: str, bases: dict[str, set[str]]) -> bool:
 def check_flower_name(name: str) -> None:
     """Raises ConfigError if Flower has no strategy of that name."""
     if name not in flower_names():
-        close = difflib.get_close_matches(name, flower_names(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(flower_names())}"
-        raise ConfigError(f"strategy.name: Flower has no strategy {name!r}, {hint}")
+        raise ConfigError(
+            f"strategy.name: Flower has no strategy {name!r}, {did_you_mean(name, flower_names())}"
+        )

@@ -101,7 +101,7 @@ def test_weights_that_are_nowhere_are_asked_for_in_one_line_without_a_download(
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [
-        ("torchvision:resnet5O", "did you mean resnet50"),  # row 51
+        ("torchvision:resnet5O", "did you mean 'resnet50'"),  # row 51
         ("keras:resnet50", "unknown kind 'keras'"),
         ("/nowhere", "no config.json"),
         ("hf:no/such-model", "no weights found; looked in transformers' cache; offline"),

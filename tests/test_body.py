@@ -63,7 +63,7 @@ def test_a_body_without_such_layers_is_named(name: str) -> None:
         ({"body": "torchvision:fasterrcnn_resnet50_fpn"}, "expected a torchvision classifier"),
         (
             {"body": "torchvision:mobilnet_v2"},
-            r"backbone\.options\.body: torchvision has no model .*did you mean mobilenet_v2",
+            r"backbone\.options\.body: torchvision has no model .*did you mean 'mobilenet_v2'",
         ),
     ],
 )

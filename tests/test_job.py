@@ -95,7 +95,13 @@ def test_a_byte_order_mark_is_welcome(tmp_path: Path) -> None:  # row 5
         ("federation.cohort=30", r"cohort must be at most clients = 20, found 30"),  # row 15
         ("federation.cohort_rate=0.5", r"cohort and cohort_rate exclude each other"),
         ('privacy.unit="patient"', r"privacy\.unit: expected 'none', .*, found 'patient'"),
-        ('data.partition={kind="dirichlt"}', r"data\.partition\.kind: expected one of 'iid'"),
+        (
+            'data.partition={kind="dirichlt", alpha=1}',
+            r"data\.partition: kind 'dirichlt' is none of Atoll's, .*did you mean 'dirichlet'\?",
+        ),
+        ('data.partition={kind="mine", options={a={}}}', r"data\.partition\.options\.a.*: expected"),
+        ("data.partition={alpha=1}", r"data\.partition: the key kind is missing, expected one of 'iid'"),
+        ('data.partition="iid"', r"data\.partition: expected .*, found 'iid'"),
         ("tune.rank=4", r"rank has no meaning with method = 'head'"),
         ('train={optimizer="adam", momentum=0.9}', r"momentum has no meaning with optimizer = 'adam'"),
         ("train.cached_views=0", r"train\.cached_views: expected greater than or equal to 1, found 0"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any, get_args
 
 from atoll.backbones.torchvision_models import TorchvisionKind, published_weights, torchvision_names
 from atoll.downloads.pypi import unpacked
-from atoll.errors import InputError, WeightsError
+from atoll.errors import InputError, WeightsError, did_you_mean
 from atoll.job.job import BackboneSection, Job
 
 PACKAGED = {
@@ -50,6 +49,9 @@ OWN = {
     "gru": "forecasting",
 }
 """Networks that Atoll builds, from random weights, a file or a run, and for what."""
+
+NETWORK = "task:network"
+"""The network that a task builds itself, which has no other name: an extension's, say."""
 
 RAW = "raw:pixels"
 """No backbone: an image's own pixels are its features."""
@@ -110,7 +112,7 @@ def _resolve(section: BackboneSection, seed: int) -> Backbone:
         return _resolve_hf(section, name, seed)
     if scheme == "torchvision":
         return _resolve_torchvision(section, name, seed)
-    if scheme == "atoll":
+    if scheme in ("atoll", "task"):
         return _resolve_own(section, name, seed)
     return Backbone("raw", "pixels", "nowhere: there is no network", None, None, "raw pixels 1")
 
@@ -124,25 +126,25 @@ def check_backbone(section: BackboneSection) -> None:
         _check_torchvision(name)
     elif scheme == "atoll":
         _check_own(name)
-    elif scheme != "hf" and section.name != RAW:
+    elif scheme != "hf" and section.name not in (RAW, NETWORK):
         raise WeightsError(
             f"backbone.name: unknown kind {scheme!r} in {section.name!r},"
-            f" expected hf:NAME, torchvision:NAME, atoll:NAME, {RAW} or a folder"
+            f" expected hf:NAME, torchvision:NAME, atoll:NAME, {RAW}, {NETWORK} or a folder"
         )
 
 
 def _check_own(name: str) -> None:
     if name not in OWN:
-        near = difflib.get_close_matches(name, OWN, n=1)
-        hint = f"did you mean atoll:{near[0]}?" if near else f"expected one of {', '.join(OWN)}"
-        raise WeightsError(f"backbone.name: there is no network 'atoll:{name}', {hint}")
+        known = [f"atoll:{one}" for one in OWN]
+        raise WeightsError(
+            f"backbone.name: there is no network 'atoll:{name}', {did_you_mean(f'atoll:{name}', known)}"
+        )
 
 
 def _check_torchvision(name: str) -> None:
     known = [n for kind in get_args(TorchvisionKind) for n in torchvision_names(kind)]
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "see atoll list backbones"
+        hint = did_you_mean(name, known, otherwise="see atoll list backbones")
         raise WeightsError(f"backbone.name: torchvision has no model {name!r}, {hint}")
 
 
@@ -165,10 +167,11 @@ def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
         raise WeightsError(
             f'backbone.weights: nobody has trained {section.name} before, expected "random" or a file'
         )
+    kind = section.name.partition(":")[0]
     if section.weights in ("random", "pretrained"):
-        return Backbone("atoll", name, f"random, seed {seed}", None, None, _random_print(built, seed))
+        return Backbone(kind, name, f"random, seed {seed}", None, None, _random_print(built, seed))
     path = _weights_file(section)
-    return Backbone("atoll", name, f"file {path}", None, path, _files_print([path]))
+    return Backbone(kind, name, f"file {path}", None, path, _files_print([path]))
 
 
 def _weights_file(section: BackboneSection) -> Path:

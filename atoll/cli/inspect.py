@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from atoll.cli.display import escape, out, plain
+from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
-from atoll.errors import ConfigError, DataError
+from atoll.errors import ConfigError, DataError, did_you_mean
+from atoll.plugins import load_files
 from atoll.trained import check_finished, trained
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -64,8 +65,10 @@ def predict(
     run: RunDir,
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Texts, or files.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Use the trained model on new inputs."""
+    load_files(plugin or ())
     from rich.table import Column, Table
 
     answers = predictions(run, inputs)
@@ -104,8 +107,10 @@ def check(
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Look at a site's data before it joins: what is there, and what is wrong with it."""
+    load_files(plugin or ())
     from rich.table import Table
 
     from atoll.job.job import DataSection
@@ -144,17 +149,18 @@ def _given(pairs: list[str] | None, option: str) -> dict[str, Any]:
 
 def list_(
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="tasks, backbones, strategies, partitions or sources")
+        str,
+        typer.Argument(metavar="WHAT", help="tasks, backbones, strategies, partitions, sources or metrics"),
     ],
+    plugin: Plugins = None,
 ) -> None:
-    """What there is, one line each."""
+    """What there is, one line each: its name, who brings it, what it is."""
+    load_files(plugin or ())
     from atoll.cli.listing import CATALOGUE
 
     if what not in CATALOGUE:
-        near = difflib.get_close_matches(what, CATALOGUE, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(CATALOGUE)}"
-        raise ConfigError(f"list {what}: {hint}")
+        raise ConfigError(f"list {what}: {did_you_mean(what, CATALOGUE)}")
     lines = CATALOGUE[what]()
-    width = max(len(name) for name, _ in lines)
-    for name, summary in lines:
-        typer.echo(f"{name:<{width}}  {summary}")
+    width, origins = (max(len(line[place]) for line in lines) for place in (0, 2))
+    for name, summary, origin in lines:
+        typer.echo(f"{name:<{width}}  {origin:<{origins}}  {summary}")

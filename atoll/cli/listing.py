@@ -5,33 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import get_args
 
-Lines = list[tuple[str, str]]
+from atoll.plugins import BUILT_IN
+
+Lines = list[tuple[str, str, str]]
+"""(name, what it is, who brings it)"""
 
 
 def tasks() -> Lines:
     from atoll.tasks import TASKS
 
-    return [(name, entry.summary) for name, entry in TASKS.items()]
+    return [(name, entry.summary, entry.origin) for name, entry in TASKS.everything().items()]
 
 
 def backbones() -> Lines:
-    from atoll.backbones.resolve import OWN, PACKAGED, RAW
+    from atoll.backbones.resolve import NETWORK, OWN, PACKAGED, RAW
     from atoll.backbones.torchvision_models import TorchvisionKind, torchvision_names
 
     packaged = [
-        (name, f"pretrained weights from package {package}") for name, (package, _) in PACKAGED.items()
+        (name, f"pretrained weights from package {package}", BUILT_IN)
+        for name, (package, _) in PACKAGED.items()
     ]
     open_ended = [
-        ("hf:NAME", "any transformers encoder, from its cache or the hub"),
-        ("FOLDER", "any folder written by save_pretrained"),
-        (RAW, "no network: an image's pixels, scaled to length 1; head only"),
+        ("hf:NAME", "any transformers encoder, from its cache or the hub", "transformers"),
+        ("FOLDER", "any folder written by save_pretrained", "transformers"),
+        (RAW, "no network: an image's pixels, scaled to length 1; head only", BUILT_IN),
+        (NETWORK, "the network that the task itself builds, such as an extension's", "the task"),
     ]
-    own = [(f"atoll:{name}", f"built by Atoll, for {what}") for name, what in OWN.items()]
+    own = [(f"atoll:{name}", f"built by Atoll, for {what}", BUILT_IN) for name, what in OWN.items()]
     vision = [
-        (f"torchvision:{n}", "torchvision") for n in torchvision_names() if f"torchvision:{n}" not in PACKAGED
+        (f"torchvision:{n}", "for images", "torchvision")
+        for n in torchvision_names()
+        if f"torchvision:{n}" not in PACKAGED
     ]
     dense = [
-        (f"torchvision:{name}", f"torchvision, for {kind}")
+        (f"torchvision:{name}", f"for {kind}", "torchvision")
         for kind in get_args(TorchvisionKind)[1:]
         for name in torchvision_names(kind)
     ]
@@ -42,24 +49,35 @@ def strategies() -> Lines:
     from atoll.strategies import STRATEGIES
     from atoll.strategies.flower_names import flower_names
 
-    ours = [(name, f"{entry.summary}; keys: {', '.join(entry.keys)}") for name, entry in STRATEGIES.items()]
-    return ours + [(f"flwr:{name}", "Flower's own") for name in flower_names()]
+    named = [
+        (name, f"{entry.summary}; keys: {', '.join(entry.keys)}", entry.origin)
+        for name, entry in STRATEGIES.everything().items()
+    ]
+    return named + [(f"flwr:{name}", "Flower's own", "flower") for name in flower_names()]
 
 
 def partitions() -> Lines:
+    from atoll.job.partitions import PARTITIONS
+
     return [
-        ("iid", 'every client alike: { kind = "iid" }'),
-        ("dirichlet", 'label skew: { kind = "dirichlet", alpha = 0.3 }'),
-        ("pathological", 'few classes a client: { kind = "pathological", classes_per_client = 2 }'),
-        ("natural", 'one client a value of a column: { kind = "natural", by = "hospital" }'),
-        ("resampled", 'each client draws its own, any number of them: { kind = "resampled", examples = 50 }'),
+        (name, f"{entry.summary}: {entry.example}", entry.origin)
+        for name, entry in PARTITIONS.everything().items()
+    ]
+
+
+def metrics() -> Lines:
+    from atoll.tasks import METRICS
+
+    return [
+        ("(each task's own)", "what a task measures is said by atoll list tasks", BUILT_IN),
+        *((name, entry.summary, entry.origin) for name, entry in METRICS.everything().items()),
     ]
 
 
 def sources() -> Lines:
     from atoll.datasets.registry import SOURCES
 
-    return [(name, f"{source.description} ({source.licence})") for name, source in SOURCES.items()]
+    return [(name, f"{source.description} ({source.licence})", BUILT_IN) for name, source in SOURCES.items()]
 
 
 CATALOGUE: dict[str, Callable[[], Lines]] = {
@@ -68,4 +86,5 @@ CATALOGUE: dict[str, Callable[[], Lines]] = {
     "strategies": strategies,
     "partitions": partitions,
     "sources": sources,
+    "metrics": metrics,
 }

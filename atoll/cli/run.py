@@ -15,15 +15,23 @@ import typer
 from atoll.cli.display import ending, out, plain, watching
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
+from atoll.plugins import load_files
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
+    from atoll.strategies import Strategy
 
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.lr=0.05."),
 ]
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file (TOML).")]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin", metavar="FILE", help="A Python file that brings a strategy, …; can be given again."
+    ),
+]
 Track = Annotated[
     list[str] | None,
     typer.Option("--track", metavar="NAME", help="Follow it in tensorboard or mlflow; can be given again."),
@@ -75,8 +83,10 @@ def simulate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an old run in --out.")] = False,
     track: Track = None,
+    plugin: Plugins = None,
 ) -> None:
     """Run a whole federation on this machine."""
+    load_files(plugin or ())
     if engine not in ENGINES:
         raise ConfigError(f"--engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     loaded = load(job, overrides)
@@ -97,8 +107,12 @@ def run_here(
     resume: bool = False,
     force: bool = False,
     track: Sequence[str] = (),
+    strategy: Strategy | None = None,
 ) -> Path:
-    """Simulate with a live display, then say what came out; the run directory."""
+    """Simulate with a live display, then say what came out; the run directory.
+
+    A `strategy` is used instead of the one that the job names.
+    """
     from atoll.server.job_checks import check_simulated
     from atoll.tracking import Tracking, check_trackers
 
@@ -133,6 +147,7 @@ def run_here(
                 progress=watcher.features,
                 resume=resume,
                 force=force,
+                strategy=strategy,
             )
     except KeyboardInterrupt:
         raise Interrupted(how_to_go_on(where, job.federation.rounds)) from None
@@ -206,8 +221,10 @@ def partition(
     job: JobFile,
     out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for the shards.")],
     overrides: Overrides = None,
+    plugin: Plugins = None,
 ) -> None:
     """Write the simulated clients' shards as folders, one a client, for a real federation."""
+    load_files(plugin or ())
     from atoll.server.job_checks import check_simulated
 
     check_simulated(loaded := load(job, overrides))

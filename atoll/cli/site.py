@@ -132,8 +132,17 @@ def submit(
     out_dir: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory.")] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="FILE", help="Refused: sites run only what is installed there."),
+    ] = None,
 ) -> None:
     """Run a job on the live federation, and wait for its end."""
+    if plugin:
+        raise ConfigError(
+            f"--plugin {plugin[0]}: a real federation runs only what is installed at the server and at every"
+            " site; install it there as a package with an entry point (docs/extend.md), and submit without"
+        )
     from atoll.job.job import Job
     from atoll.server.job_checks import check_named, check_real
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atoll.cli.display import Gauge, escape, gauge, out, plain, stop_if_asked
-from atoll.cli.run import Interrupted, JobFile, OutDir, Overrides, Processes, Vary
+from atoll.cli.run import Interrupted, JobFile, OutDir, Overrides, Plugins, Processes, Vary
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
+from atoll.plugins import load_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,11 +52,13 @@ def sweep(
     plot_only: Annotated[
         bool, typer.Option("--plot-only", help="Draw what is there anew, and run nothing.")
     ] = False,
+    plugin: Plugins = None,
 ) -> Path:
     """Run a grid of a job's variations over several seeds: one table, one plot.
 
     privacy.epsilon=inf is the same job without privacy. The same command goes on where a killed one was.
     """
+    load_files(plugin or ())
     from atoll.server.job_checks import check_simulated
     from atoll.sim.sweep.grid import Base, Grid, SweepFolder, alone_in, planned
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atoll.cli.display import escape, gauge, out, plain, stop_if_asked
-from atoll.cli.run import Interrupted, JobFile, OutDir, Overrides, Processes, Vary, load
+from atoll.cli.run import Interrupted, JobFile, OutDir, Overrides, Plugins, Processes, Vary, load
 from atoll.cli.sweep import progress_of
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
 from atoll.job.paths import with_absolute_paths
+from atoll.plugins import load_files
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,12 +51,14 @@ def tune(
     out_dir: OutDir = None,
     workers: Processes = None,
     overrides: Overrides = None,
+    plugin: Plugins = None,
 ) -> Path:
     """Search for the settings that are best on what clients keep back, never on the test set.
 
     With neither --vary nor --range what is searched follows from the job. The same command goes on where a
     killed one was.
     """
+    load_files(plugin or ())
     from atoll.server.job_checks import check_simulated
     from atoll.sim.search.space import Space, check_searchable, default_space, job_of
     from atoll.sim.search.study import SearchFolder, check_optuna

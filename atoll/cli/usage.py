@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import cache
 from inspect import unwrap
 from pathlib import Path
@@ -13,6 +12,8 @@ import typer
 from typer import core
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 from typer.main import get_command
+
+from atoll.errors import did_you_mean
 
 core.HAS_RICH = False  # what rich would draw help with takes longer to import than all else that help needs
 
@@ -82,9 +83,7 @@ def _finding(error: click.UsageError, arguments: list[str], verbs: click.Group, 
 def _no_such_verb(found: str, verbs: click.Group) -> str:
     if found.endswith(".toml"):
         return f"{found!r} is no verb, did you mean atoll simulate {found}?"
-    near = difflib.get_close_matches(found, verbs.commands, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(verbs.commands)}"
-    return f"no such verb {found!r}, {hint}"
+    return f"no such verb {found!r}, {did_you_mean(found, verbs.commands)}"
 
 
 def _no_such_option(found: str, command: click.Command, arguments: list[str]) -> str:
@@ -96,6 +95,4 @@ def _no_such_option(found: str, command: click.Command, arguments: list[str]) ->
         "--debug",
         *(name for option in command.params for name in option.opts if name[0] == "-"),
     ]
-    near = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(known))}"
-    return f"no such option {found!r}, {hint}"
+    return f"no such option {found!r}, {did_you_mean(found, sorted(known), cutoff=0.5)}"

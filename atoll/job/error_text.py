@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from atoll.errors import did_you_mean
 
-def explain(error: ValidationError, model: type[BaseModel], origin: str) -> str:
-    """One line: file, key, what was found, what was expected; then how many more there are."""
+
+def explain(error: ValidationError, model: type[BaseModel], origin: str, *, joined_by: str = ": ") -> str:
+    """One line: file, key, what was found, what was expected; then how many more there are.
+
+    With `joined_by="."` the origin is a table's key: `strategy.options.mu: …`.
+    """
     findings = error.errors(include_url=False)
     lines = [_finding(finding, model) for finding in findings[:3]]
     more = f" (and {len(findings) - 3} more)" if len(findings) > 3 else ""
-    return f"{origin}: " + "; ".join(lines) + more
+    if joined_by == "." and not findings[0]["loc"]:  # of the table as a whole
+        joined_by = ": "
+    return origin + joined_by + "; ".join(lines) + more
 
 
 def _finding(finding: Any, model: type[BaseModel]) -> str:
@@ -39,24 +45,23 @@ def _finding(finding: Any, model: type[BaseModel]) -> str:
     return f"{key}: expected {expected}, found {found}"
 
 
-KINDS = ("iid", "dirichlet", "pathological", "natural")
+KINDS = ("iid", "dirichlet", "pathological", "natural", "resampled")
 """Tags of the one tagged union there is, `data.partition`."""
+
+OTHER = "other partition"
+"""The tag of a partition that an extension brings."""
 
 
 def _key(loc: tuple[Any, ...]) -> str:
     """The dotted key as the user wrote it: a union's tag is no part of it."""
-    return ".".join(str(part) for part in loc if part not in KINDS)
+    return ".".join(str(part) for part in loc if part not in (*KINDS, OTHER))
 
 
 def _nearest(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
     known, key = _fields_at(model, loc[:-1]), str(loc[-1])
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if close:
-        return f", did you mean {close[0]!r}?"
     elsewhere = [f"{name}.{key}" for name in model.model_fields if key in _fields_at(model, (name,))]
-    if elsewhere and len(loc) == 1:
-        return f", did you mean {' or '.join(map(repr, elsewhere))}?"
-    return f", expected one of {', '.join(sorted(known))}"
+    there = f"did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere and len(loc) == 1 else None
+    return f", {did_you_mean(key, sorted(known), cutoff=0.5, otherwise=there)}"
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
@@ -65,7 +70,8 @@ def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
         if part not in model.model_fields:
             continue
         annotation = model.model_fields[part].annotation
-        candidates = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+        parts = [getattr(a, "__origin__", a) for a in get_args(annotation)]  # of a union, without their tags
+        candidates = [a for a in (annotation, *parts) if isinstance(a, type)]
         models = [a for a in candidates if issubclass(a, BaseModel)]
         tag = path[path.index(part) + 1] if path.index(part) + 1 < len(path) else None
         tagged = [m for m in models if tag is not None and m.__name__.lower() == tag]

@@ -20,6 +20,10 @@ class EvaluateSection(Section):
     patience: Count | None = None
     adapt: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
+    metrics: dict[str, dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]] = Field(
+        default_factory=dict
+    )
+    """Metrics that extensions bring, by name, each with its options."""
 
 
 def check_measuring(job: Job) -> None:

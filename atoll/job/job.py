@@ -9,11 +9,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, did_you_mean
 from atoll.job.closed_form import check_closed_form
-from atoll.job.error_text import explain
+from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
 from atoll.job.federation import FederationSection
 from atoll.job.paths import with_absolute_paths
@@ -76,7 +76,42 @@ class Resampled(Section):
     by: str = "label"
 
 
-Partition = Annotated[Iid | Dirichlet | Pathological | Natural | Resampled, Field(discriminator="kind")]
+class OtherPartition(Section):
+    """A partition that an extension brings, which checks its `options`; it need not be there yet."""
+
+    kind: str
+    options: Options = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_options(cls, given: Any) -> Any:
+        for key in given if isinstance(given, dict) else ():
+            if key not in ("kind", "options"):
+                near = did_you_mean(str(given.get("kind")), KINDS)
+                raise ValueError(
+                    f"kind {given.get('kind')!r} is none of Atoll's, whose key {key!r} could be, {near}"
+                    " (what an extension's takes is in options)"
+                )
+        return given
+
+
+def _kind(given: Any) -> str | None:
+    """The tag of a partition; a value that is no table at all is told by the first of them."""
+    if isinstance(given, Mapping) and "kind" not in given:
+        return None
+    found = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", "iid")
+    return found if found in KINDS else OTHER
+
+
+Partition = Annotated[
+    Annotated[Iid, Tag("iid")]
+    | Annotated[Dirichlet, Tag("dirichlet")]
+    | Annotated[Pathological, Tag("pathological")]
+    | Annotated[Natural, Tag("natural")]
+    | Annotated[Resampled, Tag("resampled")]
+    | Annotated[OtherPartition, Tag(OTHER)],
+    Discriminator(_kind),
+]
 
 
 class DataSection(Section):
@@ -225,7 +260,7 @@ class StrategySection(Section):
     beta2: Decay | None = None
     tau: Positive | None = None
     proximal_mu: NotNegative | None = None
-    options: dict[str, bool | int | float | str] | None = None
+    options: Options | None = None
 
 
 class Job(Section):

@@ -33,6 +33,7 @@ from atoll.learning.pruning import fingerprinted, pruned
 from atoll.protocol.messages import Facts
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
+from atoll.tasks import with_brought_metrics
 from atoll.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -225,9 +226,13 @@ class Learner:
         ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
         return torch.stack([ordered[row] for row in range(len(shard))])
 
+    def metrics(self) -> MetricCollection:
+        """The task's metrics, and those that the job adds, all at zero."""
+        return with_brought_metrics(self.task.metrics(self.facts), self.job, self.facts)
+
     def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
         """Metric states of the model with these tensors on a shard; they add up over shards."""
-        metrics = self.task.metrics(self.facts)
+        metrics = self.metrics()
         if self.task.on_features:
             outputs = self.outputs(tensors, shard)
             metrics.update(*self.task.measured(outputs, shard.table))
@@ -272,7 +277,7 @@ class Learner:
 
     def measured(self, model: Model, shard: Shard) -> dict[str, float]:
         """Metrics and loss of any model of this kind on a shard, past the cache of features."""
-        metrics = self.task.metrics(self.facts)
+        metrics = self.metrics()
         total = self._measure(model, shard, metrics)
         found = {name: float(value) for name, value in metrics.compute().items()}
         return found | {"loss": float(total) / len(shard)}
@@ -281,7 +286,7 @@ class Learner:
         """Metrics of the task's predictions that need no learning."""
         found = {}
         for name, predictions in self.task.references(shard, self.facts).items():
-            metrics = self.task.metrics(self.facts)
+            metrics = self.metrics()
             targets = shard.targets_of(range(len(shard)))
             metrics.update(*self.task.measured(predictions, targets))
             found[name] = {metric: float(value) for metric, value in metrics.compute().items()}
@@ -310,7 +315,7 @@ class Learner:
 
     def compute(self, states: Tensors) -> dict[str, float]:
         """Metrics from added-up states."""
-        metrics = self.task.metrics(self.facts)
+        metrics = self.metrics()
         for name, metric in metrics.items():
             for state in metric._defaults:
                 setattr(metric, state, states[f"{name}.{state}"])

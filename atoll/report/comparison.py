@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import floor, isfinite
 from typing import Any
 
-from atoll.tasks import TASKS
+from atoll.tasks import headline_of
 
 NAMES = {
     "zero_shot": "untrained head",
@@ -84,11 +84,10 @@ def comparison_of(result: dict[str, Any], *, by_folds: bool = False) -> Comparis
     server = {} if by_folds else result["final"]["server"]
     rows = dict(result["baselines"]) | {"federated": server or mean_over_clients(result)}
     order = [name for name in rows if name not in NAMES] + list(NAMES)
-    task = TASKS.get(str(result.get("task")))
     return Comparison(
         {name: rows[name] for name in order if rows.get(name)},
         on_test_set=bool(server),
-        judged_by=task.headline if task else "accuracy",
+        judged_by=headline_of(str(result.get("task"))),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from atoll.job.job import Job
+from atoll.job.job import Job, OtherPartition
 from atoll.report.audit import what_the_audit_found
 from atoll.report.comparison import Comparison, finite, lower_is_better, whole_percent
 from atoll.strategies import STRATEGIES
@@ -165,6 +165,8 @@ def population(result: dict[str, Any]) -> int:
 
 def _dealt(job: Job) -> str:
     partition = job.data.partition
+    if isinstance(partition, OtherPartition):
+        return f"by the partition {partition.kind}"
     match partition.kind:
         case "dirichlet":
             return f"with unequal shares of each class (Dirichlet, alpha {partition.alpha:g})"

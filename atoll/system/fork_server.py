@@ -24,6 +24,8 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from atoll import plugins
+
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -103,18 +105,24 @@ def worker_pool(processes: int, initializer: Callable[..., None], *arguments: An
     """Worker processes, each started when there is work for it, and ended when this process ends.
 
     `initializer` is called with `arguments` in each; they have this process's environment as it is now, and
-    are in its process group.
+    are in its process group, and have loaded the same plugin files.
     """
-    begin = (dict(os.environ), os.getpgid(0), initializer, arguments)
+    loaded = tuple(plugin.file for plugin in plugins.files())
+    begin = (dict(os.environ), os.getpgid(0), loaded, initializer, arguments)
     return ProcessPoolExecutor(processes, fork_server(), _begin_worker, begin)
 
 
 def _begin_worker(
-    environment: Mapping[str, str], group: int, initializer: Callable[..., None], arguments: tuple[Any, ...]
+    environment: Mapping[str, str],
+    group: int,
+    loaded: tuple[str, ...],
+    initializer: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     os.setpgid(0, group)
     _enter(environment, "atoll worker")
     _when_parent_ends(_leave)
+    plugins.load_files(loaded)
     initializer(*arguments)
 
 

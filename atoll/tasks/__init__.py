@@ -5,31 +5,59 @@ The registry is read without the tasks, which bring torch and more with them: on
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atoll.errors import ConfigError
+from atoll.job.extension_options import checked_options
 from atoll.job.job import Job
+from atoll.plugins import BUILT_IN, Extension, Registry, brought
 
 if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
+    from atoll.tasks.module_task import NAME, NUMBER, NUMBERS, TEXT, Column, ModuleTask
     from atoll.tasks.task import Task
 
-__all__ = ["TASKS", "Entry", "check_task", "task_named", "trains_on_features"]
+__all__ = [
+    "METRICS", "NAME", "NUMBER", "NUMBERS", "TASKS", "TEXT", "Column", "Entry", "ModuleTask", "Task",
+    "check_metric_options", "check_metrics", "check_task", "headline_of", "task_named",
+    "trains_on_features", "with_brought_metrics",
+]  # fmt: skip
+
+_OF_MODULES = ("NAME", "NUMBER", "NUMBERS", "TEXT", "Column", "ModuleTask")
+
+
+def __getattr__(name: str) -> Any:
+    """What a task is written with: it brings torch, and is imported when it is asked for."""
+    if name == "Task":
+        return import_module("atoll.tasks.task").Task
+    if name not in _OF_MODULES:
+        raise AttributeError(f"module 'atoll.tasks' has no attribute {name!r}")
+    return getattr(import_module("atoll.tasks.module_task"), name)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the registry: where a task is written, and what it says of itself."""
+    """One line of the registry: where a task is written, what it says of itself, and who brings it."""
 
     module: str
     attribute: str
     summary: str
-    headline: str = "accuracy"
+    headline: str | None = "accuracy"
+    """None of an extension's, which isn't imported yet and says it then."""
+    origin: str = BUILT_IN
 
 
-TASKS: dict[str, Entry] = {
+def _of(extension: Extension) -> Entry:
+    module, _, attribute = extension.place.partition(":")
+    return Entry(module, attribute, extension.summary, None, extension.origin)
+
+
+BUILT_INS: dict[str, Entry] = {
     "text-classification": Entry(
         "atoll.tasks.classification",
         "TEXT_CLASSIFICATION",
@@ -95,13 +123,65 @@ TASKS: dict[str, Entry] = {
     ),
 }
 
+TASKS = Registry("task", BUILT_INS, _of)
+
+
+def _as_it_is(extension: Extension) -> Extension:
+    return extension
+
+
+METRICS: Registry[Extension] = Registry("metric", {}, _as_it_is)
+"""Metrics that extensions bring; each task has its own besides."""
+
 
 def check_task(name: str) -> None:
     """Raises ConfigError if there is no task of that name; none is imported for it."""
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(TASKS)}"
-        raise ConfigError(f"task.name: unknown task {name!r}, {hint}")
+    TASKS.check(name, "task.name")
+
+
+def check_metrics(job: Job) -> None:
+    """Raises ConfigError if `evaluate.metrics` names one that isn't there; none is imported for it."""
+    for name in job.evaluate.metrics:
+        if name not in METRICS and not len(METRICS):
+            raise ConfigError(
+                f"evaluate.metrics.{name}: unknown metric, and no extension brings one; a task's own metrics"
+                " are always measured"
+            )
+        METRICS.check(name, "evaluate.metrics")
+
+
+def check_metric_options(job: Job) -> None:
+    """Raises ConfigError where the options of a metric that `evaluate.metrics` names don't fit it."""
+    check_metrics(job)
+    for name, options in job.evaluate.metrics.items():
+        checked_options(METRICS[name].loaded(), options, f"evaluate.metrics.{name}")
+
+
+def with_brought_metrics(own: MetricCollection, job: Job, facts: Mapping[str, Any]) -> MetricCollection:
+    """A task's own metrics, and behind them those that `evaluate.metrics` names.
+
+    Raises:
+        ConfigError: one isn't there, its options don't fit, or its states can't be summed over clients.
+    """
+    check_metrics(job)
+    for name, options in job.evaluate.metrics.items():
+        if name in own:
+            raise ConfigError(f"evaluate.metrics.{name}: {job.task.name} measures it itself, expected none")
+        own.add_metrics({name: _brought_metric(METRICS[name].loaded(), options, facts)})
+    return own
+
+
+def _brought_metric(extension: Extension, options: Mapping[str, Any], facts: Mapping[str, Any]) -> Metric:
+    where = f"evaluate.metrics.{extension.name}"
+    assert extension.thing is not None
+    made: Metric = extension.thing(dict(facts), *checked_options(extension, options, where))
+    for state, reduce in made._reductions.items():
+        if getattr(reduce, "__name__", "") != "dim_zero_sum" or isinstance(made._defaults[state], list):
+            raise ConfigError(
+                f"{where}: state {state!r} ({extension.origin}) can't be added up over clients,"
+                ' expected a tensor with dist_reduce_fx="sum"'
+            )
+    return made
 
 
 def task_named(name: str) -> Task:
@@ -111,9 +191,27 @@ def task_named(name: str) -> Task:
         ConfigError: there is none.
     """
     check_task(name)
+    if not TASKS.has(name):
+        return _brought_task(brought("task", name).loaded())
     entry = TASKS[name]
     task: Task = getattr(import_module(entry.module), entry.attribute)
     return task
+
+
+@cache
+def _brought_task(extension: Extension) -> Task:
+    assert extension.thing is not None
+    task: Task = extension.thing()
+    task.name, task.summary = extension.name, extension.summary
+    return task
+
+
+def headline_of(name: str) -> str:
+    """The metric that a run of that task is judged by; accuracy for a task that isn't there."""
+    entry = TASKS.get(name)
+    if entry is None:
+        return "accuracy"
+    return task_named(name).headline if entry.headline is None else entry.headline
 
 
 def trains_on_features(job: Job) -> bool:

@@ -46,6 +46,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from atoll.errors import JobError
 from atoll.kit.code_hashes import HASHES, differing, installed_hashes
+from atoll.kit.extensions import is_of_extension, refusal
 from atoll.system.signals import Interrupted, stop_on_signals
 
 logger = logging.getLogger(__name__)
@@ -187,16 +188,20 @@ class Executor:
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     def _check(self, fab: bytes) -> None:
-        """Raise CodeDiffers unless the bundle's code is the installed code, file by file."""
+        """Raise CodeDiffers unless the bundle's code is the installed code, file by file, extensions too."""
         digest = hashlib.sha256(fab).hexdigest()
         if digest in self.accepted:
             return
-        different = differing(self.hashes, bundle_hashes(fab))
+        theirs = bundle_hashes(fab)
+        own = {name: value for name, value in theirs.items() if not is_of_extension(name)}
+        different = differing(self.hashes, own)
         if different:
             raise CodeDiffers(
                 f"site {self.node_config['name']}: the run's code is not the code installed here; "
                 f"different: {', '.join(different[:5])}{' …' if different[5:] else ''}"
             )
+        if reason := refusal(theirs):
+            raise CodeDiffers(f"site {self.node_config['name']}: {reason}")
         self.accepted.add(digest)
 
 

@@ -30,7 +30,9 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from atoll.errors import JobError
+from atoll.job.job import Job
 from atoll.kit.code_hashes import HASHES, installed_hashes
+from atoll.kit.extensions import extension_hashes
 from atoll.server.deploy.status import Run
 
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -80,17 +82,24 @@ class LogPart:
     until: float
 
 
-def bundle() -> bytes:
-    """The Flower App Bundle: modules that import the installed apps, and the hashes of their code."""
+def bundle(job: Job | None = None) -> bytes:
+    """The Flower App Bundle: modules that import the installed apps, and the hashes of their code.
+
+    Of the installed extensions too that the job uses.
+
+    Raises:
+        ConfigError: the job uses an extension that isn't installed, but a file's.
+    """
     try:
         version = metadata.version("atoll")
     except metadata.PackageNotFoundError:
         version = "0.0.0"
+    hashes = installed_hashes() | ({} if job is None else extension_hashes(job))
     files: dict[str, bytes | Path] = {
         "pyproject.toml": _APP.format(version=version).encode(),
         "server_app.py": _MODULE.format(side="server").encode(),
         "client_app.py": _MODULE.format(side="client").encode(),
-        HASHES: json.dumps(installed_hashes(), indent=1).encode(),
+        HASHES: json.dumps(hashes, indent=1).encode(),
     }
     with warnings.catch_warnings():
         # Flower 1.41 asks pathspec for a pattern style that pathspec has deprecated.

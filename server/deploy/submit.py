@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atoll.errors import ConfigError, JobError
+from atoll.job.job import Job
 from atoll.kit.kit import ServerKit
 from atoll.server.deploy.flower_control import Control, Unreachable, bundle
 from atoll.server.deploy.serve import runtime_path
@@ -34,7 +35,7 @@ def submit(
     KeyboardInterrupt leaves the run going, after `tell` got how to follow and to stop it.
     """
     with _control(kit) as control:
-        run_id = control.start(bundle(), job_json, str(out.resolve()))
+        run_id = control.start(bundle(Job.from_json(job_json)), job_json, str(out.resolve()))
     started(run_id)
     try:
         run = follow(kit, run_id, show=show)

@@ -92,6 +92,8 @@ class RunSetup:
     update_transforms: Sequence[UpdateTransform]
     model_transforms: Sequence[ModelTransform]
     checkpoints: Keeper
+    strategy_name: str
+    """The job's name for it, or the class of an object that was handed in instead."""
 
     def kind_of_round(self, round: int) -> RoundKind:
         """How the updates of this round are gathered."""

@@ -15,7 +15,7 @@ from atoll.server.rounds.run_state import Run, RunSetup, RunState, TestSet, Watc
 from atoll.server.run.checkpoint import Checkpoint, Keeper
 from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Carrier
-from atoll.strategies import build_strategy
+from atoll.strategies import Strategy, build_strategy
 from atoll.tasks import task_named
 
 
@@ -29,13 +29,17 @@ def start_or_resume(
     resume: bool,
     clock: Clock = everybody,
     protection: Protection | NoProtection | None = None,
+    strategy: Strategy | None = None,
 ) -> Run:
     """Greet the clients, agree on the facts, and start at round 0 or at the last checkpoint.
+
+    A `strategy` is used instead of the one that the job names.
 
     Raises:
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
     """
-    strategy, protection = build_strategy(job.strategy), protection or NoProtection()
+    strategy_name = job.strategy.name if strategy is None else type(strategy).__name__
+    strategy, protection = strategy or build_strategy(job.strategy), protection or NoProtection()
     roll = carrier.hello(job)
     roll.check(job)
     task = task_named(job.task.name)
@@ -53,6 +57,7 @@ def start_or_resume(
         update_transforms=protection.update_transforms,
         model_transforms=model_transforms(job),
         checkpoints=Keeper(directory.checkpoints, waits=loses_no_round(job)),
+        strategy_name=strategy_name,
     )  # fmt: skip
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     run = Run(setup, RunState(learner, initial, shared, strategy.begin(shared), stopping))

@@ -6,11 +6,13 @@ import os
 import platform
 import resource
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from atoll import plugins
 from atoll.job.personal import ADAPT, OF_ALL
 from atoll.job.privacy import hides_cohorts
 from atoll.learning.features import processor
@@ -40,7 +42,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "model_sha256": tensors_sha256(state.tensors),
         "engine": setup.carrier.engine,
         "task": job.task.name,
-        "strategy": job.strategy.name,
+        "strategy": setup.strategy_name,
         "seed": job.seed,
         "seconds": seconds,
         "simulated_seconds": elapsed(state.log) or None,
@@ -63,6 +65,8 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         "machine": machine(job.train.threads, job.train.device),
         "notes": [*notes, *private_notes(run), *own_notes(job, own, clients, state.learner.task.headline)],
     }  # fmt: skip
+    if loaded := plugins.files():
+        result["plugins"] = [asdict(plugin) for plugin in loaded]
     setup.directory.save_model(
         state.tensors if run.full_model is None else run.full_model,
         {"job": state.learner.job.model_dump(mode="json"), "facts": state.learner.facts},

@@ -18,8 +18,8 @@ from atoll.server.rounds.start import start_or_resume
 from atoll.server.run.directory import RunDirectory
 from atoll.server.run.result import Baselines, finish
 from atoll.server.transport import Carrier
-from atoll.strategies import build_strategy
-from atoll.tasks import task_named
+from atoll.strategies import Strategy, build_strategy
+from atoll.tasks import check_metric_options, task_named
 
 Compare = Callable[[Run], tuple[Baselines, list[str]]]
 """Measures a run's baselines; and what is to be noted about them."""
@@ -54,17 +54,20 @@ def play(
     clock: Clock = everybody,
     books: Books | None = None,
     report: bool = True,
+    strategy: Strategy | None = None,
 ) -> dict[str, Any]:
     """Run a job and leave a complete run directory; returns what `result.json` holds.
 
-    Releases under client-level privacy are charged to `books`, or to the run's own.
+    Releases under client-level privacy are charged to `books`, or to the run's own. A `strategy` is used
+    instead of the one that the job names.
     """
     started = time.monotonic()
     with RunDirectory.open(out, job, resume=resume, force=force) as directory:
         protection = protection_of(job, out, books)
         run = start_or_resume(
-            job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection
-        )
+            job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection,
+            strategy=strategy,
+        )  # fmt: skip
         directory.settle()
         run_rounds(run)
         watch("baselines", {})
@@ -87,6 +90,7 @@ def check_job(job: Job) -> None:
         ConfigError, WeightsError: it names something that there is not, or not on this machine.
     """
     build_strategy(job.strategy)
+    check_metric_options(job)
     for stage in job.stages:
         check_fits(stage, task_named(job.task.name))
     resolve(job.backbone, job.seed)

@@ -27,6 +27,7 @@ from atoll.sim.engines.inline import InlineCarrier, LoopCarrier
 from atoll.sim.engines.process_pool import PooledCarrier, books_in, processes_for
 from atoll.sim.population.devices import clock_of
 from atoll.sim.population.population import Population
+from atoll.strategies import Strategy
 from atoll.tasks import task_named, trains_on_features
 
 ENGINES = ("inline", "loop", "cohort", "ray")
@@ -45,12 +46,13 @@ def simulate(
     population: Population | None = None,
     baselines: Compare | None = None,
     report: bool = True,
+    strategy: Strategy | None = None,
 ) -> dict[str, Any]:
     """Run a job in simulation; returns what `result.json` holds.
 
     The final bits depend neither on the engine nor on the number of workers. With `privacy.audit`
     the run is attacked when it is complete. Whoever runs many jobs can hand in the job's `population`
-    and a way to its `baselines`, and leave the report out.
+    and a way to its `baselines`, and leave the report out. A `strategy` is used instead of the job's.
     """
     check_engine(job, engine)
     check_free(out, job, resume=resume, force=force)
@@ -65,6 +67,7 @@ def simulate(
         "force": force,
         "clock": clock_of(population),
         "report": report,
+        "strategy": strategy,
     }
     if engine == "ray":
         from atoll.sim.engines.ray import simulate_on_ray

@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
+from atoll import plugins
 from atoll.client.app import register
 from atoll.client.site import Site
 from atoll.data.dataset import Dataset
@@ -58,8 +59,12 @@ class Block:
         return ""
 
 
-def block_site(job: Job, context: Context, out: Path) -> Site:
-    """In a Ray actor: the warm site of a virtual node; `out` is a folder that all actors share."""
+def block_site(job: Job, context: Context, out: Path, loaded: Sequence[str]) -> Site:
+    """In a Ray actor: the warm site of a virtual node; `out` is a folder that all actors share.
+
+    So is where the plugin files lie that the run has `loaded`.
+    """
+    plugins.load_files(loaded)
     config = context.node_config
     number, total = int(config["partition-id"]), int(config["num-partitions"])
     key = (job.hash, number, total)
@@ -87,7 +92,8 @@ def simulate_on_ray(
         )
 
     client, folder = ClientApp(), out.resolve()
-    register(client, lambda job, context: block_site(job, context, folder))
+    loaded = [plugin.file for plugin in plugins.files()]
+    register(client, lambda job, context: block_site(job, context, folder, loaded))
     per_worker = 1 if trains_on_features(job) else BLOCKS_PER_WORKER
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers * job.train.threads}
     if not logging.getLogger().isEnabledFor(logging.DEBUG):

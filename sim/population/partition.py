@@ -11,7 +11,8 @@ import numpy as np
 
 from atoll.data.dataset import Dataset
 from atoll.errors import ConfigError
-from atoll.job.job import Dirichlet, Iid, Job, Natural, Pathological, Resampled
+from atoll.job.job import Dirichlet, Iid, Job, Natural, OtherPartition, Pathological, Resampled
+from atoll.job.partitions import brought_partition
 from atoll.protocol.random_streams import stream_seed
 from atoll.sim.population.assignment import Dealing, Dealt, Drawn, Rows
 from atoll.sim.population.skew import dirichlet_hands, pathological_hands
@@ -36,8 +37,38 @@ def partition(table: Dataset, order: Sequence[int], job: Job, groups: Sequence[s
             return _by_value(deck, table, rule.by, clients)
         case Resampled():
             return _drawn(deck, table, rule, job)
+        case OtherPartition():
+            return _brought(deck, table, rule, job)
         case _:
             return _skewed(deck, table, job)
+
+
+def _brought(deck: Rows, table: Dataset, rule: OtherPartition, job: Job) -> Dealt:
+    """As an extension's function splits it, which sees the examples in the order of the deck.
+
+    Raises:
+        ConfigError: it isn't there, its options don't fit, or what it returns is no split.
+    """
+    extension, options = brought_partition(rule)
+    assert extension.thing is not None
+    generator = np.random.default_rng(stream_seed(job.seed, "partition", rule.kind))
+    clients = job.federation.clients
+    found = extension.thing(table.select(deck), clients, generator, *options)
+    where = f"data.partition: {rule.kind} ({extension.origin}) returned"
+    if len(found) != clients:
+        raise ConfigError(f"{where} {len(found)} lists of rows, expected one for each of {clients} clients")
+    hands = [np.asarray(hand) for hand in found]
+    for client, hand in enumerate(hands):
+        if not len(hand):
+            raise ConfigError(f"{where} no row for client {client}, expected at least one for each")
+        if hand.ndim != 1 or not np.issubdtype(hand.dtype, np.integer):
+            raise ConfigError(f"{where} {hand.dtype} for client {client}, expected a list of row numbers")
+        if hand.min() < 0 or hand.max() >= len(deck) or len(np.unique(hand)) < len(hand):
+            raise ConfigError(
+                f"{where} rows for client {client} that are twice there or none of the {len(deck)},"
+                f" expected different numbers from 0 to {len(deck) - 1}"
+            )
+    return Dealt.of([deck[hand] for hand in hands])
 
 
 def _too_few(count: int, job: Job) -> str:

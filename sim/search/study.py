@@ -23,7 +23,7 @@ from atoll.report.comparison import lower_is_better
 from atoll.sim.search.space import Space, Texts, checked_job, values_of
 from atoll.sim.sweep.grid import Base, Values
 from atoll.system.durable_files import is_begun, replace_synced
-from atoll.tasks import TASKS, check_task
+from atoll.tasks import check_task, headline_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -107,7 +107,7 @@ class Search:
     def metric(self) -> str:
         """What is judged by: the task's headline."""
         check_task(name := self.base.table["task"]["name"])
-        return TASKS[name].headline
+        return headline_of(name)
 
     @property
     def direction(self) -> str:

@@ -1,0 +1,57 @@
+"""The registry of partitions: what splits one source over simulated clients, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atoll.job.extension_options import checked_options
+from atoll.job.job import Job, OtherPartition
+from atoll.plugins import BUILT_IN, Extension, Registry
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the registry: what a partition does, and an example of how a job asks for it."""
+
+    summary: str
+    example: str
+    origin: str = BUILT_IN
+    extension: Extension | None = None
+
+
+def _of(extension: Extension) -> Entry:
+    return Entry(extension.summary, f'{{ kind = "{extension.name}" }}', extension.origin, extension)
+
+
+PARTITIONS = Registry(
+    "partition",
+    {
+        "iid": Entry("every client alike", '{ kind = "iid" }'),
+        "dirichlet": Entry("label skew", '{ kind = "dirichlet", alpha = 0.3 }'),
+        "pathological": Entry("few classes a client", '{ kind = "pathological", classes_per_client = 2 }'),
+        "natural": Entry("one client a value of a column", '{ kind = "natural", by = "hospital" }'),
+        "resampled": Entry(
+            "each client draws its own, any number of them", '{ kind = "resampled", examples = 50 }'
+        ),
+    },
+    _of,
+)
+
+
+def check_partition(job: Job) -> None:
+    """Raises ConfigError if there is no partition of that name; its options are checked at its use."""
+    if isinstance(job.data.partition, OtherPartition):
+        PARTITIONS.check(job.data.partition.kind, "data.partition.kind")
+
+
+def brought_partition(rule: OtherPartition) -> tuple[Extension, tuple[object, ...]]:
+    """An extension's partition, and what its function takes besides the data: its options, if it has any.
+
+    Raises:
+        ConfigError: there is none of that name, or its options don't fit.
+    """
+    PARTITIONS.check(rule.kind, "data.partition.kind")
+    found = PARTITIONS[rule.kind].extension
+    assert found is not None
+    found = found.loaded()
+    return found, checked_options(found, rule.options, "data.partition.options")

@@ -1,0 +1,392 @@
+"""Strategies, tasks, partitions and metrics that other people's code brings, each by its name.
+
+A decorator registers one:
+
+    from atoll import plugins
+
+    @plugins.strategy("half-way", summary="half of the mean delta")
+    class HalfWay: ...
+
+It runs when the module is imported: a file that `--plugin` names is imported before the job is read. An
+installed package lists what it brings as entry points too, in the groups `atoll.strategies`, `atoll.tasks`,
+`atoll.partitions` and `atoll.metrics`; these are looked up when a name is asked for that isn't known yet, and
+a package is imported when something of it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from atoll.errors import ConfigError, InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["Extension", "Registry", "load_file", "metric", "partition", "strategy", "task"]
+
+GROUPS = {
+    "strategy": "atoll.strategies",
+    "task": "atoll.tasks",
+    "partition": "atoll.partitions",
+    "metric": "atoll.metrics",
+}
+"""What can be brought, and the entry-point group that installed packages list it in."""
+
+BUILT_IN = "atoll"
+"""The origin of what comes with Atoll."""
+
+Thing = TypeVar("Thing", bound=Callable[..., Any])
+E = TypeVar("E")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """One thing that other people's code brings."""
+
+    kind: str
+    """strategy, task, partition or metric."""
+    name: str
+    """What jobs call it."""
+    summary: str
+    """One line for `atoll list`."""
+    origin: str
+    """Who brings it: a distribution and its version, or a Python file."""
+    place: str
+    """`module:attribute`, where it is written."""
+    thing: Callable[..., Any] | None = None
+    """The class or function; None as long as its package isn't imported."""
+    options: type[BaseModel] | None = None
+    """What checks the job's `options` for it."""
+    entry: EntryPoint | None = None
+
+    def loaded(self) -> Extension:
+        """The same with its `thing`, imported at first use.
+
+        Raises:
+            ConfigError: its package can't be imported.
+        """
+        if self.thing is not None:
+            return self
+        assert self.entry is not None
+        thing = _imported(self.entry, self.origin)
+        declared = _brought[self.kind].get(self.name)
+        if declared is None or declared.thing is None:  # the package has no decorator
+            declared = replace(self, thing=thing, options=getattr(thing, "Options", None))
+        _brought[self.kind][self.name] = replace(declared, origin=self.origin, entry=self.entry)
+        return _brought[self.kind][self.name]
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """A Python file that was loaded as a plugin."""
+
+    file: str
+    sha256: str
+
+
+_brought: dict[str, dict[str, Extension]] = {kind: {} for kind in GROUPS}
+_registries: dict[str, Registry[Any]] = {}
+_files: dict[Path, PluginFile] = {}
+_origins: list[str] = []
+"""Who brings what is being imported right now, the innermost last."""
+_searched: set[str] = set()
+"""Kinds whose entry points have been looked up."""
+
+
+class Registry(Mapping[str, E], Generic[E]):
+    """Everything of one kind by name: what comes with Atoll, and what extensions bring.
+
+    `of` makes an entry of an extension, without importing it. Entry points are looked up at the first name
+    that isn't known; iterating gives what is known so far, `everything` looks them up before.
+
+    Raises:
+        ConfigError: an extension has a name that Atoll has given already.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, E], of: Callable[[Extension], E]) -> None:
+        self.kind, self._built_in, self._of = kind, dict(built_in), of
+        _registries[kind] = self
+        for extension in _brought[kind].values():
+            _check_new(extension)
+
+    def __getitem__(self, name: str) -> E:
+        if name in self._built_in:
+            return self._built_in[name]
+        return self._of(_found(self.kind, name))
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._built_in
+        yield from _brought[self.kind]
+
+    def __len__(self) -> int:
+        return len(self._built_in) + len(_brought[self.kind])
+
+    def has(self, name: str) -> bool:
+        """Whether it comes with Atoll."""
+        return name in self._built_in
+
+    def everything(self) -> dict[str, E]:
+        """All there is, also of installed packages; none of them is imported."""
+        _search(self.kind)
+        return {name: self[name] for name in self}
+
+    def origin(self, name: str) -> str:
+        """Who brings it: atoll, a distribution with its version, or a plugin's file."""
+        return BUILT_IN if self.has(name) else _found(self.kind, name).origin
+
+    def check(self, name: str, key: str, more: str = "") -> None:
+        """Raises ConfigError, in one line with the nearest name, if there is none of that name.
+
+        `key` is the job's key that names it; `more` is said behind the known names.
+        """
+        if name not in self:
+            raise ConfigError(f"{key}: unknown {self.kind} {name!r}, {did_you_mean(name, self)}{more}")
+
+
+def brought(kind: str, name: str) -> Extension:
+    """What extensions bring by that name, not imported yet.
+
+    Raises:
+        KeyError: none does; it may be Atoll's own.
+    """
+    return _found(kind, name)
+
+
+def strategy(
+    name: str, *, summary: str = "", options: type[BaseModel] | None = None
+) -> Callable[[Thing], Thing]:
+    """Register a strategy: a class with `begin`, `plan` and `merge` (`atoll.strategies.Strategy`).
+
+    It is made once a run, as `Class()`, or `Class(options)` where it declares options: a pydantic model
+    given here, or a class `Options` inside it. They are the job's `strategy.options`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    return _registering("strategy", name, summary, options)
+
+
+def task(name: str, *, summary: str = "", options: type[BaseModel] | None = None) -> Callable[[Thing], Thing]:
+    """Register a task: a class that derives from `atoll.tasks.ModuleTask` or `Task`; it is made as `Class()`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    return _registering("task", name, summary, options)
+
+
+def partition(
+    name: str, *, summary: str = "", options: type[BaseModel] | None = None
+) -> Callable[[Thing], Thing]:
+    """Register a way to split one source over simulated clients: a function of three arguments or four.
+
+    It is called as `function(examples, clients, generator)`, with `options` behind them where it declares
+    some; they are the job's `data.partition.options`. `examples` is a table in an order that its content
+    decides (`examples["label"]` is a column as a list), `clients` how many clients there are, `generator` a
+    numpy Generator seeded by the job. It returns a list of row numbers, from 0, for each client.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    return _registering("partition", name, summary, options)
+
+
+def metric(
+    name: str, *, summary: str = "", options: type[BaseModel] | None = None
+) -> Callable[[Thing], Thing]:
+    """Register a metric: what returns a `torchmetrics.Metric` whose states are tensors that sum over clients.
+
+    It is called as `thing(facts)`, or `thing(facts, options)` where it declares options: a job's
+    `evaluate.metrics` names it, and gives them. `facts` is a dictionary of what all clients agree on, such
+    as `facts["classes"]`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    return _registering("metric", name, summary, options)
+
+
+def load_file(path: str | Path) -> PluginFile:
+    """Import one Python file, whose decorators register what it brings; a second time nothing happens.
+
+    Raises:
+        ConfigError: there is no such file, it raises an error, or it registers a name that is taken.
+    """
+    file = Path(path).resolve()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"--plugin {path}: cannot be read ({error.strerror}), expected a Python file"
+        ) from None
+    digest = hashlib.sha256(content).hexdigest()
+    if file in _files and _files[file].sha256 == digest:
+        return _files[file]
+    with _from(str(file)):
+        _execute(file, digest, str(path))
+    _files[file] = PluginFile(str(file), digest)
+    return _files[file]
+
+
+def load_files(paths: Iterable[str | Path]) -> None:
+    """`load_file` of each."""
+    for path in paths:
+        load_file(path)
+
+
+def files() -> list[PluginFile]:
+    """The plugin files that were loaded, in order."""
+    return list(_files.values())
+
+
+class _from:
+    """Within, what is registered comes from that origin."""
+
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+
+    def __enter__(self) -> None:
+        _origins.append(self._origin)
+
+    def __exit__(self, *_: object) -> None:
+        _origins.pop()
+
+
+def _registering(
+    kind: str, name: str, summary: str, options: type[BaseModel] | None
+) -> Callable[[Thing], Thing]:
+    def register(thing: Thing) -> Thing:
+        place = f"{thing.__module__}:{thing.__qualname__}"
+        origin = _origins[-1] if _origins else _file_of(thing.__module__)
+        said = summary or (thing.__doc__ or "").strip().partition("\n")[0]
+        model = options or getattr(thing, "Options", None)
+        _add(Extension(kind, name, said, origin, place, thing, model))
+        return thing
+
+    return register
+
+
+def _file_of(module: str) -> str:
+    return str(getattr(sys.modules.get(module), "__file__", None) or module)
+
+
+def _add(new: Extension) -> None:
+    """Raises ConfigError unless the name is free, or the very same thing's (a cell that is run again)."""
+    _check_new(new)
+    known = _brought[new.kind].get(new.name)
+    if known is not None and known.entry is not None:
+        new = replace(new, origin=known.origin, entry=known.entry)
+    _brought[new.kind][new.name] = new
+
+
+def _check_new(new: Extension) -> None:
+    registry = _registries.get(new.kind)
+    if registry is not None and registry.has(new.name):
+        raise ConfigError(_twice(new.kind, new.name, BUILT_IN, new.origin))
+    known = _brought[new.kind].get(new.name)
+    if known is not None and not _is_same(known, new):
+        places = [f"{one.origin} ({one.place})" for one in (known, new)]
+        raise ConfigError(_twice(new.kind, new.name, *places))
+
+
+def _is_same(known: Extension, new: Extension) -> bool:
+    """Whether both are one thing: a package's entry point may name what another module of it defines."""
+    if known.place == new.place:
+        return True
+    packages = {one.place.partition(":")[0].partition(".")[0] for one in (known, new)}
+    return (known.entry is not None) != (new.entry is not None) and len(packages) == 1
+
+
+def _twice(kind: str, name: str, one: str, other: str) -> str:
+    return f"{kind} {name!r} is registered twice: by {one} and by {other}; expected two different names"
+
+
+def _found(kind: str, name: str) -> Extension:
+    """Raises KeyError where no extension brings it."""
+    if name not in _brought[kind]:
+        _search(kind)
+    return _brought[kind][name]
+
+
+def _search(kind: str) -> None:
+    """Look the entry points of a kind up, once."""
+    if kind in _searched:
+        return
+    for entry in entry_points(group=GROUPS[kind]):
+        dist = entry.dist
+        origin = "?" if dist is None else f"{dist.name} {dist.version}"
+        summary = dist.metadata["Summary"] if dist is not None and "Summary" in dist.metadata else ""
+        _add_entry(Extension(kind, entry.name, summary, origin, entry.value, entry=entry))
+    _searched.add(kind)
+
+
+def _add_entry(new: Extension) -> None:
+    """An entry point whose module was imported before has been registered by its decorator already."""
+    _check_new(new)
+    known = _brought[new.kind].get(new.name)
+    _brought[new.kind][new.name] = (
+        new if known is None else replace(known, origin=new.origin, entry=new.entry)
+    )
+
+
+def _imported(entry: EntryPoint, origin: str) -> Callable[..., Any]:
+    found: list[Callable[..., Any]] = []
+    with _from(origin):
+        failure = _failure_of(lambda: found.append(entry.load()))
+    if isinstance(failure, InputError):
+        raise failure
+    if failure is not None:
+        raise ConfigError(f"{origin}: {entry.value} cannot be imported: {_in_one_line(failure)}") from failure
+    return found[0]
+
+
+def _failure_of(work: Callable[[], object]) -> Exception | None:
+    """What other people's code raises, or None where it raises nothing."""
+    try:
+        work()
+    except Exception as failure:  # noqa: BLE001 - whatever it is, the caller tells it in one line
+        return failure
+    return None
+
+
+def _execute(file: Path, digest: str, given: str) -> None:
+    """Import a file under a name that no installed module has.
+
+    Raises:
+        ConfigError: it isn't Python, or raises an error.
+    """
+    name = f"atoll_plugin_{file.stem}_{digest[:8]}"
+    spec = spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--plugin {given}: expected a Python file, whose name ends in .py")
+    module, loader = module_from_spec(spec), spec.loader
+    sys.modules[name] = module
+    failure = _failure_of(lambda: loader.exec_module(module))
+    if failure is None:
+        return
+    del sys.modules[name]
+    if isinstance(failure, InputError):
+        raise ConfigError(f"--plugin {given}: {failure}")
+    raise ConfigError(f"--plugin {given}{_line_in(failure, file)}: {_in_one_line(failure)}") from failure
+
+
+def _line_in(error: Exception, file: Path) -> str:
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _in_one_line(error: Exception) -> str:
+    said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
