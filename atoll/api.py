@@ -13,7 +13,7 @@ from atoll.job.job import Job
 from atoll.plugins import load_files
 
 if TYPE_CHECKING:
-    from atoll.sim.search.backbone_ranking import Advice
+    from atoll.sim.search.backbone_ranking import RankedBackbone
     from atoll.strategies import Strategy
 
 
@@ -274,7 +274,7 @@ def tune(
 
 def advise(
     job: Job | str | Path, backbones: Sequence[str] | None = None, *, head: int | None = None
-) -> list[Advice]:
+) -> list[RankedBackbone]:
     """What features of each backbone promise for a job, the best by LogME first, as `atoll advise` shows.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from atoll.data.classification import example_keys
 from atoll.data.dataset import Dataset
 from atoll.job.job import Job
-from atoll.sim.population.assignment import Dealt
+from atoll.sim.population.assignment import FixedAssignment
 from atoll.sim.population.population import Population
 from benchmarks.workload import Workload
 
@@ -49,7 +49,7 @@ def population_of(workload: Workload, folder: Path) -> Population:
     table = Dataset(pa.table(columns))
     keys = example_keys(table)
     _fill_cache(job, keys, features)
-    dealt = Dealt(np.arange(len(features)), np.asarray(workload.starts))
+    dealt = FixedAssignment(np.arange(len(features)), np.asarray(workload.starts))
     return Population(job, table, table.select([]), keys, dealt)
 
 

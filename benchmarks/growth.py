@@ -53,11 +53,11 @@ def run_point(point: Point) -> dict[str, float]:
     from atoll.server.rounds.start import start_or_resume
     from atoll.server.run.directory import RunDirectory
     from atoll.server.run.result import peak_rss_mb
-    from atoll.sim.engines.inline import InlineCarrier
+    from atoll.sim.engines.inline import InlineTransport
 
     with tempfile.TemporaryDirectory() as folder:
         population = generated(point, Path(folder))
-        carrier = InlineCarrier.of(population)
+        carrier = InlineTransport.of(population)
         with RunDirectory.open(Path(folder) / "run", population.job, resume=False, force=False) as directory:
             run = start_or_resume(
                 population.job, carrier, directory, lambda learner: None, lambda *step: None, resume=False
@@ -77,7 +77,7 @@ def generated(point: Point, folder: Path):  # type: ignore[no-untyped-def]
     from atoll.data.classification import example_keys
     from atoll.data.dataset import Dataset
     from atoll.job.job import Job
-    from atoll.sim.population.assignment import Drawn
+    from atoll.sim.population.assignment import SampledAssignment
     from atoll.sim.population.population import Population
     from benchmarks.generated import _backbone, _fill_cache
 
@@ -106,7 +106,7 @@ def generated(point: Point, folder: Path):  # type: ignore[no-untyped-def]
     keys = example_keys(table)
     _fill_cache(job, keys, torch.from_numpy(features))
     deck = np.argsort(labels, kind="stable")
-    dealing = Drawn(deck, np.bincount(labels), point.population, EXAMPLES, 0.3, seed=1)
+    dealing = SampledAssignment(deck, np.bincount(labels), point.population, EXAMPLES, 0.3, seed=1)
     return Population(job, table, table.select([]), keys, dealing)
 
 

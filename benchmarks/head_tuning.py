@@ -54,13 +54,13 @@ def atoll(workload: Workload, workers: int) -> Outcome:
     from atoll.server.rounds.loop import run_rounds
     from atoll.server.rounds.start import start_or_resume
     from atoll.server.run.directory import RunDirectory
-    from atoll.sim.engines.inline import InlineCarrier
+    from atoll.sim.engines.inline import InlineTransport
     from benchmarks.generated import population_of
 
     stamps = []
     with tempfile.TemporaryDirectory() as folder:
         population = population_of(workload, Path(folder))
-        carrier = InlineCarrier.of(population, workers)
+        carrier = InlineTransport.of(population, workers)
         with RunDirectory.open(Path(folder) / "run", population.job, resume=False, force=False) as directory:
             run = start_or_resume(
                 population.job,

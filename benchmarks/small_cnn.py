@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from atoll.job.job import Job
-from atoll.sim.engines.inline import InlineCarrier
-from atoll.sim.engines.process_pool import PooledCarrier
+from atoll.sim.engines.inline import InlineTransport
+from atoll.sim.engines.process_pool import PooledTransport
 from atoll.sim.population.population import Population
 from benchmarks import registered
 from benchmarks.images import Images
@@ -98,9 +98,9 @@ def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **opt
         out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         population = Population.of(job)
         carrier = (
-            stack.enter_context(PooledCarrier(population, workers))
+            stack.enter_context(PooledTransport(population, workers))
             if workers > 1
-            else InlineCarrier.of(population)
+            else InlineTransport.of(population)
         )
         directory = stack.enter_context(RunDirectory.open(out, job, resume=False, force=False))
         run = start_or_resume(

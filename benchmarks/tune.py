@@ -28,7 +28,7 @@ import tomli_w
 
 import atoll
 from atoll.job.job import Job
-from atoll.server.run.run_job import unwatched
+from atoll.server.run.run_job import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.search.space import job_of
@@ -92,7 +92,7 @@ def grid_best(name: str, path: Path, folder: Path) -> tuple[Found, Found]:
     for number, values in enumerate(product(*GRID.values())):
         job = job_of(base, {key: str(value) for key, value in zip(GRID, values, strict=True)})
         metrics = validation_metrics(
-            job, folder / f"grid-{number}", without_test_set(job, population), unwatched
+            job, folder / f"grid-{number}", without_test_set(job, population), ignore_events
         )
         found.append(((metrics["accuracy"], -metrics["loss"]), number, job))
         tests.append(on_test_set(job, folder / f"grid-{number}-test"))
@@ -108,7 +108,7 @@ def grid_best(name: str, path: Path, folder: Path) -> tuple[Found, Found]:
 
 def on_test_set(job: Job, folder: Path) -> float:
     """The accuracy that the job ends with, as `atoll simulate` says it."""
-    result = simulate(job, folder, watch=unwatched, report=False)
+    result = simulate(job, folder, watch=ignore_events, report=False)
     return float(result["final"]["server"]["accuracy"])
 
 
@@ -134,7 +134,7 @@ def compare(name: str, seeds: int, folder: Path) -> tuple[str, bool]:
     untuned = Job.load(path)
     grid, luckiest = grid_best(name, path, folder)
     before = validation_metrics(
-        untuned, folder / "untuned", without_test_set(untuned, Population.of(untuned)), unwatched
+        untuned, folder / "untuned", without_test_set(untuned, Population.of(untuned)), ignore_events
     )
     start = Found(
         "as it is", before["accuracy"], on_test_set(untuned, folder / "untuned-test"), 1, words(untuned)

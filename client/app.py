@@ -18,10 +18,10 @@ from typing import TypeVar
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from atoll.client.dp.ledgers import Books
+from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.local_data import FolderShards
 from atoll.client.site import Site
-from atoll.client.state.store import Memory
+from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
@@ -47,8 +47,10 @@ def folder_site(job: Job, context: Context) -> Site:
     if key not in _sites:
         shards = FolderShards.of(name, [Path(p) for p in json.loads(paths)])
         budget = str(config["budget"])
-        books = Books(Path(str(config["ledgers"])), Budget.model_validate_json(budget) if budget else None)
-        memory = Memory(Path(str(config["memory"])))
+        books = PrivacyLedgers(
+            Path(str(config["ledgers"])), Budget.model_validate_json(budget) if budget else None
+        )
+        memory = ClientStateStore(Path(str(config["memory"])))
         _sites[key] = Site(shards, discreet=True, books=books, memory=memory)
     return _sites[key]
 

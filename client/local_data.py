@@ -15,7 +15,7 @@ from atoll.tasks import task_named
 
 
 @dataclass(frozen=True)
-class Read:
+class LoadedData:
     """A path's rows, as they were when `reading` (files, their times, the job's columns) was this."""
 
     reading: str
@@ -28,7 +28,7 @@ class FolderShards:
     """Paths by client name; read, checked and remembered for as long as the files stay the same."""
 
     paths: dict[str, Path]
-    _read: dict[str, Read] = field(default_factory=dict)
+    _read: dict[str, LoadedData] = field(default_factory=dict)
 
     @classmethod
     def of(cls, site: str, paths: Sequence[Path]) -> FolderShards:
@@ -55,7 +55,7 @@ class FolderShards:
     def fingerprint(self, job: Job, client: str) -> str:
         return self._current(job, client).fingerprint
 
-    def _current(self, job: Job, client: str) -> Read:
+    def _current(self, job: Job, client: str) -> LoadedData:
         if client not in self.paths:
             raise DataError(f"client {client} does not live at this site")
         data = job.data
@@ -66,7 +66,7 @@ class FolderShards:
             task = task_named(job.task.name)
             rows = task.read(self.paths[client], data, job.task.options).train
             fingerprint = hashlib.sha256(b"".join(sorted(task.keys(rows)))).hexdigest()
-            self._read[client] = known = Read(reading, rows, fingerprint)
+            self._read[client] = known = LoadedData(reading, rows, fingerprint)
         return known
 
 

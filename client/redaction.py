@@ -14,7 +14,7 @@ _PATH = re.compile(r"(?<![\w:/.])~?/[^;,:()'\"\n]*[^;,:()'\"\s]")
 """From a slash to the next punctuation: names of folders may have spaces, so words after it go too."""
 
 
-def discreet(error: InputError, known: str) -> str:
+def redact(error: InputError, known: str) -> str:
     """One sentence for the server; of paths only those that are in `known`, which came from there."""
     if isinstance(error, DataChanged):
         return CHANGED

@@ -14,30 +14,30 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.gradient_sums import head_sums
-from atoll.client.dp.ledgers import Books
+from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.dp.poisson import private_training
-from atoll.client.dp.secure_aggregation import STAGES, Desk, contributions, sums
+from atoll.client.dp.secure_aggregation import STAGES, SecureAggregationSession, contributions, sums
 from atoll.client.heads.class_imbalance import loss_by_example
 from atoll.client.heads.distillation import head_loss
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.statistics import statistics
-from atoll.client.heads.train import Local, train_heads
-from atoll.client.redaction import discreet
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.redaction import redact
 from atoll.client.state.error_feedback import compressed
-from atoll.client.state.personalization import measured_model, train_mixture, train_own_part
-from atoll.client.state.store import Memory
+from atoll.client.state.personalization import model_to_evaluate, train_ditto, train_fedper
+from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
 from atoll.errors import BudgetExhausted, DataChanged, InputError
 from atoll.job.closed_form import STATISTICS
 from atoll.job.job import Job
-from atoll.job.privacy import places, sums_securely
+from atoll.job.privacy import noise_locations, uses_secure_aggregation
 from atoll.learning.learner import Learner
-from atoll.privacy.dp_plan import distributed_terms, terms_of
-from atoll.protocol.messages import Facts, Failure, Hello, Measurement, Reply, Request, Update
+from atoll.privacy.dp_plan import distributed_terms, dp_plan_of
+from atoll.protocol.messages import DataInfo, Failure, Hello, Measurement, Reply, Request, Update
 from atoll.protocol.tensors import Tensors
 from atoll.tasks import task_named
 
@@ -79,7 +79,7 @@ class Shards(Protocol):
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadedShard:
     """One client's shard, split; where training sees nothing else, its features [views, n, width]."""
 
     train: Shard
@@ -88,11 +88,11 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Admitted:
+class ChargedClients:
     """Who may train in a round, how their examples are protected, and what their ledgers say."""
 
     names: list[str]
-    private: PerExample | None = None
+    private: DpSgd | None = None
     charged: dict[str, int] = field(default_factory=dict)
 
 
@@ -112,17 +112,17 @@ class LoggedProgress:
 class Site:
     """Answers for the clients that live in this process; everything costly stays warm.
 
-    A shard must not change while a run goes on. The data of a `discreet` site is not the server's
+    A shard must not change while a run goes on. The data of a `redact` site is not the server's
     to see: why it can't be used stays in the site's log, and the server gets a fixed sentence.
     """
 
     shards: Shards
     discreet: bool = False
-    books: Books | None = None
-    memory: Memory = field(default_factory=Memory)
-    desk: Desk = field(default_factory=Desk)
+    books: PrivacyLedgers | None = None
+    memory: ClientStateStore = field(default_factory=ClientStateStore)
+    desk: SecureAggregationSession = field(default_factory=SecureAggregationSession)
     _learners: dict[str, Learner] = field(default_factory=dict)
-    _held: dict[tuple[str, str, str], Held] = field(default_factory=dict)
+    _held: dict[tuple[str, str, str], LoadedShard] = field(default_factory=dict)
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def _refusal(self, job: Job, kind: str) -> str:
@@ -132,13 +132,13 @@ class Site:
         measurement where what is measured is promised to stay hidden.
         """
         budget = self.books.budget if self.books is not None else None
-        if budget is not None and not set(places(job)) - {"server"}:
+        if budget is not None and not set(noise_locations(job)) - {"server"}:
             return "its site has a privacy budget, and the job adds no noise before the server sees an update"
         if not self.discreet:
             return ""
         if kind == STATISTICS and job.tune.head_init is None:
             return "its job forms no head of statistics"
-        if kind == "sum" or (kind == "train" and sums_securely(job)):
+        if kind == "sum" or (kind == "train" and uses_secure_aggregation(job)):
             return "its site sends such updates under masks only"
         if kind == "evaluate" and job.privacy.units:
             return "its site measures nothing under a promise of privacy"
@@ -178,7 +178,7 @@ class Site:
         if request.kind in STAGES:
             return self.desk.answer(request, names)
         admitted, failures = self.admit(job, request, names)
-        held: dict[str, Held] = {}
+        held: dict[str, LoadedShard] = {}
         for name in admitted.names:
             try:
                 held[name] = self._hold(learner, name, request.facts)
@@ -197,28 +197,28 @@ class Site:
         return chain(failures, replies) if failures else replies
 
     def _trained(
-        self, learner: Learner, request: Request, held: dict[str, Held], private: PerExample | None
+        self, learner: Learner, request: Request, held: dict[str, LoadedShard], private: DpSgd | None
     ) -> Iterable[Update]:
         if learner.job.personal.splits:
             shards = {name: h.train for name, h in held.items()}
-            return train_own_part(learner, request, shards, self.memory)
+            return train_fedper(learner, request, shards, self.memory)
         if learner.job.personal.keep is None or not held:
             return train(learner, request, held, private)
 
         def from_own(asked: Request, starts: Mapping[str, Tensors]) -> Iterable[Update]:
             return train(learner, asked, held, None, starts)
 
-        return train_mixture(learner, request, list(held), from_own, self.memory)
+        return train_ditto(learner, request, list(held), from_own, self.memory)
 
     def _summed(
-        self, learner: Learner, request: Request, held: dict[str, Held], admitted: Admitted
+        self, learner: Learner, request: Request, held: dict[str, LoadedShard], admitted: ChargedClients
     ) -> Iterator[Reply]:
         terms, private = distributed_terms(learner.job), admitted.private
         if terms is None or terms.unit == "client":
             values = contributions(train(learner, request, held, private), terms)
         elif learner.trains_on_features:
             assert private is not None
-            examples, works = heads_of(held, learner.job.train.device)
+            examples, works = feature_table(held, learner.job.train.device)
             loss = loss_by_example(learner.job, learner.task.head_loss)
             values = sums(head_sums(request.tensors, examples, works, loss, private))
         else:
@@ -229,12 +229,12 @@ class Site:
             values = sums(model_sums(learner, request.tensors, shards, private, request.round))
         return self.desk.sent(learner.job, request, values, admitted.charged)
 
-    def admit(self, job: Job, request: Request, names: Sequence[str]) -> tuple[Admitted, list[Reply]]:
+    def admit(self, job: Job, request: Request, names: Sequence[str]) -> tuple[ChargedClients, list[Reply]]:
         """(who may train and how, why the others may not), once everything is charged."""
-        found = [terms_of(job, unit) for unit in job.privacy.units]
+        found = [dp_plan_of(job, unit) for unit in job.privacy.units]
         ours = [terms for terms in found if terms is not None and terms.where != "server"]
         if not ours or request.kind == "evaluate":
-            return Admitted(list(names)), []
+            return ChargedClients(list(names)), []
         assert self.books is not None, "a site that is to keep a promise needs books"
         charged: dict[str, int] = {}
         refused: list[Reply] = []
@@ -249,16 +249,16 @@ class Site:
                 refused.append(Failure(name, self._told(name, error, request.job)))
         example = next((terms for terms in ours if terms.unit == "example"), None)
         private = None if example is None else private_training(job, example, request.round, charged)
-        return Admitted(list(charged), private, charged), refused
+        return ChargedClients(list(charged), private, charged), refused
 
     def _told(self, client: str, error: InputError, known: str) -> str:
         """What the server is told of an error; a discreet site keeps the whole line in its own log."""
         if not self.discreet:
             return str(error)
         logger.warning("%s takes no part: %s", client, error)
-        return discreet(error, known)
+        return redact(error, known)
 
-    def learner(self, job: Job, facts: Facts) -> Learner:
+    def learner(self, job: Job, facts: DataInfo) -> Learner:
         """The warm learner of a job; its weights must be the very ones the server has.
 
         Raises:
@@ -275,7 +275,7 @@ class Site:
             self._learners[key] = learner
         return self._learners[key]
 
-    def _hold(self, learner: Learner, name: str, facts: Facts) -> Held:
+    def _hold(self, learner: Learner, name: str, facts: DataInfo) -> LoadedShard:
         key = (name, learner.job.hash, self._unchanged(learner.job, name))
         if key in self._held:
             self._held[key] = self._held.pop(key)
@@ -285,7 +285,7 @@ class Site:
         features = learner.training_features(part) if learner.trains_on_features else None
         while len(self._held) >= KEPT_SHARDS:
             self._held.pop(next(iter(self._held)))
-        self._held[key] = Held(learner.taught(part), validation, features)
+        self._held[key] = LoadedShard(learner.taught(part), validation, features)
         return self._held[key]
 
     def _unchanged(self, job: Job, name: str) -> str:
@@ -303,13 +303,13 @@ class Site:
 def train(
     learner: Learner,
     request: Request,
-    held: dict[str, Held],
-    private: PerExample | None,
+    held: dict[str, LoadedShard],
+    private: DpSgd | None,
     starts: Mapping[str, Tensors] = NO_STARTS,
 ) -> Iterable[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
     if learner.trains_on_features and held:
-        examples, works = heads_of(held, learner.job.train.device)
+        examples, works = feature_table(held, learner.job.train.device)
         local = replace(local_training(learner, request, private), starts=starts)
         return train_heads(request.tensors, examples, works, local)
     if private is not None:
@@ -331,33 +331,33 @@ def train(
     )  # fmt: skip
 
 
-def local_training(learner: Learner, request: Request, private: PerExample | None) -> Local:
+def local_training(learner: Learner, request: Request, private: DpSgd | None) -> HeadTrainingConfig:
     """How the clients of a round train their heads."""
     loss = head_loss(learner.job, learner.task.head_loss)
-    return Local(learner.job, loss, request.round, request.plan.get("proximal_mu", 0.0), private)
+    return HeadTrainingConfig(learner.job, loss, request.round, request.plan.get("proximal_mu", 0.0), private)
 
 
-def heads_of(held: dict[str, Held], device: str) -> tuple[Examples, list[HeadWork]]:
+def feature_table(held: dict[str, LoadedShard], device: str) -> tuple[FeatureTable, list[ClientRows]]:
     """The held shards' features in one table, and which of its rows are whose."""
     parts = [h.features for h in held.values() if h.features is not None]
     ends = np.cumsum([len(h.train) for h in held.values()]).tolist()
     works = [
-        HeadWork(name, np.arange(end - len(h.train), end))
+        ClientRows(name, np.arange(end - len(h.train), end))
         for (name, h), end in zip(held.items(), ends, strict=True)
     ]
     targets = torch.cat([h.train.table for h in held.values()])
-    return Examples.of(torch.cat(parts, dim=1), targets, device), works
+    return FeatureTable.of(torch.cat(parts, dim=1), targets, device), works
 
 
-def _lessons(held: Held) -> Shard:
+def _lessons(held: LoadedShard) -> Shard:
     return held.train
 
 
 def evaluate(
-    learner: Learner, request: Request, held: dict[str, Held], memory: Memory
+    learner: Learner, request: Request, held: dict[str, LoadedShard], memory: ClientStateStore
 ) -> Iterator[Measurement]:
     """The model on each named client's validation split; one without a split measures nothing."""
     for name, h in held.items():
-        model = measured_model(learner, request, name, memory, partial(_lessons, h))
+        model = model_to_evaluate(learner, request, name, memory, partial(_lessons, h))
         states = learner.evaluate(model, h.validation) if len(h.validation) else {}
         yield Measurement(name, request.round, len(h.validation), states)

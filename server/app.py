@@ -38,10 +38,10 @@ from atoll.protocol.messages import (
     encode_request,
     hello_from_json,
 )
-from atoll.server.job_checks import check_real
-from atoll.server.roster import Roll
-from atoll.server.rounds.central_dp import Books
-from atoll.server.run.run_job import play
+from atoll.server.job_checks import validate_for_deployment
+from atoll.server.roster import ClientRoster
+from atoll.server.rounds.central_dp import LedgerLocation
+from atoll.server.run.run_job import run_job
 from atoll.server.run.test_set import server_test_set
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ HELLO_AGAIN_SECONDS = 5.0
 
 
 @dataclass
-class FlowerCarrier:
+class FlowerTransport:
     """Brings requests to the nodes behind a Flower grid, and knows which client lives at which node."""
 
     grid: Grid
@@ -85,7 +85,7 @@ class FlowerCarrier:
     gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)
 
-    def hello(self, job: Job) -> Roll:
+    def hello(self, job: Job) -> ClientRoster:
         """Ask every node who lives there, until the job's number of clients is there.
 
         Raises:
@@ -97,7 +97,7 @@ class FlowerCarrier:
             self._greet(job, min(60.0, max(deadline - time.monotonic(), 1.0)))
             hellos = self._by_client()
             if len(hellos) >= needed:
-                return Roll.of(hellos)
+                return ClientRoster.of(hellos)
             here = ", ".join(h.client for h in hellos) or "none yet"
             if here != told:
                 told = here
@@ -263,21 +263,21 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Play the job that the run's configuration carries; results go to its `out`."""
-    speak_up()
+    configure_logging()
     _watch_uploads(grid)
     job = Job.from_json(str(context.run_config["job"]))
-    check_real(job)
+    validate_for_deployment(job)
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
-    carrier = FlowerCarrier(grid, "flower")
-    play(job, carrier, out, server_test_set(job), watch=announce, resume=resume, books=_books())
+    carrier = FlowerTransport(grid, "flower")
+    run_job(job, carrier, out, server_test_set(job), watch=announce, resume=resume, books=_books())
 
 
-def _books() -> Books:
+def _books() -> LedgerLocation:
     """The federation's own, in the kit whose server started this process: they outlive runs."""
     state = Path(os.environ["FLWR_HOME"]).parent
     authority = (state.parent / "ca.crt").read_bytes()
-    return Books(state / "ledger.jsonl", f"federation {hashlib.sha256(authority).hexdigest()}")
+    return LedgerLocation(state / "ledger.jsonl", f"federation {hashlib.sha256(authority).hexdigest()}")
 
 
 def _watch_uploads(grid: Grid) -> None:
@@ -317,7 +317,7 @@ def _watch_uploads(grid: Grid) -> None:
     vars(http_grid)["pull_objects"] = pull
 
 
-def speak_up() -> None:
+def configure_logging() -> None:
     """Write our own log lines to standard output, which Flower carries to `atoll submit` and `logs`."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter(MARK + "%(message)s"))

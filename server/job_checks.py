@@ -58,7 +58,7 @@ def check_source(job: Job) -> None:
         )
 
 
-def check_real(job: Job) -> None:
+def validate_for_deployment(job: Job) -> None:
     """Raises ConfigError if the job asks for what only a simulation has."""
     if job.federation.devices is not None:
         raise ConfigError(

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.protocol.messages import Facts, Hello
+from atoll.protocol.messages import DataInfo, Hello
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Roll:
+class ClientRoster:
     """The clients of a run in the order of their names, and how many examples each holds, [clients].
 
     A million simulated clients fit: `names` may be a sequence that makes them when they are asked
@@ -26,11 +26,11 @@ class Roll:
 
     names: Sequence[str]
     sizes: NDArray[np.int64]
-    facts: Sequence[Facts]
+    facts: Sequence[DataInfo]
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, hellos: Sequence[Hello]) -> Roll:
+    def of(cls, hellos: Sequence[Hello]) -> ClientRoster:
         """Those who introduced themselves one by one."""
         taking = sorted((h for h in hellos if not h.refusal), key=lambda h: h.client)
         return cls(

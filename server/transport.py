@@ -7,17 +7,17 @@ from typing import Protocol
 
 from atoll.job.job import Job
 from atoll.protocol.messages import Reply, Request
-from atoll.server.roster import Roll
+from atoll.server.roster import ClientRoster
 
 
-class Carrier(Protocol):
+class Transport(Protocol):
     """Delivers requests to clients by name and brings their replies, in any order."""
 
     engine: str
     masks: bool
     """Whether vectors of secure sums travel under masks: not where the clients are simulated."""
 
-    def hello(self, job: Job) -> Roll:
+    def hello(self, job: Job) -> ClientRoster:
         """All clients that could be reached; waits until the job's number of them is there."""
         ...
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from atoll.client.heads.distillation import head_loss
-from atoll.client.heads.train import Local, train_heads
-from atoll.client.site import Held, heads_of
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.site import LoadedShard, feature_table
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.job.job import Job
@@ -18,12 +18,12 @@ from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.evaluation import evaluation_clients
 from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
-from atoll.sim.engines.simulated_site import Index
+from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population, number_of
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BaselineRunner:
     """Trains outside the federation, from the same first model, for as many passes over the data.
 
     A client that is in every cohort makes `rounds * train.epochs` passes; in expectation
@@ -43,7 +43,7 @@ class Comparison:
             found["zero_shot"] = _measured(run, run.state.initial_model)
         if not {"local_only", "pooled"} & set(asked):
             return found, []
-        index = Index(self.population, run.state.learner)
+        index = PopulationIndex(self.population, run.state.learner)
         rows = [train for train, _ in index.splits([number_of(name) for name in panel])]
         if "local_only" in asked:
             shards = (index.lessons.select(own.tolist()) for own in rows)
@@ -59,11 +59,14 @@ class Comparison:
 
 def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     """Final tensors of each owner that trains alone on its shard."""
-    job, learner, first = long_job(run.setup.job), run.state.learner, run.state.initial_model
+    job, learner, first = centralized_job(run.setup.job), run.state.learner, run.state.initial_model
     if learner.trains_on_features:
-        held = {name: Held(shard, shard, learner.training_features(shard)) for name, shard in shards.items()}
-        local = Local(job, head_loss(job, learner.task.head_loss), round=0)
-        updates: Sequence[Update] = train_heads(first, *heads_of(held, job.train.device), local)
+        held = {
+            name: LoadedShard(shard, shard, learner.training_features(shard))
+            for name, shard in shards.items()
+        }
+        local = HeadTrainingConfig(job, head_loss(job, learner.task.head_loss), round=0)
+        updates: Sequence[Update] = train_heads(first, *feature_table(held, job.train.device), local)
     else:
         updates = [
             train_model(learner, first, shard, job, client=name, round=0, plan={})
@@ -72,7 +75,7 @@ def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     return {u.client: {n: first[n] + delta for n, delta in u.delta.items()} for u in updates}
 
 
-def long_job(job: Job) -> Job:
+def centralized_job(job: Job) -> Job:
     """The job with all its rounds' passes over the data in one."""
     federation = job.federation
     rate = federation.cohort_rate or (federation.cohort or federation.clients) / federation.clients

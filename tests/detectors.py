@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atoll.privacy.accounting import Release, Spent
+from atoll.privacy.accounting import Composition, Release
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
 
@@ -117,7 +117,7 @@ def check_lattice(released: Vector, granularity: float) -> None:
         raise Detected(f"released numbers are not multiples of {granularity:.3g}")
 
 
-def check_ledger(charged: Spent, observed: Mapping[Release, int]) -> None:
+def check_ledger(charged: Composition, observed: Mapping[Release, int]) -> None:
     """What was released is in the ledger: as often, and with no less cost than it had."""
     for release, count in observed.items():
         as_dear = [r for r in charged if _costs_as_much(r, release)]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from atoll.sim.sweep.runner import Crew, Piece
+from atoll.sim.sweep.runner import RunPool, WorkItem
 
 AFTER = "ATOLL_TEST_PAUSE_AFTER"
 
@@ -20,12 +20,12 @@ def main() -> None:
     """The command; it writes `paused` once $ATOLL_TEST_PAUSE_AFTER runs or trials have ended."""
     from atoll.cli.start import main as start
 
-    work, left = Crew.work, int(os.environ[AFTER])
+    work, left = RunPool.work, int(os.environ[AFTER])
 
     def pausing(
-        crew: Crew, draw: Callable[[], Piece | None], ended: Callable[[Piece, Any, str | None], None]
+        crew: RunPool, draw: Callable[[], WorkItem | None], ended: Callable[[WorkItem, Any, str | None], None]
     ) -> None:
-        def counted(piece: Piece, result: Any, died: str | None) -> None:
+        def counted(piece: WorkItem, result: Any, died: str | None) -> None:
             nonlocal left
             ended(piece, result, died)
             left -= 1
@@ -36,5 +36,5 @@ def main() -> None:
 
         work(crew, draw, counted)
 
-    Crew.work = pausing  # type: ignore[method-assign]
+    RunPool.work = pausing  # type: ignore[method-assign]
     start()

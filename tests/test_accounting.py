@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.privacy.accounting import Release, calibrate, epsilon, epsilon_rdp, together, within
+from atoll.privacy.accounting import Release, calibrate, compose, epsilon, epsilon_rdp, within
 
 TABLE = [
     # noise multiplier, sampling rate, releases, delta, epsilon by PLD on a refined grid
@@ -85,7 +85,7 @@ def test_calibrated_noise_is_the_least_that_keeps_the_target(
 def test_several_ledgers_on_the_same_data_cost_what_they_cost_together() -> None:
     one = {Release(1.0, 0.1): 60}
     two = {Release(1.0, 0.1): 40, Release(2.0, 1.0): 1}
-    both = together(one, two)
+    both = compose(one, two)
     assert both == {Release(1.0, 0.1): 100, Release(2.0, 1.0): 1}
     assert epsilon(both, 1e-5) > epsilon({Release(1.0, 0.1): 100}, 1e-5) > epsilon(one, 1e-5)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from atoll.privacy.adaptive_clipping import multiplier_of_sum, next_norm, noised_fraction
+from atoll.privacy.adaptive_clipping import multiplier_of_sum, noised_fraction, update_clipping_norm
 
 
 @pytest.mark.parametrize("start", [0.1, 10.0])
@@ -12,7 +12,7 @@ def test_where_all_norms_are_one_the_clipping_norm_is_one_within_60_rounds(start
     for round in range(80):
         within = 100 if norm >= 1 else 0
         fraction = noised_fraction(within, 100, noise=0.0, expected_cohort=100)
-        norm = next_norm(norm, fraction, quantile=0.5, lr=0.1)
+        norm = update_clipping_norm(norm, fraction, quantile=0.5, lr=0.1)
         if round >= 59:
             last.append(norm)
     assert all(abs(value - 1) <= 0.05 for value in last)
@@ -27,7 +27,7 @@ def test_it_follows_a_quantile_through_the_noise(quantile: float) -> None:
         fraction = noised_fraction(
             int((norms <= norm).sum()), 200, noise=rng.normal(0, 10), expected_cohort=200
         )
-        norm = next_norm(norm, fraction, quantile=quantile, lr=0.1)
+        norm = update_clipping_norm(norm, fraction, quantile=quantile, lr=0.1)
         if round >= 300:
             tail.append(norm)
     expected = np.exp(0.5 * {0.1: -1.2816, 0.5: 0.0, 0.9: 1.2816}[quantile])

@@ -13,7 +13,7 @@ import torch
 
 from atoll.backbones.encoder import TARGETS
 from atoll.backbones.small_tokenizer import UNKNOWN, own_tokenizer
-from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.dp_sgd_model import train_privately
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
@@ -21,7 +21,7 @@ from atoll.datasets.synthetic.questions import generated_questions, generated_st
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import DataSection, Job
 from atoll.learning import trainable
-from atoll.learning.learner import Learner, added
+from atoll.learning.learner import Learner, sum_states
 from atoll.privacy.noise import seeded
 from atoll.protocol.random_streams import stream_seed
 from atoll.tasks.question_answering.task import NOTHING, QUESTION_ANSWERING, prompt
@@ -151,7 +151,7 @@ def test_metrics_of_clients_add_up_to_those_of_all_data() -> None:
     parts = [shard_of(learner, rows[:7]), shard_of(learner, rows[7:])]
     whole = shard_of(learner, rows)
     tensors = learner.initial()
-    together = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    together = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     alone = learner.compute(learner.evaluate(tensors, whole))
     assert together == pytest.approx(alone, rel=1e-6)
 
@@ -237,7 +237,7 @@ def test_private_training_clips_each_questions_own_gradient(tune: dict[str, Any]
     learner = learner_of(tune, train={"lr": 0.5, "batch_size": 4})
     shard = shard_of(learner, ROWS)
     rows = np.array([0, 2, 3])
-    how = PerExample(0.5, 1e-9, 4.0, lambda c: seeded(stream_seed(1, "noise", c)), lambda c, n: [rows])
+    how = DpSgd(0.5, 1e-9, 4.0, lambda c: seeded(stream_seed(1, "noise", c)), lambda c, n: [rows])
     start = learner.initial()
     update = train_privately(learner, start, shard, how, client="c", round=1, plan={})
     model, total = learner.model, {name: torch.zeros_like(t).double() for name, t in start.items()}

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from atoll.client.training.local_sgd import train_model
-from atoll.client.training.vmap import train_at_once
+from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.sim.engines.engine import path_taken, simulate
+from atoll.sim.engines.engine import execution_mode, simulate
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
@@ -63,7 +63,7 @@ def test_updates_are_those_of_one_client_after_the_other_to_1e5(
     population = Population.of(job)
     shards = {name: learner.task.shard(population.dataset(job, name), learner.facts) for name in CLIENTS}
     plan = {"proximal_mu": 0.1}
-    together = train_at_once(learner, start, shards, job, round=1, plan=plan)
+    together = vmap_training(learner, start, shards, job, round=1, plan=plan)
     for update, (name, shard) in zip(together, shards.items(), strict=True):
         alone = train_model(learner, start, shard, job, client=name, round=1, plan=plan)
         assert (update.client, update.num_examples) == (alone.client, alone.num_examples)
@@ -89,15 +89,15 @@ def test_texts_of_many_lengths_train_at_once_as_one_by_one(tmp_path: Path) -> No
 
 def test_a_cohort_at_once_is_never_taken_unless_asked_for() -> None:
     job = image_job("mobilenet_v2", tune={"method": "full"})
-    assert "one client after the other" in path_taken(job, "inline", 1)
-    assert "other bits" in path_taken(job, "cohort", 1)
+    assert "one client after the other" in execution_mode(job, "inline", 1)
+    assert "other bits" in execution_mode(job, "cohort", 1)
 
 
 def test_more_clients_than_fit_at_once_all_train() -> None:
     job = image_job("squeezenet1_1", tune={"method": "last-k", "layers": 1}, train={"batch_size": 4})
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
     shards: dict[str, Shard] = {f"c{i:02d}": grey_png_shard(4 + i % 3, classes=2, seed=i) for i in range(19)}
-    together = train_at_once(learner, learner.initial(), shards, job, round=1, plan={})
+    together = vmap_training(learner, learner.initial(), shards, job, round=1, plan={})
     assert together.clients == tuple(shards)
     assert together.num_examples == tuple(len(shard) for shard in shards.values())
     assert all(bool(t.flatten(1).norm(dim=1).min() > 0) for t in together.delta.values())
@@ -108,7 +108,7 @@ def test_augmented_batches_are_varied_as_those_of_one_client_after_the_other() -
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
     start = learner.initial()
     shards = {f"c{i}": grey_png_shard(count, classes=2, seed=i) for i, count in enumerate([3, 7])}
-    together = train_at_once(learner, start, shards, job, round=1, plan={})
+    together = vmap_training(learner, start, shards, job, round=1, plan={})
     for update, (name, shard) in zip(together, shards.items(), strict=True):
         alone = train_model(learner, start, shard, job, client=name, round=1, plan={})
         for n in start:

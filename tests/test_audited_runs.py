@@ -13,29 +13,29 @@ import pytest
 import torch
 
 from atoll.cli.main import run as command_line
-from atoll.client.dp.dp_sgd import PerExample, factors
-from atoll.client.heads.feature_table import HeadWork
+from atoll.client.dp.dp_sgd import DpSgd, clip_factors
+from atoll.client.heads.feature_table import ClientRows
 from atoll.client.heads.layers import LOSSES
-from atoll.client.heads.train import Local, train_heads
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.privacy.accounting import epsilon
 from atoll.privacy.auditing.membership import area
 from atoll.privacy.clipping import clipped_sum
-from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import Lattice
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors, tensors_sha256
 from atoll.report.audit import what_the_audit_found
-from atoll.server.job_checks import check_real
+from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.cohort import sample
 from atoll.server.run.directory import job_toml
 from atoll.sim.audit.audit import FEWEST, Audit, audited, canaries_for
 from atoll.sim.audit.client_canaries import CanaryClients
 from atoll.sim.audit.example_canaries import CanaryFeatures, carrier_with, owners
 from atoll.sim.audit.mislabelled_canaries import Mislabelled, MislabelledIndex
-from atoll.sim.audit.replay import Canaries, Seen, job_to_replay, replayed
-from atoll.sim.engines.simulated_site import Index
+from atoll.sim.audit.replay import Canaries, RoundTranscript, job_to_replay, replayed
+from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population, client_names
 from tests.test_private_runs import job, run
 
@@ -59,7 +59,7 @@ def quiet(done: int, total: int) -> None: ...
 def claim_of(setting: Job) -> dict[str, Any]:
     """What a complete run of one promise would claim."""
     [unit] = setting.privacy.units
-    terms = terms_of(setting, unit)
+    terms = dp_plan_of(setting, unit)
     assert terms is not None
     spent = {"epsilon": epsilon(terms.planned, terms.delta), "releases": terms.releases}
     return {"units": {unit: spent}}
@@ -101,8 +101,8 @@ def unclipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[T
     return clipped_sum(updates, clipping_norm=1e9)
 
 
-def unclipped_factors(values: Any, each: Any, share: torch.Tensor, private: PerExample) -> torch.Tensor:
-    return factors(values, each, share, replace(private, clipping_norm=1e9))
+def unclipped_factors(values: Any, each: Any, share: torch.Tensor, private: DpSgd) -> torch.Tensor:
+    return clip_factors(values, each, share, replace(private, clipping_norm=1e9))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -164,7 +164,7 @@ class Recorded:
         self.inner, self.count, self.what = canaries, canaries.count, canaries.what
         self.names, self.carrier, self.joined = canaries.names, canaries.carrier, canaries.joined
 
-    def scores(self, seen: Seen) -> Any:
+    def scores(self, seen: RoundTranscript) -> Any:
         self.last = seen.after
         return self.inner.scores(seen)
 
@@ -207,7 +207,7 @@ def test_canary_clients_have_directions_of_their_own() -> None:
     before = canaries.model
     delta = canaries._deltas([7], 0.5)
     after = {name: before[name] + t[0] for name, t in delta.items()}
-    scores = canaries.scores(Seen(before, after, []))
+    scores = canaries.scores(RoundTranscript(before, after, []))
     np.testing.assert_allclose(scores, 0.5 * (np.arange(300) == 7), atol=1e-5)
 
 
@@ -226,9 +226,11 @@ def test_canary_examples_are_clipped_and_hardly_touch_what_the_data_does() -> No
     assert len(pairs) == 600
     assert set(canaries.owner) == set(owners(setting))
     # One step of one client with one canary: the update is as long as the clipped gradient, times lr.
-    local = Local(setting.model_copy(update={"privacy": job({"unit": "none"}).privacy}), LOSSES["softmax"], 1)
+    local = HeadTrainingConfig(
+        setting.model_copy(update={"privacy": job({"unit": "none"}).privacy}), LOSSES["softmax"], 1
+    )
     head = canaries.learner.initial()
-    [update] = train_heads(head, canaries._examples, [HeadWork("c", np.array([3]))], local)
+    [update] = train_heads(head, canaries._examples, [ClientRows("c", np.array([3]))], local)
     norm = torch.cat([t.reshape(-1) for t in update.delta.values()]).norm() / setting.train.lr
     assert float(norm) > 2 * 0.5
 
@@ -253,7 +255,7 @@ def test_mislabelled_examples_are_there_or_not_at_one_client() -> None:
     assert isinstance(canaries, Mislabelled)
     inside = np.arange(20) < 12
     index = MislabelledIndex(population, canaries.learner, canaries=canaries, inside=inside)
-    plain = Index(population, canaries.learner)
+    plain = PopulationIndex(population, canaries.learner)
     held = np.concatenate([train for train, _ in index.splits(range(3))])
     assert set(canaries.rows[inside]) <= set(held) and not set(canaries.rows[~inside]) & set(held)
     everything = np.concatenate([train for train, _ in plain.splits(range(3))])
@@ -319,7 +321,7 @@ def test_a_job_can_ask_for_its_audit(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["privacy"]["audit"] == told
     assert "found no contradiction" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(ConfigError, match=r"privacy\.audit: .* only a simulation can be attacked"):
-        check_real(setting)
+        validate_for_deployment(setting)
     with pytest.raises(ConfigError, match=r"audit has no meaning with unit = 'none'"):
         job({"unit": "none", "audit": True})
 

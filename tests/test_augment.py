@@ -169,32 +169,32 @@ def test_training_on_augmented_batches_leaves_the_frozen_backbone_as_it_is() -> 
 
 
 def test_a_view_is_drawn_evenly_from_the_clients_stream() -> None:
-    from atoll.client.training.batches import view_numbers
+    from atoll.client.training.batches import sample_views
 
-    drawn = view_numbers(3, np.arange(200, dtype=np.uint64), 150)
+    drawn = sample_views(3, np.arange(200, dtype=np.uint64), 150)
     assert drawn.shape == (200, 150)
     counts = np.bincount(drawn.ravel(), minlength=3)
     assert abs(counts - 10_000).max() < 5 * (30_000 * 2 / 9) ** 0.5
-    assert (view_numbers(3, np.array([17], dtype=np.uint64), 20)[0] == drawn[17, :20]).all()
+    assert (sample_views(3, np.array([17], dtype=np.uint64), 20)[0] == drawn[17, :20]).all()
 
 
 def test_a_head_trains_on_the_views_that_its_streams_draw() -> None:
     """The oracle: one table without views whose rows are, in each epoch, those of the drawn view."""
-    from atoll.client.heads.feature_table import Examples, HeadWork
+    from atoll.client.heads.feature_table import ClientRows, FeatureTable
     from atoll.client.heads.layers import LOSSES
-    from atoll.client.heads.train import Local, train_heads
-    from atoll.client.training.batches import batches, epoch_seeds, view_numbers
+    from atoll.client.heads.train import HeadTrainingConfig, train_heads
+    from atoll.client.training.batches import batches, epoch_seeds, sample_views
 
     job = image_job("squeezenet1_1", train={"lr": 0.1, "batch_size": 4, "epochs": 2})
     g = torch.Generator().manual_seed(0)
     views, targets = torch.randn(3, 10, 6, generator=g), torch.randint(2, (10,), generator=g)
     head = {"head.weight": torch.zeros(2, 6), "head.bias": torch.zeros(2)}
-    work = HeadWork("c", np.arange(10))
-    local = Local(job, LOSSES["softmax"], round=4)
-    found = train_heads(head, Examples.of(views, targets), [work], local)[0]
+    work = ClientRows("c", np.arange(10))
+    local = HeadTrainingConfig(job, LOSSES["softmax"], round=4)
+    found = train_heads(head, FeatureTable.of(views, targets), [work], local)[0]
     layer = torch.nn.Linear(6, 2).double()
     torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
-    drawn = np.concatenate([view_numbers(3, epoch_seeds(job, 4, ["c"], e, "view"), 10) for e in (0, 1)])
+    drawn = np.concatenate([sample_views(3, epoch_seeds(job, 4, ["c"], e, "view"), 10) for e in (0, 1)])
     for number, rows in enumerate(batches(10, job, 4, "c")):
         epoch = number // 3  # 10 examples are three batches of 4, 4 and 2
         inputs = torch.stack([views[drawn[epoch, row], row] for row in rows]).double()

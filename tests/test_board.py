@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atoll.protocol.tensors import Tensors, tensors_sha256
-from atoll.sim.engines.shared_memory import Board, Layout, can_share
+from atoll.sim.engines.shared_memory import Layout, SharedTensorSlots, can_share
 from atoll.system.fork_server import worker_pool
 
 pytestmark = pytest.mark.skipif(not can_share(), reason="this system has no memory to share")
@@ -22,7 +22,7 @@ MODEL: Tensors = {
 
 def negated(layout: Layout) -> str:
     """In another process: what is in slot 0, by its hash; its negative is put into slot 2."""
-    board = Board.opened(layout)
+    board = SharedTensorSlots.opened(layout)
     found = board.tensors(0)
     board.put(2, {name: -t for name, t in found.items()})
     return tensors_sha256(found)
@@ -30,7 +30,7 @@ def negated(layout: Layout) -> str:
 
 @pytest.mark.processes
 def test_another_process_finds_the_same_bits_and_leaves_its_own() -> None:
-    board = Board.like(MODEL, 3)
+    board = SharedTensorSlots.like(MODEL, 3)
     board.put(0, MODEL)
     with worker_pool(1, int) as pool:
         assert pool.submit(negated, board.layout).result() == tensors_sha256(MODEL)
@@ -41,7 +41,7 @@ def test_another_process_finds_the_same_bits_and_leaves_its_own() -> None:
 
 
 def test_a_board_takes_only_tensors_like_its_own() -> None:
-    board = Board.like(MODEL, 2)
+    board = SharedTensorSlots.like(MODEL, 2)
     assert board.fits(MODEL, 2)
     assert not board.fits(MODEL, 3)
     assert not board.fits({**MODEL, "a": torch.zeros(8)}, 1)
@@ -52,7 +52,7 @@ def test_a_board_takes_only_tensors_like_its_own() -> None:
 
 def test_the_memory_has_no_name_and_outlives_neither_board_nor_views() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
-    board = Board.like(MODEL, 1)
+    board = SharedTensorSlots.like(MODEL, 1)
     board.put(0, MODEL)
     view = board.tensors(0)["a"]
     board.close()

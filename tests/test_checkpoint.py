@@ -11,7 +11,7 @@ import torch
 
 from atoll.errors import ConfigError, JobError
 from atoll.server.run import checkpoint
-from atoll.server.run.checkpoint import Checkpoint, Keeper, latest, save
+from atoll.server.run.checkpoint import Checkpoint, CheckpointManager, latest, save
 from tests.processes import python, watched
 
 
@@ -123,7 +123,7 @@ def test_an_error_of_the_disk_leaves_the_older_checkpoint_and_names_the_path(
 
 
 def test_rounds_of_milliseconds_share_a_checkpoint_and_the_last_one_is_always_saved(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path)
+    keeper = CheckpointManager(tmp_path)
     for round in range(1, 51):
         keeper.keep(at(round))
     keeper.save_last()
@@ -135,7 +135,7 @@ def test_rounds_of_milliseconds_share_a_checkpoint_and_the_last_one_is_always_sa
 def test_an_error_of_the_disk_on_the_way_stops_the_run_and_is_tried_once_more_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = Keeper(tmp_path)
+    keeper = CheckpointManager(tmp_path)
 
     def fail(*arguments: object, **keywords: object) -> None:
         raise OSError(28, os.strerror(28))

@@ -16,13 +16,13 @@ from sklearn.preprocessing import StandardScaler
 
 from atoll.client.site import Site
 from atoll.errors import ConfigError
-from atoll.job.closed_form import STATISTICS, form_of
+from atoll.job.closed_form import STATISTICS, statistics_shapes
 from atoll.job.job import Job
-from atoll.learning.learner import added
+from atoll.learning.learner import sum_states
 from atoll.protocol.messages import Failure, Measurement, Reply, Request
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.closed_form import screen_statistics, statistics_size
-from atoll.sim.engines.inline import InlineCarrier
+from atoll.server.rounds.closed_form import statistics_size, validate_statistics
+from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from atoll.strategies import closed_form
 from tests.task_data import ready
@@ -47,7 +47,7 @@ def examples(count: int = 60, width: int = 12, classes: int = 4) -> tuple[torch.
 
 
 def total(kind: str, features: torch.Tensor, targets: torch.Tensor, parts: Sequence[slice]) -> Tensors:
-    return added(closed_form.STATISTICS[kind](features[p], targets[p], 4) for p in parts)
+    return sum_states(closed_form.STATISTICS[kind](features[p], targets[p], 4) for p in parts)
 
 
 WHOLE = [slice(0, 60)]
@@ -139,24 +139,24 @@ def test_later_rounds_train_from_the_formed_head_and_resume_to_the_same_bits(tmp
 
     class Stopped(Exception): ...
 
-    class Stops(InlineCarrier):
+    class Stops(InlineTransport):
         def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
             if request.kind == "train" and request.round == 2:
                 raise Stopped
             return super().exchange(request, names, timeout)
 
-    from atoll.server.run.run_job import play
-    from atoll.sim.engines.engine import warmed
+    from atoll.server.run.run_job import run_job
+    from atoll.sim.engines.engine import test_set_with_features
 
     population = Population.of(setting)
     with pytest.raises(Stopped):
-        play(setting, Stops.of(population), tmp_path / "r", warmed(population, None))
+        run_job(setting, Stops.of(population), tmp_path / "r", test_set_with_features(population, None))
     again = run(setting, tmp_path / "r", resume=True)
     assert [r["model_sha256"] for r in again["rounds"]] == [r["model_sha256"] for r in whole["rounds"]]
 
 
 def statistics(**changes: torch.Tensor) -> Tensors:
-    form = form_of(formed("prototype"), 10, 4)
+    form = statistics_shapes(formed("prototype"), 10, 4)
     return {name: torch.ones(shape, dtype=torch.float64) for name, shape in form.items()} | changes
 
 
@@ -175,7 +175,7 @@ def statistics(**changes: torch.Tensor) -> Tensors:
 def test_statistics_that_cannot_be_are_set_aside_by_their_clients_name(reply: Reply, why: str) -> None:
     model = {"head.weight": torch.zeros(10, 4), "head.bias": torch.zeros(10)}
     replies = [reply, Measurement("b", 1, 5, statistics()), Measurement("b", 1, 5, statistics())]
-    screened = screen_statistics(replies, ["a", "b", "c"], formed("prototype"), model)
+    screened = validate_statistics(replies, ["a", "b", "c"], formed("prototype"), model)
     assert screened.usable == 1 and set(screened.set_aside) == {"a", "b (again)", "c"}
     import re
 
@@ -218,8 +218,8 @@ def test_where_a_closed_form_makes_no_sense_it_is_refused_by_name(tables: dict[s
 
 
 def test_a_task_without_classes_on_features_refuses_it(tmp_path: Path) -> None:
-    from atoll.server.run.run_job import check_job
+    from atoll.server.run.run_job import validate_job
 
     base = ready(job_of("forecasting", "head"), tmp_path)
     with pytest.raises(ConfigError, match=r"tune\.head_init: forecasting has no head of classes"):
-        check_job(base.model_copy(update={"tune": base.tune.model_copy(update={"head_init": "ridge"})}))
+        validate_job(base.model_copy(update={"tune": base.tune.model_copy(update={"head_init": "ridge"})}))

@@ -19,17 +19,17 @@ import atoll.client.site
 from atoll.client.site import Site
 from atoll.client.state import error_feedback
 from atoll.client.state.error_feedback import ERROR
-from atoll.client.state.store import Memory
+from atoll.client.state.store import ClientStateStore
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol import compression
 from atoll.protocol.messages import Request, Update
 from atoll.server.rounds import decompression
-from atoll.server.rounds.validation import Screened, screen
-from atoll.server.run.run_job import play
-from atoll.sim.engines.engine import simulate, warmed
-from atoll.sim.engines.inline import InlineCarrier
+from atoll.server.rounds.validation import ValidatedUpdates, validate_updates
+from atoll.server.run.run_job import run_job
+from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests import detectors
@@ -47,16 +47,16 @@ def job(scheme: str, privacy: dict[str, Any], **federation: Any) -> Job:
     return w.job(privacy, federation=table)
 
 
-def arrived(updates: Sequence[Update], scheme: str) -> Screened:
+def arrived(updates: Sequence[Update], scheme: str) -> ValidatedUpdates:
     """What the server has of those updates, whose clients remember more than they may ever contribute."""
-    setting, memory = job(scheme, w.clients()), Memory()
+    setting, memory = job(scheme, w.clients()), ClientStateStore()
     numbers = compression.numbers_of(w.MODEL)
     request = Request("train", setting.canonical, setting.hash, 1, {}, w.MODEL, run="r")
     memory.keep("r", 0, {u.client: {ERROR: torch.full((numbers,), 50.0)} for u in updates})
     told = [replace(u, states=STATES, num_examples=1) for u in updates]
     sent = error_feedback.compressed(iter(told), request, setting, memory)
     whole = decompression.decompressed(sent, setting, w.MODEL)
-    return screen(whole, [u.client for u in updates], w.MODEL, 1, blind=True)
+    return validate_updates(whole, [u.client for u in updates], w.MODEL, 1, blind=True)
 
 
 def a_client_that_remembers_moves_the_sum_by_the_clipping_norm(scheme: str) -> None:
@@ -211,7 +211,7 @@ def test_a_feedback_that_knows_more_than_the_noised_update_is_found(
     """As if the error were taken before the noise was added: something of the client's own gets in."""
     original = atoll.client.site.compressed
 
-    def leaking(updates: Any, request: Request, setting: Job, memory: Memory) -> Any:
+    def leaking(updates: Any, request: Request, setting: Job, memory: ClientStateStore) -> Any:
         population = Population.of(setting)
         for update in updates:
             own = float(len(population.dataset(setting, update.client)))
@@ -281,7 +281,7 @@ def test_secure_sums_refuse_compression_by_name(privacy: dict[str, Any]) -> None
         job("int8", privacy)
 
 
-class Rubbish(InlineCarrier):
+class Rubbish(InlineTransport):
     """One client's scales are no numbers, and one's message is too short."""
 
     def exchange(self, request: Request, names: Any, timeout: float) -> Any:
@@ -301,7 +301,7 @@ def test_a_hostile_message_never_reaches_the_model_and_is_named_where_that_tells
     setting = job("int8", PROMISES[unit], quorum=0.2)
     population = Population.of(setting)
     carrier = Rubbish.of(population, books=w.Books(tmp_path / "ledgers"))
-    result = play(setting, carrier, tmp_path / "r", warmed(population, None))
+    result = run_job(setting, carrier, tmp_path / "r", test_set_with_features(population, None))
     aside = result["rounds"][0]["set_aside"]
     assert "values have shape (1929,), expected (1930,)" in aside["client-0001"]
     if unit == "example":

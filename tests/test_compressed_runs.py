@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from atoll.client.state import error_feedback
-from atoll.client.state.store import Memory
+from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.protocol.compression import Compression, compress, decompress, flat
@@ -20,9 +20,9 @@ from atoll.protocol.messages import Request, Update, encode_reply
 from atoll.protocol.stacked_updates import stacked
 from atoll.report.text import what_it_cost
 from atoll.server.run.directory import job_toml
-from atoll.server.run.run_job import play
-from atoll.sim.engines.engine import simulate, warmed
-from atoll.sim.engines.inline import InlineCarrier
+from atoll.server.run.run_job import run_job
+from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.small import few_pictures
 from tests.test_simulation import job, kill_after, run
@@ -96,7 +96,7 @@ def test_every_way_to_compress_gives_other_bits_and_none_gives_the_old_ones(tmp_
     assert not (tmp_path / "plain" / "memory").exists()
 
 
-class Watched(InlineCarrier):
+class Watched(InlineTransport):
     """Notes what clients send in every round."""
 
     def exchange(self, request: Request, names: Any, timeout: float) -> Any:
@@ -115,11 +115,11 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_learnt(tmp_path: P
     """Sums of exact updates = sums of what arrived + memory: nothing is lost for good."""
     setting = compressed(scheme, train={"lr": 0.001}, federation={"cohort": 6, "rounds": 3})
     population = Population.of(setting)
-    carrier = Watched.of(population, memory=Memory())
+    carrier = Watched.of(population, memory=ClientStateStore())
     carrier.sent, carrier.models = {}, {}
-    play(setting, carrier, tmp_path / "r", warmed(population, None))
+    run_job(setting, carrier, tmp_path / "r", test_set_with_features(population, None))
     # the same training without compression, from the very models of the run
-    exact = InlineCarrier.of(population, memory=Memory())
+    exact = InlineTransport.of(population, memory=ClientStateStore())
     plain = job(train={"lr": 0.001}, federation={"cohort": 6, "rounds": 3})
     model = carrier.models[1]
     how = Compression.of(setting, model)
@@ -148,9 +148,9 @@ def test_bytes_up_are_those_of_the_messages_and_the_report_says_how_much_smaller
     for scheme, least in (("fp16", 2.0), ("int8", 3.9), ("int4", 7.7), ("top-k", 49.0)):
         setting = compressed(scheme, federation={"rounds": 1})
         population = Population.of(setting)
-        carrier = Watched.of(population, memory=Memory())
+        carrier = Watched.of(population, memory=ClientStateStore())
         carrier.sent, carrier.models = {}, {}
-        result = play(setting, carrier, tmp_path / scheme, warmed(population, None))
+        result = run_job(setting, carrier, tmp_path / scheme, test_set_with_features(population, None))
         bodies = [encode_reply(replace(u, states={}))[1] for u in carrier.sent[1]]
         values = sum(len(body) - 8 - int.from_bytes(body[:8], "little") for body in bodies)
         assert result["bytes_up"] == values
@@ -162,7 +162,7 @@ def test_bytes_up_are_those_of_the_messages_and_the_report_says_how_much_smaller
         assert f"uploads were {smaller:.1f} times smaller" in page
 
 
-class Breaks(InlineCarrier):
+class Breaks(InlineTransport):
     """Stops the run in a round, once its clients have trained and remember it."""
 
     at = 3
@@ -176,10 +176,10 @@ class Breaks(InlineCarrier):
 
 def interrupted(setting: Job, out: Path, at: int = 3) -> None:
     population = Population.of(setting)
-    carrier = Breaks.of(population, memory=Memory(out / "memory", of_one_run=True))
+    carrier = Breaks.of(population, memory=ClientStateStore(out / "memory", of_one_run=True))
     carrier.at = at
     with pytest.raises(KeyboardInterrupt):
-        play(setting, carrier, out, warmed(population, None))
+        run_job(setting, carrier, out, test_set_with_features(population, None))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "top-k"])
@@ -235,7 +235,7 @@ def test_a_round_that_is_tried_again_finds_the_memory_it_found_first(tmp_path: P
     setting = compressed("int4", federation={"quorum": 1.0})
     whole = run(setting, tmp_path / "whole")
 
-    class Loses(InlineCarrier):
+    class Loses(InlineTransport):
         """In rounds 2 and 3 the first answer of one client is lost."""
 
         tried: dict[int, int] = {}  # noqa: RUF012 - made anew below
@@ -247,9 +247,9 @@ def test_a_round_that_is_tried_again_finds_the_memory_it_found_first(tmp_path: P
             return replies[1:] if lost else replies
 
     population = Population.of(setting)
-    carrier = Loses.of(population, memory=Memory())
+    carrier = Loses.of(population, memory=ClientStateStore())
     carrier.tried = {}
-    again = play(setting, carrier, tmp_path / "r", warmed(population, None))
+    again = run_job(setting, carrier, tmp_path / "r", test_set_with_features(population, None))
     assert carrier.tried[2] == carrier.tried[3] == 2
     assert hashes(again) == hashes(whole)
 
@@ -271,7 +271,7 @@ def test_an_update_that_is_not_finite_is_set_aside_and_does_not_spoil_memory(sch
     model = {"w": torch.zeros(20, 20)}
     how = Compression.of(setting, model)
     assert how is not None
-    memory = Memory()
+    memory = ClientStateStore()
 
     def sent(round: int, value: float) -> dict[str, torch.Tensor]:
         request = Request("train", setting.canonical, setting.hash, round, {}, model, run="r")
@@ -292,16 +292,16 @@ def test_the_first_rounds_message_is_the_plain_compression_of_the_update() -> No
     model = {"w": torch.zeros(20, 20)}
     request = Request("train", setting.canonical, setting.hash, 1, {}, model, run="r")
     delta = {"w": torch.randn(20, 20, generator=torch.Generator().manual_seed(5))}
-    [update] = error_feedback.compressed([Update("a", 1, delta, 1)], request, setting, Memory())
+    [update] = error_feedback.compressed([Update("a", 1, delta, 1)], request, setting, ClientStateStore())
     expected = compress(delta["w"].reshape(1, -1), Compression("int8", 400))
     assert all(torch.equal(update.delta[name], expected[name][0]) for name in expected)
 
 
 def test_worker_processes_without_a_place_for_memory_are_refused() -> None:
-    from atoll.sim.engines.process_pool import PooledCarrier
+    from atoll.sim.engines.process_pool import PooledTransport
 
     with pytest.raises(ValueError, match="expected the run's directory"):
-        PooledCarrier(Population.of(compressed("int8")), 2)
+        PooledTransport(Population.of(compressed("int8")), 2)
 
 
 def test_results_and_reports_of_a_simulation_carry_the_scheme(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from atoll.protocol.compression import (
 from atoll.protocol.messages import Reply, Update, decode_reply, encode_reply
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.decompression import decompressed
-from atoll.server.rounds.validation import screen
+from atoll.server.rounds.validation import validate_updates
 
 SCHEMES: tuple[Scheme, ...] = ("fp16", "int8", "int4", "top-k")
 VALUES = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=400)
@@ -232,7 +232,7 @@ def seen(replies: list[Update], scheme: Scheme, *, blind: bool = False) -> Any:
     """What screening finds of replies that travelled over the wire."""
     arrived: list[Reply] = [decode_reply(*encode_reply(reply)) for reply in replies]
     whole = decompressed(arrived, job_of(scheme, privacy=BLIND if blind else None), MODEL)
-    return screen(whole, ["a", "b"], MODEL, 4, blind=blind)
+    return validate_updates(whole, ["a", "b"], MODEL, 4, blind=blind)
 
 
 def indices(*values: int) -> torch.Tensor:

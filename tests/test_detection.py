@@ -17,7 +17,7 @@ from atoll.data.shard import Shard
 from atoll.datasets.synthetic.png import rgb_png
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import DataSection, Job
-from atoll.learning.learner import Learner, added
+from atoll.learning.learner import Learner, sum_states
 from atoll.tasks import task_named
 from atoll.tasks.detection.task import DETECTION
 
@@ -222,7 +222,7 @@ def test_what_is_measured_over_clients_is_that_of_all_data_and_a_rerun_the_same_
     learner, shard = prepared(job(name=name))
     tensors = learner.initial()
     parts = [shard.select([0, 3, 4]), shard.select([1, 2, 5])]
-    over_clients = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    over_clients = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     together = learner.compute(learner.evaluate(tensors, shard))
     assert {m: over_clients[m] for m in ("map", "map50")} == {m: together[m] for m in ("map", "map50")}
     assert over_clients["loss"] == pytest.approx(together["loss"], rel=1e-5)

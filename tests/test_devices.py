@@ -8,8 +8,8 @@ import pytest
 
 from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.job import Job
-from atoll.server.job_checks import check_real
-from atoll.server.rounds.participation import Call
+from atoll.server.job_checks import validate_for_deployment
+from atoll.server.rounds.participation import CohortRequest
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.devices import Profile, VirtualClock, turnout
 from atoll.sim.population.population import client_names
@@ -40,8 +40,8 @@ def clock(path: Path, sizes: list[int], **federation: Any) -> VirtualClock:
     return VirtualClock(setting, Profile.read(path, client_names(len(sizes))), np.array(sizes))
 
 
-def call(cohort: list[str], goal: int, round: int = 1, attempt: int = 1) -> Call:
-    return Call(round, attempt, cohort, goal, bytes_down=1_000_000, bytes_up=1_000_000)
+def call(cohort: list[str], goal: int, round: int = 1, attempt: int = 1) -> CohortRequest:
+    return CohortRequest(round, attempt, cohort, goal, bytes_down=1_000_000, bytes_up=1_000_000)
 
 
 def test_a_round_lasts_as_long_as_its_slowest_client_by_the_written_model(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_deadline_and_over_sampling_need_devices() -> None:
 
 def test_a_real_federation_refuses_simulated_devices(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"federation.devices: simulates devices"):
-        check_real(job(tmp_path / "p.csv"))
+        validate_for_deployment(job(tmp_path / "p.csv"))
 
 
 KINDS = "share,examples_per_second,upload_mbps,availability\n1,20,1,0.8\n1,200,10,0.9\n"

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from atoll.client.site import Site
-from atoll.client.training.local_adaptation import adapted
+from atoll.client.training.local_adaptation import adapt_locally
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Request, Update
 from atoll.protocol.stacked_updates import stacked
-from atoll.sim.engines.simulated_site import Index
+from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population
 from atoll.strategies.reptile import Reptile
 from atoll.tasks import task_named
@@ -43,11 +43,11 @@ def test_reptile_goes_part_of_the_way_to_the_even_mean_whatever_clients_hold() -
 @pytest.mark.parametrize("steps", [1, 3, 7])
 def test_an_adapted_head_is_the_one_of_torchs_loop_stopped_after_as_many_steps(steps: int) -> None:
     learner, population = learner_of(job())
-    index = Index(population, learner)
+    index = PopulationIndex(population, learner)
     [(train, _)] = index.splits([1])
     shard, head = index.whole.select(train.tolist()), learner.initial()
     request = Request("evaluate", learner.job.canonical, learner.job.hash, 4, learner.facts, head)
-    found = adapted(learner, request, "client-0001", shard, steps)
+    found = adapt_locally(learner, request, "client-0001", shard, steps)
     from atoll.client.training.batches import batches
 
     longer = learner.job.model_copy(update={"train": learner.job.train.model_copy(update={"epochs": 9})})
@@ -70,12 +70,12 @@ def test_an_adapted_network_took_as_many_steps_by_autograd() -> None:
     learner = Learner.of(setting, task_named(setting.task.name), facts)
     shard, first = grey_png_shard(8, classes=2), learner.initial()
     request = Request("evaluate", setting.canonical, setting.hash, 1, facts, first)
-    two = adapted(learner, request, "c", shard, 2)
+    two = adapt_locally(learner, request, "c", shard, 2)
     from atoll.client.training.local_sgd import train_model
 
     epoch = train_model(learner, first, shard, setting, client="c", round=2, plan={})  # of 8 / 4 steps
     assert all(torch.equal(two[n], first[n] + d) for n, d in epoch.delta.items())
-    one = adapted(learner, request, "c", shard, 1)
+    one = adapt_locally(learner, request, "c", shard, 1)
     assert not all(torch.equal(one[n], two[n]) for n in one)
 
 
@@ -103,7 +103,7 @@ def test_adapted_metrics_stand_beside_the_plain_ones_the_same_everywhere(
 def test_a_client_trains_on_so_many_examples_a_class_the_same_ones_wherever_it_is(shots: int) -> None:
     learner, population = learner_of(job(data={"shots": shots}))
     whole, _ = learner_of(job())
-    index, site = Index(population, learner), Site(population)
+    index, site = PopulationIndex(population, learner), Site(population)
     for number, (train, kept) in enumerate(index.splits(range(6))):
         dataset = population.dataset(learner.job, f"client-{number:04d}")
         shard = learner.task.shard(dataset, learner.facts)
@@ -140,14 +140,14 @@ def test_where_nobody_could_adapt_it_is_refused_by_name(tables: dict[str, Any], 
 
 
 def test_shots_are_refused_where_examples_are_promised_privacy_or_have_no_class(tmp_path: Path) -> None:
-    from atoll.server.run.run_job import check_job
+    from atoll.server.run.run_job import validate_job
 
     promise = {"unit": "example", "epsilon": 1.0, "delta": 1e-4, "sampling_rate": 0.1}
     with pytest.raises(ConfigError, match=r"data\.shots: .* expected none with privacy\.unit = 'example'"):
-        check_job(job(data={"shots": 1}, privacy=promise))
+        validate_job(job(data={"shots": 1}, privacy=promise))
     base = ready(job_of("forecasting", "head"), tmp_path)
     with pytest.raises(ConfigError, match=r"data\.shots: forecasting has no examples of one class"):
-        check_job(base.model_copy(update={"data": base.data.model_copy(update={"shots": 1})}))
+        validate_job(base.model_copy(update={"data": base.data.model_copy(update={"shots": 1})}))
 
 
 def test_a_clients_promise_refuses_reptile_whose_mean_it_does_not_know() -> None:

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from atoll.client.dp.dp_sgd import PerExample
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.dp.dp_sgd import DpSgd
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES
-from atoll.client.heads.train import Local
+from atoll.client.heads.train import HeadTrainingConfig
 from atoll.client.heads.train import train_heads as train_stacked
 from atoll.client.training.batches import batches
 from atoll.client.training.optimizers import torch_optimizer
 from atoll.job.job import Job
-from atoll.privacy.noise import Words, seeded, standard_normal, uniform
+from atoll.privacy.noise import RandomBits, seeded, standard_normal, uniform
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
@@ -51,11 +51,13 @@ def train_heads(
     start: Tensors, works: Sequence[Own], job: Job, round: int, plan: Mapping[str, float], **more: Any
 ) -> Sequence[Update]:
     """All clients' examples in one table, as a simulation has them."""
-    table = Examples.of(torch.cat([w.features for w in works]), torch.cat([w.targets for w in works]))
+    table = FeatureTable.of(torch.cat([w.features for w in works]), torch.cat([w.targets for w in works]))
     ends = np.cumsum([len(w.targets) for w in works])
-    rows = [HeadWork(w.client, np.arange(e - len(w.targets), e)) for w, e in zip(works, ends, strict=True)]
+    rows = [ClientRows(w.client, np.arange(e - len(w.targets), e)) for w, e in zip(works, ends, strict=True)]
     loss = LOSSES[more.pop("loss", "softmax")]
-    return train_stacked(start, table, rows, Local(job, loss, round, plan.get("proximal_mu", 0.0), **more))
+    return train_stacked(
+        start, table, rows, HeadTrainingConfig(job, loss, round, plan.get("proximal_mu", 0.0), **more)
+    )
 
 
 def work(client: str, count: int, width: int, classes: int, seed: int, loss: str = "softmax") -> Own:
@@ -155,7 +157,7 @@ def test_a_cohort_learns_what_autograd_learns_client_by_client(
             torch.testing.assert_close(update.delta[name].double(), delta, rtol=2e-4, atol=2e-6)
 
 
-def own_words(client: str) -> Words:
+def own_words(client: str) -> RandomBits:
     return seeded(stream_seed(5, "noise", client))
 
 
@@ -170,7 +172,7 @@ def test_every_example_is_clipped_as_if_its_gradient_were_taken_alone(hidden: in
     start, item = head(13, 4, hidden), work("c", 9, 13, 4, 0, loss)
     setting = job(lr=0.5, batch_size=9)
     found = train_heads(
-        start, [item], setting, 1, {}, loss=loss, per_example=PerExample(0.3, 0.0, 20.0, own_words)
+        start, [item], setting, 1, {}, loss=loss, per_example=DpSgd(0.3, 0.0, 20.0, own_words)
     )[0]
     total: Tensors = {n: torch.zeros_like(t, dtype=torch.float64) for n, t in start.items()}
     norms = []
@@ -193,7 +195,7 @@ def test_every_example_is_clipped_as_if_its_gradient_were_taken_alone(hidden: in
 def test_opacus_clips_the_same_way() -> None:
     start, item = head(13, 4, 5), work("c", 9, 13, 4, 0)
     found = train_heads(
-        start, [item], job(lr=0.5, batch_size=9), 1, {}, per_example=PerExample(0.3, 0.0, 9.0, own_words)
+        start, [item], job(lr=0.5, batch_size=9), 1, {}, per_example=DpSgd(0.3, 0.0, 9.0, own_words)
     )[0]
     model = opacus.GradSampleModule(module(start).float())
     optimizer = opacus.optimizers.DPOptimizer(
@@ -209,8 +211,8 @@ def test_opacus_clips_the_same_way() -> None:
 def test_noise_has_its_scale_in_every_number_and_comes_from_the_client() -> None:
     start, setting = head(40, 10), job(lr=1.0, batch_size=4)
     works = [work(f"c{i}", 4, 40, 10, i) for i in range(200)]
-    quiet = train_heads(start, works, setting, 1, {}, per_example=PerExample(0.3, 0.0, 8.0, own_words))
-    loud = train_heads(start, works, setting, 1, {}, per_example=PerExample(0.3, 2.0, 8.0, own_words))
+    quiet = train_heads(start, works, setting, 1, {}, per_example=DpSgd(0.3, 0.0, 8.0, own_words))
+    loud = train_heads(start, works, setting, 1, {}, per_example=DpSgd(0.3, 2.0, 8.0, own_words))
     noise = torch.stack([
         torch.cat([(a.delta[n] - b.delta[n]).flatten() for n in start])
         for a, b in zip(loud, quiet, strict=True)
@@ -267,7 +269,7 @@ def test_a_clients_bits_do_not_depend_on_its_cohort(
     start = head(width, classes, hidden)
     works = [work(f"c{i}", count, width, classes, i, loss) for i, count in enumerate(counts)]
     draw = own_batches if private == "drawn" else None
-    clipped = None if private == "no" else PerExample(0.7, 1.1, float(batch_size), own_words, draw)
+    clipped = None if private == "no" else DpSgd(0.7, 1.1, float(batch_size), own_words, draw)
     more: dict[str, Any] = {"plan": {"proximal_mu": mu}, "loss": loss, "per_example": clipped}
     together = train_heads(start, works, setting, 1, **more)
     backwards = train_heads(start, works[::-1], setting, 1, **more)[::-1]

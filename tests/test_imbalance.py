@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from atoll.client.heads.class_imbalance import balanced
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES
-from atoll.client.heads.train import Local, train_heads
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance, counts_of
@@ -84,9 +84,9 @@ def test_a_clients_bits_do_not_depend_on_its_company(kind: str) -> None:
     )
     head = {"head.weight": torch.randn(7, 20, generator=generator), "head.bias": torch.zeros(7)}
     ends = np.cumsum([0, 3, 40, 17, 1, 100, 64, 75])
-    works = [HeadWork(f"c{i}", np.arange(a, b)) for i, (a, b) in enumerate(pairwise(ends))]
-    local = Local(job_of(kind), LOSSES["softmax"], round=1)
-    examples = Examples.of(features, targets)
+    works = [ClientRows(f"c{i}", np.arange(a, b)) for i, (a, b) in enumerate(pairwise(ends))]
+    local = HeadTrainingConfig(job_of(kind), LOSSES["softmax"], round=1)
+    examples = FeatureTable.of(features, targets)
     together = {update.client: update.delta for update in train_heads(head, examples, works, local)}
     for work in works:
         (alone,) = train_heads(head, examples, [work], local)
@@ -121,9 +121,9 @@ def test_the_step_of_autograd_is_that_of_the_closed_form(kind: str) -> None:
     job = job_of(kind, train={"lr": 1.0, "batch_size": 6})
     (update,) = train_heads(
         head,
-        Examples.of(features, shard_targets),
-        [HeadWork("a", np.arange(6))],
-        Local(job, LOSSES["softmax"], 1),
+        FeatureTable.of(features, shard_targets),
+        [ClientRows("a", np.arange(6))],
+        HeadTrainingConfig(job, LOSSES["softmax"], 1),
     )
     assert torch.allclose(update.delta["head.weight"], -weight, atol=1e-6)
     assert torch.allclose(update.delta["head.bias"], -bias, atol=1e-6)

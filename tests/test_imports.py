@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 
 from atoll.job.job import Job
-from atoll.server.run.run_job import unwatched
+from atoll.server.run.run_job import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.test_backbones import tiny_bert
 from tests.test_cli import DIGITS, VERBS, some_texts, text_table
@@ -206,7 +206,7 @@ def test_rounds_on_kept_features_wait_for_torch_alone(tmp_path: Path, table: Any
     path = tmp_path / "job.toml"
     rounds = {"federation": {"clients": 2, "rounds": 2}, "evaluate": {"every": 10}}
     path.write_text(tomli_w.dumps(table(tmp_path) | rounds))
-    simulate(Job.load(path), tmp_path / "features are computed", watch=unwatched, report=False)
+    simulate(Job.load(path), tmp_path / "features are computed", watch=ignore_events, report=False)
     steps = in_an_interpreter_of_its_own(ROUNDS, HEAVY, path, tmp_path / "features are kept")
     names = [name for name, _ in steps]
     assert names.index("train 1") < names.index("round 1 is over") < names.index("round 2 is over")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.dp_sgd_model import train_privately
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
@@ -19,7 +19,7 @@ from atoll.datasets.synthetic.commands import generated_commands
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import DataSection, Job
 from atoll.learning import trainable
-from atoll.learning.learner import Learner, added
+from atoll.learning.learner import Learner, sum_states
 from atoll.privacy.noise import seeded
 from atoll.protocol.random_streams import stream_seed
 from atoll.tasks.intent.task import INTENT, NOTHING
@@ -131,7 +131,7 @@ def test_metrics_of_clients_add_up_to_those_of_all_data() -> None:
     update = train_model(learner, start, whole, learner.job, client="a", round=1, plan={})
     tensors = {name: t + update.delta[name] for name, t in start.items()}
     parts = [whole.select(range(9)), whole.select(range(9, len(whole)))]
-    together = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    together = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     assert together == pytest.approx(learner.compute(learner.evaluate(tensors, whole)), rel=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_every_way_of_tuning_takes_a_step(tmp_path: Path, network: str, tune: di
 def test_private_training_clips_each_sentences_own_gradient(tune: dict[str, Any]) -> None:
     learner, shard = learner_and_shard(ROWS, tune, train={"lr": 0.5, "batch_size": 4})
     rows = np.array([0, 2, 3])
-    how = PerExample(0.5, 1e-9, 4.0, lambda c: seeded(stream_seed(1, "noise", c)), lambda c, n: [rows])
+    how = DpSgd(0.5, 1e-9, 4.0, lambda c: seeded(stream_seed(1, "noise", c)), lambda c, n: [rows])
     start = learner.initial()
     update = train_privately(learner, start, shard, how, client="c", round=1, plan={})
     model, total = learner.model, {name: torch.zeros_like(t).double() for name, t in start.items()}

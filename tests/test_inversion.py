@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from atoll.client.heads.feature_table import Examples
+from atoll.client.heads.feature_table import FeatureTable
 from atoll.job.job import Job
 from atoll.sim.audit.gradient_inversion import Probe, probed
 from atoll.sim.population.population import Population
@@ -28,7 +28,7 @@ def probe_of(privacy: dict[str, Any], count: int, *, shared: float = 0.0) -> Pro
     features = (1 - shared) ** 0.5 * own + shared**0.5 * same
     targets = torch.arange(count) % CLASSES
     head = {"head.weight": torch.zeros(CLASSES, WIDTH), "head.bias": torch.zeros(CLASSES)}
-    return Probe(job(privacy), head, Examples.of(features, targets), features, targets)
+    return Probe(job(privacy), head, FeatureTable.of(features, targets), features, targets)
 
 
 def alone(count: int) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from atoll.data.dataset import Dataset
-from atoll.data.lazy import Cells, Picked, picked, several
+from atoll.data.lazy import LazyColumn, LazyRows, take, take_many
 
 
 class Counted:
@@ -28,31 +28,31 @@ def counted() -> Counted:
     return Counted(Dataset(pa.table({"text": ["a", "b", "c", "d"], "label": [0, 1, 2, 3]})))
 
 
-def cells(counted: Counted, order: tuple[int, ...]) -> Picked:
-    return Picked(Cells(counted, "text", str.upper), order)  # type: ignore[arg-type]
+def cells(counted: Counted, order: tuple[int, ...]) -> LazyRows:
+    return LazyRows(LazyColumn(counted, "text", str.upper), order)  # type: ignore[arg-type]
 
 
 def test_cells_of_a_dataset_are_asked_for_once(counted: Counted) -> None:
-    assert several(cells(counted, (3, 1, 0, 2)), [0, 2, 1, 0]) == ["D", "A", "B", "D"]
+    assert take_many(cells(counted, (3, 1, 0, 2)), [0, 2, 1, 0]) == ["D", "A", "B", "D"]
     assert counted.asked == 1
 
 
 def test_rows_of_rows_are_still_asked_for_once(counted: Counted) -> None:
-    part = picked(picked(cells(counted, (3, 1, 0, 2)), [1, 2, 3]), [2, 0])
+    part = take(take(cells(counted, (3, 1, 0, 2)), [1, 2, 3]), [2, 0])
     assert list(part) == ["C", "B"] and counted.asked == 2
-    assert several(part, [1, 0]) == ["B", "C"] and counted.asked == 3
+    assert take_many(part, [1, 0]) == ["B", "C"] and counted.asked == 3
 
 
 def test_nothing_is_asked_for_where_there_is_no_place(counted: Counted) -> None:
-    assert several(cells(counted, (3, 1, 0, 2)), []) == [] and counted.asked == 0
+    assert take_many(cells(counted, (3, 1, 0, 2)), []) == [] and counted.asked == 0
 
 
 def test_any_other_sequence_is_looked_up_place_by_place() -> None:
-    assert several("abcd", [3, 0]) == ["d", "a"]
-    assert list(picked("abcd", [3, 0])) == ["d", "a"]
-    assert several(picked(picked("abcd", [3, 0, 1]), [2, 1]), [1, 0]) == ["a", "b"]
+    assert take_many("abcd", [3, 0]) == ["d", "a"]
+    assert list(take("abcd", [3, 0])) == ["d", "a"]
+    assert take_many(take(take("abcd", [3, 0, 1]), [2, 1]), [1, 0]) == ["a", "b"]
 
 
 def test_a_place_that_is_not_there_is_an_error(counted: Counted) -> None:
     with pytest.raises(IndexError):
-        several(cells(counted, (3, 1)), [2])
+        take_many(cells(counted, (3, 1)), [2])

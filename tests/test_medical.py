@@ -14,7 +14,7 @@ from atoll.data.images import decode_image
 from atoll.datasets.synthetic.png import grey_png
 from atoll.errors import DataError
 from atoll.job.job import DataSection, Job
-from atoll.learning.learner import Learner, added
+from atoll.learning.learner import Learner, sum_states
 from atoll.tasks import task_named
 from atoll.tasks.medical.dicom import as_picture
 from atoll.tasks.medical.task import MEDICAL_IMAGING
@@ -151,7 +151,7 @@ def test_the_metric_over_clients_is_that_of_all_data(tmp_path: Path) -> None:
     shard = learner.task.shard(table.train, FACTS)
     tensors = learner.initial()
     parts = [shard.select(range(0, 10)), shard.select(range(10, 13)), shard.select(range(13, len(shard)))]
-    over_clients = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    over_clients = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     together = learner.compute(learner.evaluate(tensors, shard))
     assert set(together) == {"auroc", "sensitivity", "calibration_error", "accuracy", "loss"}
     assert over_clients == pytest.approx(together, rel=1e-6)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from atoll.client.state import store
-from atoll.client.state.store import KEPT, KEPT_DAYS, Memory
+from atoll.client.state.store import KEPT, KEPT_DAYS, ClientStateStore
 from atoll.errors import DataError, JobError
 from atoll.protocol.tensors import Tensors
 from tests.processes import python, watched
@@ -22,8 +22,12 @@ def state(value: float) -> Tensors:
     return {"error": torch.full((50,), value), "head/w": torch.full((2, 3), value, dtype=torch.float64)}
 
 
-def memories(folder: Path) -> list[Memory]:
-    return [Memory(), Memory(folder / "site"), Memory(folder / "simulation", of_one_run=True)]
+def memories(folder: Path) -> list[ClientStateStore]:
+    return [
+        ClientStateStore(),
+        ClientStateStore(folder / "site"),
+        ClientStateStore(folder / "simulation", of_one_run=True),
+    ]
 
 
 def value_of(found: Tensors) -> float | None:
@@ -73,7 +77,7 @@ def test_runs_and_clients_are_kept_apart_but_in_a_runs_own_directory(tmp_path: P
 
 
 def test_what_the_server_calls_a_run_never_leads_out_of_the_folder(tmp_path: Path) -> None:
-    kept = Memory(tmp_path / "site")
+    kept = ClientStateStore(tmp_path / "site")
     for run in ("../../out", "/etc/passwd", "", "a\0b", "x" * 5000):
         kept.keep(run, 1, {"a": state(1)})
         assert value_of(kept.before(run, "a", 2)) == 1
@@ -81,7 +85,7 @@ def test_what_the_server_calls_a_run_never_leads_out_of_the_folder(tmp_path: Pat
 
 
 def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
-    kept = Memory(tmp_path / "deep" / "memory")
+    kept = ClientStateStore(tmp_path / "deep" / "memory")
     kept.keep("run", 1, {"a": state(1)})
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "deep" / "memory").rglob("*")}
     assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items())
@@ -90,7 +94,7 @@ def test_only_its_owner_can_read_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [12, 60, 200, -1, "truncate", "empty"])
 def test_a_damaged_state_is_named_and_never_taken_for_none(tmp_path: Path, damage: int | str) -> None:
-    kept = Memory(tmp_path)
+    kept = ClientStateStore(tmp_path)
     kept.keep("run", 1, {"a": state(1)})
     [path] = tmp_path.rglob("*.safetensors")
     content = bytearray(path.read_bytes())
@@ -109,7 +113,7 @@ def test_a_damaged_state_is_named_and_never_taken_for_none(tmp_path: Path, damag
 def test_a_full_disk_is_named_and_leaves_the_state_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Memory(tmp_path)
+    kept = ClientStateStore(tmp_path)
     kept.keep("run", 1, {"a": state(1)})
 
     def full(handle: int) -> None:
@@ -127,7 +131,7 @@ def test_runs_long_past_are_let_go_of_when_a_new_one_starts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, store.__name__)
-    kept = Memory(tmp_path)
+    kept = ClientStateStore(tmp_path)
     kept.keep("old", 1, {"a": state(1)})
     kept.keep("young", 1, {"a": state(2)})
     long_ago = time.time() - (KEPT_DAYS + 1) * 86400
@@ -154,7 +158,7 @@ def test_a_kill_at_any_time_leaves_whole_states_of_the_rounds_that_may_be_gone_o
     tmp_path: Path,
 ) -> None:
     folder, reached = tmp_path / "c", set()
-    Memory(folder).keep("run", 1, {"a": state(1), "b": state(-1)})
+    ClientStateStore(folder).keep("run", 1, {"a": state(1), "b": state(-1)})
     writer = python(WRITER, folder)
     assert writer.stdout is not None
     writer.stdout.readline()
@@ -166,7 +170,7 @@ def test_a_kill_at_any_time_leaves_whole_states_of_the_rounds_that_may_be_gone_o
         copy = tmp_path / f"copy{moment}"
         shutil.copytree(folder, copy)
         os.kill(writer.pid, signal.SIGCONT)
-        kept = Memory(copy)
+        kept = ClientStateStore(copy)
         newest = max(kept._rounds("run", "a"))
         assert value_of(kept.before("run", "a", newest + 1)) == newest
         assert value_of(kept.before("run", "b", newest)) == -(newest - 1) or newest == 1

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.sim.engines.engine import simulate, warmed
+from atoll.sim.engines.engine import simulate, test_set_with_features
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
@@ -40,7 +40,7 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
     population = Population.of(job)
     task = task_named(job.task.name)
     learner = Learner.of(job, task, task.describe(population.train, job.data, {}))
-    test = warmed(population, None)(learner)
+    test = test_set_with_features(population, None)(learner)
     assert test is not None
     train = task.shard(population.train, learner.facts)
     oracle = LogisticRegression(max_iter=3000).fit(learner.features(train).numpy(), train.targets.numpy())
@@ -51,9 +51,9 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
 
 def test_one_client_with_every_example_in_one_batch_is_gradient_descent() -> None:
     """One client, one full batch a round, FedAvg: the model moves by minus lr times the gradient."""
-    from atoll.client.heads.feature_table import Examples, HeadWork
+    from atoll.client.heads.feature_table import ClientRows, FeatureTable
     from atoll.client.heads.layers import LOSSES
-    from atoll.client.heads.train import Local, train_heads
+    from atoll.client.heads.train import HeadTrainingConfig, train_heads
     from atoll.strategies.fedavg import FedAvg
 
     job = image_job("squeezenet1_1", train={"lr": 0.5, "batch_size": 64})
@@ -64,9 +64,9 @@ def test_one_client_with_every_example_in_one_batch_is_gradient_descent() -> Non
     layer.load_state_dict({"weight": torch.zeros(3, 6), "bias": torch.zeros(3)})
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
     for round in range(1, 21):
-        work = [HeadWork("c", np.arange(40))]
+        work = [ClientRows("c", np.arange(40))]
         updates = train_heads(
-            model, Examples.of(features, targets), work, Local(job, LOSSES["softmax"], round)
+            model, FeatureTable.of(features, targets), work, HeadTrainingConfig(job, LOSSES["softmax"], round)
         )
         model, _ = FedAvg().merge(model, updates, {})
         optimizer.zero_grad()
@@ -79,14 +79,14 @@ def test_one_client_with_every_example_in_one_batch_is_gradient_descent() -> Non
 def test_merged_metrics_are_those_of_all_examples_together() -> None:
     from sklearn.metrics import accuracy_score, f1_score
 
-    from atoll.learning.learner import added
+    from atoll.learning.learner import sum_states
 
     job = image_job("squeezenet1_1")
     task = task_named(job.task.name)
     learner = Learner.of(job, task, {"classes": ["a", "b", "c"]})
     tensors = learner.initial()
     parts = [grey_png_shard(n, classes=3, seed=n) for n in (3, 10, 25)]
-    merged = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    merged = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     truth = torch.cat([part.targets for part in parts])
     said = torch.cat([learner.outputs(tensors, part) for part in parts])
     assert merged["accuracy"] == pytest.approx(accuracy_score(truth, said.argmax(1)), abs=1e-6)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from atoll.client.heads.class_imbalance import smoothed
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES
-from atoll.client.heads.train import Local, train_heads
-from atoll.client.training.batches import batches, drawn_by
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.training.batches import batches, weighted_sample
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance
@@ -55,9 +55,11 @@ def test_a_clients_bits_do_not_depend_on_its_company(train: dict[str, Any]) -> N
     targets = torch.randint(0, 7, (300,), generator=generator)
     head = {"head.weight": torch.randn(7, 20, generator=generator), "head.bias": torch.zeros(7)}
     ends = np.cumsum([0, 3, 40, 17, 1, 100, 64, 75])
-    works = [HeadWork(f"c{i}", np.arange(a, b)) for i, (a, b) in enumerate(pairwise(ends))]
-    local = Local(job_of(None, train={"lr": 0.5, "batch_size": 16} | train), LOSSES["softmax"], round=1)
-    examples = Examples.of(features, targets)
+    works = [ClientRows(f"c{i}", np.arange(a, b)) for i, (a, b) in enumerate(pairwise(ends))]
+    local = HeadTrainingConfig(
+        job_of(None, train={"lr": 0.5, "batch_size": 16} | train), LOSSES["softmax"], round=1
+    )
+    examples = FeatureTable.of(features, targets)
     together = {update.client: update.delta for update in train_heads(head, examples, works, local)}
     for work in works:
         (alone,) = train_heads(head, examples, [work], local)
@@ -84,7 +86,7 @@ def test_sampling_draws_every_class_as_often_and_the_share_of_a_draw_is_its_chan
     assert chances is not None
     # A third for each class: 1/3 of 90, of 9, of 1.
     assert chances[[0, 90, 99]].tolist() == pytest.approx([1 / 270, 1 / 27, 1 / 3])
-    drawn = np.concatenate([drawn_by(chances, np.array([s], dtype=np.uint64)) for s in range(300)])
+    drawn = np.concatenate([weighted_sample(chances, np.array([s], dtype=np.uint64)) for s in range(300)])
     shares = np.bincount(targets.numpy()[drawn]) / len(drawn)
     # 30,000 draws: three deviations are 0.008.
     assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=0.01)

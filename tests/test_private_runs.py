@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from atoll.client.dp.ledgers import Books
+from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
 from atoll.privacy.accounting import Release, epsilon
-from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.protocol.messages import Failure, Request, Update
-from atoll.server.job_checks import check_real
+from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.central_dp import run_key
-from atoll.server.run.run_job import play
-from atoll.sim.engines.engine import simulate, warmed
+from atoll.server.run.run_job import run_job
+from atoll.sim.engines.engine import simulate, test_set_with_features
 from atoll.sim.population.population import Population
 from tests.test_simulation import DIGITS, Hostile, unwatched
 
@@ -108,7 +108,7 @@ def test_a_real_round_that_was_lost_is_charged_again_and_the_gate_ends_the_run(t
     privacy = {"unit": "client", "epsilon": 6.0, "delta": 1e-3, "clipping_norm": 0.5}
     setting, out = job(privacy), tmp_path / "run"
     ledger = Ledger.open(out / "ledger.jsonl", setting.hash)
-    terms = terms_of(setting, "client")
+    terms = dp_plan_of(setting, "client")
     assert terms is not None
     for round in (1, 2):  # charged by a run that was killed before its first checkpoint
         ledger.charge(Entry(run_key(setting, out), round, "client", terms.cost))
@@ -172,10 +172,10 @@ def request(setting: Job, population: Population, round: int = 1) -> Request:
 def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
     setting = job(EXAMPLE)
     population = Population.of(setting)
-    terms = terms_of(setting, "example")
+    terms = dp_plan_of(setting, "example")
     assert terms is not None
     enough = epsilon({terms.cost: 8}, 1e-4)
-    site = Site(population, books=Books(tmp_path, Budget(epsilon=enough, delta=1e-4)))
+    site = Site(population, books=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
     kinds = []
     for round in (1, 2, 3):
         [reply] = site.answer(request(setting, population, round), ["client-0001"])
@@ -184,7 +184,7 @@ def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
     assert isinstance(reply, Failure)
     assert reply.reason == "the site's privacy budget for this client's data is spent"
     # Another run, another job: the same data has still spent its budget.
-    again = Site(population, books=Books(tmp_path, Budget(epsilon=enough, delta=1e-4)))
+    again = Site(population, books=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
     other = job(EXAMPLE, train={"lr": 0.5})
     [reply] = again.answer(request(other, population), ["client-0001"])
     assert isinstance(reply, Failure)
@@ -193,7 +193,7 @@ def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
 def test_an_update_tells_nothing_but_its_noised_tensors(tmp_path: Path) -> None:
     setting = job(EXAMPLE)
     population = Population.of(setting)
-    site = Site(population, books=Books(tmp_path))
+    site = Site(population, books=PrivacyLedgers(tmp_path))
     [update] = site.answer(request(setting, population), ["client-0000"])
     assert isinstance(update, Update)
     assert update.num_examples == 1
@@ -206,23 +206,25 @@ def test_an_update_tells_nothing_but_its_noised_tensors(tmp_path: Path) -> None:
 
 def test_one_example_that_is_not_finite_spoils_no_update(tmp_path: Path) -> None:
     from atoll.client.dp.poisson import private_training
-    from atoll.client.heads.feature_table import Examples, HeadWork
+    from atoll.client.heads.feature_table import ClientRows, FeatureTable
     from atoll.client.heads.layers import LOSSES
-    from atoll.client.heads.train import Local, train_heads
+    from atoll.client.heads.train import HeadTrainingConfig, train_heads
 
     setting = job(EXAMPLE | {"sampling_rate": 1.0, "seeded_noise": True})
-    terms = terms_of(setting, "example")
+    terms = dp_plan_of(setting, "example")
     assert terms is not None
     features = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([0, 1, 2, 0, 1, 2])
     import numpy as np
 
     head = {"head.weight": torch.zeros(3, 5), "head.bias": torch.zeros(3)}
-    local = Local(setting, LOSSES["softmax"], 1, per_example=private_training(setting, terms, 1, {}))
+    local = HeadTrainingConfig(
+        setting, LOSSES["softmax"], 1, per_example=private_training(setting, terms, 1, {})
+    )
 
     def trained(rows: list[int], spoilt: torch.Tensor) -> dict[str, torch.Tensor]:
-        examples = Examples.of(spoilt, targets)
-        return train_heads(head, examples, [HeadWork("c", np.array(rows))], local)[0].delta
+        examples = FeatureTable.of(spoilt, targets)
+        return train_heads(head, examples, [ClientRows("c", np.array(rows))], local)[0].delta
 
     for bad in (float("nan"), float("inf"), 1e30):
         spoilt = features.clone()
@@ -234,10 +236,10 @@ def test_one_example_that_is_not_finite_spoils_no_update(tmp_path: Path) -> None
 
 def test_a_real_federation_takes_no_seeded_noise_and_wants_the_classes() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.seeded_noise: anybody who has the job can subtract"):
-        check_real(job(CLIENT | SEEDED))
+        validate_for_deployment(job(CLIENT | SEEDED))
     with pytest.raises(ConfigError, match=r"data\.classes: missing"):
-        check_real(job(CLIENT))
-    check_real(job(CLIENT, data={"classes": [str(i) for i in range(10)]}))
+        validate_for_deployment(job(CLIENT))
+    validate_for_deployment(job(CLIENT, data={"classes": [str(i) for i in range(10)]}))
 
 
 def test_the_result_is_json_that_holds_no_infinity(tmp_path: Path) -> None:
@@ -262,16 +264,16 @@ def distributed(which: str, **privacy: Any) -> Job:
 
 @pytest.mark.parametrize("which", DISTRIBUTED)
 def test_a_secure_sum_under_masks_has_the_bits_of_the_sum_without(which: str, tmp_path: Path) -> None:
-    from atoll.server.run.run_job import play
-    from atoll.sim.engines.engine import warmed
-    from atoll.sim.engines.inline import LoopCarrier
+    from atoll.server.run.run_job import run_job
+    from atoll.sim.engines.engine import test_set_with_features
+    from atoll.sim.engines.inline import LoopTransport
 
     setting = distributed(which, **SEEDED)
     plain = run(setting, tmp_path / "plain")
     population = Population.of(setting)
-    carrier = LoopCarrier.of(population, Books(tmp_path / "masked" / "ledgers"))
+    carrier = LoopTransport.of(population, PrivacyLedgers(tmp_path / "masked" / "ledgers"))
     carrier.masks = True
-    masked = play(setting, carrier, tmp_path / "masked", warmed(population, None))
+    masked = run_job(setting, carrier, tmp_path / "masked", test_set_with_features(population, None))
     assert masked["model_sha256"] == plain["model_sha256"]
     assert masked["privacy"]["epsilon"] == plain["privacy"]["epsilon"]
     assert [line["trained"] for line in masked["rounds"]] == [4] * 4
@@ -303,18 +305,18 @@ def test_distributed_noise_is_charged_in_the_clients_own_ledgers(which: str, tmp
 def test_the_shares_of_the_noise_make_the_whole_whoever_leaves(gone: int) -> None:
     """With all of the threshold there the deviation is z C; with more clients it is more, never less."""
     from atoll.privacy.noise import entropy
-    from atoll.privacy.secagg_encoding import Scale
+    from atoll.privacy.secagg_encoding import FixedPointCodec
 
     setting = distributed("client")
-    terms = terms_of(setting, "client")
+    terms = dp_plan_of(setting, "client")
     assert terms is not None
     numbers, clients, threshold = 200_000, 6, 5
     import numpy as np
 
     total = np.zeros(numbers, dtype=np.uint64)
     for _ in range(clients - gone):
-        total += Scale.of(terms, numbers, threshold, entropy).integers(np.zeros(numbers))
-    deviation = float(Scale.of(terms, numbers, threshold, entropy).values(total).std())
+        total += FixedPointCodec.of(terms, numbers, threshold, entropy).integers(np.zeros(numbers))
+    deviation = float(FixedPointCodec.of(terms, numbers, threshold, entropy).values(total).std())
     whole = 0.7 * 0.5
     assert deviation == pytest.approx(whole * ((clients - gone) / threshold) ** 0.5, rel=0.01)
     assert deviation > 0.99 * whole
@@ -335,7 +337,7 @@ def test_a_real_site_does_not_do_what_a_curious_server_asks(
 ) -> None:
     setting = distributed(which)
     population = Population.of(setting)
-    site = Site(population, discreet=True, books=Books(tmp_path))
+    site = Site(population, discreet=True, books=PrivacyLedgers(tmp_path))
     asked = dataclasses.replace(request(setting, population), kind=kind, plan={"threshold": 3, "attempt": 1})
     [reply] = site.answer(asked, ["client-0000"])
     assert isinstance(reply, Failure) and said in reply.reason
@@ -347,7 +349,7 @@ def test_a_site_with_a_budget_takes_no_job_that_shows_updates(
     privacy: dict[str, Any], tmp_path: Path
 ) -> None:
     setting = job(privacy)
-    site = Site(Population.of(setting), books=Books(tmp_path, Budget(epsilon=8.0, delta=1e-5)))
+    site = Site(Population.of(setting), books=PrivacyLedgers(tmp_path, Budget(epsilon=8.0, delta=1e-5)))
     assert all("no noise before the server sees" in hello.refusal for hello in site.hello(setting))
 
 
@@ -356,8 +358,10 @@ def test_an_update_that_is_no_number_is_set_aside_where_only_examples_are_promis
 ) -> None:
     setting = job(EXAMPLE | SEEDED, federation={"cohort": 6, "rounds": 2})
     population = Population.of(setting)
-    books = Books(tmp_path / "run" / "ledgers")
+    books = PrivacyLedgers(tmp_path / "run" / "ledgers")
     carrier = Hostile.of(population, books=books)
-    result = play(setting, carrier, tmp_path / "run", warmed(population, None), report=False)
+    result = run_job(
+        setting, carrier, tmp_path / "run", test_set_with_features(population, None), report=False
+    )
     assert result["rounds"][0]["set_aside"]["client-0000"].startswith("tensor head.")
     assert result["final"]["server"]["accuracy"] > 0

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.dp_sgd_model import train_privately
 from atoll.client.dp.per_example_gradients import hooks_suffice, mixing_layers, per_example_gradients
 from atoll.data.shard import Shard
@@ -30,14 +30,14 @@ def learner_of(job: Job, *classes: str) -> Learner:
     return Learner.of(job, task_named(job.task.name), {"classes": list(classes)})
 
 
-def private(clipping_norm: float = 0.5, noise: float = 1e-9) -> PerExample:
+def private(clipping_norm: float = 0.5, noise: float = 1e-9) -> DpSgd:
     def draw(client: str, count: int) -> list[NDArray[np.int64]]:
         return [np.array([0, 2, 3]), np.array([], dtype=np.int64), np.arange(count)]
 
-    return PerExample(clipping_norm, noise, 4.0, lambda c: seeded(stream_seed(1, "noise", c)), draw)
+    return DpSgd(clipping_norm, noise, 4.0, lambda c: seeded(stream_seed(1, "noise", c)), draw)
 
 
-def by_hand(learner: Learner, start: Tensors, shard: Shard, how: PerExample) -> tuple[Tensors, list[float]]:
+def by_hand(learner: Learner, start: Tensors, shard: Shard, how: DpSgd) -> tuple[Tensors, list[float]]:
     """Examples one by one by autograd, clipped, added, divided; plain SGD."""
     model, lr = learner.model, learner.job.train.lr
     trainable.load_values(model, start)

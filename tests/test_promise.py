@@ -7,9 +7,9 @@ import pytest
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.job.privacy import expected_cohort, hides_cohorts, local_steps
+from atoll.job.privacy import cohort_is_secret, expected_cohort, local_steps
 from atoll.privacy.accounting import Release, epsilon
-from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.dp_plan import dp_plan_of
 
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
 EXAMPLE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.05}
@@ -29,10 +29,10 @@ def job(privacy: dict[str, Any], **tables: Any) -> Job:
 
 
 def test_a_promise_of_each_unit_is_resolved_from_the_job_alone() -> None:
-    terms = terms_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort_rate": 0.1}), "client")
+    terms = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort_rate": 0.1}), "client")
     assert terms is not None
     assert (terms.where, terms.divisor, terms.cost, terms.releases) == ("server", 10.0, Release(1.0, 0.1), 7)
-    terms = terms_of(job(EXAMPLE, train={"epochs": 2, "batch_size": 8}), "example")
+    terms = dp_plan_of(job(EXAMPLE, train={"epochs": 2, "batch_size": 8}), "example")
     assert terms is not None
     # A step takes a twentieth of the examples: two epochs are 40 steps, in each of 10 rounds.
     assert (terms.where, terms.divisor, terms.cost, terms.releases) == (
@@ -41,22 +41,22 @@ def test_a_promise_of_each_unit_is_resolved_from_the_job_alone() -> None:
         Release(1.0, 0.05),
         400,
     )
-    assert terms_of(job({"unit": "none"}), "example") is None
+    assert dp_plan_of(job({"unit": "none"}), "example") is None
 
 
 def test_a_distributed_promise_is_charged_once_a_round_and_clients_are_not_amplified() -> None:
     train = {"batch_size": 8}
-    terms = terms_of(job(EXAMPLE | DISTRIBUTED, train=train), "example")
+    terms = dp_plan_of(job(EXAMPLE | DISTRIBUTED, train=train), "example")
     assert terms is not None
     assert (terms.divisor, terms.cost, terms.releases) == (8.0 * 20, Release(1.0, 0.05), 10)
     setting = job(CLIENT | DISTRIBUTED, federation={"clients": 20, "cohort": 10, "rounds": 4})
-    terms = terms_of(setting, "client")
+    terms = dp_plan_of(setting, "client")
     assert terms is not None
     assert (terms.divisor, terms.cost, terms.releases) == (10.0, Release(1.0, 1.0), 4)
 
 
 def test_a_cohort_of_fixed_size_amplifies_nothing() -> None:
-    terms = terms_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort": 10}), "client")
+    terms = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort": 10}), "client")
     assert terms is not None and terms.cost.sampling_rate == 1.0
 
 
@@ -64,7 +64,7 @@ def test_a_cohort_of_fixed_size_amplifies_nothing() -> None:
 def test_noise_is_calibrated_to_the_whole_run(target: float) -> None:
     privacy = {k: v for k, v in CLIENT.items() if k != "noise_multiplier"} | {"epsilon": target}
     setting = job(privacy, federation={"clients": 100, "rounds": 50, "cohort_rate": 0.1})
-    terms = terms_of(setting, "client")
+    terms = dp_plan_of(setting, "client")
     assert terms is not None
     spent = epsilon(terms.planned, terms.delta)
     assert 0.99 * target < spent <= target
@@ -81,15 +81,15 @@ def test_both_units_have_a_table_each() -> None:
     }
     setting = job(both)
     assert setting.privacy.units == ("example", "client")
-    assert terms_of(setting, "client") is not None and terms_of(setting, "example") is not None
+    assert dp_plan_of(setting, "client") is not None and dp_plan_of(setting, "example") is not None
 
 
 def test_public_numbers() -> None:
     assert expected_cohort(job(CLIENT)) == 20
     assert expected_cohort(job(CLIENT, federation={"clients": 20, "cohort": 5})) == 5
-    assert hides_cohorts(job(CLIENT, federation={"clients": 20, "cohort_rate": 0.5}))
-    assert not hides_cohorts(job(CLIENT))
-    assert not hides_cohorts(job(EXAMPLE, federation={"clients": 20, "cohort_rate": 0.5}))
+    assert cohort_is_secret(job(CLIENT, federation={"clients": 20, "cohort_rate": 0.5}))
+    assert not cohort_is_secret(job(CLIENT))
+    assert not cohort_is_secret(job(EXAMPLE, federation={"clients": 20, "cohort_rate": 0.5}))
     assert local_steps(job(EXAMPLE | {"sampling_rate": 0.3})) == 4
     assert local_steps(job(EXAMPLE | {"steps": 3})) == 3
 
@@ -148,7 +148,7 @@ def test_a_promise_that_cannot_be_kept_is_refused_by_key(
 def test_an_epsilon_that_no_noise_reaches_is_refused() -> None:  # row 18
     setting = job({"unit": "client", "epsilon": 1e-9, "delta": 1e-12})
     with pytest.raises(ConfigError, match=r"privacy\.epsilon: no noise multiplier below 1e6 reaches epsilon"):
-        terms_of(setting, "client")
+        dp_plan_of(setting, "client")
 
 
 def test_seeded_noise_may_be_compared_with_what_has_none() -> None:

@@ -16,8 +16,8 @@ import pytest
 from atoll.job.job import Job
 from atoll.report.comparison import comparison_of
 from atoll.report.page import page, write_report
-from atoll.report.text import reading
-from atoll.server.run.run_job import unwatched
+from atoll.report.text import comparison_sentence
+from atoll.server.run.run_job import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.chromium import Chromium, browser
 
@@ -44,7 +44,7 @@ Result = dict[str, Any]
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A real run: its directory and its result."""
     out = tmp_path_factory.mktemp("run") / "digits"
-    result = simulate(Job.parse(JOB, origin="test"), out, watch=unwatched)
+    result = simulate(Job.parse(JOB, origin="test"), out, watch=ignore_events)
     return out, result
 
 
@@ -299,7 +299,7 @@ def test_the_sentence_reads_the_table(alone: Any, federated: Any, pooled: Any, s
         "baselines": {name: {"accuracy": v} for name, v in baselines.items() if v is not None},
         "final": {"server": {"accuracy": federated}, "clients": {}},
     }
-    assert said in reading(comparison_of(result))
+    assert said in comparison_sentence(comparison_of(result))
 
 
 def test_without_a_server_test_set_clients_count_by_their_examples() -> None:

@@ -179,7 +179,7 @@ CLIENT_NOISE: dict[str, Plant] = {
 def words_of(seed_of: Callable[..., int]) -> Plant:
     """Words of the server that come from a seed."""
     return wrapped(
-        atoll.server.rounds.central_dp.Protection, "_words",
+        atoll.server.rounds.central_dp.CentralDp, "_words",
         lambda original: lambda self, purpose, round: atoll.privacy.noise.seeded(seed_of(self, purpose, round)),
     )  # fmt: skip
 
@@ -223,7 +223,7 @@ SERVER_LEDGER: dict[str, Plant] = {
     ),
     "a ledger lost at restart": wrapped(atoll.privacy.ledger.Ledger, "open", forgetful),
     "a round that is released twice is charged once": wrapped(
-        atoll.server.rounds.central_dp.Protection, "_is_repeated",
+        atoll.server.rounds.central_dp.CentralDp, "_is_repeated",
         lambda original: lambda self, round: self.ledger.has(self.run, round),
     ),
     "charged as if the noise were twice as large": cost_as(
@@ -233,7 +233,7 @@ SERVER_LEDGER: dict[str, Plant] = {
         lambda cost: Release(cost.noise_multiplier, cost.sampling_rate**2 / 2)
     ),
     "nothing is charged": wrapped(
-        atoll.server.rounds.central_dp.Protection, "_charge", lambda original: lambda self, round, cost: None
+        atoll.server.rounds.central_dp.CentralDp, "_charge", lambda original: lambda self, round, cost: None
     ),
 }  # fmt: skip
 
@@ -267,7 +267,7 @@ SAMPLING: dict[str, Plant] = {
     "Poisson's account of a fixed cohort": wrapped(w, "terms_of", charged_as_poisson),
     "cohorts drawn from the job's seed": wrapped(atoll.server.rounds.loop, "sample", without_coins),
     "the same cohort in every round": wrapped(
-        atoll.server.rounds.central_dp.Protection, "coins",
+        atoll.server.rounds.central_dp.CentralDp, "coins",
         lambda original: lambda self, round, count: original(self, 1, count).sort().values,
     ),
 }  # fmt: skip
@@ -300,7 +300,7 @@ def clip_plainly(values: Any, each: Any, share: Any, private: Any) -> torch.Tens
 
 
 def by_batch(values: Any, each: Any, share: Any, private: Any) -> torch.Tensor:
-    found = atoll.client.dp.dp_sgd.factors(values, each, share, private)
+    found = atoll.client.dp.dp_sgd.clip_factors(values, each, share, private)
     return found * private.divisor / (share > 0).sum()
 
 
@@ -318,7 +318,7 @@ EXAMPLE_SUMS: dict[str, Plant] = {
     "divided by the batch that was drawn": factors_by(by_batch),
     "the batch is clipped and not its examples": factors_by(clip_mean),
     "rare labels weigh more": factors_by(
-        lambda v, e, share, private: atoll.client.dp.dp_sgd.factors(v, e, share, private) * 3
+        lambda v, e, share, private: atoll.client.dp.dp_sgd.clip_factors(v, e, share, private) * 3
     ),
 }
 
@@ -414,7 +414,7 @@ def once_a_round(original: Any) -> Any:
 EXAMPLE_LEDGER: dict[str, Plant] = {
     "many steps are charged as one": charging(lambda entry: dataclasses.replace(entry, count=1)),
     "a round that is trained twice is charged once": wrapped(
-        atoll.client.dp.ledgers.Books, "charge", once_a_round
+        atoll.client.dp.ledgers.PrivacyLedgers, "charge", once_a_round
     ),
     "a client's ledger is lost at restart": wrapped(atoll.privacy.ledger.Ledger, "open", forgetful),
     "the example's rate is multiplied with the cohort's": charging(
@@ -429,11 +429,11 @@ COUNTS = itertools.count(5)
 
 CLIENT_SILENCE: dict[str, Plant] = {
     "an update tells how many examples there are": wrapped(
-        atoll.client.dp.dp_sgd.PerExample, "told",
+        atoll.client.dp.dp_sgd.DpSgd, "told",
         lambda original: lambda self, clients: ((next(COUNTS),) * len(clients), original(self, clients)[1]),
     ),
     "the training loss is sent": wrapped(
-        atoll.client.dp.dp_sgd.PerExample, "told",
+        atoll.client.dp.dp_sgd.DpSgd, "told",
         lambda original: lambda self, clients: (
             (1,) * len(clients),
             original(self, clients)[1] | {"train_loss.sum": torch.rand(len(clients)).double()},
@@ -635,7 +635,7 @@ ACCOUNTS: dict[str, tuple[Callable[[], None], Plant]] = {
     "a coarse grid": (w.epsilon_is_true, coarse),
     "the gate is always open": (
         w.nothing_is_released_above_the_target,
-        wrapped(atoll.privacy.dp_plan.Terms, "affords", lambda original: lambda self, spent, count: True),
+        wrapped(atoll.privacy.dp_plan.DpPlan, "affords", lambda original: lambda self, spent, count: True),
     ),
     "calibrated to half of the rounds": (
         w.nothing_is_released_above_the_target,

@@ -10,7 +10,7 @@ import pytest
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.tensors import tensors_sha256
-from atoll.server.run.run_job import check_job
+from atoll.server.run.run_job import validate_job
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.trained import trained
@@ -149,4 +149,4 @@ def test_a_later_stage_is_checked_before_anything_runs() -> None:
         simulate(scheduled(), Path("nowhere"), engine="cohort", watch=unwatched, report=False)
     asked = scheduled(backbone={"name": "nowhere"})
     with pytest.raises(Exception, match="nowhere"):
-        check_job(asked)
+        validate_job(asked)

@@ -5,7 +5,7 @@ import torch
 
 from atoll.protocol.messages import Failure, Measurement, Update
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.validation import screen
+from atoll.server.rounds.validation import validate_updates
 
 MODEL = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}
 STATES = {"train_loss.sum": torch.tensor(1.0).double(), "train_loss.count": torch.tensor(2.0).double()}
@@ -54,7 +54,7 @@ def test_a_bad_update_is_set_aside_with_its_reason_and_the_others_stay(name: str
     import re
 
     bad, pattern = BAD[name]
-    found = screen([bad, update("b")], ["a", "b"], MODEL, 4)
+    found = validate_updates([bad, update("b")], ["a", "b"], MODEL, 4)
     assert [u.client for u in found.updates] == ["b"]
     assert re.search(pattern, found.set_aside[bad.client])
     assert set(found.set_aside) <= {"a", "z"}
@@ -62,16 +62,16 @@ def test_a_bad_update_is_set_aside_with_its_reason_and_the_others_stay(name: str
 
 def test_good_updates_come_in_canonical_order_whatever_the_arrival() -> None:
     names = ["c", "a", "b"]
-    found = screen([update(n) for n in names], names, MODEL, 4)
+    found = validate_updates([update(n) for n in names], names, MODEL, 4)
     assert [u.client for u in found.updates] == ["a", "b", "c"]
     assert found.set_aside == {}
 
 
 def test_a_duplicate_counts_once() -> None:  # row 76
-    found = screen([update(n=5), update(n=7)], ["a"], MODEL, 4)
+    found = validate_updates([update(n=5), update(n=7)], ["a"], MODEL, 4)
     assert [u.num_examples for u in found.updates] == [5]
     assert "duplicate" in found.set_aside["a (again)"]
 
 
 def test_silence_is_noted_by_name() -> None:
-    assert screen([], ["a"], MODEL, 4).set_aside == {"a": "no reply before the deadline"}
+    assert validate_updates([], ["a"], MODEL, 4).set_aside == {"a": "no reply before the deadline"}

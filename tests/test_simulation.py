@@ -16,9 +16,9 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Failure, Reply, Request, Update
 from atoll.server.rounds.cohort import sample
-from atoll.server.run.run_job import play
-from atoll.sim.engines.engine import simulate, warmed
-from atoll.sim.engines.inline import InlineCarrier
+from atoll.server.run.run_job import run_job
+from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population, client_names
 from atoll.tasks import task_named
 from tests.processes import python
@@ -216,7 +216,7 @@ def test_the_replayed_job_file_gives_the_same_bits(tmp_path: Path, reference: di
     assert run(replay, tmp_path / "second")["model_sha256"] == reference["model_sha256"]
 
 
-class Breaks(InlineCarrier):
+class Breaks(InlineTransport):
     """Stops the run at a given exchange, as a kill would between two rounds."""
 
     left = 2
@@ -232,7 +232,7 @@ class Breaks(InlineCarrier):
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
     population = Population.of(job())
     with pytest.raises(KeyboardInterrupt):
-        play(job(), Breaks.of(population), tmp_path / "r", warmed(population, None))
+        run_job(job(), Breaks.of(population), tmp_path / "r", test_set_with_features(population, None))
     assert not (tmp_path / "r" / "result.json").exists()
     result = run(job(), tmp_path / "r", resume=True)
     assert result["model_sha256"] == reference["model_sha256"]
@@ -287,13 +287,18 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, stra
 def test_a_run_directory_in_use_refuses_a_second_process(tmp_path: Path) -> None:
     population = Population.of(job())
 
-    class Second(InlineCarrier):
+    class Second(InlineTransport):
         def hello(self, job: Job) -> Any:
             with pytest.raises(ConfigError, match=f"another process runs in it .pid {os.getpid()}"):
                 run(job, tmp_path / "r", resume=True)
             return super().hello(job)
 
-    play(job(federation={"rounds": 1}), Second.of(population), tmp_path / "r", warmed(population, None))
+    run_job(
+        job(federation={"rounds": 1}),
+        Second.of(population),
+        tmp_path / "r",
+        test_set_with_features(population, None),
+    )
 
 
 def test_an_old_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:  # row 80
@@ -314,7 +319,7 @@ def test_resuming_with_a_changed_job_names_what_changed(tmp_path: Path) -> None:
         run(job(), tmp_path / "other", resume=True)
 
 
-class Hostile(InlineCarrier):
+class Hostile(InlineTransport):
     """One client sends rubbish, one fails, one is silent; the rest are honest."""
 
     def exchange(self, request: Request, names: Any, timeout: float) -> Any:
@@ -337,7 +342,9 @@ class Hostile(InlineCarrier):
 def test_bad_clients_are_set_aside_by_name_and_the_run_goes_on(tmp_path: Path) -> None:
     population = Population.of(job(federation={"cohort": 6}))
     setting = population.job
-    result = play(setting, Hostile.of(population), tmp_path / "r", warmed(population, None))
+    result = run_job(
+        setting, Hostile.of(population), tmp_path / "r", test_set_with_features(population, None)
+    )
     aside = result["rounds"][0]["set_aside"]
     assert set(aside) == {"client-0000", "client-0001", "client-0002"}
     assert "not finite" in aside["client-0000"]
@@ -349,7 +356,9 @@ def test_bad_clients_are_set_aside_by_name_and_the_run_goes_on(tmp_path: Path) -
 def test_a_round_below_its_quorum_is_abandoned_and_the_model_stays(tmp_path: Path) -> None:
     population = Population.of(job(federation={"cohort": 6, "quorum": 0.6}))
     with pytest.raises(InconsistentUpdates, match=r"round 1: 3 of 6 usable updates, needed 4"):
-        play(population.job, Hostile.of(population), tmp_path / "r", warmed(population, None))
+        run_job(
+            population.job, Hostile.of(population), tmp_path / "r", test_set_with_features(population, None)
+        )
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 

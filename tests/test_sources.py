@@ -8,7 +8,7 @@ import pytest
 
 from atoll.data.classification import Table, table_of
 from atoll.data.images import decode_image, image_bytes
-from atoll.datasets.registry import SOURCES, Source, _drawn_by, load_source
+from atoll.datasets.registry import SOURCES, Source, _generator_hash, load_source
 from atoll.datasets.synthetic.png import grey_png
 from atoll.errors import ConfigError, DataError
 
@@ -114,7 +114,7 @@ def test_what_is_generated_anew_is_not_taken_from_an_older_copy(tmp_path, monkey
     for source, value in ((older, 1), (newer, 2), (older, 1)):
         monkeypatch.setitem(SOURCES, "generated-shapes", source)
         assert load_source("generated-shapes")["train"]["a"].to_pylist() == [value]
-    assert _drawn_by() == _drawn_by() != "1"
+    assert _generator_hash() == _generator_hash() != "1"
 
 
 def test_an_unknown_source_suggests_the_nearest():

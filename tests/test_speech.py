@@ -24,7 +24,7 @@ from atoll.data.shard import Shard
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import DataSection, Job
 from atoll.learning import trainable
-from atoll.learning.learner import Learner, added
+from atoll.learning.learner import Learner, sum_states
 from atoll.protocol.random_streams import stream
 from atoll.protocol.tensors import tensors_sha256
 from atoll.tasks.forecasting.models import RecurrentOptions
@@ -196,7 +196,7 @@ def test_metrics_of_clients_add_up_to_those_of_all_data(tmp_path: Path) -> None:
     whole = shard_of(learner, tmp_path / "d", *TEXTS)
     tensors = learner.initial()
     parts = [whole.select([0, 1]), whole.select([2, 3, 4, 5])]
-    together = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    together = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     assert together == pytest.approx(learner.compute(learner.evaluate(tensors, whole)), rel=1e-5)
 
 

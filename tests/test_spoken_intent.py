@@ -16,7 +16,7 @@ from atoll.data.shard import Shard
 from atoll.datasets.synthetic.commands import generated_commands
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import DataSection, Job
-from atoll.learning.learner import Learner, added
+from atoll.learning.learner import Learner, sum_states
 from atoll.sim.engines.engine import simulate
 from atoll.tasks.intent.task import INTENT
 from tests.models import small_wav2vec2, small_whisper
@@ -172,7 +172,7 @@ def test_metrics_of_clients_add_up_to_those_of_all_data(tmp_path: Path) -> None:
     learner, whole = learner_and_shard(tmp_path / "d")
     tensors = learner.initial()
     parts = [whole.select([0, 1]), whole.select([2, 3, 4, 5])]
-    together = learner.compute(added(learner.evaluate(tensors, part) for part in parts))
+    together = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     assert set(together) == {"intent_accuracy", "loss"}
     assert together == pytest.approx(learner.compute(learner.evaluate(tensors, whole)), rel=1e-5)
 

@@ -18,13 +18,13 @@ from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.privacy.accounting import Release, epsilon
-from atoll.server.run.run_job import unwatched
+from atoll.server.run.run_job import ignore_events
 from atoll.sim.engines.engine import simulate
-from atoll.sim.sweep.grid import Base, Grid, Planned, SweepFolder, alone_in, planned, split_values
+from atoll.sim.sweep.grid import Base, Grid, Planned, SweepFolder, exclusive_lock, planned, split_values
 from atoll.sim.sweep.plot import axis_of, frontier_png
 from atoll.sim.sweep.results import Estimate, Row, losses, reference, sentence, table
-from atoll.sim.sweep.runner import Crew
-from atoll.sim.sweep.selection import picks
+from atoll.sim.sweep.runner import RunPool
+from atoll.sim.sweep.selection import selections
 from tests.processes import atoll
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,7 @@ def test_a_run_of_a_sweep_is_the_run_of_its_job_bit_for_bit(swept: Path, tmp_pat
     for number in (1, 2):
         line = lines_of(swept)[number]
         job = Job.load(swept / line["path"] / "job.toml")
-        alone = simulate(job, tmp_path / str(number), watch=unwatched, report=False)
+        alone = simulate(job, tmp_path / str(number), watch=ignore_events, report=False)
         assert alone["model_sha256"] == line["model_sha256"]
         assert alone["final"]["server"]["accuracy"] == float(line["accuracy"])
         kept = json.loads((swept / line["path"] / "result.json").read_text())
@@ -213,7 +213,7 @@ def test_a_folder_of_something_else_is_refused(
     assert "found a file" in capsys.readouterr().err
     assert command_line(["sweep", str(job), "--out", str(tmp_path / "new"), "--plot-only"]) == 2
     assert "no sweep's folder (no sweep.json)" in capsys.readouterr().err
-    with alone_in(copied, "sweep"):
+    with exclusive_lock(copied, "sweep"):
         assert command_line(["sweep", str(job), *GRID, "--out", str(copied)]) == 2
     assert "another sweep runs in it" in capsys.readouterr().err
 
@@ -318,19 +318,19 @@ def test_a_baseline_counts_once_for_every_seed() -> None:
 def test_a_hyperparameter_that_was_looked_for_is_charged() -> None:
     rows = [row(0.5 + lr / 100 + s / 1000, s, 1.0, **{"train.lr": lr}) for s in (1, 2) for lr in (1, 2, 4)]
     plain = [row(0.9, s, **{"train.lr": lr}) for s in (1, 2) for lr in (1, 2, 4)]
-    [pick] = picks(rows + plain)
+    [pick] = selections(rows + plain)
     assert pick.chosen == {"train.lr": 4} and pick.promise == {"privacy.epsilon": 1.0} and pick.trials == 6
     [[noise]] = {(release.noise_multiplier,) for release in _releases(rows)}
     assert pick.once == epsilon({Release(noise, 0.25): 3}, 1e-5) <= 1.0
     assert pick.all_trials == epsilon({Release(noise, 0.25): 18}, 1e-5) > 2 * pick.once
     assert pick.once < pick.geometric and pick.once < pick.poisson
-    assert picks([row(0.5, 1, e, **{"privacy.where": "client"}) for e in (1.0, 2.0)]) == []
+    assert selections([row(0.5, 1, e, **{"privacy.where": "client"}) for e in (1.0, 2.0)]) == []
 
 
 def _releases(rows: list[Row]) -> set[Release]:
-    from atoll.privacy.dp_plan import terms_of
+    from atoll.privacy.dp_plan import dp_plan_of
 
-    found = {terms_of(r.job, "example") for r in rows}
+    found = {dp_plan_of(r.job, "example") for r in rows}
     return {terms.cost for terms in found if terms is not None}
 
 
@@ -371,7 +371,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_bits(swept: Path, job: Pa
 def test_a_worker_that_dies_costs_no_run_but_the_one_that_killed_it(tmp_path: Path) -> None:
     runs = planned(base_of(TABLE), Grid.of(["train.lr=1,2"], 2))
     told: list[tuple[str, str | None]] = []
-    with Crew(2) as crew:
+    with RunPool(2) as crew:
         crew.start()
         pool = crew._pool[0]
         assert all(pool.submit(os.getpid).result() for _ in range(2))

@@ -15,7 +15,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.compatibility import check_fits
-from atoll.learning.learner import Learner, added
+from atoll.learning.learner import Learner, sum_states
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.population.write_shards import write_shards
@@ -160,7 +160,7 @@ def test_metrics_of_two_clients_add_up_to_those_of_all_data(task: str, tmp_path:
         learner.task.shard(population.dataset(job, name), learner.facts) for name in population.names(job)
     ]
     whole, tensors = population.whole(learner), learner.initial()
-    apart = learner.compute(added(learner.evaluate(tensors, shard) for shard in shards))
+    apart = learner.compute(sum_states(learner.evaluate(tensors, shard) for shard in shards))
     together = learner.compute(learner.evaluate(tensors, whole))
     assert apart.keys() == together.keys()
     for name, value in together.items():

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import atoll
-from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.gradient_sums import head_sums
-from atoll.client.heads.distillation import head_loss, taught
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.distillation import distillation_loss, head_loss
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES
 from atoll.errors import ConfigError
 from atoll.job.job import Job
@@ -57,7 +57,7 @@ def test_the_closed_form_and_the_autograd_loss_are_hintons(temperature: float, w
     soft = torch.softmax(said / temperature, dim=-1)
     classes = torch.randint(0, 5, (3, 8), generator=generator)
     targets = torch.cat([classes.unsqueeze(2).float(), soft], dim=2)
-    closed = taught(LOSSES["softmax"], temperature, weight)
+    closed = distillation_loss(LOSSES["softmax"], temperature, weight)
     error, numbers = closed.error(outputs.clone(), targets)
     model = Teacher(None, {}, temperature, weight, "")  # type: ignore[arg-type]
     for client in range(3):
@@ -135,13 +135,13 @@ def test_with_a_teacher_one_example_still_moves_a_clipped_sum_by_the_norm_at_mos
     soft = torch.softmax(torch.randn(20, 10, generator=generator) * 9, dim=1)
     classes = torch.randint(0, 10, (20, 1), generator=generator).float()
     head = {"head.weight": torch.randn(10, 12, generator=generator), "head.bias": torch.zeros(10)}
-    examples = Examples.of(features, torch.cat([classes, soft], dim=1))
+    examples = FeatureTable.of(features, torch.cat([classes, soft], dim=1))
 
     def summed(rows: list[int]) -> torch.Tensor:
         import numpy as np
 
-        private = PerExample(0.5, 0.0, 1.0, lambda client: None, lambda client, n: [np.arange(n)])  # type: ignore[arg-type, return-value]
-        work = HeadWork("one", np.array(rows))
+        private = DpSgd(0.5, 0.0, 1.0, lambda client: None, lambda client, n: [np.arange(n)])  # type: ignore[arg-type, return-value]
+        work = ClientRows("one", np.array(rows))
         ((_, total),) = head_sums(head, examples, [work], head_loss(job, "softmax"), private)
         return torch.cat([t.flatten() for t in total.values()])
 

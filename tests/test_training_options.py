@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import atoll.client.training.precision
-from atoll.client.training.activation_checkpointing import recomputed_activations
+from atoll.client.training.activation_checkpointing import activation_checkpointing
 from atoll.client.training.local_sgd import parts_of, train_model
 from atoll.client.training.precision import FIRST_SCALE, TYPES
 from atoll.data.shard import Shard
@@ -250,10 +250,10 @@ def test_recomputed_activations_are_not_kept_and_the_model_is_left_as_it_was(tmp
         return sum(sizes)
 
     without = kept_bytes()
-    with recomputed_activations(model):
+    with activation_checkpointing(model):
         assert kept_bytes() < without / 4
     assert kept_bytes() == without
-    with pytest.raises(KeyError), recomputed_activations(model):
+    with pytest.raises(KeyError), activation_checkpointing(model):
         raise KeyError
     assert not any("forward" in vars(module) for module in model.modules())
 

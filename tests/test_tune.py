@@ -17,13 +17,13 @@ from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.server.run.run_job import unwatched
+from atoll.server.run.run_job import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.search.distributions import Choice, Range
 from atoll.sim.search.space import Space, default_space, has_meaning, job_of
-from atoll.sim.search.study import PLACE, STARTUP, Outcome, Search, SearchFolder, Tried
-from atoll.sim.search.trials import Judge, Stopped, judged, play_trial, validation_metrics, without_test_set
+from atoll.sim.search.study import PLACE, STARTUP, Outcome, Search, SearchFolder, TrialResult
+from atoll.sim.search.trials import Pruner, Stopped, judged, play_trial, validation_metrics, without_test_set
 from atoll.sim.sweep.grid import Base
 from atoll.tasks import task_named
 from tests.processes import atoll
@@ -152,7 +152,7 @@ def value_of(texts: dict[str, str]) -> float:
     return 0.9 - 0.1 * math.log10(float(texts["train.lr"]) / 0.1) ** 2 - 0.05 * (texts["train.epochs"] == "1")
 
 
-def searched(folder: Path, count: int, *, reopened: bool = False, at_once: int = 2) -> list[Tried]:
+def searched(folder: Path, count: int, *, reopened: bool = False, at_once: int = 2) -> list[TrialResult]:
     """A search whose trials end in the order in which they began, `at_once` under way; no run is played."""
     space, base = Space.of(["train.epochs=1,4"], ["train.lr=0.0001..10,log"]), base_of()
 
@@ -160,7 +160,7 @@ def searched(folder: Path, count: int, *, reopened: bool = False, at_once: int =
         return SearchFolder(folder).opened(base, space, seed=1, seeds=1, at_once=at_once)
 
     folder.mkdir(exist_ok=True)
-    search, tried = opened(), list[Tried]()
+    search, tried = opened(), list[TrialResult]()
     while len(tried) < count or any(one.outcome is None for one in tried):
         if reopened:
             search = opened()
@@ -203,7 +203,7 @@ def test_the_first_trials_are_far_from_each_other(tmp_path: Path) -> None:
         space, base = Space.of(GRID, []), base_of()
         search = Search(tmp_path / "none", base, space, seed, 1, 1, space.own(base))
         search.__dict__["study"] = optuna.create_study(direction="maximize")
-        tried: list[Tried] = []
+        tried: list[TrialResult] = []
         for _ in range(STARTUP):
             new = search.next(tried)
             assert new is not None
@@ -218,7 +218,7 @@ def test_a_finite_space_is_tried_to_its_end_and_no_setting_twice(tmp_path: Path)
         base_of(),
     )
     search = SearchFolder(tmp_path).opened(base, space, seed=1, seeds=1, at_once=1)
-    tried: list[Tried] = []
+    tried: list[TrialResult] = []
     while (new := search.next(tried)) is not None:
         tried.append(search.end(new, Outcome(value=0.5, metrics={"accuracy": 0.5})))
     # Without autograd parts of a batch have no meaning; and 4 is no divisor of 30 anyway.
@@ -247,7 +247,7 @@ def test_of_equal_trials_the_one_with_the_smaller_loss_is_better_and_none_withou
 ) -> None:
     space = Space.of(GRID, [])
     search = SearchFolder(tmp_path).opened(base_of(), space, seed=1, seeds=1, at_once=1)
-    tried: list[Tried] = []
+    tried: list[TrialResult] = []
     for outcome in (
         Outcome(0.5, {"accuracy": 0.5, "loss": 0.3}),
         Outcome(0.5, {"accuracy": 0.5, "loss": 0.2}),
@@ -264,12 +264,12 @@ def test_of_equal_trials_the_one_with_the_smaller_loss_is_better_and_none_withou
 # What it is judged by
 
 
-def judge(tmp_path: Path, curves: list[dict[int, float]], rounds: int = 8) -> Judge:
+def judge(tmp_path: Path, curves: list[dict[int, float]], rounds: int = 8) -> Pruner:
     job = job_of(base_of(federation={"rounds": rounds}), {})
-    return Judge.of(job, tmp_path, "accuracy", curves)
+    return Pruner.of(job, tmp_path, "accuracy", curves)
 
 
-def heard(judge: Judge, values: list[float]) -> int | None:
+def heard(judge: Pruner, values: list[float]) -> int | None:
     """The round after which the judge stops a run with these values."""
     try:
         for round, value in enumerate(values, start=1):
@@ -334,7 +334,7 @@ def test_no_trial_looks_at_the_test_set_and_its_bits_are_those_of_the_job(
     tried = json.loads((tmp_path / "trial" / "result.json").read_text())
     assert tried["final"]["server"] == {} and tried["baselines"] == {}
 
-    plain = simulate(job, tmp_path / "plain", watch=unwatched, report=False)
+    plain = simulate(job, tmp_path / "plain", watch=ignore_events, report=False)
     assert seen >= held_out  # so that the spy is no blind one
     assert plain["model_sha256"] == tried["model_sha256"]
     clients = [c for c in plain["final"]["clients"].values() if c["examples"]]
@@ -350,7 +350,7 @@ def test_more_seeds_train_on_the_same_clients_and_keep_other_examples_back(tmp_p
     outcome = Outcome.from_json(play_trial(work_of(tmp_path, first, **both)))
     clients = Population.of(first)
     alone = [
-        validation_metrics(job, tmp_path / f"{job.seed}", without_test_set(job, clients), unwatched)[
+        validation_metrics(job, tmp_path / f"{job.seed}", without_test_set(job, clients), ignore_events)[
             "accuracy"
         ]
         for job in (first, second)
@@ -467,7 +467,7 @@ def test_a_search_finds_what_a_grid_finds_and_leaves_a_job_that_replays_it(
     # Of the whole grid three of twelve are above 0.8, with a rate of 1; the job as it is stays near chance.
     assert float(best["accuracy"]) > 0.8 > 0.4 > float(lines[0]["accuracy"])
     assert (out / "trials.png").read_bytes().startswith(b"\x89PNG")
-    replayed = simulate(Job.load(out / "best.toml"), tmp_path / "best", watch=unwatched, report=False)
+    replayed = simulate(Job.load(out / "best.toml"), tmp_path / "best", watch=ignore_events, report=False)
     kept = json.loads((out / best["folder"] / "seed-3" / "result.json").read_text())
     assert replayed["model_sha256"] == kept["model_sha256"]
     assert replayed["final"]["server"]["accuracy"] > 0.8

@@ -21,9 +21,9 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Reply, Request, Update
 from atoll.server.run.directory import job_toml
-from atoll.server.run.run_job import play
-from atoll.sim.engines.engine import usual_workers
-from atoll.sim.engines.process_pool import PooledCarrier
+from atoll.server.run.run_job import run_job
+from atoll.sim.engines.engine import default_workers
+from atoll.sim.engines.process_pool import PooledTransport
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.small import image_job
@@ -52,14 +52,14 @@ def test_clients_that_train_one_after_the_other_share_out_the_cores(
     sizes = {"SC_PHYS_PAGES": 1 << 30, "SC_PAGE_SIZE": 1 << 12}
     monkeypatch.setattr(os, "sysconf", lambda name: sizes[name])
     federation = {"federation": {"clients": 4, "rounds": 1}}
-    assert usual_workers(image_job("mobilenet_v2", **(federation | tables)), engine) == expected
+    assert default_workers(image_job("mobilenet_v2", **(federation | tables)), engine) == expected
 
 
 def test_every_worker_has_four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     job = image_job("mobilenet_v2", tune={"method": "full"}, federation={"clients": 64, "rounds": 1})
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 21 << 18, "SC_PAGE_SIZE": 1 << 12}.__getitem__)
-    assert usual_workers(job, "inline") == 5
+    assert default_workers(job, "inline") == 5
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_every_worker_has_four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_command_line_shares_out_the_cores_and_ends_in_the_same_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atoll.sim.engines.engine.usual_workers", lambda job, engine: 2)
+    monkeypatch.setattr("atoll.sim.engines.engine.default_workers", lambda job, engine: 2)
     few = {"data": {"source": "digits", "test_fraction": 0.9}, "federation": {"clients": 2, "rounds": 1}}
     job = image_job("squeezenet1_1", tune={"method": "full"}, **few)
     found = []
@@ -89,7 +89,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-class Killing(PooledCarrier):
+class Killing(PooledTransport):
     """Kills a worker while it is at work, in the second round."""
 
     killed = 0
@@ -105,9 +105,9 @@ class Killing(PooledCarrier):
             yield reply
 
 
-def run_with(job: Job, carrier: PooledCarrier, out: Path) -> dict[str, Any]:
+def run_with(job: Job, carrier: PooledTransport, out: Path) -> dict[str, Any]:
     with carrier:
-        return play(job, carrier, out, carrier.population.test_shard)
+        return run_job(job, carrier, out, carrier.population.test_shard)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def run_with(job: Job, carrier: PooledCarrier, out: Path) -> dict[str, Any]:
 def test_a_killed_worker_is_replaced_and_changes_no_bit(tmp_path: Path) -> None:
     job = image_job("squeezenet1_1", **SMALL)
     population = Population.of(job)
-    whole = run_with(job, PooledCarrier(population, 2, tmp_path / "whole"), tmp_path / "whole")
+    whole = run_with(job, PooledTransport(population, 2, tmp_path / "whole"), tmp_path / "whole")
     carrier = Killing(population, 2, tmp_path / "killed")
     assert run_with(job, carrier, tmp_path / "killed")["model_sha256"] == whole["model_sha256"]
     assert carrier.killed
@@ -128,7 +128,7 @@ def test_replies_that_nobody_waits_for_any_more_end_with_their_workers(tmp_path:
     population = Population.of(job)
     asked = asked_of(job, population)
     names = list(population.names(job)[:4])
-    with PooledCarrier(population, 2, tmp_path / "run") as carrier:
+    with PooledTransport(population, 2, tmp_path / "run") as carrier:
         replies = carrier.exchange(asked, names, 60)
         assert isinstance(next(iter(replies)), Update)
         replies.close()
@@ -143,7 +143,7 @@ def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(tmp_path: Pat
     job = image_job("squeezenet1_1", **SMALL)
     population = Population.of(job)
     asked, names = asked_of(job, population), list(population.names(job)[:2])
-    with PooledCarrier(population, 1, tmp_path / "run") as carrier:
+    with PooledTransport(population, 1, tmp_path / "run") as carrier:
         first = {reply.client: reply for reply in carrier.exchange(asked, names, 60)}
         (process,) = carrier._pools[0]._processes.values()
         process.kill()
@@ -166,13 +166,13 @@ def test_workers_that_keep_dying_end_the_run_in_one_line(tmp_path: Path) -> None
         (digits / str(number % 2)).mkdir(parents=True, exist_ok=True)
         (digits / str(number % 2) / f"{number}.png").write_bytes(grey_png(pixels))
     job = image_job("squeezenet1_1", **SMALL | {"data": {"source": str(digits)}})
-    carrier = PooledCarrier(Population.of(job), 2, tmp_path / "run")
+    carrier = PooledTransport(Population.of(job), 2, tmp_path / "run")
     shutil.rmtree(digits)  # no worker can read it any more: each dies at its start
     with (
         carrier,
         pytest.raises(JobError, match=r"worker processes died 3 times over client-\d+; out of memory\?"),
     ):
-        play(job, carrier, tmp_path / "run", lambda learner: None)
+        run_job(job, carrier, tmp_path / "run", lambda learner: None)
 
 
 @pytest.mark.processes

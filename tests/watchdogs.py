@@ -17,28 +17,28 @@ from numpy.typing import NDArray
 from torch import nn
 
 from atoll.client.dp import dp_sgd_model
-from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.gradient_sums import head_sums
-from atoll.client.dp.ledgers import Books
+from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.dp.per_example_gradients import mixing_layers
 from atoll.client.dp.poisson import private_training
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES
-from atoll.client.heads.train import Local, train_heads
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.site import Site
 from atoll.data.dataset import Dataset
 from atoll.errors import BudgetExhausted, ConfigError
 from atoll.job.job import Job
 from atoll.privacy import accounting, secagg, secagg_encoding
 from atoll.privacy.accounting import Release
-from atoll.privacy.dp_plan import Terms, terms_of
+from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.privacy.ledger import Ledger
 from atoll.privacy.noise import entropy
 from atoll.protocol.messages import Request, Update
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds import evaluation, loop, round_log
-from atoll.server.rounds.central_dp import NORM, Protection
-from atoll.server.rounds.central_dp import Books as ServerBooks
+from atoll.server.rounds.central_dp import NORM, CentralDp
+from atoll.server.rounds.central_dp import LedgerLocation as ServerBooks
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import Validation
 from tests import detectors
@@ -88,15 +88,15 @@ def people(model: Tensors, count: int = COHORT - 1) -> list[Update]:
     ]
 
 
-class Quiet(Protection):
+class Quiet(CentralDp):
     """Protection that draws noise of zero, to see what is noised."""
 
     def _words(self, purpose: str, round: int) -> Any:
         return silent
 
 
-def terms_for(setting: Job, unit: str) -> Terms:
-    terms = terms_of(setting, cast(Any, unit))
+def terms_for(setting: Job, unit: str) -> DpPlan:
+    terms = dp_plan_of(setting, cast(Any, unit))
     assert terms is not None
     return terms
 
@@ -109,13 +109,13 @@ def new_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=_scratch.name))
 
 
-def protection(kind: type[Protection], setting: Job, folder: Path | None = None) -> Protection:
+def protection(kind: type[CentralDp], setting: Job, folder: Path | None = None) -> CentralDp:
     folder = folder or new_folder()
     books = ServerBooks(folder / "ledger.jsonl", "test")
     return kind(setting, terms_for(setting, "client"), books, "run")
 
 
-def central(kind: type[Protection], updates: Sequence[Update], model: Tensors, **privacy: Any) -> Vector:
+def central(kind: type[CentralDp], updates: Sequence[Update], model: Tensors, **privacy: Any) -> Vector:
     """What is released of those updates, times the public divisor: a sum, with noise or without."""
     guard = protection(kind, job(clients(**privacy)))
     return flat(guard.merged(1, updates, model, {})[0].delta) * COHORT
@@ -130,13 +130,13 @@ def a_client_moves_the_sum_by_the_clipping_norm() -> None:
 def noise_at_the_server_does_not_depend_on_who_answers() -> None:
     for answered in (10, 7, 5, 1, 0):
         updates = [Update(f"c{i}", 1, dict(WIDE), 1) for i in range(answered)]
-        detectors.check_noise(central(Protection, updates, WIDE), Z * C)
+        detectors.check_noise(central(CentralDp, updates, WIDE), Z * C)
 
 
 def noise_at_the_server_is_fresh() -> None:
     model: Tensors = {"u": torch.zeros(40_000), "v": torch.zeros(40_000)}
     setting, found = job(clients()), []
-    for guard in (protection(Protection, setting), protection(Protection, setting)):
+    for guard in (protection(CentralDp, setting), protection(CentralDp, setting)):
         for round in (1, 2):
             delta = guard.merged(round, [], model, {})[0].delta
             found += [flat({"u": delta["u"]}), flat({"v": delta["v"]})]
@@ -148,7 +148,7 @@ def the_servers_ledger_has_every_release() -> None:
         rate = setting.federation.cohort_rate or 1.0
         with tempfile.TemporaryDirectory() as folder:
             for times in (1, 2):  # the second is a server started anew
-                guard = protection(Protection, setting, Path(folder))
+                guard = protection(CentralDp, setting, Path(folder))
                 for round in (1, 2, 2):  # a round that was lost is released again
                     guard.merged(round, [], MODEL, {})
                 real = {Release(Z, rate): 3 * times}
@@ -164,16 +164,16 @@ def poisson_job(number: int = 200) -> Job:
 def cohorts_are_what_they_are_charged_as() -> None:
     fixed = job(clients(delta=1e-4), federation={"clients": 200, "cohort": 50, "rounds": 50})
     for setting in (poisson_job(), fixed):
-        guard = protection(Protection, setting)
+        guard = protection(CentralDp, setting)
         drawn = [cohort(guard, setting, round) for round in range(1, 401)]
         charged = guard.terms.cost.sampling_rate
         if charged < 1:
             detectors.check_sampler(drawn, 200, charged)
-            if cohort(protection(Protection, setting), setting, 1) == drawn[0]:
+            if cohort(protection(CentralDp, setting), setting, 1) == drawn[0]:
                 raise Detected("anybody who has the job can tell the cohort")
 
 
-def cohort(guard: Protection, setting: Job, round: int) -> list[int]:
+def cohort(guard: CentralDp, setting: Job, round: int) -> list[int]:
     names = [f"{i:03d}" for i in range(200)]
     drawn = loop.sample(names, setting, round, guard.uniforms(round))
     return [int(name) for name in drawn]
@@ -208,7 +208,7 @@ def head(hidden: int | None) -> Tensors:
     }  # fmt: skip
 
 
-def everyone(setting: Job, words: Any = None) -> PerExample:
+def everyone(setting: Job, words: Any = None) -> DpSgd:
     """The client's own protection, with noise of zero unless other words are given."""
     found = private_training(setting, terms_for(setting, "example"), 1, {})
     return replace(found, words=words or (lambda client: silent))
@@ -217,13 +217,13 @@ def everyone(setting: Job, words: Any = None) -> PerExample:
 def of_heads(given: Sequence[Record], hidden: int | None, *, distributed: bool) -> Vector:
     where = "distributed" if distributed else "client"
     setting = job(examples(sampling_rate=1.0, where=where))
-    table = Examples.of(torch.stack([r.features for r in given]), torch.tensor([r.label for r in given]))
-    works = [HeadWork("c", np.arange(len(given)))]
+    table = FeatureTable.of(torch.stack([r.features for r in given]), torch.tensor([r.label for r in given]))
+    works = [ClientRows("c", np.arange(len(given)))]
     private, start = everyone(setting), head(hidden)
     if distributed:
         [(_, found)] = head_sums(start, table, works, LOSSES["softmax"], private)
         return flat(found)
-    local = Local(setting, LOSSES["softmax"], 1, per_example=private)
+    local = HeadTrainingConfig(setting, LOSSES["softmax"], 1, per_example=private)
     return -flat(train_heads(start, table, works, local)[0].delta) * 8.0  # the public divisor
 
 
@@ -240,14 +240,14 @@ def silence_of(client: str, steps: int, **train: Any) -> Vector:
         examples(sampling_rate=1e-9, delta=1e-12, steps=steps), train={"lr": 1.0, "batch_size": 8} | train
     )
     start: Tensors = {"head.weight": torch.zeros(1000, 1000), "head.bias": torch.zeros(1000)}
-    local = Local(
+    local = HeadTrainingConfig(
         setting,
         LOSSES["softmax"],
         1,
         per_example=private_training(setting, terms_for(setting, "example"), 1, {}),
     )
-    table = Examples.of(torch.ones(2, 1000), torch.tensor([0, 1]))
-    return -flat(train_heads(start, table, [HeadWork(client, np.arange(2))], local)[0].delta) * 8.0
+    table = FeatureTable.of(torch.ones(2, 1000), torch.tensor([0, 1]))
+    return -flat(train_heads(start, table, [ClientRows(client, np.arange(2))], local)[0].delta) * 8.0
 
 
 def noise_at_a_client_is_in_every_step_and_tensor() -> None:
@@ -287,7 +287,7 @@ def a_clients_ledger_has_every_release() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = 0
         for _ in range(2):  # the second is a site started anew
-            site = Site(cast(Any, NoShards()), books=Books(Path(folder)))
+            site = Site(cast(Any, NoShards()), books=PrivacyLedgers(Path(folder)))
             for round in (1, 2, 2):  # a round that was lost is trained again
                 request = Request("train", setting.canonical, setting.hash, round, {}, {}, run="run")
                 admitted, _ = site.admit(setting, request, ["c"])
@@ -302,11 +302,13 @@ def a_clients_ledger_has_every_release() -> None:
 def what_a_client_sends_beside_its_tensors_is_silent() -> None:
     def told(given: Sequence[Record]) -> dict[str, Any]:
         setting = job(examples(seeded_noise=True))
-        table = Examples.of(torch.stack([r.features for r in given]), torch.tensor([r.label for r in given]))
+        table = FeatureTable.of(
+            torch.stack([r.features for r in given]), torch.tensor([r.label for r in given])
+        )
         private = private_training(setting, terms_for(setting, "example"), 1, {"c": 1})
-        local = Local(setting, LOSSES["softmax"], 1, per_example=private)
-        update = train_heads(head(None), table, [HeadWork("c", np.arange(len(given)))], local)[0]
-        site = Site(cast(Any, Held(len(given))), books=Books(new_folder()))
+        local = HeadTrainingConfig(setting, LOSSES["softmax"], 1, per_example=private)
+        update = train_heads(head(None), table, [ClientRows("c", np.arange(len(given)))], local)[0]
+        site = Site(cast(Any, Held(len(given))), books=PrivacyLedgers(new_folder()))
         return {
             "weight": update.num_examples,
             "states": dict(update.states),
@@ -358,7 +360,7 @@ def shares_of_the_noise_make_the_whole() -> None:
     words = partial(np.random.default_rng(0).integers, 0, 2**64, dtype=np.uint64)
     total = np.zeros(numbers, dtype=np.uint64)
     for _ in range(threshold):  # the fewest with whom a sum is opened
-        scale = secagg_encoding.Scale.of(terms, numbers, threshold, lambda count: words(count))
+        scale = secagg_encoding.FixedPointCodec.of(terms, numbers, threshold, lambda count: words(count))
         total += scale.integers(np.zeros(numbers))
     detectors.check_noise(scale.values(total).numpy(), Z * C)
 
@@ -379,7 +381,7 @@ def masked_vectors_show_nothing_and_add_up() -> None:
         for shares in revealed.values():
             if shares["a"][:1] != secagg.OF_KEY or any(shares[n][:1] != secagg.OF_SEED for n in masked):
                 raise Detected("the wrong share is revealed")
-        total = secagg.opened_sum(keys, list(dealt), masked, revealed, 5, context)
+        total = secagg.unmask_sum(keys, list(dealt), masked, revealed, 5, context)
         if not np.array_equal(total, 5 * vectors["a"]):
             raise Detected("the sum is not that of the vectors")
         sent += [(v >> np.uint64(11)).astype(np.float64) for v in masked.values()]
@@ -459,7 +461,7 @@ def an_adaptive_norm_finds_the_norms_in_private() -> None:
         setting = job(
             clients(clipping="adaptive", clipping_norm=start, count_deviation=0.8, seeded_noise=True)
         )
-        guard, state = protection(Protection, setting), {}
+        guard, state = protection(CentralDp, setting), {}
         first = flat(
             protection(Quiet, setting)
             .merged(1, [replace(ones[0], delta={"w": 1e3 * ones[0].delta["w"]})], {"w": torch.zeros(4)}, {})[
@@ -479,16 +481,16 @@ def an_adaptive_norm_finds_the_norms_in_private() -> None:
         replace(u, delta={"w": size * u.delta["w"]}) for u, size in zip(ones, (0.1, 0.1, 9, 9), strict=True)
     ]
     setting = job(clients(clipping="adaptive", clipping_norm=1.0, count_deviation=0.8, clipping_lr=1.0))
-    guard = protection(Protection, setting)
+    guard = protection(CentralDp, setting)
     moves = [np.log(guard.merged(1, halves, {"w": torch.zeros(4)}, {})[1][NORM]) for _ in range(500)]
     if abs(float(np.std(moves)) / (0.8 / COHORT) - 1) > 0.2:
         raise Detected(f"the count behind the norm has noise of {np.std(moves) * COHORT:.3f}, must be 0.8")
-    noise = central(Protection, [], WIDE, clipping="adaptive", count_deviation=0.8)
+    noise = central(CentralDp, [], WIDE, clipping="adaptive", count_deviation=0.8)
     detectors.check_noise(noise, C * (Z**-2 - 1.6**-2) ** -0.5)
 
 
 def releases_are_on_the_lattice() -> None:
-    released = central(Protection, people(MODEL), MODEL)
+    released = central(CentralDp, people(MODEL), MODEL)
     deviation = Z * C
     detectors.check_lattice(released, 2.0 ** (int(np.floor(np.log2(deviation))) - 28))
     if len(np.unique(released)) < len(released):
@@ -515,7 +517,7 @@ def epsilon_is_true() -> None:
 
 def nothing_is_released_above_the_target() -> None:
     setting = job(clients(epsilon=6.0, noise_multiplier=None), federation={"clients": COHORT, "rounds": 4})
-    guard = protection(Protection, setting)
+    guard = protection(CentralDp, setting)
     try:
         for round in range(1, 9):
             guard.merged(round, [], MODEL, {})

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from atoll.backbones.augmentation import masked_spectrum
-from atoll.backbones.checkpoint import config_of, fill, load_transformer, load_weights
+from atoll.backbones.checkpoint import config_of, load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.ctc_vocabulary import OWN
 from atoll.backbones.encoder import Batch, Encoder, Variation
 from atoll.backbones.options import RecurrentLayers, options_of
@@ -222,5 +222,5 @@ def _small(backbone: Backbone, job: Job, max_seconds: float, letters: int | None
         small.out = nn.Identity()
     if backbone.weights is not None:
         ignored = ("out.",) if letters is None else ()
-        fill(small, load_weights(backbone.weights), backbone.weights, ignore=ignored)
+        load_state_dict_strict(small, load_weights(backbone.weights), backbone.weights, ignore=ignored)
     return SoundEncoder(small, 2 * known.width, max_seconds)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from atoll.backbones.resolve import Backbone, begun_from, is_of_run, resolve
+from atoll.backbones.resolve import Backbone, is_run_checkpoint, parent_job, resolve
 from atoll.errors import WeightsError
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
@@ -26,7 +26,7 @@ def load_weights(path: Path) -> Tensors:
     """
     tensors = _read(path)
     check_finite(tensors, path)
-    if not is_of_run(path):
+    if not is_run_checkpoint(path):
         return tensors
     own = {n.removeprefix(IN_RUN): t for n, t in tensors.items() if n.startswith(IN_RUN)}
     if not own or any(".lora_" in name for name in own):
@@ -39,7 +39,7 @@ def _buffers_before(path: Path) -> Tensors:
 
     Those no run moves or keeps.
     """
-    begun = begun_from(path)
+    begun = parent_job(path)
     weights = resolve(begun.backbone, begun.seed).weights if begun is not None else None
     if weights is None or weights.is_dir():  # networks of random weights, or of transformers'
         return {}
@@ -77,7 +77,9 @@ def _read(path: Path) -> Tensors:
     return {str(k): v for k, v in state.items()}
 
 
-def fill(module: nn.Module, state: Tensors, path: Path, *, ignore: tuple[str, ...] = ()) -> None:
+def load_state_dict_strict(
+    module: nn.Module, state: Tensors, path: Path, *, ignore: tuple[str, ...] = ()
+) -> None:
     """Copy a state dict into a module; names and shapes must agree, but for the ignored prefixes.
 
     Raises:
@@ -89,7 +91,7 @@ def fill(module: nn.Module, state: Tensors, path: Path, *, ignore: tuple[str, ..
         given = {n: t for n, t in _buffers_before(path).items() if n in buffers} | given
     for name, tensor in own.items():
         if name not in given:
-            if name.endswith("num_batches_tracked") or (is_of_run(path) and name in buffers):
+            if name.endswith("num_batches_tracked") or (is_run_checkpoint(path) and name in buffers):
                 given[name] = tensor
                 continue
             raise WeightsError(f"{path}: tensor {name} is missing (it has {len(given)} others)")
@@ -173,7 +175,7 @@ def _pretrained(auto: Any, backbone: Backbone, config: Any) -> Any:
     )
 
 
-def mask_always(model: nn.Module) -> None:
+def force_attention_mask(model: nn.Module) -> None:
     """Let transformers' attention take its mask as it is: to leave out a full one it looks at the values.
 
     A vectorised map (torch.func) has no values to look at.

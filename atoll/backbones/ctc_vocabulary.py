@@ -18,7 +18,7 @@ from atoll.errors import WeightsError
 _DROPPED = str.maketrans("", "", string.punctuation.replace("'", ""))
 
 
-def spoken(text: str) -> str:
+def normalize_transcript(text: str) -> str:
     """A transcript as it is compared: lower case, without punctuation but for apostrophes, single spaces.
 
     >>> spoken("Turn  on the light, please!")
@@ -28,7 +28,7 @@ def spoken(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Letters:
+class CtcVocabulary:
     """Numbers of letters; the blank is no letter."""
 
     numbers: Mapping[str, int]
@@ -46,15 +46,15 @@ class Letters:
         return [" ".join("".join(written.get(n, "") for n in row).split()) for row in heard]
 
 
-def _own() -> Letters:
+def _own() -> CtcVocabulary:
     letters = f"' {string.ascii_lowercase}"
-    return Letters({letter: number for number, letter in enumerate(letters, 1)}, 0, len(letters) + 1)
+    return CtcVocabulary({letter: number for number, letter in enumerate(letters, 1)}, 0, len(letters) + 1)
 
 
 OWN = _own()
 
 
-def letters_of(backbone: Backbone) -> Letters:
+def letters_of(backbone: Backbone) -> CtcVocabulary:
     """Those of a network's folder (`vocab.json`), or our own where it has none.
 
     That of Whisper is of its decoder's pieces of words, so it has none.
@@ -76,7 +76,7 @@ def letters_of(backbone: Backbone) -> Letters:
     if " " not in numbers:
         raise WeightsError(f"{path}: no symbol for a space, expected '|' or ' '")
     size = max(len(table), int(config.get("vocab_size") or 0))
-    return Letters(numbers, int(config.get("pad_token_id") or 0), size)
+    return CtcVocabulary(numbers, int(config.get("pad_token_id") or 0), size)
 
 
 def _is_letter(symbol: str) -> bool:

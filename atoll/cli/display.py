@@ -51,7 +51,7 @@ def escape(text: str) -> str:
     return escaped(text)
 
 
-def plain(text: str) -> str:
+def sanitize(text: str) -> str:
     """Text from outside, in one line, so that it can't format, hide or forge what the terminal shows."""
     return escape("".join(c if c.isprintable() else "�" for c in " ".join(text.split("\n"))))
 
@@ -62,10 +62,10 @@ class OneLine(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         place = out() if out().is_terminal and err().is_terminal else err()
         what = record.levelname.lower()
-        place.print(f"[yellow]{what}:[/] {plain(record.getMessage())}", highlight=False, soft_wrap=True)
+        place.print(f"[yellow]{what}:[/] {sanitize(record.getMessage())}", highlight=False, soft_wrap=True)
 
 
-class Gauge(Protocol):
+class ProgressView(Protocol):
     """Where progress is shown."""
 
     def say(self, line: str) -> None:
@@ -145,7 +145,7 @@ def stop_if_asked() -> None:
 class Watcher:
     """Follows a run's steps on a gauge."""
 
-    gauge: Gauge
+    gauge: ProgressView
     rounds: int
 
     def features(self, done: int, total: int) -> None:
@@ -178,14 +178,14 @@ class Watcher:
 
     def _population(self, population: Any) -> None:
         for note in population.notes:
-            self.gauge.say(f"note      {plain(note)}")
+            self.gauge.say(f"note      {sanitize(note)}")
         self.gauge.say(
             f"data      {len(population.train)} examples to train on, {len(population.test)} held out"
         )
 
     def _hello(self, what: dict[str, Any]) -> None:
         backbone = what["backbone"]
-        self.gauge.say(f"backbone  {plain(backbone.name)}, weights from {plain(backbone.origin)}")
+        self.gauge.say(f"backbone  {sanitize(backbone.name)}, weights from {sanitize(backbone.origin)}")
         sizes = what["roll"].sizes
         self.gauge.say(f"clients   {len(sizes)}, {sizes.min()} to {sizes.max()} examples each")
 
@@ -207,7 +207,7 @@ def watching(rounds: int) -> Iterator[Watcher]:
         shown.close()
 
 
-def gauge() -> Gauge:
+def gauge() -> ProgressView:
     """Bars on a terminal, else lines."""
     return Bars(_bars()) if out().is_terminal else Lines()
 
@@ -243,22 +243,22 @@ def comparison(result: dict[str, Any]) -> Table:
     return table
 
 
-def ending(result: dict[str, Any], run: Any) -> None:
+def print_summary(result: dict[str, Any], run: Any) -> None:
     """What came out, and where it lies."""
     from atoll.report.text import duration, what_was_private
 
     out().print()
     out().print(comparison(result))
     for note in result["notes"]:
-        out().print(f"note           {plain(note)}", highlight=False, soft_wrap=True)
+        out().print(f"note           {sanitize(note)}", highlight=False, soft_wrap=True)
     if result.get("simulated_seconds"):
         told = f"{duration(result['simulated_seconds'])} on the devices, {duration(result['seconds'])} here"
         out().print(f"simulated time  {told}", highlight=False)
     if result["privacy"]["unit"] != "none":
-        out().print(plain(what_was_private(result["privacy"])), highlight=False, soft_wrap=True)
+        out().print(sanitize(what_was_private(result["privacy"])), highlight=False, soft_wrap=True)
     for name, what in (
         ("model sha256", result["model_sha256"]),
         ("run directory", run),
         ("report", run / "report.html"),
     ):
-        out().print(f"{name:<13}  {plain(str(what))}", highlight=False, soft_wrap=True)
+        out().print(f"{name:<13}  {sanitize(str(what))}", highlight=False, soft_wrap=True)

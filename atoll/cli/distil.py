@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atoll.cli.display import out as shown
-from atoll.cli.display import plain
-from atoll.cli.run import Overrides, run_here, unused
+from atoll.cli.display import sanitize
+from atoll.cli.run import Overrides, next_free_path, run_here
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
 from atoll.trained import trained
@@ -50,7 +50,7 @@ def distil(
     """Train a smaller student on public data by a trained model's soft answers and the labels, if any."""
     learner, tensors = trained(run)
     default = Path("runs") / f"{run.resolve().name}-student"
-    where = out or (default if force else unused(default, resume=False))
+    where = out or (default if force else next_free_path(default, resume=False))
     if not data.exists():
         raise ConfigError(f"--data: no such file or folder {data}")
     unlabelled = is_unlabelled(data)
@@ -67,7 +67,7 @@ def distil(
     made = run_here(job, where, default=where, force=force)
     if unlabelled:
         note = f"labels are the teacher's, in {source}: metrics tell how far the student agrees with it"
-        shown().print(plain(note), highlight=False, soft_wrap=True)
+        shown().print(sanitize(note), highlight=False, soft_wrap=True)
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atoll.cli.display import escape, out, plain
+from atoll.cli.display import escape, out, sanitize
 from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, DataError, did_you_mean
@@ -43,7 +43,7 @@ def track(
     from atoll.tracking import track_finished
 
     for name, place in track_finished(run, read_result(run), to).items():
-        out().print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
+        out().print(f"{name:<13}  {sanitize(place)}", highlight=False, soft_wrap=True)
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def predict(
     table = Table(Column("input", no_wrap=True, max_width=60), "label", *["probability"] * has_probability)
     for given, answer in zip(inputs, answers, strict=True):
         sure = [f"{answer['probability']:.3f}"] if has_probability else []
-        table.add_row(plain(given), escape(answer["label"]), *sure)
+        table.add_row(sanitize(given), escape(answer["label"]), *sure)
     out().print(table)
 
 

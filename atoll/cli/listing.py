@@ -18,7 +18,7 @@ def tasks() -> Lines:
 
 
 def backbones() -> Lines:
-    from atoll.backbones.resolve import NETWORK, OWN, PACKAGED, RAW
+    from atoll.backbones.resolve import BUILTIN, NETWORK, PACKAGED, RAW
     from atoll.backbones.torchvision_models import TorchvisionKind, torchvision_names
 
     packaged = [
@@ -31,7 +31,7 @@ def backbones() -> Lines:
         (RAW, "no network: an image's pixels, scaled to length 1; head only", BUILT_IN),
         (NETWORK, "the network that the task itself builds, such as an extension's", "the task"),
     ]
-    own = [(f"atoll:{name}", f"built by Atoll, for {what}", BUILT_IN) for name, what in OWN.items()]
+    own = [(f"atoll:{name}", f"built by Atoll, for {what}", BUILT_IN) for name, what in BUILTIN.items()]
     vision = [
         (f"torchvision:{n}", "for images", "torchvision")
         for n in torchvision_names()

@@ -17,7 +17,7 @@ import typer
 
 from atoll.cli import audit, distil, export, inspect, site, sweep, tune
 from atoll.cli import run as run_verbs
-from atoll.cli.display import OneLine, err, interrupted, plain
+from atoll.cli.display import OneLine, err, interrupted, sanitize
 from atoll.cli.usage import Verbs, verbs_of, what_is_wrong
 from atoll.errors import JobError
 from atoll.system import child_process
@@ -78,7 +78,7 @@ def main() -> None:
     """Entry point: runs a verb and turns every error into one line and an exit code."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    _stand_on_open_streams()
+    _ensure_std_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _interrupt_once)
     code = run(sys.argv[1:])
@@ -113,7 +113,7 @@ def _say_nothing(_: object) -> None:
     """An interrupt that met a `__del__` is lost there, but not to us; Python would print where."""
 
 
-def _stand_on_open_streams() -> None:
+def _ensure_std_streams() -> None:
     """Where a standard stream is closed, or can't write a letter: nowhere, or a replacement for it."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         continue
@@ -163,7 +163,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.exceptions.Abort):
         return _complain("this command was stopped before its end", INTERRUPTED, debug, label="interrupted")
     except BrokenPipeError:
-        return _nobody_listens()
+        return _on_broken_pipe()
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}", 1, debug)
@@ -171,7 +171,7 @@ def run(arguments: list[str]) -> int:
         return _complain(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
 
 
-def _nobody_listens() -> int:
+def _on_broken_pipe() -> int:
     """The reader of our output is gone: what is still to be flushed goes nowhere, without a word."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
@@ -183,7 +183,7 @@ def _complain(message: str, code: int, debug: bool, *, label: str = "error") -> 
     if debug:
         traceback.print_exc()
     try:
-        err().print(f"[bold red]{label}:[/] {plain(message)}", highlight=False, soft_wrap=True)
+        err().print(f"[bold red]{label}:[/] {sanitize(message)}", highlight=False, soft_wrap=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return code

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atoll.cli.display import ending, out, plain, watching
+from atoll.cli.display import out, print_summary, sanitize, watching
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
 from atoll.plugins import load_files
@@ -117,17 +117,17 @@ def run_here(
     from atoll.tracking import Tracking, check_trackers
 
     check_trackers(track)
-    where = where or (default if force else unused(default, resume=resume))
+    where = where or (default if force else next_free_path(default, resume=resume))
     finished = _finished(where, job) if resume else None
     if finished is not None:
-        out().print(plain(f"{where}: this run is complete, nothing is left to do"), soft_wrap=True)
-        ending(finished, where)
+        out().print(sanitize(f"{where}: this run is complete, nothing is left to do"), soft_wrap=True)
+        print_summary(finished, where)
         return where
     check_simulated(job)
+    from atoll.sim.engines.engine import default_workers
     from atoll.sim.engines.engine import (
         simulate as simulate_job,  # torch comes with it: not before there is work to do
     )
-    from atoll.sim.engines.engine import usual_workers
 
     tracking = Tracking(job, where, track)
 
@@ -142,7 +142,7 @@ def run_here(
                 job,
                 where,
                 engine=engine,
-                workers=workers or usual_workers(job, engine),
+                workers=workers or default_workers(job, engine),
                 watch=step,
                 progress=watcher.features,
                 resume=resume,
@@ -150,12 +150,12 @@ def run_here(
                 strategy=strategy,
             )
     except KeyboardInterrupt:
-        raise Interrupted(how_to_go_on(where, job.federation.rounds)) from None
+        raise Interrupted(resume_hint(where, job.federation.rounds)) from None
     if track:
         tracking.end(result)
-    ending(result, where)
+    print_summary(result, where)
     for name, place in tracking.places.items():
-        out().print(f"{name:<13}  {plain(place)}", highlight=False, soft_wrap=True)
+        out().print(f"{name:<13}  {sanitize(place)}", highlight=False, soft_wrap=True)
     return where
 
 
@@ -169,7 +169,7 @@ def _finished(where: Path, job: Job) -> dict[str, Any] | None:
     return result if whole else None
 
 
-def how_to_go_on(where: Path, rounds: int) -> str:
+def resume_hint(where: Path, rounds: int) -> str:
     """What an interrupted run has left, and the command that continues it."""
     if not (where / "job.toml").is_file():
         return "no round had begun, and nothing is left behind"
@@ -209,7 +209,7 @@ def load(path: Path, overrides: list[str] | None) -> Job:
     return job
 
 
-def unused(path: Path, *, resume: bool) -> Path:
+def next_free_path(path: Path, *, resume: bool) -> Path:
     """The path itself, or `path-2`, `path-3`, …: the first that is free, or to resume the last taken."""
     candidates = [path]
     while candidates[-1].exists():
@@ -239,7 +239,7 @@ def partition(
         f"{len(names)} shards written to {out_dir}: {names[0]} to {names[-1]}",
         f"join one with: atoll join KIT --data {first}",
     ):
-        out().print(plain(line), highlight=False, soft_wrap=True)
+        out().print(sanitize(line), highlight=False, soft_wrap=True)
 
 
 def _demo_job() -> Job:

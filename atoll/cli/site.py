@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from atoll.cli.display import ending, escape, out
-from atoll.cli.run import JobFile, Overrides, unused
+from atoll.cli.display import escape, out, print_summary
+from atoll.cli.run import JobFile, Overrides, next_free_path
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
 
@@ -36,29 +36,29 @@ def register(app: typer.Typer) -> None:
     app.command(cls=Verb, epilog="Example: atoll stop 1234 --server kits/server")(stop)
 
 
-def tell(line: str) -> None:
+def echo(line: str) -> None:
     """One line of what an operator should know."""
     out().print(escape(line), highlight=False, soft_wrap=True)
 
 
-def tell_when(line: str) -> None:
+def echo_with_time(line: str) -> None:
     """As `tell`, with the time in front: for what runs for days."""
-    tell(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}")
+    echo(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}")
 
 
-class Telling(logging.Handler):
+class EchoHandler(logging.Handler):
     """Log records as lines among the others, without levels and frames."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell_when(record.getMessage())
+        echo_with_time(record.getMessage())
 
 
-def speak_for(package: str) -> None:
+def route_logs(package: str) -> None:
     """Let a package's log lines be lines of the verb; `--debug` has set a level of its own and keeps it."""
     if logging.getLogger().level > logging.DEBUG:
         logger = logging.getLogger(package)
         logger.setLevel(logging.INFO)
-        logger.addHandler(Telling())
+        logger.addHandler(EchoHandler())
         logger.propagate = False
 
 
@@ -67,7 +67,7 @@ def show_ours(line: str) -> None:
     from atoll.server.app import MARK
 
     if line.startswith(MARK):
-        tell(line.removeprefix(MARK))
+        echo(line.removeprefix(MARK))
     else:
         logger.debug("%s", line)
 
@@ -80,8 +80,8 @@ def provision(
     from atoll.server.deploy.provision import provision as make_kits
 
     for kit in make_kits(sites, out_dir):
-        tell(f"kit  {kit}")
-    tell("give each site its own kit over a safe channel; keep the folder ca offline")
+        echo(f"kit  {kit}")
+    echo("give each site its own kit over a safe channel; keep the folder ca offline")
 
 
 def serve(
@@ -94,8 +94,8 @@ def serve(
     """Run a federation's server until it is stopped."""
     from atoll.server.deploy.serve import serve as serve_kit
 
-    speak_for("atoll.server")
-    serve_kit(kit, health_address=health, tell=tell_when)
+    route_logs("atoll.server")
+    serve_kit(kit, health_address=health, tell=echo_with_time)
 
 
 def join(
@@ -108,9 +108,9 @@ def join(
     """Take part with this site's data until it is stopped."""
     from atoll.client.deploy.join import join as join_kit
 
-    speak_for("atoll.client")
+    route_logs("atoll.client")
     is_debugged = logging.getLogger().isEnabledFor(logging.DEBUG)
-    join_kit(kit, data, tell=tell_when, executor=(EXECUTOR, "--debug") if is_debugged else (EXECUTOR,))
+    join_kit(kit, data, tell=echo_with_time, executor=(EXECUTOR, "--debug") if is_debugged else (EXECUTOR,))
 
 
 EXECUTOR = "atoll.cli.site:executor"
@@ -122,7 +122,7 @@ def executor() -> None:
     from atoll.client.deploy.executor import answer_tasks
 
     quiet_libraries("--debug" in sys.argv)
-    speak_for("atoll.client")
+    route_logs("atoll.client")
     answer_tasks()
 
 
@@ -144,12 +144,12 @@ def submit(
             " site; install it there as a package with an entry point (docs/extend.md), and submit without"
         )
     from atoll.job.job import Job
-    from atoll.server.job_checks import check_named, check_real
+    from atoll.server.job_checks import check_named, validate_for_deployment
 
     loaded = Job.load(job, overrides or ())
     check_named(loaded)
-    check_real(loaded)
-    where = out_dir or unused(server / "runs" / loaded.name, resume=resume)
+    validate_for_deployment(loaded)
+    where = out_dir or next_free_path(server / "runs" / loaded.name, resume=resume)
     if resume and not (where / "job.toml").is_file():
         raise ConfigError(f"{where}: nothing to resume, there is no job.toml")
     if not resume and where.exists() and any(where.iterdir()):
@@ -163,10 +163,10 @@ def submit(
         server,
         out=where,
         show=show_ours,
-        tell=tell,
-        started=lambda run: tell(f"run id    {run}"),
+        tell=echo,
+        started=lambda run: echo(f"run id    {run}"),
     )
-    ending(_result(where), where)
+    print_summary(_result(where), where)
 
 
 def _result(where: Path) -> dict[str, Any]:
@@ -182,10 +182,10 @@ def status(server: ServerKitOption) -> None:
 
     stands = ask(server)
     unknown = "none" if stands.known else "unknown"
-    tell(f"online   {', '.join(stands.online) or unknown}")
-    tell(f"offline  {', '.join(stands.offline) or unknown}")
-    tell(f"health   {f'not serving: {stands.trouble}' if stands.trouble else 'serving'}")
-    tell(f"         answered on {stands.health} (gRPC)")
+    echo(f"online   {', '.join(stands.online) or unknown}")
+    echo(f"offline  {', '.join(stands.offline) or unknown}")
+    echo(f"health   {f'not serving: {stands.trouble}' if stands.trouble else 'serving'}")
+    echo(f"         answered on {stands.health} (gRPC)")
     table = Table(
         Column("run id", no_wrap=True), "status", Column("health", no_wrap=True),
         Column("submitted", no_wrap=True), "details",
@@ -210,7 +210,7 @@ def logs(run: RunId, server: ServerKitOption) -> None:
     from atoll.server.deploy.submit import logs as show_logs
 
     ended = show_logs(server, run, show=show_ours)
-    tell(f"run {run} {ended.outcome}" + (f": {ended.details}" if ended.details else ""))
+    echo(f"run {run} {ended.outcome}" + (f": {ended.details}" if ended.details else ""))
 
 
 def stop(run: RunId, server: ServerKitOption) -> None:
@@ -218,4 +218,4 @@ def stop(run: RunId, server: ServerKitOption) -> None:
     from atoll.server.deploy.submit import stop as stop_run
 
     ended = stop_run(server, run)
-    tell(f"run {run} {ended.outcome or ended.status}")
+    echo(f"run {run} {ended.outcome or ended.status}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atoll.cli.display import Gauge, escape, gauge, out, plain, stop_if_asked
+from atoll.cli.display import ProgressView, escape, gauge, out, sanitize, stop_if_asked
 from atoll.cli.run import Interrupted, JobFile, OutDir, Overrides, Plugins, Processes, Vary
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
@@ -60,7 +60,7 @@ def sweep(
     """
     load_files(plugin or ())
     from atoll.server.job_checks import check_simulated
-    from atoll.sim.sweep.grid import Base, Grid, SweepFolder, alone_in, planned
+    from atoll.sim.sweep.grid import Base, Grid, SweepFolder, exclusive_lock, planned
 
     repeats = seeds or (SEEDS if folds is None else 1)
     grid = Grid.of(vary or [], repeats, folds) if vary or folds or not plot_only else None
@@ -79,7 +79,7 @@ def sweep(
     from atoll.sim.sweep.runner import check_all  # torch comes with it
 
     check_all(runs)
-    with alone_in(folder.path, "sweep"):
+    with exclusive_lock(folder.path, "sweep"):
         failures = _run_all(folder, base, grid, runs, workers)
         tell(folder, runs, base.name, failures)
     if failures:
@@ -92,7 +92,7 @@ def _run_all(
 ) -> dict[str, str]:
     """Play what isn't there yet; what went wrong, by the run's name."""
     from atoll.sim.engines.process_pool import processes_for
-    from atoll.sim.sweep.runner import Crew, warm
+    from atoll.sim.sweep.runner import RunPool, precompute_features
     from atoll.tasks.imports import imports_of
 
     waiting = [(run, folder.of(run)) for run in runs if folder.result(run) is None]
@@ -112,13 +112,13 @@ def _run_all(
         stop_if_asked()
         done, complete = done + 1, complete + (failure is None)
         if failure is not None:
-            shown.say(f"[red]failed[/]    {plain(run.words)}: {plain(failure)}")
-        shown.show("runs", done, len(runs), plain(run.words))
+            shown.say(f"[red]failed[/]    {sanitize(run.words)}: {sanitize(failure)}")
+        shown.show("runs", done, len(runs), sanitize(run.words))
 
     try:
-        with Crew(count, ("atoll.sim.sweep.runner", *imports_of(runs[0].job))) as crew:
+        with RunPool(count, ("atoll.sim.sweep.runner", *imports_of(runs[0].job))) as crew:
             crew.start()
-            warm([run.job for run, _ in waiting], progress_of(shown))
+            precompute_features([run.job for run, _ in waiting], progress_of(shown))
             return crew.play(waiting, told)
     except KeyboardInterrupt:
         where = shlex.quote(str(folder.path))
@@ -129,7 +129,7 @@ def _run_all(
         shown.close()
 
 
-def progress_of(shown: Gauge, note: str = "every example once, then cached") -> Progress:
+def progress_of(shown: ProgressView, note: str = "every example once, then cached") -> Progress:
     """Shows how far features have got."""
 
     def progress(done: int, total: int) -> None:
@@ -167,26 +167,26 @@ def tell(folder: SweepFolder, runs: Sequence[Planned], name: str, failures: dict
     out().print()
     out().print(shown_table(rows, name))
     for line in written.said:
-        out().print(plain(line), highlight=False, soft_wrap=True)
+        out().print(sanitize(line), highlight=False, soft_wrap=True)
     for what, path in written.files.items():
-        out().print(f"{what:<9} {plain(str(path))}", highlight=False, soft_wrap=True)
+        out().print(f"{what:<9} {sanitize(str(path))}", highlight=False, soft_wrap=True)
 
 
 def shown_table(rows: Sequence[Row], name: str) -> Table:
     """A line for every combination."""
     from rich.table import Table
 
-    from atoll.sim.sweep.grid import said
+    from atoll.sim.sweep.grid import format_value
     from atoll.sim.sweep.results import headline_of, table
 
     repeats = "seeds" if rows[0].job.data.folds is None else "folds and seeds"
-    shown = Table(title=f"{plain(name)}: mean ± standard deviation over {repeats}", title_justify="left")
+    shown = Table(title=f"{sanitize(name)}: mean ± standard deviation over {repeats}", title_justify="left")
     for key in rows[0].values:
         shown.add_column(escape(key), justify="right")
     shown.add_column(repeats, justify="right")
     shown.add_column((headline_of(rows) or "metric").replace("_", " "), justify="right")
     shown.add_column("epsilon spent", justify="right")
     for line in table(rows):
-        given = (escape(said(value)) for value in line.values.values())
+        given = (escape(format_value(value)) for value in line.values.values())
         shown.add_row(*given, str(line.seeds), line.score, line.epsilon)
     return shown

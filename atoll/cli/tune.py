@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atoll.cli.display import escape, gauge, out, plain, stop_if_asked
+from atoll.cli.display import escape, gauge, out, sanitize, stop_if_asked
 from atoll.cli.run import Interrupted, JobFile, OutDir, Overrides, Plugins, Processes, Vary, load
 from atoll.cli.sweep import progress_of
 from atoll.cli.usage import Verb
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from atoll.job.job import Job
-    from atoll.sim.search.backbone_ranking import Advice
-    from atoll.sim.search.study import Search, Tried
+    from atoll.sim.search.backbone_ranking import RankedBackbone
+    from atoll.sim.search.study import Search, TrialResult
 
 TRIALS = 20
 
@@ -62,7 +62,7 @@ def tune(
     from atoll.server.job_checks import check_simulated
     from atoll.sim.search.space import Space, check_searchable, default_space, job_of
     from atoll.sim.search.study import SearchFolder, check_optuna
-    from atoll.sim.sweep.grid import Base, alone_in
+    from atoll.sim.sweep.grid import Base, exclusive_lock
 
     given = Space.of(vary or (), ranges or ())
     base = Base.load(job, overrides or (), [one.key for one in given.keys])
@@ -76,7 +76,7 @@ def tune(
     folder.check(base, space, seed=seed, seeds=seeds)
     from atoll.sim.engines.process_pool import processes_for  # torch comes with it
 
-    with alone_in(folder.path, "search"):
+    with exclusive_lock(folder.path, "search"):
         count = min(workers or processes_for([own]), trials)
         search = folder.opened(base, space, seed=seed, seeds=seeds, at_once=count)
         tried = _search(search, trials, count, is_default=not given.keys)
@@ -84,12 +84,12 @@ def tune(
     return folder.path
 
 
-def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> list[Tried]:
+def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> list[TrialResult]:
     """Play the trials that are not there yet, a line for each."""
     from atoll.sim.population.population import Population
     from atoll.sim.search.space import checked_job
     from atoll.sim.search.trials import feature_jobs, play_trials, without_test_set
-    from atoll.sim.sweep.runner import Crew, warm
+    from atoll.sim.sweep.runner import RunPool, precompute_features
     from atoll.tasks.imports import imports_of
 
     tried = search.trials()
@@ -97,20 +97,22 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
     shown = gauge()
     left = f"{done} are there, {min(workers, search.at_once)} at a time" if done < trials else "all are there"
     shown.say(f"search    {trials} trials; {left}")
-    shown.say(f"space     {'nothing was said: ' if is_default else ''}{plain('  '.join(search.space.words))}")
+    shown.say(
+        f"space     {'nothing was said: ' if is_default else ''}{sanitize('  '.join(search.space.words))}"
+    )
     if done >= trials and done == len(tried):
         return tried
 
-    def told(one: Tried, so_far: Sequence[Tried]) -> None:
+    def told(one: TrialResult, so_far: Sequence[TrialResult]) -> None:
         stop_if_asked()
         shown.say(_line(search, one, so_far))
         ended = sum(other.outcome is not None for other in so_far)
         shown.show("trials", ended, max(trials, len(so_far)), "")
 
     try:
-        with Crew(workers, ("atoll.sim.search.trials", *imports_of(checked_job(search.base, {})))) as crew:
+        with RunPool(workers, ("atoll.sim.search.trials", *imports_of(checked_job(search.base, {})))) as crew:
             crew.start()
-            warm(
+            precompute_features(
                 feature_jobs(search),
                 progress_of(shown),
                 lambda job: without_test_set(job, Population.of(job)),
@@ -126,22 +128,22 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
         shown.close()
 
 
-def _line(search: Search, one: Tried, so_far: Sequence[Tried]) -> str:
+def _line(search: Search, one: TrialResult, so_far: Sequence[TrialResult]) -> str:
     """What a trial came to, beside the best so far."""
     from atoll.sim.sweep.grid import combination_words
 
     assert one.outcome is not None
-    head = f"trial {one.place + 1:<4}{plain(combination_words(one.values))}"
+    head = f"trial {one.place + 1:<4}{sanitize(combination_words(one.values))}"
     if one.outcome.value is None:
         colour = "red" if one.outcome.failed else "yellow"
-        return f"{head}  [{colour}]{plain(one.outcome.words)}[/]"
+        return f"{head}  [{colour}]{sanitize(one.outcome.words)}[/]"
     metric = search.metric.replace("_", " ")
     best = search.ranked(so_far)[0]
     mark = "  [green]best so far[/]" if best.place == one.place else ""
     return f"{head}  {metric} {one.outcome.value:.4g}{mark}"
 
 
-def _tell(search: Search, tried: Sequence[Tried]) -> None:
+def _tell(search: Search, tried: Sequence[TrialResult]) -> None:
     """Write and show what was found.
 
     Raises:
@@ -156,27 +158,28 @@ def _tell(search: Search, tried: Sequence[Tried]) -> None:
         out().print()
         out().print(_best_table(search, ranked))
     for line in summary(search, tried):
-        out().print(plain(line), highlight=False, soft_wrap=True)
+        out().print(sanitize(line), highlight=False, soft_wrap=True)
     for what, path in files.items():
-        out().print(f"{what:<9} {plain(str(path))}", highlight=False, soft_wrap=True)
+        out().print(f"{what:<9} {sanitize(str(path))}", highlight=False, soft_wrap=True)
     if failed:
         raise JobError(f"{len(failed)} of {len(tried)} trials failed; the same command tries them again")
     if not ranked:
         reasons = [one.outcome.words for one in tried if one.outcome is not None]
         raise JobError(f"no trial has a value: {reasons[0]}")
     command = shlex.join(["atoll", "simulate", str(files["best job"])])
-    out().print(f"run it    {plain(command)}", highlight=False, soft_wrap=True)
+    out().print(f"run it    {sanitize(command)}", highlight=False, soft_wrap=True)
 
 
-def _best_table(search: Search, ranked: Sequence[Tried]) -> Table:
+def _best_table(search: Search, ranked: Sequence[TrialResult]) -> Table:
     """A line for each of the best trials."""
     from rich.table import Table
 
     from atoll.sim.search.report import SHOWN
-    from atoll.sim.sweep.grid import said
+    from atoll.sim.sweep.grid import format_value
 
     table = Table(
-        title=f"{plain(search.base.name)}: the best trials, by what clients keep back", title_justify="left"
+        title=f"{sanitize(search.base.name)}: the best trials, by what clients keep back",
+        title_justify="left",
     )
     table.add_column("trial", justify="right")
     for one in search.space.keys:
@@ -186,7 +189,7 @@ def _best_table(search: Search, ranked: Sequence[Tried]) -> Table:
         table.add_column(metric.replace("_", " "), justify="right")
     for tried in ranked[:SHOWN]:
         assert tried.outcome is not None
-        values = (escape(said(value)) for value in tried.values.values())
+        values = (escape(format_value(value)) for value in tried.values.values())
         found = (tried.outcome.metrics.get(metric) for metric in metrics)
         table.add_row(
             str(tried.place + 1), *values, *("-" if value is None else f"{value:.4g}" for value in found)
@@ -226,10 +229,10 @@ def advise(
     )
     changes = [f"backbone.name={found[0].backbone}", *(overrides or ())]
     best = shlex.join(["atoll", "simulate", str(job), *(a for c in changes for a in ("--set", c))])
-    out().print(f"run it    {plain(best)}", highlight=False, soft_wrap=True)
+    out().print(f"run it    {sanitize(best)}", highlight=False, soft_wrap=True)
 
 
-def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list[Advice]:
+def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list[RankedBackbone]:
     """What is said of each backbone, the best by LogME first, with progress.
 
     Raises:
@@ -259,22 +262,22 @@ def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list
             list(dict.fromkeys(names)) or candidates_here(job),
             head=head or HEAD,
             progress=lambda name: progress_of(shown, f"{name}: every example once, then cached"),
-            left_out=lambda name, why: shown.say(f"left out  {plain(name)}: {plain(why)}"),
+            left_out=lambda name, why: shown.say(f"left out  {sanitize(name)}: {sanitize(why)}"),
         )
     finally:
         shown.close()
 
 
-def _advice_table(name: str, found: Sequence[Advice]) -> Table:
+def _advice_table(name: str, found: Sequence[RankedBackbone]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"{plain(name)}: backbones, the best by LogME first", title_justify="left")
+    table = Table(title=f"{sanitize(name)}: backbones, the best by LogME first", title_justify="left")
     table.add_column("backbone")
     for head in ("LogME", "probe accuracy", "features", "parameters", "ms an example"):
         table.add_column(head, justify="right")
     for one in found:
         table.add_row(
-            plain(one.backbone), f"{one.logme:.3f}", f"{one.probe:.3f}", str(one.width),
+            sanitize(one.backbone), f"{one.logme:.3f}", f"{one.probe:.3f}", str(one.width),
             f"{one.parameters / 1e6:.1f} M", f"{one.seconds * 1e3:.1f}",
         )  # fmt: skip
     return table

@@ -27,11 +27,11 @@ from atoll.data.columns import (
     text_column,
 )
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Journal, shown
+from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.folders import checked_file
 from atoll.data.images import decode, image_bytes
 from atoll.data.labels import class_name
-from atoll.data.layouts import image_classes, noting, open_shard, text_classes
+from atoll.data.layouts import collecting_errors, image_classes, open_shard, text_classes
 from atoll.data.tables import Rows
 from atoll.data.texts import checked_text
 from atoll.errors import ConfigError, DataError
@@ -88,9 +88,9 @@ class _Kind:
     """How texts differ from images, for reading."""
 
     role: str
-    read_classes: Callable[[Path, Path, Journal], Rows]
+    read_classes: Callable[[Path, Path, Diagnostics], Rows]
     column: Callable[[Rows, str], pa.ChunkedArray]
-    check: Callable[[Any, Rows, str, Journal], tuple[bytes, tuple[int, ...]]]
+    check: Callable[[Any, Rows, str, Diagnostics], tuple[bytes, tuple[int, ...]]]
     sizes: Callable[[tuple[int, ...]], str]
 
 
@@ -108,7 +108,7 @@ def inspect(path: Path, task_name: str, columns: Columns = USUAL) -> Findings:
     """What is at `path`, good and bad; raises only if there is nothing to look at."""
     if task_name not in _KINDS:
         raise ConfigError(f"task {task_name!r}: expected one of {', '.join(_KINDS)}")
-    journal = Journal()
+    journal = Diagnostics()
     kind = _KINDS[task_name]
     examples = {split: part.examples for split, part in _gather(path, kind, columns, journal).items()}
     if not journal.problems:
@@ -130,7 +130,7 @@ def _key(content: bytes, label: str) -> bytes:
 
 def table_of(splits: Mapping[str, pa.Table]) -> Table:
     """Splits that are canonical already, and trusted: their images are not decoded."""
-    journal = Journal()
+    journal = Diagnostics()
     examples = {split: _trusted(part) for split, part in splits.items()}
     _remark_all(examples, journal)
     data = {split: Dataset(part) for split, part in splits.items()}
@@ -151,7 +151,7 @@ def _trusted(part: pa.Table) -> list[_Example]:
 
 
 def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
-    journal = Journal()
+    journal = Diagnostics()
     splits = _gather(path, kind, columns, journal)
     journal.close()
     examples = {split: part.examples for split, part in splits.items()}
@@ -161,10 +161,10 @@ def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
     return Table(data["train"], data.get("test"), journal.notes)
 
 
-def _gather(path: Path, kind: _Kind, columns: Columns, journal: Journal) -> dict[str, _Split]:
+def _gather(path: Path, kind: _Kind, columns: Columns, journal: Diagnostics) -> dict[str, _Split]:
     """The splits, whole only if no problem was noted."""
     splits: dict[str, _Split] = {}
-    with noting(path, journal):
+    with collecting_errors(path, journal):
         for name, rows in open_shard(path, kind.read_classes, journal).items():
             splits[name] = _split(rows, kind, columns, journal)
     return splits
@@ -176,7 +176,7 @@ def _check_filled(examples: Mapping[str, list[_Example]], path: Path) -> None:
             raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
 
 
-def _split(rows: Rows, kind: _Kind, columns: Columns, journal: Journal) -> _Split:
+def _split(rows: Rows, kind: _Kind, columns: Columns, journal: Diagnostics) -> _Split:
     if journal.problems and not rows.table.num_rows:
         return _Split({}, [])
     content_name = column_name(rows, kind.role, getattr(columns, kind.role))
@@ -193,7 +193,7 @@ def _split(rows: Rows, kind: _Kind, columns: Columns, journal: Journal) -> _Spli
 
 
 def _checked(
-    rows: Rows, content: pa.ChunkedArray, label_name: str, kind: _Kind, journal: Journal
+    rows: Rows, content: pa.ChunkedArray, label_name: str, kind: _Kind, journal: Diagnostics
 ) -> Iterator[_Example]:
     names = rows.class_names.get(label_name)
     labels = label_values(rows, label_name)
@@ -216,14 +216,14 @@ def _values(column: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def _check_text(
-    cell: bytes | None, rows: Rows, where: str, journal: Journal
+    cell: bytes | None, rows: Rows, where: str, journal: Diagnostics
 ) -> tuple[bytes, tuple[int, ...]]:
     text = checked_text(cell, where)
     return hashlib.sha256(text.encode()).digest(), (len(text),)
 
 
 def _check_image(
-    cell: Mapping[str, Any], rows: Rows, where: str, journal: Journal
+    cell: Mapping[str, Any], rows: Rows, where: str, journal: Diagnostics
 ) -> tuple[bytes, tuple[int, ...]]:
     data, name = _safe_bytes(cell, rows, where)
     decoded = decode(data, name)
@@ -246,7 +246,7 @@ def _safe_bytes(cell: Mapping[str, Any], rows: Rows, where: str) -> tuple[bytes,
 # Remarks
 
 
-def _remark_all(examples: Mapping[str, list[_Example]], journal: Journal) -> None:
+def _remark_all(examples: Mapping[str, list[_Example]], journal: Diagnostics) -> None:
     for split, found in examples.items():
         _remark_few(split, found, journal)
         if repeats := _repeats(found):
@@ -256,7 +256,7 @@ def _remark_all(examples: Mapping[str, list[_Example]], journal: Journal) -> Non
     _remark_leaks(examples.get("train", []), examples.get("test", []), journal)
 
 
-def _remark_few(split: str, examples: list[_Example], journal: Journal) -> None:
+def _remark_few(split: str, examples: list[_Example], journal: Diagnostics) -> None:
     classes = {example.label for example in examples}
     if len(examples) == 1:
         journal.remark(f"{split}: only one example")
@@ -264,7 +264,7 @@ def _remark_few(split: str, examples: list[_Example], journal: Journal) -> None:
         journal.remark(f"{split}: all examples are of one class, {classes.pop()!r}")
 
 
-def _remark_leaks(train: list[_Example], test: list[_Example], journal: Journal) -> None:
+def _remark_leaks(train: list[_Example], test: list[_Example], journal: Diagnostics) -> None:
     seen = {example.digest for example in train}
     if leaked := sum(example.digest in seen for example in test):
         journal.remark(
@@ -284,7 +284,7 @@ def _contradictions(examples: Iterable[_Example]) -> int:
     return sum(count > 1 for count in Counter(digest for digest, _ in pairs).values())
 
 
-def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, journal: Journal) -> Findings:
+def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, journal: Diagnostics) -> Findings:
     _remark_all(examples, journal)
     sizes = sorted(example.size for found in examples.values() for example in found)
     return Findings(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from atoll.data.diagnostics import Journal
+from atoll.data.diagnostics import Diagnostics
 from atoll.data.tables import Rows
 from atoll.errors import DataError
 
@@ -129,7 +129,9 @@ def label_values(rows: Rows, name: str) -> list[object]:
     return values
 
 
-def other_columns(rows: Rows, used: Sequence[str], role: str, journal: Journal) -> dict[str, pa.ChunkedArray]:
+def other_columns(
+    rows: Rows, used: Sequence[str], role: str, journal: Diagnostics
+) -> dict[str, pa.ChunkedArray]:
     """The scalar columns that are not learnt from, such as a user or a hospital; the rest is noted."""
     kept = {}
     for name in rows.table.column_names:

@@ -27,7 +27,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 @dataclass
-class Journal:
+class Diagnostics:
     """The bad examples of a shard, one line each, and its remarks, counted by kind."""
 
     problems: list[str] = field(default_factory=list)

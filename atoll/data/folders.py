@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from atoll.data.diagnostics import Journal, shown
+from atoll.data.diagnostics import Diagnostics, shown
 from atoll.errors import DataError
 
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
@@ -41,7 +41,7 @@ def checked_file(path: Path, root: Path) -> Path:
     return path
 
 
-def listing(folder: Path, root: Path, journal: Journal) -> list[Path]:
+def listing(folder: Path, root: Path, journal: Diagnostics) -> list[Path]:
     """What `folder` holds, by name, without hidden and system files, each of which is noted."""
     resolved(folder, root)
     try:
@@ -51,14 +51,14 @@ def listing(folder: Path, root: Path, journal: Journal) -> list[Path]:
     return [entry for entry in entries if not _is_skipped(entry, journal)]
 
 
-def _is_skipped(entry: Path, journal: Journal) -> bool:
+def _is_skipped(entry: Path, journal: Diagnostics) -> bool:
     hidden = entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES
     if hidden:
         journal.remark("hidden or system file skipped", shown(entry))
     return hidden
 
 
-def class_files(root: Path, base: Path, journal: Journal) -> Iterator[tuple[Path, str]]:
+def class_files(root: Path, base: Path, journal: Diagnostics) -> Iterator[tuple[Path, str]]:
     """Each file of `base`/CLASS/ with its CLASS, ordered by path; what can't be one is refused."""
     for folder in listing(base, root, journal):
         if folder.is_file():
@@ -70,7 +70,7 @@ def class_files(root: Path, base: Path, journal: Journal) -> Iterator[tuple[Path
             journal.refuse(problem)
 
 
-def _files_of_class(folder: Path, root: Path, journal: Journal) -> Iterator[tuple[Path, str]]:
+def _files_of_class(folder: Path, root: Path, journal: Diagnostics) -> Iterator[tuple[Path, str]]:
     if not resolved(folder, root).is_dir():
         checked_file(folder, root)
     files = listing(folder, root, journal)

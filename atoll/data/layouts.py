@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from atoll.data import tables
-from atoll.data.diagnostics import Journal, shown
+from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.folders import checked_file, class_files, listing, resolved
 from atoll.data.tables import Rows
 from atoll.data.texts import read_text_file
@@ -19,16 +19,16 @@ _SPLITS = {"train", "test", "validation", "val"}
 _EXPECTED = f"a folder per class, or one file of {', '.join(tables.SUFFIXES)}"
 
 
-class NothingThere(DataError):
+class NoDataError(DataError):
     """There is no data at the path, so there is nothing to inspect either."""
 
 
 @contextmanager
-def noting(path: Path, journal: Journal) -> Iterator[None]:
+def collecting_errors(path: Path, journal: Diagnostics) -> Iterator[None]:
     """Within, what is wrong with the data at `path` is noted, unless there is none to speak of."""
     try:
         yield
-    except NothingThere:
+    except NoDataError:
         raise
     except DataError as problem:
         journal.refuse(problem)
@@ -36,20 +36,20 @@ def noting(path: Path, journal: Journal) -> Iterator[None]:
         journal.refuse(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
 
 
-ClassReader = Callable[[Path, Path, Journal], Rows]
+ClassReader = Callable[[Path, Path, Diagnostics], Rows]
 """Reads (shard, folder that holds the class folders) into canonical rows."""
 
 
-def open_shard(path: Path, read_classes: ClassReader, journal: Journal) -> dict[str, Rows]:
+def open_shard(path: Path, read_classes: ClassReader, journal: Diagnostics) -> dict[str, Rows]:
     """The rows of "train" and, where there is one, of "test"."""
     if not path.exists():
-        raise NothingThere(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
+        raise NoDataError(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
     if not path.is_dir():
         return {"train": tables.read_file(checked_file(path, path.resolve().parent), journal)}
     return _used(_open_folder(path, read_classes, journal), path, journal)
 
 
-def _used(splits: dict[str, Rows], path: Path, journal: Journal) -> dict[str, Rows]:
+def _used(splits: dict[str, Rows], path: Path, journal: Diagnostics) -> dict[str, Rows]:
     if "train" not in splits:
         raise DataError(f"{shown(path)}: splits {sorted(splits)}, expected train, and test if there is one")
     for name in sorted(splits.keys() - {"train", "test"}):
@@ -57,7 +57,7 @@ def _used(splits: dict[str, Rows], path: Path, journal: Journal) -> dict[str, Ro
     return {name: splits[name] for name in ("train", "test") if name in splits}
 
 
-def _open_folder(path: Path, read_classes: ClassReader, journal: Journal) -> dict[str, Rows]:
+def _open_folder(path: Path, read_classes: ClassReader, journal: Diagnostics) -> dict[str, Rows]:
     entries = listing(path, path, journal)
     if tables.is_saved_dataset(path):
         _check_links(path, path, journal)
@@ -67,7 +67,7 @@ def _open_folder(path: Path, read_classes: ClassReader, journal: Journal) -> dic
     folders = [entry for entry in entries if entry.is_dir()]
     if not folders and not any(entry.is_symlink() for entry in entries):
         found = f"{len(entries)} files" if entries else "nothing"
-        raise NothingThere(f"{shown(path)}: holds {found} and no class folder, expected {_EXPECTED}")
+        raise NoDataError(f"{shown(path)}: holds {found} and no class folder, expected {_EXPECTED}")
     if _is_split(folders):
         return {split.name: _open_split(path, split, read_classes, journal) for split in folders}
     return {"train": read_classes(path, path, journal)}
@@ -78,7 +78,7 @@ def _is_split(folders: Sequence[Path]) -> bool:
     return "train" in names and names <= _SPLITS
 
 
-def _open_split(root: Path, split: Path, read_classes: ClassReader, journal: Journal) -> Rows:
+def _open_split(root: Path, split: Path, read_classes: ClassReader, journal: Diagnostics) -> Rows:
     files = [entry for entry in listing(split, root, journal) if entry.suffix.lower() in tables.SUFFIXES]
     return _read_files(root, files, journal) if files else read_classes(root, split, journal)
 
@@ -97,11 +97,11 @@ def _by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     return splits
 
 
-def _read_files(root: Path, files: Sequence[Path], journal: Journal) -> Rows:
+def _read_files(root: Path, files: Sequence[Path], journal: Diagnostics) -> Rows:
     return tables.joined([tables.read_file(checked_file(file, root), journal) for file in files])
 
 
-def _check_links(folder: Path, root: Path, journal: Journal) -> None:
+def _check_links(folder: Path, root: Path, journal: Diagnostics) -> None:
     for entry in listing(folder, root, journal):
         if resolved(entry, root).is_dir() and not entry.is_symlink():
             _check_links(entry, root, journal)
@@ -109,7 +109,7 @@ def _check_links(folder: Path, root: Path, journal: Journal) -> None:
             checked_file(entry, root)
 
 
-def text_classes(root: Path, base: Path, journal: Journal) -> Rows:
+def text_classes(root: Path, base: Path, journal: Diagnostics) -> Rows:
     """The texts of `base`/CLASS/FILE."""
     texts, labels, paths = [], [], []
     for path, label in class_files(root, base, journal):
@@ -123,7 +123,7 @@ def text_classes(root: Path, base: Path, journal: Journal) -> Rows:
     return _canonical("text", pa.array(texts, pa.string()), labels, paths, root)
 
 
-def image_classes(root: Path, base: Path, journal: Journal) -> Rows:
+def image_classes(root: Path, base: Path, journal: Diagnostics) -> Rows:
     """The images of `base`/CLASS/FILE: their paths, not yet their bytes."""
     found = list(class_files(root, base, journal))
     paths = [path for path, _ in found]

@@ -10,7 +10,7 @@ from atoll.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
-class Picked(Sequence[Any]):
+class LazyRows(Sequence[Any]):
     """Some rows of a lookup, in the order given."""
 
     lookup: Callable[[int], Any]
@@ -25,12 +25,12 @@ class Picked(Sequence[Any]):
     def __getitem__(self, place: slice) -> Sequence[Any]: ...
     def __getitem__(self, place: int | slice) -> Any:
         if isinstance(place, slice):
-            return Picked(self.lookup, self.rows[place])
+            return LazyRows(self.lookup, self.rows[place])
         return self.lookup(self.rows[place])
 
 
 @dataclass(frozen=True)
-class Cells:
+class LazyColumn:
     """Converted cells of one column of a dataset, by row."""
 
     dataset: Dataset
@@ -45,15 +45,15 @@ class Cells:
         return [self.convert(cell) for cell in self.dataset.several(self.column, rows)]
 
 
-def picked(values: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
+def take(values: Sequence[Any], places: Sequence[int]) -> Sequence[Any]:
     """Those places of a sequence, in that order, looked up when they are needed."""
-    if isinstance(values, Picked):
-        return Picked(values.lookup, tuple(values.rows[place] for place in places))
-    return Picked(values.__getitem__, tuple(places))
+    if isinstance(values, LazyRows):
+        return LazyRows(values.lookup, tuple(values.rows[place] for place in places))
+    return LazyRows(values.__getitem__, tuple(places))
 
 
-def several(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+def take_many(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
     """The values at those places, in that order: looked up at once where they are cells of a dataset."""
-    if isinstance(values, Picked) and isinstance(values.lookup, Cells) and places:
+    if isinstance(values, LazyRows) and isinstance(values.lookup, LazyColumn) and places:
         return values.lookup.several([values.rows[place] for place in places])
     return [values[place] for place in places]

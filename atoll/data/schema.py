@@ -21,9 +21,9 @@ import pyarrow as pa
 from atoll.data.classification import LISTED_PROBLEMS, Findings, Table
 from atoll.data.columns import file_column, other_columns, role_column, values_of
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Journal, shown
+from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.folders import checked_file
-from atoll.data.layouts import noting, open_shard
+from atoll.data.layouts import collecting_errors, open_shard
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.data.writers import write_records
 from atoll.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ MAX_FILE_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
-class Role:
+class SchemaField:
     """One part of an example.
 
     `read` makes a cell's canonical value of what stands there and the place's name, or raises DataError.
@@ -52,11 +52,11 @@ class Role:
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """A part that is a file: its bytes, or where they lie."""
 
-Opener = Callable[[Path, Journal], dict[str, Rows] | None]
+Opener = Callable[[Path, Diagnostics], dict[str, Rows] | None]
 """Another layout than a file of rows: the splits at a path, or None where it isn't that layout."""
 
 
-def _nothing_else(path: Path, journal: Journal) -> dict[str, Rows] | None:
+def _nothing_else(path: Path, journal: Diagnostics) -> dict[str, Rows] | None:
     return None
 
 
@@ -65,10 +65,10 @@ def _any_will_do(parts: Mapping[str, Any], where: str) -> None:
 
 
 @dataclass(frozen=True)
-class Records:
+class Schema:
     """How a task's data is read: its roles, by what examples are counted, and other layouts."""
 
-    roles: tuple[Role, ...]
+    roles: tuple[SchemaField, ...]
     counted: str | None = None
     opens: Opener = _nothing_else
     layout: str = f"one file of {', '.join(SUFFIXES)}"
@@ -81,15 +81,15 @@ class Records:
         Raises:
             DataError: the first bad example, and how many there are.
         """
-        journal = Journal()
+        journal = Diagnostics()
         return self.table_of(path, self.gather(path, data, journal), journal)
 
     def inspect(self, path: Path, data: DataSection) -> Findings:
         """What is at `path`, good and bad; raises only if there is nothing to look at."""
-        journal = Journal()
+        journal = Diagnostics()
         return self.findings_of(path, self.gather(path, data, journal), journal)
 
-    def table_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Journal) -> Table:
+    def table_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Diagnostics) -> Table:
         """Gathered splits, once it is clear that nothing in them is bad."""
         journal.close()
         for split, table in splits.items():
@@ -99,7 +99,7 @@ class Records:
         _remark(keys, journal)
         return _table(splits, journal.notes)
 
-    def findings_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Journal) -> Findings:
+    def findings_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Diagnostics) -> Findings:
         """What `atoll check` tells of gathered splits."""
         if not journal.problems and not any(table.num_rows for table in splits.values()):
             raise DataError(f"{shown(path)}: no examples to train on, expected at least one")
@@ -147,11 +147,11 @@ class Records:
             if role not in known:
                 raise ConfigError(f"data.columns.{role}: expected one of {', '.join(known)}")
 
-    def gather(self, path: Path, data: DataSection, journal: Journal) -> dict[str, pa.Table]:
+    def gather(self, path: Path, data: DataSection, journal: Diagnostics) -> dict[str, pa.Table]:
         """The splits in canonical columns; what is wrong with rows that are left out is noted."""
         self.check(data)
         found: dict[str, pa.Table] = {}
-        with noting(path, journal):
+        with collecting_errors(path, journal):
             opened = self.opens(path, journal) or open_shard(path, self._no_classes, journal)
             for split, rows in opened.items():
                 found[split] = self.canonical(rows, data, journal)
@@ -160,15 +160,15 @@ class Records:
     def has(self, path: Path, *names: str) -> bool:
         """Whether rows with these columns lie at a path; what can't be opened has none."""
         try:
-            opened = open_shard(path, self._no_classes, Journal())
+            opened = open_shard(path, self._no_classes, Diagnostics())
         except DataError:
             return False
         return set(names) <= set(opened["train"].table.column_names)
 
-    def _no_classes(self, root: Path, base: Path, journal: Journal) -> Rows:
+    def _no_classes(self, root: Path, base: Path, journal: Diagnostics) -> Rows:
         raise DataError(f"{shown(root)}: a folder of folders, expected {self.layout}")
 
-    def canonical(self, rows: Rows, data: DataSection, journal: Journal) -> pa.Table:
+    def canonical(self, rows: Rows, data: DataSection, journal: Diagnostics) -> pa.Table:
         """The rows whose every part could be read; what is wrong with the others is noted."""
         named = {role.name: self._column(rows, role, data) for role in self.roles}
         present = [role for role in self.roles if named[role.name] is not None]
@@ -193,7 +193,7 @@ class Records:
         rest = {name: c.take(pa.array(kept, pa.int64())) for name, c in others.items() if name not in own}
         return pa.table(own | rest)
 
-    def _column(self, rows: Rows, role: Role, data: DataSection) -> str | None:
+    def _column(self, rows: Rows, role: SchemaField, data: DataSection) -> str | None:
         if rows.is_canonical:
             return role.name if role.name in rows.table.column_names else None
         usual = (role.name, *role.usual)
@@ -229,7 +229,7 @@ def file_bytes(cell: Mapping[str, Any], what: str) -> bytes:
     return data
 
 
-def _raw_cells(rows: Rows, role: Role, name: str) -> Iterator[Any]:
+def _raw_cells(rows: Rows, role: SchemaField, name: str) -> Iterator[Any]:
     return _cells(
         file_column(rows, name, f"{role.name}s or their paths") if role.file else values_of(rows, name)
     )
@@ -242,7 +242,7 @@ def _cells(column: pa.ChunkedArray) -> Iterator[Any]:
             yield from chunk.slice(start, 256).to_pylist()
 
 
-def _read_cell(role: Role, cell: Any, rows: Rows, where: str) -> Any:
+def _read_cell(role: SchemaField, cell: Any, rows: Rows, where: str) -> Any:
     if not role.file:
         return role.read(cell, where)
     if cell["bytes"] is None and cell["path"]:
@@ -253,7 +253,7 @@ def _read_cell(role: Role, cell: Any, rows: Rows, where: str) -> Any:
     return cell
 
 
-def _remark(keys: Mapping[str, Sequence[bytes]], journal: Journal) -> None:
+def _remark(keys: Mapping[str, Sequence[bytes]], journal: Diagnostics) -> None:
     for split, found in keys.items():
         if repeats := len(found) - len(set(found)):
             journal.remark(f"{split}: {repeats} examples repeat the content of another one")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atoll.data.lazy import picked
+from atoll.data.lazy import take
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Shard:
     def select(self, rows: Sequence[int]) -> Shard:
         """Those rows, in that order."""
         keys = tuple(self.keys[row] for row in rows)
-        inputs = picked(self.inputs, rows)
+        inputs = take(self.inputs, rows)
         groups = tuple(self.groups[row] for row in rows) if self.groups else ()
         if isinstance(self.targets, Lazy):
             return Shard(inputs, self.targets.select(rows), keys, groups)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from atoll.data.diagnostics import Journal, opened, shown
+from atoll.data.diagnostics import Diagnostics, opened, shown
 from atoll.data.texts import decoded, without_mark
 from atoll.errors import DataError
 
@@ -44,7 +44,7 @@ class Rows:
     is_canonical: bool = False
 
 
-def read_file(path: Path, journal: Journal) -> Rows:
+def read_file(path: Path, journal: Diagnostics) -> Rows:
     """The rows of one file, whose format its suffix says."""
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
@@ -85,7 +85,7 @@ def _described(rows: Rows) -> str:
 # Text lines
 
 
-def _lines(file: BinaryIO, path: Path, journal: Journal) -> Iterator[str]:
+def _lines(file: BinaryIO, path: Path, journal: Diagnostics) -> Iterator[str]:
     """Each line as text; one that is not UTF-8 or holds NUL is refused, and goes on with marks for it."""
     start = 0
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
@@ -97,7 +97,7 @@ def _lines(file: BinaryIO, path: Path, journal: Journal) -> Iterator[str]:
         yield _line(content, where, start - len(content), journal)
 
 
-def _line(line: bytes, where: str, start: int, journal: Journal) -> str:
+def _line(line: bytes, where: str, start: int, journal: Diagnostics) -> str:
     try:
         if (nul := line.find(b"\0")) >= 0:
             raise DataError(f"{where}: byte {start + nul} is NUL, expected text")
@@ -110,7 +110,7 @@ def _line(line: bytes, where: str, start: int, journal: Journal) -> str:
 # CSV
 
 
-def _read_csv(path: Path, delimiter: str, journal: Journal) -> Rows:
+def _read_csv(path: Path, delimiter: str, journal: Diagnostics) -> Rows:
     with opened(path) as file, _long_fields():
         reader = csv.reader(_lines(file, path, journal), delimiter=delimiter, strict=True)
         try:
@@ -151,7 +151,7 @@ def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
 
 
 def _same_width(
-    reader: CsvReader, header: list[str], path: Path, journal: Journal
+    reader: CsvReader, header: list[str], path: Path, journal: Diagnostics
 ) -> tuple[list[list[str]], list[int]]:
     rows, numbers = [], []
     line = reader.line_num + 1
@@ -169,7 +169,7 @@ def _same_width(
 # JSON Lines
 
 
-def _read_json_lines(path: Path, journal: Journal) -> Rows:
+def _read_json_lines(path: Path, journal: Diagnostics) -> Rows:
     rows, numbers = [], []
     with opened(path) as file:
         for number, line in enumerate(_lines(file, path, journal), start=1):

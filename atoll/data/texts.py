@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from atoll.data.diagnostics import Journal, opened, shown
+from atoll.data.diagnostics import Diagnostics, opened, shown
 from atoll.errors import DataError
 
 MAX_TEXT_BYTES = 1_000_000
@@ -41,7 +41,7 @@ def decoded(data: bytes, where: str, start: int = 0) -> str:
         raise DataError(f"{where}: {found}, expected UTF-8 text") from None
 
 
-def read_text_file(path: Path, journal: Journal) -> str:
+def read_text_file(path: Path, journal: Diagnostics) -> str:
     """The whole text of a file, without its byte order mark."""
     with opened(path) as file:
         data = file.read(MAX_TEXT_BYTES + 1)
@@ -70,11 +70,11 @@ def read_text_input(given: str) -> str:
     if is_folder:
         raise DataError(f"{shown(given)}: a folder, expected a text or a file")
     if is_file or (given.lower().endswith(".txt") and len(given.split()) == 1):
-        return read_text_file(path, Journal())
+        return read_text_file(path, Diagnostics())
     return checked_text(given.encode("utf-8", "surrogateescape"), f"input {shown(repr(given[:40]))}")
 
 
-def without_mark(data: bytes, where: str, journal: Journal) -> bytes:
+def without_mark(data: bytes, where: str, journal: Diagnostics) -> bytes:
     if data.startswith(BYTE_ORDER_MARK):
         journal.remark("a byte order mark was dropped", where)
     return data.removeprefix(BYTE_ORDER_MARK)

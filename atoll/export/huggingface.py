@@ -13,7 +13,7 @@ from atoll.backbones.encoder import Model
 from atoll.errors import ConfigError
 from atoll.export.safetensors import adapters, make_plain, tensors_of
 from atoll.job.job import Job
-from atoll.learning.trainable import in_order
+from atoll.learning.trainable import contiguous
 from atoll.protocol.tensors import Tensors, to_bytes
 
 HEAD = "head.safetensors"
@@ -78,7 +78,7 @@ def _write_adapter(layers: list[tuple[str, BaseTunerLayer]], job: Job, folder: P
     for name, layer in layers:
         for factor in ("lora_A", "lora_B"):
             weights: nn.Module = getattr(layer, factor)["default"]
-            factors[f"base_model.model.{name}.{factor}.weight"] = in_order(weights.weight.detach()).cpu()  # type: ignore[operator]
+            factors[f"base_model.model.{name}.{factor}.weight"] = contiguous(weights.weight.detach()).cpu()  # type: ignore[operator]
     (folder / "adapter_model.safetensors").write_bytes(to_bytes(factors))
     first: Any = layers[0][1]
     config = {

@@ -10,7 +10,7 @@ from torch import nn
 
 from atoll.backbones.encoder import Model
 from atoll.errors import WeightsError
-from atoll.learning.trainable import in_order
+from atoll.learning.trainable import contiguous
 from atoll.protocol.tensors import Tensors, from_bytes, to_bytes
 
 
@@ -35,7 +35,7 @@ def tensors_of(model: nn.Module) -> Tensors:
         if tensor.data_ptr() in seen and tensor.numel():
             continue  # the same weight under a second name
         seen.add(tensor.data_ptr())
-        found[name] = in_order(tensor.detach()).cpu()
+        found[name] = contiguous(tensor.detach()).cpu()
     return found
 
 

@@ -37,12 +37,12 @@ def check_closed_form(job: Job) -> None:
         raise ValueError("tune.head_init: a closed form knows no teacher; expected none with train.teacher")
 
 
-def forms_head(job: Job, round: int) -> bool:
+def is_closed_form_round(job: Job, round: int) -> bool:
     """Whether this round's head is made of statistics, and nothing is trained."""
     return job.tune.head_init is not None and round == 1
 
 
-def form_of(job: Job, classes: int, width: int) -> dict[str, tuple[int, ...]]:
+def statistics_shapes(job: Job, classes: int, width: int) -> dict[str, tuple[int, ...]]:
     """The shape of each statistic, all in float64: how many examples a class has, their features' sum, …"""
     squares = {"squares": (width,)} if job.tune.head_init == "prototype" else {"gram": (width, width)}
     return {"counts": (classes,), "sums": (classes, width), **squares}

@@ -21,7 +21,7 @@ from atoll.job.personal import PersonalSection, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
 from atoll.job.section import Count, Decay, NotNegative, Positive, Section
 from atoll.job.toml import apply_override, read_toml
-from atoll.job.tune import Later, TuneSection, grows
+from atoll.job.tune import TuneSection, TuneStage, grows
 
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
 """Settings that only the named task or network knows; whoever knows them checks them."""
@@ -405,7 +405,7 @@ class Job(Section):
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
 
-def _in_stage(first: Job, later: Later) -> Job:
+def _in_stage(first: Job, later: TuneStage) -> Job:
     tune = TuneSection(
         hidden=first.tune.hidden, **{key: getattr(later, key) for key in TuneSection.own_keys()}
     )

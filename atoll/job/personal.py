@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ADAPT = "adapt"
 """In the plan of a request to measure: how many local steps each client takes first."""
 
-OF_ALL = "global"
+EVALUATE_SHARED = "global"
 """In the plan of a request to measure: the model that all share is meant, not the client's own."""
 
 

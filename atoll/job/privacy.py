@@ -26,7 +26,7 @@ MERGED_BY_MEAN = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedy
 """Strategies that see nothing of the updates but their mean."""
 
 
-class Promise(Section):
+class DpGuarantee(Section):
     """What one unit is promised, and how it is kept.
 
     Either `epsilon` is given and the noise is calibrated to it, or `noise_multiplier`, and epsilon
@@ -46,7 +46,7 @@ class Promise(Section):
     steps: Count | None = None
 
 
-class PrivacySection(Promise):
+class PrivacySection(DpGuarantee):
     """`[privacy]`: one promise, or with `unit = "both"` two in tables of their own.
 
     `seeded_noise` repeats bit for bit and therefore protects nobody: it is for simulations. With
@@ -56,8 +56,8 @@ class PrivacySection(Promise):
     unit: Literal["none", "example", "client", "both"] = "none"
     seeded_noise: bool = False
     audit: bool = False
-    example: Promise | None = None
-    client: Promise | None = None
+    example: DpGuarantee | None = None
+    client: DpGuarantee | None = None
 
     @model_validator(mode="after")
     def _promises_are_where_they_belong(self) -> PrivacySection:
@@ -74,7 +74,7 @@ class PrivacySection(Promise):
         return self
 
     def _refuse_own_keys(self) -> None:
-        for key, field in Promise.model_fields.items():
+        for key, field in DpGuarantee.model_fields.items():
             if getattr(self, key) != field.default:
                 where = "[privacy.example] and [privacy.client]" if self.unit == "both" else "nothing"
                 raise ValueError(f"{key} has no meaning with unit = {self.unit!r}: it belongs to {where}")
@@ -86,7 +86,7 @@ class PrivacySection(Promise):
                 " with atoll audit"
             )
 
-    def promise(self, unit: Unit) -> Promise | None:
+    def promise(self, unit: Unit) -> DpGuarantee | None:
         """What the unit is promised, if anything."""
         if self.unit == "both":
             return self.example if unit == "example" else self.client
@@ -114,41 +114,41 @@ def check_promises(job: Job) -> None:
             f"train.{key}: an example's gradient is clipped as it is, from one pass in full precision, and"
             " noised once a step; expected no such key under example-level privacy"
         )
-    if sums_securely(job):
+    if uses_secure_aggregation(job):
         _check_secure_sums(job)
     elif job.federation.secure_threshold is not None and not job.privacy.units:
         raise ValueError("federation.secure_threshold has no meaning without secure_aggregation: remove it")
-    if "client" in job.privacy.units or sums_securely(job):
+    if "client" in job.privacy.units or uses_secure_aggregation(job):
         _check_merging(job)
     _check_what_is_measured(job)
     if job.privacy.audit and job.train.teacher is not None:
         raise ValueError("privacy.audit: a run with train.teacher can't be attacked; expected false")
 
 
-def places(job: Job) -> tuple[str, ...]:
+def noise_locations(job: Job) -> tuple[str, ...]:
     """Where noise is added, for each promise."""
-    return tuple(promise_of(job, unit).where or PLACES[unit][0] for unit in job.privacy.units)
+    return tuple(guarantee_of(job, unit).where or PLACES[unit][0] for unit in job.privacy.units)
 
 
-def promise_of(job: Job, unit: Unit) -> Promise:
+def guarantee_of(job: Job, unit: Unit) -> DpGuarantee:
     """The promise to a unit that is promised something."""
     promise = job.privacy.promise(unit)
     assert promise is not None
     return promise
 
 
-def sums_securely(job: Job) -> bool:
+def uses_secure_aggregation(job: Job) -> bool:
     """Whether the server sees nothing of the updates but their sum."""
-    return job.federation.secure_aggregation or "distributed" in places(job)
+    return job.federation.secure_aggregation or "distributed" in noise_locations(job)
 
 
 def _check_secure_sums(job: Job) -> None:
-    if "server" in places(job):
+    if "server" in noise_locations(job):
         raise ValueError(
             "privacy.where: 'server' clips single updates, which a secure sum hides from it; expected"
             " 'distributed', or federation.secure_aggregation = false"
         )
-    if places(job).count("distributed") > 1:
+    if noise_locations(job).count("distributed") > 1:
         raise ValueError("privacy.where: expected 'distributed' for one unit at most, found it for both")
     if job.federation.cohort_rate is not None:
         raise ValueError("federation.cohort_rate: a secure sum needs a cohort of fixed size; expected cohort")
@@ -171,7 +171,7 @@ def _check_secure_sums(job: Job) -> None:
 
 
 def _check_single_step(job: Job) -> None:
-    promise, train = promise_of(job, "example"), job.train
+    promise, train = guarantee_of(job, "example"), job.train
     if promise.steps not in (None, 1) or train.epochs != 1:
         raise ValueError(
             "privacy.where: 'distributed' takes one step a round; expected steps = 1 and train.epochs = 1"
@@ -183,7 +183,7 @@ def _check_single_step(job: Job) -> None:
         )
 
 
-def _check_noise(promise: Promise, prefix: str) -> None:
+def _check_noise(promise: DpGuarantee, prefix: str) -> None:
     if (promise.epsilon is None) == (promise.noise_multiplier is None):
         found = "neither" if promise.epsilon is None else "both"
         raise ValueError(f"{prefix}: expected epsilon (the noise follows) or noise_multiplier, found {found}")
@@ -191,13 +191,13 @@ def _check_noise(promise: Promise, prefix: str) -> None:
         raise ValueError(f"{prefix}.delta: missing, expected the probability of failure, such as 1e-5")
 
 
-def _check_place(promise: Promise, prefix: str, unit: Unit) -> None:
+def _check_place(promise: DpGuarantee, prefix: str, unit: Unit) -> None:
     if promise.where is not None and promise.where not in PLACES[unit]:
         known = " or ".join(map(repr, PLACES[unit]))
         raise ValueError(f"{prefix}.where: expected {known} for the unit {unit!r}, found {promise.where!r}")
 
 
-def _check_delta(promise: Promise, prefix: str, unit: Unit, job: Job) -> None:
+def _check_delta(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> None:
     assert promise.delta is not None
     if unit == "client":
         units, what = float(job.federation.clients), "federation.clients"
@@ -211,7 +211,7 @@ def _check_delta(promise: Promise, prefix: str, unit: Unit, job: Job) -> None:
         )
 
 
-def _check_sampling(promise: Promise, prefix: str, unit: Unit) -> None:
+def _check_sampling(promise: DpGuarantee, prefix: str, unit: Unit) -> None:
     adaptive = ("quantile", "clipping_lr", "count_deviation")
     if unit == "example":
         if promise.sampling_rate is None:
@@ -229,7 +229,7 @@ def _check_sampling(promise: Promise, prefix: str, unit: Unit) -> None:
                 )
     if promise.clipping == "fixed":
         for key in adaptive:
-            if getattr(promise, key) != Promise.model_fields[key].default:
+            if getattr(promise, key) != DpGuarantee.model_fields[key].default:
                 raise ValueError(f"{prefix}.{key} has no meaning with clipping = 'fixed': remove it")
 
 
@@ -267,6 +267,6 @@ def expected_cohort(job: Job) -> float:
     return float(federation.cohort or federation.clients)
 
 
-def hides_cohorts(job: Job) -> bool:
+def cohort_is_secret(job: Job) -> bool:
     """Whether who takes part in a round must stay secret: Poisson sampling of clients amplifies only then."""
     return "client" in job.privacy.units and job.federation.cohort_rate is not None

@@ -35,7 +35,7 @@ class Tuned(Section):
         return f"last-k with layers = {self.layers or 1}" if self.method == "last-k" else self.method
 
 
-class Later(Tuned):
+class TuneStage(Tuned):
     """One of `tune.then`: what is tuned from then on.
 
     Its stage begins `after` so many rounds of the one before, or when so many measurements at the clients
@@ -60,7 +60,7 @@ class TuneSection(Tuned):
     hidden: Count | None = None
     head_init: Literal["prototype", "ridge"] | None = None
     ridge: Positive | None = None
-    then: tuple[Later, ...] = ()
+    then: tuple[TuneStage, ...] = ()
 
     @model_validator(mode="after")
     def _ridge_is_of_the_closed_form(self) -> Self:

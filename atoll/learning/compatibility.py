@@ -6,7 +6,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import check_imbalance, check_smoothing
 from atoll.learning.compiled import compiler
-from atoll.learning.determinism import check_device, settle
+from atoll.learning.determinism import check_device, enable_determinism
 from atoll.learning.few_shot import check_shots
 from atoll.tasks.task import Task
 
@@ -30,7 +30,7 @@ def check_fits(job: Job, task: Task) -> None:
     check_autograd(job, task)
     check_teacher(job, task)
     check_device(job.train.device)
-    settle(job.train.device)
+    enable_determinism(job.train.device)
     if job.backbone.compile:
         compiler()
 

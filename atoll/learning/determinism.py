@@ -27,7 +27,7 @@ def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def settle(device: str) -> None:
+def enable_determinism(device: str) -> None:
     """Have a GPU multiply the same way every time, in whole float32: for this process, from here on.
 
     cuDNN and cuBLAS otherwise choose among ways to sum, and round products to 10 bits (TF32). What a

@@ -19,7 +19,7 @@ from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.protocol.tensors import Tensors, from_bytes
 from atoll.tasks import task_named
 from atoll.tasks.task import Task
@@ -37,7 +37,7 @@ class Teacher:
     weight: float
     fingerprint: str
 
-    def check(self, facts: Facts) -> None:
+    def check(self, facts: DataInfo) -> None:
         """Raises ConfigError unless the student tells the same classes apart, in the same order."""
         own, expected = self.learner.facts["classes"], facts["classes"]
         if own != expected:

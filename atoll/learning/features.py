@@ -21,7 +21,7 @@ import torch
 from atoll.backbones.encoder import Encoder, Variation
 from atoll.backbones.extract import BATCH, Progress, extract
 from atoll.backbones.resolve import Backbone
-from atoll.data.lazy import several
+from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
 from atoll.job.job import BackboneSection, Job
 from atoll.learning.compiled import compiler
@@ -126,7 +126,7 @@ def keep_features(
             keys = [shard.keys[row] for row in rows]
             features = extract(
                 encoder(),
-                several(shard.inputs, rows),
+                take_many(shard.inputs, rows),
                 threads=threads,
                 device=device,
                 progress=None if progress is None else partial(_told_from, progress, done, total),

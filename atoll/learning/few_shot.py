@@ -13,7 +13,7 @@ from atoll.job.job import Job
 from atoll.tasks.task import Task
 
 
-def few(rows: Sequence[int], shard: Shard, shots: int | None) -> list[int]:
+def first_per_class(rows: Sequence[int], shard: Shard, shots: int | None) -> list[int]:
     """The first `shots` of these rows of every class, in the order given; all of them without a limit."""
     if shots is None:
         return list(rows)

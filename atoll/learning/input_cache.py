@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from atoll.backbones.encoder import Encoder, Ready
-from atoll.data.lazy import several
+from atoll.backbones.encoder import Encoder, Preprocessed
+from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
 
 KEPT_BYTES = 512 << 20
@@ -19,16 +19,16 @@ class ReadyInputs:
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._limit = kept_bytes
-        self._kept: dict[bytes, Ready] = {}
+        self._kept: dict[bytes, Preprocessed] = {}
         self._bytes = 0
 
-    def of(self, encoder: Encoder, shard: Shard, rows: Sequence[int]) -> list[Ready]:
+    def of(self, encoder: Encoder, shard: Shard, rows: Sequence[int]) -> list[Preprocessed]:
         """Those rows of a shard, ready for a batch; the caller must not write into them."""
         wanted = {shard.keys[row]: row for row in rows}
         ready = {key: self._kept.pop(key) for key in wanted if key in self._kept}
         missing = [key for key in wanted if key not in ready]
         if missing:
-            made = encoder.ready(several(shard.inputs, [wanted[key] for key in missing]))
+            made = encoder.ready(take_many(shard.inputs, [wanted[key] for key in missing]))
             ready.update(zip(missing, made, strict=True))
             self._bytes += sum(map(_size, made))
         # Back behind all others: the first ones are those not asked for the longest.
@@ -38,6 +38,6 @@ class ReadyInputs:
         return [ready[shard.keys[row]] for row in rows]
 
 
-def _size(ready: Ready) -> int:
+def _size(ready: Preprocessed) -> int:
     """Bytes that an input takes."""
     return ready.nbytes if isinstance(ready, torch.Tensor) else sum(t.nbytes for t in ready.values())

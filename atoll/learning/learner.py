@@ -17,7 +17,7 @@ from torch.func import functional_call
 from atoll.backbones.encoder import TARGETS, Batch, Encoder, Model, Variation
 from atoll.backbones.extract import Progress, extract
 from atoll.backbones.resolve import Backbone, known_width, resolve
-from atoll.data.lazy import several
+from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import DataSection, Job
@@ -26,11 +26,11 @@ from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.compatibility import check_fits
 from atoll.learning.compiled import CompiledEncoder
 from atoll.learning.features import View, keep_features, kept_features, plain_view, varied_views
-from atoll.learning.few_shot import few
+from atoll.learning.few_shot import first_per_class
 from atoll.learning.input_cache import ReadyInputs
 from atoll.learning.local_parameters import own_part
 from atoll.learning.pruning import fingerprinted, pruned
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 from atoll.tasks import with_brought_metrics
@@ -55,14 +55,14 @@ class Learner:
 
     job: Job
     task: Task
-    facts: Facts
+    facts: DataInfo
     backbone: Backbone
     progress: Progress | None = None
     teacher: Teacher | None = None
     _ready: ReadyInputs = field(default_factory=ReadyInputs)
 
     @classmethod
-    def of(cls, job: Job, task: Task, facts: Facts, progress: Progress | None = None) -> Learner:
+    def of(cls, job: Job, task: Task, facts: DataInfo, progress: Progress | None = None) -> Learner:
         """A learner with its weights resolved and its device checked.
 
         Raises:
@@ -136,7 +136,7 @@ class Learner:
     def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
         """Some rows of a shard as the model takes them; they are decoded once, unless they vary."""
         if variation is not None:
-            batch = self.encoder.prepare(several(shard.inputs, rows), variation)
+            batch = self.encoder.prepare(take_many(shard.inputs, rows), variation)
         else:
             batch = self.encoder.batch(self._ready.of(self.encoder, shard, rows))
         if self.task.sees_targets:
@@ -170,7 +170,7 @@ class Learner:
         )
 
     @property
-    def given(self) -> Facts:
+    def given(self) -> DataInfo:
         """What all must have alike, as facts: the backbone's weights, and the teacher.
 
         Raises:
@@ -330,7 +330,7 @@ class Learner:
             return shard.select(train), shard.select(validation)
         rows = ranked(shard.keys, self.job.seed, "validation")
         kept = kept_back(len(shard), self.job.data)
-        train = few(rows[: kept.start] + rows[kept.stop :], shard, self.job.data.shots)
+        train = first_per_class(rows[: kept.start] + rows[kept.stop :], shard, self.job.data.shots)
         return shard.select(sorted(train)), shard.select(sorted(rows[kept]))
 
     @cached_property
@@ -386,7 +386,7 @@ def ranked(keys: Sequence[bytes], seed: int, purpose: str) -> list[int]:
     return sorted(range(len(keys)), key=marks.__getitem__)
 
 
-def added(states: Iterable[Tensors]) -> Tensors:
+def sum_states(states: Iterable[Tensors]) -> Tensors:
     """Metric states summed in the order given."""
     total: Tensors = {}
     for state in states:

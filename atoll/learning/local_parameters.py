@@ -27,4 +27,4 @@ def own_part(model: Model, job: Job) -> Tensors:
         raise ConfigError(f"personal.keep: no {job.personal.keep} among what this job tunes, expected none")
     if len(own) == len(trained):
         raise ConfigError(f"personal.keep: {job.personal.keep} is all that this job tunes, expected less")
-    return {name: trainable.in_order(trained[name].detach()).cpu() for name in own}
+    return {name: trainable.contiguous(trained[name].detach()).cpu() for name in own}

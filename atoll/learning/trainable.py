@@ -43,10 +43,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def values(model: nn.Module) -> Tensors:
     """Copies of the tuned parameters' values, laid out as they travel."""
-    return {name: in_order(p.detach()) for name, p in trainable(model).items()}
+    return {name: contiguous(p.detach()) for name, p in trainable(model).items()}
 
 
-def in_order(values: torch.Tensor) -> torch.Tensor:
+def contiguous(values: torch.Tensor) -> torch.Tensor:
     """A copy in the usual layout, whatever the layout that the model computes in."""
     return values.clone(memory_format=torch.contiguous_format)
 
@@ -82,12 +82,12 @@ def without_pruned(model: nn.Module, tensors: Tensors) -> Tensors:
     return found
 
 
-def placed(parameters: Mapping[str, nn.Parameter], tensors: Tensors) -> Tensors:
+def to_parameters(parameters: Mapping[str, nn.Parameter], tensors: Tensors) -> Tensors:
     """The tensors on the device and in the type of the parameters; not copied where they are so."""
     return {name: tensors[name].to(p.device, p.dtype) for name, p in parameters.items()}
 
 
-def movement(parameters: Mapping[str, nn.Parameter], start: Tensors) -> Tensors:
+def delta(parameters: Mapping[str, nn.Parameter], start: Tensors) -> Tensors:
     """How far the parameters are from where they were, laid out as it travels."""
     return {name: (p.detach() - start[name]).contiguous().cpu() for name, p in parameters.items()}
 

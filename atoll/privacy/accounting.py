@@ -49,11 +49,11 @@ class Release:
             raise ValueError(f"sampling_rate must be in (0, 1], got {self.sampling_rate}")
 
 
-Spent = Mapping[Release, int]
+Composition = Mapping[Release, int]
 """How many times each kind of release was made."""
 
 
-def epsilon(spent: Spent, delta: float, relation: Relation = "add-or-remove-one") -> float:
+def epsilon(spent: Composition, delta: float, relation: Relation = "add-or-remove-one") -> float:
     """Epsilon at `delta` of all the releases together, by PLD; never negative, infinite if vacuous.
 
     The figure is an upper bound on every grid, and is at most 0.1 % below that of the next wider one.
@@ -65,7 +65,7 @@ def epsilon(spent: Spent, delta: float, relation: Relation = "add-or-remove-one"
     return _epsilon(_frozen(spent), delta, relation)
 
 
-def epsilon_rdp(spent: Spent, delta: float, relation: Relation = "add-or-remove-one") -> float:
+def epsilon_rdp(spent: Composition, delta: float, relation: Relation = "add-or-remove-one") -> float:
     """The same by Rényi divergences: looser, by another implementation."""
     _check_delta(delta)
     return _epsilon_rdp(_frozen(spent), delta, relation)
@@ -76,7 +76,7 @@ def _epsilon_rdp(spent: Frozen, delta: float, relation: Relation) -> float:
     return _sane(rdp_accountant(dict(spent), relation).get_epsilon(delta)) if spent else 0.0
 
 
-def rdp_accountant(spent: Spent, relation: Relation = "add-or-remove-one"):  # type: ignore[no-untyped-def]
+def rdp_accountant(spent: Composition, relation: Relation = "add-or-remove-one"):  # type: ignore[no-untyped-def]
     """dp-accounting's accountant of Rényi divergences, with all the releases in it."""
     from dp_accounting.rdp import RdpAccountant
 
@@ -86,7 +86,7 @@ def rdp_accountant(spent: Spent, relation: Relation = "add-or-remove-one"):  # t
     return accountant
 
 
-def profile(spent: Spent, epsilons: Sequence[float]) -> list[float]:
+def profile(spent: Composition, epsilons: Sequence[float]) -> list[float]:
     """Delta of all the releases together at each epsilon, by PLD on one grid: upper bounds."""
     from dp_accounting.pld import PLDAccountant
 
@@ -96,7 +96,7 @@ def profile(spent: Spent, epsilons: Sequence[float]) -> list[float]:
     return [float(delta) for delta in accountant.get_delta(list(epsilons))]
 
 
-def within(spent: Spent, delta: float, budget: float, relation: Relation = "add-or-remove-one") -> bool:
+def within(spent: Composition, delta: float, budget: float, relation: Relation = "add-or-remove-one") -> bool:
     """Whether the releases together stay within a budget; coarse grids answer where they can.
 
     Every grid gives an upper bound, so that a coarse one that fits is proof enough.
@@ -175,7 +175,7 @@ def _narrowed(low: float, high: float, target: float, epsilon_at: Callable[[floa
 Frozen = tuple[tuple[Release, int], ...]
 
 
-def _frozen(spent: Spent) -> Frozen:
+def _frozen(spent: Composition) -> Frozen:
     return tuple(sorted((release, count) for release, count in spent.items() if count > 0))
 
 
@@ -236,7 +236,7 @@ def _check_delta(delta: float) -> None:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
 
 
-def together(*parts: Spent) -> Counter[Release]:
+def compose(*parts: Composition) -> Counter[Release]:
     """Releases of several ledgers on the same data, counted together."""
     total: Counter[Release] = Counter()
     for part in parts:

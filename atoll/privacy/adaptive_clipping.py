@@ -35,7 +35,7 @@ def noised_fraction(within: int, answered: int, *, noise: float, expected_cohort
     return (within - answered / 2 + noise) / expected_cohort + 0.5
 
 
-def next_norm(norm: float, fraction: float, *, quantile: float, lr: float) -> float:
+def update_clipping_norm(norm: float, fraction: float, *, quantile: float, lr: float) -> float:
     """The next clipping norm: smaller where more than `quantile` of the norms were within it.
 
     A fraction that noise carried beyond 0 or 1 counts as 0 or 1.

@@ -21,7 +21,7 @@ import torch
 from atoll.privacy.accounting import Release
 from atoll.privacy.adaptive_clipping import multiplier_of_sum, noised_fraction
 from atoll.privacy.clipping import clipped_sum
-from atoll.privacy.noise import Lattice, Words, lattice_for
+from atoll.privacy.noise import Lattice, RandomBits, lattice_for
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
 
@@ -40,7 +40,7 @@ class CentralGaussian:
     noise_multiplier: float
     expected_cohort: float
     sampling_rate: float
-    words: Words
+    words: RandomBits
     record: Callable[[Release], None] = lambda cost: None
     count_deviation: float | None = None
 

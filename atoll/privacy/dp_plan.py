@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.job.privacy import PLACES, Promise, Unit, expected_cohort, local_steps
-from atoll.privacy.accounting import Release, Spent, calibrate, together, within
+from atoll.job.privacy import PLACES, DpGuarantee, Unit, expected_cohort, local_steps
+from atoll.privacy.accounting import Composition, Release, calibrate, compose, within
 
 
 @dataclass(frozen=True)
-class Terms:
+class DpPlan:
     """What a unit is promised, resolved.
 
     `releases` is how many a unit can be part of in the whole run, each of kind `cost`, `per_round` of
@@ -24,7 +24,7 @@ class Terms:
 
     unit: Unit
     where: str
-    promise: Promise
+    promise: DpGuarantee
     delta: float
     cost: Release
     releases: int
@@ -40,17 +40,17 @@ class Terms:
         """What the whole run spends, if nothing has to be done twice."""
         return {self.cost: self.releases}
 
-    def affords(self, spent: Spent, count: int) -> bool:
+    def affords(self, spent: Composition, count: int) -> bool:
         """Whether `count` more releases stay within the target; without one, everything does."""
         target = self.promise.epsilon
         if target is None:
             return True
         if set(spent) <= {self.cost} and sum(spent.values()) + count <= self.releases:
             return True  # no more than what the noise was calibrated for
-        return within(together(spent, {self.cost: count}), self.delta, target)
+        return within(compose(spent, {self.cost: count}), self.delta, target)
 
 
-def terms_of(job: Job, unit: Unit) -> Terms | None:
+def dp_plan_of(job: Job, unit: Unit) -> DpPlan | None:
     """The terms of a unit, or None where the job promises it nothing.
 
     Raises:
@@ -73,16 +73,16 @@ def terms_of(job: Job, unit: Unit) -> Terms | None:
     if noise is None:
         noise = _calibrated(promise, promise.delta, rate, rounds * per_round, unit)
     cost = Release(noise, rate)
-    return Terms(unit, where, promise, promise.delta, cost, rounds * per_round, per_round, divisor)
+    return DpPlan(unit, where, promise, promise.delta, cost, rounds * per_round, per_round, divisor)
 
 
-def distributed_terms(job: Job) -> Terms | None:
+def distributed_terms(job: Job) -> DpPlan | None:
     """The terms of the promise whose noise the clients add together, if there is one."""
-    found = [terms_of(job, unit) for unit in job.privacy.units]
+    found = [dp_plan_of(job, unit) for unit in job.privacy.units]
     return next((terms for terms in found if terms is not None and terms.where == "distributed"), None)
 
 
-def _calibrated(promise: Promise, delta: float, rate: float, releases: int, unit: Unit) -> float:
+def _calibrated(promise: DpGuarantee, delta: float, rate: float, releases: int, unit: Unit) -> float:
     assert promise.epsilon is not None
     try:
         return calibrate(promise.epsilon, delta=delta, sampling_rate=rate, releases=releases)

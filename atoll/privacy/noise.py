@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Words = Callable[[int], NDArray[np.uint64]]
+RandomBits = Callable[[int], NDArray[np.uint64]]
 """So many fresh random 64-bit words."""
 
 FINENESS = 28
@@ -29,7 +29,7 @@ def entropy(count: int) -> NDArray[np.uint64]:
     return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
 
 
-def seeded(seed: int) -> Words:
+def seeded(seed: int) -> RandomBits:
     """Words that a seed repeats (Philox, Salmon et al. 2011): for simulations, they protect nobody."""
     source = np.random.Philox(key=seed)
     return lambda count: np.asarray(source.random_raw(count), dtype=np.uint64)
@@ -63,7 +63,7 @@ class Lattice:
     """
 
     deviation: float
-    words: Words
+    words: RandomBits
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.deviation) and self.deviation > 0):
@@ -90,7 +90,7 @@ class Lattice:
         return noisy
 
 
-def lattice_for(noise_multiplier: float, sensitivity: float, numbers: int, words: Words) -> Lattice:
+def lattice_for(noise_multiplier: float, sensitivity: float, numbers: int, words: RandomBits) -> Lattice:
     """The noise for a sum of so many numbers: what rounding adds to its sensitivity is noised too."""
     plain = Lattice(noise_multiplier * sensitivity, words)
     return Lattice(noise_multiplier * (sensitivity + 2 * plain.rounding(numbers)), words)

@@ -100,8 +100,8 @@ class Participant:
         self._keys, self.threshold = dict(keys), threshold
         names = sorted(keys)
         places = range(1, len(names) + 1)
-        of_seed = shares_of(self._seed, threshold, places)
-        of_key = shares_of(self._mask_key.private_bytes_raw(), threshold, places)
+        of_seed = shamir_split(self._seed, threshold, places)
+        of_key = shamir_split(self._mask_key.private_bytes_raw(), threshold, places)
         dealt = {}
         for name, seed_share, key_share in zip(names, of_seed, of_key, strict=True):
             if name == self.name:
@@ -170,7 +170,7 @@ class Participant:
         return b"\0".join((self.context, sender.encode(), receiver.encode()))
 
 
-def opened_sum(
+def unmask_sum(
     keys: Mapping[str, bytes],
     dealers: Iterable[str],
     masked: Mapping[str, Vector],
@@ -220,7 +220,7 @@ def _recovered(
     ]
     if len(found) < threshold:
         raise SecureAggregationFailed(f"{len(found)} shares of {name}, needed {threshold}")
-    return secret_of(found[:threshold])
+    return shamir_combine(found[:threshold])
 
 
 def _add_pairwise(total: Vector, own: str, other: str, seed: bytes) -> None:
@@ -254,7 +254,7 @@ def _nonce(sender: str, receiver: str) -> bytes:
     return bytes(11) + (b"\1" if sender < receiver else b"\2")
 
 
-def shares_of(secret: bytes, threshold: int, places: Iterable[int]) -> list[bytes]:
+def shamir_split(secret: bytes, threshold: int, places: Iterable[int]) -> list[bytes]:
     """Shamir's shares (1979): values of a random polynomial that is the secret at 0."""
     coefficients = [int.from_bytes(secret, "little")]
     coefficients += [int.from_bytes(os.urandom(72), "little") % PRIME for _ in range(threshold - 1)]
@@ -267,7 +267,7 @@ def shares_of(secret: bytes, threshold: int, places: Iterable[int]) -> list[byte
     return found
 
 
-def secret_of(shares: Sequence[tuple[int, bytes]]) -> bytes:
+def shamir_combine(shares: Sequence[tuple[int, bytes]]) -> bytes:
     """The secret of as many shares (place, value) as the threshold, by Lagrange's formula at 0.
 
     Raises:

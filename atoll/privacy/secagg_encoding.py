@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from atoll.errors import JobError
-from atoll.privacy.dp_plan import Terms
-from atoll.privacy.noise import Lattice, Words, lattice_for
+from atoll.privacy.dp_plan import DpPlan
+from atoll.privacy.noise import Lattice, RandomBits, lattice_for
 from atoll.privacy.secagg import Vector
 from atoll.protocol.messages import Request, Update
 from atoll.protocol.tensors import Tensors
@@ -32,14 +32,14 @@ class OutOfRange(JobError):
 
 
 @dataclass(frozen=True)
-class Scale:
+class FixedPointCodec:
     """How vectors of a round become integers and back: everyone computes the same."""
 
     granularity: float
     lattice: Lattice | None
 
     @classmethod
-    def of(cls, terms: Terms | None, numbers: int, threshold: int, words: Words) -> Scale:
+    def of(cls, terms: DpPlan | None, numbers: int, threshold: int, words: RandomBits) -> FixedPointCodec:
         """For so many numbers; with terms, a client's share of the noise is on the lattice."""
         if terms is None:
             return cls(PLAIN_GRANULARITY, None)
@@ -75,7 +75,7 @@ def flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensors[name].reshape(-1).to(torch.float64) for name in sorted(tensors)])
 
 
-def shaped(numbers: torch.Tensor, model: Tensors) -> Tensors:
+def unflatten(numbers: torch.Tensor, model: Tensors) -> Tensors:
     """`flat` undone."""
     names = sorted(model)
     parts = torch.split(numbers, [model[name].numel() for name in names])

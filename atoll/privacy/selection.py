@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.privacy.accounting import UNREACHABLE, Spent, epsilon, rdp_accountant, together
+from atoll.privacy.accounting import UNREACHABLE, Composition, compose, epsilon, rdp_accountant
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Curve:
             raise ValueError("a curve needs orders above 1, and a divergence for each")
 
     @classmethod
-    def of(cls, spent: Spent) -> Curve:
+    def of(cls, spent: Composition) -> Curve:
         """Of all those releases together."""
         accountant = rdp_accountant(spent)
         # The accountant tells epsilon alone; what it adds up is only in these two.
@@ -124,7 +124,7 @@ def _best_of_poisson(curve: Curve, mean: float) -> Curve:
     return Curve(orders, curve.divergence + mean * np.array(deltas) + math.log(mean) / (orders - 1))
 
 
-def epsilon_of_best(trials: Sequence[Spent], delta: float, repetitions: Repetitions) -> float:
+def epsilon_of_best(trials: Sequence[Composition], delta: float, repetitions: Repetitions) -> float:
     """Epsilon of the best of a random number of runs, each one of these trials, drawn at random.
 
     Raises:
@@ -137,6 +137,6 @@ def epsilon_of_best(trials: Sequence[Spent], delta: float, repetitions: Repetiti
     return best_of(curve, repetitions).epsilon(delta)
 
 
-def epsilon_of_all(trials: Sequence[Spent], delta: float) -> float:
+def epsilon_of_all(trials: Sequence[Composition], delta: float) -> float:
     """Epsilon of all the trials together: whoever has seen every result may pick as they like."""
-    return epsilon(together(*trials), delta)
+    return epsilon(compose(*trials), delta)

@@ -16,7 +16,7 @@ VERSION = 1
 CHARGED_ROUNDS = "privacy.rounds"
 """A state of updates under a promise that the client keeps: rounds of this run in the client's ledger."""
 
-Facts = dict[str, Any]
+DataInfo = dict[str, Any]
 """What a task must know of the data before a model can be built, such as the classes; JSON-able."""
 
 
@@ -25,7 +25,7 @@ class Hello:
     """A client introduces itself, or says why it will not take part."""
 
     client: str
-    facts: Facts
+    facts: DataInfo
     num_examples: int
     refusal: str = ""
     version: int = VERSION
@@ -44,7 +44,7 @@ class Request:
     job: str
     job_hash: str
     round: int
-    facts: Facts
+    facts: DataInfo
     tensors: Tensors
     plan: Mapping[str, float] = field(default_factory=dict)
     run: str = ""
@@ -87,7 +87,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Sealed:
+class SecureMessage:
     """One client's answer in a stage of a secure sum: keys, shares, or a vector under masks."""
 
     client: str
@@ -95,7 +95,7 @@ class Sealed:
     content: Tensors
 
 
-Reply = Update | Measurement | Failure | Sealed
+Reply = Update | Measurement | Failure | SecureMessage
 
 
 def encode_request(request: Request, names: Sequence[str] = ()) -> tuple[str, bytes]:
@@ -129,7 +129,7 @@ def encode_reply(reply: Reply) -> tuple[str, bytes]:
         case Measurement():
             body = _prefixed("states", reply.states)
             head = {"client": reply.client, "round": reply.round, "num_examples": reply.num_examples}
-        case Sealed():
+        case SecureMessage():
             body, head = _prefixed("content", reply.content), {"client": reply.client, "round": reply.round}
         case Failure():
             head, body = {"client": reply.client, "reason": reply.reason}, {}
@@ -153,7 +153,7 @@ def decode_reply(head: str, body: bytes) -> Reply:
             case "Measurement":
                 return Measurement(states=_under("states", tensors), **fields)
             case "Sealed":
-                return Sealed(content=_under("content", tensors), **fields)
+                return SecureMessage(content=_under("content", tensors), **fields)
             case "Failure":
                 return Failure(**fields)
     except TypeError as error:

@@ -7,7 +7,7 @@ from typing import Any
 from atoll.report.comparison import finite, lower_is_better
 from atoll.report.html import Markup, Table, facts, figure, paragraph, section
 from atoll.report.plots import scatter_plot, spread_plot
-from atoll.report.text import counted, metric_value, metric_words, population, quantile
+from atoll.report.text import metric_value, metric_words, pluralize, population, quantile
 
 ALL_UP_TO = 200
 """Clients above which the table shows the ends only."""
@@ -54,7 +54,7 @@ def _summary(ranked: list[Client], without: int, metric: str) -> str:
         f" {metric_value(metric, quantile(values, 0.5))} or better;"
         f" the worst, {ranked[0][0]}, sees {metric_value(metric, ranked[0][1][metric])}."
     )
-    return said + (f" {counted(without, 'client')} had no validation examples." if without else "")
+    return said + (f" {pluralize(without, 'client')} had no validation examples." if without else "")
 
 
 def _spread(ranked: list[Client], metric: str) -> Markup:
@@ -99,10 +99,10 @@ def _row(table: Table, name: str, client: dict[str, Any], metrics: list[str]) ->
 def _best(table: Table, rest: list[Client], without: int, metrics: list[str]) -> None:
     best = rest[-BEST:]
     left_out = len(rest) - len(best)
-    unmeasured = f" and {counted(without, 'client')} without validation examples" if without else ""
+    unmeasured = f" and {pluralize(without, 'client')} without validation examples" if without else ""
     if left_out or without:
         table.remark(
-            f"{counted(left_out, 'client')} in between{unmeasured} left out; all are in result.json."
+            f"{pluralize(left_out, 'client')} in between{unmeasured} left out; all are in result.json."
         )
     for name, client in best:
         _row(table, name, client, metrics)

@@ -25,15 +25,15 @@ from atoll.report.style import STYLE
 from atoll.report.text import (
     ENGINES,
     better,
-    counted,
+    comparison_sentence,
     duration,
     how_it_went,
     metric_value,
     metric_words,
     on_what_data,
+    pluralize,
     population,
     quantile,
-    reading,
     simulated_facts,
     simulated_rounds,
     size,
@@ -138,7 +138,9 @@ def _atoll(clients: dict[str, dict[str, Any]]) -> Markup:
         radius = max(1.6, room * sqrt(examples / largest))
         x, y = 100 + 82 * cos(angle), 100 + 82 * sin(angle)
         islands.append(f'<circle class="island" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>')
-    label = f"{counted(len(clients), 'client')} drawn as islands around one lagoon; size: validation examples"
+    label = (
+        f"{pluralize(len(clients), 'client')} drawn as islands around one lagoon; size: validation examples"
+    )
     lagoon = '<circle class="lagoon" cx="100" cy="100" r="62"/>'
     head = f'<svg class="atoll" viewBox="0 0 200 200" role="img" aria-label="{label}">'
     return Markup(f"{head}{lagoon}{''.join(islands)}</svg>")
@@ -161,7 +163,10 @@ def _comparison_section(result: dict[str, Any], compared: Comparison) -> Markup:
         table.row(row_name(row), *cells, style=f"{row} chief" if row == "federated" else row)
     notes = "".join(paragraph(f"Note: {note}", "note") for note in result.get("notes", []))
     return section(
-        "Comparison", paragraph(reading(compared), "reading"), table.html() if compared.rows else "", notes
+        "Comparison",
+        paragraph(comparison_sentence(compared), "reading"),
+        table.html() if compared.rows else "",
+        notes,
     )
 
 
@@ -241,7 +246,7 @@ def _set_aside_section(result: dict[str, Any]) -> Markup:
         passed = "passed the checks and was merged"
         return section(heading, paragraph(f"None: every update that {arrived} {passed}."))
     rounds = len({round for round, _, _ in entries})
-    said = f"{counted(len(entries), 'update')} in {counted(rounds, 'round')} did not enter the model."
+    said = f"{pluralize(len(entries), 'update')} in {pluralize(rounds, 'round')} did not enter the model."
     table = Table(
         "Updates that were not merged, and why", ["round", "client", "reason"], texts=(1, 2), style="long"
     )

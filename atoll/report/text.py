@@ -13,7 +13,7 @@ from atoll.strategies import STRATEGIES
 
 NOT_MEASURED = "not measured"
 FEW_CLASSES = 8
-SHOUTED = {
+METRIC_SPELLINGS = {
     "f1": "F1",
     "auroc": "AUROC",
     "auc": "AUC",
@@ -48,7 +48,7 @@ def metric_words(name: str) -> str:
     >>> metric_words("macro_f1")
     'macro F1'
     """
-    return " ".join(SHOUTED.get(word, word) for word in name.split("_"))
+    return " ".join(METRIC_SPELLINGS.get(word, word) for word in name.split("_"))
 
 
 def metric_value(name: str, value: object) -> str:
@@ -74,7 +74,7 @@ def size(count: float) -> str:
     for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
         if count >= 1000**power * 0.9995:
             return f"{count / 1000**power:.3g} {unit}"
-    return counted(round(count), "byte")
+    return pluralize(round(count), "byte")
 
 
 def duration(seconds: float | None) -> str:
@@ -95,7 +95,7 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def counted(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """A count and its noun.
 
     >>> counted(1, "round"), counted(1925, "number"), counted(2, "class")
@@ -105,7 +105,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending}"
 
 
-def listed(names: Sequence[str]) -> str:
+def join_words(names: Sequence[str]) -> str:
     """Names as a sentence has them.
 
     >>> listed(["a", "b", "c"])
@@ -143,13 +143,13 @@ def _classes(result: dict[str, Any]) -> str:
     classes = [str(c) for c in result.get("facts", {}).get("classes", [])]
     if not classes:
         return ""
-    named = f": {listed(classes)}" if len(classes) <= FEW_CLASSES else ""
-    return f" into {counted(len(classes), 'class')}{named}"
+    named = f": {join_words(classes)}" if len(classes) <= FEW_CLASSES else ""
+    return f" into {pluralize(len(classes), 'class')}{named}"
 
 
 def on_what_data(result: dict[str, Any], job: Job | None) -> str:
     """One sentence: the data and how it lay with the clients."""
-    clients = counted(population(result), "client")
+    clients = pluralize(population(result), "client")
     if job is None:
         return f"The data lay with {clients}."
     if result["engine"] == SITES:
@@ -190,7 +190,9 @@ def how_it_went(result: dict[str, Any]) -> str:
     sizes = sorted({len(line["cohort"]) for line in result["rounds"]})
     cohort = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}" if sizes else "0"
     rounds, all_clients = len(result["rounds"]), population(result)
-    clients = "all clients" if sizes == [all_clients] else f"{cohort} of the {counted(all_clients, 'client')}"
+    clients = (
+        "all clients" if sizes == [all_clients] else f"{cohort} of the {pluralize(all_clients, 'client')}"
+    )
     when = "In one round" if rounds == 1 else f"In each of {rounds:,} rounds"
     if result.get("simulated_seconds"):
         clients += " were asked; those who answered in time"
@@ -295,7 +297,7 @@ def _short(value: Any) -> str:
     return "unknown" if finite(value) is None else f"{value:.3g}"
 
 
-def reading(compared: Comparison) -> str:
+def comparison_sentence(compared: Comparison) -> str:
     """The comparison table in one sentence."""
     metric = compared.headline
     federated = compared.value("federated", metric) if metric else None

@@ -12,7 +12,7 @@ from atoll.data.dataset import Dataset
 from atoll.datasets.registry import SOURCES
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def check_pinned(job: Job, what: str = "classes") -> None:
         )
 
 
-def named(present: set[str], data: DataSection, key: str, what: str) -> Facts:
+def named(present: set[str], data: DataSection, key: str, what: str) -> DataInfo:
     """The names, in order, under that key: those the job names, or else those of the data, sorted.
 
     Raises:
@@ -42,7 +42,7 @@ def named(present: set[str], data: DataSection, key: str, what: str) -> Facts:
     return {key: list(data.classes), "pinned": True}
 
 
-def agreed(facts: Sequence[Facts], key: str) -> list[str]:
+def agreed(facts: Sequence[DataInfo], key: str) -> list[str]:
     """Pinned names as they are, else the sorted union."""
     pinned = next((f for f in facts if f.get("pinned")), None)
     return list(pinned[key]) if pinned else sorted({name for f in facts for name in f[key]})
@@ -51,7 +51,7 @@ def agreed(facts: Sequence[Facts], key: str) -> list[str]:
 class Labelled(Task):
     """One of several classes for each example: a linear head, cross-entropy, accuracy, macro F1."""
 
-    def targets(self, labels: Sequence[str], order: Sequence[int], facts: Facts) -> torch.Tensor:
+    def targets(self, labels: Sequence[str], order: Sequence[int], facts: DataInfo) -> torch.Tensor:
         """The classes of rows in that order as numbers, [n].
 
         Raises:
@@ -63,7 +63,7 @@ class Labelled(Task):
         except KeyError as unknown:
             raise DataError(f"label {unknown} is not one of the run's classes {facts['classes']}") from None
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The classes, in order: those the job names, or else those of the data, sorted.
 
         Raises:
@@ -71,7 +71,7 @@ class Labelled(Task):
         """
         return named(set(dataset["label"]), data, "classes", "label")
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Pinned classes as they are, else the sorted union.
 
         Raises:
@@ -82,13 +82,13 @@ class Labelled(Task):
             raise ConfigError(f"classification needs at least two classes, found {classes}")
         return {"classes": classes}
 
-    def head(self, width: int, facts: Facts) -> nn.Module:
+    def head(self, width: int, facts: DataInfo) -> nn.Module:
         return nn.Linear(width, len(facts["classes"]))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(outputs, targets)
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -101,7 +101,7 @@ class Labelled(Task):
             compute_groups=False,
         )
 
-    def answer(self, predictions: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: torch.Tensor, facts: DataInfo) -> list[dict[str, Any]]:
         """The most likely class and its probability, and all probabilities."""
         rows = []
         for row in torch.softmax(predictions, dim=-1):

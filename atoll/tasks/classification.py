@@ -25,13 +25,13 @@ from atoll.data.classification import (
 from atoll.data.columns import Columns
 from atoll.data.dataset import Dataset
 from atoll.data.images import image_bytes, read_image_input
-from atoll.data.lazy import Cells, Picked
+from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.data.writers import write_images, write_texts
 from atoll.errors import ConfigError
 from atoll.job.job import BackboneSection, DataSection, Job, Options
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import Labelled, check_pinned
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ class Classification(Labelled):
     def keys(self, dataset: Dataset) -> list[bytes]:
         return example_keys(dataset)
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = example_keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         targets = self.targets(dataset["label"][:], order, facts)
-        inputs = Picked(Cells(dataset, self.column, self.convert), tuple(order))
+        inputs = LazyRows(LazyColumn(dataset, self.column, self.convert), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
     def raw_input(self, given: str) -> Any:

@@ -25,16 +25,16 @@ from atoll.backbones.vision import VisionEncoder, load_vision_encoder
 from atoll.data.dataset import Dataset
 from atoll.data.images import decode_image, image_bytes, read_image_input
 from atoll.data.labels import class_name
-from atoll.data.lazy import Picked
+from atoll.data.lazy import LazyRows
 from atoll.data.parsers import text_cell
-from atoll.data.schema import FILE, Records, Role
+from atoll.data.schema import FILE, Schema, SchemaField
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import BackboneSection, Job, Options
 from atoll.job.section import Section
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import Labelled, check_pinned
-from atoll.tasks.schema_task import Recorded
+from atoll.tasks.schema_task import SchemaTask
 
 Pair = tuple[bytes, str]
 
@@ -49,11 +49,15 @@ def _image(data: bytes, where: str) -> None:
     decode_image(data, where)
 
 
-RECORDS = Records(
+RECORDS = Schema(
     (
-        Role("image", _image, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True),
-        Role("text", text_cell, pa.string(), ("sentence", "content", "caption", "review", "description")),
-        Role("label", class_name, pa.string(), ("class", "category", "target", "y")),
+        SchemaField(
+            "image", _image, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True
+        ),
+        SchemaField(
+            "text", text_cell, pa.string(), ("sentence", "content", "caption", "review", "description")
+        ),
+        SchemaField("label", class_name, pa.string(), ("class", "category", "target", "y")),
     ),
     counted="label",
 )
@@ -119,7 +123,7 @@ def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -
 
 
 @dataclass(frozen=True)
-class ImageText(Recorded, Labelled):
+class ImageText(SchemaTask, Labelled):
     """One of several classes for each image with its text."""
 
     name: str = "image-text"
@@ -136,10 +140,10 @@ class ImageText(Recorded, Labelled):
             )
         check_pinned(job)
 
-    def records(self, options: Options) -> Records:
+    def records(self, options: Options) -> Schema:
         return RECORDS
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         targets = self.targets(dataset["label"][:], order, facts)
@@ -148,7 +152,7 @@ class ImageText(Recorded, Labelled):
             cells = dataset[row]
             return image_bytes(cells["image"]), cells["text"]
 
-        return Shard(Picked(pair, tuple(order)), targets, tuple(keys[row] for row in order))
+        return Shard(LazyRows(pair, tuple(order)), targets, tuple(keys[row] for row in order))
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         return load_pair_encoder(backbone, section, seed)

@@ -16,23 +16,23 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from atoll.backbones.checkpoint import fill, load_weights
+from atoll.backbones.checkpoint import load_state_dict_strict, load_weights
 from atoll.backbones.encoder import Batch, Encoder, Model
 from atoll.backbones.options import refuse_augment, refuse_options
 from atoll.backbones.resolve import NETWORK, Backbone
 from atoll.data.dataset import Dataset
-from atoll.data.lazy import Picked
+from atoll.data.lazy import LazyRows
 from atoll.data.parsers import list_cell, name_cell, number_cell, text_cell
-from atoll.data.schema import Records, Role
+from atoll.data.schema import Schema, SchemaField
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.extension_options import validated
 from atoll.job.job import DataSection, Job
 from atoll.job.job import Options as Given
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.tasks.classes import Labelled, check_pinned, named
-from atoll.tasks.schema_task import Recorded
+from atoll.tasks.schema_task import SchemaTask
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -60,7 +60,7 @@ NAME = Column(name_cell, pa.string())
 """A name, or a whole number, as text: a class, an identifier."""
 
 
-class ModuleTask(Recorded, Labelled):
+class ModuleTask(SchemaTask, Labelled):
     """Derive from it, say `columns`, `input` and `module`, and what is learnt of a row.
 
     What is learnt is a class where `label` names the column that holds it: targets, loss (cross-entropy),
@@ -95,7 +95,7 @@ class ModuleTask(Recorded, Labelled):
         """
         raise NotImplementedError(f"{type(self).__name__}.input")
 
-    def module(self, facts: Facts) -> nn.Module:
+    def module(self, facts: DataInfo) -> nn.Module:
         """The network, with fresh weights drawn from torch's global generator, which is seeded for it.
 
         `facts["classes"]` are the classes, in order, where `label` is said. An example's output must not
@@ -103,7 +103,7 @@ class ModuleTask(Recorded, Labelled):
         """
         raise NotImplementedError(f"{type(self).__name__}.module")
 
-    def target(self, row: Mapping[str, Any], facts: Facts) -> torch.Tensor:
+    def target(self, row: Mapping[str, Any], facts: DataInfo) -> torch.Tensor:
         """What is to be predicted of a row, where that is no class: of the same shape for every row."""
         raise NotImplementedError(f"{type(self).__name__}.target, or say which column is the label")
 
@@ -112,12 +112,12 @@ class ModuleTask(Recorded, Labelled):
         self._of_classes("loss")
         return super().loss(outputs, targets)
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         """A `torchmetrics.MetricCollection`, whose states are tensors that sum over clients."""
         self._of_classes("metrics")
         return super().metrics(facts)
 
-    def answer(self, predictions: torch.Tensor, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: torch.Tensor, facts: DataInfo) -> list[dict[str, Any]]:
         """What `atoll predict` prints for each of the outputs [n, …]; `label` comes first."""
         if self.label is not None:
             return super().answer(predictions, facts)
@@ -127,7 +127,7 @@ class ModuleTask(Recorded, Labelled):
         if self.label is None:
             raise NotImplementedError(f"{type(self).__name__}.{method}, or say which column is the label")
 
-    def head(self, width: int, facts: Facts) -> nn.Module:
+    def head(self, width: int, facts: DataInfo) -> nn.Module:
         raise TypeError(f"{self.name} has a module of its own, and no head on features")
 
     def last_layer(self, module: nn.Module) -> nn.Module:
@@ -157,23 +157,23 @@ class ModuleTask(Recorded, Labelled):
         if self.label is not None:
             check_pinned(job)
 
-    def records(self, options: Given) -> Records:
-        roles = tuple(Role(name, column.read, column.kind) for name, column in self.columns.items())
-        return Records(roles, counted=self.label)
+    def records(self, options: Given) -> Schema:
+        roles = tuple(SchemaField(name, column.read, column.kind) for name, column in self.columns.items())
+        return Schema(roles, counted=self.label)
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Given) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Given) -> DataInfo:
         if self.label is None:
             return {}
         return named(set(dataset[self.label]), data, "classes", self.label)
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         return {} if self.label is None else super().agree(facts)
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         cells = {name: dataset[name] for name in self.columns if name in dataset.column_names}
-        inputs = Picked(
+        inputs = LazyRows(
             lambda row: {name: column[row] for name, column in cells.items() if name != self.label},
             tuple(order),
         )
@@ -198,13 +198,13 @@ class ModuleTask(Recorded, Labelled):
             raise DataError(f'{given[:40]!r}: expected a row as JSON, such as {{"column": 1}}')
         return {name: c.read(row[name], name) for name, c in self.columns.items() if name in row}
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         if backbone.kind != "task":
             raise WeightsError(f"backbone.name: expected {NETWORK!r} for {self.name}")
         with global_stream(job.seed, "init", "backbone"):
             module = self.module(facts)
         if backbone.weights is not None:
-            fill(module, load_weights(backbone.weights), backbone.weights)
+            load_state_dict_strict(module, load_weights(backbone.weights), backbone.weights)
         return _ModuleModel(_Rows(module, self.input), self.last_layer(module))
 
 

@@ -1,4 +1,4 @@
-"""Tasks whose data is all said by one `Records`: what an example's parts are, and nothing else."""
+"""Tasks whose data is all said by one `Schema`: what an example's parts are, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from atoll.data.classification import Findings, Table
 from atoll.data.dataset import Dataset
-from atoll.data.schema import Records
+from atoll.data.schema import Schema
 from atoll.job.job import DataSection, Job, Options
 from atoll.tasks.task import Task
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Recorded(Task):
+class SchemaTask(Task):
     """Reads, checks, hashes and writes by `records`; how an example is hashed depends on no option."""
 
-    def records(self, options: Options) -> Records:
+    def records(self, options: Options) -> Schema:
         """How the data of a job with these `task.options` is read."""
         raise TypeError(f"{type(self).__name__} does not say how its data is read")
 

@@ -13,7 +13,7 @@ from atoll.backbones.encoder import Encoder, Model
 from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
 from atoll.job.job import BackboneSection, DataSection, Job, Options
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,15 +90,15 @@ class Task(Protocol):
         """(rows to train on, rows to measure on) within a client, of a task that `splits_itself`."""
         raise TypeError(f"{self.name} splits by content alone")
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """What must be known of the data before a model can be built."""
         ...
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         """The facts that hold for all clients together."""
         ...
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
         ...
 
@@ -110,11 +110,11 @@ class Task(Protocol):
         """The backbone as an encoder of this task's inputs."""
         raise TypeError(f"{self.name} has no encoder of its own, but a network")
 
-    def head(self, width: int, facts: Facts) -> nn.Module:
+    def head(self, width: int, facts: DataInfo) -> nn.Module:
         """A fresh head; its initial values come from the global generator."""
         raise TypeError(f"{self.name} has no head of its own, but a network")
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         """The whole model, of a task that isn't `on_features`; its first values come from the job's seed."""
         raise TypeError(f"{self.name} has a head on an encoder, and no network of its own")
 
@@ -122,7 +122,7 @@ class Task(Protocol):
         """The mean over the batch."""
         ...
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         """Metrics whose states add up over clients; they take predictions and targets."""
         ...
 
@@ -134,10 +134,10 @@ class Task(Protocol):
         """What `update` of the metrics takes."""
         return predictions, targets
 
-    def references(self, shard: Shard, facts: Facts) -> dict[str, Any]:
+    def references(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
         """Predictions that need no learning, by name, which a result always stands beside: the last value."""
         return {}
 
-    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """What `atoll predict` prints for each prediction; `label` comes first."""
         ...

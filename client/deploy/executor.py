@@ -70,7 +70,7 @@ ARRIVAL_SECONDS = 0.02
 
 
 @dataclass
-class Pace:
+class PollInterval:
     """How long to wait before asking again: briefly while a run is going on, longer when idle."""
 
     fast_until: float = 0.0
@@ -103,7 +103,7 @@ class Executor:
     stop: threading.Event = field(default_factory=threading.Event)
     """Set where the site is to stop; Python can lose an exception that a signal raises, but not this."""
     working: bool = False
-    pace: Pace = field(default_factory=Pace)
+    pace: PollInterval = field(default_factory=PollInterval)
 
     def stay(self) -> None:
         """Answer tasks as they come, until we are to stop."""
@@ -316,7 +316,7 @@ class _PacedTime:
     """Stands in for `time` in the SuperNode's loop, whose pauses of 3 s and 0.5 s are literals."""
 
     def __init__(self) -> None:
-        self._pace = Pace()
+        self._pace = PollInterval()
 
     def sleep(self, seconds: float) -> None:
         if seconds < 3:

@@ -16,16 +16,16 @@ import torch
 from numpy.typing import NDArray
 
 from atoll.client.heads.layers import Layers, squared_norms
-from atoll.privacy.noise import Words, lattice_for
+from atoll.privacy.noise import RandomBits, lattice_for
 from atoll.protocol.messages import CHARGED_ROUNDS
 from atoll.protocol.tensors import Tensors
 
-MARGIN = 1 - 1e-5
+CLIP_ROUNDING_MARGIN = 1 - 1e-5
 """Examples are clipped to a norm this much smaller: what float32 rounds is not to exceed the norm."""
 
 
 @dataclass(frozen=True)
-class PerExample:
+class DpSgd:
     """How examples are drawn, clipped and noised; `words` and `draw` are each client's own.
 
     Sums are divided by `divisor`, a public number. `draw` gives, for a client with so many examples,
@@ -36,7 +36,7 @@ class PerExample:
     clipping_norm: float
     noise_multiplier: float
     divisor: float
-    words: Callable[[str], Words]
+    words: Callable[[str], RandomBits]
     draw: Callable[[str, int], Sequence[NDArray[np.int64]]] | None = None
     charged: Mapping[str, int] = field(default_factory=dict)
 
@@ -48,8 +48,8 @@ class PerExample:
         return (1,) * len(clients), states
 
 
-def factors(
-    values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor, private: PerExample
+def clip_factors(
+    values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor, private: DpSgd
 ) -> torch.Tensor:
     """What clips each example's gradient and divides it, [clients, batch]; zero where `share` is.
 
@@ -61,7 +61,7 @@ def factors(
         for tensor in (*values, *each):
             tensor[unsound] = 0
         norm = norm.masked_fill(unsound, 0)
-    clipped = (private.clipping_norm * MARGIN / norm.clamp_min_(1e-12)).clamp_max_(1.0)
+    clipped = (private.clipping_norm * CLIP_ROUNDING_MARGIN / norm.clamp_min_(1e-12)).clamp_max_(1.0)
     return clipped.mul_(share > 0).div_(private.divisor)
 
 
@@ -79,7 +79,7 @@ class StackedNoise:
 
 
 def stacked_noise(
-    layers: Layers, steps: Sequence[tuple[str, int]], private: PerExample, device: str
+    layers: Layers, steps: Sequence[tuple[str, int]], private: DpSgd, device: str
 ) -> list[list[StackedNoise]]:
     """Noise of every step and layer for clients with so many steps each; what is padded gets none."""
     if private.noise_multiplier == 0:

@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 
 from atoll.backbones.encoder import Batch
-from atoll.client.dp.dp_sgd import MARGIN, PerExample
+from atoll.client.dp.dp_sgd import CLIP_ROUNDING_MARGIN, DpSgd
 from atoll.client.dp.per_example_gradients import (
     PerExampleGradients,
     hooks_suffice,
     mixing_layers,
     per_example_gradients,
 )
-from atoll.client.training.local_sgd import pull_back, variation
+from atoll.client.training.local_sgd import add_proximal_gradient, variation
 from atoll.client.training.optimizers import torch_optimizer
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
@@ -39,7 +39,7 @@ def train_privately(
     learner: Learner,
     tensors: Tensors,
     shard: Shard,
-    private: PerExample,
+    private: DpSgd,
     *,
     client: str,
     round: int,
@@ -53,7 +53,7 @@ def train_privately(
     job, mu = learner.job, plan.get("proximal_mu", 0.0)
     model = learner.model
     parameters = trainable.trainable(model)
-    start = trainable.placed(parameters, tensors)
+    start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, start)
     trainable.training_mode(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
@@ -71,7 +71,7 @@ def train_privately(
             for name, gradient in noise.added(total).items():
                 parameters[name].grad = gradient.to(parameters[name])
             if mu:
-                pull_back(parameters, start, mu)
+                add_proximal_gradient(parameters, start, mu)
             optimizer.step()
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
@@ -79,7 +79,7 @@ def train_privately(
     return Update(
         client=client,
         round=round,
-        delta=trainable.movement(parameters, start),
+        delta=trainable.delta(parameters, start),
         num_examples=told[0][0],
         states={name: state[0] for name, state in told[1].items()},
     )
@@ -90,7 +90,7 @@ def clipped_sum(
     gradients: PerExampleGradients,
     shard: Shard,
     rows: NDArray[np.int64],
-    private: PerExample,
+    private: DpSgd,
     what: tuple[int, str, int],
 ) -> Tensors:
     """The clipped gradients of those rows, added up and divided, in float64; zeros for no rows."""
@@ -111,20 +111,18 @@ def clipped_sum(
     return total
 
 
-def _factors(each: Mapping[str, torch.Tensor], private: PerExample) -> torch.Tensor:
+def _factors(each: Mapping[str, torch.Tensor], private: DpSgd) -> torch.Tensor:
     """What clips each example's gradient over all tensors together, and divides it, [batch]."""
     squares = [g.flatten(1).to(torch.float64).square().sum(1) for g in each.values()]
     norm = torch.stack(squares).sum(0).sqrt()
-    clipped = (private.clipping_norm * MARGIN / norm.clamp_min(1e-12)).clamp_max(1.0)
+    clipped = (private.clipping_norm * CLIP_ROUNDING_MARGIN / norm.clamp_min(1e-12)).clamp_max(1.0)
     return clipped.masked_fill(~torch.isfinite(norm), 0.0) / private.divisor
 
 
 class _Noise:
     """The client's noise, a step after the other, over all tensors in the order of their names."""
 
-    def __init__(
-        self, private: PerExample, client: str, parameters: Mapping[str, torch.nn.Parameter]
-    ) -> None:
+    def __init__(self, private: DpSgd, client: str, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.names = sorted(parameters)
         self.sizes = [parameters[name].numel() for name in self.names]
         self.lattice = lattice_for(
@@ -176,7 +174,7 @@ __all__: Sequence[str] = ["train_privately"]
 
 
 def model_sums(
-    learner: Learner, tensors: Tensors, shards: Mapping[str, Shard], private: PerExample, round: int
+    learner: Learner, tensors: Tensors, shards: Mapping[str, Shard], private: DpSgd, round: int
 ) -> Iterator[tuple[str, Tensors]]:
     """(client, the sum over its batch of clipped gradients); zeros for no batch."""
     model = learner.model

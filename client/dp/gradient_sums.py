@@ -7,22 +7,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from atoll.client.dp.dp_sgd import PerExample, factors
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.dp.dp_sgd import DpSgd, clip_factors
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import Layers, Loss, gradients
-from atoll.client.heads.train import drawn, rows_per_batch
+from atoll.client.heads.train import rows_per_batch, with_poisson_batches
 from atoll.protocol.tensors import Tensors
 
 
 def head_sums(
-    head: Tensors, examples: Examples, works: Sequence[HeadWork], loss: Loss, private: PerExample
+    head: Tensors, examples: FeatureTable, works: Sequence[ClientRows], loss: Loss, private: DpSgd
 ) -> Iterator[tuple[str, Tensors]]:
     """(client, the sum over its batch of clipped gradients), in the order of `works`; zeros for no batch."""
     layers = Layers.of(head)
     device = str(examples.features.device)
     start = layers.stack(head, device)
     for work in works:
-        batch = drawn(work, private).batches[0]
+        batch = with_poisson_batches(work, private).batches[0]
         size = rows_per_batch(len(batch), max(len(batch), 2))
         rows = np.full(size, work.rows[0])
         rows[: len(batch)] = work.rows[batch]
@@ -31,7 +31,7 @@ def head_sums(
         targets = examples.targets[torch.from_numpy(rows)].unsqueeze(0)
         error, _ = loss.error(values[-1], targets)
         each = layers.errors(start, values, error)
-        factor = factors(values, each, share, private).unsqueeze(2)
+        factor = clip_factors(values, each, share, private).unsqueeze(2)
         total = [torch.empty_like(matrix) for matrix in start]
         gradients(values, [e.mul_(factor) for e in each], out=total)
         yield work.client, {name: t[0] for name, t in layers.apart(total).items()}

@@ -8,21 +8,21 @@ from pathlib import Path
 from atoll.errors import BudgetExhausted
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
-from atoll.privacy.accounting import together, within
-from atoll.privacy.dp_plan import Terms
+from atoll.privacy.accounting import compose, within
+from atoll.privacy.dp_plan import DpPlan
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.protocol.messages import Request
 
 
 @dataclass
-class Books:
+class PrivacyLedgers:
     """Ledgers by client and unit, in one folder; they outlive runs and jobs."""
 
     folder: Path
     budget: Budget | None = None
     _open: dict[str, Ledger] = field(default_factory=dict)
 
-    def charge(self, client: str, fingerprint: str, job: Job, terms: Terms, request: Request) -> int:
+    def charge(self, client: str, fingerprint: str, job: Job, terms: DpPlan, request: Request) -> int:
         """Charge one round; how many rounds of this run have been charged then.
 
         A round that is answered a second time, because its update was lost, is charged again, but for
@@ -46,10 +46,10 @@ class Books:
             ledger.charge(entry)
         return sum(ledger.spent_on(request.run).values()) // count
 
-    def _check_budget(self, ledger: Ledger, terms: Terms) -> None:
+    def _check_budget(self, ledger: Ledger, terms: DpPlan) -> None:
         if self.budget is None:
             return
-        everything = together(ledger.spent, {terms.cost: terms.per_round})
+        everything = compose(ledger.spent, {terms.cost: terms.per_round})
         if not within(everything, self.budget.delta, self.budget.epsilon):
             raise BudgetExhausted("the site's privacy budget for this client's data is spent")
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from atoll.backbones.checkpoint import mask_always
+from atoll.backbones.checkpoint import force_attention_mask
 from atoll.backbones.encoder import Batch, Model
 from atoll.learning import trainable
 from atoll.protocol.random_streams import global_stream
@@ -96,7 +96,7 @@ def _by_hooks(
 
 
 def _by_functions(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    mask_always(model)
+    force_attention_mask(model)
     own = {name: p.detach() for name, p in trainable.trainable(model).items()}
 
     def of_one(parameters: dict[str, torch.Tensor], one: Batch, target: torch.Tensor) -> torch.Tensor:

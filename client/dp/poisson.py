@@ -7,17 +7,17 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.job.job import Job
-from atoll.privacy.dp_plan import Terms
-from atoll.privacy.noise import Words, entropy, seeded, uniform
+from atoll.privacy.dp_plan import DpPlan
+from atoll.privacy.noise import RandomBits, entropy, seeded, uniform
 from atoll.protocol.random_streams import stream_seed
 
 
-def private_training(job: Job, terms: Terms, round: int, charged: Mapping[str, int]) -> PerExample:
+def private_training(job: Job, terms: DpPlan, round: int, charged: Mapping[str, int]) -> DpSgd:
     """How the clients of a round train, who have been charged for it."""
 
-    def words(client: str, purpose: str = "noise") -> Words:
+    def words(client: str, purpose: str = "noise") -> RandomBits:
         if job.privacy.seeded_noise:
             return seeded(stream_seed(job.seed, purpose, round, client))
         return entropy
@@ -27,7 +27,7 @@ def private_training(job: Job, terms: Terms, round: int, charged: Mapping[str, i
         coins = uniform(words(client, "poisson")(steps * count)).reshape(steps, count)
         return [np.flatnonzero(row < terms.cost.sampling_rate) for row in coins]
 
-    return PerExample(
+    return DpSgd(
         clipping_norm=terms.promise.clipping_norm,
         noise_multiplier=terms.noise_multiplier,
         divisor=terms.divisor if terms.where == "client" else 1.0,

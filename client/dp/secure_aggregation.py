@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from atoll.job.job import Job
-from atoll.privacy.dp_plan import Terms, distributed_terms
-from atoll.privacy.noise import Words, entropy, seeded
+from atoll.privacy.dp_plan import DpPlan, distributed_terms
+from atoll.privacy.noise import RandomBits, entropy, seeded
 from atoll.privacy.secagg import Participant, SecureAggregationFailed
 from atoll.privacy.secagg_encoding import (
+    FixedPointCodec,
     OutOfRange,
-    Scale,
     as_bytes,
     as_tensor,
     clipped,
@@ -23,7 +23,7 @@ from atoll.privacy.secagg_encoding import (
     length,
     weighted,
 )
-from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, Request, Sealed, Update
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, Request, SecureMessage, Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
 
@@ -33,7 +33,7 @@ SUMS = ("mask", "sum")
 
 
 @dataclass
-class Desk:
+class SecureAggregationSession:
     """The secure sums that this process' clients are in the middle of, one for each client."""
 
     people: dict[str, Participant] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Desk:
         """Keys, dealt shares or revealed shares of the named clients."""
         for name in names:
             try:
-                yield Sealed(name, request.round, self._stage(request, name))
+                yield SecureMessage(name, request.round, self._stage(request, name))
             except SecureAggregationFailed as error:
                 yield Failure(name, str(error))
 
@@ -84,7 +84,7 @@ class Desk:
             try:
                 person = self._person(request, name) if request.kind == "mask" else None
                 threshold = int(request.plan["threshold"]) if person is None else person.threshold
-                vector = Scale.of(terms, numbers, threshold, words).integers(contribution.numpy())
+                vector = FixedPointCodec.of(terms, numbers, threshold, words).integers(contribution.numpy())
                 if person is not None:
                     dealt = {other: as_bytes(t) for other, t in request.own.get(name, {}).items()}
                     vector = person.masked(dealt, vector)
@@ -93,10 +93,10 @@ class Desk:
                 continue
             rounds = torch.tensor(float(charged.get(name, 0)), dtype=torch.float64)
             content = {"vector": torch.from_numpy(vector.view(np.int64)), CHARGED_ROUNDS: rounds}
-            yield Sealed(name, request.round, content)
+            yield SecureMessage(name, request.round, content)
 
 
-def contributions(updates: Iterable[Update], terms: Terms | None) -> Iterator[tuple[str, torch.Tensor]]:
+def contributions(updates: Iterable[Update], terms: DpPlan | None) -> Iterator[tuple[str, torch.Tensor]]:
     """What each update is in a secure sum: clipped where clients are promised privacy, else weighted."""
     for update in updates:
         if terms is None:
@@ -110,7 +110,7 @@ def sums(found: Iterable[tuple[str, Tensors]]) -> Iterator[tuple[str, torch.Tens
     return ((name, flat(tensors)) for name, tensors in found)
 
 
-def share_words(job: Job, round: int, client: str) -> Words:
+def share_words(job: Job, round: int, client: str) -> RandomBits:
     """Where a client's share of the noise comes from."""
     if job.privacy.seeded_noise:
         return seeded(stream_seed(job.seed, "share", round, client))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from atoll.client.heads.distillation import head_loss
-from atoll.client.heads.layers import Loss, same
+from atoll.client.heads.layers import Loss, identity
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance
 
@@ -47,7 +47,7 @@ def smoothed(loss: Loss, job: Job) -> Loss:
         plain.scatter_add_(2, place, torch.full_like(own, share).unsqueeze(2))
         return plain.sub_(share / classes), surprise + share * (own - middle)
 
-    return Loss(error, same)
+    return Loss(error, identity)
 
 
 def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
@@ -60,14 +60,14 @@ def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
             each = weights[: len(outputs)].gather(1, targets)
             return error * each.unsqueeze(2), loss.value(likelihood) * each
 
-        return Loss(weighted, same)
+        return Loss(weighted, identity)
     if imbalance.kind == "logits":
         shifts = imbalance.shifts(counts).unsqueeze(1)
         return Loss(
             lambda outputs, targets: loss.error(outputs + shifts[: len(outputs)], targets), loss.value
         )
     if imbalance.kind == "focal":
-        return Loss(lambda outputs, targets: _focal(loss, imbalance.strength, outputs, targets), same)
+        return Loss(lambda outputs, targets: _focal(loss, imbalance.strength, outputs, targets), identity)
     return loss  # its examples are drawn otherwise, and count as ever
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from atoll.client.heads.layers import LOSSES, Loss, same
+from atoll.client.heads.layers import LOSSES, Loss, identity
 from atoll.job.job import Job
 
 
@@ -16,10 +16,10 @@ def head_loss(job: Job, kind: str) -> Loss:
     """The loss of that kind, or the one of a job that has a teacher."""
     if job.train.teacher is None:
         return LOSSES[kind]
-    return taught(LOSSES[kind], job.train.temperature, job.train.taught)
+    return distillation_loss(LOSSES[kind], job.train.temperature, job.train.taught)
 
 
-def taught(loss: Loss, temperature: float, weight: float) -> Loss:
+def distillation_loss(loss: Loss, temperature: float, weight: float) -> Loss:
     """`loss` (softmax) mixed with the teacher's: targets are [clients, batch, 1 + classes].
 
     First the class, then what the teacher gives each class at the temperature.
@@ -35,4 +35,4 @@ def taught(loss: Loss, temperature: float, weight: float) -> Loss:
         value = loss.value(likelihood) * (1 - weight) + apart * (weight * temperature**2)
         return hard * (1 - weight) + (own - soft) * (weight * temperature), value
 
-    return Loss(error, same)
+    return Loss(error, identity)

@@ -12,7 +12,7 @@ from atoll.client.heads.layers import padded
 
 
 @dataclass(frozen=True)
-class Examples:
+class FeatureTable:
     """Features [views * n, padded width] and their targets, which several clients' rows point into.
 
     View v of example i is in row v * n + i. Targets are classes for softmax, labels or values
@@ -24,7 +24,7 @@ class Examples:
     views: int = 1
 
     @classmethod
-    def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> Examples:
+    def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> FeatureTable:
         """Features [n, width] or [views, n, width] of targets [n], on their device.
 
         Behind the features stand a one for the bias, and zeros.
@@ -43,7 +43,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class HeadWork:
+class ClientRows:
     """One client's part of a round: its rows of the examples, in the first view.
 
     `batches` are places among those rows for each step, where they are drawn by Poisson's coins.

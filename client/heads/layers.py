@@ -118,7 +118,7 @@ def _softmax(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
     return error, likelihood.squeeze(2)
 
 
-def _surprise(likelihood: torch.Tensor) -> torch.Tensor:
+def _negative_log_likelihood(likelihood: torch.Tensor) -> torch.Tensor:
     return -likelihood.clamp_min(torch.finfo(torch.float32).tiny).log_()
 
 
@@ -139,15 +139,15 @@ def _squared(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
     return difference * (2 / outputs.shape[2]), difference.square().mean(dim=2)
 
 
-def same(value: torch.Tensor) -> torch.Tensor:
+def identity(value: torch.Tensor) -> torch.Tensor:
     """Numbers that are losses already."""
     return value
 
 
 LOSSES = {
-    "softmax": Loss(_softmax, _surprise),
-    "sigmoid": Loss(_sigmoid, same),
-    "squared": Loss(_squared, same),
+    "softmax": Loss(_softmax, _negative_log_likelihood),
+    "sigmoid": Loss(_sigmoid, identity),
+    "squared": Loss(_squared, identity),
 }
 """As torch's cross_entropy, binary_cross_entropy_with_logits and mse_loss, with reduction "mean"."""
 
@@ -164,9 +164,7 @@ def gradients(values: Sequence[torch.Tensor], error: Sequence[torch.Tensor], out
         torch.bmm(e.transpose(1, 2), a, out=matrix)
 
 
-def descend_plainly(
-    stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor], lr: float
-) -> None:
+def sgd_step_(stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor], lr: float) -> None:
     """Move the stack by plain SGD, without a gradient in between."""
     for e, a, matrix in zip(error, values[:-1], stack, strict=True):
         matrix.baddbmm_(e.transpose(1, 2), a, alpha=-lr)

@@ -11,14 +11,16 @@ from atoll.protocol.messages import Measurement, Request
 from atoll.strategies.closed_form import STATISTICS
 
 
-class Holds(Protocol):
+class HasTrainShard(Protocol):
     """What a client trains on."""
 
     @property
     def train(self) -> Shard: ...
 
 
-def statistics(learner: Learner, request: Request, held: Mapping[str, Holds]) -> Iterator[Measurement]:
+def statistics(
+    learner: Learner, request: Request, held: Mapping[str, HasTrainShard]
+) -> Iterator[Measurement]:
     """Each client's statistics of its training part as it is, also where training varies it.
 
     A client's own matrix products alone make them, so they are the same bits whoever else is asked.

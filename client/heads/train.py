@@ -17,12 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atoll.client.dp.dp_sgd import PerExample, StackedNoise, factors, stacked_noise
+from atoll.client.dp.dp_sgd import DpSgd, StackedNoise, clip_factors, stacked_noise
 from atoll.client.heads.class_imbalance import balanced, smoothed
-from atoll.client.heads.feature_table import Examples, HeadWork
-from atoll.client.heads.layers import Layers, Loss, Stack, descend_plainly, gradients, padded
-from atoll.client.training.batches import drawn_by, epoch_seeds, lay_out, permutations, view_numbers
-from atoll.client.training.optimizers import is_plain, stepper
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
+from atoll.client.heads.layers import Layers, Loss, Stack, gradients, padded, sgd_step_
+from atoll.client.training.batches import (
+    epoch_seeds,
+    fill_schedule,
+    permutations,
+    sample_views,
+    weighted_sample,
+)
+from atoll.client.training.optimizers import is_plain, make_optimizer
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.determinism import is_gpu
@@ -31,7 +37,7 @@ from atoll.protocol.tensors import Tensors
 
 
 @dataclass(frozen=True)
-class Local:
+class HeadTrainingConfig:
     """How every client of a round trains: the job's loop, and what the round adds to it.
 
     `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, Karimireddy
@@ -44,26 +50,28 @@ class Local:
     loss: Loss
     round: int
     proximal_mu: float = 0.0
-    per_example: PerExample | None = None
+    per_example: DpSgd | None = None
     corrections: Mapping[str, Tensors] = field(default_factory=dict)
     starts: Mapping[str, Tensors] = field(default_factory=dict)
     steps: int | None = None
 
 
-def train_heads(head: Tensors, examples: Examples, works: Sequence[HeadWork], local: Local) -> StackedUpdates:
+def train_heads(
+    head: Tensors, examples: FeatureTable, works: Sequence[ClientRows], local: HeadTrainingConfig
+) -> StackedUpdates:
     """Local training at every client from one `head`; the updates come in the order of `works`.
 
     The head is one linear layer (`head.weight` [outputs, width], `head.bias`) or several with a ReLU
     between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …).
     """
-    groups: dict[tuple[int, int], list[HeadWork]] = {}
+    groups: dict[tuple[int, int], list[ClientRows]] = {}
     on_gpu = is_gpu(local.job.train.device)
-    for work in (drawn(work, local.per_example) for work in works):
+    for work in (with_poisson_batches(work, local.per_example) for work in works):
         steps = _steps(work, local) if on_gpu else 0
         groups.setdefault((_rows_per_batch(work, local), steps), []).append(work)
     parts = []
     for (size, _), group in groups.items():
-        count = min(_fitting(head, size), GPU_BLOCK) if on_gpu else _fitting(head, size)
+        count = min(_clients_per_block(head, size), GPU_BLOCK) if on_gpu else _clients_per_block(head, size)
         for start in range(0, len(group), count):
             block = group[start : start + count]
             whole = block + block[-1:] * (count - len(block)) if on_gpu else block
@@ -79,26 +87,26 @@ CACHE_NUMBERS = 1 << 20
 """Numbers that a block of clients works on at a time: more of them don't stay in a core's cache."""
 
 
-def _fitting(head: Tensors, size: int) -> int:
+def _clients_per_block(head: Tensors, size: int) -> int:
     """How many clients make a block, by the numbers of one: its head and the inputs of one batch."""
     widths = [padded(layer.inputs) * (layer.outputs + size) for layer in Layers.of(head).layers]
     return max(1, CACHE_NUMBERS // sum(widths))
 
 
-def drawn(work: HeadWork, private: PerExample | None) -> HeadWork:
+def with_poisson_batches(work: ClientRows, private: DpSgd | None) -> ClientRows:
     """The work with its batches, where privacy asks for drawn ones."""
     if private is None or private.draw is None:
         return work
     return replace(work, batches=tuple(private.draw(work.client, len(work.rows))))
 
 
-def _steps(work: HeadWork, local: Local) -> int:
+def _steps(work: ClientRows, local: HeadTrainingConfig) -> int:
     """How many local steps a client takes."""
     train = local.job.train
     return len(work.batches) or train.epochs * -(-len(work.rows) // train.batch_size)
 
 
-def _rows_per_batch(work: HeadWork, local: Local) -> int:
+def _rows_per_batch(work: ClientRows, local: HeadTrainingConfig) -> int:
     if work.batches:
         # Coins draw a different number for everybody: to a power of two, so that many are of one size.
         most = max(len(batch) for batch in work.batches)
@@ -121,7 +129,7 @@ class _Schedule:
     for padding; `steps` counts each client's.
     """
 
-    works: list[HeadWork]
+    works: list[ClientRows]
     rows: torch.Tensor
     share: torch.Tensor
     steps: list[int]
@@ -140,7 +148,7 @@ class _Schedule:
 
 
 def _train_group(
-    head: Tensors, examples: Examples, works: list[HeadWork], size: int, local: Local
+    head: Tensors, examples: FeatureTable, works: list[ClientRows], size: int, local: HeadTrainingConfig
 ) -> StackedUpdates:
     job = local.job
     layers = Layers.of(head)
@@ -151,7 +159,7 @@ def _train_group(
     if local.starts:
         own = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.works]
         now = [torch.cat(matrices) for matrices in zip(*own, strict=True)]
-    losses = _descend(layers, now, start, examples, schedule, local)
+    losses = _run_local_steps(layers, now, start, examples, schedule, local)
     counts = tuple(len(work.rows) for work in schedule.works)
     states = {
         "train_loss.sum": losses.cpu(),
@@ -168,7 +176,7 @@ def _train_group(
     )
 
 
-def _loss(local: Local, schedule: _Schedule, examples: Examples, head: Tensors) -> Loss:
+def _loss(local: HeadTrainingConfig, schedule: _Schedule, examples: FeatureTable, head: Tensors) -> Loss:
     """The loss of the clients that are trained together, by how many examples of each class they have."""
     imbalance = Imbalance.of(local.job)
     if imbalance is None or imbalance.kind == "sampling":
@@ -178,7 +186,7 @@ def _loss(local: Local, schedule: _Schedule, examples: Examples, head: Tensors) 
     return balanced(local.loss, imbalance, torch.stack(counts).to(examples.features.device))
 
 
-def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:
+def _schedule(works: list[ClientRows], size: int, job: Job, round: int, examples: FeatureTable) -> _Schedule:
     if works[0].batches:
         return _drawn_schedule(works, size, job, round, examples)
     works = sorted(works, key=lambda work: -len(work.rows))
@@ -196,7 +204,7 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: 
     for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round)):
         order = _order(works, examples, job, epoch_seeds(job, round, clients, epoch))
         shuffled = np.take_along_axis(seen, order, axis=1)
-        lay_out(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
+        fill_schedule(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
     return _Schedule(
         works,
         torch.from_numpy(rows.transpose(1, 0, 2).copy()).to(job.train.device),
@@ -205,7 +213,9 @@ def _schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: 
     )
 
 
-def _drawn_schedule(works: list[HeadWork], size: int, job: Job, round: int, examples: Examples) -> _Schedule:
+def _drawn_schedule(
+    works: list[ClientRows], size: int, job: Job, round: int, examples: FeatureTable
+) -> _Schedule:
     """Batches as they were drawn; every example in one counts as one, before it is clipped."""
     steps = len(works[0].batches)
     rows = np.empty((steps, len(works), size), dtype=np.int64)
@@ -216,7 +226,7 @@ def _drawn_schedule(works: list[HeadWork], size: int, job: Job, round: int, exam
             seen = work.rows[batch]
             if examples.views > 1:
                 seeds = epoch_seeds(job, round, [work.client], s, "view")
-                seen = seen + examples.count * view_numbers(examples.views, seeds, len(work.rows))[0][batch]
+                seen = seen + examples.count * sample_views(examples.views, seeds, len(work.rows))[0][batch]
             rows[s, i, : len(batch)] = seen
             share[s, i, : len(batch)] = 1
     device = job.train.device
@@ -226,7 +236,7 @@ def _drawn_schedule(works: list[HeadWork], size: int, job: Job, round: int, exam
 
 
 def _order(
-    works: Sequence[HeadWork], examples: Examples, job: Job, seeds: NDArray[np.uint64]
+    works: Sequence[ClientRows], examples: FeatureTable, job: Job, seeds: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
     """Each client's places among its rows in the order of an epoch, [clients, most rows]."""
     counts, imbalance = [len(work.rows) for work in works], Imbalance.of(job)
@@ -235,27 +245,32 @@ def _order(
         for i, work in enumerate(works):
             chances = imbalance.chances(examples.targets[torch.from_numpy(work.rows)].cpu())
             assert chances is not None
-            order[i, : counts[i]] = drawn_by(chances, seeds[i : i + 1])
+            order[i, : counts[i]] = weighted_sample(chances, seeds[i : i + 1])
     return order
 
 
 def _rows_seen(
-    own: NDArray[np.int64], clients: Sequence[str], examples: Examples, job: Job, round: int
+    own: NDArray[np.int64], clients: Sequence[str], examples: FeatureTable, job: Job, round: int
 ) -> Iterator[NDArray[np.int64]]:
     """Each epoch's rows of every client, [clients, rows]: in views drawn from the client's stream."""
     for epoch in range(job.train.epochs):
         if examples.views > 1:
             seeds = epoch_seeds(job, round, clients, epoch, "view")
-            yield own + examples.count * view_numbers(examples.views, seeds, own.shape[1])
+            yield own + examples.count * sample_views(examples.views, seeds, own.shape[1])
         else:
             yield own
 
 
-def _descend(
-    layers: Layers, now: Stack, start: Stack, examples: Examples, schedule: _Schedule, local: Local
+def _run_local_steps(
+    layers: Layers,
+    now: Stack,
+    start: Stack,
+    examples: FeatureTable,
+    schedule: _Schedule,
+    local: HeadTrainingConfig,
 ) -> torch.Tensor:
     """Move `now` in place through all local steps; each client's summed loss, [clients]."""
-    extra = _Extra.of(layers, schedule, local, now[0].device)
+    extra = _GradientTerms.of(layers, schedule, local, now[0].device)
     move = _plain_move(local) if extra.is_none and is_plain(local.job.train) else _move(start, extra, now)
     count, clients, size = schedule.rows.shape
     targets = examples.targets[schedule.rows]
@@ -282,15 +297,15 @@ Move = Callable[[int, Stack, Sequence[torch.Tensor], Sequence[torch.Tensor]], No
 """(step, stack, layers' inputs, errors times each example's factor): one local step."""
 
 
-def _plain_move(local: Local) -> Move:
+def _plain_move(local: HeadTrainingConfig) -> Move:
     def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
-        descend_plainly(stack, values, error, local.job.train.lr)
+        sgd_step_(stack, values, error, local.job.train.lr)
 
     return move
 
 
-def _move(start: Stack, extra: _Extra, now: Stack) -> Move:
-    step = [stepper(extra.local.job.train) for _ in now]
+def _move(start: Stack, extra: _GradientTerms, now: Stack) -> Move:
+    step = [make_optimizer(extra.local.job.train) for _ in now]
     sums = [torch.empty_like(matrix) for matrix in now]
 
     def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
@@ -304,15 +319,17 @@ def _move(start: Stack, extra: _Extra, now: Stack) -> Move:
 
 
 @dataclass(frozen=True)
-class _Extra:
+class _GradientTerms:
     """What a round adds to the plain gradient: clipping and noise, the proximal term, corrections."""
 
-    local: Local
+    local: HeadTrainingConfig
     noise: list[list[StackedNoise]]
     corrections: Stack
 
     @classmethod
-    def of(cls, layers: Layers, schedule: _Schedule, local: Local, device: torch.device) -> _Extra:
+    def of(
+        cls, layers: Layers, schedule: _Schedule, local: HeadTrainingConfig, device: torch.device
+    ) -> _GradientTerms:
         """Noise for every step, and each client's correction, zero for one that has none."""
         noise: list[list[StackedNoise]] = []
         if local.per_example is not None:
@@ -334,7 +351,7 @@ class _Extra:
     ) -> torch.Tensor:
         """What each example's gradient is multiplied by, [clients, batch]."""
         private = self.local.per_example
-        return share if private is None else factors(values, each, share, private)
+        return share if private is None else clip_factors(values, each, share, private)
 
     def add(self, gradient: Stack, stack: Stack, start: Stack, s: int) -> None:
         """Add what belongs to step `s` to the gradients of the clients that still train."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from atoll.client.state.store import Memory
+from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.protocol.compression import LEVELS, Compression, compress, decompress, flat
@@ -25,7 +25,9 @@ AT_ONCE = 1 << 24
 """Numbers that are compressed together."""
 
 
-def compressed(updates: Iterable[Update], request: Request, job: Job, memory: Memory) -> Iterable[Update]:
+def compressed(
+    updates: Iterable[Update], request: Request, job: Job, memory: ClientStateStore
+) -> Iterable[Update]:
     """The updates as the job has them travel; what that loses is in memory before they leave.
 
     Raises:
@@ -42,7 +44,7 @@ def compressed(updates: Iterable[Update], request: Request, job: Job, memory: Me
 
 
 def _compressed(
-    updates: StackedUpdates, how: Compression, request: Request, job: Job, memory: Memory
+    updates: StackedUpdates, how: Compression, request: Request, job: Job, memory: ClientStateStore
 ) -> StackedUpdates:
     vectors = flat(updates.delta)
     if not job.remembers:
@@ -74,7 +76,9 @@ def _coins(clients: Sequence[str], how: Compression, job: Job, round: int) -> to
     return torch.stack(drawn)
 
 
-def remembered(clients: Sequence[str], how: Compression, request: Request, memory: Memory) -> torch.Tensor:
+def remembered(
+    clients: Sequence[str], how: Compression, request: Request, memory: ClientStateStore
+) -> torch.Tensor:
     """What the clients' messages have not delivered yet, [clients, numbers]; zeros at the start."""
     errors = torch.zeros((len(clients), how.numbers))
     for row, client in zip(errors, clients, strict=True):

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from atoll.client.state.store import Memory
-from atoll.client.training.local_adaptation import adapted
+from atoll.client.state.store import ClientStateStore
+from atoll.client.training.local_adaptation import adapt_locally
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.errors import DataError
-from atoll.job.personal import ADAPT, OF_ALL
+from atoll.job.personal import ADAPT, EVALUATE_SHARED
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Request, Update
 from atoll.protocol.stacked_updates import StackedUpdates
@@ -26,8 +26,8 @@ Train = Callable[[Request, Mapping[str, Tensors]], Iterable[Update]]
 """(request, where clients start that don't start from its tensors): updates, relative to its tensors."""
 
 
-def measured_model(
-    learner: Learner, request: Request, client: str, memory: Memory, lessons: Callable[[], Shard]
+def model_to_evaluate(
+    learner: Learner, request: Request, client: str, memory: ClientStateStore, lessons: Callable[[], Shard]
 ) -> Tensors:
     """The model that this client would use after the request's round, or the one that all share.
 
@@ -35,16 +35,16 @@ def measured_model(
     """
     job, steps = learner.job, int(request.plan.get(ADAPT, 0))
     if steps:
-        return adapted(learner, request, client, lessons(), steps)
+        return adapt_locally(learner, request, client, lessons(), steps)
     if job.personal.keep is None:
         return request.tensors
-    of_all = bool(request.plan.get(OF_ALL))
+    of_all = bool(request.plan.get(EVALUATE_SHARED))
     own = {} if of_all else _own(request, client, request.round + 1, memory)
     return _whole(learner, request, client, own)
 
 
-def train_own_part(
-    learner: Learner, request: Request, shards: Mapping[str, Shard], memory: Memory
+def train_fedper(
+    learner: Learner, request: Request, shards: Mapping[str, Shard], memory: ClientStateStore
 ) -> Iterator[Update]:
     """Train whole models; what isn't in the request's tensors stays, and is in memory before the rest goes.
 
@@ -61,8 +61,8 @@ def train_own_part(
         yield replace(update, delta={n: update.delta[n] for n in request.tensors})
 
 
-def train_mixture(
-    learner: Learner, request: Request, clients: Sequence[str], train: Train, memory: Memory
+def train_ditto(
+    learner: Learner, request: Request, clients: Sequence[str], train: Train, memory: ClientStateStore
 ) -> Iterable[Update]:
     """The clients' updates of the shared model; each one's own model learns beside, held to what was sent.
 
@@ -82,7 +82,7 @@ def train_mixture(
     return updates
 
 
-def _kept(request: Request, update: Update, moved: Update, memory: Memory) -> Update:
+def _kept(request: Request, update: Update, moved: Update, memory: ClientStateStore) -> Update:
     memory.keep(request.run, request.round, {moved.client: _arrived(request, moved)})
     return update
 
@@ -91,7 +91,7 @@ def _arrived(request: Request, moved: Update) -> Tensors:
     return {OWN + name: request.tensors[name] + delta for name, delta in moved.delta.items()}
 
 
-def _own(request: Request, client: str, before: int, memory: Memory) -> Tensors:
+def _own(request: Request, client: str, before: int, memory: ClientStateStore) -> Tensors:
     state = memory.before(request.run, client, before)
     return {n.removeprefix(OWN): t for n, t in state.items() if n.startswith(OWN)}
 

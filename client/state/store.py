@@ -33,7 +33,7 @@ HASH = "sha256"
 
 
 @dataclass
-class Memory:
+class ClientStateStore:
     """States by run and client; without a folder they end with the process.
 
     The folder of a simulation's own directory is `of_one_run`: what the run is called doesn't matter

@@ -15,7 +15,7 @@ from atoll.learning import trainable
 
 
 @contextmanager
-def recomputed_activations(model: Model) -> Iterator[None]:
+def activation_checkpointing(model: Model) -> Iterator[None]:
     """Within, every block of the backbone forgets its activations until it needs them.
 
     Raises:

@@ -29,7 +29,9 @@ def batches(
     """
     size = job.train.batch_size
     seeds = (epoch_seeds(job, round, [client], epoch) for epoch in range(job.train.epochs))
-    epochs = (permutations([count], own)[0] if chances is None else drawn_by(chances, own) for own in seeds)
+    epochs = (
+        permutations([count], own)[0] if chances is None else weighted_sample(chances, own) for own in seeds
+    )
     return [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
 
 
@@ -45,7 +47,7 @@ def epoch_seeds(
     return mixed
 
 
-def view_numbers(views: int, seeds: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+def sample_views(views: int, seeds: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
     """The view of each of `count` examples, drawn evenly from `views` with each seed, [len(seeds), count]."""
     return (random_numbers(seeds, count) % np.uint64(views)).astype(np.int64)
 
@@ -71,7 +73,7 @@ def permutations(counts: Sequence[int], seeds: Sequence[int] | NDArray[np.uint64
     return np.lexsort((numbers, beyond), axis=1)
 
 
-def drawn_by(chances: NDArray[np.float64], seed: NDArray[np.uint64]) -> NDArray[np.int64]:
+def weighted_sample(chances: NDArray[np.float64], seed: NDArray[np.uint64]) -> NDArray[np.int64]:
     """As many rows as there are `chances` [count], drawn by them with replacement; `seed` is [1]."""
     count = len(chances)
     found = np.searchsorted(np.cumsum(chances), uniform_numbers(seed, count)[0], side="right")
@@ -95,7 +97,7 @@ def uniform_numbers(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64
     return numbers * 2.0**-53
 
 
-def lay_out(
+def fill_schedule(
     rows: NDArray[np.int64],
     share: NDArray[np.float32],
     shuffled: NDArray[np.int64],

@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
 
 
 @contextmanager
-def factored(model: nn.Module, job: Job, mu: float) -> Iterator[list[Factors]]:
+def outer_product_sgd(model: nn.Module, job: Job, mu: float) -> Iterator[list[Factors]]:
     """Within, the factors of the model's large linear layers: none, unless a step is plain SGD in float32.
 
     A proximal term needs gradients; parts of batches, and activations computed twice, are there to save

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from atoll.client.heads.distillation import head_loss
-from atoll.client.heads.feature_table import Examples, HeadWork
-from atoll.client.heads.train import Local, train_heads
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.learning.learner import Learner
@@ -16,7 +16,7 @@ from atoll.protocol.messages import Request
 from atoll.protocol.tensors import Tensors
 
 
-def adapted(learner: Learner, request: Request, client: str, shard: Shard, steps: int) -> Tensors:
+def adapt_locally(learner: Learner, request: Request, client: str, shard: Shard, steps: int) -> Tensors:
     """The request's tensors after that many local steps on the client's training part."""
     job = learner.job
     epochs = math.ceil(steps / math.ceil(len(shard) / job.train.batch_size))
@@ -24,9 +24,9 @@ def adapted(learner: Learner, request: Request, client: str, shard: Shard, steps
     # In an order of its own, that of the round which would be next.
     round = request.round + 1
     if learner.trains_on_features:
-        examples = Examples.of(learner.training_features(shard), shard.table, job.train.device)
-        local = Local(longer, head_loss(job, learner.task.head_loss), round, steps=steps)
-        work = HeadWork(client, np.arange(len(shard)))
+        examples = FeatureTable.of(learner.training_features(shard), shard.table, job.train.device)
+        local = HeadTrainingConfig(longer, head_loss(job, learner.task.head_loss), round, steps=steps)
+        work = ClientRows(client, np.arange(len(shard)))
         update = train_heads(request.tensors, examples, [work], local)[0]
     else:
         update = train_model(

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from atoll.backbones.encoder import Model, Variation
-from atoll.client.training.activation_checkpointing import recomputed_activations
+from atoll.client.training.activation_checkpointing import activation_checkpointing
 from atoll.client.training.batches import batches
-from atoll.client.training.factored_sgd import factored
+from atoll.client.training.factored_sgd import outer_product_sgd
 from atoll.client.training.optimizers import torch_optimizer
-from atoll.client.training.precision import in_full, lowered, scaler_of
+from atoll.client.training.precision import autocast, scaler_of, to_float32
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning import trainable
@@ -44,7 +44,7 @@ def train_model(
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     model = learner.model
     parameters = trainable.trainable(model)
-    start = trainable.placed(parameters, tensors)
+    start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, start if begin is None else begin)
     trainable.training_mode(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
@@ -54,28 +54,28 @@ def train_model(
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
         repeatable(device),
-        factored(model, job, mu) as factors,
+        outer_product_sgd(model, job, mu) as factors,
     ):
         for number, rows in enumerate(batches(len(shard), job, round, client, chances)[:steps]):
             varied = variation(job, round, client, number)
             optimizer.zero_grad()
             for part in parts_of(rows, job):
                 batch = learner.batch(shard, part, varied)
-                with lowered(job.train):
+                with autocast(job.train):
                     outputs = model({name: t.to(device) for name, t in batch.items()})
-                loss = loss_of(in_full(outputs), shard.targets_of(part).to(device))
+                loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
                 scaler.scale(loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
                 summed += float(loss.detach()) * len(part)
             if mu:
                 scaler.unscale_(optimizer)
-                pull_back(parameters, start, mu)
+                add_proximal_gradient(parameters, start, mu)
             scaler.step(optimizer)
             scaler.update()
             for weight in factors:
                 weight.step(job.train.lr)
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
-    delta = trainable.movement(parameters, start)
+    delta = trainable.delta(parameters, start)
     return Update(client, round, delta, len(shard), _losses(summed, shard, job))
 
 
@@ -98,7 +98,7 @@ def parts_of(rows: Sequence[int], job: Job) -> list[Sequence[int]]:
 
 
 def _memory_saved(model: Model, job: Job) -> AbstractContextManager[None]:
-    return recomputed_activations(model) if job.train.checkpoint_activations else nullcontext()
+    return activation_checkpointing(model) if job.train.checkpoint_activations else nullcontext()
 
 
 def variation(job: Job, round: int, client: str, number: int) -> Variation | None:
@@ -109,7 +109,7 @@ def variation(job: Job, round: int, client: str, number: int) -> Variation | Non
     return Variation(job.train.augment, lambda place: draw)
 
 
-def pull_back(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
+def add_proximal_gradient(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
     """Add FedProx's gradient mu (w - w_global) (Li et al. 2020)."""
     for name, p in parameters.items():
         if p.grad is not None:

@@ -30,7 +30,7 @@ def is_plain(train: TrainSection) -> bool:
     return train.optimizer == "sgd" and not train.momentum and not train.weight_decay
 
 
-def stepper(train: TrainSection) -> Step:
+def make_optimizer(train: TrainSection) -> Step:
     """A fresh optimizer for one stacked parameter."""
     if train.optimizer == "sgd":
         return _sgd(train.lr, train.momentum, train.weight_decay)

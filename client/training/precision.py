@@ -19,7 +19,7 @@ FIRST_SCALE = 2.0**10
 """torch's own is 2^16, whose first steps overflow: a round has few steps to leave out."""
 
 
-def lowered(train: TrainSection) -> AbstractContextManager[object]:
+def autocast(train: TrainSection) -> AbstractContextManager[object]:
     """Within, the network computes in the job's precision."""
     if train.precision == "fp32":
         return nullcontext()
@@ -32,6 +32,6 @@ def scaler_of(train: TrainSection) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device, init_scale=FIRST_SCALE, enabled=train.precision == "fp16")
 
 
-def in_full(outputs: torch.Tensor) -> torch.Tensor:
+def to_float32(outputs: torch.Tensor) -> torch.Tensor:
     """A network's outputs as the loss takes them: float32, where they are of 16 bits."""
     return outputs.float() if outputs.dtype in TYPES.values() else outputs

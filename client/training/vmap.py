@@ -16,11 +16,11 @@ import torch
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from atoll.backbones.checkpoint import mask_always
+from atoll.backbones.checkpoint import force_attention_mask
 from atoll.backbones.encoder import Batch, Variation
 from atoll.client.training.batches import batches
 from atoll.client.training.local_sgd import variation
-from atoll.client.training.optimizers import stepper
+from atoll.client.training.optimizers import make_optimizer
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning import trainable
@@ -29,11 +29,11 @@ from atoll.protocol.random_streams import global_stream
 from atoll.protocol.stacked_updates import StackedUpdates, joined
 from atoll.protocol.tensors import Tensors
 
-AT_ONCE = 16
+EXAMPLES_PER_GRADIENT_BATCH = 16
 """Clients that are trained together: memory grows with them."""
 
 
-def train_at_once(
+def vmap_training(
     learner: Learner,
     tensors: Tensors,
     shards: Mapping[str, Shard],
@@ -44,12 +44,12 @@ def train_at_once(
 ) -> StackedUpdates:
     """Train from the global tensors on every shard; the updates come in the order of `shards`."""
     trainable.training_mode(learner.model)
-    mask_always(learner.model)
+    force_attention_mask(learner.model)
     # Those with most batches first: whoever still trains at a step is then a prefix.
     order = sorted(shards, key=lambda name: -len(shards[name]))
     parts = []
-    for start in range(0, len(order), AT_ONCE):
-        names = order[start : start + AT_ONCE]
+    for start in range(0, len(order), EXAMPLES_PER_GRADIENT_BATCH):
+        names = order[start : start + EXAMPLES_PER_GRADIENT_BATCH]
         with global_stream(job.seed, "dropout", round, names[0]):
             parts.append(_train(learner, tensors, {n: shards[n] for n in names}, job, round, plan))
     return joined(parts).of_clients(list(shards))
@@ -75,7 +75,7 @@ def _train(
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     start = {name: t.to(device) for name, t in tensors.items()}
     now = {name: t.unsqueeze(0).repeat(len(shards), *[1] * t.dim()) for name, t in start.items()}
-    step = {name: stepper(job.train) for name in now}
+    step = {name: make_optimizer(job.train) for name in now}
     rows = [batches(len(shard), job, round, name) for name, shard in shards.items()]
     losses = torch.zeros(len(shards), dtype=torch.float64)
     reached = _reached(learner, next(iter(shards.values())), rows[0][0])

@@ -107,7 +107,7 @@ def bundle(job: Job | None = None) -> bytes:
         return build_fab_from_files(files)[0]
 
 
-class Control:
+class FlowerControlClient:
     """Calls to a SuperLink on this machine; each raises JobError with one line if it is refused."""
 
     def __init__(self, address: str, authority: Path) -> None:

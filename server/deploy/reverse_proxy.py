@@ -23,7 +23,7 @@ from atoll.kit.kit import Address, ServerKit, is_address
 
 logger = logging.getLogger(__name__)
 
-CALLS = frozenset(
+ALLOWED_PATHS = frozenset(
     f"/v1/fleet/{call}".encode()
     for call in (
         "activate-node",
@@ -57,7 +57,7 @@ def listen(address: Address) -> socket.socket:
         raise ConfigError(f"server.port: cannot listen on port {address.port}: {error.strerror}") from error
 
 
-class Gate:
+class ReverseProxy:
     """Passes the sites' calls from the public socket to the SuperLink, in a thread of its own."""
 
     def __init__(self, kit: ServerKit, listener: socket.socket, superlink: str) -> None:
@@ -98,7 +98,7 @@ class Gate:
 
     async def _pass_on(self, request: Request) -> Response:
         path: bytes = request.scope.get("raw_path") or b""
-        if request.method != "POST" or path not in CALLS:
+        if request.method != "POST" or path not in ALLOWED_PATHS:
             return PlainTextResponse("this port is for the sites of the federation only\n", 403)
         try:
             body = await asyncio.wait_for(_body(request), BODY_SECONDS)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from atoll.errors import JobError
 from atoll.kit.kit import ServerKit
-from atoll.server.deploy.flower_control import Control, Unreachable
+from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
-from atoll.server.deploy.reverse_proxy import Gate, listen
+from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
 from atoll.server.deploy.status import Federation, answering
 from atoll.system.child_process import Child, environment, free_port
 from atoll.system.fork_server import import_first
@@ -55,7 +55,7 @@ def serve(
         server = _Server(loaded, free_port(), tell, stop, health, where)
         stack.callback(server.close)
         server.open()
-        gate = Gate(loaded, listener, server.superlink_address)
+        gate = ReverseProxy(loaded, listener, server.superlink_address)
         stack.callback(gate.stop)
         gate.start()
         stack.enter_context(_runtime_file(loaded, server.superlink_address, where))
@@ -100,7 +100,7 @@ class _Server:
         import_first(*PROGRAMS, *SERVER_APP)
         self.superlink = Child("superlink", SUPERLINK, self._superlink_arguments(), env, title=title)
         self.superexec = Child("superexec", SUPEREXEC, self._superexec_arguments(), env, title=title)
-        self.control = Control(self.superlink_address, self.kit.authority)
+        self.control = FlowerControlClient(self.superlink_address, self.kit.authority)
 
     @property
     def superlink_address(self) -> str:
@@ -191,7 +191,7 @@ class _Server:
 
     def status(self) -> Federation:
         """How the federation stands at this moment; for any thread."""
-        control = Control(self.superlink_address, self.kit.authority)
+        control = FlowerControlClient(self.superlink_address, self.kit.authority)
         try:
             nodes, runs = control.nodes(), tuple(control.runs())
             self.health.update(runs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
 from atoll.kit.kit import ServerKit
-from atoll.server.deploy.flower_control import Control, Unreachable, bundle
+from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable, bundle
 from atoll.server.deploy.serve import runtime_path
 from atoll.server.deploy.status import Run, no_server
 
@@ -92,14 +92,14 @@ def stop(kit: Path, run_id: int) -> Run:
 
 
 @contextmanager
-def _control(kit: Path) -> Iterator[Control]:
+def _control(kit: Path) -> Iterator[FlowerControlClient]:
     """The Control API of the server that runs on the kit."""
     loaded = ServerKit.load(kit)
     try:
         address = json.loads(runtime_path(loaded).read_text(encoding="utf-8"))["control"]
     except FileNotFoundError:
         raise no_server(kit) from None
-    control = Control(address, loaded.authority)
+    control = FlowerControlClient(address, loaded.authority)
     try:
         yield control
     finally:

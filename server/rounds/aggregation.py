@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atoll.errors import InconsistentUpdates
-from atoll.job.closed_form import STATISTICS, forms_head
+from atoll.job.closed_form import STATISTICS, is_closed_form_round
 from atoll.job.job import Job
-from atoll.job.privacy import hides_cohorts, sums_securely
+from atoll.job.privacy import cohort_is_secret, uses_secure_aggregation
 from atoll.learning.learner import Learner
 from atoll.learning.trainable import without_pruned
 from atoll.protocol.messages import Request, Update
 from atoll.protocol.tensors import Tensors, size_of
-from atoll.server.rounds.closed_form import formed, screen_statistics, statistics_size
+from atoll.server.rounds.closed_form import solve_head, statistics_size, validate_statistics
 from atoll.server.rounds.cohort import round_up
 from atoll.server.rounds.decompression import Decompression
-from atoll.server.rounds.participation import Call, Turnout, elapsed
+from atoll.server.rounds.participation import CohortRequest, Participation, elapsed
 from atoll.server.rounds.run_state import ModelTransform, ReplyTransform, RoundKind, Run
 from atoll.server.rounds.secure_aggregation import SecureRound
-from atoll.server.rounds.validation import Screened, Validation
+from atoll.server.rounds.validation import ValidatedUpdates, Validation
 from atoll.strategies.strategy import State
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,13 @@ class PlainRound:
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
         return size_of(run.state.tensors), run.update_bytes
 
-    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> Screened:
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         replies, model = run.send(train_request(run, round), names), run.state.tensors
         for transform in self.reply_transforms:
             replies = transform(replies, model)
         return self.validate(replies, names, model, round)
 
-    def merge(self, run: Run, gathered: Screened, round: int) -> None:
+    def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
         merge_updates(run, gathered.updates, round)
 
 
@@ -57,7 +57,7 @@ class SecureSumRound:
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
         return size_of(run.state.tensors), run.update_bytes
 
-    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> Screened:
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         request = train_request(run, round)
         base = replace(request, plan={**request.plan, "attempt": float(attempt)})
         return SecureRound(
@@ -65,7 +65,7 @@ class SecureSumRound:
             lambda stage, asked: list(run.send(stage, asked)),
         ).screened()  # fmt: skip
 
-    def merge(self, run: Run, gathered: Screened, round: int) -> None:
+    def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
         merge_updates(run, gathered.updates, round)
 
 
@@ -76,21 +76,23 @@ class ClosedFormRound:
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
         return 0, statistics_size(run.setup.job, run.state.tensors)
 
-    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> Screened:
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         request = replace(train_request(run, round), kind=STATISTICS, tensors={})
-        return screen_statistics(run.send(request, names), names, run.setup.job, run.state.tensors)
+        return validate_statistics(run.send(request, names), names, run.setup.job, run.state.tensors)
 
-    def merge(self, run: Run, gathered: Screened, round: int) -> None:
+    def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
         if gathered.statistics:
-            run.state.tensors = formed(run.setup.job, gathered.statistics)
+            run.state.tensors = solve_head(run.setup.job, gathered.statistics)
 
 
 def round_kinds(job: Job) -> tuple[RoundKind, RoundKind]:
     """(the kind of the first round, the kind of all later ones)."""
     later: RoundKind = (
-        SecureSumRound() if sums_securely(job) else PlainRound(reply_transforms(job), Validation.of(job))
+        SecureSumRound()
+        if uses_secure_aggregation(job)
+        else PlainRound(reply_transforms(job), Validation.of(job))
     )
-    return (ClosedFormRound() if forms_head(job, 1) else later), later
+    return (ClosedFormRound() if is_closed_form_round(job, 1) else later), later
 
 
 def reply_transforms(job: Job) -> Sequence[ReplyTransform]:
@@ -98,7 +100,7 @@ def reply_transforms(job: Job) -> Sequence[ReplyTransform]:
     return () if job.federation.compression is None else (Decompression(job),)
 
 
-def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Screened, dict[str, Any]]:
+def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[ValidatedUpdates, dict[str, Any]]:
     """Validated updates of the cohort, of the first attempt that reaches the quorum; and the simulated time.
 
     Raises:
@@ -110,7 +112,7 @@ def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Screen
     down, up = kind.bytes_per_client(run)
     before = elapsed(state.log)
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        turnout = run.setup.clock(Call(round, attempt, cohort, goal, down, up))
+        turnout = run.setup.clock(CohortRequest(round, attempt, cohort, goal, down, up))
         enough = len(turnout.names) >= needed or not cohort
         gathered = kind.gather_updates(run, turnout.names if enough else [], round, attempt)
         state.bytes_down += len(cohort) * down
@@ -156,14 +158,16 @@ def model_transforms(job: Job) -> Sequence[ModelTransform]:
     return () if job.backbone.prune is None else (zero_pruned,)
 
 
-def _warn_of_set_aside(run: Run, gathered: Screened, round: int) -> None:
-    if hides_cohorts(run.setup.job):
+def _warn_of_set_aside(run: Run, gathered: ValidatedUpdates, round: int) -> None:
+    if cohort_is_secret(run.setup.job):
         return
     for name, reason in gathered.set_aside.items():
         logger.warning("round %d: set aside %s: %s", round, name, reason)
 
 
-def _below_quorum(run: Run, gathered: Screened, turnout: Turnout, goal: int, needed: int) -> str:
+def _below_quorum(
+    run: Run, gathered: ValidatedUpdates, turnout: Participation, goal: int, needed: int
+) -> str:
     reasons = [f"{name}: {why}" for name, why in list(gathered.set_aside.items())[:3]]
     usable = gathered.usable
     if turnout.seconds is not None and len(turnout.names) < needed:

@@ -14,11 +14,11 @@ import torch
 from atoll.errors import BudgetExhausted
 from atoll.job.job import Job
 from atoll.privacy.accounting import Release
-from atoll.privacy.adaptive_clipping import next_norm
+from atoll.privacy.adaptive_clipping import update_clipping_norm
 from atoll.privacy.central import CentralGaussian
-from atoll.privacy.dp_plan import Terms, terms_of
+from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
-from atoll.privacy.noise import Words, entropy, seeded, uniform
+from atoll.privacy.noise import RandomBits, entropy, seeded, uniform
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
@@ -29,7 +29,7 @@ NORM = "privacy.clipping_norm"
 
 
 @dataclass(frozen=True)
-class Books:
+class LedgerLocation:
     """Where the charges of runs on the same clients are written down, and what binds them to those."""
 
     path: Path
@@ -37,15 +37,15 @@ class Books:
 
 
 @dataclass
-class Protection:
+class CentralDp:
     """Clips, sums and noises the updates of a round, and charges the ledger for it first.
 
     `run` tells this run's charges from those of other runs in one ledger.
     """
 
     job: Job
-    terms: Terms
-    books: Books
+    terms: DpPlan
+    books: LedgerLocation
     run: str
     observed: Counter[Release] = field(default_factory=Counter)
 
@@ -104,7 +104,9 @@ class Protection:
         kept: State = {}
         if fraction is not None:
             promise = self.terms.promise
-            kept[NORM] = next_norm(norm, fraction, quantile=promise.quantile, lr=promise.clipping_lr)
+            kept[NORM] = update_clipping_norm(
+                norm, fraction, quantile=promise.quantile, lr=promise.clipping_lr
+            )
         return Update("the cohort", round, mean, num_examples=1), kept
 
     @property
@@ -120,7 +122,7 @@ class Protection:
         """A uniform number for each client, which nobody else can know, [count]."""
         return torch.from_numpy(uniform(self._words("cohort", round)(count)))
 
-    def _words(self, purpose: str, round: int) -> Words:
+    def _words(self, purpose: str, round: int) -> RandomBits:
         if self.job.privacy.seeded_noise:
             return seeded(stream_seed(self.job.seed, purpose, round))
         return entropy
@@ -139,7 +141,7 @@ class Protection:
 class NoisedMean:
     """A round's updates become one: the clipped and noised mean, charged before its noise is drawn."""
 
-    protection: Protection
+    protection: CentralDp
 
     def __call__(
         self, updates: Sequence[Update], round: int, model: Tensors, state: State
@@ -161,16 +163,16 @@ class NoProtection:
         """Cohorts are sampled from the job's own stream."""
 
 
-def protection_of(job: Job, out: Path, books: Books | None) -> Protection | NoProtection:
+def central_dp_of(job: Job, out: Path, books: LedgerLocation | None) -> CentralDp | NoProtection:
     """What keeps a job's promise to clients, if it makes one; charged to the run's own books by default.
 
     Raises:
         ConfigError: the promise can't be kept with any noise.
     """
-    terms = terms_of(job, "client")
+    terms = dp_plan_of(job, "client")
     if terms is None or terms.where != "server":
         return NoProtection()
-    return Protection(job, terms, books or Books(out / "ledger.jsonl", job.hash), run_key(job, out))
+    return CentralDp(job, terms, books or LedgerLocation(out / "ledger.jsonl", job.hash), run_key(job, out))
 
 
 def run_key(job: Job, out: Path) -> str:

@@ -6,21 +6,23 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from atoll.job.closed_form import RIDGE, form_of
+from atoll.job.closed_form import RIDGE, statistics_shapes
 from atoll.job.job import Job
-from atoll.learning.learner import added
+from atoll.learning.learner import sum_states
 from atoll.protocol.messages import Failure, Measurement, Reply
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.validation import MAX_EXAMPLES, Screened
+from atoll.server.rounds.validation import MAX_EXAMPLES, ValidatedUpdates
 from atoll.strategies.closed_form import head_of
 
 Form = dict[str, tuple[int, ...]]
 
 
-def screen_statistics(replies: Iterable[Reply], cohort: Sequence[str], job: Job, model: Tensors) -> Screened:
+def validate_statistics(
+    replies: Iterable[Reply], cohort: Sequence[str], job: Job, model: Tensors
+) -> ValidatedUpdates:
     """Sort the replies into usable statistics, which come out added up by client name, and set aside."""
     classes, width = model["head.weight"].shape
-    form = form_of(job, classes, width)
+    form = statistics_shapes(job, classes, width)
     good: dict[str, Tensors] = {}
     aside: dict[str, str] = {}
     for reply in replies:
@@ -35,8 +37,8 @@ def screen_statistics(replies: Iterable[Reply], cohort: Sequence[str], job: Job,
     for name in cohort:
         if name not in good and name not in aside:
             aside[name] = "no reply before the deadline"
-    total = added(good[name] for name in sorted(good))
-    return Screened((), dict(sorted(aside.items())), stayed=len(good), statistics=total)
+    total = sum_states(good[name] for name in sorted(good))
+    return ValidatedUpdates((), dict(sorted(aside.items())), stayed=len(good), statistics=total)
 
 
 def _fault(reply: Reply, cohort: Sequence[str], form: Form) -> str | None:
@@ -57,7 +59,7 @@ def _fault(reply: Reply, cohort: Sequence[str], form: Form) -> str | None:
     return None
 
 
-def formed(job: Job, total: Tensors) -> Tensors:
+def solve_head(job: Job, total: Tensors) -> Tensors:
     """The head that statistics make."""
     kind, ridge = job.tune.head_init, job.tune.ridge
     assert kind is not None
@@ -67,5 +69,5 @@ def formed(job: Job, total: Tensors) -> Tensors:
 def statistics_size(job: Job, model: Tensors) -> int:
     """Bytes of one client's statistics as they travel."""
     classes, width = model["head.weight"].shape
-    numbers = (int(torch.Size(shape).numel()) for shape in form_of(job, classes, width).values())
+    numbers = (int(torch.Size(shape).numel()) for shape in statistics_shapes(job, classes, width).values())
     return 8 * sum(numbers)

@@ -6,7 +6,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from atoll.learning.learner import added
+from atoll.learning.learner import sum_states
 from atoll.protocol.messages import Failure, Measurement
 from atoll.protocol.random_streams import stream
 from atoll.protocol.tensors import size_of
@@ -39,7 +39,7 @@ def evaluate_global(run: Run) -> dict[str, float]:
 def federated_evaluation(run: Run) -> dict[str, float]:
     """Metrics of the global model over all clients' validation splits; nothing where there are none."""
     states = [m.states for m in evaluate_clients(run) if m.num_examples]
-    return run.state.learner.compute(added(states)) if states else {}
+    return run.state.learner.compute(sum_states(states)) if states else {}
 
 
 def evaluate_clients(run: Run, **plan: float) -> list[Measurement]:

@@ -15,7 +15,7 @@ from atoll.server.rounds.evaluation import evaluate
 from atoll.server.rounds.round_log import log_line
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.start import checkpoint_of
-from atoll.server.rounds.validation import Screened
+from atoll.server.rounds.validation import ValidatedUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def sample_cohort(run: Run, round: int) -> list[str]:
     return sample(run.setup.population, run.setup.job, round, protection.uniforms(round))
 
 
-def merge(run: Run, gathered: Screened, round: int) -> None:
+def merge(run: Run, gathered: ValidatedUpdates, round: int) -> None:
     """Make the next global model; the round is over with it."""
     run.setup.kind_of_round(round).merge(run, gathered, round)
     run.state.round = round

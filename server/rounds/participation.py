@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Call:
+class CohortRequest:
     """A round's call to its cohort: how many updates it wants, and how many bytes travel to and from each."""
 
     round: int
@@ -20,7 +20,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Turnout:
+class Participation:
     """Those whose updates count, and what became of the others.
 
     `seconds` is how long the round took by the simulated clock; None where time is not simulated.
@@ -47,13 +47,13 @@ class Turnout:
         }
 
 
-Clock = Callable[[Call], Turnout]
+AvailabilityModel = Callable[[CohortRequest], Participation]
 """Decides a call's turnout. A real federation's clients decide it themselves."""
 
 
-def everybody(call: Call) -> Turnout:
+def always_available(call: CohortRequest) -> Participation:
     """Time is not simulated: the whole cohort is asked."""
-    return Turnout(call.cohort)
+    return Participation(call.cohort)
 
 
 def elapsed(log: Sequence[dict[str, Any]]) -> float:

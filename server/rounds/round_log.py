@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from atoll.job.privacy import expected_cohort, hides_cohorts
+from atoll.job.privacy import cohort_is_secret, expected_cohort
 from atoll.protocol.messages import CHARGED_ROUNDS
 from atoll.protocol.stacked_updates import stacked_states
 from atoll.protocol.tensors import size_of, tensors_sha256
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.run_state import Run
-from atoll.server.rounds.validation import Screened
+from atoll.server.rounds.validation import ValidatedUpdates
 
 
 def log_line(
     run: Run,
     cohort: Sequence[str],
-    gathered: Screened,
+    gathered: ValidatedUpdates,
     metrics: dict[str, float],
     seconds: dict[str, Any],
 ) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def log_line(
     }
     if CHARGED_ROUNDS in states:
         line["charged_rounds"] = max(int(states[CHARGED_ROUNDS].max()), charged_rounds(run))
-    if hides_cohorts(run.setup.job):
+    if cohort_is_secret(run.setup.job):
         line |= _expected_fields(run)
     return line
 

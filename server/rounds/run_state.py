@@ -12,16 +12,16 @@ from atoll.learning.learner import Learner
 from atoll.protocol.compression import upload_size
 from atoll.protocol.messages import Reply, Request, Update
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.central_dp import NoProtection, Protection, run_key
+from atoll.server.rounds.central_dp import CentralDp, NoProtection, run_key
 from atoll.server.rounds.early_stopping import StoppingRule
-from atoll.server.rounds.participation import Clock
-from atoll.server.rounds.validation import Screened
-from atoll.server.run.checkpoint import Keeper
+from atoll.server.rounds.participation import AvailabilityModel
+from atoll.server.rounds.validation import ValidatedUpdates
+from atoll.server.run.checkpoint import CheckpointManager
 from atoll.server.run.directory import RunDirectory
-from atoll.server.transport import Carrier
+from atoll.server.transport import Transport
 from atoll.strategies.strategy import State, Strategy
 
-Watch = Callable[[str, dict[str, Any]], None]
+EventCallback = Callable[[str, dict[str, Any]], None]
 """Told of every step: a name (`hello`, `round`, …) and what there is to show."""
 
 TestSet = Callable[[Learner], Shard | None]
@@ -35,11 +35,11 @@ class RoundKind(Protocol):
         """Bytes that travel (to, from) each client in one attempt."""
         ...
 
-    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> Screened:
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         """The validated updates of the named clients; `attempt` counts from 1 within the round."""
         ...
 
-    def merge(self, run: Run, gathered: Screened, round: int) -> None:
+    def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
         """Put the next global model into the run's state."""
         ...
 
@@ -79,19 +79,19 @@ class RunSetup:
     """
 
     job: Job
-    carrier: Carrier
+    carrier: Transport
     directory: RunDirectory
     strategy: Strategy
     population: Sequence[str]
     test: Shard | None
-    watch: Watch
-    clock: Clock
-    protection: Protection | NoProtection
+    watch: EventCallback
+    clock: AvailabilityModel
+    protection: CentralDp | NoProtection
     first_round: RoundKind
     later_rounds: RoundKind
     update_transforms: Sequence[UpdateTransform]
     model_transforms: Sequence[ModelTransform]
-    checkpoints: Keeper
+    checkpoints: CheckpointManager
     strategy_name: str
     """The job's name for it, or the class of an object that was handed in instead."""
 

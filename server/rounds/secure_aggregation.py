@@ -11,11 +11,11 @@ import torch
 from atoll.job.job import Job
 from atoll.privacy.dp_plan import distributed_terms
 from atoll.privacy.noise import entropy
-from atoll.privacy.secagg import SecureAggregationFailed, Vector, least_threshold, opened_sum
-from atoll.privacy.secagg_encoding import EXTRA, Scale, as_bytes, context_of, length, shaped
-from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, Request, Sealed, Update
+from atoll.privacy.secagg import SecureAggregationFailed, Vector, least_threshold, unmask_sum
+from atoll.privacy.secagg_encoding import EXTRA, FixedPointCodec, as_bytes, context_of, length, unflatten
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, Request, SecureMessage, Update
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.validation import STATES, Screened
+from atoll.server.rounds.validation import STATES, ValidatedUpdates
 
 Ask = Callable[[Request, Sequence[str]], Sequence[Reply]]
 """Sends a request to clients and waits for their replies."""
@@ -33,13 +33,13 @@ class SecureRound:
     aside: dict[str, str] = field(default_factory=dict)
     charged_rounds: int = 0
 
-    def screened(self) -> Screened:
+    def screened(self) -> ValidatedUpdates:
         """The sum as one update that stands for its clients; none where too few stayed to open it."""
         try:
             total, stayed = self._opened() if self.masks else self._added()
         except SecureAggregationFailed as error:
-            return Screened((), {**self.aside, "the sum": str(error)})
-        return Screened((self._as_update(total),), dict(sorted(self.aside.items())), stayed)
+            return ValidatedUpdates((), {**self.aside, "the sum": str(error)})
+        return ValidatedUpdates((self._as_update(total),), dict(sorted(self.aside.items())), stayed)
 
     @property
     def threshold(self) -> int:
@@ -63,7 +63,7 @@ class SecureRound:
         self._check(len(masked))
         revealed = self._stage("reveal", sorted(masked), others=tuple(sorted(masked)))
         opened = {n: {other: as_bytes(t) for other, t in c.items()} for n, c in revealed.items()}
-        total = opened_sum(keys, list(dealt), masked, opened, self.threshold, context)
+        total = unmask_sum(keys, list(dealt), masked, opened, self.threshold, context)
         return total, len(masked)
 
     def _added(self) -> tuple[Vector, int]:
@@ -89,7 +89,7 @@ class SecureRound:
         )  # fmt: skip
         found: dict[str, Tensors] = {}
         for reply in self.ask(request, names):
-            if isinstance(reply, Sealed) and reply.client in names and reply.round == request.round:
+            if isinstance(reply, SecureMessage) and reply.client in names and reply.round == request.round:
                 found[reply.client] = reply.content
             elif isinstance(reply, Failure) and reply.client in names:
                 self.aside[reply.client] = reply.reason
@@ -119,16 +119,16 @@ class SecureRound:
     def _as_update(self, total: Vector) -> Update:
         model, terms = self.base.tensors, distributed_terms(self.job)
         numbers = length(model, private=terms is not None)
-        values = Scale.of(terms, numbers, self.threshold, entropy).values(total)
+        values = FixedPointCodec.of(terms, numbers, self.threshold, entropy).values(total)
         states = {name: torch.zeros((), dtype=torch.float64) for name in STATES}
         if terms is None:
             weight, *told = values[-len(EXTRA) :]
             states |= dict(zip(EXTRA[1:], told, strict=True))
             return Update(
-                "the cohort", self.base.round, shaped(values[: -len(EXTRA)] / weight, model), 1, states
+                "the cohort", self.base.round, unflatten(values[: -len(EXTRA)] / weight, model), 1, states
             )
         states[CHARGED_ROUNDS] = torch.tensor(float(self.charged_rounds), dtype=torch.float64)
-        mean = shaped(values * scale_of_sum(self.job), model)
+        mean = unflatten(values * scale_of_sum(self.job), model)
         return Update("the cohort", self.base.round, mean, 1, states)
 
 

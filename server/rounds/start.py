@@ -9,26 +9,26 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import model_transforms, round_kinds
-from atoll.server.rounds.central_dp import NoProtection, Protection
-from atoll.server.rounds.participation import Clock, everybody
-from atoll.server.rounds.run_state import Run, RunSetup, RunState, TestSet, Watch
-from atoll.server.run.checkpoint import Checkpoint, Keeper
+from atoll.server.rounds.central_dp import CentralDp, NoProtection
+from atoll.server.rounds.participation import AvailabilityModel, always_available
+from atoll.server.rounds.run_state import EventCallback, Run, RunSetup, RunState, TestSet
+from atoll.server.run.checkpoint import Checkpoint, CheckpointManager
 from atoll.server.run.directory import RunDirectory
-from atoll.server.transport import Carrier
+from atoll.server.transport import Transport
 from atoll.strategies import Strategy, build_strategy
 from atoll.tasks import task_named
 
 
 def start_or_resume(
     job: Job,
-    carrier: Carrier,
+    carrier: Transport,
     directory: RunDirectory,
     test_set: TestSet,
-    watch: Watch,
+    watch: EventCallback,
     *,
     resume: bool,
-    clock: Clock = everybody,
-    protection: Protection | NoProtection | None = None,
+    clock: AvailabilityModel = always_available,
+    protection: CentralDp | NoProtection | None = None,
     strategy: Strategy | None = None,
 ) -> Run:
     """Greet the clients, agree on the facts, and start at round 0 or at the last checkpoint.
@@ -56,7 +56,7 @@ def start_or_resume(
         later_rounds=later_rounds,
         update_transforms=protection.update_transforms,
         model_transforms=model_transforms(job),
-        checkpoints=Keeper(directory.checkpoints, waits=loses_no_round(job)),
+        checkpoints=CheckpointManager(directory.checkpoints, waits=loses_no_round(job)),
         strategy_name=strategy_name,
     )  # fmt: skip
     stopping = tuning_schedule.stopping_of(job, 0, learner)

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 from atoll.job.job import Job
-from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Reply, Sealed, Update
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Reply, SecureMessage, Update
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
@@ -21,7 +21,7 @@ MAX_NORM = 1e6
 
 
 @dataclass(frozen=True)
-class Screened:
+class ValidatedUpdates:
     """Good updates in canonical order (by client name), and why the others were set aside.
 
     One update may stand for several clients, of which there are `stayed`, and so may `statistics`.
@@ -55,16 +55,16 @@ class Validation:
 
     def __call__(
         self, replies: Iterable[Reply], names: Sequence[str], model: Tensors, round: int
-    ) -> Screened:
+    ) -> ValidatedUpdates:
         blind = not self.inspects_values
         if isinstance(replies, StackedUpdates):
-            return screen_stack(replies, names, model, round, blind=blind)
-        return screen(replies, names, model, round, blind=blind)
+            return validate_stacked(replies, names, model, round, blind=blind)
+        return validate_updates(replies, names, model, round, blind=blind)
 
 
-def screen_stack(
+def validate_stacked(
     updates: StackedUpdates, cohort: Sequence[str], model: Tensors, round: int, *, blind: bool = False
-) -> Screened:
+) -> ValidatedUpdates:
     """As `screen`, for a cohort that trained in this process: all its norms in one go.
 
     Whatever looks amiss in any of them goes the slow way, client by client.
@@ -79,8 +79,8 @@ def screen_stack(
         and all(0 < n <= MAX_EXAMPLES for n in whole.num_examples)
     )
     if as_expected and (blind or _values_are_sound(whole)):
-        return Screened(whole, {})
-    return screen(updates, cohort, model, round, blind=blind)
+        return ValidatedUpdates(whole, {})
+    return validate_updates(updates, cohort, model, round, blind=blind)
 
 
 def _values_are_sound(whole: StackedUpdates) -> bool:
@@ -100,9 +100,9 @@ def _states_are_finite(states: Tensors) -> bool:
     )
 
 
-def screen(
+def validate_updates(
     replies: Iterable[Reply], cohort: Sequence[str], model: Tensors, round: int, *, blind: bool = False
-) -> Screened:
+) -> ValidatedUpdates:
     """Sort the replies of a round into usable and set aside; who didn't reply is set aside too.
 
     A `blind` look sees nothing that depends on a client's data: no value, no norm.
@@ -120,7 +120,7 @@ def screen(
     for name in cohort:
         if name not in good and name not in aside:
             aside[name] = "no reply before the deadline"
-    return Screened(tuple(good[name] for name in sorted(good)), dict(sorted(aside.items())))
+    return ValidatedUpdates(tuple(good[name] for name in sorted(good)), dict(sorted(aside.items())))
 
 
 def _fault(reply: Reply, cohort: Sequence[str], model: Tensors, round: int, *, blind: bool) -> str | None:
@@ -131,7 +131,7 @@ def _fault(reply: Reply, cohort: Sequence[str], model: Tensors, round: int, *, b
             return reply.reason
         case Measurement():
             return "sent a measurement, expected an update"
-        case Sealed():
+        case SecureMessage():
             return "sent a part of a secure sum, expected an update"
     if reply.round != round:
         return f"reply to round {reply.round}, expected round {round}"

@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 @dataclass
-class Keeper:
+class CheckpointManager:
     """Saves the rounds' checkpoints, but of rounds that take milliseconds not every one.
 
     To wait for the disk then takes longer than the round; what a kill loses is `EVERY` seconds at most, and

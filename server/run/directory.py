@@ -47,7 +47,7 @@ class RunDirectory:
         Raises:
             ConfigError: it cannot be written, holds another run, or another process runs in it.
         """
-        check_free(path, job, resume=resume, force=force)
+        check_available(path, job, resume=resume, force=force)
         made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class RunDirectory:
             raise JobError(f"{self.path / 'result.json'}: not written ({error.strerror})") from None
 
 
-def check_free(path: Path, job: Job, *, resume: bool, force: bool) -> None:
+def check_available(path: Path, job: Job, *, resume: bool, force: bool) -> None:
     """Look whether a run of this job may go to `path`, and change nothing.
 
     Raises:

@@ -12,7 +12,7 @@ Measured = Mapping[str, Mapping[str, float]]
 """Metrics by client."""
 
 
-def own_models(keep: str, clients: Measured, shared: Measured) -> dict[str, Any]:
+def personalization_metrics(keep: str, clients: Measured, shared: Measured) -> dict[str, Any]:
     """For `result.json`: what is kept, what the shared model does at each client, and means over clients.
 
     Every client that measured counts the same. Heads that are kept leave no shared model to measure.
@@ -39,7 +39,9 @@ def with_adapted(clients: Measured, adapted: Measured) -> dict[str, dict[str, fl
     return found
 
 
-def own_notes(job: Job, own: Mapping[str, Any] | None, clients: Measured, metric: str) -> list[str]:
+def personalization_notes(
+    job: Job, own: Mapping[str, Any] | None, clients: Measured, metric: str
+) -> list[str]:
     """What a reader must know of models that are each client's own."""
     steps, means = job.evaluate.adapt, _means(clients)
     if steps is not None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from atoll.learning.distillation import claim_of_teacher
-from atoll.privacy.accounting import Spent, epsilon, epsilon_rdp
-from atoll.privacy.dp_plan import Terms, terms_of
-from atoll.server.rounds.central_dp import NORM, Protection
+from atoll.privacy.accounting import Composition, epsilon, epsilon_rdp
+from atoll.privacy.dp_plan import DpPlan, dp_plan_of
+from atoll.server.rounds.central_dp import NORM, CentralDp
 from atoll.server.rounds.round_log import charged_rounds
 from atoll.server.rounds.run_state import Run
 
@@ -23,7 +23,7 @@ NOTHING: Mapping[str, Any] = {
 RELATION = "add-or-remove-one"
 
 
-def claim_of(run: Run) -> dict[str, Any]:
+def privacy_report(run: Run) -> dict[str, Any]:
     """The `privacy` of `result.json`; with two promises, the headline is the one with the larger epsilon.
 
     An infinite epsilon is None: no number stands for it.
@@ -40,7 +40,7 @@ def claim_of(run: Run) -> dict[str, Any]:
 
 def _of_unit(run: Run, unit: str) -> dict[str, Any]:
     job, protection = run.setup.job, run.setup.protection
-    terms = terms_of(job, "client" if unit == "client" else "example")
+    terms = dp_plan_of(job, "client" if unit == "client" else "example")
     assert terms is not None
     claim = {
         **spending(terms, _spent(run, terms)),
@@ -54,7 +54,7 @@ def _of_unit(run: Run, unit: str) -> dict[str, Any]:
     }
     if terms.promise.clipping == "adaptive":
         claim["last_clipping_norm"] = run.state.strategy_state.get(NORM)
-    if terms.where == "server" and isinstance(protection, Protection):
+    if terms.where == "server" and isinstance(protection, CentralDp):
         total = protection.ledger.spent
         claim["epsilon_of_all_runs"] = _number(epsilon(total, terms.delta))
     return claim if job.train.teacher is None else _with_teacher(claim, Path(job.train.teacher))
@@ -79,7 +79,7 @@ def _with_teacher(claim: dict[str, Any], run: Path) -> dict[str, Any]:
     }
 
 
-def spending(terms: Terms, spent: Spent) -> dict[str, Any]:
+def spending(terms: DpPlan, spent: Composition) -> dict[str, Any]:
     """Epsilon of what was spent, never without what it rests on."""
     return {
         "epsilon": _number(epsilon(spent, terms.delta)),
@@ -93,7 +93,7 @@ def spending(terms: Terms, spent: Spent) -> dict[str, Any]:
     }
 
 
-def sampler(terms: Terms) -> str:
+def sampler(terms: DpPlan) -> str:
     """How units are drawn, in words."""
     what = "examples" if terms.unit == "example" else "clients"
     if terms.cost.sampling_rate == 1:
@@ -101,9 +101,9 @@ def sampler(terms: Terms) -> str:
     return f"Poisson, each of the {what} with probability {terms.cost.sampling_rate:g}"
 
 
-def _spent(run: Run, terms: Terms) -> Spent:
+def _spent(run: Run, terms: DpPlan) -> Composition:
     if terms.where == "server":
-        assert isinstance(run.setup.protection, Protection)
+        assert isinstance(run.setup.protection, CentralDp)
         return run.setup.protection.spent
     return Counter({terms.cost: charged_rounds(run) * terms.per_round})
 

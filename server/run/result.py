@@ -13,29 +13,33 @@ from typing import Any
 import torch
 
 from atoll import plugins
-from atoll.job.personal import ADAPT, OF_ALL
-from atoll.job.privacy import hides_cohorts
+from atoll.job.personal import ADAPT, EVALUATE_SHARED
+from atoll.job.privacy import cohort_is_secret
 from atoll.learning.features import processor
 from atoll.protocol.messages import Measurement
 from atoll.protocol.tensors import size_of, tensors_sha256
 from atoll.server.rounds.evaluation import evaluate_clients
 from atoll.server.rounds.participation import elapsed
 from atoll.server.rounds.run_state import Run
-from atoll.server.run.personalization_metrics import own_models, own_notes, with_adapted
-from atoll.server.run.privacy_report import claim_of
+from atoll.server.run.personalization_metrics import (
+    personalization_metrics,
+    personalization_notes,
+    with_adapted,
+)
+from atoll.server.run.privacy_report import privacy_report
 
 Baselines = Mapping[str, Mapping[str, float]]
 
 
-def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
+def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
     """Measure the final model everywhere, and write the model and `result.json`."""
     setup, state, job = run.setup, run.state, run.setup.job
     clients = measured_clients(run)
     if job.evaluate.adapt is not None:
         clients = with_adapted(clients, measured_clients(run, **{ADAPT: float(job.evaluate.adapt)}))
     keep = job.personal.keep
-    shared = measured_clients(run, **{OF_ALL: 1.0}) if keep in ("norms", "mixture") else {}
-    own = None if keep is None else own_models(keep, clients, shared)
+    shared = measured_clients(run, **{EVALUATE_SHARED: 1.0}) if keep in ("norms", "mixture") else {}
+    own = None if keep is None else personalization_metrics(keep, clients, shared)
     result = {
         "name": job.name,
         "job_hash": job.hash,
@@ -57,13 +61,16 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
         },
         "personal": own,
         "baselines": _references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
-        "privacy": claim_of(run),
+        "privacy": privacy_report(run),
         "compression": compression_of(run),
         "facts": state.learner.facts,
         "backbone": {"name": job.backbone.name, "origin": state.learner.backbone.origin},
         "trainable": {n: list(t.shape) for n, t in state.tensors.items()},
         "machine": machine(job.train.threads, job.train.device),
-        "notes": [*notes, *private_notes(run), *own_notes(job, own, clients, state.learner.task.headline)],
+        "notes": [
+            *notes, *private_notes(run),
+            *personalization_notes(job, own, clients, state.learner.task.headline),
+        ],
     }  # fmt: skip
     if loaded := plugins.files():
         result["plugins"] = [asdict(plugin) for plugin in loaded]
@@ -77,7 +84,7 @@ def finish(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> 
 
 def traffic(run: Run) -> dict[str, int]:
     """Bytes each way; on average, where the actual ones would tell who took part."""
-    if hides_cohorts(run.setup.job):
+    if cohort_is_secret(run.setup.job):
         return {key: run.state.log[-1][key] if run.state.log else 0 for key in ("bytes_up", "bytes_down")}
     return {"bytes_up": run.state.bytes_up, "bytes_down": run.state.bytes_down}
 
@@ -96,7 +103,7 @@ def private_notes(run: Run) -> list[str]:
     notes = []
     if run.is_private:
         notes.append("training losses and the clients' own measurements are left out: they are not noised")
-    if hides_cohorts(run.setup.job):
+    if cohort_is_secret(run.setup.job):
         notes.append("who took part is secret: numbers of clients and bytes are expected values")
     if run.state.ended_early:
         notes.append(run.state.ended_early)

@@ -10,26 +10,26 @@ from typing import Any
 from atoll.backbones.resolve import resolve
 from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
-from atoll.server.rounds.central_dp import Books, protection_of
+from atoll.server.rounds.central_dp import LedgerLocation, central_dp_of
 from atoll.server.rounds.loop import run_rounds
-from atoll.server.rounds.participation import Clock, everybody
-from atoll.server.rounds.run_state import Run, TestSet, Watch
+from atoll.server.rounds.participation import AvailabilityModel, always_available
+from atoll.server.rounds.run_state import EventCallback, Run, TestSet
 from atoll.server.rounds.start import start_or_resume
 from atoll.server.run.directory import RunDirectory
-from atoll.server.run.result import Baselines, finish
-from atoll.server.transport import Carrier
+from atoll.server.run.result import Baselines, write_result
+from atoll.server.transport import Transport
 from atoll.strategies import Strategy, build_strategy
 from atoll.tasks import check_metric_options, task_named
 
-Compare = Callable[[Run], tuple[Baselines, list[str]]]
+BaselineFn = Callable[[Run], tuple[Baselines, list[str]]]
 """Measures a run's baselines; and what is to be noted about them."""
 
 
-def unwatched(step: str, what: dict[str, Any]) -> None:
+def ignore_events(step: str, what: dict[str, Any]) -> None:
     """Watch nothing."""
 
 
-def no_baselines(run: Run) -> tuple[Baselines, list[str]]:
+def server_baselines(run: Run) -> tuple[Baselines, list[str]]:
     """What a real federation can compare with: the model before training, never pooled data."""
     asked, baselines, notes = run.setup.job.evaluate.baselines, {}, []
     test, learner = run.setup.test, run.state.learner
@@ -41,18 +41,18 @@ def no_baselines(run: Run) -> tuple[Baselines, list[str]]:
     return baselines, notes
 
 
-def play(
+def run_job(
     job: Job,
-    carrier: Carrier,
+    carrier: Transport,
     out: Path,
     test_set: TestSet,
     *,
-    baselines: Compare = no_baselines,
-    watch: Watch = unwatched,
+    baselines: BaselineFn = server_baselines,
+    watch: EventCallback = ignore_events,
     resume: bool = False,
     force: bool = False,
-    clock: Clock = everybody,
-    books: Books | None = None,
+    clock: AvailabilityModel = always_available,
+    books: LedgerLocation | None = None,
     report: bool = True,
     strategy: Strategy | None = None,
 ) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def play(
     """
     started = time.monotonic()
     with RunDirectory.open(out, job, resume=resume, force=force) as directory:
-        protection = protection_of(job, out, books)
+        protection = central_dp_of(job, out, books)
         run = start_or_resume(
             job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection,
             strategy=strategy,
@@ -73,7 +73,7 @@ def play(
         watch("baselines", {})
         compared, notes = baselines(run)
         watch("finish", {})
-        result = finish(run, compared, time.monotonic() - started, notes)
+        result = write_result(run, compared, time.monotonic() - started, notes)
         if report:
             from atoll.report.page import (
                 write_report,  # not before the first round: it is drawn after the last
@@ -83,7 +83,7 @@ def play(
     return result
 
 
-def check_job(job: Job) -> None:
+def validate_job(job: Job) -> None:
     """What can be said of a job before any data is read.
 
     Raises:

@@ -17,20 +17,20 @@ from atoll.job.privacy import Unit
 from atoll.learning.learner import Learner
 from atoll.privacy.auditing.epsilon_bounds import (
     GAUSSIAN,
-    Coins,
     Family,
     Guesses,
+    Membership,
     Vector,
     best,
     lower_bound,
     lower_bound_in_family,
 )
 from atoll.privacy.auditing.membership import area, epsilon_of_rates, log_ratios, rate_at
-from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import entropy, uniform
 from atoll.report.comparison import finite
 from atoll.report.page import write_report
-from atoll.server.rounds.run_state import Watch
+from atoll.server.rounds.run_state import EventCallback
 from atoll.sim.audit.client_canaries import CanaryClients
 from atoll.sim.audit.example_canaries import CanaryFeatures
 from atoll.sim.audit.mislabelled_canaries import Mislabelled, candidates
@@ -104,7 +104,7 @@ def audited(
 
 def _run(
     job: Job, population: Population, canaries: Canaries, progress: Callable[[], None]
-) -> tuple[Vector, Coins]:
+) -> tuple[Vector, Membership]:
     """(scores, which were inside) of one run with fresh coins and fresh noise."""
     inside = uniform(entropy(canaries.count)) < 0.5
     return replayed(job, population, canaries, inside, progress), inside
@@ -118,7 +118,7 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
     """
     learner = _learner(job, population)
     if unit == "client":
-        terms, model = terms_of(job, "client"), learner.initial()
+        terms, model = dp_plan_of(job, "client"), learner.initial()
         assert terms is not None
         number = _fitting(how, CanaryClients.most(model), "different directions of updates")
         return CanaryClients(population, job, terms, model, number)
@@ -146,11 +146,11 @@ def judged(
     unit: Unit,
     claim: Mapping[str, Any] | None,
     what: str,
-    runs: list[tuple[Vector, Coins]],
+    runs: list[tuple[Vector, Membership]],
     how: Audit,
 ) -> dict[str, Any]:
     """One unit's bounds beside its claim; the first of the runs is judged, the others are its shadows."""
-    terms = terms_of(job, unit)
+    terms = dp_plan_of(job, unit)
     scores, inside = runs[0]
     delta = terms.delta if terms is not None else USUAL_DELTA
     releases = int((claim or {}).get("releases") or (terms.releases if terms is not None else 1))
@@ -178,7 +178,7 @@ def judged(
     }
 
 
-def _membership(runs: list[tuple[Vector, Coins]], delta: float, confidence: float) -> dict[str, Any]:
+def _membership(runs: list[tuple[Vector, Membership]], delta: float, confidence: float) -> dict[str, Any]:
     (scores, inside), shadows = runs[0], runs[1:]
     ratios = log_ratios(scores, np.stack([s for s, _ in shadows]), np.stack([i for _, i in shadows]))
     return {
@@ -194,7 +194,7 @@ logger = logging.getLogger(__name__)
 
 
 def attack_at_the_end(
-    job: Job, population: Population, out: Path, result: dict[str, Any], watch: Watch
+    job: Job, population: Population, out: Path, result: dict[str, Any], watch: EventCallback
 ) -> dict[str, Any]:
     """The result with what the attack found under `privacy.audit`, written down and in the report.
 

@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from scipy.fft import dct, idct
 
 from atoll.job.job import Job
-from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
-from atoll.privacy.dp_plan import Terms
+from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
+from atoll.privacy.dp_plan import DpPlan
 from atoll.privacy.noise import entropy
-from atoll.privacy.secagg_encoding import Scale, clipped, flat, length, shaped
-from atoll.protocol.messages import Reply, Request, Sealed, Update
+from atoll.privacy.secagg_encoding import FixedPointCodec, clipped, flat, length, unflatten
+from atoll.protocol.messages import Reply, Request, SecureMessage, Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.stacked_updates import StackedUpdates, joined, stacked
 from atoll.protocol.tensors import Tensors
-from atoll.server.roster import Roll
+from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import NORM
 from atoll.server.rounds.run_state import Run
-from atoll.server.transport import Carrier
-from atoll.sim.audit.replay import Seen, Uncounted
-from atoll.sim.engines.inline import InlineCarrier
-from atoll.sim.engines.simulated_site import IndexedSite
+from atoll.server.transport import Transport
+from atoll.sim.audit.replay import NoLedgers, RoundTranscript
+from atoll.sim.engines.inline import InlineTransport
+from atoll.sim.engines.simulated_site import SimulatedSite
 from atoll.sim.population.population import Population
 
 ROOM = 1 << 27
@@ -50,7 +50,7 @@ class CanaryClients:
 
     population: Population
     job: Job
-    terms: Terms
+    terms: DpPlan
     model: Tensors
     count: int
 
@@ -64,12 +64,12 @@ class CanaryClients:
     def what(self) -> str:
         return "canary clients, each with an update in a direction of its own"
 
-    def names(self, inside: Coins) -> list[str]:
+    def names(self, inside: Membership) -> list[str]:
         return [_name(place) for place in np.flatnonzero(inside).tolist()]
 
-    def carrier(self, inside: Coins) -> Carrier:
-        site = IndexedSite(self.population, books=Uncounted(Path()), population=self.population)
-        plain = InlineCarrier(self.population, site)
+    def carrier(self, inside: Membership) -> Transport:
+        site = SimulatedSite(self.population, books=NoLedgers(Path()), population=self.population)
+        plain = InlineTransport(self.population, site)
         if self.terms.where == "server":
             return plain
         return JoinedSums(plain, self, np.flatnonzero(inside))
@@ -91,7 +91,7 @@ class CanaryClients:
         )
         return canaries if real is None else joined([real, canaries])
 
-    def scores(self, seen: Seen) -> Vector:
+    def scores(self, seen: RoundTranscript) -> Vector:
         """How far the released model went in each canary's direction."""
         moved = flat(seen.after) - flat(seen.before)
         parts: Vector = dct(moved.numpy() * self._signs, norm="ortho")[self._rows]
@@ -100,8 +100,8 @@ class CanaryClients:
     def integers(self, places: NDArray[np.int64], request: Request) -> NDArray[np.uint64]:
         """The canaries' contributions to a secure sum, clipped and rounded as a client's, without noise."""
         numbers = length(request.tensors, private=True)
-        shares = Scale.of(self.terms, numbers, int(request.plan["threshold"]), entropy)
-        silent, norm = Scale(shares.granularity, None), self.terms.promise.clipping_norm
+        shares = FixedPointCodec.of(self.terms, numbers, int(request.plan["threshold"]), entropy)
+        silent, norm = FixedPointCodec(shares.granularity, None), self.terms.promise.clipping_norm
         total = np.zeros(numbers, dtype=np.uint64)
         for rows in self._directions(places):
             for row in rows:
@@ -136,7 +136,7 @@ class CanaryClients:
         """Updates of that norm in one stack, in the model's own precision."""
         parts = [torch.from_numpy(rows * norm).to(torch.float32) for rows in self._directions(places)]
         whole = torch.cat(parts)
-        apart = [shaped(row, self.model) for row in whole]
+        apart = [unflatten(row, self.model) for row in whole]
         return {name: torch.stack([a[name] for a in apart]).to(t.dtype) for name, t in self.model.items()}
 
 
@@ -148,22 +148,24 @@ class JoinedSums:
     it holds no more noise than the cohort adds.
     """
 
-    plain: InlineCarrier
+    plain: InlineTransport
     canaries: CanaryClients
     places: NDArray[np.int64]
     engine: str = "inline"
     masks: bool = False
 
-    def hello(self, job: Job) -> Roll:
+    def hello(self, job: Job) -> ClientRoster:
         return self.plain.hello(job)
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         is_first = True
         for reply in self.plain.exchange(request, names, timeout):
-            if is_first and isinstance(reply, Sealed):
+            if is_first and isinstance(reply, SecureMessage):
                 vector = reply.content["vector"].numpy().view(np.uint64)
                 both = (vector + self.canaries.integers(self.places, request)).view(np.int64)
-                reply = Sealed(reply.client, reply.round, {**reply.content, "vector": torch.from_numpy(both)})
+                reply = SecureMessage(
+                    reply.client, reply.round, {**reply.content, "vector": torch.from_numpy(both)}
+                )
                 is_first = False
             yield reply
 

@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES, Layers
 from atoll.job.job import Job
-from atoll.job.privacy import hides_cohorts, sums_securely
+from atoll.job.privacy import cohort_is_secret, uses_secure_aggregation
 from atoll.learning.learner import Learner
-from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
-from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
+from atoll.privacy.dp_plan import dp_plan_of
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.cohort import sample
 from atoll.server.rounds.run_state import Run
-from atoll.server.transport import Carrier
-from atoll.sim.audit.replay import Seen, Uncounted
-from atoll.sim.engines.inline import InlineCarrier
-from atoll.sim.engines.simulated_site import Index, IndexedSite
+from atoll.server.transport import Transport
+from atoll.sim.audit.replay import NoLedgers, RoundTranscript
+from atoll.sim.engines.inline import InlineTransport
+from atoll.sim.engines.simulated_site import PopulationIndex, SimulatedSite
 from atoll.sim.population.population import Population, client_names
 
 SAMPLED = 4096
@@ -47,27 +47,27 @@ OFTEN = 0.8
 
 
 @dataclass
-class CanarySite(IndexedSite):
+class CanarySite(SimulatedSite):
     """All simulated clients, with another look at the population: one with canaries."""
 
-    look: Callable[[Learner], Index] = field(kw_only=True)
+    look: Callable[[Learner], PopulationIndex] = field(kw_only=True)
 
-    def index(self, learner: Learner) -> Index:
+    def index(self, learner: Learner) -> PopulationIndex:
         if id(learner) not in self._index:
             self._index = {id(learner): self.look(learner)}
         return self._index[id(learner)]
 
 
-def carrier_with(population: Population, look: Callable[[Learner], Index]) -> Carrier:
+def carrier_with(population: Population, look: Callable[[Learner], PopulationIndex]) -> Transport:
     """To all clients of a population that is looked at that way."""
-    site = CanarySite(population, books=Uncounted(Path()), population=population, look=look)
-    return InlineCarrier(population, site)
+    site = CanarySite(population, books=NoLedgers(Path()), population=population, look=look)
+    return InlineTransport(population, site)
 
 
 def owners(job: Job) -> list[str]:
     """The clients that train most often, which lose most: who those are is known from the job."""
     everybody = client_names(job.federation.clients)
-    if hides_cohorts(job):
+    if cohort_is_secret(job):
         return list(everybody)
     rounds = range(1, job.federation.rounds + 1)
     times = Counter(name for round in rounds for name in sample(everybody, job, round))
@@ -90,7 +90,7 @@ class CanaryFeatures:
         """Dealt to the clients that train most often; two at one client differ in direction or label."""
         job, free = learner.job, free_directions(population, learner)
         holders = owners(job)
-        place = np.arange(count) if sums_securely(job) else np.arange(count) // len(holders)
+        place = np.arange(count) if uses_secure_aggregation(job) else np.arange(count) // len(holders)
         classes = len(learner.facts.get("classes", ())) or 1
         generator = np.random.default_rng(stream_seed(job.seed, "audit", "examples"))
         shift = generator.integers(0, classes, len(free))
@@ -105,7 +105,7 @@ class CanaryFeatures:
     def most(cls, learner: Learner) -> int:
         """How many there can be, so that no two that are seen together are the same."""
         together = len(learner.facts.get("classes", ())) * (learner.width - learner.width // 2)
-        return together * (1 if sums_securely(learner.job) else len(owners(learner.job)))
+        return together * (1 if uses_secure_aggregation(learner.job) else len(owners(learner.job)))
 
     @property
     def count(self) -> int:
@@ -115,10 +115,10 @@ class CanaryFeatures:
     def what(self) -> str:
         return "canary examples whose features point where the data hardly does"
 
-    def names(self, inside: Coins) -> list[str]:
+    def names(self, inside: Membership) -> list[str]:
         return []
 
-    def carrier(self, inside: Coins) -> Carrier:
+    def carrier(self, inside: Membership) -> Transport:
         return carrier_with(
             self.population,
             lambda learner: FeatureIndex(self.population, learner, canaries=self, inside=inside),
@@ -127,7 +127,7 @@ class CanaryFeatures:
     def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
         return updates
 
-    def scores(self, seen: Seen) -> Vector:
+    def scores(self, seen: RoundTranscript) -> Vector:
         """How far what the server got went against each canary's gradient at the model that was sent.
 
         Where it gets single updates, that is the update of the canary's own client. Only the weights on
@@ -157,35 +157,35 @@ class CanaryFeatures:
 
     def _rows_of(self, client: str) -> torch.Tensor:
         """The canaries that an update may hold: the client's own, or all where it stands for everybody."""
-        if sums_securely(self.learner.job):
+        if uses_secure_aggregation(self.learner.job):
             return torch.arange(self.count)
         return torch.from_numpy(np.flatnonzero(self.owner == client))
 
     @cached_property
-    def _examples(self) -> Examples:
-        return Examples.of(self.features, self.targets)
+    def _examples(self) -> FeatureTable:
+        return FeatureTable.of(self.features, self.targets)
 
 
 @dataclass(frozen=True)
-class FeatureIndex(Index):
+class FeatureIndex(PopulationIndex):
     """The population with the canaries that are inside behind its examples."""
 
     canaries: CanaryFeatures = field(kw_only=True)
-    inside: Coins = field(kw_only=True)
-    _tables: dict[int, tuple[Examples, Examples]] = field(default_factory=dict)
+    inside: Membership = field(kw_only=True)
+    _tables: dict[int, tuple[FeatureTable, FeatureTable]] = field(default_factory=dict)
 
-    def works(self, names: Sequence[str]) -> tuple[Examples, list[HeadWork]]:
+    def works(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
         """As without canaries, but for the rows that each client has more."""
         examples, works = super().works(names)
         first = examples.count
         return self._longer(examples), [
-            HeadWork(w.client, np.concatenate([w.rows, first + self._own(w.client)])) for w in works
+            ClientRows(w.client, np.concatenate([w.rows, first + self._own(w.client)])) for w in works
         ]
 
     def _own(self, client: str) -> NDArray[np.int64]:
         return np.flatnonzero(self.inside & (self.canaries.owner == client))
 
-    def _longer(self, examples: Examples) -> Examples:
+    def _longer(self, examples: FeatureTable) -> FeatureTable:
         """The table with the canaries behind every view's examples; the last one is kept."""
         if id(examples) not in self._tables:
             new = self.canaries._examples
@@ -198,7 +198,7 @@ class FeatureIndex(Index):
             self._tables.clear()
             self._tables[id(examples)] = (
                 examples,
-                Examples(torch.cat(parts), torch.cat(targets), examples.views),
+                FeatureTable(torch.cat(parts), torch.cat(targets), examples.views),
             )
         return self._tables[id(examples)][1]
 
@@ -220,7 +220,7 @@ def _some_features(population: Population, learner: Learner) -> torch.Tensor:
 
 def _length(population: Population, learner: Learner) -> float:
     """Of a canary's features: as the data's, or under a promise so that its gradient is clipped."""
-    terms = terms_of(learner.job, "example")
+    terms = dp_plan_of(learner.job, "example")
     if terms is None:
         return float(_some_features(population, learner).norm(dim=1).median())
     norm = terms.promise.clipping_norm

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atoll.client.dp.dp_sgd import PerExample
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.poisson import private_training
-from atoll.client.heads.feature_table import Examples, HeadWork
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES, Layers
-from atoll.client.heads.train import Local, train_heads
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.privacy.central import CentralGaussian
-from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import entropy
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
@@ -45,7 +45,7 @@ class Probe:
 
     job: Job
     head: Tensors
-    examples: Examples
+    examples: FeatureTable
     features: torch.Tensor
     targets: torch.Tensor
 
@@ -74,16 +74,18 @@ class Probe:
         train = self.job.train.model_copy(
             update={"epochs": 1, "batch_size": size, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
         )
-        local = Local(self.job.model_copy(update={"train": train}), LOSSES["softmax"], 1, per_example=private)
-        works = [HeadWork(f"probe-{i}", rows) for i, rows in enumerate(groups)]
+        local = HeadTrainingConfig(
+            self.job.model_copy(update={"train": train}), LOSSES["softmax"], 1, per_example=private
+        )
+        works = [ClientRows(f"probe-{i}", rows) for i, rows in enumerate(groups)]
         updates = train_heads(self.head, self.examples, works, local)
         if is_protected and private is None:
             return [self._released(update) for update in updates]
         return [update.delta for update in updates]
 
-    def _per_example(self, groups: Sequence[NDArray[np.int64]]) -> PerExample | None:
+    def _per_example(self, groups: Sequence[NDArray[np.int64]]) -> DpSgd | None:
         """The job's own clipping and noise, on batches that hold just the group."""
-        terms = terms_of(self.job, "example")
+        terms = dp_plan_of(self.job, "example")
         if terms is None:
             return None
         usual = private_training(self.job, terms, 1, {})
@@ -91,7 +93,7 @@ class Probe:
 
     def _released(self, update: Update) -> Tensors:
         """What the noised sum of clients holds, for one who knows all the others' updates."""
-        terms = terms_of(self.job, "client")
+        terms = dp_plan_of(self.job, "client")
         assert terms is not None
         mechanism = CentralGaussian(terms.promise.clipping_norm, terms.noise_multiplier, 1.0, 1.0, entropy)
         return mechanism.release([update], self.head)[0]
@@ -129,7 +131,7 @@ def _probe(job: Job, population: Population, learner: Learner, head: Tensors) ->
     rows = np.random.default_rng(stream_seed(job.seed, "audit", "probe")).permutation(len(whole))
     shard = whole.select(rows[: TOGETHER * ALONE].tolist())
     features = learner.training_features(shard)[0]
-    return Probe(job, head, Examples.of(features, shard.table), features, shard.table)
+    return Probe(job, head, FeatureTable.of(features, shard.table), features, shard.table)
 
 
 def _batches(targets: torch.Tensor, classes: int, seed: int) -> list[NDArray[np.int64]]:

@@ -18,15 +18,15 @@ from atoll.client.heads.layers import LOSSES
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.learning.learner import Learner
-from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
+from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.run_state import Run
-from atoll.server.transport import Carrier
+from atoll.server.transport import Transport
 from atoll.sim.audit.example_canaries import carrier_with, owners
-from atoll.sim.audit.replay import Seen
-from atoll.sim.engines.simulated_site import Index
+from atoll.sim.audit.replay import RoundTranscript
+from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.assignment import Rows
 from atoll.sim.population.population import Population, number_of
 
@@ -63,10 +63,10 @@ class Mislabelled:
     def what(self) -> str:
         return "canary examples under wrong labels"
 
-    def names(self, inside: Coins) -> list[str]:
+    def names(self, inside: Membership) -> list[str]:
         return []
 
-    def carrier(self, inside: Coins) -> Carrier:
+    def carrier(self, inside: Membership) -> Transport:
         return carrier_with(
             self.population,
             lambda learner: MislabelledIndex(self.population, learner, canaries=self, inside=inside),
@@ -75,7 +75,7 @@ class Mislabelled:
     def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
         return updates
 
-    def scores(self, seen: Seen) -> Vector:
+    def scores(self, seen: RoundTranscript) -> Vector:
         """How much less the round's model is surprised by the wrong label than the first one was."""
         return self._first - self._losses(seen.after)
 
@@ -97,7 +97,7 @@ class Mislabelled:
 
 def candidates(population: Population, learner: Learner) -> NDArray[np.int64]:
     """Training rows that one busy client alone holds, in a random order, but for a few of each client."""
-    index = Index(population, learner)
+    index = PopulationIndex(population, learner)
     parts = [train for train, _ in index.splits([number_of(name) for name in owners(learner.job)])]
     everybody = [train for train, _ in index.splits(range(learner.job.federation.clients))]
     rows, times = np.unique(np.concatenate(everybody), return_counts=True)
@@ -108,11 +108,11 @@ def candidates(population: Population, learner: Learner) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class MislabelledIndex(Index):
+class MislabelledIndex(PopulationIndex):
     """The population where canaries have their wrong labels, or are nobody's if they are out."""
 
     canaries: Mislabelled = field(kw_only=True)
-    inside: Coins = field(kw_only=True)
+    inside: Membership = field(kw_only=True)
 
     @cached_property
     def whole(self) -> Shard:

@@ -14,22 +14,22 @@ from typing import Protocol
 
 import numpy as np
 
-from atoll.client.dp.ledgers import Books
+from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
-from atoll.privacy.dp_plan import Terms
+from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
+from atoll.privacy.dp_plan import DpPlan
 from atoll.protocol.messages import Request, Update
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.aggregation import merge_updates, request_updates
-from atoll.server.rounds.central_dp import protection_of
+from atoll.server.rounds.central_dp import central_dp_of
 from atoll.server.rounds.cohort import sample
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.start import start_or_resume
 from atoll.server.run.directory import RunDirectory
-from atoll.server.run.run_job import unwatched
-from atoll.server.transport import Carrier
+from atoll.server.run.run_job import ignore_events
+from atoll.server.transport import Transport
 from atoll.sim.population.devices import clock_of
 from atoll.sim.population.population import Population
 
@@ -38,7 +38,7 @@ Progress = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Seen:
+class RoundTranscript:
     """What an attacker has of one round: the models before and after, and what the server was sent."""
 
     before: Tensors
@@ -57,11 +57,11 @@ class Canaries(Protocol):
         """The attack in a few words."""
         ...
 
-    def names(self, inside: Coins) -> list[str]:
+    def names(self, inside: Membership) -> list[str]:
         """Canary clients that cohorts are drawn from as well; none where examples are the canaries."""
         ...
 
-    def carrier(self, inside: Coins) -> Carrier:
+    def carrier(self, inside: Membership) -> Transport:
         """To all clients, with the canaries among their data or their answers."""
         ...
 
@@ -69,15 +69,15 @@ class Canaries(Protocol):
         """The round's updates with those of the canary clients that are present."""
         ...
 
-    def scores(self, seen: Seen) -> Vector:
+    def scores(self, seen: RoundTranscript) -> Vector:
         """What one round says for each canary's being in; rounds add up."""
         ...
 
 
-class Uncounted(Books):
+class NoLedgers(PrivacyLedgers):
     """Books of a replay: it spends nothing, for nobody but the audit sees what it releases."""
 
-    def charge(self, client: str, fingerprint: str, job: Job, terms: Terms, request: Request) -> int:
+    def charge(self, client: str, fingerprint: str, job: Job, terms: DpPlan, request: Request) -> int:
         """As many rounds as there were: a replay is never interrupted."""
         return request.round
 
@@ -99,16 +99,16 @@ def job_to_replay(job: Job) -> Job:
 
 
 def replayed(
-    job: Job, population: Population, canaries: Canaries, inside: Coins, progress: Progress
+    job: Job, population: Population, canaries: Canaries, inside: Membership, progress: Progress
 ) -> Vector:
     """Each canary's score over all rounds of one run that had those inside, [canaries]."""
     total = np.zeros(canaries.count)
     with TemporaryDirectory(prefix="atoll-audit-") as folder:
         out = Path(folder) / "run"
         with RunDirectory.open(out, job, resume=False, force=False) as directory:
-            protection = protection_of(job, out, None)
+            protection = central_dp_of(job, out, None)
             run = start_or_resume(
-                job, canaries.carrier(inside), directory, _without_test_set(population), unwatched,
+                job, canaries.carrier(inside), directory, _without_test_set(population), ignore_events,
                 resume=False, clock=clock_of(population), protection=protection,
             )  # fmt: skip
             for round in range(1, job.federation.rounds + 1):
@@ -125,7 +125,7 @@ def _without_test_set(population: Population) -> Callable[[Learner], None]:
     return test_set
 
 
-def _round(run: Run, round: int, canaries: Canaries, inside: Coins) -> Seen:
+def _round(run: Run, round: int, canaries: Canaries, inside: Membership) -> RoundTranscript:
     """A round without measuring and checkpoints."""
     cohort, present = _cohort(run, round, canaries.names(inside))
     gathered, _ = request_updates(run, cohort, round)
@@ -133,7 +133,7 @@ def _round(run: Run, round: int, canaries: Canaries, inside: Coins) -> Seen:
     before = run.state.tensors
     merge_updates(run, updates, round)
     run.state.round = round
-    return Seen(before, run.state.tensors, updates)
+    return RoundTranscript(before, run.state.tensors, updates)
 
 
 def _cohort(run: Run, round: int, names: Sequence[str]) -> tuple[list[str], list[str]]:

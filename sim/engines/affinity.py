@@ -14,7 +14,7 @@ KNOWN_CLIENTS = 1 << 16
 
 
 @dataclass
-class Homes:
+class WorkerAffinity:
     """Where each client was last."""
 
     _worker: dict[str, int] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Homes:
 class Queue:
     """Blocks that wait for a worker, by where they were last."""
 
-    def __init__(self, homes: Homes, blocks: Sequence[list[str]]) -> None:
+    def __init__(self, homes: WorkerAffinity, blocks: Sequence[list[str]]) -> None:
         self._homes = homes
         self._waiting: defaultdict[int | None, deque[list[str]]] = defaultdict(deque)
         for block in blocks:

@@ -13,18 +13,18 @@ import torch
 
 from atoll.backbones.extract import Progress
 from atoll.client.site import UNCACHED
-from atoll.client.training.vmap import AT_ONCE
+from atoll.client.training.vmap import EXAMPLES_PER_GRADIENT_BATCH
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.server.rounds.run_state import Watch
-from atoll.server.run.directory import check_free
-from atoll.server.run.run_job import Compare, check_job, play
-from atoll.server.transport import Carrier
-from atoll.sim.baselines import Comparison
-from atoll.sim.engines.inline import InlineCarrier, LoopCarrier
-from atoll.sim.engines.process_pool import PooledCarrier, books_in, processes_for
+from atoll.server.rounds.run_state import EventCallback
+from atoll.server.run.directory import check_available
+from atoll.server.run.run_job import BaselineFn, run_job, validate_job
+from atoll.server.transport import Transport
+from atoll.sim.baselines import BaselineRunner
+from atoll.sim.engines.inline import InlineTransport, LoopTransport
+from atoll.sim.engines.process_pool import PooledTransport, books_in, processes_for
 from atoll.sim.population.devices import clock_of
 from atoll.sim.population.population import Population
 from atoll.strategies import Strategy
@@ -39,12 +39,12 @@ def simulate(
     *,
     engine: str = "inline",
     workers: int = 1,
-    watch: Watch,
+    watch: EventCallback,
     progress: Progress | None = None,
     resume: bool = False,
     force: bool = False,
     population: Population | None = None,
-    baselines: Compare | None = None,
+    baselines: BaselineFn | None = None,
     report: bool = True,
     strategy: Strategy | None = None,
 ) -> dict[str, Any]:
@@ -55,13 +55,13 @@ def simulate(
     and a way to its `baselines`, and leave the report out. A `strategy` is used instead of the job's.
     """
     check_engine(job, engine)
-    check_free(out, job, resume=resume, force=force)
-    check_job(job)
+    check_available(out, job, resume=resume, force=force)
+    validate_job(job)
     population = population or Population.of(job)
     watch("population", {"population": population})
-    watch("path", {"path": path_taken(job, engine, workers)})
+    watch("path", {"path": execution_mode(job, engine, workers)})
     options: dict[str, Any] = {
-        "baselines": baselines or Comparison(population),
+        "baselines": baselines or BaselineRunner(population),
         "watch": watch,
         "resume": resume,
         "force": force,
@@ -72,11 +72,11 @@ def simulate(
     if engine == "ray":
         from atoll.sim.engines.ray import simulate_on_ray
 
-        result = simulate_on_ray(job, out, workers, warmed(population, progress), options)
+        result = simulate_on_ray(job, out, workers, test_set_with_features(population, progress), options)
     else:
         with ExitStack() as stack:
             carrier = _carrier(population, engine, workers, out, stack)
-            result = play(job, carrier, out, warmed(population, progress), **options)
+            result = run_job(job, carrier, out, test_set_with_features(population, progress), **options)
     if job.privacy.audit:
         from atoll.sim.audit.audit import attack_at_the_end
 
@@ -109,7 +109,7 @@ def check_engine(job: Job, engine: str) -> None:
         )
 
 
-def usual_workers(job: Job, engine: str) -> int:
+def default_workers(job: Job, engine: str) -> int:
     """How many workers serve a job, where nobody says: for heads, and on other engines, one.
 
     Clients that train one after the other on processors share out the cores: a process for as many of them
@@ -124,19 +124,19 @@ def usual_workers(job: Job, engine: str) -> int:
     return max(1, min(processes_for([job]), cohort, memory >> 32))
 
 
-def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Carrier:
+def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Transport:
     job = population.job
     books, memory = books_in(out)
     if engine == "loop":
-        return LoopCarrier.of(population, books, memory)
+        return LoopTransport.of(population, books, memory)
     if engine == "cohort" and not trains_on_features(job):
-        return InlineCarrier.of(population, at_once=True, books=books, memory=memory)
+        return InlineTransport.of(population, at_once=True, books=books, memory=memory)
     if workers > 1 and not all(trains_on_features(stage) for stage in job.stages):
-        return stack.enter_context(PooledCarrier(population, workers, out))
-    return InlineCarrier.of(population, workers, books=books, memory=memory)
+        return stack.enter_context(PooledTransport(population, workers, out))
+    return InlineTransport.of(population, workers, books=books, memory=memory)
 
 
-def path_taken(job: Job, engine: str, workers: int) -> str:
+def execution_mode(job: Job, engine: str, workers: int) -> str:
     """How clients train, and why, in one line."""
     if engine == "loop":
         return "one client after the other, as --engine loop asks"
@@ -148,7 +148,7 @@ def path_taken(job: Job, engine: str, workers: int) -> str:
         return f"{heads}{threads}: the backbone is frozen{seen}"
     if engine == "cohort":
         return (
-            f"{AT_ONCE} clients at once by torch.func, as --engine cohort asks:"
+            f"{EXAMPLES_PER_GRADIENT_BATCH} clients at once by torch.func, as --engine cohort asks:"
             " other bits than one by one, and dropout is drawn for all together"
         )
     places = "in this process" if workers == 1 else f"in {workers} processes"
@@ -159,7 +159,9 @@ def path_taken(job: Job, engine: str, workers: int) -> str:
     return f"one client after the other {places}: {why}"
 
 
-def warmed(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:
+def test_set_with_features(
+    population: Population, progress: Progress | None
+) -> Callable[[Learner], Shard | None]:
     """The test set; before it is handed out, all features are computed, with every core at work."""
 
     def test_set(learner: Learner) -> Shard | None:

@@ -6,22 +6,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from atoll.client.dp.ledgers import Books
+from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
-from atoll.client.state.store import Memory
+from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.protocol.messages import Reply, Request
-from atoll.server.roster import Roll
-from atoll.sim.engines.simulated_site import IndexedSite
+from atoll.server.roster import ClientRoster
+from atoll.sim.engines.simulated_site import SimulatedSite
 from atoll.sim.population.population import Population
 
 
 @dataclass
-class InlineCarrier:
+class InlineTransport:
     """Calls the clients' code directly: breakpoints work, nothing is copied."""
 
     population: Population
-    site: IndexedSite
+    site: SimulatedSite
     engine: str = "inline"
     masks: bool = False
 
@@ -32,17 +32,17 @@ class InlineCarrier:
         workers: int = 1,
         *,
         at_once: bool = False,
-        books: Books | None = None,
-        memory: Memory | None = None,
+        books: PrivacyLedgers | None = None,
+        memory: ClientStateStore | None = None,
     ) -> Self:
         """A carrier to every client of the population; heads train in so many threads."""
-        site = IndexedSite(
-            population, books=books, memory=memory or Memory(), population=population, workers=workers,
-            at_once=at_once,
+        site = SimulatedSite(
+            population, books=books, memory=memory or ClientStateStore(), population=population,
+            workers=workers, at_once=at_once,
         )  # fmt: skip
         return cls(population, site, "cohort" if at_once else "inline")
 
-    def hello(self, job: Job) -> Roll:
+    def hello(self, job: Job) -> ClientRoster:
         return self.population.roll(job)
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
@@ -50,7 +50,7 @@ class InlineCarrier:
 
 
 @dataclass
-class LoopCarrier:
+class LoopTransport:
     """One client after the other, each as a real client trains: alone, from a shard of its own."""
 
     population: Population
@@ -59,11 +59,16 @@ class LoopCarrier:
     masks: bool = False
 
     @classmethod
-    def of(cls, population: Population, books: Books | None = None, memory: Memory | None = None) -> Self:
+    def of(
+        cls,
+        population: Population,
+        books: PrivacyLedgers | None = None,
+        memory: ClientStateStore | None = None,
+    ) -> Self:
         """A carrier to every client of the population."""
-        return cls(population, Site(population, books=books, memory=memory or Memory()))
+        return cls(population, Site(population, books=books, memory=memory or ClientStateStore()))
 
-    def hello(self, job: Job) -> Roll:
+    def hello(self, job: Job) -> ClientRoster:
         return self.population.roll(job)
 
     def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from atoll.client.dp.ledgers import Books
+from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
-from atoll.client.state.store import Memory
+from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.protocol.messages import (
     Reply,
@@ -28,11 +28,11 @@ from atoll.protocol.messages import (
     encode_reply,
     encode_request,
 )
-from atoll.server.roster import Roll
-from atoll.sim.engines.affinity import Homes, Queue
-from atoll.sim.engines.scheduler import Shift
-from atoll.sim.engines.shared_memory import Board, Layout, can_share
-from atoll.sim.engines.simulated_site import IndexedSite
+from atoll.server.roster import ClientRoster
+from atoll.sim.engines.affinity import Queue, WorkerAffinity
+from atoll.sim.engines.scheduler import BlockScheduler
+from atoll.sim.engines.shared_memory import Layout, SharedTensorSlots, can_share
+from atoll.sim.engines.simulated_site import SimulatedSite
 from atoll.sim.population.population import Population
 from atoll.system.fork_server import import_first, worker_pool
 from atoll.tasks import trains_on_features
@@ -47,7 +47,7 @@ MODEL = 0
 _site: list[Site] = []
 """In a worker process: the site that answers for the simulated clients."""
 
-_board: list[Board] = []
+_board: list[SharedTensorSlots] = []
 """In a worker process: the memory that it shares at present."""
 
 
@@ -71,7 +71,7 @@ class Answer:
 
 
 @dataclass
-class PooledCarrier:
+class PooledTransport:
     """Deals a cohort to worker processes; a worker that dies is replaced and its block done again."""
 
     population: Population
@@ -81,14 +81,14 @@ class PooledCarrier:
     masks: bool = False
     _pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
     """Of one process each, so that a client can go where it was before."""
-    _homes: Homes = field(default_factory=Homes)
-    _board: list[Board] = field(default_factory=list)
+    _homes: WorkerAffinity = field(default_factory=WorkerAffinity)
+    _board: list[SharedTensorSlots] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.out is None and self.population.job.remembers:
             raise ValueError("clients that remember move between processes: expected the run's directory")
 
-    def hello(self, job: Job) -> Roll:
+    def hello(self, job: Job) -> ClientRoster:
         return self.population.roll(job)
 
     def exchange(
@@ -115,17 +115,17 @@ class PooledCarrier:
                 return self._pool(worker).submit(answer, work)
 
         waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
-        shift = Shift(Queue(self._homes, waiting), self.workers, submit, self._end_worker)
+        shift = BlockScheduler(Queue(self._homes, waiting), self.workers, submit, self._end_worker)
         with closing(shift.answers()) as answers:
             yield from (_reply(found, board, slots) for found in answers)
 
-    def _board_for(self, request: Request, slots: int) -> Board | None:
+    def _board_for(self, request: Request, slots: int) -> SharedTensorSlots | None:
         """Memory for what is sent and for the answers, where there are tensors and such memory."""
         if not request.tensors or not can_share():
             return None
         if not self._board or not self._board[0].fits(request.tensors, slots):
             self._let_go()
-            self._board.append(Board.like(request.tensors, slots))
+            self._board.append(SharedTensorSlots.like(request.tensors, slots))
         return self._board[0]
 
     def _let_go(self) -> None:
@@ -164,7 +164,7 @@ def end_processes(pool: ProcessPoolExecutor) -> None:
         process.terminate()
 
 
-def _reply(found: Answer, board: Board | None, slots: dict[str, int]) -> Reply:
+def _reply(found: Answer, board: SharedTensorSlots | None, slots: dict[str, int]) -> Reply:
     """A worker's answer as a reply, with its tensors where the worker left them."""
     reply = decode_reply(found.head, found.body)
     if found.in_slot and isinstance(reply, Update) and board is not None:
@@ -186,13 +186,13 @@ def processes_for(jobs: Iterable[Job]) -> int:
 def open_site(text: str, out: Path | None) -> None:
     """In a new worker process: read the source and wait for work."""
     population = Population.of(Job.from_json(text))
-    books, memory = (None, Memory()) if out is None else books_in(out)
-    _site.append(IndexedSite(population, books=books, memory=memory, population=population))
+    books, memory = (None, ClientStateStore()) if out is None else books_in(out)
+    _site.append(SimulatedSite(population, books=books, memory=memory, population=population))
 
 
-def books_in(out: Path) -> tuple[Books, Memory]:
+def books_in(out: Path) -> tuple[PrivacyLedgers, ClientStateStore]:
     """Where simulated clients keep what they spent and what they remember, for all processes of a run."""
-    return Books(out / LEDGERS), Memory(out / MEMORY, of_one_run=True)
+    return PrivacyLedgers(out / LEDGERS), ClientStateStore(out / MEMORY, of_one_run=True)
 
 
 def answer(work: Work) -> list[Answer]:
@@ -205,13 +205,13 @@ def answer(work: Work) -> list[Answer]:
     return [_answered(reply, board, work.slots) for reply in replies]
 
 
-def _opened(layout: Layout) -> Board:
+def _opened(layout: Layout) -> SharedTensorSlots:
     if not _board or _board[0].layout != layout:
-        _board[:] = [Board.opened(layout)]
+        _board[:] = [SharedTensorSlots.opened(layout)]
     return _board[0]
 
 
-def _answered(reply: Reply, board: Board | None, slots: dict[str, int]) -> Answer:
+def _answered(reply: Reply, board: SharedTensorSlots | None, slots: dict[str, int]) -> Answer:
     if board is None or not isinstance(reply, Update) or not board.fits(reply.delta, 0):
         return Answer(*encode_reply(reply))
     board.put(slots[reply.client], reply.delta)

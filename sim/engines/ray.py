@@ -26,9 +26,9 @@ from atoll.client.app import register
 from atoll.client.site import Site
 from atoll.data.dataset import Dataset
 from atoll.job.job import Job
-from atoll.server.app import FlowerCarrier
+from atoll.server.app import FlowerTransport
 from atoll.server.rounds.run_state import TestSet
-from atoll.server.run.run_job import play
+from atoll.server.run.run_job import run_job
 from atoll.sim.engines.process_pool import books_in
 from atoll.sim.population.population import Population
 from atoll.tasks import trains_on_features
@@ -86,8 +86,12 @@ def simulate_on_ray(
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         results.append(
-            play(
-                job, FlowerCarrier(grid, "ray", masks=False, resend_after=math.inf), out, test_set, **options
+            run_job(
+                job,
+                FlowerTransport(grid, "ray", masks=False, resend_after=math.inf),
+                out,
+                test_set,
+                **options,
             )
         )
 

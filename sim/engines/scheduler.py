@@ -19,7 +19,7 @@ A = TypeVar("A")
 
 
 @dataclass
-class Shift(Generic[A]):
+class BlockScheduler(Generic[A]):
     """Blocks of clients that wait, and those that workers are at.
 
     `submit` gives a worker's process a block; `dismiss` ends the process: the next block has a new one.

@@ -43,7 +43,7 @@ class Layout:
     places: Mapping[str, Place]
 
 
-class Board:
+class SharedTensorSlots:
     """`slots` sets of tensors with the names, shapes and dtypes of one model."""
 
     def __init__(self, layout: Layout, handle: int) -> None:
@@ -51,7 +51,7 @@ class Board:
         self._memory = mmap.mmap(handle, layout.slots * layout.size)
 
     @classmethod
-    def like(cls, tensors: Tensors, slots: int) -> Board:
+    def like(cls, tensors: Tensors, slots: int) -> SharedTensorSlots:
         """A new board, all zeros.
 
         Raises:
@@ -66,7 +66,7 @@ class Board:
         return cls(Layout(os.getpid(), handle, secrets.token_hex(8), slots, size, places), handle)
 
     @classmethod
-    def opened(cls, layout: Layout) -> Board:
+    def opened(cls, layout: Layout) -> SharedTensorSlots:
         """The same memory in another process, while the one that made it lives."""
         handle = os.open(f"/proc/{layout.process}/fd/{layout.handle}", os.O_RDWR)
         try:

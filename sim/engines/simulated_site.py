@@ -22,19 +22,19 @@ import torch
 from atoll.client.dp.gradient_sums import head_sums
 from atoll.client.dp.secure_aggregation import contributions, sums
 from atoll.client.heads.class_imbalance import loss_by_example
-from atoll.client.heads.feature_table import Examples, HeadWork
-from atoll.client.heads.train import Local, train_heads
-from atoll.client.site import Admitted, Held, Site, local_training
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.site import ChargedClients, LoadedShard, Site, local_training
 from atoll.client.state.error_feedback import compressed
-from atoll.client.state.personalization import measured_model, train_mixture
-from atoll.client.training.vmap import train_at_once
+from atoll.client.state.personalization import model_to_evaluate, train_ditto
+from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
 from atoll.job.closed_form import STATISTICS
 from atoll.job.job import Job
-from atoll.learning.few_shot import few
+from atoll.learning.few_shot import first_per_class
 from atoll.learning.learner import Learner, kept_back, ranked
 from atoll.privacy.dp_plan import distributed_terms
-from atoll.protocol.messages import Facts, Measurement, Reply, Request, Update
+from atoll.protocol.messages import DataInfo, Measurement, Reply, Request, Update
 from atoll.protocol.stacked_updates import StackedUpdates, joined
 from atoll.protocol.tensors import Tensors
 from atoll.sim.population.assignment import Rows
@@ -49,7 +49,7 @@ KEPT_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
-class Index:
+class PopulationIndex:
     """The population as one shard, and the order in which validation examples are drawn."""
 
     population: Population
@@ -62,13 +62,13 @@ class Index:
         return self.population.whole(self.learner)
 
     @cached_property
-    def examples(self) -> Examples | None:
+    def examples(self) -> FeatureTable | None:
         """Features of all training examples, if they are few enough for one table."""
         whole, learner = self.whole, self.learner
         held = len(whole) * (learner.job.train.cached_views or 1)
         if held * learner.width * 4 > TABLE_BYTES:
             return None
-        return Examples.of(learner.training_features(whole), self.lessons.table, learner.job.train.device)
+        return FeatureTable.of(learner.training_features(whole), self.lessons.table, learner.job.train.device)
 
     @cached_property
     def lessons(self) -> Shard:
@@ -105,24 +105,24 @@ class Index:
         drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
         train = np.concatenate([drawn[: kept.start], drawn[kept.stop :]])
         if job.data.shots is not None:
-            train = np.array(few(train.tolist(), self.whole, job.data.shots), dtype=np.int64)
+            train = np.array(first_per_class(train.tolist(), self.whole, job.data.shots), dtype=np.int64)
         return np.sort(train), np.sort(drawn[kept])
 
-    def works(self, names: Sequence[str]) -> tuple[Examples, list[HeadWork]]:
+    def works(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
         """Examples, and which of their rows those clients train on."""
         parts = [train for train, _ in self.splits([number_of(name) for name in names])]
         if self.examples is not None:
-            return self.examples, [HeadWork(n, rows) for n, rows in zip(names, parts, strict=True)]
+            return self.examples, [ClientRows(n, rows) for n, rows in zip(names, parts, strict=True)]
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
         cohort = self.lessons.select(used.tolist())
         device = self.learner.job.train.device
-        examples = Examples.of(self.learner.training_features(cohort), cohort.table, device)
+        examples = FeatureTable.of(self.learner.training_features(cohort), cohort.table, device)
         ends = np.cumsum([len(part) for part in parts])[:-1]
-        return examples, [HeadWork(n, rows) for n, rows in zip(names, np.split(places, ends), strict=True)]
+        return examples, [ClientRows(n, rows) for n, rows in zip(names, np.split(places, ends), strict=True)]
 
 
 @dataclass
-class IndexedSite(Site):
+class SimulatedSite(Site):
     """All simulated clients in this process; a cohort of heads trains on rows of one table.
 
     With several `workers` it trains as so many blocks, each in a thread of its own; the bits stay
@@ -132,7 +132,7 @@ class IndexedSite(Site):
     population: Population = field(kw_only=True)
     workers: int = 1
     at_once: bool = False
-    _index: dict[int, Index] = field(default_factory=dict)
+    _index: dict[int, PopulationIndex] = field(default_factory=dict)
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """As a site; heads train on the table, without a shard being built."""
@@ -146,7 +146,7 @@ class IndexedSite(Site):
         if self.at_once and request.kind == "train" and is_plain:
             shards = {name: self._hold(learner, name, request.facts).train for name in names}
             job = learner.job
-            updates = train_at_once(
+            updates = vmap_training(
                 learner, request.tensors, shards, job, round=request.round, plan=request.plan
             )
             return compressed(updates, request, job, self.memory)
@@ -163,9 +163,9 @@ class IndexedSite(Site):
         self,
         learner: Learner,
         request: Request,
-        examples: Examples,
-        works: list[HeadWork],
-        admitted: Admitted,
+        examples: FeatureTable,
+        works: list[ClientRows],
+        admitted: ChargedClients,
     ) -> Iterable[Reply]:
         terms, job, private = distributed_terms(learner.job), learner.job, admitted.private
         if request.kind == "sum" and terms is not None and terms.unit == "example":
@@ -180,7 +180,7 @@ class IndexedSite(Site):
                 own = replace(local_training(learner, asked, None), starts=starts)
                 return self._train(examples, works, asked.tensors, own)
 
-            mixed = train_mixture(learner, request, [w.client for w in works], from_own, self.memory)
+            mixed = train_ditto(learner, request, [w.client for w in works], from_own, self.memory)
             return compressed(mixed, request, job, self.memory)
         updates = self._train(examples, works, request.tensors, local)
         if request.kind == "sum":
@@ -188,9 +188,9 @@ class IndexedSite(Site):
         return compressed(updates, request, job, self.memory)
 
     def _train(
-        self, examples: Examples, works: list[HeadWork], head: Tensors, local: Local
+        self, examples: FeatureTable, works: list[ClientRows], head: Tensors, local: HeadTrainingConfig
     ) -> StackedUpdates:
-        def block(part: list[HeadWork]) -> StackedUpdates:
+        def block(part: list[ClientRows]) -> StackedUpdates:
             torch.set_num_threads(local.job.train.threads)
             return train_heads(head, examples, part, local)
 
@@ -204,7 +204,7 @@ class IndexedSite(Site):
         # Its threads stay: a new one first sets up torch's own, which takes as long as a block.
         return ThreadPoolExecutor(self.workers)
 
-    def _blocks(self, works: list[HeadWork]) -> Iterator[list[HeadWork]]:
+    def _blocks(self, works: list[ClientRows]) -> Iterator[list[ClientRows]]:
         count = max(1, min(self.workers, os.cpu_count() or 1, len(works) // FEWEST))
         size = -(-len(works) // count)
         return (works[start : start + size] for start in range(0, len(works), size))
@@ -214,18 +214,18 @@ class IndexedSite(Site):
         for name, (lessons, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
             part = index.whole.select(rows.tolist())
             lesson = partial(index.lessons.select, lessons.tolist())
-            model = measured_model(learner, request, name, self.memory, lesson)
+            model = model_to_evaluate(learner, request, name, self.memory, lesson)
             states = learner.evaluate(model, part) if len(part) else {}
             yield Measurement(name, request.round, len(part), states)
 
-    def index(self, learner: Learner) -> Index:
+    def index(self, learner: Learner) -> PopulationIndex:
         """The population as this learner sees it."""
         if id(learner) not in self._index:
-            self._index = {id(learner): Index(self.population, learner)}
+            self._index = {id(learner): PopulationIndex(self.population, learner)}
         return self._index[id(learner)]
 
-    def _hold(self, learner: Learner, name: str, facts: Facts) -> Held:
+    def _hold(self, learner: Learner, name: str, facts: DataInfo) -> LoadedShard:
         index = self.index(learner)
         [(train, validation)] = index.splits([number_of(name)])
         part = index.lessons.select(train.tolist())
-        return Held(part, index.whole.select(validation.tolist()), None)
+        return LoadedShard(part, index.whole.select(validation.tolist()), None)

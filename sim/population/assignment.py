@@ -18,7 +18,7 @@ AT_ONCE = 256
 """Clients whose draws are in memory together."""
 
 
-class Dealing(Protocol):
+class Assignment(Protocol):
     """Rows of the training table by the clients' numbers."""
 
     @property
@@ -32,14 +32,14 @@ class Dealing(Protocol):
 
 
 @dataclass(frozen=True)
-class Dealt:
+class FixedAssignment:
     """Client i holds `deck[starts[i]:starts[i + 1]]`."""
 
     deck: Rows
     starts: Rows
 
     @classmethod
-    def of(cls, hands: Sequence[Sequence[int] | Rows]) -> Dealt:
+    def of(cls, hands: Sequence[Sequence[int] | Rows]) -> FixedAssignment:
         """Each client's rows, one behind the other."""
         starts = np.concatenate([[0], np.cumsum([len(hand) for hand in hands])]).astype(np.int64)
         return cls(np.concatenate([np.asarray(hand, dtype=np.int64) for hand in hands]), starts)
@@ -52,16 +52,16 @@ class Dealt:
         """The rows that some client holds, sorted."""
         return np.unique(self.deck)
 
-    def among(self, held: Rows) -> Dealt:
+    def among(self, held: Rows) -> FixedAssignment:
         """The same hands from a table of those rows alone."""
-        return Dealt(np.searchsorted(held, self.deck), self.starts)
+        return FixedAssignment(np.searchsorted(held, self.deck), self.starts)
 
     def rows(self, clients: Sequence[int]) -> list[Rows]:
         return [self.deck[self.starts[i] : self.starts[i + 1]] for i in clients]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledAssignment:
     """Every client draws `examples` different rows of the source, from a stream of its own.
 
     `deck` holds all rows, those of one class behind another's; class c has `counts[c]` of them.

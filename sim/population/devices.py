@@ -27,7 +27,12 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import kept_back
 from atoll.protocol.random_streams import stream_seed
-from atoll.server.rounds.participation import Call, Clock, Turnout, everybody
+from atoll.server.rounds.participation import (
+    AvailabilityModel,
+    CohortRequest,
+    Participation,
+    always_available,
+)
 from atoll.sim.population.population import Population, client_names, number_of
 
 Numbers = NDArray[np.float64]
@@ -135,9 +140,9 @@ class VirtualClock:
     profile: Profile
     sizes: NDArray[np.int64]
 
-    def __call__(self, call: Call) -> Turnout:
+    def __call__(self, call: CohortRequest) -> Participation:
         if not call.cohort:
-            return Turnout([], seconds=0.0)
+            return Participation([], seconds=0.0)
         numbers = np.array([number_of(client) for client in call.cohort], dtype=np.int64)
         kinds = self.profile.kinds(call.cohort, self.job.seed)
         number = stream_seed(self.job.seed, "available", call.round, call.attempt)
@@ -164,7 +169,7 @@ class VirtualClock:
         return self.profile.columns[field][kinds]
 
 
-def turnout(cohort: Sequence[str], arrival: Numbers, goal: int, deadline: float) -> Turnout:
+def turnout(cohort: Sequence[str], arrival: Numbers, goal: int, deadline: float) -> Participation:
     """The first `goal` arrivals before the deadline, by time and then by name.
 
     An arrival is in seconds; infinity stands for a client that isn't there.
@@ -177,12 +182,12 @@ def turnout(cohort: Sequence[str], arrival: Numbers, goal: int, deadline: float)
     else:
         seconds = deadline
     names = [cohort[place] for place in np.sort(first).tolist()]
-    return Turnout(
+    return Participation(
         names, seconds, unavailable=len(cohort) - there, late=there - in_time, surplus=in_time - len(first)
     )
 
 
-def clock_of(population: Population) -> Clock:
+def clock_of(population: Population) -> AvailabilityModel:
     """The job's clock: the devices' own, or none.
 
     Raises:
@@ -190,6 +195,6 @@ def clock_of(population: Population) -> Clock:
     """
     job = population.job
     if job.federation.devices is None:
-        return everybody
+        return always_available
     profile = Profile.read(Path(job.federation.devices), client_names(job.federation.clients))
     return VirtualClock(job, profile, population.dealing.sizes)

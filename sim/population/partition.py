@@ -14,11 +14,13 @@ from atoll.errors import ConfigError
 from atoll.job.job import Dirichlet, Iid, Job, Natural, OtherPartition, Pathological, Resampled
 from atoll.job.partitions import brought_partition
 from atoll.protocol.random_streams import stream_seed
-from atoll.sim.population.assignment import Dealing, Dealt, Drawn, Rows
+from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows, SampledAssignment
 from atoll.sim.population.skew import dirichlet_hands, pathological_hands
 
 
-def partition(table: Dataset, order: Sequence[int], job: Job, groups: Sequence[str] | None = None) -> Dealing:
+def partition(
+    table: Dataset, order: Sequence[int], job: Job, groups: Sequence[str] | None = None
+) -> Assignment:
     """Which rows of `table` each client holds. `order` is how they are dealt: by content alone.
 
     Rows of one of the `groups` (a patient, say) stay together, where they are dealt evenly.
@@ -43,7 +45,7 @@ def partition(table: Dataset, order: Sequence[int], job: Job, groups: Sequence[s
             return _skewed(deck, table, job)
 
 
-def _brought(deck: Rows, table: Dataset, rule: OtherPartition, job: Job) -> Dealt:
+def _brought(deck: Rows, table: Dataset, rule: OtherPartition, job: Job) -> FixedAssignment:
     """As an extension's function splits it, which sees the examples in the order of the deck.
 
     Raises:
@@ -68,7 +70,7 @@ def _brought(deck: Rows, table: Dataset, rule: OtherPartition, job: Job) -> Deal
                 f"{where} rows for client {client} that are twice there or none of the {len(deck)},"
                 f" expected different numbers from 0 to {len(deck) - 1}"
             )
-    return Dealt.of([deck[hand] for hand in hands])
+    return FixedAssignment.of([deck[hand] for hand in hands])
 
 
 def _too_few(count: int, job: Job) -> str:
@@ -81,14 +83,14 @@ def _too_few(count: int, job: Job) -> str:
     )
 
 
-def _evenly(deck: Rows, clients: int) -> Dealt:
+def _evenly(deck: Rows, clients: int) -> FixedAssignment:
     """As flwr-datasets' IidPartitioner: consecutive runs, the first ones longer by one."""
     size, longer = divmod(len(deck), clients)
     numbers = np.arange(clients + 1)
-    return Dealt(deck, numbers * size + np.minimum(numbers, longer))
+    return FixedAssignment(deck, numbers * size + np.minimum(numbers, longer))
 
 
-def _evenly_together(deck: Rows, clients: int, groups: Sequence[str]) -> Dealt:
+def _evenly_together(deck: Rows, clients: int, groups: Sequence[str]) -> FixedAssignment:
     """Runs of as even a length as whole groups allow; `deck` has each group's rows side by side.
 
     Raises:
@@ -107,7 +109,7 @@ def _evenly_together(deck: Rows, clients: int, groups: Sequence[str]) -> Dealt:
     # Every client gets a group of its own: cuts move apart where a group is longer than a share.
     number = np.arange(1, clients)
     cut = np.minimum(np.maximum.accumulate(last + 1 - number) + number, len(starts) - (clients - number))
-    return Dealt(deck, np.concatenate([[0], starts[cut], [len(deck)]]).astype(np.int64))
+    return FixedAssignment(deck, np.concatenate([[0], starts[cut], [len(deck)]]).astype(np.int64))
 
 
 def _column(table: Dataset, by: str) -> list[object]:
@@ -131,7 +133,7 @@ def _check_filled(column: list[object], by: str) -> None:
         )
 
 
-def _by_value(deck: Rows, table: Dataset, by: str, clients: int) -> Dealt:
+def _by_value(deck: Rows, table: Dataset, by: str, clients: int) -> FixedAssignment:
     """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
     given = _column(table, by)
     _check_filled(given, by)
@@ -142,20 +144,20 @@ def _by_value(deck: Rows, table: Dataset, by: str, clients: int) -> Dealt:
             f"federation.clients: column {by!r} has {len(values)} values, found clients = {clients}"
         )
     starts = np.concatenate([[0], np.cumsum(np.bincount(owner))]).astype(np.int64)
-    return Dealt(deck[np.argsort(owner, kind="stable")], starts)
+    return FixedAssignment(deck[np.argsort(owner, kind="stable")], starts)
 
 
 LISTED = 10_000
 """Clients up to which it is drawn at once what each holds; of more, what the cohort holds every round."""
 
 
-def _drawn(deck: Rows, table: Dataset, rule: Resampled, job: Job) -> Dealing:
+def _drawn(deck: Rows, table: Dataset, rule: Resampled, job: Job) -> Assignment:
     if rule.alpha is None and rule.by not in table.column_names:
         label = np.zeros(len(deck), dtype=np.int64)
     else:
         label = np.unique(np.array(_column(table, rule.by))[deck], return_inverse=True)[1]
     clients = job.federation.clients
-    drawn = Drawn(
+    drawn = SampledAssignment(
         deck[np.argsort(label, kind="stable")],
         np.bincount(label),
         clients,
@@ -163,10 +165,10 @@ def _drawn(deck: Rows, table: Dataset, rule: Resampled, job: Job) -> Dealing:
         rule.alpha,
         stream_seed(job.seed, "partition"),
     )
-    return Dealt.of(drawn.rows(range(clients))) if clients <= LISTED else drawn
+    return FixedAssignment.of(drawn.rows(range(clients))) if clients <= LISTED else drawn
 
 
-def _skewed(deck: Rows, table: Dataset, job: Job) -> Dealt:
+def _skewed(deck: Rows, table: Dataset, job: Job) -> FixedAssignment:
     """As flwr-datasets' partitioners deal label skew.
 
     Raises:
@@ -186,4 +188,4 @@ def _skewed(deck: Rows, table: Dataset, job: Job) -> Dealt:
         raise ConfigError(
             f"data.partition: {empty} of {clients} clients would get no example; use fewer clients"
         )
-    return Dealt.of([deck[hand] for hand in hands])
+    return FixedAssignment.of([deck[hand] for hand in hands])

@@ -10,14 +10,14 @@ from functools import cached_property
 import numpy as np
 
 from atoll.data.dataset import Dataset
-from atoll.data.lazy import Picked
+from atoll.data.lazy import LazyRows
 from atoll.data.shard import Shard, canonical_order
 from atoll.job.job import Job
 from atoll.learning.learner import Learner, ranked
-from atoll.protocol.messages import Facts
-from atoll.server.roster import Roll
+from atoll.protocol.messages import DataInfo
+from atoll.server.roster import ClientRoster
 from atoll.server.run.test_set import hold_out, read_source, unit_keys
-from atoll.sim.population.assignment import Dealing, Dealt, Rows
+from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows
 from atoll.sim.population.partition import partition
 from atoll.tasks import task_named
 
@@ -30,10 +30,10 @@ class Population:
     train: Dataset
     test: Dataset
     keys: list[bytes]
-    dealing: Dealing
+    dealing: Assignment
     notes: tuple[str, ...] = ()
     _whole: dict[str, Shard] = field(default_factory=dict)
-    _facts: dict[str, Facts] = field(default_factory=dict)
+    _facts: dict[str, DataInfo] = field(default_factory=dict)
 
     @classmethod
     def of(cls, job: Job) -> Population:
@@ -47,7 +47,7 @@ class Population:
         task = task_named(job.task.name)
         keys, units = task.keys(train), unit_keys(task, train)
         dealing = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
-        if isinstance(dealing, Dealt) and len(held := dealing.held()) < len(keys):
+        if isinstance(dealing, FixedAssignment) and len(held := dealing.held()) < len(keys):
             train, keys = train.select(held), [keys[row] for row in held.tolist()]
             dealing = dealing.among(held)
         return cls(job, train, test, keys, dealing, table.notes)
@@ -55,12 +55,12 @@ class Population:
     def names(self, job: Job) -> Sequence[str]:
         return client_names(job.federation.clients)
 
-    def roll(self, job: Job) -> Roll:
+    def roll(self, job: Job) -> ClientRoster:
         """All clients, without asking each: what they hold between them is one table."""
         key = job.task.name + job.data.model_dump_json()
         if key not in self._facts:
             self._facts[key] = task_named(job.task.name).describe(self.train, job.data, job.task.options)
-        return Roll(self.names(job), self.dealing.sizes, [self._facts[key]])
+        return ClientRoster(self.names(job), self.dealing.sizes, [self._facts[key]])
 
     def dataset(self, job: Job, client: str) -> Dataset:
         return self.train.select(self.dealing.rows([number_of(client)])[0])
@@ -92,7 +92,7 @@ class Population:
 def client_names(count: int) -> Sequence[str]:
     """`client-0000`, `client-0001`, …; wide enough that sorting is counting. Made when asked for."""
     width = max(4, len(str(count - 1)))
-    return Picked(lambda i: f"client-{i:0{width}d}", range(count))
+    return LazyRows(lambda i: f"client-{i:0{width}d}", range(count))
 
 
 def number_of(client: str) -> int:

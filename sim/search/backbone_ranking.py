@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from atoll.backbones.extract import Progress, extract
 from atoll.backbones.resolve import PACKAGED, RAW, resolve
 from atoll.backbones.torchvision_models import torchvision_names
-from atoll.data.lazy import several
+from atoll.data.lazy import take_many
 from atoll.errors import ConfigError, InputError
 from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner
 from atoll.protocol.random_streams import stream
 from atoll.server.rounds.cohort import some
-from atoll.sim.engines.simulated_site import Index
+from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population, client_names, number_of
 from atoll.sim.search.logme import logme
 from atoll.tasks import task_named
@@ -41,7 +41,7 @@ PENALTIES = tuple(10.0**power for power in range(-4, 5))
 
 
 @dataclass(frozen=True)
-class Advice:
+class RankedBackbone:
     """What is said of one backbone: scores (higher is better), its features' width, its size, its pace."""
 
     backbone: str
@@ -123,7 +123,7 @@ def sampled(population: Population, learner: Learner, head: int) -> Sample:
     panel = some(
         client_names(job.federation.clients), job.evaluate.clients, stream(job.seed, "panel")
     )  # fmt: skip
-    splits = Index(population, learner).splits([number_of(name) for name in panel])
+    splits = PopulationIndex(population, learner).splits([number_of(name) for name in panel])
     train, kept = (np.unique(np.concatenate([part[side] for part in splits])) for side in (0, 1))
     # Where clients draw their own, one may train on what another keeps back.
     kept = np.setdiff1d(kept, train)
@@ -144,7 +144,7 @@ def advise(
     head: int = HEAD,
     progress: Callable[[str], Progress | None] = lambda name: None,
     left_out: Callable[[str, str], None],
-) -> list[Advice]:
+) -> list[RankedBackbone]:
     """What is said of each backbone, the best by LogME first; `left_out` hears of those that don't fit.
 
     Raises:
@@ -163,7 +163,7 @@ def advise(
     return sorted(found, key=lambda advice: -advice.logme)
 
 
-def _advice(job: Job, population: Population, head: int, progress: Progress | None) -> Advice:
+def _advice(job: Job, population: Population, head: int, progress: Progress | None) -> RankedBackbone:
     task = task_named(job.task.name)
     learner = Learner.of(job, task, task.agree(population.roll(job).facts), progress)
     encoder = learner.encoder
@@ -171,11 +171,11 @@ def _advice(job: Job, population: Population, head: int, progress: Progress | No
     train, kept = whole.select(sample.train.tolist()), whole.select(sample.kept.tolist())
     features, other = learner.features(train).numpy(), learner.features(kept).numpy()
     labels, true = train.table.numpy(), kept.table.numpy()
-    timed = several(train.inputs, range(min(TIMED, len(train))))
+    timed = take_many(train.inputs, range(min(TIMED, len(train))))
     started = time.monotonic()
     extract(encoder, timed, threads=job.train.threads, device=job.train.device)
     seconds = (time.monotonic() - started) / len(timed)
-    return Advice(
+    return RankedBackbone(
         job.backbone.name,
         logme(features, labels),
         probe_accuracy(features, labels, other, true),

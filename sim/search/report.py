@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from atoll.report.comparison import lower_is_better
 from atoll.report.text import metric_words
 from atoll.server.run.directory import job_toml
-from atoll.sim.search.study import Search, Tried
-from atoll.sim.sweep.grid import said
+from atoll.sim.search.study import Search, TrialResult
+from atoll.sim.sweep.grid import format_value
 from atoll.sim.sweep.plot import COLOURS, INK, MUTED, SETTINGS
 from atoll.system.durable_files import replace_synced
 
@@ -23,7 +23,7 @@ SHOWN = 10
 """Trials in the table of the best."""
 
 
-def write_search(search: Search, tried: Sequence[Tried]) -> dict[str, Path]:
+def write_search(search: Search, tried: Sequence[TrialResult]) -> dict[str, Path]:
     """Write trials.csv, trials.png and best.toml of the trials that have a value; the files by name."""
     ranked = search.ranked(tried)
     files = {"table": search.path / "trials.csv"}
@@ -36,7 +36,7 @@ def write_search(search: Search, tried: Sequence[Tried]) -> dict[str, Path]:
     return files
 
 
-def as_csv(search: Search, tried: Sequence[Tried]) -> str:
+def as_csv(search: Search, tried: Sequence[TrialResult]) -> str:
     """A line for every trial that has ended: its settings, the clients' metrics, and how it went."""
     ended = [(one, one.outcome) for one in tried if one.outcome is not None]
     names = list(dict.fromkeys(name for _, outcome in ended for name in outcome.metrics))
@@ -45,7 +45,7 @@ def as_csv(search: Search, tried: Sequence[Tried]) -> str:
     keys = [one.key for one in search.space.keys]
     lines.writerow(["trial", *keys, *names, "seconds", "note", "folder", "job_hash"])
     for one, outcome in ended:
-        values = ["" if one.values[key] is None else said(one.values[key]) for key in keys]
+        values = ["" if one.values[key] is None else format_value(one.values[key]) for key in keys]
         metrics = [repr(outcome.metrics[name]) if name in outcome.metrics else "" for name in names]
         lines.writerow(
             [
@@ -61,7 +61,7 @@ def as_csv(search: Search, tried: Sequence[Tried]) -> str:
     return text.getvalue()
 
 
-def summary(search: Search, tried: Sequence[Tried]) -> list[str]:
+def summary(search: Search, tried: Sequence[TrialResult]) -> list[str]:
     """How many there were, and what became of those without a value."""
     outcomes = [one.outcome for one in tried if one.outcome is not None]
     whole = sum(outcome.value is not None for outcome in outcomes)
@@ -79,7 +79,7 @@ def summary(search: Search, tried: Sequence[Tried]) -> list[str]:
     return lines
 
 
-def trials_png(search: Search, tried: Sequence[Tried]) -> bytes:
+def trials_png(search: Search, tried: Sequence[TrialResult]) -> bytes:
     """The value of every trial over the trials, and the best so far, as PNG."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -97,7 +97,7 @@ def trials_png(search: Search, tried: Sequence[Tried]) -> bytes:
     return image.getvalue()
 
 
-def _draw(axes: Axes, search: Search, tried: Sequence[Tried]) -> None:
+def _draw(axes: Axes, search: Search, tried: Sequence[TrialResult]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = _values(tried)
@@ -122,7 +122,7 @@ def _draw(axes: Axes, search: Search, tried: Sequence[Tried]) -> None:
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=10)
 
 
-def _values(tried: Sequence[Tried]) -> Mapping[int, float]:
+def _values(tried: Sequence[TrialResult]) -> Mapping[int, float]:
     """The values of whole trials by their numbers, from 1 on."""
     found: dict[int, Any] = {one.place + 1: one.outcome.value for one in tried if one.outcome}
     return {place: value for place, value in found.items() if value is not None}

@@ -123,15 +123,15 @@ class Space:
         Raises:
             ConfigError, WeightsError: one of them makes no valid job whatever stands beside it.
         """
-        from atoll.server.run.run_job import check_job
+        from atoll.server.run.run_job import validate_job
 
-        check_job(job_of(base, {}))
+        validate_job(job_of(base, {}))
         for one in self.keys:
             for text in one.ends:
                 self._check_value(base, one, text)
 
     def _check_value(self, base: Base, one: Choice | Range, text: str) -> None:
-        from atoll.server.run.run_job import check_job
+        from atoll.server.run.run_job import validate_job
 
         beside: list[dict[str, str]] = [{}]
         beside += [{o.key: end} for o in self.keys if o.key != one.key for end in o.ends]
@@ -149,7 +149,7 @@ class Space:
                 complaint = complaint or error
                 continue
             if one.key.startswith("backbone."):
-                check_job(job)
+                validate_job(job)
             return
         raise complaint or ConfigError(f"{one.key}: has no meaning in any trial, expected {_wanted(one.key)}")
 

@@ -75,7 +75,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialResult:
     """One trial: its place in the search from 0 on, its settings, and what became of it, if it has ended."""
 
     place: int
@@ -129,7 +129,7 @@ class Search:
             raise ConfigError(f"{file}: damaged ({why}); choose another --out") from None
         return study
 
-    def trials(self) -> list[Tried]:
+    def trials(self) -> list[TrialResult]:
         """All trials in the order of their places; of one that was tried twice the last time."""
         for trial in self.study.get_trials(deepcopy=False):
             if not trial.state.is_finished() and OUTCOME in trial.user_attrs:  # the kill came in between
@@ -137,12 +137,12 @@ class Search:
         found = {trial.user_attrs[PLACE]: trial for trial in self.study.get_trials(deepcopy=False)}
         return [self._tried(found[place]) for place in sorted(found)]
 
-    def _tried(self, trial: FrozenTrial) -> Tried:
+    def _tried(self, trial: FrozenTrial) -> TrialResult:
         texts = {
             one.key: one.text(trial.params[one.key]) for one in self.space.keys if one.key in trial.params
         }
         outcome = trial.user_attrs.get(OUTCOME)
-        return Tried(
+        return TrialResult(
             trial.user_attrs[PLACE],
             trial.number,
             texts,
@@ -151,12 +151,12 @@ class Search:
             None if outcome is None else Outcome.from_json(outcome),
         )
 
-    def next(self, tried: Sequence[Tried]) -> Tried | None:
+    def next(self, tried: Sequence[TrialResult]) -> TrialResult | None:
         """The next trial, noted as begun; None where nothing is left to try."""
         texts = self._proposed(tried)
         return None if texts is None else self.begin(len(tried), texts)
 
-    def begin(self, place: int, texts: Texts) -> Tried:
+    def begin(self, place: int, texts: Texts) -> TrialResult:
         """Note that a trial has begun, all of it or nothing."""
         from optuna.trial import TrialState, create_trial
 
@@ -170,7 +170,7 @@ class Search:
         self.study.add_trial(trial)
         return self._tried(self.study.get_trials(deepcopy=False)[-1])
 
-    def end(self, tried: Tried, outcome: Outcome) -> Tried:
+    def end(self, tried: TrialResult, outcome: Outcome) -> TrialResult:
         """Note what became of a trial. The outcome is written first: a kill in between loses nothing."""
         from optuna.trial import Trial
 
@@ -182,7 +182,7 @@ class Search:
         trial.set_user_attr(OUTCOME, json.dumps(vars(outcome)))
         return self._told(tried.number, outcome)
 
-    def _told(self, number: int, outcome: Outcome) -> Tried:
+    def _told(self, number: int, outcome: Outcome) -> TrialResult:
         from optuna.trial import TrialState
 
         if outcome.failed is not None:
@@ -193,7 +193,7 @@ class Search:
             self.study.tell(number, outcome.value)
         return self._tried(self.study.get_trials(deepcopy=False)[number])
 
-    def _proposed(self, tried: Sequence[Tried]) -> Texts | None:
+    def _proposed(self, tried: Sequence[TrialResult]) -> Texts | None:
         """Settings that make a job nobody has tried: the job's own first, then the sampler's."""
         known = {one.job.hash for one in tried}
         if not tried and self.own is not None:
@@ -222,7 +222,7 @@ class Search:
             invalid.append(str(error))
             return False
 
-    def _sampled(self, tried: Sequence[Tried], draw: int) -> Texts:
+    def _sampled(self, tried: Sequence[TrialResult], draw: int) -> Texts:
         """What TPE makes of the trials that a trial at this place may know of."""
         optuna, place = quiet_optuna(), len(tried)
         sampler = optuna.samplers.TPESampler(
@@ -235,7 +235,7 @@ class Search:
         trial = study.ask()
         return self.space.draw(self.base, lambda one: one.drawn(trial))
 
-    def _known_at(self, tried: Sequence[Tried]) -> list[FrozenTrial]:
+    def _known_at(self, tried: Sequence[TrialResult]) -> list[FrozenTrial]:
         """The trials as the sampler sees them: those that may still run have no value yet."""
         from optuna.trial import TrialState, create_trial
 
@@ -253,7 +253,7 @@ class Search:
             )
         return found
 
-    def curves_before(self, place: int, tried: Sequence[Tried]) -> list[Mapping[int, float]]:
+    def curves_before(self, place: int, tried: Sequence[TrialResult]) -> list[Mapping[int, float]]:
         """The curves of whole trials that one at this place is compared with."""
         return [
             one.outcome.curve
@@ -261,22 +261,22 @@ class Search:
             if one.place <= place - self.at_once and one.outcome and one.outcome.value is not None
         ]
 
-    def may_begin(self, place: int, tried: Sequence[Tried]) -> bool:
+    def may_begin(self, place: int, tried: Sequence[TrialResult]) -> bool:
         """Whether all that a trial at this place must know of has ended."""
         return all(one.outcome is not None for one in tried if one.place <= place - self.at_once)
 
-    def ranked(self, tried: Sequence[Tried]) -> list[Tried]:
+    def ranked(self, tried: Sequence[TrialResult]) -> list[TrialResult]:
         """The trials that have a value, the best first; of equal ones that with the smaller loss."""
         sign = 1 if self.direction == "minimize" else -1
 
-        def rank(one: Tried) -> tuple[float, float, int]:
+        def rank(one: TrialResult) -> tuple[float, float, int]:
             assert one.outcome is not None and one.outcome.value is not None
             loss = one.outcome.metrics.get("loss", math.inf)
             return sign * one.outcome.value, loss if math.isfinite(loss) else math.inf, one.place
 
         return sorted((t for t in tried if t.outcome and t.outcome.value is not None), key=rank)
 
-    def importances(self, tried: Sequence[Tried]) -> dict[str, float]:
+    def importances(self, tried: Sequence[TrialResult]) -> dict[str, float]:
         """How much of the values' spread each key explains (fANOVA, Hutter et al. 2014), in all 1.
 
         Of the keys that all whole trials have; empty where there are too few of them, or all are equal.

@@ -21,12 +21,12 @@ from atoll.report.comparison import lower_is_better
 from atoll.server.rounds.evaluation import federated_evaluation
 from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
-from atoll.server.run.run_job import unwatched
+from atoll.server.run.run_job import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.search.space import checked_job
-from atoll.sim.search.study import Outcome, Search, Tried, quiet_optuna
-from atoll.sim.sweep.runner import Bench, Crew, Piece
+from atoll.sim.search.study import Outcome, Search, TrialResult, quiet_optuna
+from atoll.sim.sweep.runner import RunPool, WorkerCache, WorkItem
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -47,7 +47,7 @@ class Stopped(JobError):
 
 
 @dataclass
-class Judge:
+class Pruner:
     """Follows a trial's first run: a curve of the metric, and an end to it where it is behind.
 
     The median stopping rule (Golovin et al. 2017), by Optuna: the best so far against the median of what
@@ -61,7 +61,7 @@ class Judge:
     curve: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, job: Job, out: Path, metric: str, curves: Sequence[Mapping[int, float]]) -> Judge:
+    def of(cls, job: Job, out: Path, metric: str, curves: Sequence[Mapping[int, float]]) -> Pruner:
         """A judge that knows the curves of these whole trials."""
         from optuna.trial import TrialState, create_trial
 
@@ -102,7 +102,7 @@ def without_test_set(job: Job, population: Population) -> Population:
     return replace(population, job=job, test=population.test.select([]))
 
 
-_bench = Bench()
+_bench = WorkerCache()
 """In a worker process: the populations that it keeps."""
 
 
@@ -112,7 +112,7 @@ def play_trial(text: str) -> str:
     jobs = [Job.from_json(job) for job in work["jobs"]]
     curves = [{int(step): value for step, value in curve.items()} for curve in work["curves"]]
     outs = [Path(out) for out in work["outs"]]
-    judge, started = Judge.of(jobs[0], outs[0], work["metric"], curves), time.monotonic()
+    judge, started = Pruner.of(jobs[0], outs[0], work["metric"], curves), time.monotonic()
     found: list[Mapping[str, float]] = []
     outcome = Outcome()
     try:
@@ -120,7 +120,7 @@ def play_trial(text: str) -> str:
         # would be validated on by another.
         clients = _bench.population(jobs[0])
         for job, out in zip(jobs, outs, strict=True):
-            watch = judge.watch if job is jobs[0] else unwatched
+            watch = judge.watch if job is jobs[0] else ignore_events
             found.append(validation_metrics(job, out, without_test_set(job, clients), watch))
         outcome = judged(found, work["metric"])
     except Stopped as stopped:
@@ -164,8 +164,8 @@ def judged(found: Sequence[Mapping[str, float]], metric: str) -> Outcome:
 
 
 def play_trials(
-    search: Search, crew: Crew, count: int, told: Callable[[Tried, Sequence[Tried]], None]
-) -> list[Tried]:
+    search: Search, crew: RunPool, count: int, told: Callable[[TrialResult, Sequence[TrialResult]], None]
+) -> list[TrialResult]:
     """Try until `count` trials have ended, or nothing is left to try; those that were begun first.
 
     `told` hears of each trial that ends, and of all trials so far.
@@ -177,7 +177,7 @@ def play_trials(
             tried[place] = search.begin(place, tried[place].texts)
     running: dict[str, int] = {}
 
-    def draw() -> Piece | None:
+    def draw() -> WorkItem | None:
         if again:
             if not search.may_begin(again[0], tried):
                 return None
@@ -194,7 +194,7 @@ def play_trials(
         running[piece.name] = place
         return piece
 
-    def ended(piece: Piece, result: str | None, died: str | None) -> None:
+    def ended(piece: WorkItem, result: str | None, died: str | None) -> None:
         place = running.pop(piece.name)
         outcome = Outcome(failed=died) if result is None else Outcome.from_json(result)
         tried[place] = search.end(tried[place], outcome)
@@ -204,7 +204,7 @@ def play_trials(
     return tried
 
 
-def _piece(search: Search, one: Tried, tried: Sequence[Tried]) -> Piece:
+def _piece(search: Search, one: TrialResult, tried: Sequence[TrialResult]) -> WorkItem:
     seeds = [one.job.seed + offset for offset in range(search.seeds)]
     jobs = [Job.parse(one.job.model_dump(mode="json") | {"seed": seed}, origin="trial") for seed in seeds]
     work = {
@@ -213,7 +213,7 @@ def _piece(search: Search, one: Tried, tried: Sequence[Tried]) -> Piece:
         "metric": search.metric,
         "curves": search.curves_before(one.place, tried),
     }
-    return Piece(one.job.hash, play_trial, (json.dumps(work),))
+    return WorkItem(one.job.hash, play_trial, (json.dumps(work),))
 
 
 def feature_jobs(search: Search) -> list[Job]:

@@ -71,7 +71,7 @@ class Grid:
                 raise ConfigError(f"--vary {key}: expected --folds K; every combination runs with K folds")
             if key in keys:
                 raise ConfigError(f"--vary {key}: found twice, expected all its values in one --vary")
-            if len({said(as_value(v)) for v in found}) < len(found):
+            if len({format_value(as_value(v)) for v in found}) < len(found):
                 raise ConfigError(f"--vary {text}: a value is there twice, expected different ones")
             keys[key] = tuple(found)
         if not keys and folds is None:
@@ -197,7 +197,7 @@ class Planned:
     @property
     def folder(self) -> str:
         given = {key.rpartition(".")[2]: v for key, v in self.values.items() if v is not None}
-        parts = [f"{key}-{said(value)}" for key, value in given.items()]
+        parts = [f"{key}-{format_value(value)}" for key, value in given.items()]
         readable = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part) for part in parts)
         fold = "" if self.job.data.folds is None else f"_fold-{self.job.data.fold}"
         return f"{readable[:80]}_seed-{self.job.seed}{fold}_{self.job.hash[:HASH]}".lstrip("_")
@@ -209,7 +209,7 @@ class Planned:
         return ", ".join([*_words(self.values), f"seed {self.job.seed}", *fold])
 
 
-def said(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in words.
 
     >>> said(0.50), said(float("inf")), said("client"), said(None)
@@ -226,7 +226,7 @@ def combination_words(values: Values) -> str:
 
 
 def _words(values: Values) -> list[str]:
-    return [f"{key} {said(value)}" for key, value in values.items() if value is not None]
+    return [f"{key} {format_value(value)}" for key, value in values.items() if value is not None]
 
 
 def planned(base: Base, grid: Grid) -> list[Planned]:
@@ -313,7 +313,7 @@ class SweepFolder:
 
 
 @contextmanager
-def alone_in(path: Path, what: str) -> Iterator[None]:
+def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     """For the time of the block, no other sweep or search (`what`) runs in that folder.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.report.comparison import lower_is_better
 from atoll.report.text import metric_words
-from atoll.sim.sweep.grid import EPSILON, said
+from atoll.sim.sweep.grid import EPSILON, format_value
 from atoll.sim.sweep.results import (
     REFERENCES,
     Estimate,
@@ -75,7 +75,7 @@ def draw(axes: Axes, rows: Sequence[Row]) -> None:
     places = _places(axes, key, along)
     others = [other for other in rows[0].values if other != key]
     for number, group in enumerate(grouped(along, lambda row: values_of(row, others)).values()):
-        name = ", ".join(f"{o} {said(group[0].values[o])}" for o in others) or "federated"
+        name = ", ".join(f"{o} {format_value(group[0].values[o])}" for o in others) or "federated"
         _line(axes, group, key, places, number, name)
     if key == EPSILON:
         _without_privacy(axes, [row for row in rows if not row.is_private], others)
@@ -92,7 +92,7 @@ def draw(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _places(axes: Axes, key: str, rows: Sequence[Row]) -> dict[str, float]:
     """Where each value of the key stands, by its words."""
-    values = {said(row.values[key]): row.values[key] for row in rows}
+    values = {format_value(row.values[key]): row.values[key] for row in rows}
     numbers = [float(v) for v in values.values() if _is_number(v)]
     if len(numbers) < len(values):
         places = {words: float(place) for place, words in enumerate(values)}
@@ -111,7 +111,7 @@ def _line(
     axes: Axes, rows: Sequence[Row], key: str, places: dict[str, float], number: int, name: str
 ) -> None:
     """The means of one combination of the other keys, and the band of their 95 % intervals."""
-    by_value = grouped(rows, lambda row: (said(row.values[key]),))
+    by_value = grouped(rows, lambda row: (format_value(row.values[key]),))
     found = {places[str(words)]: Estimate.of(scores(g)) for (words,), g in by_value.items() if scores(g)}
     xs = sorted(found)
     colour = COLOURS[number % len(COLOURS)]
@@ -130,7 +130,7 @@ def _without_privacy(axes: Axes, rows: Sequence[Row], others: Sequence[str]) -> 
         if not scores(group):
             continue
         found = Estimate.of(scores(group))
-        told = [f"{o} {said(v)}" for o in others if (v := group[0].values[o]) is not None]
+        told = [f"{o} {format_value(v)}" for o in others if (v := group[0].values[o]) is not None]
         axes.axhline(found.mean, color=INK, linewidth=1.5, label=", ".join(["no privacy", *told]))
         if found.half is not None:
             axes.axhspan(found.mean - found.half, found.mean + found.half, color=INK, alpha=0.08, linewidth=0)

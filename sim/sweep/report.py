@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atoll.report.comparison import finite
 from atoll.report.text import metric_words
-from atoll.sim.sweep.grid import combination_words, said
+from atoll.sim.sweep.grid import combination_words, format_value
 from atoll.sim.sweep.plot import frontier_png
 from atoll.sim.sweep.results import (
     REFERENCES,
@@ -23,7 +23,7 @@ from atoll.sim.sweep.results import (
     table,
     value_words,
 )
-from atoll.sim.sweep.selection import Pick, pick_words, picks
+from atoll.sim.sweep.selection import Pick, selection_words, selections
 from atoll.system.durable_files import replace_synced
 
 CHARGED_ALONE = (
@@ -43,7 +43,7 @@ class Written:
 
 def write_sweep(folder: Path, rows: Sequence[Row], name: str, *, missing: int) -> Written:
     """Write sweep.csv, frontier.png and sweep.md of the rows that are there; `missing` runs are not."""
-    chosen = picks(rows)
+    chosen = selections(rows)
     lines = tuple(words_of(rows, chosen, missing))
     files = {"table": folder / "sweep.csv", "page": folder / "sweep.md"}
     replace_synced(files["table"], as_csv(rows).encode())
@@ -63,7 +63,7 @@ def words_of(rows: Sequence[Row], chosen: Sequence[Pick], missing: int) -> list[
         found = reference(rows, name)
         if found is not None:
             lines.append(f"For comparison, {words}: {value_words(found)}.")
-    lines += [pick_words(pick) for pick in chosen]
+    lines += [selection_words(pick) for pick in chosen]
     private = [row for row in rows if row.is_private]
     if private and not all(row.privacy["seeded_noise"] for row in private):
         lines.append(CHARGED_ALONE)
@@ -83,7 +83,7 @@ def _page(rows: Sequence[Row], name: str, lines: Sequence[str], *, has_picture: 
     repeats = "seeds" if rows[0].job.data.folds is None else "folds and seeds"
     head = [*keys, repeats, f"{metric}, mean ± standard deviation", "epsilon spent"]
     told = [
-        [*(said(value) for value in line.values.values()), str(line.seeds), line.score, line.epsilon]
+        [*(format_value(value) for value in line.values.values()), str(line.seeds), line.score, line.epsilon]
         for line in table(rows)
     ]
     parts = [f"# {name}: a sweep", *lines[:1], "![The frontier](frontier.png)" if has_picture else ""]

@@ -15,7 +15,7 @@ from scipy import stats
 from atoll.job.job import Job
 from atoll.report.comparison import comparison_of, finite, lower_is_better
 from atoll.report.text import metric_words
-from atoll.sim.sweep.grid import EPSILON, Planned, Values, said
+from atoll.sim.sweep.grid import EPSILON, Planned, Values, format_value
 
 LEVEL = 0.95
 """Of every interval: Student's t over seeds."""
@@ -202,7 +202,9 @@ def _best_of_each(found: Sequence[Loss]) -> list[Loss]:
     """Of those that differ in nothing but hyper-parameters, the one with the best metric."""
     chosen: dict[Key, Loss] = {}
     for loss in sorted(found, key=lambda f: f.score, reverse=not lower_is_better(found[0].metric)):
-        chosen.setdefault(tuple(said(v) for k, v in loss.values.items() if k.startswith("privacy.")), loss)
+        chosen.setdefault(
+            tuple(format_value(v) for k, v in loss.values.items() if k.startswith("privacy.")), loss
+        )
     return [loss for loss in found if loss in chosen.values()]
 
 
@@ -210,7 +212,7 @@ def _loss_words(loss: Loss) -> str:
     half = "" if loss.points.half is None else f" ± {loss.points.half:{_digits(loss.metric)}}"
     unit = "points of " if scale_of(loss.metric) == 100 else "of "
     verb = "lose" if loss.points.mean >= 0 else "gain"
-    other = ", ".join(f"{k} {said(v)}" for k, v in loss.values.items() if k != EPSILON)
+    other = ", ".join(f"{k} {format_value(v)}" for k, v in loss.values.items() if k != EPSILON)
     return (
         f"{f'with {other} ' if other else ''}you {verb} {abs(loss.points.mean):{_digits(loss.metric)}}{half}"
         f" {unit}{metric_words(loss.metric)} against the same run without privacy"
@@ -226,7 +228,7 @@ def _best_sentence(rows: Sequence[Row]) -> str:
     assert metric is not None
     group = best(combinations(rows))
     found = Estimate.of(scores(group))
-    words = ", ".join(f"{k} {said(v)}" for k, v in group[0].values.items() if v is not None)
+    words = ", ".join(f"{k} {format_value(v)}" for k, v in group[0].values.items() if v is not None)
     if not words:
         return f"The {metric_words(metric)} is {value_words(found)} over {found.count} folds and seeds."
     return f"The best {metric_words(metric)}, {value_words(found)}, has {words}."
@@ -292,7 +294,7 @@ def as_csv(rows: Sequence[Row]) -> str:
         if row.is_private and promised[0] is None:
             promised[0] = math.inf
         measured = [row.metrics.get(name) for name in metrics]
-        given = [None if (v := row.values[key]) is None else said(v) for key in keys]
+        given = [None if (v := row.values[key]) is None else format_value(v) for key in keys]
         numbers = [row.job.seed, row.job.data.fold][: len(repeats)]
         writer.writerow(
             [*given, *numbers, *measured, *promised, row.model_sha256, f"{row.seconds:.3f}", row.path]

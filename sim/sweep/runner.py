@@ -20,9 +20,9 @@ from atoll.job.privacy import PrivacySection
 from atoll.learning.learner import Learner
 from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
-from atoll.server.run.run_job import check_job, unwatched
-from atoll.sim.baselines import Comparison
-from atoll.sim.engines.engine import simulate, warmed
+from atoll.server.run.run_job import ignore_events, validate_job
+from atoll.sim.baselines import BaselineRunner
+from atoll.sim.engines.engine import simulate, test_set_with_features
 from atoll.sim.engines.process_pool import end_processes
 from atoll.sim.population.population import Population
 from atoll.sim.sweep.grid import Planned
@@ -42,10 +42,10 @@ def check_all(runs: Iterable[Planned]) -> None:
     jobs = [run.job for run in runs]
     for job in jobs:
         if job.seed == jobs[0].seed:
-            check_job(job)
+            validate_job(job)
 
 
-def warm(
+def precompute_features(
     jobs: Iterable[Job],
     progress: Progress | None,
     population_of: Callable[[Job], Population] = Population.of,
@@ -60,7 +60,7 @@ def warm(
         population, task = population_of(job), task_named(job.task.name)
         roll = population.roll(job)
         roll.check(job)
-        warmed(population, progress)(Learner.of(job, task, task.agree(roll.facts)))
+        test_set_with_features(population, progress)(Learner.of(job, task, task.agree(roll.facts)))
 
 
 def _features_of(job: Job) -> str:
@@ -73,7 +73,7 @@ def _features_of(job: Job) -> str:
 
 
 @dataclass
-class Bench:
+class WorkerCache:
     """What a worker process keeps from one run for the next."""
 
     populations: dict[str, Population] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Bench:
         simulate(
             job,
             out,
-            watch=unwatched,
+            watch=ignore_events,
             resume=(out / "job.toml").is_file(),
             population=population,
             baselines=compare,
@@ -110,7 +110,7 @@ class Bench:
         key = run.setup.job.model_copy(update={"privacy": PrivacySection()}).hash
         if key not in self.baselines:
             _make_room(self.baselines)
-            self.baselines[key] = Comparison(population)(run)
+            self.baselines[key] = BaselineRunner(population)(run)
         return self.baselines[key]
 
 
@@ -119,11 +119,11 @@ def _make_room(kept: dict[str, Any]) -> None:
         kept.pop(next(iter(kept)))
 
 
-_bench = Bench()
+_worker_cache = WorkerCache()
 """In a worker process: what it keeps."""
 
 
-def open_bench() -> None:
+def open_worker_cache() -> None:
     """In a new worker process: be silent, for the parent alone speaks to the user."""
     logging.getLogger().addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")
@@ -132,7 +132,7 @@ def open_bench() -> None:
 def play_run(job: str, out: str) -> str | None:
     """In a worker process: one run; what went wrong, in a line."""
     try:
-        _bench.play(Job.from_json(job), Path(out))
+        _worker_cache.play(Job.from_json(job), Path(out))
     except JobError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not stop the other runs
@@ -141,7 +141,7 @@ def play_run(job: str, out: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WorkItem:
     """Work for one process: what it is known by, a function that a new process can import, its arguments."""
 
     name: str
@@ -150,7 +150,7 @@ class Piece:
 
 
 @dataclass
-class Crew:
+class RunPool:
     """Worker processes that play runs; one that dies is replaced, and what it was at is tried once more.
 
     Who killed it is found out by playing those that were under way one at a time.
@@ -174,9 +174,9 @@ class Crew:
         """Play the runs; `told` hears of each that ends. Returns what went wrong, by the run's name."""
         failures: dict[str, str] = {}
         planned = {run.job.hash: run for run, _ in runs}
-        waiting = deque(Piece(run.job.hash, play_run, (run.job.canonical, str(out))) for run, out in runs)
+        waiting = deque(WorkItem(run.job.hash, play_run, (run.job.canonical, str(out))) for run, out in runs)
 
-        def ended(piece: Piece, failure: str | None, died: str | None) -> None:
+        def ended(piece: WorkItem, failure: str | None, died: str | None) -> None:
             run, failure = planned[piece.name], died or failure
             if failure is not None:
                 failures[run.words] = failure
@@ -185,14 +185,16 @@ class Crew:
         self.work(lambda: waiting.popleft() if waiting else None, ended)
         return failures
 
-    def work(self, draw: Callable[[], Piece | None], ended: Callable[[Piece, Any, str | None], None]) -> None:
+    def work(
+        self, draw: Callable[[], WorkItem | None], ended: Callable[[WorkItem, Any, str | None], None]
+    ) -> None:
         """Work off what `draw` gives, until it gives None while nothing is under way.
 
         It is asked when a process is free; None means that there is nothing now. `ended` hears what each
         piece returned, or that it killed its process twice.
         """
-        waiting: deque[Piece] = deque()
-        running: dict[Future[Any], Piece] = {}
+        waiting: deque[WorkItem] = deque()
+        running: dict[Future[Any], WorkItem] = {}
         while True:
             while len(running) < self.workers:
                 if not waiting:
@@ -219,7 +221,7 @@ class Crew:
                     died = "its worker process died twice; out of memory?"
                 ended(piece, result, died)
 
-    def _has_room(self, piece: Piece, running: Sequence[Piece]) -> bool:
+    def _has_room(self, piece: WorkItem, running: Sequence[WorkItem]) -> bool:
         is_suspect = any(self._strikes[p.name] for p in (piece, *running))
         return len(running) < (1 if is_suspect else self.workers)
 
@@ -233,7 +235,7 @@ class Crew:
     def _started(self) -> ProcessPoolExecutor:
         if not self._pool:
             import_first(*self.modules)
-            self._pool.append(worker_pool(self.workers, open_bench))
+            self._pool.append(worker_pool(self.workers, open_worker_cache))
         return self._pool[0]
 
     def close(self) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atoll.privacy.accounting import Spent
-from atoll.privacy.dp_plan import terms_of
+from atoll.privacy.accounting import Composition
+from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.selection import Poisson, TruncatedNegativeBinomial, epsilon_of_all, epsilon_of_best
-from atoll.sim.sweep.grid import Values, said
+from atoll.sim.sweep.grid import Values, format_value
 from atoll.sim.sweep.results import Estimate, Row, best, combinations, grouped, scores, value_words, values_of
 
 
@@ -39,7 +39,7 @@ def searched(values: Values) -> list[str]:
     return [key for key in values if not key.startswith("privacy.")]
 
 
-def picks(rows: Sequence[Row]) -> list[Pick]:
+def selections(rows: Sequence[Row]) -> list[Pick]:
     """One for each promise whose runs differ in a hyper-parameter; none where no hyper-parameter varies."""
     if not rows or not searched(rows[0].values):
         return []
@@ -82,17 +82,17 @@ def _costs(rows: Sequence[Row], unit: str) -> tuple[float, float, float, float]:
     )
 
 
-def _spent(row: Row, unit: str) -> Spent:
+def _spent(row: Row, unit: str) -> Composition:
     """The releases that a run was charged."""
-    terms = terms_of(row.job, "client" if unit == "client" else "example")
+    terms = dp_plan_of(row.job, "client" if unit == "client" else "example")
     assert terms is not None
     return {terms.cost: int(row.privacy["units"][unit]["releases"])}
 
 
-def pick_words(pick: Pick) -> str:
+def selection_words(pick: Pick) -> str:
     """A line a promise."""
-    promise = ", ".join(f"{key} {said(value)}" for key, value in pick.promise.items())
-    chosen = ", ".join(f"{key} {said(value)}" for key, value in pick.chosen.items())
+    promise = ", ".join(f"{key} {format_value(value)}" for key, value in pick.promise.items())
+    chosen = ", ".join(f"{key} {format_value(value)}" for key, value in pick.chosen.items())
     return (
         f"{f'{promise}: ' if promise else ''}best with {chosen} ({pick.score}). One run spends epsilon"
         f" {pick.once:.3g}; having looked at all {pick.trials} runs spends {pick.all_trials:.3g}. Had their"

@@ -38,7 +38,7 @@ def executor() -> None:
 
     def held(
         site: atoll.client.site.Site, job: Job, request: Request, names: Sequence[str]
-    ) -> tuple[atoll.client.site.Admitted, list[Reply]]:
+    ) -> tuple[atoll.client.site.ChargedClients, list[Reply]]:
         admitted = admit(site, job, request, names)
         files = [folder / f"{job.name}-{request.round}-{name}" for name in names]
         for file in files if request.kind != "evaluate" else ():

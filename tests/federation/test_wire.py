@@ -22,12 +22,12 @@ from atoll.job.job import Job
 from atoll.kit.kit import ServerKit
 from atoll.privacy.secagg import Vector, agreed_seed, mask_of
 from atoll.privacy.secagg_encoding import flat, weighted
-from atoll.protocol.messages import Reply, Request, Sealed, Update
+from atoll.protocol.messages import Reply, Request, SecureMessage, Update
 from atoll.protocol.tensors import Tensors, tensor_bytes
-from atoll.server.run.run_job import play
-from atoll.sim.baselines import Comparison
-from atoll.sim.engines.engine import warmed
-from atoll.sim.engines.inline import InlineCarrier
+from atoll.server.run.run_job import run_job
+from atoll.sim.baselines import BaselineRunner
+from atoll.sim.engines.engine import test_set_with_features
+from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import unwatched
@@ -42,7 +42,7 @@ WATCHED_SITE = "tests.federation.watched_site:main"
 
 
 @dataclass
-class Noted(InlineCarrier):
+class Noted(InlineTransport):
     """Clients in this process, and all that they were asked and said; of a sum, what is summed too."""
 
     asked: dict[int, Tensors] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Noted(InlineCarrier):
         for reply in replies:
             if isinstance(reply, Update):
                 self.updates[reply.round, reply.client] = reply
-            elif isinstance(reply, Sealed):
+            elif isinstance(reply, SecureMessage):
                 self.vectors[reply.round, reply.client] = reply.content["vector"].numpy().view(np.uint64)
 
 
@@ -101,9 +101,9 @@ class Wire:
         secrets.write_text("")
         result = self.ring.federation.run(setting)
         carrier = Noted.of(Population.of(setting))
-        expected = play(
-            setting, carrier, folder / "replayed", warmed(carrier.population, None),
-            baselines=Comparison(carrier.population), watch=unwatched, report=False,
+        expected = run_job(
+            setting, carrier, folder / "replayed", test_set_with_features(carrier.population, None),
+            baselines=BaselineRunner(carrier.population), watch=unwatched, report=False,
         )  # fmt: skip
         told = [json.loads(line) for line in secrets.read_text().splitlines()]
         return Heard(folder / "tapped", carrier, told, expected["model_sha256"], result["model_sha256"])

@@ -53,10 +53,10 @@ def server_app() -> None:
 
     from atoll.server import app
 
-    folder, clock, exchange = Path(os.environ[CUTS]), AheadClock(0.0), app.FlowerCarrier.exchange
+    folder, clock, exchange = Path(os.environ[CUTS]), AheadClock(0.0), app.FlowerTransport.exchange
 
     def cut_short(
-        carrier: app.FlowerCarrier, request: Request, names: Sequence[str], timeout: float
+        carrier: app.FlowerTransport, request: Request, names: Sequence[str], timeout: float
     ) -> Iterator[Reply]:
         cut = folder / f"{Job.from_json(request.job).name}-{request.round}-{request.kind}"
         missing = set(names)
@@ -70,5 +70,5 @@ def server_app() -> None:
                 clock.now += timeout
 
     vars(app)["time"] = clock
-    app.FlowerCarrier.exchange = cut_short  # type: ignore[method-assign]
+    app.FlowerTransport.exchange = cut_short  # type: ignore[method-assign]
     flwr_serverapp()

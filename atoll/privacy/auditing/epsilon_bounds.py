@@ -30,7 +30,7 @@ from scipy.stats import binom
 from atoll.privacy.accounting import Release, epsilon, profile
 
 Vector = NDArray[np.float64]
-Coins = NDArray[np.bool_]
+Membership = NDArray[np.bool_]
 
 SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1.0)
 """Parts of the canaries that are guessed. The best is taken, and each pays its part of the doubt."""
@@ -53,7 +53,7 @@ class Guesses:
             raise ValueError(f"expected 0 <= right <= made <= canaries, got {self}")
 
 
-def guessed(scores: Vector, inside: Coins, made: int) -> Guesses:
+def guessed(scores: Vector, inside: Membership, made: int) -> Guesses:
     """The surest guesses: half of them that the highest scores are in, half that the lowest are out."""
     order = np.argsort(scores, kind="stable")
     out, into = order[: made // 2], order[len(order) - (made - made // 2) :]
@@ -195,7 +195,7 @@ class Finding:
 
 
 def best(
-    scores: Vector, inside: Coins, bound: Callable[[Guesses, float], float], confidence: float
+    scores: Vector, inside: Membership, bound: Callable[[Guesses, float], float], confidence: float
 ) -> Finding:
     """The best of several numbers of guesses, chosen after the fact and paid for by Bonferroni.
 

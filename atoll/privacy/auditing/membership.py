@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, rankdata
 
-from atoll.privacy.auditing.epsilon_bounds import Coins, Vector
+from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
 
 THRESHOLDS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Log-likelihood ratios at which rates are taken, fixed beforehand; either sign is a threshold."""
@@ -44,7 +44,7 @@ def _fit(shadows: NDArray[np.float64], chosen: NDArray[np.bool_]) -> tuple[Vecto
     return means, max(spread, 1e-12 * max(1.0, float(np.abs(means).max())))
 
 
-def rate_at(scores: Vector, inside: Coins, false_positives: float) -> float:
+def rate_at(scores: Vector, inside: Membership, false_positives: float) -> float:
     """The part of those inside that is found, where at most that part of those outside is accused."""
     outside = np.sort(scores[~inside])
     allowed = int(false_positives * len(outside))
@@ -53,7 +53,7 @@ def rate_at(scores: Vector, inside: Coins, false_positives: float) -> float:
     return float((scores[inside] > outside[len(outside) - 1 - allowed]).mean())
 
 
-def area(scores: Vector, inside: Coins) -> float:
+def area(scores: Vector, inside: Membership) -> float:
     """The area under the ROC curve: how often one inside has the higher score of two (Mann and Whitney)."""
     ranks, n = rankdata(scores), int(inside.sum())
     above = float(ranks[inside].sum()) - n * (n + 1) / 2
@@ -67,7 +67,7 @@ def clopper_pearson(hits: int, trials: int, doubt: float) -> tuple[float, float]
     return low, high
 
 
-def epsilon_of_rates(scores: Vector, inside: Coins, *, delta: float, confidence: float) -> float:
+def epsilon_of_rates(scores: Vector, inside: Membership, *, delta: float, confidence: float) -> float:
     """The largest epsilon that true over false positives, or negatives, refute; the best threshold's.
 
     (epsilon, delta)-DP bounds both: TPR <= e^epsilon FPR + delta (Kairouz, Oh, Viswanath 2015). Thresholds
@@ -83,7 +83,7 @@ def epsilon_of_rates(scores: Vector, inside: Coins, *, delta: float, confidence:
     return found
 
 
-def _refuted(rightly: Coins, wrongly: Coins, delta: float, doubt: float) -> float:
+def _refuted(rightly: Membership, wrongly: Membership, delta: float, doubt: float) -> float:
     """The epsilon at which the one rate would just be allowed beside the other."""
     often, _ = clopper_pearson(int(rightly.sum()), len(rightly), doubt)
     _, seldom = clopper_pearson(int(wrongly.sum()), len(wrongly), doubt)

@@ -16,12 +16,12 @@ from xml.etree import ElementTree
 import pyarrow as pa
 
 from atoll.backbones.dense_vision import picture_size
-from atoll.data.diagnostics import Journal, opened, shown
+from atoll.data.diagnostics import Diagnostics, opened, shown
 from atoll.data.folders import checked_file, listing
 from atoll.data.images import decode
 from atoll.data.labels import class_name
 from atoll.data.parsers import list_cell, number_cell
-from atoll.data.schema import FILE, Records, Role
+from atoll.data.schema import FILE, Schema, SchemaField
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.errors import DataError
 
@@ -58,7 +58,7 @@ def _fits(parts: Mapping[str, Any], where: str) -> None:
             raise DataError(f"{where}: box {box} outside the image, expected it within {width} x {height}")
 
 
-def _open(path: Path, journal: Journal) -> dict[str, Rows] | None:
+def _open(path: Path, journal: Diagnostics) -> dict[str, Rows] | None:
     """COCO or VOC, also under train/ and test/."""
     if not path.is_dir():
         is_coco = path.suffix.lower() == ".json" and path.is_file()
@@ -73,7 +73,7 @@ def _open(path: Path, journal: Journal) -> dict[str, Rows] | None:
     return {split: read(path / split, journal) for split, read in splits.items() if read is not None}
 
 
-def _reader(base: Path) -> Callable[[Path, Journal], Rows] | None:
+def _reader(base: Path) -> Callable[[Path, Diagnostics], Rows] | None:
     """What reads the annotations in a folder; None where there are none."""
     places = [folder for folder in (base, base / "annotations") if folder.is_dir()]
     files = sorted(file for folder in places for file in folder.glob("*.json") if _is_coco_name(file.name))
@@ -98,7 +98,7 @@ def _small_enough(path: Path) -> bytes:
     return data
 
 
-def _coco(file: Path, base: Path, journal: Journal) -> Rows:
+def _coco(file: Path, base: Path, journal: Diagnostics) -> Rows:
     """The images that the file lists, each with its boxes, which may be none."""
     try:
         written = json.loads(_small_enough(checked_file(file, base)))
@@ -139,7 +139,7 @@ def _image_of(base: Path, name: Path) -> Path:
     return next((place for place in places if place.exists()), places[0])
 
 
-def _voc(base: Path, journal: Journal) -> Rows:
+def _voc(base: Path, journal: Diagnostics) -> Rows:
     """Every XML file's image, with its boxes."""
     folder = base / "Annotations" if (base / "Annotations").is_dir() else base
     rows = []
@@ -187,11 +187,17 @@ def _rows(
     return Rows(shown(root), table, where, root, is_canonical=True)
 
 
-BOXES = Records(
+BOXES = Schema(
     (
-        Role("image", decode, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True),
-        Role("boxes", list_cell(box_cell), pa.list_(pa.list_(pa.float64())), ("bboxes", "bbox", "box")),
-        Role("classes", list_cell(class_name), pa.list_(pa.string()), ("labels", "names", "categories")),
+        SchemaField(
+            "image", decode, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True
+        ),
+        SchemaField(
+            "boxes", list_cell(box_cell), pa.list_(pa.list_(pa.float64())), ("bboxes", "bbox", "box")
+        ),
+        SchemaField(
+            "classes", list_cell(class_name), pa.list_(pa.string()), ("labels", "names", "categories")
+        ),
     ),
     opens=_open,
     layout=f"COCO's JSON or VOC's XML beside the images, or one file of {', '.join(SUFFIXES)}",

@@ -14,9 +14,9 @@ from torch import nn
 
 from atoll.backbones.dense_vision import (
     PictureEncoder,
+    calibrate_batch_norm,
     fill_all_but_classes,
     of_torchvision,
-    settle_norms,
     size_of,
 )
 from atoll.backbones.encoder import TARGETS, Batch, Model
@@ -105,7 +105,7 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
     )
     head = "roi_heads.box_predictor" if hasattr(network, "roi_heads") else "head"
     if backbone.weights is None and (backbone.also is None or backbone.also.weights is None):
-        settle_norms(network, size, job.seed, run=_everything)
+        calibrate_batch_norm(network, size, job.seed, run=_everything)
     elif backbone.weights is not None:
         fill_all_but_classes(network, head, backbone)
     encoder = PictureEncoder(network, size, (0.0,) * 3, (1.0,) * 3)

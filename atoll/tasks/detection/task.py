@@ -15,16 +15,16 @@ from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
 from atoll.data.images import image_bytes, read_image_input
-from atoll.data.lazy import Cells, Picked
-from atoll.data.schema import Records
+from atoll.data.lazy import LazyColumn, LazyRows
+from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, check_pinned, named
 from atoll.tasks.detection.data import BOXES
 from atoll.tasks.detection.model import load_detector
-from atoll.tasks.schema_task import Recorded
+from atoll.tasks.schema_task import SchemaTask
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +35,7 @@ SHOWN_SCORE = 0.5
 
 
 @dataclass(frozen=True)
-class Detection(Recorded):
+class Detection(SchemaTask):
     """Targets are [n, most, 5]: x1, y1, x2, y2 in the resized square, and the class; -1 where none is."""
 
     name: str = "object-detection"
@@ -63,13 +63,13 @@ class Detection(Recorded):
             )
         check_pinned(job)
 
-    def records(self, options: Options) -> Records:
+    def records(self, options: Options) -> Schema:
         return BOXES
 
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return BOXES.adopted(without_other_parts(splits, ("image", "boxes", "classes")))
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The classes, as the job names them or sorted, and how many boxes a picture has at most.
 
         Raises:
@@ -79,7 +79,7 @@ class Detection(Recorded):
         present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
         return named(present, data, "classes", "class") | {"most": most}
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Pinned classes as they are, else the sorted union.
 
         Raises:
@@ -90,7 +90,7 @@ class Detection(Recorded):
             raise ConfigError("object-detection needs boxes of at least one class, found none")
         return {"classes": classes, "most": max(f["most"] for f in facts)}
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         index = {name: number for number, name in enumerate(facts["classes"])}
@@ -105,21 +105,21 @@ class Detection(Recorded):
                     raise DataError(f"class {name!r} is not one of the run's classes {facts['classes']}")
                 target[place, :4] = (torch.tensor(box) * scale).clamp(0, self.size)
                 target[place, 4] = index[name]
-        inputs = Picked(Cells(dataset, "image", image_bytes), tuple(order))
+        inputs = LazyRows(LazyColumn(dataset, "image", image_bytes), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
     def raw_input(self, given: str) -> Any:
         """The bytes of an image file."""
         return read_image_input(given)
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         return load_detector(backbone, job, facts["classes"])
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the detector's losses, of which each is a mean already."""
         return outputs.sum()
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.detection.metrics import BoxAveragePrecision
@@ -130,7 +130,7 @@ class Detection(Recorded):
             compute_groups=False,
         )
 
-    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """Boxes with a score of at least a half, as parts of the picture's width and height."""
         rows = []
         for one in predictions:

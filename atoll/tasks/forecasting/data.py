@@ -17,9 +17,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.data.diagnostics import Journal
+from atoll.data.diagnostics import Diagnostics
 from atoll.data.parsers import list_cell, moment_cell, name_cell, number_cell
-from atoll.data.schema import Records, Role
+from atoll.data.schema import Schema, SchemaField
 from atoll.errors import DataError
 from atoll.job.job import DataSection
 from atoll.job.section import Between, Count, Section
@@ -39,31 +39,33 @@ class ForecastOptions(Section):
     quantiles: Annotated[tuple[Between, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
 
 
-def dated(options: ForecastOptions) -> Records:
+def dated(options: ForecastOptions) -> Schema:
     """A row for each day (or other step) of each series."""
-    return Records(
+    return Schema(
         (
-            Role(
+            SchemaField(
                 "series", name_cell, pa.string(), ("id", "name", "symbol", "ticker", "store"), required=False
             ),
-            Role("date", moment_cell, pa.string(), ("time", "timestamp", "day", "datetime", "ds")),
-            Role("value", number_cell, pa.float64(), ("target", "y", "close", "price", "sales", "demand")),
-            *(Role(name, number_cell, pa.float64()) for name in (*options.observed, *options.known)),
+            SchemaField("date", moment_cell, pa.string(), ("time", "timestamp", "day", "datetime", "ds")),
+            SchemaField(
+                "value", number_cell, pa.float64(), ("target", "y", "close", "price", "sales", "demand")
+            ),
+            *(SchemaField(name, number_cell, pa.float64()) for name in (*options.observed, *options.known)),
         ),
         counted="series",
     )
 
 
 _NUMBERS = list_cell(number_cell)
-WINDOWS = Records(
+WINDOWS = Schema(
     (
-        Role("series", name_cell, pa.string()),
-        Role("first", moment_cell, pa.string()),
-        Role("last", moment_cell, pa.string()),
-        Role("history", _NUMBERS, pa.list_(pa.float64())),
-        Role("future", _NUMBERS, pa.list_(pa.float64())),
-        Role("observed", _NUMBERS, pa.list_(pa.float64())),
-        Role("known", _NUMBERS, pa.list_(pa.float64())),
+        SchemaField("series", name_cell, pa.string()),
+        SchemaField("first", moment_cell, pa.string()),
+        SchemaField("last", moment_cell, pa.string()),
+        SchemaField("history", _NUMBERS, pa.list_(pa.float64())),
+        SchemaField("future", _NUMBERS, pa.list_(pa.float64())),
+        SchemaField("observed", _NUMBERS, pa.list_(pa.float64())),
+        SchemaField("known", _NUMBERS, pa.list_(pa.float64())),
     ),
     counted="series",
 )
@@ -175,11 +177,11 @@ def last_window(path: Path, options: ForecastOptions) -> dict[str, Any]:
         DataError: there are several series, or too few rows before or after the last value.
     """
     roles = [
-        Role(r.name, _number_or_none, r.kind, r.usual) if r.name == "value" else r
+        SchemaField(r.name, _number_or_none, r.kind, r.usual) if r.name == "value" else r
         for r in dated(options).roles
     ]
-    journal = Journal()
-    found = Records(tuple(roles)).gather(path, DataSection(source=str(path)), journal)
+    journal = Diagnostics()
+    found = Schema(tuple(roles)).gather(path, DataSection(source=str(path)), journal)
     journal.close()
     table = found["train"].sort_by("date")
     if "series" in table.column_names and len(set(table.column("series").to_pylist())) > 1:

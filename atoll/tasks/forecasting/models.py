@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atoll.backbones.checkpoint import fill, load_transformer, load_weights
+from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.encoder import Batch, Encoder, Model
 from atoll.backbones.options import RecurrentLayers, options_of
 from atoll.backbones.resolve import Backbone
@@ -154,5 +154,5 @@ def _network(backbone: Backbone, job: Job, options: ForecastOptions, columns: in
         kind = _by_steps(backbone.name) if "example" in job.privacy.units else RECURRENT[backbone.name]
         network: nn.Module = kind(columns, known.width, known.layers, batch_first=True, dropout=known.dropout)
     if backbone.weights is not None:
-        fill(network, load_weights(backbone.weights), backbone.weights)
+        load_state_dict_strict(network, load_weights(backbone.weights), backbone.weights)
     return network, known.width

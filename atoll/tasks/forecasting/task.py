@@ -18,13 +18,13 @@ from atoll.backbones.options import options_of, refuse_augment
 from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Findings, Table
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Journal, shown
-from atoll.data.lazy import Picked
+from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.lazy import LazyRows
 from atoll.data.schema import whole
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_window, windows_of
 from atoll.tasks.forecasting.models import load_forecaster
 from atoll.tasks.task import Task
@@ -68,11 +68,11 @@ class Forecasting(Task):
         refuse_augment(job)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        journal = Journal()
+        journal = Diagnostics()
         return WINDOWS.table_of(source, self._gathered(source, data, options, journal), journal)
 
     def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        journal = Journal()
+        journal = Diagnostics()
         try:
             splits = self._gathered(source, data, options, journal)
         except DataError as problem:
@@ -83,7 +83,7 @@ class Forecasting(Task):
         return WINDOWS.findings_of(source, splits, journal)
 
     def _gathered(
-        self, source: Path, data: DataSection, given: Options, journal: Journal
+        self, source: Path, data: DataSection, given: Options, journal: Diagnostics
     ) -> dict[str, pa.Table]:
         """Windows, as they are there or cut out of dated rows."""
         options = options_of(given, ForecastOptions)
@@ -111,18 +111,18 @@ class Forecasting(Task):
     def keys(self, dataset: Dataset) -> list[bytes]:
         return WINDOWS.keys(dataset)
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         return {}
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         rows = dataset.select_columns(["first", "last", "history", "future", "observed", "known"])[:]
         targets = [_target(rows["history"][row], rows["future"][row], self.options.season) for row in order]
-        inputs = Picked(
+        inputs = LazyRows(
             lambda row: {name: rows[name][row] for name in ("history", "observed", "known")}, tuple(order)
         )
         days = tuple(f"{rows['first'][row]}/{rows['last'][row]}" for row in order)
@@ -149,7 +149,7 @@ class Forecasting(Task):
         """
         return last_window(Path(given), self.options)
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         return load_forecaster(backbone, job, options_of(job.task.options, ForecastOptions))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ class Forecasting(Task):
         above = (values.unsqueeze(2) - outputs) / scale.view(-1, 1, 1)
         return torch.maximum(levels * above, (levels - 1) * above).mean()
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.forecasting.metrics import (
@@ -181,7 +181,7 @@ class Forecasting(Task):
             compute_groups=False,
         )
 
-    def references(self, shard: Shard, facts: Facts) -> dict[str, Any]:
+    def references(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
         """The last value once more, and the last season once more."""
         horizon, season = self.options.horizon, self.options.season
         history = torch.tensor([window["history"] for window in shard.inputs], dtype=torch.float64)
@@ -191,7 +191,7 @@ class Forecasting(Task):
         count = len(self.options.quantiles)
         return {name: values.unsqueeze(2).expand(-1, -1, count) for name, values in found.items()}
 
-    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """The middle forecast of every step, and all quantiles."""
         middle = len(self.options.quantiles) // 2
         names = [str(level) for level in self.options.quantiles]

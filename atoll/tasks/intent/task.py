@@ -21,10 +21,10 @@ from atoll.backbones.options import check_augment, options_of, refuse_augment
 from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Journal, shown
-from atoll.data.lazy import Picked
+from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.lazy import LazyRows
 from atoll.data.parsers import name_cell, text_cell
-from atoll.data.schema import Records, Role
+from atoll.data.schema import Schema, SchemaField
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.tables import Rows
 from atoll.data.texts import read_text_input
@@ -32,12 +32,12 @@ from atoll.datasets.registry import SOURCES
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Positive, Section
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, check_pinned, named
 from atoll.tasks.intent.audio_model import load_spoken_model
 from atoll.tasks.intent.text_model import load_command_model
 from atoll.tasks.losses import surprise
-from atoll.tasks.schema_task import Recorded
+from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.speech.task import audio_inputs, audio_role, read_audio_input
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def _tags(cell: Any, where: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Sentences(Records):
+class _Sentences(Schema):
     """Rows whose tags fit their words."""
 
-    def canonical(self, rows: Rows, data: DataSection, journal: Journal) -> pa.Table:
+    def canonical(self, rows: Rows, data: DataSection, journal: Diagnostics) -> pa.Table:
         table = _without(super().canonical(rows, data, journal), "audio")
         if "slots" not in table.column_names:
             return table
@@ -97,32 +97,32 @@ def _without(table: pa.Table, *names: str) -> pa.Table:
     return table.drop_columns([name for name in table.column_names if name in names])
 
 
-_TEXT = Role("text", text_cell, pa.string(), ("transcript", "utterance", "sentence"))
-_INTENT = Role("intent", name_cell, pa.string(), ("label",))
-_SLOTS = Role("slots", _tags, pa.string(), ("tags",), required=False)
+_TEXT = SchemaField("text", text_cell, pa.string(), ("transcript", "utterance", "sentence"))
+_INTENT = SchemaField("intent", name_cell, pa.string(), ("label",))
+_SLOTS = SchemaField("slots", _tags, pa.string(), ("tags",), required=False)
 
 SENTENCES = _Sentences((_TEXT, _INTENT, _SLOTS), counted="intent")
 
 
-class _Recordings(Records):
+class _Recordings(Schema):
     """Rows of recordings; words beside them aren't learnt from."""
 
-    def canonical(self, rows: Rows, data: DataSection, journal: Journal) -> pa.Table:
+    def canonical(self, rows: Rows, data: DataSection, journal: Diagnostics) -> pa.Table:
         return _without(super().canonical(rows, data, journal), "text", "slots")
 
 
-def _records(options: IntentOptions) -> Records:
+def _records(options: IntentOptions) -> Schema:
     if options.is_heard:
         return _Recordings((audio_role(options.max_seconds), _INTENT), counted="intent")
     return SENTENCES
 
 
-EITHER = Records((audio_role(IntentOptions().max_seconds), _TEXT, _INTENT, _SLOTS))
+EITHER = Schema((audio_role(IntentOptions().max_seconds), _TEXT, _INTENT, _SLOTS))
 """What examples of either kind are made of, to hash and to write them."""
 
 
 @dataclass(frozen=True)
-class Intent(Recorded):
+class Intent(SchemaTask):
     """Targets are [n, 1 + most words]: the intent, and a tag for each word, of which recordings have none."""
 
     name: str = "intent"
@@ -148,7 +148,7 @@ class Intent(Recorded):
                 " expected a built-in source"
             )
 
-    def records(self, options: Options) -> Records:
+    def records(self, options: Options) -> Schema:
         return _records(options_of(options, IntentOptions))
 
     def keys(self, dataset: Dataset) -> list[bytes]:
@@ -173,7 +173,7 @@ class Intent(Recorded):
             }
         )
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The intents, those the job names or else those of the data, and the tags of the data, sorted.
 
         Raises:
@@ -184,14 +184,14 @@ class Intent(Recorded):
         tags = sorted({tag for row in slots for tag in row.split()} | {OUTSIDE})
         return named(present, data, "intents", "intent") | {"tags": tags}
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Pinned intents as they are, else the sorted union; the sorted union of tags."""
         intents = agreed(facts, "intents")
         if len(intents) < 2:
             raise ConfigError(f"intent needs at least two intents, found {intents}")
         return {"intents": intents, "tags": sorted({tag for f in facts for tag in f["tags"]})}
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         heard = self.options.is_heard
@@ -206,7 +206,7 @@ class Intent(Recorded):
             found = [tags.get(tag, NOTHING) for tag in slots[place].split()]
             row[0] = intents[given[place]]
             row[1 : 1 + len(found)] = torch.tensor(found, dtype=torch.int64)
-        inputs = audio_inputs(dataset, order) if heard else Picked(words.__getitem__, tuple(order))
+        inputs = audio_inputs(dataset, order) if heard else LazyRows(words.__getitem__, tuple(order))
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
     def raw_input(self, given: str) -> Any:
@@ -215,7 +215,7 @@ class Intent(Recorded):
             return read_audio_input(given, self.options.max_seconds)
         return read_text_input(given).split()
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         if self.options.is_heard:
             return load_spoken_model(backbone, job, len(facts["intents"]), self.options.max_seconds)
         return load_command_model(backbone, job, len(facts["intents"]), len(facts["tags"]))
@@ -227,7 +227,7 @@ class Intent(Recorded):
             return intent
         return intent + surprise(outputs[:, 1:], fitting[:, 1:])
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import Metric, MetricCollection
 
         from atoll.tasks.intent.metrics import CommandSlotF1, IntentAccuracy
@@ -243,7 +243,7 @@ class Intent(Recorded):
         found = nn.utils.rnn.pad_sequence(best, batch_first=True)
         return found, targets[:, : found.shape[1]]
 
-    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """The intent, its probability, and, unless it was heard, a tag for each word."""
         rows: list[dict[str, Any]] = []
         for scores in (one.cpu() for one in predictions):

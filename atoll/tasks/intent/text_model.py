@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atoll.backbones.checkpoint import fill, load_transformer, load_weights
+from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.encoder import Batch, Encoder, Model
 from atoll.backbones.options import options_of
 from atoll.backbones.resolve import Backbone
@@ -162,7 +162,7 @@ def _encoder(backbone: Backbone, job: Job) -> WordEncoder:
         with global_stream(job.seed, "init", "backbone"):
             small = SmallText(known)
         if backbone.weights is not None:
-            fill(small, load_weights(backbone.weights), backbone.weights)
+            load_state_dict_strict(small, load_weights(backbone.weights), backbone.weights)
         return WordEncoder(small, known.width, own_tokenizer(), job.backbone)
     if backbone.kind != "hf" or backbone.folder is None:
         raise WeightsError(

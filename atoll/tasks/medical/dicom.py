@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from atoll.data.diagnostics import Journal, opened, shown
+from atoll.data.diagnostics import Diagnostics, opened, shown
 from atoll.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, decode
 from atoll.data.labels import class_name
 from atoll.data.layouts import image_classes, open_shard
 from atoll.data.parsers import name_cell
-from atoll.data.schema import FILE, Records, Role
+from atoll.data.schema import FILE, Schema, SchemaField
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.datasets.synthetic.png import grey_png, rgb_png
 from atoll.errors import DataError
@@ -113,16 +113,18 @@ def read_scan_input(given: str) -> bytes:
         return as_picture(file.read(MAX_IMAGE_BYTES + 1), shown(given))
 
 
-def _class_folders(path: Path, journal: Journal) -> dict[str, Rows] | None:
+def _class_folders(path: Path, journal: Diagnostics) -> dict[str, Rows] | None:
     """A folder for each class, also under train/ and test/."""
     return open_shard(path, image_classes, journal) if path.is_dir() else None
 
 
-SCANS = Records(
+SCANS = Schema(
     (
-        Role("image", as_picture, FILE, ("img", "file", "file_name", "filename", "path", "scan"), file=True),
-        Role("label", class_name, pa.string(), ("labels", "class", "finding", "diagnosis", "target")),
-        Role(
+        SchemaField(
+            "image", as_picture, FILE, ("img", "file", "file_name", "filename", "path", "scan"), file=True
+        ),
+        SchemaField("label", class_name, pa.string(), ("labels", "class", "finding", "diagnosis", "target")),
+        SchemaField(
             "patient", name_cell, pa.string(), ("patient_id", "patientid", "subject", "case"), required=False
         ),
     ),

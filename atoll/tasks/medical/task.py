@@ -16,15 +16,15 @@ from atoll.backbones.augmentation import IMAGE_AUGMENTATIONS
 from atoll.backbones.vision import load_vision_encoder
 from atoll.data.classification import read_images
 from atoll.data.dataset import Dataset
-from atoll.data.schema import Records, file_bytes
+from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.writers import write_images
 from atoll.job.job import Options
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import stream_seed
 from atoll.tasks.classification import Classification
 from atoll.tasks.medical.dicom import SCANS, as_picture, read_scan_input
-from atoll.tasks.schema_task import Recorded
+from atoll.tasks.schema_task import SchemaTask
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -35,19 +35,19 @@ THRESHOLDS = 1001
 
 
 @dataclass(frozen=True)
-class Medical(Recorded, Classification):
+class Medical(SchemaTask, Classification):
     """Classification whose examples belong to patients; without that column each is a patient's only one."""
 
     headline: str = "auroc"
     splits_itself: bool = True
 
-    def records(self, options: Options) -> Records:
+    def records(self, options: Options) -> Schema:
         return SCANS
 
     def groups(self, dataset: Dataset) -> list[str] | None:
         return list(dataset["patient"][:]) if "patient" in dataset.column_names else None
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         plain = super().shard(dataset, facts, keys)
         patients = self.groups(dataset)
@@ -71,7 +71,7 @@ class Medical(Recorded, Classification):
         """An image file's picture, DICOM too."""
         return read_scan_input(given)
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
         from torchmetrics.classification import (
             BinaryAccuracy,

@@ -18,17 +18,17 @@ from atoll.backbones.encoder import Model
 from atoll.backbones.options import options_of, refuse_augment
 from atoll.backbones.resolve import Backbone
 from atoll.data.dataset import Dataset
-from atoll.data.lazy import Picked
+from atoll.data.lazy import LazyRows
 from atoll.data.parsers import name_cell, optional_text_cell, text_cell
-from atoll.data.schema import Records, Role
+from atoll.data.schema import Schema, SchemaField
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Section
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.losses import surprise
 from atoll.tasks.question_answering.seq2seq import answer_tokenizer, load_answerer
-from atoll.tasks.schema_task import Recorded
+from atoll.tasks.schema_task import SchemaTask
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 NOTHING = -100
 """A target that isn't there: behind a short answer."""
 
-QUESTIONS = Records(
+QUESTIONS = Schema(
     (
-        Role("question", text_cell, pa.string(), ("query",)),
-        Role("context", optional_text_cell, pa.string(), ("passage", "paragraph"), required=False),
-        Role("answer", name_cell, pa.string(), ("target", "response")),
+        SchemaField("question", text_cell, pa.string(), ("query",)),
+        SchemaField("context", optional_text_cell, pa.string(), ("passage", "paragraph"), required=False),
+        SchemaField("answer", name_cell, pa.string(), ("target", "response")),
     )
 )
 
@@ -52,7 +52,7 @@ class AnswerOptions(Section):
 
 
 @dataclass(frozen=True)
-class QuestionAnswering(Recorded):
+class QuestionAnswering(SchemaTask):
     """Targets are [n, max_answer_tokens + bytes]: the answer's tokens, then its text in UTF-8, to score."""
 
     name: str = "question-answering"
@@ -76,21 +76,21 @@ class QuestionAnswering(Recorded):
         QUESTIONS.check(job.data)
         refuse_augment(job)
 
-    def records(self, options: Options) -> Records:
+    def records(self, options: Options) -> Schema:
         return QUESTIONS
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         return {}
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         questions, answers = dataset["question"][:], dataset["answer"][:]
         contexts = dataset["context"][:] if "context" in dataset.column_names else [""] * len(dataset)
-        inputs = Picked(lambda place: prompt(questions[place], contexts[place]), tuple(order))
+        inputs = LazyRows(lambda place: prompt(questions[place], contexts[place]), tuple(order))
         targets = self.targets([answers[place] for place in order])
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
@@ -114,14 +114,14 @@ class QuestionAnswering(Recorded):
         text = read_text_input(given)
         return text if text.startswith("question: ") else prompt(text, "")
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         options = options_of(job.task.options, AnswerOptions)
         return load_answerer(backbone, job, answer_tokenizer(backbone), options.max_answer_tokens)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return surprise(outputs, targets[:, : outputs.shape[1]])
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.question_answering.metrics import ExactMatch, TokenF1
@@ -133,7 +133,7 @@ class QuestionAnswering(Recorded):
         texts = targets[:, self.options.max_answer_tokens :].tolist()
         return predictions, [bytes(b for b in text if b >= 0).decode() for text in texts]
 
-    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from atoll.data.parsers import list_cell, name_cell, optional_text_cell
-from atoll.data.schema import Records, Role
+from atoll.data.schema import Schema, SchemaField
 from atoll.errors import DataError
 from atoll.job.section import Count, Section
 
@@ -32,12 +32,16 @@ class RecommendOptions(Section):
     repeats: bool = False
 
 
-EVENTS = Records(
+EVENTS = Schema(
     (
-        Role("user", name_cell, pa.string(), ("user_id", "userid", "customer", "customer_id", "session")),
-        Role("item", name_cell, pa.string(), ("item_id", "itemid", "product", "product_id", "sku")),
-        Role("time", name_cell, pa.string(), ("timestamp", "date", "datetime", "ts")),
-        Role("item_text", optional_text_cell, pa.string(), ("title", "description", "name"), required=False),
+        SchemaField(
+            "user", name_cell, pa.string(), ("user_id", "userid", "customer", "customer_id", "session")
+        ),
+        SchemaField("item", name_cell, pa.string(), ("item_id", "itemid", "product", "product_id", "sku")),
+        SchemaField("time", name_cell, pa.string(), ("timestamp", "date", "datetime", "ts")),
+        SchemaField(
+            "item_text", optional_text_cell, pa.string(), ("title", "description", "name"), required=False
+        ),
     ),
     counted="user",
 )
@@ -45,11 +49,11 @@ EVENTS = Records(
 
 _NAMES = list_cell(name_cell)
 _TEXTS = list_cell(optional_text_cell)
-HISTORIES = Records(
+HISTORIES = Schema(
     (
-        Role("user", name_cell, pa.string()),
-        Role("items", _NAMES, pa.list_(pa.string())),
-        Role("texts", _TEXTS, pa.list_(pa.string()), required=False),
+        SchemaField("user", name_cell, pa.string()),
+        SchemaField("items", _NAMES, pa.list_(pa.string())),
+        SchemaField("texts", _TEXTS, pa.list_(pa.string()), required=False),
     ),
 )
 """A row for each user; texts are those of the items, in the same order."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from atoll.backbones.checkpoint import fill, load_weights
+from atoll.backbones.checkpoint import load_state_dict_strict, load_weights
 from atoll.backbones.encoder import Batch, Encoder, Model
 from atoll.backbones.extract import extract
 from atoll.backbones.options import options_of
@@ -180,7 +180,7 @@ def load_recommender(
     with global_stream(job.seed, "init", "backbone"):
         network = SasRec(Items(len(items), known.width, features), options.length, known)
     if backbone.weights is not None:
-        fill(network, load_weights(backbone.weights), backbone.weights)
+        load_state_dict_strict(network, load_weights(backbone.weights), backbone.weights)
     return Recommender(HistoryEncoder(network, options.length, items), network.items, repeats=options.repeats)
 
 

@@ -18,13 +18,13 @@ from atoll.backbones.options import options_of, refuse_augment
 from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Findings, Table
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Journal, shown
-from atoll.data.lazy import Picked
+from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.lazy import LazyRows
 from atoll.data.schema import whole
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import check_pinned
 from atoll.tasks.losses import surprise
 from atoll.tasks.recommendation.data import EVENTS, HISTORIES, RecommendOptions, histories_of
@@ -62,15 +62,15 @@ class Recommendation(Task):
         check_pinned(job, "items")
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        journal = Journal()
+        journal = Diagnostics()
         return HISTORIES.table_of(source, self._gathered(source, data, options, journal), journal)
 
     def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        journal = Journal()
+        journal = Diagnostics()
         return HISTORIES.findings_of(source, self._gathered(source, data, options, journal), journal)
 
     def _gathered(
-        self, source: Path, data: DataSection, given: Options, journal: Journal
+        self, source: Path, data: DataSection, given: Options, journal: Diagnostics
     ) -> dict[str, pa.Table]:
         """Histories, as they are there or made of events; the last item of each is held out for the test."""
         length = options_of(given, RecommendOptions).length
@@ -96,7 +96,7 @@ class Recommendation(Task):
     def keys(self, dataset: Dataset) -> list[bytes]:
         return HISTORIES.keys(dataset)
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The items and their texts: those the job names, or else those of the data, sorted."""
         rows = dataset[:]
         texts: dict[str, str] = {}
@@ -109,7 +109,7 @@ class Recommendation(Task):
         pinned = list(data.classes)
         return {"items": pinned, "texts": [texts.get(name, "") for name in pinned], "pinned": True}
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Pinned items as they are, else the sorted union; an item's text is the first that is there."""
         texts: dict[str, str] = {}
         for one in facts:
@@ -121,7 +121,7 @@ class Recommendation(Task):
             raise ConfigError(f"recommendation needs at least two items, found {items}")
         return {"items": items, "texts": [texts[name] for name in items]}
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         histories = dataset["items"][:]
@@ -131,7 +131,7 @@ class Recommendation(Task):
         for row, place in zip(targets, order, strict=True):
             after = [index.get(item, UNKNOWN) for item in histories[place][1:]][-length:]
             row[length - len(after) :] = torch.tensor(after)
-        inputs = Picked(lambda place: histories[place][:-1], tuple(order))
+        inputs = LazyRows(lambda place: histories[place][:-1], tuple(order))
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
     def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -146,7 +146,7 @@ class Recommendation(Task):
             raise DataError(f"input {given!r}: expected items with commas between them, oldest first")
         return items
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         return load_recommender(backbone, job, self.options, facts["items"], facts["texts"])
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ class Recommendation(Task):
         """Cross-entropy of the last item."""
         return surprise(outputs[:, -1:], targets[:, -1:])
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.recommendation.metrics import HitRate, Ndcg
@@ -173,7 +173,7 @@ class Recommendation(Task):
         ranks = better + torch.div(equal, 2, rounding_mode="floor")
         return (torch.where(last == UNKNOWN, predictions.shape[1], ranks).cpu(),)
 
-    def references(self, shard: Shard, facts: Facts) -> dict[str, Any]:
+    def references(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
         """What is in most histories, for everybody."""
         index = {name: number for number, name in enumerate(facts["items"])}
         counts = torch.zeros(len(index))
@@ -186,7 +186,7 @@ class Recommendation(Task):
                 row[history] = float("-inf")
         return {"most_popular": scores}
 
-    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """The best items, and their share of the softmax."""
         rows = []
         for scores in torch.softmax(predictions, dim=1):

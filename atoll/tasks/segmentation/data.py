@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from atoll.backbones.dense_vision import picture_size
-from atoll.data.diagnostics import Journal, shown
+from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.folders import checked_file, listing
 from atoll.data.images import decode
-from atoll.data.schema import FILE, Records, Role, file_bytes
+from atoll.data.schema import FILE, Schema, SchemaField, file_bytes
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.errors import DataError
 
@@ -54,7 +54,7 @@ def _same_size(parts: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _folders(path: Path, journal: Journal) -> dict[str, Rows] | None:
+def _folders(path: Path, journal: Diagnostics) -> dict[str, Rows] | None:
     """`images/` and `masks/`, also under train/ and test/."""
     if _has_both(path):
         return {"train": _paired(path, path, journal)}
@@ -66,7 +66,7 @@ def _has_both(base: Path) -> bool:
     return (base / "images").is_dir() and (base / "masks").is_dir()
 
 
-def _paired(root: Path, base: Path, journal: Journal) -> Rows:
+def _paired(root: Path, base: Path, journal: Diagnostics) -> Rows:
     images, masks = (_by_stem(base / name, root, journal) for name in ("images", "masks"))
     for stem in sorted(set(images) ^ set(masks)):
         has, lacks = ("image", "mask") if stem in images else ("mask", "image")
@@ -84,7 +84,7 @@ def _paired(root: Path, base: Path, journal: Journal) -> Rows:
     )
 
 
-def _by_stem(folder: Path, root: Path, journal: Journal) -> dict[str, Path]:
+def _by_stem(folder: Path, root: Path, journal: Diagnostics) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in listing(folder, root, journal):
         try:
@@ -97,10 +97,12 @@ def _by_stem(folder: Path, root: Path, journal: Journal) -> dict[str, Path]:
     return found
 
 
-MASKS = Records(
+MASKS = Schema(
     (
-        Role("image", decode, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True),
-        Role("mask", read_mask, FILE, ("masks", "segmentation", "annotation", "label"), file=True),
+        SchemaField(
+            "image", decode, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True
+        ),
+        SchemaField("mask", read_mask, FILE, ("masks", "segmentation", "annotation", "label"), file=True),
     ),
     opens=_folders,
     layout=f"images/ and masks/ with equal names, or one file of {', '.join(SUFFIXES)}",

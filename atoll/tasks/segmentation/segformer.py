@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from atoll.backbones.checkpoint import config_of, load_transformer
-from atoll.backbones.resolve import Backbone, is_of_run
+from atoll.backbones.resolve import Backbone, is_run_checkpoint
 from atoll.backbones.vision import normalisation_of
 from atoll.errors import WeightsError
 from atoll.protocol.random_streams import global_stream
@@ -27,7 +27,7 @@ def load_segformer(backbone: Backbone, classes: int, seed: int) -> tuple[Any, li
     config = config_of(backbone)
     if config.model_type != _KIND:
         raise WeightsError(f"{backbone.folder}: {config.model_type} does not segment, expected {_KIND}")
-    if backbone.weights is not None and is_of_run(backbone.weights):
+    if backbone.weights is not None and is_run_checkpoint(backbone.weights):
         config.num_labels = classes
     network = load_transformer(
         backbone, seed, "AutoModelForSemanticSegmentation", config=config, fresh=("decode_head.",)

@@ -14,10 +14,10 @@ from torch import nn
 from atoll.backbones.dense_vision import (
     SIZE,
     PictureEncoder,
+    calibrate_batch_norm,
     fill_all_but_classes,
     of_torchvision,
     refuse_variation,
-    settle_norms,
     size_of,
     without_other_parts,
 )
@@ -29,16 +29,16 @@ from atoll.backbones.vision import IMAGENET_MEAN, IMAGENET_STD
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
 from atoll.data.images import read_image_input
-from atoll.data.lazy import Cells, Picked
-from atoll.data.schema import Records, file_bytes
+from atoll.data.lazy import LazyColumn, LazyRows
+from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Lazy, Shard, canonical_order
 from atoll.datasets.registry import SOURCES
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Section
-from atoll.protocol.messages import Facts
+from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
-from atoll.tasks.schema_task import Recorded
+from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.segmentation.data import IGNORED, MASKS, highest_class, read_mask
 from atoll.tasks.segmentation.segformer import load_segformer
 
@@ -71,7 +71,7 @@ class Segmenter(Model):
 
 
 @dataclass(frozen=True)
-class Segmentation(Recorded):
+class Segmentation(SchemaTask):
     """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
 
     name: str = "segmentation"
@@ -99,13 +99,13 @@ class Segmentation(Recorded):
                 f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
             )
 
-    def records(self, options: Options) -> Records:
+    def records(self, options: Options) -> Schema:
         return MASKS
 
     def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return MASKS.adopted(without_other_parts(splits, ("image", "mask")))
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The classes: those the job names, or as many as the masks have.
 
         Raises:
@@ -122,7 +122,7 @@ class Segmentation(Recorded):
             )
         return {"classes": list(named)}
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Named classes as they are, else numbers up to the highest that anybody has.
 
         Raises:
@@ -134,7 +134,7 @@ class Segmentation(Recorded):
             raise ConfigError(f"segmentation needs at least two classes of pixels, found {classes}")
         return {"classes": classes}
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = tuple(canonical_order(keys))
         count = len(facts["classes"])
@@ -146,14 +146,14 @@ class Segmentation(Recorded):
                 raise DataError(f"a mask has class {int(known.max())}, expected one of {facts['classes']}")
             return torch.from_numpy(_resized(mask, self.size)).to(torch.int64)
 
-        inputs = Picked(Cells(dataset, "image", _image), order)
+        inputs = LazyRows(LazyColumn(dataset, "image", _image), order)
         return Shard(inputs, Lazy(target, order), tuple(keys[row] for row in order))
 
     def raw_input(self, given: str) -> Any:
         """The bytes of an image file."""
         return read_image_input(given)
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         """The network in eval mode, with a last layer for these classes, and no auxiliary one.
 
         Raises:
@@ -166,7 +166,7 @@ class Segmentation(Recorded):
         with global_stream(job.seed, "init", "backbone"):
             network = _made(backbone, job, len(facts["classes"])).eval()
         if backbone.weights is None:
-            settle_norms(network, size, job.seed)
+            calibrate_batch_norm(network, size, job.seed)
         else:
             fill_all_but_classes(network, "classifier", backbone)
         head = network.get_submodule("classifier")
@@ -178,7 +178,7 @@ class Segmentation(Recorded):
         labelled = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
         return (each.flatten(1).sum(1) / labelled).mean()
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.segmentation.metrics import Dice, MeanIoU
@@ -191,7 +191,7 @@ class Segmentation(Recorded):
         labelled = targets != IGNORED
         return predictions.cpu()[labelled], targets[labelled]
 
-    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """The classes that are there, the largest first, and the share of pixels of each."""
         rows = []
         for mask in predictions:

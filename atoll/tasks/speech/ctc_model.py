@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from atoll.backbones.audio import SoundEncoder, load_sound_encoder, real_frames
-from atoll.backbones.ctc_vocabulary import Letters
+from atoll.backbones.ctc_vocabulary import CtcVocabulary
 from atoll.backbones.encoder import Batch, Model
 from atoll.backbones.resolve import Backbone
 from atoll.job.job import Job
@@ -19,7 +19,7 @@ SURELY_NOT = -1e4
 class Recogniser(Model):
     """Scores of letters at each frame."""
 
-    def __init__(self, backbone: SoundEncoder, head: nn.Module, letters: Letters) -> None:
+    def __init__(self, backbone: SoundEncoder, head: nn.Module, letters: CtcVocabulary) -> None:
         super().__init__(backbone, head)
         self._letters = letters
 
@@ -47,7 +47,7 @@ def real_counts(scores: torch.Tensor, blank: int) -> torch.Tensor:
     return (scores != _padding(scores, blank)).any(2).sum(1)
 
 
-def load_recogniser(backbone: Backbone, job: Job, letters: Letters, max_seconds: float) -> Recogniser:
+def load_recogniser(backbone: Backbone, job: Job, letters: CtcVocabulary, max_seconds: float) -> Recogniser:
     """Build the network with its resolved weights; its head is its output layer.
 
     Whisper's encoder has none, and a checkpoint may lack it (wav2vec2-base): a fresh one then.

@@ -16,22 +16,28 @@ import torch
 from torch import nn
 
 from atoll.backbones.augmentation import SOUND_AUGMENTATIONS
-from atoll.backbones.ctc_vocabulary import Letters, code_points, from_code_points, letters_of, spoken
+from atoll.backbones.ctc_vocabulary import (
+    CtcVocabulary,
+    code_points,
+    from_code_points,
+    letters_of,
+    normalize_transcript,
+)
 from atoll.backbones.encoder import Model
 from atoll.backbones.options import check_augment, options_of
 from atoll.backbones.resolve import Backbone
 from atoll.data.audio import checked_sound
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import shown
-from atoll.data.lazy import Cells, Picked
+from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.parsers import text_cell
-from atoll.data.schema import FILE, Records, Role, file_bytes
+from atoll.data.schema import FILE, Schema, SchemaField, file_bytes
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Positive, Section
-from atoll.protocol.messages import Facts
-from atoll.tasks.schema_task import Recorded
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.speech.ctc_model import load_recogniser, real_counts
 
 if TYPE_CHECKING:
@@ -47,28 +53,28 @@ class SpeechOptions(Section):
     max_seconds: Positive = 20.0
 
 
-def recordings(options: SpeechOptions) -> Records:
+def recordings(options: SpeechOptions) -> Schema:
     """A row for each recording."""
-    return Records(
+    return Schema(
         (
             audio_role(options.max_seconds),
-            Role("transcript", _transcript, pa.string(), ("text", "sentence", "transcription")),
+            SchemaField("transcript", _transcript, pa.string(), ("text", "sentence", "transcription")),
         )
     )
 
 
-def audio_role(max_seconds: float) -> Role:
+def audio_role(max_seconds: float) -> SchemaField:
     """A recording; a longer one than the job allows is refused."""
 
     def sound(data: Any, where: str) -> None:
         checked_sound(data, where, max_seconds)
 
-    return Role("audio", sound, FILE, ("file", "path", "wav", "sound", "clip"), file=True)
+    return SchemaField("audio", sound, FILE, ("file", "path", "wav", "sound", "clip"), file=True)
 
 
-def audio_inputs(dataset: Dataset, order: Sequence[int]) -> Picked:
+def audio_inputs(dataset: Dataset, order: Sequence[int]) -> LazyRows:
     """The recordings of those rows, read when they are asked for."""
-    return Picked(Cells(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
+    return LazyRows(LazyColumn(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
 
 
 def read_audio_input(given: str, max_seconds: float) -> bytes:
@@ -84,13 +90,13 @@ def read_audio_input(given: str, max_seconds: float) -> bytes:
 
 def _transcript(cell: Any, where: str) -> str:
     text = text_cell(cell, where)
-    if not spoken(text):
+    if not normalize_transcript(text):
         raise DataError(f"{where}: {shown(repr(text[:40]))}, expected words")
     return text
 
 
 @dataclass(frozen=True)
-class SpeechRecognition(Recorded):
+class SpeechRecognition(SchemaTask):
     """Targets are [n, longest]: the code points of each transcript, in lower case without punctuation."""
 
     name: str = "speech-recognition"
@@ -104,7 +110,7 @@ class SpeechRecognition(Recorded):
         return replace(self, options=options_of(job.task.options, SpeechOptions), backbone=backbone)
 
     @cached_property
-    def _letters(self) -> Letters:
+    def _letters(self) -> CtcVocabulary:
         assert self.backbone is not None, "the loss is asked of the task that is bound to a job"
         return letters_of(self.backbone)
 
@@ -117,27 +123,27 @@ class SpeechRecognition(Recorded):
                 " a gradient of its own in speech-recognition, expected 'none' or 'client'"
             )
 
-    def records(self, options: Options) -> Records:
+    def records(self, options: Options) -> Schema:
         return recordings(options_of(options, SpeechOptions))
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> Facts:
+    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def agree(self, facts: Sequence[Facts]) -> Facts:
+    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
         return {}
 
-    def shard(self, dataset: Dataset, facts: Facts, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         transcripts = dataset["transcript"][:]
-        targets = code_points([spoken(transcripts[place]) for place in order], NOTHING)
+        targets = code_points([normalize_transcript(transcripts[place]) for place in order], NOTHING)
         return Shard(audio_inputs(dataset, order), targets, tuple(keys[place] for place in order))
 
     def raw_input(self, given: str) -> Any:
         """The bytes of a WAV or FLAC file."""
         return read_audio_input(given, self.options.max_seconds)
 
-    def network(self, backbone: Backbone, job: Job, facts: Facts) -> Model:
+    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
         options = options_of(job.task.options, SpeechOptions)
         return load_recogniser(backbone, job, letters_of(backbone), options.max_seconds)
 
@@ -153,7 +159,7 @@ class SpeechRecognition(Recorded):
         )
         return (each / lengths.clamp_min(1).to(each)).mean()
 
-    def metrics(self, facts: Facts) -> MetricCollection:
+    def metrics(self, facts: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
         from torchmetrics.text import CharErrorRate, WordErrorRate
 
@@ -163,7 +169,7 @@ class SpeechRecognition(Recorded):
         """What was heard, and what was said."""
         return predictions, from_code_points(targets)
 
-    def answer(self, predictions: Any, facts: Facts) -> list[dict[str, Any]]:
+    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]
 
 
