@@ -152,7 +152,7 @@ def decode_reply(head: str, body: bytes) -> Reply:
                 return Update(delta=_under("delta", tensors), states=_under("states", tensors), **fields)
             case "Measurement":
                 return Measurement(states=_under("states", tensors), **fields)
-            case "Sealed":
+            case "SecureMessage":
                 return SecureMessage(content=_under("content", tensors), **fields)
             case "Failure":
                 return Failure(**fields)
