@@ -146,11 +146,11 @@ def test_later_rounds_train_from_the_formed_head_and_resume_to_the_same_bits(tmp
             return super().exchange(request, names, timeout)
 
     from atoll.server.run.run_job import run_job
-    from atoll.sim.engines.engine import test_set_with_features
+    from atoll.sim.engines.engine import cached_test_set
 
     population = Population.of(setting)
     with pytest.raises(Stopped):
-        run_job(setting, Stops.of(population), tmp_path / "r", test_set_with_features(population, None))
+        run_job(setting, Stops.of(population), tmp_path / "r", cached_test_set(population, None))
     again = run(setting, tmp_path / "r", resume=True)
     assert [r["model_sha256"] for r in again["rounds"]] == [r["model_sha256"] for r in whole["rounds"]]
 

@@ -28,7 +28,7 @@ from atoll.protocol.messages import Request, Update
 from atoll.server.rounds import decompression
 from atoll.server.rounds.validation import ValidatedUpdates, validate_updates
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.engine import simulate, cached_test_set
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
@@ -163,7 +163,7 @@ def example_job(scheme: str, **privacy: Any) -> Job:
 def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     """What a client sends and remembers in three rounds, in which its noised updates are given ones."""
     population = Population.of(setting)
-    site = Site(population, books=w.Books(w.new_folder()))
+    site = Site(population, books=w.PrivacyLedgers(w.new_folder()))
     facts = population.roll(setting).facts[0]
     learner = Learner.of(setting, task_named(setting.task.name), facts)
     facts = facts | {"backbone": learner.backbone.fingerprint}
@@ -300,8 +300,8 @@ def test_a_hostile_message_never_reaches_the_model_and_is_named_where_that_tells
 ) -> None:
     setting = job("int8", PROMISES[unit], quorum=0.2)
     population = Population.of(setting)
-    carrier = Rubbish.of(population, books=w.Books(tmp_path / "ledgers"))
-    result = run_job(setting, carrier, tmp_path / "r", test_set_with_features(population, None))
+    carrier = Rubbish.of(population, books=w.PrivacyLedgers(tmp_path / "ledgers"))
+    result = run_job(setting, carrier, tmp_path / "r", cached_test_set(population, None))
     aside = result["rounds"][0]["set_aside"]
     assert "values have shape (1929,), expected (1930,)" in aside["client-0001"]
     if unit == "example":

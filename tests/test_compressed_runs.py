@@ -21,7 +21,7 @@ from atoll.protocol.stacked_updates import stacked
 from atoll.report.text import what_it_cost
 from atoll.server.run.directory import job_toml
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.engine import simulate, cached_test_set
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.small import few_pictures
@@ -117,7 +117,7 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_learnt(tmp_path: P
     population = Population.of(setting)
     carrier = Watched.of(population, memory=ClientStateStore())
     carrier.sent, carrier.models = {}, {}
-    run_job(setting, carrier, tmp_path / "r", test_set_with_features(population, None))
+    run_job(setting, carrier, tmp_path / "r", cached_test_set(population, None))
     # the same training without compression, from the very models of the run
     exact = InlineTransport.of(population, memory=ClientStateStore())
     plain = job(train={"lr": 0.001}, federation={"cohort": 6, "rounds": 3})
@@ -150,7 +150,7 @@ def test_bytes_up_are_those_of_the_messages_and_the_report_says_how_much_smaller
         population = Population.of(setting)
         carrier = Watched.of(population, memory=ClientStateStore())
         carrier.sent, carrier.models = {}, {}
-        result = run_job(setting, carrier, tmp_path / scheme, test_set_with_features(population, None))
+        result = run_job(setting, carrier, tmp_path / scheme, cached_test_set(population, None))
         bodies = [encode_reply(replace(u, states={}))[1] for u in carrier.sent[1]]
         values = sum(len(body) - 8 - int.from_bytes(body[:8], "little") for body in bodies)
         assert result["bytes_up"] == values
@@ -179,7 +179,7 @@ def interrupted(setting: Job, out: Path, at: int = 3) -> None:
     carrier = Breaks.of(population, memory=ClientStateStore(out / "memory", of_one_run=True))
     carrier.at = at
     with pytest.raises(KeyboardInterrupt):
-        run_job(setting, carrier, out, test_set_with_features(population, None))
+        run_job(setting, carrier, out, cached_test_set(population, None))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "top-k"])
@@ -249,7 +249,7 @@ def test_a_round_that_is_tried_again_finds_the_memory_it_found_first(tmp_path: P
     population = Population.of(setting)
     carrier = Loses.of(population, memory=ClientStateStore())
     carrier.tried = {}
-    again = run_job(setting, carrier, tmp_path / "r", test_set_with_features(population, None))
+    again = run_job(setting, carrier, tmp_path / "r", cached_test_set(population, None))
     assert carrier.tried[2] == carrier.tried[3] == 2
     assert hashes(again) == hashes(whole)
 

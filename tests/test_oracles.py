@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.engine import simulate, cached_test_set
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
@@ -40,7 +40,7 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
     population = Population.of(job)
     task = task_named(job.task.name)
     learner = Learner.of(job, task, task.describe(population.train, job.data, {}))
-    test = test_set_with_features(population, None)(learner)
+    test = cached_test_set(population, None)(learner)
     assert test is not None
     train = task.shard(population.train, learner.facts)
     oracle = LogisticRegression(max_iter=3000).fit(learner.features(train).numpy(), train.targets.numpy())

@@ -20,7 +20,7 @@ from atoll.protocol.messages import Request
 from atoll.protocol.tensors import Tensors
 from atoll.report.html import marked
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.engine import simulate, cached_test_set
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population
@@ -124,7 +124,7 @@ def stopped_and_resumed(setting: Job, out: Path) -> dict[str, Any]:
             setting,
             Stops.of(population, memory=ClientStateStore(out / "memory", of_one_run=True)),
             out,
-            test_set_with_features(population, None),
+            cached_test_set(population, None),
         )
     return run(setting, out, resume=True)
 
@@ -157,7 +157,7 @@ def test_what_clients_keep_never_travels_and_differs_between_them(
         setting,
         Watched.of(population, memory=memory),
         tmp_path / "r",
-        test_set_with_features(population, None),
+        cached_test_set(population, None),
     )
     own = {"head": {"head.weight", "head.bias"}}.get(keep, set())
     for names in sent:
@@ -265,7 +265,7 @@ def test_a_strong_pull_holds_a_mixture_to_the_shared_head_and_none_lets_it_go(tm
             setting,
             InlineTransport.of(population, memory=memory),
             tmp_path / str(pull),
-            test_set_with_features(population, None),
+            cached_test_set(population, None),
         )
         states = [next(iter(held.values())) for held in memory._held.values()]
         shared = trained(tmp_path / str(pull))[1]["head.weight"]

@@ -21,7 +21,7 @@ from atoll.protocol.messages import Failure, Request, Update
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.central_dp import run_key
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.engine import simulate, cached_test_set
 from atoll.sim.population.population import Population
 from tests.test_simulation import DIGITS, Hostile, unwatched
 
@@ -265,7 +265,7 @@ def distributed(which: str, **privacy: Any) -> Job:
 @pytest.mark.parametrize("which", DISTRIBUTED)
 def test_a_secure_sum_under_masks_has_the_bits_of_the_sum_without(which: str, tmp_path: Path) -> None:
     from atoll.server.run.run_job import run_job
-    from atoll.sim.engines.engine import test_set_with_features
+    from atoll.sim.engines.engine import cached_test_set
     from atoll.sim.engines.inline import LoopTransport
 
     setting = distributed(which, **SEEDED)
@@ -273,7 +273,7 @@ def test_a_secure_sum_under_masks_has_the_bits_of_the_sum_without(which: str, tm
     population = Population.of(setting)
     carrier = LoopTransport.of(population, PrivacyLedgers(tmp_path / "masked" / "ledgers"))
     carrier.masks = True
-    masked = run_job(setting, carrier, tmp_path / "masked", test_set_with_features(population, None))
+    masked = run_job(setting, carrier, tmp_path / "masked", cached_test_set(population, None))
     assert masked["model_sha256"] == plain["model_sha256"]
     assert masked["privacy"]["epsilon"] == plain["privacy"]["epsilon"]
     assert [line["trained"] for line in masked["rounds"]] == [4] * 4
@@ -360,8 +360,6 @@ def test_an_update_that_is_no_number_is_set_aside_where_only_examples_are_promis
     population = Population.of(setting)
     books = PrivacyLedgers(tmp_path / "run" / "ledgers")
     carrier = Hostile.of(population, books=books)
-    result = run_job(
-        setting, carrier, tmp_path / "run", test_set_with_features(population, None), report=False
-    )
+    result = run_job(setting, carrier, tmp_path / "run", cached_test_set(population, None), report=False)
     assert result["rounds"][0]["set_aside"]["client-0000"].startswith("tensor head.")
     assert result["final"]["server"]["accuracy"] > 0

@@ -17,7 +17,7 @@ from atoll.learning.learner import Learner
 from atoll.protocol.messages import Failure, Reply, Request, Update
 from atoll.server.rounds.cohort import sample
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.engine import simulate, cached_test_set
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population, client_names
 from atoll.tasks import task_named
@@ -232,7 +232,7 @@ class Breaks(InlineTransport):
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
     population = Population.of(job())
     with pytest.raises(KeyboardInterrupt):
-        run_job(job(), Breaks.of(population), tmp_path / "r", test_set_with_features(population, None))
+        run_job(job(), Breaks.of(population), tmp_path / "r", cached_test_set(population, None))
     assert not (tmp_path / "r" / "result.json").exists()
     result = run(job(), tmp_path / "r", resume=True)
     assert result["model_sha256"] == reference["model_sha256"]
@@ -297,7 +297,7 @@ def test_a_run_directory_in_use_refuses_a_second_process(tmp_path: Path) -> None
         job(federation={"rounds": 1}),
         Second.of(population),
         tmp_path / "r",
-        test_set_with_features(population, None),
+        cached_test_set(population, None),
     )
 
 
@@ -342,9 +342,7 @@ class Hostile(InlineTransport):
 def test_bad_clients_are_set_aside_by_name_and_the_run_goes_on(tmp_path: Path) -> None:
     population = Population.of(job(federation={"cohort": 6}))
     setting = population.job
-    result = run_job(
-        setting, Hostile.of(population), tmp_path / "r", test_set_with_features(population, None)
-    )
+    result = run_job(setting, Hostile.of(population), tmp_path / "r", cached_test_set(population, None))
     aside = result["rounds"][0]["set_aside"]
     assert set(aside) == {"client-0000", "client-0001", "client-0002"}
     assert "not finite" in aside["client-0000"]
@@ -356,9 +354,7 @@ def test_bad_clients_are_set_aside_by_name_and_the_run_goes_on(tmp_path: Path) -
 def test_a_round_below_its_quorum_is_abandoned_and_the_model_stays(tmp_path: Path) -> None:
     population = Population.of(job(federation={"cohort": 6, "quorum": 0.6}))
     with pytest.raises(InconsistentUpdates, match=r"round 1: 3 of 6 usable updates, needed 4"):
-        run_job(
-            population.job, Hostile.of(population), tmp_path / "r", test_set_with_features(population, None)
-        )
+        run_job(population.job, Hostile.of(population), tmp_path / "r", cached_test_set(population, None))
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 

@@ -72,11 +72,11 @@ def simulate(
     if engine == "ray":
         from atoll.sim.engines.ray import simulate_on_ray
 
-        result = simulate_on_ray(job, out, workers, test_set_with_features(population, progress), options)
+        result = simulate_on_ray(job, out, workers, cached_test_set(population, progress), options)
     else:
         with ExitStack() as stack:
             carrier = _carrier(population, engine, workers, out, stack)
-            result = run_job(job, carrier, out, test_set_with_features(population, progress), **options)
+            result = run_job(job, carrier, out, cached_test_set(population, progress), **options)
     if job.privacy.audit:
         from atoll.sim.audit.audit import attack_at_the_end
 
@@ -159,9 +159,7 @@ def execution_mode(job: Job, engine: str, workers: int) -> str:
     return f"one client after the other {places}: {why}"
 
 
-def test_set_with_features(
-    population: Population, progress: Progress | None
-) -> Callable[[Learner], Shard | None]:
+def cached_test_set(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:
     """The test set; before it is handed out, all features are computed, with every core at work."""
 
     def test_set(learner: Learner) -> Shard | None:

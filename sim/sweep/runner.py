@@ -22,7 +22,7 @@ from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
 from atoll.server.run.run_job import ignore_events, validate_job
 from atoll.sim.baselines import BaselineRunner
-from atoll.sim.engines.engine import simulate, test_set_with_features
+from atoll.sim.engines.engine import simulate, cached_test_set
 from atoll.sim.engines.process_pool import end_processes
 from atoll.sim.population.population import Population
 from atoll.sim.sweep.grid import Planned
@@ -60,7 +60,7 @@ def precompute_features(
         population, task = population_of(job), task_named(job.task.name)
         roll = population.roll(job)
         roll.check(job)
-        test_set_with_features(population, progress)(Learner.of(job, task, task.agree(roll.facts)))
+        cached_test_set(population, progress)(Learner.of(job, task, task.agree(roll.facts)))
 
 
 def _features_of(job: Job) -> str:

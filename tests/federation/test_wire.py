@@ -26,7 +26,7 @@ from atoll.protocol.messages import Reply, Request, SecureMessage, Update
 from atoll.protocol.tensors import Tensors, tensor_bytes
 from atoll.server.run.run_job import run_job
 from atoll.sim.baselines import BaselineRunner
-from atoll.sim.engines.engine import test_set_with_features
+from atoll.sim.engines.engine import cached_test_set
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.federation.conftest import CLIENTS, Ring, job
@@ -102,7 +102,7 @@ class Wire:
         result = self.ring.federation.run(setting)
         carrier = Noted.of(Population.of(setting))
         expected = run_job(
-            setting, carrier, folder / "replayed", test_set_with_features(carrier.population, None),
+            setting, carrier, folder / "replayed", cached_test_set(carrier.population, None),
             baselines=BaselineRunner(carrier.population), watch=unwatched, report=False,
         )  # fmt: skip
         told = [json.loads(line) for line in secrets.read_text().splitlines()]
