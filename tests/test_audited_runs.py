@@ -110,8 +110,8 @@ def test_an_audit_notices_that_nobody_clips(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr("atoll.privacy.central.clipped_sum", unclipped_sum)
     for room in ("atoll.sim.audit.client_canaries", "atoll.client.dp.secure_aggregation"):
         monkeypatch.setattr(f"{room}.clipped", lambda numbers, clipping_norm: numbers)
-    monkeypatch.setattr("atoll.client.heads.train.factors", unclipped_factors)
-    monkeypatch.setattr("atoll.client.dp.gradient_sums.factors", unclipped_factors)
+    monkeypatch.setattr("atoll.client.heads.train.clip_factors", unclipped_factors)
+    monkeypatch.setattr("atoll.client.dp.gradient_sums.clip_factors", unclipped_factors)
     setting = job(SETTINGS[name], federation=ONCE, data=EVERYBODY)
     assert attacked(setting, Audit(canaries=2000))["contradicted"]
 

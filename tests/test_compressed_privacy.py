@@ -28,7 +28,7 @@ from atoll.protocol.messages import Request, Update
 from atoll.server.rounds import decompression
 from atoll.server.rounds.validation import ValidatedUpdates, validate_updates
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, cached_test_set
+from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named

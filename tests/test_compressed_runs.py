@@ -21,7 +21,7 @@ from atoll.protocol.stacked_updates import stacked
 from atoll.report.text import what_it_cost
 from atoll.server.run.directory import job_toml
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, cached_test_set
+from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.small import few_pictures

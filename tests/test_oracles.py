@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.sim.engines.engine import simulate, cached_test_set
+from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job

@@ -20,7 +20,7 @@ from atoll.protocol.messages import Request
 from atoll.protocol.tensors import Tensors
 from atoll.report.html import marked
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, cached_test_set
+from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population

@@ -21,7 +21,7 @@ from atoll.protocol.messages import Failure, Request, Update
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.central_dp import run_key
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, cached_test_set
+from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.population.population import Population
 from tests.test_simulation import DIGITS, Hostile, unwatched
 

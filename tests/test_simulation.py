@@ -17,7 +17,7 @@ from atoll.learning.learner import Learner
 from atoll.protocol.messages import Failure, Reply, Request, Update
 from atoll.server.rounds.cohort import sample
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import simulate, cached_test_set
+from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population, client_names
 from atoll.tasks import task_named

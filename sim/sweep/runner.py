@@ -22,7 +22,7 @@ from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
 from atoll.server.run.run_job import ignore_events, validate_job
 from atoll.sim.baselines import BaselineRunner
-from atoll.sim.engines.engine import simulate, cached_test_set
+from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.process_pool import end_processes
 from atoll.sim.population.population import Population
 from atoll.sim.sweep.grid import Planned
