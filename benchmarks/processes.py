@@ -30,7 +30,7 @@ job = Job.parse({
 if __name__ == "__main__":
     for _ in range(int(os.environ["COUNT"])):
         start = time.perf_counter()
-        import_first("sim.workers", *imports_of(job))
+        import_first("atoll.sim.engines.process_pool", *imports_of(job))
         pool = worker_pool(1, int)
         pool.submit(os.getpid).result()
         print(time.perf_counter() - start, flush=True)

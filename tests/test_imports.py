@@ -77,16 +77,16 @@ ROUNDS = """
 from pathlib import Path
 from atoll.job.job import Job
 from atoll.sim.engines.engine import simulate
-from atoll.sim.engines.inline import InlineCarrier
+from atoll.sim.engines.inline import InlineTransport
 
 steps = []
-exchange = InlineCarrier.exchange
+exchange = InlineTransport.exchange
 
 def watched(self, request, *others):
     steps.append([f'{request.kind} {request.round}', asked.loaded()])
     return exchange(self, request, *others)
 
-InlineCarrier.exchange = watched
+InlineTransport.exchange = watched
 
 def watch(step, what):
     asked.line = step

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 LARGEST = 30
 STEPS = f"""
 import ctypes, resource, sys, torch
-from atoll.learning.determinism import settle
+from atoll.learning.determinism import enable_determinism
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages (PR_SET_THP_DISABLE): a fault is of 4,096 bytes
 if sys.argv[1] == "settled":
-    settle("cpu")
+    enable_determinism("cpu")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for size in range(1, {LARGEST} + 1):
     torch.ones(size * 250_000)

@@ -145,8 +145,8 @@ def test_runs_long_past_are_let_go_of_when_a_new_one_starts(
 WRITER = """
 import sys
 from pathlib import Path
-from tests.test_memory import Memory, state
-kept = Memory(Path(sys.argv[1]))
+from tests.test_memory import ClientStateStore, state
+kept = ClientStateStore(Path(sys.argv[1]))
 print("ready", flush=True)
 for round in range(2, 100_000):
     kept.keep("run", round, {"a": state(round), "b": state(-round)})

@@ -175,7 +175,7 @@ def test_processes_that_unpack_together_agree(shelf, cache):
     code = (
         "from tests.test_packages import *\n"
         f"path = Path({str(shelf)!r}); PACKAGES['toy-data'] = toy(path)\n"
-        "assert names(unpacked('toy-data')) == ['a.txt', 'deep/b.txt']\n"
+        "assert names(fetch_package('toy-data')) == ['a.txt', 'deep/b.txt']\n"
     )
     running = [python(code) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]

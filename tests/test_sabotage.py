@@ -248,14 +248,14 @@ def fixed_cohort(original: Any) -> Any:
 
 
 def charged_as_poisson(original: Any) -> Any:
-    def terms_of(job: Any, unit: Any) -> Any:
+    def dp_plan_of(job: Any, unit: Any) -> Any:
         terms = original(job, unit)
         rate = (job.federation.cohort or job.federation.clients) / job.federation.clients
         if terms is None or job.federation.cohort_rate is not None:
             return terms
         return dataclasses.replace(terms, cost=Release(terms.noise_multiplier, rate))
 
-    return terms_of
+    return dp_plan_of
 
 
 def without_coins(original: Any) -> Any:
@@ -264,7 +264,7 @@ def without_coins(original: Any) -> Any:
 
 SAMPLING: dict[str, Plant] = {
     "a cohort of fixed size under Poisson's account": wrapped(atoll.server.rounds.loop, "sample", fixed_cohort),
-    "Poisson's account of a fixed cohort": wrapped(w, "terms_of", charged_as_poisson),
+    "Poisson's account of a fixed cohort": wrapped(w, "dp_plan_of", charged_as_poisson),
     "cohorts drawn from the job's seed": wrapped(atoll.server.rounds.loop, "sample", without_coins),
     "the same cohort in every round": wrapped(
         atoll.server.rounds.central_dp.CentralDp, "coins",
@@ -276,7 +276,7 @@ SAMPLING: dict[str, Plant] = {
 def factors_by(change: Callable[[Any, Any, Any, Any], torch.Tensor]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         for room in (atoll.client.heads.train, atoll.client.dp.gradient_sums):
-            patch.setattr(room, "factors", change)
+            patch.setattr(room, "clip_factors", change)
 
     return plant
 
@@ -351,7 +351,7 @@ EXAMPLE_NOISE: dict[str, Plant] = {
         lambda original: lambda layers, steps, private, device: [],
     ),
     "noise in units of the divisor": wrapped(
-        atoll.client.dp.poisson, "PerExample",
+        atoll.client.dp.poisson, "DpSgd",
         lambda original: lambda **given: original(**given | {"noise_multiplier": given["noise_multiplier"] / 8}),
     ),
 }  # fmt: skip
@@ -367,7 +367,7 @@ EXAMPLE_FRESHNESS: dict[str, Plant] = {
 
 def drawn_as(draw: Callable[[int], Any]) -> Plant:
     return wrapped(
-        atoll.client.dp.poisson, "PerExample",
+        atoll.client.dp.poisson, "DpSgd",
         lambda original: lambda **given: original(**given | {"draw": lambda client, count: [draw(count)]}),
     )  # fmt: skip
 
@@ -558,7 +558,7 @@ MODELS: dict[str, tuple[Callable[[], None], Plant]] = {
 
 ADAPTIVE: dict[str, Plant] = {
     "the clipping norm moves the wrong way": wrapped(
-        atoll.server.rounds.central_dp, "next_norm",
+        atoll.server.rounds.central_dp, "update_clipping_norm",
         lambda original: lambda norm, fraction, quantile, lr: original(norm, fraction, quantile=quantile, lr=-lr),
     ),
     "the count is not noised": wrapped(

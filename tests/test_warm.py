@@ -71,7 +71,7 @@ SERVER_THREADS = """
 import multiprocessing, os
 from atoll.system.fork_server import fork_server, import_first, worker_pool
 from atoll.tasks.imports import ANY
-import_first("sim.workers", "server.app", "client.app", *ANY)
+import_first("atoll.sim.engines.process_pool", "atoll.server.app", "atoll.client.app", *ANY)
 with worker_pool(1, int) as pool:
     server = pool.submit(os.getppid).result()
     names = [open(f"/proc/{server}/task/{n}/comm").read().strip() for n in os.listdir(f"/proc/{server}/task")]

@@ -177,6 +177,9 @@ def test_workers_that_keep_dying_end_the_run_in_one_line(tmp_path: Path) -> None
 
 @pytest.mark.processes
 def test_a_worker_does_not_wait_for_what_plots_are_drawn_with() -> None:
-    code = "import sys, sim.workers; print(*{'matplotlib', 'seaborn', 'peft'} & {*sys.modules})"
+    code = (
+        "import sys, atoll.sim.engines.process_pool\n"
+        "print(*{'matplotlib', 'seaborn', 'peft'} & {*sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == []
