@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -77,3 +79,10 @@ def test_it_runs_from_a_folder_with_modules_of_the_names_of_its_rooms(
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert Path(where.stdout.strip()).is_relative_to(installed), where.stderr
+
+
+def test_the_installed_command_leads_to_what_there_is() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    (entry,) = scripts.values()
+    module, _, name = entry.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
