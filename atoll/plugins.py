@@ -120,7 +120,7 @@ class Registry(Mapping[str, E], Generic[E]):
     def __getitem__(self, name: str) -> E:
         if name in self._built_in:
             return self._built_in[name]
-        return self._of(_found(self.kind, name))
+        return self._of(brought(self.kind, name))
 
     def __iter__(self) -> Iterator[str]:
         yield from self._built_in
@@ -140,7 +140,7 @@ class Registry(Mapping[str, E], Generic[E]):
 
     def origin(self, name: str) -> str:
         """Who brings it: atoll, a distribution with its version, or a plugin's file."""
-        return BUILT_IN if self.has(name) else _found(self.kind, name).origin
+        return BUILT_IN if self.has(name) else brought(self.kind, name).origin
 
     def check(self, name: str, key: str, more: str = "") -> None:
         """Raises ConfigError, in one line with the nearest name, if there is none of that name.
@@ -157,7 +157,9 @@ def brought(kind: str, name: str) -> Extension:
     Raises:
         KeyError: none does; it may be Atoll's own.
     """
-    return _found(kind, name)
+    if name not in _brought[kind]:
+        _search(kind)
+    return _brought[kind][name]
 
 
 def strategy(
@@ -307,13 +309,6 @@ def _is_same(known: Extension, new: Extension) -> bool:
 
 def _twice(kind: str, name: str, one: str, other: str) -> str:
     return f"{kind} {name!r} is registered twice: by {one} and by {other}; expected two different names"
-
-
-def _found(kind: str, name: str) -> Extension:
-    """Raises KeyError where no extension brings it."""
-    if name not in _brought[kind]:
-        _search(kind)
-    return _brought[kind][name]
 
 
 def _search(kind: str) -> None:

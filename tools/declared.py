@@ -16,7 +16,6 @@ what tests import.
 from __future__ import annotations
 
 import ast
-import os
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +27,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from atoll.kit.code_hashes import python_files
 
 DEV = "dev"
 OUTSIDE = ("benchmarks", "docs", "tests", "tools")
@@ -89,12 +90,6 @@ class Import:
         """The installed packages that have the module; none of what is ours and doesn't ship."""
         found = () if self.module in OUTSIDE else _installed().get(self.module, ())
         return frozenset(map(canonicalize_name, found))
-
-
-def python_files(folder: Path) -> Iterator[Path]:
-    """All Python files of a folder, also through links to folders."""
-    for place, _, names in os.walk(folder, followlinks=True):
-        yield from (Path(place) / name for name in names if name.endswith(".py"))
 
 
 @cache

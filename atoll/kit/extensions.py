@@ -13,6 +13,7 @@ from pathlib import Path
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.kit.code_hashes import differing, shown_files
 from atoll.plugins import GROUPS, brought
 
 MARK = ": "
@@ -91,12 +92,9 @@ def refusal(theirs: Mapping[str, str]) -> str | None:
         if here.version != version:
             return f"extension {named} is not installed here, but {here.version}"
         wanted = {key: value for key, value in theirs.items() if key.startswith(named + MARK)}
-        ours = hashes_of(here)
-        other = sorted(key for key in ours.keys() | wanted.keys() if ours.get(key) != wanted.get(key))
+        other = [key.partition(MARK)[2] for key in differing(hashes_of(here), wanted)]
         if other:
-            short = [key.partition(MARK)[2] for key in other]
-            more = " …" if len(short) > 5 else ""
-            return f"extension {named} has other files here: {', '.join(short[:5])}{more}"
+            return f"extension {named} has other files here: {shown_files(other)}"
     return None
 
 

@@ -45,7 +45,7 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from atoll.errors import JobError
-from atoll.kit.code_hashes import HASHES, differing, installed_hashes
+from atoll.kit.code_hashes import HASHES, differing, installed_hashes, shown_files
 from atoll.kit.extensions import is_of_extension, refusal
 from atoll.system.signals import Interrupted, stop_on_signals
 
@@ -198,7 +198,7 @@ class Executor:
         if different:
             raise CodeDiffers(
                 f"site {self.node_config['name']}: the run's code is not the code installed here; "
-                f"different: {', '.join(different[:5])}{' …' if different[5:] else ''}"
+                f"different: {shown_files(different)}"
             )
         if reason := refusal(theirs):
             raise CodeDiffers(f"site {self.node_config['name']}: {reason}")

@@ -30,15 +30,22 @@ MAX_ATTEMPTS = 3
 """Times a round below its quorum is tried before the run fails."""
 
 
+class TrainingRound:
+    """What rounds share in which clients train: the model goes to each of them, and updates are merged."""
+
+    def bytes_per_client(self, run: Run) -> tuple[int, int]:
+        return size_of(run.state.tensors), run.update_bytes
+
+    def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
+        merge_updates(run, gathered.updates, round)
+
+
 @dataclass(frozen=True)
-class PlainRound:
+class PlainRound(TrainingRound):
     """Every client's update reaches the server by itself: transformed in the list's order, then validated."""
 
     reply_transforms: Sequence[ReplyTransform]
     validate: Validation
-
-    def bytes_per_client(self, run: Run) -> tuple[int, int]:
-        return size_of(run.state.tensors), run.update_bytes
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         replies, model = run.send(train_request(run, round), names), run.state.tensors
@@ -46,16 +53,10 @@ class PlainRound:
             replies = transform(replies, model)
         return self.validate(replies, names, model, round)
 
-    def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
-        merge_updates(run, gathered.updates, round)
-
 
 @dataclass(frozen=True)
-class SecureSumRound:
+class SecureSumRound(TrainingRound):
     """The server sees the sum of the updates and no single one; it stands for them as one update."""
-
-    def bytes_per_client(self, run: Run) -> tuple[int, int]:
-        return size_of(run.state.tensors), run.update_bytes
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         request = train_request(run, round)
@@ -64,9 +65,6 @@ class SecureSumRound:
             run.setup.job, base, names, run.setup.carrier.masks,
             lambda stage, asked: list(run.send(stage, asked)),
         ).screened()  # fmt: skip
-
-    def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
-        merge_updates(run, gathered.updates, round)
 
 
 @dataclass(frozen=True)
