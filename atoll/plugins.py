@@ -20,7 +20,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from atoll.errors import ConfigError, InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from pydantic import BaseModel
 
 __all__ = ["Extension", "Registry", "load_file", "metric", "partition", "strategy", "task"]
@@ -315,6 +316,8 @@ def _search(kind: str) -> None:
     """Look the entry points of a kind up, once."""
     if kind in _searched:
         return
+    from importlib.metadata import entry_points  # every command imports this file, and few ask for more names
+
     for entry in entry_points(group=GROUPS[kind]):
         dist = entry.dist
         origin = "?" if dist is None else f"{dist.name} {dist.version}"
