@@ -26,6 +26,7 @@ FLOWER = {
 }  # fmt: skip
 MOST_FILES = 16
 MODULES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
+TEMPLATES = sorted(p for room in ROOMS for kind in ("j2", "css") for p in (ROOT / room).rglob(f"*.{kind}"))
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -64,6 +65,17 @@ def test_a_module_stays_readable(path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("path", TEMPLATES, ids=name_of)
+def test_a_template_stays_readable(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= 500
+
+
+def test_html_is_written_in_templates_alone() -> None:
+    """Where it is put together of strings, nothing escapes what goes in."""
+    closing = re.compile(r"</(html|body|section|div|p|h\d|ul|li|dl|dd|table|tr|td|span|figure|pre|code)>")
+    assert [name_of(path) for path in MODULES if closing.search(path.read_text("utf-8"))] == []
+
+
 def test_no_module_is_a_drawer() -> None:
     names = {p.stem for p in MODULES}
     assert not names & {"utils", "helpers", "common", "misc"}
@@ -88,11 +100,12 @@ def test_no_broad_except_without_its_reason() -> None:
 
 
 def test_a_folder_can_be_taken_in_at_a_glance() -> None:
-    folders = {path.parent for path in MODULES}
+    shown = [*MODULES, *TEMPLATES]
+    folders = {path.parent for path in shown}
     crowded = {
         name_of(folder): count
         for folder in folders
-        if (count := len([p for p in folder.glob("*.py") if p.name != "__init__.py"])) > MOST_FILES
+        if (count := len([p for p in shown if p.parent == folder and p.name != "__init__.py"])) > MOST_FILES
     }
     assert crowded == {}
 

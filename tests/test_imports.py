@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 HEAVY = {
     "torch", "transformers", "datasets", "flwr", "flwr_datasets", "torchmetrics", "matplotlib", "torchvision",
-    "peft", "scipy", "sklearn", "pandas", "ray",
+    "peft", "scipy", "sklearn", "pandas", "ray", "jinja2",
 }  # fmt: skip
 """What takes long to import."""
 

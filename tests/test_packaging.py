@@ -46,6 +46,10 @@ def test_a_wheel_holds_the_package_and_nothing_else(installed: Path) -> None:
     ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "atoll").rglob("*.py")}
     ours |= {f"atoll/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert {path.relative_to(installed).as_posix() for path in (installed / "atoll").rglob("*.py")} == ours
+    read = {
+        path.name for path in (installed / "atoll" / "report").iterdir() if path.suffix in (".j2", ".css")
+    }
+    assert read == {"report.html.j2", "macros.html.j2", "report.css"}
 
 
 def test_a_wheel_can_be_built_of_the_sdist(built: Path, tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
+from markupsafe import Markup
 
 from atoll.job.job import Job
 from atoll.report.comparison import comparison_of
-from atoll.report.page import page, write_report
+from atoll.report.page import page, report_of, write_report
+from atoll.report.templates import ENVIRONMENT, fill_in
 from atoll.report.text import comparison_sentence
 from atoll.server.run.run_job import ignore_events
 from atoll.sim.engines.engine import simulate
@@ -116,6 +119,10 @@ def hostile(result: Result) -> None:
     result["strategy"] = result["task"] = result["engine"] = HOSTILE
     result["machine"]["versions"][HOSTILE] = HOSTILE
     result["rounds"][0]["set_aside"] = {HOSTILE: HOSTILE}
+    for line in result["rounds"]:
+        line["metrics"][HOSTILE] = 0.5
+    result["final"]["server"][HOSTILE] = 0.5
+    result["baselines"][HOSTILE] = {HOSTILE: 0.5}
 
 
 def many_set_aside(result: Result) -> None:
@@ -238,9 +245,32 @@ def test_every_kind_of_run_has_a_sound_page(
 
 def test_names_from_outside_stay_text(result: Result, tmp_path: Path) -> None:
     hostile(result)
+    (tmp_path / "job.toml").write_text(f"name = '{HOSTILE}'")
     html = page(tmp_path, result)
     assert "<script" not in html
-    assert outline(html).text.count("<script>alert(1)</script>␊") >= 5
+    text = outline(html).text
+    assert text.startswith("<script>alert(1)</script>␊\"&': Atoll run report", text.index("<script>"))
+    assert re.search(r"the worst, (client-\d{4}|unbroken\w*|<script>alert\(1\)</script>␊\"&'), sees", text)
+    assert "name = '<script>alert(1)</script>\n" in text
+    assert text.count("<script>alert(1)</script>␊") >= 15
+
+
+def test_a_template_escapes_text_and_writes_plots_as_they_are() -> None:
+    template = ENVIRONMENT.from_string("{{ name }} {{ plot }} {{ share }}")
+    filled = template.render(name="<b>\x07", plot=Markup("<svg/>\n"), share="92.6 %")
+    assert filled == "&lt;b&gt;␇ <svg/>\n 92.6\N{NO-BREAK SPACE}%"
+
+
+def test_a_name_that_the_template_was_not_given_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="'report' is undefined"):
+        fill_in("report.html.j2")
+
+
+def test_what_the_template_is_given_is_text_but_for_the_plots(run: tuple[Path, Result]) -> None:
+    report = report_of(*run)
+    plots = [*report.rounds.plots, *report.cost.plots, *(report.clients.plots if report.clients else ())]
+    assert plots and all(isinstance(plot, Markup) and plot.startswith("<svg ") for plot in plots)
+    assert str(report).count("Markup(") == len(plots)
 
 
 def test_many_clients_show_both_ends_and_say_so(result: Result, tmp_path: Path) -> None:

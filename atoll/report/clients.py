@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from atoll.report.comparison import finite, lower_is_better
-from atoll.report.html import Markup, Table, facts, figure, paragraph, section
 from atoll.report.plots import scatter_plot, spread_plot
-from atoll.report.text import metric_value, metric_words, pluralize, population, quantile
+from atoll.report.text import join_words, metric_value, metric_words, pluralize, population, quantile
 
 ALL_UP_TO = 200
 """Clients above which the table shows the ends only."""
 WORST, BEST = 100, 20
+SHORT = 12
+"""Clients above which the table scrolls by itself."""
 
 Client = tuple[str, dict[str, Any]]
 
 
-def clients_section(result: dict[str, Any], metric: str | None) -> Markup:
-    """Spread over clients, and a table with the worst first."""
+@dataclass(frozen=True)
+class ClientRow:
+    """A client's line in the table: its metrics written out, none where it had no validation examples."""
+
+    name: str
+    examples: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClientsSection:
+    """How a metric is spread over clients, and a table with the worst first.
+
+    Of very many clients only the first of `shown` and the last, `best`, are there; `left_out` says so.
+    """
+
+    reading: str
+    plots: tuple[Markup, ...]
+    quantiles: tuple[tuple[str, str], ...]
+    judged_by: str
+    metrics: tuple[str, ...]
+    shown: tuple[ClientRow, ...]
+    left_out: str
+    best: tuple[ClientRow, ...]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the table needs a box that scrolls."""
+        return len(self.shown) + len(self.best) > SHORT
+
+
+def clients_section(result: dict[str, Any], metric: str | None) -> ClientsSection | None:
+    """The clients ranked by a metric, or None where no client measured it."""
     clients = result["final"]["clients"]
     measured = [(n, c) for n, c in clients.items() if metric and finite(c.get(metric)) is not None]
     without = [(n, clients[n]) for n in sorted(clients.keys() - dict(measured).keys())]
     if not metric or not measured:
-        return section(
-            "Clients", paragraph("No client measured the final model on validation examples of its own.")
-        )
+        return None
     ranked = sorted(measured, key=lambda item: (_badness(item[1], metric), item[0]))
-    return section(
-        "Clients",
-        paragraph(_sampled(result) + _summary(ranked, len(without), metric), "reading"),
-        _spread(ranked, metric),
-        _table(ranked, without, metric),
+    metrics = [name for name in ranked[0][1] if name != "examples"]
+    many = len(ranked) + len(without) > ALL_UP_TO
+    best = ranked[WORST:][-BEST:] if many else []
+    return ClientsSection(
+        reading=_sampled(result) + _summary(ranked, len(without), metric),
+        plots=_plots(ranked, metric),
+        quantiles=_quantiles(ranked, metric),
+        judged_by=metric_words(metric),
+        metrics=tuple(metric_words(name) for name in metrics),
+        shown=tuple(_row(c, metrics) for c in (ranked[:WORST] if many else [*ranked, *without])),
+        left_out=_left_out(len(ranked) - WORST - len(best), len(without)) if many else "",
+        best=tuple(_row(client, metrics) for client in best),
     )
-
-
-def _sampled(result: dict[str, Any]) -> str:
-    """Which part of the clients measured, if not all did."""
-    measured, everybody = len(result["final"]["clients"]), population(result)
-    return f"{measured:,} of {everybody:,} clients measured. " if measured < everybody else ""
 
 
 def _badness(client: dict[str, Any], metric: str) -> float:
@@ -46,7 +80,14 @@ def _badness(client: dict[str, Any], metric: str) -> float:
     return -value if lower_is_better(metric) else value
 
 
+def _sampled(result: dict[str, Any]) -> str:
+    """Which part of the clients measured, if not all did."""
+    measured, everybody = len(result["final"]["clients"]), population(result)
+    return f"{measured:,} of {everybody:,} clients measured. " if measured < everybody else ""
+
+
 def _summary(ranked: list[Client], without: int, metric: str) -> str:
+    """A sentence on the median and the worst client, and one on those that measured nothing."""
     values = sorted(c[metric] for _, c in ranked)
     word = metric_words(metric)
     said = (
@@ -57,52 +98,44 @@ def _summary(ranked: list[Client], without: int, metric: str) -> str:
     return said + (f" {pluralize(without, 'client')} had no validation examples." if without else "")
 
 
-def _spread(ranked: list[Client], metric: str) -> Markup:
+def _plots(ranked: list[Client], metric: str) -> tuple[Markup, ...]:
+    """The metric's spread, and the metric against a client's number of examples."""
     values = sorted(float(c[metric]) for _, c in ranked)
     percent, word = "accuracy" in metric, metric_words(metric)
     points = [(float(c["examples"]), float(c[metric])) for _, c in ranked]
     title = f"{word[0].upper()}{word[1:]} at each client"
-    spread = spread_plot("spread", title, values, percent=percent, median=quantile(values, 0.5))
-    scatter = scatter_plot("scatter", f"{title}, by its examples", points, percent=percent)
-    shares = (
-        ("lowest", 0.0),
-        ("10 % quantile", 0.1),
-        ("median", 0.5),
-        ("90 % quantile", 0.9),
-        ("highest", 1.0),
+    return (
+        spread_plot("spread", title, values, percent=percent, median=quantile(values, 0.5)),
+        scatter_plot("scatter", f"{title}, by its examples", points, percent=percent),
     )
-    numbers = facts(((n, metric_value(metric, quantile(values, s))) for n, s in shares), "tiles quantiles")
-    return Markup(f'<div class="plots">{figure(spread)}{figure(scatter)}</div>{numbers}')
 
 
-def _table(ranked: list[Client], without: list[Client], metric: str) -> Markup:
-    metrics = [name for name in ranked[0][1] if name != "examples"]
-    head = ["client", "examples", *(metric_words(m) for m in metrics)]
-    caption = f"The final model on each client's own validation examples, worst {metric_words(metric)} first"
-    table = Table(caption, head, style="long" if len(ranked) + len(without) > 12 else "")
-    many = len(ranked) + len(without) > ALL_UP_TO
-    for name, client in ranked[:WORST] if many else [*ranked, *without]:
-        _row(table, name, client, metrics)
-    if many:
-        _best(table, ranked[WORST:], len(without), metrics)
-    return Markup(f"<h3>Client by client</h3>{table.html()}")
+def _quantiles(ranked: list[Client], metric: str) -> tuple[tuple[str, str], ...]:
+    """(name, value) of the metric's quantiles over clients."""
+    values = sorted(float(c[metric]) for _, c in ranked)
+    shares = {"lowest": 0.0, "10 % quantile": 0.1, "median": 0.5, "90 % quantile": 0.9, "highest": 1.0}
+    return tuple((name, metric_value(metric, quantile(values, share))) for name, share in shares.items())
 
 
-def _row(table: Table, name: str, client: dict[str, Any], metrics: list[str]) -> None:
-    if client["examples"]:
-        table.row(name, f"{client['examples']:,}", *(metric_value(m, client.get(m)) for m in metrics))
-    else:
-        none = Markup('<span class="none">no validation examples</span>')
-        table.row(name, "0", none, *[""] * (len(metrics) - 1))
+def _row(client: Client, metrics: list[str]) -> ClientRow:
+    """The client's line, with the metrics in this order."""
+    name, measured = client
+    if not measured["examples"]:
+        return ClientRow(name, "0", ())
+    return ClientRow(
+        name, f"{measured['examples']:,}", tuple(metric_value(m, measured.get(m)) for m in metrics)
+    )
 
 
-def _best(table: Table, rest: list[Client], without: int, metrics: list[str]) -> None:
-    best = rest[-BEST:]
-    left_out = len(rest) - len(best)
-    unmeasured = f" and {pluralize(without, 'client')} without validation examples" if without else ""
-    if left_out or without:
-        table.remark(
-            f"{pluralize(left_out, 'client')} in between{unmeasured} left out; all are in result.json."
-        )
-    for name, client in best:
-        _row(table, name, client, metrics)
+def _left_out(between: int, without: int) -> str:
+    """The sentence on the clients that the table doesn't show, empty where it shows all.
+
+    >>> _left_out(378, 2)
+    '378 clients in between and 2 clients without validation examples left out; all are in result.json.'
+    """
+    groups = [
+        f"{pluralize(count, 'client')} {which}"
+        for count, which in ((between, "in between"), (without, "without validation examples"))
+        if count > 0
+    ]
+    return f"{join_words(groups)} left out; all are in result.json." if groups else ""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from io import StringIO
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +89,7 @@ class Curve:
 
 def curves_plot(
     name: str, title: str, curves: Sequence[Curve], levels: dict[str, float], *, percent: bool
-) -> str:
+) -> Markup:
     """Curves over rounds, with baselines as horizontal lines."""
     with Drawing(name, title) as drawing:
         axes = drawing.axes
@@ -128,7 +129,7 @@ def _ticks(axes: Axes, percent: bool, *, along: str = "y") -> None:
         axis.set_major_formatter(lambda value, _: f"{value * 100:.4g} %")
 
 
-def spread_plot(name: str, title: str, values: Sequence[float], *, percent: bool, median: float) -> str:
+def spread_plot(name: str, title: str, values: Sequence[float], *, percent: bool, median: float) -> Markup:
     """How a metric is spread over clients: a dot a client, or bars where they are many."""
     with Drawing(name, title) as drawing:
         axes = drawing.axes
@@ -165,7 +166,7 @@ def _dots(axes: Axes, bins: dict[int, list[float]]) -> None:
     axes.set_xlabel("a dot is a client; the dashed line is the median")
 
 
-def scatter_plot(name: str, title: str, points: Points, *, percent: bool) -> str:
+def scatter_plot(name: str, title: str, points: Points, *, percent: bool) -> Markup:
     """A client's metric against its number of examples."""
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -184,7 +185,7 @@ def scatter_plot(name: str, title: str, points: Points, *, percent: bool) -> str
     return drawing.svg
 
 
-def seconds_plot(name: str, title: str, rounds: Points) -> str:
+def seconds_plot(name: str, title: str, rounds: Points) -> Markup:
     """Seconds of each round."""
     with Drawing(name, title) as drawing:
         axes = drawing.axes
@@ -201,7 +202,7 @@ def seconds_plot(name: str, title: str, rounds: Points) -> str:
 class Drawing:
     """One figure with one pair of axes; `svg` is there once the block is left."""
 
-    svg = ""
+    svg = Markup("")
 
     def __init__(self, name: str, title: str) -> None:
         self.name, self.title = name, title
@@ -229,8 +230,11 @@ class Drawing:
             _lock.release()
 
 
-def _inlined(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element: no namespace, no metadata, no font, ids of its own."""
+def _inlined(figure: Figure, name: str, title: str) -> Markup:
+    """The figure as an `<svg>` element: no namespace, no metadata, no font, ids of its own.
+
+    Ids begin with the name, where anything but a letter, a digit, _ or - is written as its code.
+    """
     text = StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(text, format="svg", transparent=True, metadata=nothing)
@@ -239,8 +243,10 @@ def _inlined(figure: Figure, name: str, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg).replace("xlink:href", "href")
     svg = re.sub(r'<g id="(?!m[0-9a-f]{10})[^"]*">', "<g>", svg)
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    prefix = re.sub(r"[^\w-]", lambda other: f"{ord(other[0]):x}-", name)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
     for variable, stand_in in COLOURS.items():
         svg = svg.replace(stand_in, f"var({variable})")
     box = f"0 0 {WIDTH * 72:g} {HEIGHT * 72:g}"
-    return f'<svg class="plot" viewBox="{box}" role="img" aria-label="{escape(title)}">{svg}'
+    head = f'<svg class="plot" viewBox="{box}" role="img" aria-label="{escape(title)}">'
+    return Markup(head + svg)

@@ -98,7 +98,7 @@ def duration(seconds: float | None) -> str:
 def pluralize(count: int, noun: str) -> str:
     """A count and its noun.
 
-    >>> counted(1, "round"), counted(1925, "number"), counted(2, "class")
+    >>> pluralize(1, "round"), pluralize(1925, "number"), pluralize(2, "class")
     ('1 round', '1,925 numbers', '2 classes')
     """
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
@@ -108,7 +108,7 @@ def pluralize(count: int, noun: str) -> str:
 def join_words(names: Sequence[str]) -> str:
     """Names as a sentence has them.
 
-    >>> listed(["a", "b", "c"])
+    >>> join_words(["a", "b", "c"])
     'a, b and c'
     """
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
