@@ -29,9 +29,10 @@ def register(app: typer.Typer) -> None:
 
 def report(run: RunDir) -> None:
     """Write RUN/report.html anew from RUN/result.json."""
+    result = read_result(run)
     from atoll.report.page import write_report
 
-    write_report(run, read_result(run))
+    write_report(run, result)
     out().print(f"report  {run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
