@@ -160,10 +160,10 @@ class Exported:
         import torch
 
         task = self.learner.task
-        raw = [task.raw_input(given) for given in inputs]
+        raw = [task.parse_input(given) for given in inputs]
         with torch.inference_mode():
-            said = self.model.predict(self.model.backbone.prepare(raw))
-        answers: list[dict[str, Any]] = task.answer(said, self.learner.facts)
+            said = self.model.predict(self.model.backbone.preprocess_and_collate(raw))
+        answers: list[dict[str, Any]] = task.format_predictions(said, self.learner.data_info)
         return answers
 
 

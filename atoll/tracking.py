@@ -42,7 +42,7 @@ class Tracker(Protocol):
         """What is known after a round."""
         ...
 
-    def words(self, values: Mapping[str, str]) -> None:
+    def log_text(self, values: Mapping[str, str]) -> None:
         """The job's settings, or what came out that is no number."""
         ...
 
@@ -65,7 +65,7 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, round)
         self._writer.flush()
 
-    def words(self, values: Mapping[str, str]) -> None:
+    def log_text(self, values: Mapping[str, str]) -> None:
         table = "\n".join(["| key | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in values.items())])
         self._writer.add_text(next(iter(values)).partition(".")[0], table)
 
@@ -102,7 +102,7 @@ class MLflowTracker:
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=round)
 
-    def words(self, values: Mapping[str, str]) -> None:
+    def log_text(self, values: Mapping[str, str]) -> None:
         for name, value in values.items():
             self._client.set_tag(self._run, name, value)
 
@@ -151,7 +151,7 @@ class Tracking:
         values, rounds = dict(numbers_of(told)), len(result["rounds"])
         words = {key: str(result[key]) for key in ("model_sha256", "job_hash", "engine", "task", "strategy")}
         self._each(lambda tracker: tracker.numbers(values, rounds))
-        self._each(lambda tracker: tracker.words({f"result.{k}": v for k, v in words.items()}))
+        self._each(lambda tracker: tracker.log_text({f"result.{k}": v for k, v in words.items()}))
         self._each(lambda tracker: tracker.close())
 
     def _begin(self, after: int) -> None:
@@ -163,7 +163,7 @@ class Tracking:
                 self.places[name] = self._open[name].place
             except lost() as error:
                 _tell(name, error)
-        self._each(lambda tracker: tracker.words(settings))
+        self._each(lambda tracker: tracker.log_text(settings))
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._open.items()):

@@ -69,8 +69,8 @@ def shipped(run: Path, format: str, count: int, prune: float | None = None, kind
         folder = Path(tempfile.mkdtemp(dir=run.parent))
         model = export.written(model, learner, format, folder, examples)
         size = export.megabytes_in(folder, format)
-    measured = learner.measured(model, examples)
-    return Form(size, measured["accuracy"], model, learner.batch(examples, range(1)))
+    measured = learner.evaluate_model(model, examples)
+    return Form(size, measured["accuracy"], model, learner.collate(examples, range(1)))
 
 
 def shares(forms: dict[str, Form]) -> dict[str, float]:

@@ -58,7 +58,7 @@ UNCACHED = "ATOLL_BENCHMARK_UNCACHED"
 
 def forget_features() -> None:
     """Train as if features could not be kept: the backbone runs on every batch."""
-    Job.leaves_backbone = property(lambda self: False)  # type: ignore[assignment]
+    Job.backbone_is_frozen = property(lambda self: False)  # type: ignore[assignment]
 
 
 if os.environ.get(UNCACHED):  # a worker process imports this module before anything else
@@ -82,14 +82,14 @@ def atoll_uncached(job: Job) -> float:
     """Seconds of a run whose worker processes, one a core, run the backbone on every batch."""
     from atoll.sim.engines.engine import simulate
 
-    before = Job.leaves_backbone
+    before = Job.backbone_is_frozen
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {UNCACHED: "1"}):
         forget_features()
         start = time.perf_counter()
         try:
             simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, watch=lambda *step: None)
         finally:
-            Job.leaves_backbone = before  # type: ignore[method-assign]
+            Job.backbone_is_frozen = before  # type: ignore[method-assign]
         return time.perf_counter() - start
 
 
@@ -110,7 +110,7 @@ def flower(job: Job) -> float:
     text, trained = job.canonical, list[int]()
     start = time.perf_counter()
     population = Population.of(job)
-    facts = task_named(job.task.name).agree(population.roll(job).facts)
+    facts = task_named(job.task.name).merge_info(population.roll(job).data_info)
     first = Learner.of(job, task_named(job.task.name), facts).initial()
 
     @client.train()

@@ -62,7 +62,7 @@ def run_point(point: Point) -> dict[str, float]:
             run = start_or_resume(
                 population.job, carrier, directory, lambda learner: None, lambda *step: None, resume=False
             )
-            directory.settle()
+            directory.commit()
             run_rounds(run)
     seconds = [line["seconds"] for line in run.state.log[1:]]
     return {"seconds": statistics.median(seconds), "memory": peak_rss_mb()}

@@ -70,7 +70,7 @@ def atoll(workload: Workload, workers: int) -> Outcome:
                 lambda *step: stamps.append(time.perf_counter()) if step[0] == "round" else None,
                 resume=False,
             )
-            directory.settle()
+            directory.commit()
             stamps.append(time.perf_counter())
             run_rounds(run)
     head = {name: tensor.numpy() for name, tensor in run.state.tensors.items()}

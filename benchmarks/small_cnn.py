@@ -111,7 +111,7 @@ def atoll(workload: Workload, folder: Path, *, workers: int, threads: int, **opt
             lambda *step: stamps.append(time.perf_counter()) if step[0] == "round" else None,
             resume=False,
         )
-        directory.settle()
+        directory.commit()
         stamps.append(time.perf_counter())
         run_rounds(run)
     return seconds_between(stamps), accuracy(filled(workload, run.state.tensors), workload)

@@ -100,11 +100,11 @@ class ChargedClients:
 class LoggedProgress:
     """Says from time to time how many features are computed."""
 
-    said: float = field(default_factory=time.monotonic)
+    last_message: float = field(default_factory=time.monotonic)
 
     def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self.said >= SECONDS_OF_SILENCE:
-            self.said = time.monotonic()
+        if time.monotonic() - self.last_message >= SECONDS_OF_SILENCE:
+            self.last_message = time.monotonic()
             logger.info("features: %d of %d examples", done, total)
 
 
@@ -125,7 +125,7 @@ class Site:
     _held: dict[tuple[str, str, str], LoadedShard] = field(default_factory=dict)
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def _refusal(self, job: Job, kind: str) -> str:
+    def _policy_violation(self, job: Job, kind: str) -> str:
         """Why this site does not do what is asked, whoever asks; nothing if it does.
 
         A real site sends no sum without masks, no update where only sums are promised to be seen, and no
@@ -152,15 +152,15 @@ class Site:
         return [self._hello(job, name) for name in self.shards.names(job)]
 
     def _hello(self, job: Job, name: str) -> Hello:
-        refusal = self._refusal(job, "hello")
+        refusal = self._policy_violation(job, "hello")
         if refusal:
             return Hello(name, {}, 0, refusal=refusal)
         try:
             dataset = self.shards.dataset(job, name)
-            facts = task_named(job.task.name).describe(dataset, job.data, job.task.options)
+            facts = task_named(job.task.name).local_info(dataset, job.data, job.task.options)
             self._fingerprints[name, job.hash] = self.shards.fingerprint(job, name)
         except InputError as error:
-            return Hello(name, {}, 0, refusal=self._told(name, error, job.canonical))
+            return Hello(name, {}, 0, refusal=self._error_for_server(name, error, job.canonical))
         counted = 0 if "example" in job.privacy.units else len(dataset)
         return Hello(name, facts, counted)
 
@@ -168,22 +168,22 @@ class Site:
         """One reply for each named client; what went wrong at one does not touch the others."""
         try:
             job = Job.from_json(request.job)
-            learner = self.learner(job, request.facts)
+            learner = self.learner(job, request.data_info)
         except InputError as error:
-            return [Failure(name, self._told(name, error, request.job)) for name in names]
-        refusal = self._refusal(job, request.kind)
+            return [Failure(name, self._error_for_server(name, error, request.job)) for name in names]
+        refusal = self._policy_violation(job, request.kind)
         if refusal:
             return [Failure(name, refusal) for name in names]
         torch.set_num_threads(job.train.threads)
         if request.kind in STAGES:
             return self.desk.answer(request, names)
-        admitted, failures = self.admit(job, request, names)
+        admitted, failures = self.charge_privacy(job, request, names)
         held: dict[str, LoadedShard] = {}
         for name in admitted.names:
             try:
-                held[name] = self._hold(learner, name, request.facts)
+                held[name] = self._load_shard(learner, name, request.data_info)
             except InputError as error:
-                failures.append(Failure(name, self._told(name, error, request.job)))
+                failures.append(Failure(name, self._error_for_server(name, error, request.job)))
         replies: Iterable[Reply]
         if request.kind == "evaluate":
             replies = evaluate(learner, request, held, self.memory)
@@ -227,9 +227,11 @@ class Site:
             assert private is not None
             shards = {name: h.train for name, h in held.items()}
             values = sums(model_sums(learner, request.tensors, shards, private, request.round))
-        return self.desk.sent(learner.job, request, values, admitted.charged)
+        return self.desk.encode_contributions(learner.job, request, values, admitted.charged)
 
-    def admit(self, job: Job, request: Request, names: Sequence[str]) -> tuple[ChargedClients, list[Reply]]:
+    def charge_privacy(
+        self, job: Job, request: Request, names: Sequence[str]
+    ) -> tuple[ChargedClients, list[Reply]]:
         """(who may train and how, why the others may not), once everything is charged."""
         found = [dp_plan_of(job, unit) for unit in job.privacy.units]
         ours = [terms for terms in found if terms is not None and terms.where != "server"]
@@ -246,12 +248,12 @@ class Site:
             except BudgetExhausted as spent:
                 refused.append(Failure(name, str(spent)))
             except InputError as error:
-                refused.append(Failure(name, self._told(name, error, request.job)))
+                refused.append(Failure(name, self._error_for_server(name, error, request.job)))
         example = next((terms for terms in ours if terms.unit == "example"), None)
         private = None if example is None else private_training(job, example, request.round, charged)
         return ChargedClients(list(charged), private, charged), refused
 
-    def _told(self, client: str, error: InputError, known: str) -> str:
+    def _error_for_server(self, client: str, error: InputError, known: str) -> str:
         """What the server is told of an error; a discreet site keeps the whole line in its own log."""
         if not self.discreet:
             return str(error)
@@ -275,7 +277,7 @@ class Site:
             self._learners[key] = learner
         return self._learners[key]
 
-    def _hold(self, learner: Learner, name: str, facts: DataInfo) -> LoadedShard:
+    def _load_shard(self, learner: Learner, name: str, facts: DataInfo) -> LoadedShard:
         key = (name, learner.job.hash, self._unchanged(learner.job, name))
         if key in self._held:
             self._held[key] = self._held.pop(key)
@@ -285,7 +287,7 @@ class Site:
         features = learner.training_features(part) if learner.trains_on_features else None
         while len(self._held) >= KEPT_SHARDS:
             self._held.pop(next(iter(self._held)))
-        self._held[key] = LoadedShard(learner.taught(part), validation, features)
+        self._held[key] = LoadedShard(learner.with_soft_labels(part), validation, features)
         return self._held[key]
 
     def _unchanged(self, job: Job, name: str) -> str:

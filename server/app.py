@@ -78,14 +78,14 @@ class FlowerTransport:
 
     grid: Grid
     engine: str
-    masks: bool = True
+    uses_masking: bool = True
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
     gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)
 
-    def hello(self, job: Job) -> ClientRoster:
+    def discover_clients(self, job: Job) -> ClientRoster:
         """Ask every node who lives there, until the job's number of clients is there.
 
         Raises:
@@ -139,7 +139,7 @@ class FlowerTransport:
             self.left_out.add((node, client))
             logger.warning("node %d calls itself %s, which another one is: left out", node, client)
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
         letters, shared = {}, encode_request(request)
         common = bodies_of({"tensors": shared[1]})

@@ -26,7 +26,7 @@ class ClientRoster:
 
     names: Sequence[str]
     sizes: NDArray[np.int64]
-    facts: Sequence[DataInfo]
+    data_info: Sequence[DataInfo]
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -36,7 +36,7 @@ class ClientRoster:
         return cls(
             names=tuple(h.client for h in taking),
             sizes=np.array([h.num_examples for h in taking], dtype=np.int64),
-            facts=[h.facts for h in taking],
+            data_info=[h.data_info for h in taking],
             refused={h.client: h.refusal for h in hellos if h.refusal},
         )
 

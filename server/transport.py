@@ -14,13 +14,13 @@ class Transport(Protocol):
     """Delivers requests to clients by name and brings their replies, in any order."""
 
     engine: str
-    masks: bool
+    uses_masking: bool
     """Whether vectors of secure sums travel under masks: not where the clients are simulated."""
 
-    def hello(self, job: Job) -> ClientRoster:
+    def discover_clients(self, job: Job) -> ClientRoster:
         """All clients that could be reached; waits until the job's number of them is there."""
         ...
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         """Replies of the named clients as they come; those that miss the deadline are left out."""
         ...

@@ -46,11 +46,11 @@ class BaselineRunner:
         index = PopulationIndex(self.population, run.state.learner)
         rows = [train for train, _ in index.splits([number_of(name) for name in panel])]
         if "local_only" in asked:
-            shards = (index.lessons.select(own.tolist()) for own in rows)
+            shards = (index.training_view.select(own.tolist()) for own in rows)
             alone = trained(run, dict(zip(panel, shards, strict=True)))
             found["local_only"] = _mean([_measured(run, tensors) for tensors in alone.values()])
         if "pooled" in asked:
-            everything = index.lessons.select(np.unique(np.concatenate(rows)).tolist())
+            everything = index.training_view.select(np.unique(np.concatenate(rows)).tolist())
             found["pooled"] = _measured(run, trained(run, {"pooled": everything})["pooled"])
         if len(panel) == len(run.setup.population):
             return found, []

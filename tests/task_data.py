@@ -51,7 +51,7 @@ def _generated(make: Callable[[], dict[str, pa.Table]]) -> Callable[[Path, Job],
 
     def write(folder: Path, job: Job) -> None:
         task = task_named(job.task.name)
-        task.write(task.adopt({"train": make()["train"]}, job).train, folder, job.data)
+        task.write(task.from_builtin({"train": make()["train"]}, job).train, folder, job.data)
 
     return write
 

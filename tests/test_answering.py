@@ -54,7 +54,7 @@ def learner_of(tune: dict[str, Any] | None = None, **tables: Any) -> Learner:
 
 
 def shard_of(learner: Learner, rows: list[dict[str, str]]) -> Shard:
-    table = learner.task.adopt({"train": pa.Table.from_pylist(rows)}, learner.job)
+    table = learner.task.from_builtin({"train": pa.Table.from_pylist(rows)}, learner.job)
     return learner.task.shard(table.train, {})
 
 
@@ -87,7 +87,7 @@ def test_bad_rows_are_told_in_one_line(tmp_path: Path, row: dict[str, Any], prob
 
 def test_what_is_written_is_read_again_with_the_same_keys(tmp_path: Path) -> None:
     data = DataSection(source="x", columns={"question": "asked"})
-    table = QUESTION_ANSWERING.adopt({"train": pa.Table.from_pylist(ROWS)}, job_of())
+    table = QUESTION_ANSWERING.from_builtin({"train": pa.Table.from_pylist(ROWS)}, job_of())
     QUESTION_ANSWERING.write(table.train, tmp_path / "out", data)
     again = QUESTION_ANSWERING.read(tmp_path / "out", data, {})
     assert QUESTION_ANSWERING.keys(again.train) == QUESTION_ANSWERING.keys(table.train)
@@ -95,7 +95,7 @@ def test_what_is_written_is_read_again_with_the_same_keys(tmp_path: Path) -> Non
 
 def test_a_long_context_is_cut_and_the_question_is_kept() -> None:
     learner = learner_of()
-    batch = learner.encoder.prepare([prompt("where is Anna?", "the garden " * 50)])
+    batch = learner.encoder.preprocess_and_collate([prompt("where is Anna?", "the garden " * 50)])
     text = own_tokenizer().decode(batch["input_ids"][0])
     assert batch["input_ids"].shape == (1, 32)
     assert text.startswith("question: where is Anna? context: the garden")
@@ -142,7 +142,7 @@ def test_an_answer_is_measured_by_its_whole_text_whatever_its_tokens() -> None:
     learner = learner_of()
     answers = ["the very long answer of seven words", "café"]
     targets = learner.task.targets(answers)  # type: ignore[attr-defined]
-    assert learner.task.measured(answers, targets)[1] == answers
+    assert learner.task.metric_inputs(answers, targets)[1] == answers
 
 
 def test_metrics_of_clients_add_up_to_those_of_all_data() -> None:
@@ -160,7 +160,7 @@ def test_teacher_forcing_never_shows_the_token_that_is_asked_for() -> None:
     learner = learner_of()
     shard = shard_of(learner, ROWS)
     model = learner.model.eval()
-    batch = learner.batch(shard, [0])
+    batch = learner.collate(shard, [0])
     other = {name: t.clone() for name, t in batch.items()}
     other[TARGETS][:, 1] = 40
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_private_training_clips_each_questions_own_gradient(tune: dict[str, Any]
     trainable.load_values(model, start)
     for row in rows.tolist():
         model.zero_grad()
-        learner.task.loss(model(learner.batch(shard, [row])), shard.targets_of([row])).backward()
+        learner.task.loss(model(learner.collate(shard, [row])), shard.targets_of([row])).backward()
         own = {n: p.grad.double() for n, p in trainable.trainable(model).items() if p.grad is not None}
         norm = float(torch.stack([g.square().sum() for g in own.values()]).sum().sqrt())
         for name, g in own.items():

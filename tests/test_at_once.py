@@ -61,7 +61,7 @@ def test_updates_are_those_of_one_client_after_the_other_to_1e5(
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
     start = learner.initial()
     population = Population.of(job)
-    shards = {name: learner.task.shard(population.dataset(job, name), learner.facts) for name in CLIENTS}
+    shards = {name: learner.task.shard(population.dataset(job, name), learner.data_info) for name in CLIENTS}
     plan = {"proximal_mu": 0.1}
     together = vmap_training(learner, start, shards, job, round=1, plan=plan)
     for update, (name, shard) in zip(together, shards.items(), strict=True):

@@ -131,7 +131,7 @@ def test_choosing_the_best_number_of_guesses_pays_for_all_that_were_tried() -> N
     assert asked == [(made, pytest.approx(0.9875)) for made in (8, 16, 32, 64)]
     chance = 0.0125 ** (1 / 64)
     assert found.epsilon == pytest.approx(math.log(chance / (1 - chance)), abs=1e-5)
-    assert found.told()["guesses"] == found.told()["right"] == 64
+    assert found.to_json()["guesses"] == found.to_json()["right"] == 64
 
 
 @pytest.mark.parametrize("noise", [0.8, 1.0, 4.0])

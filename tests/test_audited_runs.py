@@ -260,7 +260,7 @@ def test_mislabelled_examples_are_there_or_not_at_one_client() -> None:
     assert set(canaries.rows[inside]) <= set(held) and not set(canaries.rows[~inside]) & set(held)
     everything = np.concatenate([train for train, _ in plain.splits(range(3))])
     assert len(held) == len(everything) - 8
-    changed = (index.whole.targets != plain.whole.targets).nonzero().flatten().numpy()
+    changed = (index.full_population.targets != plain.full_population.targets).nonzero().flatten().numpy()
     assert sorted(changed) == sorted(canaries.rows)
     assert carrier_with(population, lambda learner: index).engine == "inline"
 

@@ -130,7 +130,9 @@ def test_a_batch_prepared_anywhere_holds_what_each_inputs_own_stream_makes(tmp_p
     for rows, prepare in reversed(list(encoder.fixed_batches(inputs, 8, varied))):
         batch = prepare()
         for place, row in enumerate(rows):
-            alone = encoder.prepare([inputs[row]], Variation(names, lambda _, r=row: varied.stream(r)))  # type: ignore[misc]
+            alone = encoder.preprocess_and_collate(
+                [inputs[row]], Variation(names, lambda _, r=row: varied.stream(r))
+            )  # type: ignore[misc]
             for name, tensor in alone.items():
                 assert torch.equal(batch[name][place, : tensor.shape[1]], tensor[0]), (row, name)
 

@@ -220,7 +220,7 @@ def test_a_folder_of_save_pretrained_is_a_backbone(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "bert" / "model.safetensors")
     loaded = encoder.model.state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in saved.items() if n in loaded)
-    assert encoder(encoder.prepare(["good", "a b c d"])).shape == (2, 32)
+    assert encoder(encoder.preprocess_and_collate(["good", "a b c d"])).shape == (2, 32)
 
 
 @pytest.mark.parametrize("kind", ["nan", "truncated", "missing"])

@@ -82,7 +82,7 @@ def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(clo
         "backbone": {"name": "torchvision:squeezenet1_1"},
         "federation": {"clients": 1, "wait": 60},
     }
-    roll = FlowerTransport(cast(Grid, grid), "test").hello(Job.parse(table, origin="test"))
+    roll = FlowerTransport(cast(Grid, grid), "test").discover_clients(Job.parse(table, origin="test"))
     assert (list(roll.names), roll.sizes.tolist()) == (["north"], [12])
     assert grid.pushed == 3 and clock.now < 1000 + 20
 
@@ -98,7 +98,7 @@ REQUEST = Request("evaluate", "{}", "", 1, {}, {"w": torch.zeros(2)})
 def test_a_request_that_was_lost_is_sent_again_before_a_short_round_is_over() -> None:
     grid = LossyGrid(lost=2, answer=measured())
     carrier = FlowerTransport(cast(Grid, grid), "test", nodes={"north": NODE})
-    (reply,) = carrier.exchange(REQUEST, ["north"], timeout=2.0)
+    (reply,) = carrier.send_and_receive(REQUEST, ["north"], timeout=2.0)
     assert isinstance(reply, Measurement) and reply.num_examples == 12
     assert grid.pushed == 3
 
@@ -109,5 +109,5 @@ def test_a_node_that_never_answers_is_waited_for_until_the_deadline_and_not_long
 ) -> None:  # rows 5, 9
     grid = LossyGrid(lost=10**6, answer=measured())
     carrier = FlowerTransport(cast(Grid, grid), "test", nodes={"north": NODE})
-    assert list(carrier.exchange(REQUEST, ["north"], timeout=timeout)) == []
+    assert list(carrier.send_and_receive(REQUEST, ["north"], timeout=timeout)) == []
     assert timeout <= clock.now - 1000 <= timeout + 1

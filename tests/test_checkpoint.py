@@ -23,7 +23,7 @@ def at(round: int) -> Checkpoint:
         state={"m.w": torch.full((3,), round / 2, dtype=torch.float64), "round": float(round)},
         bytes_up=10 * round,
         bytes_down=20 * round,
-        facts={"classes": ["a", "b"]},
+        data_info={"classes": ["a", "b"]},
     )
 
 
@@ -31,7 +31,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     save(tmp_path, at(3))
     found = latest(tmp_path, "ab" * 32)
     assert found is not None
-    assert (found.round, found.job_hash, found.facts) == (3, "ab" * 32, at(3).facts)
+    assert (found.round, found.job_hash, found.data_info) == (3, "ab" * 32, at(3).data_info)
     assert (found.bytes_up, found.bytes_down) == (30, 60)
     assert torch.equal(found.tensors["w"], at(3).tensors["w"])
     assert found.state["round"] == 3.0
@@ -81,7 +81,7 @@ def test_every_single_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None
         path.write_bytes(content)
         found = latest(tmp_path, "ab" * 32)
         if found is not None:
-            assert (found.round, found.bytes_up, found.facts) == (1, 10, {"classes": ["a", "b"]})
+            assert (found.round, found.bytes_up, found.data_info) == (1, 10, {"classes": ["a", "b"]})
             assert torch.equal(found.tensors["w"], at(1).tensors["w"])
             assert torch.equal(found.state["m.w"], at(1).state["m.w"])  # type: ignore[arg-type]
 
@@ -125,8 +125,8 @@ def test_an_error_of_the_disk_leaves_the_older_checkpoint_and_names_the_path(
 def test_rounds_of_milliseconds_share_a_checkpoint_and_the_last_one_is_always_saved(tmp_path: Path) -> None:
     keeper = CheckpointManager(tmp_path)
     for round in range(1, 51):
-        keeper.keep(at(round))
-    keeper.save_last()
+        keeper.save_async(at(round))
+    keeper.flush()
     found = latest(tmp_path, "ab" * 32)
     assert found is not None and found.round == 50
     assert len(list(tmp_path.iterdir())) == 2  # of the first round and of the last
@@ -142,12 +142,12 @@ def test_an_error_of_the_disk_on_the_way_stops_the_run_and_is_tried_once_more_at
 
     monkeypatch.setattr(os, "fsync", fail)
     monkeypatch.setattr(checkpoint, "EVERY", 0.0)
-    keeper.keep(at(1))
+    keeper.save_async(at(1))
     with pytest.raises(JobError, match="No space left on device"):
         for _ in watched("error"):
-            keeper.keep(at(2))
+            keeper.save_async(at(2))
     monkeypatch.undo()
-    keeper.save_last()
+    keeper.flush()
     found = latest(tmp_path, "ab" * 32)
     assert found is not None and found.round == 2
 

@@ -579,7 +579,7 @@ def same_shards(job: Path, folder: Path) -> None:
     """The shards on disk, read as a site reads them, are those of the simulation."""
     loaded = Job.load(job)
     population, task = Population.of(loaded), task_named(loaded.task.name)
-    facts = task.describe(population.train, loaded.data, {})
+    facts = task.local_info(population.train, loaded.data, {})
     names = population.names(loaded)
     assert {p.name for p in folder.iterdir()} == {*names, "held-out-test"}
     for name in names:

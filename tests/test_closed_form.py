@@ -140,10 +140,10 @@ def test_later_rounds_train_from_the_formed_head_and_resume_to_the_same_bits(tmp
     class Stopped(Exception): ...
 
     class Stops(InlineTransport):
-        def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
+        def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Any:
             if request.kind == "train" and request.round == 2:
                 raise Stopped
-            return super().exchange(request, names, timeout)
+            return super().send_and_receive(request, names, timeout)
 
     from atoll.server.run.run_job import run_job
     from atoll.sim.engines.engine import cached_test_set
@@ -176,7 +176,7 @@ def test_statistics_that_cannot_be_are_set_aside_by_their_clients_name(reply: Re
     model = {"head.weight": torch.zeros(10, 4), "head.bias": torch.zeros(10)}
     replies = [reply, Measurement("b", 1, 5, statistics()), Measurement("b", 1, 5, statistics())]
     screened = validate_statistics(replies, ["a", "b", "c"], formed("prototype"), model)
-    assert screened.usable == 1 and set(screened.set_aside) == {"a", "b (again)", "c"}
+    assert screened.num_valid == 1 and set(screened.set_aside) == {"a", "b (again)", "c"}
     import re
 
     assert re.search(why, screened.set_aside["a"])
@@ -186,7 +186,9 @@ def test_statistics_that_cannot_be_are_set_aside_by_their_clients_name(reply: Re
 def test_a_real_site_gives_no_statistics_to_a_job_that_forms_no_head() -> None:
     setting = job()
     population = Population.of(setting)
-    request = Request(STATISTICS, setting.canonical, setting.hash, 1, population.roll(setting).facts[0], {})
+    request = Request(
+        STATISTICS, setting.canonical, setting.hash, 1, population.roll(setting).data_info[0], {}
+    )
     [reply] = Site(population, discreet=True).answer(request, ["client-0000"])
     assert reply == Failure("client-0000", "its job forms no head of statistics")
 

@@ -52,7 +52,7 @@ def arrived(updates: Sequence[Update], scheme: str) -> ValidatedUpdates:
     setting, memory = job(scheme, w.clients()), ClientStateStore()
     numbers = compression.numbers_of(w.MODEL)
     request = Request("train", setting.canonical, setting.hash, 1, {}, w.MODEL, run="r")
-    memory.keep("r", 0, {u.client: {ERROR: torch.full((numbers,), 50.0)} for u in updates})
+    memory.save("r", 0, {u.client: {ERROR: torch.full((numbers,), 50.0)} for u in updates})
     told = [replace(u, states=STATES, num_examples=1) for u in updates]
     sent = error_feedback.compressed(iter(told), request, setting, memory)
     whole = decompression.decompressed(sent, setting, w.MODEL)
@@ -69,7 +69,7 @@ def a_client_that_remembers_moves_the_sum_by_the_clipping_norm(scheme: str) -> N
 def what_the_server_tells_of_messages_does_not_depend_on_values(scheme: str) -> None:
     def told(update: Update) -> Any:
         found = arrived([replace(update, client="a")], scheme)
-        return found.usable, found.set_aside, [u.num_examples for u in found.updates]
+        return found.num_valid, found.set_aside, [u.num_examples for u in found.updates]
 
     ordinary = told(w.people(w.MODEL)[0])
     for update in adversaries(w.MODEL):
@@ -95,14 +95,14 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def feedback_at_the_server(patch: pytest.MonkeyPatch) -> None:
     """What clients' messages lost is added to the sum behind the clip."""
-    original = w.Quiet.merged
+    original = w.Quiet.privatize
 
     def merged(self: Any, round: int, updates: Any, model: Any, state: Any) -> Any:
         noised, kept = original(self, round, updates, model, state)
         lost = {n: t + 0.4 * len(updates) / w.COHORT for n, t in noised.delta.items()}
         return replace(noised, delta=lost), kept
 
-    patch.setattr(w.Quiet, "merged", merged)
+    patch.setattr(w.Quiet, "privatize", merged)
 
 
 def sizes_by_values(patch: pytest.MonkeyPatch) -> None:
@@ -130,13 +130,13 @@ def looks_at_values(patch: pytest.MonkeyPatch) -> None:
 
 def clips_what_travels(patch: pytest.MonkeyPatch) -> None:
     """The clip is applied to the message, and what it stands for is larger."""
-    original = w.Quiet.merged
+    original = w.Quiet.privatize
 
     def merged(self: Any, round: int, updates: Any, model: Any, state: Any) -> Any:
         noised, kept = original(self, round, updates, model, state)
         return replace(noised, delta={n: 3 * t for n, t in noised.delta.items()}), kept
 
-    patch.setattr(w.Quiet, "merged", merged)
+    patch.setattr(w.Quiet, "privatize", merged)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     """What a client sends and remembers in three rounds, in which its noised updates are given ones."""
     population = Population.of(setting)
     site = Site(population, books=w.PrivacyLedgers(w.new_folder()))
-    facts = population.roll(setting).facts[0]
+    facts = population.roll(setting).data_info[0]
     learner = Learner.of(setting, task_named(setting.task.name), facts)
     facts = facts | {"backbone": learner.backbone.fingerprint}
     model = learner.initial()
@@ -176,7 +176,7 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
             yield Update(owner, request.round, delta, *private_part(private, owner))
 
     def private_part(private: Any, owner: str) -> Any:
-        told = private.told([owner])
+        told = private.public_fields([owner])
         return told[0][0], {key: value[0] for key, value in told[1].items()}
 
     patch.setattr(atoll.client.site, "train", noised)
@@ -186,7 +186,7 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
         for reply in site.answer(request, [name]):
             assert isinstance(reply, Update)
             found += [reply.delta, reply.num_examples, reply.states]
-        found.append(site.memory.before("r", name, round + 1))
+        found.append(site.memory.load_before("r", name, round + 1))
     return found
 
 
@@ -219,8 +219,8 @@ def test_a_feedback_that_knows_more_than_the_noised_update_is_found(
                 update = replace(update, delta={n: t + own for n, t in update.delta.items()})
             yield from original(iter([update]), request, setting, memory)
             if where == "memory":
-                state = memory.before("r", update.client, request.round + 1)
-                memory.keep("r", request.round, {update.client: state | {"own": torch.tensor(own)}})
+                state = memory.load_before("r", update.client, request.round + 1)
+                memory.save("r", request.round, {update.client: state | {"own": torch.tensor(own)}})
 
     monkeypatch.setattr(atoll.client.site, "compressed", leaking)
     with pytest.raises(Detected):
@@ -284,8 +284,8 @@ def test_secure_sums_refuse_compression_by_name(privacy: dict[str, Any]) -> None
 class Rubbish(InlineTransport):
     """One client's scales are no numbers, and one's message is too short."""
 
-    def exchange(self, request: Request, names: Any, timeout: float) -> Any:
-        for reply in super().exchange(request, names, timeout):
+    def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
+        for reply in super().send_and_receive(request, names, timeout):
             if isinstance(reply, Update) and reply.client == "client-0000":
                 scales = torch.full_like(reply.delta["scales"], torch.nan)
                 reply = replace(reply, delta=reply.delta | {"scales": scales})

@@ -99,8 +99,8 @@ def test_every_way_to_compress_gives_other_bits_and_none_gives_the_old_ones(tmp_
 class Watched(InlineTransport):
     """Notes what clients send in every round."""
 
-    def exchange(self, request: Request, names: Any, timeout: float) -> Any:
-        replies = super().exchange(request, names, timeout)
+    def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
+        replies = super().send_and_receive(request, names, timeout)
         if request.kind == "train":
             self.sent.setdefault(request.round, []).extend(replies)
             self.models[request.round] = dict(request.tensors)
@@ -130,13 +130,13 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_learnt(tmp_path: P
         request = Request(
             "train", plain.canonical, plain.hash, round, facts, carrier.models[round], run="exact"
         )
-        updates = exact.exchange(request, population.names(plain), 60.0)
+        updates = exact.send_and_receive(request, population.names(plain), 60.0)
         learnt += flat(stacked(list(updates)).delta)  # type: ignore[arg-type]
         arrived += decompress(stacked(carrier.sent[round]).delta, how)
     run_name = next(iter(carrier.site.memory._held))[0]
     left = torch.stack(
         [
-            carrier.site.memory.before(run_name, name, 4)[error_feedback.ERROR]
+            carrier.site.memory.load_before(run_name, name, 4)[error_feedback.ERROR]
             for name in population.names(plain)
         ]
     )
@@ -167,8 +167,8 @@ class Breaks(InlineTransport):
 
     at = 3
 
-    def exchange(self, request: Request, names: Any, timeout: float) -> Any:
-        replies = super().exchange(request, names, timeout)
+    def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
+        replies = super().send_and_receive(request, names, timeout)
         if request.kind == "train" and request.round == self.at:
             raise KeyboardInterrupt
         return replies
@@ -240,8 +240,8 @@ def test_a_round_that_is_tried_again_finds_the_memory_it_found_first(tmp_path: P
 
         tried: dict[int, int] = {}  # noqa: RUF012 - made anew below
 
-        def exchange(self, request: Request, names: Any, timeout: float) -> Iterable[Any]:
-            replies = list(super().exchange(request, names, timeout))
+        def send_and_receive(self, request: Request, names: Any, timeout: float) -> Iterable[Any]:
+            replies = list(super().send_and_receive(request, names, timeout))
             self.tried[request.round] = self.tried.get(request.round, 0) + 1
             lost = request.kind == "train" and request.round in (2, 3) and self.tried[request.round] == 1
             return replies[1:] if lost else replies
@@ -281,9 +281,9 @@ def test_an_update_that_is_not_finite_is_set_aside_and_does_not_spoil_memory(sch
         return {name: tensor.unsqueeze(0) for name, tensor in update.delta.items()}
 
     sent(1, 0.1)
-    before = memory.before("r", "a", 2)[error_feedback.ERROR]
+    before = memory.load_before("r", "a", 2)[error_feedback.ERROR]
     assert not torch.isfinite(decompress(sent(2, float("nan")), how)).any()
-    assert torch.equal(memory.before("r", "a", 3)[error_feedback.ERROR], before)
+    assert torch.equal(memory.load_before("r", "a", 3)[error_feedback.ERROR], before)
     assert torch.isfinite(decompress(sent(3, 0.2), how)).all()
 
 

@@ -89,7 +89,7 @@ def test_every_layout_holds_the_same_examples(tmp_path: Path, make: Callable[[Pa
     table = DETECTION.read(make(tmp_path / "a"), DATA, {})
     by_rows = DETECTION.read(as_rows(tmp_path / "b"), DATA, {})
     assert DETECTION.keys(table.train) == DETECTION.keys(by_rows.train)
-    assert DETECTION.describe(table.train, DATA, {}) == FACTS
+    assert DETECTION.local_info(table.train, DATA, {}) == FACTS
 
 
 def test_train_and_test_folders_of_coco_are_splits(tmp_path: Path) -> None:

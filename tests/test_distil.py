@@ -55,7 +55,7 @@ def test_unlabelled_texts_get_the_teachers_labels_and_its_whole_weight(teacher: 
     assert [line["text"] for line in lines] == texts
     said = atoll.Run(teacher / "run").predict(texts)
     assert [line["label"] for line in lines] == [answer["label"] for answer in said]
-    assert atoll.Run(teacher / "unlabelled").job.train.taught == 1.0
+    assert atoll.Run(teacher / "unlabelled").job.train.distillation_weight == 1.0
 
 
 def test_what_is_not_there_is_one_line(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_onnxruntime_says_what_the_model_says_with_the_tokenizer_beside_it(runs:
     inputs = {one.name: tokens[one.name].astype(np.int64) for one in session.get_inputs()}
     model = as_trained(runs, "text-classification")
     with torch.inference_mode():
-        expected = model(model.backbone.prepare(TEXTS)).numpy()
+        expected = model(model.backbone.preprocess_and_collate(TEXTS)).numpy()
     assert np.allclose(session.run(None, inputs)[0], expected, atol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_transformers_and_peft_read_a_lora_run_with_equal_features(runs: Path) -
 
     folder = exported(runs, "text-classification", "huggingface")
     model = as_trained(runs, "text-classification")
-    batch = model.backbone.prepare(TEXTS)
+    batch = model.backbone.preprocess_and_collate(TEXTS)
     with torch.inference_mode():
         expected, outputs = model.backbone(batch), model(batch)
         base = AutoModel.from_pretrained(runs / "text-classification" / "bert").eval()
@@ -201,11 +201,11 @@ def test_torchao_and_transformers_alone_say_what_the_folder_says(runs: Path) -> 
         mask = tokens["attention_mask"].unsqueeze(-1)
         pooled = (states * mask).sum(1) / mask.sum(1)
         outputs = pooled @ state["head.weight"].T + state["head.bias"]
-        expected = ours.model(ours.model.backbone.prepare(TEXTS))
+        expected = ours.model(ours.model.backbone.preprocess_and_collate(TEXTS))
     assert torch.allclose(outputs, expected, atol=1e-5)
     whole = as_trained(runs, "text-classification")
     with torch.inference_mode():
-        assert torch.allclose(expected, whole(whole.backbone.prepare(TEXTS)), atol=0.1)
+        assert torch.allclose(expected, whole(whole.backbone.preprocess_and_collate(TEXTS)), atol=0.1)
     assert [answer["label"] for answer in ours.predict(TEXTS)] == [
         answer["label"] for answer in atoll.Run(runs / "text-classification-run").predict(TEXTS)
     ]

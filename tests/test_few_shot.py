@@ -28,7 +28,7 @@ from tests.test_simulation import job, run
 
 def learner_of(setting: Job) -> tuple[Learner, Population]:
     population = Population.of(setting)
-    facts = population.roll(setting).facts[0]
+    facts = population.roll(setting).data_info[0]
     return Learner.of(setting, task_named(setting.task.name), facts), population
 
 
@@ -45,8 +45,8 @@ def test_an_adapted_head_is_the_one_of_torchs_loop_stopped_after_as_many_steps(s
     learner, population = learner_of(job())
     index = PopulationIndex(population, learner)
     [(train, _)] = index.splits([1])
-    shard, head = index.whole.select(train.tolist()), learner.initial()
-    request = Request("evaluate", learner.job.canonical, learner.job.hash, 4, learner.facts, head)
+    shard, head = index.full_population.select(train.tolist()), learner.initial()
+    request = Request("evaluate", learner.job.canonical, learner.job.hash, 4, learner.data_info, head)
     found = adapt_locally(learner, request, "client-0001", shard, steps)
     from atoll.client.training.batches import batches
 
@@ -106,10 +106,10 @@ def test_a_client_trains_on_so_many_examples_a_class_the_same_ones_wherever_it_i
     index, site = PopulationIndex(population, learner), Site(population)
     for number, (train, kept) in enumerate(index.splits(range(6))):
         dataset = population.dataset(learner.job, f"client-{number:04d}")
-        shard = learner.task.shard(dataset, learner.facts)
+        shard = learner.task.shard(dataset, learner.data_info)
         mine, back = learner.split(shard)
-        here = index.whole.select(train.tolist())
-        assert mine.keys == here.keys and back.keys == index.whole.select(kept.tolist()).keys
+        here = index.full_population.select(train.tolist())
+        assert mine.keys == here.keys and back.keys == index.full_population.select(kept.tolist()).keys
         everything = whole.split(shard)
         assert back.keys == everything[1].keys  # what is measured on stays
         had, has = (np.bincount(s.table.numpy(), minlength=10) for s in (everything[0], mine))

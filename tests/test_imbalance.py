@@ -58,7 +58,7 @@ def test_the_closed_form_is_autograds(kind: str, strength: float) -> None:
     imbalance = Imbalance(kind, strength)  # type: ignore[arg-type]
     counts = torch.stack([counts_of(one, 5) for one in targets])
     closed = balanced(LOSSES["softmax"], imbalance, counts)
-    error, numbers = closed.error(outputs.clone(), targets)
+    error, numbers = closed.grad(outputs.clone(), targets)
     for client in range(3):
         own = outputs[client].clone().requires_grad_()
         value = imbalance.loss(counts[client])(own, targets[client])

@@ -51,8 +51,8 @@ def learner_and_shard(
     rows: list[dict[str, str]], tune: dict[str, Any] | None = None, **tables: Any
 ) -> tuple[Learner, Shard]:
     job = job_of(tune, **tables)
-    table = INTENT.adopt({"train": pa.Table.from_pylist(rows)}, job)
-    facts = INTENT.agree([INTENT.describe(table.train, job.data, {})])
+    table = INTENT.from_builtin({"train": pa.Table.from_pylist(rows)}, job)
+    facts = INTENT.merge_info([INTENT.local_info(table.train, job.data, {})])
     learner = Learner.of(job, INTENT, facts)
     return learner, learner.task.shard(table.train, facts)
 
@@ -80,25 +80,27 @@ def test_bad_rows_are_told_in_one_line(tmp_path: Path, row: dict[str, Any], prob
 
 def test_what_is_written_is_read_again_with_the_same_keys(tmp_path: Path) -> None:
     data = DataSection(source="x", columns={"slots": "marks"}, text="said")
-    table = INTENT.adopt({"train": pa.Table.from_pylist(ROWS)}, job_of())
+    table = INTENT.from_builtin({"train": pa.Table.from_pylist(ROWS)}, job_of())
     INTENT.write(table.train, tmp_path / "out", data)
     again = INTENT.read(tmp_path / "out", data, {})
     assert INTENT.keys(again.train) == INTENT.keys(table.train)
 
 
 def test_facts_are_sorted_unions_and_a_job_may_pin_the_intents() -> None:
-    parts = [INTENT.adopt({"train": pa.Table.from_pylist(r)}, job_of()).train for r in (ROWS[:2], ROWS[2:])]
+    parts = [
+        INTENT.from_builtin({"train": pa.Table.from_pylist(r)}, job_of()).train for r in (ROWS[:2], ROWS[2:])
+    ]
     data = DataSection(source="x")
-    assert INTENT.agree([INTENT.describe(part, data, {}) for part in parts]) == {
+    assert INTENT.merge_info([INTENT.local_info(part, data, {}) for part in parts]) == {
         "intents": ["navigate", "play"],
         "tags": ["B-music", "B-place", "I-music", "I-place", "O"],
     }
     pinned = DataSection(source="x", classes=("play", "stop", "navigate"))
-    assert INTENT.agree([INTENT.describe(p, pinned, {}) for p in parts])["intents"] == list(
+    assert INTENT.merge_info([INTENT.local_info(p, pinned, {}) for p in parts])["intents"] == list(
         pinned.classes or ()
     )
     with pytest.raises(DataError, match="intent 'play' is not in"):
-        INTENT.describe(parts[0], DataSection(source="x", classes=("stop", "go")), {})
+        INTENT.local_info(parts[0], DataSection(source="x", classes=("stop", "go")), {})
 
 
 def test_places_behind_a_short_sentence_count_neither_in_the_loss_nor_in_the_metric() -> None:
@@ -107,9 +109,9 @@ def test_places_behind_a_short_sentence_count_neither_in_the_loss_nor_in_the_met
     targets = shard.targets_of(range(4))
     assert targets.shape == (4, 6) and (targets == NOTHING).any()
     with torch.no_grad():
-        outputs = model(learner.batch(shard, range(4)))
+        outputs = model(learner.collate(shard, range(4)))
         each = [
-            float(learner.task.loss(model(learner.batch(shard, [row])), shard.targets_of([row])))
+            float(learner.task.loss(model(learner.collate(shard, [row])), shard.targets_of([row])))
             for row in range(4)
         ]
     assert float(learner.task.loss(outputs, targets)) == pytest.approx(sum(each) / 4, rel=1e-4)
@@ -120,7 +122,7 @@ def test_places_behind_a_short_sentence_count_neither_in_the_loss_nor_in_the_met
 def test_a_sentence_has_as_many_tags_as_words_whoever_is_asked_for_beside_it() -> None:
     learner, _ = learner_and_shard(ROWS)
     asked = [row["text"].split() for row in ROWS]
-    said = learner.task.answer(learner.predictions(learner.initial(), asked), learner.facts)
+    said = learner.task.format_predictions(learner.predictions(learner.initial(), asked), learner.data_info)
     assert [len(one["slots"].split()) for one in said] == [len(words) for words in asked]
 
 
@@ -167,7 +169,7 @@ def test_private_training_clips_each_sentences_own_gradient(tune: dict[str, Any]
     trainable.load_values(model, start)
     for row in rows.tolist():
         model.zero_grad()
-        learner.task.loss(model(learner.batch(shard, [row])), shard.targets_of([row])).backward()
+        learner.task.loss(model(learner.collate(shard, [row])), shard.targets_of([row])).backward()
         own = {n: p.grad.double() for n, p in trainable.trainable(model).items() if p.grad is not None}
         norm = float(torch.stack([g.square().sum() for g in own.values()]).sum().sqrt())
         for name, g in own.items():
@@ -197,5 +199,7 @@ def test_learning_beats_not_learning() -> None:
     before, after = (learner.compute(learner.evaluate(t, shard)) for t in (start, trained))
     assert after["intent_accuracy"] == 1.0 > before["intent_accuracy"]
     assert after["slot_f1"] == 1.0 > before["slot_f1"]
-    said = learner.task.answer(learner.predictions(trained, [ROWS[2]["text"].split()]), learner.facts)
+    said = learner.task.format_predictions(
+        learner.predictions(trained, [ROWS[2]["text"].split()]), learner.data_info
+    )
     assert (said[0]["label"], said[0]["slots"]) == ("navigate", "O O B-place")

@@ -36,7 +36,7 @@ def alone(count: int) -> list[np.ndarray]:
 
 
 def test_a_step_on_one_example_tells_its_label_and_its_features() -> None:
-    assert probe_of({"unit": "none"}, 100).told(alone(100), is_protected=False) == {
+    assert probe_of({"unit": "none"}, 100).attack_result(alone(100), is_protected=False) == {
         "label": 1.0,
         "cosine": pytest.approx(1.0, abs=1e-6),
     }
@@ -61,7 +61,7 @@ def test_eight_classes_tell_all_their_labels_and_mix_their_features(shared: floa
     with x is (.9 - .7 c) / sqrt(.81 + .07 - 1.26 c + .42 c)."""
     probe = probe_of({"unit": "none"}, 800, shared=shared)
     batches = [np.arange(start, start + 8) for start in range(0, 800, 10)]
-    found = probe.told(batches, is_protected=False)
+    found = probe.attack_result(batches, is_protected=False)
     assert found["label"] == 1.0
     assert found["cosine"] == pytest.approx((0.9 - 0.7 * shared) / (0.88 - 0.84 * shared) ** 0.5, abs=0.02)
 
@@ -69,7 +69,7 @@ def test_eight_classes_tell_all_their_labels_and_mix_their_features(shared: floa
 def test_noise_on_single_examples_leaves_little_more_than_chance() -> None:
     """At a noise multiplier of 1 the label's bias stands out from the others' by .75 deviations."""
     probe = probe_of(EXAMPLE, 1000)
-    found = probe.told(alone(1000), is_protected=True)
+    found = probe.attack_result(alone(1000), is_protected=True)
     # p - y is -.9 at the label and .1 elsewhere, of norm .95; features of length 1 stand beside the bias's
     # one, so that the gradient is longer than the clipping norm of 1, and clipped.
     generator = np.random.default_rng(1)

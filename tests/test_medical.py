@@ -163,5 +163,5 @@ def test_a_perfect_prediction_has_auroc_1_and_a_constant_one_a_half(classes: int
     perfect = 9.0 * torch.nn.functional.one_hot(targets, classes)
     for outputs, wanted in ((perfect, 1.0), (torch.zeros(30, classes), 0.5)):
         metrics = MEDICAL_IMAGING.metrics({"classes": list("abc"[:classes])})
-        metrics.update(*MEDICAL_IMAGING.measured(outputs, targets))
+        metrics.update(*MEDICAL_IMAGING.metric_inputs(outputs, targets))
         assert float(metrics.compute()["auroc"]) == pytest.approx(wanted)

@@ -39,10 +39,10 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
     )
     population = Population.of(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.describe(population.train, job.data, {}))
+    learner = Learner.of(job, task, task.local_info(population.train, job.data, {}))
     test = cached_test_set(population, None)(learner)
     assert test is not None
-    train = task.shard(population.train, learner.facts)
+    train = task.shard(population.train, learner.data_info)
     oracle = LogisticRegression(max_iter=3000).fit(learner.features(train).numpy(), train.targets.numpy())
     expected = oracle.score(learner.features(test).numpy(), test.targets.numpy())
     found = simulate(job, tmp_path / "r", watch=unwatched, report=False)["final"]["server"]["accuracy"]

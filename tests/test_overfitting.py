@@ -39,7 +39,7 @@ def test_the_closed_form_of_smoothed_labels_is_torchs(share: float) -> None:
     outputs = torch.randn(3, 8, 5, generator=generator) * 3
     targets = torch.randint(0, 5, (3, 8), generator=generator)
     loss = smoothed(LOSSES["softmax"], job_of(None, train={"label_smoothing": share}))
-    error, numbers = loss.error(outputs.clone(), targets)
+    error, numbers = loss.grad(outputs.clone(), targets)
     for client in range(3):
         own = outputs[client].clone().requires_grad_()
         value = nn.functional.cross_entropy(own, targets[client], label_smoothing=share)

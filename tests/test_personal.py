@@ -110,8 +110,8 @@ class Stopped(Exception): ...
 class Stops(InlineTransport):
     """Breaks off in round 3, when clients have trained and the server has not merged yet."""
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
-        replies = list(super().exchange(request, names, timeout))
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Any:
+        replies = list(super().send_and_receive(request, names, timeout))
         if request.kind == "train" and request.round == 3:
             raise Stopped
         return replies
@@ -146,8 +146,8 @@ def test_what_clients_keep_never_travels_and_differs_between_them(
     sent: list[set[str]] = []
 
     class Watched(InlineTransport):
-        def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Any:
-            replies = list(super().exchange(request, names, timeout))
+        def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Any:
+            replies = list(super().send_and_receive(request, names, timeout))
             sent.append(set(request.tensors))
             sent.extend(set(reply.delta) for reply in replies if request.kind == "train")
             return replies
@@ -164,7 +164,7 @@ def test_what_clients_keep_never_travels_and_differs_between_them(
         assert names == sent[0] and not names & own
         assert keep != "norms" or not any("LayerNorm" in name for name in names)
     [held] = {run for run, _ in memory._held}
-    states = [memory.before(held, f"client-000{n}", 99) for n in range(4)]
+    states = [memory.load_before(held, f"client-000{n}", 99) for n in range(4)]
     assert all(set(state) == set(states[0]) and state for state in states)
     name = next(iter(states[0]))
     assert not any(torch.equal(states[0][name], other[name]) for other in states[1:])
@@ -220,14 +220,16 @@ def test_mixtures_of_heads_resume_to_the_same_bits_also_where_updates_are_compre
 def digits(**tables: Any) -> tuple[Learner, Population]:
     setting = job(**tables)
     population = Population.of(setting)
-    return Learner.of(setting, task_named(setting.task.name), population.roll(setting).facts[0]), population
+    return Learner.of(
+        setting, task_named(setting.task.name), population.roll(setting).data_info[0]
+    ), population
 
 
 def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_one() -> None:
     """Ditto's own model, against the loop that is written out with torch's autograd and optimizer."""
     learner, population = digits(train={"epochs": 2})
     index = PopulationIndex(population, learner)
-    examples, works = index.works(["client-0000", "client-0001", "client-0002"])
+    examples, works = index.client_rows(["client-0000", "client-0001", "client-0002"])
     shared = learner.initial()
     draw = torch.Generator().manual_seed(1)
     starts: dict[str, Tensors] = {
@@ -238,7 +240,7 @@ def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_
     found = {u.client: u for u in train_heads(shared, examples, works, local)}
     alone = train_heads(shared, examples, works[1:2], local)[0]
     for work in works:
-        shard = index.whole.select(work.rows.tolist())
+        shard = index.full_population.select(work.rows.tolist())
         x, y = learner.features(shard), shard.table
         weight, bias = (starts[work.client][f"head.{n}"].clone().requires_grad_() for n in ("weight", "bias"))
         from atoll.client.training.batches import batches
@@ -307,14 +309,14 @@ def test_damaged_or_foreign_memory_ends_the_run_in_one_line(tmp_path: Path) -> N
     setting = job(**MIXED, federation={"cohort": 6})
     run(setting, tmp_path / "r")
     memory = ClientStateStore(tmp_path / "r" / "memory", of_one_run=True)
-    memory.keep("", 4, {"client-0001": {"own/head.weight": torch.zeros(3)}})
+    memory.save("", 4, {"client-0001": {"own/head.weight": torch.zeros(3)}})
     population = Population.of(setting)
     carrier = InlineTransport.of(population, memory=memory)
-    facts = population.roll(setting).facts[0]
+    facts = population.roll(setting).data_info[0]
     learner = carrier.site.learner(setting, facts)
     request = Request("train", setting.canonical, setting.hash, 5, facts, learner.initial())
     with pytest.raises(DataError, match="memory of client-0001: is not of this model"):
-        list(carrier.exchange(request, ["client-0001"], 1.0))
+        list(carrier.send_and_receive(request, ["client-0001"], 1.0))
 
 
 PRIVATE = {"unit": "client", "epsilon": 1.0, "delta": 1e-4}

@@ -111,7 +111,7 @@ def test_a_real_round_that_was_lost_is_charged_again_and_the_gate_ends_the_run(t
     terms = dp_plan_of(setting, "client")
     assert terms is not None
     for round in (1, 2):  # charged by a run that was killed before its first checkpoint
-        ledger.charge(Entry(run_key(setting, out), round, "client", terms.cost))
+        ledger.charge(Entry(run_key(setting, out), round, "client", terms.event))
     (out / "job.toml").write_text(_toml(setting))
     result = run(setting, out, resume=True)
     assert len(result["rounds"]) == 2
@@ -164,7 +164,7 @@ def request(setting: Job, population: Population, round: int = 1) -> Request:
     from atoll.learning.learner import Learner
     from atoll.tasks import task_named
 
-    facts = population.roll(setting).facts[0]
+    facts = population.roll(setting).data_info[0]
     learner = Learner.of(setting, task_named(setting.task.name), facts)
     return Request("train", setting.canonical, setting.hash, round, facts, learner.initial(), run="run")
 
@@ -174,7 +174,7 @@ def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
     population = Population.of(setting)
     terms = dp_plan_of(setting, "example")
     assert terms is not None
-    enough = epsilon({terms.cost: 8}, 1e-4)
+    enough = epsilon({terms.event: 8}, 1e-4)
     site = Site(population, books=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
     kinds = []
     for round in (1, 2, 3):
@@ -272,7 +272,7 @@ def test_a_secure_sum_under_masks_has_the_bits_of_the_sum_without(which: str, tm
     plain = run(setting, tmp_path / "plain")
     population = Population.of(setting)
     carrier = LoopTransport.of(population, PrivacyLedgers(tmp_path / "masked" / "ledgers"))
-    carrier.masks = True
+    carrier.uses_masking = True
     masked = run_job(setting, carrier, tmp_path / "masked", cached_test_set(population, None))
     assert masked["model_sha256"] == plain["model_sha256"]
     assert masked["privacy"]["epsilon"] == plain["privacy"]["epsilon"]

@@ -48,7 +48,7 @@ def by_hand(learner: Learner, start: Tensors, shard: Shard, how: DpSgd) -> tuple
         total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
         for row in rows.tolist():
             model.zero_grad()
-            outputs = model(learner.batch(shard, [row]))
+            outputs = model(learner.collate(shard, [row]))
             learner.task.loss(outputs, shard.targets[[row]]).backward()  # type: ignore[no-untyped-call]
             own = {n: p.grad.double() for n, p in parameters.items() if p.grad is not None}
             norm = float(torch.stack([g.square().sum() for g in own.values()]).sum().sqrt())
@@ -114,14 +114,14 @@ def test_noise_is_added_once_a_step_over_all_tensors(tmp_path: Path) -> None:
 def test_hooks_are_used_where_they_see_every_gradient_and_nowhere_else(name: str, tmp_path: Path) -> None:
     learner, shard = case(name, tmp_path, 2)
     trainable.training_mode(learner.model)
-    batch = learner.batch(shard, [0, 1])
+    batch = learner.collate(shard, [0, 1])
     assert hooks_suffice(learner.model, learner.task.loss, batch, shard.targets) == CASES[name][2]
 
 
 def test_hooks_leave_the_model_as_it_was(tmp_path: Path) -> None:
     learner, shard = case("image, last block", tmp_path, 2)
     trainable.training_mode(learner.model)
-    batch = learner.batch(shard, [0, 1])
+    batch = learner.collate(shard, [0, 1])
     for _ in range(2):
         with per_example_gradients(learner.model, learner.task.loss, hooks=True) as gradients:
             gradients(batch, shard.targets)

@@ -31,11 +31,11 @@ def job(privacy: dict[str, Any], **tables: Any) -> Job:
 def test_a_promise_of_each_unit_is_resolved_from_the_job_alone() -> None:
     terms = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort_rate": 0.1}), "client")
     assert terms is not None
-    assert (terms.where, terms.divisor, terms.cost, terms.releases) == ("server", 10.0, Release(1.0, 0.1), 7)
+    assert (terms.where, terms.divisor, terms.event, terms.releases) == ("server", 10.0, Release(1.0, 0.1), 7)
     terms = dp_plan_of(job(EXAMPLE, train={"epochs": 2, "batch_size": 8}), "example")
     assert terms is not None
     # A step takes a twentieth of the examples: two epochs are 40 steps, in each of 10 rounds.
-    assert (terms.where, terms.divisor, terms.cost, terms.releases) == (
+    assert (terms.where, terms.divisor, terms.event, terms.releases) == (
         "client",
         8.0,
         Release(1.0, 0.05),
@@ -48,16 +48,16 @@ def test_a_distributed_promise_is_charged_once_a_round_and_clients_are_not_ampli
     train = {"batch_size": 8}
     terms = dp_plan_of(job(EXAMPLE | DISTRIBUTED, train=train), "example")
     assert terms is not None
-    assert (terms.divisor, terms.cost, terms.releases) == (8.0 * 20, Release(1.0, 0.05), 10)
+    assert (terms.divisor, terms.event, terms.releases) == (8.0 * 20, Release(1.0, 0.05), 10)
     setting = job(CLIENT | DISTRIBUTED, federation={"clients": 20, "cohort": 10, "rounds": 4})
     terms = dp_plan_of(setting, "client")
     assert terms is not None
-    assert (terms.divisor, terms.cost, terms.releases) == (10.0, Release(1.0, 1.0), 4)
+    assert (terms.divisor, terms.event, terms.releases) == (10.0, Release(1.0, 1.0), 4)
 
 
 def test_a_cohort_of_fixed_size_amplifies_nothing() -> None:
     terms = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort": 10}), "client")
-    assert terms is not None and terms.cost.sampling_rate == 1.0
+    assert terms is not None and terms.event.sampling_rate == 1.0
 
 
 @pytest.mark.parametrize("target", [0.5, 8.0])
@@ -68,9 +68,9 @@ def test_noise_is_calibrated_to_the_whole_run(target: float) -> None:
     assert terms is not None
     spent = epsilon(terms.planned, terms.delta)
     assert 0.99 * target < spent <= target
-    assert terms.affords({terms.cost: 49}, 1)
-    assert not terms.affords({terms.cost: 50}, 1)
-    assert not terms.affords({terms.cost: 40, Release(0.5, 0.1): 10}, 1)
+    assert terms.within_budget({terms.event: 49}, 1)
+    assert not terms.within_budget({terms.event: 50}, 1)
+    assert not terms.within_budget({terms.event: 40, Release(0.5, 0.1): 10}, 1)
 
 
 def test_both_units_have_a_table_each() -> None:

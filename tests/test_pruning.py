@@ -73,7 +73,7 @@ def test_structured_takes_neurons_out_and_leaves_the_features_width(tmp_path: Pa
     # The rows that are left are rows that were there, in their order.
     places = [int((before.get_parameter(INNER) == row).all(1).nonzero()[0]) for row in left]
     assert places == sorted(places)
-    batch = pruned.backbone.prepare(["good a", "bad"])
+    batch = pruned.backbone.preprocess_and_collate(["good a", "bad"])
     assert pruned(batch).shape == before(batch).shape
 
 

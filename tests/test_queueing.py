@@ -49,7 +49,7 @@ def test_it_takes_from_the_one_that_has_the_most_to_do() -> None:
 def test_a_worker_that_is_new_knows_nobody() -> None:
     homes = WorkerAffinity()
     dealt(Queue(homes, [["a"], ["b"]]), [0, 1])
-    homes.leave(0)
+    homes.forget(0)
     assert homes.of(["a"]) is None and homes.of(["b"]) == 1
 
 

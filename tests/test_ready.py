@@ -18,7 +18,7 @@ class Counts(Encoder):
 
     asked = 0
 
-    def ready(self, inputs: Sequence[int]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[int]) -> list[torch.Tensor]:
         self.asked += len(inputs)
         return [torch.tensor([float(number)]) for number in inputs]
 

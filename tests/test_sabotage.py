@@ -204,7 +204,7 @@ FRESHNESS: dict[str, Plant] = {
 
 def cost_as(change: Callable[[Any], Release]) -> Plant:
     return wrapped(
-        atoll.privacy.central.CentralGaussian, "cost", lambda original: lambda self: change(original(self))
+        atoll.privacy.central.CentralGaussian, "event", lambda original: lambda self: change(original(self))
     )
 
 
@@ -267,7 +267,7 @@ SAMPLING: dict[str, Plant] = {
     "Poisson's account of a fixed cohort": wrapped(w, "dp_plan_of", charged_as_poisson),
     "cohorts drawn from the job's seed": wrapped(atoll.server.rounds.loop, "sample", without_coins),
     "the same cohort in every round": wrapped(
-        atoll.server.rounds.central_dp.CentralDp, "coins",
+        atoll.server.rounds.central_dp.CentralDp, "sampling_uniforms",
         lambda original: lambda self, round, count: original(self, 1, count).sort().values,
     ),
 }  # fmt: skip
@@ -429,11 +429,11 @@ COUNTS = itertools.count(5)
 
 CLIENT_SILENCE: dict[str, Plant] = {
     "an update tells how many examples there are": wrapped(
-        atoll.client.dp.dp_sgd.DpSgd, "told",
+        atoll.client.dp.dp_sgd.DpSgd, "public_fields",
         lambda original: lambda self, clients: ((next(COUNTS),) * len(clients), original(self, clients)[1]),
     ),
     "the training loss is sent": wrapped(
-        atoll.client.dp.dp_sgd.DpSgd, "told",
+        atoll.client.dp.dp_sgd.DpSgd, "public_fields",
         lambda original: lambda self, clients: (
             (1,) * len(clients),
             original(self, clients)[1] | {"train_loss.sum": torch.rand(len(clients)).double()},
@@ -635,7 +635,7 @@ ACCOUNTS: dict[str, tuple[Callable[[], None], Plant]] = {
     "a coarse grid": (w.epsilon_is_true, coarse),
     "the gate is always open": (
         w.nothing_is_released_above_the_target,
-        wrapped(atoll.privacy.dp_plan.DpPlan, "affords", lambda original: lambda self, spent, count: True),
+        wrapped(atoll.privacy.dp_plan.DpPlan, "within_budget", lambda original: lambda self, spent, count: True),
     ),
     "calibrated to half of the rounds": (
         w.nothing_is_released_above_the_target,

@@ -47,7 +47,7 @@ def test_scores_and_scaling_are_those_of_transformers(tmp_path: Path) -> None:
     folder = small_segformer(tmp_path / "m")
     learner, _ = prepared_on(folder)
     image = pair(3, side=32)[0]
-    batch = learner.encoder.prepare([image])
+    batch = learner.encoder.preprocess_and_collate([image])
     processor = SegformerImageProcessor.from_pretrained(folder)
     wanted = processor(Image.open(BytesIO(image)), do_resize=False, return_tensors="pt")["pixel_values"]
     assert torch.allclose(batch["pixel_values"], wanted, atol=1e-5)

@@ -121,10 +121,12 @@ def test_a_bad_pair_is_one_line(tmp_path: Path, spoil: Callable[[Path], None], s
 
 def test_a_class_without_name_is_refused(tmp_path: Path) -> None:
     table = SEGMENTATION.read(folder(tmp_path / "d"), DATA, {})
-    assert SEGMENTATION.agree([SEGMENTATION.describe(table.train, DATA, {})]) == {"classes": ["0", "1"]}
+    assert SEGMENTATION.merge_info([SEGMENTATION.local_info(table.train, DATA, {})]) == {
+        "classes": ["0", "1"]
+    }
     named = {"classes": ["ground"]}
     with pytest.raises(DataError, match="a mask has class 1, expected 0 to 0"):
-        SEGMENTATION.describe(table.train, DATA, named)
+        SEGMENTATION.local_info(table.train, DATA, named)
 
 
 def test_iou_and_dice_by_hand_and_nothing_from_nothing() -> None:
@@ -162,7 +164,7 @@ def prepared(asked: Job, count: int = 8) -> tuple[Learner, Shard]:
     )
     keys = [hashlib.sha256(image).digest() for image, _ in pairs]
     learner = Learner.of(asked, task_named("segmentation"), {"classes": ["ground", "square"]})
-    return learner, learner.task.shard(Dataset(table), learner.facts, keys)
+    return learner, learner.task.shard(Dataset(table), learner.data_info, keys)
 
 
 @pytest.mark.parametrize("method", ["head", "last-k", "lora", "full"])

@@ -148,7 +148,7 @@ def test_a_site_that_extracts_its_own_views_has_the_bits_of_the_simulators_table
     setting = of_few(KEPT)
     population = Population.of(setting)
     task = task_named(setting.task.name)
-    facts = task.describe(population.train, setting.data, {})
+    facts = task.local_info(population.train, setting.data, {})
     whole = population.whole(Learner.of(setting, task, facts))
     table = Learner.of(setting, task, facts).training_features(whole)
     assert len(table) == 3 and not torch.equal(table[0], table[1])
@@ -221,12 +221,12 @@ class Breaks(InlineTransport):
 
     left = 2
 
-    def exchange(self, request: Request, names: Any, timeout: float) -> Any:
+    def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
         if request.kind == "train":
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
-        return super().exchange(request, names, timeout)
+        return super().send_and_receive(request, names, timeout)
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
@@ -288,10 +288,10 @@ def test_a_run_directory_in_use_refuses_a_second_process(tmp_path: Path) -> None
     population = Population.of(job())
 
     class Second(InlineTransport):
-        def hello(self, job: Job) -> Any:
+        def discover_clients(self, job: Job) -> Any:
             with pytest.raises(ConfigError, match=f"another process runs in it .pid {os.getpid()}"):
                 run(job, tmp_path / "r", resume=True)
-            return super().hello(job)
+            return super().discover_clients(job)
 
     run_job(
         job(federation={"rounds": 1}),
@@ -322,8 +322,8 @@ def test_resuming_with_a_changed_job_names_what_changed(tmp_path: Path) -> None:
 class Hostile(InlineTransport):
     """One client sends rubbish, one fails, one is silent; the rest are honest."""
 
-    def exchange(self, request: Request, names: Any, timeout: float) -> Any:
-        for reply in super().exchange(request, names, timeout):
+    def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
+        for reply in super().send_and_receive(request, names, timeout):
             yield from self._twisted(reply)
 
     def _twisted(self, reply: Reply) -> Any:

@@ -145,7 +145,10 @@ def test_the_padding_of_its_neighbours_changes_nothing_of_a_recording(tmp_path: 
     short, long = sound(tones("ab")), sound(tones("baobab bob"))
     model, encoder = learner.model.eval(), learner.encoder
     with torch.no_grad():
-        alone, together = model(encoder.prepare([short])), model(encoder.prepare([short, long]))
+        alone, together = (
+            model(encoder.preprocess_and_collate([short])),
+            model(encoder.preprocess_and_collate([short, long])),
+        )
     frames = alone.shape[1]
     assert together.shape[1] > frames
     assert torch.allclose(alone[0], together[0, :frames], atol=1e-4)
@@ -178,7 +181,10 @@ def test_a_transcript_too_long_for_its_recording_costs_nothing_beside_a_longer_o
     model, encoder = learner.model.eval(), learner.encoder
     said = code_points(["abba oa bob oa bob", "bob"], NOTHING)
     with torch.no_grad():
-        together, alone = model(encoder.prepare([short, long])), model(encoder.prepare([long]))
+        together, alone = (
+            model(encoder.preprocess_and_collate([short, long])),
+            model(encoder.preprocess_and_collate([long])),
+        )
     assert float(learner.task.loss(together, said)) == pytest.approx(
         float(learner.task.loss(alone, code_points(["bob"], NOTHING))) / 2, rel=1e-4
     )
@@ -249,7 +255,7 @@ def test_a_folder_with_ctc_says_what_transformers_says(tmp_path: Path, kind: str
     folder = small_wav2vec2(tmp_path / "model", kind=kind, norm=norm)
     samples = tones("baobab bob")
     learner = learner_of({"method": "head"}, backbone={"name": str(folder)})
-    batch = learner.encoder.prepare([sound(samples)])
+    batch = learner.encoder.preprocess_and_collate([sound(samples)])
     theirs = getattr(transformers, f"{kind}ForCTC").from_pretrained(folder).eval()
     read, _ = soundfile.read(io.BytesIO(sound(samples)), dtype="float32")
     given = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)(
@@ -261,7 +267,7 @@ def test_a_folder_with_ctc_says_what_transformers_says(tmp_path: Path, kind: str
     assert torch.allclose(own, logits, atol=1e-4)
     # A random network says what no letter stands for too: here it must choose among letters.
     logits[:, :, 1:4] = -1e4
-    heard = learner.task.answer(learner.model._letters.texts(logits), {})[0]["label"]
+    heard = learner.task.format_predictions(learner.model._letters.texts(logits), {})[0]["label"]
     said = tokenizer.batch_decode(logits.argmax(2))[0].lower()
     assert heard == " ".join(said.split()) != ""
 
@@ -302,10 +308,10 @@ def test_learning_beats_not_learning(tmp_path: Path) -> None:
 def test_generated_speech_is_a_source_of_the_task() -> None:
     from atoll.datasets.synthetic.speech import generated_speech
 
-    table = SPEECH_RECOGNITION.adopt(generated_speech(3, 16), job_of())
+    table = SPEECH_RECOGNITION.from_builtin(generated_speech(3, 16), job_of())
     learner = learner_of()
     shard = learner.task.shard(table.train, {})
-    assert learner.batch(shard, [0, 1])["sound"].shape[2] == 40
+    assert learner.collate(shard, [0, 1])["sound"].shape[2] == 40
 
 
 def test_a_spectrum_is_masked_as_the_paper_says_and_repeats_with_its_stream() -> None:

@@ -59,14 +59,14 @@ def folder_of(root: Path) -> Path:
 def learner_and_shard(root: Path, tune: dict[str, Any] | None = None, **tables: Any) -> tuple[Learner, Shard]:
     job = job_of(tune, **tables)
     table = INTENT.read(folder_of(root), DataSection(source="x"), job.task.options)
-    facts = INTENT.agree([INTENT.describe(table.train, job.data, job.task.options)])
+    facts = INTENT.merge_info([INTENT.local_info(table.train, job.data, job.task.options)])
     learner = Learner.of(job, INTENT, facts)
     return learner, learner.task.shard(table.train, facts)
 
 
 def test_recordings_and_intents_are_read_and_words_beside_them_are_left_out(tmp_path: Path) -> None:
     learner, shard = learner_and_shard(tmp_path / "d")
-    assert learner.facts == {"intents": ["play", "stop"], "tags": ["O"]}
+    assert learner.data_info == {"intents": ["play", "stop"], "tags": ["O"]}
     assert shard.targets_of(range(6)).shape == (6, 1)
     by_sound = {sound(tones(text)): float(text[0] != "a") for text in SAID}
     assert [by_sound[data] for data in shard.inputs] == shard.targets_of(range(6)).flatten().tolist()
@@ -85,12 +85,12 @@ def test_a_source_of_both_is_learnt_from_as_the_job_says() -> None:
     clips = [{"bytes": sound(tones("ab" * n)), "path": None} for n in range(1, len(said) + 1)]
     names = ["transcript" if name == "text" else name for name in said.column_names]
     both = said.rename_columns(names).append_column("audio", pa.array(clips))
-    heard = INTENT.adopt({"train": both}, job_of()).train
-    read = INTENT.adopt({"train": both}, job_of(task={"name": "intent"})).train
+    heard = INTENT.from_builtin({"train": both}, job_of()).train
+    read = INTENT.from_builtin({"train": both}, job_of(task={"name": "intent"})).train
     assert "audio" in heard.column_names and not {"text", "slots"} & set(heard.column_names)
     assert "text" in read.column_names and "audio" not in read.column_names
     # Words are the same examples, whether they were recorded or not.
-    plain = INTENT.adopt({"train": said}, job_of(task={"name": "intent"})).train
+    plain = INTENT.from_builtin({"train": said}, job_of(task={"name": "intent"})).train
     assert INTENT.keys(read) == INTENT.keys(plain)
     assert not set(INTENT.keys(heard)) & set(INTENT.keys(read))
 
@@ -116,8 +116,11 @@ def test_the_mean_is_over_the_recordings_own_frames(tmp_path: Path, name: str) -
     model, encoder = learner.model.eval(), learner.encoder
     short, long = sound(tones("ab")), sound(tones("baobab bob"))
     with torch.no_grad():
-        alone, together = model(encoder.prepare([short])), model(encoder.prepare([short, long]))
-        states, count = encoder(encoder.prepare([short, long]))
+        alone, together = (
+            model(encoder.preprocess_and_collate([short])),
+            model(encoder.preprocess_and_collate([short, long])),
+        )
+        states, count = encoder(encoder.preprocess_and_collate([short, long]))
         first = model.head(states[0, : int(count[0])].mean(0))
     assert int(count[0]) < states.shape[1]
     assert torch.allclose(together[0, 0], first, atol=1e-5)
@@ -185,8 +188,8 @@ def test_learning_beats_not_learning_and_a_file_is_answered_with_an_intent_alone
     trained = {name: t + update.delta[name] for name, t in start.items()}
     before, after = (learner.compute(learner.evaluate(t, shard)) for t in (start, trained))
     assert after["intent_accuracy"] == 1.0 > before["intent_accuracy"]
-    given = learner.task.raw_input(str(tmp_path / "d" / "3.wav"))
-    said = learner.task.answer(learner.predictions(trained, [given]), learner.facts)
+    given = learner.task.parse_input(str(tmp_path / "d" / "3.wav"))
+    said = learner.task.format_predictions(learner.predictions(trained, [given]), learner.data_info)
     assert said[0]["label"] == "stop" and set(said[0]) == {"label", "probability"}
 
 

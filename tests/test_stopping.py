@@ -44,7 +44,7 @@ def test_the_best_is_kept_and_patience_counts_what_was_not_better(
 ) -> None:
     stopping = EarlyStopping(metric, 2)
     for round, value in enumerate(values, start=1):
-        stopping.note(round, value, {"w": torch.tensor(float(round))})
+        stopping.update(round, value, {"w": torch.tensor(float(round))})
     assert (stopping.round, float(stopping.best["w"]), stopping.is_over) == (best, float(best), over)
     again = EarlyStopping(metric, 2)
     assert again.resume({"momentum.w": 1.0, **stopping.state()}) == {"momentum.w": 1.0}

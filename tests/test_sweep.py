@@ -331,7 +331,7 @@ def _releases(rows: list[Row]) -> set[Release]:
     from atoll.privacy.dp_plan import dp_plan_of
 
     found = {dp_plan_of(r.job, "example") for r in rows}
-    return {terms.cost for terms in found if terms is not None}
+    return {terms.event for terms in found if terms is not None}
 
 
 def test_the_axis_is_epsilon_or_the_first_key_that_counts() -> None:
@@ -379,7 +379,7 @@ def test_a_worker_that_dies_costs_no_run_but_the_one_that_killed_it(tmp_path: Pa
             os.kill(process.pid or 0, signal.SIGKILL)
         failures = crew.play(
             [(run, tmp_path / run.folder) for run in runs],
-            lambda run, failure: told.append((run.words, failure)),
+            lambda run, failure: told.append((run.description, failure)),
         )
-    assert failures == {} and sorted(told) == sorted((run.words, None) for run in runs)
+    assert failures == {} and sorted(told) == sorted((run.description, None) for run in runs)
     assert all((tmp_path / run.folder / "result.json").is_file() for run in runs)

@@ -62,7 +62,7 @@ def test_every_task_has_a_small_job() -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_the_registry_says_what_the_task_says_of_itself(name: str) -> None:
     task, entry = task_named(name), TASKS[name]
-    assert (task.name, task.summary, task.headline) == (name, entry.summary, entry.headline)
+    assert (task.name, task.summary, task.primary_metric) == (name, entry.summary, entry.primary_metric)
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_each_way_of_tuning_learns_and_has_the_same_bits_in_another_engine(job: 
     assert result["model_sha256"] == other["model_sha256"]
     losses = [line["loss"] for line in result["rounds"]]
     assert losses[-1] < losses[0], losses
-    headline = TASKS[job.task.name].headline
+    headline = TASKS[job.task.name].primary_metric
     assert all(headline in values for values in result["final"]["clients"].values())
 
 
@@ -123,7 +123,7 @@ def test_a_way_of_tuning_that_a_task_has_not_is_refused_by_name(job: Job, tmp_pa
 def learner_of(job: Job) -> tuple[Learner, Population]:
     """What the job's clients share, and the clients."""
     population, kind = Population.of(job), task_named(job.task.name)
-    facts = kind.agree([kind.describe(population.train, job.data, job.task.options)])
+    facts = kind.merge_info([kind.local_info(population.train, job.data, job.task.options)])
     return Learner.of(job, kind, facts), population
 
 
@@ -137,7 +137,7 @@ def test_the_loss_reaches_everything_that_travels(job: Job) -> None:
 
 
 def loss_of(learner: Learner, shard: Shard, rows: range) -> torch.Tensor:
-    return learner.task.loss(learner.model(learner.batch(shard, rows)), shard.targets_of(rows))
+    return learner.task.loss(learner.model(learner.collate(shard, rows)), shard.targets_of(rows))
 
 
 @pytest.mark.parametrize("task", TABLES)
@@ -157,7 +157,7 @@ def test_metrics_of_two_clients_add_up_to_those_of_all_data(task: str, tmp_path:
     job = ready(job_of(task, "head"), tmp_path)
     learner, population = learner_of(job)
     shards = [
-        learner.task.shard(population.dataset(job, name), learner.facts) for name in population.names(job)
+        learner.task.shard(population.dataset(job, name), learner.data_info) for name in population.names(job)
     ]
     whole, tensors = population.whole(learner), learner.initial()
     apart = learner.compute(sum_states(learner.evaluate(tensors, shard) for shard in shards))
@@ -212,7 +212,7 @@ def test_each_example_has_its_own_gradient_as_if_it_were_alone(task: str, tmp_pa
     learner, population = learner_of(ready(job_of(task, "full", privacy=PRIVATE), tmp_path))
     rows = range(4)
     shard = population.whole(learner).select(rows)
-    batch, targets = learner.batch(shard, rows), shard.targets_of(rows)
+    batch, targets = learner.collate(shard, rows), shard.targets_of(rows)
     learner.model.eval()
     hooks = hooks_suffice(learner.model, learner.task.loss, batch, targets)
     with per_example_gradients(learner.model, learner.task.loss, hooks=hooks) as gradients:

@@ -58,7 +58,7 @@ def test_the_closed_form_and_the_autograd_loss_are_hintons(temperature: float, w
     classes = torch.randint(0, 5, (3, 8), generator=generator)
     targets = torch.cat([classes.unsqueeze(2).float(), soft], dim=2)
     closed = distillation_loss(LOSSES["softmax"], temperature, weight)
-    error, numbers = closed.error(outputs.clone(), targets)
+    error, numbers = closed.grad(outputs.clone(), targets)
     model = Teacher(None, {}, temperature, weight, "")  # type: ignore[arg-type]
     for client in range(3):
         own = outputs[client].clone().requires_grad_()
@@ -99,9 +99,9 @@ def test_an_answer_does_not_depend_on_who_else_is_asked(teacher: Path) -> None:
     population = Population.of(job)
     learner = Learner.of(job, task_named(job.task.name), {"classes": [str(d) for d in range(10)]})
     whole = population.whole(learner)
-    together = learner.taught(whole).table
+    together = learner.with_soft_labels(whole).table
     for rows in ([5], [700, 3], list(range(40, 99))):
-        assert torch.equal(learner.taught(whole.select(rows)).table, together[rows])
+        assert torch.equal(learner.with_soft_labels(whole.select(rows)).table, together[rows])
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def test_another_task_other_classes_and_another_run_are_refused(teacher: Path, t
     job = student(teacher)
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["1", "0"]})
     with pytest.raises(ConfigError, match="expected the same, in the same order"):
-        _ = learner.given
-    learner.facts = learner.facts | {"teacher": "0" * 64}
+        _ = learner.required_info
+    learner.data_info = learner.data_info | {"teacher": "0" * 64}
     with pytest.raises(ConfigError, match="is not the run's teacher"):
         learner.check_fingerprint()

@@ -56,7 +56,7 @@ def changed(job: Job, **train: Any) -> Job:
 
 def shard_of(job: Job, count: int = 7, client: str = "client-0003") -> Shard:
     learner = learner_of(job)
-    return learner.task.shard(Population.of(job).dataset(job, client), learner.facts).select(range(count))
+    return learner.task.shard(Population.of(job).dataset(job, client), learner.data_info).select(range(count))
 
 
 def update_of(job: Job, shard: Shard, round: int = 1, **plan: float) -> Update:
@@ -85,7 +85,7 @@ def test_the_parts_of_a_batch_have_the_gradient_of_the_whole_whatever_its_size(
     trainable.load_values(learner.model, learner.initial())
     trainable.training_mode(learner.model)
     loss = learner.task.loss(
-        learner.model(learner.batch(shard, range(count))), shard.targets_of(range(count))
+        learner.model(learner.collate(shard, range(count))), shard.targets_of(range(count))
     )
     loss.backward()  # type: ignore[no-untyped-call]
     expected = {n: -0.5 * p.grad for n, p in trainable.trainable(learner.model).items() if p.grad is not None}
@@ -118,7 +118,7 @@ def test_a_batch_in_parts_is_augmented_as_the_whole_one() -> None:
 @pytest.mark.parametrize("task", sorted(set(TABLES) - {"object-detection"}))
 def test_every_tasks_loss_is_a_mean_over_examples_so_that_parts_add_up(task: str, tmp_path: Path) -> None:
     base = ready(job_of(task, "full"), tmp_path)
-    facts = Population.of(base).roll(base).facts[0]
+    facts = Population.of(base).roll(base).data_info[0]
     deltas = []
     for accumulate in (1, 2):
         train = {"optimizer": "sgd", "lr": 1e-4, "batch_size": 4, "epochs": 1, "accumulate": accumulate}
@@ -246,7 +246,7 @@ def test_recomputed_activations_are_not_kept_and_the_model_is_left_as_it_was(tmp
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            model(learner.batch(shard, range(7)))
+            model(learner.collate(shard, range(7)))
         return sum(sizes)
 
     without = kept_bytes()

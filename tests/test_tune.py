@@ -138,10 +138,10 @@ def test_values_are_apart_by_their_places_and_words_by_being_different() -> None
         ["train.epochs=8,1,2", "strategy.name=fedavg,fedadam", "tune.rank=2,4"], ["train.lr=0.01..1,log"]
     )
     one = {"train.epochs": "1", "strategy.name": "fedavg", "train.lr": "0.01"}
-    assert space.apart(one, one) == 0
+    assert space.distance(one, one) == 0
     # epochs 1 and 2 are neighbours of three, 1/2; the rate is one of two decades away, 1/2; a rank, 1
     other = {"train.epochs": "2", "strategy.name": "fedadam", "train.lr": "0.1", "tune.rank": "2"}
-    assert space.apart(one, other) == pytest.approx(0.5 + 1 + 0.5 + 1)
+    assert space.distance(one, other) == pytest.approx(0.5 + 1 + 0.5 + 1)
 
 
 # What is tried
@@ -172,7 +172,7 @@ def searched(folder: Path, count: int, *, reopened: bool = False, at_once: int =
             continue
         oldest = next(one for one in tried if one.outcome is None)
         value = value_of(dict(oldest.texts))
-        tried[oldest.place] = search.end(oldest, Outcome(value, {"accuracy": value}, {1: value}))
+        tried[oldest.index] = search.end(oldest, Outcome(value, {"accuracy": value}, {1: value}))
     return tried
 
 
@@ -201,7 +201,7 @@ def test_the_first_trials_are_far_from_each_other(tmp_path: Path) -> None:
     """Drawn independently, five trials would miss one of three rates in a third of all searches."""
     for seed in range(4):
         space, base = Space.of(GRID, []), base_of()
-        search = Search(tmp_path / "none", base, space, seed, 1, 1, space.own(base))
+        search = Search(tmp_path / "none", base, space, seed, 1, 1, space.own_keys(base))
         search.__dict__["study"] = optuna.create_study(direction="maximize")
         tried: list[TrialResult] = []
         for _ in range(STARTUP):
@@ -257,7 +257,7 @@ def test_of_equal_trials_the_one_with_the_smaller_loss_is_better_and_none_withou
         new = search.next(tried)
         assert new is not None
         tried.append(search.end(new, outcome))
-    assert [one.place for one in search.ranked(tried)] == [1, 0]
+    assert [one.index for one in search.ranked(tried)] == [1, 0]
     assert [trial.user_attrs[PLACE] for trial in search.study.trials] == [0, 1, 2, 3]
 
 

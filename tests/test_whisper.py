@@ -44,7 +44,7 @@ def test_mel_features_and_states_are_those_of_transformers(tmp_path: Path, count
     samples = noise(count)
     samples[count // 2 : count // 2 + 300] = 0
     encoder = learner_on(folder).encoder.eval()
-    batch = encoder.prepare([sound(samples)])
+    batch = encoder.preprocess_and_collate([sound(samples)])
     read, _ = soundfile.read(io.BytesIO(sound(samples)), dtype="float32")
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
     wanted = extractor(read, sampling_rate=RATE, return_tensors="pt").input_features
@@ -264,6 +264,6 @@ def test_the_packaged_whisper_hears_what_ctranslate_hears() -> None:
     except WeightsError as error:
         pytest.skip(str(error))
     with torch.no_grad():
-        states, frames = learner.encoder.eval()(learner.encoder.prepare([sound(tones("ab"))]))
+        states, frames = learner.encoder.eval()(learner.encoder.preprocess_and_collate([sound(tones("ab"))]))
     assert states.shape == (1, int(frames), 384)
     assert torch.allclose(states[0, [0, 5, 11], :3], torch.tensor(HEARD), atol=1e-3)

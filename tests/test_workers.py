@@ -94,10 +94,10 @@ class Killing(PooledTransport):
 
     killed = 0
 
-    def exchange(
+    def send_and_receive(
         self, request: Request, names: Sequence[str], timeout: float
     ) -> Generator[Reply, None, None]:
-        for reply in super().exchange(request, names, timeout):
+        for reply in super().send_and_receive(request, names, timeout):
             if request.round == 2 and not self.killed:
                 (process,) = self._pools[0]._processes.values()
                 process.kill()
@@ -129,11 +129,11 @@ def test_replies_that_nobody_waits_for_any_more_end_with_their_workers(tmp_path:
     asked = asked_of(job, population)
     names = list(population.names(job)[:4])
     with PooledTransport(population, 2, tmp_path / "run") as carrier:
-        replies = carrier.exchange(asked, names, 60)
+        replies = carrier.send_and_receive(asked, names, 60)
         assert isinstance(next(iter(replies)), Update)
         replies.close()
         assert len(carrier._pools) < 2
-        again = {reply.client: reply for reply in carrier.exchange(asked, names, 60)}
+        again = {reply.client: reply for reply in carrier.send_and_receive(asked, names, 60)}
     assert sorted(again) == names and all(isinstance(reply, Update) for reply in again.values())
 
 
@@ -144,19 +144,19 @@ def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(tmp_path: Pat
     population = Population.of(job)
     asked, names = asked_of(job, population), list(population.names(job)[:2])
     with PooledTransport(population, 1, tmp_path / "run") as carrier:
-        first = {reply.client: reply for reply in carrier.exchange(asked, names, 60)}
+        first = {reply.client: reply for reply in carrier.send_and_receive(asked, names, 60)}
         (process,) = carrier._pools[0]._processes.values()
         process.kill()
         process.join()
-        again = {reply.client: reply for reply in carrier.exchange(asked, names, 60)}
+        again = {reply.client: reply for reply in carrier.send_and_receive(asked, names, 60)}
     assert sorted(first) == sorted(again) == names
     assert all(isinstance(reply, Update) for reply in again.values())
 
 
 def asked_of(job: Job, population: Population) -> Request:
-    facts = population.roll(job).facts
+    facts = population.roll(job).data_info
     learner = Learner.of(job, task_named(job.task.name), facts[0])
-    return Request("train", job.canonical, job.hash, 1, learner.facts, learner.initial(), {}, run="run")
+    return Request("train", job.canonical, job.hash, 1, learner.data_info, learner.initial(), {}, run="run")
 
 
 @pytest.mark.processes

@@ -118,7 +118,7 @@ def protection(kind: type[CentralDp], setting: Job, folder: Path | None = None) 
 def central(kind: type[CentralDp], updates: Sequence[Update], model: Tensors, **privacy: Any) -> Vector:
     """What is released of those updates, times the public divisor: a sum, with noise or without."""
     guard = protection(kind, job(clients(**privacy)))
-    return flat(guard.merged(1, updates, model, {})[0].delta) * COHORT
+    return flat(guard.privatize(1, updates, model, {})[0].delta) * COHORT
 
 
 def a_client_moves_the_sum_by_the_clipping_norm() -> None:
@@ -138,7 +138,7 @@ def noise_at_the_server_is_fresh() -> None:
     setting, found = job(clients()), []
     for guard in (protection(CentralDp, setting), protection(CentralDp, setting)):
         for round in (1, 2):
-            delta = guard.merged(round, [], model, {})[0].delta
+            delta = guard.privatize(round, [], model, {})[0].delta
             found += [flat({"u": delta["u"]}), flat({"v": delta["v"]})]
     detectors.check_independence(found)
 
@@ -150,7 +150,7 @@ def the_servers_ledger_has_every_release() -> None:
             for times in (1, 2):  # the second is a server started anew
                 guard = protection(CentralDp, setting, Path(folder))
                 for round in (1, 2, 2):  # a round that was lost is released again
-                    guard.merged(round, [], MODEL, {})
+                    guard.privatize(round, [], MODEL, {})
                 real = {Release(Z, rate): 3 * times}
                 detectors.check_ledger(guard.spent, real)
                 detectors.check_ledger(Ledger.open(guard.books.path, "test").spent, real)
@@ -166,7 +166,7 @@ def cohorts_are_what_they_are_charged_as() -> None:
     for setting in (poisson_job(), fixed):
         guard = protection(CentralDp, setting)
         drawn = [cohort(guard, setting, round) for round in range(1, 401)]
-        charged = guard.terms.cost.sampling_rate
+        charged = guard.terms.event.sampling_rate
         if charged < 1:
             detectors.check_sampler(drawn, 200, charged)
             if cohort(protection(CentralDp, setting), setting, 1) == drawn[0]:
@@ -211,7 +211,7 @@ def head(hidden: int | None) -> Tensors:
 def everyone(setting: Job, words: Any = None) -> DpSgd:
     """The client's own protection, with noise of zero unless other words are given."""
     found = private_training(setting, terms_for(setting, "example"), 1, {})
-    return replace(found, words=words or (lambda client: silent))
+    return replace(found, random_bits=words or (lambda client: silent))
 
 
 def of_heads(given: Sequence[Record], hidden: int | None, *, distributed: bool) -> Vector:
@@ -290,7 +290,7 @@ def a_clients_ledger_has_every_release() -> None:
             site = Site(cast(Any, NoShards()), books=PrivacyLedgers(Path(folder)))
             for round in (1, 2, 2):  # a round that was lost is trained again
                 request = Request("train", setting.canonical, setting.hash, round, {}, {}, run="run")
-                admitted, _ = site.admit(setting, request, ["c"])
+                admitted, _ = site.charge_privacy(setting, request, ["c"])
                 assert admitted.private is not None and admitted.private.draw is not None
                 made += len(admitted.private.draw("c", 10))
                 ledger = Ledger.open(Path(folder) / "c.jsonl", "example of c")
@@ -464,16 +464,16 @@ def an_adaptive_norm_finds_the_norms_in_private() -> None:
         guard, state = protection(CentralDp, setting), {}
         first = flat(
             protection(Quiet, setting)
-            .merged(1, [replace(ones[0], delta={"w": 1e3 * ones[0].delta["w"]})], {"w": torch.zeros(4)}, {})[
-                0
-            ]
+            .privatize(
+                1, [replace(ones[0], delta={"w": 1e3 * ones[0].delta["w"]})], {"w": torch.zeros(4)}, {}
+            )[0]
             .delta
         )
         if abs(float(np.linalg.norm(first)) * COHORT - start) > 0.01 * start:
             raise Detected("the first round is clipped to another norm than the job's")
         late = []
         for round in range(1, 301):
-            _, state = guard.merged(round, ones, {"w": torch.zeros(4)}, state)
+            _, state = guard.privatize(round, ones, {"w": torch.zeros(4)}, state)
             late += [state[NORM]] if round > 100 else []
         if not 0.8 < float(np.median(late)) < 1.25:
             raise Detected(f"where all norms are 1 the norm is {np.median(late):.3f}")
@@ -482,7 +482,7 @@ def an_adaptive_norm_finds_the_norms_in_private() -> None:
     ]
     setting = job(clients(clipping="adaptive", clipping_norm=1.0, count_deviation=0.8, clipping_lr=1.0))
     guard = protection(CentralDp, setting)
-    moves = [np.log(guard.merged(1, halves, {"w": torch.zeros(4)}, {})[1][NORM]) for _ in range(500)]
+    moves = [np.log(guard.privatize(1, halves, {"w": torch.zeros(4)}, {})[1][NORM]) for _ in range(500)]
     if abs(float(np.std(moves)) / (0.8 / COHORT) - 1) > 0.2:
         raise Detected(f"the count behind the norm has noise of {np.std(moves) * COHORT:.3f}, must be 0.8")
     noise = central(CentralDp, [], WIDE, clipping="adaptive", count_deviation=0.8)
@@ -520,10 +520,10 @@ def nothing_is_released_above_the_target() -> None:
     guard = protection(CentralDp, setting)
     try:
         for round in range(1, 9):
-            guard.merged(round, [], MODEL, {})
+            guard.privatize(round, [], MODEL, {})
     except BudgetExhausted:
         pass
-    real = accounting.epsilon({guard.terms.cost: sum(guard.observed.values())}, 1e-3)
+    real = accounting.epsilon({guard.terms.event: sum(guard.observed.values())}, 1e-3)
     if real > 6.0:
         raise Detected(f"epsilon {real:.3f} was released, the target is 6")
 

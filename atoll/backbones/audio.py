@@ -86,21 +86,21 @@ class SoundEncoder(Encoder):
         layer: nn.Module = network.out
         return layer
 
-    def ready(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
         """What the network takes of each sound, as long as the sound is."""
         return [log_mel(checked_sound(data, "audio", self._max_seconds)) for data in inputs]
 
-    def prepare(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
-        ready = self.ready(inputs)
+    def preprocess_and_collate(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
+        ready = self.preprocess(inputs)
         if variation is None:
-            return self.batch(ready)
-        return self.batch([self.varied(one, variation.stream(place)) for place, one in enumerate(ready)])
+            return self.collate(ready)
+        return self.collate([self.varied(one, variation.stream(place)) for place, one in enumerate(ready)])
 
     def varied(self, ready: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         """What the network takes of a sound, varied at random."""
         return masked_spectrum(ready, draw)
 
-    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+    def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         lengths = torch.tensor([len(one) for one in ready])
         return {"sound": nn.utils.rnn.pad_sequence(list(ready), batch_first=True), "length": lengths}
 
@@ -117,7 +117,7 @@ class WaveEncoder(SoundEncoder):
     def letters(self) -> nn.Module | None:
         return getattr(self.model, "lm_head", None)
 
-    def ready(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
         return [normalised(checked_sound(data, "audio", self._max_seconds)) for data in inputs]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,14 +146,14 @@ class MelEncoder(SoundEncoder):
     def letters(self) -> nn.Module | None:
         return None
 
-    def ready(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
         network: Any = self.model
         return [mel_of(checked_sound(data, "audio", self._max_seconds), network.config) for data in inputs]
 
     def varied(self, ready: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         return torch.cat([masked_spectrum(ready[:-1], draw), ready[-1:]])
 
-    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+    def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         """The last row of each is the silence that follows it."""
         network: Any = self.model
         frames = 2 * network.config.max_source_positions

@@ -44,11 +44,11 @@ class PictureEncoder(Encoder):
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
 
-    def ready(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
         """8-bit pixels [3, s, s] of the whole picture."""
         return [self._pixels(data) for data in inputs]
 
-    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+    def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         return {"pixel_values": scaled(ready, self._mean, self._std)}
 
     def _pixels(self, data: bytes) -> torch.Tensor:

@@ -36,17 +36,17 @@ class Encoder(nn.Module):
     model: nn.Module
     width: int
 
-    def ready(self, inputs: Sequence[Any]) -> Sequence[Preprocessed]:
+    def preprocess(self, inputs: Sequence[Any]) -> Sequence[Preprocessed]:
         """Each raw input as a tensor that depends on no other input, so that it can be kept."""
         raise NotImplementedError
 
-    def batch(self, ready: Sequence[Any]) -> Batch:
+    def collate(self, ready: Sequence[Any]) -> Batch:
         """Inputs that are ready as one batch of tensors."""
         raise NotImplementedError
 
-    def prepare(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
+    def preprocess_and_collate(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
         """Raw inputs as one batch of tensors: as they are, or, where the encoder can, varied at random."""
-        return self.batch(self.ready(inputs))
+        return self.collate(self.preprocess(inputs))
 
     def fixed_batches(
         self, inputs: Sequence[Any], size: int, variation: Variation | None = None

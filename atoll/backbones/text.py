@@ -40,13 +40,13 @@ class TextEncoder(Encoder):
         mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(1) / mask.sum(1)
 
-    def ready(self, inputs: Sequence[str]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[str]) -> list[torch.Tensor]:
         return [torch.tensor(ids, dtype=torch.int64) for ids in self._token_ids(inputs, None)]
 
-    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+    def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         return self._padded(ready, None)
 
-    def prepare(self, inputs: Sequence[str], variation: Variation | None = None) -> Batch:
+    def preprocess_and_collate(self, inputs: Sequence[str], variation: Variation | None = None) -> Batch:
         return self._padded(self._token_ids(inputs, variation), None)
 
     def fixed_batches(

@@ -59,15 +59,15 @@ class VisionEncoder(Encoder):
         features: torch.Tensor = output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
         return features
 
-    def ready(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[bytes]) -> list[torch.Tensor]:
         """The squares as 8-bit pixels [3, s, s]: a quarter of the memory of what the network takes."""
         return [self._pixels(data, place, None) for place, data in enumerate(inputs)]
 
-    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+    def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         """Scaled to ImageNet's mean and deviation, or to the network's own."""
         return {"pixel_values": scaled(ready, self._mean, self._std)}
 
-    def prepare(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
+    def preprocess_and_collate(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
         return self._prepared(inputs, range(len(inputs)), variation)
 
     def fixed_batches(
@@ -86,7 +86,7 @@ class VisionEncoder(Encoder):
 
     def _prepared(self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None) -> Batch:
         pairs = zip(inputs, places, strict=True)
-        return self.batch([self._pixels(data, place, variation) for data, place in pairs])
+        return self.collate([self._pixels(data, place, variation) for data, place in pairs])
 
     def _pixels(self, data: bytes, place: int, variation: Variation | None) -> torch.Tensor:
         """A square of the image in 8 bits: [3, s, s]."""

@@ -90,7 +90,7 @@ def student_job(
         backbone = {"name": student, "max_tokens": own["backbone"]["max_tokens"]}
         table = {"name": "student", "seed": own["seed"], "backbone": backbone, **TRAINING}
     table["task"] = own["task"]
-    table["data"] = {"source": str(source.resolve()), "classes": learner.facts["classes"]}
+    table["data"] = {"source": str(source.resolve()), "classes": learner.data_info["classes"]}
     table["federation"] = {
         "clients": 1,
         "rounds": table.get("federation", {}).get("rounds", ROUNDS),
@@ -125,14 +125,14 @@ def label(learner: Learner, tensors: Any, data: Path, folder: Path, force: bool)
     for start in range(0, len(given), AT_ONCE):
         part = given[start : start + AT_ONCE]
         said = learner.predictions(tensors, list(_raw(learner, part, data.is_file())))
-        answers = [answer["label"] for answer in learner.task.answer(said, learner.facts)]
+        answers = [answer["label"] for answer in learner.task.format_predictions(said, learner.data_info)]
         for one, name in zip(part, answers, strict=True):
             _put(one, name, folder, is_text=data.is_file())
 
 
 def _raw(learner: Learner, given: list[str], is_text: bool) -> Iterator[Any]:
     for one in given:
-        yield one if is_text else learner.task.raw_input(one)
+        yield one if is_text else learner.task.parse_input(one)
 
 
 def _put(one: str, name: str, folder: Path, *, is_text: bool) -> None:

@@ -72,7 +72,7 @@ def export(
     model = learner.filled(tensors)
     with shown().status(f"measuring {len(examples)} examples as trained"):
         before = Measured(
-            size_of(model), latency(model, learner, examples), learner.measured(model, examples)
+            size_of(model), latency(model, learner, examples), learner.evaluate_model(model, examples)
         )
     staging = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(staging, ignore_errors=True)
@@ -86,9 +86,9 @@ def export(
             after = Measured(
                 megabytes_in(staging, format),
                 latency(result, learner, examples),
-                learner.measured(result, examples),
+                learner.evaluate_model(result, examples),
             )
-        check_drop(learner.task.headline, format, before, after, max_drop)
+        check_drop(learner.task.primary_metric, format, before, after, max_drop)
         (staging / "export.json").write_text(
             json.dumps(told(learner, run, format, before, after, len(examples)), indent=2) + "\n", "utf-8"
         )
@@ -126,7 +126,7 @@ def check_can_be(learner: Learner, format: str) -> None:
         from atoll.export.onnx import MEANT_FOR, check_installed
 
         check_installed()
-        if not (learner.task.on_features or learner.task.name in ("segmentation", "forecasting")):
+        if not (learner.task.uses_pooled_features or learner.task.name in ("segmentation", "forecasting")):
             raise ConfigError(f"--format {format}: for {MEANT_FOR}, not {learner.task.name}")
 
 
@@ -145,7 +145,7 @@ def examples_of(learner: Learner, data: Path | None) -> Shard:
             raise ConfigError("--data: missing, and the run's job has no test data here to measure on")
         return found.select(range(min(len(found), MOST_EXAMPLES)))
     table = learner.task.read(data, job.data, job.task.options)
-    shard = learner.task.shard(table.train if table.test is None else table.test, learner.facts)
+    shard = learner.task.shard(table.train if table.test is None else table.test, learner.data_info)
     return shard.select(range(min(len(shard), MOST_EXAMPLES)))
 
 
@@ -163,7 +163,7 @@ def make_smaller(model: Model, learner: Learner, examples: Shard, part: float, k
         raise ConfigError(f"--prune: the run was pruned by {backbone.prune:g} before it was trained")
     make_plain(model)
     rows = range(min(2, len(examples)))
-    leave_out(model.backbone, part, kind, learner.batch(examples, rows), model.head, "--prune")  # type: ignore[arg-type]
+    leave_out(model.backbone, part, kind, learner.collate(examples, rows), model.head, "--prune")  # type: ignore[arg-type]
     pruned = backbone.model_copy(update={"prune": part, "prune_kind": kind})
     learner.job = learner.job.model_copy(update={"backbone": pruned})
 
@@ -191,7 +191,7 @@ def written(model: Model, learner: Learner, format: str, folder: Path, examples:
     from atoll.export import onnx
 
     path = folder / "model.onnx"
-    onnx.write_onnx(model, learner.batch(examples, range(1)), path)
+    onnx.write_onnx(model, learner.collate(examples, range(1)), path)
     if format == "onnx-int8":
         batches = calibration(learner) if onnx.convolves(model) else None
         onnx.quantise(path, folder / "int8.onnx", batches)
@@ -215,9 +215,9 @@ def calibration(learner: Learner) -> Iterator[Batch]:
             "--format onnx-int8: ranges are found on training data, which is not here; try onnx"
         )
     train, _ = hold_out(read_source(job), job)
-    shard = learner.task.shard(train, learner.facts)
+    shard = learner.task.shard(train, learner.data_info)
     rows = range(min(len(shard), CALIBRATION_EXAMPLES))
-    return (learner.batch(shard, rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
+    return (learner.collate(shard, rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
 
 
 def latency(model: Model, learner: Learner, examples: Shard) -> float:
@@ -227,7 +227,7 @@ def latency(model: Model, learner: Learner, examples: Shard) -> float:
     import torch
 
     torch.set_num_threads(learner.job.train.threads)
-    batch = learner.batch(examples, range(1))
+    batch = learner.collate(examples, range(1))
     spent = []
     with torch.inference_mode():
         for _ in range(TIMED):
@@ -273,7 +273,7 @@ def told(
         "task": learner.job.task.name,
         "backbone": learner.job.backbone.name,
         "pruned": {"part": learner.job.backbone.prune, "kind": learner.job.backbone.prune_kind},
-        "facts": learner.facts,
+        "facts": learner.data_info,
         "examples": examples,
         "before": vars(before),
         "after": vars(after),

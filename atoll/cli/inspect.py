@@ -92,8 +92,8 @@ def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
         ConfigError: RUN holds no model. DataError: an input cannot be read.
     """
     learner, tensors = trained(run)
-    raw = [learner.task.raw_input(given) for given in inputs]
-    return learner.task.answer(learner.predictions(tensors, raw), learner.facts)
+    raw = [learner.task.parse_input(given) for given in inputs]
+    return learner.task.format_predictions(learner.predictions(tensors, raw), learner.data_info)
 
 
 def check(
@@ -122,7 +122,7 @@ def check(
     findings = task_named(task).inspect(data, section, _given(option, "--option"))
     if findings.bad == 1 and not (findings.train or findings.test):  # all of it is one fault
         raise DataError(findings.problems[0])
-    table = Table(findings.counted, "train", "test")
+    table = Table(findings.class_counts, "train", "test")
     for name in sorted({*findings.train, *findings.test}):
         table.add_row(escape(name), str(findings.train.get(name, 0)), str(findings.test.get(name, 0)))
     table.add_row("all", str(sum(findings.train.values())), str(sum(findings.test.values())), style="bold")

@@ -101,7 +101,7 @@ def _run_all(
     count = min(workers or processes_for(run.job for run in runs), max(len(waiting), 1))
     left = f"{done} are there, {count} at a time" if waiting else "all are there"
     shown.say(f"sweep     {len(runs)} runs: {_size(grid)}; {left}")
-    folder.note(base, grid)
+    folder.record(base, grid)
     if not waiting:
         return {}
 
@@ -112,8 +112,8 @@ def _run_all(
         stop_if_asked()
         done, complete = done + 1, complete + (failure is None)
         if failure is not None:
-            shown.say(f"[red]failed[/]    {sanitize(run.words)}: {sanitize(failure)}")
-        shown.show("runs", done, len(runs), sanitize(run.words))
+            shown.say(f"[red]failed[/]    {sanitize(run.description)}: {sanitize(failure)}")
+        shown.show("runs", done, len(runs), sanitize(run.description))
 
     try:
         with RunPool(count, ("atoll.sim.sweep.runner", *imports_of(runs[0].job))) as crew:

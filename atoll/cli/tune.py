@@ -98,7 +98,7 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
     left = f"{done} are there, {min(workers, search.at_once)} at a time" if done < trials else "all are there"
     shown.say(f"search    {trials} trials; {left}")
     shown.say(
-        f"space     {'nothing was said: ' if is_default else ''}{sanitize('  '.join(search.space.words))}"
+        f"space     {'nothing was said: ' if is_default else ''}{sanitize('  '.join(search.space.as_options))}"
     )
     if done >= trials and done == len(tried):
         return tried
@@ -133,13 +133,13 @@ def _line(search: Search, one: TrialResult, so_far: Sequence[TrialResult]) -> st
     from atoll.sim.sweep.grid import combination_words
 
     assert one.outcome is not None
-    head = f"trial {one.place + 1:<4}{sanitize(combination_words(one.values))}"
+    head = f"trial {one.index + 1:<4}{sanitize(combination_words(one.values))}"
     if one.outcome.value is None:
         colour = "red" if one.outcome.failed else "yellow"
-        return f"{head}  [{colour}]{sanitize(one.outcome.words)}[/]"
+        return f"{head}  [{colour}]{sanitize(one.outcome.reason)}[/]"
     metric = search.metric.replace("_", " ")
     best = search.ranked(so_far)[0]
-    mark = "  [green]best so far[/]" if best.place == one.place else ""
+    mark = "  [green]best so far[/]" if best.index == one.index else ""
     return f"{head}  {metric} {one.outcome.value:.4g}{mark}"
 
 
@@ -164,7 +164,7 @@ def _tell(search: Search, tried: Sequence[TrialResult]) -> None:
     if failed:
         raise JobError(f"{len(failed)} of {len(tried)} trials failed; the same command tries them again")
     if not ranked:
-        reasons = [one.outcome.words for one in tried if one.outcome is not None]
+        reasons = [one.outcome.reason for one in tried if one.outcome is not None]
         raise JobError(f"no trial has a value: {reasons[0]}")
     command = shlex.join(["atoll", "simulate", str(files["best job"])])
     out().print(f"run it    {sanitize(command)}", highlight=False, soft_wrap=True)
@@ -192,7 +192,7 @@ def _best_table(search: Search, ranked: Sequence[TrialResult]) -> Table:
         values = (escape(format_value(value)) for value in tried.values.values())
         found = (tried.outcome.metrics.get(metric) for metric in metrics)
         table.add_row(
-            str(tried.place + 1), *values, *("-" if value is None else f"{value:.4g}" for value in found)
+            str(tried.index + 1), *values, *("-" if value is None else f"{value:.4g}" for value in found)
         )
     return table
 

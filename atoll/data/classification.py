@@ -63,7 +63,7 @@ class Findings:
     problems: tuple[str, ...]
     duplicates: int
     notes: tuple[str, ...]
-    counted: str = "class"
+    class_counts: str = "class"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _checked(
             digest, size = kind.check(cell, rows, where, journal)
             yield _Example(digest, class_name(label, where, names), size)
         except DataError as problem:
-            journal.refuse(problem if str(problem).startswith(where) else DataError(f"{where}: {problem}"))
+            journal.error(problem if str(problem).startswith(where) else DataError(f"{where}: {problem}"))
 
 
 def _values(column: pa.ChunkedArray) -> Iterator[Any]:
@@ -228,7 +228,7 @@ def _check_image(
     data, name = _safe_bytes(cell, rows, where)
     decoded = decode(data, name)
     if decoded.more_frames:
-        journal.remark("of several frames or pages only the first is used", name)
+        journal.warning("of several frames or pages only the first is used", name)
     width, height = decoded.image.size
     return hashlib.sha256(data).digest(), (width * height, width, height)
 
@@ -250,29 +250,29 @@ def _remark_all(examples: Mapping[str, list[_Example]], journal: Diagnostics) ->
     for split, found in examples.items():
         _remark_few(split, found, journal)
         if repeats := _repeats(found):
-            journal.remark(f"{split}: {repeats} examples repeat the content of another one")
+            journal.warning(f"{split}: {repeats} examples repeat the content of another one")
         if torn := _contradictions(found):
-            journal.remark(f"{split}: {torn} contents come with more than one label")
+            journal.warning(f"{split}: {torn} contents come with more than one label")
     _remark_leaks(examples.get("train", []), examples.get("test", []), journal)
 
 
 def _remark_few(split: str, examples: list[_Example], journal: Diagnostics) -> None:
     classes = {example.label for example in examples}
     if len(examples) == 1:
-        journal.remark(f"{split}: only one example")
+        journal.warning(f"{split}: only one example")
     elif len(classes) == 1:
-        journal.remark(f"{split}: all examples are of one class, {classes.pop()!r}")
+        journal.warning(f"{split}: all examples are of one class, {classes.pop()!r}")
 
 
 def _remark_leaks(train: list[_Example], test: list[_Example], journal: Diagnostics) -> None:
     seen = {example.digest for example in train}
     if leaked := sum(example.digest in seen for example in test):
-        journal.remark(
+        journal.warning(
             f"test: {leaked} examples have the content of a training example, so scores will flatter"
         )
     unknown = {example.label for example in test} - {example.label for example in train}
     if train and unknown:
-        journal.remark(f"test: classes {sorted(unknown)} are not in train")
+        journal.warning(f"test: classes {sorted(unknown)} are not in train")
 
 
 def _repeats(examples: list[_Example]) -> int:

@@ -139,7 +139,7 @@ def other_columns(
             continue
         kind = _plain(rows, name).type
         if name in (role, "label") or not _is_scalar(kind):
-            journal.remark(f"column {name!r} ({kind}) is not kept", rows.name)
+            journal.warning(f"column {name!r} ({kind}) is not kept", rows.name)
         else:
             kept[name] = _sound(rows, name)
     return kept

@@ -33,10 +33,10 @@ class Diagnostics:
     problems: list[str] = field(default_factory=list)
     _remarks: dict[str, list[str]] = field(default_factory=dict)
 
-    def refuse(self, problem: DataError) -> None:
+    def error(self, problem: DataError) -> None:
         self.problems.append(str(problem))
 
-    def remark(self, what: str, where: str = "") -> None:
+    def warning(self, what: str, where: str = "") -> None:
         self._remarks.setdefault(what, []).append(where)
 
     @property

@@ -54,7 +54,7 @@ def listing(folder: Path, root: Path, journal: Diagnostics) -> list[Path]:
 def _is_skipped(entry: Path, journal: Diagnostics) -> bool:
     hidden = entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES
     if hidden:
-        journal.remark("hidden or system file skipped", shown(entry))
+        journal.warning("hidden or system file skipped", shown(entry))
     return hidden
 
 
@@ -62,12 +62,12 @@ def class_files(root: Path, base: Path, journal: Diagnostics) -> Iterator[tuple[
     """Each file of `base`/CLASS/ with its CLASS, ordered by path; what can't be one is refused."""
     for folder in listing(base, root, journal):
         if folder.is_file():
-            journal.remark("file beside the class folders skipped", shown(folder))
+            journal.warning("file beside the class folders skipped", shown(folder))
             continue
         try:
             yield from _files_of_class(folder, root, journal)
         except DataError as problem:
-            journal.refuse(problem)
+            journal.error(problem)
 
 
 def _files_of_class(folder: Path, root: Path, journal: Diagnostics) -> Iterator[tuple[Path, str]]:
@@ -75,12 +75,12 @@ def _files_of_class(folder: Path, root: Path, journal: Diagnostics) -> Iterator[
         checked_file(folder, root)
     files = listing(folder, root, journal)
     if not files:
-        journal.remark("empty class folder", shown(folder))
+        journal.warning("empty class folder", shown(folder))
     for path in files:
         try:
             yield checked_file(path, root), folder.name
         except DataError as problem:
-            journal.refuse(problem)
+            journal.error(problem)
 
 
 def _why(error: OSError | ValueError) -> str:

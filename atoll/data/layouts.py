@@ -31,9 +31,9 @@ def collecting_errors(path: Path, journal: Diagnostics) -> Iterator[None]:
     except NoDataError:
         raise
     except DataError as problem:
-        journal.refuse(problem)
+        journal.error(problem)
     except OSError as error:
-        journal.refuse(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
+        journal.error(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
 
 
 ClassReader = Callable[[Path, Path, Diagnostics], Rows]
@@ -53,7 +53,7 @@ def _used(splits: dict[str, Rows], path: Path, journal: Diagnostics) -> dict[str
     if "train" not in splits:
         raise DataError(f"{shown(path)}: splits {sorted(splits)}, expected train, and test if there is one")
     for name in sorted(splits.keys() - {"train", "test"}):
-        journal.remark(f"split {shown(name)} is not used", shown(path))
+        journal.warning(f"split {shown(name)} is not used", shown(path))
     return {name: splits[name] for name in ("train", "test") if name in splits}
 
 
@@ -116,7 +116,7 @@ def text_classes(root: Path, base: Path, journal: Diagnostics) -> Rows:
         try:
             texts.append(read_text_file(path, journal))
         except DataError as problem:
-            journal.refuse(problem)
+            journal.error(problem)
             continue
         labels.append(label)
         paths.append(path)

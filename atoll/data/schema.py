@@ -69,10 +69,10 @@ class Schema:
     """How a task's data is read: its roles, by what examples are counted, and other layouts."""
 
     roles: tuple[SchemaField, ...]
-    counted: str | None = None
-    opens: Opener = _nothing_else
+    count_by: str | None = None
+    open_layout: Opener = _nothing_else
     layout: str = f"one file of {', '.join(SUFFIXES)}"
-    together: Callable[[Mapping[str, Any], str], None] = _any_will_do
+    check_row: Callable[[Mapping[str, Any], str], None] = _any_will_do
     """Raises DataError where an example's parts, each sound, don't fit one another."""
 
     def read(self, path: Path, data: DataSection) -> Table:
@@ -113,7 +113,7 @@ class Schema:
             problems=tuple(journal.problems[:LISTED_PROBLEMS]),
             duplicates=sum(len(found) - len(set(found)) for found in keys.values()),
             notes=journal.notes,
-            counted=self.counted or "",
+            class_counts=self.count_by or "",
         )
 
     def adopted(self, splits: Mapping[str, pa.Table]) -> Table:
@@ -152,7 +152,7 @@ class Schema:
         self.check(data)
         found: dict[str, pa.Table] = {}
         with collecting_errors(path, journal):
-            opened = self.opens(path, journal) or open_shard(path, self._no_classes, journal)
+            opened = self.open_layout(path, journal) or open_shard(path, self._no_classes, journal)
             for split, rows in opened.items():
                 found[split] = self.canonical(rows, data, journal)
         return found
@@ -179,10 +179,10 @@ class Schema:
             where = rows.where(place)
             try:
                 values = [_read_cell(role, c, rows, where) for role, c in zip(present, cells, strict=True)]
-                self.together({r.name: v for r, v in zip(present, values, strict=True)}, where)
+                self.check_row({r.name: v for r, v in zip(present, values, strict=True)}, where)
             except DataError as problem:
                 told = str(problem)
-                journal.refuse(problem if told.startswith(where) else DataError(f"{where}: {told}"))
+                journal.error(problem if told.startswith(where) else DataError(f"{where}: {told}"))
                 continue
             kept.append(place)
             for role, value in zip(present, values, strict=True):
@@ -202,9 +202,9 @@ class Schema:
     def _counts(self, table: pa.Table | None) -> dict[str, int]:
         if table is None:
             return {}
-        if self.counted is None or self.counted not in table.column_names:
+        if self.count_by is None or self.count_by not in table.column_names:
             return {"examples": table.num_rows}
-        return dict(sorted(Counter(map(str, table.column(self.counted).to_pylist())).items()))
+        return dict(sorted(Counter(map(str, table.column(self.count_by).to_pylist())).items()))
 
 
 def chosen_name(data: DataSection, role: str) -> str | None:
@@ -256,10 +256,10 @@ def _read_cell(role: SchemaField, cell: Any, rows: Rows, where: str) -> Any:
 def _remark(keys: Mapping[str, Sequence[bytes]], journal: Diagnostics) -> None:
     for split, found in keys.items():
         if repeats := len(found) - len(set(found)):
-            journal.remark(f"{split}: {repeats} examples repeat the content of another one")
+            journal.warning(f"{split}: {repeats} examples repeat the content of another one")
     seen = set(keys.get("train", ()))
     if leaked := sum(key in seen for key in keys.get("test", ())):
-        journal.remark(f"test: {leaked} examples are training examples too, so scores will flatter")
+        journal.warning(f"test: {leaked} examples are training examples too, so scores will flatter")
 
 
 def _table(splits: Mapping[str, pa.Table], notes: tuple[str, ...]) -> Table:

@@ -103,7 +103,7 @@ def _line(line: bytes, where: str, start: int, journal: Diagnostics) -> str:
             raise DataError(f"{where}: byte {start + nul} is NUL, expected text")
         return decoded(line, where, start)
     except DataError as problem:
-        journal.refuse(problem)
+        journal.error(problem)
         return line.replace(b"\0", b"?").decode("utf-8", errors="replace")
 
 
@@ -158,7 +158,7 @@ def _same_width(
     for row in reader:
         if row and len(row) != len(header):
             found = f"{len(row)} columns, expected {len(header)} as in the header"
-            journal.refuse(DataError(f"{shown(path)} line {line}: {found}"))
+            journal.error(DataError(f"{shown(path)} line {line}: {found}"))
         elif row:
             rows.append(row)
             numbers.append(line)
@@ -179,7 +179,7 @@ def _read_json_lines(path: Path, journal: Diagnostics) -> Rows:
                 rows.append(_json_row(line.rstrip(), f"{shown(path)} line {number}"))
                 numbers.append(number)
             except DataError as problem:
-                journal.refuse(problem)
+                journal.error(problem)
 
     def where(row: int) -> str:
         return f"{shown(path)} line {numbers[row]}"

@@ -76,5 +76,5 @@ def read_text_input(given: str) -> str:
 
 def without_mark(data: bytes, where: str, journal: Diagnostics) -> bytes:
     if data.startswith(BYTE_ORDER_MARK):
-        journal.remark("a byte order mark was dropped", where)
+        journal.warning("a byte order mark was dropped", where)
     return data.removeprefix(BYTE_ORDER_MARK)

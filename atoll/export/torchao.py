@@ -89,7 +89,7 @@ def write_model(model: Model, learner: Learner, folder: Path) -> None:
     # Weights that stand under two names are written twice: safetensors shares nothing.
     save_file({name: t.detach().clone().contiguous() for name, t in flat.items()}, folder / FILE, about)
     job = learner.job.model_dump(mode="json")
-    facts = {key: value for key, value in learner.facts.items() if key != "backbone"}
+    facts = {key: value for key, value in learner.data_info.items() if key != "backbone"}
     (folder / ABOUT).write_text(json.dumps({"job": job, "facts": facts}) + "\n", "utf-8")
     _write_surroundings(learner.backbone, folder / BACKBONE)
     if learner.backbone.also is not None:

@@ -207,7 +207,7 @@ class TrainSection(Section):
         return self
 
     @property
-    def by_autograd(self) -> tuple[str, ...]:
+    def autograd_only_keys(self) -> tuple[str, ...]:
         """Keys that are set and say how gradients are taken by autograd."""
         keys = ("precision", "accumulate", "checkpoint_activations")
         return tuple(key for key in keys if getattr(self, key) != type(self).model_fields[key].default)
@@ -239,7 +239,7 @@ class TrainSection(Section):
         return 2.0 if self.teacher_temperature is None else self.teacher_temperature
 
     @property
-    def taught(self) -> float:
+    def distillation_weight(self) -> float:
         """The teacher's part in the loss; the labels have the rest."""
         return 0.5 if self.teacher_weight is None else self.teacher_weight
 
@@ -314,7 +314,7 @@ class Job(Section):
         for key, given in (
             ("privacy.unit", bool(self.privacy.units)),
             ("federation.secure_aggregation", self.federation.secure_aggregation),
-            ("federation.compression", self.remembers and self.personal.keep is None),
+            ("federation.compression", self.has_client_state and self.personal.keep is None),
             ("train.teacher", self.train.teacher is not None),
             ("backbone.prune", self.backbone.prune is not None),
             ("personal.keep", self.personal.keep is not None),
@@ -330,7 +330,7 @@ class Job(Section):
         for stage, later in zip(self.stages, self.stages[1:], strict=False):
             if not grows(stage.tune, later.tune):
                 raise ValueError(
-                    f"tune.then: {later.tune.words} would leave behind what {stage.tune.words} tuned;"
+                    f"tune.then: {later.tune.description} would leave behind what {stage.tune.description} tuned;"
                     " expected head, then last-k or lora, then more layers or full"
                 )
         return self
@@ -341,7 +341,7 @@ class Job(Section):
         return self
 
     @property
-    def leaves_backbone(self) -> bool:
+    def backbone_is_frozen(self) -> bool:
         """Whether the backbone is frozen, and what training shows it can be known before."""
         return self.tune.method == "head" and (not self.train.augment or self.train.cached_views is not None)
 
@@ -354,7 +354,7 @@ class Job(Section):
         return (first, *(_in_stage(first, later) for later in self.tune.then))
 
     @property
-    def remembers(self) -> bool:
+    def has_client_state(self) -> bool:
         """Whether clients keep something from one round to the next."""
         feedback = self.federation.compression is not None and self.federation.error_feedback
         return feedback or self.personal.keep is not None

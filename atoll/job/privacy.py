@@ -109,7 +109,7 @@ def check_promises(job: Job) -> None:
         _check_place(promise, prefix, unit)
         _check_delta(promise, prefix, unit, job)
         _check_sampling(promise, prefix, unit)
-    for key in job.train.by_autograd if "example" in job.privacy.units else ():
+    for key in job.train.autograd_only_keys if "example" in job.privacy.units else ():
         raise ValueError(
             f"train.{key}: an example's gradient is clipped as it is, from one pass in full precision, and"
             " noised once a step; expected no such key under example-level privacy"

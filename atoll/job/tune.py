@@ -30,7 +30,7 @@ class Tuned(Section):
         return self
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What is tuned, in a word or two."""
         return f"last-k with layers = {self.layers or 1}" if self.method == "last-k" else self.method
 

@@ -93,7 +93,7 @@ def check_imbalance(job: Job, task: Task) -> None:
     kind = job.train.imbalance
     if kind is None:
         return
-    if not (task.on_features and task.head_loss == "softmax"):
+    if not (task.uses_pooled_features and task.head_loss == "softmax"):
         raise ConfigError(f"train.imbalance: {task.name} has no classes to balance, expected none")
     if "example" in job.privacy.units and kind != "focal":
         raise ConfigError(
@@ -106,7 +106,7 @@ def check_smoothing(job: Job, task: Task) -> None:
     """Raises ConfigError where the task has no classes whose labels could be smoothed, or not so."""
     if job.train.label_smoothing is None:
         return
-    if not (task.on_features and task.head_loss == "softmax"):
+    if not (task.uses_pooled_features and task.head_loss == "softmax"):
         raise ConfigError(f"train.label_smoothing: {task.name} has no labels to smooth, expected none")
     if job.train.teacher is not None:
         raise ConfigError("train.label_smoothing: a teacher's answers are soft already, expected none")

@@ -19,13 +19,13 @@ def check_fits(job: Job, task: Task) -> None:
     check_imbalance(job, task)
     check_smoothing(job, task)
     check_shots(job, task)
-    if job.tune.head_init is not None and not (task.on_features and task.head_loss == "softmax"):
+    if job.tune.head_init is not None and not (task.uses_pooled_features and task.head_loss == "softmax"):
         raise ConfigError(f"tune.head_init: {task.name} has no head of classes on features, expected none")
-    if job.train.cached_views is not None and not task.on_features:
+    if job.train.cached_views is not None and not task.uses_pooled_features:
         raise ConfigError(f"train.cached_views: {task.name} has no features to keep, expected none")
-    if job.data.folds is not None and task.splits_itself:
+    if job.data.folds is not None and task.has_own_split:
         raise ConfigError(f"data.folds: {task.name} says itself what is measured on, expected none")
-    if job.train.dropout is not None and task.on_features and job.tune.method == "head":
+    if job.train.dropout is not None and task.uses_pooled_features and job.tune.method == "head":
         raise ConfigError("train.dropout: a head on a frozen backbone has no layer of dropout, expected none")
     check_autograd(job, task)
     check_teacher(job, task)
@@ -37,8 +37,8 @@ def check_fits(job: Job, task: Task) -> None:
 
 def check_autograd(job: Job, task: Task) -> None:
     """Raises ConfigError where heads train in closed form, and the job says how autograd is to do it."""
-    if task.on_features and job.leaves_backbone:
-        for key in job.train.by_autograd:
+    if task.uses_pooled_features and job.backbone_is_frozen:
+        for key in job.train.autograd_only_keys:
             raise ConfigError(
                 f"train.{key}: has no meaning for a head on kept features, whose gradients have a closed form"
                 " in float32; remove it, or tune more than the head"

@@ -54,8 +54,8 @@ class CompiledEncoder(Encoder):
         features: torch.Tensor = self._compiled(batch)
         return features
 
-    def prepare(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
-        return self._encoder.prepare(inputs, variation)
+    def preprocess_and_collate(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
+        return self._encoder.preprocess_and_collate(inputs, variation)
 
     def fixed_batches(
         self, inputs: Sequence[Any], size: int, variation: Variation | None = None

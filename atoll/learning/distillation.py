@@ -39,14 +39,14 @@ class Teacher:
 
     def check(self, facts: DataInfo) -> None:
         """Raises ConfigError unless the student tells the same classes apart, in the same order."""
-        own, expected = self.learner.facts["classes"], facts["classes"]
+        own, expected = self.learner.data_info["classes"], facts["classes"]
         if own != expected:
             raise ConfigError(
                 f"train.teacher: its classes are {own}, the job's are {expected}; expected the same, in the"
                 " same order (data.classes)"
             )
 
-    def taught(self, shard: Shard) -> Shard:
+    def with_soft_labels(self, shard: Shard) -> Shard:
         """The shard with targets [n, 1 + classes]: the class, and what the teacher gives each class."""
         soft = self.soft(self.learner.outputs_by_row(self.tensors, shard))
         return replace(shard, targets=torch.cat([shard.table.to(soft.dtype).unsqueeze(1), soft], dim=1))
@@ -88,14 +88,14 @@ def teacher_of(job: Job) -> Teacher | None:
     learner = Learner.of(own, task_named(own.task.name), dict(saved["facts"]))
     learner.check_fingerprint()
     tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
-    return Teacher(learner, tensors, job.train.temperature, job.train.taught, _fingerprint(run))
+    return Teacher(learner, tensors, job.train.temperature, job.train.distillation_weight, _fingerprint(run))
 
 
 def check_teacher(job: Job, task: Task) -> None:
     """Raises ConfigError where the job's teacher can't teach this task, or would break its promise."""
     if job.train.teacher is None:
         return
-    if not (task.on_features and task.head_loss == "softmax"):
+    if not (task.uses_pooled_features and task.head_loss == "softmax"):
         raise ConfigError(
             f"train.teacher: distillation is of classes, {task.name} has none an example; expected none"
         )

@@ -30,7 +30,7 @@ def check_shots(job: Job, task: Task) -> None:
     """Raises ConfigError where the task has no classes to count by, or a promise would break."""
     if job.data.shots is None:
         return
-    if task.splits_itself or not (task.on_features and task.head_loss == "softmax"):
+    if task.has_own_split or not (task.uses_pooled_features and task.head_loss == "softmax"):
         raise ConfigError(f"data.shots: {task.name} has no examples of one class each, expected none")
     if "example" in job.privacy.units:
         raise ConfigError(

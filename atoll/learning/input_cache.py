@@ -28,7 +28,7 @@ class ReadyInputs:
         ready = {key: self._kept.pop(key) for key in wanted if key in self._kept}
         missing = [key for key in wanted if key not in ready]
         if missing:
-            made = encoder.ready(take_many(shard.inputs, [wanted[key] for key in missing]))
+            made = encoder.preprocess(take_many(shard.inputs, [wanted[key] for key in missing]))
             ready.update(zip(missing, made, strict=True))
             self._bytes += sum(map(_size, made))
         # Back behind all others: the first ones are those not asked for the longest.

@@ -55,7 +55,7 @@ class Learner:
 
     job: Job
     task: Task
-    facts: DataInfo
+    data_info: DataInfo
     backbone: Backbone
     progress: Progress | None = None
     teacher: Teacher | None = None
@@ -73,22 +73,22 @@ class Learner:
 
         check_fits(job, task)
         backbone = fingerprinted(resolve(job.backbone, job.seed), job.backbone)
-        return cls(job, task.bound(job, backbone), facts, backbone, progress, teacher_of(job))
+        return cls(job, task.configured(job, backbone), facts, backbone, progress, teacher_of(job))
 
     @property
     def uses_features(self) -> bool:
         """Whether the backbone is frozen as a whole, so that an example's features never change."""
-        return self.task.on_features and self.job.tune.method == "head"
+        return self.task.uses_pooled_features and self.job.tune.method == "head"
 
     @property
     def trains_on_features(self) -> bool:
         """Whether training sees nothing but kept features, of examples as they are or of their views."""
-        return self.task.on_features and self.job.leaves_backbone
+        return self.task.uses_pooled_features and self.job.backbone_is_frozen
 
     @cached_property
     def encoder(self) -> Encoder:
         """The backbone, loaded at first use."""
-        if not self.task.on_features:
+        if not self.task.uses_pooled_features:
             return self.model.backbone
         encoder = self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
         return pruned(encoder, self.job.backbone)
@@ -96,10 +96,10 @@ class Learner:
     @cached_property
     def model(self) -> Model:
         """Backbone and head on the job's device, with what the job tunes marked as trainable."""
-        if self.task.on_features:
+        if self.task.uses_pooled_features:
             model = Model(self.encoder, self._fresh_head(self.encoder.width))
         else:
-            model = self.task.network(self.backbone, self.job, self.facts)
+            model = self.task.network(self.backbone, self.job, self.data_info)
             pruned(model.backbone, self.job.backbone, model.head)
         trainable.mark_trainable(model, self.job.tune, self.job.seed)
         if self.job.train.dropout is not None:
@@ -129,16 +129,16 @@ class Learner:
         return {name: t.cpu() for name, t in trainable.values(self.model).items()}
 
     @cached_property
-    def own(self) -> Tensors:
+    def client_tensors(self) -> Tensors:
         """What clients keep of the tensors, before training: to be asked for before anything is trained."""
         return own_part(self.model, self.job) if self.job.personal.splits else {}
 
-    def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
+    def collate(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
         """Some rows of a shard as the model takes them; they are decoded once, unless they vary."""
         if variation is not None:
-            batch = self.encoder.prepare(take_many(shard.inputs, rows), variation)
+            batch = self.encoder.preprocess_and_collate(take_many(shard.inputs, rows), variation)
         else:
-            batch = self.encoder.batch(self._ready.of(self.encoder, shard, rows))
+            batch = self.encoder.collate(self._ready.of(self.encoder, shard, rows))
         if self.task.sees_targets:
             batch[TARGETS] = shard.targets_of(rows)
         return batch
@@ -170,7 +170,7 @@ class Learner:
         )
 
     @property
-    def given(self) -> DataInfo:
+    def required_info(self) -> DataInfo:
         """What all must have alike, as facts: the backbone's weights, and the teacher.
 
         Raises:
@@ -178,19 +178,19 @@ class Learner:
         """
         if self.teacher is None:
             return {"backbone": self.backbone.fingerprint}
-        self.teacher.check(self.facts)
+        self.teacher.check(self.data_info)
         return {"backbone": self.backbone.fingerprint, "teacher": self.teacher.fingerprint}
 
     def check_fingerprint(self) -> None:
         """Raises ConfigError unless the weights here, and the teacher, are those the run's facts name."""
         if self.teacher is not None:
-            told, here = self.facts.get("teacher"), self.teacher.fingerprint
+            told, here = self.data_info.get("teacher"), self.teacher.fingerprint
             if told is not None and told != here:
                 raise ConfigError(
                     f"train.teacher: {self.job.train.teacher} is not the run's teacher"
                     f" (here {here[:12]}, there {told[:12]})"
                 )
-        expected, found = self.facts.get("backbone"), self.backbone.fingerprint
+        expected, found = self.data_info.get("backbone"), self.backbone.fingerprint
         if expected is not None and expected != found:
             raise ConfigError(
                 f"backbone {self.backbone.name}: these weights are not the run's"
@@ -200,10 +200,10 @@ class Learner:
     def predictions(self, tensors: Tensors, inputs: Sequence[Any]) -> Any:
         """What the model says of raw inputs, one prediction each; nothing is looked up or kept."""
         shard = Shard(inputs, torch.zeros(len(inputs), dtype=torch.int64), (bytes(32),) * len(inputs))
-        if not self.task.on_features:
+        if not self.task.uses_pooled_features:
             model = self.filled(tensors)
             with torch.inference_mode():
-                return model.predict(self._on_device(self.encoder.prepare(inputs)))
+                return model.predict(self._on_device(self.encoder.preprocess_and_collate(inputs)))
         return self._fresh_outputs(tensors, shard)
 
     def _fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
@@ -228,14 +228,14 @@ class Learner:
 
     def metrics(self) -> MetricCollection:
         """The task's metrics, and those that the job adds, all at zero."""
-        return with_brought_metrics(self.task.metrics(self.facts), self.job, self.facts)
+        return with_brought_metrics(self.task.metrics(self.data_info), self.job, self.data_info)
 
     def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
         """Metric states of the model with these tensors on a shard; they add up over shards."""
         metrics = self.metrics()
-        if self.task.on_features:
+        if self.task.uses_pooled_features:
             outputs = self.outputs(tensors, shard)
-            metrics.update(*self.task.measured(outputs, shard.table))
+            metrics.update(*self.task.metric_inputs(outputs, shard.table))
             loss = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard)
         else:
             loss = self._measure(self.filled(tensors), shard, metrics)
@@ -246,9 +246,9 @@ class Learner:
         }
         return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
 
-    def taught(self, shard: Shard) -> Shard:
+    def with_soft_labels(self, shard: Shard) -> Shard:
         """A shard as training sees it: with a teacher, its targets hold the teacher's answers too."""
-        return shard if self.teacher is None else self.teacher.taught(shard)
+        return shard if self.teacher is None else self.teacher.with_soft_labels(shard)
 
     def outputs_by_row(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         """As `outputs`, and no row's bits depend on other rows: whoever asks for it gets the same."""
@@ -268,27 +268,27 @@ class Learner:
             return partial(nn.functional.cross_entropy, label_smoothing=smoothing)
         if imbalance is None:
             return self.task.loss
-        return imbalance.loss(counts_of(shard.table, len(self.facts["classes"])))
+        return imbalance.loss(counts_of(shard.table, len(self.data_info["classes"])))
 
     def chances(self, shard: Shard) -> NDArray[np.float64] | None:
         """How likely each example is drawn in training, [n], where not all are taken in turn."""
         imbalance = Imbalance.of(self.job)
         return None if imbalance is None else imbalance.chances(shard.table)
 
-    def measured(self, model: Model, shard: Shard) -> dict[str, float]:
+    def evaluate_model(self, model: Model, shard: Shard) -> dict[str, float]:
         """Metrics and loss of any model of this kind on a shard, past the cache of features."""
         metrics = self.metrics()
         total = self._measure(model, shard, metrics)
         found = {name: float(value) for name, value in metrics.compute().items()}
         return found | {"loss": float(total) / len(shard)}
 
-    def references(self, shard: Shard) -> dict[str, dict[str, float]]:
+    def naive_baselines(self, shard: Shard) -> dict[str, dict[str, float]]:
         """Metrics of the task's predictions that need no learning."""
         found = {}
-        for name, predictions in self.task.references(shard, self.facts).items():
+        for name, predictions in self.task.naive_baselines(shard, self.data_info).items():
             metrics = self.metrics()
             targets = shard.targets_of(range(len(shard)))
-            metrics.update(*self.task.measured(predictions, targets))
+            metrics.update(*self.task.metric_inputs(predictions, targets))
             found[name] = {metric: float(value) for metric, value in metrics.compute().items()}
         return found
 
@@ -298,9 +298,9 @@ class Learner:
         with torch.inference_mode():
             for start in range(0, len(shard), WHOLE_BATCH):
                 rows = range(start, min(start + WHOLE_BATCH, len(shard)))
-                batch, targets = self._on_device(self.batch(shard, rows)), shard.targets_of(rows)
-                metrics.update(*self.task.measured(model.predict(batch), targets))
-                loss = self.task.measured_loss(model(batch), targets.to(self.job.train.device))
+                batch, targets = self._on_device(self.collate(shard, rows)), shard.targets_of(rows)
+                metrics.update(*self.task.metric_inputs(model.predict(batch), targets))
+                loss = self.task.eval_loss(model(batch), targets.to(self.job.train.device))
                 total += loss.cpu().to(torch.float64) * len(rows)
         return total
 
@@ -325,7 +325,7 @@ class Learner:
 
     def split(self, shard: Shard) -> tuple[Shard, Shard]:
         """(training part, validation part), chosen as the task says or by the hash of the content alone."""
-        if self.task.splits_itself:
+        if self.task.has_own_split:
             train, validation = self.task.split(shard, self.job.seed, self.job.data.validation_fraction)
             return shard.select(train), shard.select(validation)
         rows = ranked(shard.keys, self.job.seed, "validation")
@@ -348,8 +348,8 @@ class Learner:
         hidden = self.job.tune.hidden
         with global_stream(self.job.seed, "init", "head"):
             if hidden is None:
-                return self.task.head(width, self.facts)
-            return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), self.task.head(hidden, self.facts))
+                return self.task.head(width, self.data_info)
+            return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), self.task.head(hidden, self.data_info))
 
     @cached_property
     def _head(self) -> nn.Module:

@@ -168,7 +168,7 @@ def _tell_configuration(network: nn.Module, widths: set[tuple[int, int]]) -> Non
 def _example(encoder: Encoder) -> Batch:
     """Inputs that a network takes, whatever they say."""
     if isinstance(encoder, TextEncoder):
-        return encoder.prepare(["one", "two"])
+        return encoder.preprocess_and_collate(["one", "two"])
     if isinstance(encoder, VisionEncoder):
         return {"pixel_values": torch.zeros(2, 3, encoder.size, encoder.size)}
     raise ConfigError(

@@ -40,7 +40,7 @@ class CentralGaussian:
     noise_multiplier: float
     expected_cohort: float
     sampling_rate: float
-    words: RandomBits
+    random_bits: RandomBits
     record: Callable[[Release], None] = lambda cost: None
     count_deviation: float | None = None
 
@@ -53,7 +53,7 @@ class CentralGaussian:
             raise ValueError(f"sampling_rate must be in (0, 1], got {self.sampling_rate}")
 
     @property
-    def cost(self) -> Release:
+    def event(self) -> Release:
         """What each call of `release` spends."""
         return Release(self.noise_multiplier, self.sampling_rate)
 
@@ -70,7 +70,7 @@ class CentralGaussian:
             summed, norms = clipped_sum(updates, clipping_norm=self.clipping_norm)
             total = torch.cat([summed[name].reshape(-1) for name in names]).numpy()
             within = int((norms <= self.clipping_norm).sum())
-        self.record(self.cost)
+        self.record(self.event)
         noisy = self.lattice(len(total)).added(total) / self.expected_cohort
         parts = torch.split(torch.from_numpy(noisy), sizes)
         mean = {name: part.reshape(model[name].shape) for name, part in zip(names, parts, strict=True)}
@@ -79,7 +79,7 @@ class CentralGaussian:
     def _fraction(self, within: int, answered: int) -> float | None:
         if self.count_deviation is None:
             return None
-        noise = float(Lattice(self.count_deviation, self.words).noise(1)[0])
+        noise = float(Lattice(self.count_deviation, self.random_bits).noise(1)[0])
         return noised_fraction(within, answered, noise=noise, expected_cohort=self.expected_cohort)
 
     def lattice(self, numbers: int) -> Lattice:
@@ -87,4 +87,4 @@ class CentralGaussian:
         left = self.noise_multiplier
         if self.count_deviation is not None:
             left = multiplier_of_sum(self.noise_multiplier, self.count_deviation)
-        return lattice_for(left, self.clipping_norm, numbers, self.words)
+        return lattice_for(left, self.clipping_norm, numbers, self.random_bits)

@@ -26,28 +26,28 @@ class DpPlan:
     where: str
     promise: DpGuarantee
     delta: float
-    cost: Release
+    event: Release
     releases: int
     per_round: int
     divisor: float
 
     @property
     def noise_multiplier(self) -> float:
-        return self.cost.noise_multiplier
+        return self.event.noise_multiplier
 
     @property
     def planned(self) -> Mapping[Release, int]:
         """What the whole run spends, if nothing has to be done twice."""
-        return {self.cost: self.releases}
+        return {self.event: self.releases}
 
-    def affords(self, spent: Composition, count: int) -> bool:
+    def within_budget(self, spent: Composition, count: int) -> bool:
         """Whether `count` more releases stay within the target; without one, everything does."""
         target = self.promise.epsilon
         if target is None:
             return True
-        if set(spent) <= {self.cost} and sum(spent.values()) + count <= self.releases:
+        if set(spent) <= {self.event} and sum(spent.values()) + count <= self.releases:
             return True  # no more than what the noise was calibrated for
-        return within(compose(spent, {self.cost: count}), self.delta, target)
+        return within(compose(spent, {self.event: count}), self.delta, target)
 
 
 def dp_plan_of(job: Job, unit: Unit) -> DpPlan | None:

@@ -63,7 +63,7 @@ class Lattice:
     """
 
     deviation: float
-    words: RandomBits
+    random_bits: RandomBits
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.deviation) and self.deviation > 0):
@@ -80,7 +80,7 @@ class Lattice:
 
     def noise(self, count: int) -> NDArray[np.float64]:
         """Whole multiples of the granularity, in units of the values."""
-        drawn = standard_normal(self.words(count)) * (self.deviation / self.granularity)
+        drawn = standard_normal(self.random_bits(count)) * (self.deviation / self.granularity)
         return np.rint(drawn) * self.granularity
 
     def added(self, values: NDArray[np.float64]) -> NDArray[np.float64]:

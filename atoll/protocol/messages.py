@@ -25,7 +25,7 @@ class Hello:
     """A client introduces itself, or says why it will not take part."""
 
     client: str
-    facts: DataInfo
+    data_info: DataInfo
     num_examples: int
     refusal: str = ""
     version: int = VERSION
@@ -44,7 +44,7 @@ class Request:
     job: str
     job_hash: str
     round: int
-    facts: DataInfo
+    data_info: DataInfo
     tensors: Tensors
     plan: Mapping[str, float] = field(default_factory=dict)
     run: str = ""

@@ -47,7 +47,7 @@ class Entry:
     module: str
     attribute: str
     summary: str
-    headline: str | None = "accuracy"
+    primary_metric: str | None = "accuracy"
     """None of an extension's, which isn't imported yet and says it then."""
     origin: str = BUILT_IN
 
@@ -211,9 +211,9 @@ def headline_of(name: str) -> str:
     entry = TASKS.get(name)
     if entry is None:
         return "accuracy"
-    return task_named(name).headline if entry.headline is None else entry.headline
+    return task_named(name).primary_metric if entry.primary_metric is None else entry.primary_metric
 
 
 def trains_on_features(job: Job) -> bool:
     """Whether training sees nothing but kept features of a frozen backbone."""
-    return task_named(job.task.name).on_features and job.leaves_backbone
+    return task_named(job.task.name).uses_pooled_features and job.backbone_is_frozen

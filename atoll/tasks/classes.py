@@ -63,7 +63,7 @@ class Labelled(Task):
         except KeyError as unknown:
             raise DataError(f"label {unknown} is not one of the run's classes {facts['classes']}") from None
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The classes, in order: those the job names, or else those of the data, sorted.
 
         Raises:
@@ -71,7 +71,7 @@ class Labelled(Task):
         """
         return named(set(dataset["label"]), data, "classes", "label")
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Pinned classes as they are, else the sorted union.
 
         Raises:
@@ -101,7 +101,7 @@ class Labelled(Task):
             compute_groups=False,
         )
 
-    def answer(self, predictions: torch.Tensor, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: torch.Tensor, facts: DataInfo) -> list[dict[str, Any]]:
         """The most likely class and its probability, and all probabilities."""
         rows = []
         for row in torch.softmax(predictions, dim=-1):

@@ -66,7 +66,7 @@ class Classification(Labelled):
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         return self.reader(source, _columns(data))
 
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return table_of(splits)
 
     def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
@@ -85,7 +85,7 @@ class Classification(Labelled):
         inputs = LazyRows(LazyColumn(dataset, self.column, self.convert), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """The bytes of an image file; a text file's text, or the text itself.
 
         Raises:

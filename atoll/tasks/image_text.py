@@ -59,7 +59,7 @@ RECORDS = Schema(
         ),
         SchemaField("label", class_name, pa.string(), ("class", "category", "target", "y")),
     ),
-    counted="label",
+    count_by="label",
 )
 
 
@@ -80,14 +80,14 @@ class PairEncoder(Encoder):
         found = (image({"pixel_values": batch["pixel_values"]}), text(words))
         return torch.cat([nn.functional.layer_norm(f, f.shape[1:]) for f in found], dim=1)
 
-    def ready(self, inputs: Sequence[Pair]) -> list[Batch]:
+    def preprocess(self, inputs: Sequence[Pair]) -> list[Batch]:
         image, text = self._parts
-        pixels, words = image.ready([i for i, _ in inputs]), text.ready([t for _, t in inputs])
+        pixels, words = image.preprocess([i for i, _ in inputs]), text.preprocess([t for _, t in inputs])
         return [{"pixels": p, "words": w} for p, w in zip(pixels, words, strict=True)]
 
-    def batch(self, ready: Sequence[Batch]) -> Batch:
+    def collate(self, ready: Sequence[Batch]) -> Batch:
         image, text = self._parts
-        return image.batch([one["pixels"] for one in ready]) | text.batch([one["words"] for one in ready])
+        return image.collate([one["pixels"] for one in ready]) | text.collate([one["words"] for one in ready])
 
     def fixed_batches(
         self, inputs: Sequence[Pair], size: int, variation: Variation | None = None
@@ -99,7 +99,7 @@ class PairEncoder(Encoder):
 
     def _filled(self, images: Sequence[bytes], words: Any) -> Batch:
         batch: Batch = words()
-        return self._parts[0].prepare(images) | batch
+        return self._parts[0].preprocess_and_collate(images) | batch
 
 
 def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> PairEncoder:
@@ -157,7 +157,7 @@ class ImageText(SchemaTask, Labelled):
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         return load_pair_encoder(backbone, section, seed)
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """An image file, two colons, and its text.
 
         Raises:

@@ -73,8 +73,8 @@ class ModuleTask(SchemaTask, Labelled):
 
     name = ""
     summary = ""
-    on_features = False
-    headline = "accuracy"
+    uses_pooled_features = False
+    primary_metric = "accuracy"
 
     columns: ClassVar[Mapping[str, Column]] = {}
     """The data's columns by name, and how each is read."""
@@ -117,10 +117,10 @@ class ModuleTask(SchemaTask, Labelled):
         self._of_classes("metrics")
         return super().metrics(facts)
 
-    def answer(self, predictions: torch.Tensor, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: torch.Tensor, facts: DataInfo) -> list[dict[str, Any]]:
         """What `atoll predict` prints for each of the outputs [n, …]; `label` comes first."""
         if self.label is not None:
-            return super().answer(predictions, facts)
+            return super().format_predictions(predictions, facts)
         return [{"label": ", ".join(f"{v:.6g}" for v in row.flatten().tolist())} for row in predictions]
 
     def _of_classes(self, method: str) -> None:
@@ -134,7 +134,7 @@ class ModuleTask(SchemaTask, Labelled):
         """What `tune.method = "head"` trains: unless said, the module's last layer that has weights."""
         return [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None][-1]
 
-    def bound(self, job: Job, backbone: Backbone) -> Task:
+    def configured(self, job: Job, backbone: Backbone) -> Task:
         bound = copy.copy(self)
         bound.options = self._options_of(job.task.options)
         return bound
@@ -159,15 +159,15 @@ class ModuleTask(SchemaTask, Labelled):
 
     def records(self, options: Given) -> Schema:
         roles = tuple(SchemaField(name, column.read, column.kind) for name, column in self.columns.items())
-        return Schema(roles, counted=self.label)
+        return Schema(roles, count_by=self.label)
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Given) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Given) -> DataInfo:
         if self.label is None:
             return {}
         return named(set(dataset[self.label]), data, "classes", self.label)
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
-        return {} if self.label is None else super().agree(facts)
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+        return {} if self.label is None else super().merge_info(facts)
 
     def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
@@ -184,7 +184,7 @@ class ModuleTask(SchemaTask, Labelled):
             targets = torch.stack([self.target(row, facts) for row in rows])
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """A row as JSON, such as `{"height": 1.8}`.
 
         Raises:
@@ -217,10 +217,10 @@ class _Rows(Encoder):
         self.width = 0
         self._tensor_of = tensor_of
 
-    def ready(self, inputs: Sequence[Any]) -> list[torch.Tensor | Batch]:
+    def preprocess(self, inputs: Sequence[Any]) -> list[torch.Tensor | Batch]:
         return [self._tensor_of(row) for row in inputs]
 
-    def batch(self, ready: Sequence[torch.Tensor | Batch]) -> Batch:
+    def collate(self, ready: Sequence[torch.Tensor | Batch]) -> Batch:
         rows = [{ONLY: one} if isinstance(one, torch.Tensor) else one for one in ready]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 

@@ -29,7 +29,7 @@ class SchemaTask(Task):
     def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
         return self.records(options).inspect(source, data)
 
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return self.records(job.task.options).adopted(splits)
 
     def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:

@@ -36,22 +36,22 @@ class Task(Protocol):
     summary: str
     """One line for `atoll list tasks`."""
 
-    on_features: bool = True
+    uses_pooled_features: bool = True
     """Whether the head sees one row of features an example."""
 
     sees_targets: bool = False
     """Whether a batch to learn from holds the targets too (`TARGETS`): the words said so far, the boxes."""
 
-    splits_itself: bool = False
+    has_own_split: bool = False
     """Whether `split` says what a client trains on and what it measures on."""
 
-    headline: str = "accuracy"
+    primary_metric: str = "accuracy"
     """The metric that a run is judged by."""
 
     head_loss: Literal["softmax", "sigmoid", "squared"] = "softmax"
     """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
 
-    def bound(self, job: Job, backbone: Backbone) -> Task:
+    def configured(self, job: Job, backbone: Backbone) -> Task:
         """This task as a job and its resolved backbone make it, above all by `task.options`.
 
         `loss`, `metrics` and `shard` are asked of what it returns.
@@ -66,7 +66,7 @@ class Task(Protocol):
         """One owner's data, every example checked; `options` are the job's `task.options`."""
         ...
 
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         """The splits of a built-in source, which are in the task's own columns and trusted."""
         ...
 
@@ -90,11 +90,11 @@ class Task(Protocol):
         """(rows to train on, rows to measure on) within a client, of a task that `splits_itself`."""
         raise TypeError(f"{self.name} splits by content alone")
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """What must be known of the data before a model can be built."""
         ...
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         """The facts that hold for all clients together."""
         ...
 
@@ -102,7 +102,7 @@ class Task(Protocol):
         """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
         ...
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """One input of `atoll predict` as a shard holds it."""
         ...
 
@@ -126,18 +126,18 @@ class Task(Protocol):
         """Metrics whose states add up over clients; they take predictions and targets."""
         ...
 
-    def measured_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss on examples that are only measured on, where that is another one."""
         return self.loss(outputs, targets)
 
-    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """What `update` of the metrics takes."""
         return predictions, targets
 
-    def references(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
+    def naive_baselines(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
         """Predictions that need no learning, by name, which a result always stands beside: the last value."""
         return {}
 
-    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """What `atoll predict` prints for each prediction; `label` comes first."""
         ...

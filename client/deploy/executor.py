@@ -140,7 +140,7 @@ class Executor:
                 return ""
         return answer.token
 
-    def overtaken(self) -> bool:
+    def has_next_task(self) -> bool:
         """Whether there is a next task; the SuperNode handles one message at a time."""
         with self.lock:
             self.next_token = self.next_token or self._ask()
@@ -149,7 +149,7 @@ class Executor:
     def run(self, token: str) -> None:
         """Answer one task, unless it is withdrawn meanwhile, as when its run is stopped."""
         with _connection(self.address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeat(client):
-            client.overtaken, client.stopping = self.overtaken, self.stop.is_set
+            client.has_next_task, client.stopping = self.has_next_task, self.stop.is_set
             try:
                 self._run(client)
             except (httpx.HTTPError, ObjectPullError, RuntimeError) as error:
@@ -254,7 +254,7 @@ class _Client(RuntimeHttpClient):
     sign is that the SuperNode goes on to a next task.
     """
 
-    overtaken: Callable[[], bool] = staticmethod(lambda: False)
+    has_next_task: Callable[[], bool] = staticmethod(lambda: False)
     stopping: Callable[[], bool] = staticmethod(lambda: False)
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
@@ -279,7 +279,7 @@ class _Client(RuntimeHttpClient):
                 raise RuntimeError("the site is to stop, and its message has not arrived")
             if time.monotonic() > look:
                 look = time.monotonic() + SLOW_SECONDS
-                if self.overtaken():
+                if self.has_next_task():
                     raise RuntimeError("its run was stopped before its message had arrived")
             yield
 

@@ -36,11 +36,11 @@ class DpSgd:
     clipping_norm: float
     noise_multiplier: float
     divisor: float
-    words: Callable[[str], RandomBits]
+    random_bits: Callable[[str], RandomBits]
     draw: Callable[[str, int], Sequence[NDArray[np.int64]]] | None = None
     charged: Mapping[str, int] = field(default_factory=dict)
 
-    def told(self, clients: Sequence[str]) -> tuple[tuple[int, ...], Tensors]:
+    def public_fields(self, clients: Sequence[str]) -> tuple[tuple[int, ...], Tensors]:
         """(each client's weight, its states): nothing in them depends on anybody's examples."""
         nothing = torch.zeros(len(clients), dtype=torch.float64)
         charged = torch.tensor([self.charged.get(c, 0) for c in clients], dtype=torch.float64)
@@ -92,7 +92,9 @@ def stacked_noise(
     drawn = []
     granularity = 0.0
     for client, count in steps:
-        lattice = lattice_for(private.noise_multiplier, sensitivity, sum(numbers), private.words(client))
+        lattice = lattice_for(
+            private.noise_multiplier, sensitivity, sum(numbers), private.random_bits(client)
+        )
         drawn.append(torch.from_numpy(lattice.noise(count * sum(numbers)).reshape(count, -1)))
         granularity = lattice.granularity
     found: list[list[StackedNoise]] = []

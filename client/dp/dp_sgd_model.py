@@ -75,7 +75,7 @@ def train_privately(
             optimizer.step()
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
-    told = private.told([client])
+    told = private.public_fields([client])
     return Update(
         client=client,
         round=round,
@@ -102,7 +102,7 @@ def clipped_sum(
     varied = variation(learner.job, round, client, number)
     for begin in range(0, len(rows), AT_ONCE):
         part = rows[begin : begin + AT_ONCE].tolist()
-        batch, targets = _on_device(learner, learner.batch(shard, part, varied), shard.targets_of(part))
+        batch, targets = _on_device(learner, learner.collate(shard, part, varied), shard.targets_of(part))
         each = gradients(batch, targets)
         factor = _factors(each, private)
         for name, g in each.items():
@@ -129,7 +129,7 @@ class _Noise:
             private.noise_multiplier,
             private.clipping_norm / private.divisor,
             sum(self.sizes),
-            private.words(client),
+            private.random_bits(client),
         )
 
     def added(self, total: Tensors) -> Tensors:
@@ -142,7 +142,7 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
     """Looked up once for a learner, with two examples; layers that mix examples are found on the way."""
     if not _in_use or _in_use[0][0] is not learner:
         rows = [0, min(1, len(shard) - 1)]
-        batch, targets = _on_device(learner, learner.batch(shard, rows), shard.targets_of(rows))
+        batch, targets = _on_device(learner, learner.collate(shard, rows), shard.targets_of(rows))
         mixing = mixing_layers(learner.model, _made_different(batch))
         if mixing:
             raise ConfigError(

@@ -29,9 +29,9 @@ def head_sums(
         share = (torch.arange(size) < len(batch)).to(torch.float32).unsqueeze(0).to(device)
         values = layers.forward(start, examples.features[torch.from_numpy(rows)].unsqueeze(0))
         targets = examples.targets[torch.from_numpy(rows)].unsqueeze(0)
-        error, _ = loss.error(values[-1], targets)
-        each = layers.errors(start, values, error)
+        error, _ = loss.grad(values[-1], targets)
+        each = layers.output_gradients(start, values, error)
         factor = clip_factors(values, each, share, private).unsqueeze(2)
         total = [torch.empty_like(matrix) for matrix in start]
         gradients(values, [e.mul_(factor) for e in each], out=total)
-        yield work.client, {name: t[0] for name, t in layers.apart(total).items()}
+        yield work.client, {name: t[0] for name, t in layers.unstack(total).items()}

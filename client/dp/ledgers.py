@@ -36,20 +36,20 @@ class PrivacyLedgers:
         ledger = self.ledger(client, terms.unit, durable=durable)
         spent, count = ledger.spent_on(request.run), terms.per_round
         if durable or not ledger.has(request.run, request.round):
-            if not terms.affords(spent, count):
+            if not terms.within_budget(spent, count):
                 raise BudgetExhausted(
                     f"one more round would bring epsilon above the target {terms.promise.epsilon}"
                 )
             if durable:
                 self._check_budget(ledger, terms)
-            entry = Entry(request.run, request.round, terms.unit, terms.cost, count, fingerprint)
+            entry = Entry(request.run, request.round, terms.unit, terms.event, count, fingerprint)
             ledger.charge(entry)
         return sum(ledger.spent_on(request.run).values()) // count
 
     def _check_budget(self, ledger: Ledger, terms: DpPlan) -> None:
         if self.budget is None:
             return
-        everything = compose(ledger.spent, {terms.cost: terms.per_round})
+        everything = compose(ledger.spent, {terms.event: terms.per_round})
         if not within(everything, self.budget.delta, self.budget.epsilon):
             raise BudgetExhausted("the site's privacy budget for this client's data is spent")
 

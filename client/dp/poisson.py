@@ -25,13 +25,13 @@ def private_training(job: Job, terms: DpPlan, round: int, charged: Mapping[str, 
     def draw(client: str, count: int) -> list[NDArray[np.int64]]:
         steps = terms.per_round
         coins = uniform(words(client, "poisson")(steps * count)).reshape(steps, count)
-        return [np.flatnonzero(row < terms.cost.sampling_rate) for row in coins]
+        return [np.flatnonzero(row < terms.event.sampling_rate) for row in coins]
 
     return DpSgd(
         clipping_norm=terms.promise.clipping_norm,
         noise_multiplier=terms.noise_multiplier,
         divisor=terms.divisor if terms.where == "client" else 1.0,
-        words=words,
+        random_bits=words,
         draw=draw,
         charged=charged,
     )

@@ -36,7 +36,7 @@ SUMS = ("mask", "sum")
 class SecureAggregationSession:
     """The secure sums that this process' clients are in the middle of, one for each client."""
 
-    people: dict[str, Participant] = field(default_factory=dict)
+    participants: dict[str, Participant] = field(default_factory=dict)
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterator[Reply]:
         """Keys, dealt shares or revealed shares of the named clients."""
@@ -58,14 +58,14 @@ class SecureAggregationSession:
 
     def _person(self, request: Request, name: str, *, is_new: bool = False) -> Participant:
         context = context_of(request)
-        known = self.people.get(name)
+        known = self.participants.get(name)
         if is_new and (known is None or known.context != context):
-            known = self.people[name] = Participant(name, context)
+            known = self.participants[name] = Participant(name, context)
         if known is None or known.context != context:
             raise SecureAggregationFailed("its site was started anew in the middle of the round")
         return known
 
-    def sent(
+    def encode_contributions(
         self,
         job: Job,
         request: Request,

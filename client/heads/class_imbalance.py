@@ -42,7 +42,7 @@ def smoothed(loss: Loss, job: Job) -> Loss:
     def error(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place, classes = targets.unsqueeze(2), outputs.shape[2]
         own, middle = outputs.gather(2, place).squeeze(2), outputs.mean(dim=2)
-        plain, likelihood = loss.error(outputs, targets)
+        plain, likelihood = loss.grad(outputs, targets)
         surprise = -in_lines(torch.log, likelihood.clamp_min(torch.finfo(torch.float32).tiny))
         plain.scatter_add_(2, place, torch.full_like(own, share).unsqueeze(2))
         return plain.sub_(share / classes), surprise + share * (own - middle)
@@ -56,16 +56,14 @@ def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
         weights = imbalance.weights(counts)
 
         def weighted(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            error, likelihood = loss.error(outputs, targets)
+            error, likelihood = loss.grad(outputs, targets)
             each = weights[: len(outputs)].gather(1, targets)
             return error * each.unsqueeze(2), loss.value(likelihood) * each
 
         return Loss(weighted, identity)
     if imbalance.kind == "logits":
         shifts = imbalance.shifts(counts).unsqueeze(1)
-        return Loss(
-            lambda outputs, targets: loss.error(outputs + shifts[: len(outputs)], targets), loss.value
-        )
+        return Loss(lambda outputs, targets: loss.grad(outputs + shifts[: len(outputs)], targets), loss.value)
     if imbalance.kind == "focal":
         return Loss(lambda outputs, targets: _focal(loss, imbalance.strength, outputs, targets), identity)
     return loss  # its examples are drawn otherwise, and count as ever
@@ -74,7 +72,7 @@ def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
 def _focal(
     loss: Loss, strength: float, outputs: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    error, likelihood = loss.error(outputs, targets)
+    error, likelihood = loss.grad(outputs, targets)
     rest = (1 - likelihood).clamp_min(_CERTAIN)
     surprise = -in_lines(torch.log, likelihood.clamp_min(torch.finfo(torch.float32).tiny))
     power = in_lines(lambda t: torch.exp(strength * torch.log(t)), rest)

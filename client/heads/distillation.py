@@ -16,7 +16,7 @@ def head_loss(job: Job, kind: str) -> Loss:
     """The loss of that kind, or the one of a job that has a teacher."""
     if job.train.teacher is None:
         return LOSSES[kind]
-    return distillation_loss(LOSSES[kind], job.train.temperature, job.train.taught)
+    return distillation_loss(LOSSES[kind], job.train.temperature, job.train.distillation_weight)
 
 
 def distillation_loss(loss: Loss, temperature: float, weight: float) -> Loss:
@@ -29,7 +29,7 @@ def distillation_loss(loss: Loss, temperature: float, weight: float) -> Loss:
         soft = targets[:, :, 1:]
         cooled = (outputs / temperature).transpose(1, 2).contiguous()
         own = torch.softmax(cooled, dim=1).transpose(1, 2)
-        hard, likelihood = loss.error(outputs, targets[:, :, 0].to(torch.int64))
+        hard, likelihood = loss.grad(outputs, targets[:, :, 0].to(torch.int64))
         tiny = torch.finfo(torch.float32).tiny
         apart = (soft * (soft.clamp_min(tiny).log() - own.clamp_min(tiny).log())).sum(2)
         value = loss.value(likelihood) * (1 - weight) + apart * (weight * temperature**2)

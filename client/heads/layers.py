@@ -65,7 +65,7 @@ class Layers:
             found.append(matrix.to(device))
         return found
 
-    def apart(self, stack: Stack) -> Tensors:
+    def unstack(self, stack: Stack) -> Tensors:
         """Matrices as weights [clients, outputs, inputs] and biases [clients, outputs] on the CPU."""
         found: Tensors = {}
         for layer, matrix in zip(self.layers, stack, strict=True):
@@ -84,7 +84,9 @@ class Layers:
                 values[-1][:, :, after.inputs] = 1
         return values
 
-    def errors(self, stack: Stack, values: Sequence[torch.Tensor], error: torch.Tensor) -> list[torch.Tensor]:
+    def output_gradients(
+        self, stack: Stack, values: Sequence[torch.Tensor], error: torch.Tensor
+    ) -> list[torch.Tensor]:
         """The loss's derivative in each layer's output [clients, batch, outputs], given the last one's."""
         found = [error]
         for place in range(len(stack) - 1, 0, -1):
@@ -102,7 +104,7 @@ class Loss:
     example's derivative in the outputs, and [clients, batch] numbers of which `value` makes losses.
     """
 
-    error: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    grad: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     value: Callable[[torch.Tensor], torch.Tensor]
 
 

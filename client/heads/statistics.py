@@ -25,7 +25,7 @@ def statistics(
 
     A client's own matrix products alone make them, so they are the same bits whoever else is asked.
     """
-    kind, classes = learner.job.tune.head_init, len(learner.facts["classes"])
+    kind, classes = learner.job.tune.head_init, len(learner.data_info["classes"])
     assert kind is not None
     for name, own in held.items():
         found = STATISTICS[kind](learner.features(own.train), own.train.table, classes)

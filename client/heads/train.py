@@ -129,7 +129,7 @@ class _Schedule:
     for padding; `steps` counts each client's.
     """
 
-    works: list[ClientRows]
+    client_rows: list[ClientRows]
     rows: torch.Tensor
     share: torch.Tensor
     steps: list[int]
@@ -157,20 +157,20 @@ def _train_group(
     start = layers.stack(head, job.train.device)
     now = [matrix.repeat(len(works), 1, 1) for matrix in start]
     if local.starts:
-        own = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.works]
+        own = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.client_rows]
         now = [torch.cat(matrices) for matrices in zip(*own, strict=True)]
     losses = _run_local_steps(layers, now, start, examples, schedule, local)
-    counts = tuple(len(work.rows) for work in schedule.works)
+    counts = tuple(len(work.rows) for work in schedule.client_rows)
     states = {
         "train_loss.sum": losses.cpu(),
         "train_loss.count": torch.tensor(counts, dtype=torch.float64) * job.train.epochs,
     }
     if local.per_example is not None:
-        counts, states = local.per_example.told([work.client for work in schedule.works])
+        counts, states = local.per_example.public_fields([work.client for work in schedule.client_rows])
     return StackedUpdates(
-        clients=tuple(work.client for work in schedule.works),
+        clients=tuple(work.client for work in schedule.client_rows),
         round=local.round,
-        delta=layers.apart([matrix.sub_(first) for matrix, first in zip(now, start, strict=True)]),
+        delta=layers.unstack([matrix.sub_(first) for matrix, first in zip(now, start, strict=True)]),
         num_examples=counts,
         states=states,
     )
@@ -182,7 +182,7 @@ def _loss(local: HeadTrainingConfig, schedule: _Schedule, examples: FeatureTable
     if imbalance is None or imbalance.kind == "sampling":
         return smoothed(local.loss, local.job)
     classes = Layers.of(head).layers[-1].outputs
-    counts = [counts_of(examples.targets[torch.from_numpy(w.rows)], classes) for w in schedule.works]
+    counts = [counts_of(examples.targets[torch.from_numpy(w.rows)], classes) for w in schedule.client_rows]
     return balanced(local.loss, imbalance, torch.stack(counts).to(examples.features.device))
 
 
@@ -284,8 +284,8 @@ def _run_local_steps(
         torch.index_select(examples.features, 0, rows.flatten(), out=inputs.view(active * size, -1))
         stack = [matrix[:active] for matrix in now]
         values = layers.forward(stack, inputs)
-        error, losses[s, :active] = local.loss.error(values[-1], targets[s, :active])
-        each = layers.errors(stack, values, error)
+        error, losses[s, :active] = local.loss.grad(values[-1], targets[s, :active])
+        each = layers.output_gradients(stack, values, error)
         factor = extra.factor(values, each, share).unsqueeze(2)
         move(s, stack, values, [e.mul_(factor) for e in each])
     visited = schedule.share > 0
@@ -333,12 +333,14 @@ class _GradientTerms:
         """Noise for every step, and each client's correction, zero for one that has none."""
         noise: list[list[StackedNoise]] = []
         if local.per_example is not None:
-            steps = [(work.client, s) for work, s in zip(schedule.works, schedule.steps, strict=True)]
+            steps = [(work.client, s) for work, s in zip(schedule.client_rows, schedule.steps, strict=True)]
             noise = stacked_noise(layers, steps, local.per_example, str(device))
         if not local.corrections:
             return cls(local, noise, [])
         nothing = {n: torch.zeros_like(t) for n, t in next(iter(local.corrections.values())).items()}
-        own = [layers.stack(local.corrections.get(w.client, nothing), str(device)) for w in schedule.works]
+        own = [
+            layers.stack(local.corrections.get(w.client, nothing), str(device)) for w in schedule.client_rows
+        ]
         return cls(local, noise, [torch.cat(parts) for parts in zip(*own, strict=True)])
 
     @property

@@ -47,7 +47,7 @@ def _compressed(
     updates: StackedUpdates, how: Compression, request: Request, job: Job, memory: ClientStateStore
 ) -> StackedUpdates:
     vectors = flat(updates.delta)
-    if not job.remembers:
+    if not job.has_client_state:
         uniform = _coins(updates.clients, how, job, request.round)
         return replace(updates, delta=compress(vectors, how, uniform))
     error = remembered(updates.clients, how, request, memory)
@@ -59,9 +59,9 @@ def _compressed(
     lost = torch.where(sound, lost, error)
     states = {client: {ERROR: own.clone()} for client, own in zip(updates.clients, lost, strict=True)}
     if job.personal.keep is not None:  # which is in this round's memory already
-        beside = {client: memory.before(request.run, client, request.round + 1) for client in states}
+        beside = {client: memory.load_before(request.run, client, request.round + 1) for client in states}
         states = {client: beside[client] | state for client, state in states.items()}
-    memory.keep(request.run, request.round, states)
+    memory.save(request.run, request.round, states)
     return replace(updates, delta=packed)
 
 
@@ -82,7 +82,7 @@ def remembered(
     """What the clients' messages have not delivered yet, [clients, numbers]; zeros at the start."""
     errors = torch.zeros((len(clients), how.numbers))
     for row, client in zip(errors, clients, strict=True):
-        state = memory.before(request.run, client, request.round)
+        state = memory.load_before(request.run, client, request.round)
         if not state:
             continue
         if ERROR not in state or state[ERROR].shape != row.shape:

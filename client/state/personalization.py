@@ -57,7 +57,7 @@ def train_fedper(
             learner, start, shard, learner.job, client=client, round=request.round, plan=request.plan
         )
         kept = {OWN + n: start[n] + delta for n, delta in update.delta.items() if n not in request.tensors}
-        memory.keep(request.run, request.round, {client: kept})
+        memory.save(request.run, request.round, {client: kept})
         yield replace(update, delta={n: update.delta[n] for n in request.tensors})
 
 
@@ -78,12 +78,12 @@ def train_ditto(
     if not isinstance(updates, StackedUpdates):
         return (_kept(request, *both, memory) for both in zip(updates, beside, strict=True))
     states = {moved.client: _arrived(request, moved) for moved in beside}
-    memory.keep(request.run, request.round, states)
+    memory.save(request.run, request.round, states)
     return updates
 
 
 def _kept(request: Request, update: Update, moved: Update, memory: ClientStateStore) -> Update:
-    memory.keep(request.run, request.round, {moved.client: _arrived(request, moved)})
+    memory.save(request.run, request.round, {moved.client: _arrived(request, moved)})
     return update
 
 
@@ -92,7 +92,7 @@ def _arrived(request: Request, moved: Update) -> Tensors:
 
 
 def _own(request: Request, client: str, before: int, memory: ClientStateStore) -> Tensors:
-    state = memory.before(request.run, client, before)
+    state = memory.load_before(request.run, client, before)
     return {n.removeprefix(OWN): t for n, t in state.items() if n.startswith(OWN)}
 
 
@@ -102,7 +102,7 @@ def _whole(learner: Learner, request: Request, client: str, own: Tensors) -> Ten
     Raises:
         DataError: what it kept is of another model.
     """
-    first = learner.own if learner.job.personal.splits else request.tensors
+    first = learner.client_tensors if learner.job.personal.splits else request.tensors
     if {n: t.shape for n, t in own.items()} not in ({}, {n: t.shape for n, t in first.items()}):
         raise DataError(f"memory of {client}: is not of this model; the run can't go on from it")
     return {**request.tensors, **first, **own}

@@ -45,7 +45,7 @@ class ClientStateStore:
     of_one_run: bool = False
     _held: dict[tuple[str, str], dict[int, Tensors]] = field(default_factory=dict)
 
-    def before(self, run: str, client: str, round: int) -> Tensors:
+    def load_before(self, run: str, client: str, round: int) -> Tensors:
         """The client's newest state of a round before this one; empty where there is none.
 
         Raises:
@@ -58,7 +58,7 @@ class ClientStateStore:
             return self._held[run, client][max(rounds)]
         return _read(self._path(run, client, max(rounds)))
 
-    def keep(self, run: str, round: int, states: Mapping[str, Tensors]) -> None:
+    def save(self, run: str, round: int, states: Mapping[str, Tensors]) -> None:
         """Put the clients' states after a round in place of what they were, and let go of old ones.
 
         Raises:

@@ -60,7 +60,7 @@ def train_model(
             varied = variation(job, round, client, number)
             optimizer.zero_grad()
             for part in parts_of(rows, job):
-                batch = learner.batch(shard, part, varied)
+                batch = learner.collate(shard, part, varied)
                 with autocast(job.train):
                     outputs = model({name: t.to(device) for name, t in batch.items()})
                 loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))

@@ -62,7 +62,7 @@ class SecureSumRound(TrainingRound):
         request = train_request(run, round)
         base = replace(request, plan={**request.plan, "attempt": float(attempt)})
         return SecureRound(
-            run.setup.job, base, names, run.setup.carrier.masks,
+            run.setup.job, base, names, run.setup.carrier.uses_masking,
             lambda stage, asked: list(run.send(stage, asked)),
         ).screened()  # fmt: skip
 
@@ -114,14 +114,14 @@ def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Valida
         enough = len(turnout.names) >= needed or not cohort
         gathered = kind.gather_updates(run, turnout.names if enough else [], round, attempt)
         state.bytes_down += len(cohort) * down
-        state.bytes_up += gathered.usable * up
+        state.bytes_up += gathered.num_valid * up
         _warn_of_set_aside(run, gathered, round)
-        if gathered.usable >= needed or not cohort:
+        if gathered.num_valid >= needed or not cohort:
             return gathered, turnout.logged(before)
         before += turnout.seconds or 0.0
         logger.warning(
             "round %d abandoned: %d of %d usable updates, needed %d (attempt %d of %d)",
-            round, gathered.usable if enough else len(turnout.names), goal, needed, attempt, MAX_ATTEMPTS,
+            round, gathered.num_valid if enough else len(turnout.names), goal, needed, attempt, MAX_ATTEMPTS,
         )  # fmt: skip
     raise InconsistentUpdates(_below_quorum(run, gathered, turnout, goal, needed))
 
@@ -167,7 +167,7 @@ def _below_quorum(
     run: Run, gathered: ValidatedUpdates, turnout: Participation, goal: int, needed: int
 ) -> str:
     reasons = [f"{name}: {why}" for name, why in list(gathered.set_aside.items())[:3]]
-    usable = gathered.usable
+    usable = gathered.num_valid
     if turnout.seconds is not None and len(turnout.names) < needed:
         reasons = [f"{turnout.unavailable} clients not available, {turnout.late} late"]
         usable = len(turnout.names)

@@ -75,13 +75,13 @@ class CentralDp:
 
     def check_budget(self, round: int) -> None:
         """Raises BudgetExhausted if this round's release would spend more than the target."""
-        if self._is_repeated(round) or self.terms.affords(self.spent, 1):
+        if self._is_repeated(round) or self.terms.within_budget(self.spent, 1):
             return
         raise BudgetExhausted(
             f"round {round}: its release would bring epsilon above the target {self.terms.promise.epsilon}"
         )
 
-    def merged(
+    def privatize(
         self, round: int, updates: Sequence[Update], model: Tensors, state: State
     ) -> tuple[Update, State]:
         """(one update that stands for all of them, what is kept for the next round).
@@ -95,8 +95,8 @@ class CentralDp:
             clipping_norm=norm,
             noise_multiplier=self.terms.noise_multiplier,
             expected_cohort=self.terms.divisor,
-            sampling_rate=self.terms.cost.sampling_rate,
-            words=self._words("noise", round),
+            sampling_rate=self.terms.event.sampling_rate,
+            random_bits=self._words("noise", round),
             record=lambda cost: self._charge(round, cost),
             count_deviation=self._count_deviation,
         )
@@ -116,9 +116,9 @@ class CentralDp:
 
     def uniforms(self, round: int) -> Callable[[int], torch.Tensor]:
         """What cohorts are sampled by: `coins` of this round."""
-        return partial(self.coins, round)
+        return partial(self.sampling_uniforms, round)
 
-    def coins(self, round: int, count: int) -> torch.Tensor:
+    def sampling_uniforms(self, round: int, count: int) -> torch.Tensor:
         """A uniform number for each client, which nobody else can know, [count]."""
         return torch.from_numpy(uniform(self._words("cohort", round)(count)))
 
@@ -146,7 +146,7 @@ class NoisedMean:
     def __call__(
         self, updates: Sequence[Update], round: int, model: Tensors, state: State
     ) -> tuple[Sequence[Update], State]:
-        mean, kept = self.protection.merged(round, updates, model, state)
+        mean, kept = self.protection.privatize(round, updates, model, state)
         return [mean], kept
 
 

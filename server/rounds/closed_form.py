@@ -38,7 +38,7 @@ def validate_statistics(
         if name not in good and name not in aside:
             aside[name] = "no reply before the deadline"
     total = sum_states(good[name] for name in sorted(good))
-    return ValidatedUpdates((), dict(sorted(aside.items())), stayed=len(good), statistics=total)
+    return ValidatedUpdates((), dict(sorted(aside.items())), num_clients=len(good), statistics=total)
 
 
 def _fault(reply: Reply, cohort: Sequence[str], form: Form) -> str | None:

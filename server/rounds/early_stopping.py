@@ -42,7 +42,7 @@ class StoppingRule(Protocol):
         ...
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What came of it, in one line."""
         ...
 
@@ -65,7 +65,7 @@ class NoEarlyStopping:
 
     best: Tensors = field(default_factory=dict)
     is_over: bool = False
-    words: str = ""
+    description: str = ""
 
     def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
         return {}
@@ -85,47 +85,58 @@ class EarlyStopping:
     patience: int
     round: int = 0
     value: float = math.nan
-    waited: int = 0
+    rounds_without_improvement: int = 0
     best: Tensors = field(default_factory=dict)
 
     def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
         """Have the clients measure the model, and take note of it; for the log, what they measured."""
         validation = measure()
-        self.note(round, validation.get(self.metric, math.nan), model)
+        self.update(round, validation.get(self.metric, math.nan), model)
         return {"validation": validation}
 
-    def note(self, round: int, value: float, model: Tensors) -> None:
+    def update(self, round: int, value: float, model: Tensors) -> None:
         """Take note of a measurement; one that isn't finite is never better."""
         gain = self.value - value if lower_is_better(self.metric) else value - self.value
         if math.isfinite(value) and (gain > 0 or not self.best):
-            self.round, self.value, self.waited = round, value, 0
+            self.round, self.value, self.rounds_without_improvement = round, value, 0
             # A checkpoint holds it beside the present model, in which no two tensors may be one.
             self.best = {name: tensor.clone() for name, tensor in model.items()}
         else:
-            self.waited += 1
+            self.rounds_without_improvement += 1
 
     @property
     def is_over(self) -> bool:
         """Whether as many measurements as the patience lasts have passed without a better one."""
-        return self.waited >= self.patience
+        return self.rounds_without_improvement >= self.patience
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What came of it, in one line."""
         found = (
             f"the model is round {self.round}'s, the best by the clients' {self.metric} ({self.value:.4g})"
         )
-        return found + (f"; {self.waited} measurements since then were not better" if self.is_over else "")
+        return found + (
+            f"; {self.rounds_without_improvement} measurements since then were not better"
+            if self.is_over
+            else ""
+        )
 
     def state(self) -> State:
         """What a checkpoint keeps, as a strategy's state."""
-        numbers = {"round": float(self.round), "value": self.value, "waited": float(self.waited)}
+        numbers = {
+            "round": float(self.round),
+            "value": self.value,
+            "waited": float(self.rounds_without_improvement),
+        }
         return {PREFIX + k: v for k, v in numbers.items()} | {BEST + n: t for n, t in self.best.items()}
 
     def resume(self, state: State) -> State:
         """Take back what `state` said; what is left is the strategy's."""
         if PREFIX + "round" in state:
-            self.round, self.waited = int(state[PREFIX + "round"]), int(state[PREFIX + "waited"])
+            self.round, self.rounds_without_improvement = (
+                int(state[PREFIX + "round"]),
+                int(state[PREFIX + "waited"]),
+            )
             self.value = float(state[PREFIX + "value"])
         self.best = {
             n.removeprefix(BEST): t

@@ -33,7 +33,7 @@ def run_rounds(run: Run) -> None:
         run.state.ended_early = str(spent)
         logger.warning("%s: the run ends after round %d", spent, run.state.round)
     finally:
-        run.setup.checkpoints.save_last()
+        run.setup.checkpoints.flush()
     tuning_schedule.take_best_model(run)
 
 
@@ -77,5 +77,5 @@ def checkpoint(run: Run, line: dict[str, Any]) -> None:
     """Log the round, and save what a run that is killed now needs to go on."""
     run.state.log.append(line)
     run.setup.directory.append_metrics(line)
-    run.setup.checkpoints.keep(checkpoint_of(run))
+    run.setup.checkpoints.save_async(checkpoint_of(run))
     run.setup.watch("round", line)

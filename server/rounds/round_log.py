@@ -31,7 +31,7 @@ def log_line(
         "loss": float(states["train_loss.sum"].sum()) / count if count and not run.is_private else None,
         "metrics": metrics,
         **seconds,
-        "trained": gathered.usable,
+        "trained": gathered.num_valid,
         "bytes_up": state.bytes_up,
         "bytes_down": state.bytes_down,
         "set_aside": gathered.set_aside,

@@ -135,7 +135,7 @@ class Run:
         """The model that all share, where norms are kept with the first ones; None where heads are kept."""
         if self.setup.job.personal.keep == "head":
             return None
-        return {**self.state.learner.own, **self.state.tensors}
+        return {**self.state.learner.client_tensors, **self.state.tensors}
 
     @property
     def update_bytes(self) -> int:
@@ -150,7 +150,7 @@ class Run:
             job=job.canonical,
             job_hash=job.hash,
             round=round,
-            facts=self.state.learner.facts,
+            data_info=self.state.learner.data_info,
             tensors=self.state.tensors,
             plan=dict(plan),
             run=run_key(self.setup.job, self.setup.directory.path),
@@ -158,4 +158,4 @@ class Run:
 
     def send(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """The named clients' replies as they come, until the job's deadline."""
-        return self.setup.carrier.exchange(request, names, self.setup.job.federation.round_timeout)
+        return self.setup.carrier.send_and_receive(request, names, self.setup.job.federation.round_timeout)

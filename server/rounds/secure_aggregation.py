@@ -36,7 +36,7 @@ class SecureRound:
     def screened(self) -> ValidatedUpdates:
         """The sum as one update that stands for its clients; none where too few stayed to open it."""
         try:
-            total, stayed = self._opened() if self.masks else self._added()
+            total, stayed = self._opened() if self.masks else self._sum_unmasked()
         except SecureAggregationFailed as error:
             return ValidatedUpdates((), {**self.aside, "the sum": str(error)})
         return ValidatedUpdates((self._as_update(total),), dict(sorted(self.aside.items())), stayed)
@@ -66,7 +66,7 @@ class SecureRound:
         total = unmask_sum(keys, list(dealt), masked, opened, self.threshold, context)
         return total, len(masked)
 
-    def _added(self) -> tuple[Vector, int]:
+    def _sum_unmasked(self) -> tuple[Vector, int]:
         """In a simulation masks are left out: they cancel, and the sum is the same bit for bit."""
         vectors = self._vectors(self._stage("sum", self.cohort, tensors=self.base.tensors))
         self._check(len(vectors))
@@ -84,7 +84,7 @@ class SecureRound:
         """What the named clients answer, by name; who doesn't is set aside."""
         plan = dict(self.base.plan) | {"threshold": float(self.threshold)}
         request = Request(
-            kind, self.base.job, self.base.job_hash, self.base.round, self.base.facts,
+            kind, self.base.job, self.base.job_hash, self.base.round, self.base.data_info,
             tensors=tensors or {}, plan=plan, run=self.base.run, own=own or {}, others=others,
         )  # fmt: skip
         found: dict[str, Tensors] = {}

@@ -40,15 +40,15 @@ def start_or_resume(
     """
     strategy_name = job.strategy.name if strategy is None else type(strategy).__name__
     strategy, protection = strategy or build_strategy(job.strategy), protection or NoProtection()
-    roll = carrier.hello(job)
+    roll = carrier.discover_clients(job)
     roll.check(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job.stages[0], task, task.agree(roll.facts))
-    learner.facts = learner.facts | learner.given
+    learner = Learner.of(job.stages[0], task, task.merge_info(roll.data_info))
+    learner.data_info = learner.data_info | learner.required_info
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
-    shared = {name: t for name, t in initial.items() if name not in learner.own}
-    watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.facts})
+    shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
+    watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.data_info})
     first_round, later_rounds = round_kinds(job)
     setup = RunSetup(
         job, carrier, directory, strategy, roll.names, test_set(learner), watch, clock, protection,
@@ -72,7 +72,7 @@ def loses_no_round(job: Job) -> bool:
 
     Clients remember few rounds; and a private round that is lost is charged a second time.
     """
-    return job.remembers or (bool(job.privacy.units) and not job.privacy.seeded_noise)
+    return job.has_client_state or (bool(job.privacy.units) and not job.privacy.seeded_noise)
 
 
 def checkpoint_of(run: Run) -> Checkpoint:
@@ -85,17 +85,17 @@ def checkpoint_of(run: Run) -> Checkpoint:
         state=state.strategy_state | tuning_schedule.state_of(run),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
-        facts=state.learner.facts,
+        data_info=state.learner.data_info,
     )
 
 
 def _continue_from(run: Run, found: Checkpoint) -> None:
-    state, facts = run.state, run.state.learner.facts
-    if found.facts != facts:
-        changed = sorted(k for k in {*found.facts, *facts} if found.facts.get(k) != facts.get(k))
+    state, facts = run.state, run.state.learner.data_info
+    if found.data_info != facts:
+        changed = sorted(k for k in {*found.data_info, *facts} if found.data_info.get(k) != facts.get(k))
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     state.round, state.tensors = found.round, found.tensors
     state.strategy_state = tuning_schedule.resume(run, found.state)
     state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
-    state.log = run.setup.directory.wind_back(found.round)
+    state.log = run.setup.directory.truncate_log(found.round)
     run.setup.watch("resumed", {"round": state.round})

@@ -26,7 +26,7 @@ def stopping_of(job: Job, stage: int, learner: Learner) -> StoppingRule:
     """What ends a stage by measurements: the next one's patience, or at last the run's own."""
     is_last = stage == len(job.tune.then)
     patience = job.evaluate.patience if is_last else job.tune.then[stage].patience
-    return NoEarlyStopping() if patience is None else EarlyStopping(learner.task.headline, patience)
+    return NoEarlyStopping() if patience is None else EarlyStopping(learner.task.primary_metric, patience)
 
 
 def goes_on(run: Run) -> bool:
@@ -56,7 +56,7 @@ def begin_next(run: Run) -> bool:
     assert set(best) <= set(initial), "a later stage tunes what an earlier one has tuned"
     state.tensors, state.initial_model = initial | best, initial
     state.strategy_state = setup.strategy.begin(state.tensors)
-    setup.watch("stage", {"round": state.round, "tuning": state.learner.job.tune.words})
+    setup.watch("stage", {"round": state.round, "tuning": state.learner.job.tune.description})
     return True
 
 
@@ -69,7 +69,9 @@ def switch_stage(run: Run, stage: int, start_round: int) -> None:
     job, state = run.setup.job, run.state
     before = state.learner
     state.stage, state.stage_start_round = stage, start_round
-    state.learner = Learner.of(job.stages[stage], task_named(job.task.name), before.facts, before.progress)
+    state.learner = Learner.of(
+        job.stages[stage], task_named(job.task.name), before.data_info, before.progress
+    )
     state.stopping = stopping_of(job, stage, state.learner)
 
 
@@ -77,12 +79,12 @@ def take_best_model(run: Run) -> None:
     """End with the best model by the clients' measurements, where early stopping has looked for one."""
     state = run.state
     if state.stopping.best:
-        state.tensors, state.ended_early = state.stopping.best, state.stopping.words
+        state.tensors, state.ended_early = state.stopping.best, state.stopping.description
 
 
 def log_fields(run: Run) -> dict[str, Any]:
     """What a round's line says of the schedule: what is tuned, where that changes."""
-    return {"tuning": run.state.learner.job.tune.words} if run.setup.job.tune.then else {}
+    return {"tuning": run.state.learner.job.tune.description} if run.setup.job.tune.then else {}
 
 
 def state_of(run: Run) -> State:

@@ -29,13 +29,13 @@ class ValidatedUpdates:
 
     updates: Sequence[Update]
     set_aside: dict[str, str]
-    stayed: int | None = None
+    num_clients: int | None = None
     statistics: Tensors = field(default_factory=dict)
 
     @property
-    def usable(self) -> int:
+    def num_valid(self) -> int:
         """How many clients' work there is."""
-        return len(self.updates) if self.stayed is None else self.stayed
+        return len(self.updates) if self.num_clients is None else self.num_clients
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Checkpoint:
     state: State
     bytes_up: int
     bytes_down: int
-    facts: dict[str, Any]
+    data_info: dict[str, Any]
 
 
 @dataclass
@@ -57,7 +57,7 @@ class CheckpointManager:
     began: float = -math.inf
     _writing: list[Future[int]] = field(default_factory=list)
 
-    def keep(self, checkpoint: Checkpoint) -> None:
+    def save_async(self, checkpoint: Checkpoint) -> None:
         """Take note of a whole round, and begin to save it if the last saved one is old enough.
 
         Raises:
@@ -65,7 +65,7 @@ class CheckpointManager:
         """
         self.last = checkpoint
         if self.waits:
-            self.save_last()
+            self.flush()
             return
         if self._writing and not self._writing[0].done():
             return
@@ -74,7 +74,7 @@ class CheckpointManager:
             self.began = time.monotonic()
             self._writing.append(self._writer.submit(self._save, checkpoint))
 
-    def save_last(self) -> None:
+    def flush(self) -> None:
         """Have the last whole round on the disk.
 
         Raises:
@@ -132,7 +132,7 @@ def _encoded(checkpoint: Checkpoint) -> bytes:
             "round": checkpoint.round,
             "job_hash": checkpoint.job_hash,
             "numbers": numbers,
-            "facts": checkpoint.facts,
+            "facts": checkpoint.data_info,
             "bytes": [checkpoint.bytes_up, checkpoint.bytes_down],
             "tensors_sha256": tensors_sha256(tensors),
         }
@@ -178,7 +178,7 @@ def _read(path: Path) -> Checkpoint:
         state=state | head["numbers"],
         bytes_up=head["bytes"][0],
         bytes_down=head["bytes"][1],
-        facts=head["facts"],
+        data_info=head["facts"],
     )
 
 

@@ -76,7 +76,7 @@ class RunDirectory:
             _remove_empty(self.made)
         self.lock.close()
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """The job can run: what an old run left is replaced now, and what is written from here on stays."""
         if self.replaces:
             _clear(self.path)
@@ -99,7 +99,7 @@ class RunDirectory:
         except OSError as error:
             logger.warning("%s: metrics.jsonl not written (%s)", self.path, error.strerror)
 
-    def wind_back(self, round: int) -> list[dict[str, Any]]:
+    def truncate_log(self, round: int) -> list[dict[str, Any]]:
         """The lines up to a round; later ones, of rounds that will be played again, are removed."""
         path = self.path / "metrics.jsonl"
         lines = []

@@ -96,16 +96,16 @@ def spending(terms: DpPlan, spent: Composition) -> dict[str, Any]:
 def sampler(terms: DpPlan) -> str:
     """How units are drawn, in words."""
     what = "examples" if terms.unit == "example" else "clients"
-    if terms.cost.sampling_rate == 1:
+    if terms.event.sampling_rate == 1:
         return f"none that counts: all {what} are charged for every release"
-    return f"Poisson, each of the {what} with probability {terms.cost.sampling_rate:g}"
+    return f"Poisson, each of the {what} with probability {terms.event.sampling_rate:g}"
 
 
 def _spent(run: Run, terms: DpPlan) -> Composition:
     if terms.where == "server":
         assert isinstance(run.setup.protection, CentralDp)
         return run.setup.protection.spent
-    return Counter({terms.cost: charged_rounds(run) * terms.per_round})
+    return Counter({terms.event: charged_rounds(run) * terms.per_round})
 
 
 def _number(value: float) -> float | None:

@@ -63,20 +63,20 @@ def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str
         "baselines": _references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
         "privacy": privacy_report(run),
         "compression": compression_of(run),
-        "facts": state.learner.facts,
+        "facts": state.learner.data_info,
         "backbone": {"name": job.backbone.name, "origin": state.learner.backbone.origin},
         "trainable": {n: list(t.shape) for n, t in state.tensors.items()},
         "machine": machine(job.train.threads, job.train.device),
         "notes": [
             *notes, *private_notes(run),
-            *personalization_notes(job, own, clients, state.learner.task.headline),
+            *personalization_notes(job, own, clients, state.learner.task.primary_metric),
         ],
     }  # fmt: skip
     if loaded := plugins.files():
         result["plugins"] = [asdict(plugin) for plugin in loaded]
     setup.directory.save_model(
         state.tensors if run.full_model is None else run.full_model,
-        {"job": state.learner.job.model_dump(mode="json"), "facts": state.learner.facts},
+        {"job": state.learner.job.model_dump(mode="json"), "facts": state.learner.data_info},
     )
     setup.directory.save_result(result)
     return result
@@ -112,7 +112,7 @@ def private_notes(run: Run) -> list[str]:
 
 def _references(run: Run) -> dict[str, dict[str, float]]:
     """What needs no learning, on the server's test set."""
-    return {} if run.setup.test is None else run.state.learner.references(run.setup.test)
+    return {} if run.setup.test is None else run.state.learner.naive_baselines(run.setup.test)
 
 
 def final_server(run: Run) -> dict[str, float]:

@@ -68,7 +68,7 @@ def run_job(
             job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection,
             strategy=strategy,
         )  # fmt: skip
-        directory.settle()
+        directory.commit()
         run_rounds(run)
         watch("baselines", {})
         compared, notes = baselines(run)

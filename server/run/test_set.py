@@ -30,7 +30,7 @@ def read_source(job: Job) -> Table:
         return task_named(job.task.name).read(Path(job.data.source), job.data, job.task.options)
     check_source(job)
     splits = load_source(job.data.source, offline=job.backbone.offline)
-    return task_named(job.task.name).adopt(splits, job)
+    return task_named(job.task.name).from_builtin(splits, job)
 
 
 def hold_out(table: Table, job: Job) -> tuple[Dataset, Dataset]:
@@ -67,11 +67,11 @@ def server_test_set(job: Job) -> TestSet:
     def test_set(learner: Learner) -> Shard | None:
         if job.data.test is not None:
             table = learner.task.read(Path(job.data.test), job.data, job.task.options)
-            return learner.task.shard(table.train, learner.facts)
+            return learner.task.shard(table.train, learner.data_info)
         if job.data.source not in SOURCES and not Path(job.data.source).exists():
             logger.info("no test data at the server: the model is measured at the clients")
             return None
         _, test = hold_out(read_source(job), job)
-        return learner.task.shard(test, learner.facts) if len(test) else None
+        return learner.task.shard(test, learner.data_info) if len(test) else None
 
     return test_set

@@ -131,7 +131,7 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
 
 def _learner(job: Job, population: Population) -> Learner:
     task = task_named(job.task.name)
-    return Learner.of(job, task, task.agree(population.roll(job).facts))
+    return Learner.of(job, task, task.merge_info(population.roll(job).data_info))
 
 
 def _fitting(how: Audit, most: int, what: str) -> int:
@@ -154,7 +154,7 @@ def judged(
     scores, inside = runs[0]
     delta = terms.delta if terms is not None else USUAL_DELTA
     releases = int((claim or {}).get("releases") or (terms.releases if terms is not None else 1))
-    family = Family(terms.cost.sampling_rate, releases) if terms is not None else GAUSSIAN
+    family = Family(terms.event.sampling_rate, releases) if terms is not None else GAUSSIAN
 
     def plain(guesses: Guesses, confidence: float) -> float:
         return lower_bound(guesses, delta=delta, confidence=confidence)
@@ -171,8 +171,8 @@ def judged(
         "inside": int(inside.sum()),
         "claimed_epsilon": claimed,
         "delta": delta,
-        "one_run": one_run.told(),
-        "f_dp": f_dp.told(),
+        "one_run": one_run.to_json(),
+        "f_dp": f_dp.to_json(),
         "membership": _membership(runs, delta, how.confidence) if how.shadows else None,
         "contradicted": claimed is not None and max(one_run.epsilon, f_dp.epsilon) > claimed,
     }

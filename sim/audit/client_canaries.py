@@ -93,7 +93,7 @@ class CanaryClients:
 
     def scores(self, seen: RoundTranscript) -> Vector:
         """How far the released model went in each canary's direction."""
-        moved = flat(seen.after) - flat(seen.before)
+        moved = flat(seen.after) - flat(seen.load_before)
         parts: Vector = dct(moved.numpy() * self._signs, norm="ortho")[self._rows]
         return parts
 
@@ -152,14 +152,14 @@ class JoinedSums:
     canaries: CanaryClients
     places: NDArray[np.int64]
     engine: str = "inline"
-    masks: bool = False
+    uses_masking: bool = False
 
-    def hello(self, job: Job) -> ClientRoster:
-        return self.plain.hello(job)
+    def discover_clients(self, job: Job) -> ClientRoster:
+        return self.plain.discover_clients(job)
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         is_first = True
-        for reply in self.plain.exchange(request, names, timeout):
+        for reply in self.plain.send_and_receive(request, names, timeout):
             if is_first and isinstance(reply, SecureMessage):
                 vector = reply.content["vector"].numpy().view(np.uint64)
                 both = (vector + self.canaries.integers(self.places, request)).view(np.int64)

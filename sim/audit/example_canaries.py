@@ -50,17 +50,17 @@ OFTEN = 0.8
 class CanarySite(SimulatedSite):
     """All simulated clients, with another look at the population: one with canaries."""
 
-    look: Callable[[Learner], PopulationIndex] = field(kw_only=True)
+    index_factory: Callable[[Learner], PopulationIndex] = field(kw_only=True)
 
     def index(self, learner: Learner) -> PopulationIndex:
         if id(learner) not in self._index:
-            self._index = {id(learner): self.look(learner)}
+            self._index = {id(learner): self.index_factory(learner)}
         return self._index[id(learner)]
 
 
 def carrier_with(population: Population, look: Callable[[Learner], PopulationIndex]) -> Transport:
     """To all clients of a population that is looked at that way."""
-    site = CanarySite(population, books=NoLedgers(Path()), population=population, look=look)
+    site = CanarySite(population, books=NoLedgers(Path()), population=population, index_factory=look)
     return InlineTransport(population, site)
 
 
@@ -91,7 +91,7 @@ class CanaryFeatures:
         job, free = learner.job, free_directions(population, learner)
         holders = owners(job)
         place = np.arange(count) if uses_secure_aggregation(job) else np.arange(count) // len(holders)
-        classes = len(learner.facts.get("classes", ())) or 1
+        classes = len(learner.data_info.get("classes", ())) or 1
         generator = np.random.default_rng(stream_seed(job.seed, "audit", "examples"))
         shift = generator.integers(0, classes, len(free))
         direction = place % len(free)
@@ -104,7 +104,7 @@ class CanaryFeatures:
     @classmethod
     def most(cls, learner: Learner) -> int:
         """How many there can be, so that no two that are seen together are the same."""
-        together = len(learner.facts.get("classes", ())) * (learner.width - learner.width // 2)
+        together = len(learner.data_info.get("classes", ())) * (learner.width - learner.width // 2)
         return together * (1 if uses_secure_aggregation(learner.job) else len(owners(learner.job)))
 
     @property
@@ -134,8 +134,8 @@ class CanaryFeatures:
         the features count: biases and later layers move with all examples, and would drown the canary.
         """
         found = np.zeros(self.count)
-        errors = self._errors(seen.before)
-        first = Layers.of(seen.before).layers[0]
+        errors = self._errors(seen.load_before)
+        first = Layers.of(seen.load_before).layers[0]
         for update in seen.updates:
             rows = self._rows_of(update.client)
             moved = update.delta[first.weight].to(torch.float32)
@@ -149,8 +149,8 @@ class CanaryFeatures:
         stack = layers.stack(head, "cpu")
         values = layers.forward(stack, self._examples.features.unsqueeze(0))
         loss = LOSSES[self.learner.task.head_loss]
-        error, _ = loss.error(values[-1].clone(), self._examples.targets.unsqueeze(0))
-        first = layers.errors(stack, values, error)[0][0]
+        error, _ = loss.grad(values[-1].clone(), self._examples.targets.unsqueeze(0))
+        first = layers.output_gradients(stack, values, error)[0][0]
         length = first.norm(dim=1) * self.features.norm(dim=1)
         scaled: torch.Tensor = first / length.clamp_min(1e-12).unsqueeze(1)
         return scaled
@@ -174,9 +174,9 @@ class FeatureIndex(PopulationIndex):
     inside: Membership = field(kw_only=True)
     _tables: dict[int, tuple[FeatureTable, FeatureTable]] = field(default_factory=dict)
 
-    def works(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
+    def client_rows(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
         """As without canaries, but for the rows that each client has more."""
-        examples, works = super().works(names)
+        examples, works = super().client_rows(names)
         first = examples.count
         return self._longer(examples), [
             ClientRows(w.client, np.concatenate([w.rows, first + self._own(w.client)])) for w in works

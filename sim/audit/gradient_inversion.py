@@ -49,7 +49,7 @@ class Probe:
     features: torch.Tensor
     targets: torch.Tensor
 
-    def told(self, groups: Sequence[NDArray[np.int64]], *, is_protected: bool) -> dict[str, float]:
+    def attack_result(self, groups: Sequence[NDArray[np.int64]], *, is_protected: bool) -> dict[str, float]:
         """The part of the labels that is found, and the mean cosine of what is taken for the features.
 
         Each group of rows is the one batch of a client of its own, in a single step.
@@ -103,20 +103,20 @@ def probed(job: Job, population: Population) -> dict[str, Any] | None:
     """What updates give away without protection, and under the job's; None where heads aren't linear."""
     job = job_to_replay(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.agree(population.roll(job).facts))
+    learner = Learner.of(job, task, task.merge_info(population.roll(job).data_info))
     head = learner.initial()
     if not learner.trains_on_features or len(Layers.of(head).layers) != 1 or task.head_loss != "softmax":
         return None
     probe = _probe(job, population, learner, head)
     alone = [np.array([row]) for row in range(len(probe.targets))][:ALONE]
-    together = _batches(probe.targets, len(learner.facts["classes"]), job.seed)
+    together = _batches(probe.targets, len(learner.data_info["classes"]), job.seed)
 
     def told(is_protected: bool) -> dict[str, Any]:
-        batch = probe.told(together, is_protected=is_protected) if together else None
-        one = probe.told(alone, is_protected=is_protected)
+        batch = probe.attack_result(together, is_protected=is_protected) if together else None
+        one = probe.attack_result(alone, is_protected=is_protected)
         return {"one": one, "batch": batch}
 
-    size, classes = len(together[0]) if together else 0, len(learner.facts["classes"])
+    size, classes = len(together[0]) if together else 0, len(learner.data_info["classes"])
     return {
         "batch_size": size,
         "chance": {"one": 1 / classes, "batch": size / classes},

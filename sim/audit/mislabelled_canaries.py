@@ -49,7 +49,7 @@ class Mislabelled:
         rows = candidates(population, learner)[:count]
         whole = population.whole(learner)
         generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "labels"))
-        classes = len(learner.facts.get("classes", ()))
+        classes = len(learner.data_info.get("classes", ()))
         if learner.task.head_loss != "softmax" or classes < 2:
             raise ConfigError(f"task.name: {learner.job.task.name} has no classes to mislabel, expected two")
         shift = torch.from_numpy(generator.integers(1, classes, len(rows)))
@@ -86,7 +86,7 @@ class Mislabelled:
     def _losses(self, model: Tensors) -> Vector:
         loss = LOSSES[self.learner.task.head_loss]
         outputs = self.learner.outputs(model, self._shard).clone().unsqueeze(0)
-        _, number = loss.error(outputs, self.targets.unsqueeze(0))
+        _, number = loss.grad(outputs, self.targets.unsqueeze(0))
         found: Vector = loss.value(number)[0].to(torch.float64).numpy()
         return found
 
@@ -115,7 +115,7 @@ class MislabelledIndex(PopulationIndex):
     inside: Membership = field(kw_only=True)
 
     @cached_property
-    def whole(self) -> Shard:
+    def full_population(self) -> Shard:
         plain = self.population.whole(self.learner)
         targets = plain.table.clone()
         targets[torch.from_numpy(self.canaries.rows)] = self.canaries.targets

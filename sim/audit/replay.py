@@ -41,7 +41,7 @@ Progress = Callable[[], None]
 class RoundTranscript:
     """What an attacker has of one round: the models before and after, and what the server was sent."""
 
-    before: Tensors
+    load_before: Tensors
     after: Tensors
     updates: Sequence[Update]
 

@@ -23,7 +23,7 @@ class WorkerAffinity:
         """The worker that had the block's first client last."""
         return self._worker.get(block[0])
 
-    def settle(self, block: Sequence[str], worker: int) -> None:
+    def assign(self, block: Sequence[str], worker: int) -> None:
         """Those clients are with that worker now."""
         for client in block:
             self._worker.pop(client, None)
@@ -31,7 +31,7 @@ class WorkerAffinity:
         while len(self._worker) > KNOWN_CLIENTS:
             del self._worker[next(iter(self._worker))]
 
-    def leave(self, worker: int) -> None:
+    def forget(self, worker: int) -> None:
         """A worker that is new knows nobody."""
         for client in [client for client, home in self._worker.items() if home == worker]:
             del self._worker[client]
@@ -61,7 +61,7 @@ class Queue:
         for home in (None, worker, *self._by_length()):
             if self._waiting[home]:
                 block = self._waiting[home].popleft()
-                self._homes.settle(block, worker)
+                self._homes.assign(block, worker)
                 return block
         return None
 

@@ -103,7 +103,7 @@ def check_engine(job: Job, engine: str) -> None:
         )
     if engine == "cohort" and job.personal.keep is not None and not trains_on_features(job):
         raise ConfigError("personal.keep: engine cohort trains clients from one start, try inline")
-    for key in job.train.by_autograd if engine == "cohort" else ():
+    for key in job.train.autograd_only_keys if engine == "cohort" else ():
         raise ConfigError(
             f"train.{key}: engine cohort trains clients at once and has no such way, try inline"
         )
@@ -154,7 +154,7 @@ def execution_mode(job: Job, engine: str, workers: int) -> str:
     places = "in this process" if workers == 1 else f"in {workers} processes"
     places = "on Ray" if engine == "ray" else places
     why = f"{job.tune.method} tunes the backbone" if job.tune.method != "head" else UNCACHED
-    if job.tune.method == "head" and not task_named(job.task.name).on_features:
+    if job.tune.method == "head" and not task_named(job.task.name).uses_pooled_features:
         why = f"the head of {job.task.name} sees more than one row of features an example"
     return f"one client after the other {places}: {why}"
 

@@ -23,7 +23,7 @@ class InlineTransport:
     population: Population
     site: SimulatedSite
     engine: str = "inline"
-    masks: bool = False
+    uses_masking: bool = False
 
     @classmethod
     def of(
@@ -42,10 +42,10 @@ class InlineTransport:
         )  # fmt: skip
         return cls(population, site, "cohort" if at_once else "inline")
 
-    def hello(self, job: Job) -> ClientRoster:
+    def discover_clients(self, job: Job) -> ClientRoster:
         return self.population.roll(job)
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         return self.site.answer(request, names)
 
 
@@ -56,7 +56,7 @@ class LoopTransport:
     population: Population
     site: Site
     engine: str = "loop"
-    masks: bool = False
+    uses_masking: bool = False
 
     @classmethod
     def of(
@@ -68,8 +68,8 @@ class LoopTransport:
         """A carrier to every client of the population."""
         return cls(population, Site(population, books=books, memory=memory or ClientStateStore()))
 
-    def hello(self, job: Job) -> ClientRoster:
+    def discover_clients(self, job: Job) -> ClientRoster:
         return self.population.roll(job)
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         return (reply for name in names for reply in self.site.answer(request, [name]))

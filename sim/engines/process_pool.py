@@ -78,20 +78,20 @@ class PooledTransport:
     workers: int
     out: Path | None = None
     engine: str = "inline"
-    masks: bool = False
+    uses_masking: bool = False
     _pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
     """Of one process each, so that a client can go where it was before."""
     _homes: WorkerAffinity = field(default_factory=WorkerAffinity)
     _board: list[SharedTensorSlots] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.out is None and self.population.job.remembers:
+        if self.out is None and self.population.job.has_client_state:
             raise ValueError("clients that remember move between processes: expected the run's directory")
 
-    def hello(self, job: Job) -> ClientRoster:
+    def discover_clients(self, job: Job) -> ClientRoster:
         return self.population.roll(job)
 
-    def exchange(
+    def send_and_receive(
         self, request: Request, names: Sequence[str], timeout: float
     ) -> Generator[Reply, None, None]:
         """Replies of all blocks, in order of completion; updates are good until the next exchange.
@@ -147,7 +147,7 @@ class PooledTransport:
     def _end_worker(self, worker: int) -> None:
         """End it at once: what it is at is lost, and it holds nothing else."""
         end_processes(self._pools.pop(worker))
-        self._homes.leave(worker)
+        self._homes.forget(worker)
 
     def __enter__(self) -> Self:
         return self

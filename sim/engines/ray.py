@@ -88,7 +88,7 @@ def simulate_on_ray(
         results.append(
             run_job(
                 job,
-                FlowerTransport(grid, "ray", masks=False, resend_after=math.inf),
+                FlowerTransport(grid, "ray", uses_masking=False, resend_after=math.inf),
                 out,
                 test_set,
                 **options,

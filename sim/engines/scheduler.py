@@ -40,7 +40,7 @@ class BlockScheduler(Generic[A]):
         """
         try:
             for worker in range(self.workers):
-                self._employ(worker)
+                self._assign(worker)
             while self._running:
                 wait(self._running, return_when=FIRST_COMPLETED)
                 for future in [future for future in self._running if future.done()]:
@@ -49,7 +49,7 @@ class BlockScheduler(Generic[A]):
             for worker in {worker for worker, _ in self._running.values()}:  # nobody waits for it any more
                 self.dismiss(worker)
 
-    def _employ(self, worker: int) -> None:
+    def _assign(self, worker: int) -> None:
         """A block, and one more at its door, so that it needn't wait; the last ones go to who is free."""
         if worker not in {at_work for at_work, _ in self._running.values()}:
             self._start(worker)
@@ -72,7 +72,7 @@ class BlockScheduler(Generic[A]):
             self._take_back(worker)
         else:
             del self._running[future]
-        self._employ(worker)
+        self._assign(worker)
         return answers or ()
 
     def _count_death(self, block: Sequence[str]) -> None:

@@ -57,28 +57,32 @@ class PopulationIndex:
     _splits: OrderedDict[int, tuple[Rows, Rows]] = field(default_factory=OrderedDict)
 
     @cached_property
-    def whole(self) -> Shard:
+    def full_population(self) -> Shard:
         """All training examples in canonical order."""
         return self.population.whole(self.learner)
 
     @cached_property
     def examples(self) -> FeatureTable | None:
         """Features of all training examples, if they are few enough for one table."""
-        whole, learner = self.whole, self.learner
+        whole, learner = self.full_population, self.learner
         held = len(whole) * (learner.job.train.cached_views or 1)
         if held * learner.width * 4 > TABLE_BYTES:
             return None
-        return FeatureTable.of(learner.training_features(whole), self.lessons.table, learner.job.train.device)
+        return FeatureTable.of(
+            learner.training_features(whole), self.training_view.table, learner.job.train.device
+        )
 
     @cached_property
-    def lessons(self) -> Shard:
+    def training_view(self) -> Shard:
         """All training examples as training sees them."""
-        return self.learner.taught(self.whole)
+        return self.learner.with_soft_labels(self.full_population)
 
     @cached_property
     def _validation_rank(self) -> Rows:
-        rank = np.empty(len(self.whole), dtype=np.int64)
-        rank[ranked(self.whole.keys, self.learner.job.seed, "validation")] = np.arange(len(self.whole))
+        rank = np.empty(len(self.full_population), dtype=np.int64)
+        rank[ranked(self.full_population.keys, self.learner.job.seed, "validation")] = np.arange(
+            len(self.full_population)
+        )
         return rank
 
     def splits(self, clients: Sequence[int]) -> list[tuple[Rows, Rows]]:
@@ -96,8 +100,10 @@ class PopulationIndex:
     def _split(self, rows: Rows) -> tuple[Rows, Rows]:
         rows = np.sort(rows)
         task, job = self.learner.task, self.learner.job
-        if task.splits_itself:
-            own = task.split(self.whole.select(rows.tolist()), job.seed, job.data.validation_fraction)
+        if task.has_own_split:
+            own = task.split(
+                self.full_population.select(rows.tolist()), job.seed, job.data.validation_fraction
+            )
             return rows[own[0]], rows[own[1]]
         kept = kept_back(len(rows), job.data)
         if kept.start == kept.stop and job.data.shots is None:
@@ -105,16 +111,18 @@ class PopulationIndex:
         drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
         train = np.concatenate([drawn[: kept.start], drawn[kept.stop :]])
         if job.data.shots is not None:
-            train = np.array(first_per_class(train.tolist(), self.whole, job.data.shots), dtype=np.int64)
+            train = np.array(
+                first_per_class(train.tolist(), self.full_population, job.data.shots), dtype=np.int64
+            )
         return np.sort(train), np.sort(drawn[kept])
 
-    def works(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
+    def client_rows(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
         """Examples, and which of their rows those clients train on."""
         parts = [train for train, _ in self.splits([number_of(name) for name in names])]
         if self.examples is not None:
             return self.examples, [ClientRows(n, rows) for n, rows in zip(names, parts, strict=True)]
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
-        cohort = self.lessons.select(used.tolist())
+        cohort = self.training_view.select(used.tolist())
         device = self.learner.job.train.device
         examples = FeatureTable.of(self.learner.training_features(cohort), cohort.table, device)
         ends = np.cumsum([len(part) for part in parts])[:-1]
@@ -136,7 +144,7 @@ class SimulatedSite(Site):
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """As a site; heads train on the table, without a shard being built."""
-        learner = self.learner(Job.from_json(request.job), request.facts)
+        learner = self.learner(Job.from_json(request.job), request.data_info)
         torch.set_num_threads(learner.job.train.threads)
         if request.kind == "evaluate":
             return self._measure(learner, request, names)
@@ -144,7 +152,7 @@ class SimulatedSite(Site):
             return []
         is_plain = not learner.trains_on_features and not learner.job.privacy.units
         if self.at_once and request.kind == "train" and is_plain:
-            shards = {name: self._hold(learner, name, request.facts).train for name in names}
+            shards = {name: self._load_shard(learner, name, request.data_info).train for name in names}
             job = learner.job
             updates = vmap_training(
                 learner, request.tensors, shards, job, round=request.round, plan=request.plan
@@ -152,10 +160,10 @@ class SimulatedSite(Site):
             return compressed(updates, request, job, self.memory)
         if not learner.trains_on_features or request.kind == STATISTICS:
             return super().answer(request, names)
-        admitted, failures = self.admit(learner.job, request, names)
+        admitted, failures = self.charge_privacy(learner.job, request, names)
         if not admitted.names:
             return failures
-        examples, works = self.index(learner).works(admitted.names)
+        examples, works = self.index(learner).client_rows(admitted.names)
         replies = self._of_heads(learner, request, examples, works, admitted)
         return chain(failures, replies) if failures else replies
 
@@ -172,7 +180,7 @@ class SimulatedSite(Site):
             assert private is not None
             loss = loss_by_example(job, learner.task.head_loss)
             summed = sums(head_sums(request.tensors, examples, works, loss, private))
-            return self.desk.sent(job, request, summed, admitted.charged)
+            return self.desk.encode_contributions(job, request, summed, admitted.charged)
         local = local_training(learner, request, private)
         if job.personal.keep == "mixture":
 
@@ -184,7 +192,9 @@ class SimulatedSite(Site):
             return compressed(mixed, request, job, self.memory)
         updates = self._train(examples, works, request.tensors, local)
         if request.kind == "sum":
-            return self.desk.sent(job, request, contributions(updates, terms), admitted.charged)
+            return self.desk.encode_contributions(
+                job, request, contributions(updates, terms), admitted.charged
+            )
         return compressed(updates, request, job, self.memory)
 
     def _train(
@@ -212,8 +222,8 @@ class SimulatedSite(Site):
     def _measure(self, learner: Learner, request: Request, names: Sequence[str]) -> Iterator[Measurement]:
         index = self.index(learner)
         for name, (lessons, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
-            part = index.whole.select(rows.tolist())
-            lesson = partial(index.lessons.select, lessons.tolist())
+            part = index.full_population.select(rows.tolist())
+            lesson = partial(index.training_view.select, lessons.tolist())
             model = model_to_evaluate(learner, request, name, self.memory, lesson)
             states = learner.evaluate(model, part) if len(part) else {}
             yield Measurement(name, request.round, len(part), states)
@@ -224,8 +234,8 @@ class SimulatedSite(Site):
             self._index = {id(learner): PopulationIndex(self.population, learner)}
         return self._index[id(learner)]
 
-    def _hold(self, learner: Learner, name: str, facts: DataInfo) -> LoadedShard:
+    def _load_shard(self, learner: Learner, name: str, facts: DataInfo) -> LoadedShard:
         index = self.index(learner)
         [(train, validation)] = index.splits([number_of(name)])
-        part = index.lessons.select(train.tolist())
-        return LoadedShard(part, index.whole.select(validation.tolist()), None)
+        part = index.training_view.select(train.tolist())
+        return LoadedShard(part, index.full_population.select(validation.tolist()), None)

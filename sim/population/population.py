@@ -59,7 +59,7 @@ class Population:
         """All clients, without asking each: what they hold between them is one table."""
         key = job.task.name + job.data.model_dump_json()
         if key not in self._facts:
-            self._facts[key] = task_named(job.task.name).describe(self.train, job.data, job.task.options)
+            self._facts[key] = task_named(job.task.name).local_info(self.train, job.data, job.task.options)
         return ClientRoster(self.names(job), self.dealing.sizes, [self._facts[key]])
 
     def dataset(self, job: Job, client: str) -> Dataset:
@@ -71,10 +71,10 @@ class Population:
 
     def whole(self, learner: Learner) -> Shard:
         """All training examples as one shard; row i of `train` is its `place[i]`-th."""
-        key = json.dumps(learner.facts, sort_keys=True)
+        key = json.dumps(learner.data_info, sort_keys=True)
         if key not in self._whole:
             self._whole.clear()
-            self._whole[key] = learner.task.shard(self.train, learner.facts, self.keys)
+            self._whole[key] = learner.task.shard(self.train, learner.data_info, self.keys)
         return self._whole[key]
 
     @cached_property
@@ -86,7 +86,7 @@ class Population:
 
     def test_shard(self, learner: Learner) -> Shard | None:
         """The server's own test set; None where the job holds nothing out."""
-        return learner.task.shard(self.test, learner.facts) if len(self.test) else None
+        return learner.task.shard(self.test, learner.data_info) if len(self.test) else None
 
 
 def client_names(count: int) -> Sequence[str]:

@@ -64,7 +64,7 @@ def check_advisable(job: Job) -> None:
     """Raises ConfigError where there are no features with one class each, or a promise would be broken."""
     task = task_named(job.task.name)
     check_fits(job, task)
-    if not (task.on_features and task.head_loss == "softmax"):
+    if not (task.uses_pooled_features and task.head_loss == "softmax"):
         raise ConfigError(
             f"task.name: backbones are ranked for classification on features, expected text-classification,"
             f" image-classification or the like, found {job.task.name}"
@@ -165,7 +165,7 @@ def advise(
 
 def _advice(job: Job, population: Population, head: int, progress: Progress | None) -> RankedBackbone:
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.agree(population.roll(job).facts), progress)
+    learner = Learner.of(job, task, task.merge_info(population.roll(job).data_info), progress)
     encoder = learner.encoder
     sample, whole = sampled(population, learner, head), population.whole(learner)
     train, kept = whole.select(sample.train.tolist()), whole.select(sample.kept.tolist())

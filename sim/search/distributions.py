@@ -28,7 +28,7 @@ class Choice:
 
         return CategoricalDistribution(self.texts)
 
-    def drawn(self, trial: Trial) -> str:
+    def sample(self, trial: Trial) -> str:
         """What the sampler suggests, as it would be typed."""
         return self.text(trial.suggest_categorical(self.key, self.texts))
 
@@ -40,7 +40,7 @@ class Choice:
         """What `text` is among what can be drawn; None where it isn't there."""
         return next((t for t in self.texts if as_value(t) == as_value(text)), None)
 
-    def apart(self, text: str, other: str) -> float:
+    def distance(self, text: str, other: str) -> float:
         """How far two values are from each other, from 0 to 1; numbers by their places in the list."""
         if text == other:
             return 0.0
@@ -57,7 +57,7 @@ class Choice:
         return self.texts
 
     @property
-    def words(self) -> str:
+    def as_option(self) -> str:
         return f"--vary {self.key}={','.join(self.texts)}"
 
 
@@ -101,7 +101,7 @@ class Range:
             return IntDistribution(int(self.low), int(self.high), log=self.is_log)
         return FloatDistribution(self.low, self.high, log=self.is_log)
 
-    def drawn(self, trial: Trial) -> str:
+    def sample(self, trial: Trial) -> str:
         """What the sampler suggests, as it would be typed."""
         if self.is_whole:
             return self.text(trial.suggest_int(self.key, int(self.low), int(self.high), log=self.is_log))
@@ -121,7 +121,7 @@ class Range:
             return None
         return int(value) if self.is_whole else float(value)
 
-    def apart(self, text: str, other: str) -> float:
+    def distance(self, text: str, other: str) -> float:
         """How far two values are from each other, from 0 to 1, on the range's own scale."""
         low, high, *values = (
             math.log(v) if self.is_log else v for v in (self.low, self.high, float(text), float(other))
@@ -133,7 +133,7 @@ class Range:
         return (self.text(self.low), self.text(self.high))
 
     @property
-    def words(self) -> str:
+    def as_option(self) -> str:
         low, high = self.ends
         return f"--range {self.key}={low}..{high}{',log' if self.is_log else ''}"
 

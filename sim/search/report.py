@@ -49,11 +49,11 @@ def as_csv(search: Search, tried: Sequence[TrialResult]) -> str:
         metrics = [repr(outcome.metrics[name]) if name in outcome.metrics else "" for name in names]
         lines.writerow(
             [
-                one.place + 1,
+                one.index + 1,
                 *values,
                 *metrics,
                 f"{outcome.seconds:.3f}",
-                outcome.words,
+                outcome.reason,
                 one.folder,
                 one.job.hash,
             ]
@@ -109,7 +109,7 @@ def _draw(axes: Axes, search: Search, tried: Sequence[TrialResult]) -> None:
     axes.step(places, best, where="post", color=INK, linewidth=1.5, label="best so far")
     axes.plot(places, [values[p] for p in places], "o", color=COLOURS[0], markersize=7, label="whole trials")
     stopped = {
-        one.place + 1: one.outcome.curve[max(one.outcome.curve)]
+        one.index + 1: one.outcome.curve[max(one.outcome.curve)]
         for one in tried
         if one.outcome and one.outcome.stopped is not None and one.outcome.curve
     }
@@ -124,5 +124,5 @@ def _draw(axes: Axes, search: Search, tried: Sequence[TrialResult]) -> None:
 
 def _values(tried: Sequence[TrialResult]) -> Mapping[int, float]:
     """The values of whole trials by their numbers, from 1 on."""
-    found: dict[int, Any] = {one.place + 1: one.outcome.value for one in tried if one.outcome}
+    found: dict[int, Any] = {one.index + 1: one.outcome.value for one in tried if one.outcome}
     return {place: value for place, value in found.items() if value is not None}

@@ -72,9 +72,9 @@ class Space:
         return cls(tuple(sorted(found, key=lambda one: one.key in MASTERS)))
 
     @property
-    def words(self) -> list[str]:
+    def as_options(self) -> list[str]:
         """As it would be typed, an option for every key."""
-        return [one.words for one in self.keys]
+        return [one.as_option for one in self.keys]
 
     def draw(self, base: Base, pick: Any) -> Texts:
         """`pick(key)` for every key that has a meaning beside those before it."""
@@ -85,14 +85,14 @@ class Space:
                 apply_override(table, f"{one.key}={texts[one.key]}", option="--vary")
         return texts
 
-    def apart(self, texts: Texts, other: Texts) -> float:
+    def distance(self, texts: Texts, other: Texts) -> float:
         """How far two choices are from each other: the sum over keys, 1 for one that only one of them has."""
         total = 0.0
         for one in self.keys:
             if (one.key in texts) != (one.key in other):
                 total += 1
             elif one.key in texts:
-                total += one.apart(texts[one.key], other[one.key])
+                total += one.distance(texts[one.key], other[one.key])
         return total
 
     def combinations(self, base: Base) -> Iterator[Texts]:
@@ -108,7 +108,7 @@ class Space:
                 seen.add(mark)
                 yield texts
 
-    def own(self, base: Base) -> Texts | None:
+    def own_keys(self, base: Base) -> Texts | None:
         """The job's own values as a choice of the space; None where one is none of its values."""
         own = job_of(base, {}).model_dump(mode="json")
         texts = self.draw(base, lambda one: _at(own, one.key))
@@ -258,7 +258,7 @@ def default_space(job: Job) -> Space:
     method, is_sgd = job.tune.method, job.train.optimizer == "sgd"
     batches = sorted({16, 64, job.train.batch_size})
     vary = [f"train.batch_size={','.join(map(str, batches))}"] if job.train.accumulate == 1 else []
-    if method == "head" and task_named(job.task.name).on_features:
+    if method == "head" and task_named(job.task.name).uses_pooled_features:
         vary += ["train.epochs=1,2,4"]
         ranges = ["train.lr=0.01..3,log" if is_sgd else "train.lr=0.0003..0.1,log"]
     else:

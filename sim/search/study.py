@@ -67,7 +67,7 @@ class Outcome:
         return cls(**{**table, "curve": {int(step): value for step, value in table["curve"].items()}})
 
     @property
-    def words(self) -> str:
+    def reason(self) -> str:
         """Why there is no value."""
         if self.stopped is not None:
             return f"stopped after round {self.stopped}: worse than the others' median"
@@ -78,7 +78,7 @@ class Outcome:
 class TrialResult:
     """One trial: its place in the search from 0 on, its settings, and what became of it, if it has ended."""
 
-    place: int
+    index: int
     number: int
     texts: Texts
     values: Values
@@ -88,7 +88,7 @@ class TrialResult:
     @property
     def folder(self) -> str:
         """The folder of its runs."""
-        return f"trial-{self.place + 1:04d}"
+        return f"trial-{self.index + 1:04d}"
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Search:
             drawn = [self._sampled(tried, -1 - draw) for draw in range(SPREAD)]
             new = [texts for texts in drawn if self._is_new(texts, known, invalid)]
             if new:
-                return max(new, key=lambda t: min(self.space.apart(t, one.texts) for one in tried))
+                return max(new, key=lambda t: min(self.space.distance(t, one.texts) for one in tried))
         for draw in range(DRAWS):
             texts = self._sampled(tried, draw)
             if self._is_new(texts, known, invalid):
@@ -233,7 +233,7 @@ class Search:
         study = optuna.create_study(direction=self.direction, sampler=sampler)
         study.add_trials(self._known_at(tried))
         trial = study.ask()
-        return self.space.draw(self.base, lambda one: one.drawn(trial))
+        return self.space.draw(self.base, lambda one: one.sample(trial))
 
     def _known_at(self, tried: Sequence[TrialResult]) -> list[FrozenTrial]:
         """The trials as the sampler sees them: those that may still run have no value yet."""
@@ -242,7 +242,7 @@ class Search:
         found, trials = [], self.study.get_trials(deepcopy=False)
         for one in tried:
             frozen = trials[one.number]
-            if one.place <= len(tried) - self.at_once:
+            if one.index <= len(tried) - self.at_once:
                 if frozen.state != TrialState.FAIL:
                     found.append(frozen)
                 continue
@@ -258,12 +258,12 @@ class Search:
         return [
             one.outcome.curve
             for one in tried
-            if one.place <= place - self.at_once and one.outcome and one.outcome.value is not None
+            if one.index <= place - self.at_once and one.outcome and one.outcome.value is not None
         ]
 
     def may_begin(self, place: int, tried: Sequence[TrialResult]) -> bool:
         """Whether all that a trial at this place must know of has ended."""
-        return all(one.outcome is not None for one in tried if one.place <= place - self.at_once)
+        return all(one.outcome is not None for one in tried if one.index <= place - self.at_once)
 
     def ranked(self, tried: Sequence[TrialResult]) -> list[TrialResult]:
         """The trials that have a value, the best first; of equal ones that with the smaller loss."""
@@ -272,7 +272,7 @@ class Search:
         def rank(one: TrialResult) -> tuple[float, float, int]:
             assert one.outcome is not None and one.outcome.value is not None
             loss = one.outcome.metrics.get("loss", math.inf)
-            return sign * one.outcome.value, loss if math.isfinite(loss) else math.inf, one.place
+            return sign * one.outcome.value, loss if math.isfinite(loss) else math.inf, one.index
 
         return sorted((t for t in tried if t.outcome and t.outcome.value is not None), key=rank)
 
@@ -319,11 +319,11 @@ class SearchFolder:
             at_once = self._same(about)
         else:
             replace_synced(self.about, json.dumps(about | {"at_once": at_once}, indent=2).encode())
-        return Search(self.path, base, space, seed, seeds, at_once, space.own(base))
+        return Search(self.path, base, space, seed, seeds, at_once, space.own_keys(base))
 
     def _table(self, base: Base, space: Space, seed: int, seeds: int) -> dict[str, Any]:
         table = json.loads(json.dumps(base.table, default=str))
-        return {"format": FORMAT, "job": table, "space": space.words, "seed": seed, "seeds": seeds}
+        return {"format": FORMAT, "job": table, "space": space.as_options, "seed": seed, "seeds": seeds}
 
     def _same(self, about: Mapping[str, Any]) -> int:
         try:

@@ -171,7 +171,7 @@ def play_trials(
     `told` hears of each trial that ends, and of all trials so far.
     """
     tried = search.trials()
-    again = deque(one.place for one in tried if one.outcome is None or one.outcome.failed is not None)
+    again = deque(one.index for one in tried if one.outcome is None or one.outcome.failed is not None)
     for place in again:
         if tried[place].outcome is not None:
             tried[place] = search.begin(place, tried[place].texts)
@@ -187,7 +187,7 @@ def play_trials(
             if new is None:
                 return None
             tried.append(new)
-            place = new.place
+            place = new.index
         else:
             return None
         piece = _piece(search, tried[place], tried)
@@ -211,7 +211,7 @@ def _piece(search: Search, one: TrialResult, tried: Sequence[TrialResult]) -> Wo
         "jobs": [job.canonical for job in jobs],
         "outs": [str(search.path / one.folder / f"seed-{seed}") for seed in seeds],
         "metric": search.metric,
-        "curves": search.curves_before(one.place, tried),
+        "curves": search.curves_before(one.index, tried),
     }
     return WorkItem(one.job.hash, play_trial, (json.dumps(work),))
 

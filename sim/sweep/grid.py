@@ -203,7 +203,7 @@ class Planned:
         return f"{readable[:80]}_seed-{self.job.seed}{fold}_{self.job.hash[:HASH]}".lstrip("_")
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """How a person would name it."""
         fold = [] if self.job.data.folds is None else [f"fold {self.job.data.fold}"]
         return ", ".join([*_words(self.values), f"seed {self.job.seed}", *fold])
@@ -292,7 +292,7 @@ class SweepFolder:
             raise ConfigError(f"{self.about}: damaged, or of another version; choose another --out")
         return about
 
-    def note(self, base: Base, grid: Grid) -> None:
+    def record(self, base: Base, grid: Grid) -> None:
         """Write down which job this is a sweep of, and the grid."""
         vary = {"vary": dict(grid.keys), "seeds": grid.seeds, "folds": grid.folds}
         about = {"format": FORMAT, "base": _as_json(base.table), **vary}

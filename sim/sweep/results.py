@@ -31,7 +31,7 @@ class Row:
     values: Values
     job: Job
     metrics: Mapping[str, float]
-    headline: str | None
+    primary_metric: str | None
     baselines: Mapping[str, Mapping[str, float]]
     privacy: Mapping[str, Any]
     model_sha256: str
@@ -61,7 +61,7 @@ class Row:
     @property
     def score(self) -> float | None:
         """The metric that the run is judged by."""
-        return None if self.headline is None else self.metrics.get(self.headline)
+        return None if self.primary_metric is None else self.metrics.get(self.primary_metric)
 
     @property
     def is_private(self) -> bool:
@@ -123,7 +123,7 @@ def scores(rows: Iterable[Row]) -> list[float]:
 
 def headline_of(rows: Sequence[Row]) -> str | None:
     """The metric that the sweep is judged by."""
-    return next((row.headline for row in rows if row.headline is not None), None)
+    return next((row.primary_metric for row in rows if row.primary_metric is not None), None)
 
 
 def reference(rows: Sequence[Row], name: str) -> Estimate | None:
@@ -133,7 +133,7 @@ def reference(rows: Sequence[Row], name: str) -> Estimate | None:
     """
     found: dict[Key, dict[int, float]] = {}
     for row in rows:
-        value = finite(row.baselines.get(name, {}).get(row.headline or ""))
+        value = finite(row.baselines.get(name, {}).get(row.primary_metric or ""))
         if value is not None:
             group = values_of(row, [key for key in row.values if not key.startswith("privacy.")])
             found.setdefault(group, {}).setdefault(row.job.seed, value)

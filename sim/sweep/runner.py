@@ -60,7 +60,7 @@ def precompute_features(
         population, task = population_of(job), task_named(job.task.name)
         roll = population.roll(job)
         roll.check(job)
-        cached_test_set(population, progress)(Learner.of(job, task, task.agree(roll.facts)))
+        cached_test_set(population, progress)(Learner.of(job, task, task.merge_info(roll.data_info)))
 
 
 def _features_of(job: Job) -> str:
@@ -179,7 +179,7 @@ class RunPool:
         def ended(piece: WorkItem, failure: str | None, died: str | None) -> None:
             run, failure = planned[piece.name], died or failure
             if failure is not None:
-                failures[run.words] = failure
+                failures[run.description] = failure
             told(run, failure)
 
         self.work(lambda: waiting.popleft() if waiting else None, ended)

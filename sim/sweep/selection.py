@@ -86,7 +86,7 @@ def _spent(row: Row, unit: str) -> Composition:
     """The releases that a run was charged."""
     terms = dp_plan_of(row.job, "client" if unit == "client" else "example")
     assert terms is not None
-    return {terms.cost: int(row.privacy["units"][unit]["releases"])}
+    return {terms.event: int(row.privacy["units"][unit]["releases"])}
 
 
 def selection_words(pick: Pick) -> str:

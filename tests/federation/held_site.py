@@ -34,7 +34,7 @@ def executor() -> None:
     """The entry of the process that works for the site."""
     from atoll.cli.site import executor as answer_tasks
 
-    folder, admit = Path(os.environ[HOLD]), atoll.client.site.Site.admit
+    folder, admit = Path(os.environ[HOLD]), atoll.client.site.Site.charge_privacy
 
     def held(
         site: atoll.client.site.Site, job: Job, request: Request, names: Sequence[str]
@@ -48,5 +48,5 @@ def executor() -> None:
                 time.sleep(0.01)
         return admitted
 
-    atoll.client.site.Site.admit = held  # type: ignore[method-assign]
+    atoll.client.site.Site.charge_privacy = held  # type: ignore[method-assign]
     answer_tasks()

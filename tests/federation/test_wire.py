@@ -49,12 +49,12 @@ class Noted(InlineTransport):
     updates: dict[tuple[int, str], Update] = field(default_factory=dict)
     vectors: dict[tuple[int, str], Vector] = field(default_factory=dict)
 
-    def exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
+    def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         if request.kind == "sum":
-            self._note(super().exchange(replace(request, kind="train"), names, timeout))
+            self._note(super().send_and_receive(replace(request, kind="train"), names, timeout))
         if request.kind in ("train", "sum"):
             self.asked[request.round] = request.tensors
-        replies = list(super().exchange(request, names, timeout))
+        replies = list(super().send_and_receive(request, names, timeout))
         self._note(replies)
         yield from replies
 

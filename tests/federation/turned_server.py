@@ -53,7 +53,7 @@ def server_app() -> None:
 
     from atoll.server import app
 
-    folder, clock, exchange = Path(os.environ[CUTS]), AheadClock(0.0), app.FlowerTransport.exchange
+    folder, clock, exchange = Path(os.environ[CUTS]), AheadClock(0.0), app.FlowerTransport.send_and_receive
 
     def cut_short(
         carrier: app.FlowerTransport, request: Request, names: Sequence[str], timeout: float
@@ -70,5 +70,5 @@ def server_app() -> None:
                 clock.now += timeout
 
     vars(app)["time"] = clock
-    app.FlowerTransport.exchange = cut_short  # type: ignore[method-assign]
+    app.FlowerTransport.send_and_receive = cut_short  # type: ignore[method-assign]
     flwr_serverapp()

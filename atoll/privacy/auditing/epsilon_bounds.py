@@ -189,7 +189,7 @@ class Finding:
     epsilon: float
     guesses: Guesses
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For a result."""
         return {"epsilon": self.epsilon, "guesses": self.guesses.made, "right": self.guesses.right}
 

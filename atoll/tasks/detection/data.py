@@ -115,19 +115,19 @@ def _coco(file: Path, base: Path, journal: Diagnostics) -> Rows:
         where = f"{shown(file)} annotation {number}"
         try:
             if one.get("iscrowd"):
-                journal.remark("crowds, which have no box of their own, are left out", where)
+                journal.warning("crowds, which have no box of their own, are left out", where)
                 continue
             x, y, width, height = _numbers(one["bbox"], where)
             boxes[one["image_id"]].append([x, y, x + width, y + height])
             classes[one["image_id"]].append(names[one["category_id"]])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            journal.refuse(
+            journal.error(
                 DataError(
                     f"{where}: {error}, expected image_id, category_id of the file's, bbox of 4 numbers"
                 )
             )
         except DataError as problem:
-            journal.refuse(problem)
+            journal.error(problem)
     found = {image: _image_of(base, Path(name)) for image, name in images.items()}
     rows = [(found[image], boxes[image], classes[image]) for image in images]
     return _rows(base, rows, lambda row: shown(rows[row][0]))
@@ -149,7 +149,7 @@ def _voc(base: Path, journal: Diagnostics) -> Rows:
         try:
             rows.append(_voc_file(checked_file(path, base), base))
         except DataError as problem:
-            journal.refuse(problem)
+            journal.error(problem)
     return _rows(base, rows, lambda row: shown(rows[row][0]))
 
 
@@ -199,7 +199,7 @@ BOXES = Schema(
             "classes", list_cell(class_name), pa.list_(pa.string()), ("labels", "names", "categories")
         ),
     ),
-    opens=_open,
+    open_layout=_open,
     layout=f"COCO's JSON or VOC's XML beside the images, or one file of {', '.join(SUFFIXES)}",
-    together=_fits,
+    check_row=_fits,
 )

@@ -40,12 +40,12 @@ class Detection(SchemaTask):
 
     name: str = "object-detection"
     summary: str = "boxes with classes; torchvision's Faster R-CNN, SSDlite; COCO's mAP, mAP50"
-    on_features: bool = False
+    uses_pooled_features: bool = False
     sees_targets: bool = True
-    headline: str = "map"
+    primary_metric: str = "map"
     size: int = SIZE
 
-    def bound(self, job: Job, backbone: Backbone) -> Detection:
+    def configured(self, job: Job, backbone: Backbone) -> Detection:
         return replace(self, size=size_of(job))
 
     def check(self, job: Job) -> None:
@@ -66,10 +66,10 @@ class Detection(SchemaTask):
     def records(self, options: Options) -> Schema:
         return BOXES
 
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return BOXES.adopted(without_other_parts(splits, ("image", "boxes", "classes")))
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The classes, as the job names them or sorted, and how many boxes a picture has at most.
 
         Raises:
@@ -79,7 +79,7 @@ class Detection(SchemaTask):
         present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
         return named(present, data, "classes", "class") | {"most": most}
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Pinned classes as they are, else the sorted union.
 
         Raises:
@@ -108,7 +108,7 @@ class Detection(SchemaTask):
         inputs = LazyRows(LazyColumn(dataset, "image", image_bytes), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """The bytes of an image file."""
         return read_image_input(given)
 
@@ -130,7 +130,7 @@ class Detection(SchemaTask):
             compute_groups=False,
         )
 
-    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """Boxes with a score of at least a half, as parts of the picture's width and height."""
         rows = []
         for one in predictions:

@@ -52,7 +52,7 @@ def dated(options: ForecastOptions) -> Schema:
             ),
             *(SchemaField(name, number_cell, pa.float64()) for name in (*options.observed, *options.known)),
         ),
-        counted="series",
+        count_by="series",
     )
 
 
@@ -67,7 +67,7 @@ WINDOWS = Schema(
         SchemaField("observed", _NUMBERS, pa.list_(pa.float64())),
         SchemaField("known", _NUMBERS, pa.list_(pa.float64())),
     ),
-    counted="series",
+    count_by="series",
 )
 """A row for each window: dates of its first and last step to forecast; beside it, step by step, what is
 observed over the history and what is known over history and horizon."""

@@ -41,7 +41,7 @@ class WindowEncoder(Encoder):
         self.width = width
         self._options = options
 
-    def ready(self, inputs: Sequence[dict[str, Any]]) -> list[Batch]:
+    def preprocess(self, inputs: Sequence[dict[str, Any]]) -> list[Batch]:
         steps, ahead = self._options.history, self._options.horizon
         seen, known = len(self._options.observed), len(self._options.known)
         return [
@@ -53,7 +53,7 @@ class WindowEncoder(Encoder):
             for window in inputs
         ]
 
-    def batch(self, ready: Sequence[Batch]) -> Batch:
+    def collate(self, ready: Sequence[Batch]) -> Batch:
         return {name: torch.stack([one[name] for one in ready]).float() for name in ready[0]}
 
     def forward(self, batch: Batch) -> torch.Tensor:

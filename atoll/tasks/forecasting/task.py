@@ -40,12 +40,12 @@ class Forecasting(Task):
 
     name: str = "forecasting"
     summary: str = "the next steps of a series; LSTM, GRU, PatchTST; MAE, RMSE, MASE, pinball loss, direction"
-    on_features: bool = False
-    splits_itself: bool = True
-    headline: str = "mase"
+    uses_pooled_features: bool = False
+    has_own_split: bool = True
+    primary_metric: str = "mase"
     options: ForecastOptions = field(default_factory=ForecastOptions)
 
-    def bound(self, job: Job, backbone: Backbone) -> Forecasting:
+    def configured(self, job: Job, backbone: Backbone) -> Forecasting:
         return replace(self, options=options_of(job.task.options, ForecastOptions))
 
     def check(self, job: Job) -> None:
@@ -79,7 +79,7 @@ class Forecasting(Task):
             if not journal.problems:
                 raise
             splits = {}
-            journal.refuse(problem)
+            journal.error(problem)
         return WINDOWS.findings_of(source, splits, journal)
 
     def _gathered(
@@ -97,7 +97,7 @@ class Forecasting(Task):
             made["test"] = windows_of(steps["test"], options, 0.0, shown(source))["train"]
         return made
 
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         options = options_of(job.task.options, ForecastOptions)
         for name in (*options.observed, *options.known):
             if name not in splits["train"].column_names:
@@ -111,10 +111,10 @@ class Forecasting(Task):
     def keys(self, dataset: Dataset) -> list[bytes]:
         return WINDOWS.keys(dataset)
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         return {}
 
     def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
@@ -141,7 +141,7 @@ class Forecasting(Task):
             return list(range(len(spans))), []
         return train, [row for row, (first, _) in enumerate(spans) if first >= cut]
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """A file of dated rows: its last window, and what is known of the steps to come (rows without value).
 
         Raises:
@@ -181,7 +181,7 @@ class Forecasting(Task):
             compute_groups=False,
         )
 
-    def references(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
+    def naive_baselines(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
         """The last value once more, and the last season once more."""
         horizon, season = self.options.horizon, self.options.season
         history = torch.tensor([window["history"] for window in shard.inputs], dtype=torch.float64)
@@ -191,7 +191,7 @@ class Forecasting(Task):
         count = len(self.options.quantiles)
         return {name: values.unsqueeze(2).expand(-1, -1, count) for name, values in found.items()}
 
-    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """The middle forecast of every step, and all quantiles."""
         middle = len(self.options.quantiles) // 2
         names = [str(level) for level in self.options.quantiles]

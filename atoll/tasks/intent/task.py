@@ -88,7 +88,7 @@ class _Sentences(Schema):
                 kept.append(place)
             else:
                 told = f"{shown(repr(text[:40]))}: {count} slot tags for {words} words, expected one a word"
-                journal.refuse(DataError(f"{shown(rows.folder)}: {told}"))
+                journal.error(DataError(f"{shown(rows.folder)}: {told}"))
         return table.take(pa.array(kept, pa.int64()))
 
 
@@ -101,7 +101,7 @@ _TEXT = SchemaField("text", text_cell, pa.string(), ("transcript", "utterance", 
 _INTENT = SchemaField("intent", name_cell, pa.string(), ("label",))
 _SLOTS = SchemaField("slots", _tags, pa.string(), ("tags",), required=False)
 
-SENTENCES = _Sentences((_TEXT, _INTENT, _SLOTS), counted="intent")
+SENTENCES = _Sentences((_TEXT, _INTENT, _SLOTS), count_by="intent")
 
 
 class _Recordings(Schema):
@@ -113,7 +113,7 @@ class _Recordings(Schema):
 
 def _records(options: IntentOptions) -> Schema:
     if options.is_heard:
-        return _Recordings((audio_role(options.max_seconds), _INTENT), counted="intent")
+        return _Recordings((audio_role(options.max_seconds), _INTENT), count_by="intent")
     return SENTENCES
 
 
@@ -127,11 +127,11 @@ class Intent(SchemaTask):
 
     name: str = "intent"
     summary: str = "what is asked for, of words with slots or of recordings; intent accuracy, slot F1"
-    on_features: bool = False
-    headline: str = "intent_accuracy"
+    uses_pooled_features: bool = False
+    primary_metric: str = "intent_accuracy"
     options: IntentOptions = field(default_factory=IntentOptions)
 
-    def bound(self, job: Job, backbone: Backbone) -> Intent:
+    def configured(self, job: Job, backbone: Backbone) -> Intent:
         return replace(self, options=options_of(job.task.options, IntentOptions))
 
     def check(self, job: Job) -> None:
@@ -157,7 +157,7 @@ class Intent(SchemaTask):
     def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         EITHER.write(dataset, folder, data)
 
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         options = options_of(job.task.options, IntentOptions)
         if options.is_heard:
             return EITHER.adopted(
@@ -173,7 +173,7 @@ class Intent(SchemaTask):
             }
         )
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The intents, those the job names or else those of the data, and the tags of the data, sorted.
 
         Raises:
@@ -184,7 +184,7 @@ class Intent(SchemaTask):
         tags = sorted({tag for row in slots for tag in row.split()} | {OUTSIDE})
         return named(present, data, "intents", "intent") | {"tags": tags}
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Pinned intents as they are, else the sorted union; the sorted union of tags."""
         intents = agreed(facts, "intents")
         if len(intents) < 2:
@@ -209,7 +209,7 @@ class Intent(SchemaTask):
         inputs = audio_inputs(dataset, order) if heard else LazyRows(words.__getitem__, tuple(order))
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """The bytes of a recording, or the words of a text file or of the text itself."""
         if self.options.is_heard:
             return read_audio_input(given, self.options.max_seconds)
@@ -237,13 +237,13 @@ class Intent(SchemaTask):
             found["slot_f1"] = CommandSlotF1(facts["tags"])
         return MetricCollection(found, compute_groups=False)
 
-    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """The best intent and tags as numbers; a batch is as long as its own longest sentence."""
         best = [scores.argmax(1).cpu() for scores in predictions]
         found = nn.utils.rnn.pad_sequence(best, batch_first=True)
         return found, targets[:, : found.shape[1]]
 
-    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """The intent, its probability, and, unless it was heard, a tag for each word."""
         rows: list[dict[str, Any]] = []
         for scores in (one.cpu() for one in predictions):

@@ -80,7 +80,7 @@ class WordEncoder(Encoder):
         most = LONGEST if isinstance(model, SmallText) else longest(tokenizer, model)
         self._max_tokens = min(section.max_tokens, most)
 
-    def ready(self, inputs: Sequence[Sequence[str]]) -> list[Batch]:
+    def preprocess(self, inputs: Sequence[Sequence[str]]) -> list[Batch]:
         """Pieces, and for each word the place of its first one, or `CUT_OFF`."""
         coded = self._tokenizer(
             [list(words) for words in inputs],
@@ -97,7 +97,7 @@ class WordEncoder(Encoder):
             found.append({"ids": ids, "first": torch.tensor(first, dtype=torch.int64)})
         return found
 
-    def batch(self, ready: Sequence[Batch]) -> Batch:
+    def collate(self, ready: Sequence[Batch]) -> Batch:
         table = padded([one["ids"] for one in ready], self._tokenizer.pad_token_id or 0)
         first = [one["first"] for one in ready]
         words = nn.utils.rnn.pad_sequence(first, batch_first=True, padding_value=NO_WORD)

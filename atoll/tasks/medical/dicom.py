@@ -128,8 +128,8 @@ SCANS = Schema(
             "patient", name_cell, pa.string(), ("patient_id", "patientid", "subject", "case"), required=False
         ),
     ),
-    counted="label",
-    opens=_class_folders,
+    count_by="label",
+    open_layout=_class_folders,
     layout=f"a folder per class, or one file of {', '.join(SUFFIXES)}",
 )
 """A patient's name is in an example's hash, so that two patients' equal images stay two."""

@@ -38,8 +38,8 @@ THRESHOLDS = 1001
 class Medical(SchemaTask, Classification):
     """Classification whose examples belong to patients; without that column each is a patient's only one."""
 
-    headline: str = "auroc"
-    splits_itself: bool = True
+    primary_metric: str = "auroc"
+    has_own_split: bool = True
 
     def records(self, options: Options) -> Schema:
         return SCANS
@@ -67,7 +67,7 @@ class Medical(SchemaTask, Classification):
         kept = set(held)
         return [row for row in range(len(shard)) if row not in kept], sorted(held)
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """An image file's picture, DICOM too."""
         return read_scan_input(given)
 
@@ -98,7 +98,7 @@ class Medical(SchemaTask, Classification):
             }
         return MetricCollection(metrics, compute_groups=False)  # type: ignore[arg-type]
 
-    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """Probabilities: of the finding where there are two classes, else of each."""
         stated = torch.softmax(predictions.to(torch.float64), dim=1)
         return (stated[:, 1] if stated.shape[1] == 2 else stated), targets

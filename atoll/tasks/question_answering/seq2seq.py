@@ -47,12 +47,12 @@ class PromptEncoder(Encoder):
         self.tokenizer: Any = tokenizer
         self._max_tokens = min(section.max_tokens, longest(tokenizer, model))
 
-    def ready(self, inputs: Sequence[str]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[str]) -> list[torch.Tensor]:
         self.tokenizer.truncation_side = "right"
         coded = self.tokenizer(list(inputs), truncation=True, max_length=self._max_tokens, padding=False)
         return [torch.tensor(ids, dtype=torch.int64) for ids in coded["input_ids"]]
 
-    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+    def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         return padded(ready, self.tokenizer.pad_token_id)
 
 

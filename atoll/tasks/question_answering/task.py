@@ -57,13 +57,13 @@ class QuestionAnswering(SchemaTask):
 
     name: str = "question-answering"
     summary: str = "an answer in words, from a context or without; T5, BART, …; exact match, token F1"
-    on_features: bool = False
+    uses_pooled_features: bool = False
     sees_targets: bool = True
-    headline: str = "exact_match"
+    primary_metric: str = "exact_match"
     options: AnswerOptions = field(default_factory=AnswerOptions)
     backbone: Backbone | None = None
 
-    def bound(self, job: Job, backbone: Backbone) -> QuestionAnswering:
+    def configured(self, job: Job, backbone: Backbone) -> QuestionAnswering:
         return replace(self, options=options_of(job.task.options, AnswerOptions), backbone=backbone)
 
     @cached_property
@@ -79,10 +79,10 @@ class QuestionAnswering(SchemaTask):
     def records(self, options: Options) -> Schema:
         return QUESTIONS
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         return {}
 
     def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
@@ -105,7 +105,7 @@ class QuestionAnswering(SchemaTask):
             row[most : most + len(text)] = torch.tensor(text)
         return table
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """A question, or a whole prompt `question: … context: …`; a text file's, or the text itself.
 
         Raises:
@@ -128,12 +128,12 @@ class QuestionAnswering(SchemaTask):
 
         return MetricCollection({"exact_match": ExactMatch(), "token_f1": TokenF1()}, compute_groups=False)
 
-    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """Answers as they were written, and as they stand in the data."""
         texts = targets[:, self.options.max_answer_tokens :].tolist()
         return predictions, [bytes(b for b in text if b >= 0).decode() for text in texts]
 
-    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]
 
 

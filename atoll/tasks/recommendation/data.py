@@ -43,7 +43,7 @@ EVENTS = Schema(
             "item_text", optional_text_cell, pa.string(), ("title", "description", "name"), required=False
         ),
     ),
-    counted="user",
+    count_by="user",
 )
 """A row for each thing done."""
 

@@ -120,12 +120,12 @@ class HistoryEncoder(Encoder):
         self._length = length
         self._numbers = {item: number for number, item in enumerate(items)}
 
-    def ready(self, inputs: Sequence[Sequence[str]]) -> list[torch.Tensor]:
+    def preprocess(self, inputs: Sequence[Sequence[str]]) -> list[torch.Tensor]:
         """Items that nobody knew when the run began are left out."""
         known = [[self._numbers[item] for item in history if item in self._numbers] for history in inputs]
         return [torch.tensor(numbers[-self._length :], dtype=torch.int64) for numbers in known]
 
-    def batch(self, ready: Sequence[torch.Tensor]) -> Batch:
+    def collate(self, ready: Sequence[torch.Tensor]) -> Batch:
         table = torch.full((len(ready), self._length), len(self._numbers), dtype=torch.int64)
         for row, history in zip(table, ready, strict=True):
             row[self._length - len(history) :] = history

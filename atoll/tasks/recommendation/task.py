@@ -48,12 +48,12 @@ class Recommendation(Task):
 
     name: str = "recommendation"
     summary: str = "what a user takes next; SASRec, with items' texts where there are; HR@10, NDCG@10"
-    on_features: bool = False
-    splits_itself: bool = True
-    headline: str = "ndcg"
+    uses_pooled_features: bool = False
+    has_own_split: bool = True
+    primary_metric: str = "ndcg"
     options: RecommendOptions = field(default_factory=RecommendOptions)
 
-    def bound(self, job: Job, backbone: Backbone) -> Recommendation:
+    def configured(self, job: Job, backbone: Backbone) -> Recommendation:
         return replace(self, options=options_of(job.task.options, RecommendOptions))
 
     def check(self, job: Job) -> None:
@@ -85,7 +85,7 @@ class Recommendation(Task):
             )
         return histories_of(events["train"], length, shown(source), hold_out=data.test_fraction > 0)
 
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         length = options_of(job.task.options, RecommendOptions).length
         hold_out = job.data.test_fraction > 0
         return HISTORIES.adopted(histories_of(whole(splits), length, job.data.source, hold_out=hold_out))
@@ -96,7 +96,7 @@ class Recommendation(Task):
     def keys(self, dataset: Dataset) -> list[bytes]:
         return HISTORIES.keys(dataset)
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The items and their texts: those the job names, or else those of the data, sorted."""
         rows = dataset[:]
         texts: dict[str, str] = {}
@@ -109,7 +109,7 @@ class Recommendation(Task):
         pinned = list(data.classes)
         return {"items": pinned, "texts": [texts.get(name, "") for name in pinned], "pinned": True}
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Pinned items as they are, else the sorted union; an item's text is the first that is there."""
         texts: dict[str, str] = {}
         for one in facts:
@@ -139,7 +139,7 @@ class Recommendation(Task):
         rows = list(range(len(shard)))
         return rows, rows if fraction else []
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """Items of a history, oldest first, with commas between them."""
         items = [item.strip() for item in given.split(",") if item.strip()]
         if not items:
@@ -153,7 +153,7 @@ class Recommendation(Task):
         """Cross-entropy of the next item at every place but the last, the mean over a history's places."""
         return surprise(outputs[:, :-1], targets[:, :-1])
 
-    def measured_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the last item."""
         return surprise(outputs[:, -1:], targets[:, -1:])
 
@@ -165,7 +165,7 @@ class Recommendation(Task):
         top = self.options.top
         return MetricCollection({"hit_rate": HitRate(top), "ndcg": Ndcg(top)}, compute_groups=False)
 
-    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """The rank of what came next among all items; half of its equals stand before it."""
         last = targets[:, -1].to(predictions.device)
         own = predictions.gather(1, last.clamp_min(0).unsqueeze(1))
@@ -173,7 +173,7 @@ class Recommendation(Task):
         ranks = better + torch.div(equal, 2, rounding_mode="floor")
         return (torch.where(last == UNKNOWN, predictions.shape[1], ranks).cpu(),)
 
-    def references(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
+    def naive_baselines(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
         """What is in most histories, for everybody."""
         index = {name: number for number, name in enumerate(facts["items"])}
         counts = torch.zeros(len(index))
@@ -186,7 +186,7 @@ class Recommendation(Task):
                 row[history] = float("-inf")
         return {"most_popular": scores}
 
-    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """The best items, and their share of the softmax."""
         rows = []
         for scores in torch.softmax(predictions, dim=1):

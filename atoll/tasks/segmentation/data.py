@@ -71,7 +71,7 @@ def _paired(root: Path, base: Path, journal: Diagnostics) -> Rows:
     for stem in sorted(set(images) ^ set(masks)):
         has, lacks = ("image", "mask") if stem in images else ("mask", "image")
         lone = images.get(stem) or masks[stem]
-        journal.refuse(
+        journal.error(
             DataError(f"{shown(lone)}: {has} without {lacks}, expected {base.name}/{lacks}s/{stem}.*")
         )
     stems = sorted(set(images) & set(masks))
@@ -93,7 +93,7 @@ def _by_stem(folder: Path, root: Path, journal: Diagnostics) -> dict[str, Path]:
                 raise DataError(f"{shown(path)}: a second file called {shown(path.stem)}, expected one")
             found[path.stem] = path
         except DataError as problem:
-            journal.refuse(problem)
+            journal.error(problem)
     return found
 
 
@@ -104,9 +104,9 @@ MASKS = Schema(
         ),
         SchemaField("mask", read_mask, FILE, ("masks", "segmentation", "annotation", "label"), file=True),
     ),
-    opens=_folders,
+    open_layout=_folders,
     layout=f"images/ and masks/ with equal names, or one file of {', '.join(SUFFIXES)}",
-    together=_same_size,
+    check_row=_same_size,
 )
 
 

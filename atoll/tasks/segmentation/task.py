@@ -76,11 +76,11 @@ class Segmentation(SchemaTask):
 
     name: str = "segmentation"
     summary: str = "a class for every pixel; torchvision's DeepLabV3, LRASPP, FCN, SegFormer; mean IoU"
-    on_features: bool = False
-    headline: str = "mean_iou"
+    uses_pooled_features: bool = False
+    primary_metric: str = "mean_iou"
     size: int = SIZE
 
-    def bound(self, job: Job, backbone: Backbone) -> Segmentation:
+    def configured(self, job: Job, backbone: Backbone) -> Segmentation:
         return replace(self, size=size_of(job))
 
     def check(self, job: Job) -> None:
@@ -102,10 +102,10 @@ class Segmentation(SchemaTask):
     def records(self, options: Options) -> Schema:
         return MASKS
 
-    def adopt(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         return MASKS.adopted(without_other_parts(splits, ("image", "mask")))
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The classes: those the job names, or as many as the masks have.
 
         Raises:
@@ -122,7 +122,7 @@ class Segmentation(SchemaTask):
             )
         return {"classes": list(named)}
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         """Named classes as they are, else numbers up to the highest that anybody has.
 
         Raises:
@@ -149,7 +149,7 @@ class Segmentation(SchemaTask):
         inputs = LazyRows(LazyColumn(dataset, "image", _image), order)
         return Shard(inputs, Lazy(target, order), tuple(keys[row] for row in order))
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """The bytes of an image file."""
         return read_image_input(given)
 
@@ -186,12 +186,12 @@ class Segmentation(SchemaTask):
         count = len(facts["classes"])
         return MetricCollection({"mean_iou": MeanIoU(count), "dice": Dice(count)}, compute_groups=False)
 
-    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """Classes said and true of every labelled pixel."""
         labelled = targets != IGNORED
         return predictions.cpu()[labelled], targets[labelled]
 
-    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         """The classes that are there, the largest first, and the share of pixels of each."""
         rows = []
         for mask in predictions:

@@ -101,12 +101,12 @@ class SpeechRecognition(SchemaTask):
 
     name: str = "speech-recognition"
     summary: str = "what was said; wav2vec2, HuBERT, Whisper's encoder, or a small one, with CTC; WER, CER"
-    on_features: bool = False
-    headline: str = "wer"
+    uses_pooled_features: bool = False
+    primary_metric: str = "wer"
     options: SpeechOptions = field(default_factory=SpeechOptions)
     backbone: Backbone | None = None
 
-    def bound(self, job: Job, backbone: Backbone) -> SpeechRecognition:
+    def configured(self, job: Job, backbone: Backbone) -> SpeechRecognition:
         return replace(self, options=options_of(job.task.options, SpeechOptions), backbone=backbone)
 
     @cached_property
@@ -126,10 +126,10 @@ class SpeechRecognition(SchemaTask):
     def records(self, options: Options) -> Schema:
         return recordings(options_of(options, SpeechOptions))
 
-    def describe(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def agree(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
         return {}
 
     def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
@@ -139,7 +139,7 @@ class SpeechRecognition(SchemaTask):
         targets = code_points([normalize_transcript(transcripts[place]) for place in order], NOTHING)
         return Shard(audio_inputs(dataset, order), targets, tuple(keys[place] for place in order))
 
-    def raw_input(self, given: str) -> Any:
+    def parse_input(self, given: str) -> Any:
         """The bytes of a WAV or FLAC file."""
         return read_audio_input(given, self.options.max_seconds)
 
@@ -165,11 +165,11 @@ class SpeechRecognition(SchemaTask):
 
         return MetricCollection({"wer": WordErrorRate(), "cer": CharErrorRate()}, compute_groups=False)
 
-    def measured(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """What was heard, and what was said."""
         return predictions, from_code_points(targets)
 
-    def answer(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]
 
 
