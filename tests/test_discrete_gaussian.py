@@ -82,6 +82,12 @@ def definition(variance: Fraction, number: int) -> Decimal:
 
 
 @pytest.fixture(autouse=True)
+def every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single numbers pass the second stage too."""
+    monkeypatch.setattr(sampler, "WORTHWHILE", 0)
+
+
+@pytest.fixture(autouse=True)
 def digits() -> Iterator[None]:
     with localcontext() as context:
         context.prec = 60
@@ -311,6 +317,14 @@ def test_the_same_words_give_the_same_numbers_and_are_as_many() -> None:
     assert (results[0] == results[1]).all() and results[0].dtype == np.int64
     assert calls[0] == calls[1]
     assert 30_000 < sum(calls[0]) < 32_000
+
+
+@pytest.mark.parametrize("leap", ["WORTHWHILE", "BATCH"])
+def test_how_it_is_computed_does_not_show(leap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the second stage, or with other batches, the same words give the same numbers."""
+    expected = DiscreteGaussian(LARGE**2, seeded(10)).draw(20_000)
+    monkeypatch.setattr(sampler, leap, {"WORTHWHILE": 10**6, "BATCH": 999}[leap])
+    assert (DiscreteGaussian(LARGE**2, seeded(10)).draw(20_000) == expected).all()
 
 
 def test_numbers_drawn_once_are_not_drawn_again() -> None:

@@ -57,6 +57,8 @@ TABLE = 96
 MIDDLE = 30
 """Bits after the point in the second stage: products of two such numbers fit a word."""
 ONE = 1 << MIDDLE
+WORTHWHILE = 4
+"""Fewer numbers than this go to the third stage at once: the second has more to set up than it saves."""
 PART = 16
 """Bits to which the second stage knows an offset, as a part of the cell's width."""
 RATE = 31
@@ -217,10 +219,10 @@ def judge(table: Proposal, numbers: Numbers, words: Words, further: Words) -> tu
 
     `words` proposed the numbers; `further` has the bits of U that follow theirs.
     """
+    if table.rate is None or len(numbers) < WORTHWHILE:
+        return np.zeros(len(numbers), dtype=np.bool_), np.ones(len(numbers), dtype=np.bool_)
     cells = table.cell_of[words >> np.uint64(WORD - SLOT_BITS)].astype(np.uint64)
     beyond = cells == np.uint64(len(table.slots) - 1)
-    if table.rate is None:
-        return np.zeros(len(numbers), dtype=np.bool_), np.ones(len(numbers), dtype=np.bool_)
     offsets = np.abs(numbers).view(np.uint64) - (cells << np.uint64(table.width_bits))
     below, above = _more(table.rate, cells, _shifted(offsets, PART - table.width_bits))
     lowest, highest = _shrunk(below, above)
@@ -310,11 +312,10 @@ class DiscreteGaussian:
             places = propose(table, words, drawn[start : start + BATCH])
             unsure.append(places + start)
             kept.append(words[places])
-        if not unsure:
-            return drawn, np.empty(0, dtype=np.intp)
-        places = np.concatenate(unsure)
-        accepted = self._accepted(table, drawn, places, np.concatenate(kept))
-        return drawn, places[~accepted]
+        places = np.concatenate([np.empty(0, dtype=np.intp), *unsure])
+        if places.size:
+            places = places[~self._accepted(table, drawn, places, np.concatenate(kept))]
+        return drawn, places
 
     def _accepted(self, table: Proposal, drawn: Numbers, places: Places, words: Words) -> Flags:
         """Which of the numbers at places are; those beyond the last cell are drawn here."""
