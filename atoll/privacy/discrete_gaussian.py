@@ -31,6 +31,7 @@ How long it takes depends on what is drawn, as with every rejection.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -49,8 +50,8 @@ CELL_BITS = 6
 """A deviation is two to this power cells, and less than twice as many; or fewer, each of one number."""
 LARGEST_VARIANCE = 2**92
 """Below it, offsets leave at least 8 of a word's bits for U."""
-BATCH = 1 << 13
-"""Words handled at once: what is computed of them stays in the processor's cache."""
+BATCH = 1 << 16
+"""Words handled at once: what is computed of them stays in the processor's cache, or nearly."""
 WORD = 64
 TABLE = 96
 """Bits after the point of the bounds that the table is made of."""
@@ -130,7 +131,7 @@ class Proposal:
         return WORD - SLOT_BITS - 1 - self.width_bits
 
     @property
-    def beyond(self) -> int:
+    def end(self) -> int:
         """The number T at which the last cell ends."""
         return (len(self.slots) - 1) << self.width_bits
 
@@ -222,7 +223,7 @@ def judge(table: Proposal, numbers: Numbers, words: Words, further: Words) -> tu
     if table.rate is None or len(numbers) < WORTHWHILE:
         return np.zeros(len(numbers), dtype=np.bool_), np.ones(len(numbers), dtype=np.bool_)
     cells = table.cell_of[words >> np.uint64(WORD - SLOT_BITS)].astype(np.uint64)
-    beyond = cells == np.uint64(len(table.slots) - 1)
+    outside = cells == np.uint64(len(table.slots) - 1)
     offsets = np.abs(numbers).view(np.uint64) - (cells << np.uint64(table.width_bits))
     below, above = _more(table.rate, cells, _shifted(offsets, PART - table.width_bits))
     lowest, highest = _shrunk(below, above)
@@ -232,8 +233,8 @@ def judge(table: Proposal, numbers: Numbers, words: Words, further: Words) -> tu
     uniform = _shifted(first, MIDDLE - table.bits)
     if table.bits < MIDDLE:
         uniform |= further >> np.uint64(WORD - MIDDLE + table.bits)
-    accepted = (uniform < lowest) & ~beyond
-    return accepted, ~accepted & ((uniform < highest) | beyond)
+    accepted = (uniform < lowest) & ~outside
+    return accepted, ~accepted & ((uniform < highest) | outside)
 
 
 def _shifted(numbers: Words, by: int) -> Words:
@@ -259,10 +260,12 @@ def _shrunk(below: Words, above: Words) -> tuple[Words, Words]:
     return lowest, one - below + (below * below >> np.uint64(MIDDLE + 1)) + np.uint64(1)
 
 
-def is_below(factor: Fraction, exponent: Fraction, bits: int, count: int, words: RandomBits) -> bool:
-    """The third stage: whether U < factor * exp(-exponent), for a U that begins with so many bits.
+def is_below(
+    factor: Fraction, exponent: Fraction, bits: int, count: int, following: Callable[[], int]
+) -> bool:
+    """Whether U < factor * exp(-exponent), for a U that begins with so many bits, read as a whole number.
 
-    The bits are read as a whole number; those that follow are drawn from `words`, if they are needed.
+    The bits after them are those of the following words, if they are needed.
     """
     while True:
         low, high = exponential(exponent, count + 8)
@@ -270,7 +273,7 @@ def is_below(factor: Fraction, exponent: Fraction, bits: int, count: int, words:
             return True
         if bits * factor.denominator << 8 >= high * factor.numerator:
             return False
-        bits = bits << WORD | int(words(1)[0])
+        bits = bits << WORD | following()
         count += WORD
 
 
@@ -279,8 +282,8 @@ class DiscreteGaussian:
     """Independent whole numbers from the discrete Gaussian of mean 0, exactly.
 
     The variance is that of the definition, in squared grid steps: the numbers' own is no larger, and the
-    same to a part in 10^70 from a deviation of 3 on. `words` must give fresh words with every call; the same
-    words give the same numbers.
+    same to a part in 10^70 from a deviation of 3 on. `words` must give fresh words with every call; the
+    same words give the same numbers.
 
     Raises:
         ValueError: the variance is not above 0 and below `LARGEST_VARIANCE`.
@@ -293,55 +296,84 @@ class DiscreteGaussian:
         proposal_for(self.variance)
 
     def draw(self, count: int) -> Numbers:
-        """So many numbers."""
-        drawn, again = self._tried(count)
-        while again.size:
-            numbers, rejected = self._tried(again.size)
-            drawn[again] = numbers
-            again = again[rejected]
-        return drawn
-
-    def _tried(self, count: int) -> tuple[Numbers, Places]:
-        """Proposed numbers, and the places of those that were rejected."""
+        """So many numbers; in how many calls they are drawn makes no difference to them."""
         table = proposal_for(self.variance)
         drawn = np.empty(count, dtype=np.int64)
-        unsure: list[Places] = []
-        kept: list[Words] = []
-        for start in range(0, count, BATCH):
-            words = self.words(min(BATCH, count - start))
-            places = propose(table, words, drawn[start : start + BATCH])
-            unsure.append(places + start)
-            kept.append(words[places])
-        places = np.concatenate([np.empty(0, dtype=np.intp), *unsure])
-        if places.size:
-            places = places[~self._accepted(table, drawn, places, np.concatenate(kept))]
-        return drawn, places
+        done = 0
+        while done < count:
+            numbers = _tried(table, self.words, min(BATCH, count - done))
+            drawn[done : done + len(numbers)] = numbers
+            done += len(numbers)
+        return drawn
 
-    def _accepted(self, table: Proposal, drawn: Numbers, places: Places, words: Words) -> Flags:
-        """Which of the numbers at places are; those beyond the last cell are drawn here."""
-        further = self.words(len(places))
-        accepted, still_open = judge(table, drawn[places], words, further)
-        for k in np.flatnonzero(still_open):
-            word, place = int(words[k]), places[k]
-            cell = int(table.cell_of[word >> WORD - SLOT_BITS])
-            if cell == len(table.slots) - 1:
-                drawn[place], factor = self._beyond(table, is_negative=bool(word >> WORD - SLOT_BITS - 1 & 1))
-                bits, count = int(further[k]), WORD
-            else:
-                factor = Fraction(table.scale, table.slots[cell])
-                first = word & ((1 << table.bits) - 1)
-                bits, count = first << WORD | int(further[k]), table.bits + WORD
-            exponent = int(drawn[place]) ** 2 / (2 * self.variance)
-            accepted[k] = is_below(factor, exponent, bits, count, self.words)
-        return accepted
 
-    def _beyond(self, table: Proposal, *, is_negative: bool) -> tuple[int, Fraction]:
-        """A number proposed from the blocks beyond the last cell, and what f is to be multiplied by there."""
-        block = 0
-        while (word := int(self.words(1)[0])) == 0:
-            block += WORD
-        block += WORD - word.bit_length()
-        offset = int(self.words(1)[0]) >> WORD - table.block_bits
-        y = table.beyond + (block << table.block_bits) + offset
-        factor = Fraction(table.scale << table.block_bits + block + 1, table.slots[-1] << table.width_bits)
-        return -1 - y if is_negative else y, factor
+def _tried(table: Proposal, source: RandomBits, count: int) -> Numbers:
+    """The numbers that so many words give, and the words after them if the last need more.
+
+    Words are read in order: one proposes, and where it doesn't tell whether its number is accepted, those
+    after it do. So no more are taken from the source than numbers one by one would take.
+    """
+    words = source(count)
+    numbers = np.empty(count, dtype=np.int64)
+    places = propose(table, words, numbers)
+    if not places.size:
+        return numbers
+    after = np.minimum(places + 1, count - 1)
+    accepted, still_open = judge(table, numbers[places], words[places], words[after])
+    still_open[after == places] = True
+    left_out: list[int] = []
+    free = 0
+    for place, is_accepted, is_open in zip(
+        places.tolist(), accepted.tolist(), still_open.tolist(), strict=True
+    ):
+        if place < free:
+            continue  # An earlier number's bits.
+        free = place + 2
+        if is_open:
+            following = Following(words, place + 1, source)
+            numbers[place], is_accepted = settle(table, int(words[place]), int(numbers[place]), following)
+            free = following.place
+        left_out.extend(range(place + is_accepted, free))
+    stays = np.ones(max(count, free), dtype=np.bool_)
+    stays[left_out] = False
+    return numbers[stays[:count]]
+
+
+class Following:
+    """Words one after the other: those at hand, then fresh ones."""
+
+    def __init__(self, words: Words, place: int, source: RandomBits) -> None:
+        self.words = words
+        self.place = place
+        self.source = source
+
+    def __call__(self) -> int:
+        word = self.words[self.place] if self.place < len(self.words) else self.source(1)[0]
+        self.place += 1
+        return int(word)
+
+
+def settle(table: Proposal, word: int, number: int, following: Callable[[], int]) -> tuple[int, bool]:
+    """The third stage: a number that a word proposed, or what lies beyond, and whether it is accepted."""
+    cell = int(table.cell_of[word >> WORD - SLOT_BITS])
+    bits, count = following(), WORD
+    if cell == len(table.slots) - 1:
+        number, factor = beyond(table, following)
+        if word >> WORD - SLOT_BITS - 1 & 1:
+            number = -1 - number
+    else:
+        factor = Fraction(table.scale, table.slots[cell])
+        bits |= (word & ((1 << table.bits) - 1)) << WORD
+        count += table.bits
+    return number, is_below(factor, number**2 / (2 * table.variance), bits, count, following)
+
+
+def beyond(table: Proposal, following: Callable[[], int]) -> tuple[int, Fraction]:
+    """A number proposed from the blocks beyond the last cell, and what f is to be multiplied by there."""
+    block = 0
+    while (word := following()) == 0:
+        block += WORD
+    block += WORD - word.bit_length()
+    offset = following() >> WORD - table.block_bits
+    factor = Fraction(table.scale << table.block_bits + block + 1, table.slots[-1] << table.width_bits)
+    return table.end + (block << table.block_bits) + offset, factor
