@@ -188,6 +188,10 @@ def test_numbers_beyond_the_cells_have_the_definitions_probability_too(variance:
         assert abs(found / expected - 1) < Decimal(2) ** -65
 
 
+def accept_all(table: Any, numbers: Any, words: Any, further: Any) -> Any:
+    return np.ones(len(numbers), dtype=np.bool_), np.zeros(len(numbers), dtype=np.bool_)
+
+
 def one_more(name: str, by: int) -> Callable[[Fraction], sampler.Proposal]:
     def broken(variance: Fraction) -> sampler.Proposal:
         table = proposal_for(variance)
@@ -206,7 +210,12 @@ def rounded_once(factor: Fraction, exponent: Fraction, bits: int, count: int, wo
 
 
 SABOTAGED = {
-    "the acceptance step": (sampler, "settle", lambda table, word, number, following: (number, True)),
+    "the acceptance step": (sampler, "judge", accept_all),
+    "the acceptance step of single numbers": (
+        sampler,
+        "settle",
+        lambda table, word, number, more: (number, True),
+    ),
     "the first stage, by one": (sampler, "proposal_for", one_more("surely", 1)),
     "the second stage's bounds": (sampler, "_shrunk", upper_bound_twice),
     "the third stage, rounded to 62 bits": (sampler, "is_below", rounded_once),
