@@ -207,9 +207,9 @@ def metric(
 ) -> Callable[[Thing], Thing]:
     """Register a metric: what returns a `torchmetrics.Metric` whose states are tensors that sum over clients.
 
-    It is called as `thing(facts)`, or `thing(facts, options)` where it declares options: a job's
-    `evaluate.metrics` names it, and gives them. `facts` is a dictionary of what all clients agree on, such
-    as `facts["classes"]`.
+    It is called as `thing(data_info)`, or `thing(data_info, options)` where it declares options: a job's
+    `evaluate.metrics` names it, and gives them. `data_info` is a dictionary of what all clients agree on,
+    such as `data_info["classes"]`.
 
     Raises:
         ConfigError: the name is taken.

@@ -29,7 +29,7 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
 
     try:
         saved = json.loads(about.read_text("utf-8"))
-        job, facts = Job.parse(saved["job"], origin=str(about)), dict(saved["facts"])
+        job, data_info = Job.parse(saved["job"], origin=str(about)), dict(saved["facts"])
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{about}: damaged: {error}") from None
     if job.personal.keep == "head":
@@ -45,7 +45,7 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
             "train": job.train.model_copy(update=alone),
         }
     )
-    learner = Learner.of(job, task_named(job.task.name), facts)
+    learner = Learner.of(job, task_named(job.task.name), data_info)
     learner.check_fingerprint()
     return learner, from_bytes((run / "model" / "model.safetensors").read_bytes())
 

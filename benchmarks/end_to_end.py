@@ -110,8 +110,8 @@ def flower(job: Job) -> float:
     text, trained = job.canonical, list[int]()
     start = time.perf_counter()
     population = Population.of(job)
-    facts = task_named(job.task.name).merge_info(population.roll(job).data_info)
-    first = Learner.of(job, task_named(job.task.name), facts).initial()
+    data_info = task_named(job.task.name).merge_info(population.roster(job).data_info)
+    first = Learner.of(job, task_named(job.task.name), data_info).initial()
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
@@ -121,7 +121,7 @@ def flower(job: Job) -> float:
 
         arrays = message.content.array_records["arrays"].to_torch_state_dict()
         place = int(context.node_config["partition-id"])
-        moved, count = train_one(text, facts, arrays, place)
+        moved, count = train_one(text, data_info, arrays, place)
         content = RecordDict(
             {"arrays": ArrayRecord(moved), "metrics": MetricRecord({"num-examples": count, "one": 1})}
         )
@@ -152,7 +152,7 @@ def flower(job: Job) -> float:
 _warm: dict[str, Any] = {}
 
 
-def train_one(job_json: str, facts: dict[str, Any], tensors: Any, place: int) -> tuple[Any, int]:
+def train_one(job_json: str, data_info: dict[str, Any], tensors: Any, place: int) -> tuple[Any, int]:
     """In a Ray actor: one client's local epoch, the backbone run on every batch; (its head, examples).
 
     Source and backbone stay loaded in the actor, as a careful user would have it.
@@ -168,10 +168,10 @@ def train_one(job_json: str, facts: dict[str, Any], tensors: Any, place: int) ->
     if job_json not in _warm:
         job = Job.from_json(job_json)
         task = task_named(job.task.name)
-        _warm[job_json] = (job, Population.of(job), Learner.of(job, task, facts))
+        _warm[job_json] = (job, Population.of(job), Learner.of(job, task, data_info))
     job, population, learner = _warm[job_json]
     name = population.names(job)[place]
-    shard = learner.task.shard(population.dataset(job, name), facts)
+    shard = learner.task.shard(population.dataset(job, name), data_info)
     update = train_model(learner, tensors, shard, job, client=name, round=1, plan={})
     return {n: tensors[n] + d for n, d in update.delta.items()}, len(shard)
 

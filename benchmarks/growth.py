@@ -106,8 +106,8 @@ def generated(point: Point, folder: Path):  # type: ignore[no-untyped-def]
     keys = example_keys(table)
     _fill_cache(job, keys, torch.from_numpy(features))
     deck = np.argsort(labels, kind="stable")
-    dealing = SampledAssignment(deck, np.bincount(labels), point.population, EXAMPLES, 0.3, seed=1)
-    return Population(job, table, table.select([]), keys, dealing)
+    assignment = SampledAssignment(deck, np.bincount(labels), point.population, EXAMPLES, 0.3, seed=1)
+    return Population(job, table, table.select([]), keys, assignment)
 
 
 def in_a_process(point: Point) -> dict[str, float]:

@@ -47,11 +47,11 @@ def folder_site(job: Job, context: Context) -> Site:
     if key not in _sites:
         shards = FolderShards.of(name, [Path(p) for p in json.loads(paths)])
         budget = str(config["budget"])
-        books = PrivacyLedgers(
+        ledgers = PrivacyLedgers(
             Path(str(config["ledgers"])), Budget.model_validate_json(budget) if budget else None
         )
         memory = ClientStateStore(Path(str(config["memory"])))
-        _sites[key] = Site(shards, discreet=True, books=books, memory=memory)
+        _sites[key] = Site(shards, discreet=True, ledgers=ledgers, memory=memory)
     return _sites[key]
 
 

@@ -118,9 +118,9 @@ class Site:
 
     shards: Shards
     discreet: bool = False
-    books: PrivacyLedgers | None = None
+    ledgers: PrivacyLedgers | None = None
     memory: ClientStateStore = field(default_factory=ClientStateStore)
-    desk: SecureAggregationSession = field(default_factory=SecureAggregationSession)
+    secure_session: SecureAggregationSession = field(default_factory=SecureAggregationSession)
     _learners: dict[str, Learner] = field(default_factory=dict)
     _held: dict[tuple[str, str, str], LoadedShard] = field(default_factory=dict)
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Site:
         A real site sends no sum without masks, no update where only sums are promised to be seen, and no
         measurement where what is measured is promised to stay hidden.
         """
-        budget = self.books.budget if self.books is not None else None
+        budget = self.ledgers.budget if self.ledgers is not None else None
         if budget is not None and not set(noise_locations(job)) - {"server"}:
             return "its site has a privacy budget, and the job adds no noise before the server sees an update"
         if not self.discreet:
@@ -157,12 +157,12 @@ class Site:
             return Hello(name, {}, 0, refusal=refusal)
         try:
             dataset = self.shards.dataset(job, name)
-            facts = task_named(job.task.name).local_info(dataset, job.data, job.task.options)
+            data_info = task_named(job.task.name).local_info(dataset, job.data, job.task.options)
             self._fingerprints[name, job.hash] = self.shards.fingerprint(job, name)
         except InputError as error:
             return Hello(name, {}, 0, refusal=self._error_for_server(name, error, job.canonical))
         counted = 0 if "example" in job.privacy.units else len(dataset)
-        return Hello(name, facts, counted)
+        return Hello(name, data_info, counted)
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """One reply for each named client; what went wrong at one does not touch the others."""
@@ -176,10 +176,10 @@ class Site:
             return [Failure(name, refusal) for name in names]
         torch.set_num_threads(job.train.threads)
         if request.kind in STAGES:
-            return self.desk.answer(request, names)
-        admitted, failures = self.charge_privacy(job, request, names)
+            return self.secure_session.answer(request, names)
+        charged_clients, failures = self.charge_privacy(job, request, names)
         held: dict[str, LoadedShard] = {}
-        for name in admitted.names:
+        for name in charged_clients.names:
             try:
                 held[name] = self._load_shard(learner, name, request.data_info)
             except InputError as error:
@@ -190,10 +190,10 @@ class Site:
         elif request.kind == STATISTICS:
             replies = statistics(learner, request, held)
         elif request.kind == "train":
-            updates = self._trained(learner, request, held, admitted.private)
+            updates = self._trained(learner, request, held, charged_clients.private)
             replies = compressed(updates, request, job, self.memory)
         else:
-            replies = self._summed(learner, request, held, admitted)
+            replies = self._summed(learner, request, held, charged_clients)
         return chain(failures, replies) if failures else replies
 
     def _trained(
@@ -211,45 +211,49 @@ class Site:
         return train_ditto(learner, request, list(held), from_own, self.memory)
 
     def _summed(
-        self, learner: Learner, request: Request, held: dict[str, LoadedShard], admitted: ChargedClients
+        self,
+        learner: Learner,
+        request: Request,
+        held: dict[str, LoadedShard],
+        charged_clients: ChargedClients,
     ) -> Iterator[Reply]:
-        terms, private = distributed_terms(learner.job), admitted.private
-        if terms is None or terms.unit == "client":
-            values = contributions(train(learner, request, held, private), terms)
+        dp_plan, private = distributed_terms(learner.job), charged_clients.private
+        if dp_plan is None or dp_plan.unit == "client":
+            values = contributions(train(learner, request, held, private), dp_plan)
         elif learner.trains_on_features:
             assert private is not None
-            examples, works = feature_table(held, learner.job.train.device)
+            examples, client_rows = feature_table(held, learner.job.train.device)
             loss = loss_by_example(learner.job, learner.task.head_loss)
-            values = sums(head_sums(request.tensors, examples, works, loss, private))
+            values = sums(head_sums(request.tensors, examples, client_rows, loss, private))
         else:
             from atoll.client.dp.dp_sgd_model import model_sums
 
             assert private is not None
             shards = {name: h.train for name, h in held.items()}
             values = sums(model_sums(learner, request.tensors, shards, private, request.round))
-        return self.desk.encode_contributions(learner.job, request, values, admitted.charged)
+        return self.secure_session.encode_contributions(learner.job, request, values, charged_clients.charged)
 
     def charge_privacy(
         self, job: Job, request: Request, names: Sequence[str]
     ) -> tuple[ChargedClients, list[Reply]]:
         """(who may train and how, why the others may not), once everything is charged."""
         found = [dp_plan_of(job, unit) for unit in job.privacy.units]
-        ours = [terms for terms in found if terms is not None and terms.where != "server"]
+        ours = [dp_plan for dp_plan in found if dp_plan is not None and dp_plan.where != "server"]
         if not ours or request.kind == "evaluate":
             return ChargedClients(list(names)), []
-        assert self.books is not None, "a site that is to keep a promise needs books"
+        assert self.ledgers is not None, "a site that is to keep a promise needs books"
         charged: dict[str, int] = {}
         refused: list[Reply] = []
         for name in names:
             try:
                 fingerprint = self.shards.fingerprint(job, name)
-                rounds = [self.books.charge(name, fingerprint, job, terms, request) for terms in ours]
+                rounds = [self.ledgers.charge(name, fingerprint, job, dp_plan, request) for dp_plan in ours]
                 charged[name] = max(rounds)
             except BudgetExhausted as spent:
                 refused.append(Failure(name, str(spent)))
             except InputError as error:
                 refused.append(Failure(name, self._error_for_server(name, error, request.job)))
-        example = next((terms for terms in ours if terms.unit == "example"), None)
+        example = next((dp_plan for dp_plan in ours if dp_plan.unit == "example"), None)
         private = None if example is None else private_training(job, example, request.round, charged)
         return ChargedClients(list(charged), private, charged), refused
 
@@ -260,29 +264,29 @@ class Site:
         logger.warning("%s takes no part: %s", client, error)
         return redact(error, known)
 
-    def learner(self, job: Job, facts: DataInfo) -> Learner:
+    def learner(self, job: Job, data_info: DataInfo) -> Learner:
         """The warm learner of a job; its weights must be the very ones the server has.
 
         Raises:
             ConfigError, WeightsError: it can't be had here.
         """
-        key = job.hash + json.dumps(facts, sort_keys=True)
+        key = job.hash + json.dumps(data_info, sort_keys=True)
         if key not in self._learners:
             self._learners.clear()
             self._held.clear()
-            learner = Learner.of(job, task_named(job.task.name), facts, LoggedProgress())
+            learner = Learner.of(job, task_named(job.task.name), data_info, LoggedProgress())
             learner.check_fingerprint()
             if learner.uses_features and not learner.trains_on_features:
                 logger.info("job %s: %s", job.name, UNCACHED)
             self._learners[key] = learner
         return self._learners[key]
 
-    def _load_shard(self, learner: Learner, name: str, facts: DataInfo) -> LoadedShard:
+    def _load_shard(self, learner: Learner, name: str, data_info: DataInfo) -> LoadedShard:
         key = (name, learner.job.hash, self._unchanged(learner.job, name))
         if key in self._held:
             self._held[key] = self._held.pop(key)
             return self._held[key]
-        shard = learner.task.shard(self.shards.dataset(learner.job, name), facts)
+        shard = learner.task.shard(self.shards.dataset(learner.job, name), data_info)
         part, validation = learner.split(shard)
         features = learner.training_features(part) if learner.trains_on_features else None
         while len(self._held) >= KEPT_SHARDS:
@@ -311,9 +315,9 @@ def train(
 ) -> Iterable[Update]:
     """Local training of the named clients: heads all at once, anything else one by one."""
     if learner.trains_on_features and held:
-        examples, works = feature_table(held, learner.job.train.device)
+        examples, client_rows = feature_table(held, learner.job.train.device)
         local = replace(local_training(learner, request, private), starts=starts)
-        return train_heads(request.tensors, examples, works, local)
+        return train_heads(request.tensors, examples, client_rows, local)
     if private is not None:
         from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second
 
@@ -343,12 +347,12 @@ def feature_table(held: dict[str, LoadedShard], device: str) -> tuple[FeatureTab
     """The held shards' features in one table, and which of its rows are whose."""
     parts = [h.features for h in held.values() if h.features is not None]
     ends = np.cumsum([len(h.train) for h in held.values()]).tolist()
-    works = [
+    client_rows = [
         ClientRows(name, np.arange(end - len(h.train), end))
         for (name, h), end in zip(held.items(), ends, strict=True)
     ]
     targets = torch.cat([h.train.table for h in held.values()])
-    return FeatureTable.of(torch.cat(parts, dim=1), targets, device), works
+    return FeatureTable.of(torch.cat(parts, dim=1), targets, device), client_rows
 
 
 def _lessons(held: LoadedShard) -> Shard:

@@ -270,7 +270,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
     carrier = FlowerTransport(grid, "flower")
-    run_job(job, carrier, out, server_test_set(job), watch=announce, resume=resume, books=_books())
+    run_job(job, carrier, out, server_test_set(job), watch=announce, resume=resume, ledgers=_books())
 
 
 def _books() -> LedgerLocation:

@@ -21,7 +21,7 @@ class ClientRoster:
     """The clients of a run in the order of their names, and how many examples each holds, [clients].
 
     A million simulated clients fit: `names` may be a sequence that makes them when they are asked
-    for, and `facts` are those that differ, not one for each client.
+    for, and `data_info` are those that differ, not one for each client.
     """
 
     names: Sequence[str]

@@ -70,7 +70,7 @@ def test_the_probe_counts_what_it_gets_right_on_examples_it_has_not_seen() -> No
 
 def learner_of(job: Job) -> tuple[Population, Learner]:
     population, task = Population.of(job), task_named(job.task.name)
-    return population, Learner.of(job, task, task.merge_info(population.roll(job).data_info))
+    return population, Learner.of(job, task, task.merge_info(population.roster(job).data_info))
 
 
 def test_the_sample_is_what_clients_train_on_and_keep_back_and_never_the_test_set() -> None:

@@ -59,9 +59,9 @@ def quiet(done: int, total: int) -> None: ...
 def claim_of(setting: Job) -> dict[str, Any]:
     """What a complete run of one promise would claim."""
     [unit] = setting.privacy.units
-    terms = dp_plan_of(setting, unit)
-    assert terms is not None
-    spent = {"epsilon": epsilon(terms.planned, terms.delta), "releases": terms.releases}
+    dp_plan = dp_plan_of(setting, unit)
+    assert dp_plan is not None
+    spent = {"epsilon": epsilon(dp_plan.planned, dp_plan.delta), "releases": dp_plan.releases}
     return {"units": {unit: spent}}
 
 

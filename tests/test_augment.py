@@ -213,11 +213,11 @@ def test_a_head_trains_on_the_views_that_its_streams_draw() -> None:
 
 def test_views_of_one_example_are_kept_apart_and_shared_between_numbers_of_views() -> None:
     shard = grey_png_shard(5, classes=2)
-    facts = {"classes": ["a", "b"]}
+    data_info = {"classes": ["a", "b"]}
 
     def features(**train: object) -> torch.Tensor:
         job = image_job("squeezenet1_1", train={"augment": ["crop"], **train})
-        return Learner.of(job, task_named(job.task.name), facts).training_features(shard)
+        return Learner.of(job, task_named(job.task.name), data_info).training_features(shard)
 
     three = features(cached_views=3)
     assert torch.equal(features(cached_views=2), three[:2])

@@ -82,8 +82,8 @@ def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(clo
         "backbone": {"name": "torchvision:squeezenet1_1"},
         "federation": {"clients": 1, "wait": 60},
     }
-    roll = FlowerTransport(cast(Grid, grid), "test").discover_clients(Job.parse(table, origin="test"))
-    assert (list(roll.names), roll.sizes.tolist()) == (["north"], [12])
+    roster = FlowerTransport(cast(Grid, grid), "test").discover_clients(Job.parse(table, origin="test"))
+    assert (list(roster.names), roster.sizes.tolist()) == (["north"], [12])
     assert grid.pushed == 3 and clock.now < 1000 + 20
 
 

@@ -579,14 +579,14 @@ def same_shards(job: Path, folder: Path) -> None:
     """The shards on disk, read as a site reads them, are those of the simulation."""
     loaded = Job.load(job)
     population, task = Population.of(loaded), task_named(loaded.task.name)
-    facts = task.local_info(population.train, loaded.data, {})
+    data_info = task.local_info(population.train, loaded.data, {})
     names = population.names(loaded)
     assert {p.name for p in folder.iterdir()} == {*names, "held-out-test"}
     for name in names:
         simulated = population.dataset(loaded, name)
         written = FolderShards.of(name, [folder / name]).dataset(loaded, name)
         assert set(example_keys(written)) == set(example_keys(simulated))
-        there, here = task.shard(written, facts), task.shard(simulated, facts)
+        there, here = task.shard(written, data_info), task.shard(simulated, data_info)
         assert there.keys == here.keys
         assert there.targets.tolist() == here.targets.tolist()
         assert list(there.inputs) == list(here.inputs)

@@ -187,7 +187,7 @@ def test_a_real_site_gives_no_statistics_to_a_job_that_forms_no_head() -> None:
     setting = job()
     population = Population.of(setting)
     request = Request(
-        STATISTICS, setting.canonical, setting.hash, 1, population.roll(setting).data_info[0], {}
+        STATISTICS, setting.canonical, setting.hash, 1, population.roster(setting).data_info[0], {}
     )
     [reply] = Site(population, discreet=True).answer(request, ["client-0000"])
     assert reply == Failure("client-0000", "its job forms no head of statistics")

@@ -163,10 +163,10 @@ def example_job(scheme: str, **privacy: Any) -> Job:
 def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     """What a client sends and remembers in three rounds, in which its noised updates are given ones."""
     population = Population.of(setting)
-    site = Site(population, books=w.PrivacyLedgers(w.new_folder()))
-    facts = population.roll(setting).data_info[0]
-    learner = Learner.of(setting, task_named(setting.task.name), facts)
-    facts = facts | {"backbone": learner.backbone.fingerprint}
+    site = Site(population, ledgers=w.PrivacyLedgers(w.new_folder()))
+    data_info = population.roster(setting).data_info[0]
+    learner = Learner.of(setting, task_named(setting.task.name), data_info)
+    data_info = data_info | {"backbone": learner.backbone.fingerprint}
     model = learner.initial()
 
     def noised(learner: Any, request: Request, held: Any, private: Any) -> Any:
@@ -182,7 +182,7 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(atoll.client.site, "train", noised)
     found: list[Any] = []
     for round in (1, 2, 3):
-        request = Request("train", setting.canonical, setting.hash, round, facts, model, run="r")
+        request = Request("train", setting.canonical, setting.hash, round, data_info, model, run="r")
         for reply in site.answer(request, [name]):
             assert isinstance(reply, Update)
             found += [reply.delta, reply.num_examples, reply.states]
@@ -300,7 +300,7 @@ def test_a_hostile_message_never_reaches_the_model_and_is_named_where_that_tells
 ) -> None:
     setting = job("int8", PROMISES[unit], quorum=0.2)
     population = Population.of(setting)
-    carrier = Rubbish.of(population, books=w.PrivacyLedgers(tmp_path / "ledgers"))
+    carrier = Rubbish.of(population, ledgers=w.PrivacyLedgers(tmp_path / "ledgers"))
     result = run_job(setting, carrier, tmp_path / "r", cached_test_set(population, None))
     aside = result["rounds"][0]["set_aside"]
     assert "values have shape (1929,), expected (1930,)" in aside["client-0001"]

@@ -125,10 +125,10 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_learnt(tmp_path: P
     how = Compression.of(setting, model)
     assert how is not None
     learnt, arrived = torch.zeros(6, how.numbers), torch.zeros(6, how.numbers)
-    facts = json.loads((tmp_path / "r" / "result.json").read_text())["facts"]
+    data_info = json.loads((tmp_path / "r" / "result.json").read_text())["facts"]
     for round in (1, 2, 3):
         request = Request(
-            "train", plain.canonical, plain.hash, round, facts, carrier.models[round], run="exact"
+            "train", plain.canonical, plain.hash, round, data_info, carrier.models[round], run="exact"
         )
         updates = exact.send_and_receive(request, population.names(plain), 60.0)
         learnt += flat(stacked(list(updates)).delta)  # type: ignore[arg-type]

@@ -139,11 +139,11 @@ def test_a_client_gets_the_same_bits_alone_and_among_others(scheme: Scheme) -> N
     x = randoms(9, 1003)
     uniform = torch.rand(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     how = Compression(scheme, 1003, 0.03)
-    for coins in (None, uniform):
-        together = compress(x, how, coins)
+    for uniforms in (None, uniform):
+        together = compress(x, how, uniforms)
         whole = decompress(together, how)
         for i in range(9):
-            alone = compress(x[i : i + 1], how, None if coins is None else coins[i : i + 1])
+            alone = compress(x[i : i + 1], how, None if uniforms is None else uniforms[i : i + 1])
             assert all(torch.equal(alone[name][0], together[name][i]) for name in together)
             assert torch.equal(decompress(alone, how)[0], whole[i])
 

@@ -28,8 +28,8 @@ from tests.test_simulation import job, run
 
 def learner_of(setting: Job) -> tuple[Learner, Population]:
     population = Population.of(setting)
-    facts = population.roll(setting).data_info[0]
-    return Learner.of(setting, task_named(setting.task.name), facts), population
+    data_info = population.roster(setting).data_info[0]
+    return Learner.of(setting, task_named(setting.task.name), data_info), population
 
 
 def test_reptile_goes_part_of_the_way_to_the_even_mean_whatever_clients_hold() -> None:
@@ -66,10 +66,10 @@ def test_an_adapted_head_is_the_one_of_torchs_loop_stopped_after_as_many_steps(s
 
 def test_an_adapted_network_took_as_many_steps_by_autograd() -> None:
     setting = image_job("squeezenet1_1", tune={"method": "full"}, train={"lr": 0.001, "batch_size": 4})
-    facts = {"classes": ["a", "b"]}
-    learner = Learner.of(setting, task_named(setting.task.name), facts)
+    data_info = {"classes": ["a", "b"]}
+    learner = Learner.of(setting, task_named(setting.task.name), data_info)
     shard, first = grey_png_shard(8, classes=2), learner.initial()
-    request = Request("evaluate", setting.canonical, setting.hash, 1, facts, first)
+    request = Request("evaluate", setting.canonical, setting.hash, 1, data_info, first)
     two = adapt_locally(learner, request, "c", shard, 2)
     from atoll.client.training.local_sgd import train_model
 

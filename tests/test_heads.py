@@ -48,12 +48,16 @@ class Own:
 
 
 def train_heads(
-    start: Tensors, works: Sequence[Own], job: Job, round: int, plan: Mapping[str, float], **more: Any
+    start: Tensors, client_rows: Sequence[Own], job: Job, round: int, plan: Mapping[str, float], **more: Any
 ) -> Sequence[Update]:
     """All clients' examples in one table, as a simulation has them."""
-    table = FeatureTable.of(torch.cat([w.features for w in works]), torch.cat([w.targets for w in works]))
-    ends = np.cumsum([len(w.targets) for w in works])
-    rows = [ClientRows(w.client, np.arange(e - len(w.targets), e)) for w, e in zip(works, ends, strict=True)]
+    table = FeatureTable.of(
+        torch.cat([w.features for w in client_rows]), torch.cat([w.targets for w in client_rows])
+    )
+    ends = np.cumsum([len(w.targets) for w in client_rows])
+    rows = [
+        ClientRows(w.client, np.arange(e - len(w.targets), e)) for w, e in zip(client_rows, ends, strict=True)
+    ]
     loss = LOSSES[more.pop("loss", "softmax")]
     return train_stacked(
         start, table, rows, HeadTrainingConfig(job, loss, round, plan.get("proximal_mu", 0.0), **more)
@@ -148,8 +152,10 @@ def test_a_cohort_learns_what_autograd_learns_client_by_client(
     train: dict[str, object], plan: dict[str, float], hidden: int | None, loss: str
 ) -> None:
     start, setting = head(13, 4, hidden), job(**train)
-    works = [work(f"c{i}", count, 13, 4, i, loss) for i, count in enumerate([1, 2, 7, 8, 9, 40])]
-    for item, update in zip(works, train_heads(start, works, setting, 3, plan, loss=loss), strict=True):
+    client_rows = [work(f"c{i}", count, 13, 4, i, loss) for i, count in enumerate([1, 2, 7, 8, 9, 40])]
+    for item, update in zip(
+        client_rows, train_heads(start, client_rows, setting, 3, plan, loss=loss), strict=True
+    ):
         assert update.client == item.client
         assert update.num_examples == len(item.targets)
         expected = by_autograd(start, item, setting, plan, loss)
@@ -162,8 +168,8 @@ def own_words(client: str) -> RandomBits:
 
 
 def own_batches(client: str, count: int) -> list[NDArray[np.int64]]:
-    coins = uniform(seeded(stream_seed(6, "coins", client))(3 * count)).reshape(3, count)
-    return [np.flatnonzero(row < 0.3) for row in coins]
+    uniforms = uniform(seeded(stream_seed(6, "coins", client))(3 * count)).reshape(3, count)
+    return [np.flatnonzero(row < 0.3) for row in uniforms]
 
 
 @pytest.mark.parametrize("hidden", [None, 5], ids=["one layer", "two layers"])
@@ -210,9 +216,9 @@ def test_opacus_clips_the_same_way() -> None:
 
 def test_noise_has_its_scale_in_every_number_and_comes_from_the_client() -> None:
     start, setting = head(40, 10), job(lr=1.0, batch_size=4)
-    works = [work(f"c{i}", 4, 40, 10, i) for i in range(200)]
-    quiet = train_heads(start, works, setting, 1, {}, per_example=DpSgd(0.3, 0.0, 8.0, own_words))
-    loud = train_heads(start, works, setting, 1, {}, per_example=DpSgd(0.3, 2.0, 8.0, own_words))
+    client_rows = [work(f"c{i}", 4, 40, 10, i) for i in range(200)]
+    quiet = train_heads(start, client_rows, setting, 1, {}, per_example=DpSgd(0.3, 0.0, 8.0, own_words))
+    loud = train_heads(start, client_rows, setting, 1, {}, per_example=DpSgd(0.3, 2.0, 8.0, own_words))
     noise = torch.stack([
         torch.cat([(a.delta[n] - b.delta[n]).flatten() for n in start])
         for a, b in zip(loud, quiet, strict=True)
@@ -267,13 +273,13 @@ def test_a_clients_bits_do_not_depend_on_its_cohort(
         batch_size=batch_size, epochs=epochs, optimizer=optimizer, weight_decay=weight_decay, lr=0.05
     )
     start = head(width, classes, hidden)
-    works = [work(f"c{i}", count, width, classes, i, loss) for i, count in enumerate(counts)]
+    client_rows = [work(f"c{i}", count, width, classes, i, loss) for i, count in enumerate(counts)]
     draw = own_batches if private == "drawn" else None
     clipped = None if private == "no" else DpSgd(0.7, 1.1, float(batch_size), own_words, draw)
     more: dict[str, Any] = {"plan": {"proximal_mu": mu}, "loss": loss, "per_example": clipped}
-    together = train_heads(start, works, setting, 1, **more)
-    backwards = train_heads(start, works[::-1], setting, 1, **more)[::-1]
-    for item, a, b in zip(works, together, backwards, strict=True):
+    together = train_heads(start, client_rows, setting, 1, **more)
+    backwards = train_heads(start, client_rows[::-1], setting, 1, **more)[::-1]
+    for item, a, b in zip(client_rows, together, backwards, strict=True):
         alone = train_heads(start, [item], setting, 1, **more)[0]
         for name in start:
             assert torch.equal(a.delta[name], alone.delta[name]), (name, item.client)
@@ -283,8 +289,8 @@ def test_a_clients_bits_do_not_depend_on_its_cohort(
 def test_a_hundred_clients_of_the_demos_shape_have_the_bits_of_one() -> None:
     torch.set_num_threads(1)
     setting, start = job(batch_size=10), head(384, 10)
-    works = [work(f"c{i:03d}", 40 + i % 21, 384, 10, i) for i in range(100)]
-    for item, update in zip(works, train_heads(start, works, setting, 1, {}), strict=True):
+    client_rows = [work(f"c{i:03d}", 40 + i % 21, 384, 10, i) for i in range(100)]
+    for item, update in zip(client_rows, train_heads(start, client_rows, setting, 1, {}), strict=True):
         alone = train_heads(start, [item], setting, 1, {})[0]
         assert all(torch.equal(update.delta[n], alone.delta[n]) for n in start)
 

@@ -84,11 +84,11 @@ def test_a_clients_bits_do_not_depend_on_its_company(kind: str) -> None:
     )
     head = {"head.weight": torch.randn(7, 20, generator=generator), "head.bias": torch.zeros(7)}
     ends = np.cumsum([0, 3, 40, 17, 1, 100, 64, 75])
-    works = [ClientRows(f"c{i}", np.arange(a, b)) for i, (a, b) in enumerate(pairwise(ends))]
+    client_rows = [ClientRows(f"c{i}", np.arange(a, b)) for i, (a, b) in enumerate(pairwise(ends))]
     local = HeadTrainingConfig(job_of(kind), LOSSES["softmax"], round=1)
     examples = FeatureTable.of(features, targets)
-    together = {update.client: update.delta for update in train_heads(head, examples, works, local)}
-    for work in works:
+    together = {update.client: update.delta for update in train_heads(head, examples, client_rows, local)}
+    for work in client_rows:
         (alone,) = train_heads(head, examples, [work], local)
         assert all(torch.equal(alone.delta[name], t) for name, t in together[work.client].items()), (
             work.client

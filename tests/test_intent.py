@@ -52,9 +52,9 @@ def learner_and_shard(
 ) -> tuple[Learner, Shard]:
     job = job_of(tune, **tables)
     table = INTENT.from_builtin({"train": pa.Table.from_pylist(rows)}, job)
-    facts = INTENT.merge_info([INTENT.local_info(table.train, job.data, {})])
-    learner = Learner.of(job, INTENT, facts)
-    return learner, learner.task.shard(table.train, facts)
+    data_info = INTENT.merge_info([INTENT.local_info(table.train, job.data, {})])
+    learner = Learner.of(job, INTENT, data_info)
+    return learner, learner.task.shard(table.train, data_info)
 
 
 def read(tmp_path: Path, *rows: dict[str, Any]) -> Any:

@@ -125,8 +125,8 @@ def test_no_patient_is_on_two_sides(tmp_path: Path) -> None:
     from atoll.server.run.test_set import unit_keys
 
     order = ranked(unit_keys(MEDICAL_IMAGING, train), asked.seed, "partition")
-    dealing = partition(train, order, asked, MEDICAL_IMAGING.groups(train))
-    parts = [{train[int(row)]["patient"] for row in dealing.rows([c])[0]} for c in range(3)]
+    assignment = partition(train, order, asked, MEDICAL_IMAGING.groups(train))
+    parts = [{train[int(row)]["patient"] for row in assignment.rows([c])[0]} for c in range(3)]
     assert all(parts) and not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     shard = MEDICAL_IMAGING.shard(train, FACTS)
     kept, held = MEDICAL_IMAGING.split(shard, 5, 0.3)

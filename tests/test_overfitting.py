@@ -55,13 +55,13 @@ def test_a_clients_bits_do_not_depend_on_its_company(train: dict[str, Any]) -> N
     targets = torch.randint(0, 7, (300,), generator=generator)
     head = {"head.weight": torch.randn(7, 20, generator=generator), "head.bias": torch.zeros(7)}
     ends = np.cumsum([0, 3, 40, 17, 1, 100, 64, 75])
-    works = [ClientRows(f"c{i}", np.arange(a, b)) for i, (a, b) in enumerate(pairwise(ends))]
+    client_rows = [ClientRows(f"c{i}", np.arange(a, b)) for i, (a, b) in enumerate(pairwise(ends))]
     local = HeadTrainingConfig(
         job_of(None, train={"lr": 0.5, "batch_size": 16} | train), LOSSES["softmax"], round=1
     )
     examples = FeatureTable.of(features, targets)
-    together = {update.client: update.delta for update in train_heads(head, examples, works, local)}
-    for work in works:
+    together = {update.client: update.delta for update in train_heads(head, examples, client_rows, local)}
+    for work in client_rows:
         (alone,) = train_heads(head, examples, [work], local)
         assert all(torch.equal(alone.delta[name], t) for name, t in together[work.client].items())
 

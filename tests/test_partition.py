@@ -51,7 +51,7 @@ def population(
 
 def hands(found: Population) -> list[list[int]]:
     """The rows of every client."""
-    return [rows.tolist() for rows in found.dealing.rows(range(len(found.dealing.sizes)))]
+    return [rows.tolist() for rows in found.assignment.rows(range(len(found.assignment.sizes)))]
 
 
 SEED = stream_seed(3, "partition")
@@ -196,10 +196,10 @@ def drawn(
 
 def test_a_drawn_client_is_the_same_whoever_it_is_asked_for_with() -> None:
     for alpha in (None, 0.3):
-        dealing = drawn(1_000_000, 20, alpha, [500, 300, 200])
-        together = dealing.rows(range(990, 1300))
+        assignment = drawn(1_000_000, 20, alpha, [500, 300, 200])
+        together = assignment.rows(range(990, 1300))
         for i in (990, 1299):
-            assert dealing.rows([i])[0].tolist() == together[i - 990].tolist()
+            assert assignment.rows([i])[0].tolist() == together[i - 990].tolist()
 
 
 @pytest.mark.parametrize("alpha", [None, 0.05, 10.0])
@@ -214,8 +214,8 @@ def test_a_client_with_one_small_class_holds_what_there_is_of_it() -> None:
 
 
 def test_without_alpha_every_row_is_drawn_as_often_as_another() -> None:
-    dealing = drawn(20_000, 5, None, [7, 13])
-    times = np.bincount(np.concatenate(dealing.rows(range(20_000))), minlength=20)
+    assignment = drawn(20_000, 5, None, [7, 13])
+    times = np.bincount(np.concatenate(assignment.rows(range(20_000))), minlength=20)
     # 100,000 draws over 20 rows: 5,000 each; a count's deviation is below sqrt(5,000) = 71.
     assert abs(times - 5_000).max() < 4 * 71
 

@@ -221,7 +221,7 @@ def digits(**tables: Any) -> tuple[Learner, Population]:
     setting = job(**tables)
     population = Population.of(setting)
     return Learner.of(
-        setting, task_named(setting.task.name), population.roll(setting).data_info[0]
+        setting, task_named(setting.task.name), population.roster(setting).data_info[0]
     ), population
 
 
@@ -229,17 +229,17 @@ def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_
     """Ditto's own model, against the loop that is written out with torch's autograd and optimizer."""
     learner, population = digits(train={"epochs": 2})
     index = PopulationIndex(population, learner)
-    examples, works = index.client_rows(["client-0000", "client-0001", "client-0002"])
+    examples, client_rows = index.client_rows(["client-0000", "client-0001", "client-0002"])
     shared = learner.initial()
     draw = torch.Generator().manual_seed(1)
     starts: dict[str, Tensors] = {
         w.client: {n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in shared.items()}
-        for w in works
+        for w in client_rows
     }
     local = HeadTrainingConfig(learner.job, LOSSES["softmax"], 1, proximal_mu=0.5, starts=starts)
-    found = {u.client: u for u in train_heads(shared, examples, works, local)}
-    alone = train_heads(shared, examples, works[1:2], local)[0]
-    for work in works:
+    found = {u.client: u for u in train_heads(shared, examples, client_rows, local)}
+    alone = train_heads(shared, examples, client_rows[1:2], local)[0]
+    for work in client_rows:
         shard = index.full_population.select(work.rows.tolist())
         x, y = learner.features(shard), shard.table
         weight, bias = (starts[work.client][f"head.{n}"].clone().requires_grad_() for n in ("weight", "bias"))
@@ -256,7 +256,7 @@ def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_
         delta = found[work.client].delta
         assert torch.allclose(shared["head.weight"] + delta["head.weight"], weight, atol=1e-5)
         assert torch.allclose(shared["head.bias"] + delta["head.bias"], bias, atol=1e-5)
-    assert all(torch.equal(alone.delta[n], found[works[1].client].delta[n]) for n in shared)
+    assert all(torch.equal(alone.delta[n], found[client_rows[1].client].delta[n]) for n in shared)
 
 
 def test_a_strong_pull_holds_a_mixture_to_the_shared_head_and_none_lets_it_go(tmp_path: Path) -> None:
@@ -312,9 +312,9 @@ def test_damaged_or_foreign_memory_ends_the_run_in_one_line(tmp_path: Path) -> N
     memory.save("", 4, {"client-0001": {"own/head.weight": torch.zeros(3)}})
     population = Population.of(setting)
     carrier = InlineTransport.of(population, memory=memory)
-    facts = population.roll(setting).data_info[0]
-    learner = carrier.site.learner(setting, facts)
-    request = Request("train", setting.canonical, setting.hash, 5, facts, learner.initial())
+    data_info = population.roster(setting).data_info[0]
+    learner = carrier.site.learner(setting, data_info)
+    request = Request("train", setting.canonical, setting.hash, 5, data_info, learner.initial())
     with pytest.raises(DataError, match="memory of client-0001: is not of this model"):
         list(carrier.send_and_receive(request, ["client-0001"], 1.0))
 

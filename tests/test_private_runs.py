@@ -108,10 +108,10 @@ def test_a_real_round_that_was_lost_is_charged_again_and_the_gate_ends_the_run(t
     privacy = {"unit": "client", "epsilon": 6.0, "delta": 1e-3, "clipping_norm": 0.5}
     setting, out = job(privacy), tmp_path / "run"
     ledger = Ledger.open(out / "ledger.jsonl", setting.hash)
-    terms = dp_plan_of(setting, "client")
-    assert terms is not None
+    dp_plan = dp_plan_of(setting, "client")
+    assert dp_plan is not None
     for round in (1, 2):  # charged by a run that was killed before its first checkpoint
-        ledger.charge(Entry(run_key(setting, out), round, "client", terms.event))
+        ledger.charge(Entry(run_key(setting, out), round, "client", dp_plan.event))
     (out / "job.toml").write_text(_toml(setting))
     result = run(setting, out, resume=True)
     assert len(result["rounds"]) == 2
@@ -164,18 +164,18 @@ def request(setting: Job, population: Population, round: int = 1) -> Request:
     from atoll.learning.learner import Learner
     from atoll.tasks import task_named
 
-    facts = population.roll(setting).data_info[0]
-    learner = Learner.of(setting, task_named(setting.task.name), facts)
-    return Request("train", setting.canonical, setting.hash, round, facts, learner.initial(), run="run")
+    data_info = population.roster(setting).data_info[0]
+    learner = Learner.of(setting, task_named(setting.task.name), data_info)
+    return Request("train", setting.canonical, setting.hash, round, data_info, learner.initial(), run="run")
 
 
 def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
     setting = job(EXAMPLE)
     population = Population.of(setting)
-    terms = dp_plan_of(setting, "example")
-    assert terms is not None
-    enough = epsilon({terms.event: 8}, 1e-4)
-    site = Site(population, books=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
+    dp_plan = dp_plan_of(setting, "example")
+    assert dp_plan is not None
+    enough = epsilon({dp_plan.event: 8}, 1e-4)
+    site = Site(population, ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
     kinds = []
     for round in (1, 2, 3):
         [reply] = site.answer(request(setting, population, round), ["client-0001"])
@@ -184,7 +184,7 @@ def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
     assert isinstance(reply, Failure)
     assert reply.reason == "the site's privacy budget for this client's data is spent"
     # Another run, another job: the same data has still spent its budget.
-    again = Site(population, books=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
+    again = Site(population, ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
     other = job(EXAMPLE, train={"lr": 0.5})
     [reply] = again.answer(request(other, population), ["client-0001"])
     assert isinstance(reply, Failure)
@@ -193,7 +193,7 @@ def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
 def test_an_update_tells_nothing_but_its_noised_tensors(tmp_path: Path) -> None:
     setting = job(EXAMPLE)
     population = Population.of(setting)
-    site = Site(population, books=PrivacyLedgers(tmp_path))
+    site = Site(population, ledgers=PrivacyLedgers(tmp_path))
     [update] = site.answer(request(setting, population), ["client-0000"])
     assert isinstance(update, Update)
     assert update.num_examples == 1
@@ -211,15 +211,15 @@ def test_one_example_that_is_not_finite_spoils_no_update(tmp_path: Path) -> None
     from atoll.client.heads.train import HeadTrainingConfig, train_heads
 
     setting = job(EXAMPLE | {"sampling_rate": 1.0, "seeded_noise": True})
-    terms = dp_plan_of(setting, "example")
-    assert terms is not None
+    dp_plan = dp_plan_of(setting, "example")
+    assert dp_plan is not None
     features = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([0, 1, 2, 0, 1, 2])
     import numpy as np
 
     head = {"head.weight": torch.zeros(3, 5), "head.bias": torch.zeros(3)}
     local = HeadTrainingConfig(
-        setting, LOSSES["softmax"], 1, per_example=private_training(setting, terms, 1, {})
+        setting, LOSSES["softmax"], 1, per_example=private_training(setting, dp_plan, 1, {})
     )
 
     def trained(rows: list[int], spoilt: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -308,15 +308,15 @@ def test_the_shares_of_the_noise_make_the_whole_whoever_leaves(gone: int) -> Non
     from atoll.privacy.secagg_encoding import FixedPointCodec
 
     setting = distributed("client")
-    terms = dp_plan_of(setting, "client")
-    assert terms is not None
+    dp_plan = dp_plan_of(setting, "client")
+    assert dp_plan is not None
     numbers, clients, threshold = 200_000, 6, 5
     import numpy as np
 
     total = np.zeros(numbers, dtype=np.uint64)
     for _ in range(clients - gone):
-        total += FixedPointCodec.of(terms, numbers, threshold, entropy).integers(np.zeros(numbers))
-    deviation = float(FixedPointCodec.of(terms, numbers, threshold, entropy).values(total).std())
+        total += FixedPointCodec.of(dp_plan, numbers, threshold, entropy).integers(np.zeros(numbers))
+    deviation = float(FixedPointCodec.of(dp_plan, numbers, threshold, entropy).values(total).std())
     whole = 0.7 * 0.5
     assert deviation == pytest.approx(whole * ((clients - gone) / threshold) ** 0.5, rel=0.01)
     assert deviation > 0.99 * whole
@@ -337,7 +337,7 @@ def test_a_real_site_does_not_do_what_a_curious_server_asks(
 ) -> None:
     setting = distributed(which)
     population = Population.of(setting)
-    site = Site(population, discreet=True, books=PrivacyLedgers(tmp_path))
+    site = Site(population, discreet=True, ledgers=PrivacyLedgers(tmp_path))
     asked = dataclasses.replace(request(setting, population), kind=kind, plan={"threshold": 3, "attempt": 1})
     [reply] = site.answer(asked, ["client-0000"])
     assert isinstance(reply, Failure) and said in reply.reason
@@ -349,7 +349,7 @@ def test_a_site_with_a_budget_takes_no_job_that_shows_updates(
     privacy: dict[str, Any], tmp_path: Path
 ) -> None:
     setting = job(privacy)
-    site = Site(Population.of(setting), books=PrivacyLedgers(tmp_path, Budget(epsilon=8.0, delta=1e-5)))
+    site = Site(Population.of(setting), ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=8.0, delta=1e-5)))
     assert all("no noise before the server sees" in hello.refusal for hello in site.hello(setting))
 
 
@@ -358,8 +358,8 @@ def test_an_update_that_is_no_number_is_set_aside_where_only_examples_are_promis
 ) -> None:
     setting = job(EXAMPLE | SEEDED, federation={"cohort": 6, "rounds": 2})
     population = Population.of(setting)
-    books = PrivacyLedgers(tmp_path / "run" / "ledgers")
-    carrier = Hostile.of(population, books=books)
+    ledgers = PrivacyLedgers(tmp_path / "run" / "ledgers")
+    carrier = Hostile.of(population, ledgers=ledgers)
     result = run_job(setting, carrier, tmp_path / "run", cached_test_set(population, None), report=False)
     assert result["rounds"][0]["set_aside"]["client-0000"].startswith("tensor head.")
     assert result["final"]["server"]["accuracy"] > 0

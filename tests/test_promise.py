@@ -29,13 +29,18 @@ def job(privacy: dict[str, Any], **tables: Any) -> Job:
 
 
 def test_a_promise_of_each_unit_is_resolved_from_the_job_alone() -> None:
-    terms = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort_rate": 0.1}), "client")
-    assert terms is not None
-    assert (terms.where, terms.divisor, terms.event, terms.releases) == ("server", 10.0, Release(1.0, 0.1), 7)
-    terms = dp_plan_of(job(EXAMPLE, train={"epochs": 2, "batch_size": 8}), "example")
-    assert terms is not None
+    dp_plan = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort_rate": 0.1}), "client")
+    assert dp_plan is not None
+    assert (dp_plan.where, dp_plan.divisor, dp_plan.event, dp_plan.releases) == (
+        "server",
+        10.0,
+        Release(1.0, 0.1),
+        7,
+    )
+    dp_plan = dp_plan_of(job(EXAMPLE, train={"epochs": 2, "batch_size": 8}), "example")
+    assert dp_plan is not None
     # A step takes a twentieth of the examples: two epochs are 40 steps, in each of 10 rounds.
-    assert (terms.where, terms.divisor, terms.event, terms.releases) == (
+    assert (dp_plan.where, dp_plan.divisor, dp_plan.event, dp_plan.releases) == (
         "client",
         8.0,
         Release(1.0, 0.05),
@@ -46,31 +51,31 @@ def test_a_promise_of_each_unit_is_resolved_from_the_job_alone() -> None:
 
 def test_a_distributed_promise_is_charged_once_a_round_and_clients_are_not_amplified() -> None:
     train = {"batch_size": 8}
-    terms = dp_plan_of(job(EXAMPLE | DISTRIBUTED, train=train), "example")
-    assert terms is not None
-    assert (terms.divisor, terms.event, terms.releases) == (8.0 * 20, Release(1.0, 0.05), 10)
+    dp_plan = dp_plan_of(job(EXAMPLE | DISTRIBUTED, train=train), "example")
+    assert dp_plan is not None
+    assert (dp_plan.divisor, dp_plan.event, dp_plan.releases) == (8.0 * 20, Release(1.0, 0.05), 10)
     setting = job(CLIENT | DISTRIBUTED, federation={"clients": 20, "cohort": 10, "rounds": 4})
-    terms = dp_plan_of(setting, "client")
-    assert terms is not None
-    assert (terms.divisor, terms.event, terms.releases) == (10.0, Release(1.0, 1.0), 4)
+    dp_plan = dp_plan_of(setting, "client")
+    assert dp_plan is not None
+    assert (dp_plan.divisor, dp_plan.event, dp_plan.releases) == (10.0, Release(1.0, 1.0), 4)
 
 
 def test_a_cohort_of_fixed_size_amplifies_nothing() -> None:
-    terms = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort": 10}), "client")
-    assert terms is not None and terms.event.sampling_rate == 1.0
+    dp_plan = dp_plan_of(job(CLIENT, federation={"clients": 100, "rounds": 7, "cohort": 10}), "client")
+    assert dp_plan is not None and dp_plan.event.sampling_rate == 1.0
 
 
 @pytest.mark.parametrize("target", [0.5, 8.0])
 def test_noise_is_calibrated_to_the_whole_run(target: float) -> None:
     privacy = {k: v for k, v in CLIENT.items() if k != "noise_multiplier"} | {"epsilon": target}
     setting = job(privacy, federation={"clients": 100, "rounds": 50, "cohort_rate": 0.1})
-    terms = dp_plan_of(setting, "client")
-    assert terms is not None
-    spent = epsilon(terms.planned, terms.delta)
+    dp_plan = dp_plan_of(setting, "client")
+    assert dp_plan is not None
+    spent = epsilon(dp_plan.planned, dp_plan.delta)
     assert 0.99 * target < spent <= target
-    assert terms.within_budget({terms.event: 49}, 1)
-    assert not terms.within_budget({terms.event: 50}, 1)
-    assert not terms.within_budget({terms.event: 40, Release(0.5, 0.1): 10}, 1)
+    assert dp_plan.within_budget({dp_plan.event: 49}, 1)
+    assert not dp_plan.within_budget({dp_plan.event: 50}, 1)
+    assert not dp_plan.within_budget({dp_plan.event: 40, Release(0.5, 0.1): 10}, 1)
 
 
 def test_both_units_have_a_table_each() -> None:

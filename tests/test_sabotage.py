@@ -239,7 +239,7 @@ SERVER_LEDGER: dict[str, Plant] = {
 
 
 def fixed_cohort(original: Any) -> Any:
-    def sample(population: Any, job: Any, round: int, coins: Any = None) -> Any:
+    def sample(population: Any, job: Any, round: int, uniforms: Any = None) -> Any:
         draw = torch.Generator().manual_seed(round)
         chosen = torch.randperm(len(population), generator=draw)[: len(population) // 4]
         return [population[i] for i in sorted(chosen.tolist())]
@@ -249,17 +249,17 @@ def fixed_cohort(original: Any) -> Any:
 
 def charged_as_poisson(original: Any) -> Any:
     def dp_plan_of(job: Any, unit: Any) -> Any:
-        terms = original(job, unit)
+        dp_plan = original(job, unit)
         rate = (job.federation.cohort or job.federation.clients) / job.federation.clients
-        if terms is None or job.federation.cohort_rate is not None:
-            return terms
-        return dataclasses.replace(terms, cost=Release(terms.noise_multiplier, rate))
+        if dp_plan is None or job.federation.cohort_rate is not None:
+            return dp_plan
+        return dataclasses.replace(dp_plan, cost=Release(dp_plan.noise_multiplier, rate))
 
     return dp_plan_of
 
 
 def without_coins(original: Any) -> Any:
-    return lambda population, job, round, coins=None: original(population, job, round)
+    return lambda population, job, round, uniforms=None: original(population, job, round)
 
 
 SAMPLING: dict[str, Plant] = {
@@ -402,11 +402,11 @@ def charging(change: Callable[[Any], Any]) -> Plant:
 
 
 def once_a_round(original: Any) -> Any:
-    def charge(self: Any, client: str, fingerprint: str, job: Any, terms: Any, request: Any) -> Any:
-        ledger = self.ledger(client, terms.unit)
+    def charge(self: Any, client: str, fingerprint: str, job: Any, dp_plan: Any, request: Any) -> Any:
+        ledger = self.ledger(client, dp_plan.unit)
         if ledger.has(request.run, request.round):
-            return sum(ledger.spent_on(request.run).values()) // terms.per_round
-        return original(self, client, fingerprint, job, terms, request)
+            return sum(ledger.spent_on(request.run).values()) // dp_plan.per_round
+        return original(self, client, fingerprint, job, dp_plan, request)
 
     return charge
 

@@ -148,15 +148,15 @@ def test_a_site_that_extracts_its_own_views_has_the_bits_of_the_simulators_table
     setting = of_few(KEPT)
     population = Population.of(setting)
     task = task_named(setting.task.name)
-    facts = task.local_info(population.train, setting.data, {})
-    whole = population.whole(Learner.of(setting, task, facts))
-    table = Learner.of(setting, task, facts).training_features(whole)
+    data_info = task.local_info(population.train, setting.data, {})
+    whole = population.whole(Learner.of(setting, task, data_info))
+    table = Learner.of(setting, task, data_info).training_features(whole)
     assert len(table) == 3 and not torch.equal(table[0], table[1])
     for number, name in enumerate(client_names(3)):
         monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / name))
-        shard = task.shard(population.dataset(setting, name), facts)
+        shard = task.shard(population.dataset(setting, name), data_info)
         places = {key: place for place, key in enumerate(whole.keys)}
-        own = Learner.of(setting, task, facts).training_features(shard)
+        own = Learner.of(setting, task, data_info).training_features(shard)
         assert torch.equal(own, table[:, [places[key] for key in shard.keys]]), number
 
 

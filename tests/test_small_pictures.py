@@ -42,8 +42,8 @@ def job_of(task: str, source: str = "generated-shapes", **tables: Any) -> Job:
 
 def learner_of(job: Job, count: int = 4) -> tuple[Learner, Shard]:
     population, task = Population.of(job), task_named(job.task.name)
-    facts = task.merge_info([task.local_info(population.train, job.data, job.task.options)])
-    learner = Learner.of(job, task, facts)
+    data_info = task.merge_info([task.local_info(population.train, job.data, job.task.options)])
+    learner = Learner.of(job, task, data_info)
     return learner, population.whole(learner).select(range(count))
 
 

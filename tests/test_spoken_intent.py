@@ -59,9 +59,9 @@ def folder_of(root: Path) -> Path:
 def learner_and_shard(root: Path, tune: dict[str, Any] | None = None, **tables: Any) -> tuple[Learner, Shard]:
     job = job_of(tune, **tables)
     table = INTENT.read(folder_of(root), DataSection(source="x"), job.task.options)
-    facts = INTENT.merge_info([INTENT.local_info(table.train, job.data, job.task.options)])
-    learner = Learner.of(job, INTENT, facts)
-    return learner, learner.task.shard(table.train, facts)
+    data_info = INTENT.merge_info([INTENT.local_info(table.train, job.data, job.task.options)])
+    learner = Learner.of(job, INTENT, data_info)
+    return learner, learner.task.shard(table.train, data_info)
 
 
 def test_recordings_and_intents_are_read_and_words_beside_them_are_left_out(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def _releases(rows: list[Row]) -> set[Release]:
     from atoll.privacy.dp_plan import dp_plan_of
 
     found = {dp_plan_of(r.job, "example") for r in rows}
-    return {terms.event for terms in found if terms is not None}
+    return {dp_plan.event for dp_plan in found if dp_plan is not None}
 
 
 def test_the_axis_is_epsilon_or_the_first_key_that_counts() -> None:

@@ -123,8 +123,8 @@ def test_a_way_of_tuning_that_a_task_has_not_is_refused_by_name(job: Job, tmp_pa
 def learner_of(job: Job) -> tuple[Learner, Population]:
     """What the job's clients share, and the clients."""
     population, kind = Population.of(job), task_named(job.task.name)
-    facts = kind.merge_info([kind.local_info(population.train, job.data, job.task.options)])
-    return Learner.of(job, kind, facts), population
+    data_info = kind.merge_info([kind.local_info(population.train, job.data, job.task.options)])
+    return Learner.of(job, kind, data_info), population
 
 
 @pytest.mark.parametrize("job", cases(WORKING, [p for p in WORKING if p[1] == "lora"]), indirect=True)

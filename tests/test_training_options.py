@@ -118,16 +118,16 @@ def test_a_batch_in_parts_is_augmented_as_the_whole_one() -> None:
 @pytest.mark.parametrize("task", sorted(set(TABLES) - {"object-detection"}))
 def test_every_tasks_loss_is_a_mean_over_examples_so_that_parts_add_up(task: str, tmp_path: Path) -> None:
     base = ready(job_of(task, "full"), tmp_path)
-    facts = Population.of(base).roll(base).data_info[0]
+    data_info = Population.of(base).roster(base).data_info[0]
     deltas = []
     for accumulate in (1, 2):
         train = {"optimizer": "sgd", "lr": 1e-4, "batch_size": 4, "epochs": 1, "accumulate": accumulate}
         job = base.model_copy(update={"train": base.train.model_copy(update=train)})
-        learner = Learner.of(job, task_named(task), facts)
+        learner = Learner.of(job, task_named(task), data_info)
         for module in learner.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # parts of a batch draw other masks than the whole one
-        shard = learner.task.shard(Population.of(job).dataset(job, "client-0000"), facts).select(range(7))
+        shard = learner.task.shard(Population.of(job).dataset(job, "client-0000"), data_info).select(range(7))
         update = train_model(learner, learner.initial(), shard, job, client="c", round=1, plan={})
         deltas.append(flat(update.delta))
     assert float(deltas[0].norm()) > 0

@@ -62,10 +62,10 @@ def test_what_nobody_takes_of_a_bert_is_neither_its_last_block_nor_travels(task:
     """BERT pools its states for its own pretraining; here they are pooled otherwise."""
     job = image_job("squeezenet1_1", task={"name": task})
     backbone = job.backbone.model_copy(update={"name": str(tiny_bert(tmp_path / "bert"))})
-    facts = {"classes": ["a", "b"], "intents": ["a", "b"], "tags": ["O"]}
+    data_info = {"classes": ["a", "b"], "intents": ["a", "b"], "tags": ["O"]}
     for tune in ({"method": "last-k", "layers": 1}, {"method": "lora"}, {"method": "full"}):
         asked = job.model_copy(update={"backbone": backbone, "tune": TuneSection.model_validate(tune)})
-        names = set(Learner.of(asked, task_named(task), facts).initial())
+        names = set(Learner.of(asked, task_named(task), data_info).initial())
         assert not [name for name in names if "pooler" in name]
         tuned = {name.split(".")[4] for name in names if ".encoder.layer." in name}
         assert tuned == ({"1"} if tune["method"] == "last-k" else {"0", "1"})

@@ -154,8 +154,8 @@ def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(tmp_path: Pat
 
 
 def asked_of(job: Job, population: Population) -> Request:
-    facts = population.roll(job).data_info
-    learner = Learner.of(job, task_named(job.task.name), facts[0])
+    data_info = population.roster(job).data_info
+    learner = Learner.of(job, task_named(job.task.name), data_info[0])
     return Request("train", job.canonical, job.hash, 1, learner.data_info, learner.initial(), {}, run="run")
 
 

@@ -96,9 +96,9 @@ class Quiet(CentralDp):
 
 
 def terms_for(setting: Job, unit: str) -> DpPlan:
-    terms = dp_plan_of(setting, cast(Any, unit))
-    assert terms is not None
-    return terms
+    dp_plan = dp_plan_of(setting, cast(Any, unit))
+    assert dp_plan is not None
+    return dp_plan
 
 
 _scratch = tempfile.TemporaryDirectory(prefix="atoll-watchdogs-")
@@ -111,8 +111,8 @@ def new_folder() -> Path:
 
 def protection(kind: type[CentralDp], setting: Job, folder: Path | None = None) -> CentralDp:
     folder = folder or new_folder()
-    books = ServerBooks(folder / "ledger.jsonl", "test")
-    return kind(setting, terms_for(setting, "client"), books, "run")
+    ledgers = ServerBooks(folder / "ledger.jsonl", "test")
+    return kind(setting, terms_for(setting, "client"), ledgers, "run")
 
 
 def central(kind: type[CentralDp], updates: Sequence[Update], model: Tensors, **privacy: Any) -> Vector:
@@ -153,7 +153,7 @@ def the_servers_ledger_has_every_release() -> None:
                     guard.privatize(round, [], MODEL, {})
                 real = {Release(Z, rate): 3 * times}
                 detectors.check_ledger(guard.spent, real)
-                detectors.check_ledger(Ledger.open(guard.books.path, "test").spent, real)
+                detectors.check_ledger(Ledger.open(guard.ledgers.path, "test").spent, real)
 
 
 def poisson_job(number: int = 200) -> Job:
@@ -166,7 +166,7 @@ def cohorts_are_what_they_are_charged_as() -> None:
     for setting in (poisson_job(), fixed):
         guard = protection(CentralDp, setting)
         drawn = [cohort(guard, setting, round) for round in range(1, 401)]
-        charged = guard.terms.event.sampling_rate
+        charged = guard.dp_plan.event.sampling_rate
         if charged < 1:
             detectors.check_sampler(drawn, 200, charged)
             if cohort(protection(CentralDp, setting), setting, 1) == drawn[0]:
@@ -218,13 +218,13 @@ def of_heads(given: Sequence[Record], hidden: int | None, *, distributed: bool) 
     where = "distributed" if distributed else "client"
     setting = job(examples(sampling_rate=1.0, where=where))
     table = FeatureTable.of(torch.stack([r.features for r in given]), torch.tensor([r.label for r in given]))
-    works = [ClientRows("c", np.arange(len(given)))]
+    client_rows = [ClientRows("c", np.arange(len(given)))]
     private, start = everyone(setting), head(hidden)
     if distributed:
-        [(_, found)] = head_sums(start, table, works, LOSSES["softmax"], private)
+        [(_, found)] = head_sums(start, table, client_rows, LOSSES["softmax"], private)
         return flat(found)
     local = HeadTrainingConfig(setting, LOSSES["softmax"], 1, per_example=private)
-    return -flat(train_heads(start, table, works, local)[0].delta) * 8.0  # the public divisor
+    return -flat(train_heads(start, table, client_rows, local)[0].delta) * 8.0  # the public divisor
 
 
 def an_example_moves_a_heads_sum_by_the_clipping_norm() -> None:
@@ -287,16 +287,16 @@ def a_clients_ledger_has_every_release() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = 0
         for _ in range(2):  # the second is a site started anew
-            site = Site(cast(Any, NoShards()), books=PrivacyLedgers(Path(folder)))
+            site = Site(cast(Any, NoShards()), ledgers=PrivacyLedgers(Path(folder)))
             for round in (1, 2, 2):  # a round that was lost is trained again
                 request = Request("train", setting.canonical, setting.hash, round, {}, {}, run="run")
-                admitted, _ = site.charge_privacy(setting, request, ["c"])
-                assert admitted.private is not None and admitted.private.draw is not None
-                made += len(admitted.private.draw("c", 10))
+                charged_clients, _ = site.charge_privacy(setting, request, ["c"])
+                assert charged_clients.private is not None and charged_clients.private.draw is not None
+                made += len(charged_clients.private.draw("c", 10))
                 ledger = Ledger.open(Path(folder) / "c.jsonl", "example of c")
                 detectors.check_ledger(ledger.spent, {Release(Z, RATE): made})
-                if admitted.charged["c"] * 4 < made:
-                    raise Detected(f"{made} releases, the server is told {admitted.charged['c'] * 4}")
+                if charged_clients.charged["c"] * 4 < made:
+                    raise Detected(f"{made} releases, the server is told {charged_clients.charged['c'] * 4}")
 
 
 def what_a_client_sends_beside_its_tensors_is_silent() -> None:
@@ -308,7 +308,7 @@ def what_a_client_sends_beside_its_tensors_is_silent() -> None:
         private = private_training(setting, terms_for(setting, "example"), 1, {"c": 1})
         local = HeadTrainingConfig(setting, LOSSES["softmax"], 1, per_example=private)
         update = train_heads(head(None), table, [ClientRows("c", np.arange(len(given)))], local)[0]
-        site = Site(cast(Any, Held(len(given))), books=PrivacyLedgers(new_folder()))
+        site = Site(cast(Any, Held(len(given))), ledgers=PrivacyLedgers(new_folder()))
         return {
             "weight": update.num_examples,
             "states": dict(update.states),
@@ -355,12 +355,12 @@ def what_the_server_tells_is_silent() -> None:
 
 def shares_of_the_noise_make_the_whole() -> None:
     setting = job(clients(where="distributed"), federation={"clients": 6, "rounds": 3})
-    terms, numbers, clients_there = terms_for(setting, "client"), 1_000_000, 6
+    dp_plan, numbers, clients_there = terms_for(setting, "client"), 1_000_000, 6
     threshold = secagg.least_threshold(clients_there)
     words = partial(np.random.default_rng(0).integers, 0, 2**64, dtype=np.uint64)
     total = np.zeros(numbers, dtype=np.uint64)
     for _ in range(threshold):  # the fewest with whom a sum is opened
-        scale = secagg_encoding.FixedPointCodec.of(terms, numbers, threshold, lambda count: words(count))
+        scale = secagg_encoding.FixedPointCodec.of(dp_plan, numbers, threshold, lambda count: words(count))
         total += scale.integers(np.zeros(numbers))
     detectors.check_noise(scale.values(total).numpy(), Z * C)
 
@@ -523,7 +523,7 @@ def nothing_is_released_above_the_target() -> None:
             guard.privatize(round, [], MODEL, {})
     except BudgetExhausted:
         pass
-    real = accounting.epsilon({guard.terms.event: sum(guard.observed.values())}, 1e-3)
+    real = accounting.epsilon({guard.dp_plan.event: sum(guard.observed.values())}, 1e-3)
     if real > 6.0:
         raise Detected(f"epsilon {real:.3f} was released, the target is 6")
 

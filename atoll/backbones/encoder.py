@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         """Batches whose shapes don't depend on which other inputs there are; any thread may prepare one.
 
         A row's features are then the same bits whoever its neighbours are. Only features are made so:
-        the network of a task that isn't `on_features` needs none.
+        the network of a task that isn't `uses_pooled_features` needs none.
         """
         raise NotImplementedError
 

@@ -97,9 +97,8 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
     shown = gauge()
     left = f"{done} are there, {min(workers, search.at_once)} at a time" if done < trials else "all are there"
     shown.say(f"search    {trials} trials; {left}")
-    shown.say(
-        f"space     {'nothing was said: ' if is_default else ''}{sanitize('  '.join(search.space.as_options))}"
-    )
+    options = sanitize("  ".join(search.space.as_options))
+    shown.say(f"space     {'nothing was said: ' if is_default else ''}{options}")
     if done >= trials and done == len(tried):
         return tried
 

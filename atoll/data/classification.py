@@ -108,12 +108,12 @@ def inspect(path: Path, task_name: str, columns: Columns = USUAL) -> Findings:
     """What is at `path`, good and bad; raises only if there is nothing to look at."""
     if task_name not in _KINDS:
         raise ConfigError(f"task {task_name!r}: expected one of {', '.join(_KINDS)}")
-    journal = Diagnostics()
+    diagnostics = Diagnostics()
     kind = _KINDS[task_name]
-    examples = {split: part.examples for split, part in _gather(path, kind, columns, journal).items()}
-    if not journal.problems:
+    examples = {split: part.examples for split, part in _gather(path, kind, columns, diagnostics).items()}
+    if not diagnostics.problems:
         _check_filled(examples, path)
-    return _findings(examples, kind, journal)
+    return _findings(examples, kind, diagnostics)
 
 
 def example_keys(table: Dataset) -> list[bytes]:
@@ -130,11 +130,11 @@ def _key(content: bytes, label: str) -> bytes:
 
 def table_of(splits: Mapping[str, pa.Table]) -> Table:
     """Splits that are canonical already, and trusted: their images are not decoded."""
-    journal = Diagnostics()
+    diagnostics = Diagnostics()
     examples = {split: _trusted(part) for split, part in splits.items()}
-    _remark_all(examples, journal)
+    _remark_all(examples, diagnostics)
     data = {split: Dataset(part) for split, part in splits.items()}
-    return Table(data["train"], data.get("test"), journal.notes)
+    return Table(data["train"], data.get("test"), diagnostics.notes)
 
 
 def _trusted(part: pa.Table) -> list[_Example]:
@@ -151,22 +151,22 @@ def _trusted(part: pa.Table) -> list[_Example]:
 
 
 def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
-    journal = Diagnostics()
-    splits = _gather(path, kind, columns, journal)
-    journal.close()
+    diagnostics = Diagnostics()
+    splits = _gather(path, kind, columns, diagnostics)
+    diagnostics.close()
     examples = {split: part.examples for split, part in splits.items()}
     _check_filled(examples, path)
-    _remark_all(examples, journal)
+    _remark_all(examples, diagnostics)
     data = {split: Dataset(pa.table(part.columns)) for split, part in splits.items()}
-    return Table(data["train"], data.get("test"), journal.notes)
+    return Table(data["train"], data.get("test"), diagnostics.notes)
 
 
-def _gather(path: Path, kind: _Kind, columns: Columns, journal: Diagnostics) -> dict[str, _Split]:
+def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics) -> dict[str, _Split]:
     """The splits, whole only if no problem was noted."""
     splits: dict[str, _Split] = {}
-    with collecting_errors(path, journal):
-        for name, rows in open_shard(path, kind.read_classes, journal).items():
-            splits[name] = _split(rows, kind, columns, journal)
+    with collecting_errors(path, diagnostics):
+        for name, rows in open_shard(path, kind.read_classes, diagnostics).items():
+            splits[name] = _split(rows, kind, columns, diagnostics)
     return splits
 
 
@@ -176,8 +176,8 @@ def _check_filled(examples: Mapping[str, list[_Example]], path: Path) -> None:
             raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
 
 
-def _split(rows: Rows, kind: _Kind, columns: Columns, journal: Diagnostics) -> _Split:
-    if journal.problems and not rows.table.num_rows:
+def _split(rows: Rows, kind: _Kind, columns: Columns, diagnostics: Diagnostics) -> _Split:
+    if diagnostics.problems and not rows.table.num_rows:
         return _Split({}, [])
     content_name = column_name(rows, kind.role, getattr(columns, kind.role))
     label_name = column_name(rows, "label", columns.label)
@@ -186,24 +186,24 @@ def _split(rows: Rows, kind: _Kind, columns: Columns, journal: Diagnostics) -> _
             f"{rows.name}: column {label_name!r} as both {kind.role} and label, expected two columns"
         )
     content = kind.column(rows, content_name)
-    examples = list(_checked(rows, content, label_name, kind, journal))
+    examples = list(_checked(rows, content, label_name, kind, diagnostics))
     labels = pa.chunked_array([pa.array([example.label for example in examples], pa.string())])
-    others = other_columns(rows, (content_name, label_name), kind.role, journal)
+    others = other_columns(rows, (content_name, label_name), kind.role, diagnostics)
     return _Split({kind.role: content, "label": labels, **others}, examples)
 
 
 def _checked(
-    rows: Rows, content: pa.ChunkedArray, label_name: str, kind: _Kind, journal: Diagnostics
+    rows: Rows, content: pa.ChunkedArray, label_name: str, kind: _Kind, diagnostics: Diagnostics
 ) -> Iterator[_Example]:
     names = rows.class_names.get(label_name)
     labels = label_values(rows, label_name)
     for row, (cell, label) in enumerate(zip(_values(content), labels, strict=True)):
         where = rows.where(row)
         try:
-            digest, size = kind.check(cell, rows, where, journal)
+            digest, size = kind.check(cell, rows, where, diagnostics)
             yield _Example(digest, class_name(label, where, names), size)
         except DataError as problem:
-            journal.error(problem if str(problem).startswith(where) else DataError(f"{where}: {problem}"))
+            diagnostics.error(problem if str(problem).startswith(where) else DataError(f"{where}: {problem}"))
 
 
 def _values(column: pa.ChunkedArray) -> Iterator[Any]:
@@ -216,19 +216,19 @@ def _values(column: pa.ChunkedArray) -> Iterator[Any]:
 
 
 def _check_text(
-    cell: bytes | None, rows: Rows, where: str, journal: Diagnostics
+    cell: bytes | None, rows: Rows, where: str, diagnostics: Diagnostics
 ) -> tuple[bytes, tuple[int, ...]]:
     text = checked_text(cell, where)
     return hashlib.sha256(text.encode()).digest(), (len(text),)
 
 
 def _check_image(
-    cell: Mapping[str, Any], rows: Rows, where: str, journal: Diagnostics
+    cell: Mapping[str, Any], rows: Rows, where: str, diagnostics: Diagnostics
 ) -> tuple[bytes, tuple[int, ...]]:
     data, name = _safe_bytes(cell, rows, where)
     decoded = decode(data, name)
     if decoded.more_frames:
-        journal.warning("of several frames or pages only the first is used", name)
+        diagnostics.warning("of several frames or pages only the first is used", name)
     width, height = decoded.image.size
     return hashlib.sha256(data).digest(), (width * height, width, height)
 
@@ -246,33 +246,33 @@ def _safe_bytes(cell: Mapping[str, Any], rows: Rows, where: str) -> tuple[bytes,
 # Remarks
 
 
-def _remark_all(examples: Mapping[str, list[_Example]], journal: Diagnostics) -> None:
+def _remark_all(examples: Mapping[str, list[_Example]], diagnostics: Diagnostics) -> None:
     for split, found in examples.items():
-        _remark_few(split, found, journal)
+        _remark_few(split, found, diagnostics)
         if repeats := _repeats(found):
-            journal.warning(f"{split}: {repeats} examples repeat the content of another one")
+            diagnostics.warning(f"{split}: {repeats} examples repeat the content of another one")
         if torn := _contradictions(found):
-            journal.warning(f"{split}: {torn} contents come with more than one label")
-    _remark_leaks(examples.get("train", []), examples.get("test", []), journal)
+            diagnostics.warning(f"{split}: {torn} contents come with more than one label")
+    _remark_leaks(examples.get("train", []), examples.get("test", []), diagnostics)
 
 
-def _remark_few(split: str, examples: list[_Example], journal: Diagnostics) -> None:
+def _remark_few(split: str, examples: list[_Example], diagnostics: Diagnostics) -> None:
     classes = {example.label for example in examples}
     if len(examples) == 1:
-        journal.warning(f"{split}: only one example")
+        diagnostics.warning(f"{split}: only one example")
     elif len(classes) == 1:
-        journal.warning(f"{split}: all examples are of one class, {classes.pop()!r}")
+        diagnostics.warning(f"{split}: all examples are of one class, {classes.pop()!r}")
 
 
-def _remark_leaks(train: list[_Example], test: list[_Example], journal: Diagnostics) -> None:
+def _remark_leaks(train: list[_Example], test: list[_Example], diagnostics: Diagnostics) -> None:
     seen = {example.digest for example in train}
     if leaked := sum(example.digest in seen for example in test):
-        journal.warning(
+        diagnostics.warning(
             f"test: {leaked} examples have the content of a training example, so scores will flatter"
         )
     unknown = {example.label for example in test} - {example.label for example in train}
     if train and unknown:
-        journal.warning(f"test: classes {sorted(unknown)} are not in train")
+        diagnostics.warning(f"test: classes {sorted(unknown)} are not in train")
 
 
 def _repeats(examples: list[_Example]) -> int:
@@ -284,17 +284,17 @@ def _contradictions(examples: Iterable[_Example]) -> int:
     return sum(count > 1 for count in Counter(digest for digest, _ in pairs).values())
 
 
-def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, journal: Diagnostics) -> Findings:
-    _remark_all(examples, journal)
+def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, diagnostics: Diagnostics) -> Findings:
+    _remark_all(examples, diagnostics)
     sizes = sorted(example.size for found in examples.values() for example in found)
     return Findings(
         train=_classes(examples.get("train", [])),
         test=_classes(examples.get("test", [])),
         sizes=_spread(sizes, kind) if sizes else "",
-        bad=len(journal.problems),
-        problems=tuple(journal.problems[:LISTED_PROBLEMS]),
+        bad=len(diagnostics.problems),
+        problems=tuple(diagnostics.problems[:LISTED_PROBLEMS]),
         duplicates=sum(map(_repeats, examples.values())),
-        notes=journal.notes,
+        notes=diagnostics.notes,
     )
 
 

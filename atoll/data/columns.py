@@ -130,7 +130,7 @@ def label_values(rows: Rows, name: str) -> list[object]:
 
 
 def other_columns(
-    rows: Rows, used: Sequence[str], role: str, journal: Diagnostics
+    rows: Rows, used: Sequence[str], role: str, diagnostics: Diagnostics
 ) -> dict[str, pa.ChunkedArray]:
     """The scalar columns that are not learnt from, such as a user or a hospital; the rest is noted."""
     kept = {}
@@ -139,7 +139,7 @@ def other_columns(
             continue
         kind = _plain(rows, name).type
         if name in (role, "label") or not _is_scalar(kind):
-            journal.warning(f"column {name!r} ({kind}) is not kept", rows.name)
+            diagnostics.warning(f"column {name!r} ({kind}) is not kept", rows.name)
         else:
             kept[name] = _sound(rows, name)
     return kept

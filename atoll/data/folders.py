@@ -41,46 +41,46 @@ def checked_file(path: Path, root: Path) -> Path:
     return path
 
 
-def listing(folder: Path, root: Path, journal: Diagnostics) -> list[Path]:
+def listing(folder: Path, root: Path, diagnostics: Diagnostics) -> list[Path]:
     """What `folder` holds, by name, without hidden and system files, each of which is noted."""
     resolved(folder, root)
     try:
         entries = sorted(folder.iterdir(), key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
         raise DataError(f"{shown(folder)}: cannot be listed: {_why(error)}") from None
-    return [entry for entry in entries if not _is_skipped(entry, journal)]
+    return [entry for entry in entries if not _is_skipped(entry, diagnostics)]
 
 
-def _is_skipped(entry: Path, journal: Diagnostics) -> bool:
+def _is_skipped(entry: Path, diagnostics: Diagnostics) -> bool:
     hidden = entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES
     if hidden:
-        journal.warning("hidden or system file skipped", shown(entry))
+        diagnostics.warning("hidden or system file skipped", shown(entry))
     return hidden
 
 
-def class_files(root: Path, base: Path, journal: Diagnostics) -> Iterator[tuple[Path, str]]:
+def class_files(root: Path, base: Path, diagnostics: Diagnostics) -> Iterator[tuple[Path, str]]:
     """Each file of `base`/CLASS/ with its CLASS, ordered by path; what can't be one is refused."""
-    for folder in listing(base, root, journal):
+    for folder in listing(base, root, diagnostics):
         if folder.is_file():
-            journal.warning("file beside the class folders skipped", shown(folder))
+            diagnostics.warning("file beside the class folders skipped", shown(folder))
             continue
         try:
-            yield from _files_of_class(folder, root, journal)
+            yield from _files_of_class(folder, root, diagnostics)
         except DataError as problem:
-            journal.error(problem)
+            diagnostics.error(problem)
 
 
-def _files_of_class(folder: Path, root: Path, journal: Diagnostics) -> Iterator[tuple[Path, str]]:
+def _files_of_class(folder: Path, root: Path, diagnostics: Diagnostics) -> Iterator[tuple[Path, str]]:
     if not resolved(folder, root).is_dir():
         checked_file(folder, root)
-    files = listing(folder, root, journal)
+    files = listing(folder, root, diagnostics)
     if not files:
-        journal.warning("empty class folder", shown(folder))
+        diagnostics.warning("empty class folder", shown(folder))
     for path in files:
         try:
             yield checked_file(path, root), folder.name
         except DataError as problem:
-            journal.error(problem)
+            diagnostics.error(problem)
 
 
 def _why(error: OSError | ValueError) -> str:

@@ -24,53 +24,53 @@ class NoDataError(DataError):
 
 
 @contextmanager
-def collecting_errors(path: Path, journal: Diagnostics) -> Iterator[None]:
+def collecting_errors(path: Path, diagnostics: Diagnostics) -> Iterator[None]:
     """Within, what is wrong with the data at `path` is noted, unless there is none to speak of."""
     try:
         yield
     except NoDataError:
         raise
     except DataError as problem:
-        journal.error(problem)
+        diagnostics.error(problem)
     except OSError as error:
-        journal.error(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
+        diagnostics.error(DataError(f"{shown(error.filename or path)}: cannot be read: {error.strerror}"))
 
 
 ClassReader = Callable[[Path, Path, Diagnostics], Rows]
 """Reads (shard, folder that holds the class folders) into canonical rows."""
 
 
-def open_shard(path: Path, read_classes: ClassReader, journal: Diagnostics) -> dict[str, Rows]:
+def open_shard(path: Path, read_classes: ClassReader, diagnostics: Diagnostics) -> dict[str, Rows]:
     """The rows of "train" and, where there is one, of "test"."""
     if not path.exists():
         raise NoDataError(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
     if not path.is_dir():
-        return {"train": tables.read_file(checked_file(path, path.resolve().parent), journal)}
-    return _used(_open_folder(path, read_classes, journal), path, journal)
+        return {"train": tables.read_file(checked_file(path, path.resolve().parent), diagnostics)}
+    return _used(_open_folder(path, read_classes, diagnostics), path, diagnostics)
 
 
-def _used(splits: dict[str, Rows], path: Path, journal: Diagnostics) -> dict[str, Rows]:
+def _used(splits: dict[str, Rows], path: Path, diagnostics: Diagnostics) -> dict[str, Rows]:
     if "train" not in splits:
         raise DataError(f"{shown(path)}: splits {sorted(splits)}, expected train, and test if there is one")
     for name in sorted(splits.keys() - {"train", "test"}):
-        journal.warning(f"split {shown(name)} is not used", shown(path))
+        diagnostics.warning(f"split {shown(name)} is not used", shown(path))
     return {name: splits[name] for name in ("train", "test") if name in splits}
 
 
-def _open_folder(path: Path, read_classes: ClassReader, journal: Diagnostics) -> dict[str, Rows]:
-    entries = listing(path, path, journal)
+def _open_folder(path: Path, read_classes: ClassReader, diagnostics: Diagnostics) -> dict[str, Rows]:
+    entries = listing(path, path, diagnostics)
     if tables.is_saved_dataset(path):
-        _check_links(path, path, journal)
+        _check_links(path, path, diagnostics)
         return tables.read_saved(path)
     if files := [entry for entry in entries if entry.suffix.lower() in tables.SUFFIXES]:
-        return {split: _read_files(path, part, journal) for split, part in _by_split(path, files).items()}
+        return {split: _read_files(path, part, diagnostics) for split, part in _by_split(path, files).items()}
     folders = [entry for entry in entries if entry.is_dir()]
     if not folders and not any(entry.is_symlink() for entry in entries):
         found = f"{len(entries)} files" if entries else "nothing"
         raise NoDataError(f"{shown(path)}: holds {found} and no class folder, expected {_EXPECTED}")
     if _is_split(folders):
-        return {split.name: _open_split(path, split, read_classes, journal) for split in folders}
-    return {"train": read_classes(path, path, journal)}
+        return {split.name: _open_split(path, split, read_classes, diagnostics) for split in folders}
+    return {"train": read_classes(path, path, diagnostics)}
 
 
 def _is_split(folders: Sequence[Path]) -> bool:
@@ -78,9 +78,9 @@ def _is_split(folders: Sequence[Path]) -> bool:
     return "train" in names and names <= _SPLITS
 
 
-def _open_split(root: Path, split: Path, read_classes: ClassReader, journal: Diagnostics) -> Rows:
-    files = [entry for entry in listing(split, root, journal) if entry.suffix.lower() in tables.SUFFIXES]
-    return _read_files(root, files, journal) if files else read_classes(root, split, journal)
+def _open_split(root: Path, split: Path, read_classes: ClassReader, diagnostics: Diagnostics) -> Rows:
+    files = [entry for entry in listing(split, root, diagnostics) if entry.suffix.lower() in tables.SUFFIXES]
+    return _read_files(root, files, diagnostics) if files else read_classes(root, split, diagnostics)
 
 
 def _by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -97,35 +97,35 @@ def _by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     return splits
 
 
-def _read_files(root: Path, files: Sequence[Path], journal: Diagnostics) -> Rows:
-    return tables.joined([tables.read_file(checked_file(file, root), journal) for file in files])
+def _read_files(root: Path, files: Sequence[Path], diagnostics: Diagnostics) -> Rows:
+    return tables.joined([tables.read_file(checked_file(file, root), diagnostics) for file in files])
 
 
-def _check_links(folder: Path, root: Path, journal: Diagnostics) -> None:
-    for entry in listing(folder, root, journal):
+def _check_links(folder: Path, root: Path, diagnostics: Diagnostics) -> None:
+    for entry in listing(folder, root, diagnostics):
         if resolved(entry, root).is_dir() and not entry.is_symlink():
-            _check_links(entry, root, journal)
+            _check_links(entry, root, diagnostics)
         else:
             checked_file(entry, root)
 
 
-def text_classes(root: Path, base: Path, journal: Diagnostics) -> Rows:
+def text_classes(root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
     """The texts of `base`/CLASS/FILE."""
     texts, labels, paths = [], [], []
-    for path, label in class_files(root, base, journal):
+    for path, label in class_files(root, base, diagnostics):
         try:
-            texts.append(read_text_file(path, journal))
+            texts.append(read_text_file(path, diagnostics))
         except DataError as problem:
-            journal.error(problem)
+            diagnostics.error(problem)
             continue
         labels.append(label)
         paths.append(path)
     return _canonical("text", pa.array(texts, pa.string()), labels, paths, root)
 
 
-def image_classes(root: Path, base: Path, journal: Diagnostics) -> Rows:
+def image_classes(root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
     """The images of `base`/CLASS/FILE: their paths, not yet their bytes."""
-    found = list(class_files(root, base, journal))
+    found = list(class_files(root, base, diagnostics))
     paths = [path for path, _ in found]
     images = pa.array([str(path.absolute()) for path in paths], pa.string())
     return _canonical("image", images, [label for _, label in found], paths, root)

@@ -56,7 +56,7 @@ Opener = Callable[[Path, Diagnostics], dict[str, Rows] | None]
 """Another layout than a file of rows: the splits at a path, or None where it isn't that layout."""
 
 
-def _nothing_else(path: Path, journal: Diagnostics) -> dict[str, Rows] | None:
+def _nothing_else(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     return None
 
 
@@ -81,38 +81,38 @@ class Schema:
         Raises:
             DataError: the first bad example, and how many there are.
         """
-        journal = Diagnostics()
-        return self.table_of(path, self.gather(path, data, journal), journal)
+        diagnostics = Diagnostics()
+        return self.table_of(path, self.gather(path, data, diagnostics), diagnostics)
 
     def inspect(self, path: Path, data: DataSection) -> Findings:
         """What is at `path`, good and bad; raises only if there is nothing to look at."""
-        journal = Diagnostics()
-        return self.findings_of(path, self.gather(path, data, journal), journal)
+        diagnostics = Diagnostics()
+        return self.findings_of(path, self.gather(path, data, diagnostics), diagnostics)
 
-    def table_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Diagnostics) -> Table:
+    def table_of(self, path: Path, splits: Mapping[str, pa.Table], diagnostics: Diagnostics) -> Table:
         """Gathered splits, once it is clear that nothing in them is bad."""
-        journal.close()
+        diagnostics.close()
         for split, table in splits.items():
             if not table.num_rows:
                 raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
         keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
-        _remark(keys, journal)
-        return _table(splits, journal.notes)
+        _remark(keys, diagnostics)
+        return _table(splits, diagnostics.notes)
 
-    def findings_of(self, path: Path, splits: Mapping[str, pa.Table], journal: Diagnostics) -> Findings:
+    def findings_of(self, path: Path, splits: Mapping[str, pa.Table], diagnostics: Diagnostics) -> Findings:
         """What `atoll check` tells of gathered splits."""
-        if not journal.problems and not any(table.num_rows for table in splits.values()):
+        if not diagnostics.problems and not any(table.num_rows for table in splits.values()):
             raise DataError(f"{shown(path)}: no examples to train on, expected at least one")
         keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
-        _remark(keys, journal)
+        _remark(keys, diagnostics)
         return Findings(
             train=self._counts(splits.get("train")),
             test=self._counts(splits.get("test")),
             sizes=f"{sum(map(len, keys.values()))} examples",
-            bad=len(journal.problems),
-            problems=tuple(journal.problems[:LISTED_PROBLEMS]),
+            bad=len(diagnostics.problems),
+            problems=tuple(diagnostics.problems[:LISTED_PROBLEMS]),
             duplicates=sum(len(found) - len(set(found)) for found in keys.values()),
-            notes=journal.notes,
+            notes=diagnostics.notes,
             class_counts=self.count_by or "",
         )
 
@@ -147,14 +147,14 @@ class Schema:
             if role not in known:
                 raise ConfigError(f"data.columns.{role}: expected one of {', '.join(known)}")
 
-    def gather(self, path: Path, data: DataSection, journal: Diagnostics) -> dict[str, pa.Table]:
+    def gather(self, path: Path, data: DataSection, diagnostics: Diagnostics) -> dict[str, pa.Table]:
         """The splits in canonical columns; what is wrong with rows that are left out is noted."""
         self.check(data)
         found: dict[str, pa.Table] = {}
-        with collecting_errors(path, journal):
-            opened = self.open_layout(path, journal) or open_shard(path, self._no_classes, journal)
+        with collecting_errors(path, diagnostics):
+            opened = self.open_layout(path, diagnostics) or open_shard(path, self._no_classes, diagnostics)
             for split, rows in opened.items():
-                found[split] = self.canonical(rows, data, journal)
+                found[split] = self.canonical(rows, data, diagnostics)
         return found
 
     def has(self, path: Path, *names: str) -> bool:
@@ -165,10 +165,10 @@ class Schema:
             return False
         return set(names) <= set(opened["train"].table.column_names)
 
-    def _no_classes(self, root: Path, base: Path, journal: Diagnostics) -> Rows:
+    def _no_classes(self, root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
         raise DataError(f"{shown(root)}: a folder of folders, expected {self.layout}")
 
-    def canonical(self, rows: Rows, data: DataSection, journal: Diagnostics) -> pa.Table:
+    def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
         """The rows whose every part could be read; what is wrong with the others is noted."""
         named = {role.name: self._column(rows, role, data) for role in self.roles}
         present = [role for role in self.roles if named[role.name] is not None]
@@ -182,13 +182,13 @@ class Schema:
                 self.check_row({r.name: v for r, v in zip(present, values, strict=True)}, where)
             except DataError as problem:
                 told = str(problem)
-                journal.error(problem if told.startswith(where) else DataError(f"{where}: {told}"))
+                diagnostics.error(problem if told.startswith(where) else DataError(f"{where}: {told}"))
                 continue
             kept.append(place)
             for role, value in zip(present, values, strict=True):
                 columns[role.name].append(value)
         used = [str(named[role.name]) for role in present]
-        others = other_columns(rows, used, "", journal)
+        others = other_columns(rows, used, "", diagnostics)
         own = {role.name: pa.chunked_array([pa.array(columns[role.name], role.kind)]) for role in present}
         rest = {name: c.take(pa.array(kept, pa.int64())) for name, c in others.items() if name not in own}
         return pa.table(own | rest)
@@ -253,13 +253,13 @@ def _read_cell(role: SchemaField, cell: Any, rows: Rows, where: str) -> Any:
     return cell
 
 
-def _remark(keys: Mapping[str, Sequence[bytes]], journal: Diagnostics) -> None:
+def _remark(keys: Mapping[str, Sequence[bytes]], diagnostics: Diagnostics) -> None:
     for split, found in keys.items():
         if repeats := len(found) - len(set(found)):
-            journal.warning(f"{split}: {repeats} examples repeat the content of another one")
+            diagnostics.warning(f"{split}: {repeats} examples repeat the content of another one")
     seen = set(keys.get("train", ()))
     if leaked := sum(key in seen for key in keys.get("test", ())):
-        journal.warning(f"test: {leaked} examples are training examples too, so scores will flatter")
+        diagnostics.warning(f"test: {leaked} examples are training examples too, so scores will flatter")
 
 
 def _table(splits: Mapping[str, pa.Table], notes: tuple[str, ...]) -> Table:

@@ -44,13 +44,13 @@ class Rows:
     is_canonical: bool = False
 
 
-def read_file(path: Path, journal: Diagnostics) -> Rows:
+def read_file(path: Path, diagnostics: Diagnostics) -> Rows:
     """The rows of one file, whose format its suffix says."""
     suffix = path.suffix.lower()
     if suffix in _DELIMITERS:
-        return _read_csv(path, _DELIMITERS[suffix], journal)
+        return _read_csv(path, _DELIMITERS[suffix], diagnostics)
     if suffix == ".jsonl":
-        return _read_json_lines(path, journal)
+        return _read_json_lines(path, diagnostics)
     if suffix == ".parquet":
         return _read_parquet(path)
     raise DataError(
@@ -85,37 +85,37 @@ def _described(rows: Rows) -> str:
 # Text lines
 
 
-def _lines(file: BinaryIO, path: Path, journal: Diagnostics) -> Iterator[str]:
+def _lines(file: BinaryIO, path: Path, diagnostics: Diagnostics) -> Iterator[str]:
     """Each line as text; one that is not UTF-8 or holds NUL is refused, and goes on with marks for it."""
     start = 0
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
         where = f"{shown(path)} line {number}"
         if len(line) > MAX_LINE_BYTES:
             raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes, the most that is allowed")
-        content = without_mark(line, shown(path), journal) if number == 1 else line
+        content = without_mark(line, shown(path), diagnostics) if number == 1 else line
         start += len(line)
-        yield _line(content, where, start - len(content), journal)
+        yield _line(content, where, start - len(content), diagnostics)
 
 
-def _line(line: bytes, where: str, start: int, journal: Diagnostics) -> str:
+def _line(line: bytes, where: str, start: int, diagnostics: Diagnostics) -> str:
     try:
         if (nul := line.find(b"\0")) >= 0:
             raise DataError(f"{where}: byte {start + nul} is NUL, expected text")
         return decoded(line, where, start)
     except DataError as problem:
-        journal.error(problem)
+        diagnostics.error(problem)
         return line.replace(b"\0", b"?").decode("utf-8", errors="replace")
 
 
 # CSV
 
 
-def _read_csv(path: Path, delimiter: str, journal: Diagnostics) -> Rows:
+def _read_csv(path: Path, delimiter: str, diagnostics: Diagnostics) -> Rows:
     with opened(path) as file, _long_fields():
-        reader = csv.reader(_lines(file, path, journal), delimiter=delimiter, strict=True)
+        reader = csv.reader(_lines(file, path, diagnostics), delimiter=delimiter, strict=True)
         try:
             header = _checked_header(next(reader, []), delimiter, path)
-            rows, numbers = _same_width(reader, header, path, journal)
+            rows, numbers = _same_width(reader, header, path, diagnostics)
         except csv.Error as error:
             raise DataError(f"{shown(path)} line {reader.line_num}: {error}, expected strict CSV") from None
     values = zip(*rows, strict=True) if rows else [()] * len(header)
@@ -151,14 +151,14 @@ def _checked_header(header: list[str], delimiter: str, path: Path) -> list[str]:
 
 
 def _same_width(
-    reader: CsvReader, header: list[str], path: Path, journal: Diagnostics
+    reader: CsvReader, header: list[str], path: Path, diagnostics: Diagnostics
 ) -> tuple[list[list[str]], list[int]]:
     rows, numbers = [], []
     line = reader.line_num + 1
     for row in reader:
         if row and len(row) != len(header):
             found = f"{len(row)} columns, expected {len(header)} as in the header"
-            journal.error(DataError(f"{shown(path)} line {line}: {found}"))
+            diagnostics.error(DataError(f"{shown(path)} line {line}: {found}"))
         elif row:
             rows.append(row)
             numbers.append(line)
@@ -169,17 +169,17 @@ def _same_width(
 # JSON Lines
 
 
-def _read_json_lines(path: Path, journal: Diagnostics) -> Rows:
+def _read_json_lines(path: Path, diagnostics: Diagnostics) -> Rows:
     rows, numbers = [], []
     with opened(path) as file:
-        for number, line in enumerate(_lines(file, path, journal), start=1):
+        for number, line in enumerate(_lines(file, path, diagnostics), start=1):
             if not line.strip():
                 continue
             try:
                 rows.append(_json_row(line.rstrip(), f"{shown(path)} line {number}"))
                 numbers.append(number)
             except DataError as problem:
-                journal.error(problem)
+                diagnostics.error(problem)
 
     def where(row: int) -> str:
         return f"{shown(path)} line {numbers[row]}"

@@ -41,7 +41,7 @@ def decoded(data: bytes, where: str, start: int = 0) -> str:
         raise DataError(f"{where}: {found}, expected UTF-8 text") from None
 
 
-def read_text_file(path: Path, journal: Diagnostics) -> str:
+def read_text_file(path: Path, diagnostics: Diagnostics) -> str:
     """The whole text of a file, without its byte order mark."""
     with opened(path) as file:
         data = file.read(MAX_TEXT_BYTES + 1)
@@ -53,7 +53,7 @@ def read_text_file(path: Path, journal: Diagnostics) -> str:
     for start, name in _BINARY.items():
         if data.startswith(start):
             raise DataError(f"{shown(path)}: {name}, expected UTF-8 text")
-    return checked_text(without_mark(data, shown(path), journal), shown(path))
+    return checked_text(without_mark(data, shown(path), diagnostics), shown(path))
 
 
 def read_text_input(given: str) -> str:
@@ -74,7 +74,7 @@ def read_text_input(given: str) -> str:
     return checked_text(given.encode("utf-8", "surrogateescape"), f"input {shown(repr(given[:40]))}")
 
 
-def without_mark(data: bytes, where: str, journal: Diagnostics) -> bytes:
+def without_mark(data: bytes, where: str, diagnostics: Diagnostics) -> bytes:
     if data.startswith(BYTE_ORDER_MARK):
-        journal.warning("a byte order mark was dropped", where)
+        diagnostics.warning("a byte order mark was dropped", where)
     return data.removeprefix(BYTE_ORDER_MARK)

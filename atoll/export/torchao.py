@@ -89,8 +89,8 @@ def write_model(model: Model, learner: Learner, folder: Path) -> None:
     # Weights that stand under two names are written twice: safetensors shares nothing.
     save_file({name: t.detach().clone().contiguous() for name, t in flat.items()}, folder / FILE, about)
     job = learner.job.model_dump(mode="json")
-    facts = {key: value for key, value in learner.data_info.items() if key != "backbone"}
-    (folder / ABOUT).write_text(json.dumps({"job": job, "facts": facts}) + "\n", "utf-8")
+    data_info = {key: value for key, value in learner.data_info.items() if key != "backbone"}
+    (folder / ABOUT).write_text(json.dumps({"job": job, "facts": data_info}) + "\n", "utf-8")
     _write_surroundings(learner.backbone, folder / BACKBONE)
     if learner.backbone.also is not None:
         _write_surroundings(learner.backbone.also, folder / SECOND)
@@ -135,7 +135,7 @@ def _learner_of(folder: Path) -> Learner:
     about = folder / ABOUT
     try:
         told: dict[str, Any] = json.loads(about.read_text("utf-8"))
-        job, facts = Job.parse(told["job"], origin=str(about)), dict(told["facts"])
+        job, data_info = Job.parse(told["job"], origin=str(about)), dict(told["facts"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{folder}: no folder that atoll export --format torchao-int8 wrote: {error}"
@@ -148,4 +148,4 @@ def _learner_of(folder: Path) -> Learner:
     tune = {"tune": {"method": "head", "hidden": job.tune.hidden}}
     backbone = {"backbone": job.backbone.model_dump(mode="json") | changes}
     job = Job.parse(job.model_dump(mode="json") | tune | backbone, origin=str(about))
-    return Learner.of(job, task_named(job.task.name), facts)
+    return Learner.of(job, task_named(job.task.name), data_info)

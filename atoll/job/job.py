@@ -330,8 +330,8 @@ class Job(Section):
         for stage, later in zip(self.stages, self.stages[1:], strict=False):
             if not grows(stage.tune, later.tune):
                 raise ValueError(
-                    f"tune.then: {later.tune.description} would leave behind what {stage.tune.description} tuned;"
-                    " expected head, then last-k or lora, then more layers or full"
+                    f"tune.then: {later.tune.description} would leave behind what {stage.tune.description}"
+                    " tuned; expected head, then last-k or lora, then more layers or full"
                 )
         return self
 

@@ -37,9 +37,9 @@ class Teacher:
     weight: float
     fingerprint: str
 
-    def check(self, facts: DataInfo) -> None:
+    def check(self, data_info: DataInfo) -> None:
         """Raises ConfigError unless the student tells the same classes apart, in the same order."""
-        own, expected = self.learner.data_info["classes"], facts["classes"]
+        own, expected = self.learner.data_info["classes"], data_info["classes"]
         if own != expected:
             raise ConfigError(
                 f"train.teacher: its classes are {own}, the job's are {expected}; expected the same, in the"

@@ -51,7 +51,7 @@ WHOLE_BATCH = 16
 
 @dataclass
 class Learner:
-    """Builds, measures and prepares; it trains nothing itself. `facts` are the run's."""
+    """Builds, measures and prepares; it trains nothing itself. `data_info` are the run's."""
 
     job: Job
     task: Task
@@ -62,7 +62,7 @@ class Learner:
     _ready: ReadyInputs = field(default_factory=ReadyInputs)
 
     @classmethod
-    def of(cls, job: Job, task: Task, facts: DataInfo, progress: Progress | None = None) -> Learner:
+    def of(cls, job: Job, task: Task, data_info: DataInfo, progress: Progress | None = None) -> Learner:
         """A learner with its weights resolved and its device checked.
 
         Raises:
@@ -73,7 +73,7 @@ class Learner:
 
         check_fits(job, task)
         backbone = fingerprinted(resolve(job.backbone, job.seed), job.backbone)
-        return cls(job, task.configured(job, backbone), facts, backbone, progress, teacher_of(job))
+        return cls(job, task.configured(job, backbone), data_info, backbone, progress, teacher_of(job))
 
     @property
     def uses_features(self) -> bool:

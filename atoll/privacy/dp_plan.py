@@ -79,7 +79,9 @@ def dp_plan_of(job: Job, unit: Unit) -> DpPlan | None:
 def distributed_terms(job: Job) -> DpPlan | None:
     """The terms of the promise whose noise the clients add together, if there is one."""
     found = [dp_plan_of(job, unit) for unit in job.privacy.units]
-    return next((terms for terms in found if terms is not None and terms.where == "distributed"), None)
+    return next(
+        (dp_plan for dp_plan in found if dp_plan is not None and dp_plan.where == "distributed"), None
+    )
 
 
 def _calibrated(promise: DpGuarantee, delta: float, rate: float, releases: int, unit: Unit) -> float:

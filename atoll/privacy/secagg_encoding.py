@@ -39,12 +39,12 @@ class FixedPointCodec:
     lattice: Lattice | None
 
     @classmethod
-    def of(cls, terms: DpPlan | None, numbers: int, threshold: int, words: RandomBits) -> FixedPointCodec:
+    def of(cls, dp_plan: DpPlan | None, numbers: int, threshold: int, words: RandomBits) -> FixedPointCodec:
         """For so many numbers; with terms, a client's share of the noise is on the lattice."""
-        if terms is None:
+        if dp_plan is None:
             return cls(PLAIN_GRANULARITY, None)
-        share = terms.noise_multiplier / math.sqrt(threshold)
-        lattice = lattice_for(share, terms.promise.clipping_norm, numbers, words)
+        share = dp_plan.noise_multiplier / math.sqrt(threshold)
+        lattice = lattice_for(share, dp_plan.promise.clipping_norm, numbers, words)
         return cls(lattice.granularity, lattice)
 
     def integers(self, values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Vector:

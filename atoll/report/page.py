@@ -89,7 +89,7 @@ class SetAsideSection:
 class CostSection:
     """Traffic, time and memory, and the seconds of each round."""
 
-    facts: Facts
+    data_info: Facts
     plots: tuple[Markup, ...]
 
 
@@ -248,7 +248,7 @@ def _cost(result: dict[str, Any]) -> CostSection:
     seconds = series(result["rounds"], "seconds", of_round=True)
     ordered = sorted(value for _, value in seconds)
     trained = result["clients_trained"]
-    facts = [
+    data_info = [
         ("up to the server", size(result["bytes_up"])),
         ("down to the clients", size(result["bytes_down"])),
         ("one client's update", size(result["bytes_up"] / trained) if trained else "none was merged"),
@@ -260,9 +260,9 @@ def _cost(result: dict[str, Any]) -> CostSection:
     ]
     plots = [seconds_plot("seconds", "Seconds of each round", seconds)] if seconds else []
     if result.get("simulated_seconds"):
-        facts += simulated_facts(result)
+        data_info += simulated_facts(result)
         plots.append(seconds_plot("simulated", "Simulated seconds of each round", simulated_rounds(result)))
-    return CostSection(tuple(facts), tuple(plots))
+    return CostSection(tuple(data_info), tuple(plots))
 
 
 def _origin(folder: Path, result: dict[str, Any]) -> OriginSection:
@@ -283,13 +283,13 @@ def _origin(folder: Path, result: dict[str, Any]) -> OriginSection:
 
 def _machine(machine: dict[str, Any]) -> Facts:
     """What is recorded of the machine, the versions of packages among it."""
-    facts: list[tuple[str, str]] = []
+    data_info: list[tuple[str, str]] = []
     for name, value in machine.items():
         if isinstance(value, dict):
-            facts += [(package, str(version)) for package, version in value.items()]
+            data_info += [(package, str(version)) for package, version in value.items()]
         else:
-            facts.append((name.replace("_", " "), str(value)))
-    return tuple(facts)
+            data_info.append((name.replace("_", " "), str(value)))
+    return tuple(data_info)
 
 
 def _job_text(folder: Path) -> str:

@@ -157,7 +157,7 @@ def check_metric_options(job: Job) -> None:
         checked_options(METRICS[name].loaded(), options, f"evaluate.metrics.{name}")
 
 
-def with_brought_metrics(own: MetricCollection, job: Job, facts: Mapping[str, Any]) -> MetricCollection:
+def with_brought_metrics(own: MetricCollection, job: Job, data_info: Mapping[str, Any]) -> MetricCollection:
     """A task's own metrics, and behind them those that `evaluate.metrics` names.
 
     Raises:
@@ -167,14 +167,14 @@ def with_brought_metrics(own: MetricCollection, job: Job, facts: Mapping[str, An
     for name, options in job.evaluate.metrics.items():
         if name in own:
             raise ConfigError(f"evaluate.metrics.{name}: {job.task.name} measures it itself, expected none")
-        own.add_metrics({name: _brought_metric(METRICS[name].loaded(), options, facts)})
+        own.add_metrics({name: _brought_metric(METRICS[name].loaded(), options, data_info)})
     return own
 
 
-def _brought_metric(extension: Extension, options: Mapping[str, Any], facts: Mapping[str, Any]) -> Metric:
+def _brought_metric(extension: Extension, options: Mapping[str, Any], data_info: Mapping[str, Any]) -> Metric:
     where = f"evaluate.metrics.{extension.name}"
     assert extension.thing is not None
-    made: Metric = extension.thing(dict(facts), *checked_options(extension, options, where))
+    made: Metric = extension.thing(dict(data_info), *checked_options(extension, options, where))
     for state, reduce in made._reductions.items():
         if getattr(reduce, "__name__", "") != "dim_zero_sum" or isinstance(made._defaults[state], list):
             raise ConfigError(

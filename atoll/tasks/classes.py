@@ -42,26 +42,28 @@ def named(present: set[str], data: DataSection, key: str, what: str) -> DataInfo
     return {key: list(data.classes), "pinned": True}
 
 
-def agreed(facts: Sequence[DataInfo], key: str) -> list[str]:
+def agreed(data_info: Sequence[DataInfo], key: str) -> list[str]:
     """Pinned names as they are, else the sorted union."""
-    pinned = next((f for f in facts if f.get("pinned")), None)
-    return list(pinned[key]) if pinned else sorted({name for f in facts for name in f[key]})
+    pinned = next((f for f in data_info if f.get("pinned")), None)
+    return list(pinned[key]) if pinned else sorted({name for f in data_info for name in f[key]})
 
 
 class Labelled(Task):
     """One of several classes for each example: a linear head, cross-entropy, accuracy, macro F1."""
 
-    def targets(self, labels: Sequence[str], order: Sequence[int], facts: DataInfo) -> torch.Tensor:
+    def targets(self, labels: Sequence[str], order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
         """The classes of rows in that order as numbers, [n].
 
         Raises:
             DataError: one isn't among the run's.
         """
-        index = {name: i for i, name in enumerate(facts["classes"])}
+        index = {name: i for i, name in enumerate(data_info["classes"])}
         try:
             return torch.tensor([index[labels[row]] for row in order], dtype=torch.int64)
         except KeyError as unknown:
-            raise DataError(f"label {unknown} is not one of the run's classes {facts['classes']}") from None
+            raise DataError(
+                f"label {unknown} is not one of the run's classes {data_info['classes']}"
+            ) from None
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """The classes, in order: those the job names, or else those of the data, sorted.
@@ -71,28 +73,28 @@ class Labelled(Task):
         """
         return named(set(dataset["label"]), data, "classes", "label")
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Pinned classes as they are, else the sorted union.
 
         Raises:
             ConfigError: there are fewer than two classes.
         """
-        classes = agreed(facts, "classes")
+        classes = agreed(data_info, "classes")
         if len(classes) < 2:
             raise ConfigError(f"classification needs at least two classes, found {classes}")
         return {"classes": classes}
 
-    def head(self, width: int, facts: DataInfo) -> nn.Module:
-        return nn.Linear(width, len(facts["classes"]))
+    def head(self, width: int, data_info: DataInfo) -> nn.Module:
+        return nn.Linear(width, len(data_info["classes"]))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(outputs, targets)
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-        count = len(facts["classes"])
+        count = len(data_info["classes"])
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(count, average="micro"),
@@ -101,13 +103,13 @@ class Labelled(Task):
             compute_groups=False,
         )
 
-    def format_predictions(self, predictions: torch.Tensor, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: torch.Tensor, data_info: DataInfo) -> list[dict[str, Any]]:
         """The most likely class and its probability, and all probabilities."""
         rows = []
         for row in torch.softmax(predictions, dim=-1):
             best = int(row.argmax())
-            probabilities = {c: round(float(p), 4) for c, p in zip(facts["classes"], row, strict=True)}
+            probabilities = {c: round(float(p), 4) for c, p in zip(data_info["classes"], row, strict=True)}
             rows.append(
-                {"label": facts["classes"][best], "probability": float(row[best]), "all": probabilities}
+                {"label": data_info["classes"][best], "probability": float(row[best]), "all": probabilities}
             )
         return rows

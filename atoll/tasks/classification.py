@@ -78,10 +78,10 @@ class Classification(Labelled):
     def keys(self, dataset: Dataset) -> list[bytes]:
         return example_keys(dataset)
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = example_keys(dataset) if keys is None else keys
         order = canonical_order(keys)
-        targets = self.targets(dataset["label"][:], order, facts)
+        targets = self.targets(dataset["label"][:], order, data_info)
         inputs = LazyRows(LazyColumn(dataset, self.column, self.convert), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 

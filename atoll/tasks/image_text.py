@@ -143,10 +143,10 @@ class ImageText(SchemaTask, Labelled):
     def records(self, options: Options) -> Schema:
         return RECORDS
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
-        targets = self.targets(dataset["label"][:], order, facts)
+        targets = self.targets(dataset["label"][:], order, data_info)
 
         def pair(row: int) -> Pair:
             cells = dataset[row]

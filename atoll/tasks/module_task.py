@@ -65,7 +65,7 @@ class ModuleTask(SchemaTask, Labelled):
 
     What is learnt is a class where `label` names the column that holds it: targets, loss (cross-entropy),
     metrics (accuracy, macro F1) and answers are then there. Otherwise say `target`, `loss`, `metrics` and,
-    for `atoll predict`, `answer`.
+    for `atoll predict`, `format_predictions`.
 
     A job names it in `task.name`, and `backbone = { name = "task:network", weights = "random" }`; with
     `tune.method = "full"` the whole module is trained.
@@ -95,7 +95,7 @@ class ModuleTask(SchemaTask, Labelled):
         """
         raise NotImplementedError(f"{type(self).__name__}.input")
 
-    def module(self, facts: DataInfo) -> nn.Module:
+    def module(self, data_info: DataInfo) -> nn.Module:
         """The network, with fresh weights drawn from torch's global generator, which is seeded for it.
 
         `facts["classes"]` are the classes, in order, where `label` is said. An example's output must not
@@ -103,7 +103,7 @@ class ModuleTask(SchemaTask, Labelled):
         """
         raise NotImplementedError(f"{type(self).__name__}.module")
 
-    def target(self, row: Mapping[str, Any], facts: DataInfo) -> torch.Tensor:
+    def target(self, row: Mapping[str, Any], data_info: DataInfo) -> torch.Tensor:
         """What is to be predicted of a row, where that is no class: of the same shape for every row."""
         raise NotImplementedError(f"{type(self).__name__}.target, or say which column is the label")
 
@@ -112,22 +112,22 @@ class ModuleTask(SchemaTask, Labelled):
         self._of_classes("loss")
         return super().loss(outputs, targets)
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         """A `torchmetrics.MetricCollection`, whose states are tensors that sum over clients."""
         self._of_classes("metrics")
-        return super().metrics(facts)
+        return super().metrics(data_info)
 
-    def format_predictions(self, predictions: torch.Tensor, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: torch.Tensor, data_info: DataInfo) -> list[dict[str, Any]]:
         """What `atoll predict` prints for each of the outputs [n, …]; `label` comes first."""
         if self.label is not None:
-            return super().format_predictions(predictions, facts)
+            return super().format_predictions(predictions, data_info)
         return [{"label": ", ".join(f"{v:.6g}" for v in row.flatten().tolist())} for row in predictions]
 
     def _of_classes(self, method: str) -> None:
         if self.label is None:
             raise NotImplementedError(f"{type(self).__name__}.{method}, or say which column is the label")
 
-    def head(self, width: int, facts: DataInfo) -> nn.Module:
+    def head(self, width: int, data_info: DataInfo) -> nn.Module:
         raise TypeError(f"{self.name} has a module of its own, and no head on features")
 
     def last_layer(self, module: nn.Module) -> nn.Module:
@@ -166,10 +166,10 @@ class ModuleTask(SchemaTask, Labelled):
             return {}
         return named(set(dataset[self.label]), data, "classes", self.label)
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
-        return {} if self.label is None else super().merge_info(facts)
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
+        return {} if self.label is None else super().merge_info(data_info)
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         cells = {name: dataset[name] for name in self.columns if name in dataset.column_names}
@@ -178,10 +178,10 @@ class ModuleTask(SchemaTask, Labelled):
             tuple(order),
         )
         if self.label is not None:
-            targets = self.targets(cells[self.label], order, facts)
+            targets = self.targets(cells[self.label], order, data_info)
         else:
             rows = ({name: column[row] for name, column in cells.items()} for row in order)
-            targets = torch.stack([self.target(row, facts) for row in rows])
+            targets = torch.stack([self.target(row, data_info) for row in rows])
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
     def parse_input(self, given: str) -> Any:
@@ -198,11 +198,11 @@ class ModuleTask(SchemaTask, Labelled):
             raise DataError(f'{given[:40]!r}: expected a row as JSON, such as {{"column": 1}}')
         return {name: c.read(row[name], name) for name, c in self.columns.items() if name in row}
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         if backbone.kind != "task":
             raise WeightsError(f"backbone.name: expected {NETWORK!r} for {self.name}")
         with global_stream(job.seed, "init", "backbone"):
-            module = self.module(facts)
+            module = self.module(data_info)
         if backbone.weights is not None:
             load_state_dict_strict(module, load_weights(backbone.weights), backbone.weights)
         return _ModuleModel(_Rows(module, self.input), self.last_layer(module))

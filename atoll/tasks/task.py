@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Task(Protocol):
     """One kind of learning problem; a new one is a file and a line in the registry.
 
-    A task `on_features` has a head on one row of features an example, which may be kept and trained on at
-    once: it says `encoder`, `head` and `head_loss`. Any other says `network`, the whole model.
+    Where it `uses_pooled_features`, its head sees one row of features an example, which may be kept and
+    trained on at once: it says `encoder`, `head` and `head_loss`. Any other says `network`, the whole model.
     """
 
     name: str
@@ -87,18 +87,18 @@ class Task(Protocol):
         return None
 
     def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
-        """(rows to train on, rows to measure on) within a client, of a task that `splits_itself`."""
+        """(rows to train on, rows to measure on) within a client, of a task that `has_own_split`."""
         raise TypeError(f"{self.name} splits by content alone")
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """What must be known of the data before a model can be built."""
         ...
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """The facts that hold for all clients together."""
         ...
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
         ...
 
@@ -110,19 +110,19 @@ class Task(Protocol):
         """The backbone as an encoder of this task's inputs."""
         raise TypeError(f"{self.name} has no encoder of its own, but a network")
 
-    def head(self, width: int, facts: DataInfo) -> nn.Module:
+    def head(self, width: int, data_info: DataInfo) -> nn.Module:
         """A fresh head; its initial values come from the global generator."""
         raise TypeError(f"{self.name} has no head of its own, but a network")
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
-        """The whole model, of a task that isn't `on_features`; its first values come from the job's seed."""
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
+        """The whole model, where the task uses no pooled features; its first values come from the job's seed."""
         raise TypeError(f"{self.name} has a head on an encoder, and no network of its own")
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean over the batch."""
         ...
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         """Metrics whose states add up over clients; they take predictions and targets."""
         ...
 
@@ -134,10 +134,10 @@ class Task(Protocol):
         """What `update` of the metrics takes."""
         return predictions, targets
 
-    def naive_baselines(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
+    def naive_baselines(self, shard: Shard, data_info: DataInfo) -> dict[str, Any]:
         """Predictions that need no learning, by name, which a result always stands beside: the last value."""
         return {}
 
-    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """What `atoll predict` prints for each prediction; `label` comes first."""
         ...

@@ -26,7 +26,7 @@ CLIP_ROUNDING_MARGIN = 1 - 1e-5
 
 @dataclass(frozen=True)
 class DpSgd:
-    """How examples are drawn, clipped and noised; `words` and `draw` are each client's own.
+    """How examples are drawn, clipped and noised; `random_bits` and `draw` are each client's own.
 
     Sums are divided by `divisor`, a public number. `draw` gives, for a client with so many examples,
     the places of each step's batch; without it batches are the usual shuffled ones, and no

@@ -15,13 +15,13 @@ from atoll.protocol.tensors import Tensors
 
 
 def head_sums(
-    head: Tensors, examples: FeatureTable, works: Sequence[ClientRows], loss: Loss, private: DpSgd
+    head: Tensors, examples: FeatureTable, client_rows: Sequence[ClientRows], loss: Loss, private: DpSgd
 ) -> Iterator[tuple[str, Tensors]]:
-    """(client, the sum over its batch of clipped gradients), in the order of `works`; zeros for no batch."""
+    """(client, its batch's sum of clipped gradients), in the order of `client_rows`; zeros for no batch."""
     layers = Layers.of(head)
     device = str(examples.features.device)
     start = layers.stack(head, device)
-    for work in works:
+    for work in client_rows:
         batch = with_poisson_batches(work, private).batches[0]
         size = rows_per_batch(len(batch), max(len(batch), 2))
         rows = np.full(size, work.rows[0])

@@ -22,7 +22,7 @@ class PrivacyLedgers:
     budget: Budget | None = None
     _open: dict[str, Ledger] = field(default_factory=dict)
 
-    def charge(self, client: str, fingerprint: str, job: Job, terms: DpPlan, request: Request) -> int:
+    def charge(self, client: str, fingerprint: str, job: Job, dp_plan: DpPlan, request: Request) -> int:
         """Charge one round; how many rounds of this run have been charged then.
 
         A round that is answered a second time, because its update was lost, is charged again, but for
@@ -33,23 +33,23 @@ class PrivacyLedgers:
             DataError: the ledger was changed.
         """
         durable = not job.privacy.seeded_noise
-        ledger = self.ledger(client, terms.unit, durable=durable)
-        spent, count = ledger.spent_on(request.run), terms.per_round
+        ledger = self.ledger(client, dp_plan.unit, durable=durable)
+        spent, count = ledger.spent_on(request.run), dp_plan.per_round
         if durable or not ledger.has(request.run, request.round):
-            if not terms.within_budget(spent, count):
+            if not dp_plan.within_budget(spent, count):
                 raise BudgetExhausted(
-                    f"one more round would bring epsilon above the target {terms.promise.epsilon}"
+                    f"one more round would bring epsilon above the target {dp_plan.promise.epsilon}"
                 )
             if durable:
-                self._check_budget(ledger, terms)
-            entry = Entry(request.run, request.round, terms.unit, terms.event, count, fingerprint)
+                self._check_budget(ledger, dp_plan)
+            entry = Entry(request.run, request.round, dp_plan.unit, dp_plan.event, count, fingerprint)
             ledger.charge(entry)
         return sum(ledger.spent_on(request.run).values()) // count
 
-    def _check_budget(self, ledger: Ledger, terms: DpPlan) -> None:
+    def _check_budget(self, ledger: Ledger, dp_plan: DpPlan) -> None:
         if self.budget is None:
             return
-        everything = compose(ledger.spent, {terms.event: terms.per_round})
+        everything = compose(ledger.spent, {dp_plan.event: dp_plan.per_round})
         if not within(everything, self.budget.delta, self.budget.epsilon):
             raise BudgetExhausted("the site's privacy budget for this client's data is spent")
 

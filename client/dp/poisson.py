@@ -14,7 +14,7 @@ from atoll.privacy.noise import RandomBits, entropy, seeded, uniform
 from atoll.protocol.random_streams import stream_seed
 
 
-def private_training(job: Job, terms: DpPlan, round: int, charged: Mapping[str, int]) -> DpSgd:
+def private_training(job: Job, dp_plan: DpPlan, round: int, charged: Mapping[str, int]) -> DpSgd:
     """How the clients of a round train, who have been charged for it."""
 
     def words(client: str, purpose: str = "noise") -> RandomBits:
@@ -23,14 +23,14 @@ def private_training(job: Job, terms: DpPlan, round: int, charged: Mapping[str, 
         return entropy
 
     def draw(client: str, count: int) -> list[NDArray[np.int64]]:
-        steps = terms.per_round
-        coins = uniform(words(client, "poisson")(steps * count)).reshape(steps, count)
-        return [np.flatnonzero(row < terms.event.sampling_rate) for row in coins]
+        steps = dp_plan.per_round
+        uniforms = uniform(words(client, "poisson")(steps * count)).reshape(steps, count)
+        return [np.flatnonzero(row < dp_plan.event.sampling_rate) for row in uniforms]
 
     return DpSgd(
-        clipping_norm=terms.promise.clipping_norm,
-        noise_multiplier=terms.noise_multiplier,
-        divisor=terms.divisor if terms.where == "client" else 1.0,
+        clipping_norm=dp_plan.promise.clipping_norm,
+        noise_multiplier=dp_plan.noise_multiplier,
+        divisor=dp_plan.divisor if dp_plan.where == "client" else 1.0,
         random_bits=words,
         draw=draw,
         charged=charged,

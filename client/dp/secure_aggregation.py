@@ -77,14 +77,14 @@ class SecureAggregationSession:
         A share is as large as the threshold that the client dealt its own shares with asks for,
         whatever the request says now. `charged` are the rounds that the ledgers know of.
         """
-        terms = distributed_terms(job)
-        numbers = length(request.tensors, private=terms is not None)
+        dp_plan = distributed_terms(job)
+        numbers = length(request.tensors, private=dp_plan is not None)
         for name, contribution in values:
             words = share_words(job, request.round, name)
             try:
                 person = self._person(request, name) if request.kind == "mask" else None
                 threshold = int(request.plan["threshold"]) if person is None else person.threshold
-                vector = FixedPointCodec.of(terms, numbers, threshold, words).integers(contribution.numpy())
+                vector = FixedPointCodec.of(dp_plan, numbers, threshold, words).integers(contribution.numpy())
                 if person is not None:
                     dealt = {other: as_bytes(t) for other, t in request.own.get(name, {}).items()}
                     vector = person.masked(dealt, vector)
@@ -96,13 +96,13 @@ class SecureAggregationSession:
             yield SecureMessage(name, request.round, content)
 
 
-def contributions(updates: Iterable[Update], terms: DpPlan | None) -> Iterator[tuple[str, torch.Tensor]]:
+def contributions(updates: Iterable[Update], dp_plan: DpPlan | None) -> Iterator[tuple[str, torch.Tensor]]:
     """What each update is in a secure sum: clipped where clients are promised privacy, else weighted."""
     for update in updates:
-        if terms is None:
+        if dp_plan is None:
             yield update.client, weighted(update)
         else:
-            yield update.client, clipped(flat(update.delta), terms.promise.clipping_norm)
+            yield update.client, clipped(flat(update.delta), dp_plan.promise.clipping_norm)
 
 
 def sums(found: Iterable[tuple[str, Tensors]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -100,7 +100,7 @@ class Layers:
 class Loss:
     """A loss by its derivative.
 
-    `error` gives, of outputs [clients, batch, outputs] that it may overwrite and targets, each
+    `grad` gives, of outputs [clients, batch, outputs] that it may overwrite and targets, each
     example's derivative in the outputs, and [clients, batch] numbers of which `value` makes losses.
     """
 

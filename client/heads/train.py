@@ -57,16 +57,16 @@ class HeadTrainingConfig:
 
 
 def train_heads(
-    head: Tensors, examples: FeatureTable, works: Sequence[ClientRows], local: HeadTrainingConfig
+    head: Tensors, examples: FeatureTable, client_rows: Sequence[ClientRows], local: HeadTrainingConfig
 ) -> StackedUpdates:
-    """Local training at every client from one `head`; the updates come in the order of `works`.
+    """Local training at every client from one `head`; the updates come in the order of `client_rows`.
 
     The head is one linear layer (`head.weight` [outputs, width], `head.bias`) or several with a ReLU
     between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …).
     """
     groups: dict[tuple[int, int], list[ClientRows]] = {}
     on_gpu = is_gpu(local.job.train.device)
-    for work in (with_poisson_batches(work, local.per_example) for work in works):
+    for work in (with_poisson_batches(work, local.per_example) for work in client_rows):
         steps = _steps(work, local) if on_gpu else 0
         groups.setdefault((_rows_per_batch(work, local), steps), []).append(work)
     parts = []
@@ -77,7 +77,7 @@ def train_heads(
             whole = block + block[-1:] * (count - len(block)) if on_gpu else block
             trained = _train_group(head, examples, whole, size, local)
             parts.append(trained.of_clients([work.client for work in block]) if on_gpu else trained)
-    return joined(parts).of_clients([work.client for work in works])
+    return joined(parts).of_clients([work.client for work in client_rows])
 
 
 GPU_BLOCK = 64
@@ -148,14 +148,14 @@ class _Schedule:
 
 
 def _train_group(
-    head: Tensors, examples: FeatureTable, works: list[ClientRows], size: int, local: HeadTrainingConfig
+    head: Tensors, examples: FeatureTable, client_rows: list[ClientRows], size: int, local: HeadTrainingConfig
 ) -> StackedUpdates:
     job = local.job
     layers = Layers.of(head)
-    schedule = _schedule(works, size, job, local.round, examples).first(local.steps)
+    schedule = _schedule(client_rows, size, job, local.round, examples).first(local.steps)
     local = replace(local, loss=_loss(local, schedule, examples, head))
     start = layers.stack(head, job.train.device)
-    now = [matrix.repeat(len(works), 1, 1) for matrix in start]
+    now = [matrix.repeat(len(client_rows), 1, 1) for matrix in start]
     if local.starts:
         own = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.client_rows]
         now = [torch.cat(matrices) for matrices in zip(*own, strict=True)]
@@ -186,27 +186,29 @@ def _loss(local: HeadTrainingConfig, schedule: _Schedule, examples: FeatureTable
     return balanced(local.loss, imbalance, torch.stack(counts).to(examples.features.device))
 
 
-def _schedule(works: list[ClientRows], size: int, job: Job, round: int, examples: FeatureTable) -> _Schedule:
-    if works[0].batches:
-        return _drawn_schedule(works, size, job, round, examples)
-    works = sorted(works, key=lambda work: -len(work.rows))
-    counts = np.array([len(work.rows) for work in works])
+def _schedule(
+    client_rows: list[ClientRows], size: int, job: Job, round: int, examples: FeatureTable
+) -> _Schedule:
+    if client_rows[0].batches:
+        return _drawn_schedule(client_rows, size, job, round, examples)
+    client_rows = sorted(client_rows, key=lambda work: -len(work.rows))
+    counts = np.array([len(work.rows) for work in client_rows])
     per_epoch = -(-counts // job.train.batch_size)
     epochs = job.train.epochs
-    clients = [work.client for work in works]
-    own = np.zeros((len(works), counts.max()), dtype=np.int64)
-    for i, work in enumerate(works):
+    clients = [work.client for work in client_rows]
+    own = np.zeros((len(client_rows), counts.max()), dtype=np.int64)
+    for i, work in enumerate(client_rows):
         own[i, : counts[i]] = work.rows
     rows = np.repeat(own[:, :1, None], int(per_epoch[0]) * epochs * size, axis=2).reshape(
-        len(works), int(per_epoch[0]) * epochs, size
+        len(client_rows), int(per_epoch[0]) * epochs, size
     )
     share = np.zeros(rows.shape, dtype=np.float32)
     for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round)):
-        order = _order(works, examples, job, epoch_seeds(job, round, clients, epoch))
+        order = _order(client_rows, examples, job, epoch_seeds(job, round, clients, epoch))
         shuffled = np.take_along_axis(seen, order, axis=1)
         fill_schedule(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
     return _Schedule(
-        works,
+        client_rows,
         torch.from_numpy(rows.transpose(1, 0, 2).copy()).to(job.train.device),
         torch.from_numpy(share.transpose(1, 0, 2).copy()).to(job.train.device),
         (per_epoch * epochs).tolist(),
@@ -214,13 +216,13 @@ def _schedule(works: list[ClientRows], size: int, job: Job, round: int, examples
 
 
 def _drawn_schedule(
-    works: list[ClientRows], size: int, job: Job, round: int, examples: FeatureTable
+    client_rows: list[ClientRows], size: int, job: Job, round: int, examples: FeatureTable
 ) -> _Schedule:
     """Batches as they were drawn; every example in one counts as one, before it is clipped."""
-    steps = len(works[0].batches)
-    rows = np.empty((steps, len(works), size), dtype=np.int64)
+    steps = len(client_rows[0].batches)
+    rows = np.empty((steps, len(client_rows), size), dtype=np.int64)
     share = np.zeros(rows.shape, dtype=np.float32)
-    for i, work in enumerate(works):
+    for i, work in enumerate(client_rows):
         rows[:, i] = work.rows[0]
         for s, batch in enumerate(work.batches):
             seen = work.rows[batch]
@@ -231,18 +233,21 @@ def _drawn_schedule(
             share[s, i, : len(batch)] = 1
     device = job.train.device
     return _Schedule(
-        works, torch.from_numpy(rows).to(device), torch.from_numpy(share).to(device), [steps] * len(works)
+        client_rows,
+        torch.from_numpy(rows).to(device),
+        torch.from_numpy(share).to(device),
+        [steps] * len(client_rows),
     )
 
 
 def _order(
-    works: Sequence[ClientRows], examples: FeatureTable, job: Job, seeds: NDArray[np.uint64]
+    client_rows: Sequence[ClientRows], examples: FeatureTable, job: Job, seeds: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
     """Each client's places among its rows in the order of an epoch, [clients, most rows]."""
-    counts, imbalance = [len(work.rows) for work in works], Imbalance.of(job)
+    counts, imbalance = [len(work.rows) for work in client_rows], Imbalance.of(job)
     order = permutations(counts, seeds)
     if imbalance is not None and imbalance.kind == "sampling":
-        for i, work in enumerate(works):
+        for i, work in enumerate(client_rows):
             chances = imbalance.chances(examples.targets[torch.from_numpy(work.rows)].cpu())
             assert chances is not None
             order[i, : counts[i]] = weighted_sample(chances, seeds[i : i + 1])

@@ -31,7 +31,7 @@ def model_to_evaluate(
 ) -> Tensors:
     """The model that this client would use after the request's round, or the one that all share.
 
-    It may have to take a few steps first, on its `lessons`.
+    It may have to take a few steps first, on its `training_view`.
     """
     job, steps = learner.job, int(request.plan.get(ADAPT, 0))
     if steps:

@@ -44,8 +44,8 @@ class CentralDp:
     """
 
     job: Job
-    terms: DpPlan
-    books: LedgerLocation
+    dp_plan: DpPlan
+    ledgers: LedgerLocation
     run: str
     observed: Counter[Release] = field(default_factory=Counter)
 
@@ -57,15 +57,15 @@ class CentralDp:
             DataError: it was changed, or is of other clients.
         """
         durable = not self.job.privacy.seeded_noise
-        return Ledger.open(self.books.path, self.books.fingerprint, durable=durable)
+        return Ledger.open(self.ledgers.path, self.ledgers.fingerprint, durable=durable)
 
     @cached_property
     def _count_deviation(self) -> float | None:
         """Andrew et al. 2021, section 3.1, take a twentieth of the cohort."""
-        promise = self.terms.promise
+        promise = self.dp_plan.promise
         if promise.clipping == "fixed":
             return None
-        usual = max(self.terms.divisor / 20, self.terms.noise_multiplier)
+        usual = max(self.dp_plan.divisor / 20, self.dp_plan.noise_multiplier)
         return promise.count_deviation or usual
 
     @property
@@ -75,10 +75,10 @@ class CentralDp:
 
     def check_budget(self, round: int) -> None:
         """Raises BudgetExhausted if this round's release would spend more than the target."""
-        if self._is_repeated(round) or self.terms.within_budget(self.spent, 1):
+        if self._is_repeated(round) or self.dp_plan.within_budget(self.spent, 1):
             return
         raise BudgetExhausted(
-            f"round {round}: its release would bring epsilon above the target {self.terms.promise.epsilon}"
+            f"round {round}: its release would bring epsilon above the target {self.dp_plan.promise.epsilon}"
         )
 
     def privatize(
@@ -90,12 +90,12 @@ class CentralDp:
             BudgetExhausted: the release would overspend; nothing was released.
         """
         self.check_budget(round)
-        norm = float(state.get(NORM, self.terms.promise.clipping_norm))
+        norm = float(state.get(NORM, self.dp_plan.promise.clipping_norm))
         mechanism = CentralGaussian(
             clipping_norm=norm,
-            noise_multiplier=self.terms.noise_multiplier,
-            expected_cohort=self.terms.divisor,
-            sampling_rate=self.terms.event.sampling_rate,
+            noise_multiplier=self.dp_plan.noise_multiplier,
+            expected_cohort=self.dp_plan.divisor,
+            sampling_rate=self.dp_plan.event.sampling_rate,
             random_bits=self._words("noise", round),
             record=lambda cost: self._charge(round, cost),
             count_deviation=self._count_deviation,
@@ -103,7 +103,7 @@ class CentralDp:
         mean, fraction = mechanism.release(updates, model)
         kept: State = {}
         if fraction is not None:
-            promise = self.terms.promise
+            promise = self.dp_plan.promise
             kept[NORM] = update_clipping_norm(
                 norm, fraction, quantile=promise.quantile, lr=promise.clipping_lr
             )
@@ -115,7 +115,7 @@ class CentralDp:
         return (NoisedMean(self),)
 
     def uniforms(self, round: int) -> Callable[[int], torch.Tensor]:
-        """What cohorts are sampled by: `coins` of this round."""
+        """What cohorts are sampled by: `uniforms` of this round."""
         return partial(self.sampling_uniforms, round)
 
     def sampling_uniforms(self, round: int, count: int) -> torch.Tensor:
@@ -163,16 +163,18 @@ class NoProtection:
         """Cohorts are sampled from the job's own stream."""
 
 
-def central_dp_of(job: Job, out: Path, books: LedgerLocation | None) -> CentralDp | NoProtection:
+def central_dp_of(job: Job, out: Path, ledgers: LedgerLocation | None) -> CentralDp | NoProtection:
     """What keeps a job's promise to clients, if it makes one; charged to the run's own books by default.
 
     Raises:
         ConfigError: the promise can't be kept with any noise.
     """
-    terms = dp_plan_of(job, "client")
-    if terms is None or terms.where != "server":
+    dp_plan = dp_plan_of(job, "client")
+    if dp_plan is None or dp_plan.where != "server":
         return NoProtection()
-    return CentralDp(job, terms, books or LedgerLocation(out / "ledger.jsonl", job.hash), run_key(job, out))
+    return CentralDp(
+        job, dp_plan, ledgers or LedgerLocation(out / "ledger.jsonl", job.hash), run_key(job, out)
+    )
 
 
 def run_key(job: Job, out: Path) -> str:

@@ -11,19 +11,21 @@ from atoll.protocol.random_streams import stream
 
 
 def sample(
-    population: Sequence[str], job: Job, round: int, coins: Callable[[int], torch.Tensor] | None = None
+    population: Sequence[str], job: Job, round: int, uniforms: Callable[[int], torch.Tensor] | None = None
 ) -> list[str]:
     """The round's cohort, sorted: a fixed number without replacement, or each client by a coin.
 
     More are asked than the number by the factor `over_sampling`, where only the first to answer count.
-    Where privacy rests on the coins, `coins` are others than anybody can throw who has the job.
+    Where privacy rests on the coins, `uniforms` are others than anybody can throw who has the job.
     """
     generator = stream(job.seed, "cohort", round)
     rate, count = job.federation.cohort_rate, job.federation.cohort
     if rate is not None:
         number = len(population)
         thrown = (
-            torch.rand(number, generator=generator, dtype=torch.float64) if coins is None else coins(number)
+            torch.rand(number, generator=generator, dtype=torch.float64)
+            if uniforms is None
+            else uniforms(number)
         )
         return [population[i] for i in (thrown < rate).nonzero().flatten().tolist()]
     if count is None:

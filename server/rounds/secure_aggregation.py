@@ -117,11 +117,11 @@ class SecureRound:
             raise SecureAggregationFailed(f"{left} clients are left, needed {self.threshold}")
 
     def _as_update(self, total: Vector) -> Update:
-        model, terms = self.base.tensors, distributed_terms(self.job)
-        numbers = length(model, private=terms is not None)
-        values = FixedPointCodec.of(terms, numbers, self.threshold, entropy).values(total)
+        model, dp_plan = self.base.tensors, distributed_terms(self.job)
+        numbers = length(model, private=dp_plan is not None)
+        values = FixedPointCodec.of(dp_plan, numbers, self.threshold, entropy).values(total)
         states = {name: torch.zeros((), dtype=torch.float64) for name in STATES}
-        if terms is None:
+        if dp_plan is None:
             weight, *told = values[-len(EXTRA) :]
             states |= dict(zip(EXTRA[1:], told, strict=True))
             return Update(
@@ -134,10 +134,10 @@ class SecureRound:
 
 def scale_of_sum(job: Job) -> float:
     """What makes a secure sum of clipped contributions a step: public numbers of the job alone."""
-    terms = distributed_terms(job)
-    assert terms is not None
-    step = -job.train.lr if terms.unit == "example" else 1.0
-    return step / terms.divisor
+    dp_plan = distributed_terms(job)
+    assert dp_plan is not None
+    step = -job.train.lr if dp_plan.unit == "example" else 1.0
+    return step / dp_plan.divisor
 
 
 def threshold_of(job: Job, cohort: int) -> int:

@@ -40,18 +40,18 @@ def start_or_resume(
     """
     strategy_name = job.strategy.name if strategy is None else type(strategy).__name__
     strategy, protection = strategy or build_strategy(job.strategy), protection or NoProtection()
-    roll = carrier.discover_clients(job)
-    roll.check(job)
+    roster = carrier.discover_clients(job)
+    roster.check(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job.stages[0], task, task.merge_info(roll.data_info))
+    learner = Learner.of(job.stages[0], task, task.merge_info(roster.data_info))
     learner.data_info = learner.data_info | learner.required_info
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
-    watch("hello", {"roll": roll, "backbone": learner.backbone, "facts": learner.data_info})
+    watch("hello", {"roll": roster, "backbone": learner.backbone, "facts": learner.data_info})
     first_round, later_rounds = round_kinds(job)
     setup = RunSetup(
-        job, carrier, directory, strategy, roll.names, test_set(learner), watch, clock, protection,
+        job, carrier, directory, strategy, roster.names, test_set(learner), watch, clock, protection,
         first_round=first_round,
         later_rounds=later_rounds,
         update_transforms=protection.update_transforms,
@@ -90,9 +90,11 @@ def checkpoint_of(run: Run) -> Checkpoint:
 
 
 def _continue_from(run: Run, found: Checkpoint) -> None:
-    state, facts = run.state, run.state.learner.data_info
-    if found.data_info != facts:
-        changed = sorted(k for k in {*found.data_info, *facts} if found.data_info.get(k) != facts.get(k))
+    state, data_info = run.state, run.state.learner.data_info
+    if found.data_info != data_info:
+        changed = sorted(
+            k for k in {*found.data_info, *data_info} if found.data_info.get(k) != data_info.get(k)
+        )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     state.round, state.tensors = found.round, found.tensors
     state.strategy_state = tuning_schedule.resume(run, found.state)

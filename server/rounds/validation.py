@@ -24,7 +24,7 @@ MAX_NORM = 1e6
 class ValidatedUpdates:
     """Good updates in canonical order (by client name), and why the others were set aside.
 
-    One update may stand for several clients, of which there are `stayed`, and so may `statistics`.
+    One update may stand for several clients, of which there are `num_clients`, and so may `statistics`.
     """
 
     updates: Sequence[Update]

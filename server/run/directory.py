@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class RunDirectory:
     """Holds the directory's lock until it is left; one process runs in it at a time.
 
-    A job that is refused before `settle` leaves everything as it was: what opening made is taken
+    A job that is refused before `commit` leaves everything as it was: what opening made is taken
     back, and an old run that `force` would replace is whole.
     """
 

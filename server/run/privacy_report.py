@@ -40,23 +40,23 @@ def privacy_report(run: Run) -> dict[str, Any]:
 
 def _of_unit(run: Run, unit: str) -> dict[str, Any]:
     job, protection = run.setup.job, run.setup.protection
-    terms = dp_plan_of(job, "client" if unit == "client" else "example")
-    assert terms is not None
+    dp_plan = dp_plan_of(job, "client" if unit == "client" else "example")
+    assert dp_plan is not None
     claim = {
-        **spending(terms, _spent(run, terms)),
-        "unit": terms.unit,
-        "where": terms.where,
-        "clipping_norm": terms.promise.clipping_norm,
-        "clipping": terms.promise.clipping,
-        "divisor": terms.divisor,
-        "target_epsilon": terms.promise.epsilon,
+        **spending(dp_plan, _spent(run, dp_plan)),
+        "unit": dp_plan.unit,
+        "where": dp_plan.where,
+        "clipping_norm": dp_plan.promise.clipping_norm,
+        "clipping": dp_plan.promise.clipping,
+        "divisor": dp_plan.divisor,
+        "target_epsilon": dp_plan.promise.epsilon,
         "seeded_noise": job.privacy.seeded_noise,
     }
-    if terms.promise.clipping == "adaptive":
+    if dp_plan.promise.clipping == "adaptive":
         claim["last_clipping_norm"] = run.state.strategy_state.get(NORM)
-    if terms.where == "server" and isinstance(protection, CentralDp):
+    if dp_plan.where == "server" and isinstance(protection, CentralDp):
         total = protection.ledger.spent
-        claim["epsilon_of_all_runs"] = _number(epsilon(total, terms.delta))
+        claim["epsilon_of_all_runs"] = _number(epsilon(total, dp_plan.delta))
     return claim if job.train.teacher is None else _with_teacher(claim, Path(job.train.teacher))
 
 
@@ -79,33 +79,33 @@ def _with_teacher(claim: dict[str, Any], run: Path) -> dict[str, Any]:
     }
 
 
-def spending(terms: DpPlan, spent: Composition) -> dict[str, Any]:
+def spending(dp_plan: DpPlan, spent: Composition) -> dict[str, Any]:
     """Epsilon of what was spent, never without what it rests on."""
     return {
-        "epsilon": _number(epsilon(spent, terms.delta)),
-        "epsilon_rdp": _number(epsilon_rdp(spent, terms.delta)),
-        "delta": terms.delta,
+        "epsilon": _number(epsilon(spent, dp_plan.delta)),
+        "epsilon_rdp": _number(epsilon_rdp(spent, dp_plan.delta)),
+        "delta": dp_plan.delta,
         "accountant": f"PLD (dp-accounting {version('dp-accounting')})",
         "relation": RELATION,
-        "sampler": sampler(terms),
-        "noise_multiplier": terms.noise_multiplier,
+        "sampler": sampler(dp_plan),
+        "noise_multiplier": dp_plan.noise_multiplier,
         "releases": sum(spent.values()),
     }
 
 
-def sampler(terms: DpPlan) -> str:
+def sampler(dp_plan: DpPlan) -> str:
     """How units are drawn, in words."""
-    what = "examples" if terms.unit == "example" else "clients"
-    if terms.event.sampling_rate == 1:
+    what = "examples" if dp_plan.unit == "example" else "clients"
+    if dp_plan.event.sampling_rate == 1:
         return f"none that counts: all {what} are charged for every release"
-    return f"Poisson, each of the {what} with probability {terms.event.sampling_rate:g}"
+    return f"Poisson, each of the {what} with probability {dp_plan.event.sampling_rate:g}"
 
 
-def _spent(run: Run, terms: DpPlan) -> Composition:
-    if terms.where == "server":
+def _spent(run: Run, dp_plan: DpPlan) -> Composition:
+    if dp_plan.where == "server":
         assert isinstance(run.setup.protection, CentralDp)
         return run.setup.protection.spent
-    return Counter({terms.event: charged_rounds(run) * terms.per_round})
+    return Counter({dp_plan.event: charged_rounds(run) * dp_plan.per_round})
 
 
 def _number(value: float) -> float | None:

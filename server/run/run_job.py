@@ -52,7 +52,7 @@ def run_job(
     resume: bool = False,
     force: bool = False,
     clock: AvailabilityModel = always_available,
-    books: LedgerLocation | None = None,
+    ledgers: LedgerLocation | None = None,
     report: bool = True,
     strategy: Strategy | None = None,
 ) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def run_job(
     """
     started = time.monotonic()
     with RunDirectory.open(out, job, resume=resume, force=force) as directory:
-        protection = central_dp_of(job, out, books)
+        protection = central_dp_of(job, out, ledgers)
         run = start_or_resume(
             job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection,
             strategy=strategy,

@@ -118,10 +118,10 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
     """
     learner = _learner(job, population)
     if unit == "client":
-        terms, model = dp_plan_of(job, "client"), learner.initial()
-        assert terms is not None
+        dp_plan, model = dp_plan_of(job, "client"), learner.initial()
+        assert dp_plan is not None
         number = _fitting(how, CanaryClients.most(model), "different directions of updates")
-        return CanaryClients(population, job, terms, model, number)
+        return CanaryClients(population, job, dp_plan, model, number)
     if learner.trains_on_features:
         number = _fitting(how, CanaryFeatures.most(learner), "different features and labels")
         return CanaryFeatures.of(population, learner, number)
@@ -131,7 +131,7 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
 
 def _learner(job: Job, population: Population) -> Learner:
     task = task_named(job.task.name)
-    return Learner.of(job, task, task.merge_info(population.roll(job).data_info))
+    return Learner.of(job, task, task.merge_info(population.roster(job).data_info))
 
 
 def _fitting(how: Audit, most: int, what: str) -> int:
@@ -150,11 +150,11 @@ def judged(
     how: Audit,
 ) -> dict[str, Any]:
     """One unit's bounds beside its claim; the first of the runs is judged, the others are its shadows."""
-    terms = dp_plan_of(job, unit)
+    dp_plan = dp_plan_of(job, unit)
     scores, inside = runs[0]
-    delta = terms.delta if terms is not None else USUAL_DELTA
-    releases = int((claim or {}).get("releases") or (terms.releases if terms is not None else 1))
-    family = Family(terms.event.sampling_rate, releases) if terms is not None else GAUSSIAN
+    delta = dp_plan.delta if dp_plan is not None else USUAL_DELTA
+    releases = int((claim or {}).get("releases") or (dp_plan.releases if dp_plan is not None else 1))
+    family = Family(dp_plan.event.sampling_rate, releases) if dp_plan is not None else GAUSSIAN
 
     def plain(guesses: Guesses, confidence: float) -> float:
         return lower_bound(guesses, delta=delta, confidence=confidence)

@@ -50,7 +50,7 @@ class CanaryClients:
 
     population: Population
     job: Job
-    terms: DpPlan
+    dp_plan: DpPlan
     model: Tensors
     count: int
 
@@ -68,17 +68,17 @@ class CanaryClients:
         return [_name(place) for place in np.flatnonzero(inside).tolist()]
 
     def carrier(self, inside: Membership) -> Transport:
-        site = SimulatedSite(self.population, books=NoLedgers(Path()), population=self.population)
+        site = SimulatedSite(self.population, ledgers=NoLedgers(Path()), population=self.population)
         plain = InlineTransport(self.population, site)
-        if self.terms.where == "server":
+        if self.dp_plan.where == "server":
             return plain
         return JoinedSums(plain, self, np.flatnonzero(inside))
 
     def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
         """Where the server sees updates, theirs stand among them; else they are in the sum already."""
-        if self.terms.where != "server" or not present:
+        if self.dp_plan.where != "server" or not present:
             return updates
-        norm = float(run.state.strategy_state.get(NORM, self.terms.promise.clipping_norm))
+        norm = float(run.state.strategy_state.get(NORM, self.dp_plan.promise.clipping_norm))
         places = [_place(name) for name in present]
         real = stacked(updates) if len(updates) else None
         states = {} if real is None else real.states
@@ -100,8 +100,8 @@ class CanaryClients:
     def integers(self, places: NDArray[np.int64], request: Request) -> NDArray[np.uint64]:
         """The canaries' contributions to a secure sum, clipped and rounded as a client's, without noise."""
         numbers = length(request.tensors, private=True)
-        shares = FixedPointCodec.of(self.terms, numbers, int(request.plan["threshold"]), entropy)
-        silent, norm = FixedPointCodec(shares.granularity, None), self.terms.promise.clipping_norm
+        shares = FixedPointCodec.of(self.dp_plan, numbers, int(request.plan["threshold"]), entropy)
+        silent, norm = FixedPointCodec(shares.granularity, None), self.dp_plan.promise.clipping_norm
         total = np.zeros(numbers, dtype=np.uint64)
         for rows in self._directions(places):
             for row in rows:

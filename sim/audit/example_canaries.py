@@ -60,7 +60,7 @@ class CanarySite(SimulatedSite):
 
 def carrier_with(population: Population, look: Callable[[Learner], PopulationIndex]) -> Transport:
     """To all clients of a population that is looked at that way."""
-    site = CanarySite(population, books=NoLedgers(Path()), population=population, index_factory=look)
+    site = CanarySite(population, ledgers=NoLedgers(Path()), population=population, index_factory=look)
     return InlineTransport(population, site)
 
 
@@ -176,10 +176,10 @@ class FeatureIndex(PopulationIndex):
 
     def client_rows(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
         """As without canaries, but for the rows that each client has more."""
-        examples, works = super().client_rows(names)
+        examples, client_rows = super().client_rows(names)
         first = examples.count
         return self._longer(examples), [
-            ClientRows(w.client, np.concatenate([w.rows, first + self._own(w.client)])) for w in works
+            ClientRows(w.client, np.concatenate([w.rows, first + self._own(w.client)])) for w in client_rows
         ]
 
     def _own(self, client: str) -> NDArray[np.int64]:
@@ -220,11 +220,13 @@ def _some_features(population: Population, learner: Learner) -> torch.Tensor:
 
 def _length(population: Population, learner: Learner) -> float:
     """Of a canary's features: as the data's, or under a promise so that its gradient is clipped."""
-    terms = dp_plan_of(learner.job, "example")
-    if terms is None:
+    dp_plan = dp_plan_of(learner.job, "example")
+    if dp_plan is None:
         return float(_some_features(population, learner).norm(dim=1).median())
-    norm = terms.promise.clipping_norm
-    noise = learner.job.train.lr * terms.noise_multiplier * norm / terms.divisor * math.sqrt(terms.releases)
+    norm = dp_plan.promise.clipping_norm
+    noise = (
+        learner.job.train.lr * dp_plan.noise_multiplier * norm / dp_plan.divisor * math.sqrt(dp_plan.releases)
+    )
     return min(max(1 / noise, SHORT * max(1.0, norm)), LONG * max(1.0, norm))
 
 

@@ -77,25 +77,27 @@ class Probe:
         local = HeadTrainingConfig(
             self.job.model_copy(update={"train": train}), LOSSES["softmax"], 1, per_example=private
         )
-        works = [ClientRows(f"probe-{i}", rows) for i, rows in enumerate(groups)]
-        updates = train_heads(self.head, self.examples, works, local)
+        client_rows = [ClientRows(f"probe-{i}", rows) for i, rows in enumerate(groups)]
+        updates = train_heads(self.head, self.examples, client_rows, local)
         if is_protected and private is None:
             return [self._released(update) for update in updates]
         return [update.delta for update in updates]
 
     def _per_example(self, groups: Sequence[NDArray[np.int64]]) -> DpSgd | None:
         """The job's own clipping and noise, on batches that hold just the group."""
-        terms = dp_plan_of(self.job, "example")
-        if terms is None:
+        dp_plan = dp_plan_of(self.job, "example")
+        if dp_plan is None:
             return None
-        usual = private_training(self.job, terms, 1, {})
+        usual = private_training(self.job, dp_plan, 1, {})
         return replace(usual, draw=lambda client, count: [np.arange(count)])
 
     def _released(self, update: Update) -> Tensors:
         """What the noised sum of clients holds, for one who knows all the others' updates."""
-        terms = dp_plan_of(self.job, "client")
-        assert terms is not None
-        mechanism = CentralGaussian(terms.promise.clipping_norm, terms.noise_multiplier, 1.0, 1.0, entropy)
+        dp_plan = dp_plan_of(self.job, "client")
+        assert dp_plan is not None
+        mechanism = CentralGaussian(
+            dp_plan.promise.clipping_norm, dp_plan.noise_multiplier, 1.0, 1.0, entropy
+        )
         return mechanism.release([update], self.head)[0]
 
 
@@ -103,7 +105,7 @@ def probed(job: Job, population: Population) -> dict[str, Any] | None:
     """What updates give away without protection, and under the job's; None where heads aren't linear."""
     job = job_to_replay(job)
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.merge_info(population.roll(job).data_info))
+    learner = Learner.of(job, task, task.merge_info(population.roster(job).data_info))
     head = learner.initial()
     if not learner.trains_on_features or len(Layers.of(head).layers) != 1 or task.head_loss != "softmax":
         return None

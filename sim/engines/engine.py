@@ -126,14 +126,14 @@ def default_workers(job: Job, engine: str) -> int:
 
 def _carrier(population: Population, engine: str, workers: int, out: Path, stack: ExitStack) -> Transport:
     job = population.job
-    books, memory = books_in(out)
+    ledgers, memory = books_in(out)
     if engine == "loop":
-        return LoopTransport.of(population, books, memory)
+        return LoopTransport.of(population, ledgers, memory)
     if engine == "cohort" and not trains_on_features(job):
-        return InlineTransport.of(population, at_once=True, books=books, memory=memory)
+        return InlineTransport.of(population, at_once=True, ledgers=ledgers, memory=memory)
     if workers > 1 and not all(trains_on_features(stage) for stage in job.stages):
         return stack.enter_context(PooledTransport(population, workers, out))
-    return InlineTransport.of(population, workers, books=books, memory=memory)
+    return InlineTransport.of(population, workers, ledgers=ledgers, memory=memory)
 
 
 def execution_mode(job: Job, engine: str, workers: int) -> str:

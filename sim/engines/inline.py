@@ -32,18 +32,18 @@ class InlineTransport:
         workers: int = 1,
         *,
         at_once: bool = False,
-        books: PrivacyLedgers | None = None,
+        ledgers: PrivacyLedgers | None = None,
         memory: ClientStateStore | None = None,
     ) -> Self:
         """A carrier to every client of the population; heads train in so many threads."""
         site = SimulatedSite(
-            population, books=books, memory=memory or ClientStateStore(), population=population,
+            population, ledgers=ledgers, memory=memory or ClientStateStore(), population=population,
             workers=workers, at_once=at_once,
         )  # fmt: skip
         return cls(population, site, "cohort" if at_once else "inline")
 
     def discover_clients(self, job: Job) -> ClientRoster:
-        return self.population.roll(job)
+        return self.population.roster(job)
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         return self.site.answer(request, names)
@@ -62,14 +62,14 @@ class LoopTransport:
     def of(
         cls,
         population: Population,
-        books: PrivacyLedgers | None = None,
+        ledgers: PrivacyLedgers | None = None,
         memory: ClientStateStore | None = None,
     ) -> Self:
         """A carrier to every client of the population."""
-        return cls(population, Site(population, books=books, memory=memory or ClientStateStore()))
+        return cls(population, Site(population, ledgers=ledgers, memory=memory or ClientStateStore()))
 
     def discover_clients(self, job: Job) -> ClientRoster:
-        return self.population.roll(job)
+        return self.population.roster(job)
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         return (reply for name in names for reply in self.site.answer(request, [name]))

@@ -89,7 +89,7 @@ class PooledTransport:
             raise ValueError("clients that remember move between processes: expected the run's directory")
 
     def discover_clients(self, job: Job) -> ClientRoster:
-        return self.population.roll(job)
+        return self.population.roster(job)
 
     def send_and_receive(
         self, request: Request, names: Sequence[str], timeout: float
@@ -186,8 +186,8 @@ def processes_for(jobs: Iterable[Job]) -> int:
 def open_site(text: str, out: Path | None) -> None:
     """In a new worker process: read the source and wait for work."""
     population = Population.of(Job.from_json(text))
-    books, memory = (None, ClientStateStore()) if out is None else books_in(out)
-    _site.append(SimulatedSite(population, books=books, memory=memory, population=population))
+    ledgers, memory = (None, ClientStateStore()) if out is None else books_in(out)
+    _site.append(SimulatedSite(population, ledgers=ledgers, memory=memory, population=population))
 
 
 def books_in(out: Path) -> tuple[PrivacyLedgers, ClientStateStore]:

@@ -71,8 +71,8 @@ def block_site(job: Job, context: Context, out: Path, loaded: Sequence[str]) -> 
     if job.hash not in _populations:
         _populations[job.hash] = Population.of(job)
     if key not in _sites:
-        books, memory = books_in(out)
-        _sites[key] = Site(Block(_populations[job.hash], number, total), books=books, memory=memory)
+        ledgers, memory = books_in(out)
+        _sites[key] = Site(Block(_populations[job.hash], number, total), ledgers=ledgers, memory=memory)
     return _sites[key]
 
 

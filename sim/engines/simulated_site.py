@@ -88,7 +88,7 @@ class PopulationIndex:
     def splits(self, clients: Sequence[int]) -> list[tuple[Rows, Rows]]:
         """(training rows, validation rows) of each client, as `Learner.split` chooses them."""
         new = [client for client in clients if client not in self._splits]
-        for client, rows in zip(new, self.population.dealing.rows(new), strict=True):
+        for client, rows in zip(new, self.population.assignment.rows(new), strict=True):
             self._splits[client] = self._split(self.population.place[rows])
         found = [self._splits[client] for client in clients]
         for client in clients:
@@ -160,11 +160,11 @@ class SimulatedSite(Site):
             return compressed(updates, request, job, self.memory)
         if not learner.trains_on_features or request.kind == STATISTICS:
             return super().answer(request, names)
-        admitted, failures = self.charge_privacy(learner.job, request, names)
-        if not admitted.names:
+        charged_clients, failures = self.charge_privacy(learner.job, request, names)
+        if not charged_clients.names:
             return failures
-        examples, works = self.index(learner).client_rows(admitted.names)
-        replies = self._of_heads(learner, request, examples, works, admitted)
+        examples, client_rows = self.index(learner).client_rows(charged_clients.names)
+        replies = self._of_heads(learner, request, examples, client_rows, charged_clients)
         return chain(failures, replies) if failures else replies
 
     def _of_heads(
@@ -172,41 +172,41 @@ class SimulatedSite(Site):
         learner: Learner,
         request: Request,
         examples: FeatureTable,
-        works: list[ClientRows],
-        admitted: ChargedClients,
+        client_rows: list[ClientRows],
+        charged_clients: ChargedClients,
     ) -> Iterable[Reply]:
-        terms, job, private = distributed_terms(learner.job), learner.job, admitted.private
-        if request.kind == "sum" and terms is not None and terms.unit == "example":
+        dp_plan, job, private = distributed_terms(learner.job), learner.job, charged_clients.private
+        if request.kind == "sum" and dp_plan is not None and dp_plan.unit == "example":
             assert private is not None
             loss = loss_by_example(job, learner.task.head_loss)
-            summed = sums(head_sums(request.tensors, examples, works, loss, private))
-            return self.desk.encode_contributions(job, request, summed, admitted.charged)
+            summed = sums(head_sums(request.tensors, examples, client_rows, loss, private))
+            return self.secure_session.encode_contributions(job, request, summed, charged_clients.charged)
         local = local_training(learner, request, private)
         if job.personal.keep == "mixture":
 
             def from_own(asked: Request, starts: Mapping[str, Tensors]) -> Iterable[Update]:
                 own = replace(local_training(learner, asked, None), starts=starts)
-                return self._train(examples, works, asked.tensors, own)
+                return self._train(examples, client_rows, asked.tensors, own)
 
-            mixed = train_ditto(learner, request, [w.client for w in works], from_own, self.memory)
+            mixed = train_ditto(learner, request, [w.client for w in client_rows], from_own, self.memory)
             return compressed(mixed, request, job, self.memory)
-        updates = self._train(examples, works, request.tensors, local)
+        updates = self._train(examples, client_rows, request.tensors, local)
         if request.kind == "sum":
-            return self.desk.encode_contributions(
-                job, request, contributions(updates, terms), admitted.charged
+            return self.secure_session.encode_contributions(
+                job, request, contributions(updates, dp_plan), charged_clients.charged
             )
         return compressed(updates, request, job, self.memory)
 
     def _train(
-        self, examples: FeatureTable, works: list[ClientRows], head: Tensors, local: HeadTrainingConfig
+        self, examples: FeatureTable, client_rows: list[ClientRows], head: Tensors, local: HeadTrainingConfig
     ) -> StackedUpdates:
         def block(part: list[ClientRows]) -> StackedUpdates:
             torch.set_num_threads(local.job.train.threads)
             return train_heads(head, examples, part, local)
 
-        parts = list(self._blocks(works))
+        parts = list(self._blocks(client_rows))
         if len(parts) == 1:
-            return block(works)
+            return block(client_rows)
         return joined(list(self._pool.map(block, parts)))
 
     @cached_property
@@ -214,10 +214,10 @@ class SimulatedSite(Site):
         # Its threads stay: a new one first sets up torch's own, which takes as long as a block.
         return ThreadPoolExecutor(self.workers)
 
-    def _blocks(self, works: list[ClientRows]) -> Iterator[list[ClientRows]]:
-        count = max(1, min(self.workers, os.cpu_count() or 1, len(works) // FEWEST))
-        size = -(-len(works) // count)
-        return (works[start : start + size] for start in range(0, len(works), size))
+    def _blocks(self, client_rows: list[ClientRows]) -> Iterator[list[ClientRows]]:
+        count = max(1, min(self.workers, os.cpu_count() or 1, len(client_rows) // FEWEST))
+        size = -(-len(client_rows) // count)
+        return (client_rows[start : start + size] for start in range(0, len(client_rows), size))
 
     def _measure(self, learner: Learner, request: Request, names: Sequence[str]) -> Iterator[Measurement]:
         index = self.index(learner)
@@ -234,7 +234,7 @@ class SimulatedSite(Site):
             self._index = {id(learner): PopulationIndex(self.population, learner)}
         return self._index[id(learner)]
 
-    def _load_shard(self, learner: Learner, name: str, facts: DataInfo) -> LoadedShard:
+    def _load_shard(self, learner: Learner, name: str, data_info: DataInfo) -> LoadedShard:
         index = self.index(learner)
         [(train, validation)] = index.splits([number_of(name)])
         part = index.training_view.select(train.tolist())

@@ -197,4 +197,4 @@ def clock_of(population: Population) -> AvailabilityModel:
     if job.federation.devices is None:
         return always_available
     profile = Profile.read(Path(job.federation.devices), client_names(job.federation.clients))
-    return VirtualClock(job, profile, population.dealing.sizes)
+    return VirtualClock(job, profile, population.assignment.sizes)

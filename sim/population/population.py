@@ -30,7 +30,7 @@ class Population:
     train: Dataset
     test: Dataset
     keys: list[bytes]
-    dealing: Assignment
+    assignment: Assignment
     notes: tuple[str, ...] = ()
     _whole: dict[str, Shard] = field(default_factory=dict)
     _facts: dict[str, DataInfo] = field(default_factory=dict)
@@ -46,24 +46,24 @@ class Population:
         train, test = hold_out(table, job)
         task = task_named(job.task.name)
         keys, units = task.keys(train), unit_keys(task, train)
-        dealing = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
-        if isinstance(dealing, FixedAssignment) and len(held := dealing.held()) < len(keys):
+        assignment = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
+        if isinstance(assignment, FixedAssignment) and len(held := assignment.held()) < len(keys):
             train, keys = train.select(held), [keys[row] for row in held.tolist()]
-            dealing = dealing.among(held)
-        return cls(job, train, test, keys, dealing, table.notes)
+            assignment = assignment.among(held)
+        return cls(job, train, test, keys, assignment, table.notes)
 
     def names(self, job: Job) -> Sequence[str]:
         return client_names(job.federation.clients)
 
-    def roll(self, job: Job) -> ClientRoster:
+    def roster(self, job: Job) -> ClientRoster:
         """All clients, without asking each: what they hold between them is one table."""
         key = job.task.name + job.data.model_dump_json()
         if key not in self._facts:
             self._facts[key] = task_named(job.task.name).local_info(self.train, job.data, job.task.options)
-        return ClientRoster(self.names(job), self.dealing.sizes, [self._facts[key]])
+        return ClientRoster(self.names(job), self.assignment.sizes, [self._facts[key]])
 
     def dataset(self, job: Job, client: str) -> Dataset:
-        return self.train.select(self.dealing.rows([number_of(client)])[0])
+        return self.train.select(self.assignment.rows([number_of(client)])[0])
 
     def fingerprint(self, job: Job, client: str) -> str:
         """Nothing: simulated clients' rows are fixed for the run."""

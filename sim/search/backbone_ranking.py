@@ -165,7 +165,7 @@ def advise(
 
 def _advice(job: Job, population: Population, head: int, progress: Progress | None) -> RankedBackbone:
     task = task_named(job.task.name)
-    learner = Learner.of(job, task, task.merge_info(population.roll(job).data_info), progress)
+    learner = Learner.of(job, task, task.merge_info(population.roster(job).data_info), progress)
     encoder = learner.encoder
     sample, whole = sampled(population, learner, head), population.whole(learner)
     train, kept = whole.select(sample.train.tolist()), whole.select(sample.kept.tolist())

@@ -58,9 +58,9 @@ def precompute_features(
     different = {_features_of(job): job for job in jobs if job.tune.method == "head"}
     for job in different.values():
         population, task = population_of(job), task_named(job.task.name)
-        roll = population.roll(job)
-        roll.check(job)
-        cached_test_set(population, progress)(Learner.of(job, task, task.merge_info(roll.data_info)))
+        roster = population.roster(job)
+        roster.check(job)
+        cached_test_set(population, progress)(Learner.of(job, task, task.merge_info(roster.data_info)))
 
 
 def _features_of(job: Job) -> str:

@@ -84,9 +84,9 @@ def _costs(rows: Sequence[Row], unit: str) -> tuple[float, float, float, float]:
 
 def _spent(row: Row, unit: str) -> Composition:
     """The releases that a run was charged."""
-    terms = dp_plan_of(row.job, "client" if unit == "client" else "example")
-    assert terms is not None
-    return {terms.event: int(row.privacy["units"][unit]["releases"])}
+    dp_plan = dp_plan_of(row.job, "client" if unit == "client" else "example")
+    assert dp_plan is not None
+    return {dp_plan.event: int(row.privacy["units"][unit]["releases"])}
 
 
 def selection_words(pick: Pick) -> str:

@@ -39,14 +39,14 @@ def executor() -> None:
     def held(
         site: atoll.client.site.Site, job: Job, request: Request, names: Sequence[str]
     ) -> tuple[atoll.client.site.ChargedClients, list[Reply]]:
-        admitted = admit(site, job, request, names)
+        charged_clients = admit(site, job, request, names)
         files = [folder / f"{job.name}-{request.round}-{name}" for name in names]
         for file in files if request.kind != "evaluate" else ():
             if file.exists():
                 logger.info("held: %s", file.name)
             while file.exists():
                 time.sleep(0.01)
-        return admitted
+        return charged_clients
 
     atoll.client.site.Site.charge_privacy = held  # type: ignore[method-assign]
     answer_tasks()

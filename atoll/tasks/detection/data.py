@@ -58,19 +58,19 @@ def _fits(parts: Mapping[str, Any], where: str) -> None:
             raise DataError(f"{where}: box {box} outside the image, expected it within {width} x {height}")
 
 
-def _open(path: Path, journal: Diagnostics) -> dict[str, Rows] | None:
+def _open(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     """COCO or VOC, also under train/ and test/."""
     if not path.is_dir():
         is_coco = path.suffix.lower() == ".json" and path.is_file()
-        return {"train": _coco(path, path.parent, journal)} if is_coco else None
+        return {"train": _coco(path, path.parent, diagnostics)} if is_coco else None
     if (path / "data.jsonl").exists():
         return None
     if (found := _reader(path)) is not None:
-        return {"train": found(path, journal)}
+        return {"train": found(path, diagnostics)}
     splits = {split: _reader(path / split) for split in _SPLITS if (path / split).is_dir()}
     if splits.get("train") is None:
         return None
-    return {split: read(path / split, journal) for split, read in splits.items() if read is not None}
+    return {split: read(path / split, diagnostics) for split, read in splits.items() if read is not None}
 
 
 def _reader(base: Path) -> Callable[[Path, Diagnostics], Rows] | None:
@@ -81,7 +81,7 @@ def _reader(base: Path) -> Callable[[Path, Diagnostics], Rows] | None:
         names = ", ".join(shown(file.name) for file in files)
         raise DataError(f"{shown(base)}: annotations {names}, expected one file, or train/ and test/")
     if files:
-        return lambda folder, journal: _coco(files[0], folder, journal)
+        return lambda folder, diagnostics: _coco(files[0], folder, diagnostics)
     has_xml = (base / "Annotations").is_dir() or next(base.glob("*.xml"), None) is not None
     return _voc if has_xml else None
 
@@ -98,7 +98,7 @@ def _small_enough(path: Path) -> bytes:
     return data
 
 
-def _coco(file: Path, base: Path, journal: Diagnostics) -> Rows:
+def _coco(file: Path, base: Path, diagnostics: Diagnostics) -> Rows:
     """The images that the file lists, each with its boxes, which may be none."""
     try:
         written = json.loads(_small_enough(checked_file(file, base)))
@@ -115,19 +115,19 @@ def _coco(file: Path, base: Path, journal: Diagnostics) -> Rows:
         where = f"{shown(file)} annotation {number}"
         try:
             if one.get("iscrowd"):
-                journal.warning("crowds, which have no box of their own, are left out", where)
+                diagnostics.warning("crowds, which have no box of their own, are left out", where)
                 continue
             x, y, width, height = _numbers(one["bbox"], where)
             boxes[one["image_id"]].append([x, y, x + width, y + height])
             classes[one["image_id"]].append(names[one["category_id"]])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            journal.error(
+            diagnostics.error(
                 DataError(
                     f"{where}: {error}, expected image_id, category_id of the file's, bbox of 4 numbers"
                 )
             )
         except DataError as problem:
-            journal.error(problem)
+            diagnostics.error(problem)
     found = {image: _image_of(base, Path(name)) for image, name in images.items()}
     rows = [(found[image], boxes[image], classes[image]) for image in images]
     return _rows(base, rows, lambda row: shown(rows[row][0]))
@@ -139,17 +139,17 @@ def _image_of(base: Path, name: Path) -> Path:
     return next((place for place in places if place.exists()), places[0])
 
 
-def _voc(base: Path, journal: Diagnostics) -> Rows:
+def _voc(base: Path, diagnostics: Diagnostics) -> Rows:
     """Every XML file's image, with its boxes."""
     folder = base / "Annotations" if (base / "Annotations").is_dir() else base
     rows = []
-    for path in listing(folder, base, journal):
+    for path in listing(folder, base, diagnostics):
         if path.suffix.lower() != ".xml":
             continue
         try:
             rows.append(_voc_file(checked_file(path, base), base))
         except DataError as problem:
-            journal.error(problem)
+            diagnostics.error(problem)
     return _rows(base, rows, lambda row: shown(rows[row][0]))
 
 

@@ -79,30 +79,30 @@ class Detection(SchemaTask):
         present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
         return named(present, data, "classes", "class") | {"most": most}
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Pinned classes as they are, else the sorted union.
 
         Raises:
             ConfigError: there are no boxes at all.
         """
-        classes = agreed(facts, "classes")
+        classes = agreed(data_info, "classes")
         if not classes:
             raise ConfigError("object-detection needs boxes of at least one class, found none")
-        return {"classes": classes, "most": max(f["most"] for f in facts)}
+        return {"classes": classes, "most": max(f["most"] for f in data_info)}
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
-        index = {name: number for number, name in enumerate(facts["classes"])}
+        index = {name: number for number, name in enumerate(data_info["classes"])}
         rows = dataset.select_columns(["boxes", "classes"])[:]
-        most = max(1, facts["most"], *(len(rows["boxes"][row]) for row in order))
+        most = max(1, data_info["most"], *(len(rows["boxes"][row]) for row in order))
         targets = torch.full((len(order), most, 5), -1.0)
         for target, row in zip(targets, order, strict=True):
             width, height = picture_size(dataset[row]["image"])
             scale = torch.tensor([self.size / width, self.size / height] * 2)
             for place, (box, name) in enumerate(zip(rows["boxes"][row], rows["classes"][row], strict=True)):
                 if name not in index:
-                    raise DataError(f"class {name!r} is not one of the run's classes {facts['classes']}")
+                    raise DataError(f"class {name!r} is not one of the run's classes {data_info['classes']}")
                 target[place, :4] = (torch.tensor(box) * scale).clamp(0, self.size)
                 target[place, 4] = index[name]
         inputs = LazyRows(LazyColumn(dataset, "image", image_bytes), tuple(order))
@@ -112,31 +112,31 @@ class Detection(SchemaTask):
         """The bytes of an image file."""
         return read_image_input(given)
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
-        return load_detector(backbone, job, facts["classes"])
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
+        return load_detector(backbone, job, data_info["classes"])
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the detector's losses, of which each is a mean already."""
         return outputs.sum()
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.detection.metrics import BoxAveragePrecision
 
-        count = len(facts["classes"])
+        count = len(data_info["classes"])
         return MetricCollection(
             {"map": BoxAveragePrecision(count), "map50": BoxAveragePrecision(count, thresholds=(0.5,))},
             compute_groups=False,
         )
 
-    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """Boxes with a score of at least a half, as parts of the picture's width and height."""
         rows = []
         for one in predictions:
             found = [
                 {
-                    "class": facts["classes"][int(label)],
+                    "class": data_info["classes"][int(label)],
                     "score": round(float(score), 4),
                     "box": [round(side / self.size, 4) for side in box.tolist()],
                 }

@@ -180,9 +180,9 @@ def last_window(path: Path, options: ForecastOptions) -> dict[str, Any]:
         SchemaField(r.name, _number_or_none, r.kind, r.usual) if r.name == "value" else r
         for r in dated(options).roles
     ]
-    journal = Diagnostics()
-    found = Schema(tuple(roles)).gather(path, DataSection(source=str(path)), journal)
-    journal.close()
+    diagnostics = Diagnostics()
+    found = Schema(tuple(roles)).gather(path, DataSection(source=str(path)), diagnostics)
+    diagnostics.close()
     table = found["train"].sort_by("date")
     if "series" in table.column_names and len(set(table.column("series").to_pylist())) > 1:
         raise DataError(f"{path}: several series, expected one")

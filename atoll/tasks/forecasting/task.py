@@ -68,29 +68,29 @@ class Forecasting(Task):
         refuse_augment(job)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        journal = Diagnostics()
-        return WINDOWS.table_of(source, self._gathered(source, data, options, journal), journal)
+        diagnostics = Diagnostics()
+        return WINDOWS.table_of(source, self._gathered(source, data, options, diagnostics), diagnostics)
 
     def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        journal = Diagnostics()
+        diagnostics = Diagnostics()
         try:
-            splits = self._gathered(source, data, options, journal)
+            splits = self._gathered(source, data, options, diagnostics)
         except DataError as problem:
-            if not journal.problems:
+            if not diagnostics.problems:
                 raise
             splits = {}
-            journal.error(problem)
-        return WINDOWS.findings_of(source, splits, journal)
+            diagnostics.error(problem)
+        return WINDOWS.findings_of(source, splits, diagnostics)
 
     def _gathered(
-        self, source: Path, data: DataSection, given: Options, journal: Diagnostics
+        self, source: Path, data: DataSection, given: Options, diagnostics: Diagnostics
     ) -> dict[str, pa.Table]:
         """Windows, as they are there or cut out of dated rows."""
         options = options_of(given, ForecastOptions)
         if WINDOWS.has(source, "history", "future"):
-            return WINDOWS.gather(source, data, journal)
-        steps = dated(options).gather(source, data, journal)
-        journal.close()
+            return WINDOWS.gather(source, data, diagnostics)
+        steps = dated(options).gather(source, data, diagnostics)
+        diagnostics.close()
         fraction = 0.0 if "test" in steps or data.test is not None else data.test_fraction
         made = windows_of(steps["train"], options, fraction, shown(source))
         if "test" in steps:
@@ -114,10 +114,10 @@ class Forecasting(Task):
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         return {}
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         rows = dataset.select_columns(["first", "last", "history", "future", "observed", "known"])[:]
@@ -149,7 +149,7 @@ class Forecasting(Task):
         """
         return last_window(Path(given), self.options)
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         return load_forecaster(backbone, job, options_of(job.task.options, ForecastOptions))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ class Forecasting(Task):
         above = (values.unsqueeze(2) - outputs) / scale.view(-1, 1, 1)
         return torch.maximum(levels * above, (levels - 1) * above).mean()
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.forecasting.metrics import (
@@ -181,7 +181,7 @@ class Forecasting(Task):
             compute_groups=False,
         )
 
-    def naive_baselines(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
+    def naive_baselines(self, shard: Shard, data_info: DataInfo) -> dict[str, Any]:
         """The last value once more, and the last season once more."""
         horizon, season = self.options.horizon, self.options.season
         history = torch.tensor([window["history"] for window in shard.inputs], dtype=torch.float64)
@@ -191,7 +191,7 @@ class Forecasting(Task):
         count = len(self.options.quantiles)
         return {name: values.unsqueeze(2).expand(-1, -1, count) for name, values in found.items()}
 
-    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """The middle forecast of every step, and all quantiles."""
         middle = len(self.options.quantiles) // 2
         names = [str(level) for level in self.options.quantiles]

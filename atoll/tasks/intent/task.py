@@ -76,8 +76,8 @@ def _tags(cell: Any, where: str) -> str:
 class _Sentences(Schema):
     """Rows whose tags fit their words."""
 
-    def canonical(self, rows: Rows, data: DataSection, journal: Diagnostics) -> pa.Table:
-        table = _without(super().canonical(rows, data, journal), "audio")
+    def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
+        table = _without(super().canonical(rows, data, diagnostics), "audio")
         if "slots" not in table.column_names:
             return table
         kept = []
@@ -88,7 +88,7 @@ class _Sentences(Schema):
                 kept.append(place)
             else:
                 told = f"{shown(repr(text[:40]))}: {count} slot tags for {words} words, expected one a word"
-                journal.error(DataError(f"{shown(rows.folder)}: {told}"))
+                diagnostics.error(DataError(f"{shown(rows.folder)}: {told}"))
         return table.take(pa.array(kept, pa.int64()))
 
 
@@ -107,8 +107,8 @@ SENTENCES = _Sentences((_TEXT, _INTENT, _SLOTS), count_by="intent")
 class _Recordings(Schema):
     """Rows of recordings; words beside them aren't learnt from."""
 
-    def canonical(self, rows: Rows, data: DataSection, journal: Diagnostics) -> pa.Table:
-        return _without(super().canonical(rows, data, journal), "text", "slots")
+    def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
+        return _without(super().canonical(rows, data, diagnostics), "text", "slots")
 
 
 def _records(options: IntentOptions) -> Schema:
@@ -184,25 +184,25 @@ class Intent(SchemaTask):
         tags = sorted({tag for row in slots for tag in row.split()} | {OUTSIDE})
         return named(present, data, "intents", "intent") | {"tags": tags}
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Pinned intents as they are, else the sorted union; the sorted union of tags."""
-        intents = agreed(facts, "intents")
+        intents = agreed(data_info, "intents")
         if len(intents) < 2:
             raise ConfigError(f"intent needs at least two intents, found {intents}")
-        return {"intents": intents, "tags": sorted({tag for f in facts for tag in f["tags"]})}
+        return {"intents": intents, "tags": sorted({tag for f in data_info for tag in f["tags"]})}
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         heard = self.options.is_heard
         words = [[]] * len(order) if heard else [text.split() for text in dataset["text"][:]]
         slots = dataset["slots"][:] if "slots" in dataset.column_names else [""] * len(words)
-        intents, tags = ({name: n for n, name in enumerate(facts[key])} for key in ("intents", "tags"))
+        intents, tags = ({name: n for n, name in enumerate(data_info[key])} for key in ("intents", "tags"))
         given = dataset["intent"][:]
         targets = torch.full((len(order), 1 + max(map(len, words), default=0)), NOTHING)
         for row, place in zip(targets, order, strict=True):
             if given[place] not in intents:
-                raise DataError(f"intent {given[place]!r} is not one of the run's {facts['intents']}")
+                raise DataError(f"intent {given[place]!r} is not one of the run's {data_info['intents']}")
             found = [tags.get(tag, NOTHING) for tag in slots[place].split()]
             row[0] = intents[given[place]]
             row[1 : 1 + len(found)] = torch.tensor(found, dtype=torch.int64)
@@ -215,10 +215,10 @@ class Intent(SchemaTask):
             return read_audio_input(given, self.options.max_seconds)
         return read_text_input(given).split()
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         if self.options.is_heard:
-            return load_spoken_model(backbone, job, len(facts["intents"]), self.options.max_seconds)
-        return load_command_model(backbone, job, len(facts["intents"]), len(facts["tags"]))
+            return load_spoken_model(backbone, job, len(data_info["intents"]), self.options.max_seconds)
+        return load_command_model(backbone, job, len(data_info["intents"]), len(data_info["tags"]))
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         fitting = targets[:, : outputs.shape[1]]
@@ -227,14 +227,14 @@ class Intent(SchemaTask):
             return intent
         return intent + surprise(outputs[:, 1:], fitting[:, 1:])
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import Metric, MetricCollection
 
         from atoll.tasks.intent.metrics import CommandSlotF1, IntentAccuracy
 
         found: dict[str, Metric | MetricCollection] = {"intent_accuracy": IntentAccuracy()}
         if not self.options.is_heard:
-            found["slot_f1"] = CommandSlotF1(facts["tags"])
+            found["slot_f1"] = CommandSlotF1(data_info["tags"])
         return MetricCollection(found, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
@@ -243,15 +243,15 @@ class Intent(SchemaTask):
         found = nn.utils.rnn.pad_sequence(best, batch_first=True)
         return found, targets[:, : found.shape[1]]
 
-    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """The intent, its probability, and, unless it was heard, a tag for each word."""
         rows: list[dict[str, Any]] = []
         for scores in (one.cpu() for one in predictions):
-            chances = torch.softmax(scores[0, : len(facts["intents"])], dim=0)
+            chances = torch.softmax(scores[0, : len(data_info["intents"])], dim=0)
             best = int(chances.argmax())
-            said = {"label": facts["intents"][best], "probability": round(float(chances[best]), 4)}
+            said = {"label": data_info["intents"][best], "probability": round(float(chances[best]), 4)}
             if not self.options.is_heard:
-                tags = [facts["tags"][int(number)] for number in scores[1:].argmax(1)]
+                tags = [data_info["tags"][int(number)] for number in scores[1:].argmax(1)]
                 said["slots"] = " ".join(tags)
             rows.append(said)
         return rows

@@ -113,9 +113,9 @@ def read_scan_input(given: str) -> bytes:
         return as_picture(file.read(MAX_IMAGE_BYTES + 1), shown(given))
 
 
-def _class_folders(path: Path, journal: Diagnostics) -> dict[str, Rows] | None:
+def _class_folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     """A folder for each class, also under train/ and test/."""
-    return open_shard(path, image_classes, journal) if path.is_dir() else None
+    return open_shard(path, image_classes, diagnostics) if path.is_dir() else None
 
 
 SCANS = Schema(

@@ -47,9 +47,9 @@ class Medical(SchemaTask, Classification):
     def groups(self, dataset: Dataset) -> list[str] | None:
         return list(dataset["patient"][:]) if "patient" in dataset.column_names else None
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
-        plain = super().shard(dataset, facts, keys)
+        plain = super().shard(dataset, data_info, keys)
         patients = self.groups(dataset)
         groups = tuple(patients[row] for row in canonical_order(keys)) if patients else ()
         return Shard(plain.inputs, plain.targets, plain.keys, groups)
@@ -71,7 +71,7 @@ class Medical(SchemaTask, Classification):
         """An image file's picture, DICOM too."""
         return read_scan_input(given)
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
         from torchmetrics.classification import (
             BinaryAccuracy,
@@ -82,7 +82,7 @@ class Medical(SchemaTask, Classification):
 
         from atoll.tasks.medical.metrics import BinnedCalibrationError, SensitivityAtSpecificity
 
-        count = len(facts["classes"])
+        count = len(data_info["classes"])
         if count == 2:
             metrics = {
                 "auroc": BinaryAUROC(thresholds=THRESHOLDS),

@@ -82,10 +82,10 @@ class QuestionAnswering(SchemaTask):
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         return {}
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         questions, answers = dataset["question"][:], dataset["answer"][:]
@@ -114,14 +114,14 @@ class QuestionAnswering(SchemaTask):
         text = read_text_input(given)
         return text if text.startswith("question: ") else prompt(text, "")
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         options = options_of(job.task.options, AnswerOptions)
         return load_answerer(backbone, job, answer_tokenizer(backbone), options.max_answer_tokens)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return surprise(outputs, targets[:, : outputs.shape[1]])
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.question_answering.metrics import ExactMatch, TokenF1
@@ -133,7 +133,7 @@ class QuestionAnswering(SchemaTask):
         texts = targets[:, self.options.max_answer_tokens :].tolist()
         return predictions, [bytes(b for b in text if b >= 0).decode() for text in texts]
 
-    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]
 
 

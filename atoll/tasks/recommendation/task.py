@@ -62,22 +62,22 @@ class Recommendation(Task):
         check_pinned(job, "items")
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        journal = Diagnostics()
-        return HISTORIES.table_of(source, self._gathered(source, data, options, journal), journal)
+        diagnostics = Diagnostics()
+        return HISTORIES.table_of(source, self._gathered(source, data, options, diagnostics), diagnostics)
 
     def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        journal = Diagnostics()
-        return HISTORIES.findings_of(source, self._gathered(source, data, options, journal), journal)
+        diagnostics = Diagnostics()
+        return HISTORIES.findings_of(source, self._gathered(source, data, options, diagnostics), diagnostics)
 
     def _gathered(
-        self, source: Path, data: DataSection, given: Options, journal: Diagnostics
+        self, source: Path, data: DataSection, given: Options, diagnostics: Diagnostics
     ) -> dict[str, pa.Table]:
         """Histories, as they are there or made of events; the last item of each is held out for the test."""
         length = options_of(given, RecommendOptions).length
         if HISTORIES.has(source, "user", "items"):
-            return HISTORIES.gather(source, data, journal)
-        events = EVENTS.gather(source, data, journal)
-        if journal.problems:
+            return HISTORIES.gather(source, data, diagnostics)
+        events = EVENTS.gather(source, data, diagnostics)
+        if diagnostics.problems:
             return {}
         if "test" in events:
             raise DataError(
@@ -109,23 +109,23 @@ class Recommendation(Task):
         pinned = list(data.classes)
         return {"items": pinned, "texts": [texts.get(name, "") for name in pinned], "pinned": True}
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Pinned items as they are, else the sorted union; an item's text is the first that is there."""
         texts: dict[str, str] = {}
-        for one in facts:
+        for one in data_info:
             for name, text in zip(one["items"], one["texts"], strict=True):
                 texts[name] = texts.get(name) or text
-        pinned = next((f["items"] for f in facts if f.get("pinned")), None)
+        pinned = next((f["items"] for f in data_info if f.get("pinned")), None)
         items = list(pinned) if pinned else sorted(texts)
         if len(items) < 2:
             raise ConfigError(f"recommendation needs at least two items, found {items}")
         return {"items": items, "texts": [texts[name] for name in items]}
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         histories = dataset["items"][:]
-        index = {name: number for number, name in enumerate(facts["items"])}
+        index = {name: number for number, name in enumerate(data_info["items"])}
         length = self.options.length
         targets = torch.full((len(order), length), NOTHING, dtype=torch.int64)
         for row, place in zip(targets, order, strict=True):
@@ -146,8 +146,8 @@ class Recommendation(Task):
             raise DataError(f"input {given!r}: expected items with commas between them, oldest first")
         return items
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
-        return load_recommender(backbone, job, self.options, facts["items"], facts["texts"])
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
+        return load_recommender(backbone, job, self.options, data_info["items"], data_info["texts"])
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the next item at every place but the last, the mean over a history's places."""
@@ -157,7 +157,7 @@ class Recommendation(Task):
         """Cross-entropy of the last item."""
         return surprise(outputs[:, -1:], targets[:, -1:])
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.recommendation.metrics import HitRate, Ndcg
@@ -173,9 +173,9 @@ class Recommendation(Task):
         ranks = better + torch.div(equal, 2, rounding_mode="floor")
         return (torch.where(last == UNKNOWN, predictions.shape[1], ranks).cpu(),)
 
-    def naive_baselines(self, shard: Shard, facts: DataInfo) -> dict[str, Any]:
+    def naive_baselines(self, shard: Shard, data_info: DataInfo) -> dict[str, Any]:
         """What is in most histories, for everybody."""
-        index = {name: number for number, name in enumerate(facts["items"])}
+        index = {name: number for number, name in enumerate(data_info["items"])}
         counts = torch.zeros(len(index))
         known = [[index[item] for item in history if item in index] for history in shard.inputs]
         for history in known:
@@ -186,12 +186,12 @@ class Recommendation(Task):
                 row[history] = float("-inf")
         return {"most_popular": scores}
 
-    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """The best items, and their share of the softmax."""
         rows = []
         for scores in torch.softmax(predictions, dim=1):
             best = torch.topk(scores, min(self.options.top, len(scores)))
-            names = [facts["items"][place] for place in best.indices.tolist()]
+            names = [data_info["items"][place] for place in best.indices.tolist()]
             shares = [round(float(share), 4) for share in best.values]
             rows.append({"label": ", ".join(names), "items": dict(zip(names, shares, strict=True))})
         return rows

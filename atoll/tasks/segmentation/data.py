@@ -54,24 +54,24 @@ def _same_size(parts: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _folders(path: Path, journal: Diagnostics) -> dict[str, Rows] | None:
+def _folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     """`images/` and `masks/`, also under train/ and test/."""
     if _has_both(path):
-        return {"train": _paired(path, path, journal)}
+        return {"train": _paired(path, path, diagnostics)}
     found = {split: path / split for split in _SPLITS if _has_both(path / split)}
-    return {s: _paired(path, base, journal) for s, base in found.items()} if "train" in found else None
+    return {s: _paired(path, base, diagnostics) for s, base in found.items()} if "train" in found else None
 
 
 def _has_both(base: Path) -> bool:
     return (base / "images").is_dir() and (base / "masks").is_dir()
 
 
-def _paired(root: Path, base: Path, journal: Diagnostics) -> Rows:
-    images, masks = (_by_stem(base / name, root, journal) for name in ("images", "masks"))
+def _paired(root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
+    images, masks = (_by_stem(base / name, root, diagnostics) for name in ("images", "masks"))
     for stem in sorted(set(images) ^ set(masks)):
         has, lacks = ("image", "mask") if stem in images else ("mask", "image")
         lone = images.get(stem) or masks[stem]
-        journal.error(
+        diagnostics.error(
             DataError(f"{shown(lone)}: {has} without {lacks}, expected {base.name}/{lacks}s/{stem}.*")
         )
     stems = sorted(set(images) & set(masks))
@@ -84,16 +84,16 @@ def _paired(root: Path, base: Path, journal: Diagnostics) -> Rows:
     )
 
 
-def _by_stem(folder: Path, root: Path, journal: Diagnostics) -> dict[str, Path]:
+def _by_stem(folder: Path, root: Path, diagnostics: Diagnostics) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in listing(folder, root, journal):
+    for path in listing(folder, root, diagnostics):
         try:
             checked_file(path, root)
             if path.stem in found:
                 raise DataError(f"{shown(path)}: a second file called {shown(path.stem)}, expected one")
             found[path.stem] = path
         except DataError as problem:
-            journal.error(problem)
+            diagnostics.error(problem)
     return found
 
 

@@ -122,28 +122,30 @@ class Segmentation(SchemaTask):
             )
         return {"classes": list(named)}
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Named classes as they are, else numbers up to the highest that anybody has.
 
         Raises:
             ConfigError: there are fewer than two classes.
         """
-        named = next((f["classes"] for f in facts if "classes" in f), None)
-        classes = named or [str(c) for c in range(1 + max((f["highest"] for f in facts), default=-1))]
+        named = next((f["classes"] for f in data_info if "classes" in f), None)
+        classes = named or [str(c) for c in range(1 + max((f["highest"] for f in data_info), default=-1))]
         if len(classes) < 2:
             raise ConfigError(f"segmentation needs at least two classes of pixels, found {classes}")
         return {"classes": classes}
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = tuple(canonical_order(keys))
-        count = len(facts["classes"])
+        count = len(data_info["classes"])
 
         def target(row: int) -> torch.Tensor:
             mask = read_mask(file_bytes(dataset[row]["mask"], "mask"), "mask")
             known = mask[mask != IGNORED]
             if known.size and int(known.max()) >= count:
-                raise DataError(f"a mask has class {int(known.max())}, expected one of {facts['classes']}")
+                raise DataError(
+                    f"a mask has class {int(known.max())}, expected one of {data_info['classes']}"
+                )
             return torch.from_numpy(_resized(mask, self.size)).to(torch.int64)
 
         inputs = LazyRows(LazyColumn(dataset, "image", _image), order)
@@ -153,7 +155,7 @@ class Segmentation(SchemaTask):
         """The bytes of an image file."""
         return read_image_input(given)
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         """The network in eval mode, with a last layer for these classes, and no auxiliary one.
 
         Raises:
@@ -161,10 +163,10 @@ class Segmentation(SchemaTask):
         """
         size = size_of(job)
         if backbone.kind == "hf":
-            segformer, mean, std = load_segformer(backbone, len(facts["classes"]), job.seed)
+            segformer, mean, std = load_segformer(backbone, len(data_info["classes"]), job.seed)
             return Segmenter(PictureEncoder(segformer, size, mean, std), segformer.decode_head)
         with global_stream(job.seed, "init", "backbone"):
-            network = _made(backbone, job, len(facts["classes"])).eval()
+            network = _made(backbone, job, len(data_info["classes"])).eval()
         if backbone.weights is None:
             calibrate_batch_norm(network, size, job.seed)
         else:
@@ -178,12 +180,12 @@ class Segmentation(SchemaTask):
         labelled = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
         return (each.flatten(1).sum(1) / labelled).mean()
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
         from atoll.tasks.segmentation.metrics import Dice, MeanIoU
 
-        count = len(facts["classes"])
+        count = len(data_info["classes"])
         return MetricCollection({"mean_iou": MeanIoU(count), "dice": Dice(count)}, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
@@ -191,13 +193,13 @@ class Segmentation(SchemaTask):
         labelled = targets != IGNORED
         return predictions.cpu()[labelled], targets[labelled]
 
-    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """The classes that are there, the largest first, and the share of pixels of each."""
         rows = []
         for mask in predictions:
-            counts = torch.bincount(mask.flatten().cpu(), minlength=len(facts["classes"]))
+            counts = torch.bincount(mask.flatten().cpu(), minlength=len(data_info["classes"]))
             shares = {
-                facts["classes"][c]: round(float(counts[c]) / mask.numel(), 4)
+                data_info["classes"][c]: round(float(counts[c]) / mask.numel(), 4)
                 for c in counts.argsort(descending=True).tolist()
                 if counts[c]
             }

@@ -129,10 +129,10 @@ class SpeechRecognition(SchemaTask):
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
-    def merge_info(self, facts: Sequence[DataInfo]) -> DataInfo:
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         return {}
 
-    def shard(self, dataset: Dataset, facts: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         transcripts = dataset["transcript"][:]
@@ -143,7 +143,7 @@ class SpeechRecognition(SchemaTask):
         """The bytes of a WAV or FLAC file."""
         return read_audio_input(given, self.options.max_seconds)
 
-    def network(self, backbone: Backbone, job: Job, facts: DataInfo) -> Model:
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         options = options_of(job.task.options, SpeechOptions)
         return load_recogniser(backbone, job, letters_of(backbone), options.max_seconds)
 
@@ -159,7 +159,7 @@ class SpeechRecognition(SchemaTask):
         )
         return (each / lengths.clamp_min(1).to(each)).mean()
 
-    def metrics(self, facts: DataInfo) -> MetricCollection:
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
         from torchmetrics.text import CharErrorRate, WordErrorRate
 
@@ -169,7 +169,7 @@ class SpeechRecognition(SchemaTask):
         """What was heard, and what was said."""
         return predictions, from_code_points(targets)
 
-    def format_predictions(self, predictions: Any, facts: DataInfo) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]
 
 
