@@ -89,7 +89,7 @@ class SetAsideSection:
 class CostSection:
     """Traffic, time and memory, and the seconds of each round."""
 
-    data_info: Facts
+    lines: Facts
     plots: tuple[Markup, ...]
 
 
@@ -248,7 +248,7 @@ def _cost(result: dict[str, Any]) -> CostSection:
     seconds = series(result["rounds"], "seconds", of_round=True)
     ordered = sorted(value for _, value in seconds)
     trained = result["clients_trained"]
-    data_info = [
+    lines = [
         ("up to the server", size(result["bytes_up"])),
         ("down to the clients", size(result["bytes_down"])),
         ("one client's update", size(result["bytes_up"] / trained) if trained else "none was merged"),
@@ -260,9 +260,9 @@ def _cost(result: dict[str, Any]) -> CostSection:
     ]
     plots = [seconds_plot("seconds", "Seconds of each round", seconds)] if seconds else []
     if result.get("simulated_seconds"):
-        data_info += simulated_facts(result)
+        lines += simulated_facts(result)
         plots.append(seconds_plot("simulated", "Simulated seconds of each round", simulated_rounds(result)))
-    return CostSection(tuple(data_info), tuple(plots))
+    return CostSection(tuple(lines), tuple(plots))
 
 
 def _origin(folder: Path, result: dict[str, Any]) -> OriginSection:
@@ -283,13 +283,13 @@ def _origin(folder: Path, result: dict[str, Any]) -> OriginSection:
 
 def _machine(machine: dict[str, Any]) -> Facts:
     """What is recorded of the machine, the versions of packages among it."""
-    data_info: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
     for name, value in machine.items():
         if isinstance(value, dict):
-            data_info += [(package, str(version)) for package, version in value.items()]
+            lines += [(package, str(version)) for package, version in value.items()]
         else:
-            data_info.append((name.replace("_", " "), str(value)))
-    return tuple(data_info)
+            lines.append((name.replace("_", " "), str(value)))
+    return tuple(lines)
 
 
 def _job_text(folder: Path) -> str:

@@ -115,7 +115,7 @@ class Task(Protocol):
         raise TypeError(f"{self.name} has no head of its own, but a network")
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
-        """The whole model, where the task uses no pooled features; its first values come from the job's seed."""
+        """The whole model, where there are no pooled features; its first values come from the job's seed."""
         raise TypeError(f"{self.name} has a head on an encoder, and no network of its own")
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
