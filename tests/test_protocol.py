@@ -14,16 +14,14 @@ from atoll.protocol.messages import (
     Failure,
     Hello,
     Measurement,
-    Request,
     Update,
     decode_reply,
-    decode_request,
     encode_reply,
-    encode_request,
     hello_from_json,
     hello_to_json,
 )
 from atoll.protocol.random_streams import global_stream, stream, stream_seed
+from atoll.protocol.requests import TrainRequest, decode_request, encode_request
 from atoll.protocol.tensors import from_bytes, tensors_sha256, to_bytes
 
 
@@ -97,7 +95,7 @@ def test_a_reply_survives_the_wire(reply: Update | Measurement | Failure) -> Non
 
 
 def test_a_request_and_a_hello_survive_the_wire() -> None:
-    request = Request("train", "{}", "ab", 2, {"classes": ["x"]}, {"w": torch.ones(2)}, {"proximal_mu": 0.1})
+    request = TrainRequest("{}", "ab", 2, {"classes": ["x"]}, {"w": torch.ones(2)}, plan={"proximal_mu": 0.1})
     assert encode_request(decode_request(*encode_request(request))) == encode_request(request)
     hello = Hello("c", {"classes": ["x"]}, 4)
     assert hello_from_json(hello_to_json(hello)) == hello
@@ -107,17 +105,17 @@ def test_a_request_and_a_hello_survive_the_wire() -> None:
     ("head", "body", "pattern"),
     [
         ("{", b"", "malformed message head"),
-        ("[]", b"", "message version: expected 1"),
-        ('{"version": 2, "kind": "Update"}', b"", "expected 1, found 2"),  # row 65
-        ('{"version": 1, "kind": "Pickle"}', to_bytes({}), "unknown kind"),
-        ('{"version": 1, "kind": "Update"}', to_bytes({}), "malformed Update"),
-        ('{"version": 1, "kind": "Failure"}', b"\x80\x04cos\nsystem", "not a safetensors message"),  # row 61
+        ("[]", b"", "message version: expected 2"),
+        ('{"version": 1, "kind": "Update"}', b"", "expected 2, found 1"),  # row 65
+        ('{"version": 2, "kind": "Pickle"}', to_bytes({}), "unknown kind"),
+        ('{"version": 2, "kind": "Update"}', to_bytes({}), "malformed Update"),
+        ('{"version": 2, "kind": "Failure"}', b"\x80\x04cos\nsystem", "not a safetensors message"),  # row 61
         (
-            '{"version": 1, "kind": "Failure"}',
+            '{"version": 2, "kind": "Failure"}',
             struct.pack("<Q", 2**60),
             "not a safetensors message",
         ),  # row 54
-        ('{"version": 1, "kind": "Failure"}', b"", "not a safetensors message"),
+        ('{"version": 2, "kind": "Failure"}', b"", "not a safetensors message"),
     ],
 )
 def test_a_malformed_message_is_one_typed_error(head: str, body: bytes, pattern: str) -> None:
