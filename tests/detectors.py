@@ -22,8 +22,8 @@ from atoll.protocol.tensors import Tensors
 
 Vector = NDArray[np.float64]
 
-SILENT_WORD = 1 << 63
-"""A random word that makes no noise: the quantile of one half."""
+SILENT_WORD = 0
+"""A random word that makes no noise: it proposes 0, and accepts it."""
 SLACK = 1e-4
 """Relative, for what float32 rounds."""
 

@@ -20,7 +20,7 @@ from atoll.client.heads.train import train_heads as train_stacked
 from atoll.client.training.batches import batches
 from atoll.client.training.optimizers import torch_optimizer
 from atoll.job.job import Job
-from atoll.privacy.noise import RandomBits, seeded, standard_normal, uniform
+from atoll.privacy.noise import RandomBits, lattice_for, seeded, uniform
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
@@ -226,7 +226,8 @@ def test_noise_has_its_scale_in_every_number_and_comes_from_the_client() -> None
     # 2.0 * 0.3 / 8 = 0.075, over 200 clients x 410 numbers.
     assert float(noise.std()) == pytest.approx(0.075, rel=4 / (2 * 82_000) ** 0.5)
     assert abs(float(noise.mean())) < 4 * 0.075 / 82_000**0.5
-    expected = -0.075 * torch.from_numpy(standard_normal(own_words("c3")(410)))
+    lattice = lattice_for(2.0, 0.3 / 8, 410, own_words("c3"))
+    expected = -torch.from_numpy(lattice.noise(410))
     torch.testing.assert_close(noise[3].double(), expected, rtol=1e-3, atol=1e-5)
 
 

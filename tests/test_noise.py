@@ -4,17 +4,17 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from atoll.client.training.batches import random_numbers
-from atoll.privacy.noise import Lattice, entropy, standard_normal
+from atoll.privacy import accounting
+from atoll.privacy.accounting import DISCRETE_PART, Release
+from atoll.privacy.discrete_accounting import discrete_excess
+from atoll.privacy.noise import FINENESS, Lattice, entropy, lattice_for, seeded
 
 
-def seeded(count: int) -> np.ndarray:
-    return random_numbers(np.array([7], dtype=np.uint64), count)[0]
-
-
-@pytest.mark.parametrize("words", [entropy, seeded], ids=["entropy", "seed"])
+@pytest.mark.parametrize("words", [entropy, seeded(7)], ids=["entropy", "seed"])
 def test_noise_is_gaussian_with_its_deviation_to_half_a_percent(words) -> None:  # type: ignore[no-untyped-def]
     noise = Lattice(0.3, words).noise(1_000_000)
     assert float(noise.std()) == pytest.approx(0.3, rel=0.005)
@@ -26,18 +26,18 @@ def test_noise_is_gaussian_with_its_deviation_to_half_a_percent(words) -> None: 
 
 
 def test_tails_are_as_long_as_they_must_be() -> None:
-    beyond = float((np.abs(standard_normal(seeded(2_000_000))) > 4).mean())
+    beyond = float((np.abs(Lattice(1.0, seeded(7)).noise(2_000_000)) > 4).mean())
     assert beyond == pytest.approx(6.334e-5, rel=4 / math.sqrt(2e6 * 6.3e-5))
 
 
 def test_values_and_noise_lie_on_one_lattice_and_their_sum_is_exact() -> None:
-    lattice = Lattice(1.7, seeded)
+    lattice = Lattice(1.7, seeded(7))
     step = lattice.granularity
     assert math.log2(step) == int(math.log2(step)) and 2**28 <= 1.7 / step < 2**29
     values = np.random.default_rng(0).normal(size=1000) * 50
     noisy = lattice.added(values)
     assert (np.rint(noisy / step) * step == noisy).all()
-    assert (noisy - lattice.noise(1000) == np.rint(values / step) * step).all()
+    assert (noisy - Lattice(1.7, seeded(7)).noise(1000) == np.rint(values / step) * step).all()
     assert np.linalg.norm(np.rint(values / step) * step - values) <= lattice.rounding(1000)
 
 
@@ -57,3 +57,21 @@ def test_entropy_never_comes_twice() -> None:
 def test_noise_of_no_deviation_cannot_be_made(deviation: float) -> None:
     with pytest.raises(ValueError, match="deviation must be finite and > 0"):
         Lattice(deviation, entropy)
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6), st.integers(1, 10**8), st.integers(1, 10**5))
+def test_discrete_noise_costs_no_more_than_the_accountant_says(
+    multiplier: float, sensitivity: float, numbers: int, shares: int
+) -> None:
+    """Its grid is so fine that what is counted of its deviation is enough, alone and in shares."""
+    lattice = lattice_for(multiplier, sensitivity, numbers, entropy)
+    excess = discrete_excess(lattice.variance, 10**12, shares)
+    assert excess.noise_factor >= DISCRETE_PART and 2 * excess.slack < 1e-29
+    assert lattice.variance >= 4**FINENESS
+
+
+def test_the_accountant_counts_a_little_less_than_the_noise() -> None:
+    """So little that no figure shows it, and none is below the truth."""
+    assert DISCRETE_PART < 1
+    event = accounting._event(Release(1.0, 1.0))
+    assert event.noise_multiplier == DISCRETE_PART

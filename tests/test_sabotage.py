@@ -148,7 +148,7 @@ def noised_by(factor: Callable[[Any, Any], float]) -> Plant:
         def release(self: Any, updates: Any, model: Any) -> Any:
             mean, told = original(self, updates, model)
             quiet, _ = original(
-                dataclasses.replace(self, words=w.silent, record=lambda cost: None), updates, model
+                dataclasses.replace(self, random_bits=w.silent, record=lambda cost: None), updates, model
             )
             by = factor(self, updates)
             return {n: quiet[n] + (mean[n] - quiet[n]) * by for n in mean}, told
@@ -158,8 +158,10 @@ def noised_by(factor: Callable[[Any, Any], float]) -> Plant:
     return wrapped(atoll.privacy.central.CentralGaussian, "release", make)
 
 
-def uniform_noise(words: Any) -> Any:
-    return (atoll.privacy.noise.uniform(words) - 0.5) * math.sqrt(12)
+def uniform_noise(lattice: Any, count: int) -> Any:
+    """Of the right deviation, but without tails."""
+    steps = math.sqrt(12 * lattice.variance)
+    return np.rint((atoll.privacy.noise.uniform(lattice.random_bits(count)) - 0.5) * steps).astype(np.int64)
 
 
 CLIENT_NOISE: dict[str, Plant] = {
@@ -169,7 +171,9 @@ CLIENT_NOISE: dict[str, Plant] = {
     "noise nine tenths as large": noised_by(lambda m, updates: 0.9),
     "noise in units of one and not of the norm": noised_by(lambda m, updates: 1 / m.clipping_norm),
     "noise divided twice": noised_by(lambda m, updates: 1 / m.expected_cohort),
-    "noise without tails": wrapped(atoll.privacy.noise, "standard_normal", lambda original: uniform_noise),
+    "noise without tails": wrapped(
+        atoll.privacy.noise.Lattice, "whole_noise", lambda original: uniform_noise
+    ),
     "no noise at all": wrapped(
         atoll.privacy.noise.Lattice, "noise", lambda original: lambda self, count: np.zeros(count)
     ),
@@ -253,7 +257,7 @@ def charged_as_poisson(original: Any) -> Any:
         rate = (job.federation.cohort or job.federation.clients) / job.federation.clients
         if dp_plan is None or job.federation.cohort_rate is not None:
             return dp_plan
-        return dataclasses.replace(dp_plan, cost=Release(dp_plan.noise_multiplier, rate))
+        return dataclasses.replace(dp_plan, event=Release(dp_plan.noise_multiplier, rate))
 
     return dp_plan_of
 

@@ -337,7 +337,7 @@ def what_the_server_tells_is_silent() -> None:
     """An update that isn't finite, or is huge, is screened, logged and counted like any other."""
     setting = job(clients())
     state = SimpleNamespace(
-        round=1, bytes_up=0, bytes_down=0, tensors=MODEL, log=[], learner=SimpleNamespace(own={})
+        round=1, bytes_up=0, bytes_down=0, tensors=MODEL, log=[], learner=SimpleNamespace(client_tensors={})
     )
     setup = SimpleNamespace(job=setting, test=None, population=["c0", "c1", "c2"])
     run = Run(cast(Any, setup), cast(Any, state))
@@ -400,7 +400,7 @@ def a_model(layers: nn.Module) -> Any:
         task=SimpleNamespace(loss=nn.functional.cross_entropy),
         training_loss=lambda shard: nn.functional.cross_entropy,
         backbone=SimpleNamespace(name="small"),
-        batch=lambda shard, rows, varied=None: {"x": shard.table[rows]},
+        collate=lambda shard, rows, varied=None: {"x": shard.table[rows]},
     )  # fmt: skip
 
 

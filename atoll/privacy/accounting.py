@@ -27,6 +27,11 @@ UNREACHABLE = 1e4
 """Epsilon above which a guarantee says nothing and is reported as infinite."""
 PRECISION = 1.001
 """Of a calibrated noise multiplier: this factor less would not do."""
+DISCRETE_PART = 1 - 2.0**-50
+"""Of a noise multiplier counts: discrete noise costs no more than continuous noise of this part of it.
+
+On a grid as fine as `noise.Lattice`'s, for 1e12 numbers, and up to 2e-30 of epsilon (`discrete_accounting`).
+"""
 LEAST_NOISE = 0.02
 """A release with less noise than this has an epsilon above 1,000: it is reported as infinite too."""
 
@@ -209,7 +214,7 @@ def _on_grid(spent: Frozen, delta: float, relation: Relation, grid: float) -> fl
 def _event(release: Release):  # type: ignore[no-untyped-def]
     from dp_accounting import dp_event
 
-    event = dp_event.GaussianDpEvent(release.noise_multiplier)
+    event = dp_event.GaussianDpEvent(release.noise_multiplier * DISCRETE_PART)
     if release.sampling_rate == 1:
         return event
     return dp_event.PoissonSampledDpEvent(release.sampling_rate, event)

@@ -1,9 +1,10 @@
-"""Gaussian noise on a lattice, from the operating system's entropy or, in a simulation, from a seed.
+"""Discrete Gaussian noise on a grid, from the operating system's entropy or, in a simulation, from a seed.
 
 A float has more values near zero than far from it, and sampled noise hits only some of them, so
 that plain floating-point noise gives away what it was added to (Mironov 2012, "On significance of
 the least significant bits for differential privacy"). Here the value and the noise are both whole
-multiples of one granularity, a power of two far below the noise's deviation; their sum is exact in
+multiples of one granularity, a power of two far below the noise's deviation. The noise is drawn as a
+whole number, exactly and without floats (`discrete_gaussian`); its sum with the value is exact in
 float64, and all that follows is post-processing.
 """
 
@@ -13,15 +14,18 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
+
+from atoll.privacy.discrete_gaussian import DiscreteGaussian
 
 RandomBits = Callable[[int], NDArray[np.uint64]]
 """So many fresh random 64-bit words."""
 
 FINENESS = 28
-"""The granularity is the deviation over two to this power, or up to twice as much."""
+"""The deviation is two to this power of grid steps, or up to twice as many."""
 
 
 def entropy(count: int) -> NDArray[np.uint64]:
@@ -41,22 +45,9 @@ def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     return numbers
 
 
-def standard_normal(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """A standard normal number for each word, by the inverse of the distribution function.
-
-    52 bits of a word give one of as many equally likely quantiles; beyond 8.1 deviations there is none.
-    With 53, adding the half would round, in the worst case up to one, whose quantile is infinite.
-    """
-    from scipy.special import ndtri
-
-    quantile = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    numbers: NDArray[np.float64] = ndtri(quantile)
-    return numbers
-
-
 @dataclass(frozen=True)
 class Lattice:
-    """Gaussian noise of one deviation for values that are rounded to its granularity.
+    """Discrete Gaussian noise of one deviation for values that are rounded to its granularity.
 
     Rounding moves each number by half a granularity at most, so a vector of n numbers by
     `rounding(n)` in L2 norm: a sensitivity grows by twice that.
@@ -78,10 +69,18 @@ class Lattice:
         """How far rounding moves a vector of so many numbers at most, in L2 norm."""
         return 0.5 * self.granularity * math.sqrt(numbers)
 
+    @property
+    def variance(self) -> Fraction:
+        """Of the noise, in squared grid steps."""
+        return (Fraction(self.deviation) / Fraction(self.granularity)) ** 2
+
+    def whole_noise(self, count: int) -> NDArray[np.int64]:
+        """Discrete Gaussian numbers, in grid steps."""
+        return DiscreteGaussian(self.variance, self.random_bits).draw(count)
+
     def noise(self, count: int) -> NDArray[np.float64]:
         """Whole multiples of the granularity, in units of the values."""
-        drawn = standard_normal(self.random_bits(count)) * (self.deviation / self.granularity)
-        return np.rint(drawn) * self.granularity
+        return self.whole_noise(count).astype(np.float64) * self.granularity
 
     def added(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The values, rounded, with noise; the sum is exact where values stay below 2^24 deviations."""

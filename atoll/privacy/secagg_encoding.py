@@ -56,10 +56,12 @@ class FixedPointCodec:
         """
         if self.lattice is None and not bool((np.abs(values) < 2.0**31).all()):
             raise OutOfRange("its update is not finite, or too large for a secure sum")
-        whole = np.rint(values / self.granularity)
+        whole: np.ndarray[tuple[int], np.dtype[np.int64]] = np.rint(values / self.granularity).astype(
+            np.int64
+        )
         if self.lattice is not None:
-            whole = whole + self.lattice.noise(len(values)) / self.granularity
-        return whole.astype(np.int64).view(np.uint64)
+            whole = whole + self.lattice.whole_noise(len(values))
+        return whole.view(np.uint64)
 
     def values(self, total: Vector) -> torch.Tensor:
         """The sum as float64 numbers, [numbers]."""

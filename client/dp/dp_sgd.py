@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import prod
 
 import numpy as np
@@ -89,13 +90,14 @@ def stacked_noise(
     sizes += [(layer.bias, (layer.outputs,)) for layer in layers.layers]
     numbers = [prod(shape) for _, shape in sizes]
     sensitivity = private.clipping_norm / private.divisor
-    drawn = []
+    drawn: list[torch.Tensor] = []
     granularity = 0.0
-    for client, count in steps:
-        lattice = lattice_for(
-            private.noise_multiplier, sensitivity, sum(numbers), private.random_bits(client)
-        )
-        drawn.append(torch.from_numpy(lattice.noise(count * sum(numbers)).reshape(count, -1)))
+    # Clients of one source, as the system's entropy is for all, draw in one go.
+    for source, group in groupby(steps, lambda step: private.random_bits(step[0])):
+        counts = [count for _, count in group]
+        lattice = lattice_for(private.noise_multiplier, sensitivity, sum(numbers), source)
+        noise = torch.from_numpy(lattice.noise(sum(counts) * sum(numbers)).reshape(sum(counts), -1))
+        drawn += torch.split(noise, counts)
         granularity = lattice.granularity
     found: list[list[StackedNoise]] = []
     for s in range(max(count for _, count in steps)):
