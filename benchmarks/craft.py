@@ -26,6 +26,7 @@ import datasets
 import numpy as np
 
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.sweep.results import Estimate
 
@@ -215,7 +216,7 @@ def measured(case: Case, name: str, way: str, seed: int, folder: Path) -> Measur
     """The case's job in one way, played once."""
     table = merged(BASE, case.table(folder), case.ways[way], {"name": name, "seed": seed})
     out = folder / f"{name}-{list(case.ways).index(way)}-{seed}"
-    result = simulate(Job.parse(table, origin=name), out, watch=lambda *step: None, report=False)
+    result = simulate(Job.parse(table, origin=name), out, on_event=ignore_events, report=False)
     bytes_up = result["bytes_up"] / max(1, result["clients_trained"])
     return Measured(case.of(result), bytes_up, len(result["rounds"]), result["seconds"])
 

@@ -19,9 +19,9 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atoll.job.job import Job
+from atoll.server.events import ClientsFound, Event, RoundEnded
 from atoll.sim.sweep.results import Estimate
 from benchmarks.craft import BASE, Table, merged, told, train
 
@@ -62,17 +62,17 @@ def run(way: str, seed: int) -> Trained:
     logging.disable(logging.WARNING)
     before = after = 0.0
 
-    def watch(step: str, what: dict[str, Any]) -> None:
+    def on_event(event: Event) -> None:
         nonlocal before, after
-        if step == "hello":
+        if isinstance(event, ClientsFound):
             before = held_mb()
-        if step == "round":  # the measuring at the end isn't training
+        if isinstance(event, RoundEnded):  # the measuring at the end isn't training
             after = peak_rss_mb()
 
     table = merged(BASE, TEXTS, WAYS[way], {"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(
-            Job.parse(table, origin="benchmark"), Path(folder) / "run", watch=watch, report=False
+            Job.parse(table, origin="benchmark"), Path(folder) / "run", on_event=on_event, report=False
         )
     seconds = statistics.median(line["seconds"] for line in result["rounds"][1:])
     return Trained(result["final"]["server"]["accuracy"], seconds, after - before)

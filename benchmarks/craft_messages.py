@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.sweep.results import Estimate
 
@@ -47,7 +48,7 @@ def measured(path: Path, way: tuple[str, ...], seed: int, rounds: int | None, ou
     changes = [f"federation.{change}" for change in way]
     changes += [f"seed={seed}", "evaluate.baselines=[]", "evaluate.every=1000000"]
     changes += [] if rounds is None else [f"federation.rounds={rounds}"]
-    result = simulate(Job.load(path, changes), out, watch=lambda *step: None, report=False)
+    result = simulate(Job.load(path, changes), out, on_event=ignore_events, report=False)
     return Measured(
         result["final"]["server"]["accuracy"], result["bytes_up"] / max(1, result["clients_trained"])
     )

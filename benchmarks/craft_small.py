@@ -27,6 +27,7 @@ from scipy import stats
 from atoll.backbones.encoder import Batch, Model
 from atoll.cli import export
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.trained import trained
 
@@ -189,7 +190,7 @@ def heads(seed: int, folder: Path) -> dict[str, Form]:
 
 def ran(job: Job, out: Path) -> Path:
     """The run directory of a job."""
-    simulate(job, out, watch=lambda step, what: None, report=False)
+    simulate(job, out, on_event=ignore_events, report=False)
     return out
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 
 CLIENTS = 20
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -74,7 +75,7 @@ def atoll(job: Job, cache: Path) -> float:
         mock.patch("atoll.learning.features.cache_root", lambda: cache),
     ):
         start = time.perf_counter()
-        simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, watch=lambda *step: None)
+        simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, on_event=ignore_events)
         return time.perf_counter() - start
 
 
@@ -87,7 +88,7 @@ def atoll_uncached(job: Job) -> float:
         forget_features()
         start = time.perf_counter()
         try:
-            simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, watch=lambda *step: None)
+            simulate(job, Path(folder) / "run", workers=os.cpu_count() or 1, on_event=ignore_events)
         finally:
             Job.backbone_is_frozen = before  # type: ignore[method-assign]
         return time.perf_counter() - start

@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 
 CLIENTS, COHORT = 1000, 200
 
@@ -47,7 +48,7 @@ def seconds_a_round(job: Job, engine: str, workers: int) -> float:
     from atoll.sim.engines.engine import simulate
 
     with tempfile.TemporaryDirectory() as folder:
-        result = simulate(job, Path(folder) / "run", engine=engine, workers=workers, watch=lambda *step: None)
+        result = simulate(job, Path(folder) / "run", engine=engine, workers=workers, on_event=ignore_events)
     return statistics.median(line["seconds"] for line in result["rounds"][1:])
 
 

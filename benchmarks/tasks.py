@@ -20,6 +20,7 @@ from typing import Any
 from atoll.errors import InputError
 from atoll.job.job import Iid, Job
 from atoll.report.comparison import comparison_of, lower_is_better
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -66,12 +67,12 @@ class Bench:
         name = Path(weights).name
         if name not in self.made:
             self.made[name] = self.folder / name
-            simulate(Job.load(JOBS / f"{name}.toml"), self.made[name], watch=unwatched, report=False)
+            simulate(Job.load(JOBS / f"{name}.toml"), self.made[name], on_event=ignore_events, report=False)
         return [f'backbone.weights="{self.made[name]}"']
 
     def run(self, job: Job) -> dict[str, Any]:
         self.count += 1
-        return simulate(job, self.folder / f"run-{self.count}", watch=unwatched, report=False)
+        return simulate(job, self.folder / f"run-{self.count}", on_event=ignore_events, report=False)
 
     def from_nothing(self, path: Path, job: Job) -> str:
         """The federated metric from random weights, where the job starts from others."""
@@ -104,10 +105,6 @@ def line(name: str, job: Job, result: dict[str, Any], nothing: str, seconds: str
     values = [compared.value(row, metric) for row in ROWS]
     cells = [name, job.task.name, metric, told, *map(shown, values), share(metric, values)]
     return f"| {' | '.join([*cells, nothing, seconds])} |"
-
-
-def unwatched(step: str, what: dict[str, Any]) -> None:
-    """Nobody looks on."""
 
 
 def share(metric: str, values: list[float | None]) -> str:

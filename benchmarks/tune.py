@@ -28,7 +28,7 @@ import tomli_w
 
 import atoll
 from atoll.job.job import Job
-from atoll.server.run.run_job import ignore_events
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.search.space import job_of
@@ -108,7 +108,7 @@ def grid_best(name: str, path: Path, folder: Path) -> tuple[Found, Found]:
 
 def on_test_set(job: Job, folder: Path) -> float:
     """The accuracy that the job ends with, as `atoll simulate` says it."""
-    result = simulate(job, folder, watch=ignore_events, report=False)
+    result = simulate(job, folder, on_event=ignore_events, report=False)
     return float(result["final"]["server"]["accuracy"])
 
 

@@ -31,6 +31,7 @@ from atoll.job.job import Job
 from atoll.protocol.flower_content import bodies_of, packed, unpacked
 from atoll.protocol.messages import Failure, Hello, Reply, decode_reply, hello_from_json
 from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
+from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
@@ -263,7 +264,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
     carrier = FlowerTransport(grid, "flower")
-    run_job(job, carrier, out, server_test_set(job), watch=announce, resume=resume, ledgers=_books())
+    run_job(job, carrier, out, server_test_set(job), on_event=announce, resume=resume, ledgers=_books())
 
 
 def _books() -> LedgerLocation:
@@ -318,22 +319,21 @@ def configure_logging() -> None:
     logging.getLogger("atoll").setLevel(logging.INFO)
 
 
-def announce(step: str, what: dict[str, Any]) -> None:
+def announce(event: Event) -> None:
     """A line for every step of the run."""
-    match step:
-        case "hello":
-            taking = what["roll"].names
-            logger.info("clients   %s", ", ".join(taking))
-            logger.info("backbone  %s, weights from %s", what["backbone"].name, what["backbone"].origin)
-        case "resumed":
-            logger.info("resumed after round %d", what["round"])
-        case "round":
-            logger.info("%s", round_in_words(what))
-        case "finish":
+    match event:
+        case ClientsFound():
+            logger.info("clients   %s", ", ".join(event.roster.names))
+            logger.info("backbone  %s, weights from %s", event.backbone.name, event.backbone.origin)
+        case RunResumed():
+            logger.info("resumed after round %d", event.round)
+        case RoundEnded():
+            logger.info("%s", round_in_words(event.line))
+        case FinalEvaluationBegun():
             logger.info("final measurements")
 
 
-def round_in_words(line: dict[str, Any]) -> str:
+def round_in_words(line: Mapping[str, Any]) -> str:
     """A round's line for people: number, loss, metrics, seconds, how many were set aside."""
     parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
     parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]

@@ -17,6 +17,7 @@ from typing import Any
 
 from atoll.cli.versions import CPUINFO, cpu_capability
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.task_data import ready
 from tests.task_jobs import TABLES, job_of
@@ -145,7 +146,7 @@ def _parted(tables: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]
 
 def bits(make: Callable[[Path], Job], folder: Path, out: Path, options: dict[str, Any]) -> str:
     """The `model_sha256` of the run."""
-    result = simulate(make(folder), out, watch=lambda *step: None, report=False, **options)
+    result = simulate(make(folder), out, on_event=ignore_events, report=False, **options)
     return str(result["model_sha256"])
 
 

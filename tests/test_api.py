@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import atoll
+from atoll.server.events import ignore_events
 from atoll.server.run.directory import job_toml
 from atoll.sim.engines.engine import simulate
 from tests.test_cli import DIGITS
-from tests.test_simulation import unwatched
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(job_file: Path) -> atoll.Run:
 
 
 def test_a_run_has_the_bits_of_the_engine_and_tells_what_it_found(run: atoll.Run, tmp_path: Path) -> None:
-    expected = simulate(run.job, tmp_path / "again", watch=unwatched, report=False)
+    expected = simulate(run.job, tmp_path / "again", on_event=ignore_events, report=False)
     assert run.result["model_sha256"] == expected["model_sha256"]
     assert run.job.train.lr == 0.05 and run.report.is_file()
     assert [line["round"] for line in run.rounds] == [1]

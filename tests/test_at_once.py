@@ -12,6 +12,7 @@ from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import execution_mode, simulate
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
@@ -79,7 +80,7 @@ def test_updates_are_those_of_one_client_after_the_other_to_1e5(
 def test_texts_of_many_lengths_train_at_once_as_one_by_one(tmp_path: Path) -> None:
     job = text_job(tmp_path)
     runs = {
-        engine: simulate(job, tmp_path / engine, engine=engine, watch=lambda *step: None, report=False)
+        engine: simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "cohort")
     }
     assert runs["cohort"]["engine"] == "cohort"

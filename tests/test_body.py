@@ -13,8 +13,8 @@ from atoll.backbones.resolve import resolve
 from atoll.errors import ConfigError, WeightsError
 from atoll.job.job import BackboneSection, Job
 from atoll.learning.learner import Learner
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
-from tests.test_simulation import unwatched
 from tests.test_small_pictures import job_of, learner_of
 
 BODY = {"body": "torchvision:mobilenet_v2", "width": 16}
@@ -84,7 +84,7 @@ def test_who_goes_on_from_its_run_begins_with_its_network_to_the_last_number(
     weights: str, tmp_path: Path
 ) -> None:
     """Also the statistics of batch norms, which no run moves or keeps."""
-    simulate(bodied(weights), tmp_path / "first", watch=unwatched, report=False)
+    simulate(bodied(weights), tmp_path / "first", on_event=ignore_events, report=False)
     fresh, ahead = (
         whole(learner_of(bodied(weights))[0]),
         whole(learner_of(bodied(str(tmp_path / "first")))[0]),
@@ -111,7 +111,7 @@ def test_a_classifier_that_goes_on_from_a_run_keeps_its_statistics(tmp_path: Pat
         }
         return Job.parse(table, origin="test")
 
-    simulate(job("pretrained"), tmp_path / "first", watch=unwatched, report=False)
+    simulate(job("pretrained"), tmp_path / "first", on_event=ignore_events, report=False)
     fresh, ahead = (learner_of(job(w))[0].model.state_dict() for w in ("pretrained", str(tmp_path / "first")))
     statistics = [name for name in fresh if name.endswith(("running_mean", "running_var"))]
     assert len(statistics) == 104 and all(torch.equal(ahead[name], fresh[name]) for name in statistics)

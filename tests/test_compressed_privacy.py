@@ -26,6 +26,7 @@ from atoll.learning.learner import Learner
 from atoll.protocol import compression
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import Request, TrainRequest
+from atoll.server.events import ignore_events
 from atoll.server.rounds import decompression
 from atoll.server.rounds.validation import ValidatedUpdates, validate_updates
 from atoll.server.run.run_job import run_job
@@ -246,7 +247,7 @@ PROMISES = {
 def test_private_runs_have_the_same_bits_at_once_and_one_by_one(tmp_path: Path, unit: str) -> None:
     setting = job("int8", PROMISES[unit])
     results = [
-        simulate(setting, tmp_path / engine, engine=engine, watch=lambda *step: None, report=False)
+        simulate(setting, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
     ]
     assert results[0]["model_sha256"] == results[1]["model_sha256"]
@@ -254,13 +255,13 @@ def test_private_runs_have_the_same_bits_at_once_and_one_by_one(tmp_path: Path, 
     plain = setting.model_copy(
         update={"federation": setting.federation.model_copy(update={"compression": None})}
     )
-    said = simulate(plain, tmp_path / "plain", watch=lambda *step: None, report=False)["privacy"]
+    said = simulate(plain, tmp_path / "plain", on_event=ignore_events, report=False)["privacy"]
     assert results[0]["privacy"] == said  # compression changes nothing of the claim
 
 
 def test_expected_bytes_hide_who_took_part(tmp_path: Path) -> None:
     setting = job("int8", w.clients(seeded_noise=True), clients=4, cohort_rate=0.5)
-    result = simulate(setting, tmp_path / "r", watch=lambda *step: None, report=False)
+    result = simulate(setting, tmp_path / "r", on_event=ignore_events, report=False)
     size = compression.Compression("int8", 1930).bytes  # ten classes of 192 numbers, and biases
     assert [line["bytes_up"] for line in result["rounds"]] == [2 * size, 4 * size, 6 * size]
 

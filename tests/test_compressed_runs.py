@@ -20,6 +20,7 @@ from atoll.protocol.messages import Update, encode_reply
 from atoll.protocol.requests import Request, TrainRequest
 from atoll.protocol.stacked_updates import stacked
 from atoll.report.text import what_it_cost
+from atoll.server.events import ignore_events
 from atoll.server.run.directory import job_toml
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
@@ -311,7 +312,7 @@ def test_worker_processes_without_a_place_for_memory_are_refused() -> None:
 
 def test_results_and_reports_of_a_simulation_carry_the_scheme(tmp_path: Path) -> None:
     result = simulate(
-        compressed("int8", federation={"rounds": 1}), tmp_path / "r", watch=lambda *step: None, report=False
+        compressed("int8", federation={"rounds": 1}), tmp_path / "r", on_event=ignore_events, report=False
     )
     assert result["compression"] == {"scheme": "int8", "times_smaller": pytest.approx(3.94, abs=0.01)}
     assert run(job(federation={"rounds": 1}), tmp_path / "s")["compression"] is None

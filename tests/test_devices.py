@@ -8,12 +8,13 @@ import pytest
 
 from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.job import Job
+from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.participation import CohortRequest
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.devices import Profile, VirtualClock, turnout
 from atoll.sim.population.population import client_names
-from tests.test_simulation import DIGITS, unwatched
+from tests.test_simulation import DIGITS
 
 
 def job(path: Path, **tables: Any) -> Job:
@@ -143,7 +144,7 @@ def test_a_profile_that_cannot_be_is_answered_in_one_line(tmp_path: Path, text: 
 
 def test_a_missing_profile_is_named_with_its_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing.csv: cannot be read as CSV .*federation.devices"):
-        simulate(job(tmp_path / "nothing.csv"), tmp_path / "r", watch=unwatched, report=False)
+        simulate(job(tmp_path / "nothing.csv"), tmp_path / "r", on_event=ignore_events, report=False)
     assert not (tmp_path / "r").exists()
 
 
@@ -166,7 +167,7 @@ def test_a_run_tells_simulated_time_and_resumes_to_the_same(tmp_path: Path) -> N
         profile(tmp_path, KINDS),
         federation={"clients": 12, "cohort": 4, "over_sampling": 1.5, "deadline": 30.0, "rounds": 6},
     )
-    whole = simulate(setting, tmp_path / "whole", watch=unwatched)
+    whole = simulate(setting, tmp_path / "whole", on_event=ignore_events)
     lines = [line["simulated"] for line in whole["rounds"]]
     assert (
         whole["simulated_seconds"] == lines[-1]["elapsed"] == pytest.approx(sum(x["seconds"] for x in lines))
@@ -177,13 +178,13 @@ def test_a_run_tells_simulated_time_and_resumes_to_the_same(tmp_path: Path) -> N
         assert line["trained"] + told["unavailable"] + told["late"] + told["surplus"] == 6
         assert told["seconds"] <= 30.0
 
-    def stop_after_three(step: str, what: dict[str, Any]) -> None:
-        if step == "round" and what["round"] == 3:
+    def stop_after_three(event: Event) -> None:
+        if isinstance(event, RoundEnded) and event.line["round"] == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(setting, tmp_path / "cut", watch=stop_after_three, report=False)
-    again = simulate(setting, tmp_path / "cut", watch=unwatched, report=False, resume=True)
+        simulate(setting, tmp_path / "cut", on_event=stop_after_three, report=False)
+    again = simulate(setting, tmp_path / "cut", on_event=ignore_events, report=False, resume=True)
     assert again["model_sha256"] == whole["model_sha256"]
     assert [line["simulated"] for line in again["rounds"]] == lines
     report = (tmp_path / "whole" / "report.html").read_text()
@@ -197,7 +198,9 @@ def test_the_engine_changes_no_bit_of_a_run_in_simulated_time(tmp_path: Path) ->
         profile(tmp_path, KINDS), federation={"clients": 12, "cohort": 4, "over_sampling": 1.5, "rounds": 3}
     )
     hashes = {
-        simulate(setting, tmp_path / engine, engine=engine, watch=unwatched, report=False)["model_sha256"]
+        simulate(setting, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)[
+            "model_sha256"
+        ]
         for engine in ("inline", "loop")
     }
     assert len(hashes) == 1
@@ -208,4 +211,4 @@ def test_a_round_for_which_too_few_are_there_is_abandoned_with_the_reason(tmp_pa
     with pytest.raises(
         InconsistentUpdates, match=r"round 1: 0 of 4 usable updates, needed 2 \(4 clients not"
     ):
-        simulate(job(path), tmp_path / "r", watch=unwatched, report=False)
+        simulate(job(path), tmp_path / "r", on_event=ignore_events, report=False)

@@ -9,10 +9,10 @@ import pytest
 
 import atoll
 from atoll.cli.main import run
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.task_data import ready
 from tests.task_jobs import job_of
-from tests.test_simulation import unwatched
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     simulate(
         ready(job_of("text-classification", "full", **data), folder),
         folder / "run",
-        watch=unwatched,
+        on_event=ignore_events,
         report=False,
     )
     return folder

@@ -16,11 +16,11 @@ import atoll
 from atoll.backbones.encoder import Model
 from atoll.cli import export
 from atoll.cli.main import run
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.trained import trained
 from tests.task_data import ready
 from tests.task_jobs import job_of
-from tests.test_simulation import unwatched
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / task).mkdir()
         data = {"data": {**_data_of(task), "test_fraction": 0.2}}
         job = ready(job_of(task, method, **data), folder / task)
-        simulate(job, folder / f"{task}-run", watch=unwatched, report=False)
+        simulate(job, folder / f"{task}-run", on_event=ignore_events, report=False)
     return folder
 
 

@@ -9,10 +9,10 @@ import transformers
 
 from atoll.errors import WeightsError
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.task_jobs import COMMON, TABLES
 from tests.test_backbones import tiny_bert
-from tests.test_simulation import unwatched
 
 
 def tiny_clip(folder: Path) -> Path:
@@ -41,14 +41,14 @@ def test_a_model_of_both_gives_the_encoder_of_images_and_the_one_of_texts(
     folder = tiny_clip(tmp_path / "clip")
     backbone = {"name": str(folder), "image_size": 32, "max_tokens": 16}
     setting = job("image-text", backbone=backbone, tune={"method": method})
-    result = simulate(setting, tmp_path / "out", watch=unwatched, report=False)
+    result = simulate(setting, tmp_path / "out", on_event=ignore_events, report=False)
     assert result["rounds"][-1]["loss"] < result["rounds"][0]["loss"]
 
 
 def test_a_network_of_images_alone_asks_for_one_of_texts(tmp_path: Path) -> None:
     setting = job("image-text", backbone={"name": "torchvision:squeezenet1_1", "weights": "random"})
     with pytest.raises(WeightsError, match=r"backbone\.options\.text: missing"):
-        simulate(setting, tmp_path / "out", watch=unwatched, report=False)
+        simulate(setting, tmp_path / "out", on_event=ignore_events, report=False)
 
 
 @pytest.mark.parametrize("method", ["head", "last-k", "lora", "full"])
@@ -61,7 +61,10 @@ def test_series_are_read_by_transformers_own_networks(tmp_path: Path, method: st
     tune = {"method": method} | ({"layers": 1} if method == "last-k" else {})
     backbone = {"name": str(tmp_path / "patches")}
     result = simulate(
-        job("forecasting", backbone=backbone, tune=tune), tmp_path / "out", watch=unwatched, report=False
+        job("forecasting", backbone=backbone, tune=tune),
+        tmp_path / "out",
+        on_event=ignore_events,
+        report=False,
     )
     assert result["rounds"][-1]["loss"] < result["rounds"][0]["loss"]
 
@@ -75,6 +78,6 @@ def test_a_network_of_other_windows_is_refused_in_one_line(tmp_path: Path) -> No
         simulate(
             job("forecasting", backbone={"name": str(tmp_path / "patches")}),
             tmp_path / "o",
-            watch=unwatched,
+            on_event=ignore_events,
             report=False,
         )

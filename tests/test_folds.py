@@ -15,10 +15,10 @@ from atoll.errors import ConfigError
 from atoll.job.job import DataSection, Job
 from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner, kept_back
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
-from tests.test_simulation import unwatched
 
 TABLE: dict[str, Any] = {
     "name": "folded",
@@ -60,7 +60,7 @@ def test_a_site_splits_by_content_and_what_is_kept_back_is_not_trained_on() -> N
 def test_engines_agree_on_every_fold_and_folds_differ(tmp_path: Path) -> None:
     found = {
         (fold, engine): simulate(
-            job_of(folds=3, fold=fold), tmp_path / f"{engine}-{fold}", engine=engine, watch=unwatched,
+            job_of(folds=3, fold=fold), tmp_path / f"{engine}-{fold}", engine=engine, on_event=ignore_events,
             report=False,
         )
         for fold in range(3)

@@ -14,9 +14,9 @@ import torch
 
 from atoll.job.job import Job
 from atoll.protocol.tensors import Tensors, from_bytes
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.system.fork_server import worker_pool
-from tests.test_simulation import unwatched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +67,7 @@ def job_of(case: str, device: str, **train: Any) -> Job:
 
 
 def run(job: Job, out: Path, **options: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    result = simulate(job, out, watch=unwatched, report=False, **options)
+    result = simulate(job, out, on_event=ignore_events, report=False, **options)
     return result, from_bytes((out / "model" / "model.safetensors").read_bytes())
 
 

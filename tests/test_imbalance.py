@@ -20,9 +20,9 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.compatibility import check_fits
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
-from tests.test_simulation import unwatched
 
 KINDS = ("weights", "focal", "logits")
 TABLE: dict[str, Any] = {
@@ -98,7 +98,7 @@ def test_a_clients_bits_do_not_depend_on_its_company(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_engines_agree_and_it_makes_a_difference(kind: str, tmp_path: Path) -> None:
     whole, looped, plain = (
-        simulate(job, tmp_path / name, engine=engine, watch=unwatched, report=False)["model_sha256"]
+        simulate(job, tmp_path / name, engine=engine, on_event=ignore_events, report=False)["model_sha256"]
         for name, engine, job in (
             ("inline", "inline", job_of(kind)),
             ("loop", "loop", job_of(kind)),
@@ -153,7 +153,7 @@ def test_rare_classes_are_found_more_often(tmp_path: Path) -> None:
             federation={"clients": 2, "rounds": 30},
             train={"lr": 2.0, "batch_size": 16},
         )
-        result = simulate(job, tmp_path / str(kind), watch=unwatched, report=False)
+        result = simulate(job, tmp_path / str(kind), on_event=ignore_events, report=False)
         found[kind] = result["final"]["server"]["macro_f1"]
     assert found["weights"] > found[None] + 0.05, found
     assert found["logits"] > found[None] + 0.05, found
@@ -175,7 +175,7 @@ def test_under_example_level_privacy_only_focal_loss_keeps_the_promise(tmp_path:
         ):
             check_fits(job_of(kind, privacy=private), task)
     focal, plain = (
-        simulate(job_of(kind, privacy=private), tmp_path / str(kind), watch=unwatched, report=False)
+        simulate(job_of(kind, privacy=private), tmp_path / str(kind), on_event=ignore_events, report=False)
         for kind in ("focal", None)
     )
     assert focal["privacy"]["epsilon"] == plain["privacy"]["epsilon"] > 0

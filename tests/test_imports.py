@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 
 from atoll.job.job import Job
-from atoll.server.run.run_job import ignore_events
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.test_backbones import tiny_bert
 from tests.test_cli import DIGITS, VERBS, some_texts, text_table
@@ -77,22 +77,24 @@ ROUNDS = """
 from pathlib import Path
 from atoll.job.job import Job
 from atoll.sim.engines.engine import simulate
+from atoll.protocol.requests import work_name
 from atoll.sim.engines.inline import InlineTransport
 
 steps = []
-exchange = InlineTransport.exchange
+exchange = InlineTransport.send_and_receive
 
 def watched(self, request, *others):
-    steps.append([f'{request.kind} {request.round}', asked.loaded()])
+    steps.append([f'{work_name(request)} {request.round}', asked.loaded()])
     return exchange(self, request, *others)
 
-InlineTransport.exchange = watched
+InlineTransport.send_and_receive = watched
 
-def watch(step, what):
+def on_event(event):
+    step = type(event).__name__
     asked.line = step
-    steps.append([f"round {what['round']} is over" if step == 'round' else step, asked.loaded()])
+    steps.append([f"round {event.line['round']} is over" if step == 'RoundEnded' else step, asked.loaded()])
 
-simulate(Job.load(Path(sys.argv[2])), Path(sys.argv[3]), watch=watch)
+simulate(Job.load(Path(sys.argv[2])), Path(sys.argv[3]), on_event=on_event)
 print(json.dumps(steps))
 """
 
@@ -206,7 +208,7 @@ def test_rounds_on_kept_features_wait_for_torch_alone(tmp_path: Path, table: Any
     path = tmp_path / "job.toml"
     rounds = {"federation": {"clients": 2, "rounds": 2}, "evaluate": {"every": 10}}
     path.write_text(tomli_w.dumps(table(tmp_path) | rounds))
-    simulate(Job.load(path), tmp_path / "features are computed", watch=ignore_events, report=False)
+    simulate(Job.load(path), tmp_path / "features are computed", on_event=ignore_events, report=False)
     steps = in_an_interpreter_of_its_own(ROUNDS, HEAVY, path, tmp_path / "features are kept")
     names = [name for name, _ in steps]
     assert names.index("train 1") < names.index("round 1 is over") < names.index("round 2 is over")

@@ -1,7 +1,6 @@
 """Whole runs against software that isn't ours."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +9,11 @@ from sklearn.linear_model import LogisticRegression
 
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
-
-
-def unwatched(step: str, what: dict[str, Any]) -> None: ...
 
 
 @pytest.mark.slow
@@ -45,7 +42,7 @@ def test_a_federated_head_reaches_scikit_learns_logistic_regression_on_the_same_
     train = task.shard(population.train, learner.data_info)
     oracle = LogisticRegression(max_iter=3000).fit(learner.features(train).numpy(), train.targets.numpy())
     expected = oracle.score(learner.features(test).numpy(), test.targets.numpy())
-    found = simulate(job, tmp_path / "r", watch=unwatched, report=False)["final"]["server"]["accuracy"]
+    found = simulate(job, tmp_path / "r", on_event=ignore_events, report=False)["final"]["server"]["accuracy"]
     assert found >= expected - 0.01
 
 

@@ -21,11 +21,11 @@ from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance
 from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.test_imbalance import job_of
-from tests.test_simulation import unwatched
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_a_clients_bits_do_not_depend_on_its_company(train: dict[str, Any]) -> N
 def test_engines_agree_and_it_makes_a_difference(train: dict[str, Any], tmp_path: Path) -> None:
     changed = job_of(None, train={"lr": 0.5, "batch_size": 16} | train)
     found = [
-        simulate(job, tmp_path / name, engine=engine, watch=unwatched, report=False)["model_sha256"]
+        simulate(job, tmp_path / name, engine=engine, on_event=ignore_events, report=False)["model_sha256"]
         for name, engine, job in (
             ("inline", "inline", changed),
             ("loop", "loop", changed),
@@ -156,7 +156,7 @@ def test_under_privacy_smoothed_labels_keep_the_account(tmp_path: Path) -> None:
     smooth, plain = (
         simulate(
             job_of(None, privacy=private, train={"lr": 0.5, "batch_size": 16} | train),
-            tmp_path / name, watch=unwatched, report=False,
+            tmp_path / name, on_event=ignore_events, report=False,
         )
         for name, train in (("smooth", {"label_smoothing": 0.1}), ("plain", {}))
     )  # fmt: skip

@@ -19,6 +19,7 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.requests import Request, TrainRequest
 from atoll.protocol.tensors import Tensors
+from atoll.server.events import ignore_events
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.inline import InlineTransport
@@ -281,7 +282,7 @@ def test_own_models_gain_where_clients_differ_and_the_result_says_so(tmp_path: P
     data = {"partition": {"kind": "pathological", "classes_per_client": 2}, "classes": classes}
     federation = {"clients": 10, "cohort": 10, "rounds": 10}
     setting = job(personal={"keep": "mixture"}, data=data, federation=federation)
-    result = simulate(setting, tmp_path / "r", watch=lambda *step: None)
+    result = simulate(setting, tmp_path / "r", on_event=ignore_events)
     own = result["personal"]
     assert own["keep"] == "mixture" and own["clients"]["accuracy"] > own["global"]["accuracy"] + 0.05
     values = [c["accuracy"] for c in result["final"]["clients"].values()]

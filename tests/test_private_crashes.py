@@ -32,14 +32,15 @@ def job(unit: str) -> Job:
 PLAYER = """
 import sys
 from pathlib import Path
+from atoll.server.events import RoundEnded
 from atoll.sim.engines.engine import simulate
 from tests.test_private_crashes import job
-def watch(step, what):
-    if step == "round":
+def on_event(event):
+    if isinstance(event, RoundEnded):
         with Path(sys.argv[3]).open("a") as file:
-            file.write(f"{what['round']}\\n")
+            file.write(f"{event.line['round']}\\n")
 out = Path(sys.argv[2])
-simulate(job(sys.argv[1]), out, watch=watch, report=False, resume=(out / "job.toml").is_file())
+simulate(job(sys.argv[1]), out, on_event=on_event, report=False, resume=(out / "job.toml").is_file())
 """
 """Goes on with the run, and notes every round whose model is out."""
 

@@ -18,12 +18,13 @@ from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.protocol.messages import Failure, Update
 from atoll.protocol.requests import EvaluateRequest, ModelRequest, TrainRequest, UnmaskedSumRequest, origin_of
+from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.central_dp import run_key
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.population.population import Population
-from tests.test_simulation import DIGITS, Hostile, unwatched
+from tests.test_simulation import DIGITS, Hostile
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ def job(privacy: dict[str, Any], **tables: Any) -> Job:
 
 
 def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
-    return simulate(job, out, watch=unwatched, **{"report": False, **options})
+    return simulate(job, out, on_event=ignore_events, **{"report": False, **options})
 
 
 def test_a_client_level_run_says_what_it_spent_and_nothing_of_its_clients(tmp_path: Path) -> None:
@@ -91,12 +92,12 @@ def test_a_seeded_run_that_was_cut_off_ends_in_the_same_bits_and_the_same_epsilo
 
     class Cut(Exception): ...
 
-    def watch(step: str, what: dict[str, Any]) -> None:
-        if step == "round" and what["round"] == 3:
+    def cut_after_three(event: Event) -> None:
+        if isinstance(event, RoundEnded) and event.line["round"] == 3:
             raise Cut
 
     with pytest.raises(Cut):
-        simulate(setting, out, watch=watch, report=False)
+        simulate(setting, out, on_event=cut_after_three, report=False)
     for checkpoint in sorted((out / "checkpoints").glob("round-*"))[1:]:
         checkpoint.unlink()  # as after a kill: what came later was not on the disk yet
     result = run(setting, out, resume=True)

@@ -14,12 +14,12 @@ from atoll.cli.main import run
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
 from atoll.trained import trained
 from tests.task_data import ready
 from tests.task_jobs import job_of
-from tests.test_simulation import unwatched
 
 CLASSES = {"data": {"source": "written", "classes": ("good", "bad"), "test_fraction": 0.2}}
 INNER = "backbone.model.encoder.layer.0.intermediate.dense.weight"
@@ -37,7 +37,7 @@ def learner_of(job: Job) -> Learner:
 
 
 def sha(job: Job, out: Path, **how: Any) -> str:
-    return str(simulate(job, out, watch=unwatched, report=False, **how)["model_sha256"])
+    return str(simulate(job, out, on_event=ignore_events, report=False, **how)["model_sha256"])
 
 
 def test_magnitude_leaves_out_the_smallest_weights_of_every_layer(tmp_path: Path) -> None:
@@ -157,7 +157,10 @@ def test_networks_without_support_are_refused(tmp_path: Path) -> None:
     backbone = series.backbone.model_copy(update={"prune": 0.5, "prune_kind": "structured"})
     with pytest.raises(ConfigError, match="one encoder of texts or of images"):
         simulate(
-            series.model_copy(update={"backbone": backbone}), tmp_path / "a", watch=unwatched, report=False
+            series.model_copy(update={"backbone": backbone}),
+            tmp_path / "a",
+            on_event=ignore_events,
+            report=False,
         )
     with pytest.raises(ConfigError, match="engine cohort would fill"):
         sha(texts(tmp_path), tmp_path / "b", engine="cohort")
@@ -168,7 +171,7 @@ def test_networks_without_support_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["magnitude", "structured"])
 def test_exports_are_pruned_and_say_what_the_network_says(form: str, kind: str, tmp_path: Path) -> None:
     plain = ready(job_of("text-classification", "full", **CLASSES), tmp_path)
-    simulate(plain, tmp_path / "run", watch=unwatched, report=False)
+    simulate(plain, tmp_path / "run", on_event=ignore_events, report=False)
     line = ["export", str(tmp_path / "run"), "--format", form, "--prune", "0.5", "--prune-kind", kind]
     assert run([*line, "--max-drop", "1"]) == 0
     folder = tmp_path / "run" / "exports" / form

@@ -20,7 +20,7 @@ from atoll.report.comparison import comparison_of
 from atoll.report.page import page, report_of, write_report
 from atoll.report.templates import ENVIRONMENT, fill_in
 from atoll.report.text import comparison_sentence
-from atoll.server.run.run_job import ignore_events
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.chromium import Chromium, browser
 
@@ -47,7 +47,7 @@ Result = dict[str, Any]
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A real run: its directory and its result."""
     out = tmp_path_factory.mktemp("run") / "digits"
-    result = simulate(Job.parse(JOB, origin="test"), out, watch=ignore_events)
+    result = simulate(Job.parse(JOB, origin="test"), out, on_event=ignore_events)
     return out, result
 
 

@@ -10,12 +10,13 @@ import pytest
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.tensors import tensors_sha256
+from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.run.run_job import validate_job
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.trained import trained
 from tests.small import few_pictures
-from tests.test_simulation import job, unwatched
+from tests.test_simulation import job
 
 GROWING: dict[str, Any] = {
     "method": "head",
@@ -33,7 +34,7 @@ def scheduled(tune: dict[str, Any] = GROWING, **tables: Any) -> Job:
 
 
 def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
-    return simulate(job, out, watch=unwatched, report=False, **options)
+    return simulate(job, out, on_event=ignore_events, report=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +106,12 @@ def test_a_stall_ends_a_stage_and_the_next_one_starts_from_the_best_model(tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_a_run_killed_in_any_stage_goes_on_to_the_same_bits(grown: Any, tmp_path: Path, last: int) -> None:
-    def stop(step: str, what: dict[str, Any]) -> None:
-        if step == "round" and what["round"] == last:
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundEnded) and event.line["round"] == last:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(scheduled(), tmp_path / "cut", watch=stop, report=False)
+        simulate(scheduled(), tmp_path / "cut", on_event=stop, report=False)
     assert run(scheduled(), tmp_path / "cut", resume=True)["model_sha256"] == grown[0]["model_sha256"]
 
 
@@ -146,7 +147,7 @@ def test_a_schedule_that_cannot_be_kept_is_refused(tables: dict[str, Any], said:
 
 def test_a_later_stage_is_checked_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match=r"engine cohort has one way to train"):
-        simulate(scheduled(), Path("nowhere"), engine="cohort", watch=unwatched, report=False)
+        simulate(scheduled(), Path("nowhere"), engine="cohort", on_event=ignore_events, report=False)
     asked = scheduled(backbone={"name": "nowhere"})
     with pytest.raises(Exception, match="nowhere"):
         validate_job(asked)

@@ -16,9 +16,11 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Failure, Reply, Update
 from atoll.protocol.requests import Request, TrainRequest
+from atoll.server.events import Event, ignore_events
 from atoll.server.rounds.cohort import sample
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
+from atoll.sim.engines.events import ExecutionChosen
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population, client_names
 from atoll.tasks import task_named
@@ -40,11 +42,8 @@ def job(**tables: Any) -> Job:
     return Job.parse(DIGITS | {k: DIGITS.get(k, {}) | v for k, v in tables.items()}, origin="test")
 
 
-def unwatched(step: str, what: dict[str, Any]) -> None: ...
-
-
 def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
-    return simulate(job, out, watch=unwatched, **{"report": False, **options})
+    return simulate(job, out, on_event=ignore_events, **{"report": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +175,11 @@ def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
     caplog.set_level("INFO", "atoll.client")
     said: list[str] = []
 
-    def watch(step: str, what: dict[str, Any]) -> None:
-        said.extend([what["path"]] if step == "path" else [])
+    def on_event(event: Event) -> None:
+        said.extend([event.mode] if isinstance(event, ExecutionChosen) else [])
 
     varied = of_few(VARIED, federation={"rounds": 2})
-    inline = simulate(varied, tmp_path / "inline", watch=watch, report=False)
+    inline = simulate(varied, tmp_path / "inline", on_event=on_event, report=False)
     loop = run(varied, tmp_path / "loop", engine="loop")
     assert inline["model_sha256"] == loop["model_sha256"]
     assert said == [
@@ -246,13 +245,15 @@ SCRIPT = """
 import signal, sys
 from pathlib import Path
 from atoll.job.job import Job
+from atoll.server.events import RoundEnded
 from atoll.sim.engines.engine import simulate
-def watch(step, what):
-    print(step, flush=True)
-    if step == "round" and what["round"] == int(sys.argv[4]):
+def on_event(event):
+    print(type(event).__name__, flush=True)
+    if isinstance(event, RoundEnded) and event.line["round"] == int(sys.argv[4]):
         signal.pause()  # so that it is killed before its end, however late that is
 simulate(
-    Job.load(Path(sys.argv[1])), Path(sys.argv[2]), watch=watch, report=False, resume=sys.argv[3] == "resume"
+    Job.load(Path(sys.argv[1])), Path(sys.argv[2]), on_event=on_event, report=False,
+    resume=sys.argv[3] == "resume",
 )
 """
 
@@ -263,7 +264,7 @@ def kill_after(rounds: int, last: int, attempt: int, job: Path, out: Path) -> No
     assert process.stdout is not None
     seen = 0
     for line in process.stdout:
-        seen += line.strip() == "round"
+        seen += line.strip() == "RoundEnded"
         if seen == rounds:
             time.sleep(0.002 * attempt)
             break
@@ -430,7 +431,7 @@ def test_clients_that_share_examples_train_to_the_same_bits_on_every_engine(tmp_
     )
     hashes = set()
     for engine in ("inline", "loop"):
-        result = simulate(setting, tmp_path / engine, engine=engine, watch=lambda *step: None, report=False)
+        result = simulate(setting, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         hashes.add(result["model_sha256"])
         assert len(result["final"]["clients"]) == 7
         assert result["notes"][-1] == "local_only and pooled are of 7 of 300 clients"

@@ -12,10 +12,10 @@ from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
-from tests.test_simulation import unwatched
 
 NETWORKS = {"object-detection": "atoll:small-detector", "segmentation": "atoll:small-segmenter"}
 CLASSES = {
@@ -68,14 +68,14 @@ def test_the_segmenter_trains_under_example_level_privacy(tmp_path: Path) -> Non
     private = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.1}
     private |= {"seeded_noise": True}
     job = job_of("segmentation", privacy=private, train={"lr": 0.1, "optimizer": "sgd"})
-    assert simulate(job, tmp_path / "out", watch=unwatched, report=False)["privacy"]["epsilon"] > 0
+    assert simulate(job, tmp_path / "out", on_event=ignore_events, report=False)["privacy"]["epsilon"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", NETWORKS)
 def test_a_run_is_gone_on_from_with_other_classes(task: str, tmp_path: Path) -> None:
     """All but the layers that say classes are the run's."""
-    first = simulate(job_of(task), tmp_path / "first", watch=unwatched, report=False)
+    first = simulate(job_of(task), tmp_path / "first", on_event=ignore_events, report=False)
     backbone = {"name": NETWORKS[task], "weights": str(tmp_path / "first"), "image_size": 48}
     backbone |= {"options": {"width": 8}}
     ahead, _ = learner_of(job_of(task, "generated-street", backbone=backbone))

@@ -17,10 +17,10 @@ from atoll.datasets.synthetic.commands import generated_commands
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import DataSection, Job
 from atoll.learning.learner import Learner, sum_states
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks.intent.task import INTENT
 from tests.models import small_wav2vec2, small_whisper
-from tests.test_simulation import unwatched
 from tests.test_speech import learner_of as recogniser_of
 from tests.test_speech import sound, tones
 
@@ -206,8 +206,8 @@ def test_the_bits_are_the_same_in_one_process_and_in_two(tmp_path: Path, task: s
         "train": {"optimizer": "adamw", "lr": 0.003, "batch_size": 2},
         "federation": {"clients": 2, "rounds": 2},
     }
-    one = simulate(job_of(**table), tmp_path / "one", watch=unwatched, report=False)
-    two = simulate(job_of(**table), tmp_path / "two", workers=2, watch=unwatched, report=False)
+    one = simulate(job_of(**table), tmp_path / "one", on_event=ignore_events, report=False)
+    two = simulate(job_of(**table), tmp_path / "two", workers=2, on_event=ignore_events, report=False)
     assert one["model_sha256"] == two["model_sha256"]
     losses = [line["loss"] for line in one["rounds"]]
     assert losses[-1] < losses[0]

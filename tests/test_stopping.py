@@ -11,9 +11,10 @@ import torch
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.rounds.early_stopping import EarlyStopping
 from atoll.sim.engines.engine import simulate
-from tests.test_simulation import job, unwatched
+from tests.test_simulation import job
 
 PATIENT: dict[str, Any] = {
     "data": {"validation_fraction": 0.3, "partition": {"kind": "dirichlet", "alpha": 0.5}},
@@ -27,7 +28,7 @@ def patient(**evaluate: Any) -> Job:
 
 
 def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
-    return simulate(job, out, watch=unwatched, report=False, **options)
+    return simulate(job, out, on_event=ignore_events, report=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +70,12 @@ def test_engines_and_a_resumed_run_stop_in_the_same_round_with_the_same_bits(tmp
     whole = run(patient(patience=2), tmp_path / "whole")
     looped = run(patient(patience=2), tmp_path / "loop", engine="loop")
 
-    def stop(step: str, what: dict[str, Any]) -> None:
-        if step == "round" and what["round"] == len(whole["rounds"]) - 1:
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundEnded) and event.line["round"] == len(whole["rounds"]) - 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(patient(patience=2), tmp_path / "cut", watch=stop, report=False)
+        simulate(patient(patience=2), tmp_path / "cut", on_event=stop, report=False)
     resumed = run(patient(patience=2), tmp_path / "cut", resume=True)
     for other in (looped, resumed):
         assert other["model_sha256"] == whole["model_sha256"]

@@ -18,7 +18,7 @@ from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.privacy.accounting import Release, epsilon
-from atoll.server.run.run_job import ignore_events
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.sweep.grid import Base, Grid, Planned, SweepFolder, exclusive_lock, planned, split_values
 from atoll.sim.sweep.plot import axis_of, frontier_png
@@ -90,7 +90,7 @@ def test_a_run_of_a_sweep_is_the_run_of_its_job_bit_for_bit(swept: Path, tmp_pat
     for number in (1, 2):
         line = lines_of(swept)[number]
         job = Job.load(swept / line["path"] / "job.toml")
-        alone = simulate(job, tmp_path / str(number), watch=ignore_events, report=False)
+        alone = simulate(job, tmp_path / str(number), on_event=ignore_events, report=False)
         assert alone["model_sha256"] == line["model_sha256"]
         assert alone["final"]["server"]["accuracy"] == float(line["accuracy"])
         kept = json.loads((swept / line["path"] / "result.json").read_text())

@@ -16,13 +16,13 @@ from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner, sum_states
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.population.write_shards import write_shards
 from atoll.tasks import TASKS, task_named
 from tests.task_data import ready
 from tests.task_jobs import DRAWING, TABLES, job_of
-from tests.test_simulation import unwatched
 
 METHODS = ("head", "last-k", "lora", "full")
 REFUSED = {
@@ -70,8 +70,8 @@ def test_the_registry_says_what_the_task_says_of_itself(name: str) -> None:
     "job", cases(WORKING, [p for p in WORKING if p[1] in ("head", "full")]), indirect=True
 )
 def test_each_way_of_tuning_learns_and_has_the_same_bits_in_another_engine(job: Job, tmp_path: Path) -> None:
-    result = simulate(job, tmp_path / "one", watch=unwatched, report=False)
-    other = simulate(job, tmp_path / "two", engine="loop", watch=unwatched, report=False)
+    result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
+    other = simulate(job, tmp_path / "two", engine="loop", on_event=ignore_events, report=False)
     assert result["model_sha256"] == other["model_sha256"]
     losses = [line["loss"] for line in result["rounds"]]
     assert losses[-1] < losses[0], losses
@@ -86,8 +86,8 @@ TWO_WORKERS = (("recommendation", "full"), ("object-detection", "full"), ("text-
 @pytest.mark.parametrize("job", cases(WORKING, TWO_WORKERS), indirect=True)
 @pytest.mark.processes
 def test_each_way_of_tuning_has_the_same_bits_with_two_workers(job: Job, tmp_path: Path) -> None:
-    result = simulate(job, tmp_path / "one", watch=unwatched, report=False)
-    pooled = simulate(job, tmp_path / "pool", workers=2, watch=unwatched, report=False)
+    result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
+    pooled = simulate(job, tmp_path / "pool", workers=2, on_event=ignore_events, report=False)
     assert pooled["model_sha256"] == result["model_sha256"]
 
 
@@ -97,8 +97,8 @@ FULL = [(task, "full") for task in TABLES]
 @pytest.mark.slow
 @pytest.mark.parametrize("job", cases(FULL, [("forecasting", "full")]), indirect=True)
 def test_each_task_has_the_same_bits_on_ray(job: Job, tmp_path: Path) -> None:
-    result = simulate(job, tmp_path / "one", watch=unwatched, report=False)
-    spread = simulate(job, tmp_path / "ray", engine="ray", workers=2, watch=unwatched, report=False)
+    result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
+    spread = simulate(job, tmp_path / "ray", engine="ray", workers=2, on_event=ignore_events, report=False)
     assert spread["model_sha256"] == result["model_sha256"]
 
 
@@ -107,7 +107,7 @@ def test_each_task_has_the_same_bits_on_ray(job: Job, tmp_path: Path) -> None:
 def test_what_a_detector_draws_is_the_same_in_two_processes(tmp_path: Path) -> None:
     job = ready(job_of("object-detection", "head", backbone=DRAWING), tmp_path)
     results = [
-        simulate(job, tmp_path / name, watch=unwatched, report=False, **options)
+        simulate(job, tmp_path / name, on_event=ignore_events, report=False, **options)
         for name, options in (("one", {}), ("loop", {"engine": "loop"}), ("pool", {"workers": 2}))
     ]
     assert len({result["model_sha256"] for result in results}) == 1
@@ -117,7 +117,7 @@ def test_what_a_detector_draws_is_the_same_in_two_processes(tmp_path: Path) -> N
 @pytest.mark.parametrize("job", list(REFUSED), indirect=True, ids=lambda pair: "-".join(pair))
 def test_a_way_of_tuning_that_a_task_has_not_is_refused_by_name(job: Job, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=REFUSED[job.task.name, job.tune.method]):
-        simulate(job, tmp_path / "out", watch=unwatched, report=False)
+        simulate(job, tmp_path / "out", on_event=ignore_events, report=False)
 
 
 def learner_of(job: Job) -> tuple[Learner, Population]:
@@ -243,7 +243,7 @@ def test_each_task_trains_under_example_level_privacy(pair: tuple[str, str], tmp
     task, method = pair
     train = {"lr": 0.01, "optimizer": "sgd"}
     job = ready(job_of(task, method, privacy=PRIVATE, train=train), tmp_path)
-    result = simulate(job, tmp_path / "out", watch=unwatched, report=False)
+    result = simulate(job, tmp_path / "out", on_event=ignore_events, report=False)
     assert result["privacy"]["unit"] == "example" and result["privacy"]["epsilon"] > 0
 
 
@@ -251,7 +251,7 @@ def test_each_task_trains_under_example_level_privacy(pair: tuple[str, str], tmp
 def test_example_level_privacy_that_a_task_cannot_keep_is_refused_and_why(task: str, tmp_path: Path) -> None:
     job = ready(job_of(task, "head", privacy=PRIVATE), tmp_path)
     with pytest.raises(ConfigError, match=NOT_BY_EXAMPLE[task]) as told:
-        simulate(job, tmp_path / "out", watch=unwatched, report=False)
+        simulate(job, tmp_path / "out", on_event=ignore_events, report=False)
     assert "\n" not in str(told.value)
 
 

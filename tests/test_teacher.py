@@ -21,6 +21,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.distillation import Teacher
 from atoll.learning.learner import Learner
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
@@ -28,7 +29,6 @@ from atoll.trained import trained
 from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_imbalance import TABLE
-from tests.test_simulation import unwatched
 
 
 def digits(**tables: Any) -> Job:
@@ -41,7 +41,7 @@ PRIVATE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("teacher") / "run"
-    simulate(digits(tune={"hidden": 32}), out, watch=unwatched, report=False)
+    simulate(digits(tune={"hidden": 32}), out, on_event=ignore_events, report=False)
     return out
 
 
@@ -76,7 +76,7 @@ def test_the_closed_form_and_the_autograd_loss_are_hintons(temperature: float, w
 
 
 def sha(job: Job, out: Path, **how: Any) -> str:
-    return str(simulate(job, out, watch=unwatched, report=False, **how)["model_sha256"])
+    return str(simulate(job, out, on_event=ignore_events, report=False, **how)["model_sha256"])
 
 
 def test_heads_have_the_same_bits_in_every_engine_and_learn_otherwise_than_alone(
@@ -111,7 +111,7 @@ def test_a_whole_network_learns_from_its_teacher_with_the_same_bits_and_needs_it
 ) -> None:
     data = {"data": {"source": "written", "classes": ("good", "bad"), "test_fraction": 0.2}}
     first = ready(job_of("text-classification", "lora", **data), tmp_path)
-    simulate(first, tmp_path / "teacher", watch=unwatched, report=False)
+    simulate(first, tmp_path / "teacher", on_event=ignore_events, report=False)
     job = ready(job_of("text-classification", "full", **data), tmp_path)
     train = job.train.model_copy(update={"teacher": str(tmp_path / "teacher"), "teacher_weight": 0.9})
     job = job.model_copy(update={"train": train})
@@ -158,12 +158,14 @@ def test_a_promise_takes_no_teacher_without_one_and_counts_the_teachers(
     data = {"data": TABLE["data"]}
     taught_by = {"train": TABLE["train"] | {"teacher": str(teacher)}}
     with pytest.raises(ConfigError, match="promises nothing to the unit 'example'"):
-        simulate(digits(**data, **private, **taught_by), tmp_path / "x", watch=unwatched, report=False)
-    first = simulate(digits(**data, **private), tmp_path / "private", watch=unwatched, report=False)
+        simulate(digits(**data, **private, **taught_by), tmp_path / "x", on_event=ignore_events, report=False)
+    first = simulate(digits(**data, **private), tmp_path / "private", on_event=ignore_events, report=False)
     train = {"train": TABLE["train"] | {"teacher": str(tmp_path / "private")}}
     with pytest.raises(ConfigError, match="was seeded and protects nobody"):
-        simulate(digits(**data, privacy=PRIVATE, **train), tmp_path / "y", watch=unwatched, report=False)
-    both = simulate(digits(**data, **private, **train), tmp_path / "both", watch=unwatched)
+        simulate(
+            digits(**data, privacy=PRIVATE, **train), tmp_path / "y", on_event=ignore_events, report=False
+        )
+    both = simulate(digits(**data, **private, **train), tmp_path / "both", on_event=ignore_events)
     told, its = both["privacy"], first["privacy"]
     assert told["without_teacher"]["epsilon"] == pytest.approx(its["epsilon"])
     assert told["epsilon"] == pytest.approx(2 * its["epsilon"])
@@ -190,7 +192,7 @@ def test_what_makes_no_sense_is_one_line(changes: dict[str, Any], said: str, tmp
 
     file.write_text(tomli_w.dumps(TABLE))
     with pytest.raises(ConfigError, match=said):
-        simulate(atoll.load_job(file, changes), tmp_path / "out", watch=unwatched, report=False)
+        simulate(atoll.load_job(file, changes), tmp_path / "out", on_event=ignore_events, report=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -198,11 +200,11 @@ def test_another_task_other_classes_and_another_run_are_refused(teacher: Path, t
     fitting = job_of("forecasting", "head")
     asked = fitting.model_copy(update={"train": fitting.train.model_copy(update={"teacher": str(teacher)})})
     with pytest.raises(ConfigError, match="distillation is of classes, forecasting has none"):
-        simulate(asked, tmp_path / "a", watch=unwatched, report=False)
+        simulate(asked, tmp_path / "a", on_event=ignore_events, report=False)
     texts = job_of("text-classification", "head")
     asked = texts.model_copy(update={"train": texts.train.model_copy(update={"teacher": str(teacher)})})
     with pytest.raises(ConfigError, match="expected a run of text-classification, found one of image-class"):
-        simulate(asked, tmp_path / "b", watch=unwatched, report=False)
+        simulate(asked, tmp_path / "b", on_event=ignore_events, report=False)
     job = student(teacher)
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["1", "0"]})
     with pytest.raises(ConfigError, match="expected the same, in the same order"):

@@ -22,6 +22,7 @@ from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
@@ -272,7 +273,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str) -> None:
     job = texts(tmp_path, OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
     results = [
-        simulate(job, tmp_path / engine, engine=engine, watch=lambda *step: None, report=False)
+        simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
     ]
     assert results[0]["model_sha256"] == results[1]["model_sha256"]
@@ -285,7 +286,7 @@ def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str) -> None:
 def test_two_workers_give_the_same_bits(tmp_path: Path, name: str) -> None:
     job = texts(tmp_path, OPTIONS[name], federation={"clients": 4, "cohort": 3, "rounds": 2})
     results = [
-        simulate(job, tmp_path / str(n), workers=n, watch=lambda *step: None, report=False) for n in (1, 2)
+        simulate(job, tmp_path / str(n), workers=n, on_event=ignore_events, report=False) for n in (1, 2)
     ]
     assert results[0]["model_sha256"] == results[1]["model_sha256"]
 
@@ -296,7 +297,7 @@ def test_recomputing_changes_no_bit_of_a_run(tmp_path: Path) -> None:
         simulate(
             changed(job, checkpoint_activations=again),
             tmp_path / str(again),
-            watch=lambda *step: None,
+            on_event=ignore_events,
             report=False,
         )
         for again in (False, True)
@@ -312,7 +313,7 @@ def test_a_clients_promise_is_what_it_is_without(tmp_path: Path) -> None:
         data={"source": str(tmp_path / "texts.csv"), "classes": ("a", "b")},
     )  # fmt: skip
     plain, saving = (
-        simulate(setting, tmp_path / name, watch=lambda *step: None, report=False)
+        simulate(setting, tmp_path / name, on_event=ignore_events, report=False)
         for name, setting in (("plain", job), ("saving", changed(job, **OPTIONS["all"])))
     )
     assert plain["privacy"] == saving["privacy"]
@@ -352,7 +353,7 @@ def test_a_head_on_kept_features_and_engine_cohort_refuse_each_by_name(tmp_path:
         check_fits(views, task_named(views.task.name))
     full = image_job("squeezenet1_1", train=train, tune={"method": "full"})
     with pytest.raises(ConfigError, match=rf"train\.{key}: engine cohort trains clients at once"):
-        simulate(full, tmp_path / "r", engine="cohort", watch=lambda *step: None, report=False)
+        simulate(full, tmp_path / "r", engine="cohort", on_event=ignore_events, report=False)
     assert not (tmp_path / "r").exists()
 
 
@@ -384,5 +385,5 @@ REFUSED: dict[str, tuple[Callable[[Path], Job], str]] = {
 def test_what_cannot_be_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     made, pattern = REFUSED[name]
     with pytest.raises(ConfigError, match=pattern) as caught:
-        simulate(made(tmp_path), tmp_path / "r", watch=lambda *step: None, report=False)
+        simulate(made(tmp_path), tmp_path / "r", on_event=ignore_events, report=False)
     assert "\n" not in str(caught.value)

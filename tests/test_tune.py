@@ -17,7 +17,7 @@ from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.server.run.run_job import ignore_events
+from atoll.server.events import RoundEnded, RunResumed, ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.search.distributions import Choice, Range
@@ -273,7 +273,7 @@ def heard(judge: Pruner, values: list[float]) -> int | None:
     """The round after which the judge stops a run with these values."""
     try:
         for round, value in enumerate(values, start=1):
-            judge.watch("round", {"round": round, "metrics": {"accuracy": value}})
+            judge.on_event(RoundEnded({"round": round, "metrics": {"accuracy": value}}))
     except Stopped as stopped:
         return stopped.round
     return None
@@ -296,7 +296,7 @@ def test_a_run_that_goes_on_is_judged_by_its_earlier_rounds_too(tmp_path: Path) 
     lines = [{"round": round, "metrics": {"accuracy": 0.1}} for round in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(Stopped) as stopped:
-        judge(tmp_path, curves).watch("resumed", {"round": 3})
+        judge(tmp_path, curves).on_event(RunResumed(3))
     assert stopped.value.round == 3
 
 
@@ -334,7 +334,7 @@ def test_no_trial_looks_at_the_test_set_and_its_bits_are_those_of_the_job(
     tried = json.loads((tmp_path / "trial" / "result.json").read_text())
     assert tried["final"]["server"] == {} and tried["baselines"] == {}
 
-    plain = simulate(job, tmp_path / "plain", watch=ignore_events, report=False)
+    plain = simulate(job, tmp_path / "plain", on_event=ignore_events, report=False)
     assert seen >= held_out  # so that the spy is no blind one
     assert plain["model_sha256"] == tried["model_sha256"]
     clients = [c for c in plain["final"]["clients"].values() if c["examples"]]
@@ -467,7 +467,7 @@ def test_a_search_finds_what_a_grid_finds_and_leaves_a_job_that_replays_it(
     # Of the whole grid three of twelve are above 0.8, with a rate of 1; the job as it is stays near chance.
     assert float(best["accuracy"]) > 0.8 > 0.4 > float(lines[0]["accuracy"])
     assert (out / "trials.png").read_bytes().startswith(b"\x89PNG")
-    replayed = simulate(Job.load(out / "best.toml"), tmp_path / "best", watch=ignore_events, report=False)
+    replayed = simulate(Job.load(out / "best.toml"), tmp_path / "best", on_event=ignore_events, report=False)
     kept = json.loads((out / best["folder"] / "seed-3" / "result.json").read_text())
     assert replayed["model_sha256"] == kept["model_sha256"]
     assert replayed["final"]["server"]["accuracy"] > 0.8

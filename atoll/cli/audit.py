@@ -13,6 +13,7 @@ from atoll.cli.display import out, sanitize, watching
 from atoll.cli.inspect import RunDir, read_result
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
+from atoll.sim.engines.events import AuditAdvanced
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +56,7 @@ def audit(
     with watching(job.federation.rounds) as watcher:
         found = audited(
             job, result["privacy"], how, population=population,
-            watch=lambda done, total: watcher.step("audit", {"done": done, "total": total}),
+            watch=lambda done, total: watcher.on_event(AuditAdvanced(done, total)),
         )  # fmt: skip
     found["inversion"] = probed(job, population)
     text = json.dumps(found, indent=2, allow_nan=False)

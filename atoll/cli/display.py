@@ -6,11 +6,22 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
+
+from atoll.server.events import (
+    BaselinesBegun,
+    ClientsFound,
+    Event,
+    FinalEvaluationBegun,
+    RoundEnded,
+    RunResumed,
+    StageBegun,
+)
+from atoll.sim.engines.events import AuditAdvanced, ExecutionChosen, PopulationRead
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,27 +164,27 @@ class Watcher:
         stop_if_asked()
         self.gauge.show("features", done, total, "every example once, then cached")
 
-    def step(self, name: str, what: dict[str, Any]) -> None:
+    def on_event(self, event: Event) -> None:
         """One step of the run."""
         stop_if_asked()
-        match name:
-            case "path":
-                self.gauge.say(f"training  {what['path']}")
-            case "population":
-                self._population(what["population"])
-            case "hello":
-                self._hello(what)
-            case "resumed":
-                self.gauge.say(f"resumed   after round {what['round']} of {self.rounds}")
-            case "stage":
-                self.gauge.say(f"tuning    {what['tuning']}, from round {what['round'] + 1} on")
-            case "round":
-                self._round(what)
-            case "baselines":
+        match event:
+            case ExecutionChosen():
+                self.gauge.say(f"training  {event.mode}")
+            case PopulationRead():
+                self._population(event.population)
+            case ClientsFound():
+                self._clients_found(event)
+            case RunResumed():
+                self.gauge.say(f"resumed   after round {event.round} of {self.rounds}")
+            case StageBegun():
+                self.gauge.say(f"tuning    {event.tuning}, from round {event.round + 1} on")
+            case RoundEnded():
+                self._round(event.line)
+            case BaselinesBegun():
                 self.gauge.show("finish", 0, None, "baselines")
-            case "audit":
-                self.gauge.show("audit", what["done"], what["total"], "rounds again, with canaries")
-            case "finish":
+            case AuditAdvanced():
+                self.gauge.show("audit", event.done, event.total, "rounds again, with canaries")
+            case FinalEvaluationBegun():
                 self.gauge.show("finish", 0, None, "final measurements")
 
     def _population(self, population: Any) -> None:
@@ -183,13 +194,13 @@ class Watcher:
             f"data      {len(population.train)} examples to train on, {len(population.test)} held out"
         )
 
-    def _hello(self, what: dict[str, Any]) -> None:
-        backbone = what["backbone"]
+    def _clients_found(self, event: ClientsFound) -> None:
+        backbone = event.backbone
         self.gauge.say(f"backbone  {sanitize(backbone.name)}, weights from {sanitize(backbone.origin)}")
-        sizes = what["roll"].sizes
+        sizes = event.roster.sizes
         self.gauge.say(f"clients   {len(sizes)}, {sizes.min()} to {sizes.max()} examples each")
 
-    def _round(self, line: dict[str, Any]) -> None:
+    def _round(self, line: Mapping[str, Any]) -> None:
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
         parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]
         if line["set_aside"]:

@@ -16,6 +16,7 @@ from atoll.cli.display import out, print_summary, sanitize, watching
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
 from atoll.plugins import load_files
+from atoll.server.events import Event, RoundEnded
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -131,10 +132,10 @@ def run_here(
 
     tracking = Tracking(job, where, track)
 
-    def step(name: str, what: dict[str, Any]) -> None:
-        watcher.step(name, what)
-        if name == "round" and track:
-            tracking.line(what)
+    def on_event(event: Event) -> None:
+        watcher.on_event(event)
+        if isinstance(event, RoundEnded) and track:
+            tracking.line(dict(event.line))
 
     try:
         with watching(job.federation.rounds) as watcher:
@@ -143,7 +144,7 @@ def run_here(
                 where,
                 engine=engine,
                 workers=workers or default_workers(job, engine),
-                watch=step,
+                on_event=on_event,
                 progress=watcher.features,
                 resume=resume,
                 force=force,

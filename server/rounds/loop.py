@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from atoll.errors import BudgetExhausted
+from atoll.server.events import RoundEnded
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import request_updates
 from atoll.server.rounds.cohort import sample
@@ -78,4 +79,4 @@ def checkpoint(run: Run, line: dict[str, Any]) -> None:
     run.state.log.append(line)
     run.setup.directory.append_metrics(line)
     run.setup.checkpoints.save_async(checkpoint_of(run))
-    run.setup.watch("round", line)
+    run.setup.on_event(RoundEnded(line))

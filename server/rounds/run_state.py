@@ -13,6 +13,7 @@ from atoll.protocol.compression import upload_size
 from atoll.protocol.messages import Reply, Update
 from atoll.protocol.requests import Request, RequestOrigin
 from atoll.protocol.tensors import Tensors
+from atoll.server.events import EventCallback
 from atoll.server.rounds.central_dp import CentralDp, NoProtection, run_key
 from atoll.server.rounds.early_stopping import StoppingRule
 from atoll.server.rounds.participation import AvailabilityModel
@@ -21,9 +22,6 @@ from atoll.server.run.checkpoint import CheckpointManager
 from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Transport
 from atoll.strategies.strategy import State, Strategy
-
-EventCallback = Callable[[str, dict[str, Any]], None]
-"""Told of every step: a name (`hello`, `round`, …) and what there is to show."""
 
 TestSet = Callable[[Learner], Shard | None]
 """The server's own test set, once the run's facts are known."""
@@ -85,7 +83,7 @@ class RunSetup:
     strategy: Strategy
     population: Sequence[str]
     test: Shard | None
-    watch: EventCallback
+    on_event: EventCallback
     clock: AvailabilityModel
     protection: CentralDp | NoProtection
     first_round: RoundKind

@@ -7,11 +7,12 @@ import torch
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.server.events import ClientsFound, EventCallback, RunResumed
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import model_transforms, round_kinds
 from atoll.server.rounds.central_dp import CentralDp, NoProtection
 from atoll.server.rounds.participation import AvailabilityModel, always_available
-from atoll.server.rounds.run_state import EventCallback, Run, RunSetup, RunState, TestSet
+from atoll.server.rounds.run_state import Run, RunSetup, RunState, TestSet
 from atoll.server.run.checkpoint import Checkpoint, CheckpointManager
 from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Transport
@@ -24,7 +25,7 @@ def start_or_resume(
     carrier: Transport,
     directory: RunDirectory,
     test_set: TestSet,
-    watch: EventCallback,
+    on_event: EventCallback,
     *,
     resume: bool,
     clock: AvailabilityModel = always_available,
@@ -48,10 +49,10 @@ def start_or_resume(
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
-    watch("hello", {"roll": roster, "backbone": learner.backbone, "facts": learner.data_info})
+    on_event(ClientsFound(roster, learner.backbone))
     first_round, later_rounds = round_kinds(job)
     setup = RunSetup(
-        job, carrier, directory, strategy, roster.names, test_set(learner), watch, clock, protection,
+        job, carrier, directory, strategy, roster.names, test_set(learner), on_event, clock, protection,
         first_round=first_round,
         later_rounds=later_rounds,
         update_transforms=protection.update_transforms,
@@ -100,4 +101,4 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
     state.strategy_state = tuning_schedule.resume(run, found.state)
     state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
     state.log = run.setup.directory.truncate_log(found.round)
-    run.setup.watch("resumed", {"round": state.round})
+    run.setup.on_event(RunResumed(state.round))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.server.events import StageBegun
 from atoll.server.rounds.early_stopping import EarlyStopping, NoEarlyStopping, StoppingRule
 from atoll.strategies.strategy import State
 from atoll.tasks import task_named
@@ -56,7 +57,7 @@ def begin_next(run: Run) -> bool:
     assert set(best) <= set(initial), "a later stage tunes what an earlier one has tuned"
     state.tensors, state.initial_model = initial | best, initial
     state.strategy_state = setup.strategy.begin(state.tensors)
-    setup.watch("stage", {"round": state.round, "tuning": state.learner.job.tune.description})
+    setup.on_event(StageBegun(state.round, state.learner.job.tune.description))
     return True
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from atoll.backbones.resolve import resolve
 from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
+from atoll.server.events import BaselinesBegun, EventCallback, FinalEvaluationBegun, ignore_events
 from atoll.server.rounds.central_dp import LedgerLocation, central_dp_of
 from atoll.server.rounds.loop import run_rounds
 from atoll.server.rounds.participation import AvailabilityModel, always_available
-from atoll.server.rounds.run_state import EventCallback, Run, TestSet
+from atoll.server.rounds.run_state import Run, TestSet
 from atoll.server.rounds.start import start_or_resume
 from atoll.server.run.directory import RunDirectory
 from atoll.server.run.result import Baselines, write_result
@@ -23,10 +24,6 @@ from atoll.tasks import check_metric_options, task_named
 
 BaselineFn = Callable[[Run], tuple[Baselines, list[str]]]
 """Measures a run's baselines; and what is to be noted about them."""
-
-
-def ignore_events(step: str, what: dict[str, Any]) -> None:
-    """Watch nothing."""
 
 
 def server_baselines(run: Run) -> tuple[Baselines, list[str]]:
@@ -48,7 +45,7 @@ def run_job(
     test_set: TestSet,
     *,
     baselines: BaselineFn = server_baselines,
-    watch: EventCallback = ignore_events,
+    on_event: EventCallback = ignore_events,
     resume: bool = False,
     force: bool = False,
     clock: AvailabilityModel = always_available,
@@ -65,14 +62,14 @@ def run_job(
     with RunDirectory.open(out, job, resume=resume, force=force) as directory:
         protection = central_dp_of(job, out, ledgers)
         run = start_or_resume(
-            job, carrier, directory, test_set, watch, resume=resume, clock=clock, protection=protection,
+            job, carrier, directory, test_set, on_event, resume=resume, clock=clock, protection=protection,
             strategy=strategy,
         )  # fmt: skip
         directory.commit()
         run_rounds(run)
-        watch("baselines", {})
+        on_event(BaselinesBegun())
         compared, notes = baselines(run)
-        watch("finish", {})
+        on_event(FinalEvaluationBegun())
         result = write_result(run, compared, time.monotonic() - started, notes)
         if report:
             from atoll.report.page import (

@@ -30,11 +30,12 @@ from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import entropy, uniform
 from atoll.report.comparison import finite
 from atoll.report.page import write_report
-from atoll.server.rounds.run_state import EventCallback
+from atoll.server.events import EventCallback
 from atoll.sim.audit.client_canaries import CanaryClients
 from atoll.sim.audit.example_canaries import CanaryFeatures
 from atoll.sim.audit.mislabelled_canaries import Mislabelled, candidates
 from atoll.sim.audit.replay import Canaries, job_to_replay, replayed
+from atoll.sim.engines.events import AuditAdvanced
 from atoll.sim.population.population import Population
 from atoll.system.durable_files import replace_synced
 from atoll.tasks import task_named
@@ -194,7 +195,7 @@ logger = logging.getLogger(__name__)
 
 
 def attack_at_the_end(
-    job: Job, population: Population, out: Path, result: dict[str, Any], watch: EventCallback
+    job: Job, population: Population, out: Path, result: dict[str, Any], on_event: EventCallback
 ) -> dict[str, Any]:
     """The result with what the attack found under `privacy.audit`, written down and in the report.
 
@@ -202,7 +203,7 @@ def attack_at_the_end(
     """
 
     def played(done: int, total: int) -> None:
-        watch("audit", {"done": done, "total": total})
+        on_event(AuditAdvanced(done, total))
 
     try:
         found = audited(job, result["privacy"], Audit(usual=AT_THE_END), population=population, watch=played)

@@ -23,13 +23,13 @@ from atoll.privacy.dp_plan import DpPlan
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import Request
 from atoll.protocol.tensors import Tensors
+from atoll.server.events import ignore_events
 from atoll.server.rounds.aggregation import merge_updates, request_updates
 from atoll.server.rounds.central_dp import central_dp_of
 from atoll.server.rounds.cohort import sample
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.start import start_or_resume
 from atoll.server.run.directory import RunDirectory
-from atoll.server.run.run_job import ignore_events
 from atoll.server.transport import Transport
 from atoll.sim.population.devices import clock_of
 from atoll.sim.population.population import Population

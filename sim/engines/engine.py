@@ -18,11 +18,12 @@ from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.server.rounds.run_state import EventCallback
+from atoll.server.events import EventCallback
 from atoll.server.run.directory import check_available
 from atoll.server.run.run_job import BaselineFn, run_job, validate_job
 from atoll.server.transport import Transport
 from atoll.sim.baselines import BaselineRunner
+from atoll.sim.engines.events import ExecutionChosen, PopulationRead
 from atoll.sim.engines.inline import InlineTransport, LoopTransport
 from atoll.sim.engines.process_pool import PooledTransport, books_in, processes_for
 from atoll.sim.population.devices import clock_of
@@ -39,7 +40,7 @@ def simulate(
     *,
     engine: str = "inline",
     workers: int = 1,
-    watch: EventCallback,
+    on_event: EventCallback,
     progress: Progress | None = None,
     resume: bool = False,
     force: bool = False,
@@ -58,11 +59,11 @@ def simulate(
     check_available(out, job, resume=resume, force=force)
     validate_job(job)
     population = population or Population.of(job)
-    watch("population", {"population": population})
-    watch("path", {"path": execution_mode(job, engine, workers)})
+    on_event(PopulationRead(population))
+    on_event(ExecutionChosen(execution_mode(job, engine, workers)))
     options: dict[str, Any] = {
         "baselines": baselines or BaselineRunner(population),
-        "watch": watch,
+        "on_event": on_event,
         "resume": resume,
         "force": force,
         "clock": clock_of(population),
@@ -80,7 +81,7 @@ def simulate(
     if job.privacy.audit:
         from atoll.sim.audit.audit import attack_at_the_end
 
-        result = attack_at_the_end(job, population, out, result, watch)
+        result = attack_at_the_end(job, population, out, result, on_event)
     return result
 
 

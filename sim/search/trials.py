@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
 from atoll.report.comparison import lower_is_better
+from atoll.server.events import Event, EventCallback, RoundEnded, RunResumed, ignore_events
 from atoll.server.rounds.evaluation import federated_evaluation
 from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
-from atoll.server.run.run_job import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.search.space import checked_job
@@ -79,13 +79,13 @@ class Pruner:
                 )
         return cls(job, out, metric, study.ask())
 
-    def watch(self, step: str, what: dict[str, Any]) -> None:
+    def on_event(self, event: Event) -> None:
         """Hear of a round, or, in a run that goes on, of all those before."""
-        if step == "resumed":
+        if isinstance(event, RunResumed):
             for text in (self.out / "metrics.jsonl").read_text("utf-8").splitlines():
                 self._line(json.loads(text))
-        elif step == "round":
-            self._line(what)
+        elif isinstance(event, RoundEnded):
+            self._line(event.line)
 
     def _line(self, line: Mapping[str, Any]) -> None:
         value, round = line["metrics"].get(self.metric), int(line["round"])
@@ -120,8 +120,8 @@ def play_trial(text: str) -> str:
         # would be validated on by another.
         clients = _bench.population(jobs[0])
         for job, out in zip(jobs, outs, strict=True):
-            watch = judge.watch if job is jobs[0] else ignore_events
-            found.append(validation_metrics(job, out, without_test_set(job, clients), watch))
+            on_event = judge.on_event if job is jobs[0] else ignore_events
+            found.append(validation_metrics(job, out, without_test_set(job, clients), on_event))
         outcome = judged(found, work["metric"])
     except Stopped as stopped:
         outcome = Outcome(stopped=stopped.round)
@@ -134,7 +134,7 @@ def play_trial(text: str) -> str:
 
 
 def validation_metrics(
-    job: Job, out: Path, population: Population, watch: Callable[[str, dict[str, Any]], None]
+    job: Job, out: Path, population: Population, on_event: EventCallback
 ) -> Mapping[str, float]:
     """Play a run, or go on with one that was begun; its final model's metrics over all clients' splits."""
     found: dict[str, float] = {}
@@ -147,7 +147,7 @@ def validation_metrics(
 
     begun = (out / "job.toml").is_file()
     simulate(
-        job, out, watch=watch, resume=begun, population=population, baselines=measure, report=False
+        job, out, on_event=on_event, resume=begun, population=population, baselines=measure, report=False
     )  # fmt: skip
     return found
 

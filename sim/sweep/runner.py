@@ -18,9 +18,10 @@ from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.job.privacy import PrivacySection
 from atoll.learning.learner import Learner
+from atoll.server.events import ignore_events
 from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
-from atoll.server.run.run_job import ignore_events, validate_job
+from atoll.server.run.run_job import validate_job
 from atoll.sim.baselines import BaselineRunner
 from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.process_pool import end_processes
@@ -89,7 +90,7 @@ class WorkerCache:
         simulate(
             job,
             out,
-            watch=ignore_events,
+            on_event=ignore_events,
             resume=(out / "job.toml").is_file(),
             population=population,
             baselines=compare,

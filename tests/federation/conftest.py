@@ -13,10 +13,11 @@ import torch
 from torchvision.models import squeezenet1_1
 
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.write_shards import write_shards
 from tests.federation.held_site import HOLD
-from tests.federation.places import Federation, Running, federation_of, unwatched
+from tests.federation.places import Federation, Running, federation_of
 from tests.federation.turned_server import CUTS
 
 SECRET = "Ann Smith"
@@ -95,7 +96,7 @@ class Ring:
         """The `model_sha256` of the simulation."""
         if job.hash not in self.known:
             out = self.federation.folder / f"sim-{job.hash[:12]}"
-            self.known[job.hash] = simulate(job, out, watch=unwatched, report=False)["model_sha256"]
+            self.known[job.hash] = simulate(job, out, on_event=ignore_events, report=False)["model_sha256"]
         return self.known[job.hash]
 
 

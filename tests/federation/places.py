@@ -26,9 +26,6 @@ from tests.processes import Started, wait_until
 from tests.processes import atoll as start_atoll
 
 
-def unwatched(step: str, what: dict[str, Any]) -> None: ...
-
-
 @dataclass
 class Running:
     """One verb of the command line as a process of its own, and what it wrote."""

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from atoll.job.job import Job
+from atoll.server.events import ignore_events
 from atoll.server.run.directory import job_toml
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import client_names
 from atoll.sim.population.write_shards import write_shards
 from tests.federation.news import news_file
-from tests.federation.places import Federation, atoll, federation_of, result_of, unwatched
+from tests.federation.places import Federation, atoll, federation_of, result_of
 from tests.task_data import ready
 from tests.task_jobs import DRAWING, TABLES, job_of
 from tests.test_backbones import tiny_bert
@@ -99,7 +100,7 @@ class Places:
         """The result of the simulation."""
         if name not in self.known:
             out = self.folder / f"sim-{name}"
-            self.known[name] = simulate(self.jobs[name], out, watch=unwatched, report=False)
+            self.known[name] = simulate(self.jobs[name], out, on_event=ignore_events, report=False)
         return self.known[name]
 
     @contextmanager
@@ -203,7 +204,7 @@ def test_real_sites_that_join_in_any_order_give_the_bits_of_the_simulation(
 def test_real_sites_with_a_teacher_or_a_pruned_backbone_give_the_bits_of_the_simulation(
     places: Places,
 ) -> None:
-    simulate(places.jobs["news-fedavg"], places.folder / "teacher", watch=unwatched, report=False)
+    simulate(places.jobs["news-fedavg"], places.folder / "teacher", on_event=ignore_events, report=False)
     with places.sites("news-fedavg", [1, 0, 2]):
         for name in ("taught-fedavg", "pruned-fedavg"):
             result, plain = places.agreed(name), places.expected("news-fedavg")
@@ -237,7 +238,7 @@ def agree(places: Places, jobs: Sequence[Job], folder: Path) -> None:
     with places.joined(folder / "shards", write_shards(jobs[0], folder / "shards")):
         for job in jobs:
             result = places.federation.run(job)
-            expected = simulate(job, folder / job.name, watch=unwatched, report=False)
+            expected = simulate(job, folder / job.name, on_event=ignore_events, report=False)
             assert result["model_sha256"] == expected["model_sha256"], job.name
             assert result["final"]["clients"].keys() == expected["final"]["clients"].keys()
 
@@ -249,7 +250,7 @@ def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None
         places.folder / f"ray-{name}",
         engine="ray",
         workers=2,
-        watch=unwatched,
+        on_event=ignore_events,
         report=False,
     )
     assert result["model_sha256"] == places.expected(name)["model_sha256"]

@@ -25,13 +25,13 @@ from atoll.privacy.secagg_encoding import flat, weighted
 from atoll.protocol.messages import Reply, SecureMessage, Update
 from atoll.protocol.requests import Request, TrainingRequest, TrainRequest, UnmaskedSumRequest, origin_of
 from atoll.protocol.tensors import Tensors, tensor_bytes
+from atoll.server.events import ignore_events
 from atoll.server.run.run_job import run_job
 from atoll.sim.baselines import BaselineRunner
 from atoll.sim.engines.engine import cached_test_set
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.federation.conftest import CLIENTS, Ring, job
-from tests.federation.places import unwatched
 from tests.federation.wire import Tap, bodies, said, share_found, tapped
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
@@ -105,7 +105,7 @@ class Wire:
         carrier = Noted.of(Population.of(setting))
         expected = run_job(
             setting, carrier, folder / "replayed", cached_test_set(carrier.population, None),
-            baselines=BaselineRunner(carrier.population), watch=unwatched, report=False,
+            baselines=BaselineRunner(carrier.population), on_event=ignore_events, report=False,
         )  # fmt: skip
         told = [json.loads(line) for line in secrets.read_text().splitlines()]
         return Heard(folder / "tapped", carrier, told, expected["model_sha256"], result["model_sha256"])
