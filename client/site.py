@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from atoll.client.dp.dp_sgd import DpSgd
+from atoll.client.dp.example_draws import example_numbers
 from atoll.client.dp.gradient_sums import head_sums
 from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.dp.poisson import private_training
@@ -348,7 +349,7 @@ def feature_table(held: dict[str, LoadedShard], device: str) -> tuple[FeatureTab
     parts = [h.features for h in held.values() if h.features is not None]
     ends = np.cumsum([len(h.train) for h in held.values()]).tolist()
     client_rows = [
-        ClientRows(name, np.arange(end - len(h.train), end))
+        ClientRows(name, np.arange(end - len(h.train), end), example_numbers(h.train.keys))
         for (name, h), end in zip(held.items(), ends, strict=True)
     ]
     targets = torch.cat([h.train.table for h in held.values()])

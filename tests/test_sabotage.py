@@ -148,7 +148,7 @@ def noised_by(factor: Callable[[Any, Any], float]) -> Plant:
         def release(self: Any, updates: Any, model: Any) -> Any:
             mean, told = original(self, updates, model)
             quiet, _ = original(
-                dataclasses.replace(self, words=w.silent, record=lambda cost: None), updates, model
+                dataclasses.replace(self, random_bits=w.silent, record=lambda cost: None), updates, model
             )
             by = factor(self, updates)
             return {n: quiet[n] + (mean[n] - quiet[n]) * by for n in mean}, told
@@ -253,7 +253,7 @@ def charged_as_poisson(original: Any) -> Any:
         rate = (job.federation.cohort or job.federation.clients) / job.federation.clients
         if dp_plan is None or job.federation.cohort_rate is not None:
             return dp_plan
-        return dataclasses.replace(dp_plan, cost=Release(dp_plan.noise_multiplier, rate))
+        return dataclasses.replace(dp_plan, event=Release(dp_plan.noise_multiplier, rate))
 
     return dp_plan_of
 
@@ -368,7 +368,7 @@ EXAMPLE_FRESHNESS: dict[str, Plant] = {
 def drawn_as(draw: Callable[[int], Any]) -> Plant:
     return wrapped(
         atoll.client.dp.poisson, "DpSgd",
-        lambda original: lambda **given: original(**given | {"draw": lambda client, count: [draw(count)]}),
+        lambda original: lambda **given: original(**given | {"draw": lambda client, numbers: [draw(len(numbers))]}),
     )  # fmt: skip
 
 
