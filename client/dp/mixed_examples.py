@@ -45,6 +45,16 @@ Seen = dict[int, dict[str, torch.Tensor]]
 
 def refuse_mixed_examples(learner: Learner, shard: Shard, *, hooks: bool) -> None:
     """Raises ConfigError where an example's gradient or loss depends on the batch that it passes in."""
+    try:
+        _look(learner, shard, hooks=hooks)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        said = str(error).partition("\n")[0]
+        raise _refusal(learner, f"its gradients can't be taken example by example ({said})") from None
+
+
+def _look(learner: Learner, shard: Shard, *, hooks: bool) -> None:
     probe = _Probe.of(learner, shard)
     with (
         repeatable(learner.job.train.device),

@@ -77,9 +77,19 @@ def hooks_suffice(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor)
             found = gradients(batch, targets)
     except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
         return False  # layers that Opacus has no rule for; torch.func needs none
-    expected = _by_functions(model, loss, batch, targets)
-    reached = {name for name, g in expected.items() if bool(g.any())}
-    return found.keys() >= reached and all(found[n].shape == expected[n].shape for n in found)
+    parameters = trainable.trainable(model)
+    shapes = {name: (len(targets), *p.shape) for name, p in parameters.items()}
+    reached = _reached(model, loss, batch, targets)
+    return found.keys() >= reached and all(found[name].shape == shapes[name] for name in found)
+
+
+def _reached(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor) -> set[str]:
+    """The parameters that the loss of the batch moves with, by autograd."""
+    parameters = trainable.trainable(model)
+    with torch.enable_grad():
+        value = loss(model(batch), targets)
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return {name for name, g in zip(parameters, found, strict=True) if g is not None and bool(g.any())}
 
 
 def _by_hooks(
