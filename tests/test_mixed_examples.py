@@ -1,4 +1,4 @@
-"""Networks in which examples see each other: each kind is refused, and those that only look like it aren't."""
+"""Networks in which examples see each other are refused, and those that only look like it aren't."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class NormsByFunction(Around):
 
 class MasksByNumpy(Around):
     def between(self, states: torch.Tensor) -> torch.Tensor:
-        return states * torch.from_numpy(np.random.rand(*states.shape) < 0.9)  # noqa: NPY002
+        return states * torch.from_numpy(np.random.rand(*states.shape) < 0.9)
 
 
 class MasksByPython(Around):
@@ -160,12 +160,13 @@ def test_a_loss_whose_divisor_is_the_batchs_is_refused() -> None:
     "model",
     [
         Around(), Around(nn.Dropout(0.5)), Around(nn.LayerNorm(WIDTH)), Around(nn.BatchNorm1d(WIDTH).eval()),
-        Around(StochasticDepth(0.5, "row")), Around(StochasticDepth(0.5, "batch")), DropsItself(), LeavesOut(),
+        Around(StochasticDepth(0.5, "row")), Around(StochasticDepth(0.5, "batch")),
+        DropsItself(), LeavesOut(),
     ],
     ids=["plain", "dropout", "norm", "still", "rows left out", "layers left out", "functions", "by a scalar"],
 )  # fmt: skip
 @pytest.mark.parametrize("count", [1, 2, 9])
-def test_a_network_whose_examples_are_apart_is_not_refused(model: nn.Module, count: int) -> None:
+def test_a_network_whose_examples_are_apart_is_taken(model: nn.Module, count: int) -> None:
     hooks = hooks_suffice_for(learner_of(model), shard_of(count))
     assert hooks == all(module.training for module in model.modules())
 

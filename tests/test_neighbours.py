@@ -55,7 +55,8 @@ CASES: dict[str, tuple[Callable[[Path], Made], Any]] = {
         lambda folder: of_task("recommendation", "full", folder, 24, train=STEP | {"dropout": 0.5}), summed,
     ),
     "dropout of texts": (
-        lambda folder: of_task("text-classification", "full", folder, 24, train=STEP | {"dropout": 0.5}), summed,
+        lambda folder: of_task("text-classification", "full", folder, 24, train=STEP | {"dropout": 0.5}),
+        summed,
     ),
     "a split of series": (lambda folder: of_task("forecasting", "full", folder, 25, train=STEP), summed),
     "a split of patients": (

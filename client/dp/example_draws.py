@@ -105,6 +105,10 @@ class ExampleDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._seeds = seeds
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and saying so costs more than most operations
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -153,9 +157,15 @@ class ExampleDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.bits(like, name) < int(p * 2.0**32)
 
 
-@lru_cache(maxsize=1 << 12)
+_known_draws: dict[int, bool] = {}
+"""By the identity of an operation of torch's, which lives as long as the process: hashing takes longer."""
+
+
 def _is_draw(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
+    known = _known_draws.get(id(func))
+    if known is None:
+        known = _known_draws[id(func)] = torch.Tag.nondeterministic_seeded in func.tags
+    return known
 
 
 def _drops_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -239,16 +249,25 @@ def _hashed(seeds: Numbers, tail: tuple[int, ...], device: torch.device) -> torc
     first, second = (mixed & np.uint64(0xFFFFFFFF)), mixed >> np.uint64(32)
     places = _places(tail)
     if device.type == "cpu":
-        found = np.empty((len(seeds), len(places)), dtype=np.int64)
-        for row, (a, b) in enumerate(zip(first.astype(np.uint32), second.astype(np.uint32), strict=True)):
-            found[row] = _mixed(places + a, b)
-        return torch.from_numpy(found)
+        keys = zip(_rows(first, len(places)), _rows(second, len(places)), strict=True)
+        return torch.from_numpy(np.concatenate([_mixed(places + a, b) for a, b in keys], dtype=np.int64))
     a, b = (torch.from_numpy(part.astype(np.int64)).to(device).unsqueeze(1) for part in (first, second))
     return _mixed_there(torch.from_numpy(places.astype(np.int64)).to(device) + a, b)
 
 
-def _mixed(x: NDArray[np.uint32], key: np.uint32) -> NDArray[np.uint32]:
-    """Mix in place: a row's worth of numbers stays in a core's cache."""
+AT_ONCE = 1 << 16
+"""Numbers that are mixed together: they stay in a core's cache."""
+
+
+def _rows(values: Numbers, places: int) -> list[NDArray[np.uint32]]:
+    """The values as columns of so many rows as are mixed at once."""
+    size = max(1, AT_ONCE // max(places, 1))
+    column = values.astype(np.uint32).reshape(-1, 1)
+    return [column[start : start + size] for start in range(0, len(column), size)]
+
+
+def _mixed(x: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The numbers, mixed in place."""
     room = np.right_shift(x, 16)
     x ^= room
     x *= np.uint32(M1)
