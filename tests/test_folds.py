@@ -11,11 +11,11 @@ import pytest
 import tomli_w
 
 from atoll.cli.main import run as command_line
-from atoll.data.validation_split import fold_of
 from atoll.errors import ConfigError
 from atoll.job.job import DataSection, Job
 from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner
+from atoll.protocol.validation_split import fold_of
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from atoll.data.shard import Shard
-from atoll.data.validation_split import by_fraction, expected_training_examples, validation_marks
 from atoll.job.job import DataSection, Job
 from atoll.learning.learner import Learner
+from atoll.protocol.validation_split import by_fraction, expected_training_examples, validation_marks
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named

@@ -19,7 +19,6 @@ from atoll.backbones.extract import Progress, extract
 from atoll.backbones.resolve import Backbone, known_width, resolve
 from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
-from atoll.data.validation_split import helps_clients, kept_back, validation_marks
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning import trainable
@@ -34,6 +33,7 @@ from atoll.learning.pruning import fingerprinted, pruned
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
+from atoll.protocol.validation_split import helps_clients, kept_back, validation_marks
 from atoll.tasks import with_brought_metrics
 from atoll.tasks.task import Task
 

@@ -30,7 +30,6 @@ from atoll.client.state.error_feedback import compressed
 from atoll.client.state.personalization import model_to_evaluate, train_ditto
 from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
-from atoll.data.validation_split import Marks, helps_clients, kept_back, validation_marks
 from atoll.job.closed_form import STATISTICS
 from atoll.job.job import Job
 from atoll.learning.few_shot import training_rows
@@ -39,6 +38,7 @@ from atoll.privacy.dp_plan import distributed_terms
 from atoll.protocol.messages import DataInfo, Measurement, Reply, Request, Update
 from atoll.protocol.stacked_updates import StackedUpdates, joined
 from atoll.protocol.tensors import Tensors
+from atoll.protocol.validation_split import Marks, helps_clients, kept_back, validation_marks
 from atoll.sim.population.assignment import Rows
 from atoll.sim.population.population import Population, number_of
 

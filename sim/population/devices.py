@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.client.training.batches import uniform_numbers
-from atoll.data.validation_split import expected_training_examples
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.validation_split import expected_training_examples
 from atoll.server.rounds.participation import (
     AvailabilityModel,
     CohortRequest,

@@ -23,10 +23,10 @@ from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.lazy import LazyRows
 from atoll.data.schema import whole
 from atoll.data.shard import Shard, canonical_order
-from atoll.data.validation_split import by_fraction, validation_marks
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
+from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_window, windows_of
 from atoll.tasks.forecasting.models import load_forecaster
 from atoll.tasks.task import Task

@@ -19,10 +19,10 @@ from atoll.data.classification import read_images
 from atoll.data.dataset import Dataset
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Shard, canonical_order
-from atoll.data.validation_split import by_fraction, validation_marks
 from atoll.data.writers import write_images
 from atoll.job.job import Options
 from atoll.protocol.messages import DataInfo
+from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.classification import Classification
 from atoll.tasks.medical.dicom import SCANS, as_picture, read_scan_input
 from atoll.tasks.schema_task import SchemaTask
