@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from atoll.client.dp.example_draws import example_numbers
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
@@ -122,7 +123,7 @@ def feature_table(shards: Mapping[str, LoadedShard], device: str) -> tuple[Featu
     parts = [one.features for one in shards.values() if one.features is not None]
     ends = np.cumsum([len(one.train) for one in shards.values()]).tolist()
     client_rows = [
-        ClientRows(name, np.arange(end - len(one.train), end))
+        ClientRows(name, np.arange(end - len(one.train), end), example_numbers(one.train.keys))
         for (name, one), end in zip(shards.items(), ends, strict=True)
     ]
     targets = torch.cat([one.train.table for one in shards.values()])

@@ -14,7 +14,8 @@ from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.job.job import DataSection, Job
 from atoll.learning.compatibility import check_fits
-from atoll.learning.learner import Learner, kept_back
+from atoll.learning.learner import Learner
+from atoll.protocol.validation_split import fold_of
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
@@ -37,7 +38,7 @@ def job_of(**data: Any) -> Job:
 
 @pytest.mark.parametrize(("examples", "folds"), [(17, 5), (2, 2), (3, 5), (1, 3), (100, 10)])
 def test_every_example_is_in_one_fold_and_none_takes_all(examples: int, folds: int) -> None:
-    parts = [kept_back(examples, DataSection(source="x", folds=folds, fold=f)) for f in range(folds)]
+    parts = [fold_of(examples, DataSection(source="x", folds=folds, fold=f)) for f in range(folds)]
     rows = [row for part in parts for row in range(part.start, part.stop)]
     assert rows == (list(range(examples)) if examples > 1 else [])
     assert all(part.stop - part.start < examples for part in parts)

@@ -56,7 +56,8 @@ def train_heads(
     )
     ends = np.cumsum([len(w.targets) for w in client_rows])
     rows = [
-        ClientRows(w.client, np.arange(e - len(w.targets), e)) for w, e in zip(client_rows, ends, strict=True)
+        ClientRows(w.client, np.arange(e - len(w.targets), e), np.arange(len(w.targets), dtype=np.uint64))
+        for w, e in zip(client_rows, ends, strict=True)
     ]
     loss = LOSSES[more.pop("loss", "softmax")]
     return train_stacked(
@@ -167,7 +168,8 @@ def own_words(client: str) -> RandomBits:
     return seeded(stream_seed(5, "noise", client))
 
 
-def own_batches(client: str, count: int) -> list[NDArray[np.int64]]:
+def own_batches(client: str, numbers: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
+    count = len(numbers)
     uniforms = uniform(seeded(stream_seed(6, "coins", client))(3 * count)).reshape(3, count)
     return [np.flatnonzero(row < 0.3) for row in uniforms]
 

@@ -225,7 +225,9 @@ def test_one_example_that_is_not_finite_spoils_no_update(tmp_path: Path) -> None
 
     def trained(rows: list[int], spoilt: torch.Tensor) -> dict[str, torch.Tensor]:
         examples = FeatureTable.of(spoilt, targets)
-        return train_heads(head, examples, [ClientRows("c", np.array(rows))], local)[0].delta
+        return train_heads(
+            head, examples, [ClientRows("c", np.array(rows), np.array(rows, dtype=np.uint64))], local
+        )[0].delta
 
     for bad in (float("nan"), float("inf"), 1e30):
         spoilt = features.clone()

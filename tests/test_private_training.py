@@ -11,7 +11,9 @@ from torch import nn
 
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.dp_sgd_model import train_privately
-from atoll.client.dp.per_example_gradients import hooks_suffice, mixing_layers, per_example_gradients
+from atoll.client.dp.example_draws import example_numbers
+from atoll.client.dp.mixed_examples import mixing_layers
+from atoll.client.dp.per_example_gradients import hooks_suffice, per_example_gradients
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
@@ -31,8 +33,8 @@ def learner_of(job: Job, *classes: str) -> Learner:
 
 
 def private(clipping_norm: float = 0.5, noise: float = 1e-9) -> DpSgd:
-    def draw(client: str, count: int) -> list[NDArray[np.int64]]:
-        return [np.array([0, 2, 3]), np.array([], dtype=np.int64), np.arange(count)]
+    def draw(client: str, numbers: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
+        return [np.array([0, 2, 3]), np.array([], dtype=np.int64), np.arange(len(numbers))]
 
     return DpSgd(clipping_norm, noise, 4.0, lambda c: seeded(stream_seed(1, "noise", c)), draw)
 
@@ -44,7 +46,7 @@ def by_hand(learner: Learner, start: Tensors, shard: Shard, how: DpSgd) -> tuple
     trainable.training_mode(model)
     parameters, norms = trainable.trainable(model), []
     assert how.draw is not None
-    for rows in how.draw("c", len(shard)):
+    for rows in how.draw("c", example_numbers(shard.keys)):
         total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
         for row in rows.tolist():
             model.zero_grad()

@@ -372,7 +372,7 @@ EXAMPLE_FRESHNESS: dict[str, Plant] = {
 def drawn_as(draw: Callable[[int], Any]) -> Plant:
     return wrapped(
         atoll.client.dp.poisson, "DpSgd",
-        lambda original: lambda **given: original(**given | {"draw": lambda client, count: [draw(count)]}),
+        lambda original: lambda **given: original(**given | {"draw": lambda client, numbers: [draw(len(numbers))]}),
     )  # fmt: skip
 
 

@@ -140,8 +140,8 @@ def test_with_a_teacher_one_example_still_moves_a_clipped_sum_by_the_norm_at_mos
     def summed(rows: list[int]) -> torch.Tensor:
         import numpy as np
 
-        private = DpSgd(0.5, 0.0, 1.0, lambda client: None, lambda client, n: [np.arange(n)])  # type: ignore[arg-type, return-value]
-        work = ClientRows("one", np.array(rows))
+        private = DpSgd(0.5, 0.0, 1.0, lambda client: None, lambda client, n: [np.arange(len(n))])  # type: ignore[arg-type, return-value]
+        work = ClientRows("one", np.array(rows), np.array(rows, dtype=np.uint64))
         ((_, total),) = head_sums(head, examples, [work], head_loss(job, "softmax"), private)
         return torch.cat([t.flatten() for t in total.values()])
 

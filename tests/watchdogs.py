@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from atoll.client.dp import dp_sgd_model
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.gradient_sums import head_sums
 from atoll.client.dp.ledgers import PrivacyLedgers
-from atoll.client.dp.per_example_gradients import mixing_layers
+from atoll.client.dp.mixed_examples import mixing_layers
 from atoll.client.dp.poisson import private_training
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES
@@ -199,6 +200,11 @@ def strange_records(width: int = 7) -> list[Record]:
     return [Record(name, torch.full((width,), value), 1) for name, value in values.items()]
 
 
+def rows_of(count: int, client: str = "c") -> ClientRows:
+    """A client that holds the first rows of a table."""
+    return ClientRows(client, np.arange(count), np.arange(count, dtype=np.uint64))
+
+
 def head(hidden: int | None) -> Tensors:
     draw = torch.Generator().manual_seed(3)
     if hidden is None:
@@ -219,7 +225,7 @@ def of_heads(given: Sequence[Record], hidden: int | None, *, distributed: bool) 
     where = "distributed" if distributed else "client"
     setting = job(examples(sampling_rate=1.0, where=where))
     table = FeatureTable.of(torch.stack([r.features for r in given]), torch.tensor([r.label for r in given]))
-    client_rows = [ClientRows("c", np.arange(len(given)))]
+    client_rows = [rows_of(len(given))]
     private, start = everyone(setting), head(hidden)
     if distributed:
         [(_, found)] = head_sums(start, table, client_rows, LOSSES["softmax"], private)
@@ -248,7 +254,7 @@ def silence_of(client: str, steps: int, **train: Any) -> Vector:
         per_example=private_training(setting, terms_for(setting, "example"), 1, {}),
     )
     table = FeatureTable.of(torch.ones(2, 1000), torch.tensor([0, 1]))
-    return -flat(train_heads(start, table, [ClientRows(client, np.arange(2))], local)[0].delta) * 8.0
+    return -flat(train_heads(start, table, [rows_of(2, client)], local)[0].delta) * 8.0
 
 
 def noise_at_a_client_is_in_every_step_and_tensor() -> None:
@@ -265,13 +271,13 @@ def noise_at_clients_is_fresh() -> None:
 
 def examples_are_drawn_by_coins() -> None:
     for count in (200, 120):
-        setting = job(examples())
+        setting, numbers = job(examples()), np.arange(count, dtype=np.uint64)
         drawn = [
-            private_training(setting, terms_for(setting, "example"), round, {}).draw("c", count)[0].tolist()  # type: ignore[misc]
+            private_training(setting, terms_for(setting, "example"), round, {}).draw("c", numbers)[0].tolist()  # type: ignore[misc]
             for round in range(1, 401)
         ]
         detectors.check_sampler(drawn, count, RATE)
-        again = private_training(setting, terms_for(setting, "example"), 1, {}).draw("c", count)[0]  # type: ignore[misc]
+        again = private_training(setting, terms_for(setting, "example"), 1, {}).draw("c", numbers)[0]  # type: ignore[misc]
         if again.tolist() == drawn[0]:
             raise Detected("anybody who has the job can tell the batches")
 
@@ -293,7 +299,7 @@ def a_clients_ledger_has_every_release() -> None:
                 request = TrainRequest(setting.canonical, setting.hash, round, {}, {}, run="run")
                 charged_clients, _ = site.charge_privacy(setting, request, ["c"])
                 assert charged_clients.private is not None and charged_clients.private.draw is not None
-                made += len(charged_clients.private.draw("c", 10))
+                made += len(charged_clients.private.draw("c", np.arange(10, dtype=np.uint64)))
                 ledger = Ledger.open(Path(folder) / "c.jsonl", "example of c")
                 detectors.check_ledger(ledger.spent, {Release(Z, RATE): made})
                 if charged_clients.charged["c"] * 4 < made:
@@ -308,7 +314,7 @@ def what_a_client_sends_beside_its_tensors_is_silent() -> None:
         )
         private = private_training(setting, terms_for(setting, "example"), 1, {"c": 1})
         local = HeadTrainingConfig(setting, LOSSES["softmax"], 1, per_example=private)
-        update = train_heads(head(None), table, [ClientRows("c", np.arange(len(given)))], local)[0]
+        update = train_heads(head(None), table, [rows_of(len(given))], local)[0]
         site = Site(cast(Any, Held(len(given))), ledgers=PrivacyLedgers(new_folder()))
         return {
             "weight": update.num_examples,
@@ -421,6 +427,7 @@ class Records:
     def __init__(self, given: Sequence[Record]) -> None:
         self.table = torch.stack([r.features for r in given])
         self.targets = torch.tensor([r.label for r in given])
+        self.keys = tuple(hashlib.sha256(line.numpy().tobytes()).digest() for line in self.table)
 
     def __len__(self) -> int:
         return len(self.targets)

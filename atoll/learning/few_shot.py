@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
@@ -13,10 +15,8 @@ from atoll.job.job import Job
 from atoll.tasks.task import Task
 
 
-def first_per_class(rows: Sequence[int], shard: Shard, shots: int | None) -> list[int]:
-    """The first `shots` of these rows of every class, in the order given; all of them without a limit."""
-    if shots is None:
-        return list(rows)
+def first_per_class(rows: Sequence[int], shard: Shard, shots: int) -> list[int]:
+    """The first `shots` of these rows of every class, in the order given."""
     seen: Counter[int] = Counter()
     kept = []
     for row, label in zip(rows, shard.table[torch.tensor(rows, dtype=torch.int64)].tolist(), strict=True):
@@ -24,6 +24,19 @@ def first_per_class(rows: Sequence[int], shard: Shard, shots: int | None) -> lis
         if seen[label] <= shots:
             kept.append(row)
     return kept
+
+
+def training_rows(
+    marks: NDArray[np.uint64], kept: NDArray[np.bool_], shard: Shard, shots: int | None
+) -> list[int]:
+    """The rows that are trained on, in their order: what isn't `kept` back, or a few of each class of it.
+
+    The few are those with the lowest marks.
+    """
+    if shots is None:
+        return np.flatnonzero(~kept).tolist()
+    order = np.argsort(marks, kind="stable")
+    return sorted(first_per_class(order[~kept[order]].tolist(), shard, shots))
 
 
 def check_shots(job: Job, task: Task) -> None:

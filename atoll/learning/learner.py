@@ -20,19 +20,20 @@ from atoll.backbones.resolve import Backbone, known_width, resolve
 from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
-from atoll.job.job import DataSection, Job
+from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.compatibility import check_fits
 from atoll.learning.compiled import CompiledEncoder
 from atoll.learning.features import View, keep_features, kept_features, plain_view, varied_views
-from atoll.learning.few_shot import first_per_class
+from atoll.learning.few_shot import training_rows
 from atoll.learning.input_cache import ReadyInputs
 from atoll.learning.local_parameters import own_part
 from atoll.learning.pruning import fingerprinted, pruned
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
+from atoll.protocol.validation_split import helps_clients, kept_back, validation_marks
 from atoll.tasks import with_brought_metrics
 from atoll.tasks.task import Task
 
@@ -156,6 +157,8 @@ class Learner:
         self._keep(self._views if training else [self._plain], shard)
 
     def _features(self, views: Sequence[View], shard: Shard) -> torch.Tensor:
+        if not len(shard):
+            return torch.empty((len(views), 0, self.width))
         self._keep(views, shard)
         return kept_features(views, shard)
 
@@ -325,13 +328,15 @@ class Learner:
 
     def split(self, shard: Shard) -> tuple[Shard, Shard]:
         """(training part, validation part), chosen as the task says or by the hash of the content alone."""
+        helped = helps_clients(self.job)
         if self.task.has_own_split:
-            train, validation = self.task.split(shard, self.job.seed, self.job.data.validation_fraction)
+            fraction = self.job.data.validation_fraction
+            train, validation = self.task.split(shard, self.job.seed, fraction, helped=helped)
             return shard.select(train), shard.select(validation)
-        rows = ranked(shard.keys, self.job.seed, "validation")
-        kept = kept_back(len(shard), self.job.data)
-        train = first_per_class(rows[: kept.start] + rows[kept.stop :], shard, self.job.data.shots)
-        return shard.select(sorted(train)), shard.select(sorted(rows[kept]))
+        marks = validation_marks(shard.keys, self.job.seed)
+        kept = kept_back(marks, self.job.data, helped=helped)
+        train = training_rows(marks, kept, shard, self.job.data.shots)
+        return shard.select(train), shard.select(np.flatnonzero(kept).tolist())
 
     @cached_property
     def width(self) -> int:
@@ -360,23 +365,6 @@ class Learner:
         with torch.inference_mode():
             outputs: torch.Tensor = functional_call(self._head, own, features)
         return outputs
-
-
-def validation_count(examples: int, fraction: float) -> int:
-    """How many examples of a shard are kept to measure on: never all of them."""
-    return min(round(examples * fraction), examples - 1)
-
-
-def kept_back(examples: int, data: DataSection) -> slice:
-    """Which of a shard's examples, in the order of their ranks, are measured on: a part, or one fold.
-
-    A single example is in no fold: it is trained on.
-    """
-    if data.folds is None:
-        return slice(0, validation_count(examples, data.validation_fraction))
-    if examples == 1:
-        return slice(0, 0)
-    return slice(examples * data.fold // data.folds, examples * (data.fold + 1) // data.folds)
 
 
 def ranked(keys: Sequence[bytes], seed: int, purpose: str) -> list[int]:

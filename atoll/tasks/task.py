@@ -86,8 +86,13 @@ class Task(Protocol):
         """What must not be split between training and test, or between clients: a patient, say."""
         return None
 
-    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
-        """(rows to train on, rows to measure on) within a client, of a task that `has_own_split`."""
+    def split(
+        self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """(rows to train on, rows to measure on) within a client, of a task that `has_own_split`.
+
+        Unless a client is `helped` to have some of each, no row's side may depend on another row.
+        """
         raise TypeError(f"{self.name} splits by content alone")
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:

@@ -29,16 +29,16 @@ CLIP_ROUNDING_MARGIN = 1 - 1e-5
 class DpSgd:
     """How examples are drawn, clipped and noised; `random_bits` and `draw` are each client's own.
 
-    Sums are divided by `divisor`, a public number. `draw` gives, for a client with so many examples,
-    the places of each step's batch; without it batches are the usual shuffled ones, and no
-    sampling may be claimed. `charged` are the rounds in each client's ledger, with this one.
+    Sums are divided by `divisor`, a public number. `draw` gives, for a client with examples of these
+    numbers (`example_numbers`), the places of each step's batch; without it batches are the usual shuffled
+    ones, and no sampling may be claimed. `charged` are the rounds in each client's ledger, with this one.
     """
 
     clipping_norm: float
     noise_multiplier: float
     divisor: float
     random_bits: Callable[[str], RandomBits]
-    draw: Callable[[str, int], Sequence[NDArray[np.int64]]] | None = None
+    draw: Callable[[str, NDArray[np.uint64]], Sequence[NDArray[np.int64]]] | None = None
     charged: Mapping[str, int] = field(default_factory=dict)
 
     def public_fields(self, clients: Sequence[str]) -> tuple[tuple[int, ...], Tensors]:

@@ -8,18 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from atoll.backbones.encoder import Batch
 from atoll.client.dp.dp_sgd import CLIP_ROUNDING_MARGIN, DpSgd
-from atoll.client.dp.per_example_gradients import (
-    PerExampleGradients,
-    hooks_suffice,
-    mixing_layers,
-    per_example_gradients,
-)
-from atoll.client.training.local_sgd import add_proximal_gradient, variation
+from atoll.client.dp.example_draws import example_numbers
+from atoll.client.dp.mixed_examples import refuse_mixed_examples, refuse_mixing_layers
+from atoll.client.dp.per_example_gradients import PerExampleGradients, hooks_suffice, per_example_gradients
+from atoll.client.dp.private_examples import PrivateExamples, on_device
+from atoll.client.training.local_sgd import add_proximal_gradient
 from atoll.client.training.optimizers import torch_optimizer
 from atoll.data.shard import Shard
-from atoll.errors import ConfigError
 from atoll.learning import trainable
 from atoll.learning.determinism import repeatable
 from atoll.learning.learner import Learner
@@ -58,16 +54,17 @@ def train_privately(
     trainable.training_mode(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
     assert private.draw is not None
-    drawn = private.draw(client, len(shard))
+    numbers = example_numbers(shard.keys)
+    drawn = private.draw(client, numbers)
     hooks = hooks_suffice_for(learner, shard)
     noise = _Noise(private, client, parameters)
     with (
-        global_stream(job.seed, "dropout", round, client),
         repeatable(job.train.device),
         per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as gradients,
     ):
         for number, rows in enumerate(drawn):
-            total = clipped_sum(learner, gradients, shard, rows, private, (round, client, number))
+            examples = PrivateExamples(learner, shard, numbers, (round, client, number))
+            total = clipped_sum(gradients, examples, rows, private)
             for name, gradient in noise.added(total).items():
                 parameters[name].grad = gradient.to(parameters[name])
             if mu:
@@ -86,24 +83,15 @@ def train_privately(
 
 
 def clipped_sum(
-    learner: Learner,
-    gradients: PerExampleGradients,
-    shard: Shard,
-    rows: NDArray[np.int64],
-    private: DpSgd,
-    what: tuple[int, str, int],
+    gradients: PerExampleGradients, examples: PrivateExamples, rows: NDArray[np.int64], private: DpSgd
 ) -> Tensors:
     """The clipped gradients of those rows, added up and divided, in float64; zeros for no rows."""
-    round, client, number = what
     total = {
         name: torch.zeros(value.shape, dtype=torch.float64)
-        for name, value in trainable.trainable(learner.model).items()
+        for name, value in trainable.trainable(examples.learner.model).items()
     }
-    varied = variation(learner.job, round, client, number)
     for begin in range(0, len(rows), AT_ONCE):
-        part = rows[begin : begin + AT_ONCE].tolist()
-        batch, targets = _on_device(learner, learner.collate(shard, part, varied), shard.targets_of(part))
-        each = gradients(batch, targets)
+        each = examples.gradients_of(gradients, rows[begin : begin + AT_ONCE].tolist())
         factor = _factors(each, private)
         for name, g in each.items():
             sound = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
@@ -139,35 +127,22 @@ class _Noise:
 
 
 def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
-    """Looked up once for a learner, with two examples; layers that mix examples are found on the way."""
+    """Whether Opacus' hooks can take the learner's gradients; looked up once, and refused where examples mix.
+
+    A shard without examples says nothing: the question stays open for the next one.
+    """
+    if not len(shard):
+        return False
     if not _in_use or _in_use[0][0] is not learner:
         rows = [0, min(1, len(shard) - 1)]
-        batch, targets = _on_device(learner, learner.collate(shard, rows), shard.targets_of(rows))
-        mixing = mixing_layers(learner.model, _made_different(batch))
-        if mixing:
-            raise ConfigError(
-                f"backbone {learner.backbone.name}: layer {mixing[0]} mixes the examples of a batch, so that"
-                " no example has a gradient of its own; expected another backbone, or tune.method = 'head'"
-            )
-        _in_use[:] = [(learner, hooks_suffice(learner.model, learner.training_loss(shard), batch, targets))]
+        batch, targets = on_device(learner, learner.collate(shard, rows), shard.targets_of(rows))
+        loss = learner.training_loss(shard)
+        refuse_mixing_layers(learner, batch)
+        with global_stream(learner.job.seed, "dropout"):
+            hooks = hooks_suffice(learner.model, loss, batch, targets)
+        refuse_mixed_examples(learner, shard, hooks=hooks)
+        _in_use[:] = [(learner, hooks)]
     return _in_use[0][1]
-
-
-def _made_different(batch: Batch) -> Batch:
-    """The batch with a second row that is surely another one: numbers reversed, masks as they are."""
-    changed = {}
-    for name, t in batch.items():
-        changed[name] = t.clone()
-        if torch.is_floating_point(t):
-            changed[name][1] = t[1].flip(-1) + 1
-        elif "mask" not in name:
-            changed[name][1] = t[1].flip(-1)
-    return changed
-
-
-def _on_device(learner: Learner, batch: Batch, targets: torch.Tensor) -> tuple[Batch, torch.Tensor]:
-    device = learner.job.train.device
-    return {name: t.to(device) for name, t in batch.items()}, targets.to(device)
 
 
 __all__: Sequence[str] = ["train_privately"]
@@ -183,6 +158,12 @@ def model_sums(
     assert private.draw is not None
     for client, shard in shards.items():
         hooks = hooks_suffice_for(learner, shard)
-        rows = private.draw(client, len(shard))[0]
-        with per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as found:
-            yield client, clipped_sum(learner, found, shard, rows, private, (round, client, 0))
+        numbers = example_numbers(shard.keys)
+        rows = private.draw(client, numbers)[0]
+        examples = PrivateExamples(learner, shard, numbers, (round, client, 0))
+        with (
+            repeatable(learner.job.train.device),
+            per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as gradients,
+        ):
+            total = clipped_sum(gradients, examples, rows, private)
+        yield client, total

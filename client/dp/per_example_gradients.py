@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atoll.backbones.checkpoint import force_attention_mask
 from atoll.backbones.encoder import Batch, Model
 from atoll.learning import trainable
-from atoll.protocol.random_streams import global_stream
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The mean over a batch."""
@@ -78,9 +77,19 @@ def hooks_suffice(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor)
             found = gradients(batch, targets)
     except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
         return False  # layers that Opacus has no rule for; torch.func needs none
-    expected = _by_functions(model, loss, batch, targets)
-    reached = {name for name, g in expected.items() if bool(g.any())}
-    return found.keys() >= reached and all(found[n].shape == expected[n].shape for n in found)
+    parameters = trainable.trainable(model)
+    shapes = {name: (len(targets), *p.shape) for name, p in parameters.items()}
+    reached = _reached(model, loss, batch, targets)
+    return found.keys() >= reached and all(found[name].shape == shapes[name] for name in found)
+
+
+def _reached(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor) -> set[str]:
+    """The parameters that the loss of the batch moves with, by autograd."""
+    parameters = trainable.trainable(model)
+    with torch.enable_grad():
+        value = loss(model(batch), targets)
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return {name for name, g in zip(parameters, found, strict=True) if g is not None and bool(g.any())}
 
 
 def _by_hooks(
@@ -109,55 +118,3 @@ def _by_functions(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor)
             own, batch, targets
         )
     return found
-
-
-def mixing_layers(model: nn.Module, batch: Batch) -> list[str]:
-    """Layers in which an example's outputs depend on other examples of its batch, by name.
-
-    Two batches that differ in their second row only go through; a layer whose first row of inputs is
-    the same in both, and of outputs isn't, mixes examples.
-    """
-    other = {name: torch.stack([t[0], *(t[0] for _ in t[1:])]) for name, t in batch.items()}
-    seen = [_rows_seen(model, each) for each in (batch, other)]
-    return [
-        name
-        for name, (inputs, outputs) in seen[0].items()
-        if name in seen[1] and _equal(inputs, seen[1][name][0]) and not _equal(outputs, seen[1][name][1])
-    ]
-
-
-Rows = list[torch.Tensor]
-
-
-def _rows_seen(model: nn.Module, batch: Batch) -> dict[str, tuple[Rows, Rows]]:
-    """The first row of every layer's inputs and outputs; layers that see no batch are left out."""
-    size = len(next(iter(batch.values())))
-    seen: dict[str, tuple[Rows, Rows]] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[object, ...], outputs: object) -> None:
-            before, after = _first_rows(inputs, size), _first_rows((outputs,), size)
-            if before and after:
-                seen[name] = (before, after)
-
-        return hook
-
-    leaves = [(name, m) for name, m in model.named_modules() if not list(m.children())]
-    handles = [module.register_forward_hook(note(name)) for name, module in leaves]
-    try:
-        with torch.no_grad(), global_stream(0, "dropout"):
-            model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _first_rows(values: tuple[object, ...], size: int) -> Rows:
-    return [v[0].clone() for v in values if isinstance(v, torch.Tensor) and v.dim() and len(v) == size]
-
-
-def _equal(a: Rows, b: Rows) -> bool:
-    return len(a) == len(b) and all(
-        torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) for x, y in zip(a, b, strict=True)
-    )

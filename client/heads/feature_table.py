@@ -29,6 +29,10 @@ class FeatureTable:
 
         Behind the features stand a one for the bias, and zeros.
         """
+        if not len(targets):
+            # Padding of a batch points at a row, also where no client has any.
+            features = features.new_zeros((*features.shape[:-2], 1, features.shape[-1]))
+            targets = targets.new_zeros((1, *targets.shape[1:]))
         views = len(features) if features.ndim == 3 else 1
         flat = features.reshape(-1, features.shape[-1])
         table = torch.zeros((len(flat), padded(flat.shape[1])))
@@ -46,9 +50,16 @@ class FeatureTable:
 class ClientRows:
     """One client's part of a round: its rows of the examples, in the first view.
 
-    `batches` are places among those rows for each step, where they are drawn by Poisson's coins.
+    Under example-level privacy `numbers` are what each row's draws are made of (`example_numbers`), and
+    `batches` are places among the rows for each step, as Poisson's coins drew them.
     """
 
     client: str
     rows: NDArray[np.int64]
+    numbers: NDArray[np.uint64] | None = None
     batches: tuple[NDArray[np.int64], ...] = ()
+
+    @property
+    def first_row(self) -> int:
+        """What padding points at: any row."""
+        return int(self.rows[0]) if len(self.rows) else 0

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from atoll.client.dp.dp_sgd import DpSgd, StackedNoise, clip_factors, stacked_noise
+from atoll.client.dp.example_draws import example_views
 from atoll.client.heads.class_imbalance import balanced, smoothed
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import Layers, Loss, Stack, gradients, padded, sgd_step_
@@ -97,7 +98,8 @@ def with_poisson_batches(work: ClientRows, private: DpSgd | None) -> ClientRows:
     """The work with its batches, where privacy asks for drawn ones."""
     if private is None or private.draw is None:
         return work
-    return replace(work, batches=tuple(private.draw(work.client, len(work.rows))))
+    assert work.numbers is not None, "under example-level privacy every draw belongs to an example"
+    return replace(work, batches=tuple(private.draw(work.client, work.numbers)))
 
 
 def _steps(work: ClientRows, local: HeadTrainingConfig) -> int:
@@ -223,12 +225,13 @@ def _drawn_schedule(
     rows = np.empty((steps, len(client_rows), size), dtype=np.int64)
     share = np.zeros(rows.shape, dtype=np.float32)
     for i, work in enumerate(client_rows):
-        rows[:, i] = work.rows[0]
+        rows[:, i] = work.first_row
         for s, batch in enumerate(work.batches):
             seen = work.rows[batch]
             if examples.views > 1:
-                seeds = epoch_seeds(job, round, [work.client], s, "view")
-                seen = seen + examples.count * sample_views(examples.views, seeds, len(work.rows))[0][batch]
+                assert work.numbers is not None
+                shown = example_views(work.numbers[batch], examples.views, job, (round, work.client, s))
+                seen = seen + examples.count * shown
             rows[s, i, : len(batch)] = seen
             share[s, i, : len(batch)] = 1
     device = job.train.device

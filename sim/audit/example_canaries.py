@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atoll.client.dp.example_draws import example_numbers
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES, Layers
 from atoll.job.job import Job
@@ -178,9 +179,15 @@ class FeatureIndex(PopulationIndex):
         """As without canaries, but for the rows that each client has more."""
         examples, client_rows = super().client_rows(names)
         first = examples.count
-        return self._longer(examples), [
-            ClientRows(w.client, np.concatenate([w.rows, first + self._own(w.client)])) for w in client_rows
-        ]
+        return self._longer(examples), [self._with_canaries(work, first) for work in client_rows]
+
+    def _with_canaries(self, work: ClientRows, first: int) -> ClientRows:
+        own = self._own(work.client)
+        rows = np.concatenate([work.rows, first + own])
+        if work.numbers is None:
+            return ClientRows(work.client, rows)
+        drawn_by = example_numbers([int(place).to_bytes(32, "little") for place in own])
+        return ClientRows(work.client, rows, np.concatenate([work.numbers, drawn_by]))
 
     def _own(self, client: str) -> NDArray[np.int64]:
         return np.flatnonzero(self.inside & (self.canaries.owner == client))

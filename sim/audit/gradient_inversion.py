@@ -77,7 +77,9 @@ class Probe:
         local = HeadTrainingConfig(
             self.job.model_copy(update={"train": train}), LOSSES["softmax"], 1, per_example=private
         )
-        client_rows = [ClientRows(f"probe-{i}", rows) for i, rows in enumerate(groups)]
+        client_rows = [
+            ClientRows(f"probe-{i}", rows, rows.astype(np.uint64)) for i, rows in enumerate(groups)
+        ]
         updates = train_heads(self.head, self.examples, client_rows, local)
         if is_protected and private is None:
             return [self._released(update) for update in updates]
@@ -89,7 +91,7 @@ class Probe:
         if dp_plan is None:
             return None
         usual = private_training(self.job, dp_plan, 1, {})
-        return replace(usual, draw=lambda client, count: [np.arange(count)])
+        return replace(usual, draw=lambda client, numbers: [np.arange(len(numbers))])
 
     def _released(self, update: Update) -> Tensors:
         """What the noised sum of clients holds, for one who knows all the others' updates."""

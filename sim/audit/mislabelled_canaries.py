@@ -119,7 +119,7 @@ class MislabelledIndex(PopulationIndex):
         plain = self.population.whole(self.learner)
         targets = plain.table.clone()
         targets[torch.from_numpy(self.canaries.rows)] = self.canaries.targets
-        return Shard(plain.inputs, targets, plain.keys)
+        return Shard(plain.inputs, targets, plain.keys, plain.groups)
 
     def splits(self, clients: Sequence[int]) -> list[tuple[Rows, Rows]]:
         out = self.canaries.rows[~self.inside]

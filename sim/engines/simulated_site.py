@@ -1,7 +1,7 @@
 """A simulated population at hand as one table: a client is a few rows of it, found without reading.
 
 The whole training data is one shard in canonical order, so a client's rows, sorted, are the
-client's own shard in canonical order, and its validation split follows from ranks that are
+client's own shard in canonical order, and its validation split follows from hashes that are
 computed once. What a real client does with its own data gives the same rows. Of a client
 nothing is kept but its rows, and those of the clients seen last.
 """
@@ -19,17 +19,19 @@ import numpy as np
 import torch
 
 from atoll.client.dispatch import ClientData, LocalWork, ModelTrainer
+from atoll.client.dp.example_draws import Numbers, example_numbers
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.site import Site
 from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
-from atoll.learning.few_shot import first_per_class
-from atoll.learning.learner import Learner, kept_back, ranked
+from atoll.learning.few_shot import training_rows
+from atoll.learning.learner import Learner
 from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request, TrainingRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined
 from atoll.protocol.tensors import Tensors
+from atoll.protocol.validation_split import Marks, helps_clients, kept_back, validation_marks
 from atoll.sim.population.assignment import Rows
 from atoll.sim.population.population import Population, number_of
 
@@ -43,7 +45,7 @@ KEPT_ROWS = 1 << 14
 
 @dataclass(frozen=True)
 class PopulationIndex:
-    """The population as one shard, and the order in which validation examples are drawn."""
+    """The population as one shard, and the numbers that say which examples are measured on."""
 
     population: Population
     learner: Learner
@@ -71,12 +73,8 @@ class PopulationIndex:
         return self.learner.with_soft_labels(self.full_population)
 
     @cached_property
-    def _validation_rank(self) -> Rows:
-        rank = np.empty(len(self.full_population), dtype=np.int64)
-        rank[ranked(self.full_population.keys, self.learner.job.seed, "validation")] = np.arange(
-            len(self.full_population)
-        )
-        return rank
+    def _validation_marks(self) -> Marks:
+        return validation_marks(self.full_population.keys, self.learner.job.seed)
 
     def splits(self, clients: Sequence[int]) -> list[tuple[Rows, Rows]]:
         """(training rows, validation rows) of each client, as `Learner.split` chooses them."""
@@ -93,33 +91,38 @@ class PopulationIndex:
     def _split(self, rows: Rows) -> tuple[Rows, Rows]:
         rows = np.sort(rows)
         task, job = self.learner.task, self.learner.job
+        helped = helps_clients(job)
         if task.has_own_split:
-            own = task.split(
-                self.full_population.select(rows.tolist()), job.seed, job.data.validation_fraction
-            )
+            held = self.full_population.select(rows.tolist())
+            own = task.split(held, job.seed, job.data.validation_fraction, helped=helped)
             return rows[own[0]], rows[own[1]]
-        kept = kept_back(len(rows), job.data)
-        if kept.start == kept.stop and job.data.shots is None:
-            return rows, rows[:0]
-        drawn = rows[np.argsort(self._validation_rank[rows], kind="stable")]
-        train = np.concatenate([drawn[: kept.start], drawn[kept.stop :]])
-        if job.data.shots is not None:
-            train = np.array(
-                first_per_class(train.tolist(), self.full_population, job.data.shots), dtype=np.int64
-            )
-        return np.sort(train), np.sort(drawn[kept])
+        marks = self._validation_marks[rows]
+        kept = kept_back(marks, job.data, helped=helped)
+        if job.data.shots is None:
+            return rows[~kept], rows[kept]
+        held = self.full_population.select(rows.tolist())
+        return rows[training_rows(marks, kept, held, job.data.shots)], rows[kept]
 
     def client_rows(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
         """Examples, and which of their rows those clients train on."""
         parts = [train for train, _ in self.splits([number_of(name) for name in names])]
+        numbers = [self._numbers(rows) for rows in parts]
         if self.examples is not None:
-            return self.examples, [ClientRows(n, rows) for n, rows in zip(names, parts, strict=True)]
+            return self.examples, [ClientRows(*work) for work in zip(names, parts, numbers, strict=True)]
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
         cohort = self.training_view.select(used.tolist())
         device = self.learner.job.train.device
         examples = FeatureTable.of(self.learner.training_features(cohort), cohort.table, device)
         ends = np.cumsum([len(part) for part in parts])[:-1]
-        return examples, [ClientRows(n, rows) for n, rows in zip(names, np.split(places, ends), strict=True)]
+        shares = np.split(places, ends)
+        return examples, [ClientRows(*work) for work in zip(names, shares, numbers, strict=True)]
+
+    def _numbers(self, rows: Rows) -> Numbers | None:
+        """What the draws of a client's examples are made of, where examples are promised privacy."""
+        if "example" not in self.learner.job.privacy.units:
+            return None
+        keys = self.full_population.keys
+        return example_numbers([keys[row] for row in rows.tolist()])
 
 
 @dataclass

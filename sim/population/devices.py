@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from atoll.client.training.batches import uniform_numbers
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.learning.learner import kept_back
 from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.validation_split import expected_training_examples
 from atoll.server.rounds.participation import (
     AvailabilityModel,
     CohortRequest,
@@ -156,10 +156,9 @@ class VirtualClock:
     def seconds(
         self, kinds: NDArray[np.int64], sizes: NDArray[np.int64], bytes_down: int, bytes_up: int
     ) -> Numbers:
-        """When each answers, in seconds after the call; its own validation part is not trained on."""
-        parts = (kept_back(size, self.job.data) for size in sizes.tolist())
-        kept = np.array([part.stop - part.start for part in parts])
-        work = (sizes - kept) * self.job.train.epochs / self._of("examples_per_second", kinds)
+        """When each answers, in seconds after the call; what it is expected to keep back isn't trained on."""
+        trained = expected_training_examples(sizes, self.job.data)
+        work = trained * self.job.train.epochs / self._of("examples_per_second", kinds)
         received = 8 * bytes_down / 1e6 / self._of("download_mbps", kinds)
         sent = received + 8 * bytes_up / 1e6 / self._of("upload_mbps", kinds)
         total: Numbers = 2 * self._of("latency_seconds", kinds) + work + sent

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from atoll.backbones.encoder import Model
@@ -25,6 +26,7 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
+from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_window, windows_of
 from atoll.tasks.forecasting.models import load_forecaster
 from atoll.tasks.task import Task
@@ -120,26 +122,29 @@ class Forecasting(Task):
     def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
-        rows = dataset.select_columns(["first", "last", "history", "future", "observed", "known"])[:]
+        rows = dataset.select_columns(["series", "first", "last", "history", "future", "observed", "known"])[
+            :
+        ]
         targets = [_target(rows["history"][row], rows["future"][row], self.options.season) for row in order]
         inputs = LazyRows(
             lambda row: {name: rows[name][row] for name in ("history", "observed", "known")}, tuple(order)
         )
-        days = tuple(f"{rows['first'][row]}/{rows['last'][row]}" for row in order)
-        return Shard(inputs, torch.tensor(targets, dtype=torch.float64), tuple(keys[r] for r in order), days)
+        groups = tuple(f"{rows['first'][row]}/{rows['last'][row]}/{rows['series'][row]}" for row in order)
+        values = torch.tensor(targets, dtype=torch.float64)
+        return Shard(inputs, values, tuple(keys[row] for row in order), groups)
 
-    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
-        """The last part of the time to measure on; what reaches into it is left out of training."""
-        spans = [span.partition("/")[::2] for span in shard.groups]
-        firsts = sorted(first for first, _ in spans)
-        count = min(round(len(spans) * fraction), len(spans) - 1)
-        if not count:
-            return list(range(len(spans))), []
-        cut = firsts[-count]
-        train = [row for row, (_, last) in enumerate(spans) if last < cut]
-        if not train:
-            return list(range(len(spans))), []
-        return train, [row for row, (first, _) in enumerate(spans) if first >= cut]
+    def split(
+        self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Whole series: a hash of a series' name says on which side all of its windows are.
+
+        A client that is `helped`, and has all series on one side, measures on the last part of the time.
+        """
+        names = [_span_and_series(group)[2].encode() for group in shard.groups]
+        kept = by_fraction(validation_marks(names, seed), fraction, helped=False)
+        if helped and fraction and (kept.all() or not kept.any()):
+            return _last_part_of_the_time(shard, fraction)
+        return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
 
     def parse_input(self, given: str) -> Any:
         """A file of dated rows: its last window, and what is known of the steps to come (rows without value).
@@ -201,6 +206,26 @@ class Forecasting(Task):
             quantiles = {name: [step[place] for step in steps] for place, name in enumerate(names)}
             rows.append({"label": label, "quantiles": quantiles})
         return rows
+
+
+def _span_and_series(group: str) -> tuple[str, str, str]:
+    """(the date of a window's first step to forecast, of its last one, its series)."""
+    first, last, series = group.split("/", 2)
+    return first, last, series
+
+
+def _last_part_of_the_time(shard: Shard, fraction: float) -> tuple[list[int], list[int]]:
+    """(windows before a date, windows from then on); what reaches across it is on neither side."""
+    spans = [_span_and_series(group)[:2] for group in shard.groups]
+    firsts = sorted(first for first, _ in spans)
+    count = min(max(1, round(len(spans) * fraction)), len(spans) - 1)
+    if count < 1:
+        return list(range(len(spans))), []
+    cut = firsts[-count]
+    train = [row for row, (_, last) in enumerate(spans) if last < cut]
+    if not train:
+        return list(range(len(spans))), []
+    return train, [row for row, (first, _) in enumerate(spans) if first >= cut]
 
 
 def _target(history: list[float], future: list[float], season: int) -> list[float]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from atoll.backbones.augmentation import IMAGE_AUGMENTATIONS
@@ -21,7 +22,7 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.data.writers import write_images
 from atoll.job.job import Options
 from atoll.protocol.messages import DataInfo
-from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.classification import Classification
 from atoll.tasks.medical.dicom import SCANS, as_picture, read_scan_input
 from atoll.tasks.schema_task import SchemaTask
@@ -54,18 +55,13 @@ class Medical(SchemaTask, Classification):
         groups = tuple(patients[row] for row in canonical_order(keys)) if patients else ()
         return Shard(plain.inputs, plain.targets, plain.keys, groups)
 
-    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
-        """Whole patients, in an order of their own, until a fraction of the examples is reached."""
-        owners = shard.groups or tuple(key.hex() for key in shard.keys)
-        wanted = min(round(len(shard) * fraction), len(shard) - 1)
-        held: list[int] = []
-        for owner in sorted(set(owners), key=lambda name: stream_seed(seed, "validation", name)):
-            rows = [row for row, whose in enumerate(owners) if whose == owner]
-            # Training keeps a patient at least.
-            if len(held) < wanted and len(held) + len(rows) < len(shard):
-                held += rows
-        kept = set(held)
-        return [row for row in range(len(shard)) if row not in kept], sorted(held)
+    def split(
+        self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Whole patients: a hash of a patient's name says on which side all of its examples are."""
+        owners = [name.encode() for name in shard.groups] or shard.keys
+        kept = by_fraction(validation_marks(owners, seed), fraction, helped=helped)
+        return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
 
     def parse_input(self, given: str) -> Any:
         """An image file's picture, DICOM too."""

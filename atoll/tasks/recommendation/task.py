@@ -134,7 +134,9 @@ class Recommendation(Task):
         inputs = LazyRows(lambda place: histories[place][:-1], tuple(order))
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
-    def split(self, shard: Shard, seed: int, fraction: float) -> tuple[list[int], list[int]]:
+    def split(
+        self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
+    ) -> tuple[list[int], list[int]]:
         """Every history on both sides: its last item is only measured on."""
         rows = list(range(len(shard)))
         return rows, rows if fraction else []
