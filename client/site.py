@@ -31,7 +31,7 @@ from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
-from atoll.errors import BudgetExhausted, DataChanged, InputError
+from atoll.errors import BudgetExhausted, ConfigError, DataChanged, InputError
 from atoll.job.closed_form import STATISTICS
 from atoll.job.job import Job
 from atoll.job.privacy import noise_locations, uses_secure_aggregation
@@ -40,6 +40,7 @@ from atoll.privacy.dp_plan import distributed_terms, dp_plan_of
 from atoll.protocol.messages import DataInfo, Failure, Hello, Measurement, Reply, Request, Update
 from atoll.protocol.tensors import Tensors
 from atoll.tasks import task_named
+from atoll.tasks.told import check_told, fitting_rows, greeting_info, is_silent
 
 logger = logging.getLogger(__name__)
 
@@ -128,26 +129,42 @@ class Site:
     def _policy_violation(self, job: Job, kind: str) -> str:
         """Why this site does not do what is asked, whoever asks; nothing if it does.
 
-        A real site sends no sum without masks, no update where only sums are promised to be seen, and no
-        measurement where what is measured is promised to stay hidden.
+        A real site sends no sum without masks, no update where only sums are promised to be seen, no
+        measurement where what is measured is promised to stay hidden, and nothing of its data that the job
+        must have; and it takes no noise that the server can draw again.
         """
-        budget = self.ledgers.budget if self.ledgers is not None else None
-        if budget is not None and not set(noise_locations(job)) - {"server"}:
-            return "its site has a privacy budget, and the job adds no noise before the server sees an update"
-        if not self.discreet:
+        if not self._is_real:
             return ""
-        if kind == STATISTICS and job.tune.head_init is None:
-            return "its job forms no head of statistics"
-        if kind == "sum" or (kind == "train" and uses_secure_aggregation(job)):
-            return "its site sends such updates under masks only"
-        if kind == "evaluate" and job.privacy.units:
-            return "its site measures nothing under a promise of privacy"
+        asked = _refused_request(job, kind) if self.discreet else ""
+        return self._refused_noise(job) or asked or self._refused_facts(job)
+
+    @property
+    def _has_budget(self) -> bool:
+        return self.ledgers is not None and self.ledgers.budget is not None
+
+    @property
+    def _is_real(self) -> bool:
+        """Whether the data is somebody's own, and no simulation's."""
+        return self.discreet or self._has_budget
+
+    def _refused_noise(self, job: Job) -> str:
+        if job.privacy.seeded_noise:
+            return "its site takes no seeded noise, which anybody who has the job can subtract"
+        if self._has_budget and not set(noise_locations(job)) - {"server"}:
+            return "its site has a privacy budget, and the job adds no noise before the server sees an update"
+        return ""
+
+    def _refused_facts(self, job: Job) -> str:
+        try:
+            check_told(job, task_named(job.task.name), at_a_site=True, has_budget=self._has_budget)
+        except ConfigError as error:
+            return str(error)
         return ""
 
     def hello(self, job: Job) -> list[Hello]:
         """Who lives here, what their data looks like, or why they do not take part.
 
-        How many examples a client holds is kept to itself where each of them is promised privacy.
+        Where greetings are silent they tell nothing of the data, and not how many examples there are.
         """
         return [self._hello(job, name) for name in self.shards.names(job)]
 
@@ -157,12 +174,24 @@ class Site:
             return Hello(name, {}, 0, refusal=refusal)
         try:
             dataset = self.shards.dataset(job, name)
-            data_info = task_named(job.task.name).local_info(dataset, job.data, job.task.options)
+            data_info = greeting_info(
+                job, task_named(job.task.name), dataset,
+                at_a_site=self._is_real, has_budget=self._has_budget,
+            )  # fmt: skip
             self._fingerprints[name, job.hash] = self.shards.fingerprint(job, name)
         except InputError as error:
             return Hello(name, {}, 0, refusal=self._error_for_server(name, error, job.canonical))
-        counted = 0 if "example" in job.privacy.units else len(dataset)
+        counted = 0 if is_silent(job, has_budget=self._has_budget) else len(dataset)
         return Hello(name, data_info, counted)
+
+    def _fitting(self, job: Job, name: str) -> Dataset:
+        """The client's rows that are learnt from; how many are left out stays in the site's own log."""
+        dataset, task = self.shards.dataset(job, name), task_named(job.task.name)
+        kept = fitting_rows(job, task, dataset, has_budget=self._has_budget)
+        if len(kept) < len(dataset):
+            left_out = len(dataset) - len(kept)
+            logger.warning("%s: %d examples don't fit the job and are left out", name, left_out)
+        return kept
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """One reply for each named client; what went wrong at one does not touch the others."""
@@ -286,7 +315,7 @@ class Site:
         if key in self._held:
             self._held[key] = self._held.pop(key)
             return self._held[key]
-        shard = learner.task.shard(self.shards.dataset(learner.job, name), data_info)
+        shard = learner.task.shard(self._fitting(learner.job, name), data_info)
         part, validation = learner.split(shard)
         features = learner.training_features(part) if learner.trains_on_features else None
         while len(self._held) >= KEPT_SHARDS:
@@ -304,6 +333,17 @@ class Site:
         if found != self._fingerprints.setdefault((name, job.hash), found):
             raise DataChanged("its data changed during the run; the next run takes it as it is then")
         return found
+
+
+def _refused_request(job: Job, kind: str) -> str:
+    """Why a real site does not answer such a request of such a job; nothing if it does."""
+    if kind == STATISTICS and job.tune.head_init is None:
+        return "its job forms no head of statistics"
+    if kind == "sum" or (kind == "train" and uses_secure_aggregation(job)):
+        return "its site sends such updates under masks only"
+    if kind == "evaluate" and job.privacy.units:
+        return "its site measures nothing under a promise of privacy"
+    return ""
 
 
 def train(

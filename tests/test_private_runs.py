@@ -33,6 +33,8 @@ EXAMPLE = {
 }  # fmt: skip
 SEEDED = {"seeded_noise": True}
 POISSON = {"cohort": None, "cohort_rate": 0.6}
+CLASSES = {"classes": [str(digit) for digit in range(10)]}
+"""What a real site doesn't tell of its data."""
 
 
 def job(privacy: dict[str, Any], **tables: Any) -> Job:
@@ -170,7 +172,7 @@ def request(setting: Job, population: Population, round: int = 1) -> Request:
 
 
 def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
-    setting = job(EXAMPLE)
+    setting = job(EXAMPLE, data=CLASSES)
     population = Population.of(setting)
     dp_plan = dp_plan_of(setting, "example")
     assert dp_plan is not None
@@ -185,7 +187,7 @@ def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
     assert reply.reason == "the site's privacy budget for this client's data is spent"
     # Another run, another job: the same data has still spent its budget.
     again = Site(population, ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
-    other = job(EXAMPLE, train={"lr": 0.5})
+    other = job(EXAMPLE, data=CLASSES, train={"lr": 0.5})
     [reply] = again.answer(request(other, population), ["client-0001"])
     assert isinstance(reply, Failure)
 
@@ -239,7 +241,7 @@ def test_a_real_federation_takes_no_seeded_noise_and_wants_the_classes() -> None
         validate_for_deployment(job(CLIENT | SEEDED))
     with pytest.raises(ConfigError, match=r"data\.classes: missing"):
         validate_for_deployment(job(CLIENT))
-    validate_for_deployment(job(CLIENT, data={"classes": [str(i) for i in range(10)]}))
+    validate_for_deployment(job(CLIENT, data=CLASSES))
 
 
 def test_the_result_is_json_that_holds_no_infinity(tmp_path: Path) -> None:

@@ -186,8 +186,8 @@ class Watcher:
     def _hello(self, what: dict[str, Any]) -> None:
         backbone = what["backbone"]
         self.gauge.say(f"backbone  {sanitize(backbone.name)}, weights from {sanitize(backbone.origin)}")
-        sizes = what["roll"].sizes
-        self.gauge.say(f"clients   {len(sizes)}, {sizes.min()} to {sizes.max()} examples each")
+        roster = what["roll"]
+        self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
 
     def _round(self, line: dict[str, Any]) -> None:
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import model_validator
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from atoll.job.job import Job
 
 Unit = Literal["example", "client"]
+Said = TypeVar("Said")
 
 PLACES: dict[Unit, tuple[str, ...]] = {
     "example": ("client", "distributed"),
@@ -270,3 +271,11 @@ def expected_cohort(job: Job) -> float:
 def cohort_is_secret(job: Job) -> bool:
     """Whether who takes part in a round must stay secret: Poisson sampling of clients amplifies only then."""
     return "client" in job.privacy.units and job.federation.cohort_rate is not None
+
+
+def unless_secret(job: Job, said: Said, instead: Said) -> Said:
+    """What may be said of who took part in a round, or how many, to anybody.
+
+    Whatever tells of a cohort (log lines, errors, what is written to disk) comes through here.
+    """
+    return instead if cohort_is_secret(job) else said
