@@ -355,6 +355,31 @@ def test_a_site_with_a_budget_takes_no_job_that_shows_updates(
     assert all("no noise before the server sees" in hello.refusal for hello in site.hello(setting))
 
 
+@pytest.mark.parametrize("which", ["example", "client"])
+@pytest.mark.parametrize("real", [{"discreet": True}, {}], ids=["a real site", "a site with a budget"])
+def test_a_site_takes_no_seeded_noise_whoever_asks(which: str, real: dict[str, Any], tmp_path: Path) -> None:
+    """The server's own check is not relied on: 0 of 3 updates are sent, and nothing is charged."""
+    privacy = EXAMPLE if which == "example" else CLIENT | {"where": "distributed"}
+    setting = job(privacy | SEEDED, data=CLASSES)
+    population = Population.of(setting)
+    site = Site(population, ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=8.0, delta=1e-5)), **real)
+    assert all("takes no seeded noise" in hello.refusal for hello in site.hello(setting))
+    for round in (1, 2, 3):
+        [reply] = site.answer(request(setting, population, round), ["client-0001"])
+        assert isinstance(reply, Failure) and "takes no seeded noise" in reply.reason
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_site_itself_must_look_at_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hole put back a site sends what anybody can take the noise off, and spends no budget."""
+    monkeypatch.setattr(Site, "_refused_noise", lambda self, job: "")
+    setting = job(EXAMPLE | SEEDED, data=CLASSES)
+    population = Population.of(setting)
+    site = Site(population, ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=0.1, delta=1e-5)))
+    [reply] = site.answer(request(setting, population), ["client-0001"])
+    assert isinstance(reply, Update)
+
+
 def test_an_update_that_is_no_number_is_set_aside_where_only_examples_are_promised_privacy(
     tmp_path: Path,
 ) -> None:

@@ -100,6 +100,7 @@ def test_public_numbers() -> None:
     assert local_steps(job(EXAMPLE | {"steps": 3})) == 3
 
 
+RESAMPLED = {"kind": "resampled", "examples": 9}
 DISTRIBUTED = {"where": "distributed"}
 COIN = {"federation": {"clients": 20, "cohort_rate": 0.5}}
 POOLED = {"evaluate": {"baselines": ["pooled"]}}
@@ -139,6 +140,7 @@ POOLED = {"evaluate": {"baselines": ["pooled"]}}
         (EXAMPLE | DISTRIBUTED, {"train": {"optimizer": "adam"}}, r"'distributed' sums gradients"),
         (CLIENT, {"federation": {"secure_aggregation": True}}, r"'server' clips single updates"),
         ({"unit": "none"}, {"federation": {"secure_threshold": 0.9}}, r"without secure_aggregation"),
+        (EXAMPLE, {"data": {"source": "digits", "partition": RESAMPLED}}, r"'resampled' lets clients share"),
         (CLIENT | {"epsilon": float("inf")}, {}, r"epsilon: expected a finite number, found inf"),
     ],
 )  # fmt: skip

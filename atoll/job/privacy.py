@@ -23,6 +23,11 @@ PLACES: dict[Unit, tuple[str, ...]] = {
 
 FEWEST_IN_A_SUM = 3
 
+SHARED_EXAMPLES = (
+    "lets clients share examples: epsilon would be spent on one at each of them, and the claim is of a single"
+    " time; expected a partition that deals each example once with example-level privacy"
+)
+
 MERGED_BY_MEAN = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi")
 """Strategies that see nothing of the updates but their mean."""
 
@@ -115,6 +120,8 @@ def check_promises(job: Job) -> None:
             f"train.{key}: an example's gradient is clipped as it is, from one pass in full precision, and"
             " noised once a step; expected no such key under example-level privacy"
         )
+    if "example" in job.privacy.units and job.data.partition.kind == "resampled":
+        raise ValueError(f"data.partition: 'resampled' {SHARED_EXAMPLES}")
     if uses_secure_aggregation(job):
         _check_secure_sums(job)
     elif job.federation.secure_threshold is not None and not job.privacy.units:

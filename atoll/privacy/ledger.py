@@ -92,7 +92,8 @@ class Ledger:
             DataError: the ledger was changed.
         """
         with self._lock:
-            self._catch_up()
+            if self._lock.lock_counter == 1:
+                self._catch_up()
             yield
 
     def charge(self, entry: Entry) -> None:
