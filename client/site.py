@@ -353,7 +353,14 @@ def train(
     private: DpSgd | None,
     starts: Mapping[str, Tensors] = NO_STARTS,
 ) -> Iterable[Update]:
-    """Local training of the named clients: heads all at once, anything else one by one."""
+    """Local training of the named clients: heads all at once, anything else one by one.
+
+    Whose examples are all left out sends what anybody sends, noise or nothing that moved.
+    """
+    idle = [] if private is not None else [name for name, h in held.items() if not len(h.train)]
+    if idle:
+        busy = {name: h for name, h in held.items() if name not in idle}
+        return chain((unmoved(name, request) for name in idle), train(learner, request, busy, None, starts))
     if learner.trains_on_features and held:
         examples, client_rows = feature_table(held, learner.job.train.device)
         local = replace(local_training(learner, request, private), starts=starts)
@@ -377,6 +384,14 @@ def train(
     )  # fmt: skip
 
 
+def unmoved(client: str, request: Request) -> Update:
+    """The update of a client without examples."""
+    delta = {name: torch.zeros_like(tensor) for name, tensor in request.tensors.items()}
+    nothing = torch.zeros((), dtype=torch.float64)
+    states = {"train_loss.sum": nothing, "train_loss.count": nothing}
+    return Update(client, request.round, delta, num_examples=0, states=states)
+
+
 def local_training(learner: Learner, request: Request, private: DpSgd | None) -> HeadTrainingConfig:
     """How the clients of a round train their heads."""
     loss = head_loss(learner.job, learner.task.head_loss)
@@ -391,8 +406,11 @@ def feature_table(held: dict[str, LoadedShard], device: str) -> tuple[FeatureTab
         ClientRows(name, np.arange(end - len(h.train), end))
         for (name, h), end in zip(held.items(), ends, strict=True)
     ]
-    targets = torch.cat([h.train.table for h in held.values()])
-    return FeatureTable.of(torch.cat(parts, dim=1), targets, device), client_rows
+    features, targets = torch.cat(parts, dim=1), torch.cat([h.train.table for h in held.values()])
+    if not len(targets):  # something must fill the batches
+        features = features.new_zeros(len(features), 1, features.shape[2])
+        targets = targets.new_zeros(1, *targets.shape[1:])
+    return FeatureTable.of(features, targets, device), client_rows
 
 
 def _lessons(held: LoadedShard) -> Shard:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from atoll.client.dp.ledgers import PrivacyLedgers
@@ -20,7 +21,8 @@ from atoll.data.dataset import Dataset
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
-from atoll.protocol.messages import Hello, Request, hello_to_json
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import Failure, Hello, Request, Update, hello_to_json
 from atoll.server.job_checks import validate_for_deployment
 from atoll.sim.population.population import Population
 from atoll.tasks import NAME, NUMBER, TASKS, ModuleTask, task_named, told
@@ -240,6 +242,82 @@ def test_every_task_says_what_its_greetings_tell() -> None:
         assert fields_told(task_named(name), job_of(name, "full")) is not None
 
 
+DATA = job_of("object-detection", "full").data
+"""Without names of columns."""
+
+# Records that don't fit
+
+LABELS = {
+    "some": ["p", "q", "p", CANARY],
+    "the same": ["p", "q", "p"],
+    "one": [CANARY, "q"],
+    "none": [CANARY],
+}
+
+
+def pictures(folder: Path, labels: Sequence[str]) -> Path:
+    images = [{"bytes": png(20 + number, 20), "path": None} for number in range(len(labels))]
+    table = pa.table({"image": pa.array(images), "label": list(labels)})
+    task_named("image-classification").write(Dataset(table), folder, DATA)
+    return folder
+
+
+def of_pictures(promise: str, tune: str) -> Job:
+    backbone = {"name": "raw:pixels", "image_size": 8} if tune == "head" else {}
+    tables: dict[str, Any] = {"data": {"source": "/data", "classes": ("p", "q")}, "backbone": backbone}
+    return with_tables(job_of("image-classification", tune), tables | SILENT[promise])
+
+
+def reply_of(site: Site, setting: Job) -> Any:
+    facts = {"classes": ["p", "q"]}
+    learner = Learner.of(setting, task_named(setting.task.name), facts)
+    tensors = learner.initial()
+    request = Request("train", setting.canonical, setting.hash, 1, facts, tensors, run="run")
+    [reply] = site.answer(request, ["here"])
+    return reply
+
+
+@pytest.mark.parametrize("tune", ["head", "full"])
+@pytest.mark.parametrize("promise", ["client", "example"])
+def test_a_site_answers_alike_whichever_of_its_records_fit(promise: str, tune: str, tmp_path: Path) -> None:
+    """Also where none does: else a job could ask whether anybody here has a name."""
+    setting, told_by = of_pictures(promise, tune), {}
+    for name, labels in LABELS.items():
+        shards = FolderShards.of("here", [pictures(tmp_path / name, labels)])
+        books = PrivacyLedgers(tmp_path / f"{name} books")
+        site = Site(shards, discreet=True, ledgers=books)
+        [hello], reply = site.hello(setting), reply_of(site, setting)
+        assert isinstance(reply, Update), reply
+        shapes = {key: (value.shape, value.dtype) for key, value in reply.delta.items()}
+        told_by[name] = (hello_to_json(hello), shapes, sorted(reply.states))
+        if promise == "example":
+            assert reply.num_examples == 1
+            assert (float(reply.states["train_loss.sum"]), float(reply.states["train_loss.count"])) == (0, 0)
+            assert all(bool(value.any()) for value in reply.delta.values())  # it is noise
+    assert len({str(said) for said in told_by.values()}) == 1
+
+
+def test_a_record_that_does_not_fit_moves_nothing(tmp_path: Path) -> None:
+    """A client's update is that of its other records, bit for bit."""
+    setting, deltas = of_pictures("client", "head"), []
+    for name in ("some", "the same"):
+        shards = FolderShards.of("here", [pictures(tmp_path / name, LABELS[name])])
+        deltas.append(reply_of(Site(shards, discreet=True), setting).delta)
+    assert all(torch.equal(deltas[0][key], deltas[1][key]) for key in deltas[0])
+
+
+def test_a_site_that_refuses_for_one_record_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import atoll.client.site
+
+    monkeypatch.setattr(atoll.client.site, "fitting_rows", lambda job, task, rows, **more: rows)
+    setting = of_pictures("client", "head")
+    replies = []
+    for name in ("some", "the same"):
+        shards = FolderShards.of("here", [pictures(tmp_path / name, LABELS[name])])
+        replies.append(reply_of(Site(shards, discreet=True), setting))
+    assert [type(reply) for reply in replies] == [Failure, Update]
+
+
 # Columns that hold what nobody may know
 
 
@@ -371,9 +449,6 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Neighbours:
     data = {"source": str(paths[0]), "classes": ("a", "b")}
     given = {"data": data, "task": {"options": {"max_boxes": 8}}}
     return Neighbours(with_tables(job_of("object-detection", "full"), given), *paths)
-
-
-DATA = job_of("object-detection", "full").data
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,8 @@ class Learner:
         self._keep(self._views if training else [self._plain], shard)
 
     def _features(self, views: Sequence[View], shard: Shard) -> torch.Tensor:
+        if not len(shard):
+            return torch.empty(len(views), 0, self.width)
         self._keep(views, shard)
         return kept_features(views, shard)
 

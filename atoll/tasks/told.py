@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from atoll.datasets.registry import SOURCES
-from atoll.errors import ConfigError, DataError
+from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.privacy import uses_secure_aggregation
 
@@ -106,16 +106,12 @@ def greeting_info(
 def fitting_rows(job: Job, task: Task, dataset: Dataset, *, has_budget: bool = False) -> Dataset:
     """The rows that are learnt from: where greetings are silent, without those that don't fit the job.
 
-    To refuse would tell of a single row that it is there. Anywhere else none is left out.
-
-    Raises:
-        DataError: no row fits.
+    To refuse would tell of a single row that it is there, also where no row is left. Anywhere else none is
+    left out.
     """
     if not is_silent(job, has_budget=has_budget):
         return dataset
     rows = task.fits(dataset, job.data, job.task.options)
-    if not len(rows):
-        raise DataError(f"none of the {len(dataset)} examples fits what the job gives")
     return dataset if len(rows) == len(dataset) else dataset.select(rows)
 
 

@@ -140,6 +140,8 @@ class _Noise:
 
 def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
     """Looked up once for a learner, with two examples; layers that mix examples are found on the way."""
+    if not len(shard):
+        return True  # there is no gradient to take
     if not _in_use or _in_use[0][0] is not learner:
         rows = [0, min(1, len(shard) - 1)]
         batch, targets = _on_device(learner, learner.collate(shard, rows), shard.targets_of(rows))

@@ -24,7 +24,7 @@ def head_sums(
     for work in client_rows:
         batch = with_poisson_batches(work, private).batches[0]
         size = rows_per_batch(len(batch), max(len(batch), 2))
-        rows = np.full(size, work.rows[0])
+        rows = np.full(size, work.filler)
         rows[: len(batch)] = work.rows[batch]
         share = (torch.arange(size) < len(batch)).to(torch.float32).unsqueeze(0).to(device)
         values = layers.forward(start, examples.features[torch.from_numpy(rows)].unsqueeze(0))

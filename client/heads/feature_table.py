@@ -52,3 +52,8 @@ class ClientRows:
     client: str
     rows: NDArray[np.int64]
     batches: tuple[NDArray[np.int64], ...] = ()
+
+    @property
+    def filler(self) -> int:
+        """The row that fills batches up, where it counts nothing; a client without rows has another's."""
+        return int(self.rows[0]) if len(self.rows) else 0

@@ -223,7 +223,7 @@ def _drawn_schedule(
     rows = np.empty((steps, len(client_rows), size), dtype=np.int64)
     share = np.zeros(rows.shape, dtype=np.float32)
     for i, work in enumerate(client_rows):
-        rows[:, i] = work.rows[0]
+        rows[:, i] = work.filler
         for s, batch in enumerate(work.batches):
             seen = work.rows[batch]
             if examples.views > 1:
