@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,8 +26,8 @@ from atoll.learning.learner import Learner
 from atoll.protocol.messages import Failure, Hello, Request, Update, hello_to_json
 from atoll.server.job_checks import validate_for_deployment
 from atoll.sim.population.population import Population
-from atoll.tasks import NAME, NUMBER, TASKS, ModuleTask, task_named, told
-from atoll.tasks.told import ToldField, check_told, fields_told
+from atoll.tasks import NAME, NUMBER, TASKS, ModuleTask, ToldField, task_named, told
+from atoll.tasks.told import check_told, fields_told
 from tests.task_data import ready
 from tests.task_jobs import TABLES, job_of
 from tests.test_bad_data import png
@@ -245,6 +246,21 @@ def test_every_task_says_what_its_greetings_tell() -> None:
 DATA = job_of("object-detection", "full").data
 """Without names of columns."""
 
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_page_on_privacy_lists_what_is_declared(name: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "privacy.md").read_text()
+    [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |") and line.count("|") == 4]
+    _, _, tells, gives, _ = row.split("|")
+    setting = job_of(name, "full")
+    if name == "recommendation":  # with texts that the network reads
+        setting = with_tables(setting, {"backbone": {"options": {"text": "hf:any"}}})
+    fields = [field for field in fields_told(task_named(name), setting) or () if field.concerns != "public"]
+    assert re.findall("`(.*?)`", tells) == [field.name for field in fields]
+    assert re.findall("`(.*?)`", gives) == list(dict.fromkeys(field.given_by for field in fields))
+    assert fields or tells.strip() == "nothing"
+
+
 # Records that don't fit
 
 LABELS = {
@@ -337,6 +353,29 @@ def test_a_site_with_a_budget_tells_no_values_of_a_column(label: str | None, tmp
     [hello] = site.hello(setting)
     assert hello.data_info == {} and hello.num_examples == 0
     assert hello.refusal.startswith("data.classes: missing, expected the list of classes")
+
+
+# Catalogues
+
+
+def test_the_texts_of_items_are_told_by_the_job_or_not_at_all(tmp_path: Path) -> None:
+    task = task_named("recommendation")
+    rows = Dataset(pa.table({"user": ["u"], "items": [["a", "b"]], "texts": [[CANARY, CANARY]]}))
+    data = {"source": "/data", "classes": ("a", "b", "c")}
+    plain = with_tables(job_of("recommendation", "full"), {"data": data})
+    assert task.local_info(rows, plain.data, plain.task.options)["texts"] == [CANARY, CANARY, ""]
+    private = with_tables(plain, SILENT["client"])
+    assert told.greeting_info(private, task, rows)["texts"] == ["", "", ""]
+    reading = with_tables(private, {"backbone": {"options": {"text": "hf:any"}}})
+    with pytest.raises(ConfigError, match=r"^task\.options\.texts: missing, expected the items' texts"):
+        check_told(reading, task)
+    given = with_tables(reading, {"task": {"options": {"texts": ["x", "y", "z"]}}})
+    facts = told.greeting_info(given, task, rows)
+    assert facts == {"items": ["a", "b", "c"], "texts": ["x", "y", "z"], "pinned": True}
+    assert task.merge_info([facts, facts]) == {"items": ["a", "b", "c"], "texts": ["x", "y", "z"]}
+    few = with_tables(reading, {"task": {"options": {"texts": ["x"]}}})
+    with pytest.raises(ConfigError, match=r"task\.options\.texts: 1 texts for 3 items"):
+        task.check(few)
 
 
 # Extensions
