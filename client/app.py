@@ -26,7 +26,8 @@ from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
 from atoll.protocol.flower_content import bodies_of, packed, unpacked
-from atoll.protocol.messages import decode_request, encode_reply, hello_to_json
+from atoll.protocol.messages import encode_reply, hello_to_json
+from atoll.protocol.requests import decode_request, work_name
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,9 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     if asked not in _answered:
         request = decode_request(head, body)
         job = Job.from_json(request.job)
-        with timed(f"round {request.round} of {job.name}: {request.kind} {', '.join(json.loads(names))}"):
-            answers = site_of(job, context).answer(request, json.loads(names))
+        clients = json.loads(names)
+        with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(clients)}"):
+            answers = site_of(job, context).answer(request, clients)
             replies = [(r.client, *encode_reply(r)) for r in answers]
         _answered.clear()
         _answered[asked] = replies

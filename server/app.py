@@ -30,15 +30,8 @@ from atoll.errors import DataError, InconsistentUpdates
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret
 from atoll.protocol.flower_content import bodies_of, packed, unpacked
-from atoll.protocol.messages import (
-    Failure,
-    Hello,
-    Reply,
-    Request,
-    decode_reply,
-    encode_request,
-    hello_from_json,
-)
+from atoll.protocol.messages import Failure, Hello, Reply, decode_reply, hello_from_json
+from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
@@ -148,10 +141,10 @@ class FlowerTransport:
         common = bodies_of({"tensors": shared[1]})
         for node, clients in self._hosts(names).items():
             body = common
-            if request.own:
+            if has_parts_per_client(request):
                 body = bodies_of({"tensors": encode_request(request, clients)[1]})
             letters[node] = packed({"request": shared[0], "names": json.dumps(clients)}, body)
-        kind = "evaluate" if request.kind == "evaluate" else "train"
+        kind = "evaluate" if isinstance(request, EvaluateRequest) else "train"
         for node, reply in self._converse(letters, kind, timeout, REJOIN_SECONDS):
             if isinstance(reply, str):
                 yield from (Failure(name, reply) for name in self._hosts(names)[node])

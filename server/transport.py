@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from atoll.job.job import Job
-from atoll.protocol.messages import Reply, Request
+from atoll.protocol.messages import Reply
+from atoll.protocol.requests import Request
 from atoll.server.roster import ClientRoster
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from atoll.client.heads.distillation import head_loss
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
-from atoll.client.site import LoadedShard, feature_table
+from atoll.client.shard_cache import LoadedShard, feature_table
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.job.job import Job

@@ -15,7 +15,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from atoll.job.job import Job
 from atoll.protocol.flower_content import bodies_of, packed
-from atoll.protocol.messages import Hello, Measurement, Request, encode_reply, hello_to_json
+from atoll.protocol.messages import Hello, Measurement, encode_reply, hello_to_json
+from atoll.protocol.requests import EvaluateRequest
 from atoll.server import app
 from atoll.server.app import FlowerTransport
 from tests.clock import TurnedClock
@@ -92,7 +93,7 @@ def measured() -> RecordDict:
     return packed({"north": head}, bodies_of({"north": body}))
 
 
-REQUEST = Request("evaluate", "{}", "", 1, {}, {"w": torch.zeros(2)})
+REQUEST = EvaluateRequest("{}", "", 1, {}, {"w": torch.zeros(2)})
 
 
 def test_a_request_that_was_lost_is_sent_again_before_a_short_round_is_over() -> None:

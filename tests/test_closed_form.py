@@ -16,10 +16,11 @@ from sklearn.preprocessing import StandardScaler
 
 from atoll.client.site import Site
 from atoll.errors import ConfigError
-from atoll.job.closed_form import STATISTICS, statistics_shapes
+from atoll.job.closed_form import statistics_shapes
 from atoll.job.job import Job
 from atoll.learning.learner import sum_states
-from atoll.protocol.messages import Failure, Measurement, Reply, Request
+from atoll.protocol.messages import Failure, Measurement, Reply
+from atoll.protocol.requests import Request, StatisticsRequest, TrainRequest
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.closed_form import statistics_size, validate_statistics
 from atoll.sim.engines.inline import InlineTransport
@@ -141,7 +142,7 @@ def test_later_rounds_train_from_the_formed_head_and_resume_to_the_same_bits(tmp
 
     class Stops(InlineTransport):
         def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Any:
-            if request.kind == "train" and request.round == 2:
+            if isinstance(request, TrainRequest) and request.round == 2:
                 raise Stopped
             return super().send_and_receive(request, names, timeout)
 
@@ -186,9 +187,8 @@ def test_statistics_that_cannot_be_are_set_aside_by_their_clients_name(reply: Re
 def test_a_real_site_gives_no_statistics_to_a_job_that_forms_no_head() -> None:
     setting = job()
     population = Population.of(setting)
-    request = Request(
-        STATISTICS, setting.canonical, setting.hash, 1, population.roster(setting).data_info[0], {}
-    )
+    data_info = population.roster(setting).data_info[0]
+    request = StatisticsRequest(setting.canonical, setting.hash, 1, data_info)
     [reply] = Site(population, discreet=True).answer(request, ["client-0000"])
     assert reply == Failure("client-0000", "its job forms no head of statistics")
 

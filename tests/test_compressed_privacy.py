@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-import atoll.client.site
+import atoll.client.dispatch
 from atoll.client.site import Site
 from atoll.client.state import error_feedback
 from atoll.client.state.error_feedback import ERROR
@@ -24,7 +24,8 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol import compression
-from atoll.protocol.messages import Request, Update
+from atoll.protocol.messages import Update
+from atoll.protocol.requests import Request, TrainRequest
 from atoll.server.rounds import decompression
 from atoll.server.rounds.validation import ValidatedUpdates, validate_updates
 from atoll.server.run.run_job import run_job
@@ -51,7 +52,7 @@ def arrived(updates: Sequence[Update], scheme: str) -> ValidatedUpdates:
     """What the server has of those updates, whose clients remember more than they may ever contribute."""
     setting, memory = job(scheme, w.clients()), ClientStateStore()
     numbers = compression.numbers_of(w.MODEL)
-    request = Request("train", setting.canonical, setting.hash, 1, {}, w.MODEL, run="r")
+    request = TrainRequest(setting.canonical, setting.hash, 1, {}, w.MODEL, run="r")
     memory.save("r", 0, {u.client: {ERROR: torch.full((numbers,), 50.0)} for u in updates})
     told = [replace(u, states=STATES, num_examples=1) for u in updates]
     sent = error_feedback.compressed(iter(told), request, setting, memory)
@@ -169,20 +170,20 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     data_info = data_info | {"backbone": learner.backbone.fingerprint}
     model = learner.initial()
 
-    def noised(learner: Any, request: Request, held: Any, private: Any) -> Any:
+    def noised(work: Any, request: TrainRequest) -> Any:
         draw = torch.Generator().manual_seed(request.round)
-        for owner in held:
+        for owner in work.data.names:
             delta = {n: torch.randn(t.shape, generator=draw) for n, t in model.items()}
-            yield Update(owner, request.round, delta, *private_part(private, owner))
+            yield Update(owner, request.round, delta, *private_part(work.private, owner))
 
     def private_part(private: Any, owner: str) -> Any:
         told = private.public_fields([owner])
         return told[0][0], {key: value[0] for key, value in told[1].items()}
 
-    patch.setattr(atoll.client.site, "train", noised)
+    patch.setattr(atoll.client.dispatch, "updates_of", noised)
     found: list[Any] = []
     for round in (1, 2, 3):
-        request = Request("train", setting.canonical, setting.hash, round, data_info, model, run="r")
+        request = TrainRequest(setting.canonical, setting.hash, round, data_info, model, run="r")
         for reply in site.answer(request, [name]):
             assert isinstance(reply, Update)
             found += [reply.delta, reply.num_examples, reply.states]
@@ -209,7 +210,7 @@ def test_a_feedback_that_knows_more_than_the_noised_update_is_found(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the error were taken before the noise was added: something of the client's own gets in."""
-    original = atoll.client.site.compressed
+    original = atoll.client.dispatch.compressed
 
     def leaking(updates: Any, request: Request, setting: Job, memory: ClientStateStore) -> Any:
         population = Population.of(setting)
@@ -222,7 +223,7 @@ def test_a_feedback_that_knows_more_than_the_noised_update_is_found(
                 state = memory.load_before("r", update.client, request.round + 1)
                 memory.save("r", request.round, {update.client: state | {"own": torch.tensor(own)}})
 
-    monkeypatch.setattr(atoll.client.site, "compressed", leaking)
+    monkeypatch.setattr(atoll.client.dispatch, "compressed", leaking)
     with pytest.raises(Detected):
         messages_and_memory_follow_from_noised_updates("int8", monkeypatch)
 

@@ -16,7 +16,8 @@ from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.protocol.compression import Compression, compress, decompress, flat
-from atoll.protocol.messages import Request, Update, encode_reply
+from atoll.protocol.messages import Update, encode_reply
+from atoll.protocol.requests import Request, TrainRequest
 from atoll.protocol.stacked_updates import stacked
 from atoll.report.text import what_it_cost
 from atoll.server.run.directory import job_toml
@@ -101,7 +102,7 @@ class Watched(InlineTransport):
 
     def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
         replies = super().send_and_receive(request, names, timeout)
-        if request.kind == "train":
+        if isinstance(request, TrainRequest):
             self.sent.setdefault(request.round, []).extend(replies)
             self.models[request.round] = dict(request.tensors)
         return replies
@@ -127,8 +128,8 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_learnt(tmp_path: P
     learnt, arrived = torch.zeros(6, how.numbers), torch.zeros(6, how.numbers)
     data_info = json.loads((tmp_path / "r" / "result.json").read_text())["facts"]
     for round in (1, 2, 3):
-        request = Request(
-            "train", plain.canonical, plain.hash, round, data_info, carrier.models[round], run="exact"
+        request = TrainRequest(
+            plain.canonical, plain.hash, round, data_info, carrier.models[round], run="exact"
         )
         updates = exact.send_and_receive(request, population.names(plain), 60.0)
         learnt += flat(stacked(list(updates)).delta)  # type: ignore[arg-type]
@@ -169,7 +170,7 @@ class Breaks(InlineTransport):
 
     def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
         replies = super().send_and_receive(request, names, timeout)
-        if request.kind == "train" and request.round == self.at:
+        if isinstance(request, TrainRequest) and request.round == self.at:
             raise KeyboardInterrupt
         return replies
 
@@ -243,7 +244,11 @@ def test_a_round_that_is_tried_again_finds_the_memory_it_found_first(tmp_path: P
         def send_and_receive(self, request: Request, names: Any, timeout: float) -> Iterable[Any]:
             replies = list(super().send_and_receive(request, names, timeout))
             self.tried[request.round] = self.tried.get(request.round, 0) + 1
-            lost = request.kind == "train" and request.round in (2, 3) and self.tried[request.round] == 1
+            lost = (
+                isinstance(request, TrainRequest)
+                and request.round in (2, 3)
+                and self.tried[request.round] == 1
+            )
             return replies[1:] if lost else replies
 
     population = Population.of(setting)
@@ -274,7 +279,7 @@ def test_an_update_that_is_not_finite_is_set_aside_and_does_not_spoil_memory(sch
     memory = ClientStateStore()
 
     def sent(round: int, value: float) -> dict[str, torch.Tensor]:
-        request = Request("train", setting.canonical, setting.hash, round, {}, model, run="r")
+        request = TrainRequest(setting.canonical, setting.hash, round, {}, model, run="r")
         delta = {"w": torch.full((20, 20), 0.3) + torch.eye(20) * 0.7}
         delta["w"][3, 3] = value
         [update] = error_feedback.compressed([Update("a", round, delta, 1)], request, setting, memory)
@@ -290,7 +295,7 @@ def test_an_update_that_is_not_finite_is_set_aside_and_does_not_spoil_memory(sch
 def test_the_first_rounds_message_is_the_plain_compression_of_the_update() -> None:
     setting = compressed("int8")
     model = {"w": torch.zeros(20, 20)}
-    request = Request("train", setting.canonical, setting.hash, 1, {}, model, run="r")
+    request = TrainRequest(setting.canonical, setting.hash, 1, {}, model, run="r")
     delta = {"w": torch.randn(20, 20, generator=torch.Generator().manual_seed(5))}
     [update] = error_feedback.compressed([Update("a", 1, delta, 1)], request, setting, ClientStateStore())
     expected = compress(delta["w"].reshape(1, -1), Compression("int8", 400))

@@ -14,7 +14,8 @@ from atoll.client.training.local_adaptation import adapt_locally
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Request, Update
+from atoll.protocol.messages import Update
+from atoll.protocol.requests import EvaluateRequest
 from atoll.protocol.stacked_updates import stacked
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population
@@ -46,7 +47,7 @@ def test_an_adapted_head_is_the_one_of_torchs_loop_stopped_after_as_many_steps(s
     index = PopulationIndex(population, learner)
     [(train, _)] = index.splits([1])
     shard, head = index.full_population.select(train.tolist()), learner.initial()
-    request = Request("evaluate", learner.job.canonical, learner.job.hash, 4, learner.data_info, head)
+    request = EvaluateRequest(learner.job.canonical, learner.job.hash, 4, learner.data_info, head)
     found = adapt_locally(learner, request, "client-0001", shard, steps)
     from atoll.client.training.batches import batches
 
@@ -69,7 +70,7 @@ def test_an_adapted_network_took_as_many_steps_by_autograd() -> None:
     data_info = {"classes": ["a", "b"]}
     learner = Learner.of(setting, task_named(setting.task.name), data_info)
     shard, first = grey_png_shard(8, classes=2), learner.initial()
-    request = Request("evaluate", setting.canonical, setting.hash, 1, data_info, first)
+    request = EvaluateRequest(setting.canonical, setting.hash, 1, data_info, first)
     two = adapt_locally(learner, request, "c", shard, 2)
     from atoll.client.training.local_sgd import train_model
 

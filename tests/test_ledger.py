@@ -16,7 +16,7 @@ from atoll.kit.kit import Budget
 from atoll.privacy.accounting import Release, epsilon
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
-from atoll.protocol.messages import Request
+from atoll.protocol.requests import TrainRequest
 from tests.processes import python
 
 RELEASE = Release(1.1, 0.05)
@@ -147,7 +147,7 @@ JOB = Job.parse(
 
 def charge(ledgers: PrivacyLedgers, run: str, round: int) -> bool:
     """Whether a round could be paid for."""
-    request = Request("train", JOB.canonical, JOB.hash, round, {}, {}, run=run)
+    request = TrainRequest(JOB.canonical, JOB.hash, round, {}, {}, run=run)
     try:
         ledgers.charge("c", "data", JOB, dp_plan(), request)
     except BudgetExhausted:

@@ -17,7 +17,7 @@ from atoll.client.state.store import ClientStateStore
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Request
+from atoll.protocol.requests import Request, TrainRequest
 from atoll.protocol.tensors import Tensors
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
@@ -112,7 +112,7 @@ class Stops(InlineTransport):
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Any:
         replies = list(super().send_and_receive(request, names, timeout))
-        if request.kind == "train" and request.round == 3:
+        if isinstance(request, TrainRequest) and request.round == 3:
             raise Stopped
         return replies
 
@@ -149,7 +149,7 @@ def test_what_clients_keep_never_travels_and_differs_between_them(
         def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Any:
             replies = list(super().send_and_receive(request, names, timeout))
             sent.append(set(request.tensors))
-            sent.extend(set(reply.delta) for reply in replies if request.kind == "train")
+            sent.extend(set(reply.delta) for reply in replies if isinstance(request, TrainRequest))
             return replies
 
     population, memory = Population.of(setting), ClientStateStore()
@@ -314,7 +314,7 @@ def test_damaged_or_foreign_memory_ends_the_run_in_one_line(tmp_path: Path) -> N
     carrier = InlineTransport.of(population, memory=memory)
     data_info = population.roster(setting).data_info[0]
     learner = carrier.site.learner(setting, data_info)
-    request = Request("train", setting.canonical, setting.hash, 5, data_info, learner.initial())
+    request = TrainRequest(setting.canonical, setting.hash, 5, data_info, learner.initial())
     with pytest.raises(DataError, match="memory of client-0001: is not of this model"):
         list(carrier.send_and_receive(request, ["client-0001"], 1.0))
 

@@ -1,6 +1,5 @@
 """Whole runs under a promise: what is spent, what is written down, what is kept silent."""
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,8 @@ from atoll.kit.kit import Budget
 from atoll.privacy.accounting import Release, epsilon
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
-from atoll.protocol.messages import Failure, Request, Update
+from atoll.protocol.messages import Failure, Update
+from atoll.protocol.requests import EvaluateRequest, ModelRequest, TrainRequest, UnmaskedSumRequest, origin_of
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.central_dp import run_key
 from atoll.server.run.run_job import run_job
@@ -162,13 +162,13 @@ def test_an_adaptive_norm_moves_in_public_and_costs_nothing_more(tmp_path: Path)
     assert result["privacy"]["last_clipping_norm"] < 25
 
 
-def request(setting: Job, population: Population, round: int = 1) -> Request:
+def request(setting: Job, population: Population, round: int = 1) -> TrainRequest:
     from atoll.learning.learner import Learner
     from atoll.tasks import task_named
 
     data_info = population.roster(setting).data_info[0]
     learner = Learner.of(setting, task_named(setting.task.name), data_info)
-    return Request("train", setting.canonical, setting.hash, round, data_info, learner.initial(), run="run")
+    return TrainRequest(setting.canonical, setting.hash, round, data_info, learner.initial(), run="run")
 
 
 def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
@@ -327,20 +327,22 @@ def test_the_shares_of_the_noise_make_the_whole_whoever_leaves(gone: int) -> Non
 @pytest.mark.parametrize(
     ("which", "kind", "said"),
     [
-        ("client", "sum", "under masks only"),
-        ("client", "train", "under masks only"),
-        ("example", "train", "under masks only"),
-        ("nobody", "train", "under masks only"),
-        ("client", "evaluate", "measures nothing"),
+        ("client", UnmaskedSumRequest, "under masks only"),
+        ("client", TrainRequest, "under masks only"),
+        ("example", TrainRequest, "under masks only"),
+        ("nobody", TrainRequest, "under masks only"),
+        ("client", EvaluateRequest, "measures nothing"),
     ],
 )
 def test_a_real_site_does_not_do_what_a_curious_server_asks(
-    which: str, kind: str, said: str, tmp_path: Path
+    which: str, kind: type[ModelRequest], said: str, tmp_path: Path
 ) -> None:
     setting = distributed(which)
     population = Population.of(setting)
     site = Site(population, discreet=True, ledgers=PrivacyLedgers(tmp_path))
-    asked = dataclasses.replace(request(setting, population), kind=kind, plan={"threshold": 3, "attempt": 1})
+    plain = request(setting, population)
+    of_sum: dict[str, Any] = {"threshold": 3, "attempt": 1} if kind is UnmaskedSumRequest else {}
+    asked = kind(**origin_of(plain), tensors=plain.tensors, **of_sum)
     [reply] = site.answer(asked, ["client-0000"])
     assert isinstance(reply, Failure) and said in reply.reason
     assert not list(tmp_path.iterdir())  # nothing was charged, for nothing was sent

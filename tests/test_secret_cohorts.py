@@ -16,7 +16,8 @@ import atoll.server.rounds.aggregation
 import atoll.server.rounds.round_log
 from atoll.errors import InconsistentUpdates, JobError
 from atoll.job.job import Job
-from atoll.protocol.messages import Failure, Reply, Request
+from atoll.protocol.messages import Failure, Reply
+from atoll.protocol.requests import Request
 from atoll.server.app import FlowerTransport
 from atoll.server.rounds.central_dp import CentralDp
 from atoll.server.run.checkpoint import latest

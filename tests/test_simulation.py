@@ -14,7 +14,8 @@ from atoll.client.site import UNCACHED
 from atoll.errors import ConfigError, InconsistentUpdates, InputError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Failure, Reply, Request, Update
+from atoll.protocol.messages import Failure, Reply, Update
+from atoll.protocol.requests import Request, TrainRequest
 from atoll.server.rounds.cohort import sample
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
@@ -222,7 +223,7 @@ class Breaks(InlineTransport):
     left = 2
 
     def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
-        if request.kind == "train":
+        if isinstance(request, TrainRequest):
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt

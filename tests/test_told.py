@@ -23,7 +23,8 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Failure, Hello, Request, Update, hello_to_json
+from atoll.protocol.messages import Failure, Hello, Update, hello_to_json
+from atoll.protocol.requests import EvaluateRequest, Request, TrainRequest
 from atoll.server.job_checks import validate_for_deployment
 from atoll.sim.population.population import Population
 from atoll.tasks import NAME, NUMBER, TASKS, ModuleTask, ToldField, task_named, told
@@ -217,7 +218,7 @@ def test_server_simulation_and_site_refuse_alike_what_the_job_has_not_given(
         assert "\n" not in str(refused.value)
         [hello] = neighbours.site(neighbours.odd).hello(setting)
         assert hello == Hello("here", {}, 0, refusal=str(refused.value))
-        request = Request("evaluate", setting.canonical, setting.hash, 1, {}, {})
+        request = EvaluateRequest(setting.canonical, setting.hash, 1, {}, {})
         [reply] = answers(neighbours.site(neighbours.odd), request)
         assert CANARY not in str(reply)
 
@@ -288,7 +289,7 @@ def reply_of(site: Site, setting: Job) -> Any:
     facts = {"classes": ["p", "q"]}
     learner = Learner.of(setting, task_named(setting.task.name), facts)
     tensors = learner.initial()
-    request = Request("train", setting.canonical, setting.hash, 1, facts, tensors, run="run")
+    request = TrainRequest(setting.canonical, setting.hash, 1, facts, tensors, run="run")
     [reply] = site.answer(request, ["here"])
     return reply
 
@@ -323,9 +324,9 @@ def test_a_record_that_does_not_fit_moves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_site_that_refuses_for_one_record_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import atoll.client.site
+    import atoll.client.shard_cache
 
-    monkeypatch.setattr(atoll.client.site, "fitting_rows", lambda job, task, rows, **more: rows)
+    monkeypatch.setattr(atoll.client.shard_cache, "fitting_rows", lambda job, task, rows, **more: rows)
     setting = of_pictures("client", "head")
     replies = []
     for name in ("some", "the same"):

@@ -19,7 +19,8 @@ from atoll.datasets.synthetic.png import grey_png
 from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Reply, Request, Update
+from atoll.protocol.messages import Reply, Update
+from atoll.protocol.requests import Request, TrainRequest
 from atoll.server.run.directory import job_toml
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import default_workers
@@ -156,7 +157,7 @@ def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(tmp_path: Pat
 def asked_of(job: Job, population: Population) -> Request:
     data_info = population.roster(job).data_info
     learner = Learner.of(job, task_named(job.task.name), data_info[0])
-    return Request("train", job.canonical, job.hash, 1, learner.data_info, learner.initial(), {}, run="run")
+    return TrainRequest(job.canonical, job.hash, 1, learner.data_info, learner.initial(), run="run")
 
 
 @pytest.mark.processes

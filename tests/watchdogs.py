@@ -35,7 +35,8 @@ from atoll.privacy.accounting import Release
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.privacy.ledger import Ledger
 from atoll.privacy.noise import entropy
-from atoll.protocol.messages import Request, Update
+from atoll.protocol.messages import Update
+from atoll.protocol.requests import TrainRequest
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds import evaluation, loop, round_log
 from atoll.server.rounds.central_dp import NORM, CentralDp
@@ -290,7 +291,7 @@ def a_clients_ledger_has_every_release() -> None:
         for _ in range(2):  # the second is a site started anew
             site = Site(cast(Any, NoShards()), ledgers=PrivacyLedgers(Path(folder)))
             for round in (1, 2, 2):  # a round that was lost is trained again
-                request = Request("train", setting.canonical, setting.hash, round, {}, {}, run="run")
+                request = TrainRequest(setting.canonical, setting.hash, round, {}, {}, run="run")
                 charged_clients, _ = site.charge_privacy(setting, request, ["c"])
                 assert charged_clients.private is not None and charged_clients.private.draw is not None
                 made += len(charged_clients.private.draw("c", 10))

@@ -11,12 +11,6 @@ from atoll.job.section import NotNegative, Section
 if TYPE_CHECKING:
     from atoll.job.job import Job
 
-ADAPT = "adapt"
-"""In the plan of a request to measure: how many local steps each client takes first."""
-
-EVALUATE_SHARED = "global"
-"""In the plan of a request to measure: the model that all share is meant, not the client's own."""
-
 
 class PersonalSection(Section):
     """`[personal]`: what each client keeps from round to round, and how its mixture is held to the model."""

@@ -18,7 +18,8 @@ from atoll.errors import JobError
 from atoll.privacy.dp_plan import DpPlan
 from atoll.privacy.noise import Lattice, RandomBits, lattice_for
 from atoll.privacy.secagg import Vector
-from atoll.protocol.messages import Request, Update
+from atoll.protocol.messages import Update
+from atoll.protocol.requests import SumRequest
 from atoll.protocol.tensors import Tensors
 
 PLAIN_GRANULARITY = 2.0**-32
@@ -97,9 +98,9 @@ def clipped(numbers: torch.Tensor, clipping_norm: float) -> torch.Tensor:
     return numbers * min(1.0, clipping_norm / max(norm, 1e-300))
 
 
-def context_of(request: Request) -> bytes:
+def context_of(request: SumRequest) -> bytes:
     """What a secure sum's keys are bound to: the run, the round, and which try at it."""
-    return f"{request.run} {request.round} {request.plan['attempt']:.0f}".encode()
+    return f"{request.run} {request.round} {request.attempt}".encode()
 
 
 def as_tensor(content: bytes) -> torch.Tensor:

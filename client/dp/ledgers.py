@@ -11,7 +11,7 @@ from atoll.kit.kit import Budget
 from atoll.privacy.accounting import compose, within
 from atoll.privacy.dp_plan import DpPlan
 from atoll.privacy.ledger import Entry, Ledger
-from atoll.protocol.messages import Request
+from atoll.protocol.requests import Request
 
 
 @dataclass

@@ -23,13 +23,17 @@ from atoll.privacy.secagg_encoding import (
     length,
     weighted,
 )
-from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, Request, SecureMessage, Update
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, SecureMessage, Update
 from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.requests import (
+    KeysRequest,
+    MaskedSumRequest,
+    RevealRequest,
+    SharesRequest,
+    SumRequest,
+    UnmaskedSumRequest,
+)
 from atoll.protocol.tensors import Tensors
-
-STAGES = ("keys", "deal", "reveal")
-"""Kinds of requests that need no data; `mask` sends a vector under masks, `sum`, in a simulation, without."""
-SUMS = ("mask", "sum")
 
 
 @dataclass
@@ -38,7 +42,7 @@ class SecureAggregationSession:
 
     participants: dict[str, Participant] = field(default_factory=dict)
 
-    def answer(self, request: Request, names: Sequence[str]) -> Iterator[Reply]:
+    def answer(self, request: SumRequest, names: Sequence[str]) -> Iterator[Reply]:
         """Keys, dealt shares or revealed shares of the named clients."""
         for name in names:
             try:
@@ -46,17 +50,20 @@ class SecureAggregationSession:
             except SecureAggregationFailed as error:
                 yield Failure(name, str(error))
 
-    def _stage(self, request: Request, name: str) -> Tensors:
-        if request.kind == "keys":
-            return {"keys": as_tensor(self._person(request, name, is_new=True).advertise())}
-        person = self._person(request, name)
-        if request.kind == "deal":
-            keys = {other: as_bytes(t) for other, t in request.tensors.items()}
-            dealt = person.deal(keys, int(request.plan["threshold"]))
-            return {other: as_tensor(content) for other, content in dealt.items()}
-        return {other: as_tensor(share) for other, share in person.reveal(request.others).items()}
+    def _stage(self, request: SumRequest, name: str) -> Tensors:
+        match request:
+            case KeysRequest():
+                return {"keys": as_tensor(self._person(request, name, is_new=True).advertise())}
+            case SharesRequest():
+                keys = {other: as_bytes(t) for other, t in request.public_keys.items()}
+                dealt = self._person(request, name).deal(keys, request.threshold)
+                return {other: as_tensor(content) for other, content in dealt.items()}
+            case RevealRequest():
+                revealed = self._person(request, name).reveal(request.survivors)
+                return {other: as_tensor(share) for other, share in revealed.items()}
+        raise TypeError(f"no stage without data: {type(request).__name__}")
 
-    def _person(self, request: Request, name: str, *, is_new: bool = False) -> Participant:
+    def _person(self, request: SumRequest, name: str, *, is_new: bool = False) -> Participant:
         context = context_of(request)
         known = self.participants.get(name)
         if is_new and (known is None or known.context != context):
@@ -68,11 +75,11 @@ class SecureAggregationSession:
     def encode_contributions(
         self,
         job: Job,
-        request: Request,
+        request: MaskedSumRequest | UnmaskedSumRequest,
         values: Iterable[tuple[str, torch.Tensor]],
         charged: Mapping[str, int],
     ) -> Iterator[Reply]:
-        """Contributions as integers with their share of the noise, under masks where `mask` asks for it.
+        """Contributions as integers with their share of the noise, under masks where these are asked for.
 
         A share is as large as the threshold that the client dealt its own shares with asks for,
         whatever the request says now. `charged` are the rounds that the ledgers know of.
@@ -82,11 +89,12 @@ class SecureAggregationSession:
         for name, contribution in values:
             words = share_words(job, request.round, name)
             try:
-                person = self._person(request, name) if request.kind == "mask" else None
-                threshold = int(request.plan["threshold"]) if person is None else person.threshold
+                is_masked = isinstance(request, MaskedSumRequest)
+                person = self._person(request, name) if is_masked else None
+                threshold = request.threshold if person is None else person.threshold
                 vector = FixedPointCodec.of(dp_plan, numbers, threshold, words).integers(contribution.numpy())
-                if person is not None:
-                    dealt = {other: as_bytes(t) for other, t in request.own.get(name, {}).items()}
+                if isinstance(request, MaskedSumRequest) and person is not None:
+                    dealt = {other: as_bytes(t) for other, t in request.shares.get(name, {}).items()}
                     vector = person.masked(dealt, vector)
             except (OutOfRange, SecureAggregationFailed) as error:
                 yield Failure(name, str(error))

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
 
 from atoll.data.shard import Shard
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Measurement, Request
+from atoll.protocol.messages import Measurement
 from atoll.strategies.closed_form import STATISTICS
 
 
-class HasTrainShard(Protocol):
-    """What a client trains on."""
-
-    @property
-    def train(self) -> Shard: ...
-
-
-def statistics(
-    learner: Learner, request: Request, held: Mapping[str, HasTrainShard]
-) -> Iterator[Measurement]:
+def statistics(learner: Learner, round: int, shards: Mapping[str, Shard]) -> Iterator[Measurement]:
     """Each client's statistics of its training part as it is, also where training varies it.
 
     A client's own matrix products alone make them, so they are the same bits whoever else is asked.
     """
     kind, classes = learner.job.tune.head_init, len(learner.data_info["classes"])
     assert kind is not None
-    for name, own in held.items():
-        found = STATISTICS[kind](learner.features(own.train), own.train.table, classes)
-        yield Measurement(name, request.round, len(own.train), found)
+    for name, shard in shards.items():
+        found = STATISTICS[kind](learner.features(shard), shard.table, classes)
+        yield Measurement(name, round, len(shard), found)

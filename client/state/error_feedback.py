@@ -15,8 +15,9 @@ from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.protocol.compression import LEVELS, Compression, compress, decompress, flat
-from atoll.protocol.messages import Request, Update
+from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream
+from atoll.protocol.requests import ModelRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined, stacked
 
 ERROR = "compression.error"
@@ -26,7 +27,7 @@ AT_ONCE = 1 << 24
 
 
 def compressed(
-    updates: Iterable[Update], request: Request, job: Job, memory: ClientStateStore
+    updates: Iterable[Update], request: ModelRequest, job: Job, memory: ClientStateStore
 ) -> Iterable[Update]:
     """The updates as the job has them travel; what that loses is in memory before they leave.
 
@@ -44,7 +45,7 @@ def compressed(
 
 
 def _compressed(
-    updates: StackedUpdates, how: Compression, request: Request, job: Job, memory: ClientStateStore
+    updates: StackedUpdates, how: Compression, request: ModelRequest, job: Job, memory: ClientStateStore
 ) -> StackedUpdates:
     vectors = flat(updates.delta)
     if not job.has_client_state:
@@ -77,7 +78,7 @@ def _coins(clients: Sequence[str], how: Compression, job: Job, round: int) -> to
 
 
 def remembered(
-    clients: Sequence[str], how: Compression, request: Request, memory: ClientStateStore
+    clients: Sequence[str], how: Compression, request: ModelRequest, memory: ClientStateStore
 ) -> torch.Tensor:
     """What the clients' messages have not delivered yet, [clients, numbers]; zeros at the start."""
     errors = torch.zeros((len(clients), how.numbers))

@@ -14,37 +14,40 @@ from atoll.client.training.local_adaptation import adapt_locally
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.errors import DataError
-from atoll.job.personal import ADAPT, EVALUATE_SHARED
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Request, Update
+from atoll.protocol.messages import Update
+from atoll.protocol.requests import EvaluateRequest, ModelRequest, TrainingRequest
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
 OWN = "own/"
 
-Train = Callable[[Request, Mapping[str, Tensors]], Iterable[Update]]
+Train = Callable[[TrainingRequest, Mapping[str, Tensors]], Iterable[Update]]
 """(request, where clients start that don't start from its tensors): updates, relative to its tensors."""
 
 
 def model_to_evaluate(
-    learner: Learner, request: Request, client: str, memory: ClientStateStore, lessons: Callable[[], Shard]
+    learner: Learner,
+    request: EvaluateRequest,
+    client: str,
+    memory: ClientStateStore,
+    lessons: Callable[[], Shard],
 ) -> Tensors:
     """The model that this client would use after the request's round, or the one that all share.
 
     It may have to take a few steps first, on its `training_view`.
     """
-    job, steps = learner.job, int(request.plan.get(ADAPT, 0))
+    job, steps = learner.job, request.adapt_steps
     if steps:
         return adapt_locally(learner, request, client, lessons(), steps)
     if job.personal.keep is None:
         return request.tensors
-    of_all = bool(request.plan.get(EVALUATE_SHARED))
-    own = {} if of_all else _own(request, client, request.round + 1, memory)
+    own = {} if request.of_shared_model else _own(request, client, request.round + 1, memory)
     return _whole(learner, request, client, own)
 
 
 def train_fedper(
-    learner: Learner, request: Request, shards: Mapping[str, Shard], memory: ClientStateStore
+    learner: Learner, request: TrainingRequest, shards: Mapping[str, Shard], memory: ClientStateStore
 ) -> Iterator[Update]:
     """Train whole models; what isn't in the request's tensors stays, and is in memory before the rest goes.
 
@@ -62,7 +65,7 @@ def train_fedper(
 
 
 def train_ditto(
-    learner: Learner, request: Request, clients: Sequence[str], train: Train, memory: ClientStateStore
+    learner: Learner, request: TrainingRequest, clients: Sequence[str], train: Train, memory: ClientStateStore
 ) -> Iterable[Update]:
     """The clients' updates of the shared model; each one's own model learns beside, held to what was sent.
 
@@ -82,21 +85,21 @@ def train_ditto(
     return updates
 
 
-def _kept(request: Request, update: Update, moved: Update, memory: ClientStateStore) -> Update:
+def _kept(request: ModelRequest, update: Update, moved: Update, memory: ClientStateStore) -> Update:
     memory.save(request.run, request.round, {moved.client: _arrived(request, moved)})
     return update
 
 
-def _arrived(request: Request, moved: Update) -> Tensors:
+def _arrived(request: ModelRequest, moved: Update) -> Tensors:
     return {OWN + name: request.tensors[name] + delta for name, delta in moved.delta.items()}
 
 
-def _own(request: Request, client: str, before: int, memory: ClientStateStore) -> Tensors:
+def _own(request: ModelRequest, client: str, before: int, memory: ClientStateStore) -> Tensors:
     state = memory.load_before(request.run, client, before)
     return {n.removeprefix(OWN): t for n, t in state.items() if n.startswith(OWN)}
 
 
-def _whole(learner: Learner, request: Request, client: str, own: Tensors) -> Tensors:
+def _whole(learner: Learner, request: ModelRequest, client: str, own: Tensors) -> Tensors:
     """The client's whole model.
 
     Raises:

@@ -12,11 +12,11 @@ from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Request
+from atoll.protocol.requests import ModelRequest
 from atoll.protocol.tensors import Tensors
 
 
-def adapt_locally(learner: Learner, request: Request, client: str, shard: Shard, steps: int) -> Tensors:
+def adapt_locally(learner: Learner, request: ModelRequest, client: str, shard: Shard, steps: int) -> Tensors:
     """The request's tensors after that many local steps on the client's training part."""
     job = learner.job
     epochs = math.ceil(steps / math.ceil(len(shard) / job.train.batch_size))

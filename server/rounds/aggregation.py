@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from atoll.errors import InconsistentUpdates
-from atoll.job.closed_form import STATISTICS, is_closed_form_round
+from atoll.job.closed_form import is_closed_form_round
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret, uses_secure_aggregation
 from atoll.learning.learner import Learner
 from atoll.learning.trainable import without_pruned
-from atoll.protocol.messages import Request, Update
+from atoll.protocol.messages import Update
+from atoll.protocol.requests import StatisticsRequest, TrainRequest
 from atoll.protocol.tensors import Tensors, size_of
 from atoll.server.rounds.closed_form import solve_head, statistics_size, validate_statistics
 from atoll.server.rounds.cohort import round_up
@@ -62,10 +63,8 @@ class SecureSumRound(TrainingRound):
     """The server sees the sum of the updates and no single one; it stands for them as one update."""
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
-        request = train_request(run, round)
-        base = replace(request, plan={**request.plan, "attempt": float(attempt)})
         return SecureRound(
-            run.setup.job, base, names, run.setup.carrier.uses_masking,
+            run.setup.job, train_request(run, round), attempt, names, run.setup.carrier.uses_masking,
             lambda stage, asked: list(run.send(stage, asked)),
         ).screened()  # fmt: skip
 
@@ -78,7 +77,7 @@ class ClosedFormRound:
         return 0, statistics_size(run.setup.job, run.state.tensors)
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
-        request = replace(train_request(run, round), kind=STATISTICS, tensors={})
+        request = StatisticsRequest(**run.request_origin(round))
         return validate_statistics(run.send(request, names), names, run.setup.job, run.state.tensors)
 
     def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
@@ -128,9 +127,10 @@ def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Valida
     raise InconsistentUpdates(_below_quorum(run, gathered, turnout, goal, needed))
 
 
-def train_request(run: Run, round: int) -> Request:
+def train_request(run: Run, round: int) -> TrainRequest:
     """The model and the strategy's numbers for the clients that train in this round."""
-    return run.request("train", round, run.setup.strategy.plan(run.state.strategy_state, round))
+    plan = dict(run.setup.strategy.plan(run.state.strategy_state, round))
+    return TrainRequest(**run.request_origin(round), tensors=run.state.tensors, plan=plan)
 
 
 def merge_updates(run: Run, updates: Sequence[Update], round: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from atoll.learning.learner import sum_states
 from atoll.protocol.messages import Failure, Measurement
 from atoll.protocol.random_streams import stream
+from atoll.protocol.requests import EvaluateRequest
 from atoll.protocol.tensors import size_of
 from atoll.server.rounds.cohort import some
 from atoll.server.rounds.run_state import Run
@@ -42,15 +43,20 @@ def federated_evaluation(run: Run) -> dict[str, float]:
     return run.state.learner.compute(sum_states(states)) if states else {}
 
 
-def evaluate_clients(run: Run, **plan: float) -> list[Measurement]:
+def evaluate_clients(run: Run, *, adapt_steps: int = 0, of_shared_model: bool = False) -> list[Measurement]:
     """The model on each evaluation client's validation split, by client name; nothing under privacy.
 
-    It is the one that each client would use, unless the `plan` says otherwise.
+    It is the one that each client would use, after `adapt_steps` local steps; where clients keep tensors
+    of their own, `of_shared_model` measures the one without these.
     """
     if run.is_private:
         return []
     names = evaluation_clients(run)
-    replies = run.send(run.request("evaluate", run.state.round, plan), names)
+    request = EvaluateRequest(
+        **run.request_origin(run.state.round), tensors=run.state.tensors, adapt_steps=adapt_steps,
+        of_shared_model=of_shared_model,
+    )  # fmt: skip
+    replies = run.send(request, names)
     run.state.bytes_down += len(names) * size_of(run.state.tensors)
     asked = set(names)
     measurements = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +10,8 @@ from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.compression import upload_size
-from atoll.protocol.messages import Reply, Request, Update
+from atoll.protocol.messages import Reply, Update
+from atoll.protocol.requests import Request, RequestOrigin
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.central_dp import CentralDp, NoProtection, run_key
 from atoll.server.rounds.early_stopping import StoppingRule
@@ -142,17 +143,14 @@ class Run:
         """Bytes of one client's update as it travels."""
         return upload_size(self.setup.job, self.state.tensors)
 
-    def request(self, kind: str, round: int, plan: Mapping[str, float]) -> Request:
-        """A request that carries the present model."""
+    def request_origin(self, round: int) -> RequestOrigin:
+        """What every request of this round says of the job and the run."""
         job = self.state.learner.job
-        return Request(
-            kind=kind,
+        return RequestOrigin(
             job=job.canonical,
             job_hash=job.hash,
             round=round,
             data_info=self.state.learner.data_info,
-            tensors=self.state.tensors,
-            plan=dict(plan),
             run=run_key(self.setup.job, self.setup.directory.path),
         )
 

@@ -13,20 +13,39 @@ from atoll.privacy.dp_plan import distributed_terms
 from atoll.privacy.noise import entropy
 from atoll.privacy.secagg import SecureAggregationFailed, Vector, least_threshold, unmask_sum
 from atoll.privacy.secagg_encoding import EXTRA, FixedPointCodec, as_bytes, context_of, length, unflatten
-from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, Request, SecureMessage, Update
+from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, SecureMessage, Update
+from atoll.protocol.requests import (
+    KeysRequest,
+    MaskedSumRequest,
+    RequestOrigin,
+    RevealRequest,
+    SharesRequest,
+    SumRequest,
+    TrainRequest,
+    UnmaskedSumRequest,
+    origin_of,
+)
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.validation import STATES, ValidatedUpdates
 
-Ask = Callable[[Request, Sequence[str]], Sequence[Reply]]
+Ask = Callable[[SumRequest, Sequence[str]], Sequence[Reply]]
 """Sends a request to clients and waits for their replies."""
+
+
+class SumOrigin(RequestOrigin):
+    """The fields that every stage of one try at a sum has alike."""
+
+    attempt: int
+    threshold: int
 
 
 @dataclass
 class SecureRound:
-    """One try at a round; `base` is the request with model and plan, `aside` who fell out and why."""
+    """One try at a round; `train` has the model and the plan, `aside` says who fell out and why."""
 
     job: Job
-    base: Request
+    train: TrainRequest
+    attempt: int
     cohort: Sequence[str]
     masks: bool
     ask: Ask
@@ -48,45 +67,40 @@ class SecureRound:
 
     def _opened(self) -> tuple[Vector, int]:
         """The protocol's four stages."""
-        context = context_of(self.base)
-        keys = {n: as_bytes(c["keys"]) for n, c in self._stage("keys", self.cohort).items()}
+        of_sum = self._of_sum
+        asked: SumRequest = KeysRequest(**of_sum)
+        context = context_of(asked)
+        keys = {n: as_bytes(c["keys"]) for n, c in self._stage(asked, self.cohort).items()}
         self._check(len(keys))
         public = {name: torch.frombuffer(bytearray(k), dtype=torch.uint8) for name, k in keys.items()}
-        dealt = self._stage("deal", sorted(keys), tensors=public)
+        dealt = self._stage(SharesRequest(**of_sum, public_keys=public), sorted(keys))
         self._check(len(dealt))
-        own = {
+        shares = {
             name: {other: content[name] for other, content in dealt.items() if other != name}
             for name in dealt
         }
-        sent = self._stage("mask", sorted(dealt), tensors=self.base.tensors, own=own)
-        masked = self._vectors(sent)
+        asked = MaskedSumRequest(**of_sum, tensors=self.train.tensors, plan=self.train.plan, shares=shares)
+        masked = self._vectors(self._stage(asked, sorted(dealt)))
         self._check(len(masked))
-        revealed = self._stage("reveal", sorted(masked), others=tuple(sorted(masked)))
+        asked = RevealRequest(**of_sum, survivors=tuple(sorted(masked)))
+        revealed = self._stage(asked, sorted(masked))
         opened = {n: {other: as_bytes(t) for other, t in c.items()} for n, c in revealed.items()}
         total = unmask_sum(keys, list(dealt), masked, opened, self.threshold, context)
         return total, len(masked)
 
     def _sum_unmasked(self) -> tuple[Vector, int]:
         """In a simulation masks are left out: they cancel, and the sum is the same bit for bit."""
-        vectors = self._vectors(self._stage("sum", self.cohort, tensors=self.base.tensors))
+        asked = UnmaskedSumRequest(**self._of_sum, tensors=self.train.tensors, plan=self.train.plan)
+        vectors = self._vectors(self._stage(asked, self.cohort))
         self._check(len(vectors))
         return np.sum(list(vectors.values()), axis=0, dtype=np.uint64), len(vectors)
 
-    def _stage(
-        self,
-        kind: str,
-        names: Sequence[str],
-        *,
-        tensors: Tensors | None = None,
-        own: Mapping[str, Tensors] | None = None,
-        others: tuple[str, ...] = (),
-    ) -> dict[str, Tensors]:
+    @property
+    def _of_sum(self) -> SumOrigin:
+        return SumOrigin(**origin_of(self.train), attempt=self.attempt, threshold=self.threshold)
+
+    def _stage(self, request: SumRequest, names: Sequence[str]) -> dict[str, Tensors]:
         """What the named clients answer, by name; who doesn't is set aside."""
-        plan = dict(self.base.plan) | {"threshold": float(self.threshold)}
-        request = Request(
-            kind, self.base.job, self.base.job_hash, self.base.round, self.base.data_info,
-            tensors=tensors or {}, plan=plan, run=self.base.run, own=own or {}, others=others,
-        )  # fmt: skip
         found: dict[str, Tensors] = {}
         for reply in self.ask(request, names):
             if isinstance(reply, SecureMessage) and reply.client in names and reply.round == request.round:
@@ -100,7 +114,7 @@ class SecureRound:
 
     def _vectors(self, sent: Mapping[str, Tensors]) -> dict[str, Vector]:
         """Vectors that have the right form; the others are set aside."""
-        numbers = length(self.base.tensors, private=distributed_terms(self.job) is not None)
+        numbers = length(self.train.tensors, private=distributed_terms(self.job) is not None)
         good: dict[str, Vector] = {}
         for name, content in sent.items():
             vector = content.get("vector")
@@ -117,7 +131,7 @@ class SecureRound:
             raise SecureAggregationFailed(f"{left} clients are left, needed {self.threshold}")
 
     def _as_update(self, total: Vector) -> Update:
-        model, dp_plan = self.base.tensors, distributed_terms(self.job)
+        model, dp_plan = self.train.tensors, distributed_terms(self.job)
         numbers = length(model, private=dp_plan is not None)
         values = FixedPointCodec.of(dp_plan, numbers, self.threshold, entropy).values(total)
         states = {name: torch.zeros((), dtype=torch.float64) for name in STATES}
@@ -125,11 +139,11 @@ class SecureRound:
             weight, *told = values[-len(EXTRA) :]
             states |= dict(zip(EXTRA[1:], told, strict=True))
             return Update(
-                "the cohort", self.base.round, unflatten(values[: -len(EXTRA)] / weight, model), 1, states
+                "the cohort", self.train.round, unflatten(values[: -len(EXTRA)] / weight, model), 1, states
             )
         states[CHARGED_ROUNDS] = torch.tensor(float(self.charged_rounds), dtype=torch.float64)
         mean = unflatten(values * scale_of_sum(self.job), model)
-        return Update("the cohort", self.base.round, mean, 1, states)
+        return Update("the cohort", self.train.round, mean, 1, states)
 
 
 def scale_of_sum(job: Job) -> float:

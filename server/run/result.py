@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from atoll import plugins
-from atoll.job.personal import ADAPT, EVALUATE_SHARED
 from atoll.job.privacy import cohort_is_secret
 from atoll.learning.features import processor
 from atoll.protocol.messages import Measurement
@@ -36,9 +35,9 @@ def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str
     setup, state, job = run.setup, run.state, run.setup.job
     clients = measured_clients(run)
     if job.evaluate.adapt is not None:
-        clients = with_adapted(clients, measured_clients(run, **{ADAPT: float(job.evaluate.adapt)}))
+        clients = with_adapted(clients, measured_clients(run, adapt_steps=job.evaluate.adapt))
     keep = job.personal.keep
-    shared = measured_clients(run, **{EVALUATE_SHARED: 1.0}) if keep in ("norms", "mixture") else {}
+    shared = measured_clients(run, of_shared_model=True) if keep in ("norms", "mixture") else {}
     own = None if keep is None else personalization_metrics(keep, clients, shared)
     result = {
         "name": job.name,
@@ -122,9 +121,12 @@ def final_server(run: Run) -> dict[str, float]:
     return run.state.learner.compute(run.state.learner.evaluate(run.full_model, run.setup.test))
 
 
-def measured_clients(run: Run, **plan: float) -> dict[str, dict[str, float]]:
-    """What each panel member measured, by name."""
-    return {m.client: _client(run, m) for m in evaluate_clients(run, **plan)}
+def measured_clients(
+    run: Run, *, adapt_steps: int = 0, of_shared_model: bool = False
+) -> dict[str, dict[str, float]]:
+    """What each evaluation client measured, by name."""
+    found = evaluate_clients(run, adapt_steps=adapt_steps, of_shared_model=of_shared_model)
+    return {m.client: _client(run, m) for m in found}
 
 
 def _client(run: Run, measurement: Measurement) -> dict[str, float]:

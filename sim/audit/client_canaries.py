@@ -23,8 +23,9 @@ from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
 from atoll.privacy.dp_plan import DpPlan
 from atoll.privacy.noise import entropy
 from atoll.privacy.secagg_encoding import FixedPointCodec, clipped, flat, length, unflatten
-from atoll.protocol.messages import Reply, Request, SecureMessage, Update
+from atoll.protocol.messages import Reply, SecureMessage, Update
 from atoll.protocol.random_streams import stream_seed
+from atoll.protocol.requests import Request, UnmaskedSumRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined, stacked
 from atoll.protocol.tensors import Tensors
 from atoll.server.roster import ClientRoster
@@ -97,10 +98,10 @@ class CanaryClients:
         parts: Vector = dct(moved.numpy() * self._signs, norm="ortho")[self._rows]
         return parts
 
-    def integers(self, places: NDArray[np.int64], request: Request) -> NDArray[np.uint64]:
+    def integers(self, places: NDArray[np.int64], request: UnmaskedSumRequest) -> NDArray[np.uint64]:
         """The canaries' contributions to a secure sum, clipped and rounded as a client's, without noise."""
         numbers = length(request.tensors, private=True)
-        shares = FixedPointCodec.of(self.dp_plan, numbers, int(request.plan["threshold"]), entropy)
+        shares = FixedPointCodec.of(self.dp_plan, numbers, request.threshold, entropy)
         silent, norm = FixedPointCodec(shares.granularity, None), self.dp_plan.promise.clipping_norm
         total = np.zeros(numbers, dtype=np.uint64)
         for rows in self._directions(places):
@@ -160,7 +161,7 @@ class JoinedSums:
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         is_first = True
         for reply in self.plain.send_and_receive(request, names, timeout):
-            if is_first and isinstance(reply, SecureMessage):
+            if is_first and isinstance(reply, SecureMessage) and isinstance(request, UnmaskedSumRequest):
                 vector = reply.content["vector"].numpy().view(np.uint64)
                 both = (vector + self.canaries.integers(self.places, request)).view(np.int64)
                 reply = SecureMessage(

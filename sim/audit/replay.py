@@ -20,7 +20,8 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
 from atoll.privacy.dp_plan import DpPlan
-from atoll.protocol.messages import Request, Update
+from atoll.protocol.messages import Update
+from atoll.protocol.requests import Request
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.aggregation import merge_updates, request_updates
 from atoll.server.rounds.central_dp import central_dp_of

@@ -10,7 +10,8 @@ from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
-from atoll.protocol.messages import Reply, Request
+from atoll.protocol.messages import Reply
+from atoll.protocol.requests import Request
 from atoll.server.roster import ClientRoster
 from atoll.sim.engines.simulated_site import SimulatedSite
 from atoll.sim.population.population import Population

@@ -20,15 +20,9 @@ from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret
-from atoll.protocol.messages import (
-    Reply,
-    Request,
-    Update,
-    decode_reply,
-    decode_request,
-    encode_reply,
-    encode_request,
-)
+from atoll.protocol.messages import Reply, Update, decode_reply, encode_reply
+from atoll.protocol.requests import ModelRequest, Request, decode_request, encode_request
+from atoll.protocol.tensors import Tensors
 from atoll.server.roster import ClientRoster
 from atoll.sim.engines.affinity import Queue, WorkerAffinity
 from atoll.sim.engines.scheduler import BlockScheduler
@@ -100,10 +94,13 @@ class PooledTransport:
         Raises:
             JobError: workers keep dying.
         """
-        board = self._board_for(request, len(names) + 1)
-        if board is not None:
-            board.put(MODEL, request.tensors)
-        head, body = encode_request(request if board is None else replace(request, tensors={}))
+        board = None
+        if isinstance(request, ModelRequest):
+            board = self._board_for(request.tensors, len(names) + 1)
+            if board is not None:
+                board.put(MODEL, request.tensors)
+                request = replace(request, tensors={})
+        head, body = encode_request(request)
         shared = None if board is None else board.layout
         slots = {name: number for number, name in enumerate(names, start=MODEL + 1)}
 
@@ -123,13 +120,13 @@ class PooledTransport:
         with closing(shift.answers()) as answers:
             yield from (_reply(found, board, slots) for found in answers)
 
-    def _board_for(self, request: Request, slots: int) -> SharedTensorSlots | None:
+    def _board_for(self, model: Tensors, slots: int) -> SharedTensorSlots | None:
         """Memory for what is sent and for the answers, where there are tensors and such memory."""
-        if not request.tensors or not can_share():
+        if not model or not can_share():
             return None
-        if not self._board or not self._board[0].fits(request.tensors, slots):
+        if not self._board or not self._board[0].fits(model, slots):
             self._let_go()
-            self._board.append(SharedTensorSlots.like(request.tensors, slots))
+            self._board.append(SharedTensorSlots.like(model, slots))
         return self._board[0]
 
     def _let_go(self) -> None:
@@ -203,7 +200,7 @@ def answer(work: Work) -> list[Answer]:
     """In a worker process: the replies of the clients that the work names."""
     request = decode_request(work.head, work.body)
     board = None if work.shared is None else _opened(work.shared)
-    if board is not None:
+    if board is not None and isinstance(request, ModelRequest):
         request = replace(request, tensors=board.tensors(MODEL))
     replies = _site[0].answer(request, list(work.slots))
     return [_answered(reply, board, work.slots) for reply in replies]

@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from itertools import chain
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from atoll.client.dp.gradient_sums import head_sums
-from atoll.client.dp.secure_aggregation import contributions, sums
-from atoll.client.heads.class_imbalance import loss_by_example
+from atoll.client.dispatch import ClientData, LocalWork, ModelTrainer
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
-from atoll.client.site import ChargedClients, LoadedShard, Site, local_training
-from atoll.client.state.error_feedback import compressed
-from atoll.client.state.personalization import model_to_evaluate, train_ditto
+from atoll.client.site import Site
 from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
-from atoll.job.closed_form import STATISTICS
-from atoll.job.job import Job
 from atoll.learning.few_shot import first_per_class
 from atoll.learning.learner import Learner, kept_back, ranked
-from atoll.privacy.dp_plan import distributed_terms
-from atoll.protocol.messages import DataInfo, Measurement, Reply, Request, Update
+from atoll.protocol.messages import Reply
+from atoll.protocol.requests import Request, TrainingRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined
 from atoll.protocol.tensors import Tensors
 from atoll.sim.population.assignment import Rows
@@ -142,71 +135,28 @@ class SimulatedSite(Site):
     at_once: bool = False
     _index: dict[int, PopulationIndex] = field(default_factory=dict)
 
-    def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
-        """As a site; heads train on the table, without a shard being built."""
-        learner = self.learner(Job.from_json(request.job), request.data_info)
-        torch.set_num_threads(learner.job.train.threads)
-        if request.kind == "evaluate":
-            return self._measure(learner, request, names)
-        if not names:
-            return []
-        is_plain = not learner.trains_on_features and not learner.job.privacy.units
-        if self.at_once and request.kind == "train" and is_plain:
-            shards = {name: self._load_shard(learner, name, request.data_info).train for name in names}
-            job = learner.job
-            updates = vmap_training(
-                learner, request.tensors, shards, job, round=request.round, plan=request.plan
-            )
-            return compressed(updates, request, job, self.memory)
-        if not learner.trains_on_features or request.kind == STATISTICS:
-            return super().answer(request, names)
-        charged_clients, failures = self.charge_privacy(learner.job, request, names)
-        if not charged_clients.names:
-            return failures
-        examples, client_rows = self.index(learner).client_rows(charged_clients.names)
-        replies = self._of_heads(learner, request, examples, client_rows, charged_clients)
-        return chain(failures, replies) if failures else replies
+    def load(
+        self, learner: Learner, request: Request, names: Sequence[str]
+    ) -> tuple[ClientData, list[Reply]]:
+        """Rows of the population's table: no shard is built before it is asked for."""
+        return IndexedClients(self.index(learner), names), []
 
-    def _of_heads(
-        self,
-        learner: Learner,
-        request: Request,
-        examples: FeatureTable,
-        client_rows: list[ClientRows],
-        charged_clients: ChargedClients,
-    ) -> Iterable[Reply]:
-        dp_plan, job, private = distributed_terms(learner.job), learner.job, charged_clients.private
-        if request.kind == "sum" and dp_plan is not None and dp_plan.unit == "example":
-            assert private is not None
-            loss = loss_by_example(job, learner.task.head_loss)
-            summed = sums(head_sums(request.tensors, examples, client_rows, loss, private))
-            return self.secure_session.encode_contributions(job, request, summed, charged_clients.charged)
-        local = local_training(learner, request, private)
-        if job.personal.keep == "mixture":
+    @property
+    def train_models(self) -> ModelTrainer | None:
+        return vmapped if self.at_once else None
 
-            def from_own(asked: Request, starts: Mapping[str, Tensors]) -> Iterable[Update]:
-                own = replace(local_training(learner, asked, None), starts=starts)
-                return self._train(examples, client_rows, asked.tensors, own)
-
-            mixed = train_ditto(learner, request, [w.client for w in client_rows], from_own, self.memory)
-            return compressed(mixed, request, job, self.memory)
-        updates = self._train(examples, client_rows, request.tensors, local)
-        if request.kind == "sum":
-            return self.secure_session.encode_contributions(
-                job, request, contributions(updates, dp_plan), charged_clients.charged
-            )
-        return compressed(updates, request, job, self.memory)
-
-    def _train(
-        self, examples: FeatureTable, client_rows: list[ClientRows], head: Tensors, local: HeadTrainingConfig
+    def train_heads(
+        self, head: Tensors, examples: FeatureTable, rows: Sequence[ClientRows], local: HeadTrainingConfig
     ) -> StackedUpdates:
-        def block(part: list[ClientRows]) -> StackedUpdates:
+        """All heads, in as many blocks at the same time as there are workers."""
+
+        def block(part: Sequence[ClientRows]) -> StackedUpdates:
             torch.set_num_threads(local.job.train.threads)
             return train_heads(head, examples, part, local)
 
-        parts = list(self._blocks(client_rows))
+        parts = list(self._blocks(rows))
         if len(parts) == 1:
-            return block(client_rows)
+            return block(rows)
         return joined(list(self._pool.map(block, parts)))
 
     @cached_property
@@ -214,19 +164,10 @@ class SimulatedSite(Site):
         # Its threads stay: a new one first sets up torch's own, which takes as long as a block.
         return ThreadPoolExecutor(self.workers)
 
-    def _blocks(self, client_rows: list[ClientRows]) -> Iterator[list[ClientRows]]:
+    def _blocks(self, client_rows: Sequence[ClientRows]) -> Iterator[Sequence[ClientRows]]:
         count = max(1, min(self.workers, os.cpu_count() or 1, len(client_rows) // FEWEST))
         size = -(-len(client_rows) // count)
         return (client_rows[start : start + size] for start in range(0, len(client_rows), size))
-
-    def _measure(self, learner: Learner, request: Request, names: Sequence[str]) -> Iterator[Measurement]:
-        index = self.index(learner)
-        for name, (lessons, rows) in zip(names, index.splits([number_of(n) for n in names]), strict=True):
-            part = index.full_population.select(rows.tolist())
-            lesson = partial(index.training_view.select, lessons.tolist())
-            model = model_to_evaluate(learner, request, name, self.memory, lesson)
-            states = learner.evaluate(model, part) if len(part) else {}
-            yield Measurement(name, request.round, len(part), states)
 
     def index(self, learner: Learner) -> PopulationIndex:
         """The population as this learner sees it."""
@@ -234,8 +175,29 @@ class SimulatedSite(Site):
             self._index = {id(learner): PopulationIndex(self.population, learner)}
         return self._index[id(learner)]
 
-    def _load_shard(self, learner: Learner, name: str, data_info: DataInfo) -> LoadedShard:
-        index = self.index(learner)
-        [(train, validation)] = index.splits([number_of(name)])
-        part = index.training_view.select(train.tolist())
-        return LoadedShard(part, index.full_population.select(validation.tolist()), None)
+
+@dataclass(frozen=True)
+class IndexedClients:
+    """The clients of one request, found in the population's table."""
+
+    index: PopulationIndex
+    names: Sequence[str]
+
+    def train(self, client: str) -> Shard:
+        [(train, _)] = self.index.splits([number_of(client)])
+        return self.index.training_view.select(train.tolist())
+
+    def validation(self, client: str) -> Shard:
+        [(_, validation)] = self.index.splits([number_of(client)])
+        return self.index.full_population.select(validation.tolist())
+
+    def feature_table(self) -> tuple[FeatureTable, list[ClientRows]]:
+        return self.index.client_rows(self.names)
+
+
+def vmapped(work: LocalWork, request: TrainingRequest) -> StackedUpdates:
+    """Whole models of all clients at once, by torch.func."""
+    shards = {name: work.data.train(name) for name in work.data.names}
+    return vmap_training(
+        work.learner, request.tensors, shards, work.learner.job, round=request.round, plan=request.plan
+    )

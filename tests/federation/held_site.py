@@ -15,7 +15,8 @@ from pathlib import Path
 
 import atoll.client.site
 from atoll.job.job import Job
-from atoll.protocol.messages import Reply, Request
+from atoll.protocol.messages import Reply
+from atoll.protocol.requests import EvaluateRequest, Request
 
 HOLD = "ATOLL_TEST_HOLD"
 logger = logging.getLogger("atoll.client.site")
@@ -41,7 +42,7 @@ def executor() -> None:
     ) -> tuple[atoll.client.site.ChargedClients, list[Reply]]:
         charged_clients = admit(site, job, request, names)
         files = [folder / f"{job.name}-{request.round}-{name}" for name in names]
-        for file in files if request.kind != "evaluate" else ():
+        for file in files if not isinstance(request, EvaluateRequest) else ():
             if file.exists():
                 logger.info("held: %s", file.name)
             while file.exists():

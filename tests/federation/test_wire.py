@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from atoll.job.job import Job
 from atoll.kit.kit import ServerKit
 from atoll.privacy.secagg import Vector, agreed_seed, mask_of
 from atoll.privacy.secagg_encoding import flat, weighted
-from atoll.protocol.messages import Reply, Request, SecureMessage, Update
+from atoll.protocol.messages import Reply, SecureMessage, Update
+from atoll.protocol.requests import Request, TrainingRequest, TrainRequest, UnmaskedSumRequest, origin_of
 from atoll.protocol.tensors import Tensors, tensor_bytes
 from atoll.server.run.run_job import run_job
 from atoll.sim.baselines import BaselineRunner
@@ -50,9 +51,10 @@ class Noted(InlineTransport):
     vectors: dict[tuple[int, str], Vector] = field(default_factory=dict)
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
-        if request.kind == "sum":
-            self._note(super().send_and_receive(replace(request, kind="train"), names, timeout))
-        if request.kind in ("train", "sum"):
+        if isinstance(request, UnmaskedSumRequest):
+            plain = TrainRequest(**origin_of(request), tensors=request.tensors, plan=request.plan)
+            self._note(super().send_and_receive(plain, names, timeout))
+        if isinstance(request, TrainingRequest):
             self.asked[request.round] = request.tensors
         replies = list(super().send_and_receive(request, names, timeout))
         self._note(replies)

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from atoll.job.job import Job
-from atoll.protocol.messages import Reply, Request
+from atoll.protocol.messages import Reply
+from atoll.protocol.requests import Request
 from tests.clock import TurnedClock
 
 CUTS = "ATOLL_TEST_CUTS"

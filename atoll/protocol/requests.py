@@ -1,0 +1,201 @@
+"""What a server asks of clients: one frozen class for each kind of work, and the bytes it travels as.
+
+Request
+├── StatisticsRequest        sums over features, for a head in closed form
+├── ModelRequest             with the model's tensors
+│   ├── EvaluateRequest          measure them
+│   └── TrainingRequest          train from them, and send
+│       ├── TrainRequest             the update
+│       ├── MaskedSumRequest         a contribution under masks, for a secure sum
+│       └── UnmaskedSumRequest       the same without masks: in simulations, where masks would cancel
+└── SumRequest               one stage of one try at a secure sum
+    ├── KeysRequest              1: public keys
+    ├── SharesRequest            2: shares of the secrets, for the owners of these keys
+    ├── MaskedSumRequest         3
+    └── RevealRequest            4: the shares that open the sum of those who stayed
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
+
+from atoll.protocol.fields import VERSION, checked, prefixed, read_head, without_prefix
+from atoll.protocol.messages import DataInfo
+from atoll.protocol.tensors import Tensors, from_bytes, to_bytes
+
+SHARED = {"travels": "in the body"}
+PER_CLIENT = {"travels": "in the body to its client alone"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Work for the named clients; every kind of it says which job, round and run it belongs to.
+
+    `job` is the canonical JSON of a job, `round` counts from 1, `data_info` is what all clients agreed on.
+    `run` is what ledgers call the run: the same when it is resumed, another for the job's next one.
+    """
+
+    job: str
+    job_hash: str
+    round: int
+    data_info: DataInfo
+    run: str = field(default="", kw_only=True)
+    version: int = field(default=VERSION, kw_only=True)
+
+
+class RequestOrigin(TypedDict):
+    """The fields that every request of a round has alike."""
+
+    job: str
+    job_hash: str
+    round: int
+    data_info: DataInfo
+    run: str
+
+
+def origin_of(request: Request) -> RequestOrigin:
+    """The origin of a request, for another one of the same round."""
+    return RequestOrigin(
+        job=request.job, job_hash=request.job_hash, round=request.round, data_info=request.data_info,
+        run=request.run,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelRequest(Request):
+    """What needs the model: its trainable tensors, by name."""
+
+    tensors: Tensors = field(metadata=SHARED)
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(ModelRequest):
+    """Measure the tensors on each client's validation split.
+
+    Each client first takes `adapt_steps` local steps from them. Where clients keep tensors of their own,
+    these replace the shared ones, unless the shared model itself is meant.
+    """
+
+    adapt_steps: int = field(default=0, kw_only=True)
+    of_shared_model: bool = field(default=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class StatisticsRequest(Request):
+    """Send sums over the features of the training part, from which the server forms a head."""
+
+
+@dataclass(frozen=True)
+class TrainingRequest(ModelRequest):
+    """Train from the tensors; `plan` is what the strategy says of the round, such as `proximal_mu`."""
+
+    plan: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+
+
+@dataclass(frozen=True)
+class TrainRequest(TrainingRequest):
+    """Train from the tensors, and send how they moved."""
+
+
+@dataclass(frozen=True)
+class SumRequest(Request):
+    """A stage of a secure sum: which `attempt` at the round, and how many clients open the sum."""
+
+    attempt: int = field(kw_only=True)
+    threshold: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class KeysRequest(SumRequest):
+    """Send two new public keys."""
+
+
+@dataclass(frozen=True)
+class SharesRequest(SumRequest):
+    """Share the secrets among the owners of these public keys, encrypted for each."""
+
+    public_keys: Tensors = field(kw_only=True, metadata=SHARED)
+
+
+@dataclass(frozen=True)
+class MaskedSumRequest(TrainingRequest, SumRequest):
+    """Train, and send the contribution under masks; `shares` are those that others dealt to each client."""
+
+    shares: Mapping[str, Tensors] = field(kw_only=True, metadata=PER_CLIENT)
+
+
+@dataclass(frozen=True)
+class UnmaskedSumRequest(TrainingRequest, SumRequest):
+    """Train, and send the contribution without masks. A real site refuses."""
+
+
+@dataclass(frozen=True)
+class RevealRequest(SumRequest):
+    """Send the shares that open the sum of those who stayed."""
+
+    survivors: tuple[str, ...] = field(kw_only=True)
+
+
+KINDS: Mapping[str, type[Request]] = {
+    kind.__name__: kind
+    for kind in (
+        EvaluateRequest, StatisticsRequest, TrainRequest, KeysRequest, SharesRequest, MaskedSumRequest,
+        UnmaskedSumRequest, RevealRequest,
+    )
+}  # fmt: skip
+
+
+def encode_request(request: Request, names: Sequence[str] = ()) -> tuple[str, bytes]:
+    """The request as (JSON head, safetensors body), with what is for the named clients alone."""
+    head: dict[str, Any] = {"kind": type(request).__name__}
+    body: dict[str, Any] = {}
+    for one in fields(request):
+        value = getattr(request, one.name)
+        if one.metadata == SHARED:
+            body |= prefixed(one.name, value)
+        elif one.metadata == PER_CLIENT:
+            for name in names:
+                body |= prefixed(f"{one.name}/{name}", value.get(name, {}))
+        else:
+            head[one.name] = value
+    return json.dumps(head), to_bytes(body)
+
+
+def decode_request(head: str, body: bytes) -> Request:
+    """Read what `encode_request` wrote.
+
+    Raises:
+        DataError: the message is of another version or kind, or malformed.
+    """
+    content, tensors = read_head(head), from_bytes(body)
+    kind = content.pop("kind", None)
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    for one in fields(cls) if cls is not None else ():
+        if one.metadata == SHARED:
+            content[one.name] = without_prefix(one.name, tensors)
+        elif one.metadata == PER_CLIENT:
+            content[one.name] = _by_client(without_prefix(one.name, tensors))
+    return checked(cls, "request", kind, content)
+
+
+def work_name(request: Request) -> str:
+    """The kind of request in a word or two, as for logs: `train`, `masked sum`."""
+    words = re.sub(r"(?<!^)(?=[A-Z])", " ", type(request).__name__.removesuffix("Request"))
+    return words.lower()
+
+
+def has_parts_per_client(request: Request) -> bool:
+    """Whether the request's body differs between clients."""
+    return any(one.metadata == PER_CLIENT for one in fields(request))
+
+
+def _by_client(tensors: Tensors) -> dict[str, Tensors]:
+    found: dict[str, Tensors] = {}
+    for path, tensor in tensors.items():
+        name, _, key = path.partition("/")
+        found.setdefault(name, {})[key] = tensor
+    return found

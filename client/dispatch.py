@@ -1,0 +1,198 @@
+"""What is done for each kind of request, once a site has checked it: for real and simulated sites alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from atoll.client.dp.dp_sgd import DpSgd
+from atoll.client.dp.gradient_sums import head_sums
+from atoll.client.dp.secure_aggregation import SecureAggregationSession, contributions, sums
+from atoll.client.heads.class_imbalance import loss_by_example
+from atoll.client.heads.distillation import head_loss
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
+from atoll.client.heads.statistics import statistics
+from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.state.error_feedback import compressed
+from atoll.client.state.personalization import model_to_evaluate, train_ditto, train_fedper
+from atoll.client.state.store import ClientStateStore
+from atoll.client.training.local_sgd import train_model
+from atoll.data.shard import Shard
+from atoll.learning.learner import Learner
+from atoll.privacy.dp_plan import distributed_terms
+from atoll.protocol.messages import Measurement, Reply, Update
+from atoll.protocol.requests import (
+    EvaluateRequest,
+    MaskedSumRequest,
+    Request,
+    StatisticsRequest,
+    TrainingRequest,
+    TrainRequest,
+    UnmaskedSumRequest,
+)
+from atoll.protocol.tensors import Tensors
+
+NO_STARTS: Mapping[str, Tensors] = {}
+
+
+class ClientData(Protocol):
+    """The data of the clients that a request is for."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The clients, in the order of their replies."""
+        ...
+
+    def train(self, client: str) -> Shard:
+        """What the client trains on."""
+        ...
+
+    def validation(self, client: str) -> Shard:
+        """What the client measures models on; perhaps nothing."""
+        ...
+
+    def feature_table(self) -> tuple[FeatureTable, list[ClientRows]]:
+        """Features of all these clients' training examples, and which rows are whose."""
+        ...
+
+
+HeadTrainer = Callable[[Tensors, FeatureTable, Sequence[ClientRows], HeadTrainingConfig], Iterable[Update]]
+"""(shared head, examples, each client's rows of them, how): the clients' updates in that order."""
+
+ModelTrainer = Callable[["LocalWork", TrainRequest], Iterable[Update]]
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """Clients at work on one request: whose data, with which learner, what they remember and promise.
+
+    `charged` are the rounds that the ledgers know of, by client. The trainers are the engine's: heads of
+    all clients in one go, whole models by default one after the other.
+    """
+
+    learner: Learner
+    data: ClientData
+    memory: ClientStateStore
+    secure_session: SecureAggregationSession
+    private: DpSgd | None = None
+    charged: Mapping[str, int] = field(default_factory=dict)
+    train_heads: HeadTrainer = train_heads
+    train_models: ModelTrainer | None = None
+
+    def replies(self, request: Request) -> Iterable[Reply]:
+        """What each client sends, in the order of their names.
+
+        Raises:
+            TypeError: there is no such work.
+        """
+        if not self.data.names:
+            return ()
+        match request:
+            case EvaluateRequest():
+                return evaluate(self, request)
+            case StatisticsRequest():
+                shards = {name: self.data.train(name) for name in self.data.names}
+                return statistics(self.learner, request.round, shards)
+            case TrainRequest():
+                return compressed(trained(self, request), request, self.learner.job, self.memory)
+            case MaskedSumRequest() | UnmaskedSumRequest():
+                job = self.learner.job
+                return self.secure_session.encode_contributions(
+                    job, request, summed(self, request), self.charged
+                )
+        raise TypeError(f"no work of a client: {type(request).__name__}")
+
+
+def evaluate(work: LocalWork, request: EvaluateRequest) -> Iterator[Measurement]:
+    """The model on each client's validation split; one without a split measures nothing."""
+    for name in work.data.names:
+        lessons = partial(work.data.train, name)
+        model = model_to_evaluate(work.learner, request, name, work.memory, lessons)
+        part = work.data.validation(name)
+        states = work.learner.evaluate(model, part) if len(part) else {}
+        yield Measurement(name, request.round, len(part), states)
+
+
+def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
+    """The clients' updates; what they keep for themselves is in their memory before these leave."""
+    learner, names, keep = work.learner, work.data.names, work.learner.job.personal
+    if keep.splits:
+        shards = {name: work.data.train(name) for name in names}
+        return train_fedper(learner, request, shards, work.memory)
+    if keep.keep is None:
+        return updates_of(work, request)
+    return train_ditto(learner, request, names, partial(updates_of, work), work.memory)
+
+
+def updates_of(
+    work: LocalWork, request: TrainingRequest, starts: Mapping[str, Tensors] = NO_STARTS
+) -> Iterable[Update]:
+    """Local training: heads of all clients at once, whole models as the engine does it.
+
+    A client whose examples are all left out sends what anybody sends: noise, or an update that didn't move.
+    """
+    if work.learner.trains_on_features:
+        examples, client_rows = work.data.feature_table()
+        local = replace(head_training(work, request), starts=starts)
+        idle = [] if work.private else [rows.client for rows in client_rows if not len(rows.rows)]
+        busy = [rows for rows in client_rows if rows.client not in idle]
+        updates = work.train_heads(request.tensors, examples, busy, local) if busy else []
+        return chain((unmoved(name, request) for name in idle), updates) if idle else updates
+    if work.train_models is not None and work.private is None and isinstance(request, TrainRequest):
+        return work.train_models(work, request)
+    return one_by_one(work, request, starts)
+
+
+def unmoved(client: str, request: TrainingRequest) -> Update:
+    """The update of a client without examples."""
+    delta = {name: torch.zeros_like(tensor) for name, tensor in request.tensors.items()}
+    nothing = torch.zeros((), dtype=torch.float64)
+    states = {"train_loss.sum": nothing, "train_loss.count": nothing}
+    return Update(client, request.round, delta, num_examples=0, states=states)
+
+
+def one_by_one(work: LocalWork, request: TrainingRequest, starts: Mapping[str, Tensors]) -> Iterator[Update]:
+    """Whole models, one client after the other."""
+    learner, private = work.learner, work.private
+    for name in work.data.names:
+        shard, tensors = work.data.train(name), request.tensors
+        if private is None:
+            yield train_model(
+                learner, tensors, shard, learner.job,
+                client=name, round=request.round, plan=request.plan, begin=starts.get(name),
+            )  # fmt: skip
+            continue
+        from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second
+
+        yield train_privately(
+            learner, tensors, shard, private, client=name, round=request.round, plan=request.plan
+        )
+
+
+def summed(work: LocalWork, request: TrainingRequest) -> Iterable[tuple[str, Tensor]]:
+    """Each client's contribution to a secure sum: its update, or its clipped gradients."""
+    dp_plan, private, learner = distributed_terms(work.learner.job), work.private, work.learner
+    if dp_plan is None or dp_plan.unit == "client":
+        return contributions(updates_of(work, request), dp_plan)
+    assert private is not None
+    if learner.trains_on_features:
+        examples, client_rows = work.data.feature_table()
+        loss = loss_by_example(learner.job, learner.task.head_loss)
+        return sums(head_sums(request.tensors, examples, client_rows, loss, private))
+    from atoll.client.dp.dp_sgd_model import model_sums
+
+    shards = {name: work.data.train(name) for name in work.data.names}
+    return sums(model_sums(learner, request.tensors, shards, private, request.round))
+
+
+def head_training(work: LocalWork, request: TrainingRequest) -> HeadTrainingConfig:
+    """How the clients of a round train their heads."""
+    job = work.learner.job
+    loss = head_loss(job, work.learner.task.head_loss)
+    return HeadTrainingConfig(job, loss, request.round, request.plan.get("proximal_mu", 0.0), work.private)

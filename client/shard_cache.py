@@ -1,0 +1,148 @@
+"""The clients' data in this process: read once, split, and with features where heads train on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from atoll.client.heads.feature_table import ClientRows, FeatureTable
+from atoll.data.dataset import Dataset
+from atoll.data.shard import Shard
+from atoll.errors import DataChanged
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.told import fitting_rows
+
+logger = logging.getLogger(__name__)
+
+CACHED_SHARDS = 4096
+"""Clients whose shard and features a process keeps in memory; the least recent are let go."""
+
+
+class Shards(Protocol):
+    """Where a site's data comes from: folders of its own, or a simulated population."""
+
+    def names(self, job: Job) -> Sequence[str]:
+        """The clients that live here."""
+        ...
+
+    def dataset(self, job: Job, client: str) -> Dataset:
+        """One client's checked rows.
+
+        Raises:
+            DataError: they are not fit for the job's task.
+        """
+        ...
+
+    def fingerprint(self, job: Job, client: str) -> str:
+        """A hash of the rows' content; always the same where rows can't change.
+
+        Raises:
+            DataError: they are not fit for the job's task.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LoadedShard:
+    """One client's shard, split; where training sees nothing else, its features [views, n, width]."""
+
+    train: Shard
+    validation: Shard
+    features: torch.Tensor | None
+
+
+@dataclass
+class ShardCache:
+    """Loaded shards by client, job and content, of the clients that were asked for last.
+
+    How many examples were left out because they don't fit the job stays in the site's own log.
+    """
+
+    shards: Shards
+    has_budget: bool = False
+    _loaded: dict[tuple[str, str, str], LoadedShard] = field(default_factory=dict)
+    _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def load(self, learner: Learner, name: str, data_info: DataInfo) -> LoadedShard:
+        """The client's shard as the learner's job splits it.
+
+        Raises:
+            DataError: it can't be read, or is not fit for the job's task.
+            DataChanged: it is another one than at the run's hello, or at its first use.
+        """
+        key = (name, learner.job.hash, self._unchanged(learner.job, name))
+        if key in self._loaded:
+            self._loaded[key] = self._loaded.pop(key)
+            return self._loaded[key]
+        shard = learner.task.shard(self._fitting(learner, name), data_info)
+        part, validation = learner.split(shard)
+        features = learner.training_features(part) if learner.trains_on_features else None
+        while len(self._loaded) >= CACHED_SHARDS:
+            self._loaded.pop(next(iter(self._loaded)))
+        self._loaded[key] = LoadedShard(learner.with_soft_labels(part), validation, features)
+        return self._loaded[key]
+
+    def _fitting(self, learner: Learner, name: str) -> Dataset:
+        dataset = self.shards.dataset(learner.job, name)
+        kept = fitting_rows(learner.job, learner.task, dataset, has_budget=self.has_budget)
+        if len(kept) < len(dataset):
+            left_out = len(dataset) - len(kept)
+            logger.warning("%s: %d examples don't fit the job and are left out", name, left_out)
+        return kept
+
+    def note_content(self, job: Job, name: str) -> None:
+        """Remember what the client's shard is now: the run that begins is to find the same."""
+        self._fingerprints[name, job.hash] = self.shards.fingerprint(job, name)
+
+    def clear(self) -> None:
+        """Let all loaded shards go; what they were is remembered."""
+        self._loaded.clear()
+
+    def _unchanged(self, job: Job, name: str) -> str:
+        found = self.shards.fingerprint(job, name)
+        if found != self._fingerprints.setdefault((name, job.hash), found):
+            raise DataChanged("its data changed during the run; the next run takes it as it is then")
+        return found
+
+
+@dataclass(frozen=True)
+class LoadedClients:
+    """The clients of one request, each with its own loaded shard."""
+
+    shards: Mapping[str, LoadedShard]
+    device: str
+
+    @property
+    def names(self) -> Sequence[str]:
+        return list(self.shards)
+
+    def train(self, client: str) -> Shard:
+        return self.shards[client].train
+
+    def validation(self, client: str) -> Shard:
+        return self.shards[client].validation
+
+    def feature_table(self) -> tuple[FeatureTable, list[ClientRows]]:
+        return feature_table(self.shards, self.device)
+
+
+def feature_table(shards: Mapping[str, LoadedShard], device: str) -> tuple[FeatureTable, list[ClientRows]]:
+    """The loaded shards' features in one table, and which of its rows are whose."""
+    parts = [one.features for one in shards.values() if one.features is not None]
+    ends = np.cumsum([len(one.train) for one in shards.values()]).tolist()
+    client_rows = [
+        ClientRows(name, np.arange(end - len(one.train), end))
+        for (name, one), end in zip(shards.items(), ends, strict=True)
+    ]
+    features, targets = torch.cat(parts, dim=1), torch.cat([one.train.table for one in shards.values()])
+    if not len(targets):  # something must fill the batches
+        features = features.new_zeros(len(features), 1, features.shape[2])
+        targets = targets.new_zeros(1, *targets.shape[1:])
+    return FeatureTable.of(features, targets, device), client_rows
