@@ -46,13 +46,15 @@ class Population:
         table = read_source(job)
         train, test = hold_out(table, job)
         task = task_named(job.task.name)
-        train = fitting_rows(job, task, train)
+        whole, train = len(train), fitting_rows(job, task, train)
+        unfit = whole - len(train)
+        notes = (f"{unfit} examples don't fit the job and are left out",) if unfit else ()
         keys, units = task.keys(train), unit_keys(task, train)
         assignment = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
         if isinstance(assignment, FixedAssignment) and len(held := assignment.held()) < len(keys):
             train, keys = train.select(held), [keys[row] for row in held.tolist()]
             assignment = assignment.among(held)
-        return cls(job, train, test, keys, assignment, table.notes)
+        return cls(job, train, test, keys, assignment, (*table.notes, *notes))
 
     def names(self, job: Job) -> Sequence[str]:
         return client_names(job.federation.clients)

@@ -144,7 +144,7 @@ def test_a_site_that_dies_in_a_secure_sum_stops_the_round_and_not_the_run(ring: 
     federation, out = ring.whole(), ring.federation.folder / "secure-killed"
     held = ring.hold("secure-killed", 1)
     submitted = federation.submit(setting, out)
-    ring.alone().says("round 1 of secure-killed: mask client-0000")
+    ring.alone().says("round 1 of secure-killed: masked sum client-0000")
     ring.alone().kill()
     held.unlink()
     ring.alone()
