@@ -124,6 +124,22 @@ class Site:
             return str(error)
         return ""
 
+    def _other_facts(self, job: Job, request: Request, names: Sequence[str]) -> str:
+        """Why it does not work with facts that are not the job's: whoever fails with others tells something."""
+        if not names or not self._is_real or not is_silent(job, has_budget=self._has_budget):
+            return ""
+        task = task_named(job.task.name)
+        try:
+            given = greeting_info(
+                job, task, self.shards.dataset(job, names[0]), at_a_site=True, has_budget=self._has_budget
+            )
+            facts = task.merge_info([given])
+        except InputError:
+            return ""  # it is told where the data is loaded
+        if all(request.data_info.get(key) == value for key, value in facts.items()):
+            return ""
+        return "the facts of its request are not those that its job gives"
+
     def hello(self, job: Job) -> list[Hello]:
         """Who lives here, what their data looks like, or why they do not take part.
 
@@ -154,7 +170,7 @@ class Site:
             learner = self.learner(job, request.data_info)
         except InputError as error:
             return [Failure(name, self._error_for_server(name, error, request.job)) for name in names]
-        refusal = self._policy_violation(job, type(request))
+        refusal = self._policy_violation(job, type(request)) or self._other_facts(job, request, names)
         if refusal:
             return [Failure(name, refusal) for name in names]
         torch.set_num_threads(job.train.threads)

@@ -285,8 +285,8 @@ def of_pictures(promise: str, tune: str) -> Job:
     return with_tables(job_of("image-classification", tune), tables | SILENT[promise])
 
 
-def reply_of(site: Site, setting: Job) -> Any:
-    facts = {"classes": ["p", "q"]}
+def reply_of(site: Site, setting: Job, classes: Sequence[str] = ("p", "q")) -> Any:
+    facts = {"classes": list(classes)}
     learner = Learner.of(setting, task_named(setting.task.name), facts)
     tensors = learner.initial()
     request = TrainRequest(setting.canonical, setting.hash, 1, facts, tensors, run="run")
@@ -312,6 +312,15 @@ def test_a_site_answers_alike_whichever_of_its_records_fit(promise: str, tune: s
             assert (float(reply.states["train_loss.sum"]), float(reply.states["train_loss.count"])) == (0, 0)
             assert all(bool(value.any()) for value in reply.delta.values())  # it is noise
     assert len({str(said) for said in told_by.values()}) == 1
+
+
+def test_a_server_cannot_ask_with_other_facts_than_the_jobs(tmp_path: Path) -> None:
+    """A site whose data has what they lack would fail, and so tell that it has it."""
+    setting = of_pictures("client", "head")
+    for name, labels in {"with": ["p", "q"], "without": ["p", "p"]}.items():
+        site = Site(FolderShards.of("here", [pictures(tmp_path / name, labels)]), discreet=True)
+        reply = reply_of(site, setting, classes=("p", "other"))
+        assert reply == Failure("here", "the facts of its request are not those that its job gives")
 
 
 def test_a_record_that_does_not_fit_moves_nothing(tmp_path: Path) -> None:
