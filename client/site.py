@@ -125,7 +125,7 @@ class Site:
         return ""
 
     def _other_facts(self, job: Job, request: Request, names: Sequence[str]) -> str:
-        """Why it does not work with facts that are not the job's: whoever fails with others tells something."""
+        """Why it does not work with facts that are not the job's: to fail with others tells something."""
         if not names or not self._is_real or not is_silent(job, has_budget=self._has_budget):
             return ""
         task = task_named(job.task.name)
