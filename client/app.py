@@ -65,7 +65,8 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
         job = Job.from_json(_given(texts, "job"))
         hellos = site_of(job, context).hello(job)
         for h in (h for h in hellos if not h.refusal):
-            logger.info("job %s: %s has %d examples for it", job.name, h.client, h.num_examples)
+            held = f"has {h.num_examples} examples for it" if h.num_examples else "takes part"
+            logger.info("job %s: %s %s", job.name, h.client, held)
         answers = [hello_to_json(h) for h in hellos]
         return Message(RecordDict({"hellos": ConfigRecord({"json": answers})}), reply_to=message)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from atoll.client.dp.dp_sgd import DpSgd
@@ -131,14 +133,28 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
 def updates_of(
     work: LocalWork, request: TrainingRequest, starts: Mapping[str, Tensors] = NO_STARTS
 ) -> Iterable[Update]:
-    """Local training: heads of all clients at once, whole models as the engine does it."""
+    """Local training: heads of all clients at once, whole models as the engine does it.
+
+    A client whose examples are all left out sends what anybody sends: noise, or an update that didn't move.
+    """
     if work.learner.trains_on_features:
         examples, client_rows = work.data.feature_table()
         local = replace(head_training(work, request), starts=starts)
-        return work.train_heads(request.tensors, examples, client_rows, local)
+        idle = [] if work.private else [rows.client for rows in client_rows if not len(rows.rows)]
+        busy = [rows for rows in client_rows if rows.client not in idle]
+        updates = work.train_heads(request.tensors, examples, busy, local) if busy else []
+        return chain((unmoved(name, request) for name in idle), updates) if idle else updates
     if work.train_models is not None and work.private is None and isinstance(request, TrainRequest):
         return work.train_models(work, request)
     return one_by_one(work, request, starts)
+
+
+def unmoved(client: str, request: TrainingRequest) -> Update:
+    """The update of a client without examples."""
+    delta = {name: torch.zeros_like(tensor) for name, tensor in request.tensors.items()}
+    nothing = torch.zeros((), dtype=torch.float64)
+    states = {"train_loss.sum": nothing, "train_loss.count": nothing}
+    return Update(client, request.round, delta, num_examples=0, states=states)
 
 
 def one_by_one(work: LocalWork, request: TrainingRequest, starts: Mapping[str, Tensors]) -> Iterator[Update]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,9 @@ from atoll.errors import DataChanged
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import DataInfo
+from atoll.tasks.told import fitting_rows
+
+logger = logging.getLogger(__name__)
 
 CACHED_SHARDS = 4096
 """Clients whose shard and features a process keeps in memory; the least recent are let go."""
@@ -57,9 +61,13 @@ class LoadedShard:
 
 @dataclass
 class ShardCache:
-    """Loaded shards by client, job and content, of the clients that were asked for last."""
+    """Loaded shards by client, job and content, of the clients that were asked for last.
+
+    How many examples were left out because they don't fit the job stays in the site's own log.
+    """
 
     shards: Shards
+    has_budget: bool = False
     _loaded: dict[tuple[str, str, str], LoadedShard] = field(default_factory=dict)
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
@@ -74,13 +82,21 @@ class ShardCache:
         if key in self._loaded:
             self._loaded[key] = self._loaded.pop(key)
             return self._loaded[key]
-        shard = learner.task.shard(self.shards.dataset(learner.job, name), data_info)
+        shard = learner.task.shard(self._fitting(learner, name), data_info)
         part, validation = learner.split(shard)
         features = learner.training_features(part) if learner.trains_on_features else None
         while len(self._loaded) >= CACHED_SHARDS:
             self._loaded.pop(next(iter(self._loaded)))
         self._loaded[key] = LoadedShard(learner.with_soft_labels(part), validation, features)
         return self._loaded[key]
+
+    def _fitting(self, learner: Learner, name: str) -> Dataset:
+        dataset = self.shards.dataset(learner.job, name)
+        kept = fitting_rows(learner.job, learner.task, dataset, has_budget=self.has_budget)
+        if len(kept) < len(dataset):
+            left_out = len(dataset) - len(kept)
+            logger.warning("%s: %d examples don't fit the job and are left out", name, left_out)
+        return kept
 
     def note_content(self, job: Job, name: str) -> None:
         """Remember what the client's shard is now: the run that begins is to find the same."""
@@ -126,5 +142,8 @@ def feature_table(shards: Mapping[str, LoadedShard], device: str) -> tuple[Featu
         ClientRows(name, np.arange(end - len(one.train), end), example_numbers(one.train.keys))
         for (name, one), end in zip(shards.items(), ends, strict=True)
     ]
-    targets = torch.cat([one.train.table for one in shards.values()])
-    return FeatureTable.of(torch.cat(parts, dim=1), targets, device), client_rows
+    features, targets = torch.cat(parts, dim=1), torch.cat([one.train.table for one in shards.values()])
+    if not len(targets):  # something must fill the batches
+        features = features.new_zeros(len(features), 1, features.shape[2])
+        targets = targets.new_zeros(1, *targets.shape[1:])
+    return FeatureTable.of(features, targets, device), client_rows

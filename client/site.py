@@ -21,7 +21,7 @@ from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.redaction import redact
 from atoll.client.shard_cache import LoadedClients, LoadedShard, ShardCache, Shards
 from atoll.client.state.store import ClientStateStore
-from atoll.errors import BudgetExhausted, InputError
+from atoll.errors import BudgetExhausted, ConfigError, InputError
 from atoll.job.job import Job
 from atoll.job.privacy import noise_locations, uses_secure_aggregation
 from atoll.learning.learner import Learner
@@ -40,6 +40,7 @@ from atoll.protocol.requests import (
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 from atoll.tasks import task_named
+from atoll.tasks.told import check_told, greeting_info, is_silent
 
 logger = logging.getLogger(__name__)
 
@@ -86,31 +87,63 @@ class Site:
     _learners: dict[str, Learner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._cache = ShardCache(self.shards)
+        self._cache = ShardCache(self.shards, has_budget=self._has_budget)
 
     def _policy_violation(self, job: Job, kind: type[Request] | type[Hello]) -> str:
         """Why this site does not do what is asked, whoever asks; nothing if it does.
 
-        A real site sends no sum without masks, no update where only sums are promised to be seen, and no
-        measurement where what is measured is promised to stay hidden.
+        A real site sends no sum without masks, no update where only sums are promised to be seen, no
+        measurement where what is measured is promised to stay hidden, and nothing of its data that the job
+        must have; and it takes no noise that the server can draw again.
         """
-        budget = self.ledgers.budget if self.ledgers is not None else None
-        if budget is not None and not set(noise_locations(job)) - {"server"}:
-            return "its site has a privacy budget, and the job adds no noise before the server sees an update"
-        if not self.discreet:
+        if not self._is_real:
             return ""
-        if kind is StatisticsRequest and job.tune.head_init is None:
-            return "its job forms no head of statistics"
-        if kind is UnmaskedSumRequest or (kind is TrainRequest and uses_secure_aggregation(job)):
-            return "its site sends such updates under masks only"
-        if kind is EvaluateRequest and job.privacy.units:
-            return "its site measures nothing under a promise of privacy"
+        asked = _refused_request(job, kind) if self.discreet else ""
+        return self._refused_noise(job) or asked or self._refused_facts(job)
+
+    @property
+    def _has_budget(self) -> bool:
+        return self.ledgers is not None and self.ledgers.budget is not None
+
+    @property
+    def _is_real(self) -> bool:
+        """Whether the data is somebody's own, and no simulation's."""
+        return self.discreet or self._has_budget
+
+    def _refused_noise(self, job: Job) -> str:
+        if job.privacy.seeded_noise:
+            return "its site takes no seeded noise, which anybody who has the job can subtract"
+        if self._has_budget and not set(noise_locations(job)) - {"server"}:
+            return "its site has a privacy budget, and the job adds no noise before the server sees an update"
         return ""
+
+    def _refused_facts(self, job: Job) -> str:
+        try:
+            check_told(job, task_named(job.task.name), at_a_site=True, has_budget=self._has_budget)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    def _other_facts(self, job: Job, request: Request, names: Sequence[str]) -> str:
+        """Why it does not work with facts that are not the job's: to fail with others tells something."""
+        if not names or not self._is_real or not is_silent(job, has_budget=self._has_budget):
+            return ""
+        task = task_named(job.task.name)
+        try:
+            given = greeting_info(
+                job, task, self.shards.dataset(job, names[0]), at_a_site=True, has_budget=self._has_budget
+            )
+            facts = task.merge_info([given])
+        except InputError:
+            return ""  # it is told where the data is loaded
+        if all(request.data_info.get(key) == value for key, value in facts.items()):
+            return ""
+        return "the facts of its request are not those that its job gives"
 
     def hello(self, job: Job) -> list[Hello]:
         """Who lives here, what their data looks like, or why they do not take part.
 
-        How many examples a client holds is kept to itself where each of them is promised privacy.
+        Where greetings are silent they tell nothing of the data, and not how many examples there are.
         """
         return [self._hello(job, name) for name in self.shards.names(job)]
 
@@ -120,11 +153,14 @@ class Site:
             return Hello(name, {}, 0, refusal=refusal)
         try:
             dataset = self.shards.dataset(job, name)
-            data_info = task_named(job.task.name).local_info(dataset, job.data, job.task.options)
+            data_info = greeting_info(
+                job, task_named(job.task.name), dataset,
+                at_a_site=self._is_real, has_budget=self._has_budget,
+            )  # fmt: skip
             self._cache.note_content(job, name)
         except InputError as error:
             return Hello(name, {}, 0, refusal=self._error_for_server(name, error, job.canonical))
-        counted = 0 if "example" in job.privacy.units else len(dataset)
+        counted = 0 if is_silent(job, has_budget=self._has_budget) else len(dataset)
         return Hello(name, data_info, counted)
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
@@ -134,7 +170,7 @@ class Site:
             learner = self.learner(job, request.data_info)
         except InputError as error:
             return [Failure(name, self._error_for_server(name, error, request.job)) for name in names]
-        refusal = self._policy_violation(job, type(request))
+        refusal = self._policy_violation(job, type(request)) or self._other_facts(job, request, names)
         if refusal:
             return [Failure(name, refusal) for name in names]
         torch.set_num_threads(job.train.threads)
@@ -221,3 +257,14 @@ class Site:
                 logger.info("job %s: %s", job.name, UNCACHED)
             self._learners[key] = learner
         return self._learners[key]
+
+
+def _refused_request(job: Job, kind: type[Request] | type[Hello]) -> str:
+    """Why a real site does not answer such a request of such a job; nothing if it does."""
+    if kind is StatisticsRequest and job.tune.head_init is None:
+        return "its job forms no head of statistics"
+    if kind is UnmaskedSumRequest or (kind is TrainRequest and uses_secure_aggregation(job)):
+        return "its site sends such updates under masks only"
+    if kind is EvaluateRequest and job.privacy.units:
+        return "its site measures nothing under a promise of privacy"
+    return ""

@@ -28,6 +28,7 @@ from flwr.superlink.grid import http_grid
 
 from atoll.errors import DataError, InconsistentUpdates
 from atoll.job.job import Job
+from atoll.job.privacy import unless_secret
 from atoll.protocol.flower_content import bodies_of, packed, unpacked
 from atoll.protocol.messages import Failure, Hello, Reply, decode_reply, hello_from_json
 from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
@@ -78,6 +79,7 @@ class FlowerTransport:
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
     gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)
+    job: Job | None = None
 
     def discover_clients(self, job: Job) -> ClientRoster:
         """Ask every node who lives there, until the job's number of clients is there.
@@ -85,6 +87,7 @@ class FlowerTransport:
         Raises:
             InconsistentUpdates: they weren't there after `federation.wait` seconds.
         """
+        self.job = job
         needed, deadline = job.federation.clients, time.monotonic() + job.federation.wait
         told = ""
         while True:
@@ -147,7 +150,22 @@ class FlowerTransport:
             if isinstance(reply, str):
                 yield from (Failure(name, reply) for name in self._hosts(names)[node])
                 continue
-            yield from _decoded(reply)
+            yield from self._decoded(reply)
+
+    def _decoded(self, reply: RecordDict) -> Iterator[Reply]:
+        """The clients' replies in one message; an unreadable one is dropped and named in the log."""
+        heads, bodies = unpacked(reply)
+        for name, head in heads.items():
+            try:
+                decoded = decode_reply(head, bodies[name])
+            except (DataError, KeyError) as error:
+                logger.warning("reply of %s", self._told(f"{name} cannot be read: {error}"))
+                continue
+            if decoded.client == name:
+                yield decoded
+            else:
+                called = f"{name} calls itself {decoded.client}"
+                logger.warning("a reply of %s: dropped", self._told(called))
 
     def _hosts(self, names: Sequence[str]) -> dict[int, list[str]]:
         hosts: dict[int, list[str]] = {}
@@ -199,7 +217,12 @@ class FlowerTransport:
             self.gone[node] = time.monotonic()
             names = ", ".join(name for name, home in self.nodes.items() if home == node)
             if patience:
-                logger.warning("%s: connection lost, waiting up to %.0f s", names or node, patience)
+                who = self._told(names or f"node {node}")
+                logger.warning("%s: connection lost, waiting up to %.0f s", who, patience)
+
+    def _told(self, name: str) -> str:
+        """What may be said of who was asked: of a secret cohort's members nothing."""
+        return name if self.job is None else unless_secret(self.job, name, "a client")
 
     def _is_gone(self, node: int, patience: float) -> bool:
         return node in self.gone and time.monotonic() >= self.gone[node] + patience
@@ -234,21 +257,6 @@ class FlowerTransport:
 
 def _content(reply: Message) -> RecordDict | str:
     return (reply.error.reason or NO_REASON) if reply.has_error() else reply.content
-
-
-def _decoded(reply: RecordDict) -> Iterator[Reply]:
-    """The clients' replies in one message; an unreadable one is dropped and named in the log."""
-    heads, bodies = unpacked(reply)
-    for name, head in heads.items():
-        try:
-            decoded = decode_reply(head, bodies[name])
-        except (DataError, KeyError) as error:
-            logger.warning("reply of %s cannot be read: %s", name, error)
-            continue
-        if decoded.client == name:
-            yield decoded
-        else:
-            logger.warning("a reply of %s calls itself %s: dropped", name, decoded.client)
 
 
 app = ServerApp()

@@ -10,7 +10,8 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.partitions import check_partition
 from atoll.strategies import check_strategy
-from atoll.tasks import check_metrics, check_task
+from atoll.tasks import check_metrics, check_task, task_named
+from atoll.tasks.told import check_told, is_silent
 
 
 def check_named(job: Job) -> None:
@@ -59,7 +60,7 @@ def check_source(job: Job) -> None:
 
 
 def validate_for_deployment(job: Job) -> None:
-    """Raises ConfigError if the job asks for what only a simulation has."""
+    """Raises ConfigError if the job asks for what only a simulation has, or what no site may tell."""
     if job.federation.devices is not None:
         raise ConfigError(
             "federation.devices: simulates devices, a real federation has its own; expected a job without"
@@ -75,8 +76,5 @@ def validate_for_deployment(job: Job) -> None:
             "privacy.audit: the attack trains the run again on all clients' data, so only a simulation can be"
             " attacked; expected false"
         )
-    if job.privacy.units and job.data.classes is None:
-        raise ConfigError(
-            f"data.classes: missing, expected the list of classes with privacy.unit = {job.privacy.unit!r}:"
-            " one made from the clients' data would tell what they hold"
-        )
+    if is_silent(job):
+        check_told(job, task_named(job.task.name), at_a_site=True)

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClientRoster:
-    """The clients of a run in the order of their names, and how many examples each holds, [clients].
+    """The clients of a run in the order of their names, and how many examples each says it holds, [clients].
 
+    A size of 0 isn't told: under a promise of privacy and a secure sum no client's is.
     A million simulated clients fit: `names` may be a sequence that makes them when they are asked
     for, and `data_info` are those that differ, not one for each client.
     """
@@ -39,6 +40,13 @@ class ClientRoster:
             data_info=[h.data_info for h in taking],
             refused={h.client: h.refusal for h in hellos if h.refusal},
         )
+
+    @property
+    def sizes_in_words(self) -> str:
+        """`719 to 719 examples each`, or that it isn't told."""
+        if not self.sizes.any():
+            return "how many examples each has is not told"
+        return f"{self.sizes.min()} to {self.sizes.max()} examples each"
 
     def check(self, job: Job) -> None:
         """Warn of each refusal.

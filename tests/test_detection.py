@@ -254,3 +254,24 @@ def test_a_backbone_of_another_kind_is_refused() -> None:
         WeightsError, match="is no detection model, expected one of atoll:small-detector, torch"
     ):
         _ = learner.model
+
+
+def test_of_a_picture_with_more_boxes_than_the_job_allows_the_first_are_used() -> None:
+    """What a greeting tells is then the job's own number, whatever the pictures have."""
+    boxes = [[[float(i), 0.0, float(i + 4), 4.0] for i in range(count)] for count in (3, 1)]
+    table = pa.table(
+        {
+            "image": pa.array([{"bytes": scene(i)[0], "path": None} for i in range(2)]),
+            "boxes": pa.array(boxes, pa.list_(pa.list_(pa.float64()))),
+            "classes": pa.array([["square"] * len(one) for one in boxes]),
+        }
+    )
+    options = {"max_boxes": 2}
+    told = DETECTION.local_info(Dataset(table), DATA, options)
+    assert told == {"classes": ["square"], "most": 2}
+    task = Learner.of(job(task={"name": "object-detection", "options": options}), DETECTION, told).task
+    shard = task.shard(Dataset(table), told)
+    assert shard.table.shape == (2, 2, 5)
+    assert sorted((shard.table[:, :, 4] >= 0).sum(1).tolist()) == [1, 2]
+    with pytest.raises(ConfigError, match=r"task\.options: max_boxes: expected greater than or equal to 1"):
+        DETECTION.check(job(task={"name": "object-detection", "options": {"max_boxes": 0}}))

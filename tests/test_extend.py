@@ -115,6 +115,10 @@ def test_the_engine_changes_no_bit_of_a_plugins_run(folder: Path) -> None:
          r"data\.partition\.options\.factor: expected less than or equal to 1, found 2"),
         ({"few.py": FILES["shrinking.py"].replace("np.split(rows, ends[:-1])", "[rows]")},
          "--plugin few.py --set data.partition.kind=shrinking", "returned 1 lists of rows, expected one"),
+        ({"shared.py": FILES["shrinking.py"].replace("np.split(rows, ends[:-1])", "[rows[:9]] * clients")},
+         "--plugin shared.py --set data.partition.kind=shrinking --set privacy.unit=example"
+         " --set privacy.noise_multiplier=1.0 --set privacy.delta=1e-5 --set privacy.sampling_rate=0.2",
+         r"data\.partition: shrinking \(.*shared\.py.*\) lets clients share examples"),
         ({}, "--plugin top.py --set evaluate.metrics.top.k=0",
          r"evaluate\.metrics\.top\.k: expected greater than or equal to 1, found 0"),
         ({}, "--set evaluate.metrics.top.k=1", r"evaluate\.metrics\.top: unknown metric"),

@@ -23,6 +23,7 @@ from atoll.learning.learner import Learner, sum_states
 from atoll.privacy.noise import seeded
 from atoll.protocol.random_streams import stream_seed
 from atoll.tasks.intent.task import INTENT, NOTHING
+from atoll.tasks.told import check_told
 from tests.test_backbones import tiny_bert
 
 ROWS = [
@@ -180,8 +181,12 @@ def test_private_training_clips_each_sentences_own_gradient(tune: dict[str, Any]
 
 def test_slots_of_a_clients_own_must_not_be_told_under_a_promise() -> None:
     privacy = {"unit": "client", "epsilon": 1.0, "delta": 1e-5, "clipping_norm": 1.0}
-    with pytest.raises(ConfigError, match="slots' names would tell"):
-        INTENT.check(job_of(privacy=privacy, data={"source": "./mine"}, federation={"cohort_rate": 0.5}))
+    own = {"source": "./mine", "classes": ["a", "b"]}
+    setting = job_of(privacy=privacy, data=own, federation={"cohort_rate": 0.5})
+    with pytest.raises(ConfigError, match=r"task\.options\.tags: missing, expected the list of slot tags"):
+        check_told(setting, INTENT)
+    given = {"name": "intent", "options": {"tags": ["B-place"]}}
+    check_told(job_of(privacy=privacy, data=own, federation={"cohort_rate": 0.5}, task=given), INTENT)
 
 
 def test_a_network_that_reads_no_words_is_refused() -> None:

@@ -3,13 +3,20 @@
 import random
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from atoll.errors import DataError
-from atoll.privacy.accounting import Release
+from atoll.client.dp.ledgers import PrivacyLedgers
+from atoll.errors import BudgetExhausted, DataError
+from atoll.job.job import Job
+from atoll.kit.kit import Budget
+from atoll.privacy.accounting import Release, epsilon
+from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
+from atoll.protocol.requests import TrainRequest
 from tests.processes import python
 
 RELEASE = Release(1.1, 0.05)
@@ -114,3 +121,105 @@ def test_fifty_kills_never_lose_a_charge_whose_release_was_seen(tmp_path: Path) 
         charged = len(Ledger.open(path, "data").entries)
         assert seen <= charged <= seen + 1
         seen = charged
+
+
+def books(folder: Path, charges: float) -> PrivacyLedgers:
+    """A site's, whose budget is enough for so many rounds on a client's data."""
+    enough = epsilon({dp_plan().event: int(charges) * dp_plan().per_round}, 1e-5)
+    return PrivacyLedgers(folder, Budget(epsilon=enough, delta=1e-5))
+
+
+def dp_plan() -> DpPlan:
+    found = dp_plan_of(JOB, "example")
+    assert found is not None
+    return found
+
+
+JOB = Job.parse(
+    {
+        "name": "books", "seed": 1, "task": {"name": "image-classification"}, "data": {"source": "digits"},
+        "backbone": {"name": "raw:pixels"}, "federation": {"clients": 2, "rounds": 50},
+        "privacy": {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.25},
+    },
+    origin="test",
+)  # fmt: skip
+
+
+def charge(ledgers: PrivacyLedgers, run: str, round: int) -> bool:
+    """Whether a round could be paid for."""
+    request = TrainRequest(JOB.canonical, JOB.hash, round, {}, {}, run=run)
+    try:
+        ledgers.charge("c", "data", JOB, dp_plan(), request)
+    except BudgetExhausted:
+        return False
+    return True
+
+
+def spends_no_more_than_its_budget(folder: Path) -> bool:
+    """Two ledgers that are open on one folder, which charge in turn."""
+    one, other = books(folder, 4), books(folder, 4)
+    for ledgers in (one, other):
+        assert not ledgers.ledger("c", "example").entries
+    paid = [
+        charge(ledgers, f"run-{i}", round) for round in range(1, 5) for i, ledgers in enumerate((one, other))
+    ]
+    return paid == [True] * 4 + [False] * 4
+
+
+def test_two_ledgers_on_one_folder_spend_one_budget(tmp_path: Path) -> None:
+    assert spends_no_more_than_its_budget(tmp_path)
+    ledger = Ledger.open(tmp_path / "c.jsonl", "example of c")
+    assert epsilon(ledger.spent, 1e-5) <= books(tmp_path, 4).budget.epsilon  # type: ignore[union-attr]
+
+
+def test_a_decision_by_what_was_read_before_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was: what others wrote is read when it is decided already, as a line is appended."""
+    decided = PrivacyLedgers.charge
+
+    def decide_first(self: PrivacyLedgers, client: str, *given: Any) -> int:
+        ledger = self.ledger(client, "example")
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "alone", nullcontext)
+            patch.setattr(ledger, "charge", lambda entry: None)
+            count = decided(self, client, *given)
+        ledger.charge(Entry(given[-1].run, given[-1].round, "example", dp_plan().event, dp_plan().per_round))
+        return count
+
+    monkeypatch.setattr(PrivacyLedgers, "charge", decide_first)
+    assert not spends_no_more_than_its_budget(tmp_path)
+
+
+SPENDER = """
+import sys, time
+from pathlib import Path
+from tests.test_ledger import books, charge
+ledgers = books(Path(sys.argv[1]), 4)
+ledgers.ledger("c", "example")
+print("ready", flush=True)
+while not Path(sys.argv[3]).exists():
+    time.sleep(0.001)
+print(sum(charge(ledgers, sys.argv[2], round) for round in range(1, 5)), flush=True)
+"""
+
+
+@pytest.mark.processes
+def test_two_processes_that_charge_at_once_spend_one_budget(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    spenders = [python(SPENDER, tmp_path / "books", name, start) for name in ("a", "b")]
+    for spender in spenders:
+        assert spender.stdout is not None and spender.stdout.readline() == "ready\n"
+    start.touch()
+    paid = [int(spender.communicate()[0]) for spender in spenders]
+    ledger = Ledger.open(tmp_path / "books" / "c.jsonl", "example of c")
+    assert sum(paid) == len(ledger.entries) == 4
+    assert ledger.spent == {dp_plan().event: 4 * dp_plan().per_round}
+
+
+def test_what_another_wrote_is_seen_once_the_ledger_is_ones_own(tmp_path: Path) -> None:
+    one, other = filled(tmp_path / "ledger.jsonl"), Ledger.open(tmp_path / "ledger.jsonl", "data")
+    one.charge(entry(4))
+    with other.alone():
+        assert other.spent[RELEASE] == 4
+        with other.alone():
+            other.charge(entry(5))
+    assert Ledger.open(tmp_path / "ledger.jsonl", "data").spent[RELEASE] == 5

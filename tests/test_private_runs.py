@@ -34,6 +34,8 @@ EXAMPLE = {
 }  # fmt: skip
 SEEDED = {"seeded_noise": True}
 POISSON = {"cohort": None, "cohort_rate": 0.6}
+CLASSES = {"classes": [str(digit) for digit in range(10)]}
+"""What a real site doesn't tell of its data."""
 
 
 def job(privacy: dict[str, Any], **tables: Any) -> Job:
@@ -171,7 +173,7 @@ def request(setting: Job, population: Population, round: int = 1) -> TrainReques
 
 
 def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
-    setting = job(EXAMPLE)
+    setting = job(EXAMPLE, data=CLASSES)
     population = Population.of(setting)
     dp_plan = dp_plan_of(setting, "example")
     assert dp_plan is not None
@@ -186,7 +188,7 @@ def test_a_site_whose_budget_is_spent_says_no_by_name(tmp_path: Path) -> None:
     assert reply.reason == "the site's privacy budget for this client's data is spent"
     # Another run, another job: the same data has still spent its budget.
     again = Site(population, ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=enough, delta=1e-4)))
-    other = job(EXAMPLE, train={"lr": 0.5})
+    other = job(EXAMPLE, data=CLASSES, train={"lr": 0.5})
     [reply] = again.answer(request(other, population), ["client-0001"])
     assert isinstance(reply, Failure)
 
@@ -242,7 +244,7 @@ def test_a_real_federation_takes_no_seeded_noise_and_wants_the_classes() -> None
         validate_for_deployment(job(CLIENT | SEEDED))
     with pytest.raises(ConfigError, match=r"data\.classes: missing"):
         validate_for_deployment(job(CLIENT))
-    validate_for_deployment(job(CLIENT, data={"classes": [str(i) for i in range(10)]}))
+    validate_for_deployment(job(CLIENT, data=CLASSES))
 
 
 def test_the_result_is_json_that_holds_no_infinity(tmp_path: Path) -> None:
@@ -356,6 +358,31 @@ def test_a_site_with_a_budget_takes_no_job_that_shows_updates(
     setting = job(privacy)
     site = Site(Population.of(setting), ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=8.0, delta=1e-5)))
     assert all("no noise before the server sees" in hello.refusal for hello in site.hello(setting))
+
+
+@pytest.mark.parametrize("which", ["example", "client"])
+@pytest.mark.parametrize("real", [{"discreet": True}, {}], ids=["a real site", "a site with a budget"])
+def test_a_site_takes_no_seeded_noise_whoever_asks(which: str, real: dict[str, Any], tmp_path: Path) -> None:
+    """The server's own check is not relied on: 0 of 3 updates are sent, and nothing is charged."""
+    privacy = EXAMPLE if which == "example" else CLIENT | {"where": "distributed"}
+    setting = job(privacy | SEEDED, data=CLASSES)
+    population = Population.of(setting)
+    site = Site(population, ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=8.0, delta=1e-5)), **real)
+    assert all("takes no seeded noise" in hello.refusal for hello in site.hello(setting))
+    for round in (1, 2, 3):
+        [reply] = site.answer(request(setting, population, round), ["client-0001"])
+        assert isinstance(reply, Failure) and "takes no seeded noise" in reply.reason
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_site_itself_must_look_at_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hole put back a site sends what anybody can take the noise off, and spends no budget."""
+    monkeypatch.setattr(Site, "_refused_noise", lambda self, job: "")
+    setting = job(EXAMPLE | SEEDED, data=CLASSES)
+    population = Population.of(setting)
+    site = Site(population, ledgers=PrivacyLedgers(tmp_path, Budget(epsilon=0.1, delta=1e-5)))
+    [reply] = site.answer(request(setting, population), ["client-0001"])
+    assert isinstance(reply, Update)
 
 
 def test_an_update_that_is_no_number_is_set_aside_where_only_examples_are_promised_privacy(

@@ -10,6 +10,7 @@ from atoll.job.job import Job
 from atoll.job.privacy import cohort_is_secret, expected_cohort, local_steps
 from atoll.privacy.accounting import Release, epsilon
 from atoll.privacy.dp_plan import dp_plan_of
+from atoll.tasks.told import check_told
 
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
 EXAMPLE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.05}
@@ -99,6 +100,7 @@ def test_public_numbers() -> None:
     assert local_steps(job(EXAMPLE | {"steps": 3})) == 3
 
 
+RESAMPLED = {"kind": "resampled", "examples": 9}
 DISTRIBUTED = {"where": "distributed"}
 COIN = {"federation": {"clients": 20, "cohort_rate": 0.5}}
 POOLED = {"evaluate": {"baselines": ["pooled"]}}
@@ -138,6 +140,7 @@ POOLED = {"evaluate": {"baselines": ["pooled"]}}
         (EXAMPLE | DISTRIBUTED, {"train": {"optimizer": "adam"}}, r"'distributed' sums gradients"),
         (CLIENT, {"federation": {"secure_aggregation": True}}, r"'server' clips single updates"),
         ({"unit": "none"}, {"federation": {"secure_threshold": 0.9}}, r"without secure_aggregation"),
+        (EXAMPLE, {"data": {"source": "digits", "partition": RESAMPLED}}, r"'resampled' lets clients share"),
         (CLIENT | {"epsilon": float("inf")}, {}, r"epsilon: expected a finite number, found inf"),
     ],
 )  # fmt: skip
@@ -163,8 +166,9 @@ def test_seeded_noise_may_be_compared_with_what_has_none() -> None:
 def test_classes_must_be_public_where_the_data_is_the_clients_own() -> None:
     from atoll.tasks import task_named
 
+    task = task_named("image-classification")
     setting = job(CLIENT, data={"source": "/data/flowers"})
     with pytest.raises(ConfigError, match=r"data\.classes: missing, expected the list of classes"):
-        task_named("image-classification").check(setting)
-    task_named("image-classification").check(job(CLIENT, data={"source": "/data/x", "classes": ["a", "b"]}))
-    task_named("image-classification").check(job(CLIENT))
+        check_told(setting, task)
+    check_told(job(CLIENT, data={"source": "/data/x", "classes": ["a", "b"]}), task)
+    check_told(job(CLIENT), task)

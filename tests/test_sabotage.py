@@ -24,6 +24,7 @@ import atoll.client.dp.poisson
 import atoll.client.heads.train
 import atoll.client.site
 import atoll.job.privacy
+import atoll.learning.compatibility
 import atoll.privacy.accounting
 import atoll.privacy.adaptive_clipping
 import atoll.privacy.central
@@ -38,7 +39,6 @@ import atoll.server.rounds.evaluation
 import atoll.server.rounds.loop
 import atoll.server.rounds.round_log
 import atoll.server.rounds.validation
-import atoll.tasks.classification
 from atoll.privacy.accounting import Release
 from atoll.protocol.stacked_updates import stacked
 from tests import watchdogs as w
@@ -666,7 +666,7 @@ ACCOUNTS: dict[str, tuple[Callable[[], None], Plant]] = {
     ),
     "classes are listed from the data": (
         w.promises_that_cannot_be_kept_are_refused,
-        wrapped(atoll.tasks.classification.Classification, "check", lambda original: lambda self, job: None),
+        wrapped(atoll.learning.compatibility, "check_told", lambda original: lambda job, task: None),
     ),
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from atoll.client.site import Site
 from atoll.data.dataset import Dataset
 from atoll.errors import BudgetExhausted, ConfigError
 from atoll.job.job import Job
+from atoll.learning.compatibility import check_fits
 from atoll.privacy import accounting, secagg, secagg_encoding
 from atoll.privacy.accounting import Release
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of
@@ -554,7 +555,7 @@ def promises_that_cannot_be_kept_are_refused() -> None:
     from atoll.tasks import task_named
 
     try:
-        task_named("image-classification").check(job(clients(), data={"source": "/data/mine"}))
+        check_fits(job(clients(), data={"source": "/data/mine"}), task_named("image-classification"))
     except ConfigError:
         return
     raise Detected("a class list is made from the clients' data")

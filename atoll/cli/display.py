@@ -197,8 +197,8 @@ class Watcher:
     def _clients_found(self, event: ClientsFound) -> None:
         backbone = event.backbone
         self.gauge.say(f"backbone  {sanitize(backbone.name)}, weights from {sanitize(backbone.origin)}")
-        sizes = event.roster.sizes
-        self.gauge.say(f"clients   {len(sizes)}, {sizes.min()} to {sizes.max()} examples each")
+        roster = event.roster
+        self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
 
     def _round(self, line: Mapping[str, Any]) -> None:
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]

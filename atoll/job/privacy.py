@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import model_validator
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from atoll.job.job import Job
 
 Unit = Literal["example", "client"]
+Said = TypeVar("Said")
 
 PLACES: dict[Unit, tuple[str, ...]] = {
     "example": ("client", "distributed"),
@@ -21,6 +22,11 @@ PLACES: dict[Unit, tuple[str, ...]] = {
 """Where noise can be added for each unit; the first is the default."""
 
 FEWEST_IN_A_SUM = 3
+
+SHARED_EXAMPLES = (
+    "lets clients share examples: epsilon would be spent on one at each of them, and the claim is of a single"
+    " time; expected a partition that deals each example once with example-level privacy"
+)
 
 MERGED_BY_MEAN = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi")
 """Strategies that see nothing of the updates but their mean."""
@@ -114,6 +120,8 @@ def check_promises(job: Job) -> None:
             f"train.{key}: an example's gradient is clipped as it is, from one pass in full precision, and"
             " noised once a step; expected no such key under example-level privacy"
         )
+    if "example" in job.privacy.units and job.data.partition.kind == "resampled":
+        raise ValueError(f"data.partition: 'resampled' {SHARED_EXAMPLES}")
     if uses_secure_aggregation(job):
         _check_secure_sums(job)
     elif job.federation.secure_threshold is not None and not job.privacy.units:
@@ -270,3 +278,11 @@ def expected_cohort(job: Job) -> float:
 def cohort_is_secret(job: Job) -> bool:
     """Whether who takes part in a round must stay secret: Poisson sampling of clients amplifies only then."""
     return "client" in job.privacy.units and job.federation.cohort_rate is not None
+
+
+def unless_secret(job: Job, said: Said, instead: Said) -> Said:
+    """What may be said of who took part in a round, or how many, to anybody.
+
+    Whatever tells of a cohort (log lines, errors, what is written to disk) comes through here.
+    """
+    return instead if cohort_is_secret(job) else said

@@ -9,6 +9,7 @@ from atoll.learning.compiled import compiler
 from atoll.learning.determinism import check_device, enable_determinism
 from atoll.learning.few_shot import check_shots
 from atoll.tasks.task import Task
+from atoll.tasks.told import check_told
 
 
 def check_fits(job: Job, task: Task) -> None:
@@ -16,6 +17,7 @@ def check_fits(job: Job, task: Task) -> None:
     from atoll.learning.distillation import check_teacher
 
     task.check(job)
+    check_told(job, task)
     check_imbalance(job, task)
     check_smoothing(job, task)
     check_shots(job, task)

@@ -4,12 +4,12 @@ An entry is written and synced before its release leaves, so a crash in between 
 much. The chain (SHA-256 of the line before) makes a line that was changed, removed or put in
 between show when the file is read; that lines are missing at the end, only who has seen them can
 tell. One ledger is bound to one owner of data, and outlives runs and jobs, of which several may write
-to it at the same time. Data that changes is charged on: what it held before may still be in it.
+to it at the same time: what is read, decided and written within `alone` nobody comes between. Data that
+changes is charged on: what it held before may still be in it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,12 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
+
 from atoll.errors import DataError
 from atoll.privacy.accounting import Release
 from atoll.system.durable_files import sync_folder
 
 FORMAT = 1
 START = "0" * 64
+
+LOOK_SECONDS = 0.002
+"""How often to look whether another process has let go of the ledger."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class Ledger:
     _last: str = START
     _lines: int = 0
     _end: int = 0
+    _lock: FileLock = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._lock = FileLock(f"{self.path}.lock", poll_interval=LOOK_SECONDS)
 
     @classmethod
     def open(cls, path: Path, fingerprint: str, *, durable: bool = True) -> Ledger:
@@ -67,10 +76,25 @@ class Ledger:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         ledger = cls(path, fingerprint, durable)
-        with ledger._alone() as file:
+        with ledger.alone():
             if not ledger._lines:
-                ledger._append(file, {"format": FORMAT, "data": fingerprint})
+                ledger._append({"format": FORMAT, "data": fingerprint})
         return ledger
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For the time of the block the ledger is up to date, and nobody else's.
+
+        What another process charged before is in `spent` then, and what it wants to charge has to wait: a
+        decision by `spent` holds until the block ends. Blocks may lie within each other.
+
+        Raises:
+            DataError: the ledger was changed.
+        """
+        with self._lock:
+            if self._lock.lock_counter == 1:
+                self._catch_up()
+            yield
 
     def charge(self, entry: Entry) -> None:
         """Write an entry down and wait until it is on the disk; only then may the release leave."""
@@ -83,9 +107,9 @@ class Ledger:
             "count": entry.count,
             "data": entry.data,
         }
-        with self._alone() as file:
-            self._append(file, fields)
-        self._count(entry)
+        with self.alone():
+            self._append(fields)
+            self._count(entry)
 
     def spent_on(self, job: str) -> Counter[Release]:
         """What one job was charged, of all the jobs on this data."""
@@ -96,33 +120,32 @@ class Ledger:
         return (job, round) in self._rounds
 
     @contextmanager
-    def _alone(self) -> Iterator[BinaryIO]:
-        """The file, up to date and nobody else's for the time of the block."""
+    def _opened(self) -> Iterator[BinaryIO]:
         is_new = not self.path.exists()
         with self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
             if is_new and self.durable:
                 sync_folder(self.path.parent)
-            self._catch_up(file)
             yield file
 
-    def _catch_up(self, file: BinaryIO) -> None:
+    def _catch_up(self) -> None:
         """Read what was appended since; what stands behind the last whole line is cut off."""
-        file.seek(self._end)
-        rest = file.read()
-        whole = rest[: rest.rfind(b"\n") + 1]
-        for line in whole.splitlines(keepends=True):
-            self._read(line)
-        if len(whole) < len(rest):
-            file.truncate(self._end)
-            os.fsync(file.fileno())
+        with self._opened() as file:
+            file.seek(self._end)
+            rest = file.read()
+            whole = rest[: rest.rfind(b"\n") + 1]
+            for line in whole.splitlines(keepends=True):
+                self._read(line)
+            if len(whole) < len(rest):
+                file.truncate(self._end)
+                os.fsync(file.fileno())
 
-    def _append(self, file: BinaryIO, fields: dict[str, object]) -> None:
+    def _append(self, fields: dict[str, object]) -> None:
         line = (json.dumps({"before": self._last, **fields}, sort_keys=True) + "\n").encode()
-        file.write(line)
-        file.flush()
-        if self.durable:
-            os.fsync(file.fileno())
+        with self._opened() as file:
+            file.write(line)
+            file.flush()
+            if self.durable:
+                os.fsync(file.fileno())
         self._step(line)
 
     def _step(self, line: bytes) -> None:

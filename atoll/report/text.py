@@ -233,7 +233,7 @@ def simulated_facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     left_out = [
         f"{total:,} {word}"
         for word, key in (("not there", "unavailable"), ("too late", "late"), ("not needed", "surplus"))
-        if (total := sum(line[key] for line in rounds))
+        if (total := sum(line.get(key, 0) for line in rounds))
     ]
     return [
         ("simulated time of the run", duration(result["simulated_seconds"])),

@@ -1,11 +1,11 @@
 """Where downloaded weights and decoded data are kept, and how many processes share them."""
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 from atoll.errors import InputError
 
@@ -31,7 +31,8 @@ def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_name(f".{folder.name}.lock")):
+    # The system lets go of the lock when its holder dies.
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             _publish(folder, fill)
 
@@ -46,11 +47,3 @@ def _publish(folder: Path, fill: Callable[[Path], None]) -> None:
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock when its holder dies."""
-    with lock.open("wb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield

@@ -9,23 +9,27 @@ import torch
 from torch import nn
 
 from atoll.data.dataset import Dataset
-from atoll.datasets.registry import SOURCES
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.task import Task
+from atoll.tasks.told import PINNED, ToldField
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 
-def check_pinned(job: Job, what: str = "classes") -> None:
-    """Raises ConfigError where a list of names made from the data would tell what clients hold."""
-    if job.privacy.units and job.data.classes is None and job.data.source not in SOURCES:
-        raise ConfigError(
-            f"data.classes: missing, expected the list of {what} with"
-            f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
-        )
+def names_told(key: str = "classes", what: str = "classes") -> tuple[ToldField, ...]:
+    """What a greeting with names under that key tells: those of the data, unless the job gives them."""
+    return ToldField(key, "example", "data.classes", f"the list of {what}"), PINNED
+
+
+def rows_named(names: Sequence[str], data: DataSection) -> Sequence[int]:
+    """The rows whose name is one that the job gives; all where it gives none."""
+    if data.classes is None:
+        return range(len(names))
+    known = set(data.classes)
+    return [row for row, name in enumerate(names) if name in known]
 
 
 def named(present: set[str], data: DataSection, key: str, what: str) -> DataInfo:
@@ -51,6 +55,8 @@ def agreed(data_info: Sequence[DataInfo], key: str) -> list[str]:
 class Labelled(Task):
     """One of several classes for each example: a linear head, cross-entropy, accuracy, macro F1."""
 
+    told = names_told()
+
     def targets(self, labels: Sequence[str], order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
         """The classes of rows in that order as numbers, [n].
 
@@ -72,6 +78,10 @@ class Labelled(Task):
             DataError: the data has a class that the job doesn't name.
         """
         return named(set(dataset["label"]), data, "classes", "label")
+
+    def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
+        """The rows of the job's classes."""
+        return rows_named(dataset["label"][:], data)
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Pinned classes as they are, else the sorted union.

@@ -32,7 +32,7 @@ from atoll.data.writers import write_images, write_texts
 from atoll.errors import ConfigError
 from atoll.job.job import BackboneSection, DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import Labelled, check_pinned
+from atoll.tasks.classes import Labelled
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +61,6 @@ class Classification(Labelled):
 
         refuse_options(job.task.options, "task.options", self.name)
         refuse_options(job.backbone.options, "backbone.options", f"a backbone of {self.name}")
-        check_pinned(job)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         return self.reader(source, _columns(data))

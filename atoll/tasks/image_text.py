@@ -33,7 +33,7 @@ from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import BackboneSection, Job, Options
 from atoll.job.section import Section
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import Labelled, check_pinned
+from atoll.tasks.classes import Labelled
 from atoll.tasks.schema_task import SchemaTask
 
 Pair = tuple[bytes, str]
@@ -138,7 +138,6 @@ class ImageText(SchemaTask, Labelled):
                 "tune.method: image-text has two networks and no last block of both,"
                 " expected 'head', 'lora' or 'full', found 'last-k'"
             )
-        check_pinned(job)
 
     def records(self, options: Options) -> Schema:
         return RECORDS

@@ -31,8 +31,9 @@ from atoll.job.job import DataSection, Job
 from atoll.job.job import Options as Given
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
-from atoll.tasks.classes import Labelled, check_pinned, named
+from atoll.tasks.classes import Labelled, named, names_told, rows_named
 from atoll.tasks.schema_task import SchemaTask
+from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -154,8 +155,6 @@ class ModuleTask(SchemaTask, Labelled):
                 f"backbone.name: {self.name} builds its network itself, expected {NETWORK!r},"
                 f" found {job.backbone.name!r}"
             )
-        if self.label is not None:
-            check_pinned(job)
 
     def records(self, options: Given) -> Schema:
         roles = tuple(SchemaField(name, column.read, column.kind) for name, column in self.columns.items())
@@ -165,6 +164,15 @@ class ModuleTask(SchemaTask, Labelled):
         if self.label is None:
             return {}
         return named(set(dataset[self.label]), data, "classes", self.label)
+
+    def told_for(self, job: Job) -> Sequence[ToldField] | None:
+        """The classes, where they are learnt; a task with a `local_info` of its own says `told` itself."""
+        if "told" in vars(type(self)):
+            return self.told
+        return () if self.label is None else names_told()
+
+    def fits(self, dataset: Dataset, data: DataSection, options: Given) -> Sequence[int]:
+        return range(len(dataset)) if self.label is None else rows_named(dataset[self.label][:], data)
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         return {} if self.label is None else super().merge_info(data_info)

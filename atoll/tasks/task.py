@@ -14,6 +14,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
 from atoll.job.job import BackboneSection, DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
+from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,6 +51,17 @@ class Task(Protocol):
 
     head_loss: Literal["softmax", "sigmoid", "squared"] = "softmax"
     """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
+
+    told: tuple[ToldField, ...] | None = None
+    """The fields of `local_info`, each with whom it concerns; where it isn't said it counts as unknown.
+
+    A class that has a `local_info` of its own says it anew. Under a promise, under a secure sum and at a site
+    with a budget the job must give every field that isn't public, and `local_info` is asked of no rows.
+    """
+
+    def told_for(self, job: Job) -> Sequence[ToldField] | None:
+        """The fields of `local_info` that this job makes clients tell."""
+        return self.told
 
     def configured(self, job: Job, backbone: Backbone) -> Task:
         """This task as a job and its resolved backbone make it, above all by `task.options`.
@@ -98,6 +110,10 @@ class Task(Protocol):
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         """What must be known of the data before a model can be built."""
         ...
+
+    def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
+        """The rows that are as the job says; others are left out where nothing may be told of them."""
+        return range(len(dataset))
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """The facts that hold for all clients together."""

@@ -34,17 +34,24 @@ class PrivacyLedgers:
         """
         durable = not job.privacy.seeded_noise
         ledger = self.ledger(client, dp_plan.unit, durable=durable)
-        spent, count = ledger.spent_on(request.run), dp_plan.per_round
-        if durable or not ledger.has(request.run, request.round):
-            if not dp_plan.within_budget(spent, count):
-                raise BudgetExhausted(
-                    f"one more round would bring epsilon above the target {dp_plan.promise.epsilon}"
-                )
-            if durable:
-                self._check_budget(ledger, dp_plan)
-            entry = Entry(request.run, request.round, dp_plan.unit, dp_plan.event, count, fingerprint)
-            ledger.charge(entry)
-        return sum(ledger.spent_on(request.run).values()) // count
+        with ledger.alone():
+            if durable or not ledger.has(request.run, request.round):
+                self._check_target(ledger, dp_plan, request.run)
+                if durable:
+                    self._check_budget(ledger, dp_plan)
+                ledger.charge(
+                    Entry(
+                        request.run, request.round, dp_plan.unit, dp_plan.event, dp_plan.per_round,
+                        fingerprint,
+                    )
+                )  # fmt: skip
+            return sum(ledger.spent_on(request.run).values()) // dp_plan.per_round
+
+    def _check_target(self, ledger: Ledger, dp_plan: DpPlan, run: str) -> None:
+        if not dp_plan.within_budget(ledger.spent_on(run), dp_plan.per_round):
+            raise BudgetExhausted(
+                f"one more round would bring epsilon above the target {dp_plan.promise.epsilon}"
+            )
 
     def _check_budget(self, ledger: Ledger, dp_plan: DpPlan) -> None:
         if self.budget is None:

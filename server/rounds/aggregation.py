@@ -10,7 +10,7 @@ from typing import Any
 from atoll.errors import InconsistentUpdates
 from atoll.job.closed_form import is_closed_form_round
 from atoll.job.job import Job
-from atoll.job.privacy import cohort_is_secret, uses_secure_aggregation
+from atoll.job.privacy import unless_secret, uses_secure_aggregation
 from atoll.learning.learner import Learner
 from atoll.learning.trainable import without_pruned
 from atoll.protocol.messages import Update
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """Times a round below its quorum is tried before the run fails."""
+
+TOO_FEW = "too few of those who were drawn sent usable updates"
+"""What is said of a secret cohort below the quorum."""
 
 
 class TrainingRound:
@@ -112,16 +115,15 @@ def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Valida
         turnout = run.setup.clock(CohortRequest(round, attempt, cohort, goal, down, up))
         enough = len(turnout.names) >= needed or not cohort
         gathered = kind.gather_updates(run, turnout.names if enough else [], round, attempt)
-        state.bytes_down += len(cohort) * down
-        state.bytes_up += gathered.num_valid * up
+        state.bytes_down += unless_secret(run.setup.job, len(cohort) * down, 0)
+        state.bytes_up += unless_secret(run.setup.job, gathered.num_valid * up, 0)
         _warn_of_set_aside(run, gathered, round)
         if gathered.num_valid >= needed or not cohort:
             return gathered, turnout.logged(before)
         before += turnout.seconds or 0.0
-        logger.warning(
-            "round %d abandoned: %d of %d usable updates, needed %d (attempt %d of %d)",
-            round, gathered.num_valid if enough else len(turnout.names), goal, needed, attempt, MAX_ATTEMPTS,
-        )  # fmt: skip
+        usable = gathered.num_valid if enough else len(turnout.names)
+        told = unless_secret(run.setup.job, _counts(usable, goal, needed), TOO_FEW)
+        logger.warning("round %d abandoned: %s (attempt %d of %d)", round, told, attempt, MAX_ATTEMPTS)
     raise InconsistentUpdates(_below_quorum(run, gathered, turnout, goal, needed))
 
 
@@ -157,9 +159,7 @@ def model_transforms(job: Job) -> Sequence[ModelTransform]:
 
 
 def _warn_of_set_aside(run: Run, gathered: ValidatedUpdates, round: int) -> None:
-    if cohort_is_secret(run.setup.job):
-        return
-    for name, reason in gathered.set_aside.items():
+    for name, reason in unless_secret(run.setup.job, gathered.set_aside, {}).items():
         logger.warning("round %d: set aside %s: %s", round, name, reason)
 
 
@@ -171,8 +171,11 @@ def _below_quorum(
     if turnout.seconds is not None and len(turnout.names) < needed:
         reasons = [f"{turnout.unavailable} clients not available, {turnout.late} late"]
         usable = len(turnout.names)
-    return (
-        f"round {run.state.round + 1}: {usable} of {goal} usable updates, needed {needed}"
-        f" ({'; '.join(reasons)})"
-        + ("; go on after the last whole round with --resume" if run.state.round else "")
+    told = f"{_counts(usable, goal, needed)} ({'; '.join(reasons)})"
+    return f"round {run.state.round + 1}: {unless_secret(run.setup.job, told, TOO_FEW)}" + (
+        "; go on after the last whole round with --resume" if run.state.round else ""
     )
+
+
+def _counts(usable: int, goal: int, needed: int) -> str:
+    return f"{usable} of {goal} usable updates, needed {needed}"

@@ -128,9 +128,11 @@ class CentralDp:
         return entropy
 
     def _charge(self, round: int, cost: Release) -> None:
+        with self.ledger.alone():
+            self.check_budget(round)
+            if not self._is_repeated(round):
+                self.ledger.charge(Entry(self.run, round, "client", cost))
         self.observed[cost] += 1
-        if not self._is_repeated(round):
-            self.ledger.charge(Entry(self.run, round, "client", cost))
 
     def _is_repeated(self, round: int) -> bool:
         """Whether this is byte for byte a release that was charged already, as seeded noise makes it."""

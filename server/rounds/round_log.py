@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from atoll.job.privacy import cohort_is_secret, expected_cohort
+from atoll.job.privacy import expected_cohort, unless_secret
 from atoll.protocol.messages import CHARGED_ROUNDS
 from atoll.protocol.stacked_updates import stacked_states
 from atoll.protocol.tensors import size_of, tensors_sha256
@@ -40,9 +40,7 @@ def log_line(
     }
     if CHARGED_ROUNDS in states:
         line["charged_rounds"] = max(int(states[CHARGED_ROUNDS].max()), charged_rounds(run))
-    if cohort_is_secret(run.setup.job):
-        line |= _expected_fields(run)
-    return line
+    return unless_secret(run.setup.job, line, line | _public_fields(run, line))
 
 
 def charged_rounds(run: Run) -> int:
@@ -51,10 +49,16 @@ def charged_rounds(run: Run) -> int:
     return int(log[-1].get("charged_rounds", 0)) if log else 0
 
 
-def _expected_fields(run: Run) -> dict[str, Any]:
-    """What stands in a line for who took part, where that is secret: what is public anyway."""
+def _public_fields(run: Run, line: dict[str, Any]) -> dict[str, Any]:
+    """What stands in a line for who took part, where that is secret: what is public anyway.
+
+    Of a simulated clock it is how long the round took, and not how many were asked in vain.
+    """
     expected, rounds = expected_cohort(run.setup.job), run.state.round
+    clock = line.get("simulated")
+    kept = {} if clock is None else {"simulated": {key: clock[key] for key in ("seconds", "elapsed")}}
     return {
+        **kept,
         "cohort": [],
         "trained": round(expected),
         "set_aside": {},

@@ -76,11 +76,16 @@ def validate_stacked(
         whole.clients == tuple(sorted(cohort))
         and whole.round == round
         and shapes == {name: (t.shape, t.dtype) for name, t in model.items()}
-        and all(0 < n <= MAX_EXAMPLES for n in whole.num_examples)
+        and all(_fewest(blind) <= n <= MAX_EXAMPLES for n in whole.num_examples)
     )
     if as_expected and (blind or _values_are_sound(whole)):
         return ValidatedUpdates(whole, {})
     return validate_updates(updates, cohort, model, round, blind=blind)
+
+
+def _fewest(blind: bool) -> int:
+    """Examples that an update comes from at least; under a promise none is as good as any number."""
+    return 0 if blind else 1
 
 
 def _values_are_sound(whole: StackedUpdates) -> bool:
@@ -136,8 +141,9 @@ def _fault(reply: Reply, cohort: Sequence[str], model: Tensors, round: int, *, b
     if reply.round != round:
         return f"reply to round {reply.round}, expected round {round}"
     n = reply.num_examples
-    if not isinstance(n, int) or isinstance(n, bool) or not 0 < n <= MAX_EXAMPLES:
-        return f"num_examples: expected an integer from 1 to {MAX_EXAMPLES}, found {n!r}"
+    least = _fewest(blind)
+    if not isinstance(n, int) or isinstance(n, bool) or not least <= n <= MAX_EXAMPLES:
+        return f"num_examples: expected an integer from {least} to {MAX_EXAMPLES}, found {n!r}"
     fault = _shape_fault(reply.delta, model) or _states_fault(reply.states, blind=blind)
     return fault or (None if blind else _value_fault(reply.delta))
 

@@ -55,7 +55,8 @@ def _of_unit(run: Run, unit: str) -> dict[str, Any]:
     if dp_plan.promise.clipping == "adaptive":
         claim["last_clipping_norm"] = run.state.strategy_state.get(NORM)
     if dp_plan.where == "server" and isinstance(protection, CentralDp):
-        total = protection.ledger.spent
+        with protection.ledger.alone():  # what other runs have charged until now is in it
+            total = Counter(protection.ledger.spent)
         claim["epsilon_of_all_runs"] = _number(epsilon(total, dp_plan.delta))
     return claim if job.train.teacher is None else _with_teacher(claim, Path(job.train.teacher))
 

@@ -19,6 +19,7 @@ from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
+from atoll.job.privacy import unless_secret
 from atoll.protocol.messages import Reply, Update, decode_reply, encode_reply
 from atoll.protocol.requests import ModelRequest, Request, decode_request, encode_request
 from atoll.protocol.tensors import Tensors
@@ -112,7 +113,10 @@ class PooledTransport:
                 return self._pool(worker).submit(answer, work)
 
         waiting = blocks(names, self.workers, whole=trains_on_features(self.population.job))
-        shift = BlockScheduler(Queue(self._homes, waiting), self.workers, submit, self._end_worker)
+        shift = BlockScheduler(
+            Queue(self._homes, waiting), self.workers, submit, self._end_worker,
+            tells_clients=unless_secret(self.population.job, True, False),
+        )  # fmt: skip
         with closing(shift.answers()) as answers:
             yield from (_reply(found, board, slots) for found in answers)
 

@@ -29,6 +29,7 @@ class BlockScheduler(Generic[A]):
     workers: int
     submit: Callable[[int, list[str]], Future[Sequence[A]]]
     dismiss: Callable[[int], None]
+    tells_clients: bool = True
     _running: dict[Future[Sequence[A]], tuple[int, list[str]]] = field(default_factory=dict)
     _deaths: Counter[str] = field(default_factory=Counter)
 
@@ -79,7 +80,8 @@ class BlockScheduler(Generic[A]):
         self._deaths[block[0]] += 1
         if self._deaths[block[0]] == RETRIES:
             others = f" and {len(block) - 1} more" if len(block) > 1 else ""
-            raise JobError(f"worker processes died {RETRIES} times over {block[0]}{others}; out of memory?")
+            over = f" over {block[0]}{others}" if self.tells_clients else ""
+            raise JobError(f"worker processes died {RETRIES} times{over}; out of memory?")
 
     def _take_back(self, worker: int) -> None:
         """All that a dead worker had before it."""

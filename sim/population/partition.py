@@ -13,6 +13,7 @@ from atoll.data.dataset import Dataset
 from atoll.errors import ConfigError
 from atoll.job.job import Dirichlet, Iid, Job, Natural, OtherPartition, Pathological, Resampled
 from atoll.job.partitions import brought_partition
+from atoll.job.privacy import SHARED_EXAMPLES
 from atoll.protocol.random_streams import stream_seed
 from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows, SampledAssignment
 from atoll.sim.population.skew import dirichlet_hands, pathological_hands
@@ -70,6 +71,8 @@ def _brought(deck: Rows, table: Dataset, rule: OtherPartition, job: Job) -> Fixe
                 f"{where} rows for client {client} that are twice there or none of the {len(deck)},"
                 f" expected different numbers from 0 to {len(deck) - 1}"
             )
+    if "example" in job.privacy.units and len(np.unique(np.concatenate(hands))) < sum(map(len, hands)):
+        raise ConfigError(f"data.partition: {rule.kind} ({extension.origin}) {SHARED_EXAMPLES}")
     return FixedAssignment.of([deck[hand] for hand in hands])
 
 

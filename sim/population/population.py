@@ -20,6 +20,7 @@ from atoll.server.run.test_set import hold_out, read_source, unit_keys
 from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows
 from atoll.sim.population.partition import partition
 from atoll.tasks import task_named
+from atoll.tasks.told import fitting_rows, greeting_info, is_silent
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,31 @@ class Population:
         table = read_source(job)
         train, test = hold_out(table, job)
         task = task_named(job.task.name)
+        whole, train = len(train), fitting_rows(job, task, train)
+        unfit = whole - len(train)
+        notes = (f"{unfit} examples don't fit the job and are left out",) if unfit else ()
         keys, units = task.keys(train), unit_keys(task, train)
         assignment = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
         if isinstance(assignment, FixedAssignment) and len(held := assignment.held()) < len(keys):
             train, keys = train.select(held), [keys[row] for row in held.tolist()]
             assignment = assignment.among(held)
-        return cls(job, train, test, keys, assignment, table.notes)
+        return cls(job, train, test, keys, assignment, (*table.notes, *notes))
 
     def names(self, job: Job) -> Sequence[str]:
         return client_names(job.federation.clients)
 
     def roster(self, job: Job) -> ClientRoster:
-        """All clients, without asking each: what they hold between them is one table."""
-        key = job.task.name + job.data.model_dump_json()
+        """All clients, without asking each: what they hold between them is one table.
+
+        Raises:
+            ConfigError, DataError: they would be told more than a real site tells, or don't fit.
+        """
+        key = job.task.model_dump_json() + job.data.model_dump_json() + str(is_silent(job))
         if key not in self._facts:
-            self._facts[key] = task_named(job.task.name).local_info(self.train, job.data, job.task.options)
-        return ClientRoster(self.names(job), self.assignment.sizes, [self._facts[key]])
+            self._facts[key] = greeting_info(job, task_named(job.task.name), self.train)
+        sizes = self.assignment.sizes
+        told = np.zeros_like(sizes) if is_silent(job) else sizes
+        return ClientRoster(self.names(job), told, [self._facts[key]])
 
     def dataset(self, job: Job, client: str) -> Dataset:
         return self.train.select(self.assignment.rows([number_of(client)])[0])

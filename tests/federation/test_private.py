@@ -10,12 +10,11 @@ import pytest
 
 from atoll.privacy.accounting import Release, epsilon
 from atoll.server.deploy.status import status
-from tests.federation.conftest import CLIENTS, Ring, job
+from tests.federation.conftest import CLASSES, CLIENTS, Ring, job
 from tests.federation.places import result_of
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 
-CLASSES = {"classes": [str(digit) for digit in range(10)]}
 EXAMPLE = {
     "unit": "example", "noise_multiplier": 1.0, "delta": 1e-4, "sampling_rate": 0.25, "clipping_norm": 0.5,
 }  # fmt: skip
@@ -141,11 +140,11 @@ def test_a_site_that_dies_in_a_secure_sum_stops_the_round_and_not_the_run(ring: 
 
     A sum in which none dies has the bits of the simulation, too: tests/federation/test_wire.py.
     """
-    setting = job("secure-killed", federation={"secure_aggregation": True, "rounds": 1})
+    setting = job("secure-killed", data=CLASSES, federation={"secure_aggregation": True, "rounds": 1})
     federation, out = ring.whole(), ring.federation.folder / "secure-killed"
     held = ring.hold("secure-killed", 1)
     submitted = federation.submit(setting, out)
-    ring.alone().says("round 1 of secure-killed: mask client-0000")
+    ring.alone().says("round 1 of secure-killed: masked sum client-0000")
     ring.alone().kill()
     held.unlink()
     ring.alone()

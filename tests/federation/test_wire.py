@@ -31,7 +31,7 @@ from atoll.sim.baselines import BaselineRunner
 from atoll.sim.engines.engine import cached_test_set
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
-from tests.federation.conftest import CLIENTS, Ring, job
+from tests.federation.conftest import CLASSES, CLIENTS, Ring, job
 from tests.federation.wire import Tap, bodies, said, share_found, tapped
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
@@ -131,7 +131,7 @@ def wire(ring: Ring, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]
 
 @pytest.fixture(scope="module")
 def secure(wire: Wire) -> Heard:
-    return wire.hear(job("sealed", federation={"secure_aggregation": True}))
+    return wire.hear(job("sealed", data=CLASSES, federation={"secure_aggregation": True}))
 
 
 def delta_bytes(update: Update) -> list[bytes]:
@@ -256,7 +256,8 @@ def test_public_keys_are_on_the_wire_and_no_secret_is(secure: Heard) -> None:
 def test_the_same_search_finds_a_site_that_leaves_its_masks_off(wire: Wire) -> None:
     (wire.watch / "unmasked").touch()
     try:
-        heard = wire.hear(job("unmasked", federation={"rounds": 1, "secure_aggregation": True}))
+        once = {"rounds": 1, "secure_aggregation": True}
+        heard = wire.hear(job("unmasked", data=CLASSES, federation=once))
     finally:
         (wire.watch / "unmasked").unlink()
     vectors, plain = masked_on(heard), list(heard.replayed.vectors.values())

@@ -59,7 +59,8 @@ def server_app() -> None:
     def cut_short(
         carrier: app.FlowerTransport, request: Request, names: Sequence[str], timeout: float
     ) -> Iterator[Reply]:
-        cut = folder / f"{Job.from_json(request.job).name}-{request.round}-{request.kind}"
+        kind = type(request).__name__.removesuffix("Request").lower()
+        cut = folder / f"{Job.from_json(request.job).name}-{request.round}-{kind}"
         missing = set(names)
         if cut.exists():  # what it waits for is the deadline, not the site's connection
             vars(app)["REJOIN_SECONDS"] = math.inf

@@ -10,7 +10,7 @@ import torch
 
 from atoll.backbones.dense_vision import SIZE, picture_size, refuse_variation, size_of, without_other_parts
 from atoll.backbones.encoder import Model
-from atoll.backbones.options import refuse_options
+from atoll.backbones.options import options_of
 from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
@@ -20,11 +20,13 @@ from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
+from atoll.job.section import Count, Section
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import agreed, check_pinned, named
+from atoll.tasks.classes import agreed, named, names_told
 from atoll.tasks.detection.data import BOXES
 from atoll.tasks.detection.model import load_detector
 from atoll.tasks.schema_task import SchemaTask
+from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,9 +36,20 @@ SHOWN_SCORE = 0.5
 """What `atoll predict` shows at least."""
 
 
+class DetectionOptions(Section):
+    """`task.options` of object detection: how many boxes of a picture are used: its first ones, or all."""
+
+    max_boxes: Count | None = None
+
+
 @dataclass(frozen=True)
 class Detection(SchemaTask):
     """Targets are [n, most, 5]: x1, y1, x2, y2 in the resized square, and the class; -1 where none is."""
+
+    told = (
+        *names_told(),
+        ToldField("most", "example", "task.options.max_boxes", "the most boxes of a picture that are used"),
+    )
 
     name: str = "object-detection"
     summary: str = "boxes with classes; torchvision's Faster R-CNN, SSDlite; COCO's mAP, mAP50"
@@ -44,12 +57,14 @@ class Detection(SchemaTask):
     sees_targets: bool = True
     primary_metric: str = "map"
     size: int = SIZE
+    max_boxes: int | None = None
 
     def configured(self, job: Job, backbone: Backbone) -> Detection:
-        return replace(self, size=size_of(job))
+        options = options_of(job.task.options, DetectionOptions)
+        return replace(self, size=size_of(job), max_boxes=options.max_boxes)
 
     def check(self, job: Job) -> None:
-        refuse_options(job.task.options, "task.options", self.name)
+        options_of(job.task.options, DetectionOptions)
         refuse_variation(job, self.name)
         if "example" in job.privacy.units:
             raise ConfigError(
@@ -61,7 +76,6 @@ class Detection(SchemaTask):
                 f"train.accumulate: expected 1 for object-detection, found {job.train.accumulate}: a"
                 " detector's losses are shared by all pictures of a batch, so that parts don't add up"
             )
-        check_pinned(job)
 
     def records(self, options: Options) -> Schema:
         return BOXES
@@ -70,14 +84,21 @@ class Detection(SchemaTask):
         return BOXES.adopted(without_other_parts(splits, ("image", "boxes", "classes")))
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The classes, as the job names them or sorted, and how many boxes a picture has at most.
+        """The classes, as the job names them or sorted, and how many boxes of a picture are used at most.
 
         Raises:
             DataError: the data has a class that the job doesn't name.
         """
         classes = dataset["classes"][:]
         present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
-        return named(present, data, "classes", "class") | {"most": most}
+        given = options_of(options, DetectionOptions).max_boxes
+        return named(present, data, "classes", "class") | {"most": given or most}
+
+    def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
+        """The pictures whose boxes are all of the job's classes."""
+        known = set(data.classes or ())
+        classes = dataset["classes"][:]
+        return [row for row, names in enumerate(classes) if data.classes is None or known.issuperset(names)]
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Pinned classes as they are, else the sorted union.
@@ -95,12 +116,13 @@ class Detection(SchemaTask):
         order = canonical_order(keys)
         index = {name: number for number, name in enumerate(data_info["classes"])}
         rows = dataset.select_columns(["boxes", "classes"])[:]
-        most = max(1, data_info["most"], *(len(rows["boxes"][row]) for row in order))
+        boxes = [row[: self.max_boxes] for row in rows["boxes"]]
+        most = max(1, data_info["most"], *(len(boxes[row]) for row in order))
         targets = torch.full((len(order), most, 5), -1.0)
         for target, row in zip(targets, order, strict=True):
             width, height = picture_size(dataset[row]["image"])
             scale = torch.tensor([self.size / width, self.size / height] * 2)
-            for place, (box, name) in enumerate(zip(rows["boxes"][row], rows["classes"][row], strict=True)):
+            for place, (box, name) in enumerate(zip(boxes[row], rows["classes"][row], strict=False)):
                 if name not in index:
                     raise DataError(f"class {name!r} is not one of the run's classes {data_info['classes']}")
                 target[place, :4] = (torch.tensor(box) * scale).clamp(0, self.size)

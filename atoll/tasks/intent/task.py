@@ -28,17 +28,17 @@ from atoll.data.schema import Schema, SchemaField
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.tables import Rows
 from atoll.data.texts import read_text_input
-from atoll.datasets.registry import SOURCES
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Positive, Section
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import agreed, check_pinned, named
+from atoll.tasks.classes import agreed, named, names_told, rows_named
 from atoll.tasks.intent.audio_model import load_spoken_model
 from atoll.tasks.intent.text_model import load_command_model
 from atoll.tasks.losses import surprise
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.speech.task import audio_inputs, audio_role, read_audio_input
+from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -48,12 +48,19 @@ NOTHING = -100
 
 OUTSIDE = "O"
 
+TAGS = ToldField("tags", "example", "task.options.tags", "the list of slot tags")
+PUBLIC_TAGS = ToldField("tags", "public")
+
 
 class IntentOptions(Section):
-    """`task.options` of intent: what is learnt from, and how long a recording may be."""
+    """`task.options` of intent: what is learnt from, how long a recording may be, which slot tags there are.
+
+    Tags that are not given are those of the data; one that isn't among those given is not learnt.
+    """
 
     input: Literal["text", "audio"] = "text"
     max_seconds: Positive = 20.0
+    tags: tuple[str, ...] | None = None
 
     @property
     def is_heard(self) -> bool:
@@ -142,11 +149,11 @@ class Intent(SchemaTask):
             _check_privacy_of_recordings(job)
             return
         refuse_augment(job)
-        if job.privacy.units and job.data.source not in SOURCES:
-            raise ConfigError(
-                f"privacy.unit = {job.privacy.unit!r}: the slots' names would tell what clients hold,"
-                " expected a built-in source"
-            )
+
+    def told_for(self, job: Job) -> Sequence[ToldField]:
+        """Intents, and the tags of slots, which recordings have none of."""
+        heard = options_of(job.task.options, IntentOptions).is_heard
+        return (*names_told("intents", "intents"), PUBLIC_TAGS if heard else TAGS)
 
     def records(self, options: Options) -> Schema:
         return _records(options_of(options, IntentOptions))
@@ -174,15 +181,20 @@ class Intent(SchemaTask):
         )
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The intents, those the job names or else those of the data, and the tags of the data, sorted.
+        """The intents and the tags, those the job names or else those of the data, sorted.
 
         Raises:
             DataError: the data has an intent that the job doesn't name.
         """
         present = set(dataset["intent"])
         slots = dataset["slots"][:] if "slots" in dataset.column_names else []
-        tags = sorted({tag for row in slots for tag in row.split()} | {OUTSIDE})
-        return named(present, data, "intents", "intent") | {"tags": tags}
+        given = options_of(options, IntentOptions).tags
+        tags = {tag for row in slots for tag in row.split()} if given is None else set(given)
+        return named(present, data, "intents", "intent") | {"tags": sorted(tags | {OUTSIDE})}
+
+    def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
+        """The rows of the job's intents."""
+        return rows_named(dataset["intent"][:], data)
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Pinned intents as they are, else the sorted union; the sorted union of tags."""
@@ -258,7 +270,6 @@ class Intent(SchemaTask):
 
 
 def _check_privacy_of_recordings(job: Job) -> None:
-    check_pinned(job, "intents")
     if job.privacy.unit in ("example", "both"):
         raise ConfigError(
             f"privacy.unit = {job.privacy.unit!r}: a recurrent layer gives no example a gradient of its own"

@@ -55,6 +55,8 @@ class AnswerOptions(Section):
 class QuestionAnswering(SchemaTask):
     """Targets are [n, max_answer_tokens + bytes]: the answer's tokens, then its text in UTF-8, to score."""
 
+    told = ()
+
     name: str = "question-answering"
     summary: str = "an answer in words, from a context or without; T5, BART, …; exact match, token F1"
     uses_pooled_features: bool = False

@@ -24,12 +24,14 @@ FEWEST = 4
 class RecommendOptions(Section):
     """`task.options` of recommendation: how far back a history goes, and how many items are proposed.
 
-    With `repeats` items that are in the history already may be among them.
+    With `repeats` items that are in the history already may be among them. `texts` are those of the items
+    that `data.classes` names, in its order; where they aren't given they are those of the data.
     """
 
     length: Annotated[int, Field(ge=4, le=2_000)] = 50
     top: Count = 10
     repeats: bool = False
+    texts: tuple[str, ...] | None = None
 
 
 EVENTS = Schema(

@@ -25,11 +25,12 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import check_pinned
+from atoll.tasks.classes import names_told
 from atoll.tasks.losses import surprise
 from atoll.tasks.recommendation.data import EVENTS, HISTORIES, RecommendOptions, histories_of
 from atoll.tasks.recommendation.sasrec import load_recommender
 from atoll.tasks.task import Task
+from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 NOTHING = -100
 """A target that isn't there: in front of a short history."""
+
+TEXTS = ToldField("texts", "example", "task.options.texts", "the items' texts in the order of data.classes")
+UNREAD_TEXTS = ToldField("texts", "public")
+"""Under a promise they are made of no rows, and so empty unless the job gives them."""
 
 UNKNOWN = -1
 """A target that no client knew when the run began: it can't be proposed, and counts as missed."""
@@ -57,9 +62,18 @@ class Recommendation(Task):
         return replace(self, options=options_of(job.task.options, RecommendOptions))
 
     def check(self, job: Job) -> None:
-        options_of(job.task.options, RecommendOptions)
+        options = options_of(job.task.options, RecommendOptions)
         refuse_augment(job)
-        check_pinned(job, "items")
+        if options.texts is not None and len(options.texts) != len(job.data.classes or ()):
+            raise ConfigError(
+                f"task.options.texts: {len(options.texts)} texts for {len(job.data.classes or ())} items of"
+                " data.classes, expected one for each"
+            )
+
+    def told_for(self, job: Job) -> Sequence[ToldField]:
+        """The items, and their texts where the network reads them; else no text is told that isn't given."""
+        read = "text" in job.backbone.options
+        return (*names_told("items", "items"), TEXTS if read else UNREAD_TEXTS)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         diagnostics = Diagnostics()
@@ -97,7 +111,7 @@ class Recommendation(Task):
         return HISTORIES.keys(dataset)
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """The items and their texts: those the job names, or else those of the data, sorted."""
+        """The items and their texts: those the job gives, or else those of the data, sorted."""
         rows = dataset[:]
         texts: dict[str, str] = {}
         for items, said in zip(rows["items"], rows.get("texts") or [()] * len(dataset), strict=True):
@@ -106,8 +120,9 @@ class Recommendation(Task):
         if data.classes is None:
             names = sorted(texts)
             return {"items": names, "texts": [texts[name] for name in names]}
-        pinned = list(data.classes)
-        return {"items": pinned, "texts": [texts.get(name, "") for name in pinned], "pinned": True}
+        pinned, given = list(data.classes), options_of(options, RecommendOptions).texts
+        known = [texts.get(name, "") for name in pinned] if given is None else list(given)
+        return {"items": pinned, "texts": known, "pinned": True}
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Pinned items as they are, else the sorted union; an item's text is the first that is there."""

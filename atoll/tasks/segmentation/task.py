@@ -32,7 +32,6 @@ from atoll.data.images import read_image_input
 from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Lazy, Shard, canonical_order
-from atoll.datasets.registry import SOURCES
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Section
@@ -41,6 +40,7 @@ from atoll.protocol.random_streams import global_stream
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.segmentation.data import IGNORED, MASKS, highest_class, read_mask
 from atoll.tasks.segmentation.segformer import load_segformer
+from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,6 +74,11 @@ class Segmenter(Model):
 class Segmentation(SchemaTask):
     """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
 
+    told = tuple(
+        ToldField(name, "example", "task.options.classes", "the list of classes")
+        for name in ("classes", "highest")
+    )
+
     name: str = "segmentation"
     summary: str = "a class for every pixel; torchvision's DeepLabV3, LRASPP, FCN, SegFormer; mean IoU"
     uses_pooled_features: bool = False
@@ -92,11 +97,6 @@ class Segmentation(SchemaTask):
             raise ConfigError(
                 f"task.options.classes: expected at least two, as many as pixels can have,"
                 f" found {list(options.classes)}"
-            )
-        if job.privacy.units and options.classes is None and job.data.source not in SOURCES:
-            raise ConfigError(
-                "task.options.classes: missing, expected the list of classes with"
-                f" privacy.unit = {job.privacy.unit!r}: one made from the data would tell what clients hold"
             )
 
     def records(self, options: Options) -> Schema:
@@ -121,6 +121,13 @@ class Segmentation(SchemaTask):
                 f" (task.options.classes = {list(named)}) or {IGNORED}, which is ignored"
             )
         return {"classes": list(named)}
+
+    def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
+        """The pictures whose masks have the job's classes alone."""
+        named = options_of(options, SegmentationOptions).classes
+        if named is None:
+            return range(len(dataset))
+        return [row for row, cell in enumerate(dataset.cells("mask")) if highest_class(cell) < len(named)]
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """Named classes as they are, else numbers up to the highest that anybody has.
