@@ -29,7 +29,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "task": {"name": "image-text"},
         "data": {"source": "generated-reviews", "test_fraction": 0.0},
         "backbone": SQUEEZENET | {"max_tokens": 16, "options": {"text": "written"}},
-        "train": {"lr": 0.001, "batch_size": 64, "optimizer": "adam"},
+        "train": {"lr": 0.0003, "batch_size": 64, "optimizer": "adam"},
     },
     "medical-imaging": {
         "task": {"name": "medical-imaging"},
