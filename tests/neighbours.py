@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atoll.client.dispatch import LocalWork, updates_of
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.dp_sgd_model import model_sums
 from atoll.client.dp.poisson import private_training
-from atoll.client.heads.train import train_heads
-from atoll.client.site import LoadedShard, feature_table, local_training
+from atoll.client.dp.secure_aggregation import SecureAggregationSession
+from atoll.client.shard_cache import LoadedClients, LoadedShard
+from atoll.client.state.store import ClientStateStore
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
-from atoll.protocol.messages import Request
+from atoll.protocol.requests import TrainRequest
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from tests.detectors import Detected, silent
@@ -86,12 +88,14 @@ def summed(learner: Learner, shard: Shard) -> Vector:
 def trained_head(learner: Learner, shard: Shard) -> Vector:
     """What a client's head moved by in one step of rate 1."""
     train, validation = learner.split(shard)
-    held = {"c": LoadedShard(train, validation, learner.training_features(train))}
-    examples, client_rows = feature_table(held, "cpu")
+    loaded = {"c": LoadedShard(train, validation, learner.training_features(train))}
     head, job = learner_start(learner), learner.job
-    request = Request("train", job.canonical, job.hash, 1, learner.data_info, head)
-    local = local_training(learner, request, quiet(job))
-    return -flat(train_heads(head, examples, client_rows, local)[0].delta)
+    work = LocalWork(
+        learner, LoadedClients(loaded, "cpu"), ClientStateStore(), SecureAggregationSession(), quiet(job)
+    )
+    request = TrainRequest(job.canonical, job.hash, 1, learner.data_info, head)
+    [update] = updates_of(work, request)
+    return -flat(update.delta)
 
 
 _starts: dict[int, tuple[Learner, Any]] = {}

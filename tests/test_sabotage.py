@@ -175,7 +175,9 @@ CLIENT_NOISE: dict[str, Plant] = {
         atoll.privacy.noise.Lattice, "whole_noise", lambda original: uniform_noise
     ),
     "no noise at all": wrapped(
-        atoll.privacy.noise.Lattice, "noise", lambda original: lambda self, count: np.zeros(count)
+        atoll.privacy.noise.Lattice,
+        "whole_noise",
+        lambda original: lambda self, count: np.zeros(count, dtype=np.int64),
     ),
 }
 
