@@ -24,7 +24,7 @@ from atoll.learning import trainable
 from atoll.learning.learner import Learner, sum_states
 from atoll.privacy.noise import seeded
 from atoll.protocol.random_streams import stream_seed
-from atoll.tasks.question_answering.task import NOTHING, QUESTION_ANSWERING, prompt
+from atoll.tasks.question_answering.task import IGNORE_INDEX, QUESTION_ANSWERING, prompt
 from tests.models import small_bart, small_t5
 
 ROWS = [
@@ -126,7 +126,7 @@ def test_no_question_to_pretrain_on_is_asked_again() -> None:
 def test_padding_of_an_answer_does_not_count_in_the_loss() -> None:
     torch.manual_seed(0)
     outputs = torch.randn(2, 4, 7)
-    targets = torch.full((2, 6), NOTHING)
+    targets = torch.full((2, 6), IGNORE_INDEX)
     targets[0, :2], targets[1, :3] = torch.tensor([3, 1]), torch.tensor([2, 5, 1])
     surprise = -torch.log_softmax(outputs, dim=2)
     # The mean over each answer's own tokens, then over answers.

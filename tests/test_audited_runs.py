@@ -30,7 +30,7 @@ from atoll.report.audit import what_the_audit_found
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.cohort import sample
 from atoll.server.run.directory import job_toml
-from atoll.sim.audit.audit import FEWEST, Audit, audited, canaries_for
+from atoll.sim.audit.audit import MIN_CANARIES, Audit, audited, canaries_for
 from atoll.sim.audit.client_canaries import CanaryClients
 from atoll.sim.audit.example_canaries import CanaryFeatures, carrier_with, owners
 from atoll.sim.audit.mislabelled_canaries import Mislabelled, MislabelledIndex
@@ -292,7 +292,7 @@ def test_models_without_a_closed_form_are_audited_too(unit: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"canaries": FEWEST - 1}, "--canaries: expected 16 or more, found 15"),
+        ({"canaries": MIN_CANARIES - 1}, "--canaries: expected 16 or more, found 15"),
         ({"confidence": 1.0}, "--confidence: expected a number from 0.5 to below 1, found 1.0"),
         ({"shadows": 1}, "--shadows: expected none, or 2 or more, found 1"),
     ],

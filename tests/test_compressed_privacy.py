@@ -18,7 +18,7 @@ from safetensors.torch import load
 import atoll.client.dispatch
 from atoll.client.site import Site
 from atoll.client.state import error_feedback
-from atoll.client.state.error_feedback import ERROR
+from atoll.client.state.error_feedback import ERROR_KEY
 from atoll.client.state.store import ClientStateStore
 from atoll.errors import ConfigError
 from atoll.job.job import Job
@@ -54,7 +54,7 @@ def arrived(updates: Sequence[Update], scheme: str) -> ValidatedUpdates:
     setting, memory = job(scheme, w.clients()), ClientStateStore()
     numbers = compression.numbers_of(w.MODEL)
     request = TrainRequest(setting.canonical, setting.hash, 1, {}, w.MODEL, run="r")
-    memory.save("r", 0, {u.client: {ERROR: torch.full((numbers,), 50.0)} for u in updates})
+    memory.save("r", 0, {u.client: {ERROR_KEY: torch.full((numbers,), 50.0)} for u in updates})
     told = [replace(u, states=STATES, num_examples=1) for u in updates]
     sent = error_feedback.compressed(iter(told), request, setting, memory)
     whole = decompression.decompressed(sent, setting, w.MODEL)

@@ -138,7 +138,7 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_learnt(tmp_path: P
     run_name = next(iter(carrier.site.memory._held))[0]
     left = torch.stack(
         [
-            carrier.site.memory.load_before(run_name, name, 4)[error_feedback.ERROR]
+            carrier.site.memory.load_before(run_name, name, 4)[error_feedback.ERROR_KEY]
             for name in population.names(plain)
         ]
     )
@@ -287,9 +287,9 @@ def test_an_update_that_is_not_finite_is_set_aside_and_does_not_spoil_memory(sch
         return {name: tensor.unsqueeze(0) for name, tensor in update.delta.items()}
 
     sent(1, 0.1)
-    before = memory.load_before("r", "a", 2)[error_feedback.ERROR]
+    before = memory.load_before("r", "a", 2)[error_feedback.ERROR_KEY]
     assert not torch.isfinite(decompress(sent(2, float("nan")), how)).any()
-    assert torch.equal(memory.load_before("r", "a", 3)[error_feedback.ERROR], before)
+    assert torch.equal(memory.load_before("r", "a", 3)[error_feedback.ERROR_KEY], before)
     assert torch.isfinite(decompress(sent(3, 0.2), how)).all()
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from atoll.backbones.resolve import resolve
 from atoll.errors import InputError
 from atoll.learning import feature_cache
-from atoll.learning.feature_cache import MOST_SMALL, FeatureCache
+from atoll.learning.feature_cache import MAX_SMALL_PARTS, FeatureCache
 from atoll.learning.features import plain_view, processor
 from tests.processes import python
 from tests.small import image_job
@@ -112,13 +112,13 @@ def test_a_cache_is_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
 
 def test_many_small_parts_become_few_and_nothing_is_lost(tmp_path: Path) -> None:
     cache, reader = FeatureCache(tmp_path), FeatureCache(tmp_path)
-    for number in range(MOST_SMALL):
+    for number in range(MAX_SMALL_PARTS):
         fill(cache, number, number + 1000)
     assert reader.missing([key(0)]) == []
-    assert len(parts(tmp_path)) == MOST_SMALL
+    assert len(parts(tmp_path)) == MAX_SMALL_PARTS
     fill(cache, 5000)
     assert len(parts(tmp_path)) == 1
-    numbers = [*range(MOST_SMALL), *range(1000, 1000 + MOST_SMALL), 5000]
+    numbers = [*range(MAX_SMALL_PARTS), *range(1000, 1000 + MAX_SMALL_PARTS), 5000]
     for each in (cache, FeatureCache(tmp_path)):
         assert each.missing([key(n) for n in numbers]) == []
         assert torch.equal(each.take([key(n) for n in numbers]), features(*numbers))
@@ -130,32 +130,32 @@ def test_a_large_part_is_left_alone_when_small_ones_are_merged(tmp_path: Path) -
     cache = FeatureCache(tmp_path)
     fill(cache, *range(10_000, 11_000))
     (large,) = parts(tmp_path)
-    for number in range(3 * MOST_SMALL):
+    for number in range(3 * MAX_SMALL_PARTS):
         fill(cache, number)
     assert large in parts(tmp_path)
-    assert len(parts(tmp_path)) <= MOST_SMALL + 1
-    everything = [*range(3 * MOST_SMALL), *range(10_000, 11_000)]
+    assert len(parts(tmp_path)) <= MAX_SMALL_PARTS + 1
+    everything = [*range(3 * MAX_SMALL_PARTS), *range(10_000, 11_000)]
     assert torch.equal(found(tmp_path, *everything), features(*everything))
 
 
 def test_a_merge_writes_parts_of_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_cache, "SMALL", 10 * WIDTH * 4)
+    monkeypatch.setattr(feature_cache, "SMALL_PART_BYTES", 10 * WIDTH * 4)
     cache = FeatureCache(tmp_path)
-    for number in range(MOST_SMALL + 1):
+    for number in range(MAX_SMALL_PARTS + 1):
         fill(cache, number)
     assert len(parts(tmp_path)) == 4  # 33 rows, 10 a part
-    assert torch.equal(found(tmp_path, *range(MOST_SMALL + 1)), features(*range(MOST_SMALL + 1)))
+    assert torch.equal(found(tmp_path, *range(MAX_SMALL_PARTS + 1)), features(*range(MAX_SMALL_PARTS + 1)))
 
 
 def test_a_merge_that_was_killed_before_it_removed_anything_is_done_again(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path)
-    for number in range(MOST_SMALL):
+    for number in range(MAX_SMALL_PARTS):
         fill(cache, number)
     left_over = {file: file.read_bytes() for file in parts(tmp_path)}
-    fill(cache, MOST_SMALL)
+    fill(cache, MAX_SMALL_PARTS)
     for file, content in left_over.items():
         file.write_bytes(content)
-    assert torch.equal(found(tmp_path, *range(MOST_SMALL + 1)), features(*range(MOST_SMALL + 1)))
+    assert torch.equal(found(tmp_path, *range(MAX_SMALL_PARTS + 1)), features(*range(MAX_SMALL_PARTS + 1)))
     assert len(parts(tmp_path)) == 2
 
 
@@ -245,7 +245,7 @@ def test_writers_killed_at_any_instant_lose_nothing_that_they_had_put(tmp_path: 
         put += [int(line) for line in writer.stdout.read().split("\n")[:-1]]
         writer.stdout.close()
     assert torch.equal(found(tmp_path, *put), features(*put))
-    assert len(parts(tmp_path)) <= MOST_SMALL
+    assert len(parts(tmp_path)) <= MAX_SMALL_PARTS
 
 
 def test_features_of_another_device_are_kept_apart() -> None:

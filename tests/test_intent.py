@@ -22,7 +22,7 @@ from atoll.learning import trainable
 from atoll.learning.learner import Learner, sum_states
 from atoll.privacy.noise import seeded
 from atoll.protocol.random_streams import stream_seed
-from atoll.tasks.intent.task import INTENT, NOTHING
+from atoll.tasks.intent.task import IGNORE_INDEX, INTENT
 from atoll.tasks.told import check_told
 from tests.test_backbones import tiny_bert
 
@@ -108,7 +108,7 @@ def test_places_behind_a_short_sentence_count_neither_in_the_loss_nor_in_the_met
     learner, shard = learner_and_shard(ROWS)
     model = learner.model.eval()
     targets = shard.targets_of(range(4))
-    assert targets.shape == (4, 6) and (targets == NOTHING).any()
+    assert targets.shape == (4, 6) and (targets == IGNORE_INDEX).any()
     with torch.no_grad():
         outputs = model(learner.collate(shard, range(4)))
         each = [
@@ -116,7 +116,7 @@ def test_places_behind_a_short_sentence_count_neither_in_the_loss_nor_in_the_met
             for row in range(4)
         ]
     assert float(learner.task.loss(outputs, targets)) == pytest.approx(sum(each) / 4, rel=1e-4)
-    changed = torch.where((targets == NOTHING).unsqueeze(2), torch.full_like(outputs, 7.0), outputs)
+    changed = torch.where((targets == IGNORE_INDEX).unsqueeze(2), torch.full_like(outputs, 7.0), outputs)
     assert torch.equal(learner.task.loss(changed, targets), learner.task.loss(outputs, targets))
 
 

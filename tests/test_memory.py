@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from atoll.client.state import store
-from atoll.client.state.store import KEPT, KEPT_DAYS, ClientStateStore
+from atoll.client.state.store import DAYS_KEPT, ROUNDS_KEPT, ClientStateStore
 from atoll.errors import DataError, JobError
 from atoll.protocol.tensors import Tensors
 from tests.processes import python, watched
@@ -63,8 +63,8 @@ def test_few_rounds_are_kept_and_they_reach_behind_the_last_two_checkpoints(tmp_
                 assert value_of(kept.load_before("run", "a", round)) == round - 1
             if round > 2:
                 assert value_of(kept.load_before("run", "a", round - 1)) == round - 2
-        assert value_of(kept.load_before("run", "a", 9 - KEPT)) is None
-    assert len(list((tmp_path / "site").rglob("*.safetensors"))) == KEPT
+        assert value_of(kept.load_before("run", "a", 9 - ROUNDS_KEPT)) is None
+    assert len(list((tmp_path / "site").rglob("*.safetensors"))) == ROUNDS_KEPT
 
 
 def test_runs_and_clients_are_kept_apart_but_in_a_runs_own_directory(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_runs_long_past_are_let_go_of_when_a_new_one_starts(
     kept = ClientStateStore(tmp_path)
     kept.save("old", 1, {"a": state(1)})
     kept.save("young", 1, {"a": state(2)})
-    long_ago = time.time() - (KEPT_DAYS + 1) * 86400
+    long_ago = time.time() - (DAYS_KEPT + 1) * 86400
     [folder] = [f for f in (tmp_path / "a").iterdir() if f == kept._path("old", "a", 1).parent]
     os.utime(folder, (long_ago, long_ago))
     kept.save("new", 1, {"a": state(3)})

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from atoll.data.classification import Table, example_keys, inspect, read_images, read_texts
-from atoll.data.columns import USUAL, Columns
+from atoll.data.columns import DEFAULT_COLUMNS, Columns
 from atoll.data.dataset import Dataset
 from atoll.data.images import decode_image, image_bytes
 from atoll.data.labels import class_name
@@ -268,7 +268,7 @@ def test_mapped_images_are_not_copied_into_memory(tmp_path):
 
 def test_writing_a_table_of_image_files_takes_their_bytes_along(tmp_path):
     table = read_images(image_folders(tmp_path / "d"))
-    write_images(table.train, tmp_path / "copy", USUAL)
+    write_images(table.train, tmp_path / "copy", DEFAULT_COLUMNS)
     for path in (tmp_path / "d").rglob("*.png"):
         path.unlink()
     assert read_images(tmp_path / "copy").train.num_rows == 3
@@ -276,7 +276,7 @@ def test_writing_a_table_of_image_files_takes_their_bytes_along(tmp_path):
 
 def test_keys_of_images_do_not_depend_on_where_they_lie(tmp_path):
     folder = read_images(image_folders(tmp_path / "d")).train
-    write_images(folder, tmp_path / "copy", USUAL)
+    write_images(folder, tmp_path / "copy", DEFAULT_COLUMNS)
     assert sorted(example_keys(read_images(tmp_path / "copy").train)) == sorted(example_keys(folder))
 
 

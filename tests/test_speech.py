@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from atoll.backbones.audio import SmallCtcOptions
 from atoll.backbones.augmentation import masked_spectrum
-from atoll.backbones.ctc_vocabulary import OWN, code_points, from_code_points
+from atoll.backbones.ctc_vocabulary import ENGLISH_LETTERS, code_points, from_code_points
 from atoll.backbones.options import RecurrentLayers, options_of
 from atoll.client.training.local_sgd import train_model
 from atoll.data.audio import RATE, checked_sound, log_mel
@@ -28,7 +28,7 @@ from atoll.learning.learner import Learner, sum_states
 from atoll.protocol.random_streams import stream
 from atoll.protocol.tensors import tensors_sha256
 from atoll.tasks.forecasting.models import RecurrentOptions
-from atoll.tasks.speech.task import NOTHING, SPEECH_RECOGNITION
+from atoll.tasks.speech.task import IGNORE_INDEX, SPEECH_RECOGNITION
 from tests.models import small_wav2vec2, small_whisper
 
 PITCHES = {"a": 300.0, "b": 700.0, "o": 1500.0, " ": 0.0}
@@ -152,7 +152,7 @@ def test_the_padding_of_its_neighbours_changes_nothing_of_a_recording(tmp_path: 
     frames = alone.shape[1]
     assert together.shape[1] > frames
     assert torch.allclose(alone[0], together[0, :frames], atol=1e-4)
-    targets = code_points(["ab"], NOTHING)
+    targets = code_points(["ab"], IGNORE_INDEX)
     assert float(learner.task.loss(together[:1], targets)) == pytest.approx(
         float(learner.task.loss(alone, targets)), rel=1e-4
     )
@@ -161,12 +161,12 @@ def test_the_padding_of_its_neighbours_changes_nothing_of_a_recording(tmp_path: 
 def test_the_loss_is_ctc_by_the_letter_and_padding_of_targets_does_not_count() -> None:
     learner = learner_of()
     torch.manual_seed(0)
-    outputs = torch.randn(2, 12, OWN.size)
-    targets = code_points(["ab", "bo a"], NOTHING)
-    assert (targets[0, 2:] == NOTHING).all()
+    outputs = torch.randn(2, 12, ENGLISH_LETTERS.size)
+    targets = code_points(["ab", "bo a"], IGNORE_INDEX)
+    assert (targets[0, 2:] == IGNORE_INDEX).all()
     wanted = []
     for row, text in enumerate(("ab", "bo a")):
-        coded = torch.tensor([OWN.coded(text)])
+        coded = torch.tensor([ENGLISH_LETTERS.coded(text)])
         each = torch.nn.functional.ctc_loss(
             outputs[row].log_softmax(1).unsqueeze(1), coded, torch.tensor([12]), torch.tensor([len(text)]),
             blank=0, reduction="sum",
@@ -179,22 +179,30 @@ def test_a_transcript_too_long_for_its_recording_costs_nothing_beside_a_longer_o
     learner = learner_of()
     short, long = sound(tones("a")), sound(tones("baobab bob"))
     model, encoder = learner.model.eval(), learner.encoder
-    said = code_points(["abba oa bob oa bob", "bob"], NOTHING)
+    said = code_points(["abba oa bob oa bob", "bob"], IGNORE_INDEX)
     with torch.no_grad():
         together, alone = (
             model(encoder.preprocess_and_collate([short, long])),
             model(encoder.preprocess_and_collate([long])),
         )
     assert float(learner.task.loss(together, said)) == pytest.approx(
-        float(learner.task.loss(alone, code_points(["bob"], NOTHING))) / 2, rel=1e-4
+        float(learner.task.loss(alone, code_points(["bob"], IGNORE_INDEX))) / 2, rel=1e-4
     )
 
 
 def test_what_is_heard_merges_repeats_and_skips_blanks() -> None:
-    heard = [OWN.numbers["a"], OWN.numbers["a"], 0, OWN.numbers["a"], OWN.numbers[" "], OWN.numbers["b"], 0]
-    outputs = torch.nn.functional.one_hot(torch.tensor([heard]), OWN.size).float()
-    assert OWN.texts(outputs) == ["aa b"]
-    assert from_code_points(code_points(["ça va", ""], NOTHING)) == ["ça va", ""]
+    heard = [
+        ENGLISH_LETTERS.numbers["a"],
+        ENGLISH_LETTERS.numbers["a"],
+        0,
+        ENGLISH_LETTERS.numbers["a"],
+        ENGLISH_LETTERS.numbers[" "],
+        ENGLISH_LETTERS.numbers["b"],
+        0,
+    ]
+    outputs = torch.nn.functional.one_hot(torch.tensor([heard]), ENGLISH_LETTERS.size).float()
+    assert ENGLISH_LETTERS.texts(outputs) == ["aa b"]
+    assert from_code_points(code_points(["ça va", ""], IGNORE_INDEX)) == ["ça va", ""]
 
 
 def test_metrics_of_clients_add_up_to_those_of_all_data(tmp_path: Path) -> None:

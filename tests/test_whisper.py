@@ -14,7 +14,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from atoll.backbones.ctc_vocabulary import OWN
+from atoll.backbones.ctc_vocabulary import ENGLISH_LETTERS
 from atoll.backbones.ctranslate import encoder_folder, read_model
 from atoll.client.training.local_sgd import train_model
 from atoll.data.audio import RATE
@@ -72,7 +72,7 @@ def test_a_shorter_window_has_the_first_places_and_a_longer_one_is_refused(tmp_p
 
 def test_it_writes_with_our_letters_and_not_with_the_pieces_of_its_decoder(tmp_path: Path) -> None:
     learner = learner_on(small_whisper(tmp_path / "m"))
-    assert learner.model.head.weight.shape == (OWN.size, 32)
+    assert learner.model.head.weight.shape == (ENGLISH_LETTERS.size, 32)
 
 
 @pytest.mark.parametrize(

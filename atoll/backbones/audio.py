@@ -14,7 +14,7 @@ from torch import nn
 
 from atoll.backbones.augmentation import masked_spectrum
 from atoll.backbones.checkpoint import config_of, load_state_dict_strict, load_transformer, load_weights
-from atoll.backbones.ctc_vocabulary import OWN
+from atoll.backbones.ctc_vocabulary import ENGLISH_LETTERS
 from atoll.backbones.encoder import Batch, Encoder, Variation
 from atoll.backbones.options import RecurrentLayers, options_of
 from atoll.backbones.resolve import Backbone
@@ -25,7 +25,7 @@ from atoll.job.job import Job
 from atoll.job.section import Count
 from atoll.protocol.random_streams import global_stream
 
-SMALL = "small-ctc"
+SMALL_CTC = "small-ctc"
 
 
 class SmallCtcOptions(RecurrentLayers):
@@ -177,11 +177,11 @@ def load_sound_encoder(
         WeightsError: it doesn't hear, or its weights don't fit.
         ConfigError: what it hears is to vary, and can't.
     """
-    if (backbone.kind, backbone.name) == ("atoll", SMALL):
+    if (backbone.kind, backbone.name) == ("atoll", SMALL_CTC):
         return _small(backbone, job, max_seconds, letters)
     if backbone.kind != "hf" or backbone.folder is None:
         raise WeightsError(
-            f"backbone.name: {job.backbone.name} does not hear, expected atoll:{SMALL}, hf:NAME or"
+            f"backbone.name: {job.backbone.name} does not hear, expected atoll:{SMALL_CTC}, hf:NAME or"
             " a folder of a network such as wav2vec2 or Whisper"
         )
     config = config_of(backbone)
@@ -195,7 +195,7 @@ def load_sound_encoder(
     if job.train.augment:
         raise ConfigError(
             f"train.augment: {config.model_type} reads waves, of which there is no spectrum to mask;"
-            f" expected none, or a network such as atoll:{SMALL} or {WHISPER}"
+            f" expected none, or a network such as atoll:{SMALL_CTC} or {WHISPER}"
         )
     # What it masks it would draw from NumPy's global generator.
     config.apply_spec_augment = False
@@ -217,7 +217,7 @@ def load_sound_encoder(
 def _small(backbone: Backbone, job: Job, max_seconds: float, letters: int | None) -> SoundEncoder:
     known = options_of(job.backbone.options, SmallCtcOptions, "backbone.options")
     with global_stream(job.seed, "init", "backbone"):
-        small = SmallCtc(known, letters or OWN.size)
+        small = SmallCtc(known, letters or ENGLISH_LETTERS.size)
     if letters is None:
         small.out = nn.Identity()
     if backbone.weights is not None:

@@ -51,7 +51,7 @@ def _own() -> CtcVocabulary:
     return CtcVocabulary({letter: number for number, letter in enumerate(letters, 1)}, 0, len(letters) + 1)
 
 
-OWN = _own()
+ENGLISH_LETTERS = _own()
 
 
 def letters_of(backbone: Backbone) -> CtcVocabulary:
@@ -64,11 +64,11 @@ def letters_of(backbone: Backbone) -> CtcVocabulary:
     """
     path = Path(backbone.folder or "") / "vocab.json"
     if backbone.kind != "hf" or not path.is_file():
-        return OWN
+        return ENGLISH_LETTERS
     try:
         config = json.loads((path.parent / "config.json").read_text("utf-8"))
         if config.get("model_type") == WHISPER:
-            return OWN
+            return ENGLISH_LETTERS
         table: dict[str, Any] = json.loads(path.read_text("utf-8"))
         numbers = {_letter(symbol): int(number) for symbol, number in table.items() if _is_letter(symbol)}
     except (ValueError, TypeError, AttributeError):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from atoll.job.job import Job
     from atoll.learning.learner import Learner
 
-AT_ONCE = 64
+EXAMPLES_PER_BATCH = 64
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 TRAINING: dict[str, Any] = {
     "tune": {"method": "full"},
@@ -122,8 +122,8 @@ def label(learner: Learner, tensors: Any, data: Path, folder: Path, force: bool)
     folder.mkdir(parents=True)
     given = [line for line in data.read_text("utf-8").splitlines() if line.strip()] if data.is_file() else []
     given = given or sorted(str(file) for file in data.iterdir())
-    for start in range(0, len(given), AT_ONCE):
-        part = given[start : start + AT_ONCE]
+    for start in range(0, len(given), EXAMPLES_PER_BATCH):
+        part = given[start : start + EXAMPLES_PER_BATCH]
         said = learner.predictions(tensors, list(_raw(learner, part, data.is_file())))
         answers = [answer["label"] for answer in learner.task.format_predictions(said, learner.data_info)]
         for one, name in zip(part, answers, strict=True):

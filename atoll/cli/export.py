@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from atoll.learning.learner import Learner
 
 FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8", "torchao-int8")
-MOST_EXAMPLES = 1000
+MAX_MEASURED_EXAMPLES = 1000
 """Measured at most, before and after."""
 CALIBRATION_EXAMPLES = 128
 TIMED = 30
 """Passes of one example, whose median is the latency."""
 BATCH = 16
 KINDS = ("magnitude", "structured")
-MOST_PRUNED = 0.95
+MAX_PRUNED_PART = 0.95
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def export(
 
 def check_pruning(part: float | None, kind: str | None) -> None:
     """Raises ConfigError unless that can be asked for."""
-    if part is not None and not 0 < part <= MOST_PRUNED:
-        raise ConfigError(f"--prune: expected a part above 0 and up to {MOST_PRUNED}, found {part:g}")
+    if part is not None and not 0 < part <= MAX_PRUNED_PART:
+        raise ConfigError(f"--prune: expected a part above 0 and up to {MAX_PRUNED_PART}, found {part:g}")
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"--prune-kind: expected {' or '.join(KINDS)}, found {kind!r}")
     if kind is not None and part is None:
@@ -143,10 +143,10 @@ def examples_of(learner: Learner, data: Path | None) -> Shard:
         found = server_test_set(job)(learner)
         if found is None:
             raise ConfigError("--data: missing, and the run's job has no test data here to measure on")
-        return found.select(range(min(len(found), MOST_EXAMPLES)))
+        return found.select(range(min(len(found), MAX_MEASURED_EXAMPLES)))
     table = learner.task.read(data, job.data, job.task.options)
     shard = learner.task.shard(table.train if table.test is None else table.test, learner.data_info)
-    return shard.select(range(min(len(shard), MOST_EXAMPLES)))
+    return shard.select(range(min(len(shard), MAX_MEASURED_EXAMPLES)))
 
 
 def make_smaller(model: Model, learner: Learner, examples: Shard, part: float, kind: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from atoll.data.columns import (
-    USUAL,
+    DEFAULT_COLUMNS,
     Columns,
     column_name,
     image_column,
@@ -94,17 +94,17 @@ class _Kind:
     sizes: Callable[[tuple[int, ...]], str]
 
 
-def read_texts(path: Path, columns: Columns = USUAL) -> Table:
+def read_texts(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Table:
     """The texts and labels at `path`; the first bad example, and how many there are, is a `DataError`."""
     return _read(path, _TEXTS, columns)
 
 
-def read_images(path: Path, columns: Columns = USUAL) -> Table:
+def read_images(path: Path, columns: Columns = DEFAULT_COLUMNS) -> Table:
     """The images and labels at `path`, each image decoded once to see that it can be; errors as for texts."""
     return _read(path, _IMAGES, columns)
 
 
-def inspect(path: Path, task_name: str, columns: Columns = USUAL) -> Findings:
+def inspect(path: Path, task_name: str, columns: Columns = DEFAULT_COLUMNS) -> Findings:
     """What is at `path`, good and bad; raises only if there is nothing to look at."""
     if task_name not in _KINDS:
         raise ConfigError(f"task {task_name!r}: expected one of {', '.join(_KINDS)}")

@@ -28,7 +28,7 @@ class Columns:
     label: str | None = None
 
 
-USUAL = Columns()
+DEFAULT_COLUMNS = Columns()
 
 
 def column_name(rows: Rows, role: str, chosen: str | None) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-AT_ONCE = 256
+ROWS_IN_MEMORY = 256
 """Rows that are in memory at a time, where all are gone through."""
 
 
@@ -70,8 +70,8 @@ class Dataset:
 
     def cells(self, name: str) -> Iterator[Any]:
         """A column's cells in order, a few hundred in memory at a time."""
-        for start in range(0, len(self), AT_ONCE):
-            yield from self.several(name, range(start, min(start + AT_ONCE, len(self))))
+        for start in range(0, len(self), ROWS_IN_MEMORY):
+            yield from self.several(name, range(start, min(start + ROWS_IN_MEMORY, len(self))))
 
     def several(self, name: str, rows: Sequence[int]) -> list[Any]:
         """Some rows' cells of a column.

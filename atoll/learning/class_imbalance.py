@@ -18,7 +18,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.tasks.task import Task
 
-USUAL = {"weights": 1.0, "focal": 2.0, "logits": 1.0, "sampling": 1.0}
+DEFAULT_STRENGTH = {"weights": 1.0, "focal": 2.0, "logits": 1.0, "sampling": 1.0}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Imbalance:
     def of(cls, job: Job) -> Imbalance | None:
         """What the job asks for."""
         kind, strength = job.train.imbalance, job.train.imbalance_strength
-        return None if kind is None else cls(kind, USUAL[kind] if strength is None else strength)
+        return None if kind is None else cls(kind, DEFAULT_STRENGTH[kind] if strength is None else strength)
 
     def weights(self, counts: torch.Tensor) -> torch.Tensor:
         """What an example of each class counts, [..., classes], for how many there are of each.

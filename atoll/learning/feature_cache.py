@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 KEY = np.dtype("V32")
 """A key as numpy compares it: 32 bytes, of which trailing zeros count too."""
 
-MOST_SMALL = 32
+MAX_SMALL_PARTS = 32
 """Small parts that a folder may have before they are merged."""
-SMALL = 128 << 20
+SMALL_PART_BYTES = 128 << 20
 """Bytes of features below which a part is small; a merge holds few more in memory."""
 BLOCK = 1 << 14
 """Rows that are copied at a time."""
@@ -222,8 +222,8 @@ class FeatureCache:
 
         A row is thus written again only when its part has at least doubled.
         """
-        small = sorted((p for p in self._parts.values() if p.size < SMALL), key=lambda p: p.size)
-        if len(small) <= MOST_SMALL:
+        small = sorted((p for p in self._parts.values() if p.size < SMALL_PART_BYTES), key=lambda p: p.size)
+        if len(small) <= MAX_SMALL_PARTS:
             return
         while small[-1].size > sum(part.size for part in small[:-1]):
             small.pop()
@@ -251,7 +251,7 @@ def _grouped(parts: Sequence[Part]) -> Iterator[list[Part]]:
     group: list[Part] = []
     for part in parts:
         group.append(part)
-        if sum(p.size for p in group) >= SMALL:
+        if sum(p.size for p in group) >= SMALL_PART_BYTES:
             yield group
             group = []
     if group:

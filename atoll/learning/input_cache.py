@@ -10,14 +10,14 @@ from atoll.backbones.encoder import Encoder, Preprocessed
 from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
 
-KEPT_BYTES = 512 << 20
+MAX_CACHED_BYTES = 512 << 20
 """Of a process, for one learner; what was needed least recently is let go."""
 
 
 class ReadyInputs:
     """What an encoder makes of single examples, by the hash of each example's content."""
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, kept_bytes: int = MAX_CACHED_BYTES) -> None:
         self._limit = kept_bytes
         self._kept: dict[bytes, Preprocessed] = {}
         self._bytes = 0

@@ -24,7 +24,7 @@ from atoll.backbones.text import TextEncoder
 from atoll.backbones.vision import VisionEncoder
 from atoll.errors import ConfigError
 from atoll.job.job import BackboneSection
-from atoll.learning.trainable import KEPT
+from atoll.learning.trainable import PRUNING_MASK
 
 Kind = Literal["magnitude", "structured"]
 ALIGN = 8
@@ -80,7 +80,7 @@ def _zero_weights(encoder: nn.Module, amount: float, parts: set[nn.Module]) -> i
         pruning.l1_unstructured(layer, "weight", amount=amount)  # type: ignore[no-untyped-call]
         mask = vars(layer)["_buffers"]["weight_mask"].clone()
         pruning.remove(layer, "weight")  # type: ignore[no-untyped-call]
-        setattr(layer, KEPT, mask)
+        setattr(layer, PRUNING_MASK, mask)
     return len(layers)
 
 

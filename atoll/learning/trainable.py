@@ -59,7 +59,7 @@ def load_values(model: nn.Module, tensors: Tensors) -> None:
     keep_pruned(model)
 
 
-KEPT = "kept_weights"
+PRUNING_MASK = "kept_weights"
 """A pruned layer's attribute: ones where its weight is, zeros where it was left out."""
 
 
@@ -67,7 +67,7 @@ def keep_pruned(model: nn.Module) -> None:
     """Set to zero again what was pruned, whatever a step or noise has made of it."""
     with torch.no_grad():
         for module in model.modules():
-            mask = vars(module).get(KEPT)
+            mask = vars(module).get(PRUNING_MASK)
             if mask is not None:
                 module.weight.mul_(mask.to(module.weight))  # type: ignore[operator]
 
@@ -76,7 +76,7 @@ def without_pruned(model: nn.Module, tensors: Tensors) -> Tensors:
     """The tensors with zeros where the model's weights were pruned."""
     found = dict(tensors)
     for name, module in model.named_modules():
-        mask = vars(module).get(KEPT)
+        mask = vars(module).get(PRUNING_MASK)
         if mask is not None and f"{name}.weight" in found:
             found[f"{name}.weight"] = found[f"{name}.weight"] * mask.to(found[f"{name}.weight"])
     return found

@@ -14,7 +14,7 @@ from atoll.protocol.messages import Update
 from atoll.protocol.stacked_updates import StackedUpdates, stacked
 from atoll.protocol.tensors import Tensors
 
-AT_ONCE = 1 << 22
+NUMBERS_PER_BLOCK = 1 << 22
 """Numbers of all clients that are in float64 at a time."""
 
 
@@ -53,4 +53,4 @@ def _scaled_sum(scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(clients: int) -> int:
-    return max(1, AT_ONCE // max(clients, 1))
+    return max(1, NUMBERS_PER_BLOCK // max(clients, 1))

@@ -36,7 +36,7 @@ from atoll.errors import JobError
 Vector = NDArray[np.uint64]
 """Integers modulo 2^64, [numbers]."""
 
-FEWEST = 3
+MIN_CLIENTS = 3
 """Clients below which a sum tells too much of each."""
 PRIME = 2**521 - 1
 SHARE_BYTES = 66
@@ -50,13 +50,13 @@ class SecureAggregationFailed(JobError):
 
 def least_threshold(clients: int) -> int:
     """The smallest number of clients that may open a sum of so many: more than two thirds, three at least."""
-    return max(FEWEST, 2 * clients // 3 + 1)
+    return max(MIN_CLIENTS, 2 * clients // 3 + 1)
 
 
 def check_threshold(threshold: int, clients: int) -> None:
     """Raises SecureAggregationFailed unless the threshold protects, and can be reached."""
-    if clients < FEWEST:
-        raise SecureAggregationFailed(f"{clients} clients, a secure sum needs {FEWEST} at least")
+    if clients < MIN_CLIENTS:
+        raise SecureAggregationFailed(f"{clients} clients, a secure sum needs {MIN_CLIENTS} at least")
     if not least_threshold(clients) <= threshold <= clients:
         raise SecureAggregationFailed(
             f"threshold {threshold} of {clients} clients, expected {least_threshold(clients)} to {clients}"

@@ -24,7 +24,7 @@ from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 
-AT_ONCE = 32
+EXAMPLES_PER_GRADIENT_BATCH = 32
 """Examples whose gradients are in memory together; noise is added once a step, however many parts it has."""
 
 _in_use: list[tuple[Learner, bool]] = []
@@ -90,8 +90,8 @@ def clipped_sum(
         name: torch.zeros(value.shape, dtype=torch.float64)
         for name, value in trainable.trainable(examples.learner.model).items()
     }
-    for begin in range(0, len(rows), AT_ONCE):
-        each = examples.gradients_of(gradients, rows[begin : begin + AT_ONCE].tolist())
+    for begin in range(0, len(rows), EXAMPLES_PER_GRADIENT_BATCH):
+        each = examples.gradients_of(gradients, rows[begin : begin + EXAMPLES_PER_GRADIENT_BATCH].tolist())
         factor = _factors(each, private)
         for name, g in each.items():
             sound = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)

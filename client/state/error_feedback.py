@@ -20,9 +20,9 @@ from atoll.protocol.random_streams import stream
 from atoll.protocol.requests import ModelRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined, stacked
 
-ERROR = "compression.error"
+ERROR_KEY = "compression.error"
 """In a client's memory: what its messages have not delivered so far, [numbers]."""
-AT_ONCE = 1 << 24
+NUMBERS_PER_BLOCK = 1 << 24
 """Numbers that are compressed together."""
 
 
@@ -39,7 +39,7 @@ def compressed(
         return updates
     if not isinstance(updates, StackedUpdates):
         return (_compressed(stacked([update]), how, request, job, memory)[0] for update in updates)
-    size = max(1, AT_ONCE // max(1, how.numbers))
+    size = max(1, NUMBERS_PER_BLOCK // max(1, how.numbers))
     parts = [updates.take(range(start, len(updates))[:size]) for start in range(0, len(updates), size)]
     return joined([_compressed(part, how, request, job, memory) for part in parts])
 
@@ -58,7 +58,7 @@ def _compressed(
     # What the server will set aside delivers nothing, and must not spoil what is remembered.
     sound = torch.isfinite(lost).all(dim=1, keepdim=True)
     lost = torch.where(sound, lost, error)
-    states = {client: {ERROR: own.clone()} for client, own in zip(updates.clients, lost, strict=True)}
+    states = {client: {ERROR_KEY: own.clone()} for client, own in zip(updates.clients, lost, strict=True)}
     if job.personal.keep is not None:  # which is in this round's memory already
         beside = {client: memory.load_before(request.run, client, request.round + 1) for client in states}
         states = {client: beside[client] | state for client, state in states.items()}
@@ -86,7 +86,7 @@ def remembered(
         state = memory.load_before(request.run, client, request.round)
         if not state:
             continue
-        if ERROR not in state or state[ERROR].shape != row.shape:
+        if ERROR_KEY not in state or state[ERROR_KEY].shape != row.shape:
             raise DataError(f"memory of {client}: is not of this model; the run can't go on from it")
-        row.copy_(state[ERROR])
+        row.copy_(state[ERROR_KEY])
     return errors

@@ -20,7 +20,7 @@ from atoll.protocol.requests import EvaluateRequest, ModelRequest, TrainingReque
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
-OWN = "own/"
+OWN_PREFIX = "own/"
 
 Train = Callable[[TrainingRequest, Mapping[str, Tensors]], Iterable[Update]]
 """(request, where clients start that don't start from its tensors): updates, relative to its tensors."""
@@ -59,7 +59,9 @@ def train_fedper(
         update = train_model(
             learner, start, shard, learner.job, client=client, round=request.round, plan=request.plan
         )
-        kept = {OWN + n: start[n] + delta for n, delta in update.delta.items() if n not in request.tensors}
+        kept = {
+            OWN_PREFIX + n: start[n] + delta for n, delta in update.delta.items() if n not in request.tensors
+        }
         memory.save(request.run, request.round, {client: kept})
         yield replace(update, delta={n: update.delta[n] for n in request.tensors})
 
@@ -91,12 +93,12 @@ def _kept(request: ModelRequest, update: Update, moved: Update, memory: ClientSt
 
 
 def _arrived(request: ModelRequest, moved: Update) -> Tensors:
-    return {OWN + name: request.tensors[name] + delta for name, delta in moved.delta.items()}
+    return {OWN_PREFIX + name: request.tensors[name] + delta for name, delta in moved.delta.items()}
 
 
 def _own(request: ModelRequest, client: str, before: int, memory: ClientStateStore) -> Tensors:
     state = memory.load_before(request.run, client, before)
-    return {n.removeprefix(OWN): t for n, t in state.items() if n.startswith(OWN)}
+    return {n.removeprefix(OWN_PREFIX): t for n, t in state.items() if n.startswith(OWN_PREFIX)}
 
 
 def _whole(learner: Learner, request: ModelRequest, client: str, own: Tensors) -> Tensors:

@@ -24,9 +24,9 @@ from atoll.system.durable_files import replace_all
 
 logger = logging.getLogger(__name__)
 
-KEPT = 3
+ROUNDS_KEPT = 3
 """States of a client that are kept: the last two checkpoints of a run can then still be gone on from."""
-KEPT_DAYS = 30.0
+DAYS_KEPT = 30.0
 """Of a run that a real site hears no more of; one that goes on later starts with nothing remembered."""
 
 HASH = "sha256"
@@ -70,7 +70,7 @@ class ClientStateStore:
         else:
             self._write(run, round, states)
         for client in states:
-            for old in sorted(self._rounds(run, client))[:-KEPT]:
+            for old in sorted(self._rounds(run, client))[:-ROUNDS_KEPT]:
                 self._forget(run, client, old)
 
     def _write(self, run: str, round: int, states: Mapping[str, Tensors]) -> None:
@@ -88,10 +88,10 @@ class ClientStateStore:
         assert self.folder is not None
         for part in (self.folder, folder.parent, folder):
             part.mkdir(mode=0o700, parents=True, exist_ok=True)
-        oldest = time.time() - KEPT_DAYS * 86400
+        oldest = time.time() - DAYS_KEPT * 86400
         for other in folder.parent.iterdir() if not self.of_one_run else ():
             if other.stat().st_mtime < oldest:
-                logger.info("memory of a run is %d days old and goes: %s", KEPT_DAYS, other)
+                logger.info("memory of a run is %d days old and goes: %s", DAYS_KEPT, other)
                 shutil.rmtree(other)
 
     def _rounds(self, run: str, client: str) -> Sequence[int]:

@@ -29,7 +29,7 @@ from atoll.protocol.random_streams import global_stream
 from atoll.protocol.stacked_updates import StackedUpdates, joined
 from atoll.protocol.tensors import Tensors
 
-EXAMPLES_PER_GRADIENT_BATCH = 16
+CLIENTS_PER_VMAP = 16
 """Clients that are trained together: memory grows with them."""
 
 
@@ -48,8 +48,8 @@ def vmap_training(
     # Those with most batches first: whoever still trains at a step is then a prefix.
     order = sorted(shards, key=lambda name: -len(shards[name]))
     parts = []
-    for start in range(0, len(order), EXAMPLES_PER_GRADIENT_BATCH):
-        names = order[start : start + EXAMPLES_PER_GRADIENT_BATCH]
+    for start in range(0, len(order), CLIENTS_PER_VMAP):
+        names = order[start : start + CLIENTS_PER_VMAP]
         with global_stream(job.seed, "dropout", round, names[0]):
             parts.append(_train(learner, tensors, {n: shards[n] for n in names}, job, round, plan))
     return joined(parts).of_clients(list(shards))

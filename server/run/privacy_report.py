@@ -16,7 +16,7 @@ from atoll.server.rounds.central_dp import NORM, CentralDp
 from atoll.server.rounds.round_log import charged_rounds
 from atoll.server.rounds.run_state import Run
 
-NOTHING: Mapping[str, Any] = {
+NO_PRIVACY: Mapping[str, Any] = {
     "unit": "none", "epsilon": None, "delta": None, "accountant": None,
     "noise_multiplier": None, "clipping_norm": None, "where": None, "seeded_noise": None, "units": {},
 }  # fmt: skip
@@ -31,7 +31,7 @@ def privacy_report(run: Run) -> dict[str, Any]:
     privacy, ended_early = run.setup.job.privacy, run.state.ended_early or None
     units = {unit: _of_unit(run, unit) for unit in privacy.units}
     if not units:
-        return dict(NOTHING)
+        return dict(NO_PRIVACY)
     weakest = max(
         units.values(), key=lambda claim: math.inf if claim["epsilon"] is None else claim["epsilon"]
     )

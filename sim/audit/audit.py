@@ -40,11 +40,11 @@ from atoll.sim.population.population import Population
 from atoll.system.durable_files import replace_synced
 from atoll.tasks import task_named
 
-USUAL = 1000
+DEFAULT_CANARIES = 1000
 """Canaries of an audit, unless another number is asked for or there can't be so many."""
-AT_THE_END = 256
+CANARIES_AT_THE_END = 256
 """The same where a run audits itself, at its end."""
-FEWEST = 16
+MIN_CANARIES = 16
 USUAL_DELTA = 1e-5
 """At which a run that promised nothing is measured."""
 
@@ -62,11 +62,11 @@ class Audit:
     canaries: int | None = None
     confidence: float = 0.95
     shadows: int = 0
-    usual: int = USUAL
+    usual: int = DEFAULT_CANARIES
 
     def __post_init__(self) -> None:
-        if self.canaries is not None and self.canaries < FEWEST:
-            raise ConfigError(f"--canaries: expected {FEWEST} or more, found {self.canaries}")
+        if self.canaries is not None and self.canaries < MIN_CANARIES:
+            raise ConfigError(f"--canaries: expected {MIN_CANARIES} or more, found {self.canaries}")
         if not 0.5 <= self.confidence < 1:
             raise ConfigError(f"--confidence: expected a number from 0.5 to below 1, found {self.confidence}")
         if self.shadows != 0 and self.shadows < 2:
@@ -136,7 +136,7 @@ def _learner(job: Job, population: Population) -> Learner:
 
 
 def _fitting(how: Audit, most: int, what: str) -> int:
-    asked = how.canaries or FEWEST
+    asked = how.canaries or MIN_CANARIES
     if asked > most:
         raise ConfigError(f"canaries: expected {most} at most, for the job has so many {what}, found {asked}")
     return how.canaries or min(how.usual, most)
@@ -206,7 +206,9 @@ def attack_at_the_end(
         on_event(AuditAdvanced(done, total))
 
     try:
-        found = audited(job, result["privacy"], Audit(usual=AT_THE_END), population=population, watch=played)
+        found = audited(
+            job, result["privacy"], Audit(usual=CANARIES_AT_THE_END), population=population, watch=played
+        )
     except ConfigError as error:
         logger.warning("no audit: %s", error)
         return result

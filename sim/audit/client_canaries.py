@@ -37,11 +37,11 @@ from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.engines.simulated_site import SimulatedSite
 from atoll.sim.population.population import Population
 
-ROOM = 1 << 27
+MAX_NUMBERS = 1 << 27
 """Numbers of all canaries' updates together: half of them are in memory at a time."""
-LONG = 4.0
+CANARY_NORM_FACTOR = 4.0
 """Times the clipping norm: how long a canary's update is before it is clipped."""
-AT_ONCE = 1 << 22
+NUMBERS_PER_BLOCK = 1 << 22
 """Numbers of the directions that are made at a time."""
 
 
@@ -59,7 +59,7 @@ class CanaryClients:
     def most(cls, model: Tensors) -> int:
         """How many there can be for a model: as many as directions, or as fit into memory."""
         numbers = sum(t.numel() for t in model.values())
-        return min(numbers, ROOM // numbers)
+        return min(numbers, MAX_NUMBERS // numbers)
 
     @property
     def what(self) -> str:
@@ -86,7 +86,7 @@ class CanaryClients:
         canaries = StackedUpdates(
             clients=tuple(present),
             round=run.state.round + 1,
-            delta=self._deltas(places, LONG * norm),
+            delta=self._deltas(places, CANARY_NORM_FACTOR * norm),
             num_examples=(1,) * len(present),
             states={name: torch.zeros(len(present), dtype=t.dtype) for name, t in states.items()},
         )
@@ -106,7 +106,9 @@ class CanaryClients:
         total = np.zeros(numbers, dtype=np.uint64)
         for rows in self._directions(places):
             for row in rows:
-                total += silent.integers(clipped(torch.from_numpy(row * LONG * norm), norm).numpy())
+                total += silent.integers(
+                    clipped(torch.from_numpy(row * CANARY_NORM_FACTOR * norm), norm).numpy()
+                )
         return total
 
     @cached_property
@@ -126,7 +128,7 @@ class CanaryClients:
     def _directions(self, places: Sequence[int] | NDArray[np.int64]) -> Iterator[Vector]:
         """Unit vectors of those canaries, [some, numbers] at a time."""
         chosen = self._rows[np.asarray(places, dtype=np.int64)]
-        some = max(1, AT_ONCE // self._numbers)
+        some = max(1, NUMBERS_PER_BLOCK // self._numbers)
         for start in range(0, len(chosen), some):
             part = chosen[start : start + some]
             spectrum = np.zeros((len(part), self._numbers))

@@ -43,7 +43,7 @@ SAMPLED = 4096
 LONG, SHORT = 16.0, 4.0
 """A canary's features, times the clipping norm: the longer, the less of its gradient is in the bias,
 which all canaries share, but the more of the head's noise is in its outputs, until no gradient is left."""
-OFTEN = 0.8
+BUSY_PART = 0.8
 """A client takes canaries if it trains in at least this part of the rounds that the busiest one does."""
 
 
@@ -73,7 +73,7 @@ def owners(job: Job) -> list[str]:
     rounds = range(1, job.federation.rounds + 1)
     times = Counter(name for round in rounds for name in sample(everybody, job, round))
     most = max(times.values(), default=0)
-    return sorted(name for name, count in times.items() if count >= OFTEN * most)
+    return sorted(name for name, count in times.items() if count >= BUSY_PART * most)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.assignment import Rows
 from atoll.sim.population.population import Population, number_of
 
-KEPT = 2
+MIN_ORDINARY_EXAMPLES = 2
 """Examples of a client that are never canaries: it must have something to train on without them."""
 
 
@@ -102,7 +102,7 @@ def candidates(population: Population, learner: Learner) -> NDArray[np.int64]:
     everybody = [train for train, _ in index.splits(range(learner.job.federation.clients))]
     rows, times = np.unique(np.concatenate(everybody), return_counts=True)
     single = set(rows[times == 1].tolist())
-    found = [row for part in parts for row in part[KEPT:].tolist() if row in single]
+    found = [row for part in parts for row in part[MIN_ORDINARY_EXAMPLES:].tolist() if row in single]
     generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "candidates"))
     return generator.permutation(np.array(found, dtype=np.int64))
 

@@ -13,7 +13,7 @@ import torch
 
 from atoll.backbones.extract import Progress
 from atoll.client.site import UNCACHED
-from atoll.client.training.vmap import EXAMPLES_PER_GRADIENT_BATCH
+from atoll.client.training.vmap import CLIENTS_PER_VMAP
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
@@ -149,7 +149,7 @@ def execution_mode(job: Job, engine: str, workers: int) -> str:
         return f"{heads}{threads}: the backbone is frozen{seen}"
     if engine == "cohort":
         return (
-            f"{EXAMPLES_PER_GRADIENT_BATCH} clients at once by torch.func, as --engine cohort asks:"
+            f"{CLIENTS_PER_VMAP} clients at once by torch.func, as --engine cohort asks:"
             " other bits than one by one, and dropout is drawn for all together"
         )
     places = "in this process" if workers == 1 else f"in {workers} processes"

@@ -37,9 +37,9 @@ from atoll.sim.population.population import Population, number_of
 
 TABLE_BYTES = 1 << 30
 """Features of more than this are not held as one table; a cohort's are then looked up every round."""
-FEWEST = 16
+MIN_CLIENTS_PER_THREAD = 16
 """Clients that are worth a thread of their own."""
-KEPT_ROWS = 1 << 14
+MAX_CACHED_CLIENTS = 1 << 14
 """Clients whose rows are remembered."""
 
 
@@ -84,7 +84,7 @@ class PopulationIndex:
         found = [self._splits[client] for client in clients]
         for client in clients:
             self._splits.move_to_end(client)
-        while len(self._splits) > KEPT_ROWS:
+        while len(self._splits) > MAX_CACHED_CLIENTS:
             self._splits.popitem(last=False)
         return found
 
@@ -168,7 +168,7 @@ class SimulatedSite(Site):
         return ThreadPoolExecutor(self.workers)
 
     def _blocks(self, client_rows: Sequence[ClientRows]) -> Iterator[Sequence[ClientRows]]:
-        count = max(1, min(self.workers, os.cpu_count() or 1, len(client_rows) // FEWEST))
+        count = max(1, min(self.workers, os.cpu_count() or 1, len(client_rows) // MIN_CLIENTS_PER_THREAD))
         size = -(-len(client_rows) // count)
         return (client_rows[start : start + size] for start in range(0, len(client_rows), size))
 

@@ -14,7 +14,7 @@ from atoll.protocol.random_streams import stream_seed
 
 Rows = NDArray[np.int64]
 
-AT_ONCE = 256
+CLIENTS_PER_BLOCK = 256
 """Clients whose draws are in memory together."""
 
 
@@ -81,7 +81,7 @@ class SampledAssignment:
         return np.full(self.clients, self.examples, dtype=np.int64)
 
     def rows(self, clients: Sequence[int]) -> list[Rows]:
-        return [rows for part in batched(clients, AT_ONCE) for rows in self._rows(part)]
+        return [rows for part in batched(clients, CLIENTS_PER_BLOCK) for rows in self._rows(part)]
 
     def _rows(self, clients: Sequence[int]) -> list[Rows]:
         numbers = np.array(clients, dtype=np.uint64) ^ np.uint64(stream_seed(self.seed, "shard"))

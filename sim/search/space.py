@@ -21,7 +21,7 @@ from atoll.tasks import task_named
 Texts = Mapping[str, str]
 """What one trial has for each key that has a meaning in it, as it would be typed."""
 
-MASTERS = {
+GOVERNING_KEY = {
     "tune.layers": "tune.method", "tune.rank": "tune.method", "tune.alpha": "tune.method",
     "tune.targets": "tune.method", "tune.freeze_a": "tune.method",
     "train.momentum": "train.optimizer", "train.imbalance_strength": "train.imbalance",
@@ -38,7 +38,7 @@ MASTERS = {
 FIXED = ("name", "seed", "task", "data", "privacy", "evaluate", "federation.clients", "train.device")
 """Keys and tables that decide what a trial is judged by, on whose data: the same in every trial."""
 
-MOST = 100_000
+MAX_ENUMERATED = 100_000
 """Combinations up to which a space of lists is gone through to find what hasn't been tried."""
 
 
@@ -69,7 +69,7 @@ class Space:
                         f"{one.key}: may not vary in a search, expected a key that leaves the clients' data"
                         " and what they measure as they are, such as train.lr"
                     )
-        return cls(tuple(sorted(found, key=lambda one: one.key in MASTERS)))
+        return cls(tuple(sorted(found, key=lambda one: one.key in GOVERNING_KEY)))
 
     @property
     def as_options(self) -> list[str]:
@@ -98,7 +98,7 @@ class Space:
     def combinations(self, base: Base) -> Iterator[Texts]:
         """Every choice there is, each once; nothing where a range makes them countless, or too many."""
         lists = [one.texts for one in self.keys if isinstance(one, Choice)]
-        if len(lists) < len(self.keys) or math.prod(len(texts) for texts in lists) > MOST:
+        if len(lists) < len(self.keys) or math.prod(len(texts) for texts in lists) > MAX_ENUMERATED:
             return
         seen = set()
         for values in product(*lists):
@@ -162,7 +162,7 @@ def _at(table: Mapping[str, Any], key: str) -> str:
 
 
 def _wanted(key: str) -> str:
-    return f"another {MASTERS[key]} in the job, or in --vary" if key in MASTERS else "another key"
+    return f"another {GOVERNING_KEY[key]} in the job, or in --vary" if key in GOVERNING_KEY else "another key"
 
 
 def has_meaning(key: str, table: Mapping[str, Any]) -> bool:
@@ -171,13 +171,13 @@ def has_meaning(key: str, table: Mapping[str, Any]) -> bool:
     >>> has_meaning("tune.rank", {"tune": {"method": "lora"}}), has_meaning("tune.rank", {})
     (True, False)
     """
-    if key not in MASTERS:
+    if key not in GOVERNING_KEY:
         return True
-    section, name = MASTERS[key].split(".")
+    section, name = GOVERNING_KEY[key].split(".")
     given = table.get(section)
     master = given.get(name) if isinstance(given, dict) else None
     last = key.rpartition(".")[2]
-    match MASTERS[key]:
+    match GOVERNING_KEY[key]:
         case "tune.method":
             return master == ("last-k" if last == "layers" else "lora")
         case "train.optimizer":
@@ -201,7 +201,7 @@ def job_of(base: Base, texts: Texts) -> Job:
     table = copy.deepcopy(base.table)
     for key, text in texts.items():
         apply_override(table, f"{key}={text}", option="--vary")
-    for key, master in MASTERS.items():
+    for key, master in GOVERNING_KEY.items():
         section, name = key.split(".")
         own = table.get(section)
         if key in texts or master not in texts or not isinstance(own, dict) or name not in own:

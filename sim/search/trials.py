@@ -31,7 +31,7 @@ from atoll.sim.sweep.runner import RunPool, WorkerCache, WorkItem
 if TYPE_CHECKING:
     from optuna import Trial
 
-COMPARED = 5
+MIN_COMPARED_TRIALS = 5
 """Whole trials that there must be before one is stopped for being worse than their median."""
 
 WARM_UP = 4
@@ -69,7 +69,7 @@ class Pruner:
         warm_up = job.federation.rounds // WARM_UP + 1  # the first round that may be the last
         study = optuna.create_study(
             direction="minimize" if lower_is_better(metric) else "maximize",
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=COMPARED, n_warmup_steps=warm_up),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=MIN_COMPARED_TRIALS, n_warmup_steps=warm_up),
         )
         for curve in curves:
             last = curve[max(curve)] if curve else math.nan

@@ -30,7 +30,7 @@ from atoll.sim.sweep.grid import Planned
 from atoll.system.fork_server import import_first, worker_pool
 from atoll.tasks import task_named
 
-KEPT = 4
+POPULATIONS_KEPT = 4
 """Populations, and baselines, that a worker keeps: runs come seed by seed."""
 
 
@@ -116,7 +116,7 @@ class WorkerCache:
 
 
 def _make_room(kept: dict[str, Any]) -> None:
-    while len(kept) >= KEPT:
+    while len(kept) >= POPULATIONS_KEPT:
         kept.pop(next(iter(kept)))
 
 

@@ -34,7 +34,7 @@ Membership = NDArray[np.bool_]
 
 SHARES = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1.0)
 """Parts of the canaries that are guessed. The best is taken, and each pays its part of the doubt."""
-FEWEST = 8
+MIN_GUESSES = 8
 """Guesses below which a share isn't tried: they prove too little for the doubt that they cost."""
 LARGEST = 50.0
 """No audit proves more than this epsilon, nor a larger mu: it would take e^50 canaries."""
@@ -201,7 +201,7 @@ def best(
 
     `bound` gives the lower bound of guesses at a confidence; the finding holds at `confidence`.
     """
-    counts = sorted({max(round(len(scores) * share), min(FEWEST, len(scores))) for share in SHARES})
+    counts = sorted({max(round(len(scores) * share), min(MIN_GUESSES, len(scores))) for share in SHARES})
     each = 1 - (1 - confidence) / len(counts)
     tried = [guessed(scores, inside, made) for made in counts]
     return max((Finding(bound(g, each), g) for g in tried), key=lambda finding: finding.epsilon)

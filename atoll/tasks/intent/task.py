@@ -43,7 +43,7 @@ from atoll.tasks.told import ToldField
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-NOTHING = -100
+IGNORE_INDEX = -100
 """A target that isn't there: behind a short sentence, or a tag that no client knew."""
 
 OUTSIDE = "O"
@@ -211,11 +211,11 @@ class Intent(SchemaTask):
         slots = dataset["slots"][:] if "slots" in dataset.column_names else [""] * len(words)
         intents, tags = ({name: n for n, name in enumerate(data_info[key])} for key in ("intents", "tags"))
         given = dataset["intent"][:]
-        targets = torch.full((len(order), 1 + max(map(len, words), default=0)), NOTHING)
+        targets = torch.full((len(order), 1 + max(map(len, words), default=0)), IGNORE_INDEX)
         for row, place in zip(targets, order, strict=True):
             if given[place] not in intents:
                 raise DataError(f"intent {given[place]!r} is not one of the run's {data_info['intents']}")
-            found = [tags.get(tag, NOTHING) for tag in slots[place].split()]
+            found = [tags.get(tag, IGNORE_INDEX) for tag in slots[place].split()]
             row[0] = intents[given[place]]
             row[1 : 1 + len(found)] = torch.tensor(found, dtype=torch.int64)
         inputs = audio_inputs(dataset, order) if heard else LazyRows(words.__getitem__, tuple(order))

@@ -23,9 +23,9 @@ from atoll.job.job import BackboneSection, Job
 from atoll.job.section import Count, Decay, Section
 from atoll.protocol.random_streams import global_stream
 
-SMALL = "small-text"
+SMALL_TEXT = "small-text"
 LONGEST = 512
-NO_CHANCE = -1e4
+MASKED_LOGIT = -1e4
 """The score of what can't be."""
 
 CUT_OFF, NO_WORD = -1, -2
@@ -131,7 +131,7 @@ class CommandModel(Model):
         place = batch["first_piece"].clamp_min(0).unsqueeze(2)
         tags = head.tag(torch.take_along_dim(states, place, dim=1))
         most = max(intent.shape[2], tags.shape[2])
-        filled = (nn.functional.pad(s, (0, most - s.shape[2]), value=NO_CHANCE) for s in (intent, tags))
+        filled = (nn.functional.pad(s, (0, most - s.shape[2]), value=MASKED_LOGIT) for s in (intent, tags))
         return torch.cat(list(filled), dim=1)
 
     def predict(self, batch: Batch) -> list[torch.Tensor]:
@@ -153,7 +153,7 @@ def load_command_model(backbone: Backbone, job: Job, intents: int, tags: int) ->
 
 
 def _encoder(backbone: Backbone, job: Job) -> WordEncoder:
-    if (backbone.kind, backbone.name) == ("atoll", SMALL):
+    if (backbone.kind, backbone.name) == ("atoll", SMALL_TEXT):
         known = options_of(job.backbone.options, SmallTextOptions, "backbone.options")
         if known.width % known.heads:
             raise ConfigError(
@@ -167,7 +167,7 @@ def _encoder(backbone: Backbone, job: Job) -> WordEncoder:
     if backbone.kind != "hf" or backbone.folder is None:
         raise WeightsError(
             f"backbone.name: {job.backbone.name} does not read words,"
-            f" expected atoll:{SMALL}, hf:NAME or a folder"
+            f" expected atoll:{SMALL_TEXT}, hf:NAME or a folder"
         )
     tokenizer = load_tokenizer(backbone.folder)
     if not tokenizer.is_fast:

@@ -22,7 +22,7 @@ from atoll.errors import ConfigError, WeightsError
 from atoll.job.job import BackboneSection, Job
 from atoll.job.section import Count, Decay, Section
 
-SMALL = "small-t5"
+SMALL_T5 = "small-t5"
 KIND = "AutoModelForSeq2SeqLM"
 # At transformers' own scale (1.0) a narrow T5 hardly learns to copy.
 _INITIAL_SCALE = 0.3
@@ -106,11 +106,11 @@ def answer_tokenizer(backbone: Backbone) -> Any:
     Raises:
         WeightsError: the network doesn't write texts, or its folder has no tokenizer that can pad.
     """
-    if (backbone.kind, backbone.name) == ("atoll", SMALL):
+    if (backbone.kind, backbone.name) == ("atoll", SMALL_T5):
         return own_tokenizer()
     if backbone.kind != "hf" or backbone.folder is None:
         raise WeightsError(
-            f"backbone.name: {backbone.kind}:{backbone.name} does not write texts, expected atoll:{SMALL},"
+            f"backbone.name: {backbone.kind}:{backbone.name} does not write texts, expected atoll:{SMALL_T5},"
             " hf:NAME or a folder of a sequence to sequence model such as T5"
         )
     tokenizer = load_tokenizer(backbone.folder)

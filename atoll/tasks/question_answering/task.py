@@ -33,7 +33,7 @@ from atoll.tasks.schema_task import SchemaTask
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-NOTHING = -100
+IGNORE_INDEX = -100
 """A target that isn't there: behind a short answer."""
 
 QUESTIONS = Schema(
@@ -101,7 +101,7 @@ class QuestionAnswering(SchemaTask):
         most = self.options.max_answer_tokens
         tokens = self._tokenizer(text_target=list(answers), truncation=True, max_length=most)["input_ids"]
         texts = [list(answer.encode()) for answer in answers]
-        table = torch.full((len(answers), most + max(map(len, texts), default=0)), NOTHING)
+        table = torch.full((len(answers), most + max(map(len, texts), default=0)), IGNORE_INDEX)
         for row, known, text in zip(table, tokens, texts, strict=True):
             row[: len(known)] = torch.tensor(known)
             row[most : most + len(text)] = torch.tensor(text)

@@ -17,7 +17,7 @@ from atoll.data.schema import Schema, SchemaField
 from atoll.errors import DataError
 from atoll.job.section import Count, Section
 
-FEWEST = 4
+MIN_INTERACTIONS = 4
 """Items of a history that is used: two to learn from, one to measure on, one to test on."""
 
 
@@ -73,10 +73,12 @@ def histories_of(table: pa.Table, length: int, origin: str, *, hold_out: bool) -
     users: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         users.setdefault(row["user"], []).append(row)
-    kept = {user: events for user, events in users.items() if len(events) >= FEWEST}
+    kept = {user: events for user, events in users.items() if len(events) >= MIN_INTERACTIONS}
     if not kept:
         longest = max(map(len, users.values()), default=0)
-        raise DataError(f"{origin}: at most {longest} rows a user, expected a user with {FEWEST} or more")
+        raise DataError(
+            f"{origin}: at most {longest} rows a user, expected a user with {MIN_INTERACTIONS} or more"
+        )
     rest = [name for name in table.column_names if name not in ("user", "item", "time", "item_text")]
     constant = [name for name in rest if all(len({e[name] for e in events}) == 1 for events in kept.values())]
     has_texts = "item_text" in table.column_names

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torchmetrics import MetricCollection
 
-NOTHING = -100
+IGNORE_INDEX = -100
 """A target that isn't there: in front of a short history."""
 
 TEXTS = ToldField("texts", "example", "task.options.texts", "the items' texts in the order of data.classes")
@@ -142,7 +142,7 @@ class Recommendation(Task):
         histories = dataset["items"][:]
         index = {name: number for number, name in enumerate(data_info["items"])}
         length = self.options.length
-        targets = torch.full((len(order), length), NOTHING, dtype=torch.int64)
+        targets = torch.full((len(order), length), IGNORE_INDEX, dtype=torch.int64)
         for row, place in zip(targets, order, strict=True):
             after = [index.get(item, UNKNOWN) for item in histories[place][1:]][-length:]
             row[length - len(after) :] = torch.tensor(after)

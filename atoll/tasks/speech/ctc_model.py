@@ -12,7 +12,7 @@ from atoll.backbones.resolve import Backbone
 from atoll.job.job import Job
 from atoll.protocol.random_streams import global_stream
 
-SURELY_NOT = -1e4
+MASKED_LOGIT = -1e4
 """The score of letters in frames of padding, where the blank has 0."""
 
 
@@ -37,7 +37,7 @@ class Recogniser(Model):
 
 def _padding(scores: torch.Tensor, blank: int) -> torch.Tensor:
     """The row of scores of a frame that isn't there."""
-    row = torch.full_like(scores[0, 0], SURELY_NOT)
+    row = torch.full_like(scores[0, 0], MASKED_LOGIT)
     row[blank] = 0.0
     return row
 

@@ -43,7 +43,7 @@ from atoll.tasks.speech.ctc_model import load_recogniser, real_counts
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-NOTHING = -100
+IGNORE_INDEX = -100
 """A target that isn't there: behind a short transcript."""
 
 
@@ -138,7 +138,7 @@ class SpeechRecognition(SchemaTask):
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         transcripts = dataset["transcript"][:]
-        targets = code_points([normalize_transcript(transcripts[place]) for place in order], NOTHING)
+        targets = code_points([normalize_transcript(transcripts[place]) for place in order], IGNORE_INDEX)
         return Shard(audio_inputs(dataset, order), targets, tuple(keys[place] for place in order))
 
     def parse_input(self, given: str) -> Any:
