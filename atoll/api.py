@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> Job:
-    """A job file with some keys changed: `{"train.lr": 0.05}`.
+    """A job file with some keys changed.
+
+    >>> load_job("jobs/bbc-news.toml", {"train.lr": 0.05, "federation.cohort": 5}).train.lr
+    0.05
 
     Raises:
         ConfigError: one line that names the file, the key, what was found and what was expected.
@@ -45,6 +48,21 @@ def simulate(
     Without `out` the run directory is runs/NAME, or the next free name after it. `plugins` are Python files
     that bring what the job names. A `strategy` is used instead of the job's: any object with `begin`, `plan`
     and `merge` (`atoll.strategies.Strategy`); result.json has its class's name.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "job.toml").write_text('''
+    ... name = "digits"
+    ... seed = 1
+    ... task = { name = "image-classification" }
+    ... data = { source = "digits" }
+    ... backbone = { name = "raw:pixels", image_size = 8 }
+    ... federation = { clients = 4, rounds = 2 }
+    ... ''')
+    >>> run = simulate(folder / "job.toml", folder / "run")  # doctest: +ELLIPSIS
+    backbone ...
+    >>> len(run.rounds), run.metrics["federated"]["accuracy"] > 0.3
+    (2, True)
 
     Raises:
         InputError: the job or its data is wrong; nothing was run.

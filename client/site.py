@@ -75,8 +75,22 @@ class LoggedProgress:
 class Site:
     """Answers for the clients that live in this process; everything costly stays warm.
 
-    A shard must not change while a run goes on. The data of a `redact` site is not the server's
-    to see: why it can't be used stays in the site's log, and the server gets a fixed sentence.
+    A shard must not change while a run goes on. The data of a `discreet` site is not the server's
+    to see: why it can't be used stays in the site's log, and the server gets a fixed sentence. `ledgers`
+    are needed where the job promises privacy that clients themselves keep.
+
+    A client introduces itself; `answer` then takes the requests of `atoll.protocol.requests`:
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from atoll import load_job
+    >>> from atoll.client.local_data import FolderShards
+    >>> rows = Path(tempfile.mkdtemp()) / "rows.csv"
+    >>> _ = rows.write_text("text,label\\nIt works.,good\\nIt broke.,bad\\n")
+    >>> site = Site(FolderShards.of("north", [rows]))
+    >>> [hello] = site.hello(load_job("jobs/bbc-news.toml", {"data.classes": ["bad", "good"]}))
+    >>> hello.client, hello.num_examples, hello.refusal
+    ('north', 2, '')
     """
 
     shards: Shards
@@ -218,7 +232,7 @@ class Site:
         ours = [dp_plan for dp_plan in found if dp_plan is not None and dp_plan.where != "server"]
         if not ours or isinstance(request, EvaluateRequest):
             return ChargedClients(list(names)), []
-        assert self.ledgers is not None, "a site that is to keep a promise needs books"
+        assert self.ledgers is not None, "a site that is to keep a promise needs ledgers"
         charged: dict[str, int] = {}
         refused: list[Reply] = []
         for name in names:

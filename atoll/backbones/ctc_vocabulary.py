@@ -21,7 +21,7 @@ _DROPPED = str.maketrans("", "", string.punctuation.replace("'", ""))
 def normalize_transcript(text: str) -> str:
     """A transcript as it is compared: lower case, without punctuation but for apostrophes, single spaces.
 
-    >>> spoken("Turn  on the light, please!")
+    >>> normalize_transcript("Turn  on the light, please!")
     'turn on the light please'
     """
     return " ".join(text.lower().translate(_DROPPED).split())

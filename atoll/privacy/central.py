@@ -34,6 +34,18 @@ class CentralGaussian:
     nothing here. `expected_cohort` is the divisor. `record` is told what a release costs before its
     noise is drawn; if it raises, nothing is released. With a `count_deviation` it is also told, in
     private and at no extra cost, which part of the norms was within the clipping norm.
+
+    >>> import torch
+    >>> from atoll.privacy.noise import entropy
+    >>> from atoll.protocol.messages import Update
+    >>> mechanism = CentralGaussian(
+    ...     clipping_norm=0.5, noise_multiplier=1.1, expected_cohort=2.0, sampling_rate=1.0,
+    ...     random_bits=entropy,
+    ... )
+    >>> updates = [Update(name, 1, {"w": torch.ones(3)}, 1) for name in ("a", "b")]
+    >>> mean, _ = mechanism.release(updates, {"w": torch.zeros(3)})
+    >>> mean["w"].shape, mean["w"].dtype, mechanism.event
+    (torch.Size([3]), torch.float64, Release(noise_multiplier=1.1, sampling_rate=1.0))
     """
 
     clipping_norm: float

@@ -51,7 +51,7 @@ class TruncatedNegativeBinomial:
     def mean(self) -> float:
         """Runs on average (definition 1 of the paper).
 
-        >>> TruncatedNegativeBinomial(shape=1, gamma=0.1).mean
+        >>> round(TruncatedNegativeBinomial(shape=1, gamma=0.1).mean, 6)
         10.0
         """
         shape, gamma = self.shape, self.gamma

@@ -29,6 +29,14 @@ class Task(Protocol):
 
     Where it `uses_pooled_features`, its head sees one row of features an example, which may be kept and
     trained on at once: it says `encoder`, `head` and `head_loss`. Any other says `network`, the whole model.
+
+    >>> import torch
+    >>> from atoll.tasks import task_named
+    >>> task = task_named("text-classification")
+    >>> task.primary_metric, task.uses_pooled_features
+    ('accuracy', True)
+    >>> task.loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))  # the mean over a batch, here of one
+    tensor(0.6931)
     """
 
     name: str

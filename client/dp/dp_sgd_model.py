@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -143,9 +143,6 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
         refuse_mixed_examples(learner, shard, hooks=hooks)
         _in_use[:] = [(learner, hooks)]
     return _in_use[0][1]
-
-
-__all__: Sequence[str] = ["train_privately"]
 
 
 def model_sums(

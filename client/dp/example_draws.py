@@ -255,13 +255,13 @@ def _hashed(seeds: Numbers, tail: tuple[int, ...], device: torch.device) -> torc
     return _mixed_there(torch.from_numpy(places.astype(np.int64)).to(device) + a, b)
 
 
-AT_ONCE = 1 << 16
+NUMBERS_PER_BLOCK = 1 << 16
 """Numbers that are mixed together: they stay in a core's cache."""
 
 
 def _rows(values: Numbers, places: int) -> list[NDArray[np.uint32]]:
     """The values as columns of so many rows as are mixed at once."""
-    size = max(1, AT_ONCE // max(places, 1))
+    size = max(1, NUMBERS_PER_BLOCK // max(places, 1))
     column = values.astype(np.uint32).reshape(-1, 1)
     return [column[start : start + size] for start in range(0, len(column), size)]
 

@@ -212,8 +212,8 @@ class Planned:
 def format_value(value: Any) -> str:
     """A value in words.
 
-    >>> said(0.50), said(float("inf")), said("client"), said(None)
-    ('0.5', 'inf', 'client', '-')
+    >>> [format_value(one) for one in (0.50, float("inf"), "client", None)]
+    ['0.5', 'inf', 'client', '-']
     """
     if value is None:
         return "-"
