@@ -60,7 +60,7 @@ def simulate(
     ... federation = { clients = 4, rounds = 2 }
     ... ''')
     >>> run = simulate(folder / "job.toml", folder / "run")  # doctest: +ELLIPSIS
-    backbone ...
+    data ...examples to train on...
     >>> len(run.rounds), run.metrics["federated"]["accuracy"] > 0.3
     (2, True)
 

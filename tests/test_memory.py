@@ -149,7 +149,7 @@ from tests.test_memory import ClientStateStore, state
 kept = ClientStateStore(Path(sys.argv[1]))
 print("ready", flush=True)
 for round in range(2, 100_000):
-    kept.keep("run", round, {"a": state(round), "b": state(-round)})
+    kept.save("run", round, {"a": state(round), "b": state(-round)})
 """
 
 

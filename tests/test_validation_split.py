@@ -112,8 +112,8 @@ def test_a_simulation_splits_as_a_site_does(fraction: float, privacy: Any) -> No
     table = {
         "name": "split", "seed": 3, "task": {"name": "image-classification"},
         "data": {"source": "digits", "validation_fraction": fraction,
-                 "partition": {"kind": "resampled", "examples": 7}},
-        "backbone": {"name": "raw:pixels", "image_size": 8}, "federation": {"clients": 40, "rounds": 1},
+                 "partition": {"kind": "iid"}},
+        "backbone": {"name": "raw:pixels", "image_size": 8}, "federation": {"clients": 205, "rounds": 1},
         "privacy": privacy,
     }  # fmt: skip
     job = Job.parse(table, origin="test")
