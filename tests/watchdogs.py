@@ -41,7 +41,7 @@ from atoll.protocol.requests import TrainRequest
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds import evaluation, loop, round_log
 from atoll.server.rounds.central_dp import NORM, CentralDp
-from atoll.server.rounds.central_dp import LedgerLocation as ServerBooks
+from atoll.server.rounds.central_dp import LedgerLocation
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import Validation
 from tests import detectors
@@ -114,7 +114,7 @@ def new_folder() -> Path:
 
 def protection(kind: type[CentralDp], setting: Job, folder: Path | None = None) -> CentralDp:
     folder = folder or new_folder()
-    ledgers = ServerBooks(folder / "ledger.jsonl", "test")
+    ledgers = LedgerLocation(folder / "ledger.jsonl", "test")
     return kind(setting, terms_for(setting, "client"), ledgers, "run")
 
 

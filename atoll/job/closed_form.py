@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from atoll.job.job import Job
 
-STATISTICS = "statistics"
-"""The kind of request that asks for them; a `Measurement` brings them."""
-
 RIDGE = 1.0
 """What weights' squares cost where the job doesn't say."""
 

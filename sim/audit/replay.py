@@ -76,7 +76,7 @@ class Canaries(Protocol):
 
 
 class NoLedgers(PrivacyLedgers):
-    """Books of a replay: it spends nothing, for nobody but the audit sees what it releases."""
+    """Ledgers of a replay: it spends nothing, for nobody but the audit sees what it releases."""
 
     def charge(self, client: str, fingerprint: str, job: Job, dp_plan: DpPlan, request: Request) -> int:
         """As many rounds as there were: a replay is never interrupted."""
