@@ -40,8 +40,7 @@ from atoll.protocol.messages import Update
 from atoll.protocol.requests import TrainRequest
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds import evaluation, loop, round_log
-from atoll.server.rounds.central_dp import NORM, CentralDp
-from atoll.server.rounds.central_dp import LedgerLocation
+from atoll.server.rounds.central_dp import NORM, CentralDp, LedgerLocation
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import Validation
 from tests import detectors
