@@ -124,6 +124,7 @@ def test_a_run_of_one_round_has_the_same_bits_everywhere_and_beats_chance(tmp_pa
     assert results[0]["bytes_up"] == 6 * statistics_size(setting, model)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_ray_has_the_bits_of_one_process(tmp_path: Path, kind: str) -> None:
