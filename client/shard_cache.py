@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from atoll.client.dp.example_draws import example_numbers
+from atoll.client.dp.example_draws import Numbers, example_numbers
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
@@ -57,6 +58,11 @@ class LoadedShard:
     train: Shard
     validation: Shard
     features: torch.Tensor | None
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """What the draws of each training example are made of, [n]."""
+        return example_numbers(self.train.keys)
 
 
 @dataclass
@@ -139,11 +145,8 @@ def feature_table(shards: Mapping[str, LoadedShard], device: str) -> tuple[Featu
     parts = [one.features for one in shards.values() if one.features is not None]
     ends = np.cumsum([len(one.train) for one in shards.values()]).tolist()
     client_rows = [
-        ClientRows(name, np.arange(end - len(one.train), end), example_numbers(one.train.keys))
+        ClientRows(name, np.arange(end - len(one.train), end), one.numbers)
         for (name, one), end in zip(shards.items(), ends, strict=True)
     ]
-    features, targets = torch.cat(parts, dim=1), torch.cat([one.train.table for one in shards.values()])
-    if not len(targets):  # something must fill the batches
-        features = features.new_zeros(len(features), 1, features.shape[2])
-        targets = targets.new_zeros(1, *targets.shape[1:])
-    return FeatureTable.of(features, targets, device), client_rows
+    targets = torch.cat([one.train.table for one in shards.values()])
+    return FeatureTable.of(torch.cat(parts, dim=1), targets, device), client_rows
