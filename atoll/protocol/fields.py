@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from atoll.errors import DataError
-from atoll.protocol.tensors import Tensors
+from atoll.protocol.tensors import Tensors, from_bytes, to_bytes
 
 VERSION = 2
 """Of the messages; a server and a client that differ in it do not work together."""
+
+SHARED = {"travels": "in the body"}
+PER_CLIENT = {"travels": "in the body to its client alone"}
+"""The metadata of fields that hold tensors, or tensors by client."""
 
 Message = TypeVar("Message")
 
@@ -37,16 +41,52 @@ def read_head(head: str) -> dict[str, Any]:
     return content
 
 
-def checked(cls: type[Message] | None, what: str, kind: object, content: Mapping[str, Any]) -> Message:
+def encode(message: Any, names: Sequence[str] = ()) -> tuple[str, bytes]:
+    """A message as (JSON head, safetensors body), with what is for the named clients alone."""
+    head: dict[str, Any] = {"kind": type(message).__name__, "version": VERSION}
+    body: dict[str, Any] = {}
+    for one in fields(message):
+        value = getattr(message, one.name)
+        if one.metadata == SHARED:
+            body |= prefixed(one.name, value)
+        elif one.metadata == PER_CLIENT:
+            for name in names:
+                body |= prefixed(f"{one.name}/{name}", value.get(name, {}))
+        else:
+            head[one.name] = value
+    return json.dumps(head), to_bytes(body)
+
+
+def decode(kinds: Mapping[str, type[Message]], what: str, head: str, body: bytes) -> Message:
+    """Read what `encode` wrote: a message of one of those kinds, by name.
+
+    Raises:
+        DataError: the message is of another version or kind, or malformed.
+    """
+    content, tensors = read_head(head), from_bytes(body)
+    content.pop("version")
+    kind = content.pop("kind", None)
+    cls = kinds.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise DataError(f"unknown kind of {what}: {kind!r}"[:200])
+    for one in fields(cast(Any, cls)):
+        if one.metadata == SHARED:
+            content[one.name] = without_prefix(one.name, tensors)
+        elif one.metadata == PER_CLIENT:
+            content[one.name] = _by_client(without_prefix(one.name, tensors))
+    return checked(cls, content)
+
+
+def checked(cls: type[Message], content: Mapping[str, Any]) -> Message:
     """A message of that class, once every field is there and of its type.
 
     Raises:
-        DataError: a field is missing, unknown or of another type, or there is no such kind of message.
+        DataError: a field is missing, unknown or of another type.
     """
-    if cls is None:
-        raise DataError(f"unknown kind of {what}: {kind!r}"[:200])
+    model, tuples = _checks_of(cast(Hashable, cls))
+    given = {k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in content.items()}
     try:
-        return cls(**_fields_of(cast(Hashable, cls)).validate_python(_with_tuples(cls, content)).__dict__)
+        return cls(**model.model_validate(given).__dict__)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
@@ -54,19 +94,20 @@ def checked(cls: type[Message] | None, what: str, kind: object, content: Mapping
 
 
 @cache
-def _fields_of(cls: Any) -> TypeAdapter[Any]:
+def _checks_of(cls: Any) -> tuple[type[BaseModel], frozenset[str]]:
+    """What checks the fields of a class, and which of them are tuples, for which JSON has lists."""
     hints = get_type_hints(cls)
     required: Any = {one.name: (hints[one.name], ...) for one in fields(cls)}
-    return TypeAdapter(create_model(cls.__name__, __config__=STRICT, **required))
+    tuples = frozenset(name for name, hint in hints.items() if get_origin(hint) is tuple)
+    return create_model(cls.__name__, __config__=STRICT, **required), tuples
 
 
-def _with_tuples(cls: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists for the tuples that a message is to hold."""
-    hints = get_type_hints(cls)
-    return {
-        name: tuple(value) if isinstance(value, list) and str(hints.get(name)).startswith("tuple") else value
-        for name, value in content.items()
-    }
+def _by_client(tensors: Tensors) -> dict[str, Tensors]:
+    found: dict[str, Tensors] = {}
+    for path, tensor in tensors.items():
+        name, _, key = path.partition("/")
+        found.setdefault(name, {})[key] = tensor
+    return found
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

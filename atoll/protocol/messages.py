@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, cast
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from atoll.protocol.fields import VERSION, checked, prefixed, read_head, without_prefix
-from atoll.protocol.tensors import Tensors, from_bytes, to_bytes
+from atoll.protocol.fields import SHARED, VERSION, checked, decode, encode, read_head
+from atoll.protocol.tensors import Tensors
 
 DataInfo = dict[str, Any]
 """What a task must know of the data before a model can be built, such as the classes; JSON-able."""
@@ -38,9 +38,9 @@ class Update:
 
     client: str
     round: int
-    delta: Tensors
+    delta: Tensors = field(metadata=SHARED)
     num_examples: int
-    states: Tensors = field(default_factory=dict)
+    states: Tensors = field(default_factory=dict, metadata=SHARED)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Measurement:
     client: str
     round: int
     num_examples: int
-    states: Tensors
+    states: Tensors = field(metadata=SHARED)
 
 
 @dataclass(frozen=True)
@@ -67,32 +67,19 @@ class SecureMessage:
 
     client: str
     round: int
-    content: Tensors
+    content: Tensors = field(metadata=SHARED)
 
 
 Reply = Update | Measurement | Failure | SecureMessage
 
-
-BODIES: Mapping[type[Reply], tuple[str, ...]] = {
-    Update: ("delta", "states"),
-    Measurement: ("states",),
-    SecureMessage: ("content",),
-    Failure: (),
+KINDS: Mapping[str, type[Reply]] = {
+    kind.__name__: kind for kind in (Update, Measurement, SecureMessage, Failure)
 }
-"""The fields of each kind of reply that travel in the body."""
 
 
 def encode_reply(reply: Reply) -> tuple[str, bytes]:
     """The reply as (JSON head, safetensors body)."""
-    head: dict[str, Any] = {"kind": type(reply).__name__, "version": VERSION}
-    body: dict[str, Any] = {}
-    for one in fields(reply):
-        value = getattr(reply, one.name)
-        if one.name in BODIES[type(reply)]:
-            body |= prefixed(one.name, value)
-        else:
-            head[one.name] = value
-    return json.dumps(head), to_bytes(body)
+    return encode(reply)
 
 
 def decode_reply(head: str, body: bytes) -> Reply:
@@ -101,12 +88,7 @@ def decode_reply(head: str, body: bytes) -> Reply:
     Raises:
         DataError: the message is of another version or kind, or malformed.
     """
-    content, tensors = read_head(head), from_bytes(body)
-    content.pop("version")
-    kind = content.pop("kind", None)
-    cls: type[Reply] | None = next((cls for cls in BODIES if cls.__name__ == kind), None)
-    parts = {name: without_prefix(name, tensors) for name in BODIES.get(cls, ())} if cls else {}
-    return cast(Reply, checked(cls, "reply", kind, content | parts))
+    return decode(KINDS, "reply", head, body)
 
 
 def hello_to_json(hello: Hello) -> str:
@@ -120,4 +102,4 @@ def hello_from_json(text: str) -> Hello:
     Raises:
         DataError: the message is of another version, or malformed.
     """
-    return checked(Hello, "hello", "Hello", read_head(text))
+    return checked(Hello, read_head(text))

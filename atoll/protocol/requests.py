@@ -17,18 +17,14 @@ Request
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import TypedDict
 
-from atoll.protocol.fields import VERSION, checked, prefixed, read_head, without_prefix
+from atoll.protocol.fields import PER_CLIENT, SHARED, decode, encode
 from atoll.protocol.messages import DataInfo
-from atoll.protocol.tensors import Tensors, from_bytes, to_bytes
-
-SHARED = {"travels": "in the body"}
-PER_CLIENT = {"travels": "in the body to its client alone"}
+from atoll.protocol.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,6 @@ class Request:
     round: int
     data_info: DataInfo
     run: str = field(default="", kw_only=True)
-    version: int = field(default=VERSION, kw_only=True)
 
 
 class RequestOrigin(TypedDict):
@@ -151,18 +146,7 @@ KINDS: Mapping[str, type[Request]] = {
 
 def encode_request(request: Request, names: Sequence[str] = ()) -> tuple[str, bytes]:
     """The request as (JSON head, safetensors body), with what is for the named clients alone."""
-    head: dict[str, Any] = {"kind": type(request).__name__}
-    body: dict[str, Any] = {}
-    for one in fields(request):
-        value = getattr(request, one.name)
-        if one.metadata == SHARED:
-            body |= prefixed(one.name, value)
-        elif one.metadata == PER_CLIENT:
-            for name in names:
-                body |= prefixed(f"{one.name}/{name}", value.get(name, {}))
-        else:
-            head[one.name] = value
-    return json.dumps(head), to_bytes(body)
+    return encode(request, names)
 
 
 def decode_request(head: str, body: bytes) -> Request:
@@ -171,15 +155,7 @@ def decode_request(head: str, body: bytes) -> Request:
     Raises:
         DataError: the message is of another version or kind, or malformed.
     """
-    content, tensors = read_head(head), from_bytes(body)
-    kind = content.pop("kind", None)
-    cls = KINDS.get(kind) if isinstance(kind, str) else None
-    for one in fields(cls) if cls is not None else ():
-        if one.metadata == SHARED:
-            content[one.name] = without_prefix(one.name, tensors)
-        elif one.metadata == PER_CLIENT:
-            content[one.name] = _by_client(without_prefix(one.name, tensors))
-    return checked(cls, "request", kind, content)
+    return decode(KINDS, "request", head, body)
 
 
 def work_name(request: Request) -> str:
@@ -191,11 +167,3 @@ def work_name(request: Request) -> str:
 def has_parts_per_client(request: Request) -> bool:
     """Whether the request's body differs between clients."""
     return any(one.metadata == PER_CLIENT for one in fields(request))
-
-
-def _by_client(tensors: Tensors) -> dict[str, Tensors]:
-    found: dict[str, Tensors] = {}
-    for path, tensor in tensors.items():
-        name, _, key = path.partition("/")
-        found.setdefault(name, {})[key] = tensor
-    return found
