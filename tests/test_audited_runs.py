@@ -125,8 +125,12 @@ def test_the_attack_on_a_gaussian_release_is_as_strong_as_it_can_be() -> None:
         population = Population.of(setting)
         canaries = canaries_for(setting, population, setting.privacy.units[0], Audit(canaries=2000))
         inside = np.arange(2000) % 2 == 0
-        scores = replayed(setting, population, canaries, inside, lambda: None)
-        apart = (scores[inside].mean() - scores[~inside].mean()) / scores[~inside].std()
+        # Of 8000 scores it is known to a deviation of 0.022: the tolerance is five of them or more.
+        found = []
+        for _ in range(4):
+            scores = replayed(setting, population, canaries, inside, lambda: None)
+            found.append((scores[inside].mean() - scores[~inside].mean()) / scores[~inside].std())
+        apart = np.mean(found)
         assert apart == pytest.approx(mu, rel=0.2)
 
 

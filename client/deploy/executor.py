@@ -16,7 +16,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,8 +63,6 @@ FAST_SECONDS = 0.1
 SLOW_SECONDS = 1.0
 WARM_SECONDS = 120.0
 """How long after a message a site goes on asking fast."""
-FORWARD_SECONDS = 0.5
-"""Enough for the SuperNode to send the last reply on."""
 ARRIVAL_SECONDS = 0.02
 """How long to wait before asking again for what is on its way; Flower waits 1 to 10 s."""
 
@@ -116,9 +114,8 @@ class Executor:
     def _work(self, token: str) -> None:
         self.working = True
         try:
-            self.run(token)
-        except Interrupted:
-            time.sleep(FORWARD_SECONDS)
+            with suppress(Interrupted):
+                self.run(token)
         finally:
             self.working = False
         self.pace.worked()

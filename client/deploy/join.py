@@ -35,6 +35,11 @@ LAST_STEP_SECONDS = 30.0
 """How long the executor may be at one step of training before it hears that it is to stop."""
 CONNECTED = "SuperNode ID: "
 """What the SuperNode writes once the server has let it in."""
+RECEIVED = "Receiving: "
+FORWARDED = ("Sent successfully", "Ignoring reply message", "Failed to send message")
+"""What the SuperNode writes of a message that it has received, and of the reply to it, one at a time."""
+FORWARD_SECONDS = 10.0
+"""How long the SuperNode may take to send the last reply on to the server."""
 CONNECT_SECONDS = 10.0
 SHORTEST_PAUSE = 1.0
 LONGEST_PAUSE = 10.0
@@ -194,8 +199,25 @@ class _Site:
 
     def close(self) -> None:
         """Stop the executor first: what it says last goes through the SuperNode."""
+        answers = self.executor.running
         self.executor.stop(grace=LAST_STEP_SECONDS)
+        deadline = time.monotonic() + FORWARD_SECONDS
+        while answers and self.supernode.running and has_reply_to_forward(list(self.supernode.tail)):
+            if time.monotonic() > deadline:
+                logger.warning("the last reply did not reach the server within %.0f s", FORWARD_SECONDS)
+                break
+            time.sleep(WATCH_SECONDS)
         self.supernode.stop()
+
+
+def has_reply_to_forward(lines: Sequence[str]) -> bool:
+    """Whether a SuperNode that wrote these lines has received a message whose reply isn't sent on yet."""
+    for line in reversed(lines):
+        if any(text in line for text in FORWARDED):
+            return False
+        if RECEIVED in line:
+            return True
+    return False
 
 
 def _ending(code: int | None) -> str:
