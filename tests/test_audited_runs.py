@@ -145,6 +145,7 @@ def test_sampled_clients_are_attacked_with_the_coins_of_the_run() -> None:
     class Counted:
         count, what = canaries.count, canaries.what
         names, carrier, scores = canaries.names, canaries.carrier, canaries.scores
+        scores_are_sums = canaries.scores_are_sums
 
         def joined(self, run: Any, updates: Any, present: Any) -> Any:
             drawn.append(len(present))
@@ -163,10 +164,11 @@ class Recorded:
     def __init__(self, canaries: Canaries) -> None:
         self.inner, self.count, self.what = canaries, canaries.count, canaries.what
         self.names, self.carrier, self.joined = canaries.names, canaries.carrier, canaries.joined
+        self.scores_are_sums = canaries.scores_are_sums
 
-    def scores(self, seen: RoundTranscript) -> Any:
+    def scores(self, seen: RoundTranscript, inside: Any) -> Any:
         self.last = seen.after
-        return self.inner.scores(seen)
+        return self.inner.scores(seen, inside)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +206,12 @@ def test_canary_clients_have_directions_of_their_own() -> None:
     assert isinstance(canaries, CanaryClients)
     rows = np.concatenate(list(canaries._directions(range(300))))
     np.testing.assert_allclose(rows @ rows.T, np.eye(300), atol=1e-10)
-    before = canaries.model
-    delta = canaries._deltas([7], 0.5)
-    after = {name: before[name] + t[0] for name, t in delta.items()}
-    scores = canaries.scores(RoundTranscript(before, after, []))
-    np.testing.assert_allclose(scores, 0.5 * (np.arange(300) == 7), atol=1e-5)
+    model = canaries.model
+    released = Update("the cohort", 1, {n: t[0] for n, t in canaries._deltas([7], 0.5).items()}, 1)
+    seen = RoundTranscript(model, model, [], [released], clipping_norm=0.25)
+    # 0.5 is twice the clipping norm.
+    scores = canaries.scores(seen, np.zeros(300, dtype=bool))
+    np.testing.assert_allclose(scores, 2.0 * (np.arange(300) == 7), atol=1e-5)
 
 
 def test_canary_examples_are_clipped_and_hardly_touch_what_the_data_does() -> None:

@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 def audit(
     run: RunDir,
     canaries: Annotated[
-        int | None, typer.Option(metavar="N", help="How many canaries; 1000, if there can be so many.")
+        int | None, typer.Option(metavar="N", help="How many canaries; 2000, if there can be so many.")
     ] = None,
     confidence: Annotated[float, typer.Option(help="How sure the lower bound is to be.")] = 0.95,
     shadows: Annotated[
@@ -109,6 +109,10 @@ def bounds(found: Mapping[str, Any]) -> Table:
     for name, key in (("one-run audit", "one_run"), ("one-run audit by f-DP", "f_dp")):
         row(f"proven, {name}", key, "epsilon", style="bold")
         table.add_row("  guesses, right", *(_guesses(one[key]) for one in units.values()))
+    if any(one["gaussian_sums"] for one in units.values()):
+        row("proven of Gaussian noise, by sums", "gaussian_sums", "epsilon", style="bold")
+        row("  confidence", "gaussian_sums", "confidence", form=".4%")
+        row("  deviations apart", "gaussian_sums", "deviations")
     if any(one["membership"] for one in units.values()):
         row("proven, membership attack", "membership", "epsilon")
         row("  found at .1 % false alarms", "membership", "tpr_at_fpr_0.001", form=".1%")

@@ -17,13 +17,25 @@ def what_the_audit_found(audit: Mapping[str, Any]) -> str:
 
 
 def proven(found: Mapping[str, Any]) -> float:
-    """The larger of a unit's two lower bounds."""
+    """The larger of a unit's two lower bounds from guesses."""
     return max(float(found["one_run"]["epsilon"]), float(found["f_dp"]["epsilon"]))
+
+
+def _of_sums(found: Mapping[str, Any]) -> str:
+    """What is proven of Gaussian noise; nothing in results that are older than that bound."""
+    sums = found.get("gaussian_sums")
+    if sums is None:
+        return ""
+    return (
+        f"; if its noise is Gaussian, at least {sums['epsilon']:.3g}, with {100 * sums['confidence']:g} %"
+        " confidence"
+    )
 
 
 def _of_unit(unit: str, found: Mapping[str, Any], confidence: float) -> str:
     claimed, least = finite(found["claimed_epsilon"]), proven(found)
     sure = f"with {100 * confidence:g} % confidence epsilon is at least {least:.3g} for one {unit}"
+    sure += _of_sums(found)
     at = f"at delta {found['delta']:.2g}"
     if found["contradicted"] and claimed is not None:
         return (

@@ -25,6 +25,7 @@ from atoll.privacy.auditing.epsilon_bounds import (
     lower_bound,
     lower_bound_in_family,
 )
+from atoll.privacy.auditing.gaussian_sums import SURE, lower_bound_by_sums
 from atoll.privacy.auditing.membership import area, epsilon_of_rates, log_ratios, rate_at
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import entropy, uniform
@@ -40,7 +41,7 @@ from atoll.sim.population.population import Population
 from atoll.system.durable_files import replace_synced
 from atoll.tasks import task_named
 
-DEFAULT_CANARIES = 1000
+DEFAULT_CANARIES = 2000
 """Canaries of an audit, unless another number is asked for or there can't be so many."""
 CANARIES_AT_THE_END = 256
 """The same where a run audits itself, at its end."""
@@ -95,7 +96,7 @@ def audited(
     for unit in units:
         canaries = canaries_for(replay, population, unit, how)
         runs = [_run(replay, population, canaries, progress) for _ in range(1 + how.shadows)]
-        found[unit] = judged(replay, unit, claims.get(unit), canaries.what, runs, how)
+        found[unit] = judged(replay, unit, claims.get(unit), canaries, runs, how)
     return {
         "confidence": how.confidence,
         "units": found,
@@ -124,7 +125,7 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
         number = _fitting(how, CanaryClients.most(model), "different directions of updates")
         return CanaryClients(population, job, dp_plan, model, number)
     if learner.trains_on_features:
-        number = _fitting(how, CanaryFeatures.most(learner), "different features and labels")
+        number = _fitting(how, CanaryFeatures.most(population, learner), "different features and labels")
         return CanaryFeatures.of(population, learner, number)
     most = len(candidates(population, learner)) // 2
     return Mislabelled.of(population, learner, _fitting(how, most, "examples to mislabel"))
@@ -146,7 +147,7 @@ def judged(
     job: Job,
     unit: Unit,
     claim: Mapping[str, Any] | None,
-    what: str,
+    canaries: Canaries,
     runs: list[tuple[Vector, Membership]],
     how: Audit,
 ) -> dict[str, Any]:
@@ -165,17 +166,23 @@ def judged(
 
     one_run = best(scores, inside, plain, how.confidence)
     f_dp = best(scores, inside, of_kind, how.confidence)
+    sums = None
+    if dp_plan is not None and canaries.scores_are_sums:
+        sure = max(how.confidence, SURE)
+        sums = lower_bound_by_sums(scores, inside, family, delta=delta, confidence=sure)
     claimed = finite((claim or {}).get("epsilon"))
+    least = max(one_run.epsilon, f_dp.epsilon, 0.0 if sums is None else sums.epsilon)
     return {
-        "attack": what,
+        "attack": canaries.what,
         "canaries": len(scores),
         "inside": int(inside.sum()),
         "claimed_epsilon": claimed,
         "delta": delta,
         "one_run": one_run.to_json(),
         "f_dp": f_dp.to_json(),
+        "gaussian_sums": None if sums is None else sums.to_json(),
         "membership": _membership(runs, delta, how.confidence) if how.shadows else None,
-        "contradicted": claimed is not None and max(one_run.epsilon, f_dp.epsilon) > claimed,
+        "contradicted": claimed is not None and least > claimed,
     }
 
 

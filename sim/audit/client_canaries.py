@@ -29,10 +29,9 @@ from atoll.protocol.requests import Request, UnmaskedSumRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined, stacked
 from atoll.protocol.tensors import Tensors
 from atoll.server.roster import ClientRoster
-from atoll.server.rounds.central_dp import NORM
 from atoll.server.rounds.run_state import Run
 from atoll.server.transport import Transport
-from atoll.sim.audit.replay import NoLedgers, RoundTranscript
+from atoll.sim.audit.replay import NoLedgers, RoundTranscript, clipping_norm_of
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.engines.simulated_site import SimulatedSite
 from atoll.sim.population.population import Population
@@ -79,7 +78,7 @@ class CanaryClients:
         """Where the server sees updates, theirs stand among them; else they are in the sum already."""
         if self.dp_plan.where != "server" or not present:
             return updates
-        norm = float(run.state.strategy_state.get(NORM, self.dp_plan.promise.clipping_norm))
+        norm = clipping_norm_of(run)
         places = [_place(name) for name in present]
         real = stacked(updates) if len(updates) else None
         states = {} if real is None else real.states
@@ -92,11 +91,21 @@ class CanaryClients:
         )
         return canaries if real is None else joined([real, canaries])
 
-    def scores(self, seen: RoundTranscript) -> Vector:
-        """How far the released model went in each canary's direction."""
-        moved = flat(seen.after) - flat(seen.load_before)
-        parts: Vector = dct(moved.numpy() * self._signs, norm="ortho")[self._rows]
-        return parts
+    @property
+    def scores_are_sums(self) -> bool:
+        return True
+
+    def scores(self, seen: RoundTranscript, inside: Membership) -> Vector:
+        """How far the released mean goes in each canary's direction, in clipping norms.
+
+        The noise's deviation is in proportion to the norm, also where that adapts, so that in this unit
+        every round says as much: the sum over rounds is the matched filter.
+        """
+        found = np.zeros(self.count)
+        for update in seen.released:
+            parts: Vector = dct(flat(update.delta).numpy() * self._signs, norm="ortho")[self._rows]
+            found += parts / seen.clipping_norm
+        return found
 
     def integers(self, places: NDArray[np.int64], request: UnmaskedSumRequest) -> NDArray[np.uint64]:
         """The canaries' contributions to a secure sum, clipped and rounded as a client's, without noise."""

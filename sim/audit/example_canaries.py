@@ -43,6 +43,8 @@ SAMPLED = 4096
 LONG, SHORT = 16.0, 4.0
 """A canary's features, times the clipping norm: the longer, the less of its gradient is in the bias,
 which all canaries share, but the more of the head's noise is in its outputs, until no gradient is left."""
+NO_SHARE = 1e-9
+"""Of the features' squares: a direction with less of them has none but for rounding."""
 BUSY_PART = 0.8
 """A client takes canaries if it trains in at least this part of the rounds that the busiest one does."""
 
@@ -103,9 +105,10 @@ class CanaryFeatures:
         return cls(population, learner, features, targets, owner)
 
     @classmethod
-    def most(cls, learner: Learner) -> int:
+    def most(cls, population: Population, learner: Learner) -> int:
         """How many there can be, so that no two that are seen together are the same."""
-        together = len(learner.data_info.get("classes", ())) * (learner.width - learner.width // 2)
+        classes = len(learner.data_info.get("classes", ()))
+        together = classes * len(free_directions(population, learner))
         return together * (1 if uses_secure_aggregation(learner.job) else len(owners(learner.job)))
 
     @property
@@ -128,21 +131,47 @@ class CanaryFeatures:
     def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
         return updates
 
-    def scores(self, seen: RoundTranscript) -> Vector:
+    @property
+    def scores_are_sums(self) -> bool:
+        """Private local training is by plain SGD, so that an update is a sum of its noised steps."""
+        return dp_plan_of(self.learner.job, "example") is not None
+
+    def scores(self, seen: RoundTranscript, inside: Membership) -> Vector:
         """How far what the server got went against each canary's gradient at the model that was sent.
 
         Where it gets single updates, that is the update of the canary's own client. Only the weights on
         the features count: biases and later layers move with all examples, and would drown the canary.
+        What the other canaries do to the update on average is taken off first. Those with the same
+        features and another label would else pull the head back to where their gradients cancel.
         """
         found = np.zeros(self.count)
-        errors = self._errors(seen.load_before)
         first = Layers.of(seen.load_before).layers[0]
+        errors = self._errors(seen.load_before)[:, : first.outputs]
         for update in seen.updates:
             rows = self._rows_of(update.client)
             moved = update.delta[first.weight].to(torch.float32)
-            along = ((errors[rows][:, : first.outputs] @ moved) * self.features[rows]).sum(1)
+            present = torch.from_numpy(inside)[rows]
+            along = self._along(errors[rows], self.features[rows], moved, present)
             found[rows.numpy()] = -along.to(torch.float64).numpy()
         return found
+
+    def _along(
+        self, errors: torch.Tensor, features: torch.Tensor, moved: torch.Tensor, present: torch.Tensor
+    ) -> torch.Tensor:
+        """The move along each canary's gradient, less the expected part of the others that are present."""
+        length = self._expected_length
+        all_present = length * (errors[present].T @ features[present])
+        own = length * present * errors.square().sum(1) * features.square().sum(1)
+        return ((errors @ (moved + all_present)) * features).sum(1) - own
+
+    @cached_property
+    def _expected_length(self) -> float:
+        """By how much a canary that is in moves an update on average, if it is clipped; 0 if nothing is."""
+        dp_plan = dp_plan_of(self.learner.job, "example")
+        if dp_plan is None:
+            return 0.0
+        steps = dp_plan.per_round * dp_plan.event.sampling_rate
+        return self.learner.job.train.lr * steps * dp_plan.promise.clipping_norm / dp_plan.divisor
 
     def _errors(self, head: Tensors) -> torch.Tensor:
         """The loss's derivative in the first layer's outputs, over the gradient's length, [canaries, …]."""
@@ -211,10 +240,11 @@ class FeatureIndex(PopulationIndex):
 
 
 def free_directions(population: Population, learner: Learner) -> torch.Tensor:
-    """Orthonormal directions of features [half the width, width] in which the data varies least."""
+    """Orthonormal directions of features [some, width] in which the data is least: half, or all with none."""
     features = _some_features(population, learner).to(torch.float64)
-    _, vectors = torch.linalg.eigh(features.T @ features)  # the smallest eigenvalues come first
-    free: torch.Tensor = vectors[:, : learner.width - learner.width // 2]
+    squares, vectors = torch.linalg.eigh(features.T @ features)  # the smallest eigenvalues come first
+    empty = int((squares <= NO_SHARE * squares.sum()).sum())
+    free: torch.Tensor = vectors[:, : max(empty, learner.width - learner.width // 2)]
     return free.T.to(torch.float32).contiguous()
 
 

@@ -75,7 +75,11 @@ class Mislabelled:
     def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
         return updates
 
-    def scores(self, seen: RoundTranscript) -> Vector:
+    @property
+    def scores_are_sums(self) -> bool:
+        return False
+
+    def scores(self, seen: RoundTranscript, inside: Membership) -> Vector:
         """How much less the round's model is surprised by the wrong label than the first one was."""
         return self._first - self._losses(seen.after)
 

@@ -7,7 +7,7 @@ The noise is always real, even where the job asks for a seeded one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -19,13 +19,13 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
-from atoll.privacy.dp_plan import DpPlan
+from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import Request
 from atoll.protocol.tensors import Tensors
 from atoll.server.events import ignore_events
 from atoll.server.rounds.aggregation import merge_updates, request_updates
-from atoll.server.rounds.central_dp import central_dp_of
+from atoll.server.rounds.central_dp import NORM, central_dp_of
 from atoll.server.rounds.cohort import sample
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.start import start_or_resume
@@ -33,6 +33,7 @@ from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Transport
 from atoll.sim.population.devices import clock_of
 from atoll.sim.population.population import Population
+from atoll.strategies.strategy import State
 
 Progress = Callable[[], None]
 """Told after every round."""
@@ -40,11 +41,17 @@ Progress = Callable[[], None]
 
 @dataclass(frozen=True)
 class RoundTranscript:
-    """What an attacker has of one round: the models before and after, and what the server was sent."""
+    """What an attacker has of one round.
+
+    The models before and after, what the server was sent, and what its strategy was given: under a
+    client's promise that is the noised mean alone, clipped at `clipping_norm`.
+    """
 
     load_before: Tensors
     after: Tensors
     updates: Sequence[Update]
+    released: Sequence[Update] = ()
+    clipping_norm: float = 1.0
 
 
 class Canaries(Protocol):
@@ -70,8 +77,16 @@ class Canaries(Protocol):
         """The round's updates with those of the canary clients that are present."""
         ...
 
-    def scores(self, seen: RoundTranscript) -> Vector:
-        """What one round says for each canary's being in; rounds add up."""
+    @property
+    def scores_are_sums(self) -> bool:
+        """Whether a score is linear in the releases, so that it is Gaussian where their noise is."""
+        ...
+
+    def scores(self, seen: RoundTranscript, inside: Membership) -> Vector:
+        """What one round says for each canary's being in; rounds add up.
+
+        A canary's score must not depend on its own entry of `inside`: it is for what the others do.
+        """
         ...
 
 
@@ -112,8 +127,10 @@ def replayed(
                 job, canaries.carrier(inside), directory, _without_test_set(population), ignore_events,
                 resume=False, clock=clock_of(population), protection=protection,
             )  # fmt: skip
+            run, released = _recording(run)
             for round in range(1, job.federation.rounds + 1):
-                total += canaries.scores(_round(run, round, canaries, inside))
+                seen = _round(run, round, canaries, inside, released)
+                total += canaries.scores(seen, inside)
                 progress()
     return total
 
@@ -126,15 +143,44 @@ def _without_test_set(population: Population) -> Callable[[Learner], None]:
     return test_set
 
 
-def _round(run: Run, round: int, canaries: Canaries, inside: Membership) -> RoundTranscript:
+@dataclass
+class LastReleased:
+    """An update transform that changes nothing and keeps what the strategy is given."""
+
+    updates: Sequence[Update] = ()
+
+    def __call__(
+        self, updates: Sequence[Update], round: int, model: Tensors, state: State
+    ) -> tuple[Sequence[Update], State]:
+        self.updates = updates
+        return updates, {}
+
+
+def _recording(run: Run) -> tuple[Run, LastReleased]:
+    """The run, with its last update transform followed by one that keeps what comes out."""
+    released = LastReleased()
+    transforms = (*run.setup.update_transforms, released)
+    return replace(run, setup=replace(run.setup, update_transforms=transforms)), released
+
+
+def _round(
+    run: Run, round: int, canaries: Canaries, inside: Membership, released: LastReleased
+) -> RoundTranscript:
     """A round without measuring and checkpoints."""
     cohort, present = _cohort(run, round, canaries.names(inside))
     gathered, _ = request_updates(run, cohort, round)
     updates = canaries.joined(run, gathered.updates, present)
-    before = run.state.tensors
+    before, norm = run.state.tensors, clipping_norm_of(run)
     merge_updates(run, updates, round)
     run.state.round = round
-    return RoundTranscript(before, run.state.tensors, updates)
+    return RoundTranscript(before, run.state.tensors, updates, released.updates, norm)
+
+
+def clipping_norm_of(run: Run) -> float:
+    """What clients' updates are clipped at in the next round; 1 without a promise to them."""
+    dp_plan = dp_plan_of(run.setup.job, "client")
+    usual = 1.0 if dp_plan is None else dp_plan.promise.clipping_norm
+    return float(run.state.strategy_state.get(NORM, usual))
 
 
 def _cohort(run: Run, round: int, names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -38,6 +38,8 @@ MIN_GUESSES = 8
 """Guesses below which a share isn't tried: they prove too little for the doubt that they cost."""
 LARGEST = 50.0
 """No audit proves more than this epsilon, nor a larger mu: it would take e^50 canaries."""
+LEAST_NOISE = 0.02
+"""Noise multipliers below this are not told apart: epsilon is above 1,000 there."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ class Family:
     sampling_rate: float
     releases: int
 
+    @property
+    def most_noise(self) -> float:
+        """A noise multiplier under which the releases together show next to nothing: mu is 1/200."""
+        return 200.0 * math.sqrt(self.releases)
+
     def curve(self, noise_multiplier: float) -> Inverse:
         """The trade-off curve with that noise: exact without sampling, else a lower bound of it."""
         if self.sampling_rate == 1:
@@ -161,15 +168,28 @@ GAUSSIAN = Family(1.0, 1)
 def lower_bound_in_family(guesses: Guesses, family: Family, *, delta: float, confidence: float) -> float:
     """Epsilon of the family's member with the least noise that the guesses refute; 0 if they refute none."""
     _check(delta, confidence)
-    most, least = 200.0 * math.sqrt(family.releases), 0.02
-    if 2 * guesses.right <= guesses.made or not refutes(guesses, family.curve(most), confidence):
+    most, least = family.most_noise, LEAST_NOISE
+
+    def is_refuted(noise_multiplier: float) -> bool:
+        return refutes(guesses, family.curve(noise_multiplier), confidence)
+
+    if 2 * guesses.right <= guesses.made or not is_refuted(most):
         return 0.0
-    while most / least > 1.01:
+    noise = least_noise_refuted(is_refuted, least, most, precision=1.01)
+    return min(family.epsilon(noise, delta), LARGEST)
+
+
+def least_noise_refuted(
+    is_refuted: Callable[[float], bool], least: float, most: float, *, precision: float
+) -> float:
+    """The least noise multiplier that is refuted, as all larger ones are; `most` must be.
+
+    It is up to `precision` times too large, never too small.
+    """
+    while most / least > precision:
         middle = math.sqrt(least * most)
-        least, most = (
-            (least, middle) if refutes(guesses, family.curve(middle), confidence) else (middle, most)
-        )
-    return min(family.epsilon(most, delta), LARGEST)
+        least, most = (least, middle) if is_refuted(middle) else (middle, most)
+    return most
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
