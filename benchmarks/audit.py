@@ -1,8 +1,8 @@
 """How much of a claimed epsilon one audited run proves: a line for each of twenty runs of other seeds.
 
-The digits' jobs of `SETTINGS`, at one target epsilon. A run is attacked by `atoll audit`'s own code, whose noise and
-coins are the operating system's. Seconds are those of the audit: playing the job with canaries, and
-all bounds. Ends with status 1 if any run proves more than its claim, or a setting's median proves less
+The digits' jobs of `SETTINGS`, at one target epsilon. A run is attacked by `atoll audit`'s own code, whose
+noise and coins are the operating system's. Seconds are those of the audit: playing the job with
+canaries, and all bounds. Ends with status 1 if any run proves more than its claim, or a setting's median proves less
 than asked for.
 
     python -m benchmarks.audit [--runs 20] [--epsilon 8] [--only NAME,...]
@@ -86,9 +86,7 @@ def attack(job: Job) -> Attacked:
 
 def table_of(name: str, runs: int, target: float) -> bool:
     """Print the runs of a setting; whether all stay below the claim and the median proves enough."""
-    print(
-        f"\n{name}\n{'seed':>6}  {'claimed':>7}  {'one run':>7}  {'f-DP':>5}  {'sums':>5}  {'of it':>5}  seconds"
-    )
+    print(f"\n{name}\n  seed  claimed  one run   f-DP   sums  of it  seconds")
     found: list[Attacked] = []
     for seed in range(1, runs + 1):
         one = attack(job_of(SETTINGS[name], seed, target))

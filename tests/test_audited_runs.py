@@ -83,6 +83,7 @@ def test_the_real_noise_stays_below_its_claim_and_a_quarter_of_it_does_not(
     honest = attacked(setting, Audit(canaries=2000))
     assert honest["claimed_epsilon"] == pytest.approx(2.24, abs=0.05)
     assert 0.1 < honest["one_run"]["epsilon"] < honest["f_dp"]["epsilon"] < honest["claimed_epsilon"]
+    assert 0 < honest["gaussian_sums"]["epsilon"] < honest["claimed_epsilon"]
     assert not honest["contradicted"]
     whole = Lattice.whole_noise
     monkeypatch.setattr(Lattice, "whole_noise", lambda lattice, count: whole(lattice, count) // 4)
@@ -90,6 +91,7 @@ def test_the_real_noise_stays_below_its_claim_and_a_quarter_of_it_does_not(
     assert broken["claimed_epsilon"] == honest["claimed_epsilon"]
     assert broken["one_run"]["epsilon"] > broken["claimed_epsilon"]
     assert broken["f_dp"]["epsilon"] > broken["claimed_epsilon"]
+    assert broken["gaussian_sums"]["epsilon"] > 2 * broken["claimed_epsilon"]
     assert broken["contradicted"]
 
 
@@ -109,7 +111,29 @@ def test_an_audit_notices_that_nobody_clips(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr("atoll.client.heads.train.clip_factors", unclipped_factors)
     monkeypatch.setattr("atoll.client.dp.gradient_sums.clip_factors", unclipped_factors)
     setting = job(SETTINGS[name], federation=ONCE, data=EVERYBODY)
-    assert attacked(setting, Audit(canaries=2000))["contradicted"]
+    found = attacked(setting, Audit(canaries=2000))
+    assert found["contradicted"]
+    assert found["gaussian_sums"]["epsilon"] > found["claimed_epsilon"]
+
+
+EPSILON_8 = {"epsilon": 8.0, "delta": 1e-5, "clipping_norm": 0.5}
+STRONG = {
+    "clients, at the server": {"unit": "client"},
+    "examples, at the client": {"unit": "example", "sampling_rate": 0.5, "steps": 1},
+    "examples, distributed": {"unit": "example", "sampling_rate": 1.0, "steps": 1, "where": "distributed"},
+}
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_most_of_a_claim_of_epsilon_8_is_proven_and_never_more_than_it(name: str) -> None:
+    setting = job(
+        EPSILON_8 | STRONG[name],
+        federation=ONCE | {"rounds": 3, "secure_threshold": 1.0}, data=EVERYBODY, train={"lr": 0.02},
+    )  # fmt: skip
+    found = attacked(setting, Audit(usual=10_000))
+    assert found["claimed_epsilon"] == pytest.approx(8.0, abs=0.05)
+    assert found["gaussian_sums"]["confidence"] == pytest.approx(1 - 1e-6)
+    assert 0.6 * found["claimed_epsilon"] < found["gaussian_sums"]["epsilon"] < found["claimed_epsilon"]
 
 
 def test_the_attack_on_a_gaussian_release_is_as_strong_as_it_can_be() -> None:

@@ -1,4 +1,4 @@
-"""The bound from how far scores lie apart: exact where scores are Gaussian, and valid where they are sampled."""
+"""The bound from how far scores lie apart: exact for Gaussian scores, and valid for sampled ones."""
 
 import math
 

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import atoll.job.privacy
 import atoll.learning.compatibility
 import atoll.privacy.accounting
 import atoll.privacy.adaptive_clipping
+import atoll.privacy.auditing.gaussian_sums
 import atoll.privacy.central
 import atoll.privacy.clipping
 import atoll.privacy.dp_plan
@@ -39,6 +41,7 @@ import atoll.server.rounds.evaluation
 import atoll.server.rounds.loop
 import atoll.server.rounds.round_log
 import atoll.server.rounds.validation
+import atoll.sim.audit.example_canaries
 from atoll.privacy.accounting import Release
 from atoll.protocol.stacked_updates import stacked
 from tests import watchdogs as w
@@ -672,6 +675,41 @@ ACCOUNTS: dict[str, tuple[Callable[[], None], Plant]] = {
     ),
 }  # fmt: skip
 
+SUMS: dict[str, Plant] = {
+    "an audit's best guess at the noise is taken for its bound": wrapped(
+        atoll.privacy.auditing.gaussian_sums, "least_noise_refuted",
+        lambda original: lambda is_refuted, least, most, precision: 2 * least,
+    ),
+    "an audit counts a length for every release and the noise of one": wrapped(
+        atoll.privacy.auditing.gaussian_sums, "chance",
+        lambda original: lambda found, family, noise: original(found, family, noise * math.sqrt(family.releases)),
+    ),
+    "an audit takes the middle half's deviation for that of all scores": wrapped(
+        atoll.privacy.auditing.gaussian_sums, "separation",
+        lambda original: lambda scores, inside: dataclasses.replace(
+            original(scores, inside), t=original(scores, inside).t / 0.7
+        ),
+    ),
+    "an audit counts too few coins of sampling": wrapped(
+        atoll.privacy.auditing.gaussian_sums, "binom",
+        lambda original: SimpleNamespace(
+            ppf=lambda p, n, q: original.ppf(p, n, q * 0.8),
+            isf=lambda p, n, q: original.isf(p, n, q * 0.8),
+            cdf=lambda k, n, q: original.cdf(k, n, q * 0.8),
+        ),
+    ),
+}  # fmt: skip
+
+OWN_COIN: dict[str, Plant] = {
+    "an audit takes a canary's own part off as well": wrapped(
+        atoll.sim.audit.example_canaries.CanaryFeatures, "_along",
+        lambda original: lambda self, errors, features, moved, present: original(
+            self, errors, features, moved, present
+        )
+        + self._expected_length * present * errors.square().sum(1) * features.square().sum(1),
+    ),
+}  # fmt: skip
+
 BUGS: dict[str, tuple[Callable[[], None], Plant]] = {
     **{name: (w.a_client_moves_the_sum_by_the_clipping_norm, plant) for name, plant in CLIENT_SUMS.items()},
     **{
@@ -702,6 +740,8 @@ BUGS: dict[str, tuple[Callable[[], None], Plant]] = {
     **{name: (w.an_adaptive_norm_finds_the_norms_in_private, plant) for name, plant in ADAPTIVE.items()},
     **{name: (w.releases_are_on_the_lattice, plant) for name, plant in LATTICE.items()},
     **ACCOUNTS,
+    **{name: (w.a_bound_by_sums_is_seldom_above_the_truth, plant) for name, plant in SUMS.items()},
+    **{name: (w.a_canarys_score_does_not_know_its_own_coin, plant) for name, plant in OWN_COIN.items()},
 }
 
 

@@ -33,6 +33,8 @@ from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
 from atoll.privacy import accounting, secagg, secagg_encoding
 from atoll.privacy.accounting import Release
+from atoll.privacy.auditing import gaussian_sums
+from atoll.privacy.auditing.epsilon_bounds import Family
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.privacy.ledger import Ledger
 from atoll.privacy.noise import entropy
@@ -43,6 +45,10 @@ from atoll.server.rounds import evaluation, loop, round_log
 from atoll.server.rounds.central_dp import NORM, CentralDp, LedgerLocation
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import Validation
+from atoll.sim.audit.audit import _learner
+from atoll.sim.audit.example_canaries import CanaryFeatures
+from atoll.sim.audit.replay import RoundTranscript
+from atoll.sim.population.population import Population
 from tests import detectors
 from tests.detectors import Detected, adversaries, silent
 
@@ -569,6 +575,44 @@ def layers_that_mix_examples_are_found() -> None:
             raise Detected("a layer that mixes examples is taken for one that doesn't")
 
 
+def simulated_scores(family: Family, noise: float, generator: np.random.Generator) -> tuple[Any, Any]:
+    """(scores, which are inside) of 300 canaries of a mechanism that is just what its family says."""
+    inside = generator.random(300) < 0.5
+    times = generator.binomial(family.releases, family.sampling_rate, 300)
+    return inside * times + noise * np.sqrt(family.releases) * generator.standard_normal(300), inside
+
+
+def a_bound_by_sums_is_seldom_above_the_truth() -> None:
+    """At 95 %, in 5 of 100 runs; more than five deviations above that are too many."""
+    generator, most = np.random.default_rng(13), 5 + 5 * (100 * 0.05 * 0.95) ** 0.5
+    plain, sampled, wrong, refuted = Family(1.0, 9), Family(0.25, 100), 0, 0
+    for _ in range(100):
+        scores, inside = simulated_scores(plain, 1.8, generator)
+        bound = gaussian_sums.lower_bound_by_sums(scores, inside, plain, delta=1e-5, confidence=0.95)
+        wrong += bound.noise_multiplier is not None and bound.noise_multiplier < 1.8
+        found = gaussian_sums.separation(*simulated_scores(sampled, 1.7, generator))
+        refuted += gaussian_sums.chance(found, sampled, 1.7) < 0.05
+    if max(wrong, refuted) > most:
+        raise Detected(f"{wrong} of 100 bounds at 95 % are above the truth, and {refuted} with sampling")
+
+
+def a_canarys_score_does_not_know_its_own_coin() -> None:
+    """The attacker may know of all canaries but one: that one's score stays if its coin is turned over."""
+    setting = job(examples())
+    learner = _learner(setting, Population.of(setting))
+    canaries = CanaryFeatures.of(Population.of(setting), learner, 80)
+    generator = torch.Generator().manual_seed(2)
+    head = {name: torch.randn(t.shape, generator=generator) for name, t in learner.initial().items()}
+    updates = [Update(name, 1, head, num_examples=1) for name in sorted(set(canaries.owner.tolist()))]
+    inside = np.arange(80) % 3 == 0
+    scores = canaries.scores(RoundTranscript(head, head, updates), inside)
+    for place in range(80):
+        turned = inside ^ (np.arange(80) == place)
+        again = canaries.scores(RoundTranscript(head, head, updates), turned)
+        if abs(again[place] - scores[place]) > 1e-3 * canaries._expected_length:
+            raise Detected(f"the score of canary {place} depends on its own coin")
+
+
 CHECKS: list[Callable[[], None]] = [
     a_client_moves_the_sum_by_the_clipping_norm,
     noise_at_the_server_does_not_depend_on_who_answers,
@@ -592,4 +636,6 @@ CHECKS: list[Callable[[], None]] = [
     nothing_is_released_above_the_target,
     promises_that_cannot_be_kept_are_refused,
     layers_that_mix_examples_are_found,
+    a_bound_by_sums_is_seldom_above_the_truth,
+    a_canarys_score_does_not_know_its_own_coin,
 ]

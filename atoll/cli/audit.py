@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 def audit(
     run: RunDir,
     canaries: Annotated[
-        int | None, typer.Option(metavar="N", help="How many canaries; 2000, if there can be so many.")
+        int | None, typer.Option(metavar="N", help="How many canaries; 5000, if there can be so many.")
     ] = None,
     confidence: Annotated[float, typer.Option(help="How sure the lower bound is to be.")] = 0.95,
     shadows: Annotated[

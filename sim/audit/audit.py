@@ -41,7 +41,7 @@ from atoll.sim.population.population import Population
 from atoll.system.durable_files import replace_synced
 from atoll.tasks import task_named
 
-DEFAULT_CANARIES = 2000
+DEFAULT_CANARIES = 5000
 """Canaries of an audit, unless another number is asked for or there can't be so many."""
 CANARIES_AT_THE_END = 256
 """The same where a run audits itself, at its end."""

@@ -43,6 +43,8 @@ SAMPLED = 4096
 LONG, SHORT = 16.0, 4.0
 """A canary's features, times the clipping norm: the longer, the less of its gradient is in the bias,
 which all canaries share, but the more of the head's noise is in its outputs, until no gradient is left."""
+OUTPUT_DEVIATION = 2.0
+"""What that noise may be in a canary's outputs, if its features are neither too long nor too short."""
 NO_SHARE = 1e-9
 """Of the features' squares: a direction with less of them has none but for rounding."""
 BUSY_PART = 0.8
@@ -264,7 +266,7 @@ def _length(population: Population, learner: Learner) -> float:
     noise = (
         learner.job.train.lr * dp_plan.noise_multiplier * norm / dp_plan.divisor * math.sqrt(dp_plan.releases)
     )
-    return min(max(1 / noise, SHORT * max(1.0, norm)), LONG * max(1.0, norm))
+    return min(max(OUTPUT_DEVIATION / noise, SHORT * max(1.0, norm)), LONG * max(1.0, norm))
 
 
 def _targets(population: Population, learner: Learner, label: Iterable[int]) -> torch.Tensor:
