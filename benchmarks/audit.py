@@ -2,8 +2,8 @@
 
 The digits' jobs of `SETTINGS`, at one target epsilon. A run is attacked by `atoll audit`'s own code, whose
 noise and coins are the operating system's. Seconds are those of the audit: playing the job with
-canaries, and all bounds. Ends with status 1 if any run proves more than its claim, or a setting's median proves less
-than asked for.
+canaries, and all bounds. Ends with status 1 if any run proves more than its claim, or a setting's
+median proves less than asked for.
 
     python -m benchmarks.audit [--runs 20] [--epsilon 8] [--only NAME,...]
 """

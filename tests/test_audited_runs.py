@@ -116,8 +116,8 @@ def test_an_audit_notices_that_nobody_clips(name: str, monkeypatch: pytest.Monke
     assert found["gaussian_sums"]["epsilon"] > found["claimed_epsilon"]
 
 
-EPSILON_8 = {"epsilon": 8.0, "delta": 1e-5, "clipping_norm": 0.5}
-STRONG = {
+EPSILON_8: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5, "clipping_norm": 0.5}
+STRONG: dict[str, dict[str, Any]] = {
     "clients, at the server": {"unit": "client"},
     "examples, at the client": {"unit": "example", "sampling_rate": 0.5, "steps": 1},
     "examples, distributed": {"unit": "example", "sampling_rate": 1.0, "steps": 1, "where": "distributed"},
@@ -133,6 +133,16 @@ def test_most_of_a_claim_of_epsilon_8_is_proven_and_never_more_than_it(name: str
     found = attacked(setting, Audit(usual=10_000))
     assert found["claimed_epsilon"] == pytest.approx(8.0, abs=0.05)
     assert found["gaussian_sums"]["confidence"] == pytest.approx(1 - 1e-6)
+    assert 0.6 * found["claimed_epsilon"] < found["gaussian_sums"]["epsilon"] < found["claimed_epsilon"]
+
+
+def test_a_server_that_adapts_its_steps_and_its_clipping_norm_hides_nothing() -> None:
+    """Scores are of the noised mean, in clipping norms: neither has an effect on how far they lie apart."""
+    setting = job(
+        {"unit": "client", "clipping": "adaptive", **EPSILON_8}, strategy={"name": "fedadam"},
+        federation=ONCE | {"rounds": 6}, data=EVERYBODY,
+    )  # fmt: skip
+    found = attacked(setting, Audit(usual=10_000))
     assert 0.6 * found["claimed_epsilon"] < found["gaussian_sums"]["epsilon"] < found["claimed_epsilon"]
 
 
@@ -218,9 +228,9 @@ def test_a_run_without_a_promise_leaks_nearly_every_canary() -> None:
     assert found["one_run"]["epsilon"] > 3.0
     assert found["membership"]["auc"] > 0.99
     assert found["membership"]["tpr_at_fpr_0.01"] > 0.9
-    assert "Nothing finite was claimed" in what_the_audit_found(
-        {"units": {"example": found}, "contradicted": False, "confidence": 0.95}
-    )
+    told = what_the_audit_found({"units": {"example": found}, "contradicted": False, "confidence": 0.95})
+    assert found["gaussian_sums"] is None
+    assert "Nothing finite was claimed" in told and "Gaussian" not in told
 
 
 def test_canary_clients_have_directions_of_their_own() -> None:
@@ -317,6 +327,7 @@ def test_models_without_a_closed_form_are_audited_too(unit: str) -> None:
         last_k(privacy, federation={"clients": 3, "cohort": None, "rounds": 1}), Audit(canaries=40)
     )
     assert found["canaries"] == 40 and not found["contradicted"]
+    assert (found["gaussian_sums"] is None) == (unit == "example")  # a loss is no sum of releases
     assert 0 <= found["one_run"]["epsilon"] <= found["claimed_epsilon"]
 
 
@@ -369,8 +380,9 @@ def test_the_verb_prints_the_bounds_and_writes_them_down(
     printed = capsys.readouterr().out
     assert code == 0
     for part in (
-        "claimed (PLD)", "one-run audit by f-DP", "found at .1 % false alarms", "AUC", "canaries", "200",
-        "95 % confidence", "what one update of the head gives away", "never that it is true",
+        "claimed (PLD)", "one-run audit by f-DP", "proven of Gaussian noise, by sums", "99.9999%",
+        "found at .1 % false alarms", "AUC", "canaries", "200", "95 % confidence", "if its noise is Gaussian",
+        "what one update of the head gives away", "never that it is true",
     ):  # fmt: skip
         assert part in printed
     found = json.loads((finished / "audit.json").read_text())

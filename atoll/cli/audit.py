@@ -112,7 +112,7 @@ def bounds(found: Mapping[str, Any]) -> Table:
     if any(one["gaussian_sums"] for one in units.values()):
         row("proven of Gaussian noise, by sums", "gaussian_sums", "epsilon", style="bold")
         row("  confidence", "gaussian_sums", "confidence", form=".4%")
-        row("  deviations apart", "gaussian_sums", "deviations")
+        row("  deviations apart", "gaussian_sums", "deviations", form=".2f")
     if any(one["membership"] for one in units.values()):
         row("proven, membership attack", "membership", "epsilon")
         row("  found at .1 % false alarms", "membership", "tpr_at_fpr_0.001", form=".1%")
