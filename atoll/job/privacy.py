@@ -281,9 +281,8 @@ def _check_bands(bands: int | None, prefix: str, job: Job) -> None:
     if bands > 1 and asked * bands > federation.clients:
         raise ValueError(
             f"{prefix}.bands: {bands} rounds in a row need {asked * bands} different clients, {asked} each;"
-            f" expected bands up to {federation.clients // asked}, or a federation.cohort of at most"
-            f" {int(federation.clients / bands / federation.over_sampling)}, with federation.clients ="
-            f" {federation.clients}"
+            f" expected bands up to {federation.clients // asked} with federation.clients ="
+            f" {federation.clients}, or a smaller federation.cohort"
         )
 
 

@@ -105,8 +105,8 @@ class CentralDp:
         clients = hashlib.sha256("\n".join(names).encode()).hexdigest()
         if self.ledger.data_of(self.run) - {clients}:
             raise ConfigError(
-                "cannot resume: clients have joined or left, and with privacy.mechanism = 'banded' the names of"
-                " all say which rounds each takes part in; expected the clients that the run began with"
+                "cannot resume: clients have joined or left, and with privacy.mechanism = 'banded' names"
+                " say which rounds each takes part in; expected the clients that the run began with"
             )
         self.clients = clients
 
