@@ -103,6 +103,7 @@ def test_costs_of_rounds_add_up_to_the_sensitivity_also_of_a_part_of_the_run() -
         charged[round] += 1
         assert sensitivity_of(spent, 1.3) == pytest.approx(math.sqrt(slowly(charged, 3)), rel=1e-9)
     assert cost_of_round({}, 1, 1.3, 1) == Release(1.3, 1.0)
+    assert cost_of_round({1: 1, 2: 2}, 3, 1.3, 1).noise_multiplier == pytest.approx(1.3)
 
 
 def gaussian_epsilon(multiplier: float, delta: float) -> float:
@@ -340,7 +341,7 @@ def test_what_the_noise_is_known_by_is_in_checkpoints_alone_for_their_owner(tmp_
             assert b"secret." not in content and not any(row in content for row in rows)
 
 
-def test_a_run_is_not_resumed_with_other_clients(tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_other_clients_nor_begun_with_too_few(tmp_path: Path) -> None:
     from atoll.server.rounds.central_dp import CentralDp, LedgerLocation
 
     setting = job(BANDED)
@@ -351,11 +352,13 @@ def test_a_run_is_not_resumed_with_other_clients(tmp_path: Path) -> None:
         return CentralDp(setting, dp_plan, LedgerLocation(tmp_path / "ledger.jsonl", "test"), "run")
 
     first = protection()
-    first.check_clients(["a", "b", "c"])
+    first.check_clients(list("abcdef"))
     first.privatize(1, [], {"w": torch.zeros(3)}, {})
-    protection().check_clients(["a", "b", "c"])
+    protection().check_clients(list("abcdef"))
     with pytest.raises(ConfigError, match="cannot resume: clients have joined or left"):
-        protection().check_clients(["a", "b", "d"])
+        protection().check_clients(list("abcdeg"))
+    with pytest.raises(ConfigError, match="3 rounds in a row need 6 different clients, 5 take part"):
+        protection().check_clients(list("abcde"))
 
 
 def test_a_run_beyond_its_target_is_refused_before_the_release(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def squared_sensitivity(releases: Mapping[int, int], bands: int) -> float:
     at least `bands` rounds from one to the next.
     """
     rounds = max(releases, default=0)
-    if len(releases) == rounds and set(releases.values()) <= {1}:
+    if _in_order(releases):
         return _of_rounds(rounds, bands)
     squares = np.square(coefficients(bands))
     counts = np.zeros(rounds + bands)
@@ -84,6 +84,11 @@ def squared_sensitivity(releases: Mapping[int, int], bands: int) -> float:
     for s in range(rounds, 0, -1):
         best[s] = max(best[s + 1], gains[s] + best[s + bands])
     return best[1]
+
+
+def _in_order(releases: Mapping[int, int]) -> bool:
+    """Whether these are the rounds 1, 2, ... without a gap, each released once."""
+    return len(releases) == max(releases, default=0) and set(releases.values()) <= {1}
 
 
 def _of_rounds(rounds: int, bands: int) -> float:
@@ -102,6 +107,8 @@ def cost_of_round(releases: Mapping[int, int], round: int, noise_multiplier: flo
     Gaussian releases without sampling add up in the squares of 1 / noise multiplier, so that all costs
     together are those of one release with noise multiplier / sensitivity.
     """
+    if _in_order(releases) and round == len(releases) + 1:
+        return Release(noise_multiplier / coefficients(bands)[(round - 1) % bands], 1.0)
     before = squared_sensitivity(releases, bands)
     after = squared_sensitivity({**releases, round: releases.get(round, 0) + 1}, bands)
     return Release(noise_multiplier / math.sqrt(max(after - before, LEAST_SQUARE)), 1.0)

@@ -98,10 +98,16 @@ class CentralDp:
         """Take note of all clients of the run, by whose names it is known whose rounds lie how far apart.
 
         Raises:
-            ConfigError: a round was charged when they were others, and rounds must lie apart.
+            ConfigError: rounds must lie apart, and there are too few, or a round was charged for others.
         """
         if self.dp_plan.bands == 1 or self.clients:
             return
+        needed = self.dp_plan.bands * int(self.dp_plan.divisor)
+        if len(names) < needed:
+            raise ConfigError(
+                f"privacy.bands: {self.dp_plan.bands} rounds in a row need {needed} different clients,"
+                f" {len(names)} take part; expected fewer bands, or a smaller federation.cohort"
+            )
         clients = hashlib.sha256("\n".join(names).encode()).hexdigest()
         if self.ledger.data_of(self.run) - {clients}:
             raise ConfigError(
