@@ -610,11 +610,21 @@ def cost_of_one_participation(original: Any) -> Any:
     return cost
 
 
+def adding_earlier_noise(original: Any) -> Any:
+    def release(self: Any, total: Any, lattice: Any) -> Any:
+        kept, self.released = self.released, [-row for row in self.released]
+        found = original(self, total, lattice)
+        self.released = [found, *kept][: self.bands - 1]
+        return found
+
+    return release
+
+
 BANDED_NOISE: dict[str, Plant] = {
     "columns of norm 1.1": coefficients_as(lambda c: [1.1 * x for x in c]),
     "coefficients that fall too slowly": coefficients_as(lambda c: [c[0], *(1.2 * x for x in c[1:])]),
-    "the noise of earlier rounds added and not taken off": coefficients_as(
-        lambda c: [c[0], *(-x for x in c[1:])]
+    "the noise of earlier rounds added and not taken off": wrapped(
+        atoll.privacy.banded.CorrelatedNoise, "release", adding_earlier_noise
     ),
     "the noise of earlier rounds lost at restart": wrapped(
         atoll.server.rounds.central_dp.CentralDp, "resume", lambda original: lambda self, state: state
