@@ -90,7 +90,8 @@ def test_what_is_spent_is_recorded_before_the_noise_is_drawn() -> None:
         return entropy(count)
 
     CentralGaussian(1.0, 1.3, 4.0, 0.25, words, record=events.append).release([], MODEL)
-    assert events == [Release(1.3, 0.25), "noise"]
+    assert events[0] == Release(1.3, 0.25)
+    assert set(events[1:]) == {"noise"}  # what the sampler rejects is drawn again
 
 
 def test_where_the_charge_is_refused_nothing_is_released() -> None:

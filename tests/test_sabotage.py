@@ -29,6 +29,7 @@ import atoll.learning.compatibility
 import atoll.privacy.accounting
 import atoll.privacy.adaptive_clipping
 import atoll.privacy.auditing.gaussian_sums
+import atoll.privacy.banded
 import atoll.privacy.central
 import atoll.privacy.clipping
 import atoll.privacy.dp_plan
@@ -37,6 +38,7 @@ import atoll.privacy.noise
 import atoll.privacy.secagg
 import atoll.privacy.secagg_encoding
 import atoll.server.rounds.central_dp
+import atoll.server.rounds.cohort
 import atoll.server.rounds.evaluation
 import atoll.server.rounds.loop
 import atoll.server.rounds.round_log
@@ -590,6 +592,78 @@ ADAPTIVE: dict[str, Plant] = {
     ),
 }  # fmt: skip
 
+
+def coefficients_as(change: Callable[[list[float]], list[float]]) -> Plant:
+    return wrapped(
+        atoll.privacy.banded, "coefficients",
+        lambda original: lambda bands: tuple(change(list(original(bands)))),
+    )  # fmt: skip
+
+
+def without_groups(original: Any) -> Any:
+    return lambda clients, groups, number, seed: tuple(range(clients))
+
+
+def cost_of_one_participation(original: Any) -> Any:
+    def cost(releases: Any, round: int, noise_multiplier: float, bands: int) -> Release:
+        if sum(releases.values()) < bands:
+            return original(releases, round, noise_multiplier, bands)
+        return Release(1e6 * noise_multiplier, 1.0)
+
+    return cost
+
+
+def adding_earlier_noise(original: Any) -> Any:
+    def release(self: Any, total: Any, lattice: Any) -> Any:
+        kept, self.released = self.released, [-row for row in self.released]
+        found = original(self, total, lattice)
+        self.released = [found, *kept][: self.bands - 1]
+        return found
+
+    return release
+
+
+BANDED_NOISE: dict[str, Plant] = {
+    "columns of norm 1.1": coefficients_as(lambda c: [1.1 * x for x in c]),
+    "coefficients that fall too slowly": coefficients_as(lambda c: [c[0], *(1.2 * x for x in c[1:])]),
+    "the noise of earlier rounds added and not taken off": wrapped(
+        atoll.privacy.banded.CorrelatedNoise, "release", adding_earlier_noise
+    ),
+    "the noise of earlier rounds lost at restart": wrapped(
+        atoll.server.rounds.central_dp.CentralDp, "resume", lambda original: lambda self, state: state
+    ),
+    "what was released of earlier rounds lost at restart": wrapped(
+        atoll.server.rounds.central_dp.CentralDp, "resume",
+        lambda original: lambda self, state: original(self, {n: v for n, v in state.items() if "sums" in n}),
+    ),
+}  # fmt: skip
+BANDED_CHARGES: dict[str, Plant] = {
+    "cohorts of any clients under an account of clients that take turns": wrapped(
+        atoll.server.rounds.cohort, "group", without_groups
+    ),
+    "one participation is charged": wrapped(
+        atoll.privacy.dp_plan, "cost_of_round", cost_of_one_participation
+    ),
+    "a lost round of banded noise is charged once": wrapped(
+        atoll.server.rounds.central_dp.CentralDp, "_is_repeated",
+        lambda original: lambda self, round: self.ledger.has(self.run, round),
+    ),
+    "each round is charged as its own largest coefficient's square": wrapped(
+        atoll.privacy.banded, "squared_sensitivity",
+        lambda original: lambda releases, bands: 0.3 * sum(releases.values()),
+    ),
+}  # fmt: skip
+BANDED_COHORTS: dict[str, Plant] = {
+    "groups of clients that overlap": wrapped(atoll.server.rounds.cohort, "group", without_groups),
+    "groups dealt anew in every round": wrapped(
+        atoll.server.rounds.cohort, "group",
+        lambda original: lambda clients, groups, number, seed: original(clients, groups, number, seed + number),
+    ),
+    "one group more than there are": wrapped(
+        atoll.server.rounds.cohort, "separation", lambda original: lambda job: original(job) - 1
+    ),
+}  # fmt: skip
+
 LATTICE: dict[str, Plant] = {
     "floating-point noise": wrapped(
         atoll.privacy.noise.Lattice, "added",
@@ -644,7 +718,7 @@ ACCOUNTS: dict[str, tuple[Callable[[], None], Plant]] = {
     "a coarse grid": (w.epsilon_is_true, coarse),
     "the gate is always open": (
         w.nothing_is_released_above_the_target,
-        wrapped(atoll.privacy.dp_plan.DpPlan, "within_budget", lambda original: lambda self, spent, count: True),
+        wrapped(atoll.privacy.dp_plan.DpPlan, "within_budget", lambda original: lambda self, *given: True),
     ),
     "calibrated to half of the rounds": (
         w.nothing_is_released_above_the_target,
@@ -738,6 +812,12 @@ BUGS: dict[str, tuple[Callable[[], None], Plant]] = {
     **SECURE,
     **MODELS,
     **{name: (w.an_adaptive_norm_finds_the_norms_in_private, plant) for name, plant in ADAPTIVE.items()},
+    **{name: (w.banded_noise_is_that_of_the_matrix, plant) for name, plant in BANDED_NOISE.items()},
+    **{
+        name: (w.a_client_moves_banded_releases_by_what_was_charged, plant)
+        for name, plant in BANDED_CHARGES.items()
+    },
+    **{name: (w.a_clients_rounds_lie_bands_apart, plant) for name, plant in BANDED_COHORTS.items()},
     **{name: (w.releases_are_on_the_lattice, plant) for name, plant in LATTICE.items()},
     **ACCOUNTS,
     **{name: (w.a_bound_by_sums_is_seldom_above_the_truth, plant) for name, plant in SUMS.items()},

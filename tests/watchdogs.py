@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from scipy.special import binom
 from torch import nn
 
 from atoll.client.dp import dp_sgd_model
@@ -503,6 +504,70 @@ def an_adaptive_norm_finds_the_norms_in_private() -> None:
     detectors.check_noise(noise, C * (Z**-2 - 1.6**-2) ** -0.5)
 
 
+BANDS, TURNS = 3, {"clients": 12, "cohort": 4, "rounds": 50}
+MADE_AGAIN = (1, 2, 3, 3, 4, 5)
+"""Rounds as a banded run releases them: the server dies after its third, whose checkpoint is lost."""
+
+
+def banded_job() -> Job:
+    return job(clients(mechanism="banded", bands=BANDS), federation=TURNS)
+
+
+def banded_rows(
+    kind: type[CentralDp], model: Tensors, member: str | None = None
+) -> tuple[list[Vector], CentralDp]:
+    """What the noise was added to, of each release, by an inverse of the released rows; and who kept watch.
+
+    The member sends as much as is allowed in every round that it is drawn for.
+    """
+    setting, folder, names = banded_job(), new_folder(), [f"c{i:02d}" for i in range(TURNS["clients"])]
+    column = binom(2 * np.arange(BANDS), np.arange(BANDS)) / 4.0 ** np.arange(BANDS)
+    column /= np.linalg.norm(column)
+    guard, state, before, rows = protection(kind, setting, folder), {}, [], []
+    released: list[Vector] = []
+    for place, round in enumerate(MADE_AGAIN):
+        if MADE_AGAIN[place - 1 : place] == (round,):
+            guard, released = protection(kind, setting, folder), before
+            guard.resume(state)
+        before, state = released, guard.state
+        drawn = member in loop.sample(names, setting, round, guard.uniforms(round))
+        large = Update("member", round, {n: torch.full_like(t, 1e3) for n, t in model.items()}, 1)
+        released = [flat(guard.privatize(round, [large] if drawn else [], model, {})[0].delta), *released]
+        rows.append(sum(c * row for c, row in zip(column, released, strict=False)) * COHORT)
+    return rows, guard
+
+
+def banded_noise_is_that_of_the_matrix() -> None:
+    rows, _ = banded_rows(CentralDp, {"w": torch.zeros(170_000)})
+    detectors.check_noise(np.concatenate(rows), Z * C)
+    for row in rows:
+        if not abs(float(row.std()) / (Z * C) - 1) <= 0.01:
+            raise Detected(f"a round's noise has deviation {row.std():.4g}, must be {Z * C:.4g}")
+    correlation = np.corrcoef(rows) - np.eye(len(rows))
+    if float(np.abs(correlation).max()) > 6 / len(rows[0]) ** 0.5:
+        raise Detected("what the matrix makes of a round's noise depends on another round's")
+
+
+def a_client_moves_banded_releases_by_what_was_charged() -> None:
+    quiet = np.concatenate(banded_rows(Quiet, MODEL)[0])
+    for client in range(TURNS["clients"]):
+        rows, guard = banded_rows(Quiet, MODEL, f"c{client:02d}")
+        moved = float(np.linalg.norm(np.concatenate(rows) - quiet))
+        paid = C * Z * sum(n / r.noise_multiplier**2 for r, n in guard.spent.items()) ** 0.5
+        if moved > paid * (1 + detectors.SLACK):
+            raise Detected(f"a client moves the releases by {moved:.4g}, charged are {paid:.4g}")
+
+
+def a_clients_rounds_lie_bands_apart() -> None:
+    setting, names = banded_job(), [f"c{i:02d}" for i in range(TURNS["clients"])]
+    drawn = [set(loop.sample(names, setting, round, None)) for round in range(1, 51)]
+    for round, cohort in enumerate(drawn):
+        if any(cohort & other for other in drawn[max(0, round - BANDS + 1) : round]):
+            raise Detected(f"a client takes part twice in {BANDS} rounds")
+    if set().union(*drawn) != set(names):
+        raise Detected("some clients never take part")
+
+
 def releases_are_on_the_lattice() -> None:
     released = central(CentralDp, people(MODEL), MODEL)
     deviation = Z * C
@@ -631,6 +696,9 @@ CHECKS: list[Callable[[], None]] = [
     an_example_moves_a_models_sum_by_the_clipping_norm,
     noise_is_added_once_to_a_models_sum,
     an_adaptive_norm_finds_the_norms_in_private,
+    banded_noise_is_that_of_the_matrix,
+    a_client_moves_banded_releases_by_what_was_charged,
+    a_clients_rounds_lie_bands_apart,
     releases_are_on_the_lattice,
     epsilon_is_true,
     nothing_is_released_above_the_target,

@@ -36,7 +36,8 @@ class DpGuarantee(Section):
     """What one unit is promised, and how it is kept.
 
     Either `epsilon` is given and the noise is calibrated to it, or `noise_multiplier`, and epsilon
-    follows. `sampling_rate` is Poisson's rate of examples in every local step.
+    follows. `sampling_rate` is Poisson's rate of examples in every local step. With `mechanism` 'banded' the
+    noise is correlated over `bands` rounds.
     """
 
     where: Literal["client", "server", "distributed"] | None = None
@@ -50,6 +51,13 @@ class DpGuarantee(Section):
     count_deviation: Positive | None = None
     sampling_rate: Rate | None = None
     steps: Count | None = None
+    mechanism: Literal["independent", "banded"] = "independent"
+    bands: Count | None = None
+
+    @property
+    def separation(self) -> int:
+        """In how many rounds in a row a client takes part once at most; 1 where any may follow any."""
+        return self.bands or 1
 
 
 class PrivacySection(DpGuarantee):
@@ -115,6 +123,7 @@ def check_promises(job: Job) -> None:
         _check_place(promise, prefix, unit)
         _check_delta(promise, prefix, unit, job)
         _check_sampling(promise, prefix, unit)
+        _check_mechanism(promise, prefix, unit, job)
     for key in job.train.autograd_only_keys if "example" in job.privacy.units else ():
         raise ValueError(
             f"train.{key}: an example's gradient is clipped as it is, from one pass in full precision, and"
@@ -241,6 +250,42 @@ def _check_sampling(promise: DpGuarantee, prefix: str, unit: Unit) -> None:
                 raise ValueError(f"{prefix}.{key} has no meaning with clipping = 'fixed': remove it")
 
 
+def _check_mechanism(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> None:
+    if promise.mechanism == "independent":
+        if promise.bands is not None:
+            raise ValueError(f"{prefix}.bands has no meaning with mechanism = 'independent': remove it")
+        return
+    mechanism = f"{prefix}.mechanism"
+    for fits, expected in (
+        (unit == "client", "'independent' for the unit 'example'"),
+        (job.privacy.unit != "both", "'independent' with unit = 'both'"),
+        (promise.where in (None, "server"), f"'independent' with where = {promise.where!r}"),
+        (promise.clipping == "fixed", "'independent' with clipping = 'adaptive'"),
+        (job.federation.cohort_rate is None, "'independent' with federation.cohort_rate, whose coins choose"
+         " clients at any distance"),
+        (not job.privacy.audit, "'independent' with privacy.audit, whose canaries take part in every round"),
+    ):  # fmt: skip
+        if not fits:
+            raise ValueError(f"{mechanism}: expected {expected}, found 'banded'")
+    _check_bands(promise.bands, prefix, job)
+
+
+def _check_bands(bands: int | None, prefix: str, job: Job) -> None:
+    federation = job.federation
+    if bands is None or bands > federation.rounds:
+        raise ValueError(
+            f"{prefix}.bands: {'missing' if bands is None else f'found {bands}'}, expected in how many rounds"
+            f" in a row a client takes part once at most, up to federation.rounds = {federation.rounds}"
+        )
+    asked = math.ceil((federation.cohort or federation.clients) * federation.over_sampling - 1e-9)
+    if bands > 1 and asked * bands > federation.clients:
+        raise ValueError(
+            f"{prefix}.bands: {bands} rounds in a row need {asked * bands} different clients, {asked} each;"
+            f" expected bands up to {federation.clients // asked} with federation.clients ="
+            f" {federation.clients}, or a smaller federation.cohort"
+        )
+
+
 def _check_merging(job: Job) -> None:
     if job.strategy.name not in MERGED_BY_MEAN:
         raise ValueError(
@@ -273,6 +318,12 @@ def expected_cohort(job: Job) -> float:
     if federation.cohort_rate is not None:
         return federation.cohort_rate * federation.clients
     return float(federation.cohort or federation.clients)
+
+
+def separation(job: Job) -> int:
+    """In how many rounds in a row a client takes part once at most; 1 where any may follow any."""
+    promise = job.privacy.promise("client")
+    return 1 if promise is None else promise.separation
 
 
 def cohort_is_secret(job: Job) -> bool:

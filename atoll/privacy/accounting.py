@@ -181,7 +181,17 @@ Frozen = tuple[tuple[Release, int], ...]
 
 
 def _frozen(spent: Composition) -> Frozen:
-    return tuple(sorted((release, count) for release, count in spent.items() if count > 0))
+    kinds = sorted((release, count) for release, count in spent.items() if count > 0)
+    plain = [(release, count) for release, count in kinds if release.sampling_rate == 1]
+    if len(plain) < 2:
+        return tuple(kinds)
+    return tuple(sorted([*(kind for kind in kinds if kind not in plain), (_as_one(plain), 1)]))
+
+
+def _as_one(plain: Sequence[tuple[Release, int]]) -> Release:
+    """The one release that costs as much as all of these without sampling (Dong, Roth and Su 2022)."""
+    squares = (count / release.noise_multiplier**2 for release, count in plain)
+    return Release(math.fsum(squares) ** -0.5, 1.0)
 
 
 @lru_cache(maxsize=1024)

@@ -6,20 +6,22 @@ updates and is trusted. Epsilon comes from `privacy.accounting` for the releases
 recorded. Not covered: which clients were asked, how long rounds took, what clients say elsewhere.
 
 McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", with equal weights
-and a fixed divisor: the expected cohort, a public number, never who happened to answer.
+and a fixed divisor: the expected cohort, a public number, never who happened to answer. With several bands
+the noise is correlated over rounds (`banded`), and clients take part at most once in so many of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from atoll.privacy.accounting import Release
 from atoll.privacy.adaptive_clipping import multiplier_of_sum, noised_fraction
+from atoll.privacy.banded import CorrelatedNoise
 from atoll.privacy.clipping import clipped_sum
 from atoll.privacy.noise import Lattice, RandomBits, lattice_for
 from atoll.protocol.messages import Update
@@ -33,7 +35,8 @@ class CentralGaussian:
     `sampling_rate` is the rate of Poisson sampling; 1 for a cohort of fixed size, which amplifies
     nothing here. `expected_cohort` is the divisor. `record` is told what a release costs before its
     noise is drawn; if it raises, nothing is released. With a `count_deviation` it is also told, in
-    private and at no extra cost, which part of the norms was within the clipping norm.
+    private and at no extra cost, which part of the norms was within the clipping norm. `correlation` holds
+    what noise of several bands needs of earlier rounds, and keeps this round's.
 
     >>> import torch
     >>> from atoll.privacy.noise import entropy
@@ -55,6 +58,7 @@ class CentralGaussian:
     random_bits: RandomBits
     record: Callable[[Release], None] = lambda cost: None
     count_deviation: float | None = None
+    correlation: CorrelatedNoise = field(default_factory=CorrelatedNoise)
 
     def __post_init__(self) -> None:
         for name in ("clipping_norm", "noise_multiplier", "expected_cohort"):
@@ -66,7 +70,7 @@ class CentralGaussian:
 
     @property
     def event(self) -> Release:
-        """What each call of `release` spends."""
+        """What each call of `release` spends; with several bands, each participation of a client."""
         return Release(self.noise_multiplier, self.sampling_rate)
 
     def release(self, updates: Sequence[Update], model: Tensors) -> tuple[Tensors, float | None]:
@@ -83,7 +87,7 @@ class CentralGaussian:
             total = torch.cat([summed[name].reshape(-1) for name in names]).numpy()
             within = int((norms <= self.clipping_norm).sum())
         self.record(self.event)
-        noisy = self.lattice(len(total)).added(total) / self.expected_cohort
+        noisy = self.correlation.release(total, self.lattice(len(total))) / self.expected_cohort
         parts = torch.split(torch.from_numpy(noisy), sizes)
         mean = {name: part.reshape(model[name].shape) for name, part in zip(names, parts, strict=True)}
         return mean, self._fraction(within, len(updates))
@@ -95,8 +99,13 @@ class CentralGaussian:
         return noised_fraction(within, answered, noise=noise, expected_cohort=self.expected_cohort)
 
     def lattice(self, numbers: int) -> Lattice:
-        """The noise for a sum of so many numbers: its sensitivity is the clipping norm, and the rounding."""
+        """The noise for a sum of so many numbers: its sensitivity is the clipping norm, and the rounding.
+
+        A participation is rounded in as many rounds as there are bands. One that a run's end cuts off after
+        r rounds has a part of the squared column norm that is at least r / bands, as coefficients fall:
+        its rounding is within its part of the bound too.
+        """
         left = self.noise_multiplier
         if self.count_deviation is not None:
             left = multiplier_of_sum(self.noise_multiplier, self.count_deviation)
-        return lattice_for(left, self.clipping_norm, numbers, self.random_bits)
+        return lattice_for(left, self.clipping_norm, self.correlation.bands * numbers, self.random_bits)

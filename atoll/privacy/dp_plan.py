@@ -5,6 +5,8 @@ Every number here is public: it follows from the job alone, never from anybody's
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +14,10 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.privacy import PLACES, DpGuarantee, Unit, expected_cohort, local_steps
 from atoll.privacy.accounting import Composition, Release, calibrate, compose, within
+from atoll.privacy.banded import cost_of_round, sensitivity_of, squared_sensitivity
+
+SUMMING = 1e-12
+"""How far, as a part, the sum of a planned run's costs may be from the plan, for floats are rounded."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,8 @@ class DpPlan:
     """What a unit is promised, resolved.
 
     `releases` is how many a unit can be part of in the whole run, each of kind `cost`, `per_round` of
-    them in a round; `divisor` is what a noised sum is divided by.
+    them in a round; `divisor` is what a noised sum is divided by. With several `bands` a round's release
+    costs what `cost_of_round` says, and `event` is what each participation of a client costs.
     """
 
     unit: Unit
@@ -30,6 +37,7 @@ class DpPlan:
     releases: int
     per_round: int
     divisor: float
+    bands: int = 1
 
     @property
     def noise_multiplier(self) -> float:
@@ -38,16 +46,36 @@ class DpPlan:
     @property
     def planned(self) -> Mapping[Release, int]:
         """What the whole run spends, if nothing has to be done twice."""
-        return {self.event: self.releases}
+        if self.bands == 1:
+            return {self.event: self.releases}
+        return {Release(self.noise_multiplier / planned_sensitivity(self.releases, self.bands), 1.0): 1}
 
-    def within_budget(self, spent: Composition, count: int) -> bool:
+    def cost_of_round(self, charged: Mapping[int, int], round: int) -> Release:
+        """What the server's release of a round costs where so many of each round were charged already."""
+        if self.bands == 1:
+            return self.event
+        return cost_of_round(charged, round, self.noise_multiplier, self.bands)
+
+    def within_budget(self, spent: Composition, count: int, cost: Release | None = None) -> bool:
         """Whether `count` more releases stay within the target; without one, everything does."""
-        target = self.promise.epsilon
+        target, more = self.promise.epsilon, {cost or self.event: count}
         if target is None:
             return True
-        if set(spent) <= {self.event} and sum(spent.values()) + count <= self.releases:
+        total = compose(spent, more)
+        if self._is_planned(total):
             return True  # no more than what the noise was calibrated for
-        return within(compose(spent, {self.event: count}), self.delta, target)
+        return within(total, self.delta, target)
+
+    def _is_planned(self, total: Counter[Release]) -> bool:
+        if self.bands == 1:
+            return set(total) <= {self.event} and sum(total.values()) <= self.releases
+        found = sensitivity_of(total, self.noise_multiplier)
+        return found <= planned_sensitivity(self.releases, self.bands) * (1 + SUMMING)
+
+
+def planned_sensitivity(rounds: int, bands: int) -> float:
+    """Of a run of so many rounds, none of them done twice, in clipping norms."""
+    return math.sqrt(squared_sensitivity(dict.fromkeys(range(1, rounds + 1), 1), bands))
 
 
 def dp_plan_of(job: Job, unit: Unit) -> DpPlan | None:
@@ -73,7 +101,9 @@ def dp_plan_of(job: Job, unit: Unit) -> DpPlan | None:
     if noise is None:
         noise = _calibrated(promise, promise.delta, rate, rounds * per_round, unit)
     cost = Release(noise, rate)
-    return DpPlan(unit, where, promise, promise.delta, cost, rounds * per_round, per_round, divisor)
+    return DpPlan(
+        unit, where, promise, promise.delta, cost, rounds * per_round, per_round, divisor, promise.separation
+    )
 
 
 def distributed_terms(job: Job) -> DpPlan | None:
@@ -87,6 +117,9 @@ def distributed_terms(job: Job) -> DpPlan | None:
 def _calibrated(promise: DpGuarantee, delta: float, rate: float, releases: int, unit: Unit) -> float:
     assert promise.epsilon is not None
     try:
+        if promise.separation > 1:
+            one = calibrate(promise.epsilon, delta=delta, sampling_rate=1.0, releases=1)
+            return one * planned_sensitivity(releases, promise.separation)
         return calibrate(promise.epsilon, delta=delta, sampling_rate=rate, releases=releases)
     except ValueError as error:
         raise ConfigError(f"privacy.epsilon: {error} (unit {unit!r}, {releases} releases)") from None

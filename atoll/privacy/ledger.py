@@ -55,7 +55,7 @@ class Ledger:
     spent: Counter[Release] = field(default_factory=Counter)
     entries: list[Entry] = field(default_factory=list)
     _of_job: dict[str, Counter[Release]] = field(default_factory=dict)
-    _rounds: set[tuple[str, int]] = field(default_factory=set)
+    _rounds: dict[str, Counter[int]] = field(default_factory=dict)
     _last: str = START
     _lines: int = 0
     _end: int = 0
@@ -117,7 +117,15 @@ class Ledger:
 
     def has(self, job: str, round: int) -> bool:
         """Whether that round of the job was charged."""
-        return (job, round) in self._rounds
+        return round in self._rounds.get(job, ())
+
+    def rounds_of(self, job: str) -> Counter[int]:
+        """How many times each round of the job was charged."""
+        return self._rounds.get(job, Counter())
+
+    def data_of(self, job: str) -> set[str]:
+        """Fingerprints of the data that the job was charged for."""
+        return {entry.data for entry in self.entries if entry.job == job}
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
@@ -175,7 +183,7 @@ class Ledger:
         self.entries.append(entry)
         self.spent[entry.release] += entry.count
         self._of_job.setdefault(entry.job, Counter())[entry.release] += entry.count
-        self._rounds.add((entry.job, entry.round))
+        self._rounds.setdefault(entry.job, Counter())[entry.round] += 1
 
 
 def _entry(fields: dict[str, object]) -> Entry:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from atoll.errors import BudgetExhausted
+from atoll.errors import BudgetExhausted, ConfigError
 from atoll.job.job import Job
 from atoll.privacy.accounting import Release
 from atoll.privacy.adaptive_clipping import update_clipping_norm
+from atoll.privacy.banded import CorrelatedNoise
 from atoll.privacy.central import CentralGaussian
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
@@ -22,10 +26,13 @@ from atoll.privacy.noise import RandomBits, entropy, seeded, uniform
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.tensors import Tensors
+from atoll.server.run.checkpoint import SECRET
 from atoll.strategies.strategy import State
 
 NORM = "privacy.clipping_norm"
 """In the strategy's state: the clipping norm of the next round, where it adapts."""
+SUMS, RELEASED = f"{SECRET}banded.sums", f"{SECRET}banded.released"
+"""In a checkpoint: the last rounds' sums without noise, and what was released of them, [rounds, numbers]."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class LedgerLocation:
 class CentralDp:
     """Clips, sums and noises the updates of a round, and charges the ledger for it first.
 
-    `run` tells this run's charges from those of other runs in one ledger.
+    `run` tells this run's charges from those of other runs in one ledger. `correlation` is what noise of
+    several bands needs of earlier rounds: checkpoints hold it, and nothing else may.
     """
 
     job: Job
@@ -48,6 +56,11 @@ class CentralDp:
     ledgers: LedgerLocation
     run: str
     observed: Counter[Release] = field(default_factory=Counter)
+    correlation: CorrelatedNoise = field(init=False)
+    clients: str = ""
+
+    def __post_init__(self) -> None:
+        self.correlation = CorrelatedNoise(self.dp_plan.bands)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -75,11 +88,33 @@ class CentralDp:
 
     def check_budget(self, round: int) -> None:
         """Raises BudgetExhausted if this round's release would spend more than the target."""
-        if self._is_repeated(round) or self.dp_plan.within_budget(self.spent, 1):
+        if self._is_repeated(round) or self.dp_plan.within_budget(self.spent, 1, self._cost(round)):
             return
         raise BudgetExhausted(
             f"round {round}: its release would bring epsilon above the target {self.dp_plan.promise.epsilon}"
         )
+
+    def check_clients(self, names: Sequence[str]) -> None:
+        """Take note of all clients of the run, by whose names it is known whose rounds lie how far apart.
+
+        Raises:
+            ConfigError: rounds must lie apart, and there are too few, or a round was charged for others.
+        """
+        if self.dp_plan.bands == 1 or self.clients:
+            return
+        needed = self.dp_plan.bands * int(self.dp_plan.divisor)
+        if len(names) < needed:
+            raise ConfigError(
+                f"privacy.bands: {self.dp_plan.bands} rounds in a row need {needed} different clients,"
+                f" {len(names)} take part; expected fewer bands, or a smaller federation.cohort"
+            )
+        clients = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        if self.ledger.data_of(self.run) - {clients}:
+            raise ConfigError(
+                "cannot resume: clients have joined or left, and with privacy.mechanism = 'banded' names"
+                " say which rounds each takes part in; expected the clients that the run began with"
+            )
+        self.clients = clients
 
     def privatize(
         self, round: int, updates: Sequence[Update], model: Tensors, state: State
@@ -99,6 +134,7 @@ class CentralDp:
             random_bits=self._words("noise", round),
             record=lambda cost: self._charge(round, cost),
             count_deviation=self._count_deviation,
+            correlation=self.correlation,
         )
         mean, fraction = mechanism.release(updates, model)
         kept: State = {}
@@ -108,6 +144,18 @@ class CentralDp:
                 norm, fraction, quantile=promise.quantile, lr=promise.clipping_lr
             )
         return Update("the cohort", round, mean, num_examples=1), kept
+
+    @property
+    def state(self) -> State:
+        """What a checkpoint must hold beside the strategy's state."""
+        kept = {SUMS: self.correlation.sums, RELEASED: self.correlation.released}
+        return {name: torch.stack([*map(torch.from_numpy, rows)]) for name, rows in kept.items() if rows}
+
+    def resume(self, state: State) -> State:
+        """Take back what `state` said; what is left is others'."""
+        self.correlation.sums = _rows(state, SUMS)
+        self.correlation.released = _rows(state, RELEASED)
+        return {name: value for name, value in state.items() if name not in (SUMS, RELEASED)}
 
     @property
     def update_transforms(self) -> tuple[NoisedMean, ...]:
@@ -130,9 +178,14 @@ class CentralDp:
     def _charge(self, round: int, cost: Release) -> None:
         with self.ledger.alone():
             self.check_budget(round)
+            if self.dp_plan.bands > 1:
+                cost = self._cost(round)
             if not self._is_repeated(round):
-                self.ledger.charge(Entry(self.run, round, "client", cost))
+                self.ledger.charge(Entry(self.run, round, "client", cost, data=self.clients))
         self.observed[cost] += 1
+
+    def _cost(self, round: int) -> Release:
+        return self.dp_plan.cost_of_round(self.ledger.rounds_of(self.run), round)
 
     def _is_repeated(self, round: int) -> bool:
         """Whether this is byte for byte a release that was charged already, as seeded noise makes it."""
@@ -158,11 +211,25 @@ class NoProtection:
 
     update_transforms: tuple[NoisedMean, ...] = ()
 
+    @property
+    def state(self) -> State:
+        return {}
+
+    def resume(self, state: State) -> State:
+        return state
+
     def check_budget(self, round: int) -> None:
         """Any round may be run."""
 
+    def check_clients(self, names: Sequence[str]) -> None:
+        """Any clients may take part."""
+
     def uniforms(self, round: int) -> None:
         """Cohorts are sampled from the job's own stream."""
+
+
+def _rows(state: Mapping[str, torch.Tensor | float], name: str) -> list[NDArray[np.float64]]:
+    return list(cast(torch.Tensor, state[name]).numpy()) if name in state else []
 
 
 def central_dp_of(job: Job, out: Path, ledgers: LedgerLocation | None) -> CentralDp | NoProtection:

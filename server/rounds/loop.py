@@ -64,6 +64,7 @@ def run_round(run: Run, round: int) -> None:
 def sample_cohort(run: Run, round: int) -> list[str]:
     """The clients of this round, by name, once it is sure that the round's release can be paid for."""
     protection = run.setup.protection
+    protection.check_clients(run.setup.population)
     protection.check_budget(round)
     return sample(run.setup.population, run.setup.job, round, protection.uniforms(round))
 

@@ -83,7 +83,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
         round=state.round,
         job_hash=run.setup.job.hash,
         tensors=state.tensors,
-        state=state.strategy_state | tuning_schedule.state_of(run),
+        state=state.strategy_state | tuning_schedule.state_of(run) | run.setup.protection.state,
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
         data_info=state.learner.data_info,
@@ -98,7 +98,7 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     state.round, state.tensors = found.round, found.tensors
-    state.strategy_state = tuning_schedule.resume(run, found.state)
+    state.strategy_state = tuning_schedule.resume(run, run.setup.protection.resume(found.state))
     state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
     state.log = run.setup.directory.truncate_log(found.round)
     run.setup.on_event(RunResumed(state.round))

@@ -24,6 +24,8 @@ from atoll.system.durable_files import replace_synced, temporary_of
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+SECRET = "secret."
+"""How the names of state begin that only the run's owner may read."""
 KEEP = 2
 EVERY = 0.25
 """Seconds that pass at least between two checkpoints."""
@@ -40,6 +42,11 @@ class Checkpoint:
     bytes_up: int
     bytes_down: int
     data_info: dict[str, Any]
+
+    @property
+    def mode(self) -> int:
+        """Of its file: who may read it."""
+        return 0o600 if any(name.startswith(SECRET) for name in self.state) else 0o666
 
 
 @dataclass
@@ -107,7 +114,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     final = folder / f"round-{checkpoint.round:06d}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_synced(final, _encoded(checkpoint))
+        replace_synced(final, _encoded(checkpoint), checkpoint.mode)
         for old in _rounds(folder)[:-KEEP]:
             old.unlink()
     except OSError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 from atoll.learning.distillation import claim_of_teacher
 from atoll.privacy.accounting import Composition, epsilon, epsilon_rdp
+from atoll.privacy.banded import sensitivity_of
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.server.rounds.central_dp import NORM, CentralDp
 from atoll.server.rounds.round_log import charged_rounds
@@ -91,12 +92,22 @@ def spending(dp_plan: DpPlan, spent: Composition) -> dict[str, Any]:
         "sampler": sampler(dp_plan),
         "noise_multiplier": dp_plan.noise_multiplier,
         "releases": sum(spent.values()),
+        **_of_bands(dp_plan, spent),
     }
+
+
+def _of_bands(dp_plan: DpPlan, spent: Composition) -> dict[str, Any]:
+    """What a claim of correlated noise rests on: the releases cost as one of this sensitivity, in norms."""
+    if dp_plan.bands == 1:
+        return {}
+    return {"bands": dp_plan.bands, "sensitivity": sensitivity_of(spent, dp_plan.noise_multiplier)}
 
 
 def sampler(dp_plan: DpPlan) -> str:
     """How units are drawn, in words."""
     what = "examples" if dp_plan.unit == "example" else "clients"
+    if dp_plan.bands > 1:
+        return f"none that counts: all clients are charged, for one of any {dp_plan.bands} rounds in a row"
     if dp_plan.event.sampling_rate == 1:
         return f"none that counts: all {what} are charged for every release"
     return f"Poisson, each of the {what} with probability {dp_plan.event.sampling_rate:g}"

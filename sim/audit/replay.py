@@ -17,6 +17,7 @@ import numpy as np
 from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.job.privacy import separation
 from atoll.learning.learner import Learner
 from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of
@@ -102,13 +103,18 @@ def job_to_replay(job: Job) -> Job:
     """The job with real noise, and without what only its result needs.
 
     Raises:
-        ConfigError: the job has a teacher, whose answers to canaries nobody has asked for.
+        ConfigError: the job has a teacher, whose answers to canaries nobody has asked for, or something else
+            that canaries can't take part in.
     """
     if job.train.teacher is not None:
         raise ConfigError("train.teacher: a run with a teacher can't be attacked; expected one without")
     for key, asked in (("personal.keep", job.personal.keep), ("tune.head_init", job.tune.head_init)):
         if asked is not None:
             raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {asked!r}")
+    if separation(job) > 1:
+        raise ConfigError(
+            "privacy.mechanism: a run with 'banded' can't be attacked, for canaries take part in every round"
+        )
     privacy = job.privacy.model_copy(update={"seeded_noise": False, "audit": False})
     evaluate = job.evaluate.model_copy(update={"baselines": ()})
     return job.model_copy(update={"privacy": privacy, "evaluate": evaluate})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atoll.privacy.accounting import Composition
+from atoll.privacy.accounting import Composition, Release
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.selection import Poisson, TruncatedNegativeBinomial, epsilon_of_all, epsilon_of_best
 from atoll.sim.sweep.grid import Values, format_value
@@ -86,7 +86,10 @@ def _spent(row: Row, unit: str) -> Composition:
     """The releases that a run was charged."""
     dp_plan = dp_plan_of(row.job, "client" if unit == "client" else "example")
     assert dp_plan is not None
-    return {dp_plan.event: int(row.privacy["units"][unit]["releases"])}
+    claim = row.privacy["units"][unit]
+    if dp_plan.bands > 1:
+        return {Release(dp_plan.noise_multiplier / claim["sensitivity"], 1.0): 1}
+    return {dp_plan.event: int(claim["releases"])}
 
 
 def selection_words(pick: Pick) -> str:

@@ -160,3 +160,23 @@ def test_a_real_run_with_seeded_noise_is_refused_in_one_line(ring: Ring) -> None
     assert "privacy.seeded_noise: anybody who has the job can subtract" in submitted.text()
     assert "Traceback" not in submitted.text()
     assert status(ring.federation.server).online
+
+
+def test_sites_take_turns_under_noise_that_is_correlated_over_rounds(ring: Ring) -> None:
+    setting = job(
+        "banded", data=CLASSES, federation={"cohort": 1, "rounds": 4},
+        privacy=CLIENT | {"mechanism": "banded", "bands": 3},
+    )  # fmt: skip
+    before = len(entries(central(ring)))
+    result = ring.whole().run(setting)
+    cohorts = [line["cohort"] for line in result["rounds"]]
+    assert sorted(cohorts[:3]) == [[client] for client in CLIENTS] and cohorts[3] == cohorts[0]
+    charged = entries(central(ring))[before:]
+    assert [line["round"] for line in charged] == [1, 2, 3, 4]
+    assert len({line["data"] for line in charged}) == 1 and len(charged[0]["data"]) == 64
+    # The site of round 1 takes part in round 4 again: a whole column, and the first number of another.
+    first = 1 / (1 + 1 / 4 + 9 / 64)
+    assert result["privacy"]["sensitivity"] == pytest.approx((1 + first) ** 0.5)
+    assert result["privacy"]["epsilon"] == pytest.approx(
+        epsilon({Release(0.5 / (1 + first) ** 0.5, 1.0): 1}, 1e-2), rel=1e-6
+    )
