@@ -60,6 +60,8 @@ class Imbalance:
         """How likely a draw takes each example of a client with these classes, [n]; only for `sampling`."""
         if self.kind != "sampling":
             return None
+        if not len(targets):
+            return np.empty(0)
         counts = counts_of(targets, int(targets.max()) + 1)
         each: NDArray[np.float64] = (counts[targets] ** -self.strength).numpy()
         each /= each.sum()

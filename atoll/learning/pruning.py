@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -77,9 +77,14 @@ def leave_out(
 def _zero_weights(encoder: nn.Module, amount: float, parts: set[nn.Module]) -> int:
     layers = [m for m in encoder.modules() if _has_many_weights(m) and m not in parts]
     for layer in layers:
+        weight = cast(nn.Parameter, layer.weight)
+        layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+        weight.data = weight.data.contiguous()  # torch flattens it as it lies in memory
         pruning.l1_unstructured(layer, "weight", amount=amount)  # type: ignore[no-untyped-call]
         mask = vars(layer)["_buffers"]["weight_mask"].clone()
         pruning.remove(layer, "weight")  # type: ignore[no-untyped-call]
+        weight = cast(nn.Parameter, layer.weight)
+        weight.data = weight.data.to(memory_format=layout)
         setattr(layer, PRUNING_MASK, mask)
     return len(layers)
 
