@@ -200,3 +200,8 @@ def test_what_has_no_classes_is_refused(tables: dict[str, Any], said: str) -> No
 def test_a_strength_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="imbalance_strength has no meaning without imbalance"):
         job_of(None, train={"imbalance_strength": 2.0})
+
+
+def test_a_client_without_examples_has_no_chances() -> None:
+    chances = Imbalance("sampling", 1.0).chances(torch.zeros(0, dtype=torch.int64))
+    assert chances is not None and chances.shape == (0,)

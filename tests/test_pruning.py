@@ -202,3 +202,18 @@ def test_convolutions_lose_channels_and_train_on(tmp_path: Path) -> None:
     sha(job, tmp_path / "whole")
     sizes = {name: sum(t.numel() for t in trained(tmp_path / name)[1].values()) for name in ("a", "whole")}
     assert sizes["a"] < 0.9 * sizes["whole"]
+
+
+def test_a_layout_of_channels_last_leaves_out_the_same_weights_and_is_kept(tmp_path: Path) -> None:
+    found = []
+    for channels_last in (False, True):
+        job = job_of("image-classification", "full", **CLASSES)
+        backbone = {"prune": 0.5, "prune_kind": "magnitude", "channels_last": channels_last}
+        found.append(
+            learner_of(job.model_copy(update={"backbone": job.backbone.model_copy(update=backbone)})).model
+        )
+    plain, other = (dict(model.named_parameters()) for model in found)
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+    name = next(name for name, p in other.items() if p.dim() == 4 and p.shape[2] == 3)
+    assert plain[name].is_contiguous() and not other[name].is_contiguous()
+    assert other[name].is_contiguous(memory_format=torch.channels_last)
