@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, did_you_mean
 from atoll.job.job import Job
 from atoll.job.toml import read_toml
 from atoll.server.run.directory import job_toml
@@ -185,3 +185,23 @@ def test_a_changed_copy_of_a_job_has_a_hash_of_its_own(good: Path) -> None:
 
 def test_toml_of_any_kind_is_read_the_same_way(good: Path) -> None:
     assert read_toml(good)["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("found", "known", "said"),
+    [
+        ("scheduler", ["teacher", "lr", "epochs"], "expected one of teacher, lr, epochs"),
+        (
+            "token-classification",
+            ["text-classification", "intent"],
+            "expected one of text-classification, intent",
+        ),
+        ("learnrate", ["teacher_temperature", "lr"], "did you mean 'lr'?"),
+        ("max_grad_norm", ["clipping_norm", "quantile"], "did you mean 'clipping_norm'?"),
+        ("max_grad_norm", ["quantile"], "expected one of quantile"),
+        ("batchsize", ["batch_size", "lr"], "did you mean 'batch_size'?"),
+        ("text-clasification", ["text-classification", "intent"], "did you mean 'text-classification'?"),
+    ],
+)
+def test_only_what_must_be_meant_is_suggested(found: str, known: list[str], said: str) -> None:
+    assert did_you_mean(found, known) == said

@@ -40,9 +40,14 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return TaskData(request.param, tmp_path_factory.mktemp("leaks"))
 
 
-def jobs_of(data: TaskData) -> Iterator[tuple[int, Job]]:
-    for number, row in enumerate(ROWS):
-        if row["task"] == data.task:
+SOME = {"image-classification": 3}
+"""Of a task with so many rows every third, unless all are asked for."""
+
+
+def jobs_of(data: TaskData, every: int = 1) -> Iterator[tuple[int, Job]]:
+    rows = [(number, row) for number, row in enumerate(ROWS) if row["task"] == data.task]
+    for place, (number, row) in enumerate(rows):
+        if place % every == 0:
             job = job_in(row, data)
             assert job is not None, (
                 f"row {number} is not accepted any more; expected python -m tests.job_grid"
@@ -70,7 +75,7 @@ class Runs:
 def test_each_row_tells_neighbours_apart_by_its_sums_alone(data: TaskData) -> None:
     """With one neighbour a row, another each time."""
     moved, failed = [], []
-    for number, job in jobs_of(data):
+    for number, job in jobs_of(data, SOME.get(data.task, 1)):
         choice = list(neighbours_of(data, job))
         name, folder = choice[number % len(choice)]
         runs = Runs(data, job)
