@@ -43,7 +43,9 @@ LARGE: dict[str, Change] = {
     "image-classification": in_pictures(300),
     "image-text": in_pictures(300, text="word " * 400),
     "medical-imaging": in_pictures(300),
-    "object-detection": in_pictures(300, boxes=[[0.0, 0.0, 300.0, 300.0]] * 8),
+    "object-detection": lambda row: row | {
+        "image": picture(300), "boxes": [[0.0, 0.0, 300.0, 300.0]] * 8, "classes": row["classes"][:1] * 8,
+    },
     "segmentation": lambda row: row | {"mask": {"bytes": all_of_class(row, 2), "path": None}},
     "forecasting": lambda row: row | {"history": [1e30 for _ in row["history"]]},
     "recommendation": lambda row: row | {name: row[name] * 40 for name in LISTS if row.get(name)},
