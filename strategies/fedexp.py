@@ -56,7 +56,6 @@ def _delta(updates: Sequence[Update], place: int) -> Tensors:
 
 
 def _square(tensors: Tensors) -> float:
-    """The squared L2 norm over all tensors, summed in float64."""
-    return sum(
-        float(torch.linalg.vector_norm(t.reshape(-1).to(torch.float64))) ** 2 for t in tensors.values()
-    )
+    """The squared L2 norm over all tensors, summed in float64 in the order of their names."""
+    flat = (tensors[name].reshape(-1).to(torch.float64) for name in sorted(tensors))
+    return sum(float(torch.linalg.vector_norm(values)) ** 2 for values in flat)

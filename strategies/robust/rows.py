@@ -1,6 +1,6 @@
 """A round's updates as rows of numbers, and a row as a step of the model.
 
-A row is one client's delta, its tensors one behind the other in the model's order. All rows weigh the
+A row is one client's delta, its tensors one behind the other in the order of their names. All rows weigh the
 same: what a hostile client says of its number of examples counts for nothing.
 """
 
@@ -46,8 +46,8 @@ def moved_by(model: Tensors, row: torch.Tensor, lr: float) -> Tensors:
 
 
 def _spans(model: Tensors) -> Iterator[tuple[str, slice]]:
-    """Where each tensor lies in a row."""
+    """Where each tensor lies in a row: by name, for a checkpoint has an order of its own."""
     start = 0
-    for name, p in model.items():
-        yield name, slice(start, start + p.numel())
-        start += p.numel()
+    for name in sorted(model):
+        yield name, slice(start, start + model[name].numel())
+        start += model[name].numel()
