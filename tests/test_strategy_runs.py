@@ -13,19 +13,22 @@ from atoll.client.training.local_steps import accumulated_steps
 from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.job import Job, TrainSection
 from atoll.protocol.messages import LOCAL_STEPS, Update
+from atoll.protocol.requests import Request
 from atoll.protocol.stacked_updates import stacked
 from atoll.server.job_checks import check_named
 from atoll.server.rounds.validation import validate_updates
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set
+from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
+from atoll.sim.search.space import default_space
 from atoll.strategies import build_strategy
 from atoll.strategies.fedexp import FedExp, extrapolation
 from atoll.strategies.fednova import FedNova
 from atoll.strategies.mean import weighted_mean
 from atoll.strategies.options import HOSTILE_OPTIONS
 from tests.small import few_pictures, image_job
-from tests.test_simulation import DIGITS, Breaks, job, run
+from tests.test_simulation import DIGITS, Breaks, run
 
 NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp")
 MIXED = {"krum": {"options": {"mixing": True}}}
@@ -36,9 +39,15 @@ def section(name: str) -> dict[str, Any]:
     return {"name": name, **MIXED.get(name, {})}
 
 
+def of_pixels(federation: dict[str, Any], **tables: Any) -> Job:
+    """Digits, whose pixels are the features."""
+    pixels = {"backbone": {"name": "raw:pixels", "image_size": 8}, "train": {"lr": 1.0, "batch_size": 16}}
+    return Job.parse(DIGITS | pixels | {"federation": federation} | tables, origin="test")
+
+
 def of_eight(name: str, **tables: Any) -> Job:
-    federation = {"clients": 8, "cohort": 7, "quorum": 1.0, "rounds": 3}
-    return job(**{"strategy": section(name), "federation": federation, **tables})
+    federation = {"clients": 8, "cohort": 7, "quorum": 1.0, "rounds": 3} | tables.pop("federation", {})
+    return of_pixels(federation, **{"strategy": section(name), **tables})
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -89,9 +98,42 @@ def test_the_order_of_a_models_tensors_changes_no_bit(name: str) -> None:
 def test_what_sees_only_a_mean_refuses_a_strategy_by_name(name: str) -> None:
     client = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
     only_a_mean = rf"strategy\.name: expected one of fedavg, .*, found '{name}': of the updates nothing"
-    for tables in ({"privacy": client}, {"federation": {"clients": 8, "secure_aggregation": True}}):
+    for tables in ({"privacy": client}, {"federation": {"secure_aggregation": True}}):
         with pytest.raises(ConfigError, match=only_a_mean):
             of_eight(name, **tables)
+
+
+class Hostile(InlineTransport):
+    """Two clients send their delta backwards, and thirty times as long."""
+
+    def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
+        for reply in super().send_and_receive(request, names, timeout):
+            hostile = isinstance(reply, Update) and reply.client in ("client-0001", "client-0004")
+            yield replace(reply, delta={n: -30 * d for n, d in reply.delta.items()}) if hostile else reply
+
+
+def accuracy(name: str, options: dict[str, Any], out: Path) -> float:
+    """Of ten rounds of eleven clients, two of them hostile."""
+    federation = {"clients": 11, "quorum": 1.0, "rounds": 10}
+    strategy = {"name": name} | ({"options": options} if options else {})
+    data = {"source": "digits", "partition": {"kind": "iid"}}
+    setting = of_pixels(federation, data=data, strategy=strategy)
+    population = Population.of(setting)
+    result = run_job(setting, Hostile.of(population), out, cached_test_set(population, None), report=False)
+    return float(result["rounds"][-1]["metrics"]["accuracy"])
+
+
+def test_rules_learn_where_two_clients_of_eleven_send_their_deltas_backwards(tmp_path: Path) -> None:
+    led_astray = accuracy("fedavg", {}, tmp_path / "fedavg")
+    for name in HOSTILE_OPTIONS:
+        options = {"hostile": 2} | ({"clipping_norm": 0.3} if "clipping" in name or "norm" in name else {})
+        found = accuracy(name, options, tmp_path / name)
+        assert found > led_astray + 0.15, name
+
+
+def test_a_search_by_itself_leaves_a_rule_against_hostile_clients_as_it_is() -> None:
+    assert "strategy.name" in {one.key for one in default_space(of_eight("fedexp")).keys}
+    assert "strategy.name" not in {one.key for one in default_space(of_eight("krum")).keys}
 
 
 EXAMPLE = {"unit": "example", "noise_multiplier": 0.8, "delta": 1e-4, "sampling_rate": 0.25}
@@ -110,7 +152,7 @@ def test_noised_updates_of_clients_merge_by_a_median(tmp_path: Path) -> None:
          r", and federation\.quorum = 0\.5 lets a round count with 4 of 8"),
         ("bulyan", {"strategy": {"name": "bulyan", "options": {"hostile": 2}}},
          r"bulyan needs 11 clients against 2 hostile \(4 \* hostile \+ 3\)"),
-        ("krum", {"federation": {"clients": 8, "cohort": None, "cohort_rate": 0.9}},
+        ("krum", {"federation": {"cohort": None, "cohort_rate": 0.9}},
          r"federation\.cohort_rate: draws cohorts of any size, and krum needs 5"),
         ("krum", {"tune": {"head_init": "ridge"}}, r"tune\.head_init: adds up whatever clients send"),
         ("multi-krum", {"strategy": {"name": "multi-krum", "options": {"selected": 7}}},
@@ -127,9 +169,8 @@ def test_noised_updates_of_clients_merge_by_a_median(tmp_path: Path) -> None:
 def test_what_a_strategy_cannot_merge_is_refused_before_the_run(
     name: str, tables: dict[str, Any], pattern: str
 ) -> None:
-    federation = {"clients": 8, "cohort": 7, "quorum": 1.0} | tables.get("federation", {})
     with pytest.raises(ConfigError, match=pattern) as caught:
-        check_named(of_eight(name, **tables | {"federation": federation}))
+        check_named(of_eight(name, **tables))
     assert "\n" not in str(caught.value)
 
 
