@@ -23,10 +23,11 @@ from atoll.client.state.error_feedback import compressed
 from atoll.client.state.personalization import model_to_evaluate, train_ditto, train_fedper
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
+from atoll.client.training.local_steps import with_local_steps
 from atoll.data.shard import Shard
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import distributed_terms
-from atoll.protocol.messages import Measurement, Reply, Update
+from atoll.protocol.messages import LOCAL_STEPS, Measurement, Reply, Update
 from atoll.protocol.requests import (
     EvaluateRequest,
     MaskedSumRequest,
@@ -100,7 +101,10 @@ class LocalWork:
                 shards = {name: self.data.train(name) for name in self.data.names}
                 return statistics(self.learner, request.round, shards)
             case TrainRequest():
-                return compressed(trained(self, request), request, self.learner.job, self.memory)
+                job, updates = self.learner.job, trained(self, request)
+                if LOCAL_STEPS in request.plan:
+                    updates = with_local_steps(updates, job.train)
+                return compressed(updates, request, job, self.memory)
             case MaskedSumRequest() | UnmaskedSumRequest():
                 job = self.learner.job
                 return self.secure_session.encode_contributions(

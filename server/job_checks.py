@@ -9,7 +9,7 @@ from atoll.datasets.registry import SOURCES, Source, source_named
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.partitions import check_partition
-from atoll.strategies import check_strategy
+from atoll.strategies import check_merging
 from atoll.tasks import check_metrics, check_task, task_named
 from atoll.tasks.told import check_told, is_silent
 
@@ -18,11 +18,11 @@ def check_named(job: Job) -> None:
     """See whether the task, the strategy and the backbone that the job names are there; none is loaded.
 
     Raises:
-        ConfigError, WeightsError: there is none of that name.
+        ConfigError, WeightsError: there is none of that name, or the strategy can't merge such rounds.
     """
     check_task(job.task.name)
     check_metrics(job)
-    check_strategy(job.strategy)
+    check_merging(job)
     check_backbone(job.backbone)
 
 

@@ -11,10 +11,13 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from atoll.errors import ConfigError
-from atoll.job.extension_options import checked_options
-from atoll.job.job import StrategySection
+from atoll.job.extension_options import checked_options, validated
+from atoll.job.job import Job, StrategySection
 from atoll.plugins import BUILT_IN, Extension, Registry
+from atoll.strategies.options import HOSTILE_OPTIONS, FedExpOptions, HostileOptions, check_hostile_clients
 
 if TYPE_CHECKING:
     from atoll.protocol.messages import Update
@@ -47,12 +50,16 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose."""
+    """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose.
+
+    `options` is the model of its `strategy.options`, if it is one of ours that has any.
+    """
 
     build: Callable[..., Strategy]
     keys: tuple[str, ...]
     summary: str
     origin: str = BUILT_IN
+    options: type[BaseModel] | None = None
 
 
 def _fedavg(**keys: float) -> Strategy:
@@ -73,6 +80,28 @@ def _reptile(**keys: float) -> Strategy:
     return Reptile(**keys)
 
 
+def _fednova(**keys: float) -> Strategy:
+    from atoll.strategies.fednova import FedNova
+
+    return FedNova(**keys)
+
+
+def _fedexp(options: FedExpOptions) -> Strategy:
+    from atoll.strategies.fedexp import FedExp
+
+    return FedExp(options.epsilon)
+
+
+def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
+    from atoll.strategies.robust.merge import robust_strategy
+
+    return robust_strategy(name, options, **keys)
+
+
+def _against_hostile(name: str, summary: str) -> Entry:
+    return Entry(partial(_robust, name), ("lr", "options"), summary, options=HOSTILE_OPTIONS[name])
+
+
 ADAPTIVE = ("lr", "beta1", "beta2", "tau")
 
 BUILT_INS: dict[str, Entry] = {
@@ -91,6 +120,28 @@ BUILT_INS: dict[str, Entry] = {
     "fedadam": Entry(partial(_fedopt, "adam"), ADAPTIVE, "Adam on the mean delta (Reddi 2021)"),
     "fedyogi": Entry(partial(_fedopt, "yogi"), ADAPTIVE, "Yogi on the mean delta (Reddi 2021)"),
     "reptile": Entry(_reptile, ("lr",), "part of the way to the clients' even mean (Nichol 2018)"),
+    "fednova": Entry(
+        _fednova, ("lr",), "mean of the deltas per local step, times the mean steps (Wang 2020)"
+    ),
+    "fedexp": Entry(
+        _fedexp,
+        ("options",),
+        "mean delta, in a step as long as the deltas disagree (Jhunjhunwala 2023)",
+        options=FedExpOptions,
+    ),
+    **{
+        name: _against_hostile(name, summary)
+        for name, summary in {
+            "coordinate-median": "median of every number, against hostile clients (Yin 2018)",
+            "trimmed-mean": "mean of every number without the extremes, against hostile clients (Yin 2018)",
+            "geometric-median": "the point nearest to all deltas, against hostile clients (Pillutla 2022)",
+            "krum": "the delta whose neighbours are nearest, against hostile clients (Blanchard 2017)",
+            "multi-krum": "mean of the deltas that Krum rates best, against hostile clients (Blanchard 2017)",
+            "bulyan": "trimmed mean of what Krum chooses, against hostile clients (El Mhamdi 2018)",
+            "centered-clipping": "deltas clipped around the last, against hostile clients (Karimireddy 2021)",
+            "norm-bound": "even mean of clipped deltas, against hostile clients (Sun 2019)",
+        }.items()
+    },
 }
 
 
@@ -118,7 +169,7 @@ def check_strategy(section: StrategySection) -> None:
     """Say what is wrong with a name, or with keys of a strategy of ours, before torch is there.
 
     Raises:
-        ConfigError: the name is unknown, or a key has no meaning for it.
+        ConfigError: the name is unknown, a key has no meaning for it, or an option is none or out of bounds.
     """
     if section.name.startswith("flwr:"):
         from atoll.strategies.flower_names import check_flower_name
@@ -132,6 +183,32 @@ def check_strategy(section: StrategySection) -> None:
             raise ConfigError(
                 f"strategy.{key}: {section.name} does not use it, expected only {', '.join(entry.keys)}"
             )
+    _options(entry, section)
+
+
+def check_merging(job: Job) -> None:
+    """See whether the job's rounds have what its strategy needs, before torch is there.
+
+    Raises:
+        ConfigError: as `check_strategy`; or there are too few clients, say, for so many hostile ones.
+    """
+    check_strategy(job.strategy)
+    if job.strategy.name == "fednova" and "example" in job.privacy.units:
+        raise ConfigError(
+            "strategy.name: under example-level privacy all clients take as many steps, and fednova"
+            " is fedavg; expected 'fedavg', found 'fednova'"
+        )
+    if job.strategy.name in HOSTILE_OPTIONS:
+        options = _options(STRATEGIES[job.strategy.name], job.strategy)
+        assert isinstance(options, HostileOptions)
+        check_hostile_clients(job, options)
+
+
+def _options(entry: Entry, section: StrategySection) -> BaseModel | None:
+    """The options of one of our own strategies as its model has them."""
+    if entry.options is None:
+        return None
+    return validated(entry.options, section.options or {}, "strategy.options")
 
 
 def build_strategy(section: StrategySection) -> Strategy:
@@ -145,7 +222,9 @@ def build_strategy(section: StrategySection) -> Strategy:
         from atoll.strategies.flower import FlowerStrategy
 
         return FlowerStrategy.named(section.name.removeprefix("flwr:"), _given(section))
-    return STRATEGIES[section.name].build(**_given(section))
+    entry, keys = STRATEGIES[section.name], _given(section)
+    options = _options(entry, section)
+    return entry.build(**keys if options is None else {**keys, "options": options})
 
 
 def _given(section: StrategySection) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The merge, against arithmetic by hand, Flower's own strategies and the definition."""
 
 import inspect
+from dataclasses import replace
 
 import flwr.serverapp.strategy
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.job import StrategySection
-from atoll.protocol.messages import Update
+from atoll.protocol.messages import LOCAL_STEPS, Update
 from atoll.protocol.stacked_updates import stacked
 from atoll.strategies import STRATEGIES, build_strategy, mean
 from atoll.strategies.fedavg import FedAvg
@@ -159,7 +160,9 @@ def test_state_is_flat_for_every_strategy() -> None:
     model = {"w": torch.zeros(2)}
     for name in STRATEGIES:
         strategy = build_strategy(StrategySection(name=name))
-        _, state = strategy.merge(model, [update([1.0, 2.0], 1)], strategy.begin(model))
+        steps = {LOCAL_STEPS: torch.tensor(1.0)}
+        updates = [replace(update([1.0, 2.0], 1, client), states=steps) for client in "abcdefg"]
+        _, state = strategy.merge(model, updates, strategy.begin(model))
         assert all(isinstance(v, float | torch.Tensor) for v in state.values())
 
 

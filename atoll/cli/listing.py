@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import get_args
+
+from pydantic import BaseModel
 
 from atoll.plugins import BUILT_IN
 
@@ -50,10 +53,18 @@ def strategies() -> Lines:
     from atoll.strategies.flower_names import flower_names
 
     named = [
-        (name, f"{entry.summary}; keys: {', '.join(entry.keys)}", entry.origin)
+        (name, f"{entry.summary}; keys: {', '.join(entry.keys)}{_defaults(entry.options)}", entry.origin)
         for name, entry in STRATEGIES.everything().items()
     ]
     return named + [(f"flwr:{name}", "Flower's own", "flower") for name in flower_names()]
+
+
+def _defaults(options: type[BaseModel] | None) -> str:
+    """The options of a model with their defaults, as a job would have them."""
+    if options is None:
+        return ""
+    defaults = (f"{key} = {json.dumps(field.default)}" for key, field in options.model_fields.items())
+    return f" ({', '.join(defaults)})".replace("null", "as the rule has it")
 
 
 def partitions() -> Lines:

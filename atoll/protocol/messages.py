@@ -16,6 +16,9 @@ DataInfo = dict[str, Any]
 CHARGED_ROUNDS = "privacy.rounds"
 """A state of updates under a promise that the client keeps: rounds of this run in the client's ledger."""
 
+LOCAL_STEPS = "local_steps"
+"""In a plan, that clients are to send the state of this name: what their local gradients weigh together."""
+
 
 @dataclass(frozen=True)
 class Hello:

@@ -31,7 +31,8 @@ METRIC_SPELLINGS = {
 STRATEGY_NAMES = {
     "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
-    "reptile": "Reptile",
+    "reptile": "Reptile", "fednova": "FedNova", "fedexp": "FedExP",
+    "krum": "Krum", "multi-krum": "Multi-Krum", "bulyan": "Bulyan",
 }  # fmt: skip
 ENGINES = {
     "inline": "in process (inline)",

@@ -10,11 +10,21 @@ from typing import Self
 import torch
 
 from atoll.job.job import Job
-from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Measurement, Reply, SecureMessage, Update
+from atoll.protocol.messages import (
+    CHARGED_ROUNDS,
+    LOCAL_STEPS,
+    Failure,
+    Measurement,
+    Reply,
+    SecureMessage,
+    Update,
+)
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
 STATES = {"train_loss.sum", "train_loss.count"}
+SOMETIMES = {CHARGED_ROUNDS, LOCAL_STEPS}
+"""States that are there only where a promise or the strategy asks for them."""
 MAX_EXAMPLES = 1_000_000_000
 MAX_NORM = 1e6
 """L2 norm of a delta above which it is taken for an accident."""
@@ -100,9 +110,7 @@ def _norms(delta: Tensors) -> torch.Tensor:
 
 
 def _states_are_finite(states: Tensors) -> bool:
-    return set(states) - {CHARGED_ROUNDS} == STATES and all(
-        bool(torch.isfinite(t).all()) for t in states.values()
-    )
+    return set(states) - SOMETIMES == STATES and all(bool(torch.isfinite(t).all()) for t in states.values())
 
 
 def validate_updates(
@@ -149,11 +157,13 @@ def _fault(reply: Reply, cohort: Sequence[str], model: Tensors, round: int, *, b
 
 
 def _states_fault(states: Tensors, *, blind: bool) -> str | None:
-    if set(states) - {CHARGED_ROUNDS} != STATES:
+    if set(states) - SOMETIMES != STATES:
         return f"metric states: expected train_loss.sum and train_loss.count, found {sorted(states)[:5]}"
     for name, value in states.items():
         if value.shape != () or not (blind or torch.isfinite(value)):
             return f"metric state {name} is not one finite number"
+        if name == LOCAL_STEPS and not value > 0:
+            return f"metric state {name}: expected more than 0, found {float(value):g}"
     return None
 
 

@@ -19,7 +19,7 @@ from atoll.server.rounds.start import start_or_resume
 from atoll.server.run.directory import RunDirectory
 from atoll.server.run.result import Baselines, write_result
 from atoll.server.transport import Transport
-from atoll.strategies import Strategy, build_strategy
+from atoll.strategies import Strategy, build_strategy, check_merging
 from atoll.tasks import check_metric_options, task_named
 
 BaselineFn = Callable[[Run], tuple[Baselines, list[str]]]
@@ -86,6 +86,7 @@ def validate_job(job: Job) -> None:
     Raises:
         ConfigError, WeightsError: it names something that there is not, or not on this machine.
     """
+    check_merging(job)
     build_strategy(job.strategy)
     check_metric_options(job)
     for stage in job.stages:

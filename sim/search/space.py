@@ -15,7 +15,8 @@ from atoll.job.job import Job
 from atoll.job.toml import apply_override
 from atoll.sim.search.distributions import Choice, Range
 from atoll.sim.sweep.grid import Base, Grid, Values, as_value
-from atoll.strategies import STRATEGIES, build_strategy
+from atoll.strategies import STRATEGIES, build_strategy, check_merging
+from atoll.strategies.options import HOSTILE_OPTIONS
 from atoll.tasks import task_named
 
 Texts = Mapping[str, str]
@@ -221,6 +222,7 @@ def checked_job(base: Base, texts: Texts) -> Job:
     from atoll.learning.compatibility import check_fits
 
     job = job_of(base, texts)
+    check_merging(job)
     build_strategy(job.strategy)
     check_fits(job, task_named(job.task.name))
     return job
@@ -253,7 +255,7 @@ def default_space(job: Job) -> Space:
     """What is searched where nothing is said: what mostly decides, for the job's way of tuning.
 
     A head on a frozen backbone is a convex problem that takes large steps; what tunes the backbone
-    takes small ones. The server's strategy varies where it is one of Atoll's own.
+    takes small ones. The server's strategy varies where it is one of Atoll's own that trusts all clients.
     """
     method, is_sgd = job.tune.method, job.train.optimizer == "sgd"
     batches = sorted({16, 64, job.train.batch_size})
@@ -268,7 +270,7 @@ def default_space(job: Job) -> Space:
         vary.append("tune.rank=4,8,16")
     if method == "last-k":
         vary.append("tune.layers=1,2")
-    if STRATEGIES.has(job.strategy.name):
+    if STRATEGIES.has(job.strategy.name) and job.strategy.name not in HOSTILE_OPTIONS:
         vary.append("strategy.name=fedavg,fedavgm,fedadam")
     if job.train.weight_decay == 0 and not is_sgd:
         vary.append("train.weight_decay=0.0,0.01")

@@ -58,6 +58,8 @@ def jobs(folder: Path) -> dict[str, Job]:
         for table in (text, image, views, varied, compiled)
         for strategy in ("fedavg", "fedadam")
     }
+    stepping = common | image | {"name": "fednova", "strategy": {"name": "fednova"}}  # type: ignore[operator]
+    made["fednova"] = Job.parse(stepping, origin="test")
     small = made["views-fedadam"]
     travels = small.federation.model_copy(update={"compression": "int8"})
     made["small"] = small.model_copy(update={"name": "small", "federation": travels})
@@ -162,6 +164,7 @@ def test_images_at_real_sites_that_compress_views_or_tune_ever_more_give_the_bit
         small = places.agreed("small")
         kept = {name: places.memories(name) - before[name] for name in names}
         grown = places.agreed("grown")
+        places.agreed("fednova")
     assert [line["tuning"] for line in grown["rounds"]] == ["head", "last-k with layers = 1", "full"]
     assert small["model_sha256"] != places.expected("views-fedadam")["model_sha256"]
     assert small["bytes_up"] < small["bytes_down"] / 3.9

@@ -1,0 +1,43 @@
+"""How many local steps a client's update is made of, for strategies that ask (`local_steps` in the plan)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from atoll.job.job import TrainSection
+from atoll.protocol.messages import LOCAL_STEPS, Update
+from atoll.protocol.stacked_updates import StackedUpdates
+
+
+def accumulated_steps(examples: int, train: TrainSection) -> float:
+    """The sum of the weights that local gradients have in an update of so many examples.
+
+    Under plain SGD it is the number of steps. With momentum rho a gradient counts again in every later step,
+    which after tau steps sums up to (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho)
+    (Wang et al. 2020, section 4).
+
+    >>> accumulated_steps(33, TrainSection(batch_size=16, epochs=2))
+    6.0
+    >>> accumulated_steps(32, TrainSection(batch_size=16, momentum=0.5))  # 1 + (1 + 0.5)
+    2.5
+    """
+    steps, rho = train.epochs * -(-examples // train.batch_size), train.momentum
+    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
+
+
+def with_local_steps(updates: Iterable[Update], train: TrainSection) -> Iterable[Update]:
+    """The updates with their steps among the states; a cohort's stay stacked."""
+    if isinstance(updates, StackedUpdates):
+        steps = [accumulated_steps(count, train) for count in updates.num_examples]
+        told = {LOCAL_STEPS: torch.tensor(steps, dtype=torch.float64)}
+        return replace(updates, states={**updates.states, **told})
+    return _each_with_steps(updates, train)
+
+
+def _each_with_steps(updates: Iterable[Update], train: TrainSection) -> Iterator[Update]:
+    for update in updates:
+        steps = torch.tensor(accumulated_steps(update.num_examples, train), dtype=torch.float64)
+        yield replace(update, states={**update.states, LOCAL_STEPS: steps})

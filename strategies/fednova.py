@@ -1,0 +1,63 @@
+"""FedNova (Wang et al. 2020, "Tackling the Objective Inconsistency Problem"): normalised averaging.
+
+A client with more examples takes more local steps a round, and in the plain mean its delta d_i counts twice:
+by its examples and by its steps. Here d_i is divided by ||a_i||_1, the sum of the weights with which its
+local gradients make it up: its tau_i steps under plain SGD, and with momentum rho the sum over k = 1 ..
+tau_i of (1 - rho^k) / (1 - rho). Each client sends that number; Adam's steps count as plain ones. With p_i
+the client's share of the examples and tau_eff = sum_i p_i ||a_i||_1, the model moves by `lr` * tau_eff *
+sum_i p_i d_i / ||a_i||_1. Where all take as many steps, this is FedAvg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from atoll.errors import InconsistentUpdates
+from atoll.protocol.messages import LOCAL_STEPS, Update
+from atoll.protocol.stacked_updates import stacked, stacked_states
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.mean import moved, weighted_mean
+from atoll.strategies.strategy import Plan, State
+
+
+@dataclass(frozen=True)
+class FedNova:
+    """Move by `lr` times the mean delta of one local step, times the mean number of steps."""
+
+    lr: float = 1.0
+
+    def begin(self, model: Tensors) -> State:
+        return {}
+
+    def plan(self, state: State, round: int) -> Plan:
+        return {LOCAL_STEPS: 1.0}
+
+    def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
+        """As in the seam.
+
+        Raises:
+            InconsistentUpdates: an update doesn't say how many steps made it.
+        """
+        steps = _steps(updates)
+        counts = torch.tensor([u.num_examples for u in updates], dtype=torch.float64)
+        effective = float(counts @ steps / counts.sum())
+        scale = effective / steps
+        whole = stacked(updates)
+        each = replace(whole, delta={n: _scaled(d, scale) for n, d in whole.delta.items()})
+        return moved(model, {name: self.lr * d for name, d in weighted_mean(each).items()}), state
+
+
+def _steps(updates: Sequence[Update]) -> torch.Tensor:
+    """What each client's gradients weigh together, [clients]."""
+    silent = [u.client for u in updates if LOCAL_STEPS not in u.states]
+    if silent:
+        raise InconsistentUpdates(f"{silent[0]} sent no {LOCAL_STEPS}, expected it from every client")
+    return stacked_states(updates)[LOCAL_STEPS].to(torch.float64)
+
+
+def _scaled(stack: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """[clients, …] with each client's times a number of its own, in float64."""
+    return stack.to(torch.float64) * scale.reshape(-1, *[1] * (stack.dim() - 1))

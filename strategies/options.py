@@ -1,0 +1,124 @@
+"""What `strategy.options` of our own strategies can say, and what a job must have for them; without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.job.section import Count, NotNegative, Positive, Section
+
+
+class HostileOptions(Section):
+    """How many of a round's clients may be hostile (the papers' f), and whether rows are mixed before."""
+
+    hostile: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+    mixing: bool = False
+
+    needed_per_hostile: ClassVar[int] = 2
+    needed_besides: ClassVar[int] = 1
+
+    @property
+    def clients_needed(self) -> int:
+        """Updates that a merge needs at least."""
+        return self.needed_per_hostile * self.hostile + self.needed_besides
+
+    @property
+    def formula(self) -> str:
+        """The same in words of the job."""
+        return f"{self.needed_per_hostile} * hostile + {self.needed_besides}"
+
+
+class GeometricMedianOptions(HostileOptions):
+    """Weiszfeld's steps, and the distance below which a weight grows no more."""
+
+    smoothing: Positive = 1e-6
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 8
+
+
+class KrumOptions(HostileOptions):
+    """Krum needs two clients more than an honest majority."""
+
+    needed_besides: ClassVar[int] = 3
+
+
+class MultiKrumOptions(KrumOptions):
+    """How many rows are averaged; clients - hostile where nothing is said."""
+
+    selected: Count | None = None
+
+
+class BulyanOptions(HostileOptions):
+    """Bulyan needs more than three quarters of honest clients."""
+
+    needed_per_hostile: ClassVar[int] = 4
+    needed_besides: ClassVar[int] = 3
+
+
+class NormBoundOptions(HostileOptions):
+    """The L2 norm that no delta exceeds."""
+
+    clipping_norm: Positive = 1.0
+
+
+class CenteredClippingOptions(HostileOptions):
+    """The L2 norm of what a client adds to the centre in a step, and the steps of a round."""
+
+    clipping_norm: Positive = 1.0
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
+class FedExpOptions(Section):
+    """What keeps the step finite where the mean delta is nothing."""
+
+    epsilon: NotNegative = 1e-3
+
+
+HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {
+    "coordinate-median": HostileOptions,
+    "trimmed-mean": HostileOptions,
+    "geometric-median": GeometricMedianOptions,
+    "krum": KrumOptions,
+    "multi-krum": MultiKrumOptions,
+    "bulyan": BulyanOptions,
+    "centered-clipping": CenteredClippingOptions,
+    "norm-bound": NormBoundOptions,
+}
+"""The options of the strategies that hold against hostile clients, by name."""
+
+
+def check_hostile_clients(job: Job, options: HostileOptions) -> None:
+    """See whether every round that counts has the clients that the rule needs.
+
+    Raises:
+        ConfigError: it may not, or hostile clients have another way in; one line that names the key.
+    """
+    name, federation = job.strategy.name, job.federation
+    if job.tune.head_init is not None:
+        raise ConfigError(
+            f"tune.head_init: adds up whatever clients send, so a hostile one decides the head; expected none"
+            f" with strategy.name = {name!r}"
+        )
+    if federation.cohort_rate is not None:
+        raise ConfigError(
+            f"federation.cohort_rate: draws cohorts of any size, and {name} needs {options.clients_needed}"
+            f" clients ({options.formula}); expected cohort"
+        )
+    cohort = federation.cohort or federation.clients
+    fewest = max(1, math.ceil(federation.quorum * cohort - 1e-9))
+    if fewest < options.clients_needed:
+        raise ConfigError(
+            f"strategy.options.hostile: {name} needs {options.clients_needed} clients against"
+            f" {options.hostile} hostile ({options.formula}), and federation.quorum ="
+            f" {federation.quorum:g} lets a round count with {fewest} of {cohort}; expected fewer"
+            " hostile, more clients or a larger quorum"
+        )
+    if isinstance(options, MultiKrumOptions) and (options.selected or 0) > fewest - options.hostile:
+        raise ConfigError(
+            f"strategy.options.selected: expected at most {fewest - options.hostile} of {fewest} clients with"
+            f" hostile = {options.hostile}, found {options.selected}"
+        )

@@ -1,0 +1,53 @@
+"""A round's updates as rows of numbers, and a row as a step of the model.
+
+A row is one client's delta, its tensors one behind the other in the order of their names. All rows weigh the
+same: what a hostile client says of its number of examples counts for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from atoll.errors import InconsistentUpdates
+from atoll.protocol.messages import Update
+from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.mean import moved
+from atoll.strategies.options import HostileOptions
+from atoll.strategies.robust.nearest_neighbour_mixing import mixed
+
+
+def rows_to_merge(model: Tensors, updates: Sequence[Update], options: HostileOptions) -> torch.Tensor:
+    """The deltas as rows [clients, numbers] in float64, mixed where the options say so.
+
+    Raises:
+        InconsistentUpdates: there are fewer than the rule needs against so many hostile clients.
+    """
+    if len(updates) < options.clients_needed:
+        raise InconsistentUpdates(
+            f"{len(updates)} updates to merge, expected at least {options.clients_needed}"
+            f" ({options.formula}) against {options.hostile} hostile clients"
+        )
+    rows = torch.empty(len(updates), sum(p.numel() for p in model.values()), dtype=torch.float64)
+    for name, span in _spans(model):
+        if isinstance(updates, StackedUpdates):
+            rows[:, span] = updates.delta[name].reshape(len(updates), -1).to(torch.float64)
+        else:
+            for row, update in zip(rows, updates, strict=True):
+                row[span] = update.delta[name].reshape(-1).to(torch.float64)
+    return mixed(rows, options.hostile) if options.mixing else rows
+
+
+def moved_by(model: Tensors, row: torch.Tensor, lr: float) -> Tensors:
+    """The model after `lr` times a row of numbers."""
+    return moved(model, {name: (lr * row[span]).reshape(model[name].shape) for name, span in _spans(model)})
+
+
+def _spans(model: Tensors) -> Iterator[tuple[str, slice]]:
+    """Where each tensor lies in a row: by name, for a checkpoint has an order of its own."""
+    start = 0
+    for name in sorted(model):
+        yield name, slice(start, start + model[name].numel())
+        start += model[name].numel()
