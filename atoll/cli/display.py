@@ -22,6 +22,7 @@ from atoll.server.events import (
     StageBegun,
 )
 from atoll.sim.engines.events import AuditAdvanced, ExecutionChosen, PopulationRead
+from atoll.tasks.metric_values import UNDEFINED, values_in_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -202,7 +203,7 @@ class Watcher:
 
     def _round(self, line: Mapping[str, Any]) -> None:
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
-        parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]
+        parts += values_in_words({name: v for name, v in line["metrics"].items() if name != "loss"})
         if line["set_aside"]:
             parts.append(f"{len(line['set_aside'])} set aside")
         self.gauge.show("rounds", line["round"], self.rounds, ", ".join(parts))
@@ -250,7 +251,9 @@ def comparison(result: dict[str, Any]) -> Table:
     for name in compared.rows:
         values = (compared.value(name, metric) for metric in compared.metrics)
         style = "bold" if name == "federated" else ""
-        table.add_row(row_name(name), *("-" if v is None else f"{v:.3f}" for v in values), style=style)
+        table.add_row(row_name(name), *(UNDEFINED if v is None else f"{v:.3f}" for v in values), style=style)
+    if compared.remarks:
+        table.caption = "\n".join(compared.remarks)
     return table
 
 

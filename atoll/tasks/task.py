@@ -159,6 +159,10 @@ class Task(Protocol):
         """The loss on examples that are only measured on, where that is another one."""
         return self.loss(outputs, targets)
 
+    def num_with_target(self, targets: torch.Tensor) -> int:
+        """How many examples the loss of a measurement is the mean of: those that have a target."""
+        return len(targets)
+
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """What `update` of the metrics takes."""
         return predictions, targets

@@ -174,6 +174,10 @@ class Recommendation(Task):
         """Cross-entropy of the last item."""
         return surprise(outputs[:, -1:], targets[:, -1:])
 
+    def num_with_target(self, targets: torch.Tensor) -> int:
+        """How many of the last items are known to the model."""
+        return int((targets[:, -1] != UNKNOWN).sum())
+
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
