@@ -123,7 +123,7 @@ def test_the_mean_over_hospitals_leaves_out_those_without_a_finding() -> None:
     here: dict[str, float | None] = {"auroc": 1.0, "accuracy": 1.0, "examples": 4}
     clients = {f"hospital-{i}": {**here, "auroc": 1.0 if i < 3 else None} for i in range(6)}
     (note,) = personalization_notes(job(evaluate={"adapt": 2}), None, with_adapted(clients, clients), "auroc")
-    assert "mean over 3 of 6 clients: AUROC 1.000; before them AUROC 1.000" in note
+    assert "mean over 3 of 6 clients: AUROC 1.000; before them 1.000" in note
     means = personalization_metrics("norms", clients, clients)
     assert means["global"]["auroc"] == means["clients"]["auroc"] == 1.0
     assert personalization_metrics("norms", {"a": clients["hospital-5"]}, {})["clients"]["auroc"] is None
