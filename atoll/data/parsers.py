@@ -1,8 +1,7 @@
-"""What a cell of a table may be, and what it becomes: text, numbers, days, lists."""
+"""What a cell of a table may be, and what it becomes: text, numbers, names, lists."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from collections.abc import Callable
@@ -44,28 +43,6 @@ def number_cell(cell: Any, where: str) -> float:
     if not math.isfinite(value):
         raise DataError(f"{where}: {value}, expected a finite number")
     return value
-
-
-def moment_cell(cell: Any, where: str) -> str:
-    """A day or a moment in ISO 8601, as text that sorts by time (without a zone, to the second).
-
-    >>> moment_cell("2024-03-01", ""), moment_cell("2024-03-01T12:30", "")
-    ('2024-03-01', '2024-03-01T12:30:00')
-
-    Raises:
-        DataError: it is neither.
-    """
-    if isinstance(cell, datetime.datetime):
-        return cell.replace(tzinfo=None, microsecond=0).isoformat()
-    if isinstance(cell, datetime.date):
-        return cell.isoformat()
-    try:
-        text = str(cell).strip()
-        if len(text) == 10:
-            return datetime.date.fromisoformat(text).isoformat()
-        return datetime.datetime.fromisoformat(text).replace(tzinfo=None, microsecond=0).isoformat()
-    except ValueError:
-        raise DataError(f"{where}: {shown(str(cell))!r}, expected a date such as 2024-03-01") from None
 
 
 def name_cell(cell: Any, where: str) -> str:

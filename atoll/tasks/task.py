@@ -54,6 +54,9 @@ class Task(Protocol):
     has_own_split: bool = False
     """Whether `split` says what a client trains on and what it measures on."""
 
+    reads_times: bool = False
+    """Whether a column of its data holds times, which `data.time_format` may describe."""
+
     primary_metric: str = "accuracy"
     """The metric that a run is judged by."""
 

@@ -27,7 +27,7 @@ from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import names_told
 from atoll.tasks.losses import surprise
-from atoll.tasks.recommendation.data import EVENTS, HISTORIES, RecommendOptions, histories_of
+from atoll.tasks.recommendation.data import HISTORIES, RecommendOptions, events, histories_of
 from atoll.tasks.recommendation.sasrec import load_recommender
 from atoll.tasks.task import Task
 from atoll.tasks.told import ToldField
@@ -55,6 +55,7 @@ class Recommendation(Task):
     summary: str = "what a user takes next; SASRec, with items' texts where there are; HR@10, NDCG@10"
     uses_pooled_features: bool = False
     has_own_split: bool = True
+    reads_times: bool = True
     primary_metric: str = "ndcg"
     options: RecommendOptions = field(default_factory=RecommendOptions)
 
@@ -90,14 +91,14 @@ class Recommendation(Task):
         length = options_of(given, RecommendOptions).length
         if HISTORIES.has(source, "user", "items"):
             return HISTORIES.gather(source, data, diagnostics)
-        events = EVENTS.gather(source, data, diagnostics)
+        rows = events(data.time_format).gather(source, data, diagnostics)
         if diagnostics.problems:
             return {}
-        if "test" in events:
+        if "test" in rows:
             raise DataError(
                 f"{shown(source)}: train and test, expected one table: the last items are the test"
             )
-        return histories_of(events["train"], length, shown(source), hold_out=data.test_fraction > 0)
+        return histories_of(rows["train"], length, shown(source), hold_out=data.test_fraction > 0)
 
     def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         length = options_of(job.task.options, RecommendOptions).length
