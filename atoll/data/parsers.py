@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Callable
 from typing import Any
 
 from atoll.data.diagnostics import shown
+from atoll.data.labels import value_name
 from atoll.data.texts import checked_text
 from atoll.errors import DataError
 
@@ -46,7 +48,28 @@ def number_cell(cell: Any, where: str) -> float:
 
 
 def name_cell(cell: Any, where: str) -> str:
-    """An identifier: text, or a whole number, which becomes text.
+    """An identifier: text, a whole number, a truth value or a date, each of which has one text.
+
+    >>> name_cell("7", ""), name_cell(7.0, ""), name_cell("7.0", ""), name_cell(True, "")
+    ('7', '7', '7', 'true')
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
+    if isinstance(cell, str):
+        text_cell(cell, where)
+    elif isinstance(cell, float) and not cell.is_integer():
+        raise DataError(f"{where}: {cell}, expected text or a whole number")
+    elif cell is not None and not isinstance(cell, int | float | datetime.date):
+        raise DataError(f"{where}: {shown(str(cell))}, expected text")
+    name = value_name(cell)
+    if name is None:
+        raise DataError(f"{where}: {'a missing cell' if cell is None else repr(cell)}, expected a name")
+    return name
+
+
+def answer_cell(cell: Any, where: str) -> str:
+    """A text, or a whole number, which becomes text.
 
     Raises:
         DataError: it is missing, or something else.

@@ -68,7 +68,7 @@ def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str
         "trainable": {n: list(t.shape) for n, t in state.tensors.items()},
         "machine": machine(job.train.threads, job.train.device),
         "notes": [
-            *notes, *private_notes(run),
+            *notes, *setup.remarks, *private_notes(run),
             *personalization_notes(job, own, clients, state.learner.task.primary_metric),
         ],
     }  # fmt: skip

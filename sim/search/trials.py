@@ -114,7 +114,7 @@ def play_trial(text: str) -> str:
     curves = [{int(step): value for step, value in curve.items()} for curve in work["curves"]]
     outs = [Path(out) for out in work["outs"]]
     judge, started = Pruner.of(jobs[0], outs[0], work["metric"], curves), time.monotonic()
-    found: list[Mapping[str, float]] = []
+    found: list[MetricValues] = []
     outcome = Outcome()
     try:
         # Every seed's run is on the first seed's clients: dealt anew, what is held out as test set for one

@@ -25,7 +25,7 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import names_told
+from atoll.tasks.classes import names_told, pinned_names
 from atoll.tasks.losses import surprise
 from atoll.tasks.recommendation.data import HISTORIES, RecommendOptions, events, histories_of
 from atoll.tasks.recommendation.sasrec import load_recommender
@@ -121,7 +121,7 @@ class Recommendation(Task):
         if data.classes is None:
             names = sorted(texts)
             return {"items": names, "texts": [texts[name] for name in names]}
-        pinned, given = list(data.classes), options_of(options, RecommendOptions).texts
+        pinned, given = pinned_names(data), options_of(options, RecommendOptions).texts
         known = [texts.get(name, "") for name in pinned] if given is None else list(given)
         return {"items": pinned, "texts": known, "pinned": True}
 
