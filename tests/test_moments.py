@@ -195,3 +195,13 @@ def test_check_takes_the_format_of_times(tmp_path: Path) -> None:
     line = ["check", str(path), "--task", "recommendation"]
     assert CliRunner().invoke(app, line).exit_code != 0
     assert CliRunner().invoke(app, [*line, "--time-format", "%d.%m.%Y"]).exit_code == 0
+    refused = CliRunner().invoke(app, [*line, "--time-format", "day"])
+    assert isinstance(refused.exception, ConfigError)
+    assert str(refused.exception).startswith("data.time_format: expected a format of strptime")
+
+
+def test_check_counts_each_unreadable_time_once(tmp_path: Path) -> None:
+    rows = [(f"2024-01-0{n}" + ("T12:00Z" if n % 2 else ""), n) for n in range(1, 7)]
+    path = write(tmp_path / "d.csv", "date,value", rows)
+    found = task_named("forecasting").inspect(path, DataSection(source=str(path)), SHORT)
+    assert found.bad == len(found.problems) == 3

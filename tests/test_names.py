@@ -97,8 +97,8 @@ def test_the_server_remarks_classes_that_look_alike_or_that_one_site_alone_has()
     ]
     many = roster({"intents": list("abcdefg")}, {"intents": ["a"]}, {"intents": ["a"]})
     assert many.remarks == [
-        "classes that one site alone has: 'b' (site-a), 'c' (site-a), 'd' (site-a), 'e' (site-a), 'f' (site-a)"
-        " and 1 more"
+        "classes that one site alone has: 'b' (site-a), 'c' (site-a), 'd' (site-a), 'e' (site-a),"
+        " 'f' (site-a) and 1 more"
     ]
 
 

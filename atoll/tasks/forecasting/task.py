@@ -82,11 +82,10 @@ class Forecasting(Task):
         diagnostics = Diagnostics()
         try:
             splits = self._gathered(source, data, options, diagnostics)
-        except DataError as problem:
+        except DataError:
             if not diagnostics.problems:
                 raise
             splits = {}
-            diagnostics.error(problem)
         return WINDOWS.findings_of(source, splits, diagnostics)
 
     def _gathered(
