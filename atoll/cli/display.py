@@ -22,7 +22,6 @@ from atoll.server.events import (
     StageBegun,
 )
 from atoll.sim.engines.events import AuditAdvanced, ExecutionChosen, PopulationRead
-from atoll.tasks.metric_values import UNDEFINED, values_in_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -202,6 +201,8 @@ class Watcher:
         self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
 
     def _round(self, line: Mapping[str, Any]) -> None:
+        from atoll.tasks.metric_values import values_in_words
+
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
         parts += values_in_words({name: v for name, v in line["metrics"].items() if name != "loss"})
         if line["set_aside"]:
@@ -242,6 +243,7 @@ def comparison(result: dict[str, Any]) -> Table:
     from rich.table import Table
 
     from atoll.report.comparison import comparison_of, row_name
+    from atoll.tasks.metric_values import UNDEFINED
 
     compared = comparison_of(result)
     table = Table(title=f"{result['name']}: {result['task']}, {result['strategy']}", title_justify="left")
@@ -253,7 +255,7 @@ def comparison(result: dict[str, Any]) -> Table:
         style = "bold" if name == "federated" else ""
         table.add_row(row_name(name), *(UNDEFINED if v is None else f"{v:.3f}" for v in values), style=style)
     if compared.remarks:
-        table.caption = "\n".join(compared.remarks)
+        table.caption, table.caption_justify = "\n".join(compared.remarks), "left"
     return table
 
 

@@ -15,7 +15,6 @@ import typer
 from atoll.cli.display import out as shown
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
-from atoll.tasks.metric_values import UNDEFINED, MetricValues
 from atoll.trained import trained
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from atoll.backbones.encoder import Batch, Model
     from atoll.data.shard import Shard
     from atoll.learning.learner import Learner
+    from atoll.tasks.metric_values import MetricValues
 
 FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8", "torchao-int8")
 MAX_MEASURED_EXAMPLES = 1000
@@ -286,6 +286,8 @@ def told(
 def table_of(format: str, before: Measured, after: Measured) -> Table:
     """Both forms, side by side."""
     from rich.table import Table
+
+    from atoll.tasks.metric_values import UNDEFINED
 
     table = Table()
     for name in ("model", "MB", "ms", *before.metrics):

@@ -58,10 +58,11 @@ class Comparison:
 
     @property
     def remarks(self) -> list[str]:
-        """A line for each federated metric that is undefined at some of the clients."""
-        return [
-            f"federated {metric.replace('_', ' ')}: mean {part}" for metric, part in self.coverage.items()
-        ]
+        """A line on the federated metrics that are undefined at some clients, by how many have them."""
+        metrics: dict[str, list[str]] = {}
+        for metric, part in self.coverage.items():
+            metrics.setdefault(part, []).append(metric.replace("_", " "))
+        return [f"federated {', '.join(names)}: mean {part}" for part, names in metrics.items()]
 
     def value(self, row: str, metric: str) -> float | None:
         """A finite number, or None where there is none."""
