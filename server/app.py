@@ -38,6 +38,7 @@ from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
 from atoll.server.run.run_job import run_job
 from atoll.server.run.test_set import server_test_set
+from atoll.tasks.metric_values import values_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -344,6 +345,6 @@ def announce(event: Event) -> None:
 def round_in_words(line: Mapping[str, Any]) -> str:
     """A round's line for people: number, loss, metrics, seconds, how many were set aside."""
     parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
-    parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]
+    parts += values_in_words({name: v for name, v in line["metrics"].items() if name != "loss"})
     parts += [f"{len(line['set_aside'])} set aside"] if line["set_aside"] else []
     return f"round {line['round']:<4} {', '.join(parts)}  ({line['seconds']:.1f} s)"

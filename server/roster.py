@@ -15,6 +15,12 @@ from atoll.protocol.messages import DataInfo, Hello
 
 logger = logging.getLogger(__name__)
 
+CLASS_FIELDS = ("classes", "intents")
+"""What a greeting calls the list of its classes."""
+
+SHOWN_CLASSES = 5
+"""Classes that a remark names."""
+
 
 @dataclass(frozen=True)
 class ClientRoster:
@@ -62,6 +68,23 @@ class ClientRoster:
             )
         for client, reason in self.refused.items():
             logger.warning("%s does not take part: %s", client, reason)
+        for remark in self.remarks:
+            logger.warning("%s", remark)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What looks odd in the classes that greetings tell; nothing where the job names them."""
+        told = [info[key] for info in self.data_info for key in CLASS_FIELDS if key in info]
+        if not told or any(info.get("pinned") for info in self.data_info):
+            return []
+        remarks = [f"classes {words} differ by case or space only" for words in _alike(told)]
+        if len(told) < 2 or len(told) != len(self.names):
+            return remarks
+        alone = [f"{name!r} ({self.names[site]})" for name, site in _of_one_site(told)]
+        more = f" and {len(alone) - SHOWN_CLASSES} more" if len(alone) > SHOWN_CLASSES else ""
+        if alone:
+            remarks.append(f"classes that one site alone has: {', '.join(alone[:SHOWN_CLASSES])}{more}")
+        return remarks
 
     def _reasons(self) -> str:
         """Why clients don't take part: each of a few reasons once, with the first client that gave it."""
@@ -71,3 +94,28 @@ class ClientRoster:
         told = [f"{client}: {reason}" for reason, client in list(first.items())[:3]]
         more = [f"and {len(first) - 3} other reasons"] if len(first) > 3 else []
         return f" ({'; '.join(told + more)})" if told else ""
+
+
+def _alike(told: Sequence[Sequence[str]]) -> list[str]:
+    """Classes of any site that a person would read as one, written out.
+
+    >>> _alike([["Sport", "news"], ["sport", "fine  art"], ["fine art"]])
+    ["'Sport', 'sport'", "'fine  art', 'fine art'"]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sorted({name for names in told for name in names}):
+        groups.setdefault("".join(name.split()).casefold(), []).append(name)
+    return [", ".join(map(repr, names)) for names in groups.values() if len(names) > 1]
+
+
+def _of_one_site(told: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
+    """(class, its site) of each class that one site alone has, by name.
+
+    >>> _of_one_site([["a", "b"], ["a", "c"]])
+    [('b', 0), ('c', 1)]
+    """
+    sites: dict[str, list[int]] = {}
+    for site, names in enumerate(told):
+        for name in names:
+            sites.setdefault(name, []).append(site)
+    return sorted((name, where[0]) for name, where in sites.items() if len(where) == 1)

@@ -20,6 +20,7 @@ from atoll.server.rounds.run_state import Run
 from atoll.server.run.result import Baselines
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population, number_of
+from atoll.tasks.metric_values import MetricValues, means
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class BaselineRunner:
         if run.setup.test is None:
             return {}, ["baselines left out: the job holds no test data out"] if asked else []
         panel = evaluation_clients(run)
-        found: dict[str, Mapping[str, float]] = {}
+        found: dict[str, MetricValues] = {}
         if "zero_shot" in asked:
             found["zero_shot"] = _measured(run, run.state.initial_model)
         if not {"local_only", "pooled"} & set(asked):
@@ -48,7 +49,8 @@ class BaselineRunner:
         if "local_only" in asked:
             shards = (index.training_view.select(own.tolist()) for own in rows)
             alone = trained(run, dict(zip(panel, shards, strict=True)))
-            found["local_only"] = _mean([_measured(run, tensors) for tensors in alone.values()])
+            measured = (_measured(run, tensors) for tensors in alone.values())
+            found["local_only"] = {name: mean.value for name, mean in means(measured).items()}
         if "pooled" in asked:
             everything = index.training_view.select(np.unique(np.concatenate(rows)).tolist())
             found["pooled"] = _measured(run, trained(run, {"pooled": everything})["pooled"])
@@ -83,10 +85,6 @@ def centralized_job(job: Job) -> Job:
     return job.model_copy(update={"train": job.train.model_copy(update={"epochs": passes})})
 
 
-def _measured(run: Run, tensors: Tensors) -> dict[str, float]:
+def _measured(run: Run, tensors: Tensors) -> MetricValues:
     assert run.setup.test is not None
     return run.state.learner.compute(run.state.learner.evaluate(tensors, run.setup.test))
-
-
-def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}

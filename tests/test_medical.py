@@ -15,6 +15,11 @@ from atoll.datasets.synthetic.png import grey_png
 from atoll.errors import DataError
 from atoll.job.job import DataSection, Job
 from atoll.learning.learner import Learner, sum_states
+from atoll.server.run.personalization_metrics import (
+    personalization_metrics,
+    personalization_notes,
+    with_adapted,
+)
 from atoll.tasks import task_named
 from atoll.tasks.medical.dicom import as_picture
 from atoll.tasks.medical.task import MEDICAL_IMAGING
@@ -113,6 +118,17 @@ def test_a_bad_scan_is_one_line(tmp_path: Path, spoil: str, said: str) -> None:
     assert spoil in str(told.value) and "\n" not in str(told.value)
 
 
+def test_the_mean_over_hospitals_leaves_out_those_without_a_finding() -> None:
+    """A perfect model: its AUROC is 1 where there are findings, and undefined elsewhere."""
+    here: dict[str, float | None] = {"auroc": 1.0, "accuracy": 1.0, "examples": 4}
+    clients = {f"hospital-{i}": {**here, "auroc": 1.0 if i < 3 else None} for i in range(6)}
+    (note,) = personalization_notes(job(evaluate={"adapt": 2}), None, with_adapted(clients, clients), "auroc")
+    assert "mean over 3 of 6 clients: AUROC 1.000; before them 1.000" in note
+    means = personalization_metrics("norms", clients, clients)
+    assert means["global"]["auroc"] == means["clients"]["auroc"] == 1.0
+    assert personalization_metrics("norms", {"a": clients["hospital-5"]}, {})["clients"]["auroc"] is None
+
+
 def test_no_patient_is_on_two_sides(tmp_path: Path) -> None:
     from atoll.server.run.test_set import hold_out
     from atoll.sim.population.partition import partition
@@ -155,6 +171,16 @@ def test_the_metric_over_clients_is_that_of_all_data(tmp_path: Path) -> None:
     together = learner.compute(learner.evaluate(tensors, shard))
     assert set(together) == {"auroc", "sensitivity", "calibration_error", "accuracy", "loss"}
     assert over_clients == pytest.approx(together, rel=1e-6)
+
+
+def test_a_test_set_of_one_class_has_no_auroc(tmp_path: Path) -> None:
+    table = MEDICAL_IMAGING.read(scans(tmp_path / "d"), DATA, {})
+    learner = Learner.of(job(), task_named("medical-imaging"), FACTS)
+    shard = learner.task.shard(table.train, FACTS)
+    healthy = shard.select(torch.nonzero(shard.table == 0).flatten().tolist())
+    found = learner.compute(learner.evaluate(learner.initial(), healthy))
+    assert found["auroc"] is None and found["sensitivity"] is None
+    assert found["accuracy"] is not None and found["loss"] is not None
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, jaccard_score, mean_pinball_loss, ndcg_score, roc_auc_score, roc_curve
 from torchmetrics import Metric
-from torchmetrics.classification import BinaryAUROC, MulticlassF1Score, MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
 from torchmetrics.functional.text import squad
 from torchmetrics.text import CharErrorRate, WordErrorRate
 
+from atoll.tasks.detection.metrics import BoxAveragePrecision
 from atoll.tasks.forecasting.metrics import (
     DirectionAccuracy,
     MeanAbsoluteError,
@@ -24,10 +25,16 @@ from atoll.tasks.forecasting.metrics import (
     PinballLoss,
     RootMeanSquaredError,
 )
-from atoll.tasks.intent.metrics import SlotF1
-from atoll.tasks.medical.metrics import BinnedCalibrationError, SensitivityAtSpecificity
+from atoll.tasks.intent.metrics import IntentAccuracy, SlotF1
+from atoll.tasks.medical.metrics import (
+    BinnedAuroc,
+    BinnedCalibrationError,
+    BinnedMacroAuroc,
+    SensitivityAtSpecificity,
+)
 from atoll.tasks.question_answering.metrics import ExactMatch, TokenF1, normalised
 from atoll.tasks.recommendation.metrics import HitRate, Ndcg
+from atoll.tasks.segmentation.metrics import MeanIoU
 from tests.adding import split, value_of
 
 RNG = np.random.default_rng(11)
@@ -76,7 +83,7 @@ ALL: dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]] = {
     "calibration": (BinnedCalibrationError, judged()),
     "calibration of classes": (BinnedCalibrationError, of_classes()),
     "sensitivity": (SensitivityAtSpecificity, judged()),
-    "auroc": (lambda: BinaryAUROC(thresholds=1001), judged()),
+    "auroc": (lambda: BinnedAuroc(thresholds=1001), judged()),
     "exact match": (ExactMatch, ANSWERS),
     "token F1": (TokenF1, ANSWERS),
     "word error rate": (WordErrorRate, (sentences(100), REFERENCES)),
@@ -158,7 +165,7 @@ def test_sensitivity_is_that_of_the_roc_curve(specificity):
 def test_binned_auroc_is_that_of_scikit_learn_where_scores_are_on_thresholds():
     probabilities, targets = judged()
     on_edges = (probabilities * 1000).floor() / 1000
-    found = value_of(lambda: BinaryAUROC(thresholds=1001), (on_edges + 0.0004, targets))
+    found = value_of(lambda: BinnedAuroc(thresholds=1001), (on_edges + 0.0004, targets))
     assert found == pytest.approx(roc_auc_score(targets, on_edges), abs=1e-6)
 
 
@@ -224,6 +231,42 @@ def test_users_without_a_held_out_item_do_not_count():
     ranks = torch.tensor([0, -1, 7, 1, -1])
     assert value_of(lambda: HitRate(2), (ranks,)) == pytest.approx(2 / 3)
     assert value_of(lambda: Ndcg(2), (ranks,)) == pytest.approx((1 + 1 / math.log2(3)) / 3)
+
+
+# What there is nothing to measure by
+
+
+ONES, PROBABLE = torch.ones(4, dtype=torch.int64), torch.tensor([0.2, 0.9, 0.7, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (lambda: BinnedAuroc(thresholds=11), (PROBABLE, ONES)),
+        (lambda: BinnedAuroc(thresholds=11), (PROBABLE, ONES - 1)),
+        (lambda: SensitivityAtSpecificity(0.95, 11), (PROBABLE, ONES)),
+        (lambda: SensitivityAtSpecificity(0.95, 11), (PROBABLE, ONES - 1)),
+        (lambda: BinnedMacroAuroc(3, 11), (torch.eye(3)[:1].repeat(4, 1), ONES)),
+        (lambda: HitRate(3), (torch.tensor([-1, -1]),)),
+        (lambda: Ndcg(3), (torch.tensor([-1]),)),
+        (lambda: MeanAbsoluteScaledError(), (torch.zeros(2, 3, 1), torch.zeros(2, 5))),
+        (lambda: DirectionAccuracy(), (torch.zeros(2, 3, 1), torch.zeros(2, 5))),
+        (lambda: MeanIoU(3), (ONES[:0], ONES[:0])),
+        (lambda: ExactMatch(), ([], [])),
+        (lambda: IntentAccuracy(), (torch.zeros(0, 2), torch.zeros(0, 2))),
+        (lambda: BoxAveragePrecision(2), ([], torch.zeros(0, 1, 5))),
+    ],
+)
+def test_a_metric_with_nothing_to_measure_by_is_undefined_and_not_zero(make, arguments):
+    assert math.isnan(value_of(make, arguments))
+
+
+def test_macro_averages_go_over_the_classes_that_are_there():
+    # A perfect model, and one of three classes is absent: (1 + 1) / 2, not (1 + 1 + 0) / 3.
+    targets = torch.tensor([0, 1, 0, 1])
+    certain = torch.eye(3)[targets]
+    assert value_of(lambda: BinnedMacroAuroc(3, 11), (certain, targets)) == 1.0
+    assert value_of(lambda: MulticlassF1Score(3, average="macro"), (certain, targets)) == 1.0
 
 
 # Forecasts
@@ -311,8 +354,8 @@ def test_slot_f1_is_that_of_conlleval_chunks():
 @given(st.lists(st.sampled_from(TAGS), max_size=8))
 def test_a_sentence_compared_with_itself_is_perfect_if_it_has_spans(tags):
     ids = torch.tensor([[TAGS.index(tag) for tag in tags]], dtype=torch.int64)
-    expected = 1.0 if any(tag != "O" for tag in tags) else 0.0
-    assert value_of(lambda: SlotF1(TAGS), (ids, ids)) == expected
+    expected = 1.0 if any(tag != "O" for tag in tags) else math.nan
+    assert value_of(lambda: SlotF1(TAGS), (ids, ids)) == pytest.approx(expected, nan_ok=True)
 
 
 def test_scores_of_tags_count_as_the_highest_one():

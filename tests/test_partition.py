@@ -1,6 +1,7 @@
 """Dealing a source to clients: every example once, the rule that was asked for, files' order no matter."""
 
 import csv
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from flwr_datasets.partitioner import (
     DirichletPartitioner,
@@ -17,11 +20,12 @@ from flwr_datasets.partitioner import (
 )
 
 from atoll.data.classification import example_keys
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
 from atoll.learning.learner import ranked
 from atoll.protocol.random_streams import stream_seed
-from atoll.sim.population.assignment import SampledAssignment, dirichlet
+from atoll.sim.population.assignment import FixedAssignment, SampledAssignment, dirichlet
+from atoll.sim.population.partition import check_all_dealt
 from atoll.sim.population.population import Population, client_names, number_of
 
 
@@ -37,7 +41,10 @@ def texts(path: Path, order: int = 0) -> Path:
 def population(
     tmp_path: Path, partition: dict[str, Any], clients: int = 6, order: int = 0, **data: Any
 ) -> Population:
-    source = texts(tmp_path / f"{order}.csv", order)
+    return Population.of(job_of(texts(tmp_path / f"{order}.csv", order), partition, clients, **data))
+
+
+def job_of(source: Path, partition: dict[str, Any], clients: int, **data: Any) -> Job:
     table = {
         "name": "p",
         "seed": 3,
@@ -46,7 +53,7 @@ def population(
         "backbone": {"name": "hf:x"},
         "federation": {"clients": clients},
     }
-    return Population.of(Job.parse(table, origin="test"))
+    return Job.parse(table, origin="test")
 
 
 def hands(found: Population) -> list[list[int]]:
@@ -236,3 +243,57 @@ def test_many_clients_names_are_made_when_they_are_asked_for() -> None:
     assert (names[7], names[999_999], len(names)) == ("client-000007", "client-999999", 1_000_000)
     assert number_of(names[7]) == 7
     assert list(client_names(3)) == ["client-0000", "client-0001", "client-0002"]
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [
+        {"kind": "natural", "by": "hospital"},
+        {"kind": "dirichlet", "alpha": 1.0, "by": "hospital"},
+        {"kind": "pathological", "classes_per_client": 2, "by": "hospital"},
+        {"kind": "resampled", "examples": 4, "alpha": 1.0, "by": "hospital"},
+    ],
+    ids=lambda rule: str(rule["kind"]),
+)
+@pytest.mark.parametrize("missing", [None, math.nan, "", "  ", "nan"])
+def test_a_row_without_a_key_is_refused_by_every_partition(
+    tmp_path: Path, partition: dict[str, Any], missing: object
+) -> None:
+    hospitals = [float(i % 3) if isinstance(missing, float) else f"h{i % 3}" for i in range(60)]
+    rows = [missing if i % 10 == 4 else name for i, name in enumerate(hospitals)]
+    table = pa.table(
+        {
+            "text": [f"text {i}" for i in range(60)],
+            "label": ["ab"[i % 2] for i in range(60)],
+            "hospital": pa.array(rows, from_pandas=False),
+        }
+    )
+    pq.write_table(table, tmp_path / "0.parquet")
+    job = job_of(tmp_path / "0.parquet", partition, 3)
+    with pytest.raises(ConfigError) as refused:
+        Population.of(job)
+    assert str(refused.value) == (
+        "data.partition.by: column 'hospital' is empty in 6 of 60 rows (the first is row 5),"
+        " expected a value in each"
+    )
+
+
+def test_a_value_is_one_client_however_it_is_written(tmp_path: Path) -> None:
+    rows = [(f"text {i}", "ab"[i % 2], ("True", "true", "False", "false")[i % 4]) for i in range(40)]
+    with (tmp_path / "0.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "urban"), *rows])
+    found = Population.of(job_of(tmp_path / "0.csv", {"kind": "natural", "by": "urban"}, 2, test_fraction=0))
+    assert found.assignment.sizes.tolist() == [20, 20]
+
+
+def test_a_row_that_is_lost_in_dealing_stops_the_run() -> None:
+    deck = np.arange(10)
+    check_all_dealt(FixedAssignment.of([deck[:4], deck[4:]]), deck)
+    for hands in ([deck[:4], deck[5:]], [deck[:5], deck[4:]]):
+        with pytest.raises(JobError, match="expected each of the 10 once"):
+            check_all_dealt(FixedAssignment.of(hands), deck)
+
+
+def test_examples_of_classes_that_nobody_holds_are_told(tmp_path: Path) -> None:
+    found = population(tmp_path, {"kind": "pathological", "classes_per_client": 1}, 1)
+    assert any("training examples are dealt to no client" in note for note in found.notes)

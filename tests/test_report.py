@@ -22,6 +22,7 @@ from atoll.report.templates import ENVIRONMENT, fill_in
 from atoll.report.text import comparison_sentence
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
+from atoll.tasks.metric_values import UNDEFINED
 from tests.chromium import Chromium, browser
 
 SECTIONS = (
@@ -296,9 +297,9 @@ def test_updates_set_aside_are_listed_with_their_reason(result: Result, tmp_path
     assert "2client-0003head.bias is not finite" in text
 
 
-def test_a_missing_number_is_called_not_measured(result: Result, tmp_path: Path) -> None:
+def test_a_missing_number_is_a_dash(result: Result, tmp_path: Path) -> None:
     not_numbers(result)
-    assert outline(page(tmp_path, result)).text.count("not measured") >= 3
+    assert outline(page(tmp_path, result)).text.count(UNDEFINED) >= 3
 
 
 def test_seeded_noise_is_not_sold_as_privacy(result: Result, tmp_path: Path) -> None:
@@ -320,7 +321,7 @@ def test_seeded_noise_is_not_sold_as_privacy(result: Result, tmp_path: Path) -> 
         (None, 0.8, 0.9, "reached 80.0 % accuracy, pooled data 90.0 %"),
         (0.4, 0.8, None, "a client alone reaches 40.0 %"),
         (None, 0.8, None, "there is no baseline"),
-        (0.4, None, 0.9, "was not measured"),
+        (0.4, None, 0.9, "accuracy is undefined on these examples"),
     ],
 )
 def test_the_sentence_reads_the_table(alone: Any, federated: Any, pooled: Any, said: str) -> None:
@@ -342,6 +343,25 @@ def test_without_a_server_test_set_clients_count_by_their_examples() -> None:
     # (1 * 1.0 + 3 * 0.5) / 4 = 0.625
     assert compared.value("federated", "accuracy") == 0.625
     assert not compared.on_test_set
+
+
+def test_a_mean_over_clients_says_over_which_it_is() -> None:
+    clients = {
+        "a": {"auroc": 1.0, "examples": 1},
+        "b": {"auroc": None, "examples": 3},
+        "c": {"examples": 0},
+    }
+    compared = comparison_of({"baselines": {}, "final": {"server": {}, "clients": clients}})
+    assert compared.value("federated", "auroc") == 1.0
+    assert compared.remarks == ["federated auroc: mean over 1 of 2 clients"]
+
+
+def test_an_undefined_metric_is_a_dash_and_no_point(result: Result, tmp_path: Path) -> None:
+    name, client = next(iter(result["final"]["clients"].items()))
+    client["accuracy"] = result["rounds"][0]["metrics"]["accuracy"] = None
+    text = outline(page(tmp_path, result)).text
+    assert "At 1 client it is undefined." in text
+    assert f"{name}{client['examples']}{UNDEFINED}" in text
 
 
 def test_a_loss_closes_its_gap_downwards() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,13 @@ def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
     [
         ("accuracy", [0.1, 0.3, 0.3, 0.2], 2, True),
         ("accuracy", [0.1, 0.3, 0.2, 0.4], 4, False),
-        ("wer", [0.9, 0.5, math.nan, 0.6], 2, True),
-        ("accuracy", [math.nan, math.nan, 0.5], 3, False),
+        ("wer", [0.9, 0.5, None, 0.6], 2, False),
+        ("auroc", [0.9, None, None, 0.8, 0.7], 1, True),
+        ("accuracy", [None, None, 0.5], 3, False),
     ],
 )
 def test_the_best_is_kept_and_patience_counts_what_was_not_better(
-    metric: str, values: list[float], best: int, over: bool
+    metric: str, values: list[float | None], best: int, over: bool
 ) -> None:
     stopping = EarlyStopping(metric, 2)
     for round, value in enumerate(values, start=1):
@@ -50,6 +50,14 @@ def test_the_best_is_kept_and_patience_counts_what_was_not_better(
     again = EarlyStopping(metric, 2)
     assert again.resume({"momentum.w": 1.0, **stopping.state()}) == {"momentum.w": 1.0}
     assert again == stopping
+
+
+def test_a_metric_that_was_never_defined_leaves_the_last_model() -> None:
+    stopping = EarlyStopping("auroc", 1)
+    for round in (1, 2, 3):
+        stopping.update(round, None, {"w": torch.zeros(1)})
+    assert not stopping.is_over and not stopping.best
+    assert "at no time was the clients' auroc defined" in stopping.description
 
 
 def test_a_run_stops_and_keeps_its_best_model_by_the_clients_validation_splits(tmp_path: Path) -> None:

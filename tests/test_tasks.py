@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,18 @@ def test_the_measured_loss_is_the_mean_of_what_each_example_costs_alone(task: st
     )
     assert len(set(alone)) > 1
     assert together == pytest.approx(sum(alone) / 4, rel=2e-5)
+
+
+def test_the_loss_of_items_that_nobody_knows_is_undefined(tmp_path: Path) -> None:
+    learner, population = learner_of(ready(job_of("recommendation", "head"), tmp_path))
+    shard, tensors = population.whole(learner).select(range(4)), learner.initial()
+    unknown = shard.table.clone()
+    unknown[:, -1] = -1
+    known_loss = learner.compute(learner.evaluate(tensors, shard.select([0])))["loss"]
+    lost = replace(shard, targets=unknown)
+    assert learner.compute(learner.evaluate(tensors, lost))["loss"] is None
+    half = [learner.evaluate(tensors, part) for part in (shard.select([0]), lost)]
+    assert learner.compute(sum_states(half))["loss"] == pytest.approx(known_loss)
 
 
 def assert_same(one: Any, other: Any) -> None:

@@ -300,10 +300,10 @@ def test_a_run_that_goes_on_is_judged_by_its_earlier_rounds_too(tmp_path: Path) 
     assert stopped.value.round == 3
 
 
-def test_a_value_is_the_mean_over_seeds_and_what_is_no_number_is_refused() -> None:
-    found = judged([{"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.75, "loss": math.inf}], "accuracy")
+def test_a_value_is_the_mean_over_seeds_and_what_is_undefined_is_refused() -> None:
+    found = judged([{"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.75, "loss": None}], "accuracy")
     assert found == Outcome(value=0.625, metrics={"accuracy": 0.625})
-    assert judged([{"accuracy": math.nan}], "accuracy").refused == "its accuracy is no finite number"
+    assert judged([{"accuracy": None}], "accuracy").refused == "its accuracy is undefined"
     assert judged([{}], "accuracy").refused == "no client keeps anything back to measure on"
 
 

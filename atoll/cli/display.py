@@ -201,8 +201,10 @@ class Watcher:
         self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
 
     def _round(self, line: Mapping[str, Any]) -> None:
+        from atoll.tasks.metric_values import values_in_words
+
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
-        parts += [f"{name} {value:.3f}" for name, value in line["metrics"].items() if name != "loss"]
+        parts += values_in_words({name: v for name, v in line["metrics"].items() if name != "loss"})
         if line["set_aside"]:
             parts.append(f"{len(line['set_aside'])} set aside")
         self.gauge.show("rounds", line["round"], self.rounds, ", ".join(parts))
@@ -241,6 +243,7 @@ def comparison(result: dict[str, Any]) -> Table:
     from rich.table import Table
 
     from atoll.report.comparison import comparison_of, row_name
+    from atoll.tasks.metric_values import UNDEFINED
 
     compared = comparison_of(result)
     table = Table(title=f"{result['name']}: {result['task']}, {result['strategy']}", title_justify="left")
@@ -250,7 +253,9 @@ def comparison(result: dict[str, Any]) -> Table:
     for name in compared.rows:
         values = (compared.value(name, metric) for metric in compared.metrics)
         style = "bold" if name == "federated" else ""
-        table.add_row(row_name(name), *("-" if v is None else f"{v:.3f}" for v in values), style=style)
+        table.add_row(row_name(name), *(UNDEFINED if v is None else f"{v:.3f}" for v in values), style=style)
+    if compared.remarks:
+        table.caption, table.caption_justify = "\n".join(compared.remarks), "left"
     return table
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from atoll.backbones.encoder import Batch, Model
     from atoll.data.shard import Shard
     from atoll.learning.learner import Learner
+    from atoll.tasks.metric_values import MetricValues
 
 FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8", "torchao-int8")
 MAX_MEASURED_EXAMPLES = 1000
@@ -41,7 +42,7 @@ class Measured:
 
     megabytes: float
     milliseconds: float
-    metrics: dict[str, float]
+    metrics: MetricValues
 
 
 def register(app: typer.Typer) -> None:
@@ -255,6 +256,8 @@ def check_drop(metric: str, format: str, before: Measured, after: Measured, most
     from atoll.report.comparison import lower_is_better
 
     was, now = before.metrics[metric], after.metrics[metric]
+    if was is None or now is None:
+        raise JobError(f"--format {format}: {metric} is undefined on these examples; nothing was written")
     drop = now - was if lower_is_better(metric) else was - now
     if not drop <= most:
         raise JobError(
@@ -284,10 +287,12 @@ def table_of(format: str, before: Measured, after: Measured) -> Table:
     """Both forms, side by side."""
     from rich.table import Table
 
+    from atoll.tasks.metric_values import UNDEFINED
+
     table = Table()
     for name in ("model", "MB", "ms", *before.metrics):
         table.add_column(name.replace("_", " "), justify="left" if name == "model" else "right")
     for name, one in (("as trained", before), (format, after)):
-        values = [f"{one.metrics[metric]:.4f}" for metric in before.metrics]
+        values = [UNDEFINED if v is None else f"{v:.4f}" for v in map(one.metrics.get, before.metrics)]
         table.add_row(name, f"{one.megabytes:.2f}", f"{one.milliseconds:.2f}", *values)
     return table

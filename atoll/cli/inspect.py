@@ -105,6 +105,9 @@ def check(
     column: Annotated[
         list[str] | None, typer.Option(metavar="ROLE=NAME", help="Another column, as in data.columns.")
     ] = None,
+    time_format: Annotated[
+        str | None, typer.Option(help="How times are written (strptime), as in data.time_format.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
     ] = None,
@@ -114,11 +117,14 @@ def check(
     load_files(plugin or ())
     from rich.table import Table
 
+    from atoll.job.extension_options import validated
     from atoll.job.job import DataSection
     from atoll.tasks import task_named
 
     columns = _given(column, "--column")
-    section = DataSection(source=str(data), text=text, image=image, label=label, columns=columns)
+    given = {"text": text, "image": image, "label": label, "columns": columns, "time_format": time_format}
+    section = validated(DataSection, {"source": str(data), **given}, "data")
+    assert isinstance(section, DataSection)
     findings = task_named(task).inspect(data, section, _given(option, "--option"))
     if findings.bad == 1 and not (findings.train or findings.test):  # all of it is one fault
         raise DataError(findings.problems[0])

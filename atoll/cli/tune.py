@@ -175,6 +175,7 @@ def _best_table(search: Search, ranked: Sequence[TrialResult]) -> Table:
 
     from atoll.sim.search.report import SHOWN
     from atoll.sim.sweep.grid import format_value
+    from atoll.tasks.metric_values import UNDEFINED
 
     table = Table(
         title=f"{sanitize(search.base.name)}: the best trials, by what clients keep back",
@@ -191,7 +192,9 @@ def _best_table(search: Search, ranked: Sequence[TrialResult]) -> Table:
         values = (escape(format_value(value)) for value in tried.values.values())
         found = (tried.outcome.metrics.get(metric) for metric in metrics)
         table.add_row(
-            str(tried.index + 1), *values, *("-" if value is None else f"{value:.4g}" for value in found)
+            str(tried.index + 1),
+            *values,
+            *(UNDEFINED if value is None else f"{value:.4g}" for value in found),
         )
     return table
 

@@ -1,5 +1,10 @@
-"""How a label becomes a class name: by one fixed rule, so that sites agree without meeting."""
+"""How a value becomes a name (of a class, an item, a client): by a fixed rule, so that sites agree apart.
 
+A value has one name in every format: a boolean of Parquet is the `True` that pandas writes into a CSV file,
+and a whole number is the same as an integer, as a float and as text.
+"""
+
+import datetime
 import math
 import re
 import unicodedata
@@ -11,7 +16,47 @@ from atoll.errors import DataError
 MAX_LABEL_LENGTH = 200
 _MISSING = {"", "nan", "null", "<na>"}
 _WHOLE = re.compile(r"([-+]?)0*(\d+)\.0+")
+_TRUTHS = {text: text.lower() for text in ("True", "TRUE", "False", "FALSE")}
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?([+-]\d\d:?\d\d|Z)?")
 _NUMBER = re.compile(r"[-+]?(\d+[.,]\d*|[.,]\d+|\d+(?=e))(e[-+]?\d+)?|[-+]?inf(inity)?", re.IGNORECASE)
+
+
+def value_name(value: object) -> str | None:
+    """The one text for a value, whatever format it was read from; None where it is missing.
+
+    Text is stripped and brought to Unicode's NFC. Truth values, whole numbers and dates are named alike
+    whether they are values or text.
+
+    >>> value_name(True), value_name("True"), value_name(7.0), value_name(" 7.00"), value_name("nan")
+    ('true', 'true', '7', '7', None)
+    >>> value_name(datetime.date(2024, 3, 1)), value_name("2024-03-01 00:00:00")
+    ('2024-03-01', '2024-03-01')
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, datetime.datetime):
+        return _moment_name(value)
+    name = unicodedata.normalize("NFC", str(value).strip())
+    if name.lower() in _MISSING:
+        return None
+    if whole := _WHOLE.fullmatch(name):
+        return str(int(whole[1] + whole[2]))
+    if _MOMENT.fullmatch(name):
+        try:
+            return _moment_name(datetime.datetime.fromisoformat(name))
+        except ValueError:
+            return name
+    return _TRUTHS.get(name, name)
+
+
+def _moment_name(moment: datetime.datetime) -> str:
+    """In ISO 8601; pandas writes days as midnights."""
+    is_day = moment.time() == datetime.time() and moment.tzinfo is None
+    return moment.date().isoformat() if is_day else moment.isoformat()
 
 
 def class_name(value: object, where: str, names: Sequence[str] | None = None) -> str:
@@ -28,13 +73,11 @@ def class_name(value: object, where: str, names: Sequence[str] | None = None) ->
         raise DataError(f"{where}: the label is missing, expected a class")
     if names is not None and isinstance(value, int):
         value = _at(value, names, where)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return _number_name(value, where)
-    if isinstance(value, str):
-        return _text_name(value, where)
-    raise DataError(f"{where}: the label is {shown(str(value))}, expected text or a whole number")
+    if isinstance(value, float) and not value.is_integer():
+        raise DataError(f"{where}: the label is {value}, expected a class, which no fraction can be")
+    if not isinstance(value, str | int | float | datetime.date):
+        raise DataError(f"{where}: the label is {shown(str(value))}, expected text, a whole number or a date")
+    return _checked_name(value, where)
 
 
 def _at(index: int, names: Sequence[str], where: str) -> str:
@@ -43,22 +86,14 @@ def _at(index: int, names: Sequence[str], where: str) -> str:
     return names[index]
 
 
-def _number_name(value: int | float, where: str) -> str:
-    if isinstance(value, float) and not value.is_integer():
-        raise DataError(f"{where}: the label is {value}, expected a class, which no fraction can be")
-    return str(int(value))
-
-
-def _text_name(value: str, where: str) -> str:
-    name = unicodedata.normalize("NFC", value.strip())
-    if name.lower() in _MISSING:
-        raise DataError(f"{where}: the label is {name!r}, which is missing; expected a class")
+def _checked_name(value: object, where: str) -> str:
+    name = value_name(value)
+    if name is None:
+        raise DataError(f"{where}: the label is {str(value).strip()!r}, which is missing; expected a class")
     if len(name) > MAX_LABEL_LENGTH:
         raise DataError(f"{where}: the label has {len(name)} characters, at most {MAX_LABEL_LENGTH} allowed")
     if not name.isprintable():
         raise DataError(f"{where}: the label is {shown(name)}, expected printable text")
-    if whole := _WHOLE.fullmatch(name):
-        return str(int(whole[1] + whole[2]))
     if _NUMBER.fullmatch(name):
         raise DataError(f"{where}: the label is {name!r}, expected a class, which no fraction can be")
     return name

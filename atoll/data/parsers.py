@@ -1,4 +1,4 @@
-"""What a cell of a table may be, and what it becomes: text, numbers, days, lists."""
+"""What a cell of a table may be, and what it becomes: text, numbers, names, lists."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from atoll.data.diagnostics import shown
+from atoll.data.labels import value_name
 from atoll.data.texts import checked_text
 from atoll.errors import DataError
 
@@ -46,30 +47,29 @@ def number_cell(cell: Any, where: str) -> float:
     return value
 
 
-def moment_cell(cell: Any, where: str) -> str:
-    """A day or a moment in ISO 8601, as text that sorts by time (without a zone, to the second).
+def name_cell(cell: Any, where: str) -> str:
+    """An identifier: text, a whole number, a truth value or a date, each of which has one text.
 
-    >>> moment_cell("2024-03-01", ""), moment_cell("2024-03-01T12:30", "")
-    ('2024-03-01', '2024-03-01T12:30:00')
+    >>> name_cell("7", ""), name_cell(7.0, ""), name_cell("7.0", ""), name_cell(True, "")
+    ('7', '7', '7', 'true')
 
     Raises:
-        DataError: it is neither.
+        DataError: it is missing, or something else.
     """
-    if isinstance(cell, datetime.datetime):
-        return cell.replace(tzinfo=None, microsecond=0).isoformat()
-    if isinstance(cell, datetime.date):
-        return cell.isoformat()
-    try:
-        text = str(cell).strip()
-        if len(text) == 10:
-            return datetime.date.fromisoformat(text).isoformat()
-        return datetime.datetime.fromisoformat(text).replace(tzinfo=None, microsecond=0).isoformat()
-    except ValueError:
-        raise DataError(f"{where}: {shown(str(cell))!r}, expected a date such as 2024-03-01") from None
+    if isinstance(cell, str):
+        text_cell(cell, where)
+    elif isinstance(cell, float) and not cell.is_integer():
+        raise DataError(f"{where}: {cell}, expected text or a whole number")
+    elif cell is not None and not isinstance(cell, int | float | datetime.date):
+        raise DataError(f"{where}: {shown(str(cell))}, expected text")
+    name = value_name(cell)
+    if name is None:
+        raise DataError(f"{where}: {'a missing cell' if cell is None else repr(cell)}, expected a name")
+    return name
 
 
-def name_cell(cell: Any, where: str) -> str:
-    """An identifier: text, or a whole number, which becomes text.
+def answer_cell(cell: Any, where: str) -> str:
+    """A text, or a whole number, which becomes text.
 
     Raises:
         DataError: it is missing, or something else.

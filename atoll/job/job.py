@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from atoll.errors import ConfigError, did_you_mean
 from atoll.job.closed_form import check_closed_form
@@ -123,6 +124,7 @@ class DataSection(Section):
     image: str | None = None
     label: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+    time_format: str | None = None
     classes: tuple[str, ...] | None = None
     test: str | None = None
     test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
@@ -135,6 +137,18 @@ class DataSection(Section):
     def keeps_back(self) -> bool:
         """Whether clients keep examples back to measure on."""
         return self.validation_fraction > 0 or self.folds is not None
+
+    @field_validator("time_format")
+    @classmethod
+    def _time_format_can_be_read(cls, given: str | None) -> str | None:
+        try:
+            if given is not None:
+                datetime.strptime(datetime(2024, 3, 1).strftime(given), given)
+        except ValueError as error:
+            raise ValueError(f"{error}; expected a format of strptime, such as '%d.%m.%Y %H:%M'") from None
+        if given is not None and "%" not in given:
+            raise ValueError(f"expected a format of strptime, such as '%d.%m.%Y %H:%M', found {given!r}")
+        return given
 
     @model_validator(mode="after")
     def _fold_is_one_of_the_folds(self) -> DataSection:

@@ -16,6 +16,8 @@ def check_fits(job: Job, task: Task) -> None:
     """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
     from atoll.learning.distillation import check_teacher
 
+    if job.data.time_format is not None and not task.reads_times:
+        raise ConfigError(f"data.time_format: {task.name} reads no times, expected none")
     task.check(job)
     check_told(job, task)
     check_imbalance(job, task)

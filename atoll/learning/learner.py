@@ -35,6 +35,7 @@ from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 from atoll.protocol.validation_split import helps_clients, kept_back, validation_marks
 from atoll.tasks import with_brought_metrics
+from atoll.tasks.metric_values import MetricValues, computed, defined
 from atoll.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -239,15 +240,15 @@ class Learner:
         if self.task.uses_pooled_features:
             outputs = self.outputs(tensors, shard)
             metrics.update(*self.task.metric_inputs(outputs, shard.table))
-            loss = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard)
+            loss, count = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard), len(shard)
         else:
-            loss = self._measure(self.filled(tensors), shard, metrics)
+            loss, count = self._measure(self.filled(tensors), shard, metrics)
         states = {
             f"{name}.{state}": getattr(metric, state).clone()
             for name, metric in metrics.items()
             for state in metric._defaults
         }
-        return states | {"loss.sum": loss, "loss.count": torch.tensor(len(shard), dtype=torch.float64)}
+        return states | {"loss.sum": loss, "loss.count": torch.tensor(count, dtype=torch.float64)}
 
     def with_soft_labels(self, shard: Shard) -> Shard:
         """A shard as training sees it: with a teacher, its targets hold the teacher's answers too."""
@@ -278,26 +279,25 @@ class Learner:
         imbalance = Imbalance.of(self.job)
         return None if imbalance is None else imbalance.chances(shard.table)
 
-    def evaluate_model(self, model: Model, shard: Shard) -> dict[str, float]:
+    def evaluate_model(self, model: Model, shard: Shard) -> MetricValues:
         """Metrics and loss of any model of this kind on a shard, past the cache of features."""
         metrics = self.metrics()
-        total = self._measure(model, shard, metrics)
-        found = {name: float(value) for name, value in metrics.compute().items()}
-        return found | {"loss": float(total) / len(shard)}
+        total, count = self._measure(model, shard, metrics)
+        return computed(metrics) | {"loss": defined(total / count)}
 
-    def naive_baselines(self, shard: Shard) -> dict[str, dict[str, float]]:
+    def naive_baselines(self, shard: Shard) -> dict[str, MetricValues]:
         """Metrics of the task's predictions that need no learning."""
         found = {}
         for name, predictions in self.task.naive_baselines(shard, self.data_info).items():
             metrics = self.metrics()
             targets = shard.targets_of(range(len(shard)))
             metrics.update(*self.task.metric_inputs(predictions, targets))
-            found[name] = {metric: float(value) for metric, value in metrics.compute().items()}
+            found[name] = computed(metrics)
         return found
 
-    def _measure(self, model: Model, shard: Shard, metrics: MetricCollection) -> torch.Tensor:
-        """Put a shard's predictions into the metrics; the sum of its losses."""
-        total = torch.zeros((), dtype=torch.float64)
+    def _measure(self, model: Model, shard: Shard, metrics: MetricCollection) -> tuple[torch.Tensor, int]:
+        """Put a shard's predictions into the metrics; (the sum of its losses, of how many examples)."""
+        total, count = torch.zeros((), dtype=torch.float64), 0
         with torch.inference_mode():
             for start in range(0, len(shard), WHOLE_BATCH):
                 rows = range(start, min(start + WHOLE_BATCH, len(shard)))
@@ -305,7 +305,8 @@ class Learner:
                 metrics.update(*self.task.metric_inputs(model.predict(batch), targets))
                 loss = self.task.eval_loss(model(batch), targets.to(self.job.train.device))
                 total += loss.cpu().to(torch.float64) * len(rows)
-        return total
+                count += self.task.num_with_target(targets)
+        return total, count
 
     def filled(self, tensors: Tensors) -> Model:
         """The model with these tensors, as it is measured and used."""
@@ -316,15 +317,14 @@ class Learner:
     def _on_device(self, batch: Batch) -> Batch:
         return {name: t.to(self.job.train.device) for name, t in batch.items()}
 
-    def compute(self, states: Tensors) -> dict[str, float]:
-        """Metrics from added-up states."""
+    def compute(self, states: Tensors) -> MetricValues:
+        """Metrics from added-up states; what they can't say is undefined."""
         metrics = self.metrics()
         for name, metric in metrics.items():
             for state in metric._defaults:
                 setattr(metric, state, states[f"{name}.{state}"])
             metric._update_count = 1
-        values = {name: float(value) for name, value in metrics.compute().items()}
-        return values | {"loss": float(states["loss.sum"] / states["loss.count"])}
+        return computed(metrics) | {"loss": defined(states["loss.sum"] / states["loss.count"])}
 
     def split(self, shard: Shard) -> tuple[Shard, Shard]:
         """(training part, validation part), chosen as the task says or by the hash of the content alone."""

@@ -55,21 +55,23 @@ def clients_section(result: dict[str, Any], metric: str | None) -> ClientsSectio
     """The clients ranked by a metric, or None where no client measured it."""
     clients = result["final"]["clients"]
     measured = [(n, c) for n, c in clients.items() if metric and finite(c.get(metric)) is not None]
-    without = [(n, clients[n]) for n in sorted(clients.keys() - dict(measured).keys())]
+    others = [(n, clients[n]) for n in sorted(clients.keys() - dict(measured).keys())]
+    undefined = [client for client in others if client[1]["examples"]]
+    without = [client for client in others if not client[1]["examples"]]
     if not metric or not measured:
         return None
     ranked = sorted(measured, key=lambda item: (_badness(item[1], metric), item[0]))
     metrics = [name for name in ranked[0][1] if name != "examples"]
-    many = len(ranked) + len(without) > ALL_UP_TO
+    many = len(clients) > ALL_UP_TO
     best = ranked[WORST:][-BEST:] if many else []
     return ClientsSection(
-        reading=_sampled(result) + _summary(ranked, len(without), metric),
+        reading=_sampled(result) + _summary(ranked, len(undefined), len(without), metric),
         plots=_plots(ranked, metric),
         quantiles=_quantiles(ranked, metric),
         judged_by=metric_words(metric),
         metrics=tuple(metric_words(name) for name in metrics),
-        shown=tuple(_row(c, metrics) for c in (ranked[:WORST] if many else [*ranked, *without])),
-        left_out=_left_out(len(ranked) - WORST - len(best), len(without)) if many else "",
+        shown=tuple(_row(c, metrics) for c in (ranked[:WORST] if many else [*ranked, *undefined, *without])),
+        left_out=_left_out(len(ranked) - WORST - len(best), len(undefined), len(without)) if many else "",
         best=tuple(_row(client, metrics) for client in best),
     )
 
@@ -86,7 +88,7 @@ def _sampled(result: dict[str, Any]) -> str:
     return f"{measured:,} of {everybody:,} clients measured. " if measured < everybody else ""
 
 
-def _summary(ranked: list[Client], without: int, metric: str) -> str:
+def _summary(ranked: list[Client], undefined: int, without: int, metric: str) -> str:
     """A sentence on the median and the worst client, and one on those that measured nothing."""
     values = sorted(c[metric] for _, c in ranked)
     word = metric_words(metric)
@@ -95,6 +97,8 @@ def _summary(ranked: list[Client], without: int, metric: str) -> str:
         f" {metric_value(metric, quantile(values, 0.5))} or better;"
         f" the worst, {ranked[0][0]}, sees {metric_value(metric, ranked[0][1][metric])}."
     )
+    if undefined:
+        said += f" At {pluralize(undefined, 'client')} it is undefined."
     return said + (f" {pluralize(without, 'client')} had no validation examples." if without else "")
 
 
@@ -127,15 +131,16 @@ def _row(client: Client, metrics: list[str]) -> ClientRow:
     )
 
 
-def _left_out(between: int, without: int) -> str:
+def _left_out(between: int, undefined: int, without: int) -> str:
     """The sentence on the clients that the table doesn't show, empty where it shows all.
 
-    >>> _left_out(378, 2)
+    >>> _left_out(378, 0, 2)
     '378 clients in between and 2 clients without validation examples left out; all are in result.json.'
     """
-    groups = [
-        f"{pluralize(count, 'client')} {which}"
-        for count, which in ((between, "in between"), (without, "without validation examples"))
-        if count > 0
-    ]
+    counts = {
+        "in between": between,
+        "at which it is undefined": undefined,
+        "without validation examples": without,
+    }
+    groups = [f"{pluralize(count, 'client')} {which}" for which, count in counts.items() if count > 0]
     return f"{join_words(groups)} left out; all are in result.json." if groups else ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import floor, isfinite
 from typing import Any
 
 from atoll.tasks import headline_of
+from atoll.tasks.metric_values import MeanOverClients, mean_over
 
 NAMES = {
     "zero_shot": "untrained head",
@@ -39,6 +40,8 @@ class Comparison:
     rows: dict[str, Metrics]
     on_test_set: bool
     judged_by: str = "accuracy"
+    coverage: Mapping[str, str] = field(default_factory=dict)
+    """Over how many clients a metric of the federated model is a mean, where not over all."""
 
     @property
     def metrics(self) -> list[str]:
@@ -52,6 +55,14 @@ class Comparison:
         if self.judged_by in self.metrics:
             return self.judged_by
         return next((m for m in self.metrics if not lower_is_better(m)), next(iter(self.metrics), None))
+
+    @property
+    def remarks(self) -> list[str]:
+        """A line on the federated metrics that are undefined at some clients, by how many have them."""
+        metrics: dict[str, list[str]] = {}
+        for metric, part in self.coverage.items():
+            metrics.setdefault(part, []).append(metric.replace("_", " "))
+        return [f"federated {', '.join(names)}: mean {part}" for part, names in metrics.items()]
 
     def value(self, row: str, metric: str) -> float | None:
         """A finite number, or None where there is none."""
@@ -82,27 +93,23 @@ def comparison_of(result: dict[str, Any], *, by_folds: bool = False) -> Comparis
     The federated one is from the server's test set, else its clients; `by_folds` from its clients only.
     """
     server = {} if by_folds else result["final"]["server"]
-    rows = dict(result["baselines"]) | {"federated": server or mean_over_clients(result)}
+    means = {} if server else mean_over_clients(result)
+    federated = server or {name: mean.value for name, mean in means.items()}
+    rows = dict(result["baselines"]) | {"federated": federated}
     order = [name for name in rows if name not in NAMES] + list(NAMES)
     return Comparison(
         {name: rows[name] for name in order if rows.get(name)},
         on_test_set=bool(server),
         judged_by=headline_of(str(result.get("task"))),
+        coverage={name: mean.coverage for name, mean in means.items() if mean.coverage},
     )
 
 
-def mean_over_clients(result: dict[str, Any]) -> dict[str, float]:
-    """Metrics averaged over clients, weighted by their validation examples."""
+def mean_over_clients(result: dict[str, Any]) -> dict[str, MeanOverClients]:
+    """Metrics averaged over the clients at which they are defined, weighted by their validation examples."""
     clients = [c for c in result["final"]["clients"].values() if c["examples"]]
-    names = [n for n in clients[0] if n != "examples"] if clients else []
-    means = {n: _weighted_mean([(c.get(n), c["examples"]) for c in clients]) for n in names}
-    return {name: mean for name, mean in means.items() if mean is not None}
-
-
-def _weighted_mean(pairs: list[tuple[float | None, int]]) -> float | None:
-    measured = [(v, weight) for value, weight in pairs if (v := finite(value)) is not None]
-    total = sum(weight for _, weight in measured)
-    return sum(value * weight for value, weight in measured) / total if total else None
+    names = dict.fromkeys(name for client in clients for name in client if name != "examples")
+    return {n: mean_over([(finite(c.get(n)), c["examples"]) for c in clients]) for n in names}
 
 
 def finite(value: object) -> float | None:

@@ -212,7 +212,7 @@ def _models(result: dict[str, Any], compared: Comparison) -> ModelsSection:
         on_test_set=compared.on_test_set,
         metrics=tuple((metric_words(m), better(m)) for m in compared.metrics),
         rows=tuple(rows),
-        notes=tuple(result.get("notes", [])),
+        notes=(*compared.remarks, *result.get("notes", [])),
     )
 
 

@@ -10,6 +10,7 @@ from atoll.job.job import Job, OtherPartition
 from atoll.report.audit import what_the_audit_found
 from atoll.report.comparison import Comparison, finite, lower_is_better, whole_percent
 from atoll.strategies import STRATEGIES
+from atoll.tasks.metric_values import UNDEFINED
 
 NOT_MEASURED = "not measured"
 FEW_CLASSES = 8
@@ -53,14 +54,14 @@ def metric_words(name: str) -> str:
 
 
 def metric_value(name: str, value: object) -> str:
-    """Accuracies in percent, all else with three decimals.
+    """Accuracies in percent, all else with three decimals; a dash for what is undefined or wasn't measured.
 
-    >>> metric_value("accuracy", 0.9258), metric_value("loss", float("nan"))
-    ('92.6 %', 'not measured')
+    >>> metric_value("accuracy", 0.9258), metric_value("loss", None) == UNDEFINED
+    ('92.6 %', True)
     """
     number = finite(value)
     if number is None:
-        return NOT_MEASURED
+        return UNDEFINED
     if "accuracy" in name:
         return f"{number * 100:.1f} %"
     return f"{number:.3f}" if abs(number) < 1000 else f"{number:.3g}"
@@ -303,6 +304,8 @@ def comparison_sentence(compared: Comparison) -> str:
     metric = compared.headline
     federated = compared.value("federated", metric) if metric else None
     if metric is None or federated is None:
+        if metric is not None and metric in compared.rows.get("federated", {}):
+            return f"The federated model's {metric_words(metric)} is undefined on these examples."
         return "The federated model was not measured."
     said = {row: metric_value(metric, compared.value(row, metric)) for row in compared.rows}
     word, share = metric_words(metric), compared.gap_closed

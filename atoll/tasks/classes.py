@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from atoll.data.dataset import Dataset
+from atoll.data.labels import value_name
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Options
 from atoll.protocol.messages import DataInfo
@@ -28,7 +29,7 @@ def rows_named(names: Sequence[str], data: DataSection) -> Sequence[int]:
     """The rows whose name is one that the job gives; all where it gives none."""
     if data.classes is None:
         return range(len(names))
-    known = set(data.classes)
+    known = set(pinned_names(data))
     return [row for row, name in enumerate(names) if name in known]
 
 
@@ -40,10 +41,16 @@ def named(present: set[str], data: DataSection, key: str, what: str) -> DataInfo
     """
     if data.classes is None:
         return {key: sorted(present)}
-    unknown = sorted(present - set(data.classes))
+    pinned = pinned_names(data)
+    unknown = sorted(present - set(pinned))
     if unknown:
         raise DataError(f"{what} {unknown[0]!r} is not in data.classes = {list(data.classes)}")
-    return {key: list(data.classes), "pinned": True}
+    return {key: pinned, "pinned": True}
+
+
+def pinned_names(data: DataSection) -> list[str]:
+    """The names that the job gives, as those of the data are written; none where it gives none."""
+    return [value_name(name) or name for name in data.classes or ()]
 
 
 def agreed(data_info: Sequence[DataInfo], key: str) -> list[str]:

@@ -7,7 +7,7 @@ from torchmetrics import Metric
 
 
 class Mean(Metric):
-    """What a metric adds to `score`, over what it adds to `total`; 0 where nothing was counted."""
+    """What a metric adds to `score`, over `total`; undefined (NaN) where nothing was counted."""
 
     is_differentiable = False
     full_state_update = False
@@ -20,4 +20,4 @@ class Mean(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def compute(self) -> torch.Tensor:
-        return self.score / self.total.clamp(min=1)
+        return self.score / self.total

@@ -54,6 +54,9 @@ class Task(Protocol):
     has_own_split: bool = False
     """Whether `split` says what a client trains on and what it measures on."""
 
+    reads_times: bool = False
+    """Whether a column of its data holds times, which `data.time_format` may describe."""
+
     primary_metric: str = "accuracy"
     """The metric that a run is judged by."""
 
@@ -158,6 +161,10 @@ class Task(Protocol):
     def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss on examples that are only measured on, where that is another one."""
         return self.loss(outputs, targets)
+
+    def num_with_target(self, targets: torch.Tensor) -> int:
+        """How many examples the loss of a measurement is the mean of: those that have a target."""
+        return len(targets)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """What `update` of the metrics takes."""

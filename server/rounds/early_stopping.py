@@ -16,6 +16,7 @@ import torch
 from atoll.protocol.tensors import Tensors
 from atoll.report.comparison import lower_is_better
 from atoll.strategies.strategy import State
+from atoll.tasks.metric_values import MetricValues
 
 PREFIX = "stopping."
 """Before the names of what a checkpoint keeps of it."""
@@ -24,7 +25,7 @@ BEST = PREFIX + "best."
 """Before the names of the best model's tensors."""
 
 
-Measure = Callable[[], dict[str, float]]
+Measure = Callable[[], MetricValues]
 """Has the clients measure the model: metrics over all of their validation splits."""
 
 
@@ -91,13 +92,15 @@ class EarlyStopping:
     def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
         """Have the clients measure the model, and take note of it; for the log, what they measured."""
         validation = measure()
-        self.update(round, validation.get(self.metric, math.nan), model)
+        self.update(round, validation.get(self.metric), model)
         return {"validation": validation}
 
-    def update(self, round: int, value: float, model: Tensors) -> None:
-        """Take note of a measurement; one that isn't finite is never better."""
+    def update(self, round: int, value: float | None, model: Tensors) -> None:
+        """Take note of a measurement; an undefined value (None) is none, and patience doesn't count it."""
+        if value is None:
+            return
         gain = self.value - value if lower_is_better(self.metric) else value - self.value
-        if math.isfinite(value) and (gain > 0 or not self.best):
+        if gain > 0 or not self.best:
             self.round, self.value, self.rounds_without_improvement = round, value, 0
             # A checkpoint holds it beside the present model, in which no two tensors may be one.
             self.best = {name: tensor.clone() for name, tensor in model.items()}
@@ -112,6 +115,8 @@ class EarlyStopping:
     @property
     def description(self) -> str:
         """What came of it, in one line."""
+        if not self.best:
+            return f"the model is the last round's: at no time was the clients' {self.metric} defined"
         found = (
             f"the model is round {self.round}'s, the best by the clients' {self.metric} ({self.value:.4g})"
         )

@@ -13,11 +13,12 @@ from atoll.protocol.requests import EvaluateRequest
 from atoll.protocol.tensors import size_of
 from atoll.server.rounds.cohort import some
 from atoll.server.rounds.run_state import Run
+from atoll.tasks.metric_values import MetricValues
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(run: Run) -> tuple[dict[str, float], dict[str, Any]]:
+def evaluate(run: Run) -> tuple[MetricValues, dict[str, Any]]:
     """(the global model's metrics, what early stopping adds to the log); nothing in rounds between two."""
     state = run.state
     if state.round % run.setup.job.evaluate.every:
@@ -26,7 +27,7 @@ def evaluate(run: Run) -> tuple[dict[str, float], dict[str, Any]]:
     return metrics, state.stopping.observe(state.round, state.tensors, partial(federated_evaluation, run))
 
 
-def evaluate_global(run: Run) -> dict[str, float]:
+def evaluate_global(run: Run) -> MetricValues:
     """Metrics of the global model: on the server's test set, or, without one, over all clients.
 
     Clients that are promised privacy measure nothing.
@@ -37,7 +38,7 @@ def evaluate_global(run: Run) -> dict[str, float]:
     return {} if run.is_private else federated_evaluation(run)
 
 
-def federated_evaluation(run: Run) -> dict[str, float]:
+def federated_evaluation(run: Run) -> MetricValues:
     """Metrics of the global model over all clients' validation splits; nothing where there are none."""
     states = [m.states for m in evaluate_clients(run) if m.num_examples]
     return run.state.learner.compute(sum_states(states)) if states else {}

@@ -12,13 +12,14 @@ from atoll.protocol.tensors import size_of, tensors_sha256
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import ValidatedUpdates
+from atoll.tasks.metric_values import MetricValues
 
 
 def log_line(
     run: Run,
     cohort: Sequence[str],
     gathered: ValidatedUpdates,
-    metrics: dict[str, float],
+    metrics: MetricValues,
     seconds: dict[str, Any],
 ) -> dict[str, Any]:
     """What is published of the run's last round; under privacy, nothing that a client's data changes."""

@@ -93,6 +93,8 @@ class RunSetup:
     checkpoints: CheckpointManager
     strategy_name: str
     """The job's name for it, or the class of an object that was handed in instead."""
+    remarks: Sequence[str] = ()
+    """What looks odd in what clients told of their data."""
 
     def kind_of_round(self, round: int) -> RoundKind:
         """How the updates of this round are gathered."""

@@ -59,6 +59,7 @@ def start_or_resume(
         model_transforms=model_transforms(job),
         checkpoints=CheckpointManager(directory.checkpoints, waits=loses_no_round(job)),
         strategy_name=strategy_name,
+        remarks=roster.remarks,
     )  # fmt: skip
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     run = Run(setup, RunState(learner, initial, shared, strategy.begin(shared), stopping))

@@ -80,7 +80,8 @@ def take_best_model(run: Run) -> None:
     """End with the best model by the clients' measurements, where early stopping has looked for one."""
     state = run.state
     if state.stopping.best:
-        state.tensors, state.ended_early = state.stopping.best, state.stopping.description
+        state.tensors = state.stopping.best
+    state.ended_early = state.stopping.description or state.ended_early
 
 
 def log_fields(run: Run) -> dict[str, Any]:

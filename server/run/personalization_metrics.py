@@ -7,30 +7,35 @@ from typing import Any
 
 from atoll.job.job import Job
 from atoll.report.text import metric_value, metric_words
+from atoll.tasks.metric_values import MeanOverClients, MetricValues, means
 
-Measured = Mapping[str, Mapping[str, float]]
+Measured = Mapping[str, Mapping[str, float | None]]
 """Metrics by client."""
 
 
 def personalization_metrics(keep: str, clients: Measured, shared: Measured) -> dict[str, Any]:
     """For `result.json`: what is kept, what the shared model does at each client, and means over clients.
 
-    Every client that measured counts the same. Heads that are kept leave no shared model to measure.
+    Every client at which a metric is defined counts the same. Heads that are kept leave no shared model to
+    measure.
     """
-    found: dict[str, Any] = {"keep": keep, "clients": _means(clients)}
+    found: dict[str, Any] = {"keep": keep, "clients": _values(clients)}
     if shared:
-        found |= {"global": _means(shared), "global_clients": {name: dict(m) for name, m in shared.items()}}
+        found |= {"global": _values(shared), "global_clients": {name: dict(m) for name, m in shared.items()}}
     return found
 
 
-def _means(measured: Measured) -> dict[str, float]:
-    used = [metrics for metrics in measured.values() if metrics["examples"]]
-    if not used:
-        return {}
-    return {name: sum(m[name] for m in used) / len(used) for name in used[0] if name != "examples"}
+def _values(measured: Measured) -> MetricValues:
+    return {name: mean.value for name, mean in _means(measured).items()}
 
 
-def with_adapted(clients: Measured, adapted: Measured) -> dict[str, dict[str, float]]:
+def _means(measured: Measured) -> dict[str, MeanOverClients]:
+    """Means over the clients that have something to measure on."""
+    used = (metrics for metrics in measured.values() if metrics["examples"])
+    return means({name: value for name, value in m.items() if name != "examples"} for m in used)
+
+
+def with_adapted(clients: Measured, adapted: Measured) -> dict[str, MetricValues]:
     """Each client's metrics, and beside them what it measured after its steps, as `adapted_…`."""
     found = {}
     for name, metrics in clients.items():
@@ -43,15 +48,15 @@ def personalization_notes(
     job: Job, own: Mapping[str, Any] | None, clients: Measured, metric: str
 ) -> list[str]:
     """What a reader must know of models that are each client's own."""
-    steps, means = job.evaluate.adapt, _means(clients)
+    steps, found = job.evaluate.adapt, _means(clients)
     if steps is not None:
         after = f"the model after {steps} local steps at each client"
-        return _compared(after, metric, means.get(f"adapted_{metric}"), "before them", means.get(metric))
+        return _compared(after, metric, found.get(f"adapted_{metric}"), "before them", found.get(metric))
     if own is None:
         return []
     notes = _compared(
-        "each client's own model", metric, means.get(metric),
-        "the model of all clients", own.get("global", {}).get(metric),
+        "each client's own model", metric, found.get(metric),
+        "the model of all clients", _means(own.get("global_clients", {})).get(metric),
     )  # fmt: skip
     if own["keep"] == "head":
         notes.append("clients keep their heads: there is no model of all, what is measured is each one's own")
@@ -62,12 +67,17 @@ def personalization_notes(
     return notes
 
 
-def _compared(what: str, metric: str, value: float | None, other: str, beside: float | None) -> list[str]:
-    if value is None or beside is None:
+def _compared(
+    what: str, metric: str, own: MeanOverClients | None, other: str, beside: MeanOverClients | None
+) -> list[str]:
+    if own is None or beside is None:
         return []
-    apart = value - beside
+    if own.value is None or beside.value is None:
+        return [f"{what}: {metric_words(metric)} is undefined at all of {own.clients} clients"]
+    apart = own.value - beside.value
     gain = f"{apart * 100:+.1f} points" if "accuracy" in metric else f"{apart:+.3f}"
     return [
-        f"{what}, mean over clients: {metric_words(metric)} {metric_value(metric, value)};"
-        f" {other} {metric_value(metric, beside)} (difference {gain})"
+        f"{what}, mean {own.coverage or 'over clients'}: {metric_words(metric)}"
+        f" {metric_value(metric, own.value)};"
+        f" {other} {metric_value(metric, beside.value)} (difference {gain})"
     ]

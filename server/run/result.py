@@ -26,8 +26,9 @@ from atoll.server.run.personalization_metrics import (
     with_adapted,
 )
 from atoll.server.run.privacy_report import privacy_report
+from atoll.tasks.metric_values import MetricValues
 
-Baselines = Mapping[str, Mapping[str, float]]
+Baselines = Mapping[str, Mapping[str, float | None]]
 
 
 def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str
         "trainable": {n: list(t.shape) for n, t in state.tensors.items()},
         "machine": machine(job.train.threads, job.train.device),
         "notes": [
-            *notes, *private_notes(run),
+            *notes, *setup.remarks, *private_notes(run),
             *personalization_notes(job, own, clients, state.learner.task.primary_metric),
         ],
     }  # fmt: skip
@@ -109,12 +110,12 @@ def private_notes(run: Run) -> list[str]:
     return notes
 
 
-def _references(run: Run) -> dict[str, dict[str, float]]:
+def _references(run: Run) -> dict[str, MetricValues]:
     """What needs no learning, on the server's test set."""
     return {} if run.setup.test is None else run.state.learner.naive_baselines(run.setup.test)
 
 
-def final_server(run: Run) -> dict[str, float]:
+def final_server(run: Run) -> MetricValues:
     """The final model on the server's test set; empty where the server has none."""
     if run.setup.test is None or run.full_model is None:
         return {}
@@ -123,13 +124,13 @@ def final_server(run: Run) -> dict[str, float]:
 
 def measured_clients(
     run: Run, *, adapt_steps: int = 0, of_shared_model: bool = False
-) -> dict[str, dict[str, float]]:
+) -> dict[str, MetricValues]:
     """What each evaluation client measured, by name."""
     found = evaluate_clients(run, adapt_steps=adapt_steps, of_shared_model=of_shared_model)
     return {m.client: _client(run, m) for m in found}
 
 
-def _client(run: Run, measurement: Measurement) -> dict[str, float]:
+def _client(run: Run, measurement: Measurement) -> MetricValues:
     metrics = run.state.learner.compute(measurement.states) if measurement.num_examples else {}
     return metrics | {"examples": measurement.num_examples}
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from atoll.data.dataset import Dataset
-from atoll.errors import ConfigError
-from atoll.job.job import Dirichlet, Iid, Job, Natural, OtherPartition, Pathological, Resampled
+from atoll.data.labels import value_name
+from atoll.errors import ConfigError, JobError
+from atoll.job.job import Dirichlet, Iid, Job, Natural, OtherPartition, Partition, Pathological, Resampled
 from atoll.job.partitions import brought_partition
 from atoll.job.privacy import SHARED_EXAMPLES
 from atoll.protocol.random_streams import stream_seed
@@ -35,15 +36,27 @@ def partition(
     deck = np.asarray(order, dtype=np.int64)
     match rule:
         case Iid():
-            return _evenly(deck, clients) if groups is None else _evenly_together(deck, clients, groups)
+            dealt = _evenly(deck, clients) if groups is None else _evenly_together(deck, clients, groups)
         case Natural():
-            return _by_value(deck, table, rule.by, clients)
+            dealt = _by_value(deck, table, rule.by, clients)
         case Resampled():
             return _drawn(deck, table, rule, job)
         case OtherPartition():
             return _brought(deck, table, rule, job)
         case _:
-            return _skewed(deck, table, job)
+            dealt = _skewed(deck, table, job)
+    if not isinstance(rule, Pathological):
+        check_all_dealt(dealt, deck)
+    return dealt
+
+
+def check_all_dealt(dealt: FixedAssignment, deck: Rows) -> None:
+    """Raises JobError unless each row of the deck is with one client, and with one alone."""
+    if not np.array_equal(np.sort(dealt.deck), np.sort(deck)):
+        raise JobError(
+            f"data.partition: {len(dealt.deck)} rows were dealt, {len(dealt.held())} of them different;"
+            f" expected each of the {len(deck)} once"
+        )
 
 
 def _brought(deck: Rows, table: Dataset, rule: OtherPartition, job: Job) -> FixedAssignment:
@@ -115,33 +128,38 @@ def _evenly_together(deck: Rows, clients: int, groups: Sequence[str]) -> FixedAs
     return FixedAssignment(deck, np.concatenate([[0], starts[cut], [len(deck)]]).astype(np.int64))
 
 
-def _column(table: Dataset, by: str) -> list[object]:
-    """The values of a column that the partition goes by.
+def keys_of(table: Dataset, by: str) -> list[int | float] | list[str]:
+    """The values of a column that the partition goes by: numbers where all are, else one text for each value.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no such column, or a row has nothing in it.
     """
     if by not in table.column_names:
         raise ConfigError(
             f"data.partition.by: no column {by!r}, found {', '.join(sorted(table.column_names))}"
         )
-    return list(table[by])
-
-
-def _check_filled(column: list[object], by: str) -> None:
-    """Raises ConfigError where a column that the partition goes by has gaps."""
-    if missing := sum(value is None for value in column):
+    values = list(table[by])
+    names = [value_name(value) for value in values]
+    if missing := [row for row, name in enumerate(names, start=1) if name is None]:
         raise ConfigError(
-            f"data.partition.by: column {by!r} is empty in {missing} rows, expected a value in each"
+            f"data.partition.by: column {by!r} is empty in {len(missing)} of {len(names)} rows (the first is"
+            f" row {missing[0]}), expected a value in each"
         )
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return values
+    return [str(name) for name in names]
+
+
+def check_keys(table: Dataset, rule: Partition) -> None:
+    """Raises ConfigError where a row of a source has nothing by which it could be dealt."""
+    by = getattr(rule, "by", None)
+    if by is not None and (by in table.column_names or not isinstance(rule, Resampled)):
+        keys_of(table, by)
 
 
 def _by_value(deck: Rows, table: Dataset, by: str, clients: int) -> FixedAssignment:
     """As flwr-datasets' NaturalIdPartitioner: a client for each value, in the order of the values."""
-    given = _column(table, by)
-    _check_filled(given, by)
-    column = np.array(given)
-    values, owner = np.unique(column[deck], return_inverse=True)
+    values, owner = np.unique(np.array(keys_of(table, by))[deck], return_inverse=True)
     if len(values) != clients:
         raise ConfigError(
             f"federation.clients: column {by!r} has {len(values)} values, found clients = {clients}"
@@ -158,7 +176,7 @@ def _drawn(deck: Rows, table: Dataset, rule: Resampled, job: Job) -> Assignment:
     if rule.alpha is None and rule.by not in table.column_names:
         label = np.zeros(len(deck), dtype=np.int64)
     else:
-        label = np.unique(np.array(_column(table, rule.by))[deck], return_inverse=True)[1]
+        label = np.unique(np.array(keys_of(table, rule.by))[deck], return_inverse=True)[1]
     clients = job.federation.clients
     drawn = SampledAssignment(
         deck[np.argsort(label, kind="stable")],
@@ -179,8 +197,7 @@ def _skewed(deck: Rows, table: Dataset, job: Job) -> FixedAssignment:
     """
     rule, clients = job.data.partition, job.federation.clients
     assert isinstance(rule, Dirichlet | Pathological)
-    column, seed = _column(table, rule.by), stream_seed(job.seed, "partition")
-    _check_filled(column, rule.by)
+    column, seed = keys_of(table, rule.by), stream_seed(job.seed, "partition")
     labels = [column[row] for row in deck.tolist()]
     if isinstance(rule, Dirichlet):
         hands = dirichlet_hands(labels, clients, rule.alpha, least=rule.min_examples, seed=seed)

@@ -18,7 +18,7 @@ from atoll.protocol.messages import DataInfo
 from atoll.server.roster import ClientRoster
 from atoll.server.run.test_set import hold_out, read_source, unit_keys
 from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows
-from atoll.sim.population.partition import partition
+from atoll.sim.population.partition import check_keys, partition
 from atoll.tasks import task_named
 from atoll.tasks.told import fitting_rows, greeting_info, is_silent
 
@@ -44,14 +44,16 @@ class Population:
             DataError, ConfigError: the source is missing or unfit.
         """
         table = read_source(job)
+        check_keys(table.train, job.data.partition)
         train, test = hold_out(table, job)
         task = task_named(job.task.name)
         whole, train = len(train), fitting_rows(job, task, train)
         unfit = whole - len(train)
-        notes = (f"{unfit} examples don't fit the job and are left out",) if unfit else ()
+        notes: tuple[str, ...] = (f"{unfit} examples don't fit the job and are left out",) if unfit else ()
         keys, units = task.keys(train), unit_keys(task, train)
         assignment = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
         if isinstance(assignment, FixedAssignment) and len(held := assignment.held()) < len(keys):
+            notes += (f"{len(keys) - len(held)} of {len(keys)} training examples are dealt to no client",)
             train, keys = train.select(held), [keys[row] for row in held.tolist()]
             assignment = assignment.among(held)
         return cls(job, train, test, keys, assignment, (*table.notes, *notes))

@@ -27,6 +27,7 @@ from atoll.sim.population.population import Population
 from atoll.sim.search.space import checked_job
 from atoll.sim.search.study import Outcome, Search, TrialResult, quiet_optuna
 from atoll.sim.sweep.runner import RunPool, WorkerCache, WorkItem
+from atoll.tasks.metric_values import MetricValues
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -113,7 +114,7 @@ def play_trial(text: str) -> str:
     curves = [{int(step): value for step, value in curve.items()} for curve in work["curves"]]
     outs = [Path(out) for out in work["outs"]]
     judge, started = Pruner.of(jobs[0], outs[0], work["metric"], curves), time.monotonic()
-    found: list[Mapping[str, float]] = []
+    found: list[MetricValues] = []
     outcome = Outcome()
     try:
         # Every seed's run is on the first seed's clients: dealt anew, what is held out as test set for one
@@ -133,11 +134,9 @@ def play_trial(text: str) -> str:
     return json.dumps(vars(whole))
 
 
-def validation_metrics(
-    job: Job, out: Path, population: Population, on_event: EventCallback
-) -> Mapping[str, float]:
+def validation_metrics(job: Job, out: Path, population: Population, on_event: EventCallback) -> MetricValues:
     """Play a run, or go on with one that was begun; its final model's metrics over all clients' splits."""
-    found: dict[str, float] = {}
+    found: MetricValues = {}
 
     def measure(run: Run) -> tuple[Baselines, list[str]]:
         state = run.state
@@ -152,15 +151,15 @@ def validation_metrics(
     return found
 
 
-def judged(found: Sequence[Mapping[str, float]], metric: str) -> Outcome:
+def judged(found: Sequence[Mapping[str, float | None]], metric: str) -> Outcome:
     """The mean over a trial's seeds; refused where there is nothing that can be compared."""
     if not all(metric in one for one in found):
         return Outcome(refused="no client keeps anything back to measure on")
-    metrics = {name: fmean(one[name] for one in found) for name in found[0]}
-    if not math.isfinite(metrics[metric]):
-        return Outcome(refused=f"its {metric} is no finite number")
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return Outcome(value=metrics[metric], metrics=finite)
+    by_name = {name: [value for one in found if (value := one[name]) is not None] for name in found[0]}
+    metrics = {name: fmean(values) for name, values in by_name.items() if len(values) == len(found)}
+    if metric not in metrics:
+        return Outcome(refused=f"its {metric} is undefined")
+    return Outcome(value=metrics[metric], metrics=metrics)
 
 
 def play_trials(

@@ -30,7 +30,7 @@ class BoxAveragePrecision(Metric):
     each image. Equal where no two detections of a class share a rounded score. Otherwise never above it:
     detections that share one count as found at once, and so only the last of their precisions is seen.
 
-    Classes without any box aren't averaged over; where there is none at all, it is 0.
+    Classes without any box aren't averaged over; where there is none at all, it is undefined (NaN).
     """
 
     is_differentiable = False
@@ -75,7 +75,7 @@ class BoxAveragePrecision(Metric):
             for threshold in range(len(self.thresholds))
             for c in present
         ]
-        return torch.tensor(float(np.mean(values)) if values else 0.0, dtype=torch.float64)
+        return torch.tensor(float(np.mean(values)) if values else np.nan, dtype=torch.float64)
 
     def _count(self, boxes: Floats, scores: Floats, labels: NDArray[np.int64], truth: Floats) -> None:
         for c in {*labels.tolist(), *truth[:, 4].astype(int).tolist()}:

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from atoll.data.diagnostics import Diagnostics
-from atoll.data.parsers import list_cell, moment_cell, name_cell, number_cell
+from atoll.data.parsers import list_cell, name_cell, number_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.errors import DataError
 from atoll.job.job import DataSection
 from atoll.job.section import Between, Count, Section
+from atoll.tasks.moments import MomentReader, gaps, in_time, moment_text
 
 Values = NDArray[np.float64]
 
@@ -39,14 +40,19 @@ class ForecastOptions(Section):
     quantiles: Annotated[tuple[Between, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
 
 
-def dated(options: ForecastOptions) -> Schema:
-    """A row for each day (or other step) of each series."""
+def dated(options: ForecastOptions, time_format: str | None = None) -> Schema:
+    """A row for each day (or other step) of each series; to be used for one reading."""
     return Schema(
         (
             SchemaField(
                 "series", name_cell, pa.string(), ("id", "name", "symbol", "ticker", "store"), required=False
             ),
-            SchemaField("date", moment_cell, pa.string(), ("time", "timestamp", "day", "datetime", "ds")),
+            SchemaField(
+                "date",
+                MomentReader(time_format),
+                pa.string(),
+                ("time", "timestamp", "day", "datetime", "ds"),
+            ),
             SchemaField(
                 "value", number_cell, pa.float64(), ("target", "y", "close", "price", "sales", "demand")
             ),
@@ -60,8 +66,8 @@ _NUMBERS = list_cell(number_cell)
 WINDOWS = Schema(
     (
         SchemaField("series", name_cell, pa.string()),
-        SchemaField("first", moment_cell, pa.string()),
-        SchemaField("last", moment_cell, pa.string()),
+        SchemaField("first", moment_text, pa.string()),
+        SchemaField("last", moment_text, pa.string()),
         SchemaField("history", _NUMBERS, pa.list_(pa.float64())),
         SchemaField("future", _NUMBERS, pa.list_(pa.float64())),
         SchemaField("observed", _NUMBERS, pa.list_(pa.float64())),
@@ -86,22 +92,30 @@ class _Series:
 
 
 def windows_of(
-    table: pa.Table, options: ForecastOptions, test_fraction: float, origin: str
+    table: pa.Table,
+    options: ForecastOptions,
+    test_fraction: float,
+    origin: str,
+    diagnostics: Diagnostics | None = None,
 ) -> dict[str, pa.Table]:
     """Dated rows as windows to train on, and, if a part of the time is held out, to test on.
+
+    Steps that are missing in a series are remarked.
 
     Raises:
         DataError: two rows of a series have one date, or no series is long enough for a window.
     """
     series = _apart(table, options, origin)
-    dates = sorted({date for one in series for date in one.dates})
-    cut = dates[min(len(dates) - 1, round(len(dates) * (1 - test_fraction)))] if test_fraction else "~"
+    if diagnostics is not None:
+        _remark_gaps(series, diagnostics)
+    dates = sorted({date for one in series for date in one.dates}, key=in_time)
+    cut = dates[min(len(dates) - 1, round(len(dates) * (1 - test_fraction)))] if test_fraction else None
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for one in series:
         for row in _windows(one, options):
-            if row["last"] < cut:
+            if cut is None or in_time(row["last"]) < in_time(cut):
                 rows["train"].append(row)
-            elif row["first"] >= cut:
+            elif in_time(row["first"]) >= in_time(cut):
                 rows["test"].append(row)
     if not rows["train"]:
         need = options.history + options.horizon
@@ -113,10 +127,18 @@ def windows_of(
     return {split: _as_table(found) for split, found in rows.items() if found}
 
 
+def _remark_gaps(series: list[_Series], diagnostics: Diagnostics) -> None:
+    for one in series:
+        for gap in gaps(one.dates):
+            diagnostics.warning(
+                "steps are missing, and rows on both sides count as neighbours", f"series {one.name!r}: {gap}"
+            )
+
+
 def _apart(table: pa.Table, options: ForecastOptions, origin: str) -> list[_Series]:
     has_names = "series" in table.column_names
     names = table.column("series").to_pylist() if has_names else ["series"] * table.num_rows
-    marks = list(zip(names, table.column("date").to_pylist(), strict=True))
+    marks = list(zip(names, map(in_time, table.column("date").to_pylist()), strict=True))
     order = sorted(range(table.num_rows), key=marks.__getitem__)
     table = table.take(pa.array(order, pa.int64()))
     names = [names[row] for row in order]
@@ -170,7 +192,7 @@ def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table({name: pa.array([row[name] for row in rows], kinds.get(name)) for name in rows[0]})
 
 
-def last_window(path: Path, options: ForecastOptions) -> dict[str, Any]:
+def last_window(path: Path, options: ForecastOptions, time_format: str | None = None) -> dict[str, Any]:
     """The end of a file's one series, as a window whose future nobody knows: rows without a value.
 
     Raises:
@@ -178,12 +200,16 @@ def last_window(path: Path, options: ForecastOptions) -> dict[str, Any]:
     """
     roles = [
         SchemaField(r.name, _number_or_none, r.kind, r.usual) if r.name == "value" else r
-        for r in dated(options).roles
+        for r in dated(options, time_format).roles
     ]
     diagnostics = Diagnostics()
     found = Schema(tuple(roles)).gather(path, DataSection(source=str(path)), diagnostics)
     diagnostics.close()
-    table = found["train"].sort_by("date")
+    table = found["train"]
+    moments = table.column("date").to_pylist()
+    table = table.take(
+        pa.array(sorted(range(len(moments)), key=lambda row: in_time(moments[row])), pa.int64())
+    )
     if "series" in table.column_names and len(set(table.column("series").to_pylist())) > 1:
         raise DataError(f"{path}: several series, expected one")
     values = table.column("value").to_pylist()

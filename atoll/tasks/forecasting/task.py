@@ -48,9 +48,12 @@ class Forecasting(Task):
     has_own_split: bool = True
     primary_metric: str = "mase"
     options: ForecastOptions = field(default_factory=ForecastOptions)
+    reads_times: bool = True
+    time_format: str | None = None
 
     def configured(self, job: Job, backbone: Backbone) -> Forecasting:
-        return replace(self, options=options_of(job.task.options, ForecastOptions))
+        options = options_of(job.task.options, ForecastOptions)
+        return replace(self, options=options, time_format=job.data.time_format)
 
     def check(self, job: Job) -> None:
         options = options_of(job.task.options, ForecastOptions)
@@ -79,11 +82,10 @@ class Forecasting(Task):
         diagnostics = Diagnostics()
         try:
             splits = self._gathered(source, data, options, diagnostics)
-        except DataError as problem:
+        except DataError:
             if not diagnostics.problems:
                 raise
             splits = {}
-            diagnostics.error(problem)
         return WINDOWS.findings_of(source, splits, diagnostics)
 
     def _gathered(
@@ -93,12 +95,12 @@ class Forecasting(Task):
         options = options_of(given, ForecastOptions)
         if WINDOWS.has(source, "history", "future"):
             return WINDOWS.gather(source, data, diagnostics)
-        steps = dated(options).gather(source, data, diagnostics)
+        steps = dated(options, data.time_format).gather(source, data, diagnostics)
         diagnostics.close()
         fraction = 0.0 if "test" in steps or data.test is not None else data.test_fraction
-        made = windows_of(steps["train"], options, fraction, shown(source))
+        made = windows_of(steps["train"], options, fraction, shown(source), diagnostics)
         if "test" in steps:
-            made["test"] = windows_of(steps["test"], options, 0.0, shown(source))["train"]
+            made["test"] = windows_of(steps["test"], options, 0.0, shown(source), diagnostics)["train"]
         return made
 
     def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
@@ -154,7 +156,7 @@ class Forecasting(Task):
         Raises:
             DataError: it is too short, or unfit.
         """
-        return last_window(Path(given), self.options)
+        return last_window(Path(given), self.options, self.time_format)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         return load_forecaster(backbone, job, options_of(job.task.options, ForecastOptions))

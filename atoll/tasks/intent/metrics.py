@@ -14,7 +14,7 @@ class SlotF1(Metric):
     """Micro F1 of spans: one counts as found if its slot, its first and its last word are right.
 
     `tags` are the names behind the ids, such as "O", "B-city", "I-city". Without any span, true or
-    predicted, it is 0.
+    predicted, it is undefined (NaN).
     """
 
     is_differentiable = False
@@ -42,7 +42,7 @@ class SlotF1(Metric):
             self.expected += len(theirs)
 
     def compute(self) -> torch.Tensor:
-        return 2 * self.matched.to(torch.float64) / (self.predicted + self.expected).clamp(min=1)
+        return 2 * self.matched.to(torch.float64) / (self.predicted + self.expected)
 
     def _named(self, ids: torch.Tensor) -> list[str]:
         return [self.tags[i] for i in ids.tolist()]
@@ -84,7 +84,7 @@ class IntentAccuracy(Metric):
         self.total += len(targets)
 
     def compute(self) -> torch.Tensor:
-        return self.right.to(torch.float64) / self.total.clamp(min=1)
+        return self.right.to(torch.float64) / self.total
 
 
 class CommandSlotF1(SlotF1):

@@ -1,4 +1,4 @@
-"""Calibration error, from bins that add up over clients, and sensitivity at a given specificity.
+"""AUROC and calibration error, from bins that add up over clients, and sensitivity at a given specificity.
 
 Guo et al. 2017, "On Calibration of Modern Neural Networks". A screening test may rarely be wrong: its
 sensitivity counts where its specificity is high enough.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 from torchmetrics import Metric
-from torchmetrics.classification import BinarySensitivityAtSpecificity
+from torchmetrics.classification import BinaryAUROC, BinarySensitivityAtSpecificity, MulticlassAUROC
 
 
 class BinnedCalibrationError(Metric):
     """Expected calibration error: the mean gap between confidence and accuracy in bins of equal width.
 
-    Bin i of n holds confidences in (i / n, (i + 1) / n], the first also 0.
+    Bin i of n holds confidences in (i / n, (i + 1) / n], the first also 0. Undefined (NaN) without examples.
     """
 
     is_differentiable = False
@@ -51,14 +51,15 @@ class BinnedCalibrationError(Metric):
 
     def compute(self) -> torch.Tensor:
         # n_i / n * |right_i / n_i - confidence_i / n_i|, without dividing by an empty bin's n_i.
-        return (self.right - self.confidence).abs().sum() / self.counts.sum().clamp(min=1)
+        return (self.right - self.confidence).abs().sum() / self.counts.sum()
 
 
 class SensitivityAtSpecificity(BinarySensitivityAtSpecificity):
     """The highest sensitivity over `thresholds` evenly spaced thresholds with at least that specificity.
 
     torchmetrics' own, whose states are counts, without the threshold that it returns too. `update` takes
-    probabilities [n] of the positive class and targets [n], 0 or 1.
+    probabilities [n] of the positive class and targets [n], 0 or 1. Undefined (NaN) where all examples are of
+    one class.
     """
 
     def __init__(self, specificity: float = 0.95, thresholds: int = 1001) -> None:
@@ -66,4 +67,30 @@ class SensitivityAtSpecificity(BinarySensitivityAtSpecificity):
 
     def compute(self) -> torch.Tensor:  # type: ignore[override]
         sensitivity, _ = super().compute()
-        return sensitivity
+        return torch.where(has_both_sides(self.confmat), sensitivity, torch.nan)
+
+
+class BinnedAuroc(BinaryAUROC):
+    """torchmetrics' own from counts at thresholds; undefined (NaN) where all examples are of one class."""
+
+    def compute(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.where(has_both_sides(self.confmat), super().compute(), torch.nan)
+
+
+class BinnedMacroAuroc(MulticlassAUROC):
+    """The mean of each class against the others, over the classes of which some examples are and some aren't.
+
+    Undefined (NaN) where all examples are of one class.
+    """
+
+    def __init__(self, classes: int, thresholds: int) -> None:
+        super().__init__(classes, average="none", thresholds=thresholds)
+
+    def compute(self) -> torch.Tensor:  # type: ignore[override]
+        each: torch.Tensor = super().compute()
+        return each[has_both_sides(self.confmat)].mean()
+
+
+def has_both_sides(counts: torch.Tensor) -> torch.Tensor:
+    """Whether there are examples on both sides, of counts [thresholds, …, true side, said side]."""
+    return (counts[0].sum(-1) > 0).all(-1)

@@ -71,24 +71,27 @@ class Medical(SchemaTask, Classification):
         from torchmetrics import MetricCollection
         from torchmetrics.classification import (
             BinaryAccuracy,
-            BinaryAUROC,
             MulticlassAccuracy,
-            MulticlassAUROC,
         )
 
-        from atoll.tasks.medical.metrics import BinnedCalibrationError, SensitivityAtSpecificity
+        from atoll.tasks.medical.metrics import (
+            BinnedAuroc,
+            BinnedCalibrationError,
+            BinnedMacroAuroc,
+            SensitivityAtSpecificity,
+        )
 
         count = len(data_info["classes"])
         if count == 2:
             metrics = {
-                "auroc": BinaryAUROC(thresholds=THRESHOLDS),
+                "auroc": BinnedAuroc(thresholds=THRESHOLDS),
                 "sensitivity": SensitivityAtSpecificity(0.95, THRESHOLDS),
                 "calibration_error": BinnedCalibrationError(),
                 "accuracy": BinaryAccuracy(),
             }
         else:
             metrics = {
-                "auroc": MulticlassAUROC(count, average="macro", thresholds=THRESHOLDS),
+                "auroc": BinnedMacroAuroc(count, THRESHOLDS),
                 "calibration_error": BinnedCalibrationError(),
                 "accuracy": MulticlassAccuracy(count, average="micro"),
             }

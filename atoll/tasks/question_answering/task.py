@@ -19,7 +19,7 @@ from atoll.backbones.options import options_of, refuse_augment
 from atoll.backbones.resolve import Backbone
 from atoll.data.dataset import Dataset
 from atoll.data.lazy import LazyRows
-from atoll.data.parsers import name_cell, optional_text_cell, text_cell
+from atoll.data.parsers import answer_cell, optional_text_cell, text_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
@@ -40,7 +40,7 @@ QUESTIONS = Schema(
     (
         SchemaField("question", text_cell, pa.string(), ("query",)),
         SchemaField("context", optional_text_cell, pa.string(), ("passage", "paragraph"), required=False),
-        SchemaField("answer", name_cell, pa.string(), ("target", "response")),
+        SchemaField("answer", answer_cell, pa.string(), ("target", "response")),
     )
 )
 

@@ -16,6 +16,7 @@ from atoll.data.parsers import list_cell, name_cell, optional_text_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.errors import DataError
 from atoll.job.section import Count, Section
+from atoll.tasks.moments import MomentReader, in_time
 
 MIN_INTERACTIONS = 4
 """Items of a history that is used: two to learn from, one to measure on, one to test on."""
@@ -34,20 +35,26 @@ class RecommendOptions(Section):
     texts: tuple[str, ...] | None = None
 
 
-EVENTS = Schema(
-    (
-        SchemaField(
-            "user", name_cell, pa.string(), ("user_id", "userid", "customer", "customer_id", "session")
+def events(time_format: str | None = None) -> Schema:
+    """A row for each thing done; to be used for one reading."""
+    return Schema(
+        (
+            SchemaField(
+                "user", name_cell, pa.string(), ("user_id", "userid", "customer", "customer_id", "session")
+            ),
+            SchemaField(
+                "item", name_cell, pa.string(), ("item_id", "itemid", "product", "product_id", "sku")
+            ),
+            SchemaField(
+                "time", MomentReader(time_format), pa.string(), ("timestamp", "date", "datetime", "ts")
+            ),
+            SchemaField(
+                "item_text", optional_text_cell, pa.string(), ("title", "description", "name"), required=False
+            ),
         ),
-        SchemaField("item", name_cell, pa.string(), ("item_id", "itemid", "product", "product_id", "sku")),
-        SchemaField("time", name_cell, pa.string(), ("timestamp", "date", "datetime", "ts")),
-        SchemaField(
-            "item_text", optional_text_cell, pa.string(), ("title", "description", "name"), required=False
-        ),
-    ),
-    count_by="user",
-)
-"""A row for each thing done."""
+        count_by="user",
+    )
+
 
 _NAMES = list_cell(name_cell)
 _TEXTS = list_cell(optional_text_cell)
@@ -69,7 +76,7 @@ def histories_of(table: pa.Table, length: int, origin: str, *, hold_out: bool) -
     Raises:
         DataError: no user has enough of them.
     """
-    rows = sorted(table.to_pylist(), key=lambda row: (row["user"], _moment(row["time"])))
+    rows = sorted(table.to_pylist(), key=lambda row: (row["user"], in_time(str(row["time"]))))
     users: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         users.setdefault(row["user"], []).append(row)
@@ -86,14 +93,6 @@ def histories_of(table: pa.Table, length: int, origin: str, *, hold_out: bool) -
     if not hold_out:
         seen = {"train": slice(-length - 1, None)}
     return {split: _rows(kept, part, constant, has_texts) for split, part in seen.items()}
-
-
-def _moment(time: str) -> tuple[int, float, str]:
-    """Numbers in their own order, before dates in theirs."""
-    try:
-        return 0, float(time), ""
-    except ValueError:
-        return 1, 0.0, time
 
 
 def _rows(

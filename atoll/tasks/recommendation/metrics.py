@@ -7,7 +7,7 @@ from torchmetrics import Metric
 
 
 class _Ranks(Metric):
-    """How often the held-out item was at each of the first k places."""
+    """How often the held-out item was at each of the first k places; undefined (NaN) without such items."""
 
     is_differentiable = False
     higher_is_better = True
@@ -31,7 +31,7 @@ class HitRate(_Ranks):
     """The share of held-out items among the first k."""
 
     def compute(self) -> torch.Tensor:
-        return self.at.sum().to(torch.float64) / self.total.clamp(min=1)
+        return self.at.sum().to(torch.float64) / self.total
 
 
 class Ndcg(_Ranks):
@@ -39,4 +39,4 @@ class Ndcg(_Ranks):
 
     def compute(self) -> torch.Tensor:
         places = torch.arange(self.k, dtype=torch.float64, device=self.at.device)
-        return (self.at / torch.log2(places + 2)).sum() / self.total.clamp(min=1)
+        return (self.at / torch.log2(places + 2)).sum() / self.total

@@ -25,9 +25,9 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.classes import names_told
+from atoll.tasks.classes import names_told, pinned_names
 from atoll.tasks.losses import surprise
-from atoll.tasks.recommendation.data import EVENTS, HISTORIES, RecommendOptions, histories_of
+from atoll.tasks.recommendation.data import HISTORIES, RecommendOptions, events, histories_of
 from atoll.tasks.recommendation.sasrec import load_recommender
 from atoll.tasks.task import Task
 from atoll.tasks.told import ToldField
@@ -55,6 +55,7 @@ class Recommendation(Task):
     summary: str = "what a user takes next; SASRec, with items' texts where there are; HR@10, NDCG@10"
     uses_pooled_features: bool = False
     has_own_split: bool = True
+    reads_times: bool = True
     primary_metric: str = "ndcg"
     options: RecommendOptions = field(default_factory=RecommendOptions)
 
@@ -90,14 +91,14 @@ class Recommendation(Task):
         length = options_of(given, RecommendOptions).length
         if HISTORIES.has(source, "user", "items"):
             return HISTORIES.gather(source, data, diagnostics)
-        events = EVENTS.gather(source, data, diagnostics)
+        rows = events(data.time_format).gather(source, data, diagnostics)
         if diagnostics.problems:
             return {}
-        if "test" in events:
+        if "test" in rows:
             raise DataError(
                 f"{shown(source)}: train and test, expected one table: the last items are the test"
             )
-        return histories_of(events["train"], length, shown(source), hold_out=data.test_fraction > 0)
+        return histories_of(rows["train"], length, shown(source), hold_out=data.test_fraction > 0)
 
     def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         length = options_of(job.task.options, RecommendOptions).length
@@ -120,7 +121,7 @@ class Recommendation(Task):
         if data.classes is None:
             names = sorted(texts)
             return {"items": names, "texts": [texts[name] for name in names]}
-        pinned, given = list(data.classes), options_of(options, RecommendOptions).texts
+        pinned, given = pinned_names(data), options_of(options, RecommendOptions).texts
         known = [texts.get(name, "") for name in pinned] if given is None else list(given)
         return {"items": pinned, "texts": known, "pinned": True}
 
@@ -173,6 +174,10 @@ class Recommendation(Task):
     def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of the last item."""
         return surprise(outputs[:, -1:], targets[:, -1:])
+
+    def num_with_target(self, targets: torch.Tensor) -> int:
+        """How many of the last items are known to the model."""
+        return int((targets[:, -1] != UNKNOWN).sum())
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection

@@ -7,7 +7,10 @@ from torchmetrics import Metric
 
 
 class _OfConfusion(Metric):
-    """The mean of a number for every class; a class that is neither there nor said isn't averaged over."""
+    """The mean of a number for every class; a class that is neither there nor said isn't averaged over.
+
+    Without any class it is undefined (NaN).
+    """
 
     is_differentiable = False
     higher_is_better = True
@@ -29,7 +32,7 @@ class _OfConfusion(Metric):
         both = self.confusion.diagonal().to(torch.float64)
         either = (self.confusion.sum(0) + self.confusion.sum(1)).to(torch.float64)
         present = either > 0
-        return self.each(both[present], either[present]).mean() if present.any() else torch.tensor(0.0)
+        return self.each(both[present], either[present]).mean()
 
     def each(self, both: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         """Of every class: `both` is how many pixels are rightly said, `sizes` how many are there or said."""

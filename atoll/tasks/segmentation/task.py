@@ -187,6 +187,10 @@ class Segmentation(SchemaTask):
         labelled = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
         return (each.flatten(1).sum(1) / labelled).mean()
 
+    def num_with_target(self, targets: torch.Tensor) -> int:
+        """How many of the masks have a labelled pixel."""
+        return int((targets != IGNORED).flatten(1).any(1).sum())
+
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
 
