@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from functools import partial
 from typing import Any
 
@@ -145,11 +146,11 @@ def test_only_the_hundred_best_of_a_class_in_an_image_count():
         assert coco(found, targets)[1] == pytest.approx(expected, abs=1e-9)
 
 
-def test_nothing_found_and_nothing_to_find_are_zero():
+def test_nothing_found_is_zero_and_nothing_to_find_undefined():
     none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
     empty = torch.full((1, 2, 5), -1.0)
     full = torch.tensor([[[0.0, 0, 5, 5, 1], [-1, -1, -1, -1, -1]]])
-    assert ours(([none], empty)) == (0, 0)
+    assert all(math.isnan(value) for value in ours(([none], empty)))
     assert ours(([none], full)) == (0, 0)
 
 

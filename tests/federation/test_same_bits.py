@@ -164,7 +164,6 @@ def test_images_at_real_sites_that_compress_views_or_tune_ever_more_give_the_bit
         small = places.agreed("small")
         kept = {name: places.memories(name) - before[name] for name in names}
         grown = places.agreed("grown")
-        places.agreed("fednova")
     assert [line["tuning"] for line in grown["rounds"]] == ["head", "last-k with layers = 1", "full"]
     assert small["model_sha256"] != places.expected("views-fedadam")["model_sha256"]
     assert small["bytes_up"] < small["bytes_down"] / 3.9
@@ -180,18 +179,17 @@ def test_texts_at_real_sites_that_keep_their_heads_or_send_sums_give_the_bits_of
     with places.sites("news-fedadam", [1, 2, 0]):
         places.agreed("news-fedadam")
         before = {name: places.memories(name) for name in client_names(CLIENTS)}
-        places.agreed("own-heads")
         places.agreed("mixture")
         for name, known in before.items():
-            assert len(places.memories(name) - known) == 4  # two rounds of training in each of two runs
+            assert len(places.memories(name) - known) == 2  # two rounds of training
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("names", "order"),
     [
-        (["digits-fedavg", "digits-fedadam", "views-fedavg", "views-fedadam"], [0, 1, 2]),
-        (["news-fedavg"], [2, 1, 0]),
+        (["digits-fedavg", "digits-fedadam", "views-fedavg", "views-fedadam", "fednova"], [0, 1, 2]),
+        (["news-fedavg", "own-heads"], [2, 1, 0]),
         (["varied-fedavg", "compiled-fedavg", "varied-fedadam", "compiled-fedadam"], [0, 2, 1]),
     ],
 )
