@@ -17,7 +17,7 @@ import torch
 from atoll.protocol.messages import Update
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.mean import moved, weighted_mean
+from atoll.strategies.mean import example_counts, moved, weighted_mean
 from atoll.strategies.strategy import Plan, State
 
 
@@ -41,9 +41,7 @@ class FedExp:
 
 def extrapolation(updates: Sequence[Update], mean: Tensors, epsilon: float) -> float:
     """The paper's eta_g, of the updates and their weighted mean; 1 where nothing moved."""
-    counts = (
-        updates.num_examples if isinstance(updates, StackedUpdates) else [u.num_examples for u in updates]
-    )
+    counts = example_counts(updates)
     spread = sum(n * _square(_delta(updates, i)) for i, n in enumerate(counts)) / sum(counts)
     below = 2 * (_square(mean) + epsilon)
     return max(1.0, spread / below) if below else 1.0

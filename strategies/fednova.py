@@ -19,7 +19,7 @@ from atoll.errors import InconsistentUpdates
 from atoll.protocol.messages import LOCAL_STEPS, Update
 from atoll.protocol.stacked_updates import stacked, stacked_states
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.mean import moved, weighted_mean
+from atoll.strategies.mean import example_counts, moved, weighted_mean
 from atoll.strategies.strategy import Plan, State
 
 
@@ -42,7 +42,7 @@ class FedNova:
             InconsistentUpdates: an update doesn't say how many steps made it.
         """
         steps = _steps(updates)
-        counts = torch.tensor([u.num_examples for u in updates], dtype=torch.float64)
+        counts = torch.tensor(example_counts(updates), dtype=torch.float64)
         effective = float(counts @ steps / counts.sum())
         scale = effective / steps
         whole = stacked(updates)

@@ -28,9 +28,7 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
     Raises:
         InconsistentUpdates: there is no update, or none has an example.
     """
-    counts = (
-        updates.num_examples if isinstance(updates, StackedUpdates) else [u.num_examples for u in updates]
-    )
+    counts = example_counts(updates)
     total = sum(counts)
     if total == 0:
         raise InconsistentUpdates("no examples behind any update: nothing to average")
@@ -38,6 +36,13 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
     if isinstance(updates, StackedUpdates):
         return {name: _of_stack(weights, delta, total) for name, delta in updates.delta.items()}
     return {name: _of_each(weights, [u.delta[name] for u in updates], total) for name in updates[0].delta}
+
+
+def example_counts(updates: Sequence[Update]) -> Sequence[int]:
+    """How many examples are behind each update, without taking a stack apart."""
+    if isinstance(updates, StackedUpdates):
+        return updates.num_examples
+    return [update.num_examples for update in updates]
 
 
 STACK_BLOCK = 1 << 16

@@ -25,10 +25,9 @@ from atoll.errors import InputError
 from atoll.job.job import Job
 from atoll.job.privacy import PLACES
 from atoll.job.section import Section
-from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner
 from atoll.server.job_checks import validate_for_deployment
-from atoll.strategies import build_strategy, check_merging
+from atoll.server.run.run_job import validate_job
 from atoll.tasks import task_named
 from tests.record_neighbours import TaskData
 from tests.task_jobs import TABLES
@@ -135,17 +134,13 @@ def factors() -> dict[str, tuple[Any, ...]]:
     """The values that each key may have in a row, None for its default; no key without other values."""
     found: dict[str, tuple[Any, ...]] = {
         "task": tuple(sorted(TABLES)),
-        "tune.method": get_args(_tuned().annotation),
+        "tune.method": get_args(dict(keys())["tune.method"].annotation),
         "promise": tuple(promises()),
     }
     for key, field in keys():
         if key not in LEFT_OUT and key not in found and (values := GIVEN.get(key) or typical(field)):
             found[key] = (None, *values)
     return found
-
-
-def _tuned() -> FieldInfo:
-    return next(field for key, field in keys() if key == "tune.method")
 
 
 def keys() -> Iterator[tuple[str, FieldInfo]]:
@@ -215,9 +210,7 @@ def job_in(row: Mapping[str, Any], data: TaskData) -> Job | None:
         section[name] = value
     try:
         job = Job.parse(table, origin="grid")
-        check_merging(job)
-        build_strategy(job.strategy)
-        check_fits(job, task_named(job.task.name))
+        validate_job(job)
         validate_for_deployment(job)
     except InputError:
         return None

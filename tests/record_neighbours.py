@@ -8,15 +8,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from atoll.data.dataset import Dataset
 from atoll.job.job import Job
 from atoll.tasks import task_named
 from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_bad_data import png
-from tests.test_told import GIVEN, ODD, OPTIONS, all_of_class, rows_of, with_tables
+from tests.test_told import (
+    GIVEN,
+    ODD,
+    OPTIONS,
+    all_of_class,
+    rows_of,
+    with_one_more,
+    with_records,
+    with_tables,
+)
 
 Record = dict[str, Any]
 Change = Callable[[Record], Record]
@@ -119,7 +126,7 @@ class TaskData:
             for name, place in (("first", 0), ("last", 5))
         }
         found |= {
-            f"one more, {name}": _with(own, change[self.task](own[0])) for name, change in changes.items()
+            f"one more, {name}": with_one_more(own, change[self.task]) for name, change in changes.items()
         }
         return {
             name: self._written(f"other/{number}/a", part)
@@ -145,17 +152,8 @@ class TaskData:
         return self.folder / name
 
 
-def _with(rows: Dataset, record: Record) -> Dataset:
-    return Dataset(_table(rows, [*(rows[number] for number in range(len(rows))), record]))
-
-
 def _all(rows: Dataset, change: Change) -> Dataset:
-    return Dataset(_table(rows, [change(rows[number]) for number in range(len(rows))]))
-
-
-def _table(rows: Dataset, records: list[Record]) -> pa.Table:
-    schema = rows.table.schema
-    return pa.table({n: pa.array([r[n] for r in records], schema.field(n).type) for n in schema.names})
+    return with_records(rows, [change(rows[number]) for number in range(len(rows))])
 
 
 def neighbours_of(data: TaskData, job: Job) -> Iterator[tuple[str, Path]]:

@@ -121,10 +121,15 @@ def rows_of(setting: Job, folder: Path) -> Dataset:
 
 
 def with_one_more(rows: Dataset, odd: Odd) -> Dataset:
-    more = odd(rows[0])
-    table = rows.table
-    added = pa.table({n: pa.array([more[n]], table.schema.field(n).type) for n in table.column_names})
-    return Dataset(pa.concat_tables([table, added]))
+    return with_records(rows, [*(rows[number] for number in range(len(rows))), odd(rows[0])])
+
+
+def with_records(rows: Dataset, records: Sequence[dict[str, Any]]) -> Dataset:
+    """The records, in columns of the rows' types."""
+    schema = rows.table.schema
+    return Dataset(
+        pa.table({n: pa.array([r[n] for r in records], schema.field(n).type) for n in schema.names})
+    )
 
 
 @pytest.fixture(scope="module", params=sorted(TABLES))
