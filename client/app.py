@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from atoll.client.dp.ledgers import PrivacyLedgers
@@ -25,7 +25,7 @@ from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
-from atoll.protocol.flower_content import bodies_of, packed, unpacked
+from atoll.protocol.flower_content import bodies_of, packed, packed_greetings, unpacked
 from atoll.protocol.messages import encode_reply, hello_to_json
 from atoll.protocol.requests import decode_request, work_name
 
@@ -67,8 +67,7 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
         for h in (h for h in hellos if not h.refusal):
             held = f"has {h.num_examples} examples for it" if h.num_examples else "takes part"
             logger.info("job %s: %s %s", job.name, h.client, held)
-        answers = [hello_to_json(h) for h in hellos]
-        return Message(RecordDict({"hellos": ConfigRecord({"json": answers})}), reply_to=message)
+        return Message(packed_greetings([hello_to_json(h) for h in hellos]), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

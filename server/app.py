@@ -26,14 +26,15 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid import http_grid
 
-from atoll.errors import DataError, InconsistentUpdates
+from atoll.errors import InconsistentUpdates
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret
-from atoll.protocol.flower_content import bodies_of, packed, unpacked
-from atoll.protocol.messages import Failure, Hello, Reply, decode_reply, hello_from_json
+from atoll.protocol.flower_content import bodies_of, packed
+from atoll.protocol.messages import Failure, Hello, Reply, cleaned
 from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
 from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.server.job_checks import validate_for_deployment
+from atoll.server.received import Replies, greetings
 from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
 from atoll.server.run.run_job import run_job
@@ -64,6 +65,8 @@ A site answers the same request with the same reply and does not train twice.
 """
 RESEND_PART = 0.25
 """Part of the time for a round after which it is sent again, where that is sooner."""
+SHOWN_STRANGERS = 5
+"""Names of one message that are logged."""
 HELLO_AGAIN_SECONDS = 5.0
 """The same of a greeting, which costs little; `federation.wait` bounds how long one may be lost."""
 
@@ -115,9 +118,8 @@ class FlowerTransport:
                 continue  # it is greeted when it is back
             if isinstance(reply, str):
                 self.greeted[node] = [Hello(sites[node], {}, 0, refusal=reply)]
-                continue
-            texts = cast(list[str], reply.config_records["hellos"]["json"])
-            self.greeted[node] = [hello_from_json(text) for text in texts]
+            else:
+                self.greeted[node] = greetings(reply, sites[node], job)
 
     def _by_client(self) -> list[Hello]:
         """All that were greeted, by name. A name belongs to the node that is registered under it."""
@@ -141,7 +143,8 @@ class FlowerTransport:
         """One message for every node that hosts any of the named clients; their replies one by one."""
         letters, shared = {}, encode_request(request)
         common = bodies_of({"tensors": shared[1]})
-        for node, clients in self._hosts(names).items():
+        hosts = self._hosts(names)
+        for node, clients in hosts.items():
             body = common
             if has_parts_per_client(request):
                 body = bodies_of({"tensors": encode_request(request, clients)[1]})
@@ -149,24 +152,17 @@ class FlowerTransport:
         kind = "evaluate" if isinstance(request, EvaluateRequest) else "train"
         for node, reply in self._converse(letters, kind, timeout, REJOIN_SECONDS):
             if isinstance(reply, str):
-                yield from (Failure(name, reply) for name in self._hosts(names)[node])
+                yield from (Failure(name, reply) for name in hosts[node])
                 continue
-            yield from self._decoded(reply)
+            yield from self._read(reply, node, hosts[node])
 
-    def _decoded(self, reply: RecordDict) -> Iterator[Reply]:
-        """The clients' replies in one message; an unreadable one is dropped and named in the log."""
-        heads, bodies = unpacked(reply)
-        for name, head in heads.items():
-            try:
-                decoded = decode_reply(head, bodies[name])
-            except (DataError, KeyError) as error:
-                logger.warning("reply of %s", self._told(f"{name} cannot be read: {error}"))
-                continue
-            if decoded.client == name:
-                yield decoded
-            else:
-                called = f"{name} calls itself {decoded.client}"
-                logger.warning("a reply of %s: dropped", self._told(called))
+    def _read(self, reply: RecordDict, node: int, asked: Sequence[str]) -> Iterator[Reply]:
+        """The replies in one message of that node for the clients that it was asked for."""
+        sizes = {hello.client: hello.num_examples for hello in self.greeted.get(node, ())}
+        replies = Replies(reply, asked, sizes)
+        yield from replies
+        for name in replies.strangers[:SHOWN_STRANGERS]:
+            logger.warning("a reply for %s, which its site was not asked for: dropped", self._told(name))
 
     def _hosts(self, names: Sequence[str]) -> dict[int, list[str]]:
         hosts: dict[int, list[str]] = {}
@@ -257,7 +253,7 @@ class FlowerTransport:
 
 
 def _content(reply: Message) -> RecordDict | str:
-    return (reply.error.reason or NO_REASON) if reply.has_error() else reply.content
+    return cleaned(reply.error.reason or NO_REASON) if reply.has_error() else reply.content
 
 
 app = ServerApp()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from atoll.job.job import Job
-from atoll.protocol.flower_content import bodies_of, packed
+from atoll.protocol.flower_content import bodies_of, packed, packed_greetings
 from atoll.protocol.messages import Hello, Measurement, encode_reply, hello_to_json
 from atoll.protocol.requests import EvaluateRequest
 from atoll.server import app
 from atoll.server.app import FlowerTransport
 from tests.clock import TurnedClock
+from tests.memory_grid import in_a_server_app
 
 NODE = 7
 
@@ -66,15 +66,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> TurnedClock:
 
 
 @pytest.fixture(autouse=True)
-def in_a_server_app(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower lets messages be made in the process of a run only."""
-    for number in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, number, 1)
+def in_an_app() -> Iterator[None]:
+    with in_a_server_app():
+        yield
 
 
 def test_a_greeting_that_was_lost_is_sent_again_well_before_the_wait_is_over(clock: TurnedClock) -> None:
-    hello = hello_to_json(Hello("north", {}, 12))
-    grid = LossyGrid(lost=2, answer=RecordDict({"hellos": ConfigRecord({"json": [hello]})}))
+    hello = hello_to_json(Hello("north", {"classes": ["a", "b"]}, 12))
+    grid = LossyGrid(lost=2, answer=packed_greetings([hello]))
     table = {
         "name": "lost",
         "seed": 1,

@@ -243,12 +243,13 @@ class Learner:
             loss, count = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard), len(shard)
         else:
             loss, count = self._measure(self.filled(tensors), shard, metrics)
-        states = {
-            f"{name}.{state}": getattr(metric, state).clone()
-            for name, metric in metrics.items()
-            for state in metric._defaults
-        }
-        return states | {"loss.sum": loss, "loss.count": torch.tensor(count, dtype=torch.float64)}
+        return states_of(metrics, loss, count)
+
+    def form_of_states(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """(shape, type) of each tensor that `evaluate` returns, by name."""
+        number = torch.zeros((), dtype=torch.float64)
+        states = states_of(self.metrics(), number, 0)
+        return {name: (state.shape, state.dtype) for name, state in states.items()}
 
     def with_soft_labels(self, shard: Shard) -> Shard:
         """A shard as training sees it: with a teacher, its targets hold the teacher's answers too."""
@@ -372,6 +373,16 @@ def ranked(keys: Sequence[bytes], seed: int, purpose: str) -> list[int]:
     prefix = f"{seed}/{purpose}/".encode()
     marks = [hashlib.sha256(prefix + key).digest() for key in keys]
     return sorted(range(len(keys)), key=marks.__getitem__)
+
+
+def states_of(metrics: MetricCollection, loss: torch.Tensor, count: int) -> Tensors:
+    """What metrics have added up so far, the sum of the losses, and of how many examples."""
+    states = {
+        f"{name}.{state}": getattr(metric, state).clone()
+        for name, metric in metrics.items()
+        for state in metric._defaults
+    }
+    return states | {"loss.sum": loss, "loss.count": torch.tensor(count, dtype=torch.float64)}
 
 
 def sum_states(states: Iterable[Tensors]) -> Tensors:

@@ -34,10 +34,10 @@ def read_head(head: str) -> dict[str, Any]:
     try:
         content = json.loads(head)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"malformed message head: {error}") from None
+        raise DataError(f"malformed message head: {error}"[:200]) from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
         found = content.get("version") if isinstance(content, dict) else content
-        raise DataError(f"message version: expected {VERSION}, found {found!r}")
+        raise DataError(f"message version: expected {VERSION}, found {repr(found)[:100]}")
     return content
 
 

@@ -6,7 +6,7 @@ two parts; so what is small travels as one part with the texts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -15,6 +15,8 @@ from atoll.errors import DataError
 SMALL_BYTES = 2**16
 """Bodies of so many bytes together travel with the texts; larger ones as arrays, which Flower streams."""
 
+Content = RecordDict
+"""What a message holds."""
 Bodies = ConfigRecord | ArrayRecord
 """Bytes by name, ready to be sent; to several nodes, without being copied."""
 
@@ -40,15 +42,36 @@ def unpacked(content: RecordDict) -> tuple[dict[str, str], dict[str, bytes]]:
     Raises:
         DataError: the message was sent by another version of Atoll.
     """
-    try:
-        head = content.config_records["head"]
-    except KeyError:
-        raise DataError("message without its head: sent by another version of Atoll?") from None
+    head = _record(content, "head")
     texts = {key.removeprefix("text/"): value for key, value in head.items() if isinstance(value, str)}
     bodies = {key.removeprefix("body/"): value for key, value in head.items() if isinstance(value, bytes)}
     for name, array in content.array_records.get("bodies", ArrayRecord()).items():
         bodies[name] = array.data
     return texts, bodies
+
+
+def packed_greetings(texts: Sequence[str]) -> RecordDict:
+    """The content of a site's answer to a greeting: a text for each of its clients."""
+    return RecordDict({"hellos": ConfigRecord({"json": list(texts)})})
+
+
+def unpacked_greetings(content: RecordDict) -> list[str]:
+    """What `packed_greetings` took.
+
+    Raises:
+        DataError: the message holds something else.
+    """
+    texts = _record(content, "hellos").get("json")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError("message without greetings: sent by another version of Atoll?")
+    return [str(text) for text in texts]
+
+
+def _record(content: RecordDict, name: str) -> ConfigRecord:
+    try:
+        return content.config_records[name]
+    except KeyError:
+        raise DataError(f"message without its {name}: sent by another version of Atoll?") from None
 
 
 def _array(body: bytes) -> Array:

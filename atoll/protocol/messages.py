@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from atoll.errors import DataError
 from atoll.protocol.fields import SHARED, VERSION, checked, decode, encode, read_head
 from atoll.protocol.tensors import Tensors
 
@@ -15,6 +16,13 @@ DataInfo = dict[str, Any]
 
 CHARGED_ROUNDS = "privacy.rounds"
 """A state of updates under a promise that the client keeps: rounds of this run in the client's ledger."""
+
+MOST_CHARACTERS = 500
+"""Of a sentence from another machine; the rest is cut off."""
+NAME_CHARACTERS = 128
+"""Of a client's name at most."""
+HELLO_CHARACTERS = 2**23
+"""Of a greeting at most: the texts of 100,000 items."""
 
 LOCAL_STEPS = "local_steps"
 """In a plan, that clients are to send the state of this name: what their local gradients weigh together."""
@@ -80,6 +88,18 @@ KINDS: Mapping[str, type[Reply]] = {
 }
 
 
+def cleaned(text: str, most: int = MOST_CHARACTERS) -> str:
+    """A sentence from another machine, as it may stand in logs, in files and on a terminal.
+
+    It is on one line, has no control characters and at most `most` characters before it is cut.
+
+    >>> cleaned("no\\n\\x1b[2Jround 9: done"), cleaned("a" * 9, most=5)
+    ('no �[2Jround 9: done', 'aaaaa… (9 characters)')
+    """
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[: 2 * most].split()))
+    return line if len(text) <= most else f"{line[:most]}… ({len(text)} characters)"
+
+
 def encode_reply(reply: Reply) -> tuple[str, bytes]:
     """The reply as (JSON head, safetensors body)."""
     return encode(reply)
@@ -91,7 +111,8 @@ def decode_reply(head: str, body: bytes) -> Reply:
     Raises:
         DataError: the message is of another version or kind, or malformed.
     """
-    return decode(KINDS, "reply", head, body)
+    reply = decode(KINDS, "reply", head, body)
+    return replace(reply, reason=cleaned(reply.reason)) if isinstance(reply, Failure) else reply
 
 
 def hello_to_json(hello: Hello) -> str:
@@ -103,6 +124,11 @@ def hello_from_json(text: str) -> Hello:
     """Read what `hello_to_json` wrote.
 
     Raises:
-        DataError: the message is of another version, or malformed.
+        DataError: the message is of another version, malformed or too long.
     """
-    return checked(Hello, read_head(text))
+    if len(text) > HELLO_CHARACTERS:
+        raise DataError(f"a greeting of {len(text)} characters, expected at most {HELLO_CHARACTERS}")
+    hello = checked(Hello, read_head(text))
+    if not (hello.client.isprintable() and 0 < len(hello.client) <= NAME_CHARACTERS):
+        raise DataError(f"the client's name: expected 1 to {NAME_CHARACTERS} printable characters")
+    return replace(hello, refusal=cleaned(hello.refusal))

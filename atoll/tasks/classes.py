@@ -14,15 +14,17 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.task import Task
-from atoll.tasks.told import PINNED, ToldField
+from atoll.tasks.told import MOST_CLASSES, PINNED, ToldField
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 
-def names_told(key: str = "classes", what: str = "classes") -> tuple[ToldField, ...]:
+def names_told(
+    key: str = "classes", what: str = "classes", at_most: int = MOST_CLASSES
+) -> tuple[ToldField, ...]:
     """What a greeting with names under that key tells: those of the data, unless the job gives them."""
-    return ToldField(key, "example", "data.classes", f"the list of {what}"), PINNED
+    return ToldField(key, "example", "data.classes", f"the list of {what}", "names", at_most), PINNED
 
 
 def rows_named(names: Sequence[str], data: DataSection) -> Sequence[int]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from atoll.tasks.task import Task
 
 Concerns = Literal["public", "client", "example"]
+Holds = Literal["names", "texts", "number", "flag", "anything"]
+MOST_CLASSES = 10_000
+"""Classes that clients may tell of; where there are more, the job names them."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,19 @@ class ToldField:
 
     It `concerns` nobody ("public": job and installed code fix it), a client's data as a whole, or maybe a
     single example. `given_by` is the key by which a job gives it, so that no client is asked, and `what` that
-    key holds, in words.
+    key holds, in words. The field `holds` different names, texts, a whole number from -1 on, or yes and no,
+    and `at_most` so many names or texts, or that number: the server refuses greetings of any other form.
     """
 
     name: str
     concerns: Concerns
     given_by: str = ""
     what: str = ""
+    holds: Holds = "anything"
+    at_most: int = MOST_CLASSES
 
 
-PINNED = ToldField("pinned", "public")
+PINNED = ToldField("pinned", "public", holds="flag")
 """That the job names the classes itself."""
 
 

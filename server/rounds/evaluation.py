@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Set
 from functools import partial
 from typing import Any
 
 from atoll.learning.learner import sum_states
-from atoll.protocol.messages import Failure, Measurement
+from atoll.protocol.messages import Failure, Measurement, Reply
 from atoll.protocol.random_streams import stream
 from atoll.protocol.requests import EvaluateRequest
 from atoll.protocol.tensors import size_of
 from atoll.server.rounds.cohort import some
 from atoll.server.rounds.run_state import Run
+from atoll.server.rounds.validation import measurement_fault
 from atoll.tasks.metric_values import MetricValues
 
 logger = logging.getLogger(__name__)
@@ -59,15 +61,25 @@ def evaluate_clients(run: Run, *, adapt_steps: int = 0, of_shared_model: bool = 
     )  # fmt: skip
     replies = run.send(request, names)
     run.state.bytes_down += len(names) * size_of(run.state.tensors)
-    asked = set(names)
-    measurements = []
+    return _usable(replies, set(names), run)
+
+
+def _usable(replies: Iterable[Reply], asked: Set[str], run: Run) -> list[Measurement]:
+    """The measurements of those who were asked, each of the form that the metrics have, by client name."""
+    found: dict[str, Measurement] = {}
+    form = run.state.learner.form_of_states()
     for reply in replies:
         match reply:
-            case Measurement() if reply.client in asked:
-                measurements.append(reply)
             case Failure():
-                logger.warning("evaluation: set aside %s: %s", reply.client, reply.reason)
-    return sorted(measurements, key=lambda m: m.client)
+                fault: str | None = reply.reason
+            case Measurement() if reply.client in asked and reply.client not in found:
+                fault = measurement_fault(reply, run.state.round, form)
+                found |= {} if fault else {reply.client: reply}
+            case _:
+                fault = "sent what it was not asked for"
+        if fault is not None:
+            logger.warning("evaluation: set aside %s: %s", reply.client, fault)
+    return [found[name] for name in sorted(found)]
 
 
 def evaluation_clients(run: Run) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -164,6 +164,28 @@ def _states_fault(states: Tensors, *, blind: bool) -> str | None:
             return f"metric state {name} is not one finite number"
         if name == LOCAL_STEPS and not value > 0:
             return f"metric state {name}: expected more than 0, found {float(value):g}"
+    return None
+
+
+def measurement_fault(
+    measurement: Measurement, round: int, form: Mapping[str, tuple[torch.Size, torch.dtype]]
+) -> str | None:
+    """Why a measurement can't be used; None if it can. `form` is that of its metric states."""
+    n, states = measurement.num_examples, measurement.states
+    if measurement.round != round:
+        return f"measurement of round {measurement.round}, expected round {round}"
+    if not 0 <= n <= MAX_EXAMPLES:
+        return f"num_examples: expected an integer from 0 to {MAX_EXAMPLES}, found {n!r}"
+    if n == 0 and not states:
+        return None
+    if states.keys() != form.keys():
+        odd = sorted(states.keys() ^ form.keys())[0]
+        return f"metric state {odd[:100]} is {'unexpected' if odd in states else 'missing'}"
+    for name, (shape, dtype) in form.items():
+        if states[name].shape != shape or states[name].dtype != dtype:
+            return f"metric state {name} has another shape or type"
+        if not torch.isfinite(states[name]).all():
+            return f"metric state {name} is not finite"
     return None
 
 

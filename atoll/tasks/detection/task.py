@@ -48,7 +48,9 @@ class Detection(SchemaTask):
 
     told = (
         *names_told(),
-        ToldField("most", "example", "task.options.max_boxes", "the most boxes of a picture that are used"),
+        ToldField(
+            "most", "example", "task.options.max_boxes", "the most boxes of a picture that are used", "number"
+        ),
     )
 
     name: str = "object-detection"

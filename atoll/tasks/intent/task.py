@@ -48,8 +48,8 @@ IGNORE_INDEX = -100
 
 OUTSIDE = "O"
 
-TAGS = ToldField("tags", "example", "task.options.tags", "the list of slot tags")
-PUBLIC_TAGS = ToldField("tags", "public")
+TAGS = ToldField("tags", "example", "task.options.tags", "the list of slot tags", "names")
+PUBLIC_TAGS = ToldField("tags", "public", holds="names")
 
 
 class IntentOptions(Section):

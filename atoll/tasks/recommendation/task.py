@@ -39,8 +39,16 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 """A target that isn't there: in front of a short history."""
 
-TEXTS = ToldField("texts", "example", "task.options.texts", "the items' texts in the order of data.classes")
-UNREAD_TEXTS = ToldField("texts", "public")
+MOST_ITEMS = 200_000
+TEXTS = ToldField(
+    "texts",
+    "example",
+    "task.options.texts",
+    "the items' texts in the order of data.classes",
+    "texts",
+    MOST_ITEMS,
+)
+UNREAD_TEXTS = ToldField("texts", "public", holds="texts", at_most=MOST_ITEMS)
 """Under a promise they are made of no rows, and so empty unless the job gives them."""
 
 UNKNOWN = -1
@@ -74,7 +82,7 @@ class Recommendation(Task):
     def told_for(self, job: Job) -> Sequence[ToldField]:
         """The items, and their texts where the network reads them; else no text is told that isn't given."""
         read = "text" in job.backbone.options
-        return (*names_told("items", "items"), TEXTS if read else UNREAD_TEXTS)
+        return (*names_told("items", "items", MOST_ITEMS), TEXTS if read else UNREAD_TEXTS)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         diagnostics = Diagnostics()

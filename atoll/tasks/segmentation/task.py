@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torchmetrics import MetricCollection
 
+CLASSES = "task.options.classes"
+
 
 class SegmentationOptions(Section):
     """`task.options` of segmentation: what the pixels' values 0, 1, … stand for."""
@@ -74,9 +76,9 @@ class Segmenter(Model):
 class Segmentation(SchemaTask):
     """Targets are masks [n, s, s] of the pictures' own size, resized without mixing classes."""
 
-    told = tuple(
-        ToldField(name, "example", "task.options.classes", "the list of classes")
-        for name in ("classes", "highest")
+    told = (
+        ToldField("classes", "example", CLASSES, "the list of classes", "names", IGNORED),
+        ToldField("highest", "example", CLASSES, "the list of classes", "number", IGNORED),
     )
 
     name: str = "segmentation"

@@ -1,0 +1,97 @@
+"""What a site sent, before anything believes it: sizes first, then form, then whose it is.
+
+Whatever is wrong with a message sets its own clients aside with a reason, and touches no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from atoll.errors import DataError
+from atoll.job.job import Job
+from atoll.protocol.flower_content import Content, unpacked, unpacked_greetings
+from atoll.protocol.messages import (
+    Failure,
+    Hello,
+    Measurement,
+    Reply,
+    Update,
+    cleaned,
+    decode_reply,
+    hello_from_json,
+)
+from atoll.server.rounds.validation import MAX_EXAMPLES
+from atoll.tasks import task_named
+from atoll.tasks.info_checks import check_info
+
+MOST_CLIENTS = 10_000
+"""That one site may host."""
+
+
+def greetings(content: Content, site: str, job: Job) -> list[Hello]:
+    """The clients of a site as they introduce themselves, with a refusal for each that can't take part."""
+    try:
+        texts = unpacked_greetings(content)
+        if len(texts) > MOST_CLIENTS:
+            raise DataError(f"{len(texts)} clients, expected at most {MOST_CLIENTS}")
+        hellos = [hello_from_json(text) for text in texts]
+    except DataError as error:
+        return [Hello(site, {}, 0, refusal=cleaned(f"its greeting cannot be read: {error}"))]
+    return [_believed(hello, job) for hello in hellos]
+
+
+def _believed(hello: Hello, job: Job) -> Hello:
+    if hello.refusal:
+        return replace(hello, data_info={}, num_examples=0)
+    try:
+        if not 0 <= hello.num_examples <= MAX_EXAMPLES:
+            raise DataError(f"num_examples: expected 0 to {MAX_EXAMPLES}, found {hello.num_examples}")
+        check_info(task_named(job.task.name), job, hello.data_info)
+    except DataError as error:
+        return Hello(hello.client, {}, 0, refusal=cleaned(str(error)))
+    return hello
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The replies in one message of a site that was asked for the clients `asked`.
+
+    `greeted` says how many examples a client told of, where it did; `strangers` are names that the message
+    has beside those asked for, whose content nobody looks at.
+    """
+
+    content: Content
+    asked: Sequence[str]
+    greeted: Mapping[str, int] = field(default_factory=dict)
+    strangers: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Reply]:
+        """One reply for every client that was asked."""
+        try:
+            heads, bodies = unpacked(self.content)
+        except DataError as error:
+            yield from (Failure(name, _unreadable(error)) for name in self.asked)
+            return
+        self.strangers.extend(cleaned(name, 100) for name in sorted(heads.keys() - set(self.asked)))
+        for name in self.asked:
+            if name in heads and name in bodies:
+                yield self._reply(name, heads[name], bodies[name])
+            else:
+                yield Failure(name, "its site sent a message without its reply")
+
+    def _reply(self, name: str, head: str, body: bytes) -> Reply:
+        try:
+            reply = decode_reply(head, body)
+        except DataError as error:
+            return Failure(name, _unreadable(error))
+        if reply.client != name:
+            return Failure(name, f"its reply is that of {cleaned(reply.client, 100)!r}")
+        told = self.greeted.get(name, 0)
+        if told and isinstance(reply, Update | Measurement) and reply.num_examples > told:
+            return Failure(name, f"{reply.num_examples} examples in its reply, {told} in its greeting")
+        return reply
+
+
+def _unreadable(error: DataError) -> str:
+    return cleaned(f"its reply cannot be read: {error}")
