@@ -18,6 +18,8 @@ from hypothesis import settings
 import atoll.system.fork_server
 from tests.budget import RECORD, budgets
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Several processes share the cores; what a test computes says itself on how many threads."""
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 """A compiler of torch's in the same process: more of them are processes that import all of torch each."""
 

@@ -746,7 +746,7 @@ def test_workers_do_not_outlive_a_killed_run(tmp_path: Path, long_job: Path) -> 
     run = tmp_path / "run"
     process = started(
         "simulate", long_job, "--workers", "2", "--out", run,
-        "--set", "tune.method=full", "--set", "data.test_fraction=0.95",
+        "--set", "tune.method=full", "--set", "data.test_fraction=0.95", "--set", "evaluate.every=100000",
     )  # fmt: skip
     until_rounds(1, run, process)
     assert alive_in_group(process.pid) > 3  # the command, the fork server and two workers
