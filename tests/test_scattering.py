@@ -5,6 +5,7 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from atoll.backbones.scattering.transform import Scattering, scattering_width
 from atoll.backbones.vision import VisionEncoder, load_vision_encoder
 from atoll.cli.listing import backbones
 from atoll.errors import WeightsError
-from atoll.job.job import BackboneSection
+from atoll.job.job import BackboneSection, Job
+from atoll.privacy.accounting import Release, epsilon, epsilon_rdp
+from atoll.privacy.dp_plan import dp_plan_of
 from tests.small import grey_png_shard
 
 SECTION = BackboneSection(name="atoll:scattering", image_size=16)
@@ -177,3 +180,16 @@ def test_what_it_does_not_take_is_answered_in_one_line(keys: dict[str, object], 
     with pytest.raises(WeightsError, match=pattern) as caught:
         encoder(SECTION.model_copy(update=keys))
     assert "\n" not in str(caught.value)
+
+
+def test_the_job_on_fashion_mnist_is_the_central_algorithm_within_its_epsilon() -> None:
+    """One noised sum a round over all examples, each in it at the rate that the accountant is told."""
+    job = Job.load(Path("jobs/fashion-private.toml"))
+    dp_plan = dp_plan_of(job, "example")
+    assert dp_plan is not None and job.backbone.name == SECTION.name and not job.privacy.seeded_noise
+    assert (dp_plan.where, dp_plan.per_round, job.federation.secure_threshold) == ("distributed", 1, 1.0)
+    assert dp_plan.divisor == pytest.approx(60_000 * dp_plan.event.sampling_rate, rel=1e-3)
+    assert 2.99 < epsilon({dp_plan.event: job.federation.rounds}, 1e-5) <= 3.0
+    # What Tramèr and Boneh 2021 publish for 50 passes over 60,000 examples: epsilon 3 by RDP.
+    published = {Release(4.05, 8192 / 60_000): 366}
+    assert epsilon_rdp(published, 1e-5) == pytest.approx(3.0, abs=0.01)
