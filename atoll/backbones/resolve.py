@@ -56,6 +56,9 @@ NETWORK = "task:network"
 RAW = "raw:pixels"
 """No backbone: an image's own pixels are its features."""
 
+SCATTERING = "scattering"
+"""Atoll's features of pictures by fixed filters, which have no weights."""
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -80,7 +83,7 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     is_bodied = (found.kind, found.name) == ("atoll", BODIED)
     key = "body" if is_bodied else "text"
     second = section.options.get(key)
-    if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied):
+    if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied and found.name != SCATTERING):
         return found
     own: dict[str, Any] = {"name": second, "options": {}}
     also = None
@@ -134,8 +137,8 @@ def check_backbone(section: BackboneSection) -> None:
 
 
 def _check_own(name: str) -> None:
-    if name not in BUILTIN:
-        known = [f"atoll:{one}" for one in BUILTIN]
+    if name not in (*BUILTIN, SCATTERING):
+        known = [f"atoll:{one}" for one in (*BUILTIN, SCATTERING)]
         raise WeightsError(
             f"backbone.name: there is no network 'atoll:{name}', {did_you_mean(f'atoll:{name}', known)}"
         )
@@ -162,6 +165,8 @@ def _check_folder(name: str) -> None:
 
 def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
     """A network that a task builds itself: its first values are random, or a file's."""
+    if name == SCATTERING:
+        return _resolve_scattering(section)
     built = json.dumps([name, section.model_dump(mode="json")["options"]], sort_keys=True)
     if section.weights == "pretrained" and name != BODIED:
         raise WeightsError(
@@ -172,6 +177,15 @@ def _resolve_own(section: BackboneSection, name: str, seed: int) -> Backbone:
         return Backbone(kind, name, f"random, seed {seed}", None, None, _random_print(built, seed))
     path = _weights_file(section)
     return Backbone(kind, name, f"file {path}", None, path, _files_print([path]))
+
+
+def _resolve_scattering(section: BackboneSection) -> Backbone:
+    if section.weights != "pretrained":
+        raise WeightsError(
+            f"backbone.weights: {section.name} has none, its filters are computed; expected no such key,"
+            f" found {section.weights!r}"
+        )
+    return Backbone("atoll", SCATTERING, "nowhere: its filters are computed", None, None, "scattering 1")
 
 
 def _weights_file(section: BackboneSection) -> Path:
@@ -365,7 +379,7 @@ def known_width(backbone: Backbone) -> int | None:
         from atoll.backbones.vision import torchvision_width
 
         return torchvision_width(backbone.name)
-    if backbone.kind == "raw":
+    if backbone.kind in ("raw", "atoll"):
         return None
     written = json.loads((Path(backbone.folder or "") / "config.json").read_text("utf-8"))
     if isinstance(written.get("hidden_size"), int):

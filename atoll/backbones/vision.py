@@ -12,7 +12,8 @@ from torch import nn
 from atoll.backbones.augmentation import framed, varied_image
 from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
-from atoll.backbones.resolve import Backbone
+from atoll.backbones.resolve import SCATTERING, Backbone
+from atoll.backbones.scattering.transform import Scattering
 from atoll.backbones.torchvision_models import torchvision_names
 from atoll.data.images import decode_image, eight_bits, scaled
 from atoll.errors import WeightsError
@@ -24,7 +25,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 RAW_SIZE = 28
-"""Of images without a network, where the job names no other."""
+"""Of images without a trained network, where the job names no other."""
 
 
 class UnitPixels(nn.Module):
@@ -105,6 +106,9 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
     if backbone.kind == "raw":
         side = section.image_size or RAW_SIZE
         return VisionEncoder(UnitPixels(), side, (0.0,) * 3, (1.0,) * 3, 3 * side * side)
+    if (backbone.kind, backbone.name) == ("atoll", SCATTERING):
+        transform = Scattering(section.image_size or RAW_SIZE).eval()
+        return VisionEncoder(transform, transform.side, (0.0,) * 3, (1.0,) * 3, transform.width)
     trunk, width = torchvision_trunk(backbone.name, seed)
     if backbone.weights is not None:
         state = load_weights(backbone.weights)

@@ -21,7 +21,7 @@ def tasks() -> Lines:
 
 
 def backbones() -> Lines:
-    from atoll.backbones.resolve import BUILTIN, NETWORK, PACKAGED, RAW
+    from atoll.backbones.resolve import BUILTIN, NETWORK, PACKAGED, RAW, SCATTERING
     from atoll.backbones.torchvision_models import TorchvisionKind, torchvision_names
 
     packaged = [
@@ -32,6 +32,11 @@ def backbones() -> Lines:
         ("hf:NAME", "any transformers encoder, from its cache or the hub", "transformers"),
         ("FOLDER", "any folder written by save_pretrained", "transformers"),
         (RAW, "no network: an image's pixels, scaled to length 1; head only", BUILT_IN),
+        (
+            f"atoll:{SCATTERING}",
+            "a picture's edges by fixed filters (Bruna and Mallat 2013), no weights; head only",
+            BUILT_IN,
+        ),
         (NETWORK, "the network that the task itself builds, such as an extension's", "the task"),
     ]
     own = [(f"atoll:{name}", f"built by Atoll, for {what}", BUILT_IN) for name, what in BUILTIN.items()]

@@ -1,0 +1,1 @@
+"""`atoll:scattering`: its filters, and the transform."""
