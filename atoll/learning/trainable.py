@@ -199,6 +199,7 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
     product of means. A is drawn from the job's seed, the same everywhere.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Conv2d as LoraConv2d
 
     of_head = {id(module) for module in model.head.modules()}
     names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) not in of_head]
@@ -216,8 +217,23 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
     config = LoraConfig(r=rank, lora_alpha=tune.alpha or 2 * rank, target_modules=wanted, lora_dropout=0.0)  # type: ignore[arg-type]
     with global_stream(seed, "init", "lora"):
         inject_adapter_in_model(config, model.backbone)
+    for module in model.backbone.modules():
+        if isinstance(module, LoraConv2d):
+            for factor in module.lora_A.values():
+                _convolve_like(factor, module.get_base_layer())
     for name, parameter in model.backbone.named_parameters():
         parameter.requires_grad_("lora_B" in name or ("lora_" in name and not tune.freeze_a))
+
+
+def _convolve_like(factor: nn.Module, base: nn.Module) -> None:
+    """Let A look at the places that its layer looks at: peft gives it stride and padding, and no dilation.
+
+    B, of one place, is none the wiser: the product of both, added to the layer's weight, is the same.
+    """
+    assert isinstance(factor, nn.Conv2d) and isinstance(base, nn.Conv2d)
+    factor.dilation = base.dilation
+    factor.padding_mode = base.padding_mode
+    factor._reversed_padding_repeated_twice = base._reversed_padding_repeated_twice
 
 
 def _takes_lora(module: nn.Module) -> bool:
