@@ -210,6 +210,15 @@ class Learner:
                 return model.predict(self._on_device(self.encoder.preprocess_and_collate(inputs)))
         return self._fresh_outputs(tensors, shard)
 
+    def answers(self, tensors: Tensors, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the model says of raw inputs, one dictionary each, as `atoll predict` shows it."""
+        if self.task.uses_pooled_features:
+            return self.task.format_predictions(self.predictions(tensors, inputs), self.data_info)
+        model = self.filled(tensors)
+        with torch.inference_mode():
+            batch = self._on_device(self.encoder.preprocess_and_collate(inputs))
+            return self.task.answers(model, batch, inputs, self.data_info)
+
     def _fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         if not self.uses_features:
             return self.outputs(tensors, shard)

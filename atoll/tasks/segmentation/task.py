@@ -28,7 +28,7 @@ from atoll.backbones.small_vision import SEGMENTER, SmallPictureOptions, small_s
 from atoll.backbones.vision import IMAGENET_MEAN, IMAGENET_STD
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
-from atoll.data.images import read_image_input
+from atoll.data.images import IMAGE_SUFFIXES, decode_image, read_image_input
 from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Lazy, Shard, canonical_order
@@ -37,6 +37,7 @@ from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Section
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
+from atoll.tasks.drawing import hex_colour, mask_over, mask_png
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.segmentation.data import IGNORED, MASKS, highest_class, read_mask
 from atoll.tasks.segmentation.segformer import load_segformer
@@ -158,6 +159,9 @@ class Segmentation(SchemaTask):
         inputs = LazyRows(LazyColumn(dataset, "image", _image), order)
         return Shard(inputs, Lazy(target, order), tuple(keys[row] for row in order))
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        return IMAGE_SUFFIXES
+
     def parse_input(self, given: str) -> Any:
         """The bytes of an image file."""
         return read_image_input(given)
@@ -216,6 +220,35 @@ class Segmentation(SchemaTask):
             }
             rows.append({"label": ", ".join(shares), "shares": shares})
         return rows
+
+    def answers(
+        self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
+    ) -> list[dict[str, Any]]:
+        """At every pixel of the picture as it was given: `mask`, a class, and `scores`, its probability.
+
+        Both are [height, width], of uint8 and float32; `colours` are those of the mask's file. The scores
+        are resized before the highest is taken, so that edges aren't those of the network's square.
+        """
+        found = []
+        for scores, data in zip(model(batch).float().cpu(), inputs, strict=True):
+            with_size = decode_image(data, "image", verify=False)
+            size = (with_size.height, with_size.width)
+            resized = nn.functional.interpolate(scores[None], size, mode="bilinear")[0]
+            highest, mask = resized.softmax(0).max(0)
+            (answer,) = self.format_predictions([mask], data_info)
+            answer["colours"] = {name: hex_colour(number) for number, name in enumerate(data_info["classes"])}
+            found.append(answer | {"mask": mask.to(torch.uint8).numpy(), "scores": highest.numpy()})
+        return found
+
+    def files(
+        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+    ) -> dict[str, bytes]:
+        """The mask as a PNG of class indices with a palette, and it over the picture."""
+        found = {"mask.png": mask_png(answer["mask"])}
+        if overlay:
+            picture = decode_image(given, "image", verify=False)
+            found["overlay.png"] = mask_over(picture, answer["mask"], data_info["classes"])
+        return found
 
 
 def _image(cell: Mapping[str, Any]) -> bytes:
