@@ -205,6 +205,18 @@ def test_training_beats_the_untrained_network() -> None:
     assert trained["loss"] < untrained["loss"]
 
 
+@pytest.mark.parametrize(
+    ("name", "own"), [("deeplabv3_resnet50", 520), ("lraspp_mobilenet_v3_large", 520), ("other", 128)]
+)
+def test_without_a_size_pictures_are_as_large_as_the_networks_own(name: str, own: int) -> None:
+    network = f"torchvision:{name}" if name != "other" else "atoll:small-segmenter"
+    learner, shard = prepared(job(backbone={"name": network, "weights": "random"}), 1)
+    assert shard.targets_of([0]).shape == (1, own, own)
+    words = f"pictures resized to {own} x {own}, the network's own size (backbone.image_size says another)"
+    assert learner.task.inputs_in_words == words
+    assert prepared(job(), 1)[0].task.inputs_in_words == "pictures resized to 32 x 32"
+
+
 def test_weights_of_other_classes_leave_the_last_layers_fresh(tmp_path: Path) -> None:
     from torchvision import models
 

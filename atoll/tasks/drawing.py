@@ -67,7 +67,7 @@ def boxes_over(picture: Image.Image, boxes: Sequence[Mapping[str, Any]], classes
         left, top, right, bottom = (
             part * side for part, side in zip(one["box"], image.size * 2, strict=True)
         )
-        draw.rectangle((left, top, right, bottom), outline=colour, width=max(1, max(image.size) // 300))
+        draw.rectangle((left, top, right, bottom), outline=colour, width=max(2, max(image.size) // 300))
         tag = f"{one['class']} {one['score']:.2f}"
         height = _height(font, tag)
         _name_tag(draw, font, (left, top - height if top >= height else top), tag, colour)

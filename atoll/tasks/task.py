@@ -63,6 +63,9 @@ class Task(Protocol):
     head_loss: Literal["softmax", "sigmoid", "squared"] = "softmax"
     """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
 
+    inputs_in_words: str = ""
+    """What becomes of inputs before the network sees them, for a run's first lines, if that is told."""
+
     told: tuple[ToldField, ...] | None = None
     """The fields of `local_info`, each with whom it concerns; where it isn't said it counts as unknown.
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atoll.backbones.dense_vision import SIZE, picture_size, refuse_variation, size_of, without_other_parts
+from atoll.backbones.dense_vision import (
+    SIZE,
+    picture_size,
+    refuse_variation,
+    size_in_words,
+    size_of,
+    without_other_parts,
+)
 from atoll.backbones.encoder import Batch, Model
 from atoll.backbones.options import options_of
 from atoll.backbones.resolve import Backbone
@@ -58,11 +65,14 @@ class Detection(SchemaTask):
     sees_targets: bool = True
     primary_metric: str = "map"
     size: int = SIZE
+    inputs_in_words: str = ""
     max_boxes: int | None = None
 
     def configured(self, job: Job, backbone: Backbone) -> Detection:
         options = options_of(job.task.options, DetectionOptions)
-        return replace(self, size=size_of(job), max_boxes=options.max_boxes)
+        size = size_of(job, backbone)
+        words = size_in_words(job, size)
+        return replace(self, size=size, inputs_in_words=words, max_boxes=options.max_boxes)
 
     def check(self, job: Job) -> None:
         options_of(job.task.options, DetectionOptions)

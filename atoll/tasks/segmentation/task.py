@@ -16,8 +16,10 @@ from atoll.backbones.dense_vision import (
     PictureEncoder,
     calibrate_batch_norm,
     fill_all_but_classes,
+    noise_pictures,
     of_torchvision,
     refuse_variation,
+    size_in_words,
     size_of,
     without_other_parts,
 )
@@ -85,9 +87,11 @@ class Segmentation(SchemaTask):
     uses_pooled_features: bool = False
     primary_metric: str = "mean_iou"
     size: int = SIZE
+    inputs_in_words: str = ""
 
     def configured(self, job: Job, backbone: Backbone) -> Segmentation:
-        return replace(self, size=size_of(job))
+        size = size_of(job, backbone)
+        return replace(self, size=size, inputs_in_words=size_in_words(job, size))
 
     def check(self, job: Job) -> None:
         options = options_of(job.task.options, SegmentationOptions)
@@ -172,14 +176,14 @@ class Segmentation(SchemaTask):
         Raises:
             WeightsError: the backbone is of another kind, or its weights don't fit.
         """
-        size = size_of(job)
+        size = size_of(job, backbone)
         if backbone.kind == "hf":
             segformer, mean, std = load_segformer(backbone, len(data_info["classes"]), job.seed)
             return Segmenter(PictureEncoder(segformer, size, mean, std), segformer.decode_head)
         with global_stream(job.seed, "init", "backbone"):
             network = _made(backbone, job, len(data_info["classes"])).eval()
         if backbone.weights is None:
-            calibrate_batch_norm(network, size, job.seed)
+            calibrate_batch_norm(network, size, job.seed, pictures=noise_pictures(job, size))
         else:
             fill_all_but_classes(network, "classifier", backbone)
         head = network.get_submodule("classifier")
