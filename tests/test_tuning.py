@@ -152,6 +152,25 @@ def test_a_network_of_dilated_convolutions_has_the_same_shapes_with_lora(name: s
         assert {key: value.shape for key, value in body(pictures).items()} == plain
 
 
+def test_a_head_on_top_is_trained_with_lora_unless_it_is_frozen() -> None:
+    assert "head.weight" in learner(method="lora", rank=2).initial()
+    assert not [n for n in learner(method="lora", rank=2, head="frozen").initial() if n.startswith("head.")]
+    with pytest.raises(
+        ConfigError, match=r"tune\.head: this head is a layer on top of the backbone, expected"
+    ):
+        learner(method="lora", rank=2, head="lora").initial()
+    with pytest.raises(ValueError, match="head has no meaning with method = 'full'"):
+        TuneSection(method="full", head="frozen")
+
+
+def test_what_a_stage_has_tuned_of_the_head_stays_tuned_under_lora() -> None:
+    then = [{"method": "lora", "after": 1}]
+    asked = image_job("mobilenet_v2", tune={"method": "head", "then": then})
+    assert [stage.tune.head for stage in asked.stages] == [None, "trained"]
+    with pytest.raises(ConfigError, match="would leave behind what head tuned"):
+        image_job("mobilenet_v2", tune={"method": "head", "then": [then[0] | {"head": "frozen"}]})
+
+
 def test_lora_targets_that_match_nothing_are_an_error_that_names_layers() -> None:  # row 62
     with pytest.raises(ConfigError, match=r"tune\.targets: no layer is called \['query'\], expected some of"):
         learner(method="lora", targets=["query"]).model  # noqa: B018

@@ -173,18 +173,24 @@ def of_torchvision(
     return network
 
 
-def fill_all_but_classes(network: nn.Module, head: str, backbone: Backbone) -> None:
+def fill_all_but_classes(network: nn.Module, head: str, backbone: Backbone) -> frozenset[str]:
     """Load weights; what the head has in another shape, being of other classes, stays fresh.
+
+    Returns the names, within the head, of the parameters that are not fresh.
 
     Raises:
         WeightsError: they are of another network.
     """
     assert backbone.weights is not None
     own, given = network.state_dict(), load_weights(backbone.weights)
+    fresh = set()
     for name, tensor in own.items():
         if name.startswith(f"{head}.") and (name not in given or given[name].shape != tensor.shape):
             given[name] = tensor
+            fresh.add(name)
     load_state_dict_strict(network, given, backbone.weights, ignore=("aux_classifier.",))
+    part = network.get_submodule(head)
+    return frozenset(name for name, _ in part.named_parameters() if f"{head}.{name}" not in fresh)
 
 
 @torch.no_grad()

@@ -103,7 +103,8 @@ class Learner:
         else:
             model = self.task.network(self.backbone, self.job, self.data_info)
             pruned(model.backbone, self.job.backbone, model.head)
-        trainable.mark_trainable(model, self.job.tune, self.job.seed)
+        keeps_head = self.job.personal.keep == "head"
+        trainable.mark_trainable(model, self.job.tune, self.job.seed, keeps_head=keeps_head)
         if self.job.train.dropout is not None:
             trainable.set_dropout(model, self.job.train.dropout)
         if self.job.train.checkpoint_activations:

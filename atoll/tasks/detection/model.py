@@ -107,12 +107,13 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
     )
     check_size(network.backbone, job, backbone)
     head = "roi_heads.box_predictor" if hasattr(network, "roi_heads") else "head"
+    kept: frozenset[str] = frozenset()
     if backbone.weights is None and (backbone.also is None or backbone.also.weights is None):
         calibrate_batch_norm(network, size, job.seed, run=_everything, pictures=noise_pictures(job, size))
     elif backbone.weights is not None:
-        fill_all_but_classes(network, head, backbone)
+        kept = fill_all_but_classes(network, head, backbone)
     encoder = PictureEncoder(network, size, (0.0,) * 3, (1.0,) * 3)
-    return Detector(encoder, network.get_submodule(head))
+    return Detector(encoder, network.get_submodule(head), kept)
 
 
 def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from atoll.backbones.checkpoint import pretrained_names
 from atoll.backbones.dense_vision import (
     SIZE,
     PictureEncoder,
@@ -179,15 +180,19 @@ class Segmentation(SchemaTask):
         size = size_of(job, backbone)
         if backbone.kind == "hf":
             segformer, mean, std = load_segformer(backbone, len(data_info["classes"]), job.seed)
-            return Segmenter(PictureEncoder(segformer, size, mean, std), segformer.decode_head)
+            encoder = PictureEncoder(segformer, size, mean, std)
+            return Segmenter(
+                encoder, segformer.decode_head, pretrained_names(segformer, "decode_head", backbone)
+            )
         with global_stream(job.seed, "init", "backbone"):
             network = _made(backbone, job, len(data_info["classes"])).eval()
+        kept: frozenset[str] = frozenset()
         if backbone.weights is None:
             calibrate_batch_norm(network, size, job.seed, pictures=noise_pictures(job, size))
         else:
-            fill_all_but_classes(network, "classifier", backbone)
+            kept = fill_all_but_classes(network, "classifier", backbone)
         head = network.get_submodule("classifier")
-        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head)
+        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head, kept)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy: the mean over an example's labelled pixels, then over examples."""
