@@ -330,6 +330,8 @@ def announce(event: Event) -> None:
         case ClientsFound():
             logger.info("clients   %s", ", ".join(event.roster.names))
             logger.info("backbone  %s, weights from %s", event.backbone.name, event.backbone.origin)
+            if event.inputs_in_words:
+                logger.info("inputs    %s", event.inputs_in_words)
         case RunResumed():
             logger.info("resumed after round %d", event.round)
         case RoundEnded():
