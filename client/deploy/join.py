@@ -17,6 +17,7 @@ from pathlib import Path
 
 from atoll.errors import DataError, JobError
 from atoll.kit.kit import SiteKit
+from atoll.kit.roster import SiteIdentity
 from atoll.system.child_process import Child, free_port
 from atoll.system.child_process import environment as flower_environment
 from atoll.system.fork_server import import_first
@@ -66,6 +67,7 @@ def join(
     the server's certificate is another authority's, or it refuses this site's key for minutes.
     """
     loaded = SiteKit.load(kit)
+    SiteIdentity.load(loaded.folder)
     for path in data:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
@@ -104,6 +106,7 @@ class _Site:
             "secret": str(self.kit.secret),
             "node_config": {
                 "name": self.kit.name,
+                "kit": str(self.kit.folder),
                 "data-paths": json.dumps([str(p) for p in self.data]),
                 "ledgers": str(self.kit.ledgers),
                 "memory": str(self.kit.memory),
