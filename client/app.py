@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.dp.secure_aggregation import SecureAggregationSession
 from atoll.client.local_data import FolderShards
+from atoll.client.policy import Policy
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
@@ -54,8 +55,11 @@ def folder_site(job: Job, context: Context) -> Site:
             Path(str(config["ledgers"])), Budget.model_validate_json(budget) if budget else None
         )
         memory = ClientStateStore(Path(str(config["memory"])))
-        session = SecureAggregationSession(identity=SiteIdentity.load(Path(str(config["kit"]))))
-        _sites[key] = Site(shards, discreet=True, ledgers=ledgers, memory=memory, secure_session=session)
+        kit = Path(str(config["kit"]))
+        _sites[key] = Site(
+            shards, discreet=True, ledgers=ledgers, memory=memory, policy=Policy.load(kit),
+            secure_session=SecureAggregationSession(identity=SiteIdentity.load(kit)),
+        )  # fmt: skip
     return _sites[key]
 
 

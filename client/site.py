@@ -18,6 +18,7 @@ from atoll.client.dp.poisson import private_training
 from atoll.client.dp.secure_aggregation import SecureAggregationSession
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.policy import Policy
 from atoll.client.redaction import redact
 from atoll.client.shard_cache import LoadedClients, LoadedShard, ShardCache, Shards
 from atoll.client.state.store import ClientStateStore
@@ -98,6 +99,7 @@ class Site:
     ledgers: PrivacyLedgers | None = None
     memory: ClientStateStore = field(default_factory=ClientStateStore)
     secure_session: SecureAggregationSession = field(default_factory=SecureAggregationSession)
+    policy: Policy | None = None
     _learners: dict[str, Learner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,14 +108,15 @@ class Site:
     def _policy_violation(self, job: Job, kind: type[Request] | type[Hello]) -> str:
         """Why this site does not do what is asked, whoever asks; nothing if it does.
 
-        A real site sends no sum without masks, no update where only sums are promised to be seen, no
-        measurement where what is measured is promised to stay hidden, and nothing of its data that the job
-        must have; and it takes no noise that the server can draw again.
+        Its own policy comes first. A real site sends no sum without masks, no update where only sums are
+        promised to be seen, no measurement where what is measured is promised to stay hidden, and nothing of
+        its data that the job must have; and it takes no noise that the server can draw again.
         """
         if not self._is_real:
             return ""
         asked = _refused_request(job, kind) if self.discreet else ""
-        return self._refused_noise(job) or asked or self._refused_sum(job) or self._refused_facts(job)
+        own = self.policy.violation(job, kind) if self.policy is not None else ""
+        return own or self._refused_noise(job) or asked or self._refused_sum(job) or self._refused_facts(job)
 
     @property
     def _has_budget(self) -> bool:
