@@ -18,6 +18,7 @@ from typing import TypeVar
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from atoll.client.audit_log import AuditLog
 from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.dp.secure_aggregation import SecureAggregationSession
 from atoll.client.local_data import FolderShards
@@ -26,10 +27,11 @@ from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
+from atoll.job.privacy import uses_secure_aggregation
 from atoll.kit.kit import Budget
 from atoll.kit.roster import SiteIdentity
 from atoll.protocol.flower_content import bodies_of, packed, packed_greetings, unpacked
-from atoll.protocol.messages import encode_reply, hello_to_json
+from atoll.protocol.messages import Hello, encode_reply, hello_to_json
 from atoll.protocol.requests import decode_request, work_name
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def folder_site(job: Job, context: Context) -> Site:
         kit = Path(str(config["kit"]))
         _sites[key] = Site(
             shards, discreet=True, ledgers=ledgers, memory=memory, policy=Policy.load(kit),
+            audit=AuditLog.open(kit / "state"),
             secure_session=SecureAggregationSession(identity=SiteIdentity.load(kit)),
         )  # fmt: skip
     return _sites[key]
@@ -70,10 +73,14 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
     def hello(message: Message, context: Context) -> Message:
         texts, _ = unpacked(message.content)
         job = Job.from_json(_given(texts, "job"))
-        hellos = site_of(job, context).hello(job)
+        site = site_of(job, context)
+        hellos = site.hello(job)
+        logger.info("job %s asks for %s", job.name, terms_in_words(job))
         for h in (h for h in hellos if not h.refusal):
             held = f"has {h.num_examples} examples for it" if h.num_examples else "takes part"
-            logger.info("job %s: %s %s", job.name, h.client, held)
+            logger.info("job %s: %s %s%s", job.name, h.client, held, facts_in_words(h))
+        if site.audit is not None:
+            site.audit.greeted(job, hellos)
         return Message(packed_greetings([hello_to_json(h) for h in hellos]), reply_to=message)
 
     @app.train()
@@ -98,12 +105,42 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
         job = Job.from_json(request.job)
         clients = json.loads(names)
         with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(clients)}"):
-            answers = site_of(job, context).answer(request, clients)
-            replies = [(r.client, *encode_reply(r)) for r in answers]
+            site = site_of(job, context)
+            replies = [(reply, *encode_reply(reply)) for reply in site.answer(request, clients)]
+        if site.audit is not None:
+            site.audit.answered(job, request, replies)
         _answered.clear()
-        _answered[asked] = replies
+        _answered[asked] = [(reply.client, head, body) for reply, head, body in replies]
     sent = bodies_of({name: body for name, _, body in _answered[asked]})
     return Message(packed({name: head for name, head, _ in _answered[asked]}, sent), reply_to=message)
+
+
+def terms_in_words(job: Job) -> str:
+    """What an operator should know of a job before anything is told to it.
+
+    >>> from atoll import load_job
+    >>> terms_in_words(load_job("jobs/mnist.toml"))
+    'image-classification by torchvision:mobilenet_v2, tuned head, 30 rounds; no promise of privacy'
+    """
+    columns = {role: getattr(job.data, role) for role in ("text", "image", "label")} | dict(job.data.columns)
+    named = [f"{role} in column {column!r}" for role, column in columns.items() if column is not None]
+    units = " and ".join(f"each {unit}" for unit in job.privacy.units)
+    parts = [
+        f"{job.task.name} by {job.backbone.name}, tuned {job.tune.method}, {job.federation.rounds} rounds",
+        *([", ".join(named)] if named else []),
+        f"a promise of privacy to {units}" if units else "no promise of privacy",
+        *(["a secure sum"] if uses_secure_aggregation(job) else []),
+    ]
+    return "; ".join(parts)
+
+
+def facts_in_words(hello: Hello) -> str:
+    """What a greeting tells of the data beside how much there is."""
+    told = [
+        f"{len(value)} {name}" if isinstance(value, list) else f"{name} {value}"
+        for name, value in hello.data_info.items()
+    ]
+    return f" and tells the server {', '.join(told)}" if told else ""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from itertools import chain
 
 import torch
 
+from atoll.client.audit_log import AuditLog
 from atoll.client.dispatch import ClientData, LocalWork, ModelTrainer
 from atoll.client.dp.dp_sgd import DpSgd
 from atoll.client.dp.ledgers import PrivacyLedgers
@@ -100,6 +101,7 @@ class Site:
     memory: ClientStateStore = field(default_factory=ClientStateStore)
     secure_session: SecureAggregationSession = field(default_factory=SecureAggregationSession)
     policy: Policy | None = None
+    audit: AuditLog | None = None
     _learners: dict[str, Learner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Verbs of a real federation: provision, serve, join, check-policy, submit, status, logs, stop."""
+"""Verbs of a real federation: for its provisioner, its server, its sites and whoever submits jobs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "check-policy", cls=Verb, epilog="Example: atoll check-policy kits/site-a jobs/bbc-news.toml"
     )(check_policy)
+    app.command("verify-log", cls=Verb, epilog="Example: atoll verify-log kits/site-a")(verify_log)
     app.command(cls=Verb, epilog="Example: atoll submit jobs/bbc-news.toml --server kits/server")(submit)
     app.command(cls=Verb, epilog="Example: atoll status --server kits/server")(status)
     app.command(cls=Verb, epilog="Example: atoll logs 1234 --server kits/server")(logs)
@@ -149,6 +150,17 @@ def check_policy(kit: Kit, job: JobFile, overrides: Overrides = None) -> None:
     echo(f"refused by {', '.join(refused)}" if refused else "allowed")
     if refused:
         raise typer.Exit(1)
+
+
+def verify_log(kit: Kit) -> None:
+    """See whether a site's log of what it was asked, decided and sent is whole."""
+    from atoll.client.audit_log import verify
+    from atoll.kit.kit import SiteKit
+
+    found = verify(SiteKit.load(kit).state)
+    echo(f"{found.path} is whole: {found.lines} lines, {found.first or 'never'} to {found.last or 'never'}")
+    echo(f"sha256 of the last line  {found.sha256}")
+    echo("lines cut off at the end don't show in the file: note this hash, and compare it later")
 
 
 EXECUTOR = "atoll.cli.site:executor"

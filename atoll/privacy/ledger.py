@@ -1,36 +1,25 @@
 """What a unit's data has been charged, on disk: append-only, synced, every line chained to the one before.
 
-An entry is written and synced before its release leaves, so a crash in between can only charge too
-much. The chain (SHA-256 of the line before) makes a line that was changed, removed or put in
-between show when the file is read; that lines are missing at the end, only who has seen them can
-tell. One ledger is bound to one owner of data, and outlives runs and jobs, of which several may write
-to it at the same time: what is read, decided and written within `alone` nobody comes between. Data that
-changes is charged on: what it held before may still be in it.
+An entry is written and synced before its release leaves, so a crash in between can only charge too much; a
+line that was changed shows (`atoll.system.chained_log`). One ledger is bound to one owner of data, and
+outlives runs and jobs, of which several may write to it at the same time: what is read, decided and written
+within `alone` nobody comes between. Data that changes is charged on: what it held before may still be in it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
-
-from filelock import FileLock
+from typing import Any
 
 from atoll.errors import DataError
 from atoll.privacy.accounting import Release
-from atoll.system.durable_files import sync_folder
+from atoll.system.chained_log import ChainedLog
 
 FORMAT = 1
-START = "0" * 64
-
-LOOK_SECONDS = 0.002
-"""How often to look whether another process has let go of the ledger."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +45,10 @@ class Ledger:
     entries: list[Entry] = field(default_factory=list)
     _of_job: dict[str, Counter[Release]] = field(default_factory=dict)
     _rounds: dict[str, Counter[int]] = field(default_factory=dict)
-    _last: str = START
-    _lines: int = 0
-    _end: int = 0
-    _lock: FileLock = field(init=False, repr=False)
+    _log: ChainedLog = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._lock = FileLock(f"{self.path}.lock", poll_interval=LOOK_SECONDS)
+        self._log = ChainedLog(self.path, self._read, "ledger", self.durable)
 
     @classmethod
     def open(cls, path: Path, fingerprint: str, *, durable: bool = True) -> Ledger:
@@ -77,8 +63,8 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         ledger = cls(path, fingerprint, durable)
         with ledger.alone():
-            if not ledger._lines:
-                ledger._append({"format": FORMAT, "data": fingerprint})
+            if not ledger._log.lines:
+                ledger._log.append({"format": FORMAT, "data": fingerprint})
         return ledger
 
     @contextmanager
@@ -91,9 +77,7 @@ class Ledger:
         Raises:
             DataError: the ledger was changed.
         """
-        with self._lock:
-            if self._lock.lock_counter == 1:
-                self._catch_up()
+        with self._log.alone():
             yield
 
     def charge(self, entry: Entry) -> None:
@@ -108,7 +92,7 @@ class Ledger:
             "data": entry.data,
         }
         with self.alone():
-            self._append(fields)
+            self._log.append(fields)
             self._count(entry)
 
     def spent_on(self, job: str) -> Counter[Release]:
@@ -127,57 +111,15 @@ class Ledger:
         """Fingerprints of the data that the job was charged for."""
         return {entry.data for entry in self.entries if entry.job == job}
 
-    @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
-        is_new = not self.path.exists()
-        with self.path.open("a+b") as file:
-            if is_new and self.durable:
-                sync_folder(self.path.parent)
-            yield file
-
-    def _catch_up(self) -> None:
-        """Read what was appended since; what stands behind the last whole line is cut off."""
-        with self._opened() as file:
-            file.seek(self._end)
-            rest = file.read()
-            whole = rest[: rest.rfind(b"\n") + 1]
-            for line in whole.splitlines(keepends=True):
-                self._read(line)
-            if len(whole) < len(rest):
-                file.truncate(self._end)
-                os.fsync(file.fileno())
-
-    def _append(self, fields: dict[str, object]) -> None:
-        line = (json.dumps({"before": self._last, **fields}, sort_keys=True) + "\n").encode()
-        with self._opened() as file:
-            file.write(line)
-            file.flush()
-            if self.durable:
-                os.fsync(file.fileno())
-        self._step(line)
-
-    def _step(self, line: bytes) -> None:
-        self._last = hashlib.sha256(line).hexdigest()
-        self._lines += 1
-        self._end += len(line)
-
-    def _read(self, line: bytes) -> None:
-        where = f"{self.path} line {self._lines + 1}"
-        try:
-            fields = json.loads(line)
-            before = fields["before"]
-            entry = _entry(fields) if self._lines else None
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{where}: not an entry of a ledger ({error}); it was changed") from None
-        if before != self._last:
-            raise DataError(f"{where}: does not follow the line before it; the ledger was changed")
-        if entry is None and fields.get("format") != FORMAT:
-            raise DataError(f"{where}: format {fields.get('format')!r}, this version of Atoll reads {FORMAT}")
-        if entry is None and fields.get("data") != self.fingerprint:
+    def _read(self, fields: Mapping[str, Any], number: int) -> None:
+        if number:
+            self._count(_entry(fields))
+        elif fields.get("format") != FORMAT:
+            raise DataError(
+                f"{self.path} line 1: format {fields.get('format')!r}, this version of Atoll reads {FORMAT}"
+            )
+        elif fields.get("data") != self.fingerprint:
             raise DataError(f"{self.path}: belongs to other data than what is here; expected its own ledger")
-        self._step(line)
-        if entry is not None:
-            self._count(entry)
 
     def _count(self, entry: Entry) -> None:
         self.entries.append(entry)
@@ -186,7 +128,7 @@ class Ledger:
         self._rounds.setdefault(entry.job, Counter())[entry.round] += 1
 
 
-def _entry(fields: dict[str, object]) -> Entry:
+def _entry(fields: Mapping[str, Any]) -> Entry:
     release = Release(float(str(fields["noise_multiplier"])), float(str(fields["sampling_rate"])))
     count = int(str(fields["count"]))
     if count < 1:
