@@ -15,9 +15,16 @@ from pydantic import BaseModel
 
 from atoll.errors import ConfigError
 from atoll.job.extension_options import checked_options, validated
+from atoll.job.federation import FederationSection
 from atoll.job.job import Job, StrategySection
 from atoll.plugins import BUILT_IN, Extension, Registry
-from atoll.strategies.options import HOSTILE_OPTIONS, FedExpOptions, HostileOptions, check_hostile_clients
+from atoll.strategies.options import (
+    HOSTILE_OPTIONS,
+    FedExpOptions,
+    HostileOptions,
+    ScaffoldOptions,
+    check_hostile_clients,
+)
 
 if TYPE_CHECKING:
     from atoll.protocol.messages import Update
@@ -52,7 +59,8 @@ def __getattr__(name: str) -> Any:
 class Entry:
     """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose.
 
-    `options` is the model of its `strategy.options`, if it is one of ours that has any.
+    `options` is the model of its `strategy.options`, if it is one of ours that has any. Where
+    `counts_clients` it is built with the number of all `clients`.
     """
 
     build: Callable[..., Strategy]
@@ -60,6 +68,7 @@ class Entry:
     summary: str
     origin: str = BUILT_IN
     options: type[BaseModel] | None = None
+    counts_clients: bool = False
 
 
 def _fedavg(**keys: float) -> Strategy:
@@ -92,6 +101,12 @@ def _fedexp(options: FedExpOptions) -> Strategy:
     return FedExp(options.epsilon)
 
 
+def _scaffold(options: ScaffoldOptions, **keys: Any) -> Strategy:
+    from atoll.strategies.scaffold import Scaffold
+
+    return Scaffold(**keys)
+
+
 def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
     from atoll.strategies.robust.merge import robust_strategy
 
@@ -101,6 +116,9 @@ def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
 def _against_hostile(name: str, summary: str) -> Entry:
     return Entry(partial(_robust, name), ("lr", "options"), summary, options=HOSTILE_OPTIONS[name])
 
+
+ALONE = FederationSection()
+"""A federation with every default."""
 
 ADAPTIVE = ("lr", "beta1", "beta2", "tau")
 
@@ -128,6 +146,13 @@ BUILT_INS: dict[str, Entry] = {
         ("options",),
         "mean delta, in a step as long as the deltas disagree (Jhunjhunwala 2023)",
         options=FedExpOptions,
+    ),
+    "scaffold": Entry(
+        _scaffold,
+        ("lr", "options"),
+        "even mean of deltas whose local steps are corrected for the clients' drift (Karimireddy 2020)",
+        options=ScaffoldOptions,
+        counts_clients=True,
     ),
     **{
         name: _against_hostile(name, summary)
@@ -211,8 +236,8 @@ def _options(entry: Entry, section: StrategySection) -> BaseModel | None:
     return validated(entry.options, section.options or {}, "strategy.options")
 
 
-def build_strategy(section: StrategySection) -> Strategy:
-    """The strategy a job names, `flwr:NAME` for one of Flower's own.
+def build_strategy(section: StrategySection, federation: FederationSection = ALONE) -> Strategy:
+    """The strategy a job names, `flwr:NAME` for one of Flower's own, for rounds of its `federation`.
 
     Raises:
         ConfigError: the name is unknown, or a key has no meaning for it.
@@ -224,7 +249,11 @@ def build_strategy(section: StrategySection) -> Strategy:
         return FlowerStrategy.named(section.name.removeprefix("flwr:"), _given(section))
     entry, keys = STRATEGIES[section.name], _given(section)
     options = _options(entry, section)
-    return entry.build(**keys if options is None else {**keys, "options": options})
+    if options is not None:
+        keys["options"] = options
+    if entry.counts_clients:
+        keys["clients"] = federation.clients
+    return entry.build(**keys)
 
 
 def _given(section: StrategySection) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from atoll.strategies.fedavg import FedAvg
 from atoll.strategies.fedopt import FedOpt, adagrad, adam, yogi
 from atoll.strategies.flower import FlowerStrategy
 from atoll.strategies.flower_names import flower_names
+from atoll.strategies.strategy import tensors_for_clients
 
 
 def update(values: list[float], n: int, client: str = "a", round: int = 1) -> Update:
@@ -160,8 +161,11 @@ def test_state_is_flat_for_every_strategy() -> None:
     model = {"w": torch.zeros(2)}
     for name in STRATEGIES:
         strategy = build_strategy(StrategySection(name=name))
-        steps = {LOCAL_STEPS: torch.tensor(1.0)}
-        updates = [replace(update([1.0, 2.0], 1, client), states=steps) for client in "abcdefg"]
+        told = {
+            "states": {LOCAL_STEPS: torch.tensor(1.0)},
+            "strategy_tensors": tensors_for_clients(strategy, strategy.begin(model)),
+        }
+        updates = [replace(update([1.0, 2.0], 1, client), **told) for client in "abcdefg"]
         _, state = strategy.merge(model, updates, strategy.begin(model))
         assert all(isinstance(v, float | torch.Tensor) for v in state.values())
 

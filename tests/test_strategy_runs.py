@@ -20,6 +20,7 @@ from atoll.server.rounds.validation import validate_updates
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set
 from atoll.sim.engines.inline import InlineTransport
+from atoll.sim.engines.process_pool import books_in
 from atoll.sim.population.population import Population
 from atoll.sim.search.space import default_space
 from atoll.strategies import build_strategy
@@ -27,10 +28,11 @@ from atoll.strategies.fedexp import FedExp, extrapolation
 from atoll.strategies.fednova import FedNova
 from atoll.strategies.mean import weighted_mean
 from atoll.strategies.options import HOSTILE_OPTIONS
+from atoll.strategies.strategy import tensors_for_clients
 from tests.small import few_pictures, image_job
 from tests.test_simulation import DIGITS, Breaks, run
 
-NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp")
+NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp", "scaffold")
 MIXED = {"krum": {"options": {"mixing": True}}}
 """One of them also mixes."""
 
@@ -55,9 +57,10 @@ def test_every_engine_and_a_resumed_run_give_the_same_bits(tmp_path: Path, name:
     setting = of_eight(name)
     whole = run(setting, tmp_path / "whole")["model_sha256"]
     assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == whole
-    population = Population.of(setting)
+    population, (_, memory) = Population.of(setting), books_in(tmp_path / "r")
+    stopped = Breaks.of(population, memory=memory)
     with pytest.raises(KeyboardInterrupt):
-        run_job(setting, Breaks.of(population), tmp_path / "r", cached_test_set(population, None))
+        run_job(setting, stopped, tmp_path / "r", cached_test_set(population, None))
     assert run(setting, tmp_path / "r", resume=True)["model_sha256"] == whole
 
 
@@ -80,13 +83,16 @@ def test_the_order_of_a_models_tensors_changes_no_bit(name: str) -> None:
     draw = torch.Generator().manual_seed(5)
     shapes = {"w": (3, 5), "b": (3,), "a": (4,)}
     model = {n: torch.randn(shape, generator=draw) for n, shape in shapes.items()}
+    strategy = build_strategy(Job.parse(DIGITS | {"strategy": section(name)}, origin="test").strategy)
+    sent = tensors_for_clients(strategy, strategy.begin(model))
     updates = [
         replace(
-            update(0.0, 9, 2.0, c), delta={n: torch.randn(p.shape, generator=draw) for n, p in model.items()}
+            update(0.0, 9, 2.0, c),
+            delta={n: torch.randn(p.shape, generator=draw) for n, p in model.items()},
+            strategy_tensors={n: torch.randn(t.shape, generator=draw) for n, t in sent.items()},
         )
         for c in "abcdefg"
     ]
-    strategy = build_strategy(Job.parse(DIGITS | {"strategy": section(name)}, origin="test").strategy)
     first, state = strategy.merge(model, updates, strategy.begin(model))
     again = dict(sorted(first.items()))
     one, two = strategy.merge(first, updates, state), strategy.merge(again, updates, state)

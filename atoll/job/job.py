@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from atoll.errors import ConfigError, did_you_mean
+from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
 from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
@@ -276,6 +277,11 @@ class StrategySection(Section):
     proximal_mu: NotNegative | None = None
     options: Options | None = None
 
+    @property
+    def keeps_client_state(self) -> bool:
+        """Whether clients keep tensors of the strategy's own from round to round."""
+        return self.name in WITH_CLIENT_STATE
+
 
 class Job(Section):
     """A whole job. Two jobs are the same job exactly when their `hash` is equal."""
@@ -309,6 +315,7 @@ class Job(Section):
         check_measuring(self)
         check_closed_form(self)
         check_personal(self)
+        check_client_state(self)
         return self
 
     @model_validator(mode="after")
@@ -328,7 +335,8 @@ class Job(Section):
         for key, given in (
             ("privacy.unit", bool(self.privacy.units)),
             ("federation.secure_aggregation", self.federation.secure_aggregation),
-            ("federation.compression", self.has_client_state and self.personal.keep is None),
+            ("federation.compression", self.feeds_errors_back and self.personal.keep is None),
+            (f"strategy.name = {self.strategy.name!r}", self.strategy.keeps_client_state),
             ("train.teacher", self.train.teacher is not None),
             ("backbone.prune", self.backbone.prune is not None),
             ("personal.keep", self.personal.keep is not None),
@@ -370,8 +378,12 @@ class Job(Section):
     @property
     def has_client_state(self) -> bool:
         """Whether clients keep something from one round to the next."""
-        feedback = self.federation.compression is not None and self.federation.error_feedback
-        return feedback or self.personal.keep is not None
+        return self.feeds_errors_back or self.personal.keep is not None or self.strategy.keeps_client_state
+
+    @property
+    def feeds_errors_back(self) -> bool:
+        """Whether clients add what compression lost to their next updates."""
+        return self.federation.compression is not None and self.federation.error_feedback
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:

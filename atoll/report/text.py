@@ -32,7 +32,7 @@ METRIC_SPELLINGS = {
 STRATEGY_NAMES = {
     "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
-    "reptile": "Reptile", "fednova": "FedNova", "fedexp": "FedExP",
+    "reptile": "Reptile", "fednova": "FedNova", "fedexp": "FedExP", "scaffold": "SCAFFOLD",
     "krum": "Krum", "multi-krum": "Multi-Krum", "bulyan": "Bulyan",
 }  # fmt: skip
 ENGINES = {
