@@ -20,6 +20,7 @@ from atoll.job.job import Job, StrategySection
 from atoll.plugins import BUILT_IN, Extension, Registry
 from atoll.strategies.options import (
     HOSTILE_OPTIONS,
+    FedDynOptions,
     FedExpOptions,
     HostileOptions,
     ScaffoldOptions,
@@ -107,6 +108,12 @@ def _scaffold(options: ScaffoldOptions, **keys: Any) -> Strategy:
     return Scaffold(**keys)
 
 
+def _feddyn(options: FedDynOptions, clients: int) -> Strategy:
+    from atoll.strategies.feddyn import FedDyn
+
+    return FedDyn(clients, options.alpha)
+
+
 def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
     from atoll.strategies.robust.merge import robust_strategy
 
@@ -152,6 +159,13 @@ BUILT_INS: dict[str, Entry] = {
         ("lr", "options"),
         "even mean of deltas whose local steps are corrected for the clients' drift (Karimireddy 2020)",
         options=ScaffoldOptions,
+        counts_clients=True,
+    ),
+    "feddyn": Entry(
+        _feddyn,
+        ("options",),
+        "even mean of models that a changing penalty leads to the same minimum (Acar 2021)",
+        options=FedDynOptions,
         counts_clients=True,
     ),
     **{

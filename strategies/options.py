@@ -84,6 +84,12 @@ class ScaffoldOptions(Section):
     option: Annotated[int, Field(ge=1, le=2)] = 2
 
 
+class FedDynOptions(Section):
+    """How strongly clients are held to the model."""
+
+    alpha: Positive = 0.1
+
+
 HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {
     "coordinate-median": HostileOptions,
     "trimmed-mean": HostileOptions,

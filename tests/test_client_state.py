@@ -1,4 +1,4 @@
-"""SCAFFOLD, whose clients keep tensors of their own: its paper's algorithm, engines, kills."""
+"""SCAFFOLD and FedDyn, whose clients keep tensors of their own: their papers' algorithms, engines, kills."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ from tests.test_strategy_runs import of_pixels
 
 SCAFFOLD_I = {"name": "scaffold", "options": {"option": 1}}
 SCAFFOLD_II = {"name": "scaffold", "lr": 0.9}
-METHODS = (SCAFFOLD_I, SCAFFOLD_II)
-NAMES = ("scaffold-1", "scaffold-2")
+FEDDYN = {"name": "feddyn", "options": {"alpha": 0.2}}
+METHODS = (SCAFFOLD_I, SCAFFOLD_II, FEDDYN)
+NAMES = ("scaffold-1", "scaffold-2", "feddyn")
 
 Array = NDArray[np.float64]
 
@@ -121,6 +122,28 @@ def test_scaffold_is_algorithm_1_of_its_paper(tmp_path: Path, option: int, secti
     assert len({tuple(line["cohort"]) for line in result["rounds"]}) > 1
     np.testing.assert_allclose(final(tmp_path, "model/"), x, rtol=0, atol=1e-6)
     np.testing.assert_allclose(final(tmp_path, "state/c."), c, rtol=0, atol=1e-6)
+
+
+def test_feddyn_is_algorithm_1_of_its_paper(tmp_path: Path) -> None:
+    """Acar et al. 2021, with SGD's local steps in place of the exact minimum."""
+    setting = heads(FEDDYN)
+    result = run(setting, tmp_path)
+    problem, lr, alpha, count = Softmax(setting), 0.5, 0.2, 6
+    theta = problem.start
+    h = np.zeros_like(theta)
+    own = {name: np.zeros_like(theta) for name in problem.data}
+    for line in result["rounds"]:
+        arrived = []
+        for k in line["cohort"]:
+            w = theta.copy()
+            for rows in problem.batches(k, line["round"]):
+                w = w - lr * (problem.gradient(w, k, rows) - own[k] + alpha * (w - theta))
+            own[k] = own[k] - alpha * (w - theta)
+            arrived.append(w)
+        h = h - alpha / count * sum(w - theta for w in arrived)
+        theta = sum(arrived) / len(arrived) - h / alpha
+    np.testing.assert_allclose(final(tmp_path, "model/"), theta, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(final(tmp_path, "state/h."), h, rtol=0, atol=1e-6)
 
 
 def networks(strategy: dict[str, Any]) -> Job:
@@ -262,7 +285,7 @@ def test_scaffold_without_control_variates_says_so() -> None:
 EXAMPLE = {"unit": "example", "noise_multiplier": 0.8, "delta": 1e-4, "sampling_rate": 0.25}
 
 
-@pytest.mark.parametrize("name", ["scaffold"])
+@pytest.mark.parametrize("name", ["scaffold", "feddyn"])
 @pytest.mark.parametrize(
     ("tables", "pattern"),
     [
@@ -286,6 +309,8 @@ def test_what_would_not_be_exact_is_refused_in_one_line(
         ({"name": "scaffold"}, {"optimizer": "adam"}, r"train\.optimizer: .* expected 'sgd', found 'adam'"),
         ({"name": "scaffold"}, {"precision": "fp16"}, r"train\.precision: 'fp16' leaves steps out"),
         ({"name": "scaffold", "options": {"option": 3}}, {}, r"options\.option: expected less than or equal"),
+        ({"name": "feddyn", "options": {"alpha": 0.0}}, {}, r"options\.alpha: expected greater than 0"),
+        ({"name": "feddyn", "lr": 1.0}, {}, r"strategy\.lr: feddyn does not use it"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_answered_in_one_line(

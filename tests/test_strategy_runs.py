@@ -32,7 +32,7 @@ from atoll.strategies.strategy import tensors_for_clients
 from tests.small import few_pictures, image_job
 from tests.test_simulation import DIGITS, Breaks, run
 
-NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp", "scaffold")
+NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp", "scaffold", "feddyn")
 MIXED = {"krum": {"options": {"mixing": True}}}
 """One of them also mixes."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from atoll.job.job import Job
 
-WITH_CLIENT_STATE = ("scaffold",)
+WITH_CLIENT_STATE = ("scaffold", "feddyn")
 
 
 def check_client_state(job: Job) -> None:

@@ -33,6 +33,7 @@ STRATEGY_NAMES = {
     "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
     "reptile": "Reptile", "fednova": "FedNova", "fedexp": "FedExP", "scaffold": "SCAFFOLD",
+    "feddyn": "FedDyn",
     "krum": "Krum", "multi-krum": "Multi-Krum", "bulyan": "Bulyan",
 }  # fmt: skip
 ENGINES = {

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from atoll.client.state.feddyn import FedDynClient
 from atoll.client.state.scaffold import ScaffoldClient
 from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
@@ -23,7 +24,7 @@ from atoll.protocol.messages import Update
 from atoll.protocol.requests import TrainRequest
 from atoll.protocol.stacked_updates import StackedUpdates, stacked
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.options import ScaffoldOptions
+from atoll.strategies.options import FedDynOptions, ScaffoldOptions
 
 PREFIX = "correction"
 
@@ -60,6 +61,10 @@ def correcting_client(job: Job) -> CorrectingClient:
     It follows from the job, whose rules exclude promises of privacy, and from nothing that a request says.
     """
     options = job.strategy.options or {}
+    if job.strategy.name == "feddyn":
+        own = validated(FedDynOptions, options, "strategy.options")
+        assert isinstance(own, FedDynOptions)
+        return FedDynClient(own.alpha)
     chosen = validated(ScaffoldOptions, options, "strategy.options")
     assert isinstance(chosen, ScaffoldOptions)
     return ScaffoldClient(job.train, chosen.option)

@@ -97,6 +97,7 @@ def correcting(common: dict[str, Any], image: dict[str, Any], text: dict[str, An
     tables = {
         "scaffold": image | {"strategy": {"name": "scaffold", "options": {"option": 1}}},
         "scaffold-texts": text | {"strategy": {"name": "scaffold"}},
+        "feddyn": image | {"strategy": {"name": "feddyn"}},
     }
     return {name: Job.parse(more | table | {"name": name}, origin="test") for name, table in tables.items()}
 
@@ -208,6 +209,7 @@ def test_texts_at_real_sites_that_keep_their_heads_or_send_sums_give_the_bits_of
                 "views-fedadam",
                 "fednova",
                 "scaffold",
+                "feddyn",
             ],
             [0, 1, 2],
         ),
@@ -271,6 +273,7 @@ def agree(places: Places, jobs: Sequence[Job], folder: Path) -> None:
         "varied-fedavg",
         pytest.param("scaffold", marks=pytest.mark.matrix),
         pytest.param("scaffold-texts", marks=pytest.mark.matrix),
+        pytest.param("feddyn", marks=pytest.mark.matrix),
     ],
 )
 def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None:
