@@ -34,7 +34,7 @@ class FedDyn:
     """Move to the even mean of the clients' models, less h / `alpha`; `clients` is the paper's m."""
 
     clients: int
-    alpha: float = 0.1
+    alpha: float = 0.01
 
     def begin(self, model: Tensors) -> State:
         return {PREFIX + name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.items()}

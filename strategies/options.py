@@ -87,7 +87,7 @@ class ScaffoldOptions(Section):
 class FedDynOptions(Section):
     """How strongly clients are held to the model."""
 
-    alpha: Positive = 0.1
+    alpha: Positive = 0.01
 
 
 HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {
