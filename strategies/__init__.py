@@ -56,6 +56,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_ELSEWHERE[name]), name)
 
 
+SCHEDULE_KEYS = ("lr_schedule", "lr_warmup", "lr_step", "lr_decay")
+"""Keys of every strategy that has an `lr`."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose.
@@ -70,6 +74,11 @@ class Entry:
     origin: str = BUILT_IN
     options: type[BaseModel] | None = None
     counts_clients: bool = False
+
+    @property
+    def accepted_keys(self) -> tuple[str, ...]:
+        """`keys`, and what a schedule of the learning rate takes, where there is a learning rate."""
+        return (*self.keys, *SCHEDULE_KEYS) if "lr" in self.keys else self.keys
 
 
 def _fedavg(**keys: float) -> Strategy:
@@ -88,6 +97,12 @@ def _reptile(**keys: float) -> Strategy:
     from atoll.strategies.reptile import Reptile
 
     return Reptile(**keys)
+
+
+def _diloco(**keys: float) -> Strategy:
+    from atoll.strategies.diloco import DiLoCo
+
+    return DiLoCo(**keys)
 
 
 def _fednova(**keys: float) -> Strategy:
@@ -144,6 +159,7 @@ BUILT_INS: dict[str, Entry] = {
     ),
     "fedadam": Entry(partial(_fedopt, "adam"), ADAPTIVE, "Adam on the mean delta (Reddi 2021)"),
     "fedyogi": Entry(partial(_fedopt, "yogi"), ADAPTIVE, "Yogi on the mean delta (Reddi 2021)"),
+    "diloco": Entry(_diloco, ("lr", "momentum"), "Nesterov's momentum on the mean delta (Douillard 2023)"),
     "reptile": Entry(_reptile, ("lr",), "part of the way to the clients' even mean (Nichol 2018)"),
     "fednova": Entry(
         _fednova, ("lr",), "mean of the deltas per local step, times the mean steps (Wang 2020)"
@@ -218,10 +234,9 @@ def check_strategy(section: StrategySection) -> None:
     STRATEGIES.check(section.name, "strategy.name", " (or flwr:NAME)")
     entry = STRATEGIES[section.name]
     for key in _given(section):
-        if key not in entry.keys:
-            raise ConfigError(
-                f"strategy.{key}: {section.name} does not use it, expected only {', '.join(entry.keys)}"
-            )
+        if key not in entry.accepted_keys:
+            known = ", ".join(entry.accepted_keys)
+            raise ConfigError(f"strategy.{key}: {section.name} does not use it, expected only {known}")
     _options(entry, section)
 
 
@@ -232,6 +247,11 @@ def check_merging(job: Job) -> None:
         ConfigError: as `check_strategy`; or there are too few clients, say, for so many hostile ones.
     """
     check_strategy(job.strategy)
+    if (job.strategy.lr_warmup or 0) >= job.federation.rounds:
+        raise ConfigError(
+            f"strategy.lr_warmup: expected less than federation.rounds = {job.federation.rounds}, found"
+            f" {job.strategy.lr_warmup}"
+        )
     if job.strategy.name == "fednova" and "example" in job.privacy.units:
         raise ConfigError(
             "strategy.name: under example-level privacy all clients take as many steps, and fednova"
@@ -261,13 +281,22 @@ def build_strategy(section: StrategySection, federation: FederationSection = ALO
         from atoll.strategies.flower import FlowerStrategy
 
         return FlowerStrategy.named(section.name.removeprefix("flwr:"), _given(section))
-    entry, keys = STRATEGIES[section.name], _given(section)
+    entry = STRATEGIES[section.name]
+    keys = {key: value for key, value in _given(section).items() if key not in SCHEDULE_KEYS}
     options = _options(entry, section)
     if options is not None:
         keys["options"] = options
     if entry.counts_clients:
         keys["clients"] = federation.clients
-    return entry.build(**keys)
+    return _scheduled(entry.build(**keys), section, federation)
+
+
+def _scheduled(strategy: Strategy, section: StrategySection, federation: FederationSection) -> Strategy:
+    if section.lr_schedule is None:
+        return strategy
+    from atoll.strategies.lr_schedule import LrSchedule, Scheduled
+
+    return Scheduled(strategy, LrSchedule(section, federation.rounds))
 
 
 def _given(section: StrategySection) -> dict[str, Any]:

@@ -33,8 +33,12 @@ from tests.small import few_pictures, image_job
 from tests.test_simulation import DIGITS, Breaks, run
 
 NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp", "scaffold", "feddyn")
-MIXED = {"krum": {"options": {"mixing": True}}}
-"""One of them also mixes."""
+MIXED = {
+    "krum": {"options": {"mixing": True}},
+    "diloco": {"lr_schedule": "cosine", "lr_warmup": 1},
+    "scaffold": {"lr_schedule": "step", "lr_step": 1},
+}
+"""One of them also mixes, and others' learning rates change."""
 
 
 def section(name: str) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def of_eight(name: str, **tables: Any) -> Job:
     return of_pixels(federation, **{"strategy": section(name), **tables})
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", (*NEW, "diloco"))
 def test_every_engine_and_a_resumed_run_give_the_same_bits(tmp_path: Path, name: str) -> None:
     setting = of_eight(name)
     whole = run(setting, tmp_path / "whole")["model_sha256"]
@@ -169,6 +173,12 @@ def test_noised_updates_of_clients_merge_by_a_median(tmp_path: Path) -> None:
          r"strategy\.options\.hostile: expected greater than or equal to 0, found -1"),
         ("krum", {"strategy": {"name": "krum", "options": {"smoothing": 1.0}}}, r"smoothing: unknown key"),
         ("fedexp", {"strategy": {"name": "fedexp", "lr": 0.1}}, r"strategy\.lr: fedexp does not use it"),
+        ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "cosine", "lr_warmup": 3}},
+         r"strategy\.lr_warmup: expected less than federation\.rounds = 3, found 3"),
+        ("fedavg", {"strategy": {"name": "fedavg", "lr_warmup": 2}}, r"lr_warmup has no meaning without"),
+        ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "step"}}, r"'step' needs lr_step"),
+        ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "cosine", "lr_decay": 0.5}},
+         r"lr_decay has no meaning without lr_schedule = 'step'"),
         ("fednova", {"privacy": EXAMPLE}, r"strategy\.name: under example-level privacy .* is fedavg"),
     ],
 )  # fmt: skip

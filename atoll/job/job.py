@@ -21,7 +21,7 @@ from atoll.job.federation import FederationSection
 from atoll.job.paths import with_absolute_paths
 from atoll.job.personal import PersonalSection, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
-from atoll.job.section import Count, Decay, NotNegative, Positive, Section
+from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
 from atoll.job.toml import apply_override, read_toml
 from atoll.job.tune import TuneSection, TuneStage, grows
 
@@ -270,12 +270,27 @@ class StrategySection(Section):
 
     name: str = "fedavg"
     lr: Positive | None = None
+    lr_schedule: Literal["constant", "cosine", "step"] | None = None
+    lr_warmup: Count | None = None
+    lr_step: Count | None = None
+    lr_decay: Between | None = None
     momentum: Decay | None = None
     beta1: Decay | None = None
     beta2: Decay | None = None
     tau: Positive | None = None
     proximal_mu: NotNegative | None = None
     options: Options | None = None
+
+    @model_validator(mode="after")
+    def _a_schedule_has_what_it_uses(self) -> StrategySection:
+        for key in ("lr_step", "lr_decay"):
+            if getattr(self, key) is not None and self.lr_schedule != "step":
+                raise ValueError(f"{key} has no meaning without lr_schedule = 'step': remove it")
+        if self.lr_schedule == "step" and self.lr_step is None:
+            raise ValueError("lr_schedule: 'step' needs lr_step, the rounds between two steps")
+        if self.lr_warmup is not None and self.lr_schedule is None:
+            raise ValueError("lr_warmup has no meaning without lr_schedule: remove it, or say 'constant'")
+        return self
 
     @property
     def keeps_client_state(self) -> bool:
