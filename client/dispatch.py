@@ -214,7 +214,7 @@ def full_gradients(work: LocalWork, request: TrainRequest) -> Iterator[Update]:
     part = job.train.batch_size // job.train.accumulate
     for name in work.data.names:
         shard = work.data.train(name)
-        whole = with_one_step(job, parts=-(-len(shard) // part), part=part)
+        whole = with_one_step(job, parts=max(1, -(-len(shard) // part)), part=part)
         yield train_model(learner, request.tensors, shard, whole, client=name, round=request.round, plan={})
 
 
