@@ -136,14 +136,48 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
         shards = {name: work.data.train(name) for name in names}
         return train_fedper(learner, request, shards, work.memory)
     if learner.job.strategy.keeps_client_state:
-        return train_corrected(
-            correcting_client(learner.job), request, names,
-            lambda corrections: updates_of(work, request, corrections=corrections),
-            lambda: full_gradients(work, request), work.memory,
-        )  # fmt: skip
+        return corrected(work, request)
     if keep.keep is None:
         return updates_of(work, request)
     return train_ditto(learner, request, names, partial(updates_of, work), work.memory)
+
+
+@dataclass(frozen=True)
+class OneClient:
+    """One of the clients that a request is for."""
+
+    data: ClientData
+    client: str
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [self.client]
+
+    def train(self, client: str) -> Shard:
+        return self.data.train(client)
+
+    def validation(self, client: str) -> Shard:
+        return self.data.validation(client)
+
+    def feature_table(self) -> tuple[FeatureTable, list[ClientRows]]:
+        examples, rows = self.data.feature_table()
+        return examples, [one for one in rows if one.client == self.client]
+
+
+def corrected(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
+    """Training with corrected gradients: of networks, what clients keep is in memory one client at a time."""
+    if not work.learner.trains_on_features:
+        alone = (replace(work, data=OneClient(work.data, name)) for name in work.data.names)
+        return chain.from_iterable(_corrected(one, request) for one in alone)
+    return _corrected(work, request)
+
+
+def _corrected(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
+    return train_corrected(
+        correcting_client(work.learner.job), request, work.data.names,
+        lambda corrections: updates_of(work, request, corrections=corrections),
+        lambda: full_gradients(work, request), work.memory,
+    )  # fmt: skip
 
 
 def updates_of(

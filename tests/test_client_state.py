@@ -22,7 +22,8 @@ from atoll.protocol.requests import Request, TrainRequest
 from atoll.server.job_checks import check_named
 from atoll.server.rounds.validation import validate_updates
 from atoll.server.run.run_job import run_job
-from atoll.sim.engines.engine import cached_test_set
+from atoll.sim.audit.replay import job_to_replay
+from atoll.sim.engines.engine import cached_test_set, check_engine
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.engines.process_pool import books_in
 from atoll.sim.engines.simulated_site import IndexedClients, PopulationIndex
@@ -301,6 +302,14 @@ def test_what_would_not_be_exact_is_refused_in_one_line(
     with pytest.raises(ConfigError, match=pattern.format(name)) as caught:
         heads({"name": name}, **tables)
     assert "\n" not in str(caught.value)
+
+
+def test_who_trains_such_clients_without_corrections_refuses_them() -> None:
+    with pytest.raises(ConfigError, match=r"strategy\.name: engine cohort .* without scaffold's corrections"):
+        check_engine(networks(SCAFFOLD_II), "cohort")
+    check_engine(heads(SCAFFOLD_II), "cohort")
+    with pytest.raises(ConfigError, match=r"strategy\.name: a run with it can't be attacked"):
+        job_to_replay(heads(SCAFFOLD_II))
 
 
 @pytest.mark.parametrize(

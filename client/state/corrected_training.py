@@ -86,15 +86,20 @@ def train_corrected(
         gradients = {u.client: {n: -d for n, d in u.delta.items()} for u in full_gradients()}
     updates = train({client: method.correction(kept, sent) for client, kept in own.items()})
 
-    def finished(update: Update) -> Update:
-        client = update.client
-        kept, answer = method.after(update, own[client], sent, gradients.get(client, {}))
-        memory.save(request.run, request.round, {client: prefixed(PREFIX, kept)})
-        return replace(update, strategy_tensors=answer)
+    def finished(some: Iterable[Update]) -> list[Update]:
+        states: dict[str, Tensors] = {}
+        answered: list[Update] = []
+        for update in some:
+            client = update.client
+            kept, answer = method.after(update, own[client], sent, gradients.get(client, {}))
+            states[client] = prefixed(PREFIX, kept)
+            answered.append(replace(update, strategy_tensors=answer))
+        memory.save(request.run, request.round, states)
+        return answered
 
     if isinstance(updates, StackedUpdates):
-        return stacked([finished(update) for update in updates])
-    return map(finished, updates)
+        return stacked(finished(updates))
+    return (answered for update in updates for answered in finished([update]))
 
 
 def _own(request: TrainRequest, client: str, memory: ClientStateStore) -> Tensors:

@@ -289,7 +289,9 @@ def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None
     assert result["engine"] == "ray"
 
 
-@pytest.mark.parametrize("name", ["digits-fedavg", "news-fedadam"])
+@pytest.mark.parametrize(
+    "name", ["digits-fedavg", "news-fedadam", pytest.param("scaffold-texts", marks=pytest.mark.matrix)]
+)
 def test_a_run_killed_and_resumed_by_four_workers_gives_the_same_bits(places: Places, name: str) -> None:
     job, out = places.folder / f"{name}.toml", places.folder / f"killed-{name}"
     job.write_text(job_toml(places.jobs[name]))
