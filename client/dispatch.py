@@ -19,12 +19,14 @@ from atoll.client.heads.distillation import head_loss
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.statistics import statistics
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.state.corrected_training import correcting_client, train_corrected
 from atoll.client.state.error_feedback import compressed
 from atoll.client.state.personalization import model_to_evaluate, train_ditto, train_fedper
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
 from atoll.data.shard import Shard
+from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import distributed_terms
 from atoll.protocol.messages import LOCAL_STEPS, Measurement, Reply, Update
@@ -39,7 +41,11 @@ from atoll.protocol.requests import (
 )
 from atoll.protocol.tensors import Tensors
 
-NO_STARTS: Mapping[str, Tensors] = {}
+NOTHING: Mapping[str, Tensors] = {}
+"""Of clients that have no start, or no correction, of their own."""
+
+WHOLE = 1 << 30
+"""A batch of so many examples is a client's whole shard."""
 
 
 class ClientData(Protocol):
@@ -129,13 +135,56 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
     if keep.splits:
         shards = {name: work.data.train(name) for name in names}
         return train_fedper(learner, request, shards, work.memory)
+    if learner.job.strategy.keeps_client_state:
+        return corrected(work, request)
     if keep.keep is None:
         return updates_of(work, request)
     return train_ditto(learner, request, names, partial(updates_of, work), work.memory)
 
 
+@dataclass(frozen=True)
+class OneClient:
+    """One of the clients that a request is for."""
+
+    data: ClientData
+    client: str
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [self.client]
+
+    def train(self, client: str) -> Shard:
+        return self.data.train(client)
+
+    def validation(self, client: str) -> Shard:
+        return self.data.validation(client)
+
+    def feature_table(self) -> tuple[FeatureTable, list[ClientRows]]:
+        examples, rows = self.data.feature_table()
+        return examples, [one for one in rows if one.client == self.client]
+
+
+def corrected(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
+    """Training with corrected gradients: of networks, what clients keep is in memory one client at a time."""
+    if not work.learner.trains_on_features:
+        alone = (replace(work, data=OneClient(work.data, name)) for name in work.data.names)
+        return chain.from_iterable(_corrected(one, request) for one in alone)
+    return _corrected(work, request)
+
+
+def _corrected(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
+    return train_corrected(
+        correcting_client(work.learner.job), request, work.data.names,
+        lambda corrections: updates_of(work, request, corrections=corrections),
+        lambda: full_gradients(work, request), work.memory,
+    )  # fmt: skip
+
+
 def updates_of(
-    work: LocalWork, request: TrainingRequest, starts: Mapping[str, Tensors] = NO_STARTS
+    work: LocalWork,
+    request: TrainingRequest,
+    starts: Mapping[str, Tensors] = NOTHING,
+    corrections: Mapping[str, Tensors] = NOTHING,
 ) -> Iterable[Update]:
     """Local training: heads of all clients at once, whole models as the engine does it.
 
@@ -143,14 +192,14 @@ def updates_of(
     """
     if work.learner.trains_on_features:
         examples, client_rows = work.data.feature_table()
-        local = replace(head_training(work, request), starts=starts)
+        local = replace(head_training(work, request), starts=starts, corrections=corrections)
         idle = [] if work.private else [rows.client for rows in client_rows if not len(rows.rows)]
         busy = [rows for rows in client_rows if rows.client not in idle]
         updates = work.train_heads(request.tensors, examples, busy, local) if busy else []
         return chain((unmoved(name, request) for name in idle), updates) if idle else updates
     if work.train_models is not None and work.private is None and isinstance(request, TrainRequest):
         return work.train_models(work, request)
-    return one_by_one(work, request, starts)
+    return one_by_one(work, request, starts, corrections)
 
 
 def unmoved(client: str, request: TrainingRequest) -> Update:
@@ -161,7 +210,12 @@ def unmoved(client: str, request: TrainingRequest) -> Update:
     return Update(client, request.round, delta, num_examples=0, states=states)
 
 
-def one_by_one(work: LocalWork, request: TrainingRequest, starts: Mapping[str, Tensors]) -> Iterator[Update]:
+def one_by_one(
+    work: LocalWork,
+    request: TrainingRequest,
+    starts: Mapping[str, Tensors],
+    corrections: Mapping[str, Tensors],
+) -> Iterator[Update]:
     """Whole models, one client after the other."""
     learner, private = work.learner, work.private
     for name in work.data.names:
@@ -170,6 +224,7 @@ def one_by_one(work: LocalWork, request: TrainingRequest, starts: Mapping[str, T
             yield train_model(
                 learner, tensors, shard, learner.job,
                 client=name, round=request.round, plan=request.plan, begin=starts.get(name),
+                correction=corrections.get(name),
             )  # fmt: skip
             continue
         from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second
@@ -177,6 +232,30 @@ def one_by_one(work: LocalWork, request: TrainingRequest, starts: Mapping[str, T
         yield train_privately(
             learner, tensors, shard, private, client=name, round=request.round, plan=request.plan
         )
+
+
+def full_gradients(work: LocalWork, request: TrainRequest) -> Iterator[Update]:
+    """One step of length 1 over all of each client's examples: it leads along minus its loss's gradient."""
+    learner = work.learner
+    job = learner.job
+    if learner.trains_on_features:
+        examples, client_rows = work.data.feature_table()
+        whole = with_one_step(job, parts=1, part=WHOLE)
+        busy = [rows for rows in client_rows if len(rows.rows)]
+        local = HeadTrainingConfig(whole, head_loss(whole, learner.task.head_loss), request.round)
+        yield from work.train_heads(request.tensors, examples, busy, local) if busy else ()
+        return
+    part = job.train.batch_size // job.train.accumulate
+    for name in work.data.names:
+        shard = work.data.train(name)
+        whole = with_one_step(job, parts=max(1, -(-len(shard) // part)), part=part)
+        yield train_model(learner, request.tensors, shard, whole, client=name, round=request.round, plan={})
+
+
+def with_one_step(job: Job, *, parts: int, part: int) -> Job:
+    """The job with one local step of plain gradient descent, whose batch comes in so many parts."""
+    step = {"epochs": 1, "lr": 1.0, "momentum": 0.0, "batch_size": parts * part, "accumulate": parts}
+    return job.model_copy(update={"train": job.train.model_copy(update=step)})
 
 
 def summed(work: LocalWork, request: TrainingRequest) -> Iterable[tuple[str, Tensor]]:

@@ -15,9 +15,17 @@ from pydantic import BaseModel
 
 from atoll.errors import ConfigError
 from atoll.job.extension_options import checked_options, validated
+from atoll.job.federation import FederationSection
 from atoll.job.job import Job, StrategySection
 from atoll.plugins import BUILT_IN, Extension, Registry
-from atoll.strategies.options import HOSTILE_OPTIONS, FedExpOptions, HostileOptions, check_hostile_clients
+from atoll.strategies.options import (
+    HOSTILE_OPTIONS,
+    FedDynOptions,
+    FedExpOptions,
+    HostileOptions,
+    ScaffoldOptions,
+    check_hostile_clients,
+)
 
 if TYPE_CHECKING:
     from atoll.protocol.messages import Update
@@ -48,11 +56,16 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_ELSEWHERE[name]), name)
 
 
+SCHEDULE_KEYS = ("lr_schedule", "lr_warmup", "lr_step", "lr_decay")
+"""Keys of every strategy that has an `lr`."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose.
 
-    `options` is the model of its `strategy.options`, if it is one of ours that has any.
+    `options` is the model of its `strategy.options`, if it is one of ours that has any. Where
+    `counts_clients` it is built with the number of all `clients`.
     """
 
     build: Callable[..., Strategy]
@@ -60,6 +73,12 @@ class Entry:
     summary: str
     origin: str = BUILT_IN
     options: type[BaseModel] | None = None
+    counts_clients: bool = False
+
+    @property
+    def accepted_keys(self) -> tuple[str, ...]:
+        """`keys`, and what a schedule of the learning rate takes, where there is a learning rate."""
+        return (*self.keys, *SCHEDULE_KEYS) if "lr" in self.keys else self.keys
 
 
 def _fedavg(**keys: float) -> Strategy:
@@ -80,6 +99,12 @@ def _reptile(**keys: float) -> Strategy:
     return Reptile(**keys)
 
 
+def _diloco(**keys: float) -> Strategy:
+    from atoll.strategies.diloco import DiLoCo
+
+    return DiLoCo(**keys)
+
+
 def _fednova(**keys: float) -> Strategy:
     from atoll.strategies.fednova import FedNova
 
@@ -92,6 +117,18 @@ def _fedexp(options: FedExpOptions) -> Strategy:
     return FedExp(options.epsilon)
 
 
+def _scaffold(options: ScaffoldOptions, **keys: Any) -> Strategy:
+    from atoll.strategies.scaffold import Scaffold
+
+    return Scaffold(**keys)
+
+
+def _feddyn(options: FedDynOptions, clients: int) -> Strategy:
+    from atoll.strategies.feddyn import FedDyn
+
+    return FedDyn(clients, options.alpha)
+
+
 def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
     from atoll.strategies.robust.merge import robust_strategy
 
@@ -101,6 +138,9 @@ def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
 def _against_hostile(name: str, summary: str) -> Entry:
     return Entry(partial(_robust, name), ("lr", "options"), summary, options=HOSTILE_OPTIONS[name])
 
+
+ALONE = FederationSection()
+"""A federation with every default."""
 
 ADAPTIVE = ("lr", "beta1", "beta2", "tau")
 
@@ -119,6 +159,7 @@ BUILT_INS: dict[str, Entry] = {
     ),
     "fedadam": Entry(partial(_fedopt, "adam"), ADAPTIVE, "Adam on the mean delta (Reddi 2021)"),
     "fedyogi": Entry(partial(_fedopt, "yogi"), ADAPTIVE, "Yogi on the mean delta (Reddi 2021)"),
+    "diloco": Entry(_diloco, ("lr", "momentum"), "Nesterov's momentum on the mean delta (Douillard 2023)"),
     "reptile": Entry(_reptile, ("lr",), "part of the way to the clients' even mean (Nichol 2018)"),
     "fednova": Entry(
         _fednova, ("lr",), "mean of the deltas per local step, times the mean steps (Wang 2020)"
@@ -128,6 +169,20 @@ BUILT_INS: dict[str, Entry] = {
         ("options",),
         "mean delta, in a step as long as the deltas disagree (Jhunjhunwala 2023)",
         options=FedExpOptions,
+    ),
+    "scaffold": Entry(
+        _scaffold,
+        ("lr", "options"),
+        "even mean of deltas whose local steps are corrected for the clients' drift (Karimireddy 2020)",
+        options=ScaffoldOptions,
+        counts_clients=True,
+    ),
+    "feddyn": Entry(
+        _feddyn,
+        ("options",),
+        "even mean of models that a changing penalty leads to the same minimum (Acar 2021)",
+        options=FedDynOptions,
+        counts_clients=True,
     ),
     **{
         name: _against_hostile(name, summary)
@@ -179,10 +234,9 @@ def check_strategy(section: StrategySection) -> None:
     STRATEGIES.check(section.name, "strategy.name", " (or flwr:NAME)")
     entry = STRATEGIES[section.name]
     for key in _given(section):
-        if key not in entry.keys:
-            raise ConfigError(
-                f"strategy.{key}: {section.name} does not use it, expected only {', '.join(entry.keys)}"
-            )
+        if key not in entry.accepted_keys:
+            known = ", ".join(entry.accepted_keys)
+            raise ConfigError(f"strategy.{key}: {section.name} does not use it, expected only {known}")
     _options(entry, section)
 
 
@@ -193,6 +247,11 @@ def check_merging(job: Job) -> None:
         ConfigError: as `check_strategy`; or there are too few clients, say, for so many hostile ones.
     """
     check_strategy(job.strategy)
+    if (job.strategy.lr_warmup or 0) >= job.federation.rounds:
+        raise ConfigError(
+            f"strategy.lr_warmup: expected less than federation.rounds = {job.federation.rounds}, found"
+            f" {job.strategy.lr_warmup}"
+        )
     if job.strategy.name == "fednova" and "example" in job.privacy.units:
         raise ConfigError(
             "strategy.name: under example-level privacy all clients take as many steps, and fednova"
@@ -211,8 +270,8 @@ def _options(entry: Entry, section: StrategySection) -> BaseModel | None:
     return validated(entry.options, section.options or {}, "strategy.options")
 
 
-def build_strategy(section: StrategySection) -> Strategy:
-    """The strategy a job names, `flwr:NAME` for one of Flower's own.
+def build_strategy(section: StrategySection, federation: FederationSection = ALONE) -> Strategy:
+    """The strategy a job names, `flwr:NAME` for one of Flower's own, for rounds of its `federation`.
 
     Raises:
         ConfigError: the name is unknown, or a key has no meaning for it.
@@ -222,9 +281,22 @@ def build_strategy(section: StrategySection) -> Strategy:
         from atoll.strategies.flower import FlowerStrategy
 
         return FlowerStrategy.named(section.name.removeprefix("flwr:"), _given(section))
-    entry, keys = STRATEGIES[section.name], _given(section)
+    entry = STRATEGIES[section.name]
+    keys = {key: value for key, value in _given(section).items() if key not in SCHEDULE_KEYS}
     options = _options(entry, section)
-    return entry.build(**keys if options is None else {**keys, "options": options})
+    if options is not None:
+        keys["options"] = options
+    if entry.counts_clients:
+        keys["clients"] = federation.clients
+    return _scheduled(entry.build(**keys), section, federation)
+
+
+def _scheduled(strategy: Strategy, section: StrategySection, federation: FederationSection) -> Strategy:
+    if section.lr_schedule is None:
+        return strategy
+    from atoll.strategies.lr_schedule import LrSchedule, Scheduled
+
+    return Scheduled(strategy, LrSchedule(section, federation.rounds))
 
 
 def _given(section: StrategySection) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -36,6 +37,13 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
     if isinstance(updates, StackedUpdates):
         return {name: _of_stack(weights, delta, total) for name, delta in updates.delta.items()}
     return {name: _of_each(weights, [u.delta[name] for u in updates], total) for name in updates[0].delta}
+
+
+def even_mean(updates: Sequence[Update]) -> Tensors:
+    """Deltas averaged with the same weight for every client, in float64."""
+    if isinstance(updates, StackedUpdates):
+        return weighted_mean(replace(updates, num_examples=(1,) * len(updates)))
+    return weighted_mean([replace(update, num_examples=1) for update in updates])
 
 
 def example_counts(updates: Sequence[Update]) -> Sequence[int]:

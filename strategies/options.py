@@ -78,6 +78,18 @@ class FedExpOptions(Section):
     epsilon: NotNegative = 1e-3
 
 
+class ScaffoldOptions(Section):
+    """How clients renew their control variates: the paper's option I or II."""
+
+    option: Annotated[int, Field(ge=1, le=2)] = 2
+
+
+class FedDynOptions(Section):
+    """How strongly clients are held to the model."""
+
+    alpha: Positive = 0.01
+
+
 HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {
     "coordinate-median": HostileOptions,
     "trimmed-mean": HostileOptions,

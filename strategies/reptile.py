@@ -8,12 +8,11 @@ initialisation that a few more steps adapt; `evaluate.adapt` measures that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from atoll.protocol.messages import Update
-from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.mean import moved, weighted_mean
+from atoll.strategies.mean import even_mean, moved
 from atoll.strategies.strategy import Plan, State
 
 
@@ -30,8 +29,4 @@ class Reptile:
         return {}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        if isinstance(updates, StackedUpdates):
-            updates = replace(updates, num_examples=(1,) * len(updates))
-        else:
-            updates = [replace(update, num_examples=1) for update in updates]
-        return moved(model, {name: self.lr * d for name, d in weighted_mean(updates).items()}), state
+        return moved(model, {name: self.lr * d for name, d in even_mean(updates).items()}), state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -55,3 +55,20 @@ class Strategy(Protocol):
         be changed in place.
         """
         ...
+
+
+@runtime_checkable
+class SendsTensors(Protocol):
+    """A strategy that sends tensors of its own beside the model.
+
+    Each update answers with tensors of the same names, shapes and dtypes, as `strategy_tensors`.
+    """
+
+    def tensors_for_clients(self, state: State) -> Tensors:
+        """What every client of the next round gets."""
+        ...
+
+
+def tensors_for_clients(strategy: Strategy, state: State) -> Tensors:
+    """What the strategy sends beside the model; most send nothing."""
+    return strategy.tensors_for_clients(state) if isinstance(strategy, SendsTensors) else {}

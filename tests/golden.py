@@ -53,8 +53,10 @@ DIGITS: dict[str, Any] = {
 HEADS: dict[str, dict[str, Any]] = {
     **{f"strategy-{name}": {"strategy": {"name": name}} for name in (
         "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "reptile", "flwr:FedYogi",
-        "flwr:Krum",
+        "flwr:Krum", "scaffold", "feddyn", "diloco",
     )},
+    "strategy-scaffold-by-full-gradients": {"strategy": {"name": "scaffold", "options": {"option": 1}}},
+    "learning-rate-schedule": {"strategy": {"name": "fedavgm", "lr_schedule": "cosine", "lr_warmup": 1}},
     **{f"compression-{scheme}": {"federation": {"compression": scheme}}
        for scheme in ("fp16", "int8", "int4", "top-k")},
     **{f"closed-form-{kind}": {"tune": {"head_init": kind}, "federation": {"rounds": 1}}
@@ -98,6 +100,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "full-int8": {"method": "full", "federation": {"clients": 2, "rounds": 2, "compression": "int8"}},
     "personal-norms": {"method": "full", "personal": {"keep": "norms"}},
     "personal-head": {"method": "last-k", "personal": {"keep": "head"}},
+    "full-scaffold": {
+        "method": "full", "strategy": {"name": "scaffold"}, "train": {"lr": 0.05, "batch_size": 16},
+    },
     "full-loop": {"method": "full", "engine": "loop"},
     "full-cohort": {"method": "full", "engine": "cohort"},
     "full-bf16": {"method": "full", "train": {"lr": 0.01, "batch_size": 16, "precision": "bf16"}},

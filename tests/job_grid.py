@@ -93,6 +93,10 @@ LEFT_OUT: dict[str, str] = {
     "federation.deadline": "for simulations",
     "federation.over_sampling": "for simulations",
     "strategy.options": "each extension's own",
+    **dict.fromkeys(
+        ("strategy.lr_schedule", "strategy.lr_warmup", "strategy.lr_step", "strategy.lr_decay"),
+        "a part of the server's step that follows from the number of the round",
+    ),
     "evaluate.baselines": "for simulations",
     "evaluate.metrics": "an extension's",
     "privacy.unit": "the promise says it",

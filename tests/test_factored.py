@@ -74,7 +74,7 @@ def by_torch(model: nn.Module, inputs: torch.Tensor, steps: int = 4) -> nn.Modul
 def by_factors(model: nn.Module, inputs: torch.Tensor, job: Job, mu: float = 0.0) -> tuple[nn.Module, int]:
     """The same, and how many pairs of factors the first step had."""
     optimizer, pairs = torch.optim.SGD(model.parameters(), lr=LR), []
-    with outer_product_sgd(model, job, mu) as factors:
+    with outer_product_sgd(model, job, has_terms=bool(mu)) as factors:
         for _ in range(4):
             optimizer.zero_grad()
             model(inputs).square().mean().backward()
@@ -138,7 +138,7 @@ def test_frozen_layers_and_other_classes_are_left_alone_and_all_is_as_before_aft
     model = nn.Sequential(
         nn.Linear(300, 300).requires_grad_(False), nn.Bilinear(300, 300, 2), nn.Linear(300, 300)
     )
-    with outer_product_sgd(model, job_of(), 0.0) as factors:
+    with outer_product_sgd(model, job_of(), has_terms=False) as factors:
         assert [f.weight is model[2].weight for f in factors] == [True]
         assert ["forward" in vars(layer) for layer in model] == [False, False, True]
     assert not any("forward" in vars(layer) for layer in model)
@@ -147,7 +147,7 @@ def test_frozen_layers_and_other_classes_are_left_alone_and_all_is_as_before_aft
 def test_the_weights_move_after_the_backward_pass_only() -> None:
     model = nn.Linear(300, 300)
     before = model.weight.detach().clone()
-    with outer_product_sgd(model, job_of(), 0.0) as factors:
+    with outer_product_sgd(model, job_of(), has_terms=False) as factors:
         model(INPUTS).sum().backward()
         assert model.weight.grad is None and model.bias.grad is not None
         assert torch.equal(model.weight, before)
@@ -157,5 +157,5 @@ def test_the_weights_move_after_the_backward_pass_only() -> None:
 
 def test_layers_below_the_limit_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGE", 300 * 300 + 1)
-    with outer_product_sgd(nn.Linear(300, 300), job_of(), 0.0) as factors:
+    with outer_product_sgd(nn.Linear(300, 300), job_of(), has_terms=False) as factors:
         assert factors == []

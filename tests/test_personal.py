@@ -14,6 +14,7 @@ import torch
 from atoll.client.heads.layers import LOSSES
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.state.store import ClientStateStore
+from atoll.client.training.local_sgd import train_model
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
@@ -23,7 +24,7 @@ from atoll.server.events import ignore_events
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.inline import InlineTransport
-from atoll.sim.engines.simulated_site import PopulationIndex
+from atoll.sim.engines.simulated_site import IndexedClients, PopulationIndex
 from atoll.sim.population.population import Population
 from atoll.tasks import task_named
 from atoll.trained import trained
@@ -169,6 +170,41 @@ def test_what_clients_keep_never_travels_and_differs_between_them(
     assert all(set(state) == set(states[0]) and state for state in states)
     name = next(iter(states[0]))
     assert not any(torch.equal(states[0][name], other[name]) for other in states[1:])
+
+
+def test_kept_norms_are_fedbn(tmp_path: Path, folder: Path) -> None:
+    """Li et al. 2021, algorithm 1, by hand: each client goes on from its own norms, all else is averaged.
+
+    The paper averages evenly; here a client counts by its examples, as in FedAvg.
+    """
+    setting = texts(folder, "norms", federation={"clients": 4, "cohort": 4, "rounds": 2})
+    run(setting, tmp_path)
+    population = Population.of(setting)
+    learner = Learner.of(setting, task_named(setting.task.name), population.roster(setting).data_info[0])
+    clients = IndexedClients(PopulationIndex(population, learner), population.names(setting))
+    start = learner.initial()
+    norms = {name for name in start if "LayerNorm" in name}
+    models = {client: dict(start) for client in clients.names}
+    for round in (1, 2):
+        moves = []
+        for client, model in models.items():
+            shard = clients.train(client)
+            update = train_model(learner, model, shard, setting, client=client, round=round, plan={})
+            model.update({name: model[name] + update.delta[name] for name in norms})
+            moves.append((len(shard), update.delta))
+        for name in start.keys() - norms:
+            mean = sum(n * d[name].double() for n, d in moves) / sum(n for n, _ in moves)
+            shared = models["client-0000"][name] + mean
+            for model in models.values():
+                model[name] = shared.float()
+    _, found = trained(tmp_path)
+    memory = ClientStateStore(tmp_path / "memory", of_one_run=True)
+    for client, model in models.items():
+        own = memory.load_before("", client, 99)
+        assert {name.removeprefix("own/") for name in own} == norms
+        for name, expected in model.items():
+            kept = own[f"own/{name}"] if name in norms else found[name]
+            torch.testing.assert_close(kept, expected, rtol=0, atol=1e-6)
 
 
 def test_a_single_client_with_its_own_head_trains_as_without(tmp_path: Path, folder: Path) -> None:

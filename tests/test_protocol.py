@@ -196,7 +196,10 @@ def origin() -> RequestOrigin:
 ONE_OF_EACH_KIND = [
     EvaluateRequest(**origin(), tensors={"w": torch.ones(2)}, adapt_steps=3, of_shared_model=True),
     StatisticsRequest(**origin()),
-    TrainRequest(**origin(), tensors={"w": torch.ones(2)}, plan={"proximal_mu": 0.1}),
+    TrainRequest(
+        **origin(), tensors={"w": torch.ones(2)}, plan={"proximal_mu": 0.1},
+        strategy_tensors={"w": torch.zeros(2)},
+    ),
     KeysRequest(**origin(), attempt=2, threshold=3),
     SharesRequest(**origin(), attempt=2, threshold=3, public_keys={"a": torch.ones(2, dtype=torch.uint8)}),
     MaskedSumRequest(

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import flwr.serverapp.strategy
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.errors import ConfigError, InconsistentUpdates
+from atoll.job.federation import FederationSection
 from atoll.job.job import StrategySection
 from atoll.protocol.messages import LOCAL_STEPS, Update
 from atoll.protocol.stacked_updates import stacked
@@ -18,6 +20,8 @@ from atoll.strategies.fedavg import FedAvg
 from atoll.strategies.fedopt import FedOpt, adagrad, adam, yogi
 from atoll.strategies.flower import FlowerStrategy
 from atoll.strategies.flower_names import flower_names
+from atoll.strategies.lr_schedule import LrSchedule
+from atoll.strategies.strategy import tensors_for_clients
 
 
 def update(values: list[float], n: int, client: str = "a", round: int = 1) -> Update:
@@ -151,6 +155,45 @@ def test_the_mean_lies_between_the_extremes(pairs: list[tuple[float, int]]) -> N
     assert min(values) - 1e-3 <= merged["w"].item() <= max(values) + 1e-3
 
 
+def torchs_steps(optimizer: str, rounds: int, schedule: str | None) -> list[float]:
+    """Where torch's SGD gets by minus the deltas 1, 2, … as gradients, with lr = 0.7 and momentum 0.9."""
+    at = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    sgd = torch.optim.SGD([at], lr=0.7, momentum=0.9, nesterov=optimizer == "diloco")
+    found = []
+    scheduler: Any = {
+        None: lambda: torch.optim.lr_scheduler.ConstantLR(sgd, factor=1.0),
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=rounds),
+        "step": lambda: torch.optim.lr_scheduler.StepLR(sgd, step_size=2, gamma=0.5),
+    }[schedule]()
+    for number in range(1, rounds + 1):
+        at.grad = torch.full_like(at, -float(number))
+        sgd.step()
+        scheduler.step()
+        found.append(at.item())
+    return found
+
+
+@pytest.mark.parametrize("schedule", [None, "cosine", "step"])
+@pytest.mark.parametrize("name", ["fedavgm", "diloco"])
+def test_outer_steps_and_their_schedules_are_torchs(name: str, schedule: str | None) -> None:
+    more = {"lr_step": 2, "lr_decay": 0.5} if schedule == "step" else {}
+    section = StrategySection(name=name, lr=0.7, momentum=0.9, lr_schedule=schedule, **more)  # type: ignore[arg-type]
+    strategy = build_strategy(section, FederationSection(rounds=6))
+    model = {"w": torch.zeros(1, dtype=torch.float64)}
+    state, found = strategy.begin(model), []
+    for number in range(1, 7):
+        two = [Update(c, number, {"w": torch.tensor([number + d])}, 4) for c, d in (("a", 1.0), ("b", -1.0))]
+        model, state = strategy.merge(model, stacked(two) if number % 2 else two, state)
+        found.append(model["w"].item())
+    assert found == pytest.approx(torchs_steps(name, 6, schedule), rel=1e-12)
+
+
+def test_a_warm_up_rises_evenly_to_the_whole_learning_rate() -> None:
+    section = StrategySection(lr_schedule="cosine", lr_warmup=4)
+    factors = [LrSchedule(section, rounds=8).factor(round) for round in range(1, 9)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+
+
 def test_no_examples_is_an_error_not_a_division_by_zero() -> None:
     with pytest.raises(InconsistentUpdates, match="nothing to average"):
         FedAvg().merge({"w": torch.zeros(1)}, [update([1.0], 0)], {})
@@ -160,8 +203,11 @@ def test_state_is_flat_for_every_strategy() -> None:
     model = {"w": torch.zeros(2)}
     for name in STRATEGIES:
         strategy = build_strategy(StrategySection(name=name))
-        steps = {LOCAL_STEPS: torch.tensor(1.0)}
-        updates = [replace(update([1.0, 2.0], 1, client), states=steps) for client in "abcdefg"]
+        told = {
+            "states": {LOCAL_STEPS: torch.tensor(1.0)},
+            "strategy_tensors": tensors_for_clients(strategy, strategy.begin(model)),
+        }
+        updates = [replace(update([1.0, 2.0], 1, client), **told) for client in "abcdefg"]
         _, state = strategy.merge(model, updates, strategy.begin(model))
         assert all(isinstance(v, float | torch.Tensor) for v in state.values())
 
@@ -171,6 +217,7 @@ def test_state_is_flat_for_every_strategy() -> None:
     [
         ({"name": "fedavgg"}, "did you mean 'fedavg'"),
         ({"name": "fedavg", "tau": 1.0}, "strategy.tau: fedavg does not use it"),
+        ({"name": "fedexp", "lr_schedule": "cosine"}, "strategy.lr_schedule: fedexp does not use it"),
         ({"name": "flwr:FedMedain"}, "did you mean 'FedMedian'"),
         ({"name": "flwr:FedMedian", "tau": 1.0}, "flwr:FedMedian does not use it"),
     ],

@@ -20,6 +20,7 @@ from atoll.server.rounds.validation import validate_updates
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set
 from atoll.sim.engines.inline import InlineTransport
+from atoll.sim.engines.process_pool import books_in
 from atoll.sim.population.population import Population
 from atoll.sim.search.space import default_space
 from atoll.strategies import build_strategy
@@ -27,12 +28,17 @@ from atoll.strategies.fedexp import FedExp, extrapolation
 from atoll.strategies.fednova import FedNova
 from atoll.strategies.mean import weighted_mean
 from atoll.strategies.options import HOSTILE_OPTIONS
+from atoll.strategies.strategy import tensors_for_clients
 from tests.small import few_pictures, image_job
 from tests.test_simulation import DIGITS, Breaks, run
 
-NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp")
-MIXED = {"krum": {"options": {"mixing": True}}}
-"""One of them also mixes."""
+NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp", "scaffold", "feddyn")
+MIXED = {
+    "krum": {"options": {"mixing": True}},
+    "diloco": {"lr_schedule": "cosine", "lr_warmup": 1},
+    "scaffold": {"lr_schedule": "step", "lr_step": 1},
+}
+"""One of them also mixes, and others' learning rates change."""
 
 
 def section(name: str) -> dict[str, Any]:
@@ -50,14 +56,15 @@ def of_eight(name: str, **tables: Any) -> Job:
     return of_pixels(federation, **{"strategy": section(name), **tables})
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", (*NEW, "diloco"))
 def test_every_engine_and_a_resumed_run_give_the_same_bits(tmp_path: Path, name: str) -> None:
     setting = of_eight(name)
     whole = run(setting, tmp_path / "whole")["model_sha256"]
     assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == whole
-    population = Population.of(setting)
+    population, (_, memory) = Population.of(setting), books_in(tmp_path / "r")
+    stopped = Breaks.of(population, memory=memory)
     with pytest.raises(KeyboardInterrupt):
-        run_job(setting, Breaks.of(population), tmp_path / "r", cached_test_set(population, None))
+        run_job(setting, stopped, tmp_path / "r", cached_test_set(population, None))
     assert run(setting, tmp_path / "r", resume=True)["model_sha256"] == whole
 
 
@@ -80,13 +87,16 @@ def test_the_order_of_a_models_tensors_changes_no_bit(name: str) -> None:
     draw = torch.Generator().manual_seed(5)
     shapes = {"w": (3, 5), "b": (3,), "a": (4,)}
     model = {n: torch.randn(shape, generator=draw) for n, shape in shapes.items()}
+    strategy = build_strategy(Job.parse(DIGITS | {"strategy": section(name)}, origin="test").strategy)
+    sent = tensors_for_clients(strategy, strategy.begin(model))
     updates = [
         replace(
-            update(0.0, 9, 2.0, c), delta={n: torch.randn(p.shape, generator=draw) for n, p in model.items()}
+            update(0.0, 9, 2.0, c),
+            delta={n: torch.randn(p.shape, generator=draw) for n, p in model.items()},
+            strategy_tensors={n: torch.randn(t.shape, generator=draw) for n, t in sent.items()},
         )
         for c in "abcdefg"
     ]
-    strategy = build_strategy(Job.parse(DIGITS | {"strategy": section(name)}, origin="test").strategy)
     first, state = strategy.merge(model, updates, strategy.begin(model))
     again = dict(sorted(first.items()))
     one, two = strategy.merge(first, updates, state), strategy.merge(again, updates, state)
@@ -163,6 +173,12 @@ def test_noised_updates_of_clients_merge_by_a_median(tmp_path: Path) -> None:
          r"strategy\.options\.hostile: expected greater than or equal to 0, found -1"),
         ("krum", {"strategy": {"name": "krum", "options": {"smoothing": 1.0}}}, r"smoothing: unknown key"),
         ("fedexp", {"strategy": {"name": "fedexp", "lr": 0.1}}, r"strategy\.lr: fedexp does not use it"),
+        ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "cosine", "lr_warmup": 3}},
+         r"strategy\.lr_warmup: expected less than federation\.rounds = 3, found 3"),
+        ("fedavg", {"strategy": {"name": "fedavg", "lr_warmup": 2}}, r"lr_warmup has no meaning without"),
+        ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "step"}}, r"'step' needs lr_step"),
+        ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "cosine", "lr_decay": 0.5}},
+         r"lr_decay has no meaning without lr_schedule = 'step'"),
         ("fednova", {"privacy": EXAMPLE}, r"strategy\.name: under example-level privacy .* is fedavg"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from atoll.errors import ConfigError, did_you_mean
+from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
 from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
@@ -20,7 +21,7 @@ from atoll.job.federation import FederationSection
 from atoll.job.paths import with_absolute_paths
 from atoll.job.personal import PersonalSection, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
-from atoll.job.section import Count, Decay, NotNegative, Positive, Section
+from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
 from atoll.job.toml import apply_override, read_toml
 from atoll.job.tune import TuneSection, TuneStage, grows
 
@@ -269,12 +270,32 @@ class StrategySection(Section):
 
     name: str = "fedavg"
     lr: Positive | None = None
+    lr_schedule: Literal["constant", "cosine", "step"] | None = None
+    lr_warmup: Count | None = None
+    lr_step: Count | None = None
+    lr_decay: Between | None = None
     momentum: Decay | None = None
     beta1: Decay | None = None
     beta2: Decay | None = None
     tau: Positive | None = None
     proximal_mu: NotNegative | None = None
     options: Options | None = None
+
+    @model_validator(mode="after")
+    def _a_schedule_has_what_it_uses(self) -> StrategySection:
+        for key in ("lr_step", "lr_decay"):
+            if getattr(self, key) is not None and self.lr_schedule != "step":
+                raise ValueError(f"{key} has no meaning without lr_schedule = 'step': remove it")
+        if self.lr_schedule == "step" and self.lr_step is None:
+            raise ValueError("lr_schedule: 'step' needs lr_step, the rounds between two steps")
+        if self.lr_warmup is not None and self.lr_schedule is None:
+            raise ValueError("lr_warmup has no meaning without lr_schedule: remove it, or say 'constant'")
+        return self
+
+    @property
+    def keeps_client_state(self) -> bool:
+        """Whether clients keep tensors of the strategy's own from round to round."""
+        return self.name in WITH_CLIENT_STATE
 
 
 class Job(Section):
@@ -309,6 +330,7 @@ class Job(Section):
         check_measuring(self)
         check_closed_form(self)
         check_personal(self)
+        check_client_state(self)
         return self
 
     @model_validator(mode="after")
@@ -328,7 +350,8 @@ class Job(Section):
         for key, given in (
             ("privacy.unit", bool(self.privacy.units)),
             ("federation.secure_aggregation", self.federation.secure_aggregation),
-            ("federation.compression", self.has_client_state and self.personal.keep is None),
+            ("federation.compression", self.feeds_errors_back and self.personal.keep is None),
+            (f"strategy.name = {self.strategy.name!r}", self.strategy.keeps_client_state),
             ("train.teacher", self.train.teacher is not None),
             ("backbone.prune", self.backbone.prune is not None),
             ("personal.keep", self.personal.keep is not None),
@@ -370,8 +393,12 @@ class Job(Section):
     @property
     def has_client_state(self) -> bool:
         """Whether clients keep something from one round to the next."""
-        feedback = self.federation.compression is not None and self.federation.error_feedback
-        return feedback or self.personal.keep is not None
+        return self.feeds_errors_back or self.personal.keep is not None or self.strategy.keeps_client_state
+
+    @property
+    def feeds_errors_back(self) -> bool:
+        """Whether clients add what compression lost to their next updates."""
+        return self.federation.compression is not None and self.federation.error_feedback
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> Job:

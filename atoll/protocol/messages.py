@@ -44,7 +44,8 @@ class Update:
     """What one client returns: how its trainable tensors moved, and how much data moved them.
 
     Where the job compresses updates, `delta` travels as `atoll.protocol.compression` says. `states` are
-    metric states that add up over clients.
+    metric states that add up over clients. `strategy_tensors` answer those of the request, with the same
+    names, shapes and dtypes.
     """
 
     client: str
@@ -52,6 +53,7 @@ class Update:
     delta: Tensors = field(metadata=SHARED)
     num_examples: int
     states: Tensors = field(default_factory=dict, metadata=SHARED)
+    strategy_tensors: Tensors = field(default_factory=dict, metadata=SHARED)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,12 @@ class TrainingRequest(ModelRequest):
 
 @dataclass(frozen=True)
 class TrainRequest(TrainingRequest):
-    """Train from the tensors, and send how they moved."""
+    """Train from the tensors, and send how they moved.
+
+    `strategy_tensors` are what the strategy sends beside the model, such as SCAFFOLD's c.
+    """
+
+    strategy_tensors: Tensors = field(default_factory=dict, kw_only=True, metadata=SHARED)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class StackedUpdates(Sequence[Update]):
     delta: Tensors
     num_examples: tuple[int, ...]
     states: Tensors = field(default_factory=dict)
+    strategy_tensors: Tensors = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -38,6 +39,7 @@ class StackedUpdates(Sequence[Update]):
             delta={name: t[place].clone() for name, t in self.delta.items()},
             num_examples=self.num_examples[place],
             states={name: t[place].clone() for name, t in self.states.items()},
+            strategy_tensors={name: t[place].clone() for name, t in self.strategy_tensors.items()},
         )
 
     def of_clients(self, clients: Sequence[str]) -> StackedUpdates:
@@ -56,6 +58,7 @@ class StackedUpdates(Sequence[Update]):
             delta={name: t.index_select(0, index) for name, t in self.delta.items()},
             num_examples=tuple(self.num_examples[p] for p in places),
             states={name: t.index_select(0, index) for name, t in self.states.items()},
+            strategy_tensors={n: t.index_select(0, index) for n, t in self.strategy_tensors.items()},
         )
 
 
@@ -69,6 +72,7 @@ def stacked(updates: Sequence[Update]) -> StackedUpdates:
         delta={name: torch.stack([u.delta[name] for u in updates]) for name in updates[0].delta},
         num_examples=tuple(u.num_examples for u in updates),
         states=stacked_states(updates),
+        strategy_tensors=stacked_strategy_tensors(updates),
     )
 
 
@@ -77,6 +81,14 @@ def stacked_states(updates: Sequence[Update]) -> Tensors:
     if isinstance(updates, StackedUpdates):
         return updates.states
     return {name: torch.stack([u.states[name] for u in updates]) for name in updates[0].states}
+
+
+def stacked_strategy_tensors(updates: Sequence[Update]) -> Tensors:
+    """What the updates bring for the strategy alone, stacked."""
+    if isinstance(updates, StackedUpdates):
+        return updates.strategy_tensors
+    names = updates[0].strategy_tensors
+    return {name: torch.stack([u.strategy_tensors[name] for u in updates]) for name in names}
 
 
 def joined(parts: Sequence[StackedUpdates]) -> StackedUpdates:
@@ -89,4 +101,8 @@ def joined(parts: Sequence[StackedUpdates]) -> StackedUpdates:
         delta={name: torch.cat([part.delta[name] for part in parts]) for name in parts[0].delta},
         num_examples=tuple(n for part in parts for n in part.num_examples),
         states={name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states},
+        strategy_tensors={
+            name: torch.cat([part.strategy_tensors[name] for part in parts])
+            for name in parts[0].strategy_tensors
+        },
     )

@@ -32,7 +32,8 @@ METRIC_SPELLINGS = {
 STRATEGY_NAMES = {
     "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
-    "reptile": "Reptile", "fednova": "FedNova", "fedexp": "FedExP",
+    "reptile": "Reptile", "diloco": "DiLoCo", "fednova": "FedNova", "fedexp": "FedExP",
+    "scaffold": "SCAFFOLD", "feddyn": "FedDyn",
     "krum": "Krum", "multi-krum": "Multi-Krum", "bulyan": "Bulyan",
 }  # fmt: skip
 ENGINES = {

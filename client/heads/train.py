@@ -41,10 +41,10 @@ from atoll.protocol.tensors import Tensors
 class HeadTrainingConfig:
     """How every client of a round trains: the job's loop, and what the round adds to it.
 
-    `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, Karimireddy
-    et al. 2020), one for each client that has any. Clients with `starts` of their own, which are all or
-    none, move from there; their updates, and the proximal term, are still relative to the shared head.
-    With `steps` everybody stops after so many.
+    `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, FedDyn's -g_k), one for
+    each client that has any. Clients with `starts` of their own, which are all or none, move from there;
+    their updates, and the proximal term, are still relative to the shared head. With `steps` everybody stops
+    after so many.
     """
 
     job: Job

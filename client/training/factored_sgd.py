@@ -69,15 +69,15 @@ class _Linear(torch.autograd.Function):
 
 
 @contextmanager
-def outer_product_sgd(model: nn.Module, job: Job, mu: float) -> Iterator[list[Factors]]:
+def outer_product_sgd(model: nn.Module, job: Job, *, has_terms: bool) -> Iterator[list[Factors]]:
     """Within, the factors of the model's large linear layers: none, unless a step is plain SGD in float32.
 
-    A proximal term needs gradients; parts of batches, and activations computed twice, are there to save
-    memory, which factors hold on to.
+    Terms that are added to gradients need them; parts of batches, and activations computed twice, are there
+    to save memory, which factors hold on to.
     """
     train = job.train
     saves_memory = train.accumulate > 1 or train.checkpoint_activations
-    if not is_plain(train) or mu or saves_memory or train.precision != "fp32":
+    if not is_plain(train) or has_terms or saves_memory or train.precision != "fp32":
         yield []
         return
     changed: list[tuple[nn.Linear, Factors]] = []

@@ -33,13 +33,14 @@ def train_model(
     round: int,
     plan: Mapping[str, float],
     begin: Tensors | None = None,
+    correction: Tensors | None = None,
     steps: int | None = None,
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
 
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
-    tensors to where it arrives, and it is to them that the proximal term holds it. With `steps` it stops
-    after so many.
+    tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
+    the gradient of every step. With `steps` it stops after so many.
     """
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
     model = learner.model
@@ -48,13 +49,14 @@ def train_model(
     trainable.load_values(model, start if begin is None else begin)
     trainable.training_mode(model)
     optimizer = torch_optimizer(list(parameters.values()), job.train)
+    added = {} if correction is None else trainable.to_parameters(parameters, correction)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
     chances = learner.chances(shard)
     with (
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
         repeatable(device),
-        outer_product_sgd(model, job, mu) as factors,
+        outer_product_sgd(model, job, has_terms=bool(mu or added)) as factors,
     ):
         for number, rows in enumerate(batches(len(shard), job, round, client, chances)[:steps]):
             varied = variation(job, round, client, number)
@@ -66,9 +68,10 @@ def train_model(
                 loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
                 scaler.scale(loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
                 summed += float(loss.detach()) * len(part)
-            if mu:
+            if mu or added:
                 scaler.unscale_(optimizer)
                 add_proximal_gradient(parameters, start, mu)
+                add_correction(parameters, added)
             scaler.step(optimizer)
             scaler.update()
             for weight in factors:
@@ -110,7 +113,15 @@ def variation(job: Job, round: int, client: str, number: int) -> Variation | Non
 
 
 def add_proximal_gradient(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
-    """Add FedProx's gradient mu (w - w_global) (Li et al. 2020)."""
-    for name, p in parameters.items():
+    """Add FedProx's gradient mu (w - w_global) (Li et al. 2020), where there is any."""
+    for name, p in parameters.items() if mu else ():
         if p.grad is not None:
             p.grad += mu * (p.detach() - start[name])
+
+
+def add_correction(parameters: Mapping[str, torch.nn.Parameter], correction: Tensors) -> None:
+    """Add what a method corrects gradients by, to those that there are."""
+    for name, values in correction.items():
+        grad = parameters[name].grad
+        if grad is not None:
+            grad += values

@@ -23,7 +23,7 @@ from atoll.server.rounds.participation import CohortRequest, Participation, elap
 from atoll.server.rounds.run_state import ModelTransform, ReplyTransform, RoundKind, Run
 from atoll.server.rounds.secure_aggregation import SecureRound
 from atoll.server.rounds.validation import ValidatedUpdates, Validation
-from atoll.strategies.strategy import State
+from atoll.strategies.strategy import State, tensors_for_clients
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class TrainingRound:
     """What rounds share in which clients train: the model goes to each of them, and updates are merged."""
 
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
-        return size_of(run.state.tensors), run.update_bytes
+        beside = size_of(tensors_for_clients(run.setup.strategy, run.state.strategy_state))
+        return size_of(run.state.tensors) + beside, run.update_bytes + beside
 
     def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
         merge_updates(run, gathered.updates, round)
@@ -52,10 +53,11 @@ class PlainRound(TrainingRound):
     validate: Validation
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
-        replies, model = run.send(train_request(run, round), names), run.state.tensors
+        request, model = train_request(run, round), run.state.tensors
+        replies = run.send(request, names)
         for transform in self.reply_transforms:
             replies = transform(replies, model)
-        return self.validate(replies, names, model, round)
+        return self.validate(replies, names, model, round, request.strategy_tensors)
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,12 @@ def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Valida
 
 
 def train_request(run: Run, round: int) -> TrainRequest:
-    """The model and the strategy's numbers for the clients that train in this round."""
-    plan = dict(run.setup.strategy.plan(run.state.strategy_state, round))
-    return TrainRequest(**run.request_origin(round), tensors=run.state.tensors, plan=plan)
+    """The model, and the strategy's numbers and tensors, for the clients that train in this round."""
+    strategy, state = run.setup.strategy, run.state.strategy_state
+    return TrainRequest(
+        **run.request_origin(round), tensors=run.state.tensors, plan=dict(strategy.plan(state, round)),
+        strategy_tensors=tensors_for_clients(strategy, state),
+    )  # fmt: skip
 
 
 def merge_updates(run: Run, updates: Sequence[Update], round: int) -> None:

@@ -40,7 +40,10 @@ def start_or_resume(
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
     """
     strategy_name = job.strategy.name if strategy is None else type(strategy).__name__
-    strategy, protection = strategy or build_strategy(job.strategy), protection or NoProtection()
+    strategy, protection = (
+        strategy or build_strategy(job.strategy, job.federation),
+        protection or NoProtection(),
+    )
     roster = carrier.discover_clients(job)
     roster.check(job)
     task = task_named(job.task.name)

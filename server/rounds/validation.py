@@ -25,6 +25,7 @@ from atoll.protocol.tensors import Tensors
 STATES = {"train_loss.sum", "train_loss.count"}
 SOMETIMES = {CHARGED_ROUNDS, LOCAL_STEPS}
 """States that are there only where a promise or the strategy asks for them."""
+NOTHING_SENT: Tensors = {}
 MAX_EXAMPLES = 1_000_000_000
 MAX_NORM = 1e6
 """L2 norm of a delta above which it is taken for an accident."""
@@ -64,16 +65,28 @@ class Validation:
         return cls("client" not in job.privacy.units)
 
     def __call__(
-        self, replies: Iterable[Reply], names: Sequence[str], model: Tensors, round: int
+        self,
+        replies: Iterable[Reply],
+        names: Sequence[str],
+        model: Tensors,
+        round: int,
+        sent: Tensors = NOTHING_SENT,
     ) -> ValidatedUpdates:
+        """The replies to a request with that model and what the strategy `sent` beside it."""
         blind = not self.inspects_values
         if isinstance(replies, StackedUpdates):
-            return validate_stacked(replies, names, model, round, blind=blind)
-        return validate_updates(replies, names, model, round, blind=blind)
+            return validate_stacked(replies, names, model, round, sent, blind=blind)
+        return validate_updates(replies, names, model, round, sent, blind=blind)
 
 
 def validate_stacked(
-    updates: StackedUpdates, cohort: Sequence[str], model: Tensors, round: int, *, blind: bool = False
+    updates: StackedUpdates,
+    cohort: Sequence[str],
+    model: Tensors,
+    round: int,
+    sent: Tensors = NOTHING_SENT,
+    *,
+    blind: bool = False,
 ) -> ValidatedUpdates:
     """As `screen`, for a cohort that trained in this process: all its norms in one go.
 
@@ -81,16 +94,21 @@ def validate_stacked(
     """
     order = sorted(range(len(updates)), key=updates.clients.__getitem__)
     whole = updates.take(order)
-    shapes = {name: (t.shape[1:], t.dtype) for name, t in whole.delta.items()}
     as_expected = (
         whole.clients == tuple(sorted(cohort))
         and whole.round == round
-        and shapes == {name: (t.shape, t.dtype) for name, t in model.items()}
+        and _are_stacks_of(whole.delta, model)
+        and _are_stacks_of(whole.strategy_tensors, sent)
         and all(_fewest(blind) <= n <= MAX_EXAMPLES for n in whole.num_examples)
     )
     if as_expected and (blind or _values_are_sound(whole)):
         return ValidatedUpdates(whole, {})
-    return validate_updates(updates, cohort, model, round, blind=blind)
+    return validate_updates(updates, cohort, model, round, sent, blind=blind)
+
+
+def _are_stacks_of(stacks: Tensors, tensors: Tensors) -> bool:
+    form = {name: (t.shape, t.dtype) for name, t in tensors.items()}
+    return {name: (t.shape[1:], t.dtype) for name, t in stacks.items()} == form
 
 
 def _fewest(blind: bool) -> int:
@@ -99,7 +117,9 @@ def _fewest(blind: bool) -> int:
 
 
 def _values_are_sound(whole: StackedUpdates) -> bool:
-    return bool((_norms(whole.delta) <= MAX_NORM).all()) and _states_are_finite(whole.states)
+    sets = [whole.delta, whole.strategy_tensors] if whole.strategy_tensors else [whole.delta]
+    small = all(bool((_norms(tensors) <= MAX_NORM).all()) for tensors in sets)
+    return small and _states_are_finite(whole.states)
 
 
 def _norms(delta: Tensors) -> torch.Tensor:
@@ -114,7 +134,13 @@ def _states_are_finite(states: Tensors) -> bool:
 
 
 def validate_updates(
-    replies: Iterable[Reply], cohort: Sequence[str], model: Tensors, round: int, *, blind: bool = False
+    replies: Iterable[Reply],
+    cohort: Sequence[str],
+    model: Tensors,
+    round: int,
+    sent: Tensors = NOTHING_SENT,
+    *,
+    blind: bool = False,
 ) -> ValidatedUpdates:
     """Sort the replies of a round into usable and set aside; who didn't reply is set aside too.
 
@@ -124,6 +150,8 @@ def validate_updates(
     aside: dict[str, str] = {}
     for reply in replies:
         fault = _fault(reply, cohort, model, round, blind=blind)
+        if fault is None and isinstance(reply, Update):
+            fault = _answer_fault(reply.strategy_tensors, sent, blind=blind)
         if fault is None and reply.client in good:
             aside[f"{reply.client} (again)"] = "duplicate reply; the first one counts"
         elif fault is None and isinstance(reply, Update):
@@ -154,6 +182,12 @@ def _fault(reply: Reply, cohort: Sequence[str], model: Tensors, round: int, *, b
         return f"num_examples: expected an integer from {least} to {MAX_EXAMPLES}, found {n!r}"
     fault = _shape_fault(reply.delta, model) or _states_fault(reply.states, blind=blind)
     return fault or (None if blind else _value_fault(reply.delta))
+
+
+def _answer_fault(answer: Tensors, sent: Tensors, *, blind: bool) -> str | None:
+    """What is wrong with an update's answer to what the strategy sent."""
+    fault = _shape_fault(answer, sent) or (None if blind else _value_fault(answer))
+    return None if fault is None else f"answer to the strategy: {fault}"
 
 
 def _states_fault(states: Tensors, *, blind: bool) -> str | None:

@@ -108,7 +108,12 @@ def job_to_replay(job: Job) -> Job:
     """
     if job.train.teacher is not None:
         raise ConfigError("train.teacher: a run with a teacher can't be attacked; expected one without")
-    for key, asked in (("personal.keep", job.personal.keep), ("tune.head_init", job.tune.head_init)):
+    own_state = job.strategy.name if job.strategy.keeps_client_state else None
+    for key, asked in (
+        ("personal.keep", job.personal.keep),
+        ("tune.head_init", job.tune.head_init),
+        ("strategy.name", own_state),
+    ):
         if asked is not None:
             raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {asked!r}")
     if separation(job) > 1:

@@ -104,6 +104,11 @@ def check_engine(job: Job, engine: str) -> None:
         )
     if engine == "cohort" and job.personal.keep is not None and not trains_on_features(job):
         raise ConfigError("personal.keep: engine cohort trains clients from one start, try inline")
+    if engine == "cohort" and job.strategy.keeps_client_state and not trains_on_features(job):
+        raise ConfigError(
+            f"strategy.name: engine cohort trains such clients without {job.strategy.name}'s corrections, try"
+            " inline"
+        )
     for key in job.train.autograd_only_keys if engine == "cohort" else ():
         raise ConfigError(
             f"train.{key}: engine cohort trains clients at once and has no such way, try inline"

@@ -15,7 +15,7 @@ from atoll.job.job import Job
 from atoll.job.toml import apply_override
 from atoll.sim.search.distributions import Choice, Range
 from atoll.sim.sweep.grid import Base, Grid, Values, as_value
-from atoll.strategies import STRATEGIES, build_strategy, check_merging
+from atoll.strategies import SCHEDULE_KEYS, STRATEGIES, build_strategy, check_merging
 from atoll.strategies.options import HOSTILE_OPTIONS
 from atoll.tasks import task_named
 
@@ -32,7 +32,7 @@ GOVERNING_KEY = {
     "federation.compression_top_k": "federation.compression",
     "federation.error_feedback": "federation.compression",
     **{f"strategy.{key}": "strategy.name"
-       for key in ("lr", "momentum", "beta1", "beta2", "tau", "proximal_mu", "options")},
+       for key in ("lr", "momentum", "beta1", "beta2", "tau", "proximal_mu", "options", *SCHEDULE_KEYS)},
 }  # fmt: skip
 """Keys that have a meaning only with some values of another key."""
 
@@ -185,7 +185,7 @@ def has_meaning(key: str, table: Mapping[str, Any]) -> bool:
             return master in (None, "sgd")
         case "strategy.name":
             entry = STRATEGIES.get(master or "fedavg")
-            return last == "options" if entry is None else last in entry.keys
+            return last == "options" if entry is None else last in entry.accepted_keys
         case "federation.compression" if last == "compression_top_k":
             return master == "top-k"
     return bool(master)
@@ -223,7 +223,7 @@ def checked_job(base: Base, texts: Texts) -> Job:
 
     job = job_of(base, texts)
     check_merging(job)
-    build_strategy(job.strategy)
+    build_strategy(job.strategy, job.federation)
     check_fits(job, task_named(job.task.name))
     return job
 

@@ -61,6 +61,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     }
     stepping = common | image | {"name": "fednova", "strategy": {"name": "fednova"}}  # type: ignore[operator]
     made["fednova"] = Job.parse(stepping, origin="test")
+    made |= correcting(common, image, text)
     small = made["views-fedadam"]
     travels = small.federation.model_copy(update={"compression": "int8"})
     made["small"] = small.model_copy(update={"name": "small", "federation": travels})
@@ -88,6 +89,17 @@ def jobs(folder: Path) -> dict[str, Job]:
     ):
         made[f"{table['name']}-fedavg"] = Job.parse(common | table, origin="test")
     return made
+
+
+def correcting(common: dict[str, Any], image: dict[str, Any], text: dict[str, Any]) -> dict[str, Job]:
+    """Jobs whose clients remember what to correct their steps by: heads, and a network's factors."""
+    more = common | {"federation": {"clients": CLIENTS, "cohort": 2, "rounds": 4}}
+    tables = {
+        "scaffold": image | {"strategy": {"name": "scaffold", "options": {"option": 1}}},
+        "scaffold-texts": text | {"strategy": {"name": "scaffold"}},
+        "feddyn": image | {"strategy": {"name": "feddyn"}},
+    }
+    return {name: Job.parse(more | table | {"name": name}, origin="test") for name, table in tables.items()}
 
 
 @dataclass
@@ -189,8 +201,19 @@ def test_texts_at_real_sites_that_keep_their_heads_or_send_sums_give_the_bits_of
 @pytest.mark.parametrize(
     ("names", "order"),
     [
-        (["digits-fedavg", "digits-fedadam", "views-fedavg", "views-fedadam", "fednova"], [0, 1, 2]),
-        (["news-fedavg", "own-heads"], [2, 1, 0]),
+        (
+            [
+                "digits-fedavg",
+                "digits-fedadam",
+                "views-fedavg",
+                "views-fedadam",
+                "fednova",
+                "scaffold",
+                "feddyn",
+            ],
+            [0, 1, 2],
+        ),
+        (["news-fedavg", "own-heads", "scaffold-texts"], [2, 1, 0]),
         (["varied-fedavg", "compiled-fedavg", "varied-fedadam", "compiled-fedadam"], [0, 2, 1]),
     ],
 )
@@ -241,7 +264,18 @@ def agree(places: Places, jobs: Sequence[Job], folder: Path) -> None:
             assert result["final"]["clients"].keys() == expected["final"]["clients"].keys()
 
 
-@pytest.mark.parametrize("name", ["remembering", "digits-fedavg", "views-fedadam", "varied-fedavg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "remembering",
+        "digits-fedavg",
+        "views-fedadam",
+        "varied-fedavg",
+        pytest.param("scaffold", marks=pytest.mark.matrix),
+        pytest.param("scaffold-texts", marks=pytest.mark.matrix),
+        pytest.param("feddyn", marks=pytest.mark.matrix),
+    ],
+)
 def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None:
     result = simulate(
         places.jobs[name],
@@ -255,7 +289,9 @@ def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None
     assert result["engine"] == "ray"
 
 
-@pytest.mark.parametrize("name", ["digits-fedavg", "news-fedadam"])
+@pytest.mark.parametrize(
+    "name", ["digits-fedavg", "news-fedadam", pytest.param("scaffold-texts", marks=pytest.mark.matrix)]
+)
 def test_a_run_killed_and_resumed_by_four_workers_gives_the_same_bits(places: Places, name: str) -> None:
     job, out = places.folder / f"{name}.toml", places.folder / f"killed-{name}"
     job.write_text(job_toml(places.jobs[name]))

@@ -1,0 +1,52 @@
+"""Strategies whose clients keep tensors of their own from round to round, and what such a job can't have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from atoll.job.job import Job
+
+WITH_CLIENT_STATE = ("scaffold", "feddyn")
+
+
+def check_client_state(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where such a strategy would not be exact.
+
+    Client-level privacy and secure sums refuse it by themselves: `atoll.job.privacy`.
+    """
+    name = job.strategy.name
+    if not job.strategy.keeps_client_state:
+        return
+    if "example" in job.privacy.units:
+        raise ValueError(
+            f"strategy.name: {name} corrects each local step, and what it corrects by holds gradients that no"
+            f" noise protects; expected another strategy with privacy.unit = {job.privacy.unit!r}"
+        )
+    if job.federation.compression is not None:
+        raise ValueError(
+            f"federation.compression: what {name}'s clients keep and what the server adds up belong to"
+            " the whole update, and a compressed one is another; expected none, found"
+            f" {job.federation.compression!r}"
+        )
+    if job.personal.keep is not None:
+        raise ValueError(
+            f"personal.keep: {name}'s clients correct steps of the one model that all share; expected none,"
+            f" found {job.personal.keep!r}"
+        )
+    if name == "scaffold":
+        _check_gradients_can_be_read_off(job)
+
+
+def _check_gradients_can_be_read_off(job: Job) -> None:
+    """SCAFFOLD's option II takes a client's mean gradient from how far its model moved."""
+    if job.train.optimizer != "sgd":
+        raise ValueError(
+            "train.optimizer: scaffold takes a client's mean gradient from how far its steps of SGD led;"
+            f" expected 'sgd', found {job.train.optimizer!r}"
+        )
+    if job.train.precision == "fp16":
+        raise ValueError(
+            "train.precision: 'fp16' leaves steps out, and scaffold divides by their number; expected 'fp32'"
+            " or 'bf16'"
+        )

@@ -1,0 +1,43 @@
+"""SCAFFOLD (Karimireddy et al. 2020, algorithm 1): the client's part. `strategies/scaffold.py` has symbols.
+
+With momentum a local gradient counts again in every later step. K is then the sum of these weights
+(`accumulated_steps`), so that option II's (x - y_i) / (K eta_l) stays a mean of gradients; for plain SGD, the
+paper's case, it is the number of steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atoll.client.training.local_steps import accumulated_steps
+from atoll.job.job import TrainSection
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class ScaffoldClient:
+    """A client's control variate c_i, renewed by option 1 or 2; the strategy sends c."""
+
+    train: TrainSection
+    option: int
+
+    @property
+    def takes_full_gradients(self) -> bool:
+        return self.option == 1
+
+    def correction(self, own: Tensors, sent: Tensors) -> Tensors:
+        """The paper's c - c_i."""
+        return {name: c - own[name] for name, c in sent.items()}
+
+    def after(
+        self, update: Update, own: Tensors, sent: Tensors, gradient: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        """(c_i+, c_i+ - c_i); a client that took no step keeps its c_i."""
+        if not update.num_examples:
+            return own, {name: c - c for name, c in own.items()}
+        renewed = gradient
+        if self.option == 2:
+            moved_by = accumulated_steps(update.num_examples, self.train) * self.train.lr
+            renewed = {n: (own[n] - c) - update.delta[n] / moved_by for n, c in sent.items()}
+        return renewed, {name: c - own[name] for name, c in renewed.items()}
