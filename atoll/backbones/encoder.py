@@ -68,6 +68,9 @@ class Model(nn.Module):
 
     head: nn.Module
 
+    tunes_head: bool = True
+    """Whether the head is trained whatever else is: not where it is tied to the network's first layer."""
+
     def __init__(self, backbone: Encoder, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
@@ -85,3 +88,7 @@ class Model(nn.Module):
     def predict(self, batch: Batch) -> Any:
         """What the task's metrics take, one for each example of the batch."""
         return self(batch)
+
+    def measure(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+        """(what the metrics take, what the loss takes): of one pass, where a model has both of one."""
+        return self.predict(batch), self(batch)

@@ -21,7 +21,7 @@ class Tuned(Section):
 
     @model_validator(mode="after")
     def _only_what_the_method_uses(self) -> Self:
-        used = {"last-k": {"layers"}, "lora": {"rank", "alpha", "targets", "freeze_a"}}.get(
+        used = {"last-k": {"layers"}, "lora": {"layers", "rank", "alpha", "targets", "freeze_a"}}.get(
             self.method, set()
         )
         for key in ("layers", "rank", "alpha", "targets", "freeze_a"):

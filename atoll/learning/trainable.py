@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ Norms = (*BatchNorms, nn.LayerNorm, nn.GroupNorm)
 
 
 def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
-    """Leave `requires_grad` on exactly what the job tunes; the head is always tuned.
+    """Leave `requires_grad` on exactly what the job tunes; a head that isn't tied is always tuned.
 
     Raises:
         ConfigError: nothing matches `tune.targets`, or there are fewer blocks than `tune.layers`.
@@ -33,7 +33,8 @@ def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
             _inject_lora(model, tune, seed)
         case "full":
             model.requires_grad_(True)
-    model.head.requires_grad_(True)
+    if model.tunes_head:
+        model.head.requires_grad_(True)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -192,7 +193,7 @@ def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Mod
 
 
 def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
-    """Put peft's LoRA factors into the backbone (Hu et al. 2021).
+    """Put peft's LoRA factors into the backbone (Hu et al. 2021), or into its last `layers` blocks.
 
     With `freeze_a` only B is trained (Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated
     Learning"): noise on both factors is multiplied with itself, and the mean of products isn't the
@@ -201,7 +202,9 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     of_head = {id(module) for module in model.head.modules()}
-    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) not in of_head]
+    where = model.backbone.modules() if tune.layers is None else _within_last_blocks(model, tune.layers)
+    there = {id(module) for module in where} - of_head
+    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) in there]
     if not names:
         raise ConfigError("tune.method: this backbone has no layer for LoRA, expected head, last-k or full")
     wanted = [
@@ -218,6 +221,11 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
         inject_adapter_in_model(config, model.backbone)
     for name, parameter in model.backbone.named_parameters():
         parameter.requires_grad_("lora_B" in name or ("lora_" in name and not tune.freeze_a))
+
+
+def _within_last_blocks(model: Model, count: int) -> Iterator[nn.Module]:
+    for block in _last_blocks(model.backbone.model, count, model.head):
+        yield from block.modules()
 
 
 def _takes_lora(module: nn.Module) -> bool:
