@@ -126,15 +126,24 @@ class Run:
         """The page that shows the run."""
         return self.folder / "report.html"
 
-    def predict(self, inputs: Sequence[str]) -> list[dict[str, Any]]:
-        """The model's answer to each text or file.
+    def predict(
+        self, inputs: Sequence[str | Path], out: str | Path | None = None, *, overlay: bool = False
+    ) -> list[dict[str, Any]]:
+        """The model's answer to each text or file, and to each file of a folder.
+
+        What is large comes as arrays: a segmenter's `mask` (uint8, class indices) and `scores` (float32, the
+        probability of each pixel's class), both [height, width] of the picture. With `out` masks, boxes and
+        forecasts are also written there as files, whose paths are in `files`; with `overlay` masks over
+        their pictures too.
 
         Raises:
             DataError: an input cannot be read.
         """
-        from atoll.cli.inspect import predictions
+        from atoll.cli.predict import answers_of
 
-        return predictions(self.folder, list(inputs))
+        place = Path(out) if out is not None else None
+        given = [str(one) for one in inputs]
+        return list(answers_of(self.folder, given, place, write=out is not None, overlay=overlay))
 
     def export(
         self,
@@ -180,8 +189,12 @@ class Exported:
         task = self.learner.task
         raw = [task.parse_input(given) for given in inputs]
         with torch.inference_mode():
-            said = self.model.predict(self.model.backbone.preprocess_and_collate(raw))
-        answers: list[dict[str, Any]] = task.format_predictions(said, self.learner.data_info)
+            batch = self.model.backbone.preprocess_and_collate(raw)
+            data_info = self.learner.data_info
+            if task.uses_pooled_features:
+                answers: list[dict[str, Any]] = task.format_predictions(self.model.predict(batch), data_info)
+            else:
+                answers = task.answers(self.model, batch, raw, data_info)
         return answers
 
 

@@ -19,12 +19,15 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from atoll.client.dp.ledgers import PrivacyLedgers
+from atoll.client.dp.secure_aggregation import SecureAggregationSession
 from atoll.client.local_data import FolderShards
+from atoll.client.policy import Policy
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
+from atoll.kit.roster import SiteIdentity
 from atoll.protocol.flower_content import bodies_of, packed, packed_greetings, unpacked
 from atoll.protocol.messages import encode_reply, hello_to_json
 from atoll.protocol.requests import decode_request, work_name
@@ -52,7 +55,11 @@ def folder_site(job: Job, context: Context) -> Site:
             Path(str(config["ledgers"])), Budget.model_validate_json(budget) if budget else None
         )
         memory = ClientStateStore(Path(str(config["memory"])))
-        _sites[key] = Site(shards, discreet=True, ledgers=ledgers, memory=memory)
+        kit = Path(str(config["kit"]))
+        _sites[key] = Site(
+            shards, discreet=True, ledgers=ledgers, memory=memory, policy=Policy.load(kit),
+            secure_session=SecureAggregationSession(identity=SiteIdentity.load(kit)),
+        )  # fmt: skip
     return _sites[key]
 
 

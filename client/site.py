@@ -18,6 +18,7 @@ from atoll.client.dp.poisson import private_training
 from atoll.client.dp.secure_aggregation import SecureAggregationSession
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.policy import Policy
 from atoll.client.redaction import redact
 from atoll.client.shard_cache import LoadedClients, LoadedShard, ShardCache, Shards
 from atoll.client.state.store import ClientStateStore
@@ -28,10 +29,10 @@ from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.protocol.messages import DataInfo, Failure, Hello, Reply
 from atoll.protocol.requests import (
+    ConfirmRequest,
     EvaluateRequest,
     KeysRequest,
     Request,
-    RevealRequest,
     SharesRequest,
     StatisticsRequest,
     TrainRequest,
@@ -98,6 +99,7 @@ class Site:
     ledgers: PrivacyLedgers | None = None
     memory: ClientStateStore = field(default_factory=ClientStateStore)
     secure_session: SecureAggregationSession = field(default_factory=SecureAggregationSession)
+    policy: Policy | None = None
     _learners: dict[str, Learner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,14 +108,15 @@ class Site:
     def _policy_violation(self, job: Job, kind: type[Request] | type[Hello]) -> str:
         """Why this site does not do what is asked, whoever asks; nothing if it does.
 
-        A real site sends no sum without masks, no update where only sums are promised to be seen, no
-        measurement where what is measured is promised to stay hidden, and nothing of its data that the job
-        must have; and it takes no noise that the server can draw again.
+        Its own policy comes first. A real site sends no sum without masks, no update where only sums are
+        promised to be seen, no measurement where what is measured is promised to stay hidden, and nothing of
+        its data that the job must have; and it takes no noise that the server can draw again.
         """
         if not self._is_real:
             return ""
         asked = _refused_request(job, kind) if self.discreet else ""
-        return self._refused_noise(job) or asked or self._refused_facts(job)
+        own = self.policy.violation(job, kind) if self.policy is not None else ""
+        return own or self._refused_noise(job) or asked or self._refused_sum(job) or self._refused_facts(job)
 
     @property
     def _has_budget(self) -> bool:
@@ -130,6 +133,18 @@ class Site:
         if self._has_budget and not set(noise_locations(job)) - {"server"}:
             return "its site has a privacy budget, and the job adds no noise before the server sees an update"
         return ""
+
+    def _refused_sum(self, job: Job) -> str:
+        if self.discreet and uses_secure_aggregation(job) and self.secure_session.identity is None:
+            return "its kit has no roster of the federation's sites, which a secure sum needs: provision anew"
+        return ""
+
+    def _unknown_client(self, job: Job, name: str) -> str:
+        """Why others would not take part in a secure sum with that client of this site."""
+        identity = self.secure_session.identity
+        if identity is None or not uses_secure_aggregation(job) or identity.knows(name):
+            return ""
+        return "the federation's roster has no such client; expected it under `clients` in the SITES file"
 
     def _refused_facts(self, job: Job) -> str:
         try:
@@ -162,7 +177,7 @@ class Site:
         return [self._hello(job, name) for name in self.shards.names(job)]
 
     def _hello(self, job: Job, name: str) -> Hello:
-        refusal = self._policy_violation(job, Hello)
+        refusal = self._policy_violation(job, Hello) or self._unknown_client(job, name)
         if refusal:
             return Hello(name, {}, 0, refusal=refusal)
         try:
@@ -188,7 +203,7 @@ class Site:
         if refusal:
             return [Failure(name, refusal) for name in names]
         torch.set_num_threads(job.train.threads)
-        if isinstance(request, KeysRequest | SharesRequest | RevealRequest):
+        if isinstance(request, KeysRequest | SharesRequest | ConfirmRequest):
             return self.secure_session.answer(request, names)
         charged, failures = self.charge_privacy(job, request, names)
         data, unfit = self.load(learner, request, charged.names)

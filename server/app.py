@@ -29,6 +29,7 @@ from flwr.superlink.grid import http_grid
 from atoll.errors import InconsistentUpdates
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret
+from atoll.kit.roster import FederationRoster
 from atoll.protocol.flower_content import bodies_of, packed
 from atoll.protocol.messages import Failure, Hello, Reply, cleaned
 from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
@@ -73,11 +74,15 @@ HELLO_AGAIN_SECONDS = 5.0
 
 @dataclass
 class FlowerTransport:
-    """Brings requests to the nodes behind a Flower grid, and knows which client lives at which node."""
+    """Brings requests to the nodes behind a Flower grid, and knows which client lives at which node.
+
+    No other site may speak for a client that the federation's roster names.
+    """
 
     grid: Grid
     engine: str
     uses_masking: bool = True
+    roster: FederationRoster | None = None
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
@@ -122,12 +127,14 @@ class FlowerTransport:
                 self.greeted[node] = greetings(reply, sites[node], job)
 
     def _by_client(self) -> list[Hello]:
-        """All that were greeted, by name. A name belongs to the node that is registered under it."""
+        """All that were greeted, by name, each from its site in the roster or the site of that name."""
         registered = {node.name: node.node_id for node in self.grid.get_nodes() if node.name}
+        homes = {} if self.roster is None else self.roster.sites
         found: dict[str, Hello] = {}
         for node in sorted(self.greeted):
             for hello in self.greeted[node]:
-                owner = registered.get(hello.client, self.nodes.get(hello.client, node))
+                home = homes.get(hello.client, hello.client)
+                owner = registered.get(home, self.nodes.get(hello.client, node))
                 if owner != node or (hello.client in found and self.nodes[hello.client] != node):
                     self._leave_out(node, hello.client)
                     continue
@@ -268,13 +275,18 @@ def main(grid: Grid, context: Context) -> None:
     validate_for_deployment(job)
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
-    carrier = FlowerTransport(grid, "flower")
+    carrier = FlowerTransport(grid, "flower", roster=FederationRoster.load(_kit()))
     run_job(job, carrier, out, server_test_set(job), on_event=announce, resume=resume, ledgers=_books())
 
 
+def _kit() -> Path:
+    """The folder of the kit whose server started this process."""
+    return Path(os.environ["FLWR_HOME"]).parent.parent
+
+
 def _books() -> LedgerLocation:
-    """The federation's own, in the kit whose server started this process: they outlive runs."""
-    state = Path(os.environ["FLWR_HOME"]).parent
+    """The federation's own, in its kit: they outlive runs."""
+    state = _kit() / "state"
     authority = (state.parent / "ca.crt").read_bytes()
     return LedgerLocation(state / "ledger.jsonl", f"federation {hashlib.sha256(authority).hexdigest()}")
 
@@ -330,6 +342,8 @@ def announce(event: Event) -> None:
         case ClientsFound():
             logger.info("clients   %s", ", ".join(event.roster.names))
             logger.info("backbone  %s, weights from %s", event.backbone.name, event.backbone.origin)
+            if event.inputs_in_words:
+                logger.info("inputs    %s", event.inputs_in_words)
         case RunResumed():
             logger.info("resumed after round %d", event.round)
         case RoundEnded():

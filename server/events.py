@@ -22,6 +22,8 @@ class ClientsFound(Event):
 
     roster: ClientRoster
     backbone: Backbone
+    inputs_in_words: str = ""
+    """What becomes of inputs before the backbone sees them."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from atoll.job.job import Job
+from atoll.kit.roster import FederationRoster
 from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request
 from atoll.server.roster import ClientRoster
@@ -17,6 +18,8 @@ class Transport(Protocol):
     engine: str
     uses_masking: bool
     """Whether vectors of secure sums travel under masks: not where the clients are simulated."""
+    roster: FederationRoster | None
+    """Whose signatures those of clients must be; None where nothing is signed."""
 
     def discover_clients(self, job: Job) -> ClientRoster:
         """All clients that could be reached; waits until the job's number of them is there."""

@@ -36,6 +36,7 @@ from atoll.client.site import Site
 from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.job.privacy import guarantee_of
+from atoll.kit.roster import FederationRoster
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import Lattice, seeded
@@ -164,6 +165,7 @@ class InMemory:
     leaving: Leaving
     engine: str = "in memory"
     uses_masking: bool = True
+    roster: FederationRoster | None = None
 
     def discover_clients(self, job: Job) -> ClientRoster:
         hellos = self.site.hello(job)

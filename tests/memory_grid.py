@@ -19,15 +19,18 @@ from flwr.supercore.task_identity import TaskIdentity
 import atoll.client.app as client_app
 import atoll.server.app as server_app
 from atoll.client.dp.ledgers import PrivacyLedgers
+from atoll.client.dp.secure_aggregation import SecureAggregationSession
 from atoll.client.local_data import FolderShards
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
+from atoll.kit.roster import FederationRoster, SiteIdentity
 from atoll.server.app import FlowerTransport
 from atoll.server.events import ignore_events
 from atoll.server.run.run_job import run_job
 from atoll.sim.population.write_shards import write_shards
 from tests.clock import TurnedClock
+from tests.federation.places import provisioned
 
 Change = Callable[[str, str, RecordDict], RecordDict | str]
 """What becomes of a reply: (the request's kind, the site, the reply) to another one, or to an error."""
@@ -42,6 +45,7 @@ class MemoryGrid:
     """Sites by name, each with its Flower app; what `change` makes of a reply is what the server gets."""
 
     sites: dict[str, Site]
+    roster: FederationRoster | None = None
     change: Change = unchanged
     waiting: dict[str, Any] = field(default_factory=dict)
     pushed: int = 0
@@ -50,12 +54,15 @@ class MemoryGrid:
     def of(cls, job: Job, folder: Path, change: Change = unchanged) -> MemoryGrid:
         """A site for each of the job's clients, with its shard as files in a new folder."""
         sites = {}
-        for name in write_shards(job, folder / "shards"):
+        names = write_shards(job, folder / "shards")
+        kits = provisioned(folder / "kits", tuple(names), port=9092)
+        for name in names:
             shards = FolderShards.of(name, [folder / "shards" / name])
             ledgers = PrivacyLedgers(folder / "ledgers" / name)
             memory = ClientStateStore(folder / "memory" / name)
-            sites[name] = Site(shards, discreet=True, ledgers=ledgers, memory=memory)
-        return cls(sites, change)
+            session = SecureAggregationSession(identity=SiteIdentity.load(kits[name]))
+            sites[name] = Site(shards, discreet=True, ledgers=ledgers, memory=memory, secure_session=session)
+        return cls(sites, FederationRoster.load(kits["server"]), change)
 
     def get_nodes(self) -> list[Any]:
         return [
@@ -84,7 +91,7 @@ class MemoryGrid:
     def run(self, job: Job, out: Path) -> dict[str, Any]:
         """The result of a whole run of the server, in which waiting takes no time."""
         with in_a_server_app(), patch.object(server_app, "time", TurnedClock()):
-            carrier = FlowerTransport(cast(Grid, self), "test")
+            carrier = FlowerTransport(cast(Grid, self), "test", roster=self.roster)
             return run_job(job, carrier, out, lambda learner: None, on_event=ignore_events, report=False)
 
 

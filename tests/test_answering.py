@@ -189,6 +189,32 @@ def test_every_way_of_tuning_takes_a_step(tune: dict[str, Any]) -> None:
         assert not any("block.0" in name for name in start)
 
 
+@pytest.mark.parametrize(
+    ("weights", "head", "travels"),
+    [
+        ("pretrained", None, set()),
+        ("pretrained", "frozen", set()),
+        ("pretrained", "trained", {"weight"}),
+        ("pretrained", "lora", {"lora_A.default.weight", "lora_B.default.weight"}),
+        ("random", None, {"weight"}),
+        ("random", "frozen", set()),
+    ],
+)
+def test_a_pretrained_vocabulary_layer_stays_frozen_under_lora_unless_asked_for(
+    tmp_path: Path, weights: str, head: str | None, travels: set[str]
+) -> None:
+    backbone = {"name": str(small_t5(tmp_path / "m")), "weights": weights, "max_tokens": 32}
+    learner = learner_of({"method": "lora", "head": head}, backbone=backbone)
+    before, shard = learner.initial(), shard_of(learner, ROWS)
+    found = {name.partition("lm_head.")[2] for name in before if "lm_head" in name}
+    assert found == travels and any("lora_A" in name for name in before if "lm_head" not in name)
+    update = train_model(learner, before, shard, learner.job, client="a", round=1, plan={})
+    moved = {
+        name.partition("lm_head.")[2] for name, t in update.delta.items() if "lm_head" in name and t.any()
+    }
+    assert moved == travels - {"lora_A.default.weight"}, "B is zero at first, so that A stands still"
+
+
 @pytest.mark.parametrize("make", [small_t5, small_bart])
 def test_any_folder_of_a_sequence_to_sequence_model_trains(make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "model")

@@ -541,17 +541,19 @@ def test_an_image_run_answers_image_files(say: Say, image_run: Path, tmp_path: P
     [
         ("image", "none.png", "none.png: cannot be read: no such file"),
         ("image", "note.txt", "note.txt: text, expected an image"),
-        ("image", "", "a folder, expected an image file"),
+        ("image", "", "half.jpg: damaged image"),
+        ("image", "empty", "empty: a folder without files to predict, expected some .png"),
         ("image", "half.jpg", "half.jpg: damaged image"),
         ("text", "none.txt", "none.txt: cannot be read: no such file"),
         ("text", "latin.txt", "latin.txt: byte 0 is 0xe9, expected UTF-8 text"),
         ("text", "image.png", "image.png: a PNG image, expected UTF-8 text"),
-        ("text", "", "a folder, expected a text or a file"),
+        ("text", "", "latin.txt: byte 0 is 0xe9, expected UTF-8 text"),
     ],
 )
 def test_an_input_that_cannot_be_used_is_named(
     say: Say, request: pytest.FixtureRequest, tmp_path: Path, kind: str, given: str, pattern: str
 ) -> None:
+    (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("hello")
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     (tmp_path / "image.png").write_bytes(png(8, 8))

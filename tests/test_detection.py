@@ -239,6 +239,29 @@ def test_training_lowers_the_loss_of_the_untrained_detector() -> None:
     assert trained["loss"] < 0.8 * untrained["loss"], (untrained, trained)
 
 
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("fasterrcnn_resnet50_fpn", 800),  # the shorter side of its published weights' pictures
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", 320),
+        ("ssd300_vgg16", 300),
+        ("ssdlite320_mobilenet_v3_large", 320),
+    ],
+)
+def test_without_a_size_pictures_are_as_large_as_the_networks_own(name: str, own: int) -> None:
+    asked = job(backbone={"name": f"torchvision:{name}", "weights": "random"})
+    data, box = scene(0)
+    learner, shard = prepared(asked, [(data, box)])
+    assert shard.targets_of([0])[0, 0].tolist() == pytest.approx([*(v * own / 48 for v in box), 0], rel=1e-6)
+    assert f"{own} x {own}, the network's own size" in learner.task.inputs_in_words
+
+
+def test_a_size_that_a_network_makes_nothing_of_is_refused_by_name() -> None:
+    asked = job(backbone={"name": "torchvision:ssd300_vgg16", "weights": "random", "image_size": 128})
+    with pytest.raises(ConfigError, match=r"backbone\.image_size: .* 128 x 128, .*\(its own is 300\)"):
+        _ = prepared(asked)[0].model
+
+
 def test_example_level_privacy_is_refused_by_name() -> None:
     private = {
         "unit": "example", "where": "client", "epsilon": 5.0, "delta": 1e-5, "clipping_norm": 1.0,

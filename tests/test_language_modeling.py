@@ -337,6 +337,8 @@ def test_the_parts_of_a_batch_count_by_their_tokens(llama: Path) -> None:
         ({"method": "last-k", "layers": 1}, {"model.layers.1"}),
         ({"method": "lora"}, {"model.layers.0", "model.layers.1"}),
         ({"method": "lora", "layers": 1}, {"model.layers.1"}),
+        ({"method": "lora", "layers": 1, "head": "trained"}, {"model.layers.1", "lm_head.weight"}),
+        ({"method": "lora", "layers": 1, "head": "lora"}, {"model.layers.1", "lm_head.lora_"}),
     ],
 )
 def test_only_what_is_tuned_travels(
@@ -348,10 +350,12 @@ def test_only_what_is_tuned_travels(
     assert found == parts
     assert all(name.startswith((*parts, "model.norm")) for name in names), names
     if tune["method"] == "lora":
-        targets = {name.split(".")[-4] for name in names}
+        targets = {name.split(".")[-4] for name in names if name.startswith("model.")}
         assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    table = learner.model.backbone.model.get_input_embeddings().weight
-    assert not table.requires_grad
+    assert not learner.model.backbone.model.get_input_embeddings().weight.requires_grad
+    shard = shard_of(learner, CHATS)
+    update = train_model(learner, learner.initial(), shard, learner.job, client="a", round=1, plan={})
+    assert all(float(t.abs().max()) > 0 for name, t in update.delta.items() if "lora_A" not in name)
 
 
 def test_a_head_is_tuned_apart_from_the_embeddings_that_it_was_tied_to(llama: Path) -> None:

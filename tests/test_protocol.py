@@ -25,6 +25,7 @@ from atoll.protocol.messages import (
 from atoll.protocol.random_streams import global_stream, stream, stream_seed
 from atoll.protocol.requests import (
     KINDS,
+    ConfirmRequest,
     EvaluateRequest,
     KeysRequest,
     MaskedSumRequest,
@@ -203,7 +204,11 @@ ONE_OF_EACH_KIND = [
         shares={"a": {"b": torch.ones(1)}, "b": {"a": torch.zeros(1)}},
     ),
     UnmaskedSumRequest(**origin(), attempt=2, threshold=3, tensors={"w": torch.ones(2)}),
-    RevealRequest(**origin(), attempt=2, threshold=3, survivors=("a", "b")),
+    ConfirmRequest(**origin(), attempt=2, threshold=3, survivors=("a", "b")),
+    RevealRequest(
+        **origin(), attempt=2, threshold=3, survivors=("a", "b"),
+        signatures={"a": torch.arange(96, dtype=torch.uint8)},
+    ),
 ]  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from atoll.job.job import Job
 from atoll.protocol.flower_content import bodies_of, packed, packed_greetings, unpacked, unpacked_greetings
 from atoll.protocol.messages import MOST_CHARACTERS, cleaned
 from atoll.protocol.tensors import from_bytes, to_bytes
+from atoll.server.events import ignore_events
+from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
 from atoll.tasks.info_checks import check_info
 from tests.memory_grid import MemoryGrid, unchanged
@@ -307,3 +309,74 @@ def test_an_error_of_flowers_is_named(few: Crowd, tmp_path: Path) -> None:
     result = few.run("train", {"an error": lambda reply: "disk\nfull"}, tmp_path / "run")
     assert result["model_sha256"] == few.alone["model_sha256"]
     assert result["rounds"][0]["set_aside"] == {HOSTILE: "disk full"}
+
+
+def of_stage(part: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Hostile:
+    """Changes a site's message of the stage that sends such a part, and no other."""
+
+    def changed(reply: RecordDict) -> RecordDict:
+        _, bodies = unpacked(reply)
+        at_stage = any(f"content/{part}" in from_bytes(body) for body in bodies.values())
+        return with_body(change)(reply) if at_stage else reply  # type: ignore[no-any-return]
+
+    return changed
+
+
+def each(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: {name: change(t) if t.dim() else t for name, t in tensors.items()}
+
+
+BAD_FORMS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
+    "nothing": lambda tensors: {},
+    "a byte less": each(lambda t: t[:-1]),
+    "other numbers": each(lambda t: t.to(torch.float64)),
+    "one number": each(lambda t: t[0]),
+    "two dimensions": each(lambda t: t.unsqueeze(0)),
+}
+SECURE: dict[str, Hostile] = {
+    **{
+        f"{stage}: {form}": of_stage(part, change)
+        for stage, part in {"keys": "keys", "shares": "client-0000", "vector": "vector"}.items()
+        for form, change in BAD_FORMS.items()
+    },
+    "keys that are zero": of_stage("keys", each(torch.zeros_like)),
+    "keys without a signature": of_stage("keys", each(lambda t: t[:96])),
+    "a share for nobody": of_stage(
+        "client-0000", lambda tensors: tensors | {"content/nobody": torch.zeros(148).byte()}
+    ),
+    "no signature of the list": of_stage("signature", lambda tensors: {}),
+    "no rounds at all": of_stage(
+        "vector", lambda tensors: tensors | {"content/privacy.rounds": torch.full((3,), torch.nan)}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Crowd:
+    """Six sites in a secure sum, of which five must stay."""
+    digits = {"classes": [str(digit) for digit in range(10)]}
+    job = setting(6, data=digits, federation={"secure_aggregation": True, "clients": 6})
+    folder = tmp_path_factory.mktemp("sealed")
+    grid = MemoryGrid.of(job, folder)
+    return Crowd(grid, job, grid.run(job, folder / "alone"))
+
+
+def test_a_secure_sum_has_the_bits_of_the_simulation(sealed: Crowd, tmp_path: Path) -> None:
+    expected = simulate(sealed.job, tmp_path / "run", on_event=ignore_events, report=False)
+    assert sealed.alone["model_sha256"] == expected["model_sha256"]
+    assert sealed.alone["rounds"][0]["set_aside"] == {}
+
+
+@pytest.mark.parametrize("way", SECURE)
+def test_garbage_in_a_secure_sum_sets_aside_who_sent_it_and_no_other(
+    sealed: Crowd, way: str, tmp_path: Path
+) -> None:
+    def change(asked: str, site: str, reply: RecordDict) -> RecordDict | str:
+        return SECURE[way](reply) if (asked, site) == ("train", HOSTILE) else reply
+
+    sealed.grid.change = change
+    result = sealed.grid.run(sealed.job, tmp_path / "run")
+    (line,) = result["rounds"]
+    expected = set() if way == "no rounds at all" else {HOSTILE}
+    assert line["set_aside"].keys() == expected, line["set_aside"]
+    assert line["set_aside"].get(HOSTILE) != "no reply before the deadline"

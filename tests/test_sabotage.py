@@ -518,9 +518,46 @@ SECURE: dict[str, tuple[Callable[[], None], Plant]] = {
         w.masked_vectors_show_nothing_and_add_up,
         wrapped(
             atoll.privacy.secagg.Participant, "reveal",
-            lambda original: lambda self, arrived: {
+            lambda original: lambda self, arrived, signatures: {
                 n: atoll.privacy.secagg.OF_KEY + k for n, (s, k) in self._shares.items()
             },
+        ),
+    ),
+    "the signatures of keys are not looked at": (
+        w.a_lying_server_opens_no_vector,
+        wrapped(atoll.privacy.secagg.Participant, "_check_signatures", lambda original: lambda self, keys: None),
+    ),
+    "the threshold of a part of the cohort is enough": (
+        w.a_lying_server_opens_no_vector,
+        wrapped(
+            atoll.privacy.secagg, "least_threshold",
+            lambda original: lambda clients: original(min(clients, 3)),
+        ),
+    ),
+    "shares are revealed to who shows no signatures": (
+        w.a_lying_server_opens_no_vector,
+        wrapped(
+            atoll.privacy.secagg.Participant, "reveal",
+            lambda original: lambda self, arrived, signatures: self.confirm(arrived) and dict(self._shares),
+        ),
+    ),
+    "one signature counts for all": (
+        w.a_lying_server_opens_no_vector,
+        wrapped(
+            atoll.privacy.secagg.Participant, "reveal",
+            lambda original: lambda self, arrived, signatures: original(
+                self, arrived, {n: w.Signer(n).sign(self._list_said(tuple(sorted(arrived)))) for n in signatures}
+            ),
+        ),
+    ),
+    "a second list of survivors is signed": (
+        w.a_lying_server_opens_no_vector,
+        wrapped(
+            atoll.privacy.secagg.Participant, "reveal",
+            lambda original: lambda self, arrived, signatures: original(
+                dataclasses.replace(self, _confirmed=None), arrived,
+                signatures or {n: w.Signer(n).sign(self._list_said(tuple(sorted(arrived)))) for n in arrived},
+            ),
         ),
     ),
     "a pair's mask is added on both sides": (

@@ -55,7 +55,10 @@ class Exchange:
             for name in there
         }
         there -= self.gone.get(4, set())
-        self.revealed = {name: self.people[name].reveal(list(self.masked)) for name in there}
+        arrived = list(self.masked)
+        signatures = {name: self.people[name].confirm(arrived) for name in there}
+        there -= self.gone.get(5, set())
+        self.revealed = {name: self.people[name].reveal(arrived, signatures) for name in there}
         return unmask_sum(self.keys, dealers, self.masked, self.revealed, threshold, CONTEXT)
 
 
@@ -168,9 +171,9 @@ def test_a_client_never_reveals_both_shares_of_another() -> None:
     exchange = Exchange(vectors(6))
     exchange.run()
     person = exchange.people["c00"]
-    assert person.reveal(sorted(exchange.masked)) == exchange.revealed["c00"]
+    assert person.reveal(sorted(exchange.masked), {}) == exchange.revealed["c00"]
     with pytest.raises(SecureAggregationFailed, match="other clients than those named before"):
-        person.reveal(sorted(exchange.masked)[:5])
+        person.reveal(sorted(exchange.masked)[:5], {})
 
 
 def test_a_client_sends_one_vector_a_round() -> None:

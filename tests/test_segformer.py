@@ -76,8 +76,12 @@ def test_every_way_of_tuning_moves_the_head_and_what_it_says(tmp_path: Path, met
     before = learner.initial()
     update = train_model(learner, before, shard, learner.job, client="a", round=1, plan={})
     in_head = {name for name in update.delta if ".decode_head." in name}
-    assert in_head == {f"backbone.model.decode_head.{n}" for n, _ in learner.model.head.named_parameters()}
-    assert bool(update.delta["backbone.model.decode_head.classifier.weight"].any())
+    if method == "lora":  # the head came with the weights, for as many classes
+        assert not in_head
+    else:
+        names = {f"backbone.model.decode_head.{n}" for n, _ in learner.model.head.named_parameters()}
+        assert in_head == names
+        assert bool(update.delta["backbone.model.decode_head.classifier.weight"].any())
     others = set(update.delta) - in_head
     assert bool(others) == (method != "head")
     if method == "last-k":
@@ -85,6 +89,14 @@ def test_every_way_of_tuning_moves_the_head_and_what_it_says(tmp_path: Path, met
     if method == "lora":
         assert all(".lora_" in name for name in others)
     assert all(torch.isfinite(t).all() for t in update.delta.values())
+
+
+def test_under_lora_a_last_layer_for_other_classes_alone_is_trained_of_the_head(tmp_path: Path) -> None:
+    folder = small_segformer(tmp_path / "m", classes=7)
+    asked = job(backbone={"name": str(folder), "image_size": 32}, tune={"method": "lora"})
+    tuned = prepared(asked)[0].initial()
+    in_head = {name.partition(".decode_head.")[2] for name in tuned if ".decode_head." in name}
+    assert in_head == {"classifier.weight", "classifier.bias"}
 
 
 def test_a_last_layer_of_other_classes_is_fresh_and_the_rest_is_kept(tmp_path: Path) -> None:

@@ -205,6 +205,18 @@ def test_training_beats_the_untrained_network() -> None:
     assert trained["loss"] < untrained["loss"]
 
 
+@pytest.mark.parametrize(
+    ("name", "own"), [("deeplabv3_resnet50", 520), ("lraspp_mobilenet_v3_large", 520), ("other", 128)]
+)
+def test_without_a_size_pictures_are_as_large_as_the_networks_own(name: str, own: int) -> None:
+    network = f"torchvision:{name}" if name != "other" else "atoll:small-segmenter"
+    learner, shard = prepared(job(backbone={"name": network, "weights": "random"}), 1)
+    assert shard.targets_of([0]).shape == (1, own, own)
+    words = f"pictures resized to {own} x {own}, the network's own size (backbone.image_size says another)"
+    assert learner.task.inputs_in_words == words
+    assert prepared(job(), 1)[0].task.inputs_in_words == "pictures resized to 32 x 32"
+
+
 def test_weights_of_other_classes_leave_the_last_layers_fresh(tmp_path: Path) -> None:
     from torchvision import models
 
@@ -217,6 +229,26 @@ def test_weights_of_other_classes_leave_the_last_layers_fresh(tmp_path: Path) ->
     own = learner.model.backbone.model.state_dict()
     assert own["classifier.4.weight"].shape[0] == 2
     assert torch.equal(own["classifier.1.weight"], published.state_dict()["classifier.1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("head", "trained", "adapted"), [(None, {"4"}, False), ("lora", {"4"}, True), ("trained", None, False)]
+)
+def test_under_lora_a_head_for_other_classes_trains_the_layer_that_is_fresh(
+    tmp_path: Path, head: str | None, trained: set[str] | None, adapted: bool
+) -> None:
+    """What DeepLab's pyramid of dilated convolutions has learnt stays, and doesn't travel: 64 MB of it."""
+    from torchvision import models
+
+    name = "deeplabv3_mobilenet_v3_large"
+    published = models.get_model(name, weights=None, weights_backbone=None, num_classes=21)
+    torch.save(published.state_dict(), tmp_path / "w.pth")
+    given = {"name": f"torchvision:{name}", "weights": str(tmp_path / "w.pth"), "image_size": 32}
+    learner, _ = prepared(job("lora", backbone=given, tune={"method": "lora", "rank": 2, "head": head}), 1)
+    names = [n.partition(".classifier.")[2] for n in learner.initial() if ".classifier." in n]
+    plain = {n.split(".")[0] for n in names if "lora" not in n}
+    assert plain == (trained or {n.split(".")[0] for n, _ in published.classifier.named_parameters()})
+    assert any("lora" in n for n in names) == adapted
 
 
 def test_a_backbone_of_another_kind_is_refused() -> None:

@@ -1,6 +1,7 @@
 """What is trained: blocks, LoRA against peft's own count, batch norm that never moves."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from atoll.backbones.vision import torchvision_trunk
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
+from atoll.export.safetensors import make_plain
 from atoll.job.job import Job, TuneSection
 from atoll.learning import trainable
 from atoll.learning.learner import Learner
@@ -104,6 +106,69 @@ def test_a_frozen_a_is_the_seeds_everywhere_and_does_not_travel() -> None:
     names = [n for n in frozen[0] if "lora_A" in n]
     assert names and all(torch.equal(frozen[0][n], frozen[1][n]) for n in names)
     assert not any(frozen[0][n].requires_grad for n in names)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"padding": 4, "dilation": 4},
+        {"padding": (2, 1), "dilation": (2, 1), "stride": 2},
+        {"padding": "same", "dilation": 3},
+        {"padding": 2, "dilation": 2, "padding_mode": "reflect"},
+    ],
+)
+def test_lora_of_a_convolution_is_the_sum_of_weight_and_product_convolved(kept: dict[str, Any]) -> None:
+    """The oracle: (W + alpha / r * B A) as one convolution's weight, A and B multiplied out by einsum."""
+    base = nn.Conv2d(3, 5, 3, **kept)
+    weight, bias = base.weight.detach().clone(), base.bias
+    model = Model(nn.ModuleDict({"model": nn.Sequential(base)}), nn.Linear(1, 1))  # type: ignore[arg-type]
+    trainable.mark_trainable(model, TuneSection(method="lora", rank=2, alpha=3.0), 0)
+    factors = {n.rsplit(".", 3)[1]: p for n, p in trainable.trainable(model).items() if "lora" in n}
+    with torch.no_grad():
+        factors["lora_B"].normal_()
+    product = torch.einsum("orxy,rihw->oihw", factors["lora_B"], factors["lora_A"])
+    whole = nn.Conv2d(3, 5, 3, **kept)
+    whole.weight, whole.bias = nn.Parameter(weight + 3.0 / 2 * product), bias
+    pictures = torch.randn(2, 3, 11, 14)
+    network: Any = model.backbone.model
+    torch.testing.assert_close(network(pictures), whole(pictures), rtol=1e-5, atol=1e-5)
+    make_plain(model)
+    torch.testing.assert_close(network[0].weight, whole.weight, rtol=1e-5, atol=1e-5)
+    assert type(network[0]) is nn.Conv2d and network[0].dilation == whole.dilation
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50", "ssd300_vgg16"])
+def test_a_network_of_dilated_convolutions_has_the_same_shapes_with_lora(name: str) -> None:
+    from torchvision import models
+
+    with torch.device("meta"):
+        network = models.get_model(name, weights=None, weights_backbone=None, num_classes=3)
+        body: nn.Module = network.get_submodule("backbone")
+        pictures = torch.empty(2, 3, 300, 300)
+        plain = {key: value.shape for key, value in body(pictures).items()}
+        holder: Any = nn.ModuleDict({"model": body})
+        trainable.mark_trainable(Model(holder, nn.Linear(1, 1)), TuneSection(method="lora", rank=2), 0)
+        assert any(m.dilation != (1, 1) for n, m in body.named_modules() if n.endswith("lora_A.default"))
+        assert {key: value.shape for key, value in body(pictures).items()} == plain
+
+
+def test_a_head_on_top_is_trained_with_lora_unless_it_is_frozen() -> None:
+    assert "head.weight" in learner(method="lora", rank=2).initial()
+    assert not [n for n in learner(method="lora", rank=2, head="frozen").initial() if n.startswith("head.")]
+    with pytest.raises(
+        ConfigError, match=r"tune\.head: this head is a layer on top of the backbone, expected"
+    ):
+        learner(method="lora", rank=2, head="lora").initial()
+    with pytest.raises(ValueError, match="head has no meaning with method = 'full'"):
+        TuneSection(method="full", head="frozen")
+
+
+def test_what_a_stage_has_tuned_of_the_head_stays_tuned_under_lora() -> None:
+    then = [{"method": "lora", "after": 1}]
+    asked = image_job("mobilenet_v2", tune={"method": "head", "then": then})
+    assert [stage.tune.head for stage in asked.stages] == [None, "trained"]
+    with pytest.raises(ConfigError, match="would leave behind what head tuned"):
+        image_job("mobilenet_v2", tune={"method": "head", "then": [then[0] | {"head": "frozen"}]})
 
 
 def test_lora_targets_that_match_nothing_are_an_error_that_names_layers() -> None:  # row 62

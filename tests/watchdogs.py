@@ -391,7 +391,7 @@ def masked_vectors_show_nothing_and_add_up() -> None:
             for name, p in persons.items()
             if name != "a"
         }
-        revealed = {name: persons[name].reveal(list(masked)) for name in masked}
+        revealed = {name: persons[name].reveal(list(masked), {}) for name in masked}
         for shares in revealed.values():
             if shares["a"][:1] != secagg.OF_KEY or any(shares[n][:1] != secagg.OF_SEED for n in masked):
                 raise Detected("the wrong share is revealed")
@@ -404,6 +404,51 @@ def masked_vectors_show_nothing_and_add_up() -> None:
         if abs(mean - 0.5) > error or abs(float(vector.std()) / 2**53 * 12**0.5 - 1) > 0.02:
             raise Detected("a masked vector is not uniform")
     detectors.check_independence([*sent, np.arange(50_000, dtype=np.float64)])
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Signatures without keys: enough to see whether they are asked for."""
+
+    name: str
+
+    def knows(self, client: str) -> bool:
+        return client in "abcdef"
+
+    def sign(self, content: bytes) -> bytes:
+        return hashlib.sha384(self.name.encode() + content).digest() * 2
+
+    def has_signed(self, client: str, content: bytes, signature: bytes) -> bool:
+        return self.knows(client) and signature == Signer(client).sign(content)
+
+
+def a_lying_server_opens_no_vector() -> None:
+    def persons() -> dict[str, secagg.Participant]:
+        return {name: secagg.Participant(name, b"1", Signer(name), 6) for name in "abcdef"}
+
+    def refuses(ask: Callable[[], Any]) -> None:
+        try:
+            ask()
+        except secagg.SecureAggregationFailed:
+            return
+        raise Detected("a client works with a server that lies")
+
+    people = persons()
+    keys = {name: person.advertise() for name, person in people.items()}
+    swapped = keys | {"f": secagg.Participant("f", b"1").advertise() + keys["f"][secagg.KEY_BYTES :]}
+    refuses(lambda: people["a"].deal(swapped, 5))
+    refuses(lambda: people["a"].deal({name: keys[name] for name in "abc"}, 3))
+    refuses(lambda: people["a"].deal(keys | {"g": secagg.Participant("g", b"1").advertise()}, 5))
+    people = persons()
+    keys = {name: person.advertise() for name, person in people.items()}
+    dealt = {name: person.deal(keys, 5) for name, person in people.items()}
+    for name, person in people.items():
+        person.masked({o: dealt[o][name] for o in people if o != name}, np.arange(3, dtype=np.uint64))
+    signatures = {name: person.confirm("abcdef") for name, person in people.items()}
+    refuses(lambda: people["b"].reveal("bcdef", {}))
+    refuses(lambda: people["b"].reveal("abcdef", {name: signatures[name] for name in "abcd"}))
+    refuses(lambda: people["b"].reveal("abcdef", dict.fromkeys("abcdef", signatures["a"])))
+    people["b"].reveal("abcdef", signatures)
 
 
 def a_model(layers: nn.Module) -> Any:

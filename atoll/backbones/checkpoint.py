@@ -142,7 +142,26 @@ def load_transformer(
     if missing:
         raise WeightsError(f"{backbone.weights}: tensor {missing[0]} is missing ({len(missing)} in all)")
     check_finite(network.state_dict(), backbone.weights)
+    vars(network)[_MISSING] = frozenset(report["missing_keys"])
     return network.eval()
+
+
+_MISSING = "missing_from_weights"
+
+
+def mark_fresh(network: nn.Module, part: str) -> None:
+    """Say that a part of a network that was read has been replaced by a fresh one."""
+    names = {f"{part}.{name}" for name, _ in network.get_submodule(part).named_parameters()}
+    vars(network)[_MISSING] = vars(network).get(_MISSING, frozenset()) | names
+
+
+def pretrained_names(network: nn.Module, head: str, backbone: Backbone) -> frozenset[str]:
+    """Of the parameters of the part `head`, by their names in it, those that `load_transformer` has read."""
+    if backbone.weights is None:
+        return frozenset()
+    missing = vars(network).get(_MISSING, frozenset())
+    part = network.get_submodule(head)
+    return frozenset(name for name, _ in part.named_parameters() if f"{head}.{name}" not in missing)
 
 
 def config_of(backbone: Backbone) -> Any:

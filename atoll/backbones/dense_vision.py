@@ -6,8 +6,11 @@ boxes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +30,9 @@ from atoll.job.job import BackboneSection, Job
 from atoll.protocol.random_streams import global_stream
 
 SIZE = 128
-"""Of a picture's sides, where the job names no other."""
+"""Of a picture's sides, for networks of ours, where the job names no other."""
+SEGFORMER_SIZE = 512
+"""What transformers resizes a SegFormer's pictures to, where its folder doesn't say."""
 
 _TURNED = range(5, 9)
 """EXIF orientations that swap width and height."""
@@ -56,9 +61,69 @@ class PictureEncoder(Encoder):
         return eight_bits(image.resize((self._size, self._size), Image.Resampling.BILINEAR))
 
 
-def size_of(job: Job) -> int:
-    """The side of the square that pictures become."""
-    return job.backbone.image_size or SIZE
+def size_of(job: Job, backbone: Backbone) -> int:
+    """The side of the square that pictures become: the job's, else the network's own."""
+    return job.backbone.image_size or own_size(backbone)
+
+
+def own_size(backbone: Backbone) -> int:
+    """The side that the network's own pictures had; the shorter one, where they were no squares."""
+    if backbone.kind == "torchvision":
+        return _torchvision_size(backbone.name)
+    if backbone.kind == "hf" and backbone.folder is not None:
+        return _folder_size(backbone.folder)
+    return SIZE
+
+
+@cache
+def _torchvision_size(name: str) -> int:
+    """As a segmenter's published weights say, or a detector's own transform."""
+    from torchvision import models
+
+    if name in torchvision_names("segmentation"):
+        return int(models.get_model_weights(name).DEFAULT.transforms().resize_size[0])
+    if name in torchvision_names("detection"):
+        with torch.device("meta"):
+            transform = models.get_model(name, weights=None, weights_backbone=None).transform
+        return int((transform.fixed_size or transform.min_size)[0])
+    return SIZE
+
+
+def _folder_size(folder: Path) -> int:
+    """As a transformers folder's `preprocessor_config.json` says: a number, or a table of one or two."""
+    try:
+        said = json.loads((folder / "preprocessor_config.json").read_text("utf-8")).get("size")
+    except (OSError, ValueError, AttributeError):
+        return SEGFORMER_SIZE  # whoever loads the network says what is wrong with its folder
+    sides = list(said.values()) if isinstance(said, dict) else [said]
+    whole = [side for side in sides if isinstance(side, int) and side > 0]
+    return min(whole, default=SEGFORMER_SIZE)
+
+
+def size_in_words(job: Job, size: int) -> str:
+    """What pictures become, for a run's first lines."""
+    whose = "" if job.backbone.image_size else ", the network's own size (backbone.image_size says another)"
+    return f"pictures resized to {size} x {size}{whose}"
+
+
+def noise_pictures(job: Job, size: int) -> int:
+    """How many pictures of noise a random network is settled on: fewer where its own size is large."""
+    return 16 if job.backbone.image_size else max(4, 16 * SIZE**2 // size**2)
+
+
+@torch.no_grad()
+def check_size(body: nn.Module, job: Job, backbone: Backbone) -> None:
+    """Raises ConfigError where the job's pictures are too small for the network to make anything of them."""
+    size = job.backbone.image_size
+    if size is None or size >= (own := own_size(backbone)):
+        return
+    try:
+        body(torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError):
+        raise ConfigError(
+            f"backbone.image_size: {job.backbone.name} makes nothing of pictures of {size} x {size},"
+            f" expected a larger size (its own is {own})"
+        ) from None
 
 
 def picture_size(cell: Mapping[str, Any]) -> tuple[int, int]:
@@ -108,18 +173,24 @@ def of_torchvision(
     return network
 
 
-def fill_all_but_classes(network: nn.Module, head: str, backbone: Backbone) -> None:
+def fill_all_but_classes(network: nn.Module, head: str, backbone: Backbone) -> frozenset[str]:
     """Load weights; what the head has in another shape, being of other classes, stays fresh.
+
+    Returns the names, within the head, of the parameters that are not fresh.
 
     Raises:
         WeightsError: they are of another network.
     """
     assert backbone.weights is not None
     own, given = network.state_dict(), load_weights(backbone.weights)
+    fresh = set()
     for name, tensor in own.items():
         if name.startswith(f"{head}.") and (name not in given or given[name].shape != tensor.shape):
             given[name] = tensor
+            fresh.add(name)
     load_state_dict_strict(network, given, backbone.weights, ignore=("aux_classifier.",))
+    part = network.get_submodule(head)
+    return frozenset(name for name, _ in part.named_parameters() if f"{head}.{name}" not in fresh)
 
 
 @torch.no_grad()
@@ -128,6 +199,8 @@ def calibrate_batch_norm(
     size: int,
     seed: int,
     run: Callable[[nn.Module, torch.Tensor], object] = nn.Module.__call__,
+    *,
+    pictures: int = 16,
 ) -> None:
     """Give a random network's batch norms weights and biases that make noise come out at deviation 1.
 
@@ -147,7 +220,7 @@ def calibrate_batch_norm(
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
     with global_stream(seed, "init", "norms"):
-        rough = nn.functional.interpolate(torch.randn(16, 3, 8, 8), (size, size), mode="bilinear")
-        run(network, rough + torch.randn(16, 3, size, size) / 3)
+        rough = nn.functional.interpolate(torch.randn(pictures, 3, 8, 8), (size, size), mode="bilinear")
+        run(network, rough + torch.randn(pictures, 3, size, size) / 3)
     for hook in hooks:
         hook.remove()

@@ -69,10 +69,16 @@ class Model(nn.Module):
     head: nn.Module
 
     tunes_head: bool = True
-    """Whether the head is trained whatever else is: not where it is tied to the network's first layer."""
+    """Whether the head is trained beside the last blocks: not where it is tied to the first layer."""
 
-    def __init__(self, backbone: Encoder, head: nn.Module) -> None:
+    pretrained_head: frozenset[str]
+    """The names, within the head, of the parameters that came with the weights; none of a fresh head."""
+
+    def __init__(
+        self, backbone: Encoder, head: nn.Module, pretrained_head: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
+        self.pretrained_head = pretrained_head
         self.backbone = backbone
         if any(module is head for module in backbone.modules()):
             # Not as a second place in the tree: functional calls would leave one tensor behind in the other.

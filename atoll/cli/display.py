@@ -197,6 +197,8 @@ class Watcher:
     def _clients_found(self, event: ClientsFound) -> None:
         backbone = event.backbone
         self.gauge.say(f"backbone  {sanitize(backbone.name)}, weights from {sanitize(backbone.origin)}")
+        if event.inputs_in_words:
+            self.gauge.say(f"inputs    {sanitize(event.inputs_in_words)}")
         roster = event.roster
         self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
 

@@ -1,4 +1,4 @@
-"""Verbs that look: report, predict, check, list."""
+"""Verbs that look: report, check, track, list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, DataError, did_you_mean
 from atoll.plugins import load_files
-from atoll.trained import check_finished, trained
+from atoll.trained import check_finished
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
@@ -21,7 +21,6 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command(cls=Verb, epilog="Example: atoll report runs/bbc-news")(report)
-    app.command(cls=Verb, epilog='Example: atoll predict runs/bbc-news "Shares fell sharply"')(predict)
     app.command(cls=Verb, epilog="Example: atoll check my-photos --task image-classification")(check)
     app.command(cls=Verb, epilog="Example: atoll track runs/bbc-news --to tensorboard")(track)
     app.command("list", cls=Verb, epilog="Example: atoll list backbones")(list_)
@@ -60,40 +59,6 @@ def read_result(run: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     return result
-
-
-def predict(
-    run: RunDir,
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Texts, or files.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    plugin: Plugins = None,
-) -> None:
-    """Use the trained model on new inputs."""
-    load_files(plugin or ())
-    from rich.table import Column, Table
-
-    answers = predictions(run, inputs)
-    if as_json:
-        for given, answer in zip(inputs, answers, strict=True):
-            typer.echo(json.dumps({"input": given} | answer))
-        return
-    has_probability = all("probability" in answer for answer in answers)
-    table = Table(Column("input", no_wrap=True, max_width=60), "label", *["probability"] * has_probability)
-    for given, answer in zip(inputs, answers, strict=True):
-        sure = [f"{answer['probability']:.3f}"] if has_probability else []
-        table.add_row(sanitize(given), escape(answer["label"]), *sure)
-    out().print(table)
-
-
-def predictions(run: Path, inputs: list[str]) -> list[dict[str, Any]]:
-    """The model's answer to each input.
-
-    Raises:
-        ConfigError: RUN holds no model. DataError: an input cannot be read.
-    """
-    learner, tensors = trained(run)
-    raw = [learner.task.parse_input(given) for given in inputs]
-    return learner.task.format_predictions(learner.predictions(tensors, raw), learner.data_info)
 
 
 def check(

@@ -1,4 +1,4 @@
-"""Verbs of a real federation: provision, serve, join, submit, status, logs, stop."""
+"""Verbs of a real federation: provision, serve, join, check-policy, submit, status, logs, stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atoll.cli.display import escape, out, print_summary
+from atoll.cli.display import escape, out, print_summary, sanitize
 from atoll.cli.run import JobFile, Overrides, next_free_path
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
@@ -30,6 +30,9 @@ def register(app: typer.Typer) -> None:
     app.command(cls=Verb, epilog="Example: atoll provision sites.toml --out kits")(provision)
     app.command(cls=Verb, epilog="Example: atoll serve kits/server")(serve)
     app.command(cls=Verb, epilog="Example: atoll join kits/site-a --data /data/site-a")(join)
+    app.command(
+        "check-policy", cls=Verb, epilog="Example: atoll check-policy kits/site-a jobs/bbc-news.toml"
+    )(check_policy)
     app.command(cls=Verb, epilog="Example: atoll submit jobs/bbc-news.toml --server kits/server")(submit)
     app.command(cls=Verb, epilog="Example: atoll status --server kits/server")(status)
     app.command(cls=Verb, epilog="Example: atoll logs 1234 --server kits/server")(logs)
@@ -111,6 +114,41 @@ def join(
     route_logs("atoll.client")
     is_debugged = logging.getLogger().isEnabledFor(logging.DEBUG)
     join_kit(kit, data, tell=echo_with_time, executor=(EXECUTOR, "--debug") if is_debugged else (EXECUTOR,))
+
+
+def check_policy(kit: Kit, job: JobFile, overrides: Overrides = None) -> None:
+    """Say what a site's policy says of a job, rule by rule; nothing is run and nobody is asked.
+
+    Exit code 0 where the job is allowed, 1 where it isn't.
+    """
+    from rich.table import Table
+
+    from atoll.client.policy import POLICY, Policy
+    from atoll.job.job import Job
+    from atoll.kit.kit import SiteKit
+    from atoll.server.job_checks import check_named
+
+    loaded = Job.load(job, overrides or ())
+    check_named(loaded)
+    folder = SiteKit.load(kit).folder
+    policy = Policy.load(folder)
+    if policy is None:
+        echo(f"{folder / POLICY} is not there: its kit's budget and the job's promise alone decide")
+        return
+    table = Table("rule", "job", "found", "expected", "verdict")
+    verdicts = policy.verdicts(loaded)
+    for verdict in verdicts:
+        words = (verdict.rule, verdict.key, verdict.found, verdict.allowed)
+        table.add_row(*map(sanitize, words), "allowed" if verdict.holds else "[red]refused[/]")
+    out().print(table)
+    if policy.hours is not None:
+        echo(f"hours        requests are answered {policy.hours} only")
+    if not policy.measurements:
+        echo("measurements no metric leaves the site, so that no model is measured here")
+    refused = [verdict.rule for verdict in verdicts if not verdict.holds]
+    echo(f"refused by {', '.join(refused)}" if refused else "allowed")
+    if refused:
+        raise typer.Exit(1)
 
 
 EXECUTOR = "atoll.cli.site:executor"

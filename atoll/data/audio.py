@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from atoll.errors import DataError
 
+AUDIO_SUFFIXES = (".wav", ".flac")
+"""What files of recordings are called."""
 RATE = 16_000
 SHORTEST_SECONDS = 0.05
 

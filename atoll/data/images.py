@@ -37,6 +37,8 @@ from atoll.errors import DataError
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 65_535
 MAX_IMAGE_BYTES = 200_000_000
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+"""What files of those formats are called."""
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 _PLAIN_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")

@@ -106,7 +106,8 @@ def chats(offline: bool = False, progress: Progress | None = None) -> dict[str, 
 
     What `sender` says is the assistant's, what the other says the user's. A conversation is cut into pieces
     of `TURNS` turns, a turn being what a person sends in a row; a piece in which `sender` is silent is left
-    out, and so is a blank turn. People of `MIN_TURNS` turns or more are there, each with the first `CHATS_EACH`.
+    out, and so is a blank turn. People of `MIN_TURNS` turns or more are there, each with the first
+    `CHATS_EACH`.
     """
     path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
     conversations = json.loads(path.read_bytes())

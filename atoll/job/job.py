@@ -423,6 +423,9 @@ def _in_stage(first: Job, later: TuneStage) -> Job:
     tune = TuneSection(
         hidden=first.tune.hidden, **{key: getattr(later, key) for key in TuneSection.own_keys()}
     )
+    if tune.method == "lora" and tune.head is None:
+        # What was tuned before stays tuned.
+        tune = tune.model_copy(update={"head": "trained"})
     lr = first.train.lr if later.lr is None else later.lr
     return first.model_copy(update={"tune": tune, "train": first.train.model_copy(update={"lr": lr})})
 

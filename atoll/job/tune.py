@@ -18,13 +18,14 @@ class Tuned(Section):
     alpha: Positive | None = None
     targets: tuple[str, ...] | None = None
     freeze_a: bool | None = None
+    head: Literal["frozen", "trained", "lora"] | None = None
+    """Under `lora`: what becomes of the head, or of what is pretrained of it; unless said that is frozen."""
 
     @model_validator(mode="after")
     def _only_what_the_method_uses(self) -> Self:
-        used = {"last-k": {"layers"}, "lora": {"layers", "rank", "alpha", "targets", "freeze_a"}}.get(
-            self.method, set()
-        )
-        for key in ("layers", "rank", "alpha", "targets", "freeze_a"):
+        of_lora = {"layers", "rank", "alpha", "targets", "freeze_a", "head"}
+        used = {"last-k": {"layers"}, "lora": of_lora}.get(self.method, set())
+        for key in ("layers", "rank", "alpha", "targets", "freeze_a", "head"):
             if getattr(self, key) is not None and key not in used:
                 raise ValueError(f"{key} has no meaning with method = {self.method!r}: remove it")
         return self
@@ -77,6 +78,6 @@ class TuneSection(Tuned):
 def grows(before: Tuned, after: Tuned) -> bool:
     """Whether everything that was tuned before is tuned after, and more."""
     order = {"head": {"last-k", "lora", "full"}, "last-k": {"last-k", "full"}}
-    if after.method not in order.get(before.method, set()):
+    if after.method not in order.get(before.method, set()) or after.head in ("frozen", "lora"):
         return False
     return before.method != after.method or (after.layers or 1) > (before.layers or 1)

@@ -73,13 +73,20 @@ class Address(_Table):
 
 
 class Site(_Table):
-    """One `[[site]]` of a SITES file."""
+    """One `[[site]]` of a SITES file; it answers for the `clients`, or for one of its own name."""
 
     name: SiteName
+    clients: Annotated[list[SiteName], Field(min_length=1)] | None = None
+
+    @property
+    def hosted(self) -> list[str]:
+        """The clients that it answers for."""
+        return self.clients or [self.name]
 
 
 def _differ(sites: list[Site]) -> list[Site]:
     _unique([site.name for site in sites])
+    _unique([client for site in sites for client in site.hosted])
     return sites
 
 

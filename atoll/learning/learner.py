@@ -103,7 +103,8 @@ class Learner:
         else:
             model = self.task.network(self.backbone, self.job, self.data_info)
             pruned(model.backbone, self.job.backbone, model.head)
-        trainable.mark_trainable(model, self.job.tune, self.job.seed)
+        keeps_head = self.job.personal.keep == "head"
+        trainable.mark_trainable(model, self.job.tune, self.job.seed, keeps_head=keeps_head)
         if self.job.train.dropout is not None:
             trainable.set_dropout(model, self.job.train.dropout)
         if self.job.train.checkpoint_activations:
@@ -217,6 +218,15 @@ class Learner:
             with torch.inference_mode():
                 return model.predict(self._on_device(self.encoder.preprocess_and_collate(inputs)))
         return self._fresh_outputs(tensors, shard)
+
+    def answers(self, tensors: Tensors, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """What the model says of raw inputs, one dictionary each, as `atoll predict` shows it."""
+        if self.task.uses_pooled_features:
+            return self.task.format_predictions(self.predictions(tensors, inputs), self.data_info)
+        model = self.filled(tensors)
+        with torch.inference_mode():
+            batch = self._on_device(self.encoder.preprocess_and_collate(inputs))
+            return self.task.answers(model, batch, inputs, self.data_info)
 
     def _fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         if not self.uses_features:

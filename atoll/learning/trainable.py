@@ -18,8 +18,11 @@ BatchNorms = (nn.modules.batchnorm._BatchNorm,)
 Norms = (*BatchNorms, nn.LayerNorm, nn.GroupNorm)
 
 
-def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
-    """Leave `requires_grad` on exactly what the job tunes; a head that isn't tied is always tuned.
+def mark_trainable(model: Model, tune: TuneSection, seed: int, *, keeps_head: bool = False) -> None:
+    """Leave `requires_grad` on exactly what the job tunes: the head too, but for a pretrained one under LoRA.
+
+    Where clients are to have heads of their own (`keeps_head`), that is tuned as well unless the job says
+    otherwise.
 
     Raises:
         ConfigError: nothing matches `tune.targets`, or there are fewer blocks than `tune.layers`.
@@ -30,11 +33,39 @@ def mark_trainable(model: Model, tune: TuneSection, seed: int) -> None:
             for module in _last_blocks(model.backbone.model, tune.layers or 1, model.head):
                 module.requires_grad_(True)
         case "lora":
-            _inject_lora(model, tune, seed)
+            _tune_by_lora(model, tune, seed, keeps_head)
+            return
         case "full":
             model.requires_grad_(True)
     if model.tunes_head:
         model.head.requires_grad_(True)
+
+
+def _tune_by_lora(model: Model, tune: TuneSection, seed: int, keeps_head: bool) -> None:
+    """LoRA's factors in the backbone; a fresh head is trained, and a pretrained one stays, unless asked for.
+
+    Of a head that is pretrained but for a layer (of other classes, say), that layer is trained. A head that
+    is fresh as a whole is what `tune.head` says, as if it were pretrained.
+    """
+    how = tune.head or ("frozen" if model.pretrained_head and not keeps_head else "trained")
+    known = dict(model.head.named_parameters())
+    settled = model.pretrained_head or frozenset(known)
+    fresh = [p for name, p in known.items() if how == "trained" or name not in settled]
+    of_head = dict(model.head.named_modules())
+    adapted = {
+        id(module)
+        for place, module in of_head.items()
+        if how == "lora" and f"{place}.weight".removeprefix(".") in settled
+    }
+    left_out = {id(module) for module in of_head.values()} - adapted
+    if adapted and not any(module is model.head for module in model.backbone.modules()):
+        raise ConfigError(
+            "tune.head: this head is a layer on top of the backbone, expected 'trained' or 'frozen',"
+            " found 'lora'"
+        )
+    _inject_lora(model, tune, seed, left_out)
+    for parameter in fresh:
+        parameter.requires_grad_(True)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -192,18 +223,18 @@ def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Mod
     return found[starts[-count] :]
 
 
-def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
-    """Put peft's LoRA factors into the backbone (Hu et al. 2021), or into its last `layers` blocks.
+def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int]) -> None:
+    """Put peft's LoRA factors into the backbone (Hu et al. 2021), or its last blocks, but for these ids.
 
     With `freeze_a` only B is trained (Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated
     Learning"): noise on both factors is multiplied with itself, and the mean of products isn't the
     product of means. A is drawn from the job's seed, the same everywhere.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Conv2d as LoraConv2d
 
-    of_head = {id(module) for module in model.head.modules()}
     where = model.backbone.modules() if tune.layers is None else _within_last_blocks(model, tune.layers)
-    there = {id(module) for module in where} - of_head
+    there = {id(module) for module in (*where, *model.head.modules())} - left_out
     names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) in there]
     if not names:
         raise ConfigError("tune.method: this backbone has no layer for LoRA, expected head, last-k or full")
@@ -219,6 +250,10 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
     config = LoraConfig(r=rank, lora_alpha=tune.alpha or 2 * rank, target_modules=wanted, lora_dropout=0.0)  # type: ignore[arg-type]
     with global_stream(seed, "init", "lora"):
         inject_adapter_in_model(config, model.backbone)
+    for module in model.backbone.modules():
+        if isinstance(module, LoraConv2d):
+            for factor in module.lora_A.values():
+                _convolve_like(factor, module.get_base_layer())
     for name, parameter in model.backbone.named_parameters():
         parameter.requires_grad_("lora_B" in name or ("lora_" in name and not tune.freeze_a))
 
@@ -226,6 +261,17 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int) -> None:
 def _within_last_blocks(model: Model, count: int) -> Iterator[nn.Module]:
     for block in _last_blocks(model.backbone.model, count, model.head):
         yield from block.modules()
+
+
+def _convolve_like(factor: nn.Module, base: nn.Module) -> None:
+    """Let A look at the places that its layer looks at: peft gives it stride and padding, and no dilation.
+
+    B, of one place, is none the wiser: the product of both, added to the layer's weight, is the same.
+    """
+    assert isinstance(factor, nn.Conv2d) and isinstance(base, nn.Conv2d)
+    factor.dilation = base.dilation
+    factor.padding_mode = base.padding_mode
+    factor._reversed_padding_repeated_twice = base._reversed_padding_repeated_twice
 
 
 def _takes_lora(module: nn.Module) -> bool:

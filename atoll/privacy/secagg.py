@@ -1,15 +1,18 @@
 """Secure aggregation: the server learns the sum of the clients' vectors, and no vector.
 
-Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning", the
-variant against a server that follows the protocol and looks at all it gets (section 4, without the
-consistency check of signed survivor sets). Four stages:
+Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning", the variant
+against a server that may lie (section 4 with signed keys and the consistency check). Five stages:
 
-1. everyone makes two X25519 key pairs for the round and sends the public keys;
+1. everyone makes two X25519 key pairs for the round and sends the public keys, with a hash that commits it
+   to the seed of its mask, signed by its site;
 2. everyone deals Shamir shares of its own seed and of its mask key to the others, encrypted for each;
 3. everyone sends its vector under masks: one from its own seed, and one with each other client,
    added by one of the two and subtracted by the other, so that in the sum they cancel;
-4. those whose vectors arrived are named, and everyone reveals for each client one share: of its
+4. those whose vectors arrived are named, and everyone signs their list, one list a round;
+5. who sees the signatures of as many of them as open the sum reveals for each client one share: of its
    seed if its vector arrived, of its mask key if it did not. Never both.
+
+Without an `Identity`, as in tests and simulations, nothing is signed.
 
 Vectors are unsigned 64-bit integers and sums wrap around, so that a masked vector is uniform and the
 sum exact. Masks are AES-256 in counter mode under keys from HKDF-SHA256.
@@ -21,6 +24,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -41,6 +45,9 @@ MIN_CLIENTS = 3
 PRIME = 2**521 - 1
 SHARE_BYTES = 66
 SEED_BYTES = 32
+KEY_BYTES = 96
+"""Of an advertisement without its signature: key for shares, key for masks, hash of the seed."""
+SEALED_BYTES = 2 * SHARE_BYTES + 16
 OF_SEED, OF_KEY = b"s", b"k"
 
 
@@ -63,36 +70,72 @@ def check_threshold(threshold: int, clients: int) -> None:
         )
 
 
+class Verifier(Protocol):
+    """What knows the keys of a federation's clients."""
+
+    def has_signed(self, client: str, content: bytes, signature: bytes) -> bool:
+        """Whether that client of the federation has signed these bytes; False for one that isn't there."""
+        ...
+
+
+class Identity(Verifier, Protocol):
+    """What signs for a client, and knows who the others are."""
+
+    def knows(self, client: str) -> bool:
+        """Whether the federation has a client of that name."""
+        ...
+
+    def sign(self, content: bytes) -> bytes:
+        """The client's signature of these bytes."""
+        ...
+
+
 @dataclass
 class Participant:
     """One client's part in one round; its secrets are made here and never leave in the clear.
 
-    `context` names run and round, so that nothing of one round is of use in another.
+    `context` names run and round, so that nothing of one round is of use in another. With an `identity`
+    it believes no key and no list of survivors that isn't signed. `cohort` is how many clients the job says
+    take part, 0 where it doesn't: the threshold is never below what so many need.
     """
 
     name: str
     context: bytes
+    identity: Identity | None = None
+    cohort: int = 0
     _cipher_key: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
     _mask_key: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
     _seed: bytes = field(default_factory=lambda: os.urandom(SEED_BYTES))
     _keys: dict[str, bytes] = field(default_factory=dict)
+    _advertised: bytes = b""
     threshold: int = 0
     _shares: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
-    _revealed: tuple[str, ...] | None = None
+    _confirmed: tuple[str, ...] | None = None
 
     def advertise(self) -> bytes:
-        """Stage 1: the two public keys."""
-        return (
-            self._cipher_key.public_key().public_bytes_raw() + self._mask_key.public_key().public_bytes_raw()
-        )
+        """Stage 1: the two public keys and the hash of the seed, 96 bytes, and their signature.
+
+        A call that comes again gets the same bytes.
+        """
+        if not self._advertised:
+            public = [key.public_key().public_bytes_raw() for key in (self._cipher_key, self._mask_key)]
+            keys = b"".join([*public, commitment(self._seed)])
+            self._advertised = keys + self._signed(keys_said(self.context, self.name, keys))
+        return self._advertised
 
     def deal(self, keys: Mapping[str, bytes], threshold: int) -> dict[str, bytes]:
         """Stage 2: for every other client an encrypted pair of shares.
 
         Raises:
-            SecureAggregationFailed: the threshold doesn't protect, or the keys are not all different.
+            SecureAggregationFailed: the threshold doesn't protect, the keys are not all different, or one of
+                them isn't signed by a client of the federation.
         """
         check_threshold(threshold, len(keys))
+        if self.cohort and threshold < least_threshold(self.cohort):
+            raise SecureAggregationFailed(
+                f"threshold {threshold}, a cohort of {self.cohort} needs {least_threshold(self.cohort)}"
+            )
+        self._check_signatures(keys)
         if keys.get(self.name) != self.advertise() or len(set(keys.values())) != len(keys):
             raise SecureAggregationFailed("the list of public keys is not that of the clients")
         if self._keys:
@@ -125,26 +168,57 @@ class Participant:
             self._shares[name] = (opened[:SHARE_BYTES], opened[SHARE_BYTES:])
         total = vector + mask_of(self._seed, len(vector))
         for name in dealt:
-            shared = agreed_seed(self._mask_key, self._keys[name][32:], self.context)
+            shared = agreed_seed(self._mask_key, mask_key_of(self._keys[name]), self.context)
             _add_pairwise(total, self.name, name, shared)
         return total
 
-    def reveal(self, arrived: Sequence[str]) -> dict[str, bytes]:
-        """Stage 4: a share for each client, of its seed if its vector arrived, else of its mask key.
+    def confirm(self, arrived: Sequence[str]) -> bytes:
+        """Stage 4: the signature of the list of those whose vectors arrived; of no second list.
 
         Raises:
             SecureAggregationFailed: too few arrived, or other ones than were named before.
         """
         names = tuple(sorted(set(arrived)))
-        if self._revealed not in (None, names):
+        if self._confirmed not in (None, names):
             raise SecureAggregationFailed("other clients than those named before in this round")
         if set(names) - set(self._shares) or self.name not in names or len(names) < self.threshold:
             raise SecureAggregationFailed(f"{len(names)} vectors arrived, needed {self.threshold}")
-        self._revealed = names
+        self._confirmed = names
+        return self._signed(self._list_said(names))
+
+    def reveal(self, arrived: Sequence[str], signatures: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Stage 5: a share for each client, of its seed if its vector arrived, else of its mask key.
+
+        Raises:
+            SecureAggregationFailed: the list isn't the one confirmed, or too few others have signed it.
+        """
+        self.confirm(arrived)
+        names = tuple(sorted(set(arrived)))
+        if self.identity is not None:
+            said = self._list_said(names)
+            good = [n for n in names if self.identity.has_signed(n, said, signatures.get(n, b""))]
+            if len(good) < self.threshold:
+                raise SecureAggregationFailed(
+                    f"{len(good)} clients signed the list of vectors that arrived, needed {self.threshold}"
+                )
         return {
             name: OF_SEED + of_seed if name in names else OF_KEY + of_key
             for name, (of_seed, of_key) in self._shares.items()
         }
+
+    def _signed(self, content: bytes) -> bytes:
+        return b"" if self.identity is None else self.identity.sign(content)
+
+    def _list_said(self, names: Sequence[str]) -> bytes:
+        """What every client signs of a list of survivors."""
+        return b"\0".join((b"atoll survivors", self.context, *(name.encode() for name in names)))
+
+    def _check_signatures(self, keys: Mapping[str, bytes]) -> None:
+        if self.identity is None:
+            return
+        for client, advertised in keys.items():
+            if not is_signed(self.identity, self.context, client, advertised):
+                raise SecureAggregationFailed(f"the keys of {client[:64]} are not signed by its site")
 
     def _sealed(self, receiver: str, content: bytes) -> bytes:
         return self._box(receiver).encrypt(
@@ -194,15 +268,17 @@ def unmask_sum(
     total: Vector = np.sum([masked[name] for name in sorted(masked)], axis=0, dtype=np.uint64)
     for name in masked:
         seed = _recovered(name, OF_SEED, revealed, places, threshold)
+        if commitment(seed) != keys[name][64:KEY_BYTES]:
+            raise SecureAggregationFailed(f"the shares of {name} do not give its seed")
         np.subtract(total, mask_of(seed, len(total)), out=total)
     for name in sorted(set(dealers) - set(masked)):
         secret = _recovered(name, OF_KEY, revealed, places, threshold)
         key = X25519PrivateKey.from_private_bytes(secret)
-        if key.public_key().public_bytes_raw() != keys[name][32:]:
+        if key.public_key().public_bytes_raw() != mask_key_of(keys[name]):
             raise SecureAggregationFailed(f"the shares of {name} do not give its key")
         for other in sorted(masked):
             # What `other` added for the one who is gone is what that one would have taken off.
-            _add_pairwise(total, name, other, agreed_seed(key, keys[other][32:], context))
+            _add_pairwise(total, name, other, agreed_seed(key, mask_key_of(keys[other]), context))
     return total
 
 
@@ -230,6 +306,38 @@ def _add_pairwise(total: Vector, own: str, other: str, seed: bytes) -> None:
         total += mask
     else:
         total -= mask
+
+
+def commitment(seed: bytes) -> bytes:
+    """The hash by which a client commits itself to its seed, 32 bytes; 256 random bits can't be guessed."""
+    return hashlib.sha256(b"atoll seed\0" + seed).digest()
+
+
+def keys_said(context: bytes, client: str, keys: bytes) -> bytes:
+    """What a client signs of its keys."""
+    return b"\0".join((b"atoll keys", context, client.encode(), keys))
+
+
+def is_signed(verifier: Verifier, context: bytes, client: str, advertised: bytes) -> bool:
+    """Whether what a client advertised in that round is signed by its site."""
+    said = keys_said(context, client, advertised[:KEY_BYTES])
+    return verifier.has_signed(client, said, advertised[KEY_BYTES:])
+
+
+def mask_key_of(advertised: bytes) -> bytes:
+    """The public key for masks in what a client advertised."""
+    return advertised[32:64]
+
+
+def keys_fault(advertised: bytes) -> str | None:
+    """Why nobody could agree on a secret with who advertised this; None where they could."""
+    own = X25519PrivateKey.generate()
+    try:
+        for start in (0, 32):
+            own.exchange(X25519PublicKey.from_public_bytes(advertised[start : start + 32]))
+    except ValueError:
+        return "its public keys are none"
+    return None
 
 
 def agreed_seed(own: X25519PrivateKey, other: bytes, context: bytes) -> bytes:

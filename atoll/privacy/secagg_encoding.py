@@ -107,7 +107,7 @@ def context_of(request: SumRequest) -> bytes:
 
 def as_tensor(content: bytes) -> torch.Tensor:
     """Bytes as they travel, uint8 [length]."""
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0).byte()
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:

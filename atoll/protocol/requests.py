@@ -129,17 +129,24 @@ class UnmaskedSumRequest(TrainingRequest, SumRequest):
 
 
 @dataclass(frozen=True)
-class RevealRequest(SumRequest):
-    """Send the shares that open the sum of those who stayed."""
+class ConfirmRequest(SumRequest):
+    """Sign the list of those whose vectors arrived."""
 
     survivors: tuple[str, ...] = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class RevealRequest(ConfirmRequest):
+    """Send the shares that open the sum of those who stayed; `signatures` are theirs of the list."""
+
+    signatures: Tensors = field(kw_only=True, metadata=SHARED)
 
 
 KINDS: Mapping[str, type[Request]] = {
     kind.__name__: kind
     for kind in (
         EvaluateRequest, StatisticsRequest, TrainRequest, KeysRequest, SharesRequest, MaskedSumRequest,
-        UnmaskedSumRequest, RevealRequest,
+        UnmaskedSumRequest, ConfirmRequest, RevealRequest,
     )
 }  # fmt: skip
 

@@ -135,10 +135,19 @@ def what_was_tuned(result: dict[str, Any], job: Job | None) -> str:
     tuned = {
         "head": f"A new last layer, the head, was trained on top of {backbone}, which stayed frozen",
         "last-k": f"The last layers of {backbone} and a new head were trained",
-        "lora": f"Low-rank adapters (LoRA) inside the frozen {backbone} and a new head were trained",
+        "lora": f"Low-rank adapters (LoRA) inside the frozen {backbone}{_head_beside(job)} were trained",
         "full": f"All weights of {backbone} and a new head were trained",
     }.get(method or "", f"A model on top of {backbone} was trained")
     return f"{tuned}, for {result['task'].replace('-', ' ')}{_classes(result)}."
+
+
+def _head_beside(job: Job | None) -> str:
+    match job.tune.head if job else None:
+        case "trained":
+            return " and the head"
+        case "frozen" | "lora" as tuned:
+            return f", whose head was {'frozen too' if tuned == 'frozen' else 'adapted as well'},"
+    return " and what is new of the head"
 
 
 def _classes(result: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from atoll.data.classification import (
 )
 from atoll.data.columns import Columns
 from atoll.data.dataset import Dataset
-from atoll.data.images import image_bytes, read_image_input
+from atoll.data.images import IMAGE_SUFFIXES, image_bytes, read_image_input
 from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
@@ -83,6 +83,9 @@ class Classification(Labelled):
         targets = self.targets(dataset["label"][:], order, data_info)
         inputs = LazyRows(LazyColumn(dataset, self.column, self.convert), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
+
+    def input_suffixes(self) -> tuple[str, ...]:
+        return IMAGE_SUFFIXES if self.column == "image" else (".txt",)
 
     def parse_input(self, given: str) -> Any:
         """The bytes of an image file; a text file's text, or the text itself.

@@ -143,6 +143,31 @@ def gaps(moments: Sequence[str]) -> Iterator[Gap]:
             yield Gap(moments[place], moments[place + 1], _length(step, unit), _length(usual, unit))
 
 
+def moments_after(moments: Sequence[str], count: int) -> list[str]:
+    """The next moments after some in order whose steps are all alike; none where they aren't (months).
+
+    >>> moments_after(["2024-03-07", "2024-03-08", "2024-03-11"], 2)  # working days
+    ['2024-03-12', '2024-03-13']
+    >>> moments_after(["4", "6", "8"], 2), moments_after(["1", "2", "9"], 1)
+    (['10', '12'], [])
+    >>> moments_after(["2024-03-07T22:00:00", "2024-03-07T23:00:00"], 1)
+    ['2024-03-08']
+    """
+    steps = _steps(moments)
+    if not steps or len(set(steps)) > 1:
+        return []
+    step, unit, last = steps[0], _unit(moments), moments[-1]
+    ahead = [step * (place + 1) for place in range(count)]
+    if unit == "":
+        return [f"{in_time(last)[0] + each:.15g}" for each in ahead]
+    if unit == "second":
+        start = datetime.datetime.fromisoformat(last)
+        return [_text_of(start + datetime.timedelta(seconds=each)) for each in ahead]
+    if bool(np.is_busday(np.array(moments, dtype="datetime64[D]")).all()):
+        return [str(np.busday_offset(np.datetime64(last, "D"), int(each))) for each in ahead]
+    return [str(np.datetime64(last, "D") + int(each)) for each in ahead]
+
+
 def _steps(moments: Sequence[str]) -> list[float]:
     """From each moment to the next: in numbers, in days (working days, if all are), or in seconds."""
     unit = _unit(moments)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import nn
 
-from atoll.backbones.encoder import Encoder, Model
+from atoll.backbones.encoder import Batch, Encoder, Model
 from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
 from atoll.job.job import BackboneSection, DataSection, Job, Options
@@ -62,6 +62,9 @@ class Task(Protocol):
 
     head_loss: Literal["softmax", "sigmoid", "squared"] = "softmax"
     """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
+
+    inputs_in_words: str = ""
+    """What becomes of inputs before the network sees them, for a run's first lines, if that is told."""
 
     told: tuple[ToldField, ...] | None = None
     """The fields of `local_info`, each with whom it concerns; where it isn't said it counts as unknown.
@@ -138,9 +141,20 @@ class Task(Protocol):
         """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
         ...
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        """What the files end in that `atoll predict` takes from a folder; none where inputs are no files."""
+        return ()
+
     def parse_input(self, given: str) -> Any:
         """One input of `atoll predict` as a shard holds it."""
         ...
+
+    def parse_inputs(self, given: str) -> dict[str, Any]:
+        """All that one argument of `atoll predict` holds, each as `parse_input` gives it, by name.
+
+        The name is empty where there is one alone.
+        """
+        return {"": self.parse_input(given)}
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         """The backbone as an encoder of this task's inputs."""
@@ -185,3 +199,22 @@ class Task(Protocol):
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """What `atoll predict` prints for each prediction; `label` comes first."""
         ...
+
+    def answers(
+        self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
+    ) -> list[dict[str, Any]]:
+        """What is said of each input, whose batch is that of `inputs`, by a task without pooled features.
+
+        As `format_predictions`, and in arrays what is too large to print.
+        """
+        return self.format_predictions(model.predict(batch), data_info)
+
+    def files(
+        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+    ) -> dict[str, bytes]:
+        """What of an answer `atoll predict` writes as files: their content by their last names.
+
+        `given` is the input as `parse_input` gives it; with an `overlay` also a picture that shows the
+        answer on the input, where there is such a picture.
+        """
+        return {}

@@ -32,7 +32,7 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError, pull_objects
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -149,8 +149,11 @@ class Executor:
             client.has_next_task, client.stopping = self.has_next_task, self.stop.is_set
             try:
                 self._run(client)
-            except (httpx.HTTPError, ObjectPullError, RuntimeError) as error:
-                logger.warning("a task was withdrawn: %s", " ".join(str(error).split()))
+            except (httpx.HTTPError, ObjectPullError, ObjectPushError, RuntimeError) as error:
+                # The server asks again, and gets the reply that is there.
+                logger.warning(
+                    "a task was withdrawn, or its reply was lost: %s", " ".join(str(error).split())
+                )
 
     def _run(self, client: RuntimeHttpClient) -> None:
         """Send what the app replies, or an error if it raises one or we are to leave."""

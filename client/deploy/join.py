@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from atoll.client.policy import POLICY, Policy
 from atoll.errors import DataError, JobError
 from atoll.kit.kit import SiteKit
+from atoll.kit.roster import SiteIdentity
 from atoll.system.child_process import Child, free_port
 from atoll.system.child_process import environment as flower_environment
 from atoll.system.fork_server import import_first
@@ -62,10 +64,18 @@ def join(
     One path is the site's own shard; of several, each is a client named as its folder. `executor` is the
     entry (`module:function`) of the process that answers the server's tasks, and more words for its sys.argv.
 
-    A server that isn't up, or is restarted, is waited for. Raises JobError where waiting can't help:
-    the server's certificate is another authority's, or it refuses this site's key for minutes.
+    A server that isn't up, or is restarted, is waited for.
+
+    Raises:
+        ConfigError: the kit, its roster or its policy is not as it must be.
+        DataError: there is no data at one of the paths.
+        JobError: waiting can't help: the server's certificate is another authority's, or it refuses this
+            site's key for minutes.
     """
     loaded = SiteKit.load(kit)
+    SiteIdentity.load(loaded.folder)
+    if Policy.load(loaded.folder) is not None:
+        tell(f"this site's own rules are those of {loaded.folder / POLICY}")
     for path in data:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
@@ -104,6 +114,7 @@ class _Site:
             "secret": str(self.kit.secret),
             "node_config": {
                 "name": self.kit.name,
+                "kit": str(self.kit.folder),
                 "data-paths": json.dumps([str(p) for p in self.data]),
                 "ledgers": str(self.kit.ledgers),
                 "memory": str(self.kit.memory),

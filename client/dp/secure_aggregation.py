@@ -11,7 +11,7 @@ import torch
 from atoll.job.job import Job
 from atoll.privacy.dp_plan import DpPlan, distributed_terms
 from atoll.privacy.noise import RandomBits, entropy, seeded
-from atoll.privacy.secagg import Participant, SecureAggregationFailed
+from atoll.privacy.secagg import Identity, Participant, SecureAggregationFailed
 from atoll.privacy.secagg_encoding import (
     FixedPointCodec,
     OutOfRange,
@@ -26,6 +26,7 @@ from atoll.privacy.secagg_encoding import (
 from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, SecureMessage, Update
 from atoll.protocol.random_streams import stream_seed
 from atoll.protocol.requests import (
+    ConfirmRequest,
     KeysRequest,
     MaskedSumRequest,
     RevealRequest,
@@ -38,9 +39,13 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass
 class SecureAggregationSession:
-    """The secure sums that this process' clients are in the middle of, one for each client."""
+    """The secure sums that this process' clients are in the middle of, one for each client.
+
+    A real site has an `identity`, which signs for its clients and knows those of other sites.
+    """
 
     participants: dict[str, Participant] = field(default_factory=dict)
+    identity: Identity | None = None
 
     def answer(self, request: SumRequest, names: Sequence[str]) -> Iterator[Reply]:
         """Keys, dealt shares or revealed shares of the named clients."""
@@ -59,15 +64,19 @@ class SecureAggregationSession:
                 dealt = self._person(request, name).deal(keys, request.threshold)
                 return {other: as_tensor(content) for other, content in dealt.items()}
             case RevealRequest():
-                revealed = self._person(request, name).reveal(request.survivors)
+                signatures = {other: as_bytes(t) for other, t in request.signatures.items()}
+                revealed = self._person(request, name).reveal(request.survivors, signatures)
                 return {other: as_tensor(share) for other, share in revealed.items()}
+            case ConfirmRequest():
+                return {"signature": as_tensor(self._person(request, name).confirm(request.survivors))}
         raise TypeError(f"no stage without data: {type(request).__name__}")
 
     def _person(self, request: SumRequest, name: str, *, is_new: bool = False) -> Participant:
         context = context_of(request)
         known = self.participants.get(name)
         if is_new and (known is None or known.context != context):
-            known = self.participants[name] = Participant(name, context)
+            cohort = cohort_of(Job.from_json(request.job))
+            known = self.participants[name] = Participant(name, context, self.identity, cohort)
         if known is None or known.context != context:
             raise SecureAggregationFailed("its site was started anew in the middle of the round")
         return known
@@ -102,6 +111,11 @@ class SecureAggregationSession:
             rounds = torch.tensor(float(charged.get(name, 0)), dtype=torch.float64)
             content = {"vector": torch.from_numpy(vector.view(np.int64)), CHARGED_ROUNDS: rounds}
             yield SecureMessage(name, request.round, content)
+
+
+def cohort_of(job: Job) -> int:
+    """How many clients a round asks: a secure sum has a cohort of fixed size."""
+    return job.federation.cohort or job.federation.clients
 
 
 def contributions(updates: Iterable[Update], dp_plan: DpPlan | None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from atoll.errors import ConfigError
 from atoll.kit.kit import Sites, is_address, read_table, server_table, site_table
+from atoll.kit.roster import ALGORITHM, SIGNATURE, TABLE, RosterSite, roster_table
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 825
@@ -50,6 +51,7 @@ def provision(sites_file: Path, out: Path) -> list[Path]:
         _write_authority(out / "ca", authority)
         public_keys = {name: _write_site(out / name, name, sites, authority) for name in names}
         _write_server(out / "server", sites, authority, public_keys)
+        _write_roster([out / "server", *(out / name for name in names)], sites, authority, public_keys)
     except OSError as error:
         raise ConfigError(f"{error.filename or out}: {error.strerror}") from error
     return [out / "server", *(out / name for name in names)]
@@ -91,6 +93,21 @@ def _write_server(folder: Path, sites: Sites, authority: Authority, public_keys:
     for name, public_key in public_keys.items():
         (folder / "nodes" / f"{name}.pub").write_bytes(public_key)
     (folder / "kit.toml").write_text(server_table(sites.server, list(public_keys)), encoding="utf-8")
+
+
+def _write_roster(
+    kits: list[Path], sites: Sites, authority: Authority, public_keys: dict[str, bytes]
+) -> None:
+    """Write the same signed roster into every kit."""
+    listed = [
+        RosterSite(name=site.name, clients=site.hosted, key=public_keys[site.name].decode())
+        for site in sites.site
+    ]
+    table = roster_table(listed).encode()
+    signature = authority.key.sign(table, ALGORITHM)
+    for kit in kits:
+        (kit / TABLE).write_bytes(table)
+        (kit / SIGNATURE).write_bytes(signature)
 
 
 def _make_private(folder: Path) -> None:

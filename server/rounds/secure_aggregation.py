@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,12 +10,33 @@ import numpy as np
 import torch
 
 from atoll.job.job import Job
+from atoll.kit.roster import SIGNATURE_BYTES
 from atoll.privacy.dp_plan import distributed_terms
 from atoll.privacy.noise import entropy
-from atoll.privacy.secagg import SecureAggregationFailed, Vector, least_threshold, unmask_sum
-from atoll.privacy.secagg_encoding import EXTRA, FixedPointCodec, as_bytes, context_of, length, unflatten
+from atoll.privacy.secagg import (
+    KEY_BYTES,
+    SEALED_BYTES,
+    SHARE_BYTES,
+    SecureAggregationFailed,
+    Vector,
+    Verifier,
+    is_signed,
+    keys_fault,
+    least_threshold,
+    unmask_sum,
+)
+from atoll.privacy.secagg_encoding import (
+    EXTRA,
+    FixedPointCodec,
+    as_bytes,
+    as_tensor,
+    context_of,
+    length,
+    unflatten,
+)
 from atoll.protocol.messages import CHARGED_ROUNDS, Failure, Reply, SecureMessage, Update
 from atoll.protocol.requests import (
+    ConfirmRequest,
     KeysRequest,
     MaskedSumRequest,
     RequestOrigin,
@@ -49,6 +71,7 @@ class SecureRound:
     cohort: Sequence[str]
     masks: bool
     ask: Ask
+    verifier: Verifier | None = None
     aside: dict[str, str] = field(default_factory=dict)
     charged_rounds: int = 0
 
@@ -66,15 +89,13 @@ class SecureRound:
         return threshold_of(self.job, len(self.cohort))
 
     def _opened(self) -> tuple[Vector, int]:
-        """The protocol's four stages."""
+        """The protocol's five stages; whoever sends something else than it asks for is set aside."""
         of_sum = self._of_sum
         asked: SumRequest = KeysRequest(**of_sum)
         context = context_of(asked)
-        keys = {n: as_bytes(c["keys"]) for n, c in self._stage(asked, self.cohort).items()}
-        self._check(len(keys))
-        public = {name: torch.frombuffer(bytearray(k), dtype=torch.uint8) for name, k in keys.items()}
-        dealt = self._stage(SharesRequest(**of_sum, public_keys=public), sorted(keys))
-        self._check(len(dealt))
+        keys = self._keys(self._stage(asked, self.cohort), context)
+        public = {name: as_tensor(advertised) for name, advertised in keys.items()}
+        dealt = self._dealt(self._stage(SharesRequest(**of_sum, public_keys=public), sorted(keys)), keys)
         shares = {
             name: {other: content[name] for other, content in dealt.items() if other != name}
             for name in dealt
@@ -82,11 +103,66 @@ class SecureRound:
         asked = MaskedSumRequest(**of_sum, tensors=self.train.tensors, plan=self.train.plan, shares=shares)
         masked = self._vectors(self._stage(asked, sorted(dealt)))
         self._check(len(masked))
-        asked = RevealRequest(**of_sum, survivors=tuple(sorted(masked)))
-        revealed = self._stage(asked, sorted(masked))
-        opened = {n: {other: as_bytes(t) for other, t in c.items()} for n, c in revealed.items()}
-        total = unmask_sum(keys, list(dealt), masked, opened, self.threshold, context)
-        return total, len(masked)
+        survivors = tuple(sorted(masked))
+        confirmed = self._stage(ConfirmRequest(**of_sum, survivors=survivors), survivors)
+        signatures = {n: c["signature"] for n, c in confirmed.items() if self._has(n, c, "signature", None)}
+        self._check(len(signatures))
+        asked = RevealRequest(**of_sum, survivors=survivors, signatures=signatures)
+        revealed = self._revealed(self._stage(asked, survivors), dealt)
+        return unmask_sum(keys, list(dealt), masked, revealed, self.threshold, context), len(masked)
+
+    def _keys(self, sent: Mapping[str, Tensors], context: bytes) -> dict[str, bytes]:
+        """What clients advertised, of those whose keys are keys, nobody else's and signed by their sites."""
+        found = {
+            name: as_bytes(content["keys"])
+            for name, content in sent.items()
+            if self._has(name, content, "keys", (KEY_BYTES, KEY_BYTES + SIGNATURE_BYTES))
+        }
+        times = Counter(found.values())
+
+        def fault_of(name: str, advertised: bytes) -> str | None:
+            if times[advertised] > 1:
+                return "another client sent the same keys"
+            if self.verifier is not None and not is_signed(self.verifier, context, name, advertised):
+                return "its keys are not signed by its site"
+            return keys_fault(advertised)
+
+        faults = {name: fault_of(name, advertised) for name, advertised in found.items()}
+        self.aside |= {name: fault for name, fault in faults.items() if fault is not None}
+        good = {name: found[name] for name, fault in faults.items() if fault is None}
+        self._check(len(good))
+        return good
+
+    def _dealt(self, sent: Mapping[str, Tensors], keys: Mapping[str, bytes]) -> dict[str, Tensors]:
+        """The sealed shares, of those who dealt one to each of the others."""
+        good: dict[str, Tensors] = {}
+        for name, content in sent.items():
+            if content.keys() != keys.keys() - {name}:
+                self.aside[name] = "it did not deal a share to each of the others"
+            elif all(self._has(name, content, other, (SEALED_BYTES,)) for other in content):
+                good[name] = content
+        self._check(len(good))
+        return good
+
+    def _revealed(
+        self, sent: Mapping[str, Tensors], dealt: Mapping[str, Tensors]
+    ) -> dict[str, dict[str, bytes]]:
+        """The revealed shares, of those who revealed one of each client that dealt."""
+        good: dict[str, dict[str, bytes]] = {}
+        for name, content in sent.items():
+            if content.keys() != dealt.keys():
+                self.aside[name] = "it did not reveal a share of each of the others"
+            elif all(self._has(name, content, other, (1 + SHARE_BYTES,)) for other in content):
+                good[name] = {other: as_bytes(share) for other, share in content.items()}
+        return good
+
+    def _has(self, name: str, content: Tensors, part: str, lengths: Sequence[int] | None) -> bool:
+        """Whether the content has that part as so many bytes; its client is set aside if not."""
+        found = content.get(part, torch.empty(0))
+        if (found.dtype, found.dim()) == (torch.uint8, 1) and (lengths is None or len(found) in lengths):
+            return True
+        self.aside[name] = "a part of its message has a wrong form"
+        return False
 
     def _sum_unmasked(self) -> tuple[Vector, int]:
         """In a simulation masks are left out: they cancel, and the sum is the same bit for bit."""
@@ -122,8 +198,9 @@ class SecureRound:
                 self.aside[name] = f"its vector is not of {numbers} whole numbers"
                 continue
             good[name] = vector.numpy().view(np.uint64)
-            if CHARGED_ROUNDS in content:
-                self.charged_rounds = max(self.charged_rounds, int(content[CHARGED_ROUNDS]))
+            charged = content.get(CHARGED_ROUNDS)
+            if charged is not None and charged.shape == () and torch.isfinite(charged):
+                self.charged_rounds = max(self.charged_rounds, int(charged))
         return good
 
     def _check(self, left: int) -> None:

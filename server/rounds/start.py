@@ -49,7 +49,7 @@ def start_or_resume(
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
-    on_event(ClientsFound(roster, learner.backbone))
+    on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
     first_round, later_rounds = round_kinds(job)
     setup = RunSetup(
         job, carrier, directory, strategy, roster.names, test_set(learner), on_event, clock, protection,

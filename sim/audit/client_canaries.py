@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.fft import dct, idct
 
 from atoll.job.job import Job
+from atoll.kit.roster import FederationRoster
 from atoll.privacy.auditing.epsilon_bounds import Membership, Vector
 from atoll.privacy.dp_plan import DpPlan
 from atoll.privacy.noise import entropy
@@ -165,6 +166,7 @@ class JoinedSums:
     places: NDArray[np.int64]
     engine: str = "inline"
     uses_masking: bool = False
+    roster: FederationRoster | None = None
 
     def discover_clients(self, job: Job) -> ClientRoster:
         return self.plain.discover_clients(job)

@@ -10,6 +10,7 @@ from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
+from atoll.kit.roster import FederationRoster
 from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request
 from atoll.server.roster import ClientRoster
@@ -25,6 +26,7 @@ class InlineTransport:
     site: SimulatedSite
     engine: str = "inline"
     uses_masking: bool = False
+    roster: FederationRoster | None = None
 
     @classmethod
     def of(
@@ -58,6 +60,7 @@ class LoopTransport:
     site: Site
     engine: str = "loop"
     uses_masking: bool = False
+    roster: FederationRoster | None = None
 
     @classmethod
     def of(

@@ -20,6 +20,7 @@ from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret
+from atoll.kit.roster import FederationRoster
 from atoll.protocol.messages import Reply, Update, decode_reply, encode_reply
 from atoll.protocol.requests import ModelRequest, Request, decode_request, encode_request
 from atoll.protocol.tensors import Tensors
@@ -74,6 +75,7 @@ class PooledTransport:
     out: Path | None = None
     engine: str = "inline"
     uses_masking: bool = False
+    roster: FederationRoster | None = None
     _pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
     """Of one process each, so that a client can go where it was before."""
     _homes: WorkerAffinity = field(default_factory=WorkerAffinity)

@@ -24,7 +24,7 @@ Texts = Mapping[str, str]
 
 GOVERNING_KEY = {
     "tune.layers": "tune.method", "tune.rank": "tune.method", "tune.alpha": "tune.method",
-    "tune.targets": "tune.method", "tune.freeze_a": "tune.method",
+    "tune.targets": "tune.method", "tune.freeze_a": "tune.method", "tune.head": "tune.method",
     "train.momentum": "train.optimizer", "train.imbalance_strength": "train.imbalance",
     "train.cached_views": "train.augment",
     "train.teacher_temperature": "train.teacher", "train.teacher_weight": "train.teacher",

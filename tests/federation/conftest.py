@@ -123,7 +123,7 @@ def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ring]:
     write_shards(job(), folder / "shards")
     try:
         turned = {"main": "tests.federation.turned_server:main", "env": {CUTS: str(folder / "cuts")}}
-        with federation_of(folder, *KITS, **turned) as federation:
+        with federation_of(folder, *KITS, clients={"pair": CLIENTS[1:]}, **turned) as federation:
             yield Ring(federation, folder / "shards")
     finally:
         if before is None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -87,10 +87,13 @@ def unused_port() -> int:
     raise AssertionError("ports never end")
 
 
-def provisioned(folder: Path, names: tuple[str, ...], port: int) -> dict[str, Path]:
-    """Kits by name."""
+def provisioned(
+    folder: Path, names: tuple[str, ...], port: int, clients: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Path]:
+    """Kits by name; `clients` are those of sites that answer for others than one of their own name."""
     folder.mkdir(parents=True, exist_ok=True)
-    sites = "".join(f'[[site]]\nname = "{name}"\n' for name in names)
+    hosted = {name: f"clients = {json.dumps(list(given))}\n" for name, given in (clients or {}).items()}
+    sites = "".join(f'[[site]]\nname = "{name}"\n{hosted.get(name, "")}' for name in names)
     (folder / "sites.toml").write_text(f'[server]\nhost = "127.0.0.1"\nport = {port}\n{sites}')
     return {kit.name: kit for kit in provision(folder / "sites.toml", folder / "kits")}
 
@@ -191,9 +194,11 @@ class Federation:
 
 
 @contextmanager
-def federation_of(folder: Path, *names: str, **serving: Any) -> Iterator[Federation]:
+def federation_of(
+    folder: Path, *names: str, clients: Mapping[str, Sequence[str]] | None = None, **serving: Any
+) -> Iterator[Federation]:
     """A server for these sites, for the time of the block; `serving` says how its process is started."""
-    made = Federation(folder, provisioned(folder, names, unused_port()), serving)
+    made = Federation(folder, provisioned(folder, names, unused_port(), clients), serving)
     try:
         made.serve()
         yield made

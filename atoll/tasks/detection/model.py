@@ -15,7 +15,9 @@ from torch import nn
 from atoll.backbones.dense_vision import (
     PictureEncoder,
     calibrate_batch_norm,
+    check_size,
     fill_all_but_classes,
+    noise_pictures,
     of_torchvision,
     size_of,
 )
@@ -97,19 +99,21 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
     """
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-    size = size_of(job)
+    size = size_of(job, backbone)
     with global_stream(job.seed, "init", "backbone"):
         network: Any = _made(backbone, job, size, len(classes) + 1).eval()
     network.transform = GeneralizedRCNNTransform(
         size, size, IMAGENET_MEAN, IMAGENET_STD, fixed_size=(size, size)
     )
+    check_size(network.backbone, job, backbone)
     head = "roi_heads.box_predictor" if hasattr(network, "roi_heads") else "head"
+    kept: frozenset[str] = frozenset()
     if backbone.weights is None and (backbone.also is None or backbone.also.weights is None):
-        calibrate_batch_norm(network, size, job.seed, run=_everything)
+        calibrate_batch_norm(network, size, job.seed, run=_everything, pictures=noise_pictures(job, size))
     elif backbone.weights is not None:
-        fill_all_but_classes(network, head, backbone)
+        kept = fill_all_but_classes(network, head, backbone)
     encoder = PictureEncoder(network, size, (0.0,) * 3, (1.0,) * 3)
-    return Detector(encoder, network.get_submodule(head))
+    return Detector(encoder, network.get_submodule(head), kept)
 
 
 def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:

@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atoll.backbones.dense_vision import SIZE, picture_size, refuse_variation, size_of, without_other_parts
-from atoll.backbones.encoder import Model
+from atoll.backbones.dense_vision import (
+    SIZE,
+    picture_size,
+    refuse_variation,
+    size_in_words,
+    size_of,
+    without_other_parts,
+)
+from atoll.backbones.encoder import Batch, Model
 from atoll.backbones.options import options_of
 from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
-from atoll.data.images import image_bytes, read_image_input
+from atoll.data.images import IMAGE_SUFFIXES, decode_image, image_bytes, read_image_input
 from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
@@ -25,6 +32,7 @@ from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told
 from atoll.tasks.detection.data import BOXES
 from atoll.tasks.detection.model import load_detector
+from atoll.tasks.drawing import boxes_over
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.told import ToldField
 
@@ -59,11 +67,14 @@ class Detection(SchemaTask):
     sees_targets: bool = True
     primary_metric: str = "map"
     size: int = SIZE
+    inputs_in_words: str = ""
     max_boxes: int | None = None
 
     def configured(self, job: Job, backbone: Backbone) -> Detection:
         options = options_of(job.task.options, DetectionOptions)
-        return replace(self, size=size_of(job), max_boxes=options.max_boxes)
+        size = size_of(job, backbone)
+        words = size_in_words(job, size)
+        return replace(self, size=size, inputs_in_words=words, max_boxes=options.max_boxes)
 
     def check(self, job: Job) -> None:
         options_of(job.task.options, DetectionOptions)
@@ -132,6 +143,9 @@ class Detection(SchemaTask):
         inputs = LazyRows(LazyColumn(dataset, "image", image_bytes), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        return IMAGE_SUFFIXES
+
     def parse_input(self, given: str) -> Any:
         """The bytes of an image file."""
         return read_image_input(given)
@@ -170,6 +184,25 @@ class Detection(SchemaTask):
             label = ", ".join(str(box["class"]) for box in found) or "nothing"
             rows.append({"label": label, "boxes": found})
         return rows
+
+    def answers(
+        self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
+    ) -> list[dict[str, Any]]:
+        """As `format_predictions`, with the picture's `size` [width, height] and each box in its `pixels`."""
+        found = super().answers(model, batch, inputs, data_info)
+        for answer, data in zip(found, inputs, strict=True):
+            size = decode_image(data, "image", verify=False).size
+            answer["size"] = list(size)
+            for one in answer["boxes"]:
+                one["pixels"] = [round(p * s, 1) for p, s in zip(one["box"], size * 2, strict=True)]
+        return found
+
+    def files(
+        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+    ) -> dict[str, bytes]:
+        """The picture with its boxes, their classes and scores drawn on it."""
+        picture = decode_image(given, "image", verify=False)
+        return {"boxes.png": boxes_over(picture, answer["boxes"], data_info["classes"])}
 
 
 DETECTION = Detection()

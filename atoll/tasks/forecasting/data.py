@@ -8,6 +8,7 @@ held out: no window to train on reaches into it, so a test never looks at what w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from atoll.data.schema import Schema, SchemaField
 from atoll.errors import DataError
 from atoll.job.job import DataSection
 from atoll.job.section import Between, Count, Section
-from atoll.tasks.moments import MomentReader, gaps, in_time, moment_text
+from atoll.tasks.moments import MomentReader, gaps, in_time, moment_text, moments_after
 
 Values = NDArray[np.float64]
 
@@ -192,11 +193,16 @@ def _as_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table({name: pa.array([row[name] for row in rows], kinds.get(name)) for name in rows[0]})
 
 
-def last_window(path: Path, options: ForecastOptions, time_format: str | None = None) -> dict[str, Any]:
-    """The end of a file's one series, as a window whose future nobody knows: rows without a value.
+def last_windows(
+    path: Path, options: ForecastOptions, time_format: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """The end of each of a file's series, as a window whose future nobody knows: rows without a value.
+
+    A series without a name is called "". Windows also hold the `dates` of the history and the `ahead` of
+    the horizon, which the file has or which follow, where the history's are evenly spaced.
 
     Raises:
-        DataError: there are several series, or too few rows before or after the last value.
+        DataError: there are too few rows of a series before or after its last value.
     """
     roles = [
         SchemaField(r.name, _number_or_none, r.kind, r.usual) if r.name == "value" else r
@@ -205,27 +211,30 @@ def last_window(path: Path, options: ForecastOptions, time_format: str | None = 
     diagnostics = Diagnostics()
     found = Schema(tuple(roles)).gather(path, DataSection(source=str(path)), diagnostics)
     diagnostics.close()
-    table = found["train"]
-    moments = table.column("date").to_pylist()
-    table = table.take(
-        pa.array(sorted(range(len(moments)), key=lambda row: in_time(moments[row])), pa.int64())
-    )
-    if "series" in table.column_names and len(set(table.column("series").to_pylist())) > 1:
-        raise DataError(f"{path}: several series, expected one")
-    values = table.column("value").to_pylist()
+    series = _apart(found["train"], options, str(path))
+    if "series" not in found["train"].column_names:
+        return {"": _last_window(series[0], options, str(path))}
+    return {one.name: _last_window(one, options, f"{path}: series {one.name!r}") for one in series}
+
+
+def _last_window(one: _Series, options: ForecastOptions, where: str) -> dict[str, Any]:
+    values = [None if math.isnan(value) else value for value in one.values.tolist()]
     seen = len(values) - next((n for n, v in enumerate(reversed(values)) if v is not None), len(values))
     ahead = options.horizon if options.known else 0
     if seen < options.history or None in values[:seen] or len(values) - seen < ahead:
         raise DataError(
-            f"{path}: {seen} rows with a value and {len(values) - seen} behind them, expected at least"
+            f"{where}: {seen} rows with a value and {len(values) - seen} behind them, expected at least"
             f" {options.history} and {ahead} (what is known of the steps to come)"
         )
-    start = seen - options.history
-    known = _columns(table, options.known)[start : seen + options.horizon]
+    start, end = seen - options.history, seen + options.horizon
+    dates = one.dates[start:seen]
+    written = one.dates[seen:end]
     return {
         "history": values[start:seen],
-        "observed": _columns(table, options.observed)[start:seen].ravel().tolist(),
-        "known": known.ravel().tolist(),
+        "observed": one.observed[start:seen].ravel().tolist(),
+        "known": one.known[start:end].ravel().tolist(),
+        "dates": dates,
+        "ahead": written if len(written) == options.horizon else moments_after(dates, options.horizon),
     }
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from atoll.backbones.encoder import Model
+from atoll.backbones.encoder import Batch, Model
 from atoll.backbones.options import options_of, refuse_augment
 from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Findings, Table
@@ -23,12 +23,14 @@ from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.lazy import LazyRows
 from atoll.data.schema import whole
 from atoll.data.shard import Shard, canonical_order
+from atoll.data.tables import SUFFIXES
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.validation_split import by_fraction, validation_marks
-from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_window, windows_of
+from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_windows, windows_of
 from atoll.tasks.forecasting.models import load_forecaster
+from atoll.tasks.forecasting.written import forecast_csv, forecast_plot
 from atoll.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -150,13 +152,24 @@ class Forecasting(Task):
             return _last_part_of_the_time(shard, fraction)
         return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        return SUFFIXES
+
     def parse_input(self, given: str) -> Any:
         """A file of dated rows: its last window, and what is known of the steps to come (rows without value).
 
         Raises:
-            DataError: it is too short, or unfit.
+            DataError: it is too short, or unfit, or holds several series.
         """
-        return last_window(Path(given), self.options, self.time_format)
+        windows = self.parse_inputs(given)
+        if len(windows) > 1:
+            raise DataError(f"{given}: several series, expected one")
+        return next(iter(windows.values()))
+
+    def parse_inputs(self, given: str) -> dict[str, Any]:
+        """The last window of every series of a file of dated rows, by the series' names."""
+        windows = last_windows(Path(given), self.options, self.time_format)
+        return {"": next(iter(windows.values()))} if len(windows) == 1 else dict(windows)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         return load_forecaster(backbone, job, options_of(job.task.options, ForecastOptions))
@@ -210,6 +223,19 @@ class Forecasting(Task):
             quantiles = {name: [step[place] for step in steps] for place, name in enumerate(names)}
             rows.append({"label": label, "quantiles": quantiles})
         return rows
+
+    def answers(
+        self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
+    ) -> list[dict[str, Any]]:
+        """As `format_predictions`, with the `dates` of the steps, where they are known."""
+        found = super().answers(model, batch, inputs, data_info)
+        return [answer | {"dates": window["ahead"]} for answer, window in zip(found, inputs, strict=True)]
+
+    def files(
+        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+    ) -> dict[str, bytes]:
+        """A table of the forecast, and a plot of it behind the history."""
+        return {"forecast.csv": forecast_csv(answer), "forecast.png": forecast_plot(answer, given)}
 
 
 def _span_and_series(group: str) -> tuple[str, str, str]:

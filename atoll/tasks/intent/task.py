@@ -19,6 +19,7 @@ from atoll.backbones.augmentation import SOUND_AUGMENTATIONS
 from atoll.backbones.encoder import Model
 from atoll.backbones.options import check_augment, options_of, refuse_augment
 from atoll.backbones.resolve import Backbone
+from atoll.data.audio import AUDIO_SUFFIXES
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Diagnostics, shown
@@ -220,6 +221,9 @@ class Intent(SchemaTask):
             row[1 : 1 + len(found)] = torch.tensor(found, dtype=torch.int64)
         inputs = audio_inputs(dataset, order) if heard else LazyRows(words.__getitem__, tuple(order))
         return Shard(inputs, targets, tuple(keys[place] for place in order))
+
+    def input_suffixes(self) -> tuple[str, ...]:
+        return AUDIO_SUFFIXES if self.options.is_heard else (".txt",)
 
     def parse_input(self, given: str) -> Any:
         """The bytes of a recording, or the words of a text file or of the text itself."""

@@ -74,7 +74,7 @@ class CausalModel(Model):
     """The surprise of each learnt token, given all before it."""
 
     def __init__(self, backbone: CausalEncoder, head: nn.Module, job: Job, options: LanguageOptions) -> None:
-        super().__init__(backbone, head)
+        super().__init__(backbone, head, frozenset(name for name, _ in head.named_parameters()))
         self.tunes_head = job.tune.method == "head"
         self._options, self._seed = options, job.seed
 
@@ -99,7 +99,7 @@ class CausalModel(Model):
     def _scores(self, batch: Batch) -> torch.Tensor:
         """[batch, learnt, vocabulary]: what is not learnt isn't scored, which is most of the work."""
         network: Any = self.backbone.model
-        with _only(self.head, batch["places"]):
+        with _only(network.get_output_embeddings(), batch["places"]):
             scores: torch.Tensor = network(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             ).logits
@@ -179,6 +179,12 @@ def causal_tokenizer(backbone: Backbone) -> Any:
     return tokenizer
 
 
+def _tunes_head(job: Job) -> bool:
+    """Whether the output layer is trained, and all of the network isn't."""
+    keeps = "trained" if job.personal.keep == "head" else "frozen"
+    return job.tune.method == "head" or (job.tune.method == "lora" and (job.tune.head or keeps) != "frozen")
+
+
 def load_causal(backbone: Backbone, job: Job, tokenizer: Any, options: LanguageOptions) -> CausalModel:
     """Build the network with its resolved weights; its head is its output layer.
 
@@ -191,7 +197,7 @@ def load_causal(backbone: Backbone, job: Job, tokenizer: Any, options: LanguageO
         raise WeightsError(f"{backbone.folder}: a network without an output layer, expected a linear one")
     # The token that fills up is often one that ends a turn, and its row must learn as any other.
     network.get_input_embeddings().padding_idx = None
-    if job.tune.method == "head":
+    if _tunes_head(job):
         # While it is tied to the embeddings, to tune the one would change the other.
         head.weight = nn.Parameter(head.weight.detach().clone())
     return CausalModel(CausalEncoder(network, tokenizer, options.max_tokens), head, job, options)

@@ -166,6 +166,9 @@ class LanguageModeling(SchemaTask):
             row[-1] = one.learnt_bytes
         return table
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        return (".txt",)
+
     def parse_input(self, given: str) -> Batch:
         """A prompt as tokens: as the template asks for an answer to it, or, without one, as it stands.
 

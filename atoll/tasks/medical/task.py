@@ -63,6 +63,9 @@ class Medical(SchemaTask, Classification):
         kept = by_fraction(validation_marks(owners, seed), fraction, helped=helped)
         return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        return (*super().input_suffixes(), ".dcm")
+
     def parse_input(self, given: str) -> Any:
         """An image file's picture, DICOM too."""
         return read_scan_input(given)

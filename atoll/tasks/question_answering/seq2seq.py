@@ -59,8 +59,11 @@ class PromptEncoder(Encoder):
 class Answerer(Model):
     """Scores of each token of an answer, given those before it."""
 
-    def __init__(self, backbone: PromptEncoder, head: nn.Module, most: int) -> None:
-        super().__init__(backbone, head)
+    def __init__(
+        self, backbone: PromptEncoder, head: nn.Module, most: int, *, is_pretrained: bool = False
+    ) -> None:
+        names = (name for name, _ in head.named_parameters())
+        super().__init__(backbone, head, frozenset(names if is_pretrained else ()))
         self._most = most
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -135,7 +138,8 @@ def load_answerer(backbone: Backbone, job: Job, tokenizer: Any, most: int) -> An
     if job.tune.method != "full":
         # While it is tied to the embeddings, to tune the one would change the other.
         head.weight = nn.Parameter(head.weight.detach().clone())
-    return Answerer(PromptEncoder(network, tokenizer, job.backbone), head, most)
+    encoder = PromptEncoder(network, tokenizer, job.backbone)
+    return Answerer(encoder, head, most, is_pretrained=backbone.weights is not None)
 
 
 def _small_t5(job: Job) -> Any:

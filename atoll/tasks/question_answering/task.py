@@ -107,6 +107,9 @@ class QuestionAnswering(SchemaTask):
             row[most : most + len(text)] = torch.tensor(text)
         return table
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        return (".txt",)
+
     def parse_input(self, given: str) -> Any:
         """A question, or a whole prompt `question: … context: …`; a text file's, or the text itself.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from atoll.backbones.checkpoint import config_of, load_transformer
+from atoll.backbones.checkpoint import config_of, load_transformer, mark_fresh
 from atoll.backbones.resolve import Backbone, is_run_checkpoint
 from atoll.backbones.vision import normalisation_of
 from atoll.errors import WeightsError
@@ -36,5 +36,6 @@ def load_segformer(backbone: Backbone, classes: int, seed: int) -> tuple[Any, li
         with global_stream(seed, "init", "head"):
             last = network.decode_head.classifier
             network.decode_head.classifier = nn.Conv2d(last.in_channels, classes, 1)
+        mark_fresh(network, "decode_head.classifier")
     mean, std = normalisation_of(backbone)
     return network.eval(), mean, std

@@ -11,13 +11,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from atoll.backbones.checkpoint import pretrained_names
 from atoll.backbones.dense_vision import (
     SIZE,
     PictureEncoder,
     calibrate_batch_norm,
     fill_all_but_classes,
+    noise_pictures,
     of_torchvision,
     refuse_variation,
+    size_in_words,
     size_of,
     without_other_parts,
 )
@@ -28,7 +31,7 @@ from atoll.backbones.small_vision import SEGMENTER, SmallPictureOptions, small_s
 from atoll.backbones.vision import IMAGENET_MEAN, IMAGENET_STD
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
-from atoll.data.images import read_image_input
+from atoll.data.images import IMAGE_SUFFIXES, decode_image, read_image_input
 from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Lazy, Shard, canonical_order
@@ -37,6 +40,7 @@ from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Section
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
+from atoll.tasks.drawing import hex_colour, mask_over, mask_png
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.segmentation.data import IGNORED, MASKS, highest_class, read_mask
 from atoll.tasks.segmentation.segformer import load_segformer
@@ -86,9 +90,11 @@ class Segmentation(SchemaTask):
     uses_pooled_features: bool = False
     primary_metric: str = "mean_iou"
     size: int = SIZE
+    inputs_in_words: str = ""
 
     def configured(self, job: Job, backbone: Backbone) -> Segmentation:
-        return replace(self, size=size_of(job))
+        size = size_of(job, backbone)
+        return replace(self, size=size, inputs_in_words=size_in_words(job, size))
 
     def check(self, job: Job) -> None:
         options = options_of(job.task.options, SegmentationOptions)
@@ -160,6 +166,9 @@ class Segmentation(SchemaTask):
         inputs = LazyRows(LazyColumn(dataset, "image", _image), order)
         return Shard(inputs, Lazy(target, order), tuple(keys[row] for row in order))
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        return IMAGE_SUFFIXES
+
     def parse_input(self, given: str) -> Any:
         """The bytes of an image file."""
         return read_image_input(given)
@@ -170,18 +179,22 @@ class Segmentation(SchemaTask):
         Raises:
             WeightsError: the backbone is of another kind, or its weights don't fit.
         """
-        size = size_of(job)
+        size = size_of(job, backbone)
         if backbone.kind == "hf":
             segformer, mean, std = load_segformer(backbone, len(data_info["classes"]), job.seed)
-            return Segmenter(PictureEncoder(segformer, size, mean, std), segformer.decode_head)
+            encoder = PictureEncoder(segformer, size, mean, std)
+            return Segmenter(
+                encoder, segformer.decode_head, pretrained_names(segformer, "decode_head", backbone)
+            )
         with global_stream(job.seed, "init", "backbone"):
             network = _made(backbone, job, len(data_info["classes"])).eval()
+        kept: frozenset[str] = frozenset()
         if backbone.weights is None:
-            calibrate_batch_norm(network, size, job.seed)
+            calibrate_batch_norm(network, size, job.seed, pictures=noise_pictures(job, size))
         else:
-            fill_all_but_classes(network, "classifier", backbone)
+            kept = fill_all_but_classes(network, "classifier", backbone)
         head = network.get_submodule("classifier")
-        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head)
+        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head, kept)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy: the mean over an example's labelled pixels, then over examples."""
@@ -218,6 +231,35 @@ class Segmentation(SchemaTask):
             }
             rows.append({"label": ", ".join(shares), "shares": shares})
         return rows
+
+    def answers(
+        self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
+    ) -> list[dict[str, Any]]:
+        """At every pixel of the picture as it was given: `mask`, a class, and `scores`, its probability.
+
+        Both are [height, width], of uint8 and float32; `colours` are those of the mask's file. The scores
+        are resized before the highest is taken, so that edges aren't those of the network's square.
+        """
+        found = []
+        for scores, data in zip(model(batch).float().cpu(), inputs, strict=True):
+            with_size = decode_image(data, "image", verify=False)
+            size = (with_size.height, with_size.width)
+            resized = nn.functional.interpolate(scores[None], size, mode="bilinear")[0]
+            highest, mask = resized.softmax(0).max(0)
+            (answer,) = self.format_predictions([mask], data_info)
+            answer["colours"] = {name: hex_colour(number) for number, name in enumerate(data_info["classes"])}
+            found.append(answer | {"mask": mask.to(torch.uint8).numpy(), "scores": highest.numpy()})
+        return found
+
+    def files(
+        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+    ) -> dict[str, bytes]:
+        """The mask as a PNG of class indices with a palette, and it over the picture."""
+        found = {"mask.png": mask_png(answer["mask"])}
+        if overlay:
+            picture = decode_image(given, "image", verify=False)
+            found["overlay.png"] = mask_over(picture, answer["mask"], data_info["classes"])
+        return found
 
 
 def _image(cell: Mapping[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from atoll.backbones.audio import SoundEncoder, load_sound_encoder, real_frames
+from atoll.backbones.checkpoint import pretrained_names
 from atoll.backbones.ctc_vocabulary import CtcVocabulary
 from atoll.backbones.encoder import Batch, Model
 from atoll.backbones.resolve import Backbone
@@ -19,14 +20,23 @@ MASKED_LOGIT = -1e4
 class Recogniser(Model):
     """Scores of letters at each frame."""
 
-    def __init__(self, backbone: SoundEncoder, head: nn.Module, letters: CtcVocabulary) -> None:
-        super().__init__(backbone, head)
+    def __init__(
+        self,
+        backbone: SoundEncoder,
+        head: nn.Module,
+        letters: CtcVocabulary,
+        pretrained_head: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(backbone, head, pretrained_head)
         self._letters = letters
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[batch, frames, symbols]; frames of padding say blank for certain, which changes no likelihood."""
         states, count = self.backbone(batch)
-        scores: torch.Tensor = self.head(states)
+        assert isinstance(self.backbone, SoundEncoder)
+        # Under LoRA the layer in the network may have become another, with factors beside it.
+        inside = self.backbone.letters
+        scores: torch.Tensor = (self.head if inside is None else inside)(states)
         padding = _padding(scores, self._letters.blank)
         return torch.where(real_frames(states, count).unsqueeze(2), scores, padding)
 
@@ -56,8 +66,11 @@ def load_recogniser(backbone: Backbone, job: Job, letters: CtcVocabulary, max_se
         WeightsError: it doesn't hear, or its weights don't fit.
     """
     encoder = load_sound_encoder(backbone, job, max_seconds, letters.size)
-    head = encoder.letters
+    head, kept = encoder.letters, frozenset[str]()
     if head is None:
         with global_stream(job.seed, "init", "head"):
             head = nn.Linear(encoder.width, letters.size)
-    return Recogniser(encoder, head, letters)
+    else:
+        place = next(name for name, module in encoder.model.named_modules() if module is head)
+        kept = pretrained_names(encoder.model, place, backbone)
+    return Recogniser(encoder, head, letters, kept)

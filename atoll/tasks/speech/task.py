@@ -26,7 +26,7 @@ from atoll.backbones.ctc_vocabulary import (
 from atoll.backbones.encoder import Model
 from atoll.backbones.options import check_augment, options_of
 from atoll.backbones.resolve import Backbone
-from atoll.data.audio import checked_sound
+from atoll.data.audio import AUDIO_SUFFIXES, checked_sound
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import shown
 from atoll.data.lazy import LazyColumn, LazyRows
@@ -140,6 +140,9 @@ class SpeechRecognition(SchemaTask):
         transcripts = dataset["transcript"][:]
         targets = code_points([normalize_transcript(transcripts[place]) for place in order], IGNORE_INDEX)
         return Shard(audio_inputs(dataset, order), targets, tuple(keys[place] for place in order))
+
+    def input_suffixes(self) -> tuple[str, ...]:
+        return AUDIO_SUFFIXES
 
     def parse_input(self, given: str) -> Any:
         """The bytes of a WAV or FLAC file."""

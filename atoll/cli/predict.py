@@ -1,0 +1,187 @@
+"""The verb that uses a trained model on new inputs, and writes its answers: masks, boxes, forecasts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atoll.cli.display import escape, out, sanitize
+from atoll.cli.inspect import RunDir
+from atoll.cli.run import Plugins
+from atoll.cli.usage import Verb
+from atoll.errors import ConfigError, DataError
+from atoll.plugins import load_files
+from atoll.trained import trained
+
+if TYPE_CHECKING:
+    from atoll.learning.learner import Learner
+    from atoll.protocol.tensors import Tensors
+
+AT_ONCE = 16
+"""Inputs that are read and answered together."""
+
+WRITTEN = ".predicted-"
+"""In the name of every file that is written, so that a folder's next reading leaves it out."""
+
+_NOT_IN_A_NAME = re.compile(r"[^\w-]+")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command(cls=Verb, epilog='Example: atoll predict runs/bbc-news "Shares fell sharply"')(predict)
+
+
+def predict(
+    run: RunDir,
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Texts, files, or folders of files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where masks, boxes, forecasts go; else beside the input."),
+    ] = None,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also draw a mask over its picture.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Use the trained model on new inputs."""
+    load_files(plugin or ())
+    shown: list[dict[str, Any]] = []
+    for answer in answers_of(run, inputs, out_dir, write=True, overlay=overlay):
+        plain = printable(answer)
+        if as_json:
+            typer.echo(json.dumps(plain))
+        else:
+            shown.append(plain)
+    if not as_json:
+        _print(shown, out_dir)
+
+
+def printable(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer without its arrays, which are in files, and with the files' paths as text."""
+    found = {name: value for name, value in answer.items() if not hasattr(value, "__array__")}
+    if "files" in found:
+        found["files"] = {name: str(path) for name, path in found["files"].items()}
+    return found
+
+
+def _print(answers: Sequence[dict[str, Any]], out_dir: Path | None) -> None:
+    from rich.table import Column, Table
+
+    has_probability = all("probability" in answer for answer in answers)
+    table = Table(Column("input", no_wrap=True, max_width=60), "label", *["probability"] * has_probability)
+    for answer in answers:
+        sure = [f"{answer['probability']:.3f}"] if has_probability else []
+        name = answer["input"] + (f": {answer['series']}" if "series" in answer else "")
+        table.add_row(sanitize(name), escape(answer["label"]), *sure)
+    out().print(table)
+    kinds = Counter(kind for answer in answers for kind in answer.get("files", ()))
+    if kinds:
+        what = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        where = str(out_dir) if out_dir is not None else "beside the inputs"
+        first = next(path for answer in answers for path in answer.get("files", {}).values())
+        line = f"files  {what}: {sanitize(where)}, the first is {sanitize(first)}"
+        out().print(line, highlight=False, soft_wrap=True)
+
+
+def answers_of(
+    run: Path, inputs: Iterable[str], out_dir: Path | None, *, write: bool, overlay: bool
+) -> Iterator[dict[str, Any]]:
+    """The model's answer to each input, and to each file of a folder, in the order given.
+
+    Each has its `input`, and where files are written their paths in `files`.
+
+    Raises:
+        ConfigError: RUN holds no model, or two inputs' files would have one name. DataError: an input cannot
+        be read, or a file not be written.
+    """
+    learner, tensors = trained(run)
+    sources = _sources(inputs, learner.task.input_suffixes())
+    places = _places(sources, out_dir) if write else {}
+    for source, series, raw, answer in _answered(learner, tensors, sources):
+        named = {"input": source.given} | ({"series": series} if series else {}) | answer
+        if write:
+            files = learner.task.files(answer, raw, learner.data_info, overlay=overlay)
+            place = places[source]
+            stem = place.name + (f".{_NOT_IN_A_NAME.sub('_', series)}" if series else "")
+            paths = {kind: place.with_name(f"{stem}{WRITTEN}{kind}") for kind in files}
+            for kind, content in files.items():
+                _write(paths[kind], content)
+            named |= {"files": paths} if paths else {}
+        yield named
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An input, as it is named in answers, and what its files' place is below `--out`."""
+
+    given: str
+    below: Path
+
+
+def _sources(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[_Source]:
+    """The inputs, with folders opened: every file of them that may be an input, by its path."""
+    found = []
+    for given in inputs:
+        if not suffixes or not os.path.isdir(given):  # noqa: PTH112 - an input may be no path at all
+            found.append(_Source(given, Path(Path(given).name)))
+            continue
+        files = sorted(path for path in Path(given).rglob("*") if _is_input(path, Path(given), suffixes))
+        if not files:
+            raise DataError(
+                f"{given}: a folder without files to predict, expected some {', '.join(suffixes)}"
+            )
+        found += [_Source(str(path), path.relative_to(given)) for path in files]
+    return found
+
+
+def _is_input(path: Path, folder: Path, suffixes: tuple[str, ...]) -> bool:
+    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in suffixes and path.is_file() and not is_hidden and WRITTEN not in path.name
+
+
+def _answered(
+    learner: Learner, tensors: Tensors, sources: Sequence[_Source]
+) -> Iterator[tuple[_Source, str, Any, dict[str, Any]]]:
+    """(source, the name of a series in it, the input, the answer), some read and answered at a time."""
+    asked = (
+        (source, name, raw)
+        for source in sources
+        for name, raw in learner.task.parse_inputs(source.given).items()
+    )
+    while some := list(islice(asked, AT_ONCE)):
+        answers = learner.answers(tensors, [raw for _, _, raw in some])
+        for (source, name, raw), answer in zip(some, answers, strict=True):
+            yield source, name, raw, answer
+
+
+def _places(sources: Sequence[_Source], out_dir: Path | None) -> dict[_Source, Path]:
+    """Where every input's files are to be, with its own name, to which theirs is added."""
+    found = {s: Path(s.given) if out_dir is None else out_dir / s.below for s in dict.fromkeys(sources)}
+    taken: dict[Path, _Source] = {}
+    for source, place in found.items():
+        other = taken.setdefault(place, source)
+        if other is not source and place.name:
+            raise ConfigError(
+                f"--out: {other.given} and {source.given} would have files of one name,"
+                " expected other names, or the folder that holds both"
+            )
+    return found
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise DataError(
+            f"{path}: cannot be written: {why}; expected a place that can be: --out DIR"
+        ) from None

@@ -1,0 +1,260 @@
+"""What a site allows: `policy.toml` in its kit, read before anything else, which no server can change.
+
+Without the file a site does what its kit's budget and the job's promise allow.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+
+from atoll.errors import ConfigError
+from atoll.job.job import Job
+from atoll.job.privacy import uses_secure_aggregation
+from atoll.kit.kit import read_table
+from atoll.privacy.accounting import epsilon
+from atoll.privacy.dp_plan import dp_plan_of
+from atoll.protocol.messages import Hello
+from atoll.protocol.requests import EvaluateRequest, Request
+
+POLICY = "policy.toml"
+Count = Annotated[int, Field(strict=True, ge=1)]
+Names = Annotated[list[str], Field(min_length=1)]
+
+
+def _hours(text: str) -> str:
+    try:
+        first, last = (time.strptime(part, "%H:%M") for part in text.split("-"))
+    except ValueError:
+        raise ValueError(f"expected two times such as '18:00-06:00', found {text!r}") from None
+    if first == last:
+        raise ValueError(f"expected two different times, found {text!r}")
+    return text
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PrivacyRules(_Table):
+    """`[privacy]`: what every job must promise here; without it a job need not promise anything."""
+
+    units: Annotated[list[Literal["example", "client"]], Field(min_length=1)] = []
+    max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    secure_sum: bool = False
+
+
+class Policy(_Table):
+    """The site's own rules; one that isn't there allows everything of its kind.
+
+    `columns` are those that a job may name, `folders` where paths in a job may lie, `min_clients` those who
+    train in every round, and `hours` when requests are answered, by this machine's clock.
+    """
+
+    tasks: Names | None = None
+    backbones: Names | None = None
+    tuning: Names | None = None
+    strategies: Names | None = None
+    columns: list[str] | None = None
+    folders: list[Path] | None = None
+    max_rounds: Count | None = None
+    max_epochs: Count | None = None
+    max_threads: Count = os.cpu_count() or 1
+    max_image_size: Count | None = None
+    min_clients: Count | None = None
+    download: bool = False
+    measurements: bool = True
+    hours: Annotated[str, AfterValidator(_hours)] | None = None
+    privacy: PrivacyRules = PrivacyRules()
+    _found: dict[str, str] = PrivateAttr(default_factory=dict)
+    """What was found of a job, by its hash."""
+
+    @classmethod
+    def load(cls, kit: Path) -> Policy | None:
+        """The policy in a site's kit; None where it has none.
+
+        Raises:
+            ConfigError: the file isn't a policy; the line names it and the key.
+        """
+        path = kit / POLICY
+        if not (path.exists() or path.is_symlink()):
+            return None
+        if not path.is_file():
+            raise ConfigError(f"{path}: expected a file")
+        return read_table(path, cls)
+
+    def verdicts(self, job: Job) -> list[Verdict]:
+        """What each rule says of a job, in the order of the rules; rules that aren't there say nothing."""
+        return [rule for check in RULES for rule in check(self, job)]
+
+    def violation(self, job: Job, kind: type[Request] | type[Hello]) -> str:
+        """Why the site does not do what is asked: the first rule that forbids it; "" if none does."""
+        if kind is EvaluateRequest and not self.measurements:
+            return "its policy: measurements = false, no metric leaves the site"
+        if not self.is_open():
+            return f"its policy: hours = {self.hours!r}, expected a request within them"
+        if job.hash not in self._found:
+            broken = next((verdict for verdict in self.verdicts(job) if not verdict.holds), None)
+            self._found[job.hash] = f"its policy: {broken.in_words}" if broken else ""
+        return self._found[job.hash]
+
+    def is_open(self) -> bool:
+        """Whether requests are answered now."""
+        if self.hours is None:
+            return True
+        first, last = self.hours.split("-")
+        now = time.strftime("%H:%M")
+        return first <= now < last if first < last else not last <= now < first
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One rule of a policy, the key of a job that it is about, what stands there, and whether it holds."""
+
+    rule: str
+    key: str
+    found: str
+    allowed: str
+    holds: bool
+
+    @property
+    def in_words(self) -> str:
+        """`max_rounds: expected at most 100, federation.rounds = 500`."""
+        return f"{self.rule}: expected {self.allowed}, found {self.key} = {self.found}"
+
+
+def _one_of(rule: str, key: str, find: Callable[[Job], str]) -> Callable[[Policy, Job], Iterator[Verdict]]:
+    def check(policy: Policy, job: Job) -> Iterator[Verdict]:
+        names = getattr(policy, rule)
+        if names is not None:
+            found = find(job)
+            yield Verdict(rule, key, found, f"one of {', '.join(names)}", found in names)
+
+    return check
+
+
+def _at_most(
+    rule: str, key: str, find: Callable[[Job], int | None]
+) -> Callable[[Policy, Job], Iterator[Verdict]]:
+    def check(policy: Policy, job: Job) -> Iterator[Verdict]:
+        most, found = getattr(policy, rule), find(job)
+        if most is not None and found is not None:
+            yield Verdict(rule, key, str(found), f"at most {most}", found <= most)
+
+    return check
+
+
+def _tuning(policy: Policy, job: Job) -> Iterator[Verdict]:
+    if policy.tuning is None:
+        return
+    for stage in job.stages:
+        method = stage.tune.method
+        yield Verdict(
+            "tuning", "tune.method", method, f"one of {', '.join(policy.tuning)}", method in policy.tuning
+        )
+
+
+def _columns(policy: Policy, job: Job) -> Iterator[Verdict]:
+    if policy.columns is None:
+        return
+    data, allowed = job.data, ", ".join(policy.columns) or "none"
+    named = {f"data.{role}": getattr(data, role) for role in ("text", "image", "label")}
+    named |= {f"data.columns.{role}": column for role, column in data.columns.items()}
+    for key, column in named.items():
+        if column is not None:
+            yield Verdict("columns", key, column, f"one of {allowed}", column in policy.columns)
+
+
+def _folders(policy: Policy, job: Job) -> Iterator[Verdict]:
+    """Paths that a job makes the site look at: whether a file is there is the site's business too."""
+    if policy.folders is None:
+        return
+    allowed = [folder.resolve() for folder in policy.folders]
+    named = {
+        "backbone.name": job.backbone.name,
+        "backbone.weights": job.backbone.weights,
+        "train.teacher": job.train.teacher,
+    }
+    for key, value in named.items():
+        if value is not None and (value.startswith("~") or Path(value).is_absolute()):
+            place = Path(value).expanduser().resolve()
+            holds = any(place.is_relative_to(folder) for folder in allowed)
+            yield Verdict("folders", key, value, "a path in one of the folders that it allows", holds)
+
+
+def _download(policy: Policy, job: Job) -> Iterator[Verdict]:
+    if not policy.download:
+        offline = job.backbone.offline or job.backbone.weights == "random"
+        yield Verdict("download", "backbone.offline", str(offline).lower(), "true", offline)
+
+
+def _min_clients(policy: Policy, job: Job) -> Iterator[Verdict]:
+    if policy.min_clients is None:
+        return
+    federation = job.federation
+    if federation.cohort_rate is not None:  # any number may be drawn
+        yield Verdict(
+            "min_clients",
+            "federation.cohort_rate",
+            str(federation.cohort_rate),
+            "a fixed cohort",
+            holds=False,
+        )
+        return
+    fewest = math.ceil((federation.cohort or federation.clients) * federation.quorum)
+    allowed = f"at least {policy.min_clients}"
+    yield Verdict("min_clients", "cohort x quorum", str(fewest), allowed, fewest >= policy.min_clients)
+
+
+def _privacy(policy: Policy, job: Job) -> Iterator[Verdict]:
+    rules, units = policy.privacy, job.privacy.units
+    for unit in rules.units:
+        yield Verdict(
+            "privacy.units",
+            "privacy.unit",
+            repr(job.privacy.unit),
+            f"a promise to each {unit}",
+            unit in units,
+        )
+    if rules.secure_sum:
+        masked = uses_secure_aggregation(job)
+        yield Verdict("privacy.secure_sum", "a secure sum", str(masked).lower(), "true", masked)
+    limits = {"epsilon": rules.max_epsilon, "delta": rules.max_delta}
+    for name, most in limits.items():
+        if most is not None and not units:
+            yield Verdict(
+                f"privacy.max_{name}", "privacy.unit", "'none'", "a promise of privacy", holds=False
+            )
+    for unit in units:
+        dp_plan = dp_plan_of(job, unit)
+        assert dp_plan is not None, "a unit that is promised has terms"
+        spent = epsilon(dp_plan.planned, dp_plan.delta) if limits["epsilon"] is not None else 0.0
+        for (name, most), value in zip(limits.items(), (spent, dp_plan.delta), strict=True):
+            if most is not None:
+                key = f"the {name} of each {unit}"
+                yield Verdict(f"privacy.max_{name}", key, f"{value:.4g}", f"at most {most:g}", value <= most)
+
+
+RULES: tuple[Callable[[Policy, Job], Iterator[Verdict]], ...] = (
+    _one_of("tasks", "task.name", lambda job: job.task.name),
+    _one_of("backbones", "backbone.name", lambda job: job.backbone.name),
+    _tuning,
+    _one_of("strategies", "strategy.name", lambda job: job.strategy.name),
+    _columns,
+    _folders,
+    _at_most("max_rounds", "federation.rounds", lambda job: job.federation.rounds),
+    _at_most("max_epochs", "train.epochs", lambda job: job.train.epochs),
+    _at_most("max_threads", "train.threads", lambda job: job.train.threads),
+    _at_most("max_image_size", "backbone.image_size", lambda job: job.backbone.image_size),
+    _min_clients,
+    _download,
+    _privacy,
+)

@@ -1,0 +1,82 @@
+"""The process that works for a site: whatever a network does to a task, it is there for the next one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import httpx
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
+
+from atoll.client.deploy import executor as rooms
+from atoll.client.deploy.executor import Executor
+from atoll.kit.code_hashes import installed_hashes
+from tests.memory_grid import in_a_server_app
+
+FAULTS = [
+    httpx.ConnectError("refused"),
+    httpx.ReadTimeout("too late"),
+    ObjectPullError("1234", "its sender is gone"),
+    ObjectPushError("1234", 1, "session"),
+    RuntimeError("its run was stopped before its message had arrived"),
+]
+
+
+def executor() -> Executor:
+    return Executor(
+        "127.0.0.1:1", b"secret", lambda message, context: message, installed_hashes(), {"name": "north"}
+    )
+
+
+@pytest.mark.parametrize("step", ["pull_task_input", "push_message", "push_task_output"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_task_that_a_fault_ends_does_not_end_the_site(
+    step: str, fault: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps: list[str] = []
+
+    def pulled(client: Any) -> Any:
+        steps.append("pull_task_input")
+        message = SimpleNamespace(metadata=SimpleNamespace(message_type="train"))
+        return message, SimpleNamespace(), SimpleNamespace(run_id=1), SimpleNamespace(content=b"")
+
+    def failing(name: str, work: Any) -> Any:
+        def stage(*arguments: Any) -> Any:
+            if name == step:
+                raise fault
+            return work(*arguments)
+
+        return stage
+
+    site = executor()
+    monkeypatch.setattr(site, "_answer", lambda message, context, run, fab: message)
+    for name, work in {
+        "pull_task_input": pulled,
+        "push_message": lambda client, message, context: steps.append("push_message"),
+        "push_task_output": lambda *arguments: steps.append("push_task_output"),
+    }.items():
+        monkeypatch.setattr(rooms, name, failing(name, work))
+    site._work("token")
+    assert "a task was withdrawn, or its reply was lost" in caplog.text and "\n" not in caplog.messages[-1]
+    assert not site.working
+    monkeypatch.undo()
+    assert step not in steps
+
+
+def test_what_an_app_raises_is_told_by_its_kind_alone() -> None:
+    """The text of an error may quote the data."""
+
+    def failing(message: Message, context: Context) -> Message:
+        raise ValueError("Ann Smith, born 1970")
+
+    site = executor()
+    site.app, site.accepted = failing, {"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+    context = cast(Context, SimpleNamespace(node_config={}, state=None))
+    with in_a_server_app():
+        message = Message(RecordDict(), dst_node_id=1, message_type="train")
+        reply = site._answer(message, context, 1, b"")
+    assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert reply.error.reason == "ValueError; the site's log has the rest"
