@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atoll.backbones.gguf_folder import causal_folder, write_folder
+from atoll.backbones.converted.gguf_folder import causal_folder, write_folder
 from atoll.backbones.resolve import PACKAGED
 from atoll.downloads.pypi import PACKAGES
 from atoll.errors import WeightsError

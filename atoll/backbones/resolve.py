@@ -27,13 +27,13 @@ PACKAGED = {
 
 
 def _of_ctranslate(folder: Path) -> Path:
-    from atoll.backbones.ctranslate import encoder_folder
+    from atoll.backbones.converted.ctranslate import encoder_folder
 
     return encoder_folder(folder)
 
 
 def _of_gguf(folder: Path) -> Path:
-    from atoll.backbones.gguf_folder import causal_folder
+    from atoll.backbones.converted.gguf_folder import causal_folder
 
     return causal_folder(folder)
 
