@@ -20,11 +20,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from atoll.backbones.encoder import TARGETS
+from atoll.backbones.resolve import resolve
 from atoll.client.training.batches import batches
 from atoll.client.training.local_sgd import train_model, weighted_parts
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError, DataError, InputError
-from atoll.job.job import DataSection, Job
+from atoll.job.job import BackboneSection, DataSection, Job
 from atoll.learning.learner import Learner
 from atoll.tasks.language_modeling.data import CONVERSATIONS, Messages
 from atoll.tasks.language_modeling.task import IGNORE_INDEX, LANGUAGE_MODELING
@@ -481,6 +482,22 @@ def test_a_bad_row_is_one_line_that_says_why(tmp_path: Path, row: dict[str, Any]
     with pytest.raises(DataError, match=told) as error:
         rows_at(path)
     assert "\n" not in str(error.value)
+
+
+def test_check_says_how_many_examples_are_cut(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHATS[:3]))
+    backbone = resolve(BackboneSection(name=str(llama)), 0)
+    first, second = LANGUAGE_MODELING.notes_on(
+        path, DataSection(source=str(path)), {"max_tokens": 60}, backbone
+    )
+    examples = [of_chat(row["messages"], most=60) for row in CHATS[:3]]
+    learnt = sum(sum(one.learnt) for one in examples)
+    assert first == f"{sum(len(one.ids) for one in examples)} tokens, of which {learnt} are learnt"
+    cut = sum(len(of_chat(row["messages"]).ids) > 60 for row in CHATS[:3])
+    assert 0 < cut < 3 and second.startswith(
+        f"{cut} of 3 examples are longer than task.options.max_tokens = 60"
+    )
 
 
 # What it writes

@@ -104,6 +104,12 @@ class Task(Protocol):
         """What is in the data and what is wrong with it, for `atoll check`."""
         ...
 
+    def notes_on(
+        self, source: Path, data: DataSection, options: Options, backbone: Backbone
+    ) -> Sequence[str]:
+        """What `atoll check --backbone` tells besides: how much of the data that backbone reads."""
+        return ()
+
     def keys(self, dataset: Dataset) -> list[bytes]:
         """A 32-byte hash of each example's content: not of its path or place."""
         ...

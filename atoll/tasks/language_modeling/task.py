@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,6 +105,22 @@ class LanguageModeling(SchemaTask):
             for split, table in splits.items()
         }
         return super().from_builtin(renamed, job)
+
+    def notes_on(
+        self, source: Path, data: DataSection, options: Options, backbone: Backbone
+    ) -> Sequence[str]:
+        bound = replace(self, options=options_of(options, LanguageOptions), backbone=backbone)
+        table = self.read(source, data, options)
+        found = [one for part in (table.train, table.test) if part is not None for one in bound.tokens(part)]
+        cut = sum(one.is_cut for one in found)
+        silent = sum(not any(one.learnt) for one in found)
+        most = f"task.options.max_tokens = {bound.options.max_tokens}"
+        return (
+            f"{sum(len(one.ids) for one in found)} tokens,"
+            f" of which {sum(sum(one.learnt) for one in found)} are learnt",
+            f"{cut} of {len(found)} examples are longer than {most} and are cut;"
+            f" of {silent} nothing is learnt",
+        )
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
