@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,4 +79,45 @@ def small_whisper(
     torch.manual_seed(0)
     getattr(transformers, kind)(config).save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps({"!": 0, "Ġthe": 1, "a": 2}))
+    return folder
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content']"
+    " + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The way of writing chats that SmolLM2, Qwen and others have."""
+
+
+def byte_tokenizer(*, template: str | None = CHATML, pad: str | None = "<|im_end|>") -> Any:
+    """A token for each byte and a few for pairs; like SmolLM2's it ends, and fills up, with `<|im_end|>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = [("h", "e"), ("l", "l"), ("\u0120", "he"), ("\u010a", "\u010a")]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = [*special, *letters, *(one + other for one, other in merges)]
+    pieces = Tokenizer(models.BPE({token: number for number, token in enumerate(known)}, merges))
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    pieces.add_special_tokens(special)
+    made: Any = PreTrainedTokenizerFast
+    return made(tokenizer_object=pieces, eos_token="<|im_end|>", pad_token=pad, chat_template=template)
+
+
+def small_llama(folder: Path, *, tied: bool = True, tokenizer: Any = None) -> Path:
+    """A Llama of two blocks of width 16, with a tokenizer of bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tokenizer or byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=tied,
+        bos_token_id=1, eos_token_id=2, pad_token_id=tokenizer.pad_token_id, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

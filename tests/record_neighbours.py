@@ -57,6 +57,7 @@ LARGE: dict[str, Change] = {
     "forecasting": lambda row: row | {"history": [1e30 for _ in row["history"]]},
     "recommendation": lambda row: row | {name: row[name] * 40 for name in LISTS if row.get(name)},
     "question-answering": lambda row: row | {"question": "word " * 400, "answer": "word " * 40},
+    "language-modeling": lambda row: row | {"messages": row["messages"] * 40},
     "speech-recognition": lambda row: row | {"transcript": row["transcript"] * 9},
     "intent": lambda row: row | {"text": "word " * 400, "slots": "O " * 400},
 }  # fmt: skip
@@ -72,6 +73,7 @@ SMALL: dict[str, Change] = {
     "forecasting": lambda row: row | {"history": [0.0 for _ in row["history"]]},
     "recommendation": lambda row: row | {name: row[name][:1] for name in LISTS if row.get(name)},
     "question-answering": lambda row: row | {"question": "a", "answer": "a"},
+    "language-modeling": lambda row: row | {"messages": [{"role": "assistant", "content": ""}]},
     "speech-recognition": lambda row: row | {"transcript": ""},
     "intent": lambda row: row | {"text": "a", "slots": "O"},
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from atoll.datasets.synthetic.street import generated_street
 from atoll.job.job import Job
 from atoll.tasks import task_named
 from tests.federation.news import news_file
+from tests.models import small_llama
 from tests.test_backbones import tiny_bert
 from tests.test_medical import scans
 from tests.test_speech import folder_of
@@ -28,6 +30,8 @@ def ready(job: Job, folder: Path) -> Job:
     data, backbone = job.data, job.backbone
     if data.source == "written":
         data = data.model_copy(update={"source": str(_once(folder / "data", WRITTEN[job.task.name], job))})
+    if backbone.name == "llama":
+        backbone = backbone.model_copy(update={"name": str(_once(folder / "llama", _llama, job))})
     bert = folder / "bert"
     if backbone.name == "written":
         backbone = backbone.model_copy(update={"name": str(_once(bert, _bert, job))})
@@ -44,6 +48,22 @@ def _once(path: Path, write: Callable[[Path, Job], object], job: Job) -> Path:
 
 def _bert(folder: Path, job: Job) -> None:
     tiny_bert(folder)
+
+
+def _llama(folder: Path, job: Job) -> None:
+    small_llama(folder)
+
+
+def _chats(folder: Path, job: Job) -> None:
+    """Questions of generated stories, asked and answered in turns."""
+    rows = generated_questions(0, 48)["train"].to_pylist()
+    folder.mkdir()
+    lines = (
+        [{"role": "user", "content": r["question"][:20]}, {"role": "assistant", "content": r["answer"]}]
+        for r in rows
+    )
+    text = "".join(json.dumps({"messages": line}) + "\n" for line in lines)
+    (folder / "chats.jsonl").write_text(text)
 
 
 def _generated(make: Callable[[], dict[str, pa.Table]]) -> Callable[[Path, Job], None]:
@@ -68,5 +88,6 @@ WRITTEN: dict[str, Callable[[Path, Job], object]] = {
     "object-detection": _generated(lambda: generated_shapes(0, 20)),
     "segmentation": _generated(lambda: generated_shapes(0, 30)),
     "question-answering": _generated(lambda: generated_questions(0, 100)),
+    "language-modeling": _chats,
     "speech-recognition": lambda folder, job: folder_of(folder, *SAID),
 }

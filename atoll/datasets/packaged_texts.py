@@ -93,5 +93,46 @@ def _replies(conversations: dict[str, Any]) -> Iterator[dict[str, str]]:
                 yield {"question": question, "answer": answer, "sender": sender, "conversation": name}
 
 
+MIN_TURNS = 50
+"""Who said less often is left out of `chats`."""
+TURNS = 4
+"""Of a conversation that are one example of `chats`."""
+CHATS_EACH = 20
+"""Examples of a person in `chats`: the first ones, so that a model can be tuned to them on a laptop."""
+
+
+def chats(offline: bool = False, progress: Progress | None = None) -> dict[str, pa.Table]:
+    """Conversations as each of their people has them: columns messages, sender, conversation.
+
+    What `sender` says is the assistant's, what the other says the user's. A conversation is cut into pieces
+    of `TURNS` turns, a turn being what a person sends in a row; a piece in which `sender` is silent is left
+    out, and so is a blank turn. People of `MIN_TURNS` turns or more are there, each with the first
+    `CHATS_EACH`.
+    """
+    path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
+    conversations = json.loads(path.read_bytes())
+    counts = Counter(turn[0]["sender"] for each in conversations.values() for turn in each["messages"])
+    kept: list[dict[str, Any]] = []
+    found: Counter[str] = Counter()
+    for name, conversation in conversations.items():
+        for sender, messages in _pieces(conversation["messages"]):
+            if counts[sender] >= MIN_TURNS and found[sender] < CHATS_EACH:
+                found[sender] += 1
+                kept.append({"messages": messages, "sender": sender, "conversation": name})
+    return {"train": pa.Table.from_pylist(kept)}
+
+
+def _pieces(turns: list[list[dict[str, str]]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """(who is the assistant, the messages of a piece), for each person of each piece."""
+    said = [(turn[0]["sender"], text) for turn in turns if (text := _said(turn))]
+    for start in range(0, len(said), TURNS):
+        piece = said[start : start + TURNS]
+        for sender in dict.fromkeys(who for who, _ in piece):
+            yield (
+                sender,
+                [{"role": "assistant" if who == sender else "user", "content": text} for who, text in piece],
+            )
+
+
 def _said(turn: list[dict[str, str]]) -> str:
     return " ".join(text for message in turn if (text := message["text"].strip()))

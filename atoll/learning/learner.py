@@ -176,15 +176,16 @@ class Learner:
 
     @property
     def required_info(self) -> DataInfo:
-        """What all must have alike, as facts: the backbone's weights, and the teacher.
+        """What all must have alike, as facts: the backbone's weights, what the task needs, the teacher.
 
         Raises:
             ConfigError: the teacher knows other classes.
         """
+        own = {"backbone": self.backbone.fingerprint} | self.task.required_info()
         if self.teacher is None:
-            return {"backbone": self.backbone.fingerprint}
+            return own
         self.teacher.check(self.data_info)
-        return {"backbone": self.backbone.fingerprint, "teacher": self.teacher.fingerprint}
+        return own | {"teacher": self.teacher.fingerprint}
 
     def check_fingerprint(self) -> None:
         """Raises ConfigError unless the weights here, and the teacher, are those the run's facts name."""
@@ -201,6 +202,13 @@ class Learner:
                 f"backbone {self.backbone.name}: these weights are not the run's"
                 f" (here {found[:12]} from {self.backbone.origin}, there {expected[:12]})"
             )
+        for name, here in self.task.required_info().items():
+            told = self.data_info.get(name)
+            if told is not None and told != here:
+                raise ConfigError(
+                    f"backbone {self.backbone.name}: its {name} is not the run's"
+                    f" (here {here[:12]}, there {told[:12]})"
+                )
 
     def predictions(self, tensors: Tensors, inputs: Sequence[Any]) -> Any:
         """What the model says of raw inputs, one prediction each; nothing is looked up or kept."""
@@ -313,8 +321,9 @@ class Learner:
             for start in range(0, len(shard), WHOLE_BATCH):
                 rows = range(start, min(start + WHOLE_BATCH, len(shard)))
                 batch, targets = self._on_device(self.collate(shard, rows)), shard.targets_of(rows)
-                metrics.update(*self.task.metric_inputs(model.predict(batch), targets))
-                loss = self.task.eval_loss(model(batch), targets.to(self.job.train.device))
+                predictions, outputs = model.measure(batch)
+                metrics.update(*self.task.metric_inputs(predictions, targets))
+                loss = self.task.eval_loss(outputs, targets.to(self.job.train.device))
                 total += loss.cpu().to(torch.float64) * len(rows)
                 count += self.task.num_with_target(targets)
         return total, count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -37,7 +37,8 @@ def mark_trainable(model: Model, tune: TuneSection, seed: int, *, keeps_head: bo
             return
         case "full":
             model.requires_grad_(True)
-    model.head.requires_grad_(True)
+    if model.tunes_head:
+        model.head.requires_grad_(True)
 
 
 def _tune_by_lora(model: Model, tune: TuneSection, seed: int, keeps_head: bool) -> None:
@@ -223,7 +224,7 @@ def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Mod
 
 
 def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int]) -> None:
-    """Put peft's LoRA factors into the backbone (Hu et al. 2021), but for modules of these ids.
+    """Put peft's LoRA factors into the backbone (Hu et al. 2021), or its last blocks, but for these ids.
 
     With `freeze_a` only B is trained (Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated
     Learning"): noise on both factors is multiplied with itself, and the mean of products isn't the
@@ -232,7 +233,9 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int])
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Conv2d as LoraConv2d
 
-    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) not in left_out]
+    where = model.backbone.modules() if tune.layers is None else _within_last_blocks(model, tune.layers)
+    there = {id(module) for module in (*where, *model.head.modules())} - left_out
+    names = [n for n, m in model.backbone.named_modules() if _takes_lora(m) and id(m) in there]
     if not names:
         raise ConfigError("tune.method: this backbone has no layer for LoRA, expected head, last-k or full")
     wanted = [
@@ -253,6 +256,11 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int])
                 _convolve_like(factor, module.get_base_layer())
     for name, parameter in model.backbone.named_parameters():
         parameter.requires_grad_("lora_B" in name or ("lora_" in name and not tune.freeze_a))
+
+
+def _within_last_blocks(model: Model, count: int) -> Iterator[nn.Module]:
+    for block in _last_blocks(model.backbone.model, count, model.head):
+        yield from block.modules()
 
 
 def _convolve_like(factor: nn.Module, base: nn.Module) -> None:

@@ -92,6 +92,12 @@ BUILT_INS: dict[str, Entry] = {
         "an answer in words, from a context or without; T5, BART, …; exact match, token F1",
         "exact_match",
     ),
+    "language-modeling": Entry(
+        "atoll.tasks.language_modeling.task",
+        "LANGUAGE_MODELING",
+        "the next token of texts, answers, chats; Llama, GPT-2, Qwen, …; perplexity by token and byte",
+        "byte_perplexity",
+    ),
     "speech-recognition": Entry(
         "atoll.tasks.speech.task",
         "SPEECH_RECOGNITION",

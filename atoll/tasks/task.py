@@ -104,6 +104,12 @@ class Task(Protocol):
         """What is in the data and what is wrong with it, for `atoll check`."""
         ...
 
+    def notes_on(
+        self, source: Path, data: DataSection, options: Options, backbone: Backbone
+    ) -> Sequence[str]:
+        """What `atoll check --backbone` tells besides: how much of the data that backbone reads."""
+        return ()
+
     def keys(self, dataset: Dataset) -> list[bytes]:
         """A 32-byte hash of each example's content: not of its path or place."""
         ...
@@ -132,6 +138,10 @@ class Task(Protocol):
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
         """The facts that hold for all clients together."""
         ...
+
+    def required_info(self) -> DataInfo:
+        """What this task, bound to a job, needs alike at server and sites, as hashes: a tokenizer, say."""
+        return {}
 
     def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
         """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
@@ -171,6 +181,10 @@ class Task(Protocol):
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         """Metrics whose states add up over clients; they take predictions and targets."""
         ...
+
+    def loss_weight(self, shard: Shard, rows: Sequence[int]) -> float:
+        """Of how many things the loss of these rows is the mean: by that a part of a batch counts."""
+        return len(rows)
 
     def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss on examples that are only measured on, where that is another one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -61,12 +61,12 @@ def train_model(
         for number, rows in enumerate(batches(len(shard), job, round, client, chances)[:steps]):
             varied = variation(job, round, client, number)
             optimizer.zero_grad()
-            for part in parts_of(rows, job):
+            for part, share in weighted_parts(learner, shard, rows, job):
                 batch = learner.collate(shard, part, varied)
                 with autocast(job.train):
                     outputs = model({name: t.to(device) for name, t in batch.items()})
                 loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
-                scaler.scale(loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
+                scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
                 summed += float(loss.detach()) * len(part)
             if mu or added:
                 scaler.unscale_(optimizer)
@@ -94,10 +94,23 @@ def _losses(summed: float, shard: Shard, job: Job) -> dict[str, torch.Tensor]:
 def parts_of(rows: Sequence[int], job: Job) -> list[Sequence[int]]:
     """A batch's rows in parts of batch_size / accumulate, of which the last one may be smaller.
 
-    The loss is a mean over examples, so a part's counts by its share of the batch.
+    The loss is a mean, so a part's counts by its share of the batch (`Task.loss_weight`).
     """
     size = job.train.batch_size // job.train.accumulate
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def weighted_parts(
+    learner: Learner, shard: Shard, rows: Sequence[int], job: Job
+) -> Iterator[tuple[Sequence[int], float]]:
+    """The parts of a batch, each with its share of the batch's loss."""
+    parts = parts_of(rows, job)
+    if len(parts) == 1:
+        yield rows, 1.0
+        return
+    weights = [learner.task.loss_weight(shard, part) for part in parts]
+    for part, weight in zip(parts, weights, strict=True):
+        yield part, weight / (sum(weights) or 1.0)
 
 
 def _memory_saved(model: Model, job: Job) -> AbstractContextManager[None]:

@@ -1,0 +1,1 @@
+"""Causal language models: the next token of texts, of answers, of an assistant's turns."""

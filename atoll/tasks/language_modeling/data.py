@@ -1,0 +1,114 @@
+"""What a client holds: `text`; or `messages` with roles; or `prompt` and `completion` (TRL's formats)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from atoll.data.columns import role_column
+from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.parsers import optional_text_cell, text_cell
+from atoll.data.schema import Schema, SchemaField, chosen_name
+from atoll.data.tables import Rows
+from atoll.errors import DataError
+from atoll.job.job import DataSection
+
+ASSISTANT = "assistant"
+"""The role whose turns are learnt."""
+
+Messages = list[dict[str, str]]
+"""Turns of a conversation, each with `role` and `content`."""
+
+
+def messages_cell(cell: Any, where: str) -> Messages:
+    """The turns of a conversation, also written as JSON, of which one at least is the assistant's.
+
+    >>> messages_cell('[{"role": "assistant", "content": "Hello!", "id": 3}]', "")
+    [{'role': 'assistant', 'content': 'Hello!'}]
+
+    Raises:
+        DataError: they are something else, or there is nothing to learn.
+    """
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            raise DataError(f"{where}: {shown(cell[:40])!r}, expected a list of messages") from None
+    if not isinstance(cell, list):
+        raise DataError(f"{where}: {type(cell).__name__}, expected a list of messages")
+    messages = [_message(one, f"{where}: message {number}") for number, one in enumerate(cell, start=1)]
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise DataError(f"{where}: no message of the assistant, expected one at least to learn")
+    return messages
+
+
+def _message(given: Any, where: str) -> dict[str, str]:
+    if not isinstance(given, dict) or not {"role", "content"} <= given.keys():
+        found = sorted(map(str, given)) if isinstance(given, dict) else type(given).__name__
+        raise DataError(f"{where}: {shown(str(found))}, expected role and content")
+    content = given["content"]
+    if not isinstance(content, str):
+        raise DataError(f"{where}: its content is {type(content).__name__}, expected text")
+    if content.strip():  # an answer may be empty
+        text_cell(content, where)
+    return {"role": text_cell(given["role"], f"{where}: role"), "content": content}
+
+
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+_ROLES = {
+    "messages": SchemaField(
+        "messages", messages_cell, pa.list_(_MESSAGE), ("conversation", "conversations"), required=False
+    ),
+    "prompt": SchemaField("prompt", text_cell, pa.string(), ("instruction",), required=False),
+    "completion": SchemaField("completion", optional_text_cell, pa.string(), ("response",), required=False),
+    "text": SchemaField("text", text_cell, pa.string(), (), required=False),
+}
+FORMS = (("messages",), ("prompt", "completion"), ("text",))
+"""The columns of each form; where a table could be read in several, the first one counts."""
+
+
+@dataclass(frozen=True)
+class Conversations(Schema):
+    """Rows of one form each: the columns of the others aren't read."""
+
+    def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
+        form = _form(rows, data)
+        others = [name for name in _ROLES if name not in form and name in rows.table.column_names]
+        for name in others:
+            diagnostics.warning(f"column {name!r} is not read: {' and '.join(form)} are", rows.name)
+        roles = tuple(replace(_ROLES[name], required=True) for name in form)
+        own = replace(rows, table=rows.table.drop_columns(others)) if others else rows
+        return Schema(roles).canonical(own, data, diagnostics)
+
+
+CONVERSATIONS = Conversations(tuple(_ROLES.values()))
+
+
+def _form(rows: Rows, data: DataSection) -> Sequence[str]:
+    """The roles of the rows: of the form of which the job names a column, or of the first that is there."""
+    for form in FORMS:
+        if any(chosen_name(data, name) for name in form):
+            return form
+    for form in FORMS:
+        if all(_has(rows, _ROLES[name]) for name in form):
+            return form
+    raise DataError(
+        f"{rows.name}: columns {rows.table.column_names},"
+        " expected messages, or prompt and completion, or text"
+    )
+
+
+def _has(rows: Rows, role: SchemaField) -> bool:
+    if rows.is_canonical:
+        return role.name in rows.table.column_names
+    return role_column(rows, role.name, None, (role.name, *role.usual), required=False) is not None
+
+
+def form_of(dataset: Dataset) -> Sequence[str]:
+    """The roles of rows that were read."""
+    return next(form for form in FORMS if form[0] in dataset.column_names)

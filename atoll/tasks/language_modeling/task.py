@@ -1,0 +1,260 @@
+"""Language modelling: the next token of a text, of completions, or of the assistant's turns.
+
+Loss: cross-entropy of the next token, the mean over all tokens of a batch that are learnt (as transformers').
+Under example-level privacy it is the mean over each example's tokens, then over examples: what one example
+adds must not depend on how long the others are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atoll.backbones.encoder import Batch, Model
+from atoll.backbones.options import options_of, refuse_augment
+from atoll.backbones.resolve import Backbone
+from atoll.data.classification import Table
+from atoll.data.dataset import Dataset
+from atoll.data.schema import Schema
+from atoll.data.shard import Shard, canonical_order
+from atoll.data.texts import read_text_input
+from atoll.errors import ConfigError
+from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.language_modeling.causal import causal_tokenizer, load_causal, prepared
+from atoll.tasks.language_modeling.data import ASSISTANT, CONVERSATIONS, Messages, form_of
+from atoll.tasks.language_modeling.options import LanguageOptions
+from atoll.tasks.language_modeling.template import Coder, Rendered, Template, Tokens, joined, whole
+from atoll.tasks.schema_task import SchemaTask
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+IGNORE_INDEX = -100
+"""A target that isn't there: behind the last learnt token."""
+
+_SOURCES = {"question": "prompt", "answer": "completion"}
+"""What the columns of built-in questions are called here."""
+
+
+@dataclass(frozen=True)
+class LanguageModeling(SchemaTask):
+    """Targets are [n, max_tokens + 1]: the learnt tokens, and how many bytes of text they write."""
+
+    told = ()
+
+    name: str = "language-modeling"
+    summary: str = (
+        "the next token of texts, answers, chats; Llama, GPT-2, Qwen, …; perplexity by token and byte"
+    )
+    uses_pooled_features: bool = False
+    sees_targets: bool = True
+    primary_metric: str = "byte_perplexity"
+    options: LanguageOptions = field(default_factory=LanguageOptions)
+    backbone: Backbone | None = None
+    examples_count_alike: bool = False
+
+    def configured(self, job: Job, backbone: Backbone) -> LanguageModeling:
+        return replace(
+            self,
+            options=options_of(job.task.options, LanguageOptions),
+            backbone=backbone,
+            examples_count_alike="example" in job.privacy.units,
+        )
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        assert self.backbone is not None, "a shard is asked of the task that is bound to a job"
+        return causal_tokenizer(self.backbone)
+
+    @cached_property
+    def _template(self) -> Template | None:
+        """The job's, or the tokenizer's; None where there is neither, or the job's is empty."""
+        source = self.options.template
+        if source is None and self._tokenizer.chat_template is not None:
+            source = self._tokenizer.get_chat_template()
+        return Template(self._tokenizer, source) if source else None
+
+    @cached_property
+    def _coder(self) -> Coder:
+        return Coder(self._tokenizer, self.options.max_tokens)
+
+    def check(self, job: Job) -> None:
+        options_of(job.task.options, LanguageOptions)
+        CONVERSATIONS.check(job.data)
+        refuse_augment(job)
+        if job.backbone.max_tokens != BackboneSection.model_fields["max_tokens"].default:
+            raise ConfigError(
+                f"backbone.max_tokens: {self.name} has task.options.max_tokens instead, expected no such key"
+            )
+
+    def records(self, options: Options) -> Schema:
+        return CONVERSATIONS
+
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        """Questions become prompts, and answers completions."""
+        renamed = {
+            split: table.rename_columns([_SOURCES.get(name, name) for name in table.column_names])
+            for split, table in splits.items()
+        }
+        return super().from_builtin(renamed, job)
+
+    def notes_on(
+        self, source: Path, data: DataSection, options: Options, backbone: Backbone
+    ) -> Sequence[str]:
+        bound = replace(self, options=options_of(options, LanguageOptions), backbone=backbone)
+        table = self.read(source, data, options)
+        found = [one for part in (table.train, table.test) if part is not None for one in bound.tokens(part)]
+        cut = sum(one.is_cut for one in found)
+        silent = sum(not any(one.learnt) for one in found)
+        most = f"task.options.max_tokens = {bound.options.max_tokens}"
+        return (
+            f"{sum(len(one.ids) for one in found)} tokens,"
+            f" of which {sum(sum(one.learnt) for one in found)} are learnt",
+            f"{cut} of {len(found)} examples are longer than {most} and are cut;"
+            f" of {silent} nothing is learnt",
+        )
+
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+        return {}
+
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
+        return {}
+
+    def required_info(self) -> DataInfo:
+        """The hashes of the tokenizer and the template: others would write the same text in other tokens."""
+        coded = self._tokenizer.backend_tokenizer.to_str()
+        template = {} if self._template is None else {"template": self._template.sha256}
+        return {"tokenizer": hashlib.sha256(coded.encode()).hexdigest(), **template}
+
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        examples = self.tokens(dataset)
+        inputs = tuple(prepared(examples[place]) for place in order)
+        targets = self.targets([examples[place] for place in order])
+        return Shard(inputs, targets, tuple(keys[place] for place in order))
+
+    def tokens(self, dataset: Dataset) -> list[Tokens]:
+        """Every row as tokens, in the order of the rows.
+
+        Raises:
+            ConfigError: they are conversations, and there is no template.
+            DataError: the template doesn't take one of them.
+        """
+        return [self._coder.tokens(rendered) for rendered in self.rendered(dataset)]
+
+    def rendered(self, dataset: Dataset) -> list[Rendered]:
+        """Every row as the network reads it, in the order of the rows; raises as `tokens` does."""
+        form = form_of(dataset)
+        rows = list(zip(*(dataset[name][:] for name in form), strict=True))
+        if form == ("text",):
+            return [whole(text) for (text,) in rows]
+        if form == ("messages",):
+            return [self._conversation(row[0], f"conversation {n}") for n, row in enumerate(rows, start=1)]
+        if self._template is None:
+            return [joined(prompt, completion) for prompt, completion in rows]
+        return [
+            self._conversation([*_asked(prompt), {"role": ASSISTANT, "content": answer}], f"prompt {n}")
+            for n, (prompt, answer) in enumerate(rows, start=1)
+        ]
+
+    def _conversation(self, messages: Messages, where: str) -> Rendered:
+        if self._template is None:
+            raise ConfigError(
+                "task.options.template: the data holds messages, and the tokenizer of this backbone has no"
+                " chat template; expected one (jinja)"
+            )
+        return self._template.conversation(messages, where)
+
+    def targets(self, examples: Sequence[Tokens]) -> torch.Tensor:
+        """The learnt tokens of each example, and behind them all the bytes that they write."""
+        table = torch.full((len(examples), self.options.max_tokens + 1), IGNORE_INDEX)
+        for row, one in zip(table, examples, strict=True):
+            learnt = [token for token, is_learnt in zip(one.ids, one.learnt, strict=True) if is_learnt]
+            row[: len(learnt)] = torch.tensor(learnt, dtype=torch.int64)
+            row[-1] = one.learnt_bytes
+        return table
+
+    def input_suffixes(self) -> tuple[str, ...]:
+        return (".txt",)
+
+    def parse_input(self, given: str) -> Batch:
+        """A prompt as tokens: as the template asks for an answer to it, or, without one, as it stands.
+
+        Raises:
+            DataError: it can't be read, is empty, or the template doesn't take it.
+        """
+        text = read_text_input(given)
+        if self._template is None:
+            ids = self._tokenizer(text)["input_ids"]
+            ids = ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
+        else:
+            asked = self._template.question(_asked(text), "the prompt")
+            ids = self._tokenizer(asked, add_special_tokens=False)["input_ids"]
+        return prepared(Tokens(tuple(ids), (False,) * len(ids), 0))
+
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
+        options = options_of(job.task.options, LanguageOptions)
+        return load_causal(backbone, job, causal_tokenizer(backbone), options)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        real = _real(outputs, targets)
+        if self.examples_count_alike:
+            return ((outputs * real).sum(1) / real.sum(1).clamp_min(1)).mean()
+        return (outputs * real).sum() / real.sum().clamp_min(1)
+
+    def loss_weight(self, shard: Shard, rows: Sequence[int]) -> float:
+        return len(rows) if self.examples_count_alike else self.num_with_target(shard.targets_of(rows))
+
+    def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """What all tokens of an example cost, its mean over examples: in the end it counts by token."""
+        return (outputs * _real(outputs, targets)).sum() / len(targets)
+
+    def num_with_target(self, targets: torch.Tensor) -> int:
+        return int((targets[:, :-1] >= 0).sum())
+
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
+        from torchmetrics import Metric, MetricCollection
+
+        from atoll.tasks.language_modeling.metrics import (
+            BitsPerByte,
+            BytePerplexity,
+            Perplexity,
+            TokenAccuracy,
+        )
+
+        own: dict[str, Metric | MetricCollection] = {
+            "byte_perplexity": BytePerplexity(),
+            "bits_per_byte": BitsPerByte(),
+            "perplexity": Perplexity(),
+            "token_accuracy": TokenAccuracy(),
+        }
+        return MetricCollection(own, compute_groups=False)
+
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """(surprise, whether it was the likeliest, whether there is a target, bytes of each example)."""
+        told = predictions.cpu()
+        return told[:, :, 0], told[:, :, 1], _real(told, targets), targets[:, -1]
+
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
+        return [{"label": text} for text in predictions]
+
+
+def _asked(prompt: str) -> Messages:
+    return [{"role": "user", "content": prompt}]
+
+
+def _real(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Which places of the outputs have a target, [n, places]."""
+    return targets[:, : outputs.shape[1]] >= 0
+
+
+LANGUAGE_MODELING = LanguageModeling()
