@@ -47,6 +47,7 @@ from atoll.protocol.tensors import Tensors
 from atoll.server.roster import ClientRoster
 from atoll.server.run.run_job import run_job
 from tests.detectors import Detected, check_silence
+from tests.small import believing
 
 Vector = NDArray[np.float64]
 Place = tuple[str, ...]
@@ -204,7 +205,9 @@ def run_of(job: Job, folders: Sequence[Path], out: Path, warm: dict[str, Learner
     """
     leaving, books = Leaving(), out.with_name(f"{out.name} ledgers")
     shards = FolderShards.of("here", folders)
-    site = Site(shards, discreet=True, ledgers=PrivacyLedgers(books), _learners=warm)
+    site = Site(
+        shards, discreet=True, ledgers=PrivacyLedgers(books), secure_session=believing(), _learners=warm
+    )
     with watched(leaving):
         try:
             run_job(job, InMemory(site, leaving), out, lambda learner: None, report=False)

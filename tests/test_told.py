@@ -29,6 +29,7 @@ from atoll.server.job_checks import validate_for_deployment
 from atoll.sim.population.population import Population
 from atoll.tasks import NAME, NUMBER, TASKS, ModuleTask, ToldField, task_named, told
 from atoll.tasks.told import check_told, fields_told
+from tests.small import believing
 from tests.task_data import ready
 from tests.task_jobs import TABLES, job_of
 from tests.test_bad_data import png
@@ -105,7 +106,9 @@ class Neighbours:
     odd: Path
 
     def site(self, path: Path, **kind: Any) -> Site:
-        return Site(FolderShards.of("here", [path]), **{"discreet": True, **kind})
+        return Site(
+            FolderShards.of("here", [path]), **{"discreet": True, "secure_session": believing(), **kind}
+        )
 
     def greetings(self, setting: Job, **kind: Any) -> list[Hello]:
         """That of the one data set, and that of the other."""
@@ -308,7 +311,7 @@ def test_a_site_answers_alike_whichever_of_its_records_fit(promise: str, tune: s
     for name, labels in LABELS.items():
         shards = FolderShards.of("here", [pictures(tmp_path / name, labels)])
         books = PrivacyLedgers(tmp_path / f"{name} books")
-        site = Site(shards, discreet=True, ledgers=books)
+        site = Site(shards, discreet=True, ledgers=books, secure_session=believing())
         [hello], reply = site.hello(setting), reply_of(site, setting)
         assert isinstance(reply, Update), reply
         shapes = {key: (value.shape, value.dtype) for key, value in reply.delta.items()}
@@ -324,7 +327,11 @@ def test_a_server_cannot_ask_with_other_facts_than_the_jobs(tmp_path: Path) -> N
     """A site whose data has what they lack would fail, and so tell that it has it."""
     setting = of_pictures("client", "head")
     for name, labels in {"with": ["p", "q"], "without": ["p", "p"]}.items():
-        site = Site(FolderShards.of("here", [pictures(tmp_path / name, labels)]), discreet=True)
+        site = Site(
+            FolderShards.of("here", [pictures(tmp_path / name, labels)]),
+            discreet=True,
+            secure_session=believing(),
+        )
         reply = reply_of(site, setting, classes=("p", "other"))
         assert reply == Failure("here", "the facts of its request are not those that its job gives")
 
@@ -334,7 +341,7 @@ def test_a_record_that_does_not_fit_moves_nothing(tmp_path: Path) -> None:
     setting, deltas = of_pictures("client", "head"), []
     for name in ("some", "the same"):
         shards = FolderShards.of("here", [pictures(tmp_path / name, LABELS[name])])
-        deltas.append(reply_of(Site(shards, discreet=True), setting).delta)
+        deltas.append(reply_of(Site(shards, discreet=True, secure_session=believing()), setting).delta)
     assert all(torch.equal(deltas[0][key], deltas[1][key]) for key in deltas[0])
 
 
@@ -346,7 +353,7 @@ def test_a_site_that_refuses_for_one_record_is_found(tmp_path: Path, monkeypatch
     replies = []
     for name in ("some", "the same"):
         shards = FolderShards.of("here", [pictures(tmp_path / name, LABELS[name])])
-        replies.append(reply_of(Site(shards, discreet=True), setting))
+        replies.append(reply_of(Site(shards, discreet=True, secure_session=believing()), setting))
     assert [type(reply) for reply in replies] == [Failure, Update]
 
 
