@@ -55,6 +55,8 @@ GIVEN: dict[str, tuple[Any, ...]] = {
     "strategy.name": ("fedavg", "fedavgm", "fedprox", "fedadam", "reptile", "fedexp", "coordinate-median"),
     "train.epochs": (2,),
     "train.lr": (1.0,),
+    # Factors in the head are for one that is a part of the network, which only a built model can tell.
+    "tune.head": ("frozen", "trained"),
     "backbone.image_size": (40,),
     "backbone.max_tokens": (12,),
     "backbone.prune": (0.5,),
