@@ -30,13 +30,15 @@ Names = Annotated[list[str], Field(min_length=1)]
 
 
 def _hours(text: str) -> str:
+    """Two times, each with two digits before and after the colon, so that they compare as text."""
     try:
-        first, last = (time.strptime(part, "%H:%M") for part in text.split("-"))
+        times = [time.strftime("%H:%M", time.strptime(part.strip(), "%H:%M")) for part in text.split("-")]
+        first, last = times
     except ValueError:
         raise ValueError(f"expected two times such as '18:00-06:00', found {text!r}") from None
     if first == last:
         raise ValueError(f"expected two different times, found {text!r}")
-    return text
+    return f"{first}-{last}"
 
 
 class _Table(BaseModel):

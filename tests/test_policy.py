@@ -123,7 +123,8 @@ def test_a_site_may_send_no_metrics_and_answer_within_hours_only(
         monkeypatch.setattr(policy_file.time, "strftime", lambda form, now=now: now)
         assert (policy.violation(setting(), TrainRequest) == "") == is_open, now
     assert "measurements = false" in policy.violation(setting(), EvaluateRequest)
-    by_day = policy_of(tmp_path, 'hours = "08:00-18:00"')
+    by_day = policy_of(tmp_path, 'hours = "8:00 - 18:00"')
+    assert by_day.hours == "08:00-18:00"
     for now, is_open in {"07:59": False, "08:00": True, "17:59": True, "18:00": False}.items():
         monkeypatch.setattr(policy_file.time, "strftime", lambda form, now=now: now)
         assert by_day.is_open() == is_open, now
