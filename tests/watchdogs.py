@@ -738,6 +738,7 @@ CHECKS: list[Callable[[], None]] = [
     what_the_server_tells_is_silent,
     shares_of_the_noise_make_the_whole,
     masked_vectors_show_nothing_and_add_up,
+    a_lying_server_opens_no_vector,
     an_example_moves_a_models_sum_by_the_clipping_norm,
     noise_is_added_once_to_a_models_sum,
     an_adaptive_norm_finds_the_norms_in_private,

@@ -13,6 +13,7 @@ import pytest
 
 from atoll.errors import ConfigError, JobError
 from atoll.kit.kit import ServerKit
+from atoll.kit.roster import SIGNATURE, TABLE
 from atoll.server.deploy.serve import runtime_path, serve
 from atoll.server.deploy.status import status
 from atoll.server.deploy.submit import follow, logs, stop
@@ -174,7 +175,8 @@ def test_a_site_of_another_authority_is_refused(ring: Ring, tmp_path: Path) -> N
 def test_a_stranger_key_is_refused(ring: Ring, tmp_path: Path) -> None:
     kit = ServerKit.load(ring.federation.server)
     stranger = provisioned(tmp_path, ("west",), kit.address.port)
-    shutil.copy(kit.authority, stranger["west"] / "ca.crt")
+    for part in ("ca.crt", TABLE, SIGNATURE):  # all that any site of the federation has, but for its key
+        shutil.copy(kit.folder / part, stranger["west"] / part)
     refused = ring.federation.join("west", ring.shards / "client-0000", kit=stranger["west"])
     refused.says("refused by the server")
     assert "west" not in ring.federation.online()
