@@ -32,8 +32,8 @@ Names = Annotated[list[str], Field(min_length=1)]
 def _hours(text: str) -> str:
     """Two times, each with two digits before and after the colon, so that they compare as text."""
     try:
-        times = [time.strftime("%H:%M", time.strptime(part.strip(), "%H:%M")) for part in text.split("-")]
-        first, last = times
+        times = [time.strptime(part.strip(), "%H:%M") for part in text.split("-")]
+        first, last = (f"{moment.tm_hour:02d}:{moment.tm_min:02d}" for moment in times)
     except ValueError:
         raise ValueError(f"expected two times such as '18:00-06:00', found {text!r}") from None
     if first == last:
