@@ -85,6 +85,8 @@ class FlowerTransport:
     roster: FederationRoster | None = None
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
+    sites: dict[int, str] = field(default_factory=dict)
+    """The name under which each node that was greeted is registered."""
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
     gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)
@@ -118,6 +120,7 @@ class FlowerTransport:
         content = packed({"job": job.canonical}, bodies_of({}))
         sites = {node.node_id: node.name or f"node {node.node_id}" for node in self.grid.get_nodes()}
         strangers = [node for node in sites if node not in self.greeted]
+        self.sites |= {node: sites[node] for node in strangers}
         for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout, patience=0):
             if reply == GONE:
                 continue  # it is greeted when it is back
@@ -133,8 +136,10 @@ class FlowerTransport:
         found: dict[str, Hello] = {}
         for node in sorted(self.greeted):
             for hello in self.greeted[node]:
-                home = homes.get(hello.client, hello.client)
-                owner = registered.get(home, self.nodes.get(hello.client, node))
+                home = homes.get(hello.client)
+                owner = registered.get(hello.client, self.nodes.get(hello.client, node))
+                if home is not None:  # also while its own site isn't there
+                    owner = node if self.sites.get(node) == home else -1
                 if owner != node or (hello.client in found and self.nodes[hello.client] != node):
                     self._leave_out(node, hello.client)
                     continue

@@ -246,6 +246,24 @@ def test_a_site_cannot_answer_for_another(
     assert f"a reply for {VICTIM}, which its site was not asked for" in caplog.text
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_site_cannot_take_the_name_of_another_whether_that_is_there_or_not(
+    few: Crowd, is_there: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The roster says whose client it is; without that the lower node id had it."""
+    others = setting(3, federation={"clients": 3 if is_there else 2, "wait": 5})
+    order = (
+        [HOSTILE, *HONEST] if is_there else [HOSTILE, *HONEST[1:]]
+    )  # the hostile one's node id is the lowest
+    grid = MemoryGrid({name: few.grid.sites[name] for name in order}, few.grid.roster)
+    grid.change = lambda kind, site, reply: (
+        greeting(client=VICTIM)(reply) if (kind, site) == ("query", HOSTILE) else reply
+    )
+    result = grid.run(others, tmp_path / "run")
+    assert set(result["final"]["clients"]) == set(order[1:])
+    assert f"node 1 calls itself {VICTIM}, which another one is: left out" in caplog.text
+
+
 FORGED = "no\n\x1b[2Jround 9   accuracy 1.000" + "x" * 20_000_000
 
 
