@@ -122,7 +122,10 @@ def learner_of(model: nn.Module, loss: Any = nn.functional.cross_entropy) -> Any
         (Around(CentresLargeBatches()), r"backbone small: layer middle mixes the examples of a batch"),
         (Around(nn.BatchNorm1d(WIDTH)), r"layer middle mixes"),
         (BehindAZero(), r"layer branch mixes"),
-        (MixesInItsParent(), r"the loss of an example is another one in another batch, of 8 examples"),
+        (
+            MixesInItsParent(),
+            r"of an example is another one in another batch, of 8 examples",
+        ),  # loss or gradient
         (
             NormsByFunction(),
             r"of an example is another one in another batch|can't be taken example by example",
