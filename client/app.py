@@ -106,11 +106,14 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
         clients = json.loads(names)
         with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(clients)}"):
             site = site_of(job, context)
-            replies = [(reply, *encode_reply(reply)) for reply in site.answer(request, clients)]
-        if site.audit is not None:
-            site.audit.answered(job, request, replies)
+            replies = []
+            for reply in site.answer(request, clients):
+                encoded = encode_reply(reply)
+                if site.audit is not None:
+                    site.audit.answered(job, request, reply, *encoded)
+                replies.append((reply.client, *encoded))
         _answered.clear()
-        _answered[asked] = [(reply.client, head, body) for reply, head, body in replies]
+        _answered[asked] = replies
     sent = bodies_of({name: body for name, _, body in _answered[asked]})
     return Message(packed({name: head for name, head, _ in _answered[asked]}, sent), reply_to=message)
 
@@ -122,8 +125,8 @@ def terms_in_words(job: Job) -> str:
     >>> terms_in_words(load_job("jobs/mnist.toml"))
     'image-classification by torchvision:mobilenet_v2, tuned head, 30 rounds; no promise of privacy'
     """
-    columns = {role: getattr(job.data, role) for role in ("text", "image", "label")} | dict(job.data.columns)
-    named = [f"{role} in column {column!r}" for role, column in columns.items() if column is not None]
+    columns = job.data.named_columns
+    named = [f"{key.rpartition('.')[2]} in column {column!r}" for key, column in columns.items()]
     units = " and ".join(f"each {unit}" for unit in job.privacy.units)
     parts = [
         f"{job.task.name} by {job.backbone.name}, tuned {job.tune.method}, {job.federation.rounds} rounds",

@@ -55,19 +55,18 @@ class AuditLog:
                 decision = {"decision": "told", "examples": hello.num_examples, "facts": facts}
             self._write({"asked": "greeting", "client": hello.client, **_of_job(job), **decision})
 
-    def answered(self, job: Job, request: Request, replies: Sequence[tuple[Reply, str, bytes]]) -> None:
-        """Write down what is about to be sent, as (reply, head, body), or why nothing is."""
-        asked = {"asked": work_name(request), "run": request.run, "round": request.round, **_of_job(job)}
-        for reply, head, body in replies:
-            if isinstance(reply, Failure):
-                decision: dict[str, Any] = {"decision": "refused", "why": reply.reason}
-            else:
-                digest = hashlib.sha256(head.encode() + b"\0" + body).hexdigest()
-                decision = {
-                    "decision": "sent", "what": type(reply).__name__, "bytes": len(head) + len(body),
-                    "sha256": digest,
-                }  # fmt: skip
-            self._write({"client": reply.client, **asked, **decision})
+    def answered(self, job: Job, request: Request, reply: Reply, head: str, body: bytes) -> None:
+        """Write down what is about to be sent, as head and body, or why nothing is."""
+        if isinstance(reply, Failure):
+            decision: dict[str, Any] = {"decision": "refused", "why": reply.reason}
+        else:
+            digest = hashlib.sha256(head.encode() + b"\0" + body).hexdigest()
+            decision = {
+                "decision": "sent", "what": type(reply).__name__, "bytes": len(head) + len(body),
+                "sha256": digest,
+            }  # fmt: skip
+        asked = {"asked": work_name(request), "run": request.run, "round": request.round}
+        self._write({"client": reply.client, **asked, **_of_job(job), **decision})
 
     def _write(self, fields: Mapping[str, Any]) -> None:
         with self.log.alone():

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, Field, PrivateAttr
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.privacy import uses_secure_aggregation
-from atoll.kit.kit import read_table
+from atoll.kit.kit import KitTable, read_table
 from atoll.privacy.accounting import epsilon
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.protocol.messages import Hello
@@ -41,20 +41,16 @@ def _hours(text: str) -> str:
     return f"{first}-{last}"
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PrivacyRules(_Table):
+class PrivacyRules(KitTable):
     """`[privacy]`: what every job must promise here; without it a job need not promise anything."""
 
-    units: Annotated[list[Literal["example", "client"]], Field(min_length=1)] = []
+    units: list[Literal["example", "client"]] = Field(default_factory=list, min_length=1)
     max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     secure_sum: bool = False
 
 
-class Policy(_Table):
+class Policy(KitTable):
     """The site's own rules; one that isn't there allows everything of its kind.
 
     `columns` are those that a job may name, `folders` where paths in a job may lie, `min_clients` those who
@@ -129,7 +125,7 @@ class Verdict:
 
     @property
     def in_words(self) -> str:
-        """`max_rounds: expected at most 100, federation.rounds = 500`."""
+        """`max_rounds: expected at most 100, found federation.rounds = 500`."""
         return f"{self.rule}: expected {self.allowed}, found {self.key} = {self.found}"
 
 
@@ -167,12 +163,9 @@ def _tuning(policy: Policy, job: Job) -> Iterator[Verdict]:
 def _columns(policy: Policy, job: Job) -> Iterator[Verdict]:
     if policy.columns is None:
         return
-    data, allowed = job.data, ", ".join(policy.columns) or "none"
-    named = {f"data.{role}": getattr(data, role) for role in ("text", "image", "label")}
-    named |= {f"data.columns.{role}": column for role, column in data.columns.items()}
-    for key, column in named.items():
-        if column is not None:
-            yield Verdict("columns", key, column, f"one of {allowed}", column in policy.columns)
+    allowed = ", ".join(policy.columns) or "none"
+    for key, column in job.data.named_columns.items():
+        yield Verdict("columns", key, column, f"one of {allowed}", column in policy.columns)
 
 
 def _folders(policy: Policy, job: Job) -> Iterator[Verdict]:

@@ -136,11 +136,10 @@ class FlowerTransport:
         found: dict[str, Hello] = {}
         for node in sorted(self.greeted):
             for hello in self.greeted[node]:
-                home = homes.get(hello.client)
                 owner = registered.get(hello.client, self.nodes.get(hello.client, node))
-                if home is not None:  # also while its own site isn't there
-                    owner = node if self.sites.get(node) == home else -1
-                if owner != node or (hello.client in found and self.nodes[hello.client] != node):
+                home = homes.get(hello.client)  # which counts also while that site isn't there
+                is_owner = owner == node if home is None else self.sites.get(node) == home
+                if not is_owner or (hello.client in found and self.nodes[hello.client] != node):
                     self._leave_out(node, hello.client)
                     continue
                 found[hello.client], self.nodes[hello.client] = hello, node

@@ -81,17 +81,26 @@ def answer_cell(cell: Any, where: str) -> str:
     return text_cell(cell, where).strip()
 
 
+def listed(cell: Any, where: str, expected: str, such: str = "") -> list[Any]:
+    """A list, also one written as JSON in a text cell, of which `such` is an example.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            raise DataError(f"{where}: {shown(cell[:40])!r}, expected {expected}{such}") from None
+    if not isinstance(cell, list):
+        raise DataError(f"{where}: {type(cell).__name__}, expected {expected}")
+    return cell
+
+
 def list_cell(each: Callable[[Any, str], Any]) -> Callable[[Any, str], list[Any]]:
     """A list, also one written as JSON in a text cell, of what `each` reads."""
 
     def read(cell: Any, where: str) -> list[Any]:
-        if isinstance(cell, str):
-            try:
-                cell = json.loads(cell)
-            except ValueError:
-                raise DataError(f"{where}: {shown(cell[:40])!r}, expected a list such as [1, 2]") from None
-        if not isinstance(cell, list):
-            raise DataError(f"{where}: {type(cell).__name__}, expected a list")
-        return [each(item, where) for item in cell]
+        return [each(item, where) for item in listed(cell, where, "a list", " such as [1, 2]")]
 
     return read

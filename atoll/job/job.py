@@ -135,6 +135,13 @@ class DataSection(Section):
     shots: Count | None = None
 
     @property
+    def named_columns(self) -> dict[str, str]:
+        """The columns that the job names, by the key that names them."""
+        own = {f"data.{role}": getattr(self, role) for role in ("text", "image", "label")}
+        others = {f"data.columns.{role}": column for role, column in self.columns.items()}
+        return {key: column for key, column in (own | others).items() if column is not None}
+
+    @property
     def keeps_back(self) -> bool:
         """Whether clients keep examples back to measure on."""
         return self.validation_fraction > 0 or self.folds is not None

@@ -58,11 +58,13 @@ Host = Annotated[str, AfterValidator(_host)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 
 
-class _Table(BaseModel):
+class KitTable(BaseModel):
+    """A table of a file in a kit: keys that it doesn't know are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Address(_Table):
+class Address(KitTable):
     """Where the sites find the server."""
 
     host: Host
@@ -72,7 +74,7 @@ class Address(_Table):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class Site(_Table):
+class Site(KitTable):
     """One `[[site]]` of a SITES file; it answers for the `clients`, or for one of its own name."""
 
     name: SiteName
@@ -90,26 +92,26 @@ def _differ(sites: list[Site]) -> list[Site]:
     return sites
 
 
-class Sites(_Table):
+class Sites(KitTable):
     """A SITES file: the server's address and every site that may join."""
 
     server: Address
     site: Annotated[list[Site], Field(min_length=1), AfterValidator(_differ)]
 
 
-class _ServerTable(_Table):
+class _ServerTable(KitTable):
     server: Address
     sites: Annotated[list[SiteName], Field(min_length=1), AfterValidator(_unique)]
 
 
-class Budget(_Table):
+class Budget(KitTable):
     """What all jobs together may spend on one client's data at this site, ever."""
 
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     delta: Annotated[float, Field(gt=0, lt=1)]
 
 
-class _SiteTable(_Table):
+class _SiteTable(KitTable):
     name: SiteName
     server: Address
     budget: Budget | None = None

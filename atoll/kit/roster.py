@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from atoll.errors import ConfigError
-from atoll.kit.kit import SiteName, read_table
+from atoll.kit.kit import KitTable, SiteName, read_table
 
 TABLE, SIGNATURE = "roster.toml", "roster.sig"
 NUMBER_BYTES = 48
@@ -29,17 +29,15 @@ SIGNATURE_BYTES = 2 * NUMBER_BYTES
 ALGORITHM = ec.ECDSA(SHA384())
 
 
-class RosterSite(BaseModel):
+class RosterSite(KitTable):
     """One `[[site]]` of a roster: its key as OpenSSH writes it, and the clients that it answers for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: SiteName
     clients: Annotated[list[SiteName], Field(min_length=1)]
     key: str
 
 
-class _RosterTable(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _RosterTable(KitTable):
     site: Annotated[list[RosterSite], Field(min_length=1)]
 
 

@@ -178,13 +178,16 @@ class Participant:
         Raises:
             SecureAggregationFailed: too few arrived, or other ones than were named before.
         """
+        return self._signed(self._list_said(self._only_list(arrived)))
+
+    def _only_list(self, arrived: Sequence[str]) -> tuple[str, ...]:
         names = tuple(sorted(set(arrived)))
         if self._confirmed not in (None, names):
             raise SecureAggregationFailed("other clients than those named before in this round")
         if set(names) - set(self._shares) or self.name not in names or len(names) < self.threshold:
             raise SecureAggregationFailed(f"{len(names)} vectors arrived, needed {self.threshold}")
         self._confirmed = names
-        return self._signed(self._list_said(names))
+        return names
 
     def reveal(self, arrived: Sequence[str], signatures: Mapping[str, bytes]) -> dict[str, bytes]:
         """Stage 5: a share for each client, of its seed if its vector arrived, else of its mask key.
@@ -192,8 +195,7 @@ class Participant:
         Raises:
             SecureAggregationFailed: the list isn't the one confirmed, or too few others have signed it.
         """
-        self.confirm(arrived)
-        names = tuple(sorted(set(arrived)))
+        names = self._only_list(arrived)
         if self.identity is not None:
             said = self._list_said(names)
             good = [n for n in names if self.identity.has_signed(n, said, signatures.get(n, b""))]

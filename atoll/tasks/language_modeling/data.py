@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow as pa
 from atoll.data.columns import role_column
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Diagnostics, shown
-from atoll.data.parsers import optional_text_cell, text_cell
+from atoll.data.parsers import listed, optional_text_cell, text_cell
 from atoll.data.schema import Schema, SchemaField, chosen_name
 from atoll.data.tables import Rows
 from atoll.errors import DataError
@@ -34,14 +33,8 @@ def messages_cell(cell: Any, where: str) -> Messages:
     Raises:
         DataError: they are something else, or there is nothing to learn.
     """
-    if isinstance(cell, str):
-        try:
-            cell = json.loads(cell)
-        except ValueError:
-            raise DataError(f"{where}: {shown(cell[:40])!r}, expected a list of messages") from None
-    if not isinstance(cell, list):
-        raise DataError(f"{where}: {type(cell).__name__}, expected a list of messages")
-    messages = [_message(one, f"{where}: message {number}") for number, one in enumerate(cell, start=1)]
+    turns = listed(cell, where, "a list of messages")
+    messages = [_message(one, f"{where}: message {number}") for number, one in enumerate(turns, start=1)]
     if not any(message["role"] == ASSISTANT for message in messages):
         raise DataError(f"{where}: no message of the assistant, expected one at least to learn")
     return messages
