@@ -8,15 +8,19 @@ STAMP := $(VENV)/.installed
 # Tests compile to files that the next run finds, wherever Python is told not to write them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check fast stress matrix setup format clean
+.PHONY: demo test tests check fast stress matrix setup format clean
 
 demo: $(STAMP)
 	$(BIN)/atoll demo
 
-# Three at a time, for those that start servers and sites wait for them half of their time.
-TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
+# Four at a time, for those that start servers and sites wait for them half of their time.
+TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
 
-test: check
+# The checks run beside the tests, for both are long.
+test: $(STAMP)
+	$(MAKE) --jobs=2 check tests
+
+tests: $(STAMP)
 	$(BIN)/python -m pytest $(TOGETHER) -m "not matrix and not gpu"
 
 fast: $(STAMP)
