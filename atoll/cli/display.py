@@ -190,6 +190,8 @@ class Watcher:
     def _population(self, population: Any) -> None:
         for note in population.notes:
             self.gauge.say(f"note      {sanitize(note)}")
+        for counts in population.source_counts:
+            self.gauge.say(f"counts    {sanitize(counts.in_words)}")
         self.gauge.say(
             f"data      {len(population.train)} examples to train on, {len(population.test)} held out"
         )
@@ -199,8 +201,12 @@ class Watcher:
         self.gauge.say(f"backbone  {sanitize(backbone.name)}, weights from {sanitize(backbone.origin)}")
         if event.inputs_in_words:
             self.gauge.say(f"inputs    {sanitize(event.inputs_in_words)}")
+        from atoll.data.diagnostics import total
+
         roster = event.roster
         self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
+        for counts in total(one for told in roster.counts.values() for one in told):
+            self.gauge.say(f"counts    {sanitize(counts.in_words)}")
 
     def _round(self, line: Mapping[str, Any]) -> None:
         from atoll.tasks.metric_values import values_in_words

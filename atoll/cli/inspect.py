@@ -103,6 +103,8 @@ def check(
     out().print(table)
     out().print(f"sizes       {findings.sizes}", highlight=False)
     out().print(f"duplicates  {findings.duplicates}", highlight=False)
+    for counts in findings.counts:
+        out().print(f"counts      {escape(counts.in_words)}", highlight=False, soft_wrap=True)
     for note in findings.notes:
         out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
     for problem in findings.problems:

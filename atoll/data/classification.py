@@ -27,7 +27,7 @@ from atoll.data.columns import (
     text_column,
 )
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.diagnostics import Counts, Diagnostics, shown
 from atoll.data.folders import checked_file
 from atoll.data.images import decode, image_bytes
 from atoll.data.labels import class_name
@@ -44,12 +44,14 @@ class Table:
     """One shard in canonical columns: `text` or `image`, `label`, and any other scalar ones.
 
     `image` is a struct of `bytes` and `path`, one of them null: `atoll.data.images.image_bytes` reads either.
-    `label` is a class name. `notes` are what the owner of the data should know, one line each.
+    `label` is a class name. `notes` are what the owner of the data should know, one line each,
+    and `counts` how much was read and is used.
     """
 
     train: Dataset
     test: Dataset | None
     notes: tuple[str, ...]
+    counts: tuple[Counts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Findings:
     duplicates: int
     notes: tuple[str, ...]
     class_counts: str = "class"
+    counts: tuple[Counts, ...] = ()
+    """How much was read and is used; nothing where there are bad examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +162,8 @@ def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
     _check_filled(examples, path)
     _remark_all(examples, diagnostics)
     data = {split: Dataset(pa.table(part.columns)) for split, part in splits.items()}
-    return Table(data["train"], data.get("test"), diagnostics.notes)
+    counts = diagnostics.counts_of(sum(map(len, examples.values())))
+    return Table(data["train"], data.get("test"), diagnostics.notes, counts)
 
 
 def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics) -> dict[str, _Split]:
@@ -166,6 +171,7 @@ def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics)
     splits: dict[str, _Split] = {}
     with collecting_errors(path, diagnostics):
         for name, rows in open_shard(path, kind.read_classes, diagnostics).items():
+            diagnostics.rows_read += rows.table.num_rows
             splits[name] = _split(rows, kind, columns, diagnostics)
     return splits
 
@@ -295,6 +301,7 @@ def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, diagnostics: 
         problems=tuple(diagnostics.problems[:LISTED_PROBLEMS]),
         duplicates=sum(map(_repeats, examples.values())),
         notes=diagnostics.notes,
+        counts=() if diagnostics.problems else diagnostics.counts_of(len(sizes)),
     )
 
 

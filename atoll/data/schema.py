@@ -21,9 +21,9 @@ import pyarrow as pa
 from atoll.data.classification import LISTED_PROBLEMS, Findings, Table
 from atoll.data.columns import file_column, other_columns, role_column, values_of
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.diagnostics import Counts, Diagnostics, shown
 from atoll.data.folders import checked_file
-from atoll.data.layouts import collecting_errors, open_shard
+from atoll.data.layouts import collecting_errors, open_shard, used_splits
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.data.writers import write_records
 from atoll.errors import ConfigError, DataError
@@ -97,7 +97,8 @@ class Schema:
                 raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
         keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
         _remark(keys, diagnostics)
-        return _table(splits, diagnostics.notes)
+        counts = diagnostics.counts_of(sum(map(len, keys.values())))
+        return _table(splits, diagnostics.notes, counts)
 
     def findings_of(self, path: Path, splits: Mapping[str, pa.Table], diagnostics: Diagnostics) -> Findings:
         """What `atoll check` tells of gathered splits."""
@@ -108,17 +109,18 @@ class Schema:
         return Findings(
             train=self._counts(splits.get("train")),
             test=self._counts(splits.get("test")),
-            sizes=f"{sum(map(len, keys.values()))} examples",
+            sizes=_sizes(splits),
             bad=len(diagnostics.problems),
             problems=tuple(diagnostics.problems[:LISTED_PROBLEMS]),
             duplicates=sum(len(found) - len(set(found)) for found in keys.values()),
             notes=diagnostics.notes,
             class_counts=self.count_by or "",
+            counts=() if diagnostics.problems else diagnostics.counts_of(sum(map(len, keys.values()))),
         )
 
-    def adopted(self, splits: Mapping[str, pa.Table]) -> Table:
+    def adopted(self, splits: Mapping[str, pa.Table], counts: Sequence[Counts] = ()) -> Table:
         """Splits that are canonical already, such as a built-in source's."""
-        return _table(splits, ())
+        return _table(splits, (), tuple(counts))
 
     def keys(self, dataset: Dataset) -> list[bytes]:
         """A 32-byte hash of each example's parts, files by their bytes, in the order of the roles."""
@@ -152,10 +154,15 @@ class Schema:
         self.check(data)
         found: dict[str, pa.Table] = {}
         with collecting_errors(path, diagnostics):
-            opened = self.open_layout(path, diagnostics) or open_shard(path, self._no_classes, diagnostics)
+            own = self.open_layout(path, diagnostics)
+            opened = used_splits(own, path, diagnostics) if own else self._opened(path, diagnostics)
             for split, rows in opened.items():
+                diagnostics.rows_read += rows.table.num_rows
                 found[split] = self.canonical(rows, data, diagnostics)
         return found
+
+    def _opened(self, path: Path, diagnostics: Diagnostics) -> dict[str, Rows]:
+        return open_shard(path, self._no_classes, diagnostics)
 
     def has(self, path: Path, *names: str) -> bool:
         """Whether rows with these columns lie at a path; what can't be opened has none."""
@@ -262,9 +269,14 @@ def _remark(keys: Mapping[str, Sequence[bytes]], diagnostics: Diagnostics) -> No
         diagnostics.warning(f"test: {leaked} examples are training examples too, so scores will flatter")
 
 
-def _table(splits: Mapping[str, pa.Table], notes: tuple[str, ...]) -> Table:
+def _sizes(splits: Mapping[str, pa.Table]) -> str:
+    train, test = (splits[name].num_rows if name in splits else 0 for name in ("train", "test"))
+    return f"{train} examples to train on, {test} to test on" if test else f"{train} examples"
+
+
+def _table(splits: Mapping[str, pa.Table], notes: tuple[str, ...], counts: tuple[Counts, ...]) -> Table:
     test = splits.get("test")
-    return Table(Dataset(splits["train"]), None if test is None else Dataset(test), notes)
+    return Table(Dataset(splits["train"]), None if test is None else Dataset(test), notes, counts)
 
 
 def whole(splits: Mapping[str, pa.Table]) -> pa.Table:

@@ -111,7 +111,10 @@ class Forecasting(Task):
             if name not in splits["train"].column_names:
                 known = ", ".join(splits["train"].column_names)
                 raise ConfigError(f"task.options: {job.data.source} has no column {name!r}, found {known}")
-        return WINDOWS.adopted(windows_of(whole(splits), options, job.data.test_fraction, job.data.source))
+        rows = whole(splits)
+        diagnostics = Diagnostics(rows_read=rows.num_rows)
+        made = windows_of(rows, options, job.data.test_fraction, job.data.source, diagnostics)
+        return WINDOWS.adopted(made, diagnostics.counts_of(0))
 
     def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         WINDOWS.write(dataset, folder, DataSection(source=data.source))
