@@ -246,14 +246,17 @@ def _bars() -> Progress:
     return Progress(*columns, console=out())
 
 
-def comparison(result: dict[str, Any]) -> Table:
-    """The baselines and the federated model on the same test set, a row each."""
+def comparison(result: dict[str, Any]) -> Table | str:
+    """The baselines and the federated model on the same test set, or that nothing was measured."""
     from rich.table import Table
 
     from atoll.report.comparison import comparison_of, row_name
+    from atoll.report.text import NOT_MEASURED
     from atoll.tasks.metric_values import UNDEFINED
 
     compared = comparison_of(result)
+    if not compared.rows:
+        return NOT_MEASURED
     table = Table(title=f"{result['name']}: {result['task']}, {result['strategy']}", title_justify="left")
     table.add_column("model")
     for metric in compared.metrics:
@@ -272,7 +275,7 @@ def print_summary(result: dict[str, Any], run: Any) -> None:
     from atoll.report.text import duration, what_was_private
 
     out().print()
-    out().print(comparison(result))
+    out().print(comparison(result), highlight=False)
     for note in result["notes"]:
         out().print(f"note           {sanitize(note)}", highlight=False, soft_wrap=True)
     if result.get("simulated_seconds"):

@@ -129,7 +129,7 @@ class DataSection(Section):
     classes: tuple[str, ...] | None = None
     test: str | None = None
     test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
-    validation_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    validation_fraction: Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False)] = 0.1
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     fold: Annotated[int, Field(ge=0)] = 0
     shots: Count | None = None
@@ -145,6 +145,13 @@ class DataSection(Section):
     def keeps_back(self) -> bool:
         """Whether clients keep examples back to measure on."""
         return self.validation_fraction > 0 or self.folds is not None
+
+    @field_validator("validation_fraction")
+    @classmethod
+    def _from_one_on_it_counts(cls, given: float) -> float:
+        if given >= 1 and not given.is_integer():
+            raise ValueError(f"expected a fraction below 1, or how many examples, found {given:g}")
+        return given
 
     @field_validator("time_format")
     @classmethod

@@ -31,6 +31,7 @@ from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_windows, windows_of
 from atoll.tasks.forecasting.models import load_forecaster
 from atoll.tasks.forecasting.written import forecast_csv, forecast_plot
+from atoll.tasks.moments import in_time
 from atoll.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class Forecasting(Task):
         A client that is `helped`, and has all series on one side, measures on the last part of the time.
         """
         names = [_span_and_series(group)[2].encode() for group in shard.groups]
-        kept = by_fraction(validation_marks(names, seed), fraction, helped=False)
+        kept = by_fraction(validation_marks(names, seed), fraction, helped=fraction >= 1)
         if helped and fraction and (kept.all() or not kept.any()):
             return _last_part_of_the_time(shard, fraction)
         return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
@@ -249,9 +250,10 @@ def _span_and_series(group: str) -> tuple[str, str, str]:
 
 def _last_part_of_the_time(shard: Shard, fraction: float) -> tuple[list[int], list[int]]:
     """(windows before a date, windows from then on); what reaches across it is on neither side."""
-    spans = [_span_and_series(group)[:2] for group in shard.groups]
+    spans = [tuple(map(in_time, _span_and_series(group)[:2])) for group in shard.groups]
     firsts = sorted(first for first, _ in spans)
-    count = min(max(1, round(len(spans) * fraction)), len(spans) - 1)
+    wanted = int(fraction) if fraction >= 1 else round(len(spans) * fraction)
+    count = min(max(1, wanted), len(spans) - 1)
     if count < 1:
         return list(range(len(spans))), []
     cut = firsts[-count]
