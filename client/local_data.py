@@ -65,7 +65,7 @@ class FolderShards:
         if client not in self.paths:
             raise DataError(f"client {client} does not live at this site")
         data = job.data
-        names = [data.text, data.image, data.label, data.columns]
+        names = [data.text, data.image, data.label, data.columns, data.time_format, data.bits, data.window]
         reading = json.dumps([job.task.model_dump(), names, _stamp(self.paths[client])])
         known = self._read.get(client)
         if known is None or known.reading != reading:

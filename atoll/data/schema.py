@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from atoll.data.columns import file_column, other_columns, role_column, values_o
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts, Diagnostics, shown
 from atoll.data.folders import checked_file
+from atoll.data.images import Depth
 from atoll.data.layouts import collecting_errors, open_shard, used_splits
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.data.writers import write_records
@@ -32,13 +34,18 @@ from atoll.job.job import DataSection
 MAX_FILE_BYTES = 200_000_000
 
 
+Picture = Callable[[bytes, str, "Depth | None", Diagnostics], bytes]
+"""Makes of a file's bytes those of a picture as the job wants it seen, given the place's name."""
+
+
 @dataclass(frozen=True)
 class SchemaField:
     """One part of an example.
 
     `read` makes a cell's canonical value of what stands there and the place's name, or raises DataError.
     For a part that is a `file` it is given the file's bytes, and what it returns is not kept.
-    A role that isn't `required` may be missing as a column.
+    A role that isn't `required` may be missing as a column. A `picture` reads a file too, and returns the
+    bytes to be kept where the job says how deep grey pictures are seen.
     """
 
     name: str
@@ -47,6 +54,7 @@ class SchemaField:
     usual: tuple[str, ...] = ()
     required: bool = True
     file: bool = False
+    picture: Picture | None = None
 
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -180,12 +188,13 @@ class Schema:
         named = {role.name: self._column(rows, role, data) for role in self.roles}
         present = [role for role in self.roles if named[role.name] is not None]
         columns: dict[str, list[Any]] = {role.name: [] for role in present}
+        read = partial(_read_cell, rows=rows, depth=Depth.of(data), diagnostics=diagnostics)
         raw = [_raw_cells(rows, role, str(named[role.name])) for role in present]
         kept = []
         for place, cells in enumerate(zip(*raw, strict=True)):
             where = rows.where(place)
             try:
-                values = [_read_cell(role, c, rows, where) for role, c in zip(present, cells, strict=True)]
+                values = [read(role, cell, where) for role, cell in zip(present, cells, strict=True)]
                 self.check_row({r.name: v for r, v in zip(present, values, strict=True)}, where)
             except DataError as problem:
                 told = str(problem)
@@ -249,15 +258,20 @@ def _cells(column: pa.ChunkedArray) -> Iterator[Any]:
             yield from chunk.slice(start, 256).to_pylist()
 
 
-def _read_cell(role: SchemaField, cell: Any, rows: Rows, where: str) -> Any:
+def _read_cell(
+    role: SchemaField, cell: Any, where: str, *, rows: Rows, depth: Depth | None, diagnostics: Diagnostics
+) -> Any:
     if not role.file:
         return role.read(cell, where)
     if cell["bytes"] is None and cell["path"]:
         path = checked_file(Path(cell["path"]), rows.folder)
-        role.read(file_bytes(cell, role.name), f"{where}: {shown(path)}")
-    else:
-        role.read(file_bytes(cell, role.name), where)
-    return cell
+        where = where if rows.is_canonical else f"{where}: {shown(path)}"
+    data = file_bytes(cell, role.name)
+    if role.picture is None:
+        role.read(data, where)
+        return cell
+    seen = role.picture(data, where, depth, diagnostics)
+    return cell if depth is None else {"bytes": seen, "path": None}
 
 
 def _remark(keys: Mapping[str, Sequence[bytes]], diagnostics: Diagnostics) -> None:

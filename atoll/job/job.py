@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, FiniteFloat, Tag, ValidationError, field_validator, model_validator
 
 from atoll.errors import ConfigError, did_you_mean
 from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
@@ -126,6 +126,8 @@ class DataSection(Section):
     label: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     time_format: str | None = None
+    bits: Annotated[int, Field(ge=8, le=16)] | None = None
+    window: tuple[FiniteFloat, FiniteFloat] | None = None
     classes: tuple[str, ...] | None = None
     test: str | None = None
     test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
@@ -164,6 +166,14 @@ class DataSection(Section):
         if given is not None and "%" not in given:
             raise ValueError(f"expected a format of strptime, such as '%d.%m.%Y %H:%M', found {given!r}")
         return given
+
+    @model_validator(mode="after")
+    def _a_window_has_two_ends(self) -> DataSection:
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError(f"window: expected [low, high] with low below high, found {list(self.window)}")
+        if self.window is not None and self.bits is not None:
+            raise ValueError("bits and window exclude each other: keep one")
+        return self
 
     @model_validator(mode="after")
     def _fold_is_one_of_the_folds(self) -> DataSection:

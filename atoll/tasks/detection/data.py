@@ -18,7 +18,7 @@ import pyarrow as pa
 from atoll.backbones.dense_vision import picture_size
 from atoll.data.diagnostics import Counts, Diagnostics, opened, shown, those_left
 from atoll.data.folders import checked_file, listing
-from atoll.data.images import decode
+from atoll.data.images import decode, seen_picture
 from atoll.data.labels import class_name
 from atoll.data.layouts import SPLITS, USED_SPLITS
 from atoll.data.parsers import list_cell, number_cell
@@ -200,7 +200,12 @@ def _rows(
 BOXES = Schema(
     (
         SchemaField(
-            "image", decode, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True
+            "image",
+            decode,
+            FILE,
+            ("img", "file", "file_name", "path", "picture", "photo"),
+            file=True,
+            picture=seen_picture,
         ),
         SchemaField(
             "boxes", list_cell(box_cell), pa.list_(pa.list_(pa.float64())), ("bboxes", "bbox", "box")
