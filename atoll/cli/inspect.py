@@ -94,9 +94,10 @@ def check(
     from atoll.job.job import DataSection
     from atoll.tasks import task_named
 
-    columns = _given(column, "--column")
-    given = {"text": text, "image": image, "label": label, "columns": columns, "time_format": time_format}
-    given |= {"bits": bits, "window": _window(window)}
+    given = {
+        "text": text, "image": image, "label": label, "columns": _given(column, "--column"),
+        "time_format": time_format, "bits": bits, "window": _window(window),
+    }  # fmt: skip
     section = validated(DataSection, {"source": str(data), **given}, "data")
     assert isinstance(section, DataSection)
     findings = task_named(task).inspect(data, section, _given(option, "--option"))
