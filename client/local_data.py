@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Counts
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import Job
 from atoll.tasks import task_named
@@ -21,6 +23,7 @@ class LoadedData:
     reading: str
     dataset: Dataset
     fingerprint: str
+    counts: tuple[Counts, ...]
 
 
 @dataclass
@@ -55,19 +58,35 @@ class FolderShards:
     def fingerprint(self, job: Job, client: str) -> str:
         return self._current(job, client).fingerprint
 
+    def counts(self, job: Job, client: str) -> tuple[Counts, ...]:
+        return self._current(job, client).counts
+
     def _current(self, job: Job, client: str) -> LoadedData:
         if client not in self.paths:
             raise DataError(f"client {client} does not live at this site")
         data = job.data
-        names = [data.text, data.image, data.label, data.columns]
+        names = [data.text, data.image, data.label, data.columns, data.time_format, data.bits, data.window]
         reading = json.dumps([job.task.model_dump(), names, _stamp(self.paths[client])])
         known = self._read.get(client)
         if known is None or known.reading != reading:
             task = task_named(job.task.name)
-            rows = task.read(self.paths[client], data, job.task.options).train
+            table = task.read(self.paths[client], data, job.task.options)
+            rows = table.train
             fingerprint = hashlib.sha256(b"".join(sorted(task.keys(rows)))).hexdigest()
-            self._read[client] = known = LoadedData(reading, rows, fingerprint)
+            self._read[client] = known = LoadedData(reading, rows, fingerprint, _counts(table))
         return known
+
+
+def _counts(table: Table) -> tuple[Counts, ...]:
+    """Those of the table; its test part is nobody's, for a site measures on what it keeps back itself."""
+    whole = Counts(
+        "examples", len(table.train) + len(table.test or ()), len(table.train) + len(table.test or ())
+    )
+    own = table.counts or (whole,)
+    if not table.test:
+        return own
+    unused = {"that are held out and not measured on at a site": len(table.test)}
+    return (*own, Counts("test examples", len(table.test), 0, unused))
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:

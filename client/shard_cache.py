@@ -14,6 +14,7 @@ import torch
 from atoll.client.dp.example_draws import Numbers, example_numbers
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Counts
 from atoll.data.shard import Shard
 from atoll.errors import DataChanged
 from atoll.job.job import Job
@@ -48,6 +49,10 @@ class Shards(Protocol):
         Raises:
             DataError: they are not fit for the job's task.
         """
+        ...
+
+    def counts(self, job: Job, client: str) -> Sequence[Counts]:
+        """How much of the client's data is used; nothing where all of it is, as in a simulation."""
         ...
 
 

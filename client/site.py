@@ -191,8 +191,12 @@ class Site:
             self._cache.note_content(job, name)
         except InputError as error:
             return Hello(name, {}, 0, refusal=self._error_for_server(name, error, job.canonical))
-        counted = 0 if is_silent(job, has_budget=self._has_budget) else len(dataset)
-        return Hello(name, data_info, counted)
+        counts = self.shards.counts(job, name)
+        for one in counts:
+            logger.info("%s: %s", name, one.in_words)
+        if is_silent(job, has_budget=self._has_budget):
+            return Hello(name, data_info, 0)
+        return Hello(name, data_info, len(dataset), counts=[one.as_json for one in counts])
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
         """One reply for each named client; what went wrong at one does not touch the others."""

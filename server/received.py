@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from atoll.data.diagnostics import counts_from_json
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.protocol.flower_content import Content, unpacked, unpacked_greetings
@@ -43,10 +44,11 @@ def greetings(content: Content, site: str, job: Job) -> list[Hello]:
 
 def _believed(hello: Hello, job: Job) -> Hello:
     if hello.refusal:
-        return replace(hello, data_info={}, num_examples=0)
+        return replace(hello, data_info={}, num_examples=0, counts=[])
     try:
         if not 0 <= hello.num_examples <= MAX_EXAMPLES:
             raise DataError(f"num_examples: expected 0 to {MAX_EXAMPLES}, found {hello.num_examples}")
+        counts_from_json(hello.counts)
         check_info(task_named(job.task.name), job, hello.data_info)
     except DataError as error:
         return Hello(hello.client, {}, 0, refusal=cleaned(str(error)))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atoll.data.diagnostics import Counts, counts_from_json, total
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.messages import DataInfo, Hello
+from atoll.tasks.told import is_silent
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +23,9 @@ CLASS_FIELDS = ("classes", "intents")
 
 SHOWN_CLASSES = 5
 """Classes that a remark names."""
+
+MOST_CLIENTS = 10_000
+"""Clients up to which a result has a line of data for each."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class ClientRoster:
     sizes: NDArray[np.int64]
     data_info: Sequence[DataInfo]
     refused: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, Sequence[Counts]] = field(default_factory=dict)
+    """By client, how much of its data is used; of those that told."""
 
     @classmethod
     def of(cls, hellos: Sequence[Hello]) -> ClientRoster:
@@ -44,6 +52,7 @@ class ClientRoster:
             names=tuple(h.client for h in taking),
             sizes=np.array([h.num_examples for h in taking], dtype=np.int64),
             data_info=[h.data_info for h in taking],
+            counts={h.client: counts_from_json(h.counts) for h in taking if h.counts},
             refused={h.client: h.refusal for h in hellos if h.refusal},
         )
 
@@ -53,6 +62,27 @@ class ClientRoster:
         if not self.sizes.any():
             return "how many examples each has is not told"
         return f"{self.sizes.min()} to {self.sizes.max()} examples each"
+
+    def used_data(self, job: Job, whole: Sequence[Counts]) -> dict[str, Any] | None:
+        """How much of the data is used, in all and by client, for `result.json`; None where it isn't told.
+
+        `whole` are the counts of a source that is dealt to clients, in a simulation.
+        """
+        if is_silent(job):
+            return None
+        found = whole or total(one for counts in self.counts.values() for one in counts)
+        told = len(self.names) <= MOST_CLIENTS
+        return {
+            "counts": [one.as_json for one in found],
+            "clients": {name: self._used_by(place) for place, name in enumerate(self.names)}
+            if told
+            else None,
+        }
+
+    def _used_by(self, place: int) -> dict[str, Any]:
+        counts = self.counts.get(self.names[place], ())
+        told = {"counts": [one.as_json for one in counts]} if counts else {}
+        return {"examples": int(self.sizes[place]) or None, **told}
 
     def check(self, job: Job) -> None:
         """Warn of each refusal.
@@ -68,6 +98,8 @@ class ClientRoster:
             )
         for client, reason in self.refused.items():
             logger.warning("%s does not take part: %s", client, reason)
+        for one in total(one for counts in self.counts.values() for one in counts):
+            logger.info("data: %s", one.in_words)
         for remark in self.remarks:
             logger.warning("%s", remark)
 

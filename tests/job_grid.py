@@ -75,6 +75,7 @@ LEFT_OUT: dict[str, str] = {
     "data.partition": "a site's data isn't dealt",
     **dict.fromkeys(("data.text", "data.image", "data.label", "data.columns"), "names of the user's columns"),
     "data.time_format": "how the user's times are written",
+    **dict.fromkeys(("data.bits", "data.window"), "how the user's pictures are stored"),
     "data.classes": "given in every row: greetings tell nothing else",
     "data.test": "the server's own data",
     "data.test_fraction": "the server's own data",

@@ -13,6 +13,7 @@ import torch
 
 from atoll.client.training.local_sgd import train_model
 from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Counts
 from atoll.data.shard import Shard
 from atoll.datasets.synthetic.png import rgb_png
 from atoll.errors import ConfigError, DataError, WeightsError
@@ -108,6 +109,16 @@ def test_an_image_without_boxes_and_a_crowd(tmp_path: Path) -> None:
     table = DETECTION.read(tmp_path / "d", DATA, {})
     assert sorted(map(len, table.train["boxes"][:])) == [0, 1, 1]
     assert "crowds" in table.notes[0]
+    crowds = {"crowds, without a box of their own": 1}
+    assert table.counts == (Counts("examples", 3, 3), Counts("annotations", 3, 2, crowds))
+
+
+def test_the_images_of_a_split_that_is_not_used_are_counted(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        boxes = images(tmp_path / split, count)
+        (tmp_path / split / "_annotations_coco.json").write_text(json.dumps(coco_of(boxes)))
+    table = DETECTION.read(tmp_path, DATA, {})
+    assert table.counts[0] == Counts("examples", 5, 3, {"of other splits than train and test": 2})
 
 
 def test_what_is_written_is_read_back_with_the_same_keys(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from atoll.protocol.random_streams import stream_seed
 from atoll.sim.population.assignment import FixedAssignment, SampledAssignment, dirichlet
 from atoll.sim.population.partition import check_all_dealt
 from atoll.sim.population.population import Population, client_names, number_of
+from atoll.sim.population.skew import dirichlet_hands
 
 
 def texts(path: Path, order: int = 0) -> Path:
@@ -296,4 +297,21 @@ def test_a_row_that_is_lost_in_dealing_stops_the_run() -> None:
 
 def test_examples_of_classes_that_nobody_holds_are_told(tmp_path: Path) -> None:
     found = population(tmp_path, {"kind": "pathological", "classes_per_client": 1}, 1)
-    assert any("training examples are dealt to no client" in note for note in found.notes)
+    assert "dealt to no client" in found.source_counts[-1].left_out
+
+
+def test_a_dirichlet_that_cannot_be_met_says_what_would_do() -> None:
+    """The alpha that it names can be met, and half of it can't; too few examples are told as such."""
+    labels = [n % 3 for n in range(60)]
+    with pytest.raises(
+        ConfigError, match=r"^data\.partition\.alpha: with 0\.01 .* ([\d.]+) would do"
+    ) as said:
+        dirichlet_hands(labels, 5, 0.01, least=5, seed=SEED)
+    named = float(str(said.value).split("draws; ")[1].split(" would")[0])
+    assert sorted(
+        place for hand in dirichlet_hands(labels, 5, named, least=5, seed=SEED) for place in hand
+    ) == [*range(60)]
+    with pytest.raises(ConfigError):
+        dirichlet_hands(labels, 5, named / 2, least=5, seed=SEED)
+    with pytest.raises(ConfigError, match=r"federation\.clients = 6 would do at best, or .*min_examples = 8"):
+        dirichlet_hands(labels, 7, 1.0, least=10, seed=SEED)

@@ -15,11 +15,12 @@ import pytest
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
+from atoll.cli.display import comparison
 from atoll.job.job import Job
 from atoll.report.comparison import comparison_of
 from atoll.report.page import page, report_of, write_report
 from atoll.report.templates import ENVIRONMENT, fill_in
-from atoll.report.text import comparison_sentence
+from atoll.report.text import NOT_MEASURED, comparison_sentence
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks.metric_values import UNDEFINED
@@ -331,6 +332,14 @@ def test_the_sentence_reads_the_table(alone: Any, federated: Any, pooled: Any, s
         "final": {"server": {"accuracy": federated}, "clients": {}},
     }
     assert said in comparison_sentence(comparison_of(result))
+
+
+def test_that_nothing_was_measured_is_a_sentence(result: Result, tmp_path: Path) -> None:
+    result["baselines"], result["final"] = {}, {"server": {}, "clients": {}}
+    assert comparison(result) == NOT_MEASURED
+    text = outline(page(tmp_path, result)).text
+    assert "Nothing was measured: the server has no test set" in text
+    assert "Federated learning beside its baselines" not in text
 
 
 def test_without_a_server_test_set_clients_count_by_their_examples() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,28 @@ def test_a_round_below_its_quorum_is_abandoned_and_the_model_stays(tmp_path: Pat
     with pytest.raises(InconsistentUpdates, match=r"round 1: 3 of 6 usable updates, needed 4"):
         run_job(population.job, Hostile.of(population), tmp_path / "r", cached_test_set(population, None))
     assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+class Diverging(InlineTransport):
+    """Half of the clients send what isn't finite; how often anybody is asked to train is counted."""
+
+    asked = 0
+
+    def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
+        for reply in super().send_and_receive(request, names, timeout):
+            Diverging.asked += isinstance(reply, Update)
+            if isinstance(reply, Update) and reply.client[-1] in "024":
+                yield replace(reply, delta={n: t * float("inf") for n, t in reply.delta.items()})
+            else:
+                yield reply
+
+
+def test_what_diverged_is_not_tried_again(tmp_path: Path) -> None:
+    """From the same model and seed the same comes out."""
+    population = Population.of(job(federation={"cohort": 6, "quorum": 0.6}))
+    with pytest.raises(InconsistentUpdates, match=r"3 of 6 usable.*diverged: a smaller train\.lr"):
+        run_job(population.job, Diverging.of(population), tmp_path / "r", cached_test_set(population, None))
+    assert Diverging.asked == 6
 
 
 def test_a_poisson_cohort_has_the_rate_and_may_be_empty() -> None:

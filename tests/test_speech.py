@@ -37,7 +37,9 @@ PITCHES = {"a": 300.0, "b": 700.0, "o": 1500.0, " ": 0.0}
 def tones(text: str, rate: int = RATE) -> NDArray[np.float32]:
     """A tone for each letter, so that what was said can be heard."""
     time = np.arange(int(0.12 * rate)) / rate
-    return np.concatenate([np.sin(2 * np.pi * PITCHES[letter] * time) for letter in text]).astype(np.float32)
+    return np.concatenate([np.sin(2 * np.pi * PITCHES.get(letter, 300.0) * time) for letter in text]).astype(
+        np.float32
+    )
 
 
 def sound(samples: NDArray[np.float32], rate: int = RATE, kind: str = "WAV") -> bytes:
@@ -212,6 +214,44 @@ def test_metrics_of_clients_add_up_to_those_of_all_data(tmp_path: Path) -> None:
     parts = [whole.select([0, 1]), whole.select([2, 3, 4, 5])]
     together = learner.compute(sum_states(learner.evaluate(tensors, part) for part in parts))
     assert together == pytest.approx(learner.compute(learner.evaluate(tensors, whole)), rel=1e-5)
+
+
+GERMAN = "abcdefghijklmnopqrstuvwxyzäöüß0123456789"
+
+
+@pytest.mark.parametrize(
+    ("letters", "said", "learnt"),
+    [
+        (None, "Größe 112", "gre "),
+        (GERMAN, "Gro\u0308ße, 112!", "größe 112"),
+        ("ЁЖИК", "ёжик…", "ёжик"),
+        ("你好", "«你好»", "你好"),
+    ],
+)
+def test_letters_of_any_script_are_learnt_where_the_job_names_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, letters: str | None, said: str, learnt: str
+) -> None:
+    learner = learner_of(
+        task={"name": "speech-recognition", "options": {"letters": letters} if letters else {}}
+    )
+    shard = shard_of(learner, tmp_path / "d", said)
+    [text] = from_code_points(shard.targets_of([0]))
+    known = learner.task._letters  # type: ignore[attr-defined]
+    written = {number: letter for letter, number in known.numbers.items()}
+    assert "".join(written[number] for number in known.coded(text)) == learnt
+    assert learner.model.head.weight.shape[0] == known.size == len(known.numbers) + 1
+    told = "1 of 1 transcripts hold letters that can't be written and aren't learnt: '12ßö'" in caplog.text
+    assert told == (letters is None)
+
+
+def test_a_recogniser_without_its_table_of_letters_is_refused(tmp_path: Path) -> None:
+    folder = small_wav2vec2(tmp_path / "model")
+    given = {"name": "speech-recognition", "options": {"letters": GERMAN}}
+    with pytest.raises(ConfigError, match=r"task\.options\.letters: .*vocab\.json says the letters"):
+        learner_of(task=given, backbone={"name": str(folder)}).model  # noqa: B018
+    (folder / "vocab.json").unlink()
+    with pytest.raises(WeightsError, match=r"model: Wav2Vec2ForCTC without vocab\.json"):
+        learner_of(backbone={"name": str(folder)}).model  # noqa: B018
 
 
 @pytest.mark.parametrize("tune", [{"method": "head"}, {"method": "last-k", "layers": 1}, {"method": "full"}])

@@ -194,9 +194,10 @@ def test_without_a_promise_a_greeting_is_what_it_was(neighbours: Neighbours) -> 
     table["task"]["options"].pop("classes", None)
     setting = Job.parse(table, origin="test")
     [hello] = neighbours.site(neighbours.plain).hello(setting)
-    rows = task.read(neighbours.plain, setting.data, setting.task.options).train
-    facts = task.local_info(rows, setting.data, setting.task.options)
-    assert hello == Hello("here", facts, len(rows))
+    table = task.read(neighbours.plain, setting.data, setting.task.options)
+    facts = task.local_info(table.train, setting.data, setting.task.options)
+    assert hello == Hello("here", facts, len(table.train), counts=hello.counts)
+    assert hello.counts[: len(table.counts)] == [one.as_json for one in table.counts]
 
 
 def test_each_field_of_a_greeting_is_declared(neighbours: Neighbours) -> None:

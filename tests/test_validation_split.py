@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from atoll.data.shard import Shard
+from atoll.errors import ConfigError
 from atoll.job.job import DataSection, Job
 from atoll.learning.learner import Learner
 from atoll.protocol.validation_split import by_fraction, expected_training_examples, validation_marks
@@ -97,6 +99,49 @@ def test_without_a_promise_a_client_has_some_to_learn_from_and_some_to_measure_o
     assert not by_fraction(marks, 1e-9, helped=False).any()
 
 
+@pytest.mark.parametrize(("count", "kept"), [(1, 1), (3, 3), (7, 7), (8, 7), (100, 7)])
+def test_a_whole_number_is_how_many_are_kept_back(count: int, kept: int) -> None:
+    """Those with the lowest hashes, and never all: one of eight stays to train on."""
+    data = {"source": "digits", "validation_fraction": count}
+    shard = grey_png_shard(8, classes=3)
+    train, back = learner_of(data=data).split(shard)
+    lowest = sorted(shard.keys, key=lambda key: int(validation_marks([key], 5)[0]))
+    assert set(back.keys) == set(lowest[:kept]) and set(train.keys) == set(lowest[kept:])
+    section = DataSection(source="digits", validation_fraction=count)
+    assert expected_training_examples(np.array([8]), section).tolist() == [8 - kept]
+
+
+def test_whole_patients_are_kept_back_by_a_count_and_a_lonely_series_by_its_last_windows() -> None:
+    task, shard = shares(28, "patients")
+    _, kept = task.split(shard, 5, 4)
+    assert 4 <= len(kept) <= 7 and len({shard.groups[row] for row in kept}) <= 2
+    task, shard = shares(20, "series")
+    one = Shard(shard.inputs, shard.targets, shard.keys, tuple(g[:-2] + "s0" for g in shard.groups))
+    assert task.split(one, 5, 2) == (list(range(16)), [18, 19])
+
+
+def test_the_last_part_of_numbered_days_goes_by_their_numbers() -> None:
+    """9 is before 10, though not as text."""
+    shard = shares(20, "series")[1]
+    days = Shard(shard.inputs, shard.targets, shard.keys, tuple(f"{n}/{n + 2}/s" for n in range(20)))
+    assert FORECASTING.split(days, 5, 0.2) == (list(range(14)), [16, 17, 18, 19])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "more", "said"),
+    [
+        (1.5, {}, "expected a fraction below 1, or how many examples, found 1.5"),
+        (-1, {}, "validation_fraction"),
+        (3, {"privacy": EXAMPLES}, "expected a fraction below 1 under example-level privacy, found 3"),
+    ],
+)
+def test_a_count_is_whole_and_not_of_examples_that_are_promised_privacy(
+    fraction: float, more: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        learner_of(data={"source": "digits", "validation_fraction": fraction}, **more)
+
+
 def test_a_lonely_series_is_measured_on_in_the_last_part_of_its_time() -> None:
     task, shard = shares(20, "series")
     one = Shard(shard.inputs, shard.targets, shard.keys, tuple(g[:-2] + "s0" for g in shard.groups))
@@ -106,8 +151,10 @@ def test_a_lonely_series_is_measured_on_in_the_last_part_of_its_time() -> None:
     assert [] in alone
 
 
-@pytest.mark.parametrize("privacy", [{"unit": "none"}, EXAMPLES], ids=["plain", "promised"])
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize(
+    ("privacy", "fraction"),
+    [*itertools.product([{"unit": "none"}, EXAMPLES], [0.0, 0.1, 0.4]), ({"unit": "none"}, 3)],
+)
 def test_a_simulation_splits_as_a_site_does(fraction: float, privacy: Any) -> None:
     table = {
         "name": "split", "seed": 3, "task": {"name": "image-classification"},

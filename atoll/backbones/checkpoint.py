@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from atoll.backbones.resolve import Backbone, is_run_checkpoint, parent_job, resolve
+from atoll.backbones.resolve import Backbone, is_run_checkpoint, parent_job, resolve, weight_files
 from atoll.errors import WeightsError
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
+
+logger = logging.getLogger(__name__)
 
 
 def load_weights(path: Path) -> Tensors:
@@ -57,6 +61,69 @@ def check_finite(tensors: Tensors, path: Path) -> None:
             raise WeightsError(f"{path}: tensor {name} has values that are not finite")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line, or its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
+
+
+def check_types(found: Mapping[str, torch.dtype], own: Mapping[str, torch.dtype], path: Path) -> None:
+    """See whether tensors of a file can be a network's without a change of what their numbers mean.
+
+    Floats become floats of another precision, which is noted in the log; all else is as it is.
+
+    Raises:
+        WeightsError: a tensor is of another kind: whole numbers, complex ones.
+    """
+    converted = set()
+    for name in found.keys() & own.keys():
+        given, expected = found[name], own[name]
+        if given == expected:
+            continue
+        if not (given.is_floating_point and expected.is_floating_point):
+            raise WeightsError(
+                f"{path}: tensor {name} holds {_plain(given)}, expected {_plain(expected)}"
+                + (" or other floats" if expected.is_floating_point else "")
+            )
+        converted.add(f"{_plain(given)} as {_plain(expected)}")
+    if converted:
+        logger.info("%s: read %s", path, ", ".join(sorted(converted)))
+
+
+def _plain(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _types_in(weights: Path) -> dict[str, torch.dtype]:
+    """The types of the tensors in safetensors, a file or a folder; torch files aren't looked at."""
+    files = weight_files(weights) if weights.is_dir() else [weights]
+    found: dict[str, torch.dtype] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    kind = opened.get_slice(name).get_dtype()
+                    found[name] = _SAFETENSORS.get(kind, torch.float32)
+    return found
+
+
+_SAFETENSORS = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+    "BF16": torch.bfloat16, "C64": torch.complex64,
+}  # fmt: skip
+"""What safetensors calls types; others are floats of 8 bits and less."""
+
+
+def _check_transformer_types(network: nn.Module, weights: Path) -> None:
+    """As `check_types`; files may name tensors with the network's kind in front, or without."""
+    own = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    prefix = f"{getattr(network, 'base_model_prefix', '')}."
+    known = own | {f"{prefix}{n}": t for n, t in own.items()}
+    known |= {n.removeprefix(prefix): t for n, t in own.items()}
+    check_types(_types_in(weights), known, weights)
+
+
 def _read(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
         try:
@@ -69,8 +136,8 @@ def _read(path: Path) -> Tensors:
         raise WeightsError(
             f"{path}: holds objects other than tensors and was not loaded; expected a state dict"
         ) from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise WeightsError(f"{path}: not a readable torch file: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, LookupError) as error:
+        raise WeightsError(f"{path}: not a readable torch file: {first_line(error)}") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"{path}: expected a dict of tensors, found {type(loaded).__name__}")
@@ -101,6 +168,7 @@ def load_state_dict_strict(
     extra = sorted(set(given) - set(own))
     if extra:
         raise WeightsError(f"{path}: unexpected tensor {extra[0]}: weights of another network?")
+    check_types({n: t.dtype for n, t in given.items()}, {n: t.dtype for n, t in own.items()}, path)
     module.load_state_dict(given)
 
 
@@ -121,6 +189,7 @@ def load_transformer(
         WeightsError: the folder isn't a model's, or lacks tensors that the network needs.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -134,14 +203,18 @@ def load_transformer(
                 return auto.from_config(config).float().eval()
             network, report = _pretrained(auto, backbone, config)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        why = str(error).strip().splitlines()[0]
         raise WeightsError(
-            f"{backbone.weights or backbone.folder}: transformers cannot load it: {why}"
+            f"{backbone.weights or backbone.folder}: transformers cannot load it: {first_line(error)}"
+        ) from None
+    except (ArithmeticError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise WeightsError(
+            f"{backbone.folder}/config.json: no network can be built of it: {first_line(error)}"
         ) from None
     missing = sorted(n for n in report["missing_keys"] if not n.startswith(fresh))
     if missing:
         raise WeightsError(f"{backbone.weights}: tensor {missing[0]} is missing ({len(missing)} in all)")
     check_finite(network.state_dict(), backbone.weights)
+    _check_transformer_types(network, backbone.weights)
     vars(network)[_MISSING] = frozenset(report["missing_keys"])
     return network.eval()
 
@@ -170,13 +243,13 @@ def config_of(backbone: Backbone) -> Any:
     Raises:
         WeightsError: the folder isn't a model's.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(backbone.folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{backbone.folder}: transformers cannot load it: {why}") from None
+    except (OSError, ValueError, KeyError, ArithmeticError, TypeError, StrictDataclassError) as error:
+        raise WeightsError(f"{backbone.folder}: transformers cannot load it: {first_line(error)}") from None
 
 
 def _pretrained(auto: Any, backbone: Backbone, config: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.whisper import WHISPER
-from atoll.errors import WeightsError
+from atoll.errors import ConfigError, WeightsError
 
 _DROPPED = str.maketrans("", "", string.punctuation.replace("'", ""))
 
@@ -21,10 +22,14 @@ _DROPPED = str.maketrans("", "", string.punctuation.replace("'", ""))
 def normalize_transcript(text: str) -> str:
     """A transcript as it is compared: lower case, without punctuation but for apostrophes, single spaces.
 
-    >>> normalize_transcript("Turn  on the light, please!")
-    'turn on the light please'
+    Of any script, in Unicode's NFC.
+
+    >>> normalize_transcript("Turn  on the light, please!"), normalize_transcript("¿Qué «tal»…?")
+    ('turn on the light please', 'qué tal')
     """
-    return " ".join(text.lower().translate(_DROPPED).split())
+    plain = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'").translate(_DROPPED)
+    kept = (c for c in plain if c == "'" or not unicodedata.category(c).startswith("P"))
+    return " ".join("".join(kept).split())
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,22 @@ class CtcVocabulary:
         """The numbers of a text's letters; one that there isn't is left out."""
         return [self.numbers[letter] for letter in text if letter in self.numbers]
 
+    def unwritten(self, texts: Sequence[str]) -> str:
+        """One line on the letters of normalised texts that there aren't; nothing where there are all.
+
+        >>> ENGLISH_LETTERS.unwritten(["call 112", "größe", "yes"])
+        "2 of 3 transcripts hold letters that can't be written and aren't learnt: '12ßö'"
+        """
+        lost = [set(text) - self.numbers.keys() for text in texts]
+        if not any(lost):
+            return ""
+        letters = sorted(set().union(*lost))
+        more = f" and {len(letters) - SHOWN} more" if len(letters) > SHOWN else ""
+        return (
+            f"{sum(map(bool, lost))} of {len(texts)} transcripts hold letters that can't be written and"
+            f" aren't learnt: {''.join(letters[:SHOWN])!r}{more}"
+        )
+
     def texts(self, outputs: torch.Tensor) -> list[str]:
         """What is heard in scores [batch, frames, symbols]: the best of each frame, repeats merged."""
         written = {number: letter for letter, number in self.numbers.items()}
@@ -46,29 +67,44 @@ class CtcVocabulary:
         return [" ".join("".join(written.get(n, "") for n in row).split()) for row in heard]
 
 
-def _own() -> CtcVocabulary:
-    letters = f"' {string.ascii_lowercase}"
+def vocabulary_of(letters: str) -> CtcVocabulary:
+    """A fresh layer's, of those letters and the space: as transcripts are compared, in order of their code.
+
+    >>> sorted(vocabulary_of("Größe 12").numbers)
+    [' ', '1', '2', 'e', 'g', 'r', 'ß', 'ö']
+    """
+    return _numbered(sorted({" ", *normalize_transcript(letters)}))
+
+
+def _numbered(letters: Sequence[str]) -> CtcVocabulary:
     return CtcVocabulary({letter: number for number, letter in enumerate(letters, 1)}, 0, len(letters) + 1)
 
 
-ENGLISH_LETTERS = _own()
+ENGLISH_LETTERS = _numbered(f"' {string.ascii_lowercase}")
+SHOWN = 40
+"""Letters that a line names."""
 
 
-def letters_of(backbone: Backbone) -> CtcVocabulary:
-    """Those of a network's folder (`vocab.json`), or our own where it has none.
+def letters_of(backbone: Backbone, given: str | None = None) -> CtcVocabulary:
+    """Those of a network's folder (`vocab.json`), or those `given` where it has none, or the English ones.
 
     That of Whisper is of its decoder's pieces of words, so it has none.
 
     Raises:
-        WeightsError: the file isn't a table of letters.
+        WeightsError: the file isn't a table of letters, or is missing beside a layer of letters.
+        ConfigError: letters are given, and the folder has its own.
     """
+    fresh = ENGLISH_LETTERS if given is None else vocabulary_of(given)
     path = Path(backbone.folder or "") / "vocab.json"
     if backbone.kind != "hf" or not path.is_file():
-        return ENGLISH_LETTERS
+        _check_no_letters(backbone)
+        return fresh
     try:
         config = json.loads((path.parent / "config.json").read_text("utf-8"))
         if config.get("model_type") == WHISPER:
-            return ENGLISH_LETTERS
+            return fresh
+        if given is not None:
+            raise ConfigError(f"task.options.letters: {path} says the letters of this network, expected none")
         table: dict[str, Any] = json.loads(path.read_text("utf-8"))
         numbers = {_letter(symbol): int(number) for symbol, number in table.items() if _is_letter(symbol)}
     except (ValueError, TypeError, AttributeError):
@@ -77,6 +113,19 @@ def letters_of(backbone: Backbone) -> CtcVocabulary:
         raise WeightsError(f"{path}: no symbol for a space, expected '|' or ' '")
     size = max(len(table), int(config.get("vocab_size") or 0))
     return CtcVocabulary(numbers, int(config.get("pad_token_id") or 0), size)
+
+
+def _check_no_letters(backbone: Backbone) -> None:
+    """Raises WeightsError where a folder's weights have a layer of letters that nothing names."""
+    weights, config = backbone.weights, Path(backbone.folder or "") / "config.json"
+    if backbone.kind != "hf" or weights is None or not weights.is_dir() or not config.is_file():
+        return
+    kinds = json.loads(config.read_text("utf-8")).get("architectures") or [""]
+    if str(kinds[0]).endswith("ForCTC"):
+        raise WeightsError(
+            f"{config.parent}: {kinds[0]} without vocab.json, the table of its letters; expected that file,"
+            " which save_pretrained of its processor writes"
+        )
 
 
 def _is_letter(symbol: str) -> bool:

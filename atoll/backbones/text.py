@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from atoll.backbones.augmentation import hidden_tokens
-from atoll.backbones.checkpoint import load_transformer
+from atoll.backbones.checkpoint import first_line, load_transformer
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.backbones.resolve import Backbone
 from atoll.errors import WeightsError
@@ -121,13 +121,23 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         WeightsError: there is none.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{folder}: no tokenizer that transformers can load: {why}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise WeightsError(
+            f"{folder}: no tokenizer that transformers can load: {first_line(error)}"
+        ) from None
+    # transformers makes one without a word where none of the files is there; those of bytes need none.
+    files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}
+    if tokenizer.vocab_files_names and not any((folder / name).is_file() for name in files):
+        raise WeightsError(
+            f"{folder}: no tokenizer's file, without which every word is unknown; expected one of"
+            f" {', '.join(sorted(files))}, which save_pretrained of the tokenizer writes"
+        )
+    return tokenizer
 
 
 def _bucket(length: int, longest: int) -> int:

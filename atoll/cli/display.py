@@ -190,6 +190,8 @@ class Watcher:
     def _population(self, population: Any) -> None:
         for note in population.notes:
             self.gauge.say(f"note      {sanitize(note)}")
+        for counts in population.source_counts:
+            self.gauge.say(f"counts    {sanitize(counts.in_words)}")
         self.gauge.say(
             f"data      {len(population.train)} examples to train on, {len(population.test)} held out"
         )
@@ -199,8 +201,12 @@ class Watcher:
         self.gauge.say(f"backbone  {sanitize(backbone.name)}, weights from {sanitize(backbone.origin)}")
         if event.inputs_in_words:
             self.gauge.say(f"inputs    {sanitize(event.inputs_in_words)}")
+        from atoll.data.diagnostics import total
+
         roster = event.roster
         self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
+        for counts in total(one for told in roster.counts.values() for one in told):
+            self.gauge.say(f"counts    {sanitize(counts.in_words)}")
 
     def _round(self, line: Mapping[str, Any]) -> None:
         from atoll.tasks.metric_values import values_in_words
@@ -240,14 +246,17 @@ def _bars() -> Progress:
     return Progress(*columns, console=out())
 
 
-def comparison(result: dict[str, Any]) -> Table:
-    """The baselines and the federated model on the same test set, a row each."""
+def comparison(result: dict[str, Any]) -> Table | str:
+    """The baselines and the federated model on the same test set, or that nothing was measured."""
     from rich.table import Table
 
     from atoll.report.comparison import comparison_of, row_name
+    from atoll.report.text import NOT_MEASURED
     from atoll.tasks.metric_values import UNDEFINED
 
     compared = comparison_of(result)
+    if not compared.rows:
+        return NOT_MEASURED
     table = Table(title=f"{result['name']}: {result['task']}, {result['strategy']}", title_justify="left")
     table.add_column("model")
     for metric in compared.metrics:
@@ -266,7 +275,7 @@ def print_summary(result: dict[str, Any], run: Any) -> None:
     from atoll.report.text import duration, what_was_private
 
     out().print()
-    out().print(comparison(result))
+    out().print(comparison(result), highlight=False)
     for note in result["notes"]:
         out().print(f"note           {sanitize(note)}", highlight=False, soft_wrap=True)
     if result.get("simulated_seconds"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, DataError, did_you_mean
 from atoll.plugins import load_files
 from atoll.trained import check_finished
+
+if TYPE_CHECKING:
+    from atoll.data.classification import Findings
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
@@ -73,6 +76,10 @@ def check(
     time_format: Annotated[
         str | None, typer.Option(help="How times are written (strptime), as in data.time_format.")
     ] = None,
+    bits: Annotated[int | None, typer.Option(help="As data.bits: how many bits grey values use.")] = None,
+    window: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="As data.window: the grey values to be seen.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
     ] = None,
@@ -83,30 +90,20 @@ def check(
 ) -> None:
     """Look at a site's data before it joins: what is there, and what is wrong with it."""
     load_files(plugin or ())
-    from rich.table import Table
-
     from atoll.job.extension_options import validated
     from atoll.job.job import DataSection
     from atoll.tasks import task_named
 
-    columns = _given(column, "--column")
-    given = {"text": text, "image": image, "label": label, "columns": columns, "time_format": time_format}
+    given = {
+        "text": text, "image": image, "label": label, "columns": _given(column, "--column"),
+        "time_format": time_format, "bits": bits, "window": _window(window),
+    }  # fmt: skip
     section = validated(DataSection, {"source": str(data), **given}, "data")
     assert isinstance(section, DataSection)
     findings = task_named(task).inspect(data, section, _given(option, "--option"))
     if findings.bad == 1 and not (findings.train or findings.test):  # all of it is one fault
         raise DataError(findings.problems[0])
-    table = Table(findings.class_counts, "train", "test")
-    for name in sorted({*findings.train, *findings.test}):
-        table.add_row(escape(name), str(findings.train.get(name, 0)), str(findings.test.get(name, 0)))
-    table.add_row("all", str(sum(findings.train.values())), str(sum(findings.test.values())), style="bold")
-    out().print(table)
-    out().print(f"sizes       {findings.sizes}", highlight=False)
-    out().print(f"duplicates  {findings.duplicates}", highlight=False)
-    for note in findings.notes:
-        out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
-    for problem in findings.problems:
-        out().print(f"[red]unreadable[/]  {escape(problem)}", highlight=False, soft_wrap=True)
+    _show(findings)
     if findings.bad:
         raise DataError(f"{data}: {findings.bad} examples cannot be used; mend or remove them")
     if backbone is not None:
@@ -117,6 +114,34 @@ def check(
         for note in task_named(task).notes_on(data, section, _given(option, "--option"), found):
             out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
     out().print("[green]ready[/]: a run can use this data as it is")
+
+
+def _show(findings: Findings) -> None:
+    """What was found, in the words of a person who looks for faults."""
+    from rich.table import Table
+
+    table = Table(findings.class_counts, "train", "test")
+    for name in sorted({*findings.train, *findings.test}):
+        table.add_row(escape(name), str(findings.train.get(name, 0)), str(findings.test.get(name, 0)))
+    table.add_row("all", str(sum(findings.train.values())), str(sum(findings.test.values())), style="bold")
+    out().print(table)
+    out().print(f"sizes       {findings.sizes}", highlight=False)
+    out().print(f"duplicates  {findings.duplicates}", highlight=False)
+    for counts in findings.counts:
+        out().print(f"counts      {escape(counts.in_words)}", highlight=False, soft_wrap=True)
+    for note in findings.notes:
+        out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
+    for problem in findings.problems:
+        out().print(f"[red]unreadable[/]  {escape(problem)}", highlight=False, soft_wrap=True)
+
+
+def _window(written: str | None) -> tuple[float, ...] | None:
+    if written is None:
+        return None
+    try:
+        return tuple(map(float, written.split(",")))
+    except ValueError:
+        raise ConfigError(f"--window: expected LOW,HIGH, such as 0,4095, found {written!r}") from None
 
 
 def _given(pairs: list[str] | None, option: str) -> dict[str, Any]:

@@ -27,9 +27,9 @@ from atoll.data.columns import (
     text_column,
 )
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.diagnostics import Counts, Diagnostics, shown
 from atoll.data.folders import checked_file
-from atoll.data.images import decode, image_bytes
+from atoll.data.images import Depth, decode, image_bytes, remark, seen_picture
 from atoll.data.labels import class_name
 from atoll.data.layouts import collecting_errors, image_classes, open_shard, text_classes
 from atoll.data.tables import Rows
@@ -44,12 +44,14 @@ class Table:
     """One shard in canonical columns: `text` or `image`, `label`, and any other scalar ones.
 
     `image` is a struct of `bytes` and `path`, one of them null: `atoll.data.images.image_bytes` reads either.
-    `label` is a class name. `notes` are what the owner of the data should know, one line each.
+    `label` is a class name. `notes` are what the owner of the data should know, one line each,
+    and `counts` how much was read and is used.
     """
 
     train: Dataset
     test: Dataset | None
     notes: tuple[str, ...]
+    counts: tuple[Counts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Findings:
     duplicates: int
     notes: tuple[str, ...]
     class_counts: str = "class"
+    counts: tuple[Counts, ...] = ()
+    """How much was read and is used; nothing where there are bad examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ class _Kind:
     role: str
     read_classes: Callable[[Path, Path, Diagnostics], Rows]
     column: Callable[[Rows, str], pa.ChunkedArray]
-    check: Callable[[Any, Rows, str, Diagnostics], tuple[bytes, tuple[int, ...]]]
+    check: Callable[[Any, Rows, str, Depth | None, Diagnostics], tuple[bytes, tuple[int, ...]]]
     sizes: Callable[[tuple[int, ...]], str]
 
 
@@ -158,7 +162,8 @@ def _read(path: Path, kind: _Kind, columns: Columns) -> Table:
     _check_filled(examples, path)
     _remark_all(examples, diagnostics)
     data = {split: Dataset(pa.table(part.columns)) for split, part in splits.items()}
-    return Table(data["train"], data.get("test"), diagnostics.notes)
+    counts = diagnostics.counts_of(sum(map(len, examples.values())))
+    return Table(data["train"], data.get("test"), diagnostics.notes, counts)
 
 
 def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics) -> dict[str, _Split]:
@@ -166,6 +171,7 @@ def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics)
     splits: dict[str, _Split] = {}
     with collecting_errors(path, diagnostics):
         for name, rows in open_shard(path, kind.read_classes, diagnostics).items():
+            diagnostics.rows_read += rows.table.num_rows
             splits[name] = _split(rows, kind, columns, diagnostics)
     return splits
 
@@ -186,21 +192,28 @@ def _split(rows: Rows, kind: _Kind, columns: Columns, diagnostics: Diagnostics) 
             f"{rows.name}: column {label_name!r} as both {kind.role} and label, expected two columns"
         )
     content = kind.column(rows, content_name)
-    examples = list(_checked(rows, content, label_name, kind, diagnostics))
+    examples = list(_checked(rows, content, label_name, kind, columns.depth, diagnostics))
     labels = pa.chunked_array([pa.array([example.label for example in examples], pa.string())])
     others = other_columns(rows, (content_name, label_name), kind.role, diagnostics)
+    if columns.depth is not None and kind.role == "image" and not diagnostics.problems:
+        content = _at_depth(content, columns.depth)
     return _Split({kind.role: content, "label": labels, **others}, examples)
 
 
 def _checked(
-    rows: Rows, content: pa.ChunkedArray, label_name: str, kind: _Kind, diagnostics: Diagnostics
+    rows: Rows,
+    content: pa.ChunkedArray,
+    label_name: str,
+    kind: _Kind,
+    depth: Depth | None,
+    diagnostics: Diagnostics,
 ) -> Iterator[_Example]:
     names = rows.class_names.get(label_name)
     labels = label_values(rows, label_name)
     for row, (cell, label) in enumerate(zip(_values(content), labels, strict=True)):
         where = rows.where(row)
         try:
-            digest, size = kind.check(cell, rows, where, diagnostics)
+            digest, size = kind.check(cell, rows, where, depth, diagnostics)
             yield _Example(digest, class_name(label, where, names), size)
         except DataError as problem:
             diagnostics.error(problem if str(problem).startswith(where) else DataError(f"{where}: {problem}"))
@@ -215,18 +228,26 @@ def _values(column: pa.ChunkedArray) -> Iterator[Any]:
             yield from (part.cast(pa.large_binary()) if is_text else part).to_pylist()
 
 
+def _at_depth(content: pa.ChunkedArray, depth: Depth) -> pa.ChunkedArray:
+    """Pictures, which have been checked, as the job wants them seen; they are in memory then."""
+    seen = (seen_picture(image_bytes(cell), "image", depth, Diagnostics()) for cell in _values(content))
+    cells = [{"bytes": data, "path": None} for data in seen]
+    return pa.chunked_array([pa.array(cells, content.type)])
+
+
 def _check_text(
-    cell: bytes | None, rows: Rows, where: str, diagnostics: Diagnostics
+    cell: bytes | None, rows: Rows, where: str, depth: Depth | None, diagnostics: Diagnostics
 ) -> tuple[bytes, tuple[int, ...]]:
     text = checked_text(cell, where)
     return hashlib.sha256(text.encode()).digest(), (len(text),)
 
 
 def _check_image(
-    cell: Mapping[str, Any], rows: Rows, where: str, diagnostics: Diagnostics
+    cell: Mapping[str, Any], rows: Rows, where: str, depth: Depth | None, diagnostics: Diagnostics
 ) -> tuple[bytes, tuple[int, ...]]:
     data, name = _safe_bytes(cell, rows, where)
-    decoded = decode(data, name)
+    decoded = decode(data, name, depth=depth)
+    remark(decoded, name, diagnostics)
     if decoded.more_frames:
         diagnostics.warning("of several frames or pages only the first is used", name)
     width, height = decoded.image.size
@@ -295,6 +316,7 @@ def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, diagnostics: 
         problems=tuple(diagnostics.problems[:LISTED_PROBLEMS]),
         duplicates=sum(map(_repeats, examples.values())),
         notes=diagnostics.notes,
+        counts=() if diagnostics.problems else diagnostics.counts_of(len(sizes)),
     )
 
 

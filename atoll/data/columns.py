@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from atoll.data.diagnostics import Diagnostics
+from atoll.data.images import Depth
 from atoll.data.tables import Rows
 from atoll.errors import DataError
 
@@ -26,6 +27,8 @@ class Columns:
     text: str | None = None
     image: str | None = None
     label: str | None = None
+    depth: Depth | None = None
+    """How grey pictures of more than 8 bits are seen."""
 
 
 DEFAULT_COLUMNS = Columns()

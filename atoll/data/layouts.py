@@ -15,7 +15,8 @@ from atoll.data.texts import read_text_file
 from atoll.errors import DataError
 
 _SPLIT_FILE = re.compile(r"(train|test|validation|val)(-\d+-of-\d+)?")
-_SPLITS = {"train", "test", "validation", "val"}
+USED_SPLITS = ("train", "test")
+SPLITS = (*USED_SPLITS, "validation", "val")
 _EXPECTED = f"a folder per class, or one file of {', '.join(tables.SUFFIXES)}"
 
 
@@ -45,16 +46,25 @@ def open_shard(path: Path, read_classes: ClassReader, diagnostics: Diagnostics) 
     if not path.exists():
         raise NoDataError(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
     if not path.is_dir():
-        return {"train": tables.read_file(checked_file(path, path.resolve().parent), diagnostics)}
-    return _used(_open_folder(path, read_classes, diagnostics), path, diagnostics)
+        found = {"train": tables.read_file(checked_file(path, path.resolve().parent), diagnostics)}
+    else:
+        found = _open_folder(path, read_classes, diagnostics)
+    return used_splits(found, path, diagnostics)
 
 
-def _used(splits: dict[str, Rows], path: Path, diagnostics: Diagnostics) -> dict[str, Rows]:
+def used_splits(splits: dict[str, Rows], path: Path, diagnostics: Diagnostics) -> dict[str, Rows]:
+    """Those of the splits that are used, train and test; the rows of others are counted as left out.
+
+    Raises:
+        DataError: there is no train.
+    """
     if "train" not in splits:
         raise DataError(f"{shown(path)}: splits {sorted(splits)}, expected train, and test if there is one")
-    for name in sorted(splits.keys() - {"train", "test"}):
+    for name in sorted(splits.keys() - set(USED_SPLITS)):
         diagnostics.warning(f"split {shown(name)} is not used", shown(path))
-    return {name: splits[name] for name in ("train", "test") if name in splits}
+        diagnostics.rows_read += splits[name].table.num_rows
+        diagnostics.leave_out("of other splits than train and test", splits[name].table.num_rows)
+    return {name: splits[name] for name in USED_SPLITS if name in splits}
 
 
 def _open_folder(path: Path, read_classes: ClassReader, diagnostics: Diagnostics) -> dict[str, Rows]:
@@ -75,7 +85,7 @@ def _open_folder(path: Path, read_classes: ClassReader, diagnostics: Diagnostics
 
 def _is_split(folders: Sequence[Path]) -> bool:
     names = {folder.name for folder in folders}
-    return "train" in names and names <= _SPLITS
+    return "train" in names and names <= set(SPLITS)
 
 
 def _open_split(root: Path, split: Path, read_classes: ClassReader, diagnostics: Diagnostics) -> Rows:

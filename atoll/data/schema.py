@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import pyarrow as pa
 from atoll.data.classification import LISTED_PROBLEMS, Findings, Table
 from atoll.data.columns import file_column, other_columns, role_column, values_of
 from atoll.data.dataset import Dataset
-from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.diagnostics import Counts, Diagnostics, shown
 from atoll.data.folders import checked_file
-from atoll.data.layouts import collecting_errors, open_shard
+from atoll.data.images import Depth
+from atoll.data.layouts import collecting_errors, open_shard, used_splits
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.data.writers import write_records
 from atoll.errors import ConfigError, DataError
@@ -32,13 +34,18 @@ from atoll.job.job import DataSection
 MAX_FILE_BYTES = 200_000_000
 
 
+Picture = Callable[[bytes, str, "Depth | None", Diagnostics], bytes]
+"""Makes of a file's bytes those of a picture as the job wants it seen, given the place's name."""
+
+
 @dataclass(frozen=True)
 class SchemaField:
     """One part of an example.
 
     `read` makes a cell's canonical value of what stands there and the place's name, or raises DataError.
     For a part that is a `file` it is given the file's bytes, and what it returns is not kept.
-    A role that isn't `required` may be missing as a column.
+    A role that isn't `required` may be missing as a column. A `picture` reads a file too, and returns the
+    bytes to be kept where the job says how deep grey pictures are seen.
     """
 
     name: str
@@ -47,6 +54,7 @@ class SchemaField:
     usual: tuple[str, ...] = ()
     required: bool = True
     file: bool = False
+    picture: Picture | None = None
 
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -97,7 +105,8 @@ class Schema:
                 raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
         keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
         _remark(keys, diagnostics)
-        return _table(splits, diagnostics.notes)
+        counts = diagnostics.counts_of(sum(map(len, keys.values())))
+        return _table(splits, diagnostics.notes, counts)
 
     def findings_of(self, path: Path, splits: Mapping[str, pa.Table], diagnostics: Diagnostics) -> Findings:
         """What `atoll check` tells of gathered splits."""
@@ -108,17 +117,18 @@ class Schema:
         return Findings(
             train=self._counts(splits.get("train")),
             test=self._counts(splits.get("test")),
-            sizes=f"{sum(map(len, keys.values()))} examples",
+            sizes=_sizes(splits),
             bad=len(diagnostics.problems),
             problems=tuple(diagnostics.problems[:LISTED_PROBLEMS]),
             duplicates=sum(len(found) - len(set(found)) for found in keys.values()),
             notes=diagnostics.notes,
             class_counts=self.count_by or "",
+            counts=() if diagnostics.problems else diagnostics.counts_of(sum(map(len, keys.values()))),
         )
 
-    def adopted(self, splits: Mapping[str, pa.Table]) -> Table:
+    def adopted(self, splits: Mapping[str, pa.Table], counts: Sequence[Counts] = ()) -> Table:
         """Splits that are canonical already, such as a built-in source's."""
-        return _table(splits, ())
+        return _table(splits, (), tuple(counts))
 
     def keys(self, dataset: Dataset) -> list[bytes]:
         """A 32-byte hash of each example's parts, files by their bytes, in the order of the roles."""
@@ -152,10 +162,15 @@ class Schema:
         self.check(data)
         found: dict[str, pa.Table] = {}
         with collecting_errors(path, diagnostics):
-            opened = self.open_layout(path, diagnostics) or open_shard(path, self._no_classes, diagnostics)
+            own = self.open_layout(path, diagnostics)
+            opened = used_splits(own, path, diagnostics) if own else self._opened(path, diagnostics)
             for split, rows in opened.items():
+                diagnostics.rows_read += rows.table.num_rows
                 found[split] = self.canonical(rows, data, diagnostics)
         return found
+
+    def _opened(self, path: Path, diagnostics: Diagnostics) -> dict[str, Rows]:
+        return open_shard(path, self._no_classes, diagnostics)
 
     def has(self, path: Path, *names: str) -> bool:
         """Whether rows with these columns lie at a path; what can't be opened has none."""
@@ -173,12 +188,13 @@ class Schema:
         named = {role.name: self._column(rows, role, data) for role in self.roles}
         present = [role for role in self.roles if named[role.name] is not None]
         columns: dict[str, list[Any]] = {role.name: [] for role in present}
+        read = partial(_read_cell, rows=rows, depth=Depth.of(data), diagnostics=diagnostics)
         raw = [_raw_cells(rows, role, str(named[role.name])) for role in present]
         kept = []
         for place, cells in enumerate(zip(*raw, strict=True)):
             where = rows.where(place)
             try:
-                values = [_read_cell(role, c, rows, where) for role, c in zip(present, cells, strict=True)]
+                values = [read(role, cell, where) for role, cell in zip(present, cells, strict=True)]
                 self.check_row({r.name: v for r, v in zip(present, values, strict=True)}, where)
             except DataError as problem:
                 told = str(problem)
@@ -242,15 +258,20 @@ def _cells(column: pa.ChunkedArray) -> Iterator[Any]:
             yield from chunk.slice(start, 256).to_pylist()
 
 
-def _read_cell(role: SchemaField, cell: Any, rows: Rows, where: str) -> Any:
+def _read_cell(
+    role: SchemaField, cell: Any, where: str, *, rows: Rows, depth: Depth | None, diagnostics: Diagnostics
+) -> Any:
     if not role.file:
         return role.read(cell, where)
     if cell["bytes"] is None and cell["path"]:
         path = checked_file(Path(cell["path"]), rows.folder)
-        role.read(file_bytes(cell, role.name), f"{where}: {shown(path)}")
-    else:
-        role.read(file_bytes(cell, role.name), where)
-    return cell
+        where = where if rows.is_canonical else f"{where}: {shown(path)}"
+    data = file_bytes(cell, role.name)
+    if role.picture is None:
+        role.read(data, where)
+        return cell
+    seen = role.picture(data, where, depth, diagnostics)
+    return cell if depth is None else {"bytes": seen, "path": None}
 
 
 def _remark(keys: Mapping[str, Sequence[bytes]], diagnostics: Diagnostics) -> None:
@@ -262,9 +283,14 @@ def _remark(keys: Mapping[str, Sequence[bytes]], diagnostics: Diagnostics) -> No
         diagnostics.warning(f"test: {leaked} examples are training examples too, so scores will flatter")
 
 
-def _table(splits: Mapping[str, pa.Table], notes: tuple[str, ...]) -> Table:
+def _sizes(splits: Mapping[str, pa.Table]) -> str:
+    train, test = (splits[name].num_rows if name in splits else 0 for name in ("train", "test"))
+    return f"{train} examples to train on, {test} to test on" if test else f"{train} examples"
+
+
+def _table(splits: Mapping[str, pa.Table], notes: tuple[str, ...], counts: tuple[Counts, ...]) -> Table:
     test = splits.get("test")
-    return Table(Dataset(splits["train"]), None if test is None else Dataset(test), notes)
+    return Table(Dataset(splits["train"]), None if test is None else Dataset(test), notes, counts)
 
 
 def whole(splits: Mapping[str, pa.Table]) -> pa.Table:

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, FiniteFloat, Tag, ValidationError, field_validator, model_validator
 
 from atoll.errors import ConfigError, did_you_mean
 from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
@@ -126,10 +126,12 @@ class DataSection(Section):
     label: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     time_format: str | None = None
+    bits: Annotated[int, Field(ge=8, le=16)] | None = None
+    window: tuple[FiniteFloat, FiniteFloat] | None = None
     classes: tuple[str, ...] | None = None
     test: str | None = None
     test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
-    validation_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.1
+    validation_fraction: Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False)] = 0.1
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     fold: Annotated[int, Field(ge=0)] = 0
     shots: Count | None = None
@@ -146,6 +148,13 @@ class DataSection(Section):
         """Whether clients keep examples back to measure on."""
         return self.validation_fraction > 0 or self.folds is not None
 
+    @field_validator("validation_fraction")
+    @classmethod
+    def _from_one_on_it_counts(cls, given: float) -> float:
+        if given >= 1 and not given.is_integer():
+            raise ValueError(f"expected a fraction below 1, or how many examples, found {given:g}")
+        return given
+
     @field_validator("time_format")
     @classmethod
     def _time_format_can_be_read(cls, given: str | None) -> str | None:
@@ -157,6 +166,14 @@ class DataSection(Section):
         if given is not None and "%" not in given:
             raise ValueError(f"expected a format of strptime, such as '%d.%m.%Y %H:%M', found {given!r}")
         return given
+
+    @model_validator(mode="after")
+    def _a_window_has_two_ends(self) -> DataSection:
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError(f"window: expected [low, high] with low below high, found {list(self.window)}")
+        if self.window is not None and self.bits is not None:
+            raise ValueError("bits and window exclude each other: keep one")
+        return self
 
     @model_validator(mode="after")
     def _fold_is_one_of_the_folds(self) -> DataSection:

@@ -131,6 +131,11 @@ def check_promises(job: Job) -> None:
         )
     if "example" in job.privacy.units and job.data.partition.kind == "resampled":
         raise ValueError(f"data.partition: 'resampled' {SHARED_EXAMPLES}")
+    if "example" in job.privacy.units and job.data.validation_fraction >= 1:
+        raise ValueError(
+            "data.validation_fraction: a count, in which examples depend on one another; expected a fraction"
+            f" below 1 under example-level privacy, found {job.data.validation_fraction:g}"
+        )
     if uses_secure_aggregation(job):
         _check_secure_sums(job)
     elif job.federation.secure_threshold is not None and not job.privacy.units:

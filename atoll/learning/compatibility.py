@@ -18,6 +18,8 @@ def check_fits(job: Job, task: Task) -> None:
 
     if job.data.time_format is not None and not task.reads_times:
         raise ConfigError(f"data.time_format: {task.name} reads no times, expected none")
+    if not task.reads_pictures and (key := next((k for k in ("bits", "window") if getattr(job.data, k)), "")):
+        raise ConfigError(f"data.{key}: {task.name} reads no pictures, expected none")
     task.check(job)
     check_told(job, task)
     check_imbalance(job, task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -248,7 +249,9 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int])
         )
     rank = tune.rank or 8
     config = LoraConfig(r=rank, lora_alpha=tune.alpha or 2 * rank, target_modules=wanted, lora_dropout=0.0)  # type: ignore[arg-type]
-    with global_stream(seed, "init", "lora"):
+    with global_stream(seed, "init", "lora"), warnings.catch_warnings():
+        # It tells of each Conv1D that it takes the weight the other way round, as it has to.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
         inject_adapter_in_model(config, model.backbone)
     for module in model.backbone.modules():
         if isinstance(module, LoraConv2d):
@@ -278,4 +281,13 @@ def _takes_lora(module: nn.Module) -> bool:
     if isinstance(module, NonDynamicallyQuantizableLinear):
         # torch's attention takes this layer's weight and never calls it: factors would do nothing.
         return False
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    return (
+        isinstance(module, nn.Linear)
+        or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        or _is_gpt2s(module)
+    )
+
+
+def _is_gpt2s(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a linear layer whose weight lies the other way round."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

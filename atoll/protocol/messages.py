@@ -30,12 +30,17 @@ LOCAL_STEPS = "local_steps"
 
 @dataclass(frozen=True)
 class Hello:
-    """A client introduces itself, or says why it will not take part."""
+    """A client introduces itself, or says why it will not take part.
+
+    `counts` tell, where the greeting isn't silent, how much of its data is used and why the rest is left out,
+    as `Counts` of `atoll.data.diagnostics` writes them.
+    """
 
     client: str
     data_info: DataInfo
     num_examples: int
     refusal: str = ""
+    counts: list[Any] = field(default_factory=list)
     version: int = VERSION
 
 

@@ -45,9 +45,15 @@ def by_fraction(marks: Marks, fraction: float, *, helped: bool) -> NDArray[np.bo
     """Whether each example's number is below the fraction, [n].
 
     A client that is `helped` has at least one mark on each side, the lowest and the highest; where all
-    examples have one mark they are trained on.
+    examples have one mark they are trained on. From 1 on `fraction` is a count: so many examples have the
+    lowest numbers, and whoever has one of these numbers too. Only a client that is `helped` may count.
     """
-    kept: NDArray[np.bool_] = marks < np.uint64(int(fraction * 2.0**64))
+    kept: NDArray[np.bool_]
+    if fraction >= 1 and len(marks):
+        assert helped, "a count depends on all examples"
+        kept = marks <= np.sort(marks)[min(int(fraction), len(marks)) - 1]
+    else:
+        kept = marks < np.uint64(int(fraction * 2.0**64))
     if not (helped and fraction and len(marks)):
         return kept
     lowest, highest = marks.min(), marks.max()
@@ -71,6 +77,9 @@ def fold_of(examples: int, data: DataSection) -> slice:
 def expected_training_examples(sizes: NDArray[np.int64], data: DataSection) -> NDArray[np.float64]:
     """How many examples clients of these sizes train on: exactly in folds, else as many as are expected."""
     whole = sizes.astype(np.float64)
+    if data.folds is None and data.validation_fraction >= 1:
+        least: NDArray[np.float64] = np.maximum(whole - data.validation_fraction, np.minimum(whole, 1))
+        return least
     if data.folds is None:
         return whole * (1 - data.validation_fraction)
     folds = (fold_of(size, data) for size in sizes.tolist())

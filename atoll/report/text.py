@@ -309,6 +309,12 @@ def _short(value: Any) -> str:
     return "unknown" if finite(value) is None else f"{value:.3g}"
 
 
+NOT_MEASURED = (
+    "Nothing was measured: the server has no test set (data.test_fraction, data.test), and clients tell no"
+    " measurement of their own (data.validation_fraction)."
+)
+
+
 def comparison_sentence(compared: Comparison) -> str:
     """The comparison table in one sentence."""
     metric = compared.headline
@@ -316,7 +322,7 @@ def comparison_sentence(compared: Comparison) -> str:
     if metric is None or federated is None:
         if metric is not None and metric in compared.rows.get("federated", {}):
             return f"The federated model's {metric_words(metric)} is undefined on these examples."
-        return "The federated model was not measured."
+        return NOT_MEASURED if not compared.rows else "The federated model was not measured."
     said = {row: metric_value(metric, compared.value(row, metric)) for row in compared.rows}
     word, share = metric_words(metric), compared.gap_closed
     if share is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from atoll.data.classification import (
 )
 from atoll.data.columns import Columns
 from atoll.data.dataset import Dataset
-from atoll.data.images import IMAGE_SUFFIXES, image_bytes, read_image_input
+from atoll.data.images import IMAGE_SUFFIXES, Depth, image_bytes, read_image_input
 from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
@@ -51,6 +51,11 @@ class Classification(Labelled):
     load_encoder: Callable[[Backbone, BackboneSection, int], Encoder]
     augmentations: tuple[str, ...]
     has_channels: bool
+    reads_pictures: bool = False
+    depth: Depth | None = None
+
+    def configured(self, job: Job, backbone: Backbone) -> Classification:
+        return replace(self, depth=Depth.of(job.data))
 
     def check(self, job: Job) -> None:
         check_augment(job, self.augmentations)
@@ -93,14 +98,14 @@ class Classification(Labelled):
         Raises:
             DataError: it can't be read, or isn't of this task.
         """
-        return read_image_input(given) if self.column == "image" else read_text_input(given)
+        return read_image_input(given, self.depth) if self.column == "image" else read_text_input(given)
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         return self.load_encoder(backbone, section, seed)
 
 
 def _columns(data: DataSection) -> Columns:
-    return Columns(text=data.text, image=data.image, label=data.label)
+    return Columns(text=data.text, image=data.image, label=data.label, depth=Depth.of(data))
 
 
 def _same(value: Any) -> Any:
@@ -129,4 +134,5 @@ IMAGE_CLASSIFICATION = Classification(
     load_encoder=load_vision_encoder,
     augmentations=IMAGE_AUGMENTATIONS,
     has_channels=True,
+    reads_pictures=True,
 )

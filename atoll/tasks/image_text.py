@@ -7,7 +7,7 @@ model of both (CLIP and kin), it gives both and there is no option.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from atoll.backbones.resolve import Backbone
 from atoll.backbones.text import TextEncoder, load_text_encoder, load_tokenizer
 from atoll.backbones.vision import VisionEncoder, load_vision_encoder
 from atoll.data.dataset import Dataset
-from atoll.data.images import decode_image, image_bytes, read_image_input
+from atoll.data.images import Depth, decode_image, image_bytes, read_image_input, seen_picture
 from atoll.data.labels import class_name
 from atoll.data.lazy import LazyRows
 from atoll.data.parsers import text_cell
@@ -52,7 +52,12 @@ def _image(data: bytes, where: str) -> None:
 RECORDS = Schema(
     (
         SchemaField(
-            "image", _image, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True
+            "image",
+            _image,
+            FILE,
+            ("img", "file", "file_name", "path", "picture", "photo"),
+            file=True,
+            picture=seen_picture,
         ),
         SchemaField(
             "text", text_cell, pa.string(), ("sentence", "content", "caption", "review", "description")
@@ -128,6 +133,11 @@ class ImageText(SchemaTask, Labelled):
 
     name: str = "image-text"
     summary: str = "one label for an image with its text; two encoders, or CLIP; accuracy, macro F1"
+    reads_pictures: bool = True
+    depth: Depth | None = None
+
+    def configured(self, job: Job, backbone: Backbone) -> ImageText:
+        return replace(self, depth=Depth.of(job.data))
 
     def check(self, job: Job) -> None:
         refuse_options(job.task.options, "task.options", self.name)
@@ -167,7 +177,7 @@ class ImageText(SchemaTask, Labelled):
             raise DataError(
                 f"input {given!r}: expected an image and its text, such as photo.jpg::'what it is'"
             )
-        return read_image_input(path), text
+        return read_image_input(path, self.depth), text
 
 
 IMAGE_TEXT = ImageText()

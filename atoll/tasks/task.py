@@ -57,6 +57,9 @@ class Task(Protocol):
     reads_times: bool = False
     """Whether a column of its data holds times, which `data.time_format` may describe."""
 
+    reads_pictures: bool = False
+    """Whether its inputs are pictures, of which `data.bits` and `data.window` may say how they are seen."""
+
     primary_metric: str = "accuracy"
     """The metric that a run is judged by."""
 

@@ -106,7 +106,7 @@ def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Valida
     """Validated updates of the cohort, of the first attempt that reaches the quorum; and the simulated time.
 
     Raises:
-        InconsistentUpdates: fewer than the quorum came back, several times over.
+        InconsistentUpdates: fewer than the quorum came back, several times over, or too many diverged.
     """
     kind, federation, state = run.setup.kind_of_round(round), run.setup.job.federation, run.state
     goal = min(federation.cohort or len(cohort), len(cohort))
@@ -126,6 +126,8 @@ def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Valida
         usable = gathered.num_valid if enough else len(turnout.names)
         told = unless_secret(run.setup.job, _counts(usable, goal, needed), TOO_FEW)
         logger.warning("round %d abandoned: %s (attempt %d of %d)", round, told, attempt, MAX_ATTEMPTS)
+        if enough and len(turnout.names) - gathered.num_diverged < needed:
+            break  # whoever is asked again diverges again
     raise InconsistentUpdates(_below_quorum(run, gathered, turnout, goal, needed))
 
 
@@ -177,6 +179,8 @@ def _below_quorum(
         reasons = [f"{turnout.unavailable} clients not available, {turnout.late} late"]
         usable = len(turnout.names)
     told = f"{_counts(usable, goal, needed)} ({'; '.join(reasons)})"
+    if gathered.num_diverged:
+        told += "; training diverged: a smaller train.lr may help"
     return f"round {run.state.round + 1}: {unless_secret(run.setup.job, told, TOO_FEW)}" + (
         "; go on after the last whole round with --resume" if run.state.round else ""
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -93,6 +93,8 @@ class RunSetup:
     checkpoints: CheckpointManager
     strategy_name: str
     """The job's name for it, or the class of an object that was handed in instead."""
+    used_data: Mapping[str, Any] | None = None
+    """How much of the data is used, in all and by client, and why the rest is left out; None: not told."""
     remarks: Sequence[str] = ()
     """What looks odd in what clients told of their data."""
 

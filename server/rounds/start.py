@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from atoll.data.diagnostics import Counts
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
@@ -31,10 +34,11 @@ def start_or_resume(
     clock: AvailabilityModel = always_available,
     protection: CentralDp | NoProtection | None = None,
     strategy: Strategy | None = None,
+    counts: Sequence[Counts] = (),
 ) -> Run:
     """Greet the clients, agree on the facts, and start at round 0 or at the last checkpoint.
 
-    A `strategy` is used instead of the one that the job names.
+    A `strategy` is used instead of the one that the job names. `counts` are of a source that was dealt.
 
     Raises:
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
@@ -62,6 +66,7 @@ def start_or_resume(
         model_transforms=model_transforms(job),
         checkpoints=CheckpointManager(directory.checkpoints, waits=loses_no_round(job)),
         strategy_name=strategy_name,
+        used_data=roster.used_data(job, counts),
         remarks=roster.remarks,
     )  # fmt: skip
     stopping = tuning_schedule.stopping_of(job, 0, learner)

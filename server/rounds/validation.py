@@ -48,6 +48,15 @@ class ValidatedUpdates:
         """How many clients' work there is."""
         return len(self.updates) if self.num_clients is None else self.num_clients
 
+    @property
+    def num_diverged(self) -> int:
+        """How many clients sent values that aren't finite: they would again, from the same model and seed."""
+        return sum(why.endswith(DIVERGED) for why in self.set_aside.values())
+
+
+DIVERGED = ("is not finite", "are not finite", "is not one finite number")
+"""How reasons end that say so."""
+
 
 @dataclass(frozen=True)
 class Validation:

@@ -51,6 +51,7 @@ def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str
         "seconds": seconds,
         "simulated_seconds": elapsed(state.log) or None,
         "population": len(setup.population),
+        "data": setup.used_data,
         "clients_trained": sum(line["trained"] for line in state.log),
         **traffic(run),
         "peak_rss_mb": peak_rss_mb(),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from atoll.backbones.resolve import resolve
+from atoll.data.diagnostics import Counts
 from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
 from atoll.server.events import BaselinesBegun, EventCallback, FinalEvaluationBegun, ignore_events
@@ -52,18 +53,19 @@ def run_job(
     ledgers: LedgerLocation | None = None,
     report: bool = True,
     strategy: Strategy | None = None,
+    counts: Sequence[Counts] = (),
 ) -> dict[str, Any]:
     """Run a job and leave a complete run directory; returns what `result.json` holds.
 
     Releases under client-level privacy are charged to `books`, or to the run's own. A `strategy` is used
-    instead of the one that the job names.
+    instead of the one that the job names. `counts` say how much of a source that was dealt is used.
     """
     started = time.monotonic()
     with RunDirectory.open(out, job, resume=resume, force=force) as directory:
         protection = central_dp_of(job, out, ledgers)
         run = start_or_resume(
             job, carrier, directory, test_set, on_event, resume=resume, clock=clock, protection=protection,
-            strategy=strategy,
+            strategy=strategy, counts=counts,
         )  # fmt: skip
         directory.commit()
         run_rounds(run)

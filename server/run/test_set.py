@@ -8,6 +8,7 @@ from pathlib import Path
 
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Counts
 from atoll.data.shard import Shard
 from atoll.datasets.registry import SOURCES, load_source
 from atoll.job.job import Job
@@ -50,6 +51,21 @@ def hold_out(table: Table, job: Job) -> tuple[Dataset, Dataset]:
     while 0 < count < len(keys) and keys[order[count - 1]] == keys[order[count]]:
         count += 1
     return table.train.select(sorted(order[count:])), table.train.select(sorted(order[:count]))
+
+
+def counts_of_source(table: Table, job: Job, train: int, test: int) -> tuple[Counts, ...]:
+    """The counts of a source, of which so many examples are trained on and held out.
+
+    Raises:
+        JobError: these aren't all of its examples.
+    """
+    own, apart = len(table.train), len(table.test or ())
+    if job.data.test is None:
+        whole = Counts("examples", own + apart, train + test)
+        return table.counts or (whole,)
+    whole = Counts("examples", own, train)
+    unused = {"of the source's test part: data.test is measured on": apart}
+    return (*(table.counts or (whole,)), *((Counts("test examples", apart, 0, unused),) if apart else ()))
 
 
 def unit_keys(task: Task, dataset: Dataset) -> list[bytes]:

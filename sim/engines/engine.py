@@ -69,6 +69,7 @@ def simulate(
         "clock": clock_of(population),
         "report": report,
         "strategy": strategy,
+        "counts": population.source_counts,
     }
     if engine == "ray":
         from atoll.sim.engines.ray import simulate_on_ray

@@ -25,6 +25,7 @@ from atoll import plugins
 from atoll.client.app import register
 from atoll.client.site import Site
 from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Counts
 from atoll.job.job import Job
 from atoll.server.app import FlowerTransport
 from atoll.server.rounds.run_state import TestSet
@@ -53,6 +54,10 @@ class Block:
 
     def dataset(self, job: Job, client: str) -> Dataset:
         return self.population.dataset(job, client)
+
+    def counts(self, job: Job, client: str) -> Sequence[Counts]:
+        """Nothing: the run has those of the whole source."""
+        return ()
 
     def fingerprint(self, job: Job, client: str) -> str:
         """Nothing: simulated clients' rows are fixed for the run."""

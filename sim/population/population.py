@@ -10,13 +10,14 @@ from functools import cached_property
 import numpy as np
 
 from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Counts, those_left
 from atoll.data.lazy import LazyRows
 from atoll.data.shard import Shard, canonical_order
 from atoll.job.job import Job
 from atoll.learning.learner import Learner, ranked
 from atoll.protocol.messages import DataInfo
 from atoll.server.roster import ClientRoster
-from atoll.server.run.test_set import hold_out, read_source, unit_keys
+from atoll.server.run.test_set import counts_of_source, hold_out, read_source, unit_keys
 from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows
 from atoll.sim.population.partition import check_keys, partition
 from atoll.tasks import task_named
@@ -33,6 +34,7 @@ class Population:
     keys: list[bytes]
     assignment: Assignment
     notes: tuple[str, ...] = ()
+    source_counts: tuple[Counts, ...] = ()
     _whole: dict[str, Shard] = field(default_factory=dict)
     _facts: dict[str, DataInfo] = field(default_factory=dict)
 
@@ -48,15 +50,16 @@ class Population:
         train, test = hold_out(table, job)
         task = task_named(job.task.name)
         whole, train = len(train), fitting_rows(job, task, train)
-        unfit = whole - len(train)
-        notes: tuple[str, ...] = (f"{unfit} examples don't fit the job and are left out",) if unfit else ()
+        left_out = {"that don't fit the job": whole - len(train)}
         keys, units = task.keys(train), unit_keys(task, train)
         assignment = partition(train, ranked(units, job.seed, "partition"), job, task.groups(train))
         if isinstance(assignment, FixedAssignment) and len(held := assignment.held()) < len(keys):
-            notes += (f"{len(keys) - len(held)} of {len(keys)} training examples are dealt to no client",)
+            left_out["dealt to no client"] = len(keys) - len(held)
             train, keys = train.select(held), [keys[row] for row in held.tolist()]
             assignment = assignment.among(held)
-        return cls(job, train, test, keys, assignment, (*table.notes, *notes))
+        dealt = Counts("training examples", whole, len(train), those_left(left_out))
+        counts = (*counts_of_source(table, job, whole, len(test)), *((dealt,) if dealt.left_out else ()))
+        return cls(job, train, test, keys, assignment, table.notes, counts)
 
     def names(self, job: Job) -> Sequence[str]:
         return client_names(job.federation.clients)
@@ -80,6 +83,10 @@ class Population:
     def fingerprint(self, job: Job, client: str) -> str:
         """Nothing: simulated clients' rows are fixed for the run."""
         return ""
+
+    def counts(self, job: Job, client: str) -> Sequence[Counts]:
+        """Nothing: what is left out is left out before the rest is dealt."""
+        return ()
 
     def whole(self, learner: Learner) -> Shard:
         """All training examples as one shard; row i of `train` is its `place[i]`-th."""

@@ -18,6 +18,7 @@ ATTEMPTS = 11
 """Times that Dirichlet shares are drawn until every client has enough examples."""
 
 Hand = list[int]
+_Places = dict[Any, NDArray[np.int64]]
 """Places among the labels."""
 
 
@@ -29,8 +30,33 @@ def dirichlet_hands(
     Raises:
         ConfigError: in no attempt every client had `least` examples.
     """
-    rng = np.random.default_rng(seed)
     places = _by_class(labels)
+    hands = _dirichlet(places, clients, alpha, least, seed)
+    if hands is None:
+        raise ConfigError(
+            f"data.partition.alpha: with {alpha:g} a client got fewer than min_examples = {least} in each of"
+            f" {ATTEMPTS} draws; {_what_would_do(places, clients, alpha, least, seed)}"
+        )
+    return hands
+
+
+def _what_would_do(places: _Places, clients: int, alpha: float, least: int, seed: int) -> str:
+    """An alpha that can be met, of the doubled ones; or which other key keeps all of them from it."""
+    whole = sum(map(len, places.values()))
+    if whole < clients * least:
+        return (
+            f"{whole} examples are too few for {clients} clients with so many each: federation.clients ="
+            f" {whole // least} would do at best, or data.partition.min_examples = {whole // clients}"
+        )
+    for larger in (alpha * 2**times for times in range(1, 16)):
+        if _dirichlet(places, clients, larger, least, seed) is not None:
+            return f"{larger:g} would do, or fewer federation.clients, or smaller data.partition.min_examples"
+    return "expected fewer federation.clients or smaller data.partition.min_examples"
+
+
+def _dirichlet(places: _Places, clients: int, alpha: float, least: int, seed: int) -> list[Hand] | None:
+    """The first draw in which every client has enough, if there is one."""
+    rng = np.random.default_rng(seed)
     for _ in range(ATTEMPTS):
         hands: list[Hand] = [[] for _ in range(clients)]
         for of_class in places.values():
@@ -40,10 +66,7 @@ def dirichlet_hands(
                 hand.extend(part.tolist())
         if min(map(len, hands)) >= least:
             return _shuffled(hands, rng)
-    raise ConfigError(
-        f"data.partition: {ATTEMPTS} times some client would have got fewer than min_examples = {least};"
-        " expected a larger alpha, fewer clients or a smaller min_examples"
-    )
+    return None
 
 
 def pathological_hands(labels: Sequence[Any], clients: int, classes: int, *, seed: int) -> list[Hand]:

@@ -16,10 +16,11 @@ from xml.etree import ElementTree
 import pyarrow as pa
 
 from atoll.backbones.dense_vision import picture_size
-from atoll.data.diagnostics import Diagnostics, opened, shown
+from atoll.data.diagnostics import Counts, Diagnostics, opened, shown, those_left
 from atoll.data.folders import checked_file, listing
-from atoll.data.images import decode
+from atoll.data.images import decode, seen_picture
 from atoll.data.labels import class_name
+from atoll.data.layouts import SPLITS, USED_SPLITS
 from atoll.data.parsers import list_cell, number_cell
 from atoll.data.schema import FILE, Schema, SchemaField
 from atoll.data.tables import SUFFIXES, Rows
@@ -29,7 +30,6 @@ MAX_ANNOTATION_BYTES = 1_000_000_000
 _TOLERATED = 1.0
 """Pixels that a box may reach out of its image, as rounding makes them do."""
 
-_SPLITS = ("train", "test")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _numbers = list_cell(number_cell)
 
@@ -67,10 +67,14 @@ def _open(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
         return None
     if (found := _reader(path)) is not None:
         return {"train": found(path, diagnostics)}
-    splits = {split: _reader(path / split) for split in _SPLITS if (path / split).is_dir()}
+    splits = {split: _reader(path / split) for split in SPLITS if (path / split).is_dir()}
     if splits.get("train") is None:
         return None
-    return {split: read(path / split, diagnostics) for split, read in splits.items() if read is not None}
+    return {
+        split: read(path / split, diagnostics if split in USED_SPLITS else Diagnostics())
+        for split, read in splits.items()
+        if read is not None
+    }
 
 
 def _reader(base: Path) -> Callable[[Path, Diagnostics], Rows] | None:
@@ -128,9 +132,15 @@ def _coco(file: Path, base: Path, diagnostics: Diagnostics) -> Rows:
             )
         except DataError as problem:
             diagnostics.error(problem)
+    diagnostics.counts.append(_counted(len(annotations), sum(map(len, boxes.values()))))
     found = {image: _image_of(base, Path(name)) for image, name in images.items()}
     rows = [(found[image], boxes[image], classes[image]) for image in images]
     return _rows(base, rows, lambda row: shown(rows[row][0]))
+
+
+def _counted(annotations: int, boxes: int) -> Counts:
+    crowds = {"crowds, without a box of their own": annotations - boxes}
+    return Counts("annotations", annotations, boxes, those_left(crowds))
 
 
 def _image_of(base: Path, name: Path) -> Path:
@@ -190,7 +200,12 @@ def _rows(
 BOXES = Schema(
     (
         SchemaField(
-            "image", decode, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True
+            "image",
+            decode,
+            FILE,
+            ("img", "file", "file_name", "path", "picture", "photo"),
+            file=True,
+            picture=seen_picture,
         ),
         SchemaField(
             "boxes", list_cell(box_cell), pa.list_(pa.list_(pa.float64())), ("bboxes", "bbox", "box")

@@ -21,7 +21,7 @@ from atoll.backbones.options import options_of
 from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
-from atoll.data.images import IMAGE_SUFFIXES, decode_image, image_bytes, read_image_input
+from atoll.data.images import IMAGE_SUFFIXES, Depth, decode_image, image_bytes, read_image_input
 from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
@@ -68,13 +68,16 @@ class Detection(SchemaTask):
     primary_metric: str = "map"
     size: int = SIZE
     inputs_in_words: str = ""
+    reads_pictures: bool = True
+    depth: Depth | None = None
     max_boxes: int | None = None
 
     def configured(self, job: Job, backbone: Backbone) -> Detection:
         options = options_of(job.task.options, DetectionOptions)
         size = size_of(job, backbone)
         words = size_in_words(job, size)
-        return replace(self, size=size, inputs_in_words=words, max_boxes=options.max_boxes)
+        bound = replace(self, size=size, inputs_in_words=words, max_boxes=options.max_boxes)
+        return replace(bound, depth=Depth.of(job.data))
 
     def check(self, job: Job) -> None:
         options_of(job.task.options, DetectionOptions)
@@ -148,7 +151,7 @@ class Detection(SchemaTask):
 
     def parse_input(self, given: str) -> Any:
         """The bytes of an image file."""
-        return read_image_input(given)
+        return read_image_input(given, self.depth)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         return load_detector(backbone, job, data_info["classes"])

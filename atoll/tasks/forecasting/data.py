@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.data.diagnostics import Diagnostics
+from atoll.data.diagnostics import Counts, Diagnostics
 from atoll.data.parsers import list_cell, name_cell, number_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.errors import DataError
@@ -97,27 +97,33 @@ def windows_of(
     options: ForecastOptions,
     test_fraction: float,
     origin: str,
-    diagnostics: Diagnostics | None = None,
+    diagnostics: Diagnostics,
 ) -> dict[str, pa.Table]:
     """Dated rows as windows to train on, and, if a part of the time is held out, to test on.
 
-    Steps that are missing in a series are remarked.
+    Steps that are missing in a series are remarked, and those that are in no window are counted.
 
     Raises:
         DataError: two rows of a series have one date, or no series is long enough for a window.
     """
     series = _apart(table, options, origin)
-    if diagnostics is not None:
-        _remark_gaps(series, diagnostics)
+    _remark_gaps(series, diagnostics)
     dates = sorted({date for one in series for date in one.dates}, key=in_time)
     cut = dates[min(len(dates) - 1, round(len(dates) * (1 - test_fraction)))] if test_fraction else None
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    across = 0
     for one in series:
-        for row in _windows(one, options):
+        used = np.zeros(len(one.dates), dtype=bool)
+        for start, row in _windows(one, options):
             if cut is None or in_time(row["last"]) < in_time(cut):
                 rows["train"].append(row)
             elif in_time(row["first"]) >= in_time(cut):
                 rows["test"].append(row)
+            else:
+                across += 1
+                continue
+            used[start : start + options.history + options.horizon] = True
+        _count_steps(used, options, diagnostics)
     if not rows["train"]:
         need = options.history + options.horizon
         held = f" before {cut}, where the test part begins" if test_fraction else ""
@@ -125,7 +131,18 @@ def windows_of(
             f"{origin}: {len(series)} series with at most {max(len(one.dates) for one in series)} steps,"
             f" expected one with {need} (history and horizon){held}"
         )
+    made = sum(map(len, rows.values()))
+    lost = {"across the start of the test part": across} if across else {}
+    diagnostics.counts.append(Counts("windows", made + across, made, lost))
     return {split: _as_table(found) for split, found in rows.items() if found}
+
+
+def _count_steps(used: NDArray[np.bool_], options: ForecastOptions, diagnostics: Diagnostics) -> None:
+    """Count the steps of one series that are in a window, and those that aren't."""
+    diagnostics.use_rows(int(used.sum()))
+    need = options.history + options.horizon
+    why = f"of series with fewer than {need} steps" if len(used) < need else "in no window"
+    diagnostics.leave_out(why, int((~used).sum()))
 
 
 def _remark_gaps(series: list[_Series], diagnostics: Diagnostics) -> None:
@@ -171,21 +188,23 @@ def _columns(table: pa.Table, names: tuple[str, ...]) -> Values:
     return np.stack([table.column(name).to_numpy() for name in names], axis=1)
 
 
-def _windows(one: _Series, options: ForecastOptions) -> list[dict[str, Any]]:
+def _windows(one: _Series, options: ForecastOptions) -> list[tuple[int, dict[str, Any]]]:
+    """(place of the first step, window) of each window of a series."""
     length, horizon = options.history, options.horizon
-    return [
-        {
-            "series": one.name,
-            "first": one.dates[start + length],
-            "last": one.dates[start + length + horizon - 1],
-            "history": one.values[start : start + length].tolist(),
-            "future": one.values[start + length : start + length + horizon].tolist(),
-            "observed": one.observed[start : start + length].ravel().tolist(),
-            "known": one.known[start : start + length + horizon].ravel().tolist(),
-        }
-        | one.rest
-        for start in range(0, len(one.dates) - length - horizon + 1, options.stride)
-    ]
+    starts = range(0, len(one.dates) - length - horizon + 1, options.stride)
+    return [(start, _window(one, start, length, horizon)) for start in starts]
+
+
+def _window(one: _Series, start: int, length: int, horizon: int) -> dict[str, Any]:
+    return {
+        "series": one.name,
+        "first": one.dates[start + length],
+        "last": one.dates[start + length + horizon - 1],
+        "history": one.values[start : start + length].tolist(),
+        "future": one.values[start + length : start + length + horizon].tolist(),
+        "observed": one.observed[start : start + length].ravel().tolist(),
+        "known": one.known[start : start + length + horizon].ravel().tolist(),
+    } | one.rest
 
 
 def _as_table(rows: list[dict[str, Any]]) -> pa.Table:

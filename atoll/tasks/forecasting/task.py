@@ -31,6 +31,7 @@ from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_windows, windows_of
 from atoll.tasks.forecasting.models import load_forecaster
 from atoll.tasks.forecasting.written import forecast_csv, forecast_plot
+from atoll.tasks.moments import in_time
 from atoll.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -111,7 +112,10 @@ class Forecasting(Task):
             if name not in splits["train"].column_names:
                 known = ", ".join(splits["train"].column_names)
                 raise ConfigError(f"task.options: {job.data.source} has no column {name!r}, found {known}")
-        return WINDOWS.adopted(windows_of(whole(splits), options, job.data.test_fraction, job.data.source))
+        rows = whole(splits)
+        diagnostics = Diagnostics(rows_read=rows.num_rows)
+        made = windows_of(rows, options, job.data.test_fraction, job.data.source, diagnostics)
+        return WINDOWS.adopted(made, diagnostics.counts_of(0))
 
     def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         WINDOWS.write(dataset, folder, DataSection(source=data.source))
@@ -147,7 +151,7 @@ class Forecasting(Task):
         A client that is `helped`, and has all series on one side, measures on the last part of the time.
         """
         names = [_span_and_series(group)[2].encode() for group in shard.groups]
-        kept = by_fraction(validation_marks(names, seed), fraction, helped=False)
+        kept = by_fraction(validation_marks(names, seed), fraction, helped=fraction >= 1)
         if helped and fraction and (kept.all() or not kept.any()):
             return _last_part_of_the_time(shard, fraction)
         return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
@@ -246,9 +250,10 @@ def _span_and_series(group: str) -> tuple[str, str, str]:
 
 def _last_part_of_the_time(shard: Shard, fraction: float) -> tuple[list[int], list[int]]:
     """(windows before a date, windows from then on); what reaches across it is on neither side."""
-    spans = [_span_and_series(group)[:2] for group in shard.groups]
+    spans = [tuple(map(in_time, _span_and_series(group)[:2])) for group in shard.groups]
     firsts = sorted(first for first, _ in spans)
-    count = min(max(1, round(len(spans) * fraction)), len(spans) - 1)
+    wanted = int(fraction) if fraction >= 1 else round(len(spans) * fraction)
+    count = min(max(1, wanted), len(spans) - 1)
     if count < 1:
         return list(range(len(spans))), []
     cut = firsts[-count]

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from atoll.data.diagnostics import Diagnostics, opened, shown
-from atoll.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, decode
+from atoll.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, Depth, decode, remark, seen_picture
 from atoll.data.labels import class_name
 from atoll.data.layouts import image_classes, open_shard
 from atoll.data.parsers import name_cell
@@ -37,11 +37,28 @@ def as_picture(data: bytes, where: str) -> bytes:
     if data[_MARK] != b"DICM":
         decode(data, where)
         return data
-    pixels = _dicom_pixels(data, where)
+    return _dicom_picture(data, where, None)
+
+
+def seen_scan(data: bytes, where: str, depth: Depth | None, diagnostics: Diagnostics) -> bytes:
+    """As `seen_picture`; a job's window comes before that of DICOM, whose bits the file itself says.
+
+    Raises:
+        DataError: it can't be decoded.
+    """
+    if data[_MARK] != b"DICM":
+        return seen_picture(data, where, depth, diagnostics)
+    picture = _dicom_picture(data, where, depth)
+    remark(decode(picture, where), where, diagnostics)
+    return picture
+
+
+def _dicom_picture(data: bytes, where: str, depth: Depth | None) -> bytes:
+    pixels = _dicom_pixels(data, where, depth)
     return grey_png(pixels) if pixels.ndim == 2 else rgb_png(pixels)
 
 
-def _dicom_pixels(data: bytes, where: str) -> np.ndarray:
+def _dicom_pixels(data: bytes, where: str, depth: Depth | None) -> np.ndarray:
     """8-bit grey [height, width] or RGB [height, width, 3]."""
     import pydicom
     from pydicom.errors import InvalidDicomError
@@ -54,7 +71,7 @@ def _dicom_pixels(data: bytes, where: str) -> np.ndarray:
             pixels = np.asarray(header.pixel_array)
             if int(header.get("NumberOfFrames") or 1) > 1:
                 pixels = pixels[0]
-            return _grey(header, pixels) if pixels.ndim == 2 else _colour(header, pixels, where)
+            return _grey(header, pixels, depth) if pixels.ndim == 2 else _colour(header, pixels, where)
     except (
         InvalidDicomError, AttributeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError,
         RuntimeError, OSError,
@@ -63,11 +80,12 @@ def _dicom_pixels(data: bytes, where: str) -> np.ndarray:
         raise DataError(f"{where}: DICOM that cannot be decoded: {why}; expected one with pixels") from None
 
 
-def _grey(header: Any, stored: np.ndarray) -> np.ndarray:
+def _grey(header: Any, stored: np.ndarray, depth: Depth | None) -> np.ndarray:
     slope = float(header.get("RescaleSlope") or 1)
     intercept = float(header.get("RescaleIntercept") or 0)
     values = stored.astype(np.float64) * slope + intercept
-    low, high = _window(header, slope, intercept)
+    asked = None if depth is None else depth.window
+    low, high = asked or _window(header, slope, intercept)
     unit = np.clip((values - low) / (high - low), 0, 1)
     if header.PhotometricInterpretation == "MONOCHROME1":
         unit = 1 - unit
@@ -104,13 +122,13 @@ def _colour(header: Any, pixels: np.ndarray, where: str) -> np.ndarray:
     return pixels
 
 
-def read_scan_input(given: str) -> bytes:
-    """The picture in a file that someone names."""
+def read_scan_input(given: str, depth: Depth | None = None) -> bytes:
+    """The picture in a file that someone names, as the job wants it seen."""
     path = Path(given)
     if path.is_dir():
         raise DataError(f"{shown(given)}: a folder, expected an image file")
     with opened(path) as file:
-        return as_picture(file.read(MAX_IMAGE_BYTES + 1), shown(given))
+        return seen_scan(file.read(MAX_IMAGE_BYTES + 1), shown(given), depth, Diagnostics())
 
 
 def _class_folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
@@ -121,7 +139,12 @@ def _class_folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | No
 SCANS = Schema(
     (
         SchemaField(
-            "image", as_picture, FILE, ("img", "file", "file_name", "filename", "path", "scan"), file=True
+            "image",
+            as_picture,
+            FILE,
+            ("img", "file", "file_name", "filename", "path", "scan"),
+            file=True,
+            picture=seen_scan,
         ),
         SchemaField("label", class_name, pa.string(), ("labels", "class", "finding", "diagnosis", "target")),
         SchemaField(

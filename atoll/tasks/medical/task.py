@@ -68,7 +68,7 @@ class Medical(SchemaTask, Classification):
 
     def parse_input(self, given: str) -> Any:
         """An image file's picture, DICOM too."""
-        return read_scan_input(given)
+        return read_scan_input(given, self.depth)
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection
@@ -120,4 +120,5 @@ MEDICAL_IMAGING = Medical(
     load_encoder=load_vision_encoder,
     augmentations=IMAGE_AUGMENTATIONS,
     has_channels=True,
+    reads_pictures=True,
 )

@@ -7,11 +7,13 @@ trained on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import Field
 
+from atoll.data.diagnostics import Counts, Diagnostics
 from atoll.data.parsers import list_cell, name_cell, optional_text_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.errors import DataError
@@ -68,8 +70,12 @@ HISTORIES = Schema(
 """A row for each user; texts are those of the items, in the same order."""
 
 
-def histories_of(table: pa.Table, length: int, origin: str, *, hold_out: bool) -> dict[str, pa.Table]:
+def histories_of(
+    table: pa.Table, length: int, origin: str, diagnostics: Diagnostics, *, hold_out: bool
+) -> dict[str, pa.Table]:
     """Events as histories of the last `length` items to learn from, and as longer ones to test on.
+
+    How many users and events are left out is counted.
 
     Columns that are constant for a user (a shop) stay; rows of one user at one time keep their order.
 
@@ -86,6 +92,7 @@ def histories_of(table: pa.Table, length: int, origin: str, *, hold_out: bool) -
         raise DataError(
             f"{origin}: at most {longest} rows a user, expected a user with {MIN_INTERACTIONS} or more"
         )
+    _count(users, kept, length + (2 if hold_out else 1), diagnostics)
     rest = [name for name in table.column_names if name not in ("user", "item", "time", "item_text")]
     constant = [name for name in rest if all(len({e[name] for e in events}) == 1 for events in kept.values())]
     has_texts = "item_text" in table.column_names
@@ -93,6 +100,22 @@ def histories_of(table: pa.Table, length: int, origin: str, *, hold_out: bool) -
     if not hold_out:
         seen = {"train": slice(-length - 1, None)}
     return {split: _rows(kept, part, constant, has_texts) for split, part in seen.items()}
+
+
+def _count(
+    users: Mapping[str, Sequence[Any]], kept: Mapping[str, Sequence[Any]], most: int, diagnostics: Diagnostics
+) -> None:
+    """Count the rows, of which a user's last `most` are used, and the users."""
+    few, used = (
+        f"with fewer than {MIN_INTERACTIONS} rows",
+        sum(min(len(rows), most) for rows in kept.values()),
+    )
+    whole = sum(map(len, kept.values()))
+    diagnostics.leave_out(f"of users {few}", sum(map(len, users.values())) - whole)
+    diagnostics.leave_out(f"before the last {most} of their user", whole - used)
+    diagnostics.use_rows(used)
+    lost = {few: len(users) - len(kept)} if len(kept) < len(users) else {}
+    diagnostics.counts.append(Counts("users", len(users), len(kept), lost))
 
 
 def _rows(

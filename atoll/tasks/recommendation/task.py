@@ -106,12 +106,16 @@ class Recommendation(Task):
             raise DataError(
                 f"{shown(source)}: train and test, expected one table: the last items are the test"
             )
-        return histories_of(rows["train"], length, shown(source), hold_out=data.test_fraction > 0)
+        hold_out = data.test_fraction > 0
+        return histories_of(rows["train"], length, shown(source), diagnostics, hold_out=hold_out)
 
     def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         length = options_of(job.task.options, RecommendOptions).length
         hold_out = job.data.test_fraction > 0
-        return HISTORIES.adopted(histories_of(whole(splits), length, job.data.source, hold_out=hold_out))
+        rows = whole(splits)
+        diagnostics = Diagnostics(rows_read=rows.num_rows)
+        made = histories_of(rows, length, job.data.source, diagnostics, hold_out=hold_out)
+        return HISTORIES.adopted(made, diagnostics.counts_of(0))
 
     def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
         HISTORIES.write(dataset, folder, DataSection(source=data.source))

@@ -15,15 +15,14 @@ from PIL import Image, UnidentifiedImageError
 from atoll.backbones.dense_vision import picture_size
 from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.folders import checked_file, listing
-from atoll.data.images import decode
+from atoll.data.images import decode, seen_picture
+from atoll.data.layouts import SPLITS, USED_SPLITS
 from atoll.data.schema import FILE, Schema, SchemaField, file_bytes
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.errors import DataError
 
 IGNORED = 255
 """A pixel that nobody labelled."""
-
-_SPLITS = ("train", "test")
 
 
 def read_mask(data: bytes, where: str) -> NDArray[np.uint8]:
@@ -58,8 +57,13 @@ def _folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     """`images/` and `masks/`, also under train/ and test/."""
     if _has_both(path):
         return {"train": _paired(path, path, diagnostics)}
-    found = {split: path / split for split in _SPLITS if _has_both(path / split)}
-    return {s: _paired(path, base, diagnostics) for s, base in found.items()} if "train" in found else None
+    found = [split for split in SPLITS if _has_both(path / split)]
+    if "train" not in found:
+        return None
+    return {
+        split: _paired(path, path / split, diagnostics if split in USED_SPLITS else Diagnostics())
+        for split in found
+    }
 
 
 def _has_both(base: Path) -> bool:
@@ -100,7 +104,12 @@ def _by_stem(folder: Path, root: Path, diagnostics: Diagnostics) -> dict[str, Pa
 MASKS = Schema(
     (
         SchemaField(
-            "image", decode, FILE, ("img", "file", "file_name", "path", "picture", "photo"), file=True
+            "image",
+            decode,
+            FILE,
+            ("img", "file", "file_name", "path", "picture", "photo"),
+            file=True,
+            picture=seen_picture,
         ),
         SchemaField("mask", read_mask, FILE, ("masks", "segmentation", "annotation", "label"), file=True),
     ),

@@ -31,7 +31,7 @@ from atoll.backbones.small_vision import SEGMENTER, SmallPictureOptions, small_s
 from atoll.backbones.vision import IMAGENET_MEAN, IMAGENET_STD
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
-from atoll.data.images import IMAGE_SUFFIXES, decode_image, read_image_input
+from atoll.data.images import IMAGE_SUFFIXES, Depth, decode_image, read_image_input
 from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Lazy, Shard, canonical_order
@@ -91,10 +91,12 @@ class Segmentation(SchemaTask):
     primary_metric: str = "mean_iou"
     size: int = SIZE
     inputs_in_words: str = ""
+    reads_pictures: bool = True
+    depth: Depth | None = None
 
     def configured(self, job: Job, backbone: Backbone) -> Segmentation:
         size = size_of(job, backbone)
-        return replace(self, size=size, inputs_in_words=size_in_words(job, size))
+        return replace(self, size=size, inputs_in_words=size_in_words(job, size), depth=Depth.of(job.data))
 
     def check(self, job: Job) -> None:
         options = options_of(job.task.options, SegmentationOptions)
@@ -171,7 +173,7 @@ class Segmentation(SchemaTask):
 
     def parse_input(self, given: str) -> Any:
         """The bytes of an image file."""
-        return read_image_input(given)
+        return read_image_input(given, self.depth)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         """The network in eval mode, with a last layer for these classes, and no auxiliary one.

@@ -6,13 +6,16 @@ of what a letter costs, then over transcripts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import torch
+from pydantic import Field
 from torch import nn
 
 from atoll.backbones.augmentation import SOUND_AUGMENTATIONS
@@ -43,14 +46,20 @@ from atoll.tasks.speech.ctc_model import load_recogniser, real_counts
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+logger = logging.getLogger(__name__)
+
 IGNORE_INDEX = -100
 """A target that isn't there: behind a short transcript."""
 
 
 class SpeechOptions(Section):
-    """`task.options` of speech recognition: how long a recording may be."""
+    """`task.options` of speech recognition: how long a recording may be, and what is written.
+
+    `letters` are those of a fresh output layer, in any order; without them they are the English ones.
+    """
 
     max_seconds: Positive = 20.0
+    letters: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
 
 
 def recordings(options: SpeechOptions) -> Schema:
@@ -114,7 +123,7 @@ class SpeechRecognition(SchemaTask):
     @cached_property
     def _letters(self) -> CtcVocabulary:
         assert self.backbone is not None, "the loss is asked of the task that is bound to a job"
-        return letters_of(self.backbone)
+        return letters_of(self.backbone, self.options.letters)
 
     def check(self, job: Job) -> None:
         recordings(options_of(job.task.options, SpeechOptions)).check(job.data)
@@ -128,6 +137,18 @@ class SpeechRecognition(SchemaTask):
     def records(self, options: Options) -> Schema:
         return recordings(options_of(options, SpeechOptions))
 
+    def notes_on(
+        self, source: Path, data: DataSection, options: Options, backbone: Backbone
+    ) -> Sequence[str]:
+        """What of the transcripts that network can't write."""
+        letters = letters_of(backbone, options_of(options, SpeechOptions).letters)
+        table = self.read(source, data, options)
+        found = [
+            text for part in (table.train, table.test) if part is not None for text in part["transcript"]
+        ]
+        lost = letters.unwritten([normalize_transcript(text) for text in found])
+        return (lost,) if lost else ()
+
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
@@ -138,7 +159,10 @@ class SpeechRecognition(SchemaTask):
         keys = self.keys(dataset) if keys is None else keys
         order = canonical_order(keys)
         transcripts = dataset["transcript"][:]
-        targets = code_points([normalize_transcript(transcripts[place]) for place in order], IGNORE_INDEX)
+        written = [normalize_transcript(transcripts[place]) for place in order]
+        if lost := self._letters.unwritten(written):
+            logger.warning("%s (task.options.letters names those of a fresh layer)", lost)
+        targets = code_points(written, IGNORE_INDEX)
         return Shard(audio_inputs(dataset, order), targets, tuple(keys[place] for place in order))
 
     def input_suffixes(self) -> tuple[str, ...]:
@@ -150,7 +174,7 @@ class SpeechRecognition(SchemaTask):
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         options = options_of(job.task.options, SpeechOptions)
-        return load_recogniser(backbone, job, letters_of(backbone), options.max_seconds)
+        return load_recogniser(backbone, job, letters_of(backbone, options.letters), options.max_seconds)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         letters = [self._letters.coded(text) for text in from_code_points(targets)]
