@@ -105,7 +105,7 @@ class LocalWork:
                 return evaluate(self, request)
             case StatisticsRequest():
                 shards = {name: self.data.train(name) for name in self.data.names}
-                return statistics(self.learner, request.round, shards)
+                return statistics(self.learner, request.round, shards, self.private)
             case TrainRequest():
                 job, updates = self.learner.job, trained(self, request)
                 if LOCAL_STEPS in request.plan:

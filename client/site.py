@@ -24,6 +24,7 @@ from atoll.client.redaction import redact
 from atoll.client.shard_cache import LoadedClients, LoadedShard, ShardCache, Shards
 from atoll.client.state.store import ClientStateStore
 from atoll.errors import BudgetExhausted, ConfigError, InputError
+from atoll.job.closed_form import is_the_only_release
 from atoll.job.job import Job
 from atoll.job.privacy import noise_locations, uses_secure_aggregation
 from atoll.learning.learner import Learner
@@ -114,6 +115,8 @@ class Site:
         promised to be seen, no measurement where what is measured is promised to stay hidden, and nothing of
         its data that the job must have; and it takes no noise that the server can draw again.
         """
+        if is_the_only_release(job) and kind not in (Hello, StatisticsRequest, EvaluateRequest):
+            return "its examples' one release under this job are the sums for its head"
         if not self._is_real:
             return ""
         asked = _refused_request(job, kind) if self.discreet else ""

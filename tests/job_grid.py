@@ -86,6 +86,8 @@ LEFT_OUT: dict[str, str] = {
     "backbone.compile": "minutes of compiling, for the same arithmetic",
     "tune.targets": "names of a network's layers",
     "tune.then": "refused with every promise",
+    "tune.ridge": "how the server solves for a head",
+    "tune.feature_norm": "given with tune.head_init, which needs it",
     "train.device": "this machine has a processor",
     "train.threads": "more than one changes no bits, and other tests say so",
     "train.teacher": "a run's directory: what it teaches is public",
@@ -215,6 +217,10 @@ def job_in(row: Mapping[str, Any], data: TaskData) -> Job | None:
         if place == "privacy" and section["unit"] == "both":
             section = section["example" if name == "steps" else "client"]
         section[name] = value
+    if "head_init" in table["tune"]:
+        table["tune"]["feature_norm"] = 5.0
+        for key in ("sampling_rate", "clipping_norm") if table["privacy"]["unit"] == "example" else ():
+            table["privacy"].pop(key)
     try:
         job = Job.parse(table, origin="grid")
         validate_job(job)

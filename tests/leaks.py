@@ -41,11 +41,12 @@ from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import Lattice, seeded
 from atoll.privacy.secagg_encoding import FixedPointCodec
-from atoll.protocol.messages import Failure, Reply, SecureMessage, Update, hello_to_json
+from atoll.protocol.messages import Failure, Measurement, Reply, SecureMessage, Update, hello_to_json
 from atoll.protocol.requests import Request
 from atoll.protocol.tensors import Tensors
 from atoll.server.roster import ClientRoster
 from atoll.server.run.run_job import run_job
+from atoll.strategies.private_closed_form import SENSITIVITY
 from tests.detectors import Detected, check_silence
 from tests.small import believing
 
@@ -192,6 +193,8 @@ def _comparable(reply: Reply, job: Job) -> Any:
             return (reply.client, {n: (str(t.dtype), tuple(t.shape)) for n, t in reply.content.items()})
         case Update() if "client" in job.privacy.units:
             return (reply.client, sorted(reply.delta), sorted(reply.states))
+        case Measurement() if "client" in job.privacy.units:
+            return (reply.client, reply.num_examples, sorted(reply.states))
         case Update():
             return (reply.client, reply.num_examples, dict(reply.delta), dict(reply.states))
         case _:
@@ -257,7 +260,7 @@ def check_leaving(job: Job, one: Leaving, other: Leaving) -> float:
             # The layers of one step, or the tensors of one model, are one release.
             release = (number, place[:2]) if len(place) == 3 else (number, place[:1])
             moved[release] += float(np.square(a - b).sum())
-    parts = [value**0.5 / _allowed(job, place) for (_, place), value in moved.items()]
+    parts = [value**0.5 / _allowed(job, place, number) for (number, place), value in moved.items()]
     if max(parts, default=0.0) > 1 + SLACK:
         raise Detected(f"a sum moves by {max(parts):.4g} of what it may")
     return max(parts, default=0.0)
@@ -267,10 +270,14 @@ def _shapes(leaving: Leaving) -> Mapping[str, Any]:
     return {" ".join(place): [v.shape for v in vectors] for place, vectors in leaving.sums.items()}
 
 
-def _allowed(job: Job, place: Place) -> float:
-    """How far one unit may move what is noised there."""
+def _allowed(job: Job, place: Place, number: int) -> float:
+    """How far one unit may move what is noised there for the so many-th time, from 0."""
     if place == ("fraction",):
         return 1.0
+    if job.tune.head_init is not None and job.privacy.unit == "example":
+        return SENSITIVITY
+    if job.tune.head_init is not None and number == 0:
+        return 2.0 * SENSITIVITY
     clients = 2.0 * guarantee_of(job, "client").clipping_norm if "client" in job.privacy.units else 0.0
     if place == ("server",):
         return clients

@@ -194,16 +194,16 @@ def test_a_real_site_gives_no_statistics_to_a_job_that_forms_no_head() -> None:
     assert reply == Failure("client-0000", "its job forms no head of statistics")
 
 
-PRIVATE = {"unit": "client", "epsilon": 1.0, "delta": 1e-4}
+PROMISE = {"epsilon": 1.0, "delta": 1e-4}
+NORM = {"tune": {"head_init": "ridge", "feature_norm": 1.0}}
 
 
 @pytest.mark.parametrize(
     ("tables", "why"),
     [
-        ({"privacy": PRIVATE}, "tune.head_init: .* expected none with privacy.unit = 'client'"),
         (
-            {"privacy": PRIVATE | {"unit": "example", "sampling_rate": 0.1}},
-            "tune.head_init: .* expected none with privacy.unit = 'example'",
+            {"privacy": {"unit": "both", "example": PROMISE, "client": PROMISE}} | NORM,
+            "privacy.unit: expected 'example' or 'client' with tune.head_init, found 'both'",
         ),
         ({"federation": {"secure_aggregation": True}}, "expected none with federation.secure_aggregation"),
         ({"train": {"teacher": "x"}}, "expected none with train.teacher"),

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 ROWS: list[Row] = json.loads(FILE.read_text())
 REFUSED = {
     "data.folds", "data.fold", "evaluate.patience", "evaluate.adapt", "personal.keep", "personal.pull",
-    "train.teacher_temperature", "train.teacher_weight", "tune.head_init", "tune.ridge",
+    "train.teacher_temperature", "train.teacher_weight",
 }  # fmt: skip
 """Keys that no job under a promise accepts, or none that doesn't name a teacher."""
 

@@ -14,17 +14,15 @@ RIDGE = 1.0
 def check_closed_form(job: Job) -> None:
     """Raises ValueError, in one line that names the key, where no head can be had in closed form."""
     if job.tune.head_init is None:
+        if job.tune.feature_norm is not None:
+            raise ValueError("tune.feature_norm has no meaning without tune.head_init: remove it")
         return
     if job.tune.method != "head" or job.tune.hidden is not None:
         found = "tune.hidden" if job.tune.hidden is not None else f"tune.method = {job.tune.method!r}"
         raise ValueError(
             f"tune.head_init: a closed form is there for a linear head on a frozen backbone, found {found}"
         )
-    if job.privacy.units:
-        raise ValueError(
-            "tune.head_init: the clients' sums of features would travel without noise; expected none with"
-            f" privacy.unit = {job.privacy.unit!r}"
-        )
+    _check_noised(job)
     if job.federation.secure_aggregation:
         raise ValueError(
             "tune.head_init: the server would see each client's sums of features; expected none with"
@@ -34,9 +32,58 @@ def check_closed_form(job: Job) -> None:
         raise ValueError("tune.head_init: a closed form knows no teacher; expected none with train.teacher")
 
 
+def _check_noised(job: Job) -> None:
+    """Where privacy is promised, the sums are one release for each unit, whose noise fits them."""
+    privacy, norm = job.privacy, job.tune.feature_norm
+    if privacy.unit == "none":
+        if norm is not None:
+            raise ValueError(
+                "tune.feature_norm has no meaning with privacy.unit = 'none', where the sums are of features"
+                " as they are: remove it"
+            )
+        return
+    if norm is None:
+        raise ValueError(
+            "tune.feature_norm: missing, expected the norm that an example's features are clipped to with"
+            f" privacy.unit = {privacy.unit!r}, such as 10.0"
+        )
+    for key, found, fits, expected in (
+        ("privacy.unit", privacy.unit, privacy.unit != "both", "'example' or 'client'"),
+        ("privacy.where", privacy.where, privacy.where != "distributed",
+         f"'{'server' if privacy.unit == 'client' else 'client'}'"),
+        ("privacy.clipping", privacy.clipping, privacy.clipping == "fixed", "'fixed'"),
+        ("privacy.mechanism", privacy.mechanism, privacy.mechanism == "independent", "'independent'"),
+        ("privacy.audit", privacy.audit, not privacy.audit, "false"),
+    ):  # fmt: skip
+        if not fits:
+            raise ValueError(f"{key}: expected {expected} with tune.head_init, found {found!r}")
+    if privacy.unit == "example":
+        _check_single_release(job)
+
+
+def _check_single_release(job: Job) -> None:
+    """Each example is in the sums once: no coin chooses it, and no noised steps follow."""
+    if job.federation.rounds != 1:
+        raise ValueError(
+            "federation.rounds: expected 1 with tune.head_init and privacy.unit = 'example', whose one"
+            f" release are the sums; found {job.federation.rounds}"
+        )
+    for key in ("sampling_rate", "steps", "clipping_norm"):
+        if getattr(job.privacy, key) != type(job.privacy).model_fields[key].default:
+            raise ValueError(
+                f"privacy.{key} has no meaning with tune.head_init and privacy.unit = 'example', where every"
+                " example is in the sums once, clipped to tune.feature_norm: remove it"
+            )
+
+
 def is_closed_form_round(job: Job, round: int) -> bool:
     """Whether this round's head is made of statistics, and nothing is trained."""
     return job.tune.head_init is not None and round == 1
+
+
+def is_the_only_release(job: Job) -> bool:
+    """Whether the sums of a closed form are all that examples under a promise give away."""
+    return job.tune.head_init is not None and job.privacy.unit == "example"
 
 
 def statistics_shapes(job: Job, classes: int, width: int) -> dict[str, tuple[int, ...]]:

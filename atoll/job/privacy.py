@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import model_validator
 
+from atoll.job.closed_form import is_the_only_release
 from atoll.job.section import Between, Count, Positive, Rate, Section
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def check_promises(job: Job) -> None:
         _check_noise(promise, prefix)
         _check_place(promise, prefix, unit)
         _check_delta(promise, prefix, unit, job)
-        _check_sampling(promise, prefix, unit)
+        _check_sampling(promise, prefix, unit, job)
         _check_mechanism(promise, prefix, unit, job)
     for key in job.train.autograd_only_keys if "example" in job.privacy.units else ():
         raise ValueError(
@@ -233,10 +234,10 @@ def _check_delta(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> Non
         )
 
 
-def _check_sampling(promise: DpGuarantee, prefix: str, unit: Unit) -> None:
+def _check_sampling(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> None:
     adaptive = ("quantile", "clipping_lr", "count_deviation")
     if unit == "example":
-        if promise.sampling_rate is None:
+        if promise.sampling_rate is None and not is_the_only_release(job):
             raise ValueError(
                 f"{prefix}.sampling_rate: missing, expected the rate of examples in a step, such as 0.05"
             )
@@ -311,9 +312,10 @@ def _check_what_is_measured(job: Job) -> None:
 def local_steps(job: Job) -> int:
     """Noised steps of a client in one round, a public number: as many as `epochs` take in expectation."""
     promise = job.privacy.promise("example")
-    assert promise is not None and promise.sampling_rate is not None
-    if promise.where == "distributed":
+    assert promise is not None
+    if promise.where == "distributed" or is_the_only_release(job):
         return 1
+    assert promise.sampling_rate is not None
     return promise.steps or job.train.epochs * math.ceil(1 / promise.sampling_rate - 1e-9)
 
 

@@ -61,6 +61,8 @@ class TuneSection(Tuned):
     hidden: Count | None = None
     head_init: Literal["prototype", "ridge"] | None = None
     ridge: Positive | None = None
+    feature_norm: Positive | None = None
+    """Under a promise of privacy: the L2 norm that an example's features are clipped to in `head_init`."""
     then: tuple[TuneStage, ...] = ()
 
     @model_validator(mode="after")

@@ -4,19 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
+
+from atoll.client.dp.dp_sgd import DpSgd
 from atoll.data.shard import Shard
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Measurement
+from atoll.privacy.noise import RandomBits, lattice_for
+from atoll.protocol.messages import CHARGED_ROUNDS, Measurement
+from atoll.protocol.tensors import Tensors
 from atoll.strategies.closed_form import STATISTICS
+from atoll.strategies.private_closed_form import SENSITIVITY, bounded_sums
 
 
-def statistics(learner: Learner, round: int, shards: Mapping[str, Shard]) -> Iterator[Measurement]:
+def statistics(
+    learner: Learner, round: int, shards: Mapping[str, Shard], private: DpSgd | None = None
+) -> Iterator[Measurement]:
     """Each client's statistics of its training part as it is, also where training varies it.
 
     A client's own matrix products alone make them, so they are the same bits whoever else is asked.
     """
+    if learner.job.privacy.units:
+        yield from _under_a_promise(learner, round, shards, private)
+        return
     kind, classes = learner.job.tune.head_init, len(learner.data_info["classes"])
     assert kind is not None
     for name, shard in shards.items():
         found = STATISTICS[kind](learner.features(shard), shard.table, classes)
         yield Measurement(name, round, len(shard), found)
+
+
+def _under_a_promise(
+    learner: Learner, round: int, shards: Mapping[str, Shard], private: DpSgd | None
+) -> Iterator[Measurement]:
+    """Sums that one unit changes by `SENSITIVITY` at most; they leave with noise where `private` says so.
+
+    Beside them nothing that a shard changes is said, such as how many examples it has.
+    """
+    for name, shard in shards.items():
+        total = sums_of_bounded(learner, shard)
+        if private is None:
+            yield Measurement(name, round, 1, client_mean(total, len(shard)))
+            continue
+        noised = noised_sums(total, private.noise_multiplier, private.random_bits(name))
+        charged = torch.tensor(private.charged.get(name, 0), dtype=torch.float64)
+        yield Measurement(name, round, 1, noised | {CHARGED_ROUNDS: charged})
+
+
+def sums_of_bounded(learner: Learner, shard: Shard) -> Tensors:
+    """The exact sums over a shard, whose features are clipped to the job's norm."""
+    tune, classes = learner.job.tune, len(learner.data_info["classes"])
+    assert tune.head_init is not None and tune.feature_norm is not None
+    return bounded_sums(tune.head_init, learner.features(shard), shard.table, classes, tune.feature_norm)
+
+
+def client_mean(total: Tensors, examples: int) -> Tensors:
+    """What a client gives that is the unit itself: as much as one example, however many it has."""
+    return {name: tensor / max(examples, 1) for name, tensor in total.items()}
+
+
+def noised_sums(total: Tensors, noise_multiplier: float, words: RandomBits) -> Tensors:
+    """One discrete Gaussian release of all the numbers together, in the order of the blocks' names."""
+    names = sorted(total)
+    numbers = torch.cat([total[name].reshape(-1) for name in names]).numpy()
+    noisy = lattice_for(noise_multiplier, SENSITIVITY, len(numbers), words).added(numbers)
+    parts = torch.split(torch.from_numpy(noisy), [total[name].numel() for name in names])
+    return {name: part.reshape(total[name].shape) for name, part in zip(names, parts, strict=True)}

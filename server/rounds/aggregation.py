@@ -16,7 +16,7 @@ from atoll.learning.trainable import without_pruned
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import StatisticsRequest, TrainRequest
 from atoll.protocol.tensors import Tensors, size_of
-from atoll.server.rounds.closed_form import solve_head, statistics_size, validate_statistics
+from atoll.server.rounds.closed_form import form_head, statistics_size, validate_statistics
 from atoll.server.rounds.cohort import round_up
 from atoll.server.rounds.decompression import Decompression
 from atoll.server.rounds.participation import CohortRequest, Participation, elapsed
@@ -83,8 +83,9 @@ class ClosedFormRound:
         return validate_statistics(run.send(request, names), names, run.setup.job, run.state.tensors)
 
     def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
-        if gathered.statistics:
-            run.state.tensors = solve_head(run.setup.job, gathered.statistics)
+        setup, state = run.setup, run.state
+        formed = form_head(setup.job, gathered, setup.protection, round, state.tensors)
+        state.tensors = state.tensors if formed is None else formed
 
 
 def round_kinds(job: Job) -> tuple[RoundKind, RoundKind]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
@@ -126,15 +126,8 @@ class CentralDp:
         """
         self.check_budget(round)
         norm = float(state.get(NORM, self.dp_plan.promise.clipping_norm))
-        mechanism = CentralGaussian(
-            clipping_norm=norm,
-            noise_multiplier=self.dp_plan.noise_multiplier,
-            expected_cohort=self.dp_plan.divisor,
-            sampling_rate=self.dp_plan.event.sampling_rate,
-            random_bits=self._words("noise", round),
-            record=lambda cost: self._charge(round, cost),
-            count_deviation=self._count_deviation,
-            correlation=self.correlation,
+        mechanism = replace(
+            self._mechanism(round, norm), count_deviation=self._count_deviation, correlation=self.correlation
         )
         mean, fraction = mechanism.release(updates, model)
         kept: State = {}
@@ -144,6 +137,29 @@ class CentralDp:
                 norm, fraction, quantile=promise.quantile, lr=promise.clipping_lr
             )
         return Update("the cohort", round, mean, num_examples=1), kept
+
+    def privatize_statistics(
+        self, round: int, by_client: Mapping[str, Tensors], form: Tensors, norm: float
+    ) -> Tensors:
+        """The sum of the clients' statistics, each clipped to the norm, with noise; alike if none came.
+
+        Raises:
+            BudgetExhausted: the release would overspend; nothing was released.
+        """
+        self.check_budget(round)
+        given = [Update(name, round, by_client[name], num_examples=1) for name in sorted(by_client)]
+        mean, _ = self._mechanism(round, norm).release(given, form)
+        return {name: tensor * self.dp_plan.divisor for name, tensor in mean.items()}
+
+    def _mechanism(self, round: int, norm: float) -> CentralGaussian:
+        return CentralGaussian(
+            clipping_norm=norm,
+            noise_multiplier=self.dp_plan.noise_multiplier,
+            expected_cohort=self.dp_plan.divisor,
+            sampling_rate=self.dp_plan.event.sampling_rate,
+            random_bits=self._words("noise", round),
+            record=lambda cost: self._charge(round, cost),
+        )
 
     @property
     def state(self) -> State:

@@ -39,8 +39,9 @@ def log_line(
         "model_sha256": tensors_sha256(state.tensors),
         **tuning_schedule.log_fields(run),
     }
-    if CHARGED_ROUNDS in states:
-        line["charged_rounds"] = max(int(states[CHARGED_ROUNDS].max()), charged_rounds(run))
+    charged = int(states[CHARGED_ROUNDS].max()) if CHARGED_ROUNDS in states else gathered.charged_rounds
+    if charged:
+        line["charged_rounds"] = max(charged, charged_rounds(run))
     return unless_secret(run.setup.job, line, line | _public_fields(run, line))
 
 

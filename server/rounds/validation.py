@@ -35,13 +35,16 @@ MAX_NORM = 1e6
 class ValidatedUpdates:
     """Good updates in canonical order (by client name), and why the others were set aside.
 
-    One update may stand for several clients, of which there are `num_clients`, and so may `statistics`.
+    One update may stand for several clients, of which there are `num_clients`, and so may `statistics`, which
+    are the sum of those `by_client`. `charged_rounds` are the most that any client's ledger holds of the run.
     """
 
     updates: Sequence[Update]
     set_aside: dict[str, str]
     num_clients: int | None = None
     statistics: Tensors = field(default_factory=dict)
+    by_client: Mapping[str, Tensors] = field(default_factory=dict)
+    charged_rounds: int = 0
 
     @property
     def num_valid(self) -> int:

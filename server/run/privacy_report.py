@@ -16,6 +16,7 @@ from atoll.privacy.dp_plan import DpPlan, dp_plan_of
 from atoll.server.rounds.central_dp import NORM, CentralDp
 from atoll.server.rounds.round_log import charged_rounds
 from atoll.server.rounds.run_state import Run
+from atoll.strategies.private_closed_form import SENSITIVITY
 
 NO_PRIVACY: Mapping[str, Any] = {
     "unit": "none", "epsilon": None, "delta": None, "accountant": None,
@@ -53,6 +54,8 @@ def _of_unit(run: Run, unit: str) -> dict[str, Any]:
         "target_epsilon": dp_plan.promise.epsilon,
         "seeded_noise": job.privacy.seeded_noise,
     }
+    if job.tune.head_init is not None:
+        claim["sums_of_features"] = {"feature_norm": job.tune.feature_norm, "sensitivity": SENSITIVITY}
     if dp_plan.promise.clipping == "adaptive":
         claim["last_clipping_norm"] = run.state.strategy_state.get(NORM)
     if dp_plan.where == "server" and isinstance(protection, CentralDp):
