@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
+from atoll.client.heads import statistics as client_statistics
 from atoll.client.site import Site
 from atoll.errors import ConfigError
 from atoll.job.closed_form import statistics_shapes
@@ -99,6 +101,57 @@ def test_the_head_is_the_pooled_one_to_float64_whoever_holds_what(kind: str) -> 
     dealt = of(total(kind, features, targets, parts))
     for one, other in zip(pooled, dealt, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-10)
+
+
+def dealt(partition: str, targets: torch.Tensor) -> list[list[int]]:
+    """Rows of each of five clients."""
+    draw = np.random.default_rng(7)
+    if partition == "iid":
+        return [rows.tolist() for rows in np.array_split(draw.permutation(len(targets)), 5)]
+    if partition == "one class a client":
+        return [(targets == k).nonzero().flatten().tolist() for k in range(4)]
+    if partition == "a client without examples":
+        return [*dealt("iid", targets)[:4], [], dealt("iid", targets)[4]]
+    clients: list[list[int]] = [[] for _ in range(5)]
+    for k in range(4):
+        rows = (targets == k).nonzero().flatten().numpy()
+        cuts = (np.cumsum(draw.dirichlet([0.05] * 5))[:-1] * len(rows)).astype(int)
+        for client, part in zip(clients, np.split(rows, cuts), strict=True):
+            client += part.tolist()
+    return clients
+
+
+@pytest.mark.parametrize(
+    "partition", ["iid", "Dirichlet 0.05", "one class a client", "a client without examples"]
+)
+def test_the_ridge_head_of_any_partition_solves_the_pooled_equations(partition: str) -> None:
+    """By what clients send and the server adds up, beside NumPy on all examples in one place."""
+    setting, (features, targets) = formed("ridge"), examples(400)
+    learner: Any = SimpleNamespace(
+        job=setting, data_info={"classes": list("abcd")}, features=lambda s: s.rows
+    )
+    rows = {f"client-{n}": Dealt(features[r], targets[r]) for n, r in enumerate(dealt(partition, targets))}
+    replies = client_statistics.statistics(learner, 1, cast(Any, rows))
+    screened = validate_statistics(replies, sorted(rows), setting, {"head.weight": torch.zeros(4, 12)})
+    without = {name for name, shard in rows.items() if not len(shard)}
+    assert set(screened.set_aside) == without  # they have nothing to add
+    weights, bias = closed_form.ridge_head(screened.statistics, 0.5)
+    x, y = features.double().numpy(), np.eye(4)[targets]
+    centred, cost = x - x.mean(0), 0.5 * x.var(0).mean()
+    solved = np.linalg.solve(centred.T @ centred / 400 + cost * np.eye(12), centred.T @ (y - y.mean(0)) / 400)
+    assert np.linalg.norm(weights.numpy() - solved.T) <= 1e-9 * np.linalg.norm(solved)
+    offset = y.mean(0) - x.mean(0) @ solved
+    assert np.linalg.norm(bias.numpy() - offset) <= 1e-9 * np.linalg.norm(offset)
+
+
+class Dealt:
+    """A shard of features and classes."""
+
+    def __init__(self, rows: torch.Tensor, table: torch.Tensor) -> None:
+        self.rows, self.table = rows, table
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
