@@ -86,6 +86,7 @@ LEFT_OUT: dict[str, str] = {
     "backbone.compile": "minutes of compiling, for the same arithmetic",
     "tune.targets": "names of a network's layers",
     "tune.then": "refused with every promise",
+    "tune.keep_sums": "refused with every promise",
     "tune.ridge": "how the server solves for a head",
     "tune.feature_norm": "given with tune.head_init, which needs it",
     "train.device": "this machine has a processor",

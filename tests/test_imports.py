@@ -168,6 +168,7 @@ MISTAKES = (
     "export nowhere --format onyx",
     "audit nowhere",
     "track nowhere --to tensorboard",
+    "forget nowhere client-0",
     "distil nowhere --student hf:x --data texts.txt",
     "list task",
 )

@@ -1,4 +1,4 @@
-"""Verbs that look: report, check, track, list."""
+"""Verbs that look: report, check, track, list; and the one that takes a client out of a run: forget."""
 
 from __future__ import annotations
 
@@ -24,9 +24,28 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command(cls=Verb, epilog="Example: atoll report runs/bbc-news")(report)
+    app.command(cls=Verb, epilog="Example: atoll forget runs/flowers north")(forget)
     app.command(cls=Verb, epilog="Example: atoll check my-photos --task image-classification")(check)
     app.command(cls=Verb, epilog="Example: atoll track runs/bbc-news --to tensorboard")(track)
     app.command("list", cls=Verb, epilog="Example: atoll list backbones")(list_)
+
+
+def forget(
+    run: RunDir,
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help="The client's name in the run.")],
+) -> None:
+    """Take one client's sums out of a closed-form model again, exactly."""
+    check_finished(run, run / "result.json")
+    from atoll.server.run.forget import forget as take_away
+
+    record = take_away(run, client)
+    if (run / "report.html").is_file():
+        report(run)
+    out().print(
+        f"{sanitize(client)} is forgotten: model {record['model_sha256'][:12]} of"
+        f" {record['clients_left']} clients replaces {record['replaced_sha256'][:12]}",
+        highlight=False,
+    )
 
 
 def report(run: RunDir) -> None:

@@ -16,6 +16,8 @@ def check_closed_form(job: Job) -> None:
     if job.tune.head_init is None:
         if job.tune.feature_norm is not None:
             raise ValueError("tune.feature_norm has no meaning without tune.head_init: remove it")
+        if job.tune.keep_sums:
+            raise ValueError("tune.keep_sums has no meaning without tune.head_init: remove it")
         return
     if job.tune.method != "head" or job.tune.hidden is not None:
         found = "tune.hidden" if job.tune.hidden is not None else f"tune.method = {job.tune.method!r}"
@@ -23,6 +25,7 @@ def check_closed_form(job: Job) -> None:
             f"tune.head_init: a closed form is there for a linear head on a frozen backbone, found {found}"
         )
     _check_noised(job)
+    _check_kept(job)
     if job.federation.secure_aggregation:
         raise ValueError(
             "tune.head_init: the server would see each client's sums of features; expected none with"
@@ -30,6 +33,22 @@ def check_closed_form(job: Job) -> None:
         )
     if job.train.teacher is not None:
         raise ValueError("tune.head_init: a closed form knows no teacher; expected none with train.teacher")
+
+
+def _check_kept(job: Job) -> None:
+    """A client's sums can be taken away again where the model is made of nothing else."""
+    if not job.tune.keep_sums:
+        return
+    if job.privacy.units:
+        raise ValueError(
+            f"tune.keep_sums: expected false with privacy.unit = {job.privacy.unit!r}, under which no"
+            " client's sums are there without noise"
+        )
+    if job.federation.rounds != 1:
+        raise ValueError(
+            "tune.keep_sums: expected federation.rounds = 1, for a model that is trained further can't be"
+            f" freed of a client's sums; found {job.federation.rounds}"
+        )
 
 
 def _check_noised(job: Job) -> None:

@@ -63,6 +63,8 @@ class TuneSection(Tuned):
     ridge: Positive | None = None
     feature_norm: Positive | None = None
     """Under a promise of privacy: the L2 norm that an example's features are clipped to in `head_init`."""
+    keep_sums: bool = False
+    """With `head_init`: the run keeps each client's sums, so that `atoll forget` can take them away again."""
     then: tuple[TuneStage, ...] = ()
 
     @model_validator(mode="after")

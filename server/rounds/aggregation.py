@@ -23,6 +23,7 @@ from atoll.server.rounds.participation import CohortRequest, Participation, elap
 from atoll.server.rounds.run_state import ModelTransform, ReplyTransform, RoundKind, Run
 from atoll.server.rounds.secure_aggregation import SecureRound
 from atoll.server.rounds.validation import ValidatedUpdates, Validation
+from atoll.server.run.forget import keep_sums
 from atoll.strategies.strategy import State, tensors_for_clients
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class ClosedFormRound:
 
     def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
         setup, state = run.setup, run.state
+        if setup.job.tune.keep_sums:
+            keep_sums(setup.directory.path, gathered.by_client)
         formed = form_head(setup.job, gathered, setup.protection, round, state.tensors)
         state.tensors = state.tensors if formed is None else formed
 

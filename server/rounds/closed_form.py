@@ -58,7 +58,7 @@ def _validated(good: Mapping[str, Tensors], aside: dict[str, str], job: Job) -> 
     sums = {name: {n: t for n, t in states.items() if n != CHARGED_ROUNDS} for name, states in good.items()}
     return ValidatedUpdates(
         (), aside, num_clients=len(good), statistics=sum_states(sums.values()),
-        by_client=sums if "client" in job.privacy.units else {},
+        by_client=sums if "client" in job.privacy.units or job.tune.keep_sums else {},
         charged_rounds=max(charged, default=0),
     )  # fmt: skip
 

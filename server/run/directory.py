@@ -235,7 +235,14 @@ def _locked(path: Path) -> TextIO:
 
 def _clear(path: Path) -> None:
     """Remove what a run writes, and nothing else that may lie there."""
-    for name in ("checkpoints", "model", "ledgers", "memory", "tensorboard"):
+    for name in ("checkpoints", "model", "ledgers", "memory", "tensorboard", "sums"):
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "result.json", "report.html", "ledger.jsonl", "audit.json"):
+    for name in (
+        "metrics.jsonl",
+        "result.json",
+        "report.html",
+        "ledger.jsonl",
+        "audit.json",
+        "forgotten.json",
+    ):
         (path / name).unlink(missing_ok=True)

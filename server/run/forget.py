@@ -1,0 +1,160 @@
+"""Exact unlearning: a client's sums are taken out of a closed-form head, as if they had never been there.
+
+The head follows from sums over clients. Where a run keeps each client's (`tune.keep_sums`), those of the
+others are added up anew, in the same order as ever: the head has the bits of the one that a federation
+without the client makes (of the same classes). Nothing is subtracted, so nothing of it is left in rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from atoll.errors import ConfigError, DataError
+from atoll.job.closed_form import RIDGE
+from atoll.job.job import Job
+from atoll.protocol.tensors import Tensors, from_bytes, tensors_sha256, to_bytes
+from atoll.server.run.checkpoint import latest, save
+from atoll.server.run.directory import RunDirectory
+from atoll.strategies.closed_form import head_of
+from atoll.system.durable_files import replace_synced, sync_folder
+
+SUMS, RECORD = "sums", "forgotten.json"
+MODEL = Path("model") / "model.safetensors"
+
+
+def keep_sums(run: Path, by_client: Mapping[str, Tensors]) -> None:
+    """Write each client's sums into the run's directory, for its owner's eyes alone.
+
+    A file has 8 bytes a number: of ridge classes, classes times width, and width² of them.
+    """
+    folder = run / SUMS
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    for name, sums in by_client.items():
+        replace_synced(_file_of(run, name), to_bytes(sums, {"client": name}), 0o600)
+
+
+def forget(run: Path, client: str) -> dict[str, Any]:
+    """Replace the model by the one of all other clients, and delete the client's sums; what is on record.
+
+    A kill in between leaves the sums, so that the same can be asked for again.
+
+    Raises:
+        ConfigError: the run's model is no closed form of kept sums, or there is no such client.
+        DataError: what the run keeps is damaged.
+    """
+    job = Job.load(run / "job.toml")
+    check_can_forget(job, run)
+    with RunDirectory.open(run, job, resume=True, force=False) as directory:
+        directory.commit()
+        left = kept_clients(run)
+        if client not in left:
+            raise ConfigError(
+                f"{run}: keeps no sums of {client!r}, expected one of {', '.join(sorted(left))}"
+            )
+        left.pop(client)
+        if not left:
+            raise ConfigError(f"{run}: {client!r} is its only client; expected another one to be left")
+        head = _head_of(job, left)
+        before = from_bytes((run / MODEL).read_bytes())
+        record = _record(run, client, tensors_sha256(before), tensors_sha256(before | head), len(left))
+        _replace_model(run, job, before | head)
+        _replace_result(directory, run, record)
+        _file_of(run, client).unlink()
+        sync_folder(run / SUMS)
+    return record
+
+
+def check_can_forget(job: Job, run: Path) -> None:
+    """Raises ConfigError, in one line that says why, where nothing can be taken out of the run's model."""
+    if job.federation.secure_aggregation or job.privacy.units:
+        why = "under a promise or a secure sum no client's sums are there to take away"
+    elif job.tune.head_init is None or job.federation.rounds != 1:
+        why = "its model was trained, and what a client did to it in training can't be taken out"
+    elif not job.tune.keep_sums:
+        why = "its clients' sums were not kept"
+    else:
+        return
+    raise ConfigError(
+        f"{run}: {why}; expected a run with tune.head_init, tune.keep_sums = true and federation.rounds = 1"
+    )
+
+
+def kept_clients(run: Path) -> dict[str, Tensors]:
+    """The sums that the run keeps, by client in the order of their names.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    found: dict[str, Tensors] = {}
+    for path in sorted((run / SUMS).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                name = (file.metadata() or {})["client"]
+                found[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, KeyError, SafetensorError) as error:
+            raise DataError(f"{path}: damaged ({error}); the model stays as it is") from None
+    return {name: found[name] for name in sorted(found)}
+
+
+def _head_of(job: Job, by_client: Mapping[str, Tensors]) -> Tensors:
+    from atoll.learning.learner import sum_states
+
+    assert job.tune.head_init is not None
+    return head_of(job.tune.head_init, sum_states(by_client.values()), job.tune.ridge or RIDGE)
+
+
+def _record(run: Path, client: str, replaced: str, model: str, left: int) -> dict[str, Any]:
+    """Who is forgotten, and which model replaced which; written before anything else is."""
+    path = run / RECORD
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    for entry in known:
+        if entry["client"] == client and entry["model_sha256"] == model:
+            return dict(entry)  # a kill came between the record and the rest
+    entry = {
+        "client": client, "replaced_sha256": replaced, "model_sha256": model, "clients_left": left,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    replace_synced(path, json.dumps([*known, entry], indent=2).encode())
+    return entry
+
+
+def _replace_model(run: Path, job: Job, tensors: Tensors) -> None:
+    """The model, and the checkpoint that a run would go on from; older ones have the client in them."""
+    replace_synced(run / MODEL, to_bytes(tensors))
+    folder = run / "checkpoints"
+    newest = latest(folder, job.hash)
+    if newest is None:
+        return
+    save(folder, replace(newest, tensors=newest.tensors | {n: tensors[n] for n in newest.tensors}))
+    for path in folder.glob("round-*.safetensors"):
+        if path.name != f"round-{newest.round:06d}.safetensors":
+            path.unlink()
+
+
+def _replace_result(directory: RunDirectory, run: Path, record: dict[str, Any]) -> None:
+    """The result says so, and no more what the replaced model measured at the end."""
+    result = json.loads((run / "result.json").read_text("utf-8"))
+    note = f"{record['client']} was forgotten: the model is not measured since"
+    directory.save_result(
+        result
+        | {
+            "model_sha256": record["model_sha256"],
+            "forgotten": json.loads((run / RECORD).read_text("utf-8")),
+            "final": {"server": {}, "clients": {}},
+            "notes": [*(n for n in result["notes"] if n != note), note],
+        }
+    )
+
+
+def _file_of(run: Path, client: str) -> Path:
+    return run / SUMS / f"{hashlib.sha256(client.encode()).hexdigest()[:32]}.safetensors"
