@@ -64,7 +64,7 @@ def _check_noised(job: Job) -> None:
     if norm is None:
         raise ValueError(
             "tune.feature_norm: missing, expected the norm that an example's features are clipped to with"
-            f" privacy.unit = {privacy.unit!r}, such as 10.0"
+            f" privacy.unit = {privacy.unit!r}, such as 1.0"
         )
     for key, found, fits, expected in (
         ("privacy.unit", privacy.unit, privacy.unit != "both", "'example' or 'client'"),
