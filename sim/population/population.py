@@ -12,11 +12,14 @@ import numpy as np
 from atoll.data.dataset import Dataset
 from atoll.data.lazy import LazyRows
 from atoll.data.shard import Shard, canonical_order
+from atoll.job.attack import POISONS_LABELS
 from atoll.job.job import Job
 from atoll.learning.learner import Learner, ranked
 from atoll.protocol.messages import DataInfo
 from atoll.server.roster import ClientRoster
 from atoll.server.run.test_set import hold_out, read_source, unit_keys
+from atoll.sim.attacks.hostile_clients import described, hostile_names
+from atoll.sim.attacks.poisoned_labels import poisoned
 from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows
 from atoll.sim.population.partition import check_keys, partition
 from atoll.tasks import task_named
@@ -56,6 +59,13 @@ class Population:
             notes += (f"{len(keys) - len(held)} of {len(keys)} training examples are dealt to no client",)
             train, keys = train.select(held), [keys[row] for row in held.tolist()]
             assignment = assignment.among(held)
+        if job.attack.kind is not None:
+            hostile = hostile_names(job, client_names(job.federation.clients))
+            notes += (described(job.attack, hostile, job.federation.clients),)
+            if job.attack.kind in POISONS_LABELS:
+                rows = np.concatenate(assignment.rows([number_of(name) for name in hostile]))
+                train = poisoned(train, rows, job)
+                keys = task.keys(train)
         return cls(job, train, test, keys, assignment, (*table.notes, *notes))
 
     def names(self, job: Job) -> Sequence[str]:
