@@ -4,8 +4,8 @@
 
 Twenty clients whose classes are dealt by Dirichlet(0.5), four of them hostile, all in each of 25 rounds: a
 linear head on pixels, 5 local epochs of SGD at a learning rate of 8 in batches of 16. A figure is the mean
-over three seeds; a seed's data, hostile clients and batches are the same for every strategy. `worst` is the
-least of a strategy's figures.
+over three seeds; a seed's data, hostile clients and batches are the same for every strategy. `worst` is a row's
+least figure.
 """
 
 from __future__ import annotations
@@ -80,19 +80,17 @@ def accuracy(strategy: dict[str, Any], attack: dict[str, Any], seed: int) -> flo
 
 
 def main(names: Sequence[str]) -> None:
-    """Print the table, a row an attack, a column a strategy."""
-    chosen = list(names or STRATEGIES)
-    sys.stdout.write(f"| attack | {' | '.join(chosen)} |\n|---|{'---|' * len(chosen)}\n")
-    worst = dict.fromkeys(chosen, 100.0)
-    for name, attack in ATTACKS.items():
-        cells = []
-        for strategy in chosen:
-            found = statistics.mean(accuracy(STRATEGIES[strategy], attack, seed) for seed in SEEDS)
-            worst[strategy] = min(worst[strategy], 100 * found)
-            cells.append(f"{100 * found:.1f}")
-        sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
+    """Print the table, a row a strategy, a column an attack."""
+    columns = [*ATTACKS, "**worst**"]
+    sys.stdout.write(f"| rule | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n")
+    for name in names or STRATEGIES:
+        found = [
+            statistics.mean(100 * accuracy(STRATEGIES[name], attack, seed) for seed in SEEDS)
+            for attack in ATTACKS.values()
+        ]
+        cells = " | ".join(f"{percent:.1f}" for percent in [*found, min(found)])
+        sys.stdout.write(f"| `{name}` | {cells} |\n")
         sys.stdout.flush()
-    sys.stdout.write(f"| **worst** | {' | '.join(f'{worst[name]:.1f}' for name in chosen)} |\n")
 
 
 if __name__ == "__main__":
