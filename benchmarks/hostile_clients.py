@@ -4,8 +4,8 @@
 
 Twenty clients whose classes are dealt by Dirichlet(0.5), four of them hostile, all in each of 25 rounds: a
 linear head on pixels, 5 local epochs of SGD at a learning rate of 8 in batches of 16. A figure is the mean
-over three seeds; a seed's data, hostile clients and batches are the same for every strategy. `worst` is a row's
-least figure.
+over three seeds; a seed's data, hostile clients and batches are the same for every strategy. `worst` is
+a row's least figure.
 """
 
 from __future__ import annotations
