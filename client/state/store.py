@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from atoll.errors import DataError, JobError
 from atoll.protocol.tensors import Tensors, tensors_sha256, to_bytes
-from atoll.system.durable_files import replace_all
+from atoll.system.durable_files import remove, replace_all
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class ClientStateStore:
         if self.folder is None:
             del self._held[run, client][round]
         else:
-            self._path(run, client, round).unlink(missing_ok=True)
+            remove(self._path(run, client, round))
 
     def _path(self, run: str, client: str, round: int) -> Path:
         """Where a state is; what the server calls the run is hashed, for it may be anything."""

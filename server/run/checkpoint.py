@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from atoll.errors import ConfigError, JobError
 from atoll.protocol.tensors import Tensors, tensors_sha256, to_bytes
 from atoll.strategies.strategy import State
-from atoll.system.durable_files import replace_synced, temporary_of
+from atoll.system.durable_files import remove, replace_synced, temporary_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         replace_synced(final, _encoded(checkpoint), checkpoint.mode)
         for old in _rounds(folder)[:-KEEP]:
-            old.unlink()
+            remove(old)
     except OSError as error:
-        temporary_of(final).unlink(missing_ok=True)
+        remove(temporary_of(final))
         raise JobError(
             f"{final}: checkpoint not written ({error.strerror}); the one before it is intact"
         ) from None
