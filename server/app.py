@@ -203,9 +203,9 @@ class FlowerTransport:
             for node in late:
                 due[node], pauses[node] = time.monotonic() + pauses[node], 2 * pauses[node]
             for reply in self.grid.pull_messages(list(sent)):
-                node = sent.pop(reply.metadata.reply_to_message_id)
-                if node not in due:
-                    continue  # answered already
+                node = sent.pop(reply.metadata.reply_to_message_id, None)
+                if node is None or node not in due:
+                    continue  # answered already, or the same reply comes twice
                 if reply.has_error() and reply.error.code in LOST:
                     due[node] = time.monotonic() + 1.0
                 elif reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
