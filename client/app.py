@@ -103,7 +103,7 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     if asked not in _answered:
         request = decode_request(head, body)
         job = Job.from_json(request.job)
-        clients = json.loads(names)
+        clients = _names(names)
         with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(clients)}"):
             site = site_of(job, context)
             replies = []
@@ -153,6 +153,16 @@ def timed(work: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     logger.info("%s: done in %.1f s", work, time.monotonic() - began)
+
+
+def _names(text: str) -> list[str]:
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError("message whose names are no list of names: it was changed on its way")
+    return names
 
 
 def _given(contents: Mapping[str, Content], key: str) -> Content:
