@@ -69,6 +69,8 @@ def start_or_resume(
     checkpoint = directory.latest_checkpoint(job.hash) if resume else None
     if checkpoint is not None:
         _continue_from(run, checkpoint)
+    elif resume:
+        directory.truncate_log(0)
     return run
 
 
