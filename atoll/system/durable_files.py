@@ -6,8 +6,8 @@ Whatever a run or a site keeps goes through this module's `os`, so that a disk t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -29,12 +29,9 @@ def append_synced(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 def cut_synced(path: Path, length: int) -> None:
     """Take off what stands in a file behind its first `length` bytes, and wait until it is gone."""
-    handle = os.open(path, os.O_WRONLY)
-    try:
+    with _opened(path, os.O_WRONLY) as handle:
         os.ftruncate(handle, length)
         os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove(path: Path) -> None:
@@ -44,13 +41,23 @@ def remove(path: Path) -> None:
 
 
 def _write(path: Path, content: bytes, how: int, mode: int, *, durable: bool) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | how, mode)
-    try:
+    with _opened(path, os.O_WRONLY | os.O_CREAT | how, mode) as handle:
         rest = memoryview(content)
         while rest:
             rest = rest[os.write(handle, rest) :]
         if durable:
             os.fsync(handle)
+
+
+@contextmanager
+def _opened(path: Path, flags: int, mode: int = 0o666) -> Iterator[int]:
+    """The file's handle for the time of the block; an error in it names the file."""
+    handle = os.open(path, flags, mode)
+    try:
+        yield handle
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(handle)
 
@@ -89,8 +96,5 @@ def replace_all(contents: Mapping[Path, bytes], mode: int = 0o666, *, durable: b
 
 def sync_folder(folder: Path) -> None:
     """Wait until a folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with _opened(folder, os.O_RDONLY) as handle:
         os.fsync(handle)
-    finally:
-        os.close(handle)

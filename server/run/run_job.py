@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from atoll.backbones.resolve import resolve
+from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
 from atoll.server.events import BaselinesBegun, EventCallback, FinalEvaluationBegun, ignore_events
@@ -57,9 +59,12 @@ def run_job(
 
     Releases under client-level privacy are charged to `books`, or to the run's own. A `strategy` is used
     instead of the one that the job names.
+
+    Raises:
+        JobError: the run cannot begin or go on, also because a disk is full or fails; what it has is kept.
     """
     started = time.monotonic()
-    with RunDirectory.open(out, job, resume=resume, force=force) as directory:
+    with disk_errors_in_words(out), RunDirectory.open(out, job, resume=resume, force=force) as directory:
         protection = central_dp_of(job, out, ledgers)
         run = start_or_resume(
             job, carrier, directory, test_set, on_event, resume=resume, clock=clock, protection=protection,
@@ -78,6 +83,18 @@ def run_job(
 
             write_report(out, result)
     return result
+
+
+@contextmanager
+def disk_errors_in_words(out: Path) -> Iterator[None]:
+    """Say of an error of the disk in the block which file it was, in the one line that a person reads."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"{error.filename or out}: cannot be written or read ({error.strerror or error}); with space and a"
+            " sound disk the run goes on with --resume"
+        ) from error
 
 
 def validate_job(job: Job) -> None:
