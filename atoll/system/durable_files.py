@@ -27,6 +27,13 @@ def append_synced(path: Path, content: bytes, *, durable: bool = True) -> None:
     _write(path, content, os.O_APPEND, 0o666, durable=durable)
 
 
+def sync_file(path: Path) -> None:
+    """Wait until a file's content and its name are on the disk; one that isn't there is no error."""
+    with suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as handle:
+        os.fsync(handle)
+    sync_folder(path.parent)
+
+
 def cut_synced(path: Path, length: int) -> None:
     """Take off what stands in a file behind its first `length` bytes, and wait until it is gone."""
     with _opened(path, os.O_WRONLY) as handle:

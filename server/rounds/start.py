@@ -60,7 +60,7 @@ def start_or_resume(
         later_rounds=later_rounds,
         update_transforms=protection.update_transforms,
         model_transforms=model_transforms(job),
-        checkpoints=CheckpointManager(directory.checkpoints, waits=loses_no_round(job)),
+        checkpoints=CheckpointManager(directory.checkpoints, loses_no_round(job), directory.log),
         strategy_name=strategy_name,
         remarks=roster.remarks,
     )  # fmt: skip

@@ -95,14 +95,13 @@ class RunDirectory:
         """Add a round's line; a full disk costs the line, not the run."""
         try:
             content = (json.dumps(line) + "\n").encode()
-            append_synced(self.path / "metrics.jsonl", content, durable=False)
+            append_synced(self.log, content, durable=False)
         except OSError as error:
             logger.warning("%s: metrics.jsonl not written (%s)", self.path, error.strerror)
 
     def truncate_log(self, round: int) -> list[dict[str, Any]]:
         """The lines up to a round; later ones, of rounds that will be played again, are removed."""
-        path = self.path / "metrics.jsonl"
-        lines = []
+        path, lines = self.log, []
         for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
             try:
                 line = json.loads(text)
@@ -114,6 +113,11 @@ class RunDirectory:
             logger.warning("%s: lines of %d rounds are missing", path, round - len(lines))
         replace_synced(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return lines
+
+    @property
+    def log(self) -> Path:
+        """Where the rounds' lines are."""
+        return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
