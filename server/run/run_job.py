@@ -92,8 +92,8 @@ def disk_errors_in_words(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise JobError(
-            f"{error.filename or out}: cannot be written or read ({error.strerror or error}); with space and a"
-            " sound disk the run goes on with --resume"
+            f"{error.filename or out}: cannot be written or read ({error.strerror or error}); once that is"
+            " mended the run goes on with --resume"
         ) from error
 
 
