@@ -19,10 +19,12 @@ import atoll.client.app as client_app
 import atoll.client.dp.poisson as poisson
 import atoll.client.dp.secure_aggregation as client_sums
 import atoll.client.state.store as store
+import atoll.privacy.secagg as secagg
 import atoll.server.app as server_app
 import atoll.server.rounds.aggregation as aggregation
 import atoll.server.rounds.central_dp as central_dp
 import atoll.server.rounds.loop as loop
+import atoll.server.rounds.secure_aggregation as secure_aggregation
 import atoll.server.rounds.start as start
 import atoll.server.run.checkpoint as checkpoint
 import atoll.server.run.run_job as run_job
@@ -228,6 +230,28 @@ def _store_save(original: Any) -> Any:
     return save
 
 
+def _masked(original: Any) -> Any:
+    def masked(person: Any, dealt: Any, vector: Any) -> Any:
+        found = original(person, dealt, vector)
+        Current.get().vectors[person.context, person.name] = vector.copy()
+        return found
+
+    return masked
+
+
+def _unmask_sum(original: Any) -> Any:
+    def unmask_sum(
+        keys: Any, dealers: Any, masked: Any, revealed: Any, threshold: int, context: bytes
+    ) -> Any:
+        world, total = Current.get(), original(keys, dealers, masked, revealed, threshold, context)
+        expected = sum((world.vectors[context, name] for name in masked), np.zeros_like(total))
+        if not np.array_equal(total, expected):
+            world.seen.sums.append(f"the sum of {sorted(masked)} is another than their vectors'")
+        return total
+
+    return unmask_sum
+
+
 @contextmanager
 def simulated() -> Iterator[None]:
     """For the time of the block the real code runs in the current world, whichever that is."""
@@ -259,6 +283,8 @@ EARS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (aggregation, "train_request", _train_request),
     (checkpoint, "save", _save),
     (start, "_continue_from", _continue_from),
+    (secagg.Participant, "masked", _masked),
+    (secure_aggregation, "unmask_sum", _unmask_sum),
     (Site, "answer", _answer),
     (Site, "load", _load),
     (store.ClientStateStore, "save", _store_save),

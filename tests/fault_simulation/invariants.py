@@ -10,6 +10,14 @@ from tests.fault_simulation.observed import Observed
 Invariant = Callable[[Scenario, Observed, str], Iterator[str]]
 """(scenario, what was seen, the undisturbed run's model): a line for each violation."""
 
+RECOVERABLE = {
+    "request dropped", "request twice", "reply dropped", "reply twice", "site killed before its work",
+    "site killed after its work", "site loses power", "server killed", "server loses power",
+    "push broken off", "killed at a write", "killed at a sync", "killed at a rename",
+    "power lost at a write", "power lost at a sync", "power lost at a rename", "checkpoint damaged",
+}  # fmt: skip
+"""Faults after which every client comes back in time."""
+
 MOST = {
     "replies kept": 1,
     "learners kept": 1,
@@ -104,6 +112,33 @@ def whole_checkpoints(scenario: Scenario, seen: Observed, undisturbed: str) -> I
             yield f"a life went on from a checkpoint of round {round} that nobody wrote"
 
 
+def lasting_checkpoints(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[str]:
+    """No round is played again whose checkpoint was on the disk, if nobody has damaged that."""
+    first: dict[int, int] = {}
+    for asked in seen.asked:
+        first.setdefault(asked.life, asked.round)
+    for life, round in first.items():
+        if round <= seen.begun[life] and not seen.happened["checkpoint damaged"]:
+            yield f"round {round} was played again, the checkpoint of round {seen.begun[life]} was written"
+
+
+def exact_sums(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[str]:
+    """What a secure sum opens is the sum of the vectors of those who stayed."""
+    yield from seen.sums
+
+
+def recovers(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[str]:
+    """A message or two that are lost or repeated, a process that dies: nobody is set aside for that."""
+    faults = scenario.faults
+    if seen.result is None or len(faults) > 2 or not {fault.kind for fault in faults} <= RECOVERABLE:
+        return
+    if scenario.job == "secure sum":  # a site that is started anew has lost its secrets of the round
+        return
+    for line in seen.result["rounds"]:
+        if line["set_aside"]:
+            yield f"round {line['round']} set {line['set_aside']} aside"
+
+
 def named_with_reason(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[str]:
     """Everybody in a round's cohort was trained with or is set aside by name, with a reason."""
     for line in seen.result["rounds"] if seen.result is not None else ():
@@ -158,7 +193,7 @@ def whole_log(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[
 
 INVARIANTS: tuple[Invariant, ...] = (
     same_bits, all_is_charged, counted_once, own_name, own_round, abandoned_rounds_change_nothing,
-    whole_checkpoints, named_with_reason, bounded, ends, nothing_leaks, refusals_hold, whole_log,
+    whole_checkpoints, lasting_checkpoints, exact_sums, recovers, named_with_reason, bounded, ends, nothing_leaks, refusals_hold, whole_log,
 )  # fmt: skip
 
 

@@ -41,14 +41,16 @@ class Observed:
     """Of each update that left a site, by its SHA-256: for whom it was made."""
     merged: list[Merged] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
-    attempts: list[tuple[int, str, int, int]] = field(default_factory=list)
-    """(life, run, round, how many attempts)."""
     written: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Checkpoints of the run that were handed to the disk, by round: hashes of what they hold."""
     durable: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Those of them whose writing came back."""
     resumed: list[tuple[int, int, str]] = field(default_factory=list)
     """(life, round, hash) of checkpoints that a life went on from."""
+    begun: dict[int, int] = field(default_factory=dict)
+    """By life of the server: the newest round whose checkpoint was on the disk as it began."""
+    sums: list[str] = field(default_factory=list)
+    """Secure sums that weren't the sum of the vectors that went in."""
     released: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Noised releases that somebody saw, by ledger."""
     charged: Counter[str] = field(default_factory=Counter)

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,10 +53,11 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"atoll-faults-{os.getpid()}-", dir=memory_folder()))
 
 
-def play(scenario: Scenario) -> Outcome:
-    """Play a scenario; only within `hooks.simulated`."""
+def play(scenario: Scenario, planted: AbstractContextManager[Any] | None = None) -> Outcome:
+    """Play a scenario, perhaps with a bug; only within `hooks.simulated`."""
     undisturbed = undisturbed_model(scenario.quiet)
-    world, seen = _played(scenario)
+    with planted or nullcontext():
+        world, seen = _played(scenario)
     found = violations(scenario, seen, undisturbed)
     return Outcome(scenario, tuple(found), seen.happened, tuple(world.scheduler.trace), tuple(seen.ended))
 

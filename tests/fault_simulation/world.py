@@ -93,7 +93,7 @@ class World:
         )  # fmt: skip
         self.app = ClientApp()
         client_app.register(self.app, lambda job, context: cast(Site, self.acting.site))
-        self.attempts: Counter[tuple[int, str, int]] = Counter()
+        self.vectors: dict[tuple[bytes, str], Any] = {}
 
     def _machine(self, number: int, name: str) -> Machine:
         folder = self.folder / name
@@ -138,6 +138,7 @@ class World:
         self._damage(out, self.meet(START, SERVER))
         self.server.disk.restart(self.scheduler.draw)
         self.acting = self.server
+        self.seen.begun[self.life] = max(self.seen.durable, default=0)
         if most_seconds is not None:
             life = self.life
             self.scheduler.after(most_seconds, lambda: self._end(life))
