@@ -121,6 +121,8 @@ class FlowerTransport:
         sites = {node.node_id: node.name or f"node {node.node_id}" for node in self.grid.get_nodes()}
         strangers = [node for node in sites if node not in self.greeted]
         self.sites |= {node: sites[node] for node in strangers}
+        for node in strangers:
+            self.gone.pop(node, None)  # it is connected now
         for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout, patience=0):
             if reply == GONE:
                 continue  # it is greeted when it is back
