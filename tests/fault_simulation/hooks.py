@@ -6,8 +6,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 from unittest.mock import patch
 
@@ -27,11 +27,15 @@ import atoll.server.rounds.loop as loop
 import atoll.server.rounds.secure_aggregation as secure_aggregation
 import atoll.server.rounds.start as start
 import atoll.server.run.checkpoint as checkpoint
+import atoll.server.run.result as result
 import atoll.server.run.run_job as run_job
+import atoll.system.chained_log as chained_log
 import atoll.system.durable_files as durable_files
 from atoll.client.site import Site
+from atoll.learning.learner import Learner
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import tensors_sha256
+from tests.fault_simulation.jobs import learner_key
 from tests.fault_simulation.observed import Asked, Merged
 from tests.fault_simulation.world import BOOKS, World
 
@@ -121,6 +125,42 @@ class LaterWriter:
 
         world.scheduler.after(WRITING_SECONDS * world.scheduler.draw(), act)
         return later
+
+
+class UncontestedLock:
+    """In place of a lock between processes, of which a machine has one here."""
+
+    def __init__(self, path: str, poll_interval: float) -> None:
+        self.lock_counter = 0
+
+    def __enter__(self) -> UncontestedLock:
+        self.lock_counter += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.lock_counter -= 1
+
+
+class SharedLearner:
+    """The server's learner, made once in a process for each job and what its clients tell."""
+
+    of = staticmethod(cache(lambda key: Learner.of(*key.given)))
+
+
+@dataclass(frozen=True)
+class LearnerKey:
+    """What a learner is made of, compared by the job's hash and the facts."""
+
+    name: str
+    given: tuple[Any, ...] = field(compare=False)
+
+
+class Learners:
+    """In place of the class Learner as a run starts."""
+
+    @staticmethod
+    def of(job: Any, task: Any, data_info: Any) -> Any:
+        return SharedLearner.of(LearnerKey(learner_key(job, data_info), (job, task, data_info)))
 
 
 def chance(count: int) -> NDArray[np.uint64]:
@@ -266,6 +306,9 @@ def simulated() -> Iterator[None]:
         stack.enter_context(patch.object(checkpoint.CheckpointManager, "_writer", writer))
         for module in (poisson, client_sums, central_dp):
             stack.enter_context(patch.object(module, "entropy", chance))
+        stack.enter_context(patch.object(chained_log, "FileLock", UncontestedLock))
+        stack.enter_context(patch.object(start, "Learner", Learners))
+        stack.enter_context(patch.object(result, "version", cache(result.version)))
         for owner, name, make in EARS:
             stack.enter_context(observing(owner, name, make))
         logging.getLogger("absl").setLevel(logging.ERROR)

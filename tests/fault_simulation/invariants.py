@@ -25,6 +25,7 @@ MOST = {
     "checkpoints kept": 3,
     "states kept": 6,
     "messages waited for, a site": 12,
+    "greetings of a site": 12,
 }
 """How large queues and memories may be."""
 
@@ -193,7 +194,8 @@ def whole_log(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[
 
 INVARIANTS: tuple[Invariant, ...] = (
     same_bits, all_is_charged, counted_once, own_name, own_round, abandoned_rounds_change_nothing,
-    whole_checkpoints, lasting_checkpoints, exact_sums, recovers, named_with_reason, bounded, ends, nothing_leaks, refusals_hold, whole_log,
+    whole_checkpoints, lasting_checkpoints, exact_sums, recovers, named_with_reason,
+    bounded, ends, nothing_leaks, refusals_hold, whole_log,
 )  # fmt: skip
 
 

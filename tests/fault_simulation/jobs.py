@@ -46,6 +46,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+MEASURED = ("fedadam", "compressed")
+"""Kinds of jobs whose clients keep rows back to measure on: to compute metrics takes as long as to train."""
+
+
 @cache
 def job_of(kind: str, clients: int, rounds: int) -> Job:
     """A job that trains a head on 64 pixels."""
@@ -66,6 +70,8 @@ def job_of(kind: str, clients: int, rounds: int) -> Job:
     }  # fmt: skip
     if "privacy" in KINDS[kind] and KINDS[kind]["privacy"]["unit"] == "example":
         table["data"]["partition"] = {"kind": "iid"}
+    if kind not in MEASURED:
+        table["data"]["validation_fraction"] = 0.0
     for name, section in KINDS[kind].items():
         table[name] = table.get(name, {}) | section
     return Job.parse(table, origin="fault simulation")

@@ -1,4 +1,4 @@
-"""Bugs planted in the real code, and after how many seeds each is found: `python -m tests.fault_simulation.planted`."""
+"""Bugs planted in the real code; `python -m tests.fault_simulation.planted` says how many seeds find each."""
 
 from __future__ import annotations
 

@@ -93,6 +93,7 @@ class World:
         )  # fmt: skip
         self.app = ClientApp()
         client_app.register(self.app, lambda job, context: cast(Site, self.acting.site))
+        self.greetings: Counter[tuple[int, int]] = Counter()
         self.vectors: dict[tuple[bytes, str], Any] = {}
 
     def _machine(self, number: int, name: str) -> Machine:
@@ -267,7 +268,11 @@ class World:
     # -- what is seen -------------------------------------------------------------------------------------
 
     def _note_request(self, message: Message, number: int) -> None:
-        self.scheduler.note(f"server sends {message.metadata.message_type} to {message.metadata.dst_node_id}")
+        kind, node = message.metadata.message_type, message.metadata.dst_node_id
+        self.scheduler.note(f"server sends {kind} to {node}")
+        if kind == "query":
+            self.greetings[self.life, node] += 1
+            self.seen.largest("greetings of a site", self.greetings[self.life, node])
 
     def _note_reply(self, name: str, content: RecordDict) -> None:
         """Look for what must not leave a site."""
