@@ -212,18 +212,23 @@ def _flipped(text: str, amount: float) -> str:
 def renamed(content: RecordDict, name: str) -> RecordDict:
     """The content as if it were another client's, in what it says of itself."""
     heads, bodies = _opened(content)
-    return packed(
-        {n: json.dumps(json.loads(text) | {"client": name}) for n, text in heads.items()}, bodies_of(bodies)
-    )
+    return packed({own: _of_client(text, name) for own, text in heads.items()}, bodies_of(bodies))
 
 
 def doubled(content: RecordDict, name: str) -> RecordDict:
     """The content with a reply for another client beside its own."""
     heads, bodies = _opened(content)
     for own in list(heads):
-        heads[name] = json.dumps(json.loads(heads[own]) | {"client": name})
-        bodies[name] = bodies[own]
+        if own in bodies:
+            heads[name], bodies[name] = _of_client(heads[own], name), bodies[own]
     return packed(heads, bodies_of(bodies))
+
+
+def _of_client(head: str, name: str) -> str:
+    try:
+        return json.dumps(json.loads(head) | {"client": name})
+    except ValueError:  # another fault has spoilt it
+        return head
 
 
 def _opened(content: RecordDict) -> tuple[dict[str, str], dict[str, bytes]]:
