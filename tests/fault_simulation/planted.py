@@ -255,10 +255,27 @@ PLANTED: dict[str, Plant] = {
 }
 
 
-def seeds_until_found(plant: Plant, most: int = MOST_SEEDS) -> tuple[int | None, str]:
+JOBS: dict[str, tuple[str, ...]] = {
+    "the server's ledger is charged a round late": ("client privacy",),
+    "a charge that the disk refuses is passed over": ("client privacy", "example privacy"),
+    "a round that is trained again is not charged again": ("example privacy",),
+    "lines of ledgers are not synced": ("client privacy", "example privacy"),
+    "clients' states are never let go": ("scaffold", "compressed"),
+    "a round that is trained again begins with what it left": ("scaffold", "compressed"),
+    "clients' states are not synced": ("scaffold", "compressed"),
+    "updates of an abandoned attempt count again": ("fedavg", "fedadam", "scaffold"),
+    "masks of those who left stay in the sum": ("secure sum",),
+}
+"""The kinds of jobs whose code a bug is in: seeds of others count, and need not be played."""
+
+
+def seeds_until_found(name: str, most: int = MOST_SEEDS) -> tuple[int | None, str]:
     """(how many seeds it took, the first violation); None where none of them found it."""
     for seed in range(most):
-        outcome = play(Scenario.of(seed), plant())
+        scenario = Scenario.of(seed)
+        if scenario.job not in JOBS.get(name, (scenario.job,)):
+            continue
+        outcome = play(scenario, PLANTED[name]())
         if outcome.violations:
             return seed + 1, outcome.violations[0]
     return None, ""
@@ -268,10 +285,10 @@ def main(names: list[str]) -> int:
     torch.set_num_threads(1)
     missed = 0
     with simulated():
-        for name, plant in PLANTED.items():
+        for name in PLANTED:
             if names and not any(part in name for part in names):
                 continue
-            seeds, line = seeds_until_found(plant)
+            seeds, line = seeds_until_found(name)
             missed += seeds is None
             sys.stdout.write(f"{'not found' if seeds is None else seeds:>9}  {name}: {line[:100]}\n")
             sys.stdout.flush()
