@@ -50,6 +50,9 @@ FOUND: dict[str, tuple[str, tuple[Fault, ...]]] = {
     "a byte of the job": ("client privacy", (at("request corrupted", 1, 3, 0.8),)),
     "power lost behind the log": ("fedavg", (at("reply torn", 1, 2), at("server loses power", 0, 24))),
     "a site away at its greeting": ("fedavg", (at("site cut off", 2, 1, 0.05),)),
+    "data that cannot be read for a moment": (
+        "fedavg", (at("data unreadable", 1, 2), at("data unreadable", 2, 2))
+    ),
 }  # fmt: skip
 
 

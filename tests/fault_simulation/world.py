@@ -289,19 +289,21 @@ class World:
                 self.seen.leaks.append(f"{name}: rows or names of them in what it sent")
 
     def _take_stock(self) -> None:
-        """Read what the ledgers and the run's log hold at the end."""
-        self.acting = self.server
-        self.server.disk.restart(self.scheduler.draw)
-        books = self.server.folder / "state" / "ledger.jsonl"
-        if books.exists():
-            self.seen.charged[BOOKS] = len(Ledger.open(books, BOOKS).entries)
+        """Read what the ledgers hold at the end."""
+        self._count(self.server, self.server.folder / "state" / "ledger.jsonl", BOOKS, BOOKS)
         for machine in self.sites:
             path = machine.folder / "ledgers" / f"{machine.name}.jsonl"
-            if path.exists():
-                machine.disk.restart(self.scheduler.draw)
-                self.acting = machine
-                self.seen.charged[machine.name] = len(Ledger.open(path, f"example of {machine.name}").entries)
+            self._count(machine, path, machine.name, f"example of {machine.name}")
         self.acting = self.server
+
+    def _count(self, machine: Machine, path: Path, name: str, fingerprint: str) -> None:
+        self.acting = machine
+        machine.disk.restart(self.scheduler.draw)
+        try:
+            if path.exists():
+                self.seen.charged[name] = len(Ledger.open(path, fingerprint).entries)
+        except JobError as error:
+            self.seen.crashes.append(f"the ledger of {name} cannot be read: {type(error).__name__}")
 
 
 SECONDS_CUT_OFF = 30.0
