@@ -95,8 +95,8 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
 def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     """Replies of the clients that the message names, each with its own head and body.
 
-    A request that comes again, as a reply was lost or too few sent one, gets the same replies; who failed tries
-    again, for what was in the way may be gone.
+    A request that comes again, as a reply was lost or too few sent one, gets the same replies; who failed
+    tries again, for what was in the way may be gone.
     """
     texts, bodies = unpacked(message.content)
     head, names, body = _given(texts, "request"), _given(texts, "names"), _given(bodies, "tensors")

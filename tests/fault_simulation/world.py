@@ -47,6 +47,7 @@ from tests.fault_simulation.schedule import Hangs, Scheduler
 EXTRA_LIVES = 4
 """Starts of the server without a new fault, after which a run has ended or never will."""
 RESTART_SECONDS = 8.0
+HALF = 0.5
 BOOKS = "the federation"
 
 
@@ -182,12 +183,13 @@ class World:
             self.server.disk.die(power=fault.kind == "server loses power")
 
     def _damage(self, out: Path, faults: list[Fault]) -> None:
-        """Change one byte of the newest checkpoint."""
+        """Change one byte of the newest checkpoint, or of every one."""
         found = sorted((out / "checkpoints").glob("round-*.safetensors"))
-        for fault in faults if found else ():
-            content = bytearray(found[-1].read_bytes())
-            content[int(fault.amount * (len(content) - 1))] ^= 1
-            found[-1].write_bytes(content)
+        for fault in faults:
+            for path in found[-1:] if fault.amount < HALF else found:
+                content = bytearray(path.read_bytes())
+                content[int(fault.amount * (len(content) - 1))] ^= 1
+                path.write_bytes(content)
 
     # -- the sites ----------------------------------------------------------------------------------------
 
