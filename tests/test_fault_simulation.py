@@ -50,6 +50,9 @@ FOUND: dict[str, tuple[str, tuple[Fault, ...]]] = {
     "a byte of the job": ("client privacy", (at("request corrupted", 1, 3, 0.8),)),
     "power lost behind the log": ("fedavg", (at("reply torn", 1, 2), at("server loses power", 0, 24))),
     "a site away at its greeting": ("fedavg", (at("site cut off", 2, 1, 0.05),)),
+    "checkpoints that are lost after many rounds": (
+        "scaffold", (at("server killed", 0, 36), at("checkpoint damaged", 0, 2, 0.7))
+    ),
     "data that cannot be read for a moment": (
         "fedavg", (at("data unreadable", 1, 2), at("data unreadable", 2, 2))
     ),
@@ -59,9 +62,8 @@ FOUND: dict[str, tuple[str, tuple[Fault, ...]]] = {
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_once_stays_mended(name: str) -> None:
     job, faults = FOUND[name]
-    scenario = Scenario(
-        1, str(job), 3, 3, refusing=0, again=False, faults=tuple(f for f in faults if isinstance(f, Fault))
-    )
+    clients, rounds = (2, 8) if job == "scaffold" else (3, 3)
+    scenario = Scenario(1, job, clients, rounds, refusing=0, again=False, faults=faults)
     outcome = play(scenario)
     assert not outcome.violations, str(outcome)
     assert outcome.happened.total() == len(scenario.faults)
