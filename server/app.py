@@ -66,6 +66,7 @@ A site answers the same request with the same reply and does not train twice.
 """
 RESEND_PART = 0.25
 """Part of the time for a round after which it is sent again, where that is sooner."""
+NO_NODE = -1
 SHOWN_STRANGERS = 5
 """Names of one message that are logged."""
 HELLO_AGAIN_SECONDS = 5.0
@@ -205,8 +206,8 @@ class FlowerTransport:
             for node in late:
                 due[node], pauses[node] = time.monotonic() + pauses[node], 2 * pauses[node]
             for reply in self.grid.pull_messages(list(sent)):
-                node = sent.pop(reply.metadata.reply_to_message_id, None)
-                if node is None or node not in due:
+                node = sent.pop(reply.metadata.reply_to_message_id, NO_NODE)
+                if node not in due:
                     continue  # answered already, or the same reply comes twice
                 if reply.has_error() and reply.error.code in LOST:
                     due[node] = time.monotonic() + 1.0

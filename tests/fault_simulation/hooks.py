@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
 
@@ -295,7 +296,7 @@ def _unmask_sum(original: Any) -> Any:
 @contextmanager
 def simulated() -> Iterator[None]:
     """For the time of the block the real code runs in the current world, whichever that is."""
-    numbers = dict.fromkeys(("_task_id", "_run_id", "_node_id"), 1)
+    numbers: dict[str, Any] = dict.fromkeys(("_task_id", "_run_id", "_node_id"), 1)
     writer = cached_property(lambda manager: LaterWriter())
     writer.__set_name__(checkpoint.CheckpointManager, "_writer")
     with ExitStack() as stack:
@@ -308,7 +309,7 @@ def simulated() -> Iterator[None]:
             stack.enter_context(patch.object(module, "entropy", chance))
         stack.enter_context(patch.object(chained_log, "FileLock", UncontestedLock))
         stack.enter_context(patch.object(start, "Learner", Learners))
-        stack.enter_context(patch.object(result, "version", cache(result.version)))
+        stack.enter_context(patch.object(result, "version", cache(version)))
         for owner, name, make in EARS:
             stack.enter_context(observing(owner, name, make))
         logging.getLogger("absl").setLevel(logging.ERROR)

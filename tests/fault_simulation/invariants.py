@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from tests.fault_simulation.faults import Scenario
-from tests.fault_simulation.observed import Observed
+from tests.fault_simulation.observed import Merged, Observed
 
 Invariant = Callable[[Scenario, Observed, str], Iterator[str]]
 """(scenario, what was seen, the undisturbed run's model): a line for each violation."""
@@ -83,7 +83,7 @@ def own_round(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[
             yield f"round {merged.round} of run {merged.run[:6]} merged what was made for {told}"
 
 
-def _plain(scenario: Scenario, seen: Observed) -> Iterator[tuple[object, str, str]]:
+def _plain(scenario: Scenario, seen: Observed) -> Iterator[tuple[Merged, str, str]]:
     """(merge, client, update's hash) where single updates are seen as they were made."""
     if scenario.job in ("secure sum", "compressed"):
         return

@@ -62,7 +62,7 @@ class SimulatedGrid:
         ]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        names = []
+        names: list[str] = []
         broken = self.meet(PUSH, 0)
         for message in messages:
             if broken and names:

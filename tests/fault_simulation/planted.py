@@ -28,6 +28,8 @@ from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.privacy.ledger import Ledger
+from atoll.protocol.flower_content import unpacked
+from atoll.protocol.messages import Hello, decode_reply
 from atoll.server.app import FlowerTransport
 from atoll.server.rounds.central_dp import CentralDp
 from atoll.server.rounds.validation import Validation
@@ -96,8 +98,8 @@ def charge_passed_over(original: Any) -> Any:
 def charged_once_a_round(original: Any) -> Any:
     def charge(self: Any, client: str, fingerprint: str, job: Any, dp_plan: Any, request: Any) -> int:
         if self.ledger(client, dp_plan.unit).has(request.run, request.round):
-            return request.round
-        return original(self, client, fingerprint, job, dp_plan, request)
+            return int(request.round)
+        return int(original(self, client, fingerprint, job, dp_plan, request))
 
     return charge
 
@@ -113,9 +115,9 @@ def any_round(original: Any) -> Any:
 def with_strangers(original: Any) -> Any:
     def replies(self: Any) -> Iterator[Any]:
         yield from original(self)
-        heads, bodies = received.unpacked(self.content)
+        heads, bodies = unpacked(self.content)
         for name in heads.keys() - set(self.asked):
-            yield received.decode_reply(heads[name], bodies[name])
+            yield decode_reply(heads[name], bodies[name])
 
     return replies
 
@@ -212,7 +214,7 @@ PLANTED: dict[str, Plant] = {
     "a reply may say whose it is": wrapped(
         received.Replies,
         "_reply",
-        lambda original: lambda self, name, head, body: received.decode_reply(head, body),
+        lambda original: lambda self, name, head, body: decode_reply(head, body),
     ),
     "who was not asked may reply": wrapped(received.Replies, "__iter__", with_strangers),
     "updates of an abandoned attempt count again": wrapped(
@@ -222,7 +224,7 @@ PLANTED: dict[str, Plant] = {
     "a site works for what it refused": wrapped(
         Site,
         "_policy_violation",
-        lambda original: lambda self, job, kind: original(self, job, kind) if kind is site.Hello else "",
+        lambda original: lambda self, job, kind: original(self, job, kind) if kind is Hello else "",
     ),
     "the server is told what is wrong with the data": replaced(
         site, "redact", lambda error, known: str(error)
