@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,7 @@ def learner_key(job: Job, data_info: DataInfo) -> str:
 @cache
 def kits() -> dict[str, Path]:
     """A kit for the server and one for each client that there can be."""
-    folder = Path(tempfile.mkdtemp(prefix="atoll-kits-", dir=memory_folder()))
+    folder = passing_folder("atoll-kits-")
     return provisioned(folder, tuple(client_name(n) for n in range(MOST_CLIENTS)), port=9092)
 
 
@@ -172,6 +174,13 @@ def canaries_of(kind: str, clients: int, client: str) -> tuple[bytes, ...]:
 
 def client_name(number: int) -> str:
     return f"client-{number:04d}"
+
+
+def passing_folder(prefix: str) -> Path:
+    """A new folder in memory that goes with this process."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=memory_folder()))
+    Finalize(None, shutil.rmtree, (folder, True), exitpriority=1)
+    return folder
 
 
 def memory_folder() -> Path | None:

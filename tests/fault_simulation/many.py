@@ -64,3 +64,5 @@ def played_by_all_cores(first: int, number: int) -> Iterator[Tally]:
         return
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         yield from pool.imap_unordered(play_seeds, parts)
+        pool.close()
+        pool.join()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tempfile
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from tests.fault_simulation.faults import Scenario
 from tests.fault_simulation.hooks import Current
 from tests.fault_simulation.invariants import violations
-from tests.fault_simulation.jobs import memory_folder, shared_work
+from tests.fault_simulation.jobs import passing_folder, shared_work
 from tests.fault_simulation.observed import Observed
 from tests.fault_simulation.world import World, a_world
 
@@ -50,7 +49,7 @@ class Outcome:
 
 @cache
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix=f"atoll-faults-{os.getpid()}-", dir=memory_folder()))
+    return passing_folder(f"atoll-faults-{os.getpid()}-")
 
 
 def play(scenario: Scenario, planted: AbstractContextManager[Any] | None = None) -> Outcome:
