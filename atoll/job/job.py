@@ -452,7 +452,11 @@ class Job(Section):
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Read back what `canonical` wrote."""
+        """Read back what `canonical` wrote.
+
+        Raises:
+            ConfigError: it was changed on its way.
+        """
         return _read_back(text)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Job:
@@ -486,4 +490,10 @@ def _in_stage(first: Job, later: TuneStage) -> Job:
 
 @lru_cache(maxsize=16)
 def _read_back(text: str) -> Job:
-    return Job.parse(json.loads(text), origin="job")
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"job: cannot be read ({error})"[:200]) from None
+    if not isinstance(table, dict):
+        raise ConfigError("job: cannot be read, expected a JSON object")
+    return Job.parse(table, origin="job")
