@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Counts
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster, SiteIdentity
@@ -111,6 +112,9 @@ class HeldShards:
             self.unreadable -= 1
             raise DataError(f"/data/{CANARY}.csv row 3: label {CANARY!r}, expected one of {CLASSES}")
         return dataset_of(self.kind, self.clients, client)
+
+    def counts(self, job: Job, client: str) -> tuple[Counts, ...]:
+        return ()
 
     def fingerprint(self, job: Job, client: str) -> str:
         if self.unreadable:
