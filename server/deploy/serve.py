@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from atoll.errors import JobError
+from atoll.errors import ConfigError, JobError
+from atoll.kit.credentials import check_server
 from atoll.kit.kit import ServerKit
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
@@ -43,6 +44,8 @@ def serve(
     database in the kit, so a run goes on after a restart of the SuperLink.
     """
     loaded = ServerKit.load(kit)
+    for remark in check_server(loaded):
+        tell(remark)
     wanted = address_from(health_address) if health_address else None
     stop = stop or threading.Event()
     with ExitStack() as stack:
@@ -77,6 +80,11 @@ def _runtime_file(kit: ServerKit, control: str, health: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+def _last_written(kit: ServerKit) -> tuple[float, ...]:
+    paths = (kit.folder / "kit.toml", kit.folder / "nodes")
+    return tuple(path.stat().st_mtime_ns for path in paths if path.exists())
+
+
 def runtime_path(kit: ServerKit) -> Path:
     return kit.state / "serve.json"
 
@@ -93,8 +101,11 @@ class _Server:
     health_address: str
     online: set[str] = field(default_factory=set)
     pause: float = 1.0
+    written: tuple[float, ...] = ()
+    """When the kit's table and the sites' keys were last written."""
 
     def __post_init__(self) -> None:
+        self.written = _last_written(self.kit)
         env = environment(self.kit.state / "flwr", FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
         title = f"{self.kit.folder} {self.superlink_address}"
         import_first(*PROGRAMS, *SERVER_APP)
@@ -149,7 +160,32 @@ class _Server:
             for child in (self.superlink, self.superexec):
                 if not child.running:
                     self._restart(child)
+            self._follow_kit()
             self._look_around()
+
+    def _follow_kit(self) -> None:
+        """Let in the sites that the kit has now: provisioning may have added some, and taken some out."""
+        written = _last_written(self.kit)
+        if written == self.written:
+            return
+        self.written = written
+        try:
+            changed = ServerKit.load(self.kit.folder)
+            self.control.admit({site: changed.node_key(site) for site in changed.sites})
+        except (ConfigError, OSError, ValueError) as error:
+            self.tell(
+                f"the kit has changed and cannot be used, its sites stay: {' '.join(str(error).split())}"
+            )
+            return
+        except JobError:
+            self.written = ()  # the SuperLink doesn't answer just now: the next look tries again
+            return
+        came, left = set(changed.sites) - set(self.kit.sites), set(self.kit.sites) - set(changed.sites)
+        self.kit = replace(self.kit, sites=changed.sites)
+        for name in sorted(came):
+            self.tell(f"{name} may join now")
+        for name in sorted(left):
+            self.tell(f"{name} is let in no longer")
 
     def _restart(self, child: Child) -> None:
         self.health.not_serving(f"the {child.name} ended; it is started again")
