@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
 from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
 from atoll.server.deploy.status import Federation, answering
+from atoll.server.deploy.superlink import TOKEN_FILE, new_token, token_path
 from atoll.system.child_process import Child, environment, free_port
 from atoll.system.fork_server import import_first
 from atoll.system.lock import only_one
@@ -63,6 +65,8 @@ def serve(
         gate.start()
         stack.enter_context(_runtime_file(loaded, server.superlink_address, where))
         stack.enter_context(answering(loaded.state, server.status))
+        if os.geteuid() == 0:
+            tell("this server runs as root, and so does every run: a user of its own is safer")
         tell(f"ready on {loaded.address}; waiting for {', '.join(loaded.sites)}")
         server.watch()
         health.stop()
@@ -106,12 +110,17 @@ class _Server:
 
     def __post_init__(self) -> None:
         self.written = _last_written(self.kit)
-        env = environment(self.kit.state / "flwr", FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
+        new_token(self.kit)
+        env = environment(
+            self.kit.state / "flwr",
+            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5",
+            **{TOKEN_FILE: str(token_path(self.kit))},
+        )
         title = f"{self.kit.folder} {self.superlink_address}"
         import_first(*PROGRAMS, *SERVER_APP)
         self.superlink = Child("superlink", SUPERLINK, self._superlink_arguments(), env, title=title)
         self.superexec = Child("superexec", SUPEREXEC, self._superexec_arguments(), env, title=title)
-        self.control = FlowerControlClient(self.superlink_address, self.kit.authority)
+        self.control = FlowerControlClient(self.superlink_address, self.kit)
 
     @property
     def superlink_address(self) -> str:
@@ -227,7 +236,7 @@ class _Server:
 
     def status(self) -> Federation:
         """How the federation stands at this moment; for any thread."""
-        control = FlowerControlClient(self.superlink_address, self.kit.authority)
+        control = FlowerControlClient(self.superlink_address, self.kit)
         try:
             nodes, runs = control.nodes(), tuple(control.runs())
             self.health.update(runs)
@@ -252,8 +261,8 @@ class _Server:
         self.control.close()
 
 
-SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
+SUPERLINK = "atoll.server.deploy.superlink:superlink"
 SUPEREXEC = "atoll.server.deploy.executor:superexec"
-PROGRAMS = ("flwr.superlink.cli.flower_superlink", "atoll.server.deploy.executor")
+PROGRAMS = ("flwr.superlink.cli.flower_superlink", "flwr.superlink.main", "atoll.server.deploy.executor")
 SERVER_APP = ("atoll.server.app", *ANY)
 """What the fork server imports before it forks the two programs, and a process for each run."""
