@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # Tests compile to files that the next run finds, wherever Python is told not to write them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test tests check fast stress matrix setup format clean
+.PHONY: demo test tests check fast stress matrix simulate-faults setup format clean
 
 demo: $(STAMP)
 	$(BIN)/atoll demo
@@ -32,6 +32,11 @@ stress: $(STAMP)
 
 matrix: $(STAMP)
 	ATOLL_TEST_PROFILE=matrix $(BIN)/python -m pytest -m matrix
+
+# Federations under faults that a seed decides; see docs/fault-simulation.md.
+SEEDS ?= 10000
+simulate-faults: $(STAMP)
+	$(BIN)/python -m tests.fault_simulation --seeds $(SEEDS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

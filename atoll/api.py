@@ -60,7 +60,7 @@ def simulate(
     ... federation = { clients = 4, rounds = 2 }
     ... ''')
     >>> run = simulate(folder / "job.toml", folder / "run")  # doctest: +ELLIPSIS
-    data ...examples to train on...
+    counts ...examples read...
     >>> len(run.rounds), run.metrics["federated"]["accuracy"] > 0.3
     (2, True)
 

@@ -31,7 +31,7 @@ from atoll.job.privacy import uses_secure_aggregation
 from atoll.kit.kit import Budget
 from atoll.kit.roster import SiteIdentity
 from atoll.protocol.flower_content import bodies_of, packed, packed_greetings, unpacked
-from atoll.protocol.messages import Hello, encode_reply, hello_to_json
+from atoll.protocol.messages import Failure, Hello, encode_reply, hello_to_json
 from atoll.protocol.requests import decode_request, work_name
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ SiteOf = Callable[[Job, Context], Site]
 """Which site answers in this process, given the job and Flower's context."""
 
 _sites: dict[tuple[str, str], Site] = {}
-_answered: dict[str, list[tuple[str, str, bytes]]] = {}
-"""The last request, and the replies to it: client, head, body."""
+_answered: dict[str, dict[str, tuple[str, bytes]]] = {}
+"""The last request, and each client's reply to it that is no failure: head, body."""
 
 
 def folder_site(job: Job, context: Context) -> Site:
@@ -95,27 +95,31 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
 def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     """Replies of the clients that the message names, each with its own head and body.
 
-    A request that comes again, because the reply was lost on its way, gets the same reply.
+    A request that comes again, as a reply was lost or too few sent one, gets the same replies; who failed
+    tries again, for what was in the way may be gone.
     """
     texts, bodies = unpacked(message.content)
     head, names, body = _given(texts, "request"), _given(texts, "names"), _given(bodies, "tensors")
     asked = hashlib.sha256(b"\0".join((head.encode(), names.encode(), body))).hexdigest()
-    if asked not in _answered:
+    clients = _names(names)
+    kept = _answered.get(asked, {})
+    replies = dict(kept)
+    if to_do := [name for name in clients if name not in kept]:
         request = decode_request(head, body)
         job = Job.from_json(request.job)
-        clients = json.loads(names)
-        with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(clients)}"):
+        with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(to_do)}"):
             site = site_of(job, context)
-            replies = []
-            for reply in site.answer(request, clients):
+            for reply in site.answer(request, to_do):
                 encoded = encode_reply(reply)
                 if site.audit is not None:
                     site.audit.answered(job, request, reply, *encoded)
-                replies.append((reply.client, *encoded))
+                replies[reply.client] = encoded
+                if not isinstance(reply, Failure):
+                    kept[reply.client] = encoded
         _answered.clear()
-        _answered[asked] = replies
-    sent = bodies_of({name: body for name, _, body in _answered[asked]})
-    return Message(packed({name: head for name, head, _ in _answered[asked]}, sent), reply_to=message)
+        _answered[asked] = kept
+    sent = bodies_of({name: body for name, (_, body) in replies.items()})
+    return Message(packed({name: head for name, (head, _) in replies.items()}, sent), reply_to=message)
 
 
 def terms_in_words(job: Job) -> str:
@@ -153,6 +157,16 @@ def timed(work: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     logger.info("%s: done in %.1f s", work, time.monotonic() - began)
+
+
+def _names(text: str) -> list[str]:
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError("message whose names are no list of names: it was changed on its way")
+    return names
 
 
 def _given(contents: Mapping[str, Content], key: str) -> Content:

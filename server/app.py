@@ -66,6 +66,7 @@ A site answers the same request with the same reply and does not train twice.
 """
 RESEND_PART = 0.25
 """Part of the time for a round after which it is sent again, where that is sooner."""
+NO_NODE = -1
 SHOWN_STRANGERS = 5
 """Names of one message that are logged."""
 HELLO_AGAIN_SECONDS = 5.0
@@ -121,6 +122,8 @@ class FlowerTransport:
         sites = {node.node_id: node.name or f"node {node.node_id}" for node in self.grid.get_nodes()}
         strangers = [node for node in sites if node not in self.greeted]
         self.sites |= {node: sites[node] for node in strangers}
+        for node in strangers:
+            self.gone.pop(node, None)  # it is connected now
         for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout, patience=0):
             if reply == GONE:
                 continue  # it is greeted when it is back
@@ -203,9 +206,9 @@ class FlowerTransport:
             for node in late:
                 due[node], pauses[node] = time.monotonic() + pauses[node], 2 * pauses[node]
             for reply in self.grid.pull_messages(list(sent)):
-                node = sent.pop(reply.metadata.reply_to_message_id)
+                node = sent.pop(reply.metadata.reply_to_message_id, NO_NODE)
                 if node not in due:
-                    continue  # answered already
+                    continue  # answered already, or the same reply comes twice
                 if reply.has_error() and reply.error.code in LOST:
                     due[node] = time.monotonic() + 1.0
                 elif reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:

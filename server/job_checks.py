@@ -76,5 +76,10 @@ def validate_for_deployment(job: Job) -> None:
             "privacy.audit: the attack trains the run again on all clients' data, so only a simulation can be"
             " attacked; expected false"
         )
+    if job.attack.kind is not None:
+        raise ConfigError(
+            "attack.kind: makes simulated clients hostile, and sites do what they were installed for;"
+            f" expected a job without [attack], found {job.attack.kind!r}"
+        )
     if is_silent(job):
         check_told(job, task_named(job.task.name), at_a_site=True)

@@ -105,6 +105,9 @@ LEFT_OUT: dict[str, str] = {
     ),
     "evaluate.baselines": "for simulations",
     "evaluate.metrics": "an extension's",
+    **dict.fromkeys(
+        ("attack.kind", "attack.clients", "attack.scale", "attack.victim", "attack.target"), "for simulations"
+    ),
     "privacy.unit": "the promise says it",
     "privacy.where": "the promise says it",
     "privacy.example": "the promise says it",

@@ -111,7 +111,7 @@ def test_an_error_of_the_disk_leaves_the_older_checkpoint_and_names_the_path(
     def fail(*arguments: object, **keywords: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(
         JobError, match=r"round-000002\.safetensors: checkpoint not written \(No space left on device\)"
     ):

@@ -58,8 +58,8 @@ PAIRS: dict[str, tuple[Callable[[torch.Tensor, int], torch.Tensor], Callable[[An
     "coordinate-median": (lambda rows, f: coordinate_median(rows), lambda byzfl, f: byzfl.Median()),
     "trimmed-mean": (trimmed_mean, lambda byzfl, f: byzfl.TrMean(f)),
     "geometric-median": (
-        lambda rows, f: geometric_median(rows, 1e-6, 8),
-        lambda byzfl, f: byzfl.GeometricMedian(nu=1e-6, T=8),
+        lambda rows, f: geometric_median(rows, 1e-6, 200),  # which begin elsewhere and meet
+        lambda byzfl, f: byzfl.GeometricMedian(nu=1e-6, T=200),
     ),
     "krum": (krum, krum_of_byzfl("Krum")),
     "multi-krum": (lambda rows, f: multi_krum(rows, f, len(rows) - f - 1), krum_of_byzfl("MultiKrum")),
@@ -78,7 +78,7 @@ PAIRS: dict[str, tuple[Callable[[torch.Tensor, int], torch.Tensor], Callable[[An
 BYZFL = {
     "coordinate-median": [0.5, 0.5, -1.0, -0.5],
     "trimmed-mean": [1.5, 0.5, -1.25, -0.25],
-    "geometric-median": [0.950446591312, 0.723237127579, -0.746742727903, -0.360438599576],
+    "geometric-median": [0.957383719276, 0.725005401474, -0.750269972441, -0.355543059223],
     "krum": [-1.0, 0.0, 0.0, -1.0],
     "multi-krum": [2.0, 0.6, -1.8, -0.8],
     "centered-clipping": [0.618808077883, 0.516494473247, -0.48760466766, -0.311000489459],
@@ -116,6 +116,18 @@ def test_medians_are_numpys_and_scipys(clients: int) -> None:
         lambda z: np.linalg.norm(rows - z, axis=1).sum(), rows.mean(0), method="BFGS", options={"gtol": 1e-9}
     )
     np.testing.assert_allclose(geometric_median(given, 1e-9, 500), nearest.x, atol=1e-5)
+
+
+@pytest.mark.parametrize("sent", [0.0, 1e-9])
+def test_clients_that_send_nothing_do_not_hold_the_geometric_median(sent: float) -> None:
+    """From zero, where the paper begins, one of them did: its weight there is 1 / smoothing."""
+    rows = np.random.default_rng(5).normal(1.0, 2.0, size=(20, 40))
+    rows[:4] = sent
+    found = geometric_median(torch.from_numpy(rows), 1e-6, 8).numpy()
+    nearest = scipy.optimize.minimize(
+        lambda z: np.linalg.norm(rows - z, axis=1).sum(), rows.mean(0), method="BFGS", options={"gtol": 1e-9}
+    )
+    assert np.linalg.norm(found - nearest.x) < 0.01 * np.linalg.norm(nearest.x)
 
 
 def record(row: np.ndarray) -> RecordDict:

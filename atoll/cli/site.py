@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -28,6 +29,8 @@ RunId = Annotated[int, typer.Argument(metavar="RUN_ID", help="As atoll submit an
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command(cls=Verb, epilog="Example: atoll provision sites.toml --out kits")(provision)
+    app.command(cls=Verb, epilog="Example: atoll enroll kit north")(enroll)
+    app.command(cls=Verb, epilog="Example: atoll accept kit answer")(accept)
     app.command(cls=Verb, epilog="Example: atoll serve kits/server")(serve)
     app.command(cls=Verb, epilog="Example: atoll join kits/site-a --data /data/site-a")(join)
     app.command(
@@ -78,14 +81,82 @@ def show_ours(line: str) -> None:
 
 def provision(
     sites: Annotated[Path, typer.Argument(metavar="SITES", help="TOML with [server] and [[site]] tables.")],
-    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the kits go.")],
+    out_dir: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the kits go, or are.")],
+    request: Annotated[
+        list[Path] | None,
+        typer.Option("--request", metavar="FILE", help="A site's own, from atoll enroll; may be repeated."),
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Change the kits in DIR: sites are added and removed.")
+    ] = False,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="As --update, with a new certificate for the server.")
+    ] = False,
 ) -> None:
-    """Make a certificate authority, a server kit, and one kit for every site."""
-    from atoll.server.deploy.provision import provision as make_kits
+    """Make a certificate authority, a server kit, and one kit for every site; or change them."""
+    from atoll.server.deploy import provision as provisioning
 
-    for kit in make_kits(sites, out_dir):
+    if update or renew:
+        _tell_changes(provisioning.update(sites, out_dir, request or (), renew=renew), out_dir)
+        return
+    for kit in provisioning.provision(sites, out_dir, request or ()):
         echo(f"kit  {kit}")
+    fingerprint = hashlib.sha256((out_dir / "ca" / "ca.crt").read_bytes()).hexdigest()
+    echo(f"authority {fingerprint}: sites that enroll compare it")
     echo("give each site its own kit over a safe channel; keep the folder ca offline")
+
+
+def _tell_changes(changes: Any, out_dir: Path) -> None:
+    for kit in changes.new:
+        echo(f"new      {kit}: give it to its site")
+    if changes.kept:
+        echo(f"kept     {', '.join(changes.kept)}")
+    if changes.removed:
+        echo(f"removed  {', '.join(changes.removed)}: the server lets them in no longer")
+    if changes.has_new_certificate:
+        echo(
+            f"renewed  {out_dir / 'server' / 'server.crt'}: the server needs it and server.key, and a restart"
+        )
+    if changes.has_new_roster:
+        echo(
+            "roster   another: send each site its folder without node.key and superexec.secret, for atoll"
+            " accept; until all have it there is no secure sum"
+        )
+    echo(f"copy {out_dir / 'server'} over the server's kit: a running server sees it within seconds")
+
+
+def enroll(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="A new folder for this site's kit.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The site's, as SITES has it.")],
+    client: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--client", metavar="NAME", help="A client that it answers for, if not one of its own name."
+        ),
+    ] = None,
+) -> None:
+    """Make a site's key, which never leaves it, and the request that the administrator answers."""
+    from atoll.kit.enrolment import enroll as make_request
+
+    echo(f"request  {make_request(kit, name, client or ())}: send it to the federation's administrator")
+    echo(f"then     atoll accept {kit} ANSWER, the folder that comes back")
+
+
+def accept(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="This site's kit.")],
+    answer: Annotated[Path, typer.Argument(metavar="ANSWER", help="The administrator's folder.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Take it without being asked.")] = False,
+) -> None:
+    """Take the administrator's answer into a site's kit: the authority, the server, the roster."""
+    from atoll.kit.enrolment import read_answer
+
+    read = read_answer(kit, answer)
+    for line in read.lines:
+        echo(line)
+    if not yes and not (sys.stdin.isatty() and typer.confirm("take it?")):
+        raise ConfigError(f"{answer}: not taken; --yes takes it without being asked")
+    read.take()
+    echo(f"taken    {kit}; a site that is running reads it when it joins again")
 
 
 def serve(

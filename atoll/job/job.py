@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, FiniteFloat, Tag, ValidationError, field_validator, model_validator
 
 from atoll.errors import ConfigError, did_you_mean
+from atoll.job.attack import AttackSection, check_attack
 from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
 from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
@@ -337,6 +338,7 @@ class Job(Section):
     privacy: PrivacySection = PrivacySection()
     evaluate: EvaluateSection = EvaluateSection()
     personal: PersonalSection = PersonalSection()
+    attack: AttackSection = AttackSection()
 
     @model_validator(mode="after")
     def _features_are_of_a_frozen_backbone(self) -> Job:
@@ -355,6 +357,7 @@ class Job(Section):
         check_closed_form(self)
         check_personal(self)
         check_client_state(self)
+        check_attack(self)
         return self
 
     @model_validator(mode="after")
@@ -449,7 +452,11 @@ class Job(Section):
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Read back what `canonical` wrote."""
+        """Read back what `canonical` wrote.
+
+        Raises:
+            ConfigError: it was changed on its way.
+        """
         return _read_back(text)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Job:
@@ -483,4 +490,10 @@ def _in_stage(first: Job, later: TuneStage) -> Job:
 
 @lru_cache(maxsize=16)
 def _read_back(text: str) -> Job:
-    return Job.parse(json.loads(text), origin="job")
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"job: cannot be read ({error})"[:200]) from None
+    if not isinstance(table, dict):
+        raise ConfigError("job: cannot be read, expected a JSON object")
+    return Job.parse(table, origin="job")

@@ -111,7 +111,9 @@ class Budget(KitTable):
     delta: Annotated[float, Field(gt=0, lt=1)]
 
 
-class _SiteTable(KitTable):
+class SiteTable(KitTable):
+    """The kit.toml of a site."""
+
     name: SiteName
     server: Address
     budget: Budget | None = None
@@ -185,9 +187,14 @@ class SiteKit(_Kit):
         """What this site's clients keep from one round of a run to the next."""
         return self.state / "memory"
 
+    @staticmethod
+    def table(folder: Path) -> "SiteTable":
+        """What a folder's kit.toml says; the rest of the kit need not be there."""
+        return _kit_table(folder, SiteTable)
+
     @classmethod
     def load(cls, folder: Path) -> "SiteKit":
-        table = _kit_table(folder, _SiteTable)
+        table = cls.table(folder)
         kit = cls(folder.resolve(), table.name, table.server, table.budget)
         _require(kit.authority, kit.key, kit.secret)
         return kit
@@ -212,7 +219,10 @@ TableT = TypeVar("TableT", bound=BaseModel)
 
 def _kit_table(folder: Path, model: type[TableT]) -> TableT:
     if not (folder / "kit.toml").is_file():
-        raise ConfigError(f"{folder}: is no kit (it has no kit.toml); atoll provision makes kits")
+        raise ConfigError(
+            f"{folder}: is no kit (it has no kit.toml); atoll provision makes kits, and after atoll enroll"
+            " atoll accept does"
+        )
     return read_table(folder / "kit.toml", model)
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock
 
 from atoll.errors import DataError
-from atoll.system.durable_files import sync_folder
+from atoll.system.durable_files import append_synced, cut_synced, sync_folder
 
 START = "0" * 64
 
@@ -65,32 +64,28 @@ class ChainedLog:
     def append(self, fields: Mapping[str, object]) -> None:
         """Write one line and wait until it is on the disk; only within `alone`."""
         line = (json.dumps({"before": self.last, **fields}, sort_keys=True) + "\n").encode()
-        with self._opened() as file:
-            file.write(line)
-            file.flush()
-            if self.durable:
-                os.fsync(file.fileno())
+        if not self._end and self.durable:
+            self._make()
+        append_synced(self.path, line, durable=self.durable)
         self._step(line)
 
-    @contextmanager
-    def _opened(self) -> Iterator[BinaryIO]:
-        is_new = not self.path.exists()
-        with self.path.open("a+b") as file:
-            if is_new and self.durable:
-                sync_folder(self.path.parent)
-            yield file
+    def _make(self) -> None:
+        """Have the file's name on the disk before its first line: a line that was read back is not lost."""
+        append_synced(self.path, b"")
+        sync_folder(self.path.parent)
 
     def _catch_up(self) -> None:
         """Read what was appended since; what stands behind the last whole line is cut off."""
-        with self._opened() as file:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
             file.seek(self._end)
             rest = file.read()
-            whole = rest[: rest.rfind(b"\n") + 1]
-            for line in whole.splitlines(keepends=True):
-                self._take(line)
-            if len(whole) < len(rest):
-                file.truncate(self._end)
-                os.fsync(file.fileno())
+        whole = rest[: rest.rfind(b"\n") + 1]
+        for line in whole.splitlines(keepends=True):
+            self._take(line)
+        if len(whole) < len(rest):
+            cut_synced(self.path, self._end)
 
     def _take(self, line: bytes) -> None:
         where = f"{self.path} line {self.lines + 1}"

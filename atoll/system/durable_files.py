@@ -1,9 +1,13 @@
-"""Files that a kill at any instant leaves whole: temporary name, sync, rename, sync."""
+"""Files that a kill at any instant leaves whole: temporary name, sync, rename, sync.
+
+Whatever a run or a site keeps goes through this module's `os`, so that a disk that fails can stand in for it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -12,12 +16,57 @@ def write_synced(path: Path, content: bytes, mode: int = 0o666, *, durable: bool
 
     What is not `durable` is not waited for: a kill leaves it whole, a power cut may not.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
+    _write(path, content, os.O_TRUNC, mode, durable=durable)
+
+
+def append_synced(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Add to the end of a file, which is made if there is none, and wait until that is on the disk.
+
+    An error may leave a part of the content there. Whether a new file's name lasts, `sync_folder` says.
+    """
+    _write(path, content, os.O_APPEND, 0o666, durable=durable)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content and its name are on the disk; one that isn't there is no error."""
+    with suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as handle:
+        os.fsync(handle)
+    sync_folder(path.parent)
+
+
+def cut_synced(path: Path, length: int) -> None:
+    """Take off what stands in a file behind its first `length` bytes, and wait until it is gone."""
+    with _opened(path, os.O_WRONLY) as handle:
+        os.ftruncate(handle, length)
+        os.fsync(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _write(path: Path, content: bytes, how: int, mode: int, *, durable: bool) -> None:
+    with _opened(path, os.O_WRONLY | os.O_CREAT | how, mode) as handle:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
         if durable:
-            os.fsync(file.fileno())
+            os.fsync(handle)
+
+
+@contextmanager
+def _opened(path: Path, flags: int, mode: int = 0o666) -> Iterator[int]:
+    """The file's handle for the time of the block; an error in it names the file."""
+    handle = os.open(path, flags, mode)
+    try:
+        yield handle
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(handle)
 
 
 def temporary_of(path: Path) -> Path:
@@ -43,10 +92,10 @@ def replace_all(contents: Mapping[Path, bytes], mode: int = 0o666, *, durable: b
         for path, content in contents.items():
             write_synced(temporary[path], content, mode, durable=durable)
         for path in contents:
-            temporary[path].replace(path)
+            os.replace(temporary[path], path)
     except OSError:
         for left in temporary.values():
-            left.unlink(missing_ok=True)
+            remove(left)
         raise
     for folder in dict.fromkeys(path.parent for path in contents if durable):
         sync_folder(folder)
@@ -54,8 +103,5 @@ def replace_all(contents: Mapping[Path, bytes], mode: int = 0o666, *, durable: b
 
 def sync_folder(folder: Path) -> None:
     """Wait until a folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with _opened(folder, os.O_RDONLY) as handle:
         os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,6 +8,7 @@ threads or a GPU is its own. Whoever comes from a fork server has its own proces
 from __future__ import annotations
 
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -42,7 +43,10 @@ FORKABLE = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTORCH_NVML_BAS
 library that asks torch for a GPU while it is imported must not wake the driver, which outlives no fork."""
 
 _lock = threading.Lock()
-_modules: list[str] = []
+_modules: list[str] = [__name__]
+"""What the fork server imports; this module first, for the next line."""
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+"""It warns of what torchao registers twice, in the middle of a site's own lines."""
 _inherited = False
 """Whether this process comes from a fork server, which it then shares."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from atoll.client.policy import POLICY, Policy
 from atoll.errors import DataError, JobError
+from atoll.kit.credentials import check_site
 from atoll.kit.kit import SiteKit
 from atoll.kit.roster import SiteIdentity
 from atoll.system.child_process import Child, free_port
@@ -73,6 +74,8 @@ def join(
             site's key for minutes.
     """
     loaded = SiteKit.load(kit)
+    for remark in check_site(loaded):
+        tell(remark)
     SiteIdentity.load(loaded.folder)
     if Policy.load(loaded.folder) is not None:
         tell(f"this site's own rules are those of {loaded.folder / POLICY}")

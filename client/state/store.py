@@ -20,12 +20,16 @@ from safetensors import SafetensorError, safe_open
 
 from atoll.errors import DataError, JobError
 from atoll.protocol.tensors import Tensors, tensors_sha256, to_bytes
-from atoll.system.durable_files import replace_all
+from atoll.system.durable_files import remove, replace_all
 
 logger = logging.getLogger(__name__)
 
 ROUNDS_KEPT = 3
-"""States of a client that are kept: the last two checkpoints of a run can then still be gone on from."""
+"""States of a client that are kept: the last two checkpoints of a run can then still be gone on from.
+
+Of rounds later than the one that was saved as many are kept again: a run that has lost its checkpoints begins
+anew, and must find what it saves itself; a request that comes very late must not take the newest ones away.
+"""
 DAYS_KEPT = 30.0
 """Of a run that a real site hears no more of; one that goes on later starts with nothing remembered."""
 
@@ -70,7 +74,9 @@ class ClientStateStore:
         else:
             self._write(run, round, states)
         for client in states:
-            for old in sorted(self._rounds(run, client))[:-ROUNDS_KEPT]:
+            rounds = sorted(self._rounds(run, client))
+            until, later = [r for r in rounds if r <= round], [r for r in rounds if r > round]
+            for old in until[:-ROUNDS_KEPT] + later[:-ROUNDS_KEPT]:
                 self._forget(run, client, old)
 
     def _write(self, run: str, round: int, states: Mapping[str, Tensors]) -> None:
@@ -104,7 +110,7 @@ class ClientStateStore:
         if self.folder is None:
             del self._held[run, client][round]
         else:
-            self._path(run, client, round).unlink(missing_ok=True)
+            remove(self._path(run, client, round))
 
     def _path(self, run: str, client: str, round: int) -> Path:
         """Where a state is; what the server calls the run is hashed, for it may be anything."""

@@ -33,7 +33,9 @@ from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.kit.code_hashes import HASHES, installed_hashes
 from atoll.kit.extensions import extension_hashes
+from atoll.kit.kit import ServerKit
 from atoll.server.deploy.status import Run
+from atoll.server.deploy.superlink import TokenInterceptor
 
 logging.getLogger("httpx").setLevel(logging.WARNING)
 """It has a line for every call, and the sites call all the time."""
@@ -110,13 +112,13 @@ def bundle(job: Job | None = None) -> bytes:
 class FlowerControlClient:
     """Calls to a SuperLink on this machine; each raises JobError with one line if it is refused."""
 
-    def __init__(self, address: str, authority: Path) -> None:
+    def __init__(self, address: str, kit: ServerKit) -> None:
         self._address = address
         self._client = ControlHttpClient.from_server_address(
             server_address=address,
             insecure=False,
-            root_certificates=authority.read_bytes(),
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+            root_certificates=kit.authority.read_bytes(),
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI"), TokenInterceptor(kit)],
         )
 
     def close(self) -> None:

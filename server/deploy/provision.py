@@ -1,113 +1,189 @@
-"""Provisioning: one kit of certificates and keys for the server and for every site."""
+"""Provisioning: a kit of certificates and keys for the server and every site, and its changes later on."""
 
-import ipaddress
 import secrets
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from atoll.errors import ConfigError
-from atoll.kit.kit import Sites, is_address, read_table, server_table, site_table
+from atoll.kit.enrolment import SiteRequest, write_site_key
+from atoll.kit.kit import ServerKit, Sites, read_table, server_table, site_table
 from atoll.kit.roster import ALGORITHM, SIGNATURE, TABLE, RosterSite, roster_table
-
-AUTHORITY_DAYS = 3650
-SERVER_DAYS = 825
-CLOCK_SKEW = timedelta(days=1)
+from atoll.server.deploy.certificates import Authority, new_authority, private_pem, server_certificate
+from atoll.system.durable_files import replace_all, replace_synced
 
 
-@dataclass(frozen=True)
-class Authority:
-    """The federation's own certificate authority."""
+@dataclass
+class Changes:
+    """What became of a federation's kits: folders of kits and answers that are new, and names of sites."""
 
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
+    new: list[Path] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    has_new_roster: bool = False
+    has_new_certificate: bool = False
 
-    @property
-    def pem(self) -> bytes:
-        return self.certificate.public_bytes(Encoding.PEM)
 
-
-def provision(sites_file: Path, out: Path) -> list[Path]:
+def provision(sites_file: Path, out: Path, requests: Sequence[Path] = ()) -> list[Path]:
     """The kits written for a SITES file: the server's first, then one per site.
 
-    The authority's private key stays in `out/ca` and belongs on no machine that serves or joins.
+    A site that sent a request (`atoll enroll`) made its key itself: its folder is the answer to that, without
+    a private key. The authority's private key stays in `out/ca` and belongs on no machine that serves or
+    joins.
+
+    Raises:
+        ConfigError: SITES or a request is not as it must be, or kits are there already.
     """
-    sites = read_table(sites_file, Sites)
+    sites, asked = read_table(sites_file, Sites), _requests(requests)
     names = [site.name for site in sites.site]
+    _refuse_strangers(asked, sites, sites_file)
     _refuse_old_kits(out, names)
     try:
-        authority = _authority()
+        authority = new_authority()
         _write_authority(out / "ca", authority)
-        public_keys = {name: _write_site(out / name, name, sites, authority) for name in names}
-        _write_server(out / "server", sites, authority, public_keys)
-        _write_roster([out / "server", *(out / name for name in names)], sites, authority, public_keys)
+        keys = {site: _write_site(out / site, site, sites, authority, asked.get(site)) for site in names}
+        _write_server(out / "server", sites, authority, keys)
+        _write_roster([out / "server", *(out / name for name in names)], sites, authority, keys)
     except OSError as error:
         raise ConfigError(f"{error.filename or out}: {error.strerror}") from error
     return [out / "server", *(out / name for name in names)]
 
 
+def update(sites_file: Path, out: Path, requests: Sequence[Path] = (), *, renew: bool = False) -> Changes:
+    """Make the kits in `out` those of a changed SITES file, with the same authority; other sites keep theirs.
+
+    Sites that are new get a kit, or an answer to their request. Those that are gone are taken out of the
+    server's kit, so that it no longer lets them in; their folders stay. The server's certificate is a new one
+    where `renew` asks for it or its host is another. Every kit in `out` gets the roster, if it is another.
+
+    Raises:
+        ConfigError: there are no kits to change, or SITES or a request is not as it must be.
+    """
+    sites, asked = read_table(sites_file, Sites), _requests(requests)
+    _refuse_strangers(asked, sites, sites_file)
+    authority, before = Authority.load(out / "ca"), ServerKit.load(out / "server")
+    names, changes = [site.name for site in sites.site], Changes()
+    keys: dict[str, bytes] = {}
+    try:
+        for name in names:
+            if name in before.sites and name not in asked:
+                keys[name] = before.node_key(name).read_bytes()
+                changes.kept.append(name)
+            else:
+                _set_aside(out / name)
+                keys[name] = _write_site(out / name, name, sites, authority, asked.get(name))
+                changes.new.append(out / name)
+        changes.removed = [name for name in before.sites if name not in names]
+        changes.has_new_certificate = renew or before.address.host != sites.server.host
+        _change_server(before, sites, authority, keys, changes)
+        kits = [out / "server", *(out / name for name in names if (out / name).is_dir())]
+        changes.has_new_roster = _write_roster(kits, sites, authority, keys)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or out}: {error.strerror}") from error
+    return changes
+
+
+def _requests(files: Sequence[Path]) -> dict[str, SiteRequest]:
+    read = [SiteRequest.load(file) for file in files]
+    return {request.name: request for request in read}
+
+
+def _refuse_strangers(asked: Mapping[str, SiteRequest], sites: Sites, sites_file: Path) -> None:
+    listed = {site.name: site.hosted for site in sites.site}
+    for name, request in asked.items():
+        if name not in listed:
+            raise ConfigError(
+                f"{sites_file}: has no site {name!r}, which sent a request; expected a [[site]] of it"
+            )
+        if sorted(request.clients) != sorted(listed[name]):
+            raise ConfigError(
+                f"{sites_file}: site {name!r} has the clients {listed[name]}, and asks for {request.clients};"
+                " expected the same"
+            )
+
+
 def _refuse_old_kits(out: Path, names: list[str]) -> None:
     for kit in (out / part for part in ("ca", "server", *names)):
         if kit.exists():
-            raise ConfigError(f"{kit}: already there; give another folder, or remove the old kits first")
+            raise ConfigError(
+                f"{kit}: already there; --update changes these kits, another folder makes others, with an"
+                " authority of their own"
+            )
+
+
+def _set_aside(kit: Path) -> None:
+    """A folder of a site that was removed before, and comes back with another key."""
+    if kit.exists():
+        number = next(n for n in range(1, 10_000) if not kit.with_name(f"{kit.name}.old{n}").exists())
+        shutil.move(kit, kit.with_name(f"{kit.name}.old{number}"))
 
 
 def _write_authority(folder: Path, authority: Authority) -> None:
     _make_private(folder)
-    _write_private(folder / "ca.key", _pem(authority.key))
+    _write_private(folder / "ca.key", private_pem(authority.key))
     (folder / "ca.crt").write_bytes(authority.pem)
 
 
-def _write_site(folder: Path, name: str, sites: Sites, authority: Authority) -> bytes:
-    """Write a site's kit; returns the public key that the server must know."""
+def _write_site(
+    folder: Path, name: str, sites: Sites, authority: Authority, request: SiteRequest | None
+) -> bytes:
+    """Write a site's kit, or the answer to its request; returns the public key that the server must know."""
     _make_private(folder)
-    key = ec.generate_private_key(ec.SECP384R1())
-    openssh = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-    _write_private(folder / "node.key", openssh)
-    _write_private(folder / "superexec.secret", secrets.token_hex(32).encode())
+    public = write_site_key(folder) if request is None else request.key.encode()
     (folder / "ca.crt").write_bytes(authority.pem)
     (folder / "kit.toml").write_text(site_table(name, sites.server), encoding="utf-8")
-    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    return public
 
 
-def _write_server(folder: Path, sites: Sites, authority: Authority, public_keys: dict[str, bytes]) -> None:
+def _write_server(folder: Path, sites: Sites, authority: Authority, keys: Mapping[str, bytes]) -> None:
     _make_private(folder)
     key = ec.generate_private_key(ec.SECP384R1())
-    certificate = _server_certificate(authority, key, sites.server.host)
-    _write_private(folder / "server.key", _pem(key))
+    certificate = server_certificate(authority, key, sites.server.host)
+    _write_private(folder / "server.key", private_pem(key))
     _write_private(folder / "superexec.secret", secrets.token_hex(32).encode())
     (folder / "server.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
     (folder / "ca.crt").write_bytes(authority.pem)
     _make_private(folder / "nodes")
-    for name, public_key in public_keys.items():
+    for name, public_key in keys.items():
         (folder / "nodes" / f"{name}.pub").write_bytes(public_key)
-    (folder / "kit.toml").write_text(server_table(sites.server, list(public_keys)), encoding="utf-8")
+    (folder / "kit.toml").write_text(server_table(sites.server, list(keys)), encoding="utf-8")
 
 
-def _write_roster(
-    kits: list[Path], sites: Sites, authority: Authority, public_keys: dict[str, bytes]
+def _change_server(
+    kit: ServerKit, sites: Sites, authority: Authority, keys: Mapping[str, bytes], changes: Changes
 ) -> None:
-    """Write the same signed roster into every kit."""
+    """The server's kit with those sites: keys, then the table that names them; then keys go that are gone."""
+    if changes.has_new_certificate:
+        key = ec.generate_private_key(ec.SECP384R1())
+        certificate = server_certificate(authority, key, sites.server.host).public_bytes(Encoding.PEM)
+        replace_all({kit.key: private_pem(key)}, 0o600)
+        replace_synced(kit.certificate, certificate)
+    for name, public_key in keys.items():
+        replace_synced(kit.node_key(name), public_key)
+    replace_synced(kit.folder / "kit.toml", server_table(sites.server, list(keys)).encode())
+    for name in changes.removed:
+        kit.node_key(name).unlink(missing_ok=True)
+
+
+def _write_roster(kits: list[Path], sites: Sites, authority: Authority, keys: Mapping[str, bytes]) -> bool:
+    """Write the same signed roster into every kit; says whether the first kit's was another."""
     listed = [
-        RosterSite(name=site.name, clients=site.hosted, key=public_keys[site.name].decode())
-        for site in sites.site
+        RosterSite(name=site.name, clients=site.hosted, key=keys[site.name].decode()) for site in sites.site
     ]
     table = roster_table(listed).encode()
-    signature = authority.key.sign(table, ALGORITHM)
+    there = kits[0] / TABLE
+    if there.is_file() and there.read_bytes() == table:
+        signature = (kits[0] / SIGNATURE).read_bytes()
+    else:
+        signature = authority.key.sign(table, ALGORITHM)
+    is_new = not there.is_file() or there.read_bytes() != table
     for kit in kits:
-        (kit / TABLE).write_bytes(table)
-        (kit / SIGNATURE).write_bytes(signature)
+        replace_all({kit / TABLE: table, kit / SIGNATURE: signature})
+    return is_new
 
 
 def _make_private(folder: Path) -> None:
@@ -118,73 +194,3 @@ def _write_private(path: Path, content: bytes) -> None:
     """Write a file that was never readable by others, not even for a moment."""
     path.touch(mode=0o600, exist_ok=False)
     path.write_bytes(content)
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def _authority() -> Authority:
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = _common_name("Atoll federation authority")
-    builder = (
-        _builder(name, name, key.public_key(), AUTHORITY_DAYS)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(sign_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-    return Authority(key, builder.sign(key, hashes.SHA384()))
-
-
-def _server_certificate(authority: Authority, key: ec.EllipticCurvePrivateKey, host: str) -> x509.Certificate:
-    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
-    builder = (
-        _builder(_common_name("Atoll server"), authority.certificate.subject, key.public_key(), SERVER_DAYS)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(sign_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(_names(host)), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(issuer, critical=False)
-    )
-    return builder.sign(authority.key, hashes.SHA384())
-
-
-def _names(host: str) -> list[x509.GeneralName]:
-    """The public host and this machine's own names: the server's parts talk over loopback."""
-    return [
-        x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name)
-        for name in dict.fromkeys([host, "localhost", "127.0.0.1", "::1"])
-    ]
-
-
-def _common_name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, days: int
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return x509.CertificateBuilder(
-        issuer_name=issuer,
-        subject_name=subject,
-        public_key=public_key,
-        serial_number=x509.random_serial_number(),
-        not_valid_before=now - CLOCK_SKEW,
-        not_valid_after=now + timedelta(days=days),
-    )
-
-
-def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not sign_certificates,
-        key_cert_sign=sign_certificates,
-        crl_sign=sign_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )

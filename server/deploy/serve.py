@@ -2,19 +2,22 @@
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from atoll.errors import JobError
+from atoll.errors import ConfigError, JobError
+from atoll.kit.credentials import check_server
 from atoll.kit.kit import ServerKit
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
 from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
 from atoll.server.deploy.status import Federation, answering
+from atoll.server.deploy.superlink import TOKEN_FILE, new_token, token_path
 from atoll.system.child_process import Child, environment, free_port
 from atoll.system.fork_server import import_first
 from atoll.system.lock import only_one
@@ -43,6 +46,8 @@ def serve(
     database in the kit, so a run goes on after a restart of the SuperLink.
     """
     loaded = ServerKit.load(kit)
+    for remark in check_server(loaded):
+        tell(remark)
     wanted = address_from(health_address) if health_address else None
     stop = stop or threading.Event()
     with ExitStack() as stack:
@@ -60,6 +65,8 @@ def serve(
         gate.start()
         stack.enter_context(_runtime_file(loaded, server.superlink_address, where))
         stack.enter_context(answering(loaded.state, server.status))
+        if os.geteuid() == 0:
+            tell("this server runs as root, and so does every run: a user of its own is safer")
         tell(f"ready on {loaded.address}; waiting for {', '.join(loaded.sites)}")
         server.watch()
         health.stop()
@@ -75,6 +82,11 @@ def _runtime_file(kit: ServerKit, control: str, health: str) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _last_written(kit: ServerKit) -> tuple[float, ...]:
+    paths = (kit.folder / "kit.toml", kit.folder / "nodes")
+    return tuple(path.stat().st_mtime_ns for path in paths if path.exists())
 
 
 def runtime_path(kit: ServerKit) -> Path:
@@ -93,14 +105,22 @@ class _Server:
     health_address: str
     online: set[str] = field(default_factory=set)
     pause: float = 1.0
+    written: tuple[float, ...] = ()
+    """When the kit's table and the sites' keys were last written."""
 
     def __post_init__(self) -> None:
-        env = environment(self.kit.state / "flwr", FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5")
+        self.written = _last_written(self.kit)
+        new_token(self.kit)
+        env = environment(
+            self.kit.state / "flwr",
+            FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.5",
+            **{TOKEN_FILE: str(token_path(self.kit))},
+        )
         title = f"{self.kit.folder} {self.superlink_address}"
         import_first(*PROGRAMS, *SERVER_APP)
         self.superlink = Child("superlink", SUPERLINK, self._superlink_arguments(), env, title=title)
         self.superexec = Child("superexec", SUPEREXEC, self._superexec_arguments(), env, title=title)
-        self.control = FlowerControlClient(self.superlink_address, self.kit.authority)
+        self.control = FlowerControlClient(self.superlink_address, self.kit)
 
     @property
     def superlink_address(self) -> str:
@@ -149,7 +169,32 @@ class _Server:
             for child in (self.superlink, self.superexec):
                 if not child.running:
                     self._restart(child)
+            self._follow_kit()
             self._look_around()
+
+    def _follow_kit(self) -> None:
+        """Let in the sites that the kit has now: provisioning may have added some, and taken some out."""
+        written = _last_written(self.kit)
+        if written == self.written:
+            return
+        self.written = written
+        try:
+            changed = ServerKit.load(self.kit.folder)
+            self.control.admit({site: changed.node_key(site) for site in changed.sites})
+        except (ConfigError, OSError, ValueError) as error:
+            self.tell(
+                f"the kit has changed and cannot be used, its sites stay: {' '.join(str(error).split())}"
+            )
+            return
+        except JobError:
+            self.written = ()  # the SuperLink doesn't answer just now: the next look tries again
+            return
+        came, left = set(changed.sites) - set(self.kit.sites), set(self.kit.sites) - set(changed.sites)
+        self.kit = replace(self.kit, sites=changed.sites)
+        for name in sorted(came):
+            self.tell(f"{name} may join now")
+        for name in sorted(left):
+            self.tell(f"{name} is let in no longer")
 
     def _restart(self, child: Child) -> None:
         self.health.not_serving(f"the {child.name} ended; it is started again")
@@ -191,7 +236,7 @@ class _Server:
 
     def status(self) -> Federation:
         """How the federation stands at this moment; for any thread."""
-        control = FlowerControlClient(self.superlink_address, self.kit.authority)
+        control = FlowerControlClient(self.superlink_address, self.kit)
         try:
             nodes, runs = control.nodes(), tuple(control.runs())
             self.health.update(runs)
@@ -216,8 +261,8 @@ class _Server:
         self.control.close()
 
 
-SUPERLINK = "flwr.superlink.cli.flower_superlink:flower_superlink"
+SUPERLINK = "atoll.server.deploy.superlink:superlink"
 SUPEREXEC = "atoll.server.deploy.executor:superexec"
-PROGRAMS = ("flwr.superlink.cli.flower_superlink", "atoll.server.deploy.executor")
+PROGRAMS = ("flwr.superlink.cli.flower_superlink", "flwr.superlink.main", "atoll.server.deploy.executor")
 SERVER_APP = ("atoll.server.app", *ANY)
 """What the fork server imports before it forks the two programs, and a process for each run."""

@@ -99,7 +99,7 @@ def _control(kit: Path) -> Iterator[FlowerControlClient]:
         address = json.loads(runtime_path(loaded).read_text(encoding="utf-8"))["control"]
     except FileNotFoundError:
         raise no_server(kit) from None
-    control = FlowerControlClient(address, loaded.authority)
+    control = FlowerControlClient(address, loaded)
     try:
         yield control
     finally:

@@ -64,7 +64,7 @@ def start_or_resume(
         later_rounds=later_rounds,
         update_transforms=protection.update_transforms,
         model_transforms=model_transforms(job),
-        checkpoints=CheckpointManager(directory.checkpoints, waits=loses_no_round(job)),
+        checkpoints=CheckpointManager(directory.checkpoints, loses_no_round(job), directory.log),
         strategy_name=strategy_name,
         used_data=roster.used_data(job, counts),
         remarks=roster.remarks,
@@ -74,6 +74,8 @@ def start_or_resume(
     checkpoint = directory.latest_checkpoint(job.hash) if resume else None
     if checkpoint is not None:
         _continue_from(run, checkpoint)
+    elif resume:
+        directory.truncate_log(0)
     return run
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from atoll.errors import ConfigError, JobError
 from atoll.protocol.tensors import Tensors, tensors_sha256, to_bytes
 from atoll.strategies.strategy import State
-from atoll.system.durable_files import replace_synced, temporary_of
+from atoll.system.durable_files import remove, replace_synced, sync_file, temporary_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,13 @@ class CheckpointManager:
     """Saves the rounds' checkpoints, but of rounds that take milliseconds not every one.
 
     To wait for the disk then takes longer than the round; what a kill loses is `EVERY` seconds at most, and
-    the rounds that pass while one checkpoint is on its way to the disk. One that `waits` loses none.
+    the rounds that pass while one checkpoint is on its way to the disk. One that `waits` loses none. The
+    run's `log` is on the disk before a checkpoint that counts on its lines.
     """
 
     folder: Path
     waits: bool = False
+    log: Path | None = None
     last: Checkpoint | None = None
     saved: int = 0
     began: float = -math.inf
@@ -92,7 +94,7 @@ class CheckpointManager:
             self.saved, self.began = self._save(self.last), time.monotonic()
 
     def _save(self, checkpoint: Checkpoint) -> int:
-        save(self.folder, checkpoint)
+        save(self.folder, checkpoint, self.log)
         return checkpoint.round
 
     def _finish(self) -> None:
@@ -105,8 +107,8 @@ class CheckpointManager:
         return ThreadPoolExecutor(1, "checkpoints")
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write one checkpoint durably, then let go of all but the last two.
+def save(folder: Path, checkpoint: Checkpoint, log: Path | None = None) -> None:
+    """Write one checkpoint durably, after the log of its rounds; then let go of all but the last two.
 
     Raises:
         JobError: the disk is full or the folder cannot be written; older checkpoints are intact.
@@ -114,11 +116,13 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     final = folder / f"round-{checkpoint.round:06d}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if log is not None:
+            sync_file(log)
         replace_synced(final, _encoded(checkpoint), checkpoint.mode)
         for old in _rounds(folder)[:-KEEP]:
-            old.unlink()
+            remove(old)
     except OSError as error:
-        temporary_of(final).unlink(missing_ok=True)
+        remove(temporary_of(final))
         raise JobError(
             f"{final}: checkpoint not written ({error.strerror}); the one before it is intact"
         ) from None

@@ -19,7 +19,7 @@ from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
 from atoll.protocol.tensors import Tensors, to_bytes
 from atoll.server.run.checkpoint import Checkpoint, latest
-from atoll.system.durable_files import is_begun, replace_synced
+from atoll.system.durable_files import append_synced, is_begun, remove, replace_synced
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class RunDirectory:
     ) -> None:
         if not self.settled and self.is_new:
             for name in ("job.toml", ".lock"):
-                (self.path / name).unlink(missing_ok=True)
+                remove(self.path / name)
             _remove_empty(self.made)
         self.lock.close()
 
@@ -88,21 +88,20 @@ class RunDirectory:
             replace_synced(self.path / "job.toml", job_toml(self.job).encode())
         except OSError as error:
             if self.is_new:
-                (self.path / ".lock").unlink(missing_ok=True)
+                remove(self.path / ".lock")
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add a round's line; a full disk costs the line, not the run."""
         try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            content = (json.dumps(line) + "\n").encode()
+            append_synced(self.log, content, durable=False)
         except OSError as error:
             logger.warning("%s: metrics.jsonl not written (%s)", self.path, error.strerror)
 
     def truncate_log(self, round: int) -> list[dict[str, Any]]:
         """The lines up to a round; later ones, of rounds that will be played again, are removed."""
-        path = self.path / "metrics.jsonl"
-        lines = []
+        path, lines = self.log, []
         for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
             try:
                 line = json.loads(text)
@@ -114,6 +113,11 @@ class RunDirectory:
             logger.warning("%s: lines of %d rounds are missing", path, round - len(lines))
         replace_synced(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return lines
+
+    @property
+    def log(self) -> Path:
+        """Where the rounds' lines are."""
+        return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:

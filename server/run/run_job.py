@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from atoll.backbones.resolve import resolve
 from atoll.data.diagnostics import Counts
+from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
 from atoll.server.events import BaselinesBegun, EventCallback, FinalEvaluationBegun, ignore_events
@@ -59,9 +61,12 @@ def run_job(
 
     Releases under client-level privacy are charged to `books`, or to the run's own. A `strategy` is used
     instead of the one that the job names. `counts` say how much of a source that was dealt is used.
+
+    Raises:
+        JobError: the run cannot begin or go on, also because a disk is full or fails; what it has is kept.
     """
     started = time.monotonic()
-    with RunDirectory.open(out, job, resume=resume, force=force) as directory:
+    with disk_errors_in_words(out), RunDirectory.open(out, job, resume=resume, force=force) as directory:
         protection = central_dp_of(job, out, ledgers)
         run = start_or_resume(
             job, carrier, directory, test_set, on_event, resume=resume, clock=clock, protection=protection,
@@ -80,6 +85,18 @@ def run_job(
 
             write_report(out, result)
     return result
+
+
+@contextmanager
+def disk_errors_in_words(out: Path) -> Iterator[None]:
+    """Say of an error of the disk in the block which file it was, in the one line that a person reads."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"{error.filename or out}: cannot be written or read ({error.strerror or error}); once that is"
+            " mended the run goes on with --resume"
+        ) from error
 
 
 def validate_job(job: Job) -> None:

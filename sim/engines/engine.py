@@ -22,6 +22,7 @@ from atoll.server.events import EventCallback
 from atoll.server.run.directory import check_available
 from atoll.server.run.run_job import BaselineFn, run_job, validate_job
 from atoll.server.transport import Transport
+from atoll.sim.attacks.hostile_clients import attacked
 from atoll.sim.baselines import BaselineRunner
 from atoll.sim.engines.events import ExecutionChosen, PopulationRead
 from atoll.sim.engines.inline import InlineTransport, LoopTransport
@@ -77,7 +78,7 @@ def simulate(
         result = simulate_on_ray(job, out, workers, cached_test_set(population, progress), options)
     else:
         with ExitStack() as stack:
-            carrier = _carrier(population, engine, workers, out, stack)
+            carrier = attacked(_carrier(population, engine, workers, out, stack), job, population.names(job))
             result = run_job(job, carrier, out, cached_test_set(population, progress), **options)
     if job.privacy.audit:
         from atoll.sim.audit.audit import attack_at_the_end

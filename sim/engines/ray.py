@@ -30,8 +30,9 @@ from atoll.job.job import Job
 from atoll.server.app import FlowerTransport
 from atoll.server.rounds.run_state import TestSet
 from atoll.server.run.run_job import run_job
+from atoll.sim.attacks.hostile_clients import attacked
 from atoll.sim.engines.process_pool import books_in
-from atoll.sim.population.population import Population
+from atoll.sim.population.population import Population, client_names
 from atoll.tasks import trains_on_features
 
 BLOCKS_PER_WORKER = 4
@@ -90,15 +91,9 @@ def simulate_on_ray(
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(
-            run_job(
-                job,
-                FlowerTransport(grid, "ray", uses_masking=False, resend_after=math.inf),
-                out,
-                test_set,
-                **options,
-            )
-        )
+        flower = FlowerTransport(grid, "ray", uses_masking=False, resend_after=math.inf)
+        transport = attacked(flower, job, client_names(job.federation.clients))
+        results.append(run_job(job, transport, out, test_set, **options))
 
     client, folder = ClientApp(), out.resolve()
     loaded = [plugin.file for plugin in plugins.files()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,11 +13,14 @@ from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts, those_left
 from atoll.data.lazy import LazyRows
 from atoll.data.shard import Shard, canonical_order
+from atoll.job.attack import POISONS_LABELS
 from atoll.job.job import Job
 from atoll.learning.learner import Learner, ranked
 from atoll.protocol.messages import DataInfo
 from atoll.server.roster import ClientRoster
 from atoll.server.run.test_set import counts_of_source, hold_out, read_source, unit_keys
+from atoll.sim.attacks.hostile_clients import described, hostile_names
+from atoll.sim.attacks.poisoned_labels import poisoned
 from atoll.sim.population.assignment import Assignment, FixedAssignment, Rows
 from atoll.sim.population.partition import check_keys, partition
 from atoll.tasks import task_named
@@ -59,7 +62,20 @@ class Population:
             assignment = assignment.among(held)
         dealt = Counts("training examples", whole, len(train), those_left(left_out))
         counts = (*counts_of_source(table, job, whole, len(test)), *((dealt,) if dealt.left_out else ()))
-        return cls(job, train, test, keys, assignment, table.notes, counts)
+        return cls(job, train, test, keys, assignment, table.notes, counts)._with_hostile_clients()
+
+    def _with_hostile_clients(self) -> Population:
+        """The same, whose hostile clients have the labels that the job's attack gives them."""
+        job = self.job
+        if job.attack.kind is None:
+            return self
+        names = hostile_names(job, client_names(job.federation.clients))
+        notes = (*self.notes, described(job.attack, names, job.federation.clients))
+        if job.attack.kind not in POISONS_LABELS:
+            return replace(self, notes=notes)
+        rows = np.concatenate(self.assignment.rows([number_of(name) for name in names]))
+        train = poisoned(self.train, rows, job)
+        return replace(self, train=train, keys=task_named(job.task.name).keys(train), notes=notes)
 
     def names(self, job: Job) -> Sequence[str]:
         return client_names(job.federation.clients)

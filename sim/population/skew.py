@@ -18,8 +18,10 @@ ATTEMPTS = 11
 """Times that Dirichlet shares are drawn until every client has enough examples."""
 
 Hand = list[int]
-_Places = dict[Any, NDArray[np.int64]]
 """Places among the labels."""
+
+_Places = dict[Any, NDArray[np.int64]]
+"""Where each class is found."""
 
 
 def dirichlet_hands(

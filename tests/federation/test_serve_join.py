@@ -17,6 +17,7 @@ from atoll.kit.roster import SIGNATURE, TABLE
 from atoll.server.deploy.serve import runtime_path, serve
 from atoll.server.deploy.status import status
 from atoll.server.deploy.submit import follow, logs, stop
+from atoll.server.deploy.superlink import HEADER, token_path
 from atoll.system.child_process import free_port
 from tests.federation.conftest import CLIENTS, SECRET, Ring, job, weights_home
 from tests.federation.places import provisioned, result_of, rounds_of
@@ -28,11 +29,12 @@ pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 
 
-def ask(port: int, authority: Path, path: str, method: str = "POST") -> tuple[int, bytes]:
+def ask(port: int, authority: Path, path: str, method: str = "POST", token: str = "") -> tuple[int, bytes]:
     context = ssl.create_default_context(cafile=str(authority))
     connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
+    headers = {"content-type": "application/protobuf"} | ({HEADER: token} if token else {})
     try:
-        connection.request(method, path, body=b"", headers={"content-type": "application/protobuf"})
+        connection.request(method, path, body=b"", headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -63,10 +65,22 @@ def test_the_public_port_leads_to_the_sites_calls_only(ring: Ring, path: str) ->
         assert (code, body[:14]) == (403, b"this port is f")
 
 
-def test_control_answers_on_loopback_so_the_gate_is_what_hides_it(ring: Ring) -> None:
+def test_control_answers_on_loopback_whoever_has_the_token_and_nobody_else(ring: Ring) -> None:
+    """Row 1 of what a local user without a kit could do: list runs, and start one with code of their own."""
     kit = ServerKit.load(ring.federation.server)
-    control = json.loads(runtime_path(kit).read_text())["control"]
-    assert ask(int(control.split(":")[1]), kit.authority, "/v1/control/list-runs")[0] == 200
+    port = int(json.loads(runtime_path(kit).read_text())["control"].split(":")[1])
+    token = token_path(kit).read_text()
+    assert token_path(kit).stat().st_mode & 0o777 == 0o600
+    for path in ("/v1/control/list-runs", "/v1/control/start-run", "/docs", "/openapi.json"):
+        method = "POST" if path.startswith("/v1") else "GET"
+        for wrong in ("", token[:-1], "0" * len(token)):
+            assert ask(port, kit.authority, path, method, wrong) == (
+                401,
+                b"this needs the token of the server's user",
+            )
+    assert ask(port, kit.authority, "/v1/control/list-runs", token=token)[0] == 200
+    assert ask(port, kit.authority, "/v1/fleet/../control/list-runs")[0] in (401, 404)
+    assert ask(port, kit.authority, "/v1/runtime/acquire-task")[0] == 401
     assert ask(kit.address.port, kit.authority, "/v1/fleet/pull-messages")[0] == 401
 
 

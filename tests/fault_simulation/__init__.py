@@ -1,0 +1,1 @@
+"""Whole federations under faults that a seed decides: all is real but clock, network and disks."""

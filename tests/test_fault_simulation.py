@@ -1,0 +1,111 @@
+"""Some hundred new federations under faults each time, a few known ones, and three bugs that they must find.
+
+`python -m tests.fault_simulation --from SEED --seeds 1` plays the seed that a failure names, `--shrink SEED`
+says which of its faults are needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.fault_simulation.faults import POINTS, Fault, Scenario
+from tests.fault_simulation.hooks import simulated
+from tests.fault_simulation.invariants import INVARIANTS
+from tests.fault_simulation.planted import PLANTED, seeds_until_found
+from tests.fault_simulation.play import play
+from tests.fault_simulation.shrink import shrunk
+
+NEW_SEEDS = 120
+"""About twelve seconds of one core; `make simulate-faults` plays as many as there is time for."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def simulation() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with simulated():
+        yield
+    torch.set_num_threads(threads)
+
+
+def test_new_federations_keep_every_invariant() -> None:
+    first = int.from_bytes(os.urandom(7), "big")
+    for seed in range(first, first + NEW_SEEDS):
+        outcome = play(Scenario.of(seed))
+        assert not outcome.violations, str(outcome)
+
+
+def at(kind: str, who: int, at: int, amount: float = 0.5) -> Fault:
+    return Fault(kind, who, at, amount)
+
+
+FOUND: dict[str, tuple[str, tuple[Fault, ...]]] = {
+    "a reply that comes twice": ("fedavg", (at("reply twice", 1, 2, 0.2),)),
+    "a death before the first checkpoint": ("fedavg", (at("server killed", 0, 12),)),
+    "a full disk as the model is saved": ("scaffold", (at("disk full", 0, 8),)),
+    "a byte of the job": ("client privacy", (at("request corrupted", 1, 3, 0.8),)),
+    "power lost behind the log": ("fedavg", (at("reply torn", 1, 2), at("server loses power", 0, 24))),
+    "a site away at its greeting": ("fedavg", (at("site cut off", 2, 1, 0.05),)),
+    "checkpoints that are lost after many rounds": (
+        "scaffold", (at("server killed", 0, 36), at("checkpoint damaged", 0, 2, 0.7))
+    ),
+    "data that cannot be read for a moment": (
+        "fedavg", (at("data unreadable", 1, 2), at("data unreadable", 2, 2))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_once_stays_mended(name: str) -> None:
+    job, faults = FOUND[name]
+    clients, rounds = (2, 8) if job == "scaffold" else (3, 3)
+    scenario = Scenario(1, job, clients, rounds, refusing=0, again=False, faults=faults)
+    outcome = play(scenario)
+    assert not outcome.violations, str(outcome)
+    assert outcome.happened.total() == len(scenario.faults)
+
+
+@pytest.mark.parametrize("seed", [3, 7005, 2**63 + 11])
+def test_a_seed_plays_the_same_federation_again(seed: int) -> None:
+    first, second = play(Scenario.of(seed)), play(Scenario.of(seed))
+    assert first.trace == second.trace and first.happened == second.happened
+
+
+def test_there_are_twelve_invariants_and_thirty_bugs_at_least() -> None:
+    assert len(INVARIANTS) >= 12 and len(PLANTED) >= 30
+    assert len({invariant.__name__ for invariant in INVARIANTS}) == len(INVARIANTS)
+
+
+def test_seeds_together_plan_every_kind_of_fault() -> None:
+    planned = {fault.kind for seed in range(1000) for fault in Scenario.of(seed).faults}
+    assert planned == set(POINTS)
+
+
+QUICK = (
+    "a resumed run leaves a round out",
+    "a site's last reply is taken for any request",
+    "who was not asked may reply",
+)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_planted_bug_is_found(name: str) -> None:
+    assert seeds_until_found(name)[0] is not None
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", [name for name in PLANTED if name not in QUICK])
+def test_every_planted_bug_is_found_within_two_thousand_seeds(name: str) -> None:
+    assert seeds_until_found(name)[0] is not None
+
+
+def test_shrinking_leaves_the_faults_that_are_needed() -> None:
+    needed = at("data unreadable", 1, 2)
+    scenario = Scenario(1, "fedavg", 3, 2, 0, again=False, faults=(at("reply delayed", 2, 2, 0.1), needed))
+    plant = PLANTED["the server is told what is wrong with the data"]
+    outcome = shrunk(scenario, lambda shorter: play(shorter, plant()))
+    assert outcome.scenario.faults == (needed,)
