@@ -27,6 +27,7 @@ from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
 from atoll.data.shard import Shard
 from atoll.job.job import Job
+from atoll.job.train import PLAIN_STEPS
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import distributed_terms
 from atoll.protocol.messages import LOCAL_STEPS, Measurement, Reply, Update
@@ -255,7 +256,7 @@ def full_gradients(work: LocalWork, request: TrainRequest) -> Iterator[Update]:
 def with_one_step(job: Job, *, parts: int, part: int) -> Job:
     """The job with one local step of plain gradient descent, whose batch comes in so many parts."""
     step = {"epochs": 1, "lr": 1.0, "momentum": 0.0, "batch_size": parts * part, "accumulate": parts}
-    return job.model_copy(update={"train": job.train.model_copy(update=step)})
+    return job.model_copy(update={"train": job.train.model_copy(update=PLAIN_STEPS | step)})
 
 
 def summed(work: LocalWork, request: TrainingRequest) -> Iterable[tuple[str, Tensor]]:
