@@ -263,7 +263,7 @@ def summed(work: LocalWork, request: TrainingRequest) -> Iterable[tuple[str, Ten
     """Each client's contribution to a secure sum: its update, or its clipped gradients."""
     dp_plan, private, learner = distributed_terms(work.learner.job), work.private, work.learner
     if dp_plan is None or dp_plan.unit == "client":
-        return contributions(updates_of(work, request), dp_plan)
+        return contributions(updates_of(work, request), dp_plan, learner.job.federation)
     assert private is not None
     if learner.trains_on_features:
         examples, client_rows = work.data.feature_table()

@@ -93,6 +93,8 @@ LEFT_OUT: dict[str, str] = {
     "federation.clients": "three in every row",
     "federation.wait": "a time",
     "federation.round_timeout": "a time",
+    "federation.weights": "refused with every promise but 'equal', which is what a promise does",
+    "federation.weight_cap": "as federation.weights",
     "federation.devices": "for simulations",
     "federation.deadline": "for simulations",
     "federation.over_sampling": "for simulations",

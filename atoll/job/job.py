@@ -18,7 +18,7 @@ from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
 from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
-from atoll.job.federation import FederationSection
+from atoll.job.federation import FederationSection, check_weights
 from atoll.job.personal import PersonalSection, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
 from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
@@ -277,6 +277,7 @@ class Job(Section):
         check_client_state(self)
         check_attack(self)
         check_training(self)
+        check_weights(self)
         return self
 
     @model_validator(mode="after")

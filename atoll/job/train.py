@@ -197,6 +197,9 @@ def check_training(job: Job) -> None:
             "train.layer_decay has no meaning with tune.method = 'head', which trains no lower layer: remove"
             " it"
         )
+    for key in ("lr_schedule", "layer_decay") if job.privacy.audit else ():
+        if getattr(train, key) is not None:
+            raise ValueError(f"privacy.audit: a run with train.{key} can't be attacked; expected false")
     if train.varies_by_step and job.strategy.name in ("scaffold", "fednova"):
         raise ValueError(
             f"train.lr_schedule_over: {job.strategy.name} counts each local gradient of a round alike;"
