@@ -64,8 +64,9 @@ def with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
     """Make the job's paths absolute, so that its resolved form replays from anywhere."""
     data = job.data.model_copy(
         update={
-            "source": _absolute(job.data.source, folder, origin, "data.source"),
-            "test": job.data.test and _absolute(job.data.test, folder, origin, "data.test"),
+            "source": _absolute(_if_beside(job.data.source, folder), folder, origin, "data.source"),
+            "test": job.data.test
+            and _absolute(_if_beside(job.data.test, folder), folder, origin, "data.test"),
         }
     )
     backbone = job.backbone.model_copy(
@@ -83,6 +84,12 @@ def with_absolute_paths(job: Job, folder: Path, origin: str) -> Job:
         teacher = _absolute(_as_path(job.train.teacher), folder, origin, "train.teacher")
         changed["train"] = job.train.model_copy(update={"teacher": teacher})
     return job.model_copy(update=changed)
+
+
+def _if_beside(value: str, folder: Path) -> str:
+    """The name of a file beside the job, such as `power.csv`, as a path: no built-in source has a dot."""
+    is_name = "." in value.strip(".") and not set(value) & set("/:$~\0")
+    return f"./{value}" if is_name and (folder / value).exists() else value
 
 
 def _as_path(value: str) -> str:
