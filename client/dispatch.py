@@ -27,6 +27,7 @@ from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
 from atoll.data.shard import Shard
 from atoll.job.job import Job
+from atoll.job.train import PLAIN_STEPS
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import distributed_terms
 from atoll.protocol.messages import LOCAL_STEPS, Measurement, Reply, Update
@@ -255,14 +256,14 @@ def full_gradients(work: LocalWork, request: TrainRequest) -> Iterator[Update]:
 def with_one_step(job: Job, *, parts: int, part: int) -> Job:
     """The job with one local step of plain gradient descent, whose batch comes in so many parts."""
     step = {"epochs": 1, "lr": 1.0, "momentum": 0.0, "batch_size": parts * part, "accumulate": parts}
-    return job.model_copy(update={"train": job.train.model_copy(update=step)})
+    return job.model_copy(update={"train": job.train.model_copy(update=PLAIN_STEPS | step)})
 
 
 def summed(work: LocalWork, request: TrainingRequest) -> Iterable[tuple[str, Tensor]]:
     """Each client's contribution to a secure sum: its update, or its clipped gradients."""
     dp_plan, private, learner = distributed_terms(work.learner.job), work.private, work.learner
     if dp_plan is None or dp_plan.unit == "client":
-        return contributions(updates_of(work, request), dp_plan)
+        return contributions(updates_of(work, request), dp_plan, learner.job.federation)
     assert private is not None
     if learner.trains_on_features:
         examples, client_rows = work.data.feature_table()

@@ -55,6 +55,7 @@ GIVEN: dict[str, tuple[Any, ...]] = {
     "strategy.name": ("fedavg", "fedavgm", "fedprox", "fedadam", "reptile", "fedexp", "coordinate-median"),
     "train.epochs": (2,),
     "train.lr": (1.0,),
+    "train.clip_norm": (0.1,),
     # Factors in the head are for one that is a part of the network, which only a built model can tell.
     "tune.head": ("frozen", "trained"),
     "backbone.image_size": (40,),
@@ -95,10 +96,23 @@ LEFT_OUT: dict[str, str] = {
     "federation.clients": "three in every row",
     "federation.wait": "a time",
     "federation.round_timeout": "a time",
+    "federation.weights": "refused with every promise but 'equal', which is what a promise does",
+    "federation.weight_cap": "as federation.weights",
     "federation.devices": "for simulations",
     "federation.deadline": "for simulations",
     "federation.over_sampling": "for simulations",
     "strategy.options": "each extension's own",
+    **dict.fromkeys(
+        (
+            "train.lr_schedule",
+            "train.lr_schedule_over",
+            "train.lr_warmup",
+            "train.lr_step",
+            "train.lr_decay",
+            "train.layer_decay",
+        ),
+        "a part of the learning rate that follows from the number of the round, the step or the block",
+    ),
     **dict.fromkeys(
         ("strategy.lr_schedule", "strategy.lr_warmup", "strategy.lr_step", "strategy.lr_decay"),
         "a part of the server's step that follows from the number of the round",

@@ -15,7 +15,8 @@ from atoll.client.state.scaffold import ScaffoldClient
 from atoll.client.training.batches import batches
 from atoll.client.training.local_sgd import train_model
 from atoll.errors import ConfigError, InconsistentUpdates
-from atoll.job.job import Job, TrainSection
+from atoll.job.job import Job
+from atoll.job.train import TrainSection
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import Request, TrainRequest

@@ -11,7 +11,8 @@ import torch
 
 from atoll.client.training.local_steps import accumulated_steps
 from atoll.errors import ConfigError, InconsistentUpdates
-from atoll.job.job import Job, TrainSection
+from atoll.job.job import Job
+from atoll.job.train import TrainSection
 from atoll.protocol.messages import LOCAL_STEPS, Update
 from atoll.protocol.requests import Request
 from atoll.protocol.stacked_updates import stacked

@@ -14,7 +14,7 @@ from atoll.cli.run import Interrupted, JobFile, OutDir, Overrides, Plugins, Proc
 from atoll.cli.sweep import progress_of
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
-from atoll.job.paths import with_absolute_paths
+from atoll.job.toml import with_absolute_paths
 from atoll.plugins import load_files
 
 if TYPE_CHECKING:

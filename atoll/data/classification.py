@@ -31,7 +31,14 @@ from atoll.data.diagnostics import Counts, Diagnostics, shown
 from atoll.data.folders import checked_file
 from atoll.data.images import Depth, decode, image_bytes, remark, seen_picture
 from atoll.data.labels import class_name
-from atoll.data.layouts import collecting_errors, image_classes, open_shard, text_classes
+from atoll.data.layouts import (
+    collecting_errors,
+    image_classes,
+    open_idx,
+    open_shard,
+    text_classes,
+    used_splits,
+)
 from atoll.data.tables import Rows
 from atoll.data.texts import checked_text
 from atoll.errors import ConfigError, DataError
@@ -170,7 +177,9 @@ def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics)
     """The splits, whole only if no problem was noted."""
     splits: dict[str, _Split] = {}
     with collecting_errors(path, diagnostics):
-        for name, rows in open_shard(path, kind.read_classes, diagnostics).items():
+        own = open_idx(path, diagnostics) if kind.role == "image" else None
+        opened = used_splits(own, path, diagnostics) if own else None
+        for name, rows in (opened or open_shard(path, kind.read_classes, diagnostics)).items():
             diagnostics.rows_read += rows.table.num_rows
             splits[name] = _split(rows, kind, columns, diagnostics)
     return splits

@@ -45,6 +45,12 @@ def _check_gradients_can_be_read_off(job: Job) -> None:
             "train.optimizer: scaffold takes a client's mean gradient from how far its steps of SGD led;"
             f" expected 'sgd', found {job.train.optimizer!r}"
         )
+    for key in ("clip_norm", "layer_decay"):
+        if (found := getattr(job.train, key)) is not None:
+            raise ValueError(
+                f"train.{key}: scaffold takes a client's mean gradient from how far its steps led, all of one"
+                f" learning rate and of whole gradients; expected none, found {found:g}"
+            )
     if job.train.precision == "fp16":
         raise ValueError(
             "train.precision: 'fp16' leaves steps out, and scaffold divides by their number; expected 'fp32'"

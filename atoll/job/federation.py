@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,9 @@ from atoll.job.section import Count, Positive, Rate, Section
 
 Scheme = Literal["fp16", "int8", "int4", "top-k"]
 """How an update is compressed."""
+
+if TYPE_CHECKING:
+    from atoll.job.job import Job
 
 
 class FederationSection(Section):
@@ -30,6 +33,8 @@ class FederationSection(Section):
     compression: Scheme | None = None
     compression_top_k: Rate = 0.01
     error_feedback: bool = True
+    weights: Literal["examples", "equal", "capped"] | None = None
+    weight_cap: Count | None = None
 
     @model_validator(mode="after")
     def _compression_has_what_it_uses(self) -> FederationSection:
@@ -39,6 +44,27 @@ class FederationSection(Section):
         if not self.error_feedback and self.compression is None:
             raise ValueError("error_feedback has no meaning without compression: remove it")
         return self
+
+    @model_validator(mode="after")
+    def _a_cap_is_of_capped_weights(self) -> FederationSection:
+        if self.weight_cap is not None and self.weights != "capped":
+            raise ValueError("weight_cap has no meaning without weights = 'capped': remove it")
+        if self.weight_cap is None and self.weights == "capped":
+            raise ValueError("weights: 'capped' needs weight_cap, the most that a client may weigh")
+        return self
+
+    def merge_weight(self, examples: int) -> int:
+        """What an update of so many examples weighs in the mean; one of none weighs nothing.
+
+        >>> FederationSection(weights="capped", weight_cap=100).merge_weight(250)
+        100
+        """
+        match self.weights:
+            case "equal":
+                return min(examples, 1)
+            case "capped":
+                return min(examples, self.weight_cap or examples)
+        return examples
 
     @model_validator(mode="after")
     def _time_is_simulated_with_devices(self) -> FederationSection:
@@ -59,3 +85,26 @@ class FederationSection(Section):
         if self.cohort is not None and self.cohort > self.clients:
             raise ValueError(f"cohort must be at most clients = {self.clients}, found {self.cohort}")
         return self
+
+
+WEIGHTED = (
+    "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "fednova", "fedexp",
+)  # fmt: skip
+"""Strategies that take a weighted mean of the updates."""
+
+
+def check_weights(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where the merge doesn't weigh clients that way."""
+    weights = job.federation.weights
+    if weights is None:
+        return
+    if job.strategy.name not in WEIGHTED:
+        raise ValueError(
+            f"federation.weights: {job.strategy.name} has a rule of its own for what an update weighs;"
+            f" expected none, or one of {', '.join(WEIGHTED)}"
+        )
+    if job.privacy.units and weights != "equal":
+        raise ValueError(
+            "federation.weights: under a promise clients weigh the same, for numbers of examples are private"
+            f" and would break the bound; expected 'equal' or none, found {weights!r}"
+        )

@@ -18,12 +18,12 @@ from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
 from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
-from atoll.job.federation import FederationSection
-from atoll.job.paths import with_absolute_paths
+from atoll.job.federation import FederationSection, check_weights
 from atoll.job.personal import PersonalSection, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
 from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
-from atoll.job.toml import apply_override, read_toml
+from atoll.job.toml import apply_override, read_toml, with_absolute_paths
+from atoll.job.train import LrScheduleKind, TrainSection, check_lr_schedule, check_training
 from atoll.job.tune import TuneSection, TuneStage, grows
 
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
@@ -214,88 +214,12 @@ class BackboneSection(Section):
         return self.prune_kind or "magnitude"
 
 
-class TrainSection(Section):
-    """`[train]`: one client's local training in one round."""
-
-    epochs: Count = 1
-    batch_size: Count = 16
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Positive = 0.1
-    momentum: Decay = 0.0
-    weight_decay: NotNegative = 0.0
-    threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    device: str = "cpu"
-    imbalance: Literal["weights", "focal", "logits", "sampling"] | None = None
-    imbalance_strength: Annotated[float, Field(gt=0, le=10)] | None = None
-    label_smoothing: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
-    augment: tuple[str, ...] = ()
-    cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulate: Count = 1
-    checkpoint_activations: bool = False
-    teacher: str | None = None
-    teacher_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
-    teacher_weight: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @model_validator(mode="after")
-    def _parts_of_a_batch_are_even(self) -> TrainSection:
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate: expected a divisor of batch_size = {self.batch_size}, found {self.accumulate}"
-            )
-        return self
-
-    @property
-    def autograd_only_keys(self) -> tuple[str, ...]:
-        """Keys that are set and say how gradients are taken by autograd."""
-        keys = ("precision", "accumulate", "checkpoint_activations")
-        return tuple(key for key in keys if getattr(self, key) != type(self).model_fields[key].default)
-
-    @model_validator(mode="after")
-    def _momentum_is_for_sgd(self) -> TrainSection:
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"momentum has no meaning with optimizer = {self.optimizer!r}: remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _strength_is_of_something(self) -> TrainSection:
-        if self.imbalance_strength is not None and self.imbalance is None:
-            raise ValueError("imbalance_strength has no meaning without imbalance: remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _a_teacher_teaches_alone(self) -> TrainSection:
-        for key in ("teacher_temperature", "teacher_weight"):
-            if getattr(self, key) is not None and self.teacher is None:
-                raise ValueError(f"{key} has no meaning without teacher: remove it")
-        if self.teacher is not None and self.imbalance is not None:
-            raise ValueError("imbalance and teacher exclude each other: keep one")
-        return self
-
-    @property
-    def temperature(self) -> float:
-        """What softens the answers of teacher and student."""
-        return 2.0 if self.teacher_temperature is None else self.teacher_temperature
-
-    @property
-    def distillation_weight(self) -> float:
-        """The teacher's part in the loss; the labels have the rest."""
-        return 0.5 if self.teacher_weight is None else self.teacher_weight
-
-    @model_validator(mode="after")
-    def _views_are_of_what_varies(self) -> TrainSection:
-        if self.cached_views is not None and not self.augment:
-            raise ValueError("cached_views has no meaning without augment: remove it")
-        return self
-
-
 class StrategySection(Section):
     """`[strategy]`: how updates merge; which parameters apply depends on the name."""
 
     name: str = "fedavg"
     lr: Positive | None = None
-    lr_schedule: Literal["constant", "cosine", "step"] | None = None
+    lr_schedule: LrScheduleKind | None = None
     lr_warmup: Count | None = None
     lr_step: Count | None = None
     lr_decay: Between | None = None
@@ -308,13 +232,7 @@ class StrategySection(Section):
 
     @model_validator(mode="after")
     def _a_schedule_has_what_it_uses(self) -> StrategySection:
-        for key in ("lr_step", "lr_decay"):
-            if getattr(self, key) is not None and self.lr_schedule != "step":
-                raise ValueError(f"{key} has no meaning without lr_schedule = 'step': remove it")
-        if self.lr_schedule == "step" and self.lr_step is None:
-            raise ValueError("lr_schedule: 'step' needs lr_step, the rounds between two steps")
-        if self.lr_warmup is not None and self.lr_schedule is None:
-            raise ValueError("lr_warmup has no meaning without lr_schedule: remove it, or say 'constant'")
+        check_lr_schedule(self)
         return self
 
     @property
@@ -358,6 +276,8 @@ class Job(Section):
         check_personal(self)
         check_client_state(self)
         check_attack(self)
+        check_training(self)
+        check_weights(self)
         return self
 
     @model_validator(mode="after")

@@ -195,6 +195,7 @@ def _check_secure_sums(job: Job) -> None:
 
 def _check_single_step(job: Job) -> None:
     promise, train = guarantee_of(job, "example"), job.train
+    _check_step_is_the_rounds(job)
     if promise.steps not in (None, 1) or train.epochs != 1:
         raise ValueError(
             "privacy.where: 'distributed' takes one step a round; expected steps = 1 and train.epochs = 1"
@@ -204,6 +205,16 @@ def _check_single_step(job: Job) -> None:
             "privacy.where: 'distributed' sums gradients, and the strategy makes the step; expected"
             " train.optimizer = 'sgd' without momentum and weight_decay, and a strategy other than fedprox"
         )
+
+
+def _check_step_is_the_rounds(job: Job) -> None:
+    for key, given in (("layer_decay", job.train.layer_decay is not None),
+                       ("lr_schedule_over", job.train.varies_by_step)):  # fmt: skip
+        if given:
+            raise ValueError(
+                f"train.{key}: where privacy.where is 'distributed' for examples, the server makes the"
+                " round's one step, at one learning rate; remove it"
+            )
 
 
 def _check_noise(promise: DpGuarantee, prefix: str) -> None:

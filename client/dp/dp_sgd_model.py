@@ -13,8 +13,9 @@ from atoll.client.dp.example_draws import example_numbers
 from atoll.client.dp.mixed_examples import refuse_mixed_examples, refuse_mixing_layers
 from atoll.client.dp.per_example_gradients import PerExampleGradients, hooks_suffice, per_example_gradients
 from atoll.client.dp.private_examples import PrivateExamples, on_device
-from atoll.client.training.local_sgd import add_proximal_gradient
-from atoll.client.training.optimizers import torch_optimizer
+from atoll.client.training.learning_rates import StepRates
+from atoll.client.training.local_sgd import add_proximal_gradient, optimizer_of
+from atoll.client.training.optimizers import set_step
 from atoll.data.shard import Shard
 from atoll.learning import trainable
 from atoll.learning.determinism import repeatable
@@ -52,10 +53,11 @@ def train_privately(
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, start)
     trainable.training_mode(model)
-    optimizer = torch_optimizer(list(parameters.values()), job.train)
     assert private.draw is not None
     numbers = example_numbers(shard.keys)
     drawn = private.draw(client, numbers)
+    rates = StepRates.of(job, round, [len(drawn)], "cpu")
+    optimizer = optimizer_of(model, job, rates)
     hooks = hooks_suffice_for(learner, shard)
     noise = _Noise(private, client, parameters)
     with (
@@ -69,6 +71,7 @@ def train_privately(
                 parameters[name].grad = gradient.to(parameters[name])
             if mu:
                 add_proximal_gradient(parameters, start, mu)
+            set_step(optimizer, rates.factor(number))
             optimizer.step()
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)

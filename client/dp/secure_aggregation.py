@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from atoll.job.federation import FederationSection
 from atoll.job.job import Job
 from atoll.privacy.dp_plan import DpPlan, distributed_terms
 from atoll.privacy.noise import RandomBits, entropy, seeded
@@ -118,11 +119,14 @@ def cohort_of(job: Job) -> int:
     return job.federation.cohort or job.federation.clients
 
 
-def contributions(updates: Iterable[Update], dp_plan: DpPlan | None) -> Iterator[tuple[str, torch.Tensor]]:
+def contributions(
+    updates: Iterable[Update], dp_plan: DpPlan | None, federation: FederationSection
+) -> Iterator[tuple[str, torch.Tensor]]:
     """What each update is in a secure sum: clipped where clients are promised privacy, else weighted."""
     for update in updates:
         if dp_plan is None:
-            yield update.client, weighted(update)
+            weight = federation.merge_weight(update.num_examples)
+            yield update.client, weighted(replace(update, num_examples=weight))
         else:
             yield update.client, clipped(flat(update.delta), dp_plan.promise.clipping_norm)
 

@@ -29,7 +29,8 @@ from atoll.client.training.batches import (
     sample_views,
     weighted_sample,
 )
-from atoll.client.training.optimizers import is_plain, make_optimizer
+from atoll.client.training.learning_rates import StepRates
+from atoll.client.training.optimizers import clip_stacked, is_plain, make_optimizer
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.determinism import is_gpu
@@ -279,7 +280,9 @@ def _run_local_steps(
 ) -> torch.Tensor:
     """Move `now` in place through all local steps; each client's summed loss, [clients]."""
     extra = _GradientTerms.of(layers, schedule, local, now[0].device)
-    move = _plain_move(local) if extra.is_none and is_plain(local.job.train) else _move(start, extra, now)
+    rates = StepRates.of(local.job, local.round, schedule.steps, str(now[0].device))
+    is_simple = extra.is_none and is_plain(local.job.train)
+    move = _plain_move(rates) if is_simple else _move(start, extra, now, rates)
     count, clients, size = schedule.rows.shape
     targets = examples.targets[schedule.rows]
     losses = torch.zeros((count, clients, size), device=now[0].device)
@@ -305,23 +308,26 @@ Move = Callable[[int, Stack, Sequence[torch.Tensor], Sequence[torch.Tensor]], No
 """(step, stack, layers' inputs, errors times each example's factor): one local step."""
 
 
-def _plain_move(local: HeadTrainingConfig) -> Move:
+def _plain_move(rates: StepRates) -> Move:
     def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
-        sgd_step_(stack, values, error, local.job.train.lr)
+        sgd_step_(stack, values, error, rates.lr)
 
     return move
 
 
-def _move(start: Stack, extra: _GradientTerms, now: Stack) -> Move:
-    step = [make_optimizer(extra.local.job.train) for _ in now]
+def _move(start: Stack, extra: _GradientTerms, now: Stack, rates: StepRates) -> Move:
+    train = extra.local.job.train
+    step = [make_optimizer(train) for _ in now]
     sums = [torch.empty_like(matrix) for matrix in now]
 
     def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
         gradient = [matrix[: len(stack[0])] for matrix in sums]
         gradients(values, error, out=gradient)
         extra.add(gradient, stack, start, s)
+        clip_stacked(gradient, train.clip_norm)
+        lr = rates.at(s, len(stack[0]))
         for place, matrix in enumerate(stack):
-            step[place](matrix, gradient[place])
+            step[place](matrix, gradient[place], lr)
 
     return move
 

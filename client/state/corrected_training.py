@@ -67,7 +67,7 @@ def correcting_client(job: Job) -> CorrectingClient:
         return FedDynClient(own.alpha)
     chosen = validated(ScaffoldOptions, options, "strategy.options")
     assert isinstance(chosen, ScaffoldOptions)
-    return ScaffoldClient(job.train, chosen.option)
+    return ScaffoldClient(job.train, chosen.option, job.federation.rounds)
 
 
 def train_corrected(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atoll.client.training.local_steps import accumulated_steps
-from atoll.job.job import TrainSection
+from atoll.job.train import TrainSection, lr_of_round
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
 
@@ -21,6 +21,7 @@ class ScaffoldClient:
 
     train: TrainSection
     option: int
+    rounds: int = 1
 
     @property
     def takes_full_gradients(self) -> bool:
@@ -38,6 +39,7 @@ class ScaffoldClient:
             return own, {name: c - c for name, c in own.items()}
         renewed = gradient
         if self.option == 2:
-            moved_by = accumulated_steps(update.num_examples, self.train) * self.train.lr
+            lr = lr_of_round(self.train, update.round, self.rounds)
+            moved_by = accumulated_steps(update.num_examples, self.train) * lr
             renewed = {n: (own[n] - c) - update.delta[n] / moved_by for n, c in sent.items()}
         return renewed, {name: c - own[name] for name, c in renewed.items()}

@@ -11,7 +11,8 @@ from atoll.backbones.encoder import Model, Variation
 from atoll.client.training.activation_checkpointing import activation_checkpointing
 from atoll.client.training.batches import batches
 from atoll.client.training.factored_sgd import outer_product_sgd
-from atoll.client.training.optimizers import torch_optimizer
+from atoll.client.training.learning_rates import StepRates, groups_of, layer_rates
+from atoll.client.training.optimizers import set_step, torch_optimizer
 from atoll.client.training.precision import autocast, scaler_of, to_float32
 from atoll.data.shard import Shard
 from atoll.job.job import Job
@@ -42,23 +43,23 @@ def train_model(
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
     the gradient of every step. With `steps` it stops after so many.
     """
-    device, mu = job.train.device, plan.get("proximal_mu", 0.0)
-    model = learner.model
+    device, mu, model = job.train.device, plan.get("proximal_mu", 0.0), learner.model
     parameters = trainable.trainable(model)
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, start if begin is None else begin)
     trainable.training_mode(model)
-    optimizer = torch_optimizer(list(parameters.values()), job.train)
+    schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
+    rates = StepRates.of(job, round, [len(schedule)], "cpu")
+    optimizer = optimizer_of(model, job, rates)
     added = {} if correction is None else trainable.to_parameters(parameters, correction)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
-    chances = learner.chances(shard)
     with (
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
         repeatable(device),
         outer_product_sgd(model, job, has_terms=bool(mu or added)) as factors,
     ):
-        for number, rows in enumerate(batches(len(shard), job, round, client, chances)[:steps]):
+        for number, rows in enumerate(schedule):
             varied = variation(job, round, client, number)
             optimizer.zero_grad()
             for part, share in weighted_parts(learner, shard, rows, job):
@@ -68,18 +69,26 @@ def train_model(
                 loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
                 scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
                 summed += float(loss.detach()) * len(part)
-            if mu or added:
+            if mu or added or job.train.clip_norm is not None:
                 scaler.unscale_(optimizer)
                 add_proximal_gradient(parameters, start, mu)
                 add_correction(parameters, added)
+                clip_gradient(parameters, job.train.clip_norm)
+            set_step(optimizer, rates.factor(number))
             scaler.step(optimizer)
             scaler.update()
             for weight in factors:
-                weight.step(job.train.lr)
+                weight.step(rates.lr)
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
     delta = trainable.delta(parameters, start)
     return Update(client, round, delta, len(shard), _losses(summed, shard, job))
+
+
+def optimizer_of(model: Model, job: Job, rates: StepRates) -> torch.optim.Optimizer:
+    """A fresh optimizer of the tuned parameters, at the rates of the round and of their blocks."""
+    groups = groups_of(trainable.trainable(model), layer_rates(model, job.train), rates.lr)
+    return torch_optimizer(groups, job.train, rates.lr)
 
 
 def _losses(summed: float, shard: Shard, job: Job) -> dict[str, torch.Tensor]:
@@ -138,3 +147,9 @@ def add_correction(parameters: Mapping[str, torch.nn.Parameter], correction: Ten
         grad = parameters[name].grad
         if grad is not None:
             grad += values
+
+
+def clip_gradient(parameters: Mapping[str, torch.nn.Parameter], clip_norm: float | None) -> None:
+    """Scale all gradients together so that their L2 norm is `clip_norm` at most (Pascanu et al. 2013)."""
+    if clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters.values(), clip_norm)

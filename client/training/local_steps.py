@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from atoll.job.job import TrainSection
+from atoll.job.train import TrainSection
 from atoll.protocol.messages import LOCAL_STEPS, Update
 from atoll.protocol.stacked_updates import StackedUpdates
 

@@ -3,44 +3,52 @@
 A fused multiply-add rounds once where two operations round twice, and torch fuses in
 vectorised loops but not always at their ends; an element's bits would then depend on its
 place, that is on how many clients are stacked. Hence no `alpha=` and no `addcmul` here.
-The formulas are those of torch.optim's SGD, Adam and AdamW.
+The formulas are those of torch.optim's SGD, Adam, AdamW and RMSprop.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from atoll.job.job import TrainSection
+from atoll.client.training.learning_rates import LearningRate
+from atoll.job.train import TrainSection
 
-Step = Callable[[torch.Tensor, torch.Tensor], None]
-"""(parameters, gradient): moves the parameters in place, and may overwrite the gradient.
+Step = Callable[[torch.Tensor, torch.Tensor, LearningRate], None]
+"""(parameters, gradient, learning rate): moves the parameters in place, and may overwrite the gradient.
 
-Both may be a prefix of the last call's.
+The first two may be a prefix of the last call's.
 """
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+ALPHA = 0.99
+"""How much of RMSprop's mean square is that of the step before."""
 
 
 def is_plain(train: TrainSection) -> bool:
-    """Whether a step is the learning rate times the gradient and nothing else."""
-    return train.optimizer == "sgd" and not train.momentum and not train.weight_decay
+    """Whether every step of a round is the same learning rate times the gradient and nothing else."""
+    is_sgd = train.optimizer == "sgd" and not train.momentum and not train.weight_decay
+    return is_sgd and train.clip_norm is None and train.layer_decay is None and not train.varies_by_step
 
 
 def make_optimizer(train: TrainSection) -> Step:
     """A fresh optimizer for one stacked parameter."""
-    if train.optimizer == "sgd":
-        return _sgd(train.lr, train.momentum, train.weight_decay)
-    return _adam(train.lr, train.weight_decay, decoupled=train.optimizer == "adamw")
+    match train.optimizer:
+        case "sgd":
+            return _sgd(train.momentum, train.weight_decay)
+        case "rmsprop":
+            return _rmsprop(train.weight_decay)
+    return _adam(train.weight_decay, decoupled=train.optimizer == "adamw")
 
 
-def _sgd(lr: float, momentum: float, weight_decay: float) -> Step:
+def _sgd(momentum: float, weight_decay: float) -> Step:
     velocity: list[torch.Tensor] = []
 
-    def step(p: torch.Tensor, g: torch.Tensor) -> None:
+    def step(p: torch.Tensor, g: torch.Tensor, lr: LearningRate) -> None:
+        lr = _beside(lr, p)
         if weight_decay:
             g += p * weight_decay
         if momentum:
@@ -54,13 +62,14 @@ def _sgd(lr: float, momentum: float, weight_decay: float) -> Step:
     return step
 
 
-def _adam(lr: float, weight_decay: float, *, decoupled: bool) -> Step:
+def _adam(weight_decay: float, *, decoupled: bool) -> Step:
     moments: list[torch.Tensor] = []
     taken = 0
 
-    def step(p: torch.Tensor, g: torch.Tensor) -> None:
+    def step(p: torch.Tensor, g: torch.Tensor, lr: LearningRate) -> None:
         nonlocal taken
         taken += 1
+        lr = _beside(lr, p)
         if not moments:
             moments.extend((torch.zeros_like(p), torch.zeros_like(p)))
         if weight_decay and decoupled:
@@ -76,11 +85,54 @@ def _adam(lr: float, weight_decay: float, *, decoupled: bool) -> Step:
     return step
 
 
-def torch_optimizer(parameters: Any, train: TrainSection) -> torch.optim.Optimizer:
-    """The same optimizer of torch, for models that train by autograd."""
+def _rmsprop(weight_decay: float) -> Step:
+    squares: list[torch.Tensor] = []
+
+    def step(p: torch.Tensor, g: torch.Tensor, lr: LearningRate) -> None:
+        if not squares:
+            squares.append(torch.zeros_like(p))
+        if weight_decay:
+            g = g + p * weight_decay
+        mean = squares[0][: len(p)]
+        mean.mul_(ALPHA).add_((g * g) * (1 - ALPHA))
+        p.sub_((g / mean.sqrt().add_(EPSILON)) * _beside(lr, p))
+
+    return step
+
+
+def _beside(lr: LearningRate, p: torch.Tensor) -> LearningRate:
+    """A learning rate for each client, in as many dimensions as the stacked parameter."""
+    return lr if isinstance(lr, float) else lr.view(-1, *[1] * (p.dim() - 1))
+
+
+def clip_stacked(gradient: Sequence[torch.Tensor], clip_norm: float | None) -> None:
+    """Scale each client's gradient in place so that its L2 norm, over all tensors, is `clip_norm` at most.
+
+    As torch's `clip_grad_norm_`, but for rounding: a norm is summed in float64 here.
+    """
+    if clip_norm is None:
+        return
+    squares = sum(g.flatten(1).square().sum(1, dtype=torch.float64) for g in gradient)
+    assert isinstance(squares, torch.Tensor)
+    factor = (clip_norm / (squares.sqrt() + 1e-6)).clamp_max(1.0).to(torch.float32)
+    for g in gradient:
+        g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
+
+
+def torch_optimizer(parameters: Any, train: TrainSection, lr: float | None = None) -> torch.optim.Optimizer:
+    """The same optimizer of torch, for models that train by autograd; `lr` is the job's unless given."""
+    lr = train.lr if lr is None else lr
     if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+        return torch.optim.SGD(parameters, lr=lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    if train.optimizer == "rmsprop":
+        return torch.optim.RMSprop(
+            parameters, lr=lr, alpha=ALPHA, eps=EPSILON, weight_decay=train.weight_decay
         )
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=train.lr, betas=(BETA1, BETA2), eps=EPSILON, weight_decay=train.weight_decay)
+    return kind(parameters, lr=lr, betas=(BETA1, BETA2), eps=EPSILON, weight_decay=train.weight_decay)
+
+
+def set_step(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Let the next step take this part of every group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor

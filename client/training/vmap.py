@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atoll.backbones.checkpoint import force_attention_mask
 from atoll.backbones.encoder import Batch, Variation
 from atoll.client.training.batches import batches
+from atoll.client.training.learning_rates import StepRates, layer_rates
 from atoll.client.training.local_sgd import variation
-from atoll.client.training.optimizers import make_optimizer
+from atoll.client.training.optimizers import clip_stacked, make_optimizer
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning import trainable
@@ -77,6 +78,8 @@ def _train(
     now = {name: t.unsqueeze(0).repeat(len(shards), *[1] * t.dim()) for name, t in start.items()}
     step = {name: make_optimizer(job.train) for name in now}
     rows = [batches(len(shard), job, round, name) for name, shard in shards.items()]
+    rates = StepRates.of(job, round, [len(own) for own in rows], device)
+    of_layer = layer_rates(learner.model, job.train)
     losses = torch.zeros(len(shards), dtype=torch.float64)
     reached = _reached(learner, next(iter(shards.values())), rows[0][0])
     for s in range(len(rows[0])):
@@ -88,9 +91,12 @@ def _train(
         gradient = {name: torch.zeros_like(t[: len(items)]) for name, t in now.items()}
         for group in _of_one_size(items):
             _add_gradients(learner, now, group, gradient, losses, device)
+        for name in reached if mu else ():
+            gradient[name] += mu * (now[name][: len(items)] - start[name])
+        clip_stacked([gradient[name] for name in reached], job.train.clip_norm)
         for name in reached:
-            own = now[name][: len(items)]
-            step[name](own, gradient[name] + mu * (own - start[name]) if mu else gradient[name])
+            lr = rates.at(s, len(items)) * of_layer.get(name, 1.0)
+            step[name](now[name][: len(items)], gradient[name], lr)
     counts = tuple(len(shard) for shard in shards.values())
     return StackedUpdates(
         clients=tuple(shards),

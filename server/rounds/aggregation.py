@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from atoll.errors import InconsistentUpdates
 from atoll.job.closed_form import is_closed_form_round
+from atoll.job.federation import FederationSection
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret, uses_secure_aggregation
 from atoll.learning.learner import Learner
 from atoll.learning.trainable import without_pruned
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import StatisticsRequest, TrainRequest
+from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors, size_of
 from atoll.server.rounds.closed_form import form_head, statistics_size, validate_statistics
 from atoll.server.rounds.cohort import round_up
 from atoll.server.rounds.decompression import Decompression
 from atoll.server.rounds.participation import CohortRequest, Participation, elapsed
-from atoll.server.rounds.run_state import ModelTransform, ReplyTransform, RoundKind, Run
+from atoll.server.rounds.run_state import ModelTransform, ReplyTransform, RoundKind, Run, UpdateTransform
 from atoll.server.rounds.secure_aggregation import SecureRound
 from atoll.server.rounds.validation import ValidatedUpdates, Validation
 from atoll.server.run.forget import keep_sums
+from atoll.strategies.mean import example_counts
 from atoll.strategies.strategy import State, tensors_for_clients
 
 logger = logging.getLogger(__name__)
@@ -157,6 +160,29 @@ def merge_updates(run: Run, updates: Sequence[Update], round: int) -> None:
     for transform_model in setup.model_transforms:
         state.tensors = transform_model(state.tensors, state.learner)
     state.strategy_state = {**state.strategy_state, **kept}
+
+
+@dataclass(frozen=True)
+class MergeWeights:
+    """What each client's update weighs in the merge, where the job says it: not its number of examples."""
+
+    federation: FederationSection
+
+    def __call__(
+        self, updates: Sequence[Update], round: int, model: Tensors, state: State
+    ) -> tuple[Sequence[Update], State]:
+        """The updates with weights in the place of their examples; what else they tell stays."""
+        weights = tuple(self.federation.merge_weight(count) for count in example_counts(updates))
+        if isinstance(updates, StackedUpdates):
+            return replace(updates, num_examples=weights), {}
+        pairs = zip(updates, weights, strict=True)
+        return [replace(update, num_examples=weight) for update, weight in pairs], {}
+
+
+def weight_transforms(job: Job) -> Sequence[UpdateTransform]:
+    """What happens to updates whose weights the job chooses; a secure sum's are weighed at the clients."""
+    chosen = job.federation.weights is not None and not uses_secure_aggregation(job)
+    return (MergeWeights(job.federation),) if chosen else ()
 
 
 def zero_pruned(model: Tensors, learner: Learner) -> Tensors:

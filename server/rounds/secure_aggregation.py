@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from atoll.job.job import Job
+from atoll.job.train import lr_of_round
 from atoll.kit.roster import SIGNATURE_BYTES
 from atoll.privacy.dp_plan import distributed_terms
 from atoll.privacy.noise import entropy
@@ -219,15 +220,15 @@ class SecureRound:
                 "the cohort", self.train.round, unflatten(values[: -len(EXTRA)] / weight, model), 1, states
             )
         states[CHARGED_ROUNDS] = torch.tensor(float(self.charged_rounds), dtype=torch.float64)
-        mean = unflatten(values * scale_of_sum(self.job), model)
+        mean = unflatten(values * scale_of_sum(self.job, self.train.round), model)
         return Update("the cohort", self.train.round, mean, 1, states)
 
 
-def scale_of_sum(job: Job) -> float:
+def scale_of_sum(job: Job, round: int) -> float:
     """What makes a secure sum of clipped contributions a step: public numbers of the job alone."""
     dp_plan = distributed_terms(job)
     assert dp_plan is not None
-    step = -job.train.lr if dp_plan.unit == "example" else 1.0
+    step = -lr_of_round(job.train, round, job.federation.rounds) if dp_plan.unit == "example" else 1.0
     return step / dp_plan.divisor
 
 

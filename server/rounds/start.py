@@ -12,7 +12,7 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.server.events import ClientsFound, EventCallback, RunResumed
 from atoll.server.rounds import tuning_schedule
-from atoll.server.rounds.aggregation import model_transforms, round_kinds
+from atoll.server.rounds.aggregation import model_transforms, round_kinds, weight_transforms
 from atoll.server.rounds.central_dp import CentralDp, NoProtection
 from atoll.server.rounds.participation import AvailabilityModel, always_available
 from atoll.server.rounds.run_state import Run, RunSetup, RunState, TestSet
@@ -62,7 +62,7 @@ def start_or_resume(
         job, carrier, directory, strategy, roster.names, test_set(learner), on_event, clock, protection,
         first_round=first_round,
         later_rounds=later_rounds,
-        update_transforms=protection.update_transforms,
+        update_transforms=(*weight_transforms(job), *protection.update_transforms),
         model_transforms=model_transforms(job),
         checkpoints=CheckpointManager(directory.checkpoints, loses_no_round(job), directory.log),
         strategy_name=strategy_name,

@@ -22,6 +22,7 @@ from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES, Layers
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.job.job import Job
+from atoll.job.train import PLAIN_STEPS
 from atoll.learning.learner import Learner
 from atoll.privacy.central import CentralGaussian
 from atoll.privacy.dp_plan import dp_plan_of
@@ -72,7 +73,8 @@ class Probe:
         private = self._per_example(groups) if is_protected else None
         size = max(len(rows) for rows in groups)
         train = self.job.train.model_copy(
-            update={"epochs": 1, "batch_size": size, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+            update=PLAIN_STEPS
+            | {"epochs": 1, "batch_size": size, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
         )
         local = HeadTrainingConfig(
             self.job.model_copy(update={"train": train}), LOSSES["softmax"], 1, per_example=private

@@ -113,6 +113,8 @@ def job_to_replay(job: Job) -> Job:
         ("personal.keep", job.personal.keep),
         ("tune.head_init", job.tune.head_init),
         ("strategy.name", own_state),
+        ("train.lr_schedule", job.train.lr_schedule),
+        ("train.layer_decay", job.train.layer_decay),
     ):
         if asked is not None:
             raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {asked!r}")

@@ -27,8 +27,10 @@ GOVERNING_KEY = {
     "tune.targets": "tune.method", "tune.freeze_a": "tune.method", "tune.head": "tune.method",
     "train.momentum": "train.optimizer", "train.imbalance_strength": "train.imbalance",
     "train.cached_views": "train.augment",
+    **{f"train.{key}": "train.lr_schedule" for key in (*SCHEDULE_KEYS[1:], "lr_schedule_over")},
     "train.teacher_temperature": "train.teacher", "train.teacher_weight": "train.teacher",
     "backbone.prune_kind": "backbone.prune",
+    "federation.weight_cap": "federation.weights",
     "federation.compression_top_k": "federation.compression",
     "federation.error_feedback": "federation.compression",
     **{f"strategy.{key}": "strategy.name"

@@ -1,23 +1,23 @@
-"""Images with boxes: rows of a file, COCO's JSON, or VOC's XML beside the images.
+"""Images with boxes: rows of a file, COCO's JSON, VOC's XML or YOLO's text files beside the images.
 
 A box is [x1, y1, x2, y2] in pixels from the image's upper left corner; x2 and y2 are past its last pixel.
-VOC counts pixels from 1 and names the last one, so 1 is taken from its first two. Objects that COCO calls
+Objects that COCO calls
 crowds, which are regions and no boxes, are left out.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pyarrow as pa
 
 from atoll.backbones.dense_vision import picture_size
-from atoll.data.diagnostics import Counts, Diagnostics, opened, shown, those_left
-from atoll.data.folders import checked_file, listing
+from atoll.data.diagnostics import Counts, Diagnostics, shown, those_left
+from atoll.data.folders import checked_file
 from atoll.data.images import decode, seen_picture
 from atoll.data.labels import class_name
 from atoll.data.layouts import SPLITS, USED_SPLITS
@@ -25,12 +25,13 @@ from atoll.data.parsers import list_cell, number_cell
 from atoll.data.schema import FILE, Schema, SchemaField
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.errors import DataError
+from atoll.tasks.detection.annotations import annotation_bytes, image_of, rows_of, test_part
+from atoll.tasks.detection.voc import every_voc, open_voc
+from atoll.tasks.detection.yolo import open_yolo
 
-MAX_ANNOTATION_BYTES = 1_000_000_000
 _TOLERATED = 1.0
 """Pixels that a box may reach out of its image, as rounding makes them do."""
 
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _numbers = list_cell(number_cell)
 
 
@@ -59,12 +60,15 @@ def _fits(parts: Mapping[str, Any], where: str) -> None:
 
 
 def _open(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
-    """COCO or VOC, also under train/ and test/."""
+    """COCO, VOC or YOLO as their tools write them; COCO and VOC also under train/ and test/."""
     if not path.is_dir():
         is_coco = path.suffix.lower() == ".json" and path.is_file()
         return {"train": _coco(path, path.parent, diagnostics)} if is_coco else None
     if (path / "data.jsonl").exists():
         return None
+    for whole in (_coco_splits, open_yolo, open_voc):
+        if (parts := whole(path, diagnostics)) is not None:
+            return parts
     if (found := _reader(path)) is not None:
         return {"train": found(path, diagnostics)}
     splits = {split: _reader(path / split) for split in SPLITS if (path / split).is_dir()}
@@ -77,6 +81,30 @@ def _open(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     }
 
 
+_OF_SPLIT = re.compile(r"instances_(train|test|val)([a-z]*\d*)\.json")
+
+
+def _coco_splits(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
+    """COCO's own folders: annotations/instances_train2017.json with the images in train2017/, and so on."""
+    folder = path / "annotations"
+    names = sorted(file.name for file in folder.glob("*.json")) if folder.is_dir() else []
+    named = [found for name in names if (found := _OF_SPLIT.fullmatch(name))]
+    if not named:
+        return None
+    files: dict[str, Path] = {}
+    for found in named:
+        if found[1] in files:
+            both = f"{shown(files[found[1]].name)} and {shown(found[0])}"
+            raise DataError(f"{shown(folder)}: {both}, expected one file for {found[1]}")
+        files[found[1]] = folder / found[0]
+    test = test_part(files, path, diagnostics)
+    parts = {"train": files.get("train"), "test": test}
+    rows = {split: _coco(file, path, diagnostics) for split, file in parts.items() if file is not None}
+    if "val" in files and files["val"] is not test:
+        rows["val"] = _coco(files["val"], path, Diagnostics())
+    return rows
+
+
 def _reader(base: Path) -> Callable[[Path, Diagnostics], Rows] | None:
     """What reads the annotations in a folder; None where there are none."""
     places = [folder for folder in (base, base / "annotations") if folder.is_dir()]
@@ -87,25 +115,17 @@ def _reader(base: Path) -> Callable[[Path, Diagnostics], Rows] | None:
     if files:
         return lambda folder, diagnostics: _coco(files[0], folder, diagnostics)
     has_xml = (base / "Annotations").is_dir() or next(base.glob("*.xml"), None) is not None
-    return _voc if has_xml else None
+    return every_voc if has_xml else None
 
 
 def _is_coco_name(name: str) -> bool:
     return name in ("annotations.json", "coco.json") or name.endswith("_coco.json") or "instances_" in name
 
 
-def _small_enough(path: Path) -> bytes:
-    with opened(path) as file:
-        data = file.read(MAX_ANNOTATION_BYTES + 1)
-    if len(data) > MAX_ANNOTATION_BYTES:
-        raise DataError(f"{shown(path)}: more than {MAX_ANNOTATION_BYTES} bytes, the most that is allowed")
-    return data
-
-
 def _coco(file: Path, base: Path, diagnostics: Diagnostics) -> Rows:
     """The images that the file lists, each with its boxes, which may be none."""
     try:
-        written = json.loads(_small_enough(checked_file(file, base)))
+        written = json.loads(annotation_bytes(checked_file(file, base)))
         names = {one["id"]: one["name"] for one in written["categories"]}
         images = {one["id"]: str(one["file_name"]) for one in written["images"]}
         annotations = written["annotations"]
@@ -133,68 +153,15 @@ def _coco(file: Path, base: Path, diagnostics: Diagnostics) -> Rows:
         except DataError as problem:
             diagnostics.error(problem)
     diagnostics.counts.append(_counted(len(annotations), sum(map(len, boxes.values()))))
-    found = {image: _image_of(base, Path(name)) for image, name in images.items()}
-    rows = [(found[image], boxes[image], classes[image]) for image in images]
-    return _rows(base, rows, lambda row: shown(rows[row][0]))
+    own = _OF_SPLIT.fullmatch(file.name)
+    beside = () if own is None else (f"{own[1]}{own[2]}", f"images/{own[1]}{own[2]}", own[1])
+    found = {image: image_of(base, Path(name), beside) for image, name in images.items()}
+    return rows_of(base, [(found[image], boxes[image], classes[image]) for image in images])
 
 
 def _counted(annotations: int, boxes: int) -> Counts:
     crowds = {"crowds, without a box of their own": annotations - boxes}
     return Counts("annotations", annotations, boxes, those_left(crowds))
-
-
-def _image_of(base: Path, name: Path) -> Path:
-    """Where an image lies: beside the annotations, or in the folder that is usual for it."""
-    places = [base / name, base / "images" / name, base / "JPEGImages" / name]
-    return next((place for place in places if place.exists()), places[0])
-
-
-def _voc(base: Path, diagnostics: Diagnostics) -> Rows:
-    """Every XML file's image, with its boxes."""
-    folder = base / "Annotations" if (base / "Annotations").is_dir() else base
-    rows = []
-    for path in listing(folder, base, diagnostics):
-        if path.suffix.lower() != ".xml":
-            continue
-        try:
-            rows.append(_voc_file(checked_file(path, base), base))
-        except DataError as problem:
-            diagnostics.error(problem)
-    return _rows(base, rows, lambda row: shown(rows[row][0]))
-
-
-def _voc_file(path: Path, base: Path) -> tuple[Path, list[list[float]], list[str]]:
-    data = _small_enough(path)
-    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-        raise DataError(f"{shown(path)}: declares entities, expected plain VOC XML")
-    try:
-        root = ElementTree.fromstring(data)
-    except ElementTree.ParseError as error:
-        raise DataError(f"{shown(path)}: {error}, expected VOC XML") from None
-    name = root.findtext("filename")
-    if not name:
-        raise DataError(f"{shown(path)}: no filename, expected the image's")
-    boxes, classes = [], []
-    for number, one in enumerate(root.findall("object")):
-        where = f"{shown(path)} object {number}"
-        corners = [number_cell(one.findtext(f"bndbox/{corner}"), where) for corner in _CORNERS]
-        boxes.append([corners[0] - 1, corners[1] - 1, *corners[2:]])
-        classes.append(class_name(one.findtext("name"), where))
-    beside = path.parent / name
-    return beside if beside.exists() else _image_of(base, Path(name)), boxes, classes
-
-
-def _rows(
-    root: Path, rows: list[tuple[Path, list[list[float]], list[str]]], where: Callable[[int], str]
-) -> Rows:
-    table = pa.table(
-        {
-            "image": pa.array([str(image.absolute()) for image, _, _ in rows], pa.string()),
-            "boxes": pa.array([boxes for _, boxes, _ in rows], pa.list_(pa.list_(pa.float64()))),
-            "classes": pa.array([classes for _, _, classes in rows], pa.list_(pa.string())),
-        }
-    )
-    return Rows(shown(root), table, where, root, is_canonical=True)
 
 
 BOXES = Schema(
@@ -215,6 +182,7 @@ BOXES = Schema(
         ),
     ),
     open_layout=_open,
-    layout=f"COCO's JSON or VOC's XML beside the images, or one file of {', '.join(SUFFIXES)}",
+    layout="COCO's JSON, VOC's XML or YOLO's text files beside the images, or one file of"
+    f" {', '.join(SUFFIXES)}",
     check_row=_fits,
 )

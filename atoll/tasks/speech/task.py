@@ -78,7 +78,7 @@ def audio_role(max_seconds: float) -> SchemaField:
     def sound(data: Any, where: str) -> None:
         checked_sound(data, where, max_seconds)
 
-    return SchemaField("audio", sound, FILE, ("file", "path", "wav", "sound", "clip"), file=True)
+    return SchemaField("audio", sound, FILE, ("file", "file_name", "path", "wav", "sound", "clip"), file=True)
 
 
 def audio_inputs(dataset: Dataset, order: Sequence[int]) -> LazyRows:
