@@ -1,5 +1,6 @@
 """Client-level noise at the server: the bound, the noise, and what must change nothing."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +45,12 @@ def test_a_sum_is_clipped_over_all_tensors_together_by_hand() -> None:
     )
     assert norms.tolist() == [5.0, 0.5]
     torch.testing.assert_close(flat(total), torch.tensor([0.6, 0, 0, 0, 1.3, 0, 0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.inf, math.nan])
+def test_a_clipping_norm_that_is_none_is_refused(norm: float) -> None:
+    with pytest.raises(ValueError, match="must be finite and > 0"):
+        clipped_sum([update("a", [1.0] * 7)], clipping_norm=norm)
 
 
 @settings(max_examples=200, deadline=None)
