@@ -20,6 +20,8 @@ from tests.budget import RECORD, budgets
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Several processes share the cores; what a test computes says itself on how many threads."""
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Ray's own are 15 lower than all others: beside other tests its workers waited for minutes."""
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 """A compiler of torch's in the same process: more of them are processes that import all of torch each."""
 

@@ -316,11 +316,16 @@ class Covering:
         found = [row for row in starts if self._accepted(row)]
         if found:
             return found
-        few = self.random.sample(starts, min(len(starts), 24))
+        few = self._few(starts)
         for key, value in self.values:
             if key != item[0] and key not in FIRST and any(self._accepted(row | {key: value}) for row in few):
                 return [row | {key: value} for row in starts if self._accepted(row | {key: value})]
         return []
+
+    def _few(self, starts: list[Row]) -> list[Row]:
+        """One of every task and way of tuning: which promise, chance decides."""
+        mixed = self.random.sample(starts, len(starts))
+        return list({(row["task"], row["tune.method"]): row for row in mixed}.values())
 
     def _start(self, one: Item, other: Item) -> Row | None:
         """A row with both values; None where none was accepted."""
