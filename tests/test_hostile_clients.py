@@ -11,6 +11,8 @@ import torch
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.report.page import page
+from atoll.report.text import who_was_hostile
 from atoll.server.events import ignore_events
 from atoll.server.job_checks import validate_for_deployment
 from atoll.sim.attacks.hostile_clients import hostile_names
@@ -210,3 +212,11 @@ def test_a_backdoors_class_must_be_there() -> None:
 def test_real_sites_take_no_attack() -> None:
     with pytest.raises(ConfigError, match=r"attack.kind: makes simulated clients hostile"):
         validate_for_deployment(job(attack={"kind": "sign-flip"}))
+
+
+def test_the_report_says_who_was_hostile(tmp_path: Path) -> None:
+    attack = {"kind": "label-flip", "clients": 2}
+    result = ran(tmp_path, attack=attack)
+    text = page(tmp_path / f"inline-{job(attack=attack).hash[:12]}", result)
+    assert "2 of the clients were hostile, as the job asks (label-flip), and measured the model on" in text
+    assert who_was_hostile(job()) == who_was_hostile(None) == ""

@@ -34,6 +34,7 @@ from atoll.report.text import (
     what_it_cost,
     what_was_private,
     what_was_tuned,
+    who_was_hostile,
 )
 from atoll.system.durable_files import replace_synced
 
@@ -147,7 +148,7 @@ def report_of(folder: Path, result: dict[str, Any]) -> Report:
         tiles=_tiles(result, compared),
         story=(
             on_what_data(result, job),
-            how_it_went(result),
+            how_it_went(result) + who_was_hostile(job),
             what_it_cost(result),
             what_was_private(result["privacy"]),
         ),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from atoll.job.attack import POISONS_LABELS
 from atoll.job.job import Job, OtherPartition
 from atoll.report.audit import what_the_audit_found
 from atoll.report.comparison import Comparison, finite, lower_is_better, whole_percent
@@ -212,6 +213,17 @@ def how_it_went(result: dict[str, Any]) -> str:
         f"{when}, {clients} trained and sent back how {_trainable(result)} had moved;"
         f" the server merged these updates by {strategy_words(result['strategy'])}."
     )
+
+
+def who_was_hostile(job: Job | None) -> str:
+    """A sentence on the job's hostile clients, with a space before it; nothing where there are none."""
+    if job is None or job.attack.kind is None:
+        return ""
+    count, kind = job.attack.clients, job.attack.kind
+    told = f" {count:,} of the clients {'was' if count == 1 else 'were'} hostile, as the job asks ({kind})"
+    if kind in POISONS_LABELS:
+        told += ", and measured the model on the labels that they had changed"
+    return told + "."
 
 
 def strategy_words(name: str) -> str:
