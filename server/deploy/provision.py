@@ -14,7 +14,7 @@ from atoll.kit.enrolment import SiteRequest, write_site_key
 from atoll.kit.kit import ServerKit, Sites, read_table, server_table, site_table
 from atoll.kit.roster import ALGORITHM, SIGNATURE, TABLE, RosterSite, roster_table
 from atoll.server.deploy.certificates import Authority, new_authority, private_pem, server_certificate
-from atoll.system.durable_files import replace_all, replace_synced
+from atoll.system.durable_files import replace_all, replace_synced, write_synced
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _set_aside(kit: Path) -> None:
 
 def _write_authority(folder: Path, authority: Authority) -> None:
     _make_private(folder)
-    _write_private(folder / "ca.key", private_pem(authority.key))
+    write_synced(folder / "ca.key", private_pem(authority.key), 0o600)
     (folder / "ca.crt").write_bytes(authority.pem)
 
 
@@ -143,8 +143,8 @@ def _write_server(folder: Path, sites: Sites, authority: Authority, keys: Mappin
     _make_private(folder)
     key = ec.generate_private_key(ec.SECP384R1())
     certificate = server_certificate(authority, key, sites.server.host)
-    _write_private(folder / "server.key", private_pem(key))
-    _write_private(folder / "superexec.secret", secrets.token_hex(32).encode())
+    write_synced(folder / "server.key", private_pem(key), 0o600)
+    write_synced(folder / "superexec.secret", secrets.token_hex(32).encode(), 0o600)
     (folder / "server.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
     (folder / "ca.crt").write_bytes(authority.pem)
     _make_private(folder / "nodes")
@@ -176,11 +176,8 @@ def _write_roster(kits: list[Path], sites: Sites, authority: Authority, keys: Ma
     ]
     table = roster_table(listed).encode()
     there = kits[0] / TABLE
-    if there.is_file() and there.read_bytes() == table:
-        signature = (kits[0] / SIGNATURE).read_bytes()
-    else:
-        signature = authority.key.sign(table, ALGORITHM)
     is_new = not there.is_file() or there.read_bytes() != table
+    signature = authority.key.sign(table, ALGORITHM) if is_new else (kits[0] / SIGNATURE).read_bytes()
     for kit in kits:
         replace_all({kit / TABLE: table, kit / SIGNATURE: signature})
     return is_new
@@ -188,9 +185,3 @@ def _write_roster(kits: list[Path], sites: Sites, authority: Authority, keys: Ma
 
 def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True)
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Write a file that was never readable by others, not even for a moment."""
-    path.touch(mode=0o600, exist_ok=False)
-    path.write_bytes(content)
