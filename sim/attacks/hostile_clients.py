@@ -11,10 +11,10 @@ import torch
 from atoll.job.attack import POISONS_LABELS, AttackSection
 from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster
+from atoll.privacy.secagg_encoding import flat, unflatten
 from atoll.protocol.messages import Reply, Update
 from atoll.protocol.random_streams import stream
 from atoll.protocol.requests import Request, TrainRequest
-from atoll.protocol.tensors import Tensors
 from atoll.server.roster import ClientRoster
 from atoll.server.transport import Transport
 from atoll.sim.attacks.hostile_updates import alie, gaussian, inner_product, min_max, sign_flip
@@ -57,27 +57,37 @@ class AttackedTransport:
         updates = sorted(
             (reply for reply in replies if isinstance(reply, Update)), key=lambda update: update.client
         )
-        honest = [row_of(update.delta) for update in updates if update.client not in self.hostile]
-        seen = torch.stack(honest or [row_of(update.delta) for update in updates]) if updates else None
+        honest = [flat(update.delta) for update in updates if update.client not in self.hostile]
+        agreed = self._agreed(honest or [flat(update.delta) for update in updates])
         for reply in replies:
-            if isinstance(reply, Update) and reply.client in self.hostile and seen is not None:
-                sent = self._row(row_of(reply.delta), seen, reply)
-                reply = replace(reply, delta=delta_of(sent, reply.delta))
+            if isinstance(reply, Update) and reply.client in self.hostile:
+                sent = self._own(reply) if agreed is None else agreed
+                delta = unflatten(sent, reply.delta)
+                reply = replace(
+                    reply, delta={name: tensor.to(reply.delta[name]) for name, tensor in delta.items()}
+                )
             yield reply
 
-    def _row(self, own: torch.Tensor, honest: torch.Tensor, update: Update) -> torch.Tensor:
+    def _agreed(self, rows: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The row that all hostile clients send alike, of the honest ones; None where each sends its own."""
         attack = self.job.attack
+        if not rows or attack.kind not in ("inner-product", "alie", "min-max", "mimic"):
+            return None
+        honest = torch.stack([*rows])
         match attack.kind:
-            case "sign-flip":
-                return sign_flip(own, attack.factor)
             case "inner-product":
                 return inner_product(honest, attack.factor)
             case "alie":
                 return alie(honest, attack.factor)
             case "min-max":
                 return min_max(honest)
-            case "mimic":  # all of them the same honest client, whose data then weighs too much
-                return honest[0]
+        return honest[0]  # mimic: the same honest client, whose data then weighs too much
+
+    def _own(self, update: Update) -> torch.Tensor:
+        attack, own = self.job.attack, flat(update.delta)
+        match attack.kind:
+            case "sign-flip":
+                return sign_flip(own, attack.factor)
             case "gaussian":
                 return gaussian(
                     own, attack.factor, stream(self.job.seed, "attack", update.round, update.client)
@@ -103,17 +113,3 @@ def described(attack: AttackSection, hostile: Sequence[str], clients: int) -> st
     told = ", ".join(hostile[:5]) + (", …" if len(hostile) > 5 else "")
     own = "; what they measure is measured on changed labels" if attack.kind in POISONS_LABELS else ""
     return f"{len(hostile)} of {clients} clients are hostile ({attack.kind}{scale}): {told}{own}"
-
-
-def row_of(delta: Tensors) -> torch.Tensor:
-    """A delta as one row of numbers in float64, in the order of the tensors' names."""
-    return torch.cat([delta[name].reshape(-1).to(torch.float64) for name in sorted(delta)])
-
-
-def delta_of(row: torch.Tensor, like: Tensors) -> Tensors:
-    """The row as tensors of the names, shapes and dtypes of `like`."""
-    names = sorted(like)
-    parts = torch.split(row, [like[name].numel() for name in names])
-    return {
-        name: part.reshape(like[name].shape).to(like[name]) for name, part in zip(names, parts, strict=True)
-    }
