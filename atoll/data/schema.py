@@ -24,7 +24,7 @@ from atoll.data.columns import file_column, other_columns, role_column, values_o
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts, Diagnostics, shown
 from atoll.data.folders import checked_file
-from atoll.data.images import Depth
+from atoll.data.images import Depth, seen_picture
 from atoll.data.layouts import collecting_errors, open_shard, used_splits
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.data.writers import write_records
@@ -59,6 +59,13 @@ class SchemaField:
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """A part that is a file: its bytes, or where they lie."""
+
+
+def picture_field(read: Callable[[Any, str], Any]) -> SchemaField:
+    """The role `image`: a photo, whatever its column is called."""
+    usual = ("img", "file", "file_name", "path", "picture", "photo")
+    return SchemaField("image", read, FILE, usual, file=True, picture=seen_picture)
+
 
 Opener = Callable[[Path, Diagnostics], dict[str, Rows] | None]
 """Another layout than a file of rows: the splits at a path, or None where it isn't that layout."""

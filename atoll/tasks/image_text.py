@@ -23,11 +23,11 @@ from atoll.backbones.resolve import Backbone
 from atoll.backbones.text import TextEncoder, load_text_encoder, load_tokenizer
 from atoll.backbones.vision import VisionEncoder, load_vision_encoder
 from atoll.data.dataset import Dataset
-from atoll.data.images import Depth, decode_image, image_bytes, read_image_input, seen_picture
+from atoll.data.images import Depth, decode_image, image_bytes, read_image_input
 from atoll.data.labels import class_name
 from atoll.data.lazy import LazyRows
 from atoll.data.parsers import text_cell
-from atoll.data.schema import FILE, Schema, SchemaField
+from atoll.data.schema import Schema, SchemaField, picture_field
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.job import BackboneSection, Job, Options
@@ -51,14 +51,7 @@ def _image(data: bytes, where: str) -> None:
 
 RECORDS = Schema(
     (
-        SchemaField(
-            "image",
-            _image,
-            FILE,
-            ("img", "file", "file_name", "path", "picture", "photo"),
-            file=True,
-            picture=seen_picture,
-        ),
+        picture_field(_image),
         SchemaField(
             "text", text_cell, pa.string(), ("sentence", "content", "caption", "review", "description")
         ),

@@ -18,11 +18,11 @@ import pyarrow as pa
 from atoll.backbones.dense_vision import picture_size
 from atoll.data.diagnostics import Counts, Diagnostics, shown, those_left
 from atoll.data.folders import checked_file
-from atoll.data.images import decode, seen_picture
+from atoll.data.images import decode
 from atoll.data.labels import class_name
 from atoll.data.layouts import SPLITS, USED_SPLITS
 from atoll.data.parsers import list_cell, number_cell
-from atoll.data.schema import FILE, Schema, SchemaField
+from atoll.data.schema import Schema, SchemaField, picture_field
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.errors import DataError
 from atoll.tasks.detection.annotations import annotation_bytes, image_of, rows_of, test_part
@@ -166,14 +166,7 @@ def _counted(annotations: int, boxes: int) -> Counts:
 
 BOXES = Schema(
     (
-        SchemaField(
-            "image",
-            decode,
-            FILE,
-            ("img", "file", "file_name", "path", "picture", "photo"),
-            file=True,
-            picture=seen_picture,
-        ),
+        picture_field(decode),
         SchemaField(
             "boxes", list_cell(box_cell), pa.list_(pa.list_(pa.float64())), ("bboxes", "bbox", "box")
         ),

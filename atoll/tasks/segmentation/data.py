@@ -15,9 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from atoll.backbones.dense_vision import picture_size
 from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.folders import checked_file, listing
-from atoll.data.images import decode, seen_picture
+from atoll.data.images import decode
 from atoll.data.layouts import SPLITS, USED_SPLITS
-from atoll.data.schema import FILE, Schema, SchemaField, file_bytes
+from atoll.data.schema import FILE, Schema, SchemaField, file_bytes, picture_field
 from atoll.data.tables import SUFFIXES, Rows
 from atoll.errors import DataError
 
@@ -103,14 +103,7 @@ def _by_stem(folder: Path, root: Path, diagnostics: Diagnostics) -> dict[str, Pa
 
 MASKS = Schema(
     (
-        SchemaField(
-            "image",
-            decode,
-            FILE,
-            ("img", "file", "file_name", "path", "picture", "photo"),
-            file=True,
-            picture=seen_picture,
-        ),
+        picture_field(decode),
         SchemaField("mask", read_mask, FILE, ("masks", "segmentation", "annotation", "label"), file=True),
     ),
     open_layout=_folders,
