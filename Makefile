@@ -52,11 +52,12 @@ format: $(STAMP)
 
 setup: $(STAMP)
 
+# pip would compile every file of every package on one core; Python compiles what is imported when it is.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv was found; make PYTHON=/path/to/it"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]' --constraint constraints.txt
 	@touch $(STAMP)
 
 clean:
