@@ -21,7 +21,7 @@ from atoll.cli.main import run as command_line
 from atoll.job.job import Job
 from atoll.server.run.directory import job_toml
 from atoll.sim.population.write_shards import write_shards
-from tests.federation.places import Federation, Running, provisioned, result_of, unused_port
+from tests.federation.places import result_of
 from tests.hiding import ROOT, Without, closure, hiding_environment, installed, modules_of
 from tests.task_data import ready
 from tests.task_jobs import job_of
@@ -60,19 +60,32 @@ def declared_only(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return env
 
 
-IN_TURN = """
-import json, os, sys
-from atoll.cli.main import QUIET, run
-os.environ.update(QUIET)
-for arguments in json.loads(sys.argv[1]):
-    print("exit code", run(arguments), flush=True)
+ALL_VERBS = """
+import json, sys
+from pathlib import Path
+from atoll.job.job import Job
+from tests.federation.places import federation_of
+from tests.processes import atoll, python
+print("found", *python("from importlib import util; print(util.find_spec('optuna'))").communicate())
+folder, job = Path(sys.argv[1]), json.loads(sys.argv[3])
+for number, arguments in enumerate(json.loads(sys.argv[2])):
+    log = folder / f"verb-{number}.log"
+    print("exit code", atoll(*arguments, log=log).wait(), log.read_text(), flush=True)
+with federation_of(folder / "federation", "client-0000") as federation:
+    federation.join("client-0000", folder / "shards" / "client-0000").says("is connected")
+    submitted = federation.submit(Job.parse(job, origin="test"), folder / "real")
+    asked = federation.start("status", "status", "--server", str(federation.server))
+    print("exit codes", submitted.ends(), asked.ends(), flush=True)
+    for running in federation.running.values():
+        print(running.text(), flush=True)
 """
+"""Verbs, and a federation of one real site, each a process of its own from one fork server."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.processes
-def test_the_demo_and_private_jobs_need_nothing_that_is_not_declared(
+@pytest.mark.federation
+def test_the_demo_private_jobs_and_a_real_federation_need_nothing_that_is_not_declared(
     declared_only: dict[str, str], tmp_path: Path
 ) -> None:
     jobs = {
@@ -86,24 +99,25 @@ def test_the_demo_and_private_jobs_need_nothing_that_is_not_declared(
     for name, job in jobs.items():
         (tmp_path / f"{name}.toml").write_text(job_toml(ready(job, tmp_path)))
         verbs.append(["simulate", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name)])
+    real = digits_at_one_client()
+    write_shards(real, tmp_path / "shards")
     done = subprocess.run(
-        [sys.executable, "-c", IN_TURN, json.dumps(verbs)],
+        [sys.executable, "-c", ALL_VERBS, str(tmp_path), json.dumps(verbs), real.canonical],
         env=os.environ | declared_only, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.stdout.count("exit code 0\n") == len(verbs), done.stdout + done.stderr
-    assert "sitecustomize" not in done.stderr
+    said = done.stdout + done.stderr
+    assert (done.stdout.count("exit code 0 "), done.stdout.count("exit codes 0 0\n")) == (len(verbs), 1), said
+    assert "sitecustomize" not in said and said.startswith("found None\n")
     assert result_of(tmp_path / "demo")["final"]["server"]["accuracy"] > 0.9
     for name in jobs:
         privacy = result_of(tmp_path / name)["privacy"]
         assert (privacy["unit"], privacy["releases"] > 0, privacy["epsilon"] > 0) == ("example", True, True)
+    assert "clients   client-0000" in said and "health   serving" in said
+    assert len(result_of(tmp_path / "real")["rounds"]) == 1
 
 
-@pytest.mark.federation
-@pytest.mark.timeout(600)
-def test_a_real_federation_needs_nothing_that_is_not_declared(
-    declared_only: dict[str, str], tmp_path: Path
-) -> None:
-    job = Job.parse(
+def digits_at_one_client() -> Job:
+    return Job.parse(
         {
             "name": "alone",
             "seed": 1,
@@ -115,33 +129,6 @@ def test_a_real_federation_needs_nothing_that_is_not_declared(
         },
         origin="test",
     )
-    write_shards(job, tmp_path / "shards")
-    (tmp_path / "job.toml").write_text(job_toml(job))
-    federation = Federation(tmp_path, provisioned(tmp_path, ("client-0000",), unused_port()))
-    server, site = str(federation.server), str(federation.kits["client-0000"])
-
-    def start(verb: str, *arguments: str) -> Running:
-        with (tmp_path / f"{verb}.log").open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "atoll", verb, *arguments],
-                env=os.environ | declared_only, cwd=ROOT, stdout=output, stderr=output,
-            )  # fmt: skip
-        federation.running["server" if verb == "serve" else verb] = Running(process, tmp_path / f"{verb}.log")
-        return federation.running["server" if verb == "serve" else verb]
-
-    try:
-        start("serve", server).says("ready on")
-        start("join", site, "--data", str(tmp_path / "shards" / "client-0000")).says("is connected")
-        submitted = start(
-            "submit", str(tmp_path / "job.toml"), "--server", server, "--out", str(tmp_path / "out")
-        )
-        code = submitted.ends()
-        asked = start("status", "--server", server)
-        assert asked.ends() == 0, asked.text()
-    finally:
-        federation.close()
-    assert code == 0, "\n".join(f"{name}: {one.text()}" for name, one in federation.running.items())
-    assert "clients   client-0000" in submitted.text() and "health   serving" in asked.text()
 
 
 @pytest.fixture(scope="module")
