@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -33,6 +33,7 @@ from atoll.kit.roster import FederationRoster
 from atoll.protocol.flower_content import bodies_of, packed
 from atoll.protocol.messages import Failure, Hello, Reply, cleaned
 from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
+from atoll.server.deploy.supervision import process_file
 from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.received import Replies, greetings
@@ -40,6 +41,7 @@ from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
 from atoll.server.run.run_job import run_job
 from atoll.server.run.test_set import server_test_set
+from atoll.system.lock import hold
 from atoll.tasks.metric_values import values_in_words
 
 logger = logging.getLogger(__name__)
@@ -277,6 +279,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Play the job that the run's configuration carries; results go to its `out`."""
     configure_logging()
+    _hold_process_file(context.run_id)
     _watch_uploads(grid)
     job = Job.from_json(str(context.run_config["job"]))
     validate_for_deployment(job)
@@ -284,6 +287,15 @@ def main(grid: Grid, context: Context) -> None:
     resume = (out / "job.toml").is_file()
     carrier = FlowerTransport(grid, "flower", roster=FederationRoster.load(_kit()))
     run_job(job, carrier, out, server_test_set(job), on_event=announce, resume=resume, ledgers=_books())
+
+
+_process_file: TextIO | None = None
+
+
+def _hold_process_file(run_id: int) -> None:
+    """Until this process ends, however it ends, the server sees that it lives."""
+    global _process_file
+    _process_file = hold(process_file(_kit() / "state", run_id))
 
 
 def _kit() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atoll.cli.display import escape, out, print_summary, sanitize
+from atoll.cli.display import err, escape, out, print_summary, sanitize
 from atoll.cli.run import JobFile, Overrides, next_free_path
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
@@ -24,6 +25,9 @@ ServerKitOption = Annotated[
     Path, typer.Option("--server", metavar="KIT", help="The server's kit, on its host.")
 ]
 RunId = Annotated[int, typer.Argument(metavar="RUN_ID", help="As atoll submit and status print it.")]
+Systemd = Annotated[
+    bool, typer.Option("--systemd", help="Print a systemd unit that runs this at boot, and exit.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -165,8 +169,15 @@ def serve(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Where gRPC health is answered; else on a free local port."),
     ] = None,
+    systemd: Systemd = False,
 ) -> None:
-    """Run a federation's server until it is stopped."""
+    """Run a federation's server until it is stopped; runs whose process died go on by themselves."""
+    if systemd:
+        from atoll.kit.kit import ServerKit
+
+        ServerKit.load(kit)
+        _print_unit(["serve", kit, *(["--health", health] if health else [])], f"server of {kit.name}")
+        return
     from atoll.server.deploy.serve import serve as serve_kit
 
     route_logs("atoll.server")
@@ -179,13 +190,29 @@ def join(
         list[Path],
         typer.Option("--data", metavar="DIR", help="The shard; more than one: clients named as the folders."),
     ],
+    systemd: Systemd = False,
 ) -> None:
     """Take part with this site's data until it is stopped."""
+    if systemd:
+        from atoll.kit.kit import SiteKit
+
+        SiteKit.load(kit)
+        _print_unit(["join", kit, *(word for path in data for word in ("--data", path))], f"site {kit.name}")
+        return
     from atoll.client.deploy.join import join as join_kit
 
     route_logs("atoll.client")
     is_debugged = logging.getLogger().isEnabledFor(logging.DEBUG)
     join_kit(kit, data, tell=echo_with_time, executor=(EXECUTOR, "--debug") if is_debugged else (EXECUTOR,))
+
+
+def _print_unit(arguments: list[str | Path], description: str) -> None:
+    """Write a unit to standard output as it is, for a file."""
+    from atoll.system.systemd import unit
+
+    sys.stdout.write(unit(arguments, description))
+    if os.geteuid() == 0:
+        err().print("note: the unit runs as root; better write another user after User=, who owns the kit")
 
 
 def check_policy(kit: Kit, job: JobFile, overrides: Overrides = None) -> None:
@@ -330,8 +357,8 @@ def logs(run: RunId, server: ServerKitOption) -> None:
     """A run's log, from its beginning to its end."""
     from atoll.server.deploy.submit import logs as show_logs
 
-    ended = show_logs(server, run, show=show_ours)
-    echo(f"run {run} {ended.outcome}" + (f": {ended.details}" if ended.details else ""))
+    ended = show_logs(server, run, show=show_ours, tell=echo)
+    echo(f"run {ended.run_id} {ended.outcome}" + (f": {ended.details}" if ended.details else ""))
 
 
 def stop(run: RunId, server: ServerKitOption) -> None:
@@ -339,4 +366,4 @@ def stop(run: RunId, server: ServerKitOption) -> None:
     from atoll.server.deploy.submit import stop as stop_run
 
     ended = stop_run(server, run)
-    echo(f"run {run} {ended.outcome or ended.status}")
+    echo(f"run {ended.run_id} {ended.outcome or ended.status}")

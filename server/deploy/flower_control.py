@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.cli.build import build_fab_from_files
-from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.common.constant import Status, SubStatus
+from flwr.common.serde import fab_to_proto, user_config_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
@@ -39,6 +40,8 @@ from atoll.server.deploy.superlink import TokenInterceptor
 
 logging.getLogger("httpx").setLevel(logging.WARNING)
 """It has a line for every call, and the sites call all the time."""
+
+ERROR = "ServerApp failed with exception: "
 
 _APP = """
 [project]
@@ -146,8 +149,19 @@ class FlowerControlClient:
             with _one_line(self._address):
                 self._client.RegisterNode(RegisterNodeRequest(public_key=wanted[name], name=name))
 
+    def config(self, run_id: int) -> tuple[str, str]:
+        """A run's job and its run directory; both empty for another app's run."""
+        with _one_line(self._address):
+            run = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
+        config = user_config_from_proto(run.override_config)
+        return str(config.get("job", "")), str(config.get("out", ""))
+
+    def start_job(self, job: str, out: str) -> int:
+        """Start a run of the job in that run directory; returns its id."""
+        return self.start(bundle(Job.from_json(job)), job, out)
+
     def start(self, fab: bytes, job: str, out: str) -> int:
-        """Start a run; returns its id."""
+        """Start a run of a bundle; returns its id."""
         request = StartRunRequest(
             fab=fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {})),
             override_config=user_config_to_proto({"job": job, "out": out}),
@@ -205,10 +219,13 @@ def _pem(path: Path) -> bytes:
 
 
 def _run(run: ProtoRun) -> Run:
+    """Flower's words of what a ServerApp raised begin with ERROR; of one that was killed they don't."""
+    failed = run.status.status == Status.FINISHED and run.status.sub_status == SubStatus.FAILED
     return Run(
         run_id=run.run_id,
         status=run.status.status,
         outcome=run.status.sub_status,
-        details=run.status.details.removeprefix("ServerApp failed with exception: "),
+        details=run.status.details.removeprefix(ERROR),
         submitted=run.pending_at,
+        died=failed and not run.status.details.startswith(ERROR),
     )

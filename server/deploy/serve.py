@@ -16,8 +16,9 @@ from atoll.kit.kit import ServerKit
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
 from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
-from atoll.server.deploy.status import Federation, answering
+from atoll.server.deploy.status import Federation, Run, answering
 from atoll.server.deploy.superlink import TOKEN_FILE, new_token, token_path
+from atoll.server.deploy.supervision import RunSupervisor
 from atoll.system.child_process import Child, environment, free_port
 from atoll.system.fork_server import import_first
 from atoll.system.lock import only_one
@@ -121,6 +122,7 @@ class _Server:
         self.superlink = Child("superlink", SUPERLINK, self._superlink_arguments(), env, title=title)
         self.superexec = Child("superexec", SUPEREXEC, self._superexec_arguments(), env, title=title)
         self.control = FlowerControlClient(self.superlink_address, self.kit)
+        self.supervisor = RunSupervisor(self.kit.state, self.control, self.tell)
 
     @property
     def superlink_address(self) -> str:
@@ -224,7 +226,9 @@ class _Server:
             self.tell(f"{name} is connected ({len(self.online)} of {len(self.kit.sites)})")
 
     def _look_at_runs(self) -> None:
-        """Tell `health` how runs stand; all that is asked for is the latest one and those that go on.
+        """Tell `health` how runs stand; those whose process died are started again.
+
+        Asked for are the latest one and those that go on.
 
         For Flower tidies up after every finished run that it lists, each time.
         """
@@ -232,7 +236,10 @@ class _Server:
         if latest and not self.health.knows(latest[0].run_id):
             latest = self.control.runs()
         others = self.health.going_on - {run.run_id for run in latest}
-        self.health.update([*latest, *(self.control.run(run_id) for run_id in others)])
+        runs = [*latest, *(self.control.run(run_id) for run_id in others)]
+        self.health.update(runs)
+        if self.superexec.running:
+            self.supervisor.look(runs)
 
     def status(self) -> Federation:
         """How the federation stands at this moment; for any thread."""
@@ -248,11 +255,16 @@ class _Server:
         return Federation(
             online=tuple(sorted(node.name for node in nodes if node.online)),
             offline=tuple(sorted(node.name for node in nodes if not node.online)),
-            runs=runs,
+            runs=tuple(map(self._told, runs)),
             going_on=self.health.going_on,
             trouble=self.health.trouble,
             health=self.health_address,
         )
+
+    def _told(self, run: Run) -> Run:
+        """The run with what became of it, where its process died."""
+        following = self.supervisor.record.continued.get(run.run_id)
+        return run if following is None else replace(run, details=f"goes on as run {following}")
 
     def close(self) -> None:
         """Stop the executor first: a ServerApp can then still say how it ended."""

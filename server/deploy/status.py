@@ -31,13 +31,17 @@ READ_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Run:
-    """A run and how it stands; `outcome` is empty until it is finished."""
+    """A run and how it stands; `outcome` is empty until it is finished.
+
+    One that `died` has failed without an error of its own: its process was killed, or the machine.
+    """
 
     run_id: int
     status: str
     outcome: str
     details: str
     submitted: str
+    died: bool = False
 
     @property
     def finished(self) -> bool:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atoll.errors import ConfigError, JobError
-from atoll.job.job import Job
 from atoll.kit.kit import ServerKit
-from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable, bundle
+from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.serve import runtime_path
 from atoll.server.deploy.status import Run, no_server
+from atoll.server.deploy.supervision import Record, became, goes_on
 
 logger = logging.getLogger(__name__)
 
@@ -29,30 +29,37 @@ def submit(
     tell: Callable[[str], None] = logger.info,
     started: Callable[[int], None] = lambda run_id: None,
 ) -> int:
-    """Run a job on the federation and wait for its end; returns the run's id.
+    """Run a job on the federation and wait for its end; returns the id under which it ended.
 
     `show` gets the run's log line by line. Raises JobError unless the run completed. A
     KeyboardInterrupt leaves the run going, after `tell` got how to follow and to stop it.
     """
     with _control(kit) as control:
-        run_id = control.start(bundle(Job.from_json(job_json)), job_json, str(out.resolve()))
+        run_id = control.start_job(job_json, str(out.resolve()))
     started(run_id)
     try:
-        run = follow(kit, run_id, show=show)
+        run = follow(kit, run_id, show=show, tell=tell)
     except KeyboardInterrupt:
         tell(f"run {run_id} goes on")
         tell(f"follow it with: atoll logs {run_id} --server {kit}")
         tell(f"stop it with:   atoll stop {run_id} --server {kit}")
         raise
     if not run.completed:
-        raise JobError(f"run {run_id} {run.outcome}: {run.details or 'no reason given'}")
-    return run_id
+        raise JobError(f"run {run.run_id} {run.outcome}: {run.details or 'no reason given'}")
+    return run.run_id
 
 
-def follow(kit: Path, run_id: int, *, show: Callable[[str], None]) -> Run:
+def follow(
+    kit: Path,
+    run_id: int,
+    *,
+    show: Callable[[str], None],
+    tell: Callable[[str], None] = logger.info,
+) -> Run:
     """The run, once it has finished; `show` gets the server's log line by line meanwhile.
 
-    A server that is away for a while, as in a restart, is waited for.
+    A server that is away for a while, as in a restart, is waited for. A run whose process died is followed
+    to the id under which the server starts it again, which `tell` gets.
     """
     after, seen = 0.0, time.monotonic()
     while True:
@@ -62,8 +69,12 @@ def follow(kit: Path, run_id: int, *, show: Callable[[str], None]) -> Run:
                     after, seen = part.until, time.monotonic()
                     _show_lines(part.text, show)
                 run = control.run(run_id)
-            if run.finished:
-                return run
+            end = became(ServerKit.load(kit).state, run) if run.finished else None
+            if isinstance(end, Run):
+                return end
+            if end is not None:
+                tell(goes_on(run_id, end))
+                run_id, after = end, 0.0
             seen = time.monotonic()
         except (Unreachable, ConfigError):
             if time.monotonic() - seen > PATIENCE_SECONDS:
@@ -76,19 +87,29 @@ def _show_lines(text: str, show: Callable[[str], None]) -> None:
         show(line)
 
 
-def logs(kit: Path, run_id: int, *, show: Callable[[str], None]) -> Run:
+def logs(
+    kit: Path, run_id: int, *, show: Callable[[str], None], tell: Callable[[str], None] = logger.info
+) -> Run:
     """Show a run's log from its beginning to its end; returns how it ended."""
     with _control(kit) as control:
         control.run(run_id)
-    return follow(kit, run_id, show=show)
+    return follow(kit, run_id, show=show, tell=tell)
 
 
 def stop(kit: Path, run_id: int) -> Run:
-    """Stop a run; returns how it stands then."""
+    """Stop a run, under the id under which it goes on; returns how it stands then."""
+    state, end = ServerKit.load(kit).state, time.monotonic() + PATIENCE_SECONDS
     with _control(kit) as control:
-        if not control.run(run_id).finished:
-            control.stop(run_id)
-        return control.run(run_id)
+        control.run(run_id)  # an unknown one is refused
+        while True:
+            latest = control.run(Record.load(state).latest(run_id))
+            is_between = latest.finished and not isinstance(became(state, latest), Run)
+            if not is_between or time.monotonic() > end:
+                break
+            time.sleep(0.2)  # its process died, and the server is about to start it again
+        if not latest.finished:
+            control.stop(latest.run_id)
+        return control.run(latest.run_id)
 
 
 @contextmanager
