@@ -80,11 +80,11 @@ def student_job(
         ConfigError: the job, or a key of it, is wrong.
     """
     from atoll.job.job import Job
-    from atoll.job.toml import apply_override, read_toml
+    from atoll.job.toml import YAML, apply_override, read_job
 
     own = learner.job.model_dump(mode="json")
-    if student.endswith(".toml"):
-        origin, folder, table = student, Path(student).parent, read_toml(Path(student))
+    if student.lower().endswith((".toml", *YAML)):
+        origin, folder, table = student, Path(student).parent, read_job(Path(student))
     else:
         origin, folder = "--student", Path()
         backbone = {"name": student, "max_tokens": own["backbone"]["max_tokens"]}

@@ -22,7 +22,7 @@ from atoll.job.federation import FederationSection, check_weights
 from atoll.job.personal import PersonalSection, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
 from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
-from atoll.job.toml import apply_override, read_toml, with_absolute_paths
+from atoll.job.toml import apply_override, read_job, with_absolute_paths
 from atoll.job.train import LrScheduleKind, TrainSection, check_lr_schedule, check_training
 from atoll.job.tune import TuneSection, TuneStage, grows
 
@@ -356,7 +356,7 @@ class Job(Section):
         Raises:
             ConfigError: one line that names the file, the key, what was found and what is expected.
         """
-        table = read_toml(path)
+        table = read_job(path)
         for override in overrides:
             apply_override(table, override)
         return cls.parse(table, origin=str(path), folder=path.parent)

@@ -1,8 +1,9 @@
-"""A job's file: TOML as a table, single keys of it overridden, and the paths in it made absolute."""
+"""A job's file: TOML or YAML as a table, single keys of it overridden, and its paths made absolute."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,26 +14,59 @@ if TYPE_CHECKING:
     from atoll.job.job import Job
 
 
+LARGEST = 64 * 2**20
+"""Bytes of a job file: a million class names take fourteen."""
+YAML = (".yaml", ".yml")
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """Parse a job file: YAML where its name says so, else TOML.
+
+    Raises:
+        ConfigError: it is none; one line that names it.
+    """
+    if path.suffix.lower() not in YAML:
+        return read_toml(path)
+    from atoll.job.yaml_text import parse_yaml  # PyYAML comes with it: not before there is such a file
+
+    return parse_yaml(_text(path, "YAML"), str(path))
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file; every failure is one ConfigError line that names it."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: found a folder, expected a TOML file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; expected a UTF-8 TOML file") from None
-    if not text.strip():
-        raise ConfigError(f"{path}: the file is empty, expected TOML")
+    text = _text(path, "TOML")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
+
+
+def _text(path: Path, kind: str) -> str:
+    """What is in the file, which must be a regular one: a FIFO or a device is never opened."""
+    try:
+        found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            raise ConfigError(f"{path}: found a folder, expected a {kind} file")
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{path}: found no regular file, expected a {kind} file")
+        if found.st_size > LARGEST:
+            raise ConfigError(
+                f"{path}: found {found.st_size:,} bytes, expected a {kind} file of at most {LARGEST:,}"
+            )
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; expected a UTF-8 {kind} file") from None
+    if not text.strip():
+        raise ConfigError(f"{path}: the file is empty, expected {kind}")
+    return text
 
 
 def apply_override(table: dict[str, Any], override: str, *, option: str = "--set") -> None:
@@ -46,7 +80,7 @@ def apply_override(table: dict[str, Any], override: str, *, option: str = "--set
         raise ConfigError(f"{option} {override}: expected key=value, such as train.lr=0.05")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         if text.strip()[:1] in ("{", "[", '"', "'"):
             raise ConfigError(
                 f"{option} {override}: not valid TOML: {error}; put it in single quotes, for the shell"
