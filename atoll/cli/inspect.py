@@ -114,15 +114,15 @@ def check(
     from atoll.tasks import task_named
 
     given = {
-        "text": text, "image": image, "label": label, "columns": _given(column, "--column"),
+        "text": text, "image": image, "label": label, "columns": table_given(column, "--column"),
         "time_format": time_format, "bits": bits, "window": _window(window),
     }  # fmt: skip
     section = validated(DataSection, {"source": str(data), **given}, "data")
     assert isinstance(section, DataSection)
-    findings = task_named(task).inspect(data, section, _given(option, "--option"))
+    findings = task_named(task).inspect(data, section, table_given(option, "--option"))
     if findings.bad == 1 and not (findings.train or findings.test):  # all of it is one fault
         raise DataError(findings.problems[0])
-    _show(findings)
+    show_findings(findings)
     if findings.bad:
         raise DataError(f"{data}: {findings.bad} examples cannot be used; mend or remove them")
     if backbone is not None:
@@ -130,12 +130,12 @@ def check(
         from atoll.job.job import BackboneSection
 
         found = resolve(BackboneSection(name=backbone), 0)
-        for note in task_named(task).notes_on(data, section, _given(option, "--option"), found):
+        for note in task_named(task).notes_on(data, section, table_given(option, "--option"), found):
             out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
     out().print("[green]ready[/]: a run can use this data as it is")
 
 
-def _show(findings: Findings) -> None:
+def show_findings(findings: Findings) -> None:
     """What was found, in the words of a person who looks for faults."""
     from rich.table import Table
 
@@ -163,7 +163,7 @@ def _window(written: str | None) -> tuple[float, ...] | None:
         raise ConfigError(f"--window: expected LOW,HIGH, such as 0,4095, found {written!r}") from None
 
 
-def _given(pairs: list[str] | None, option: str) -> dict[str, Any]:
+def table_given(pairs: list[str] | None, option: str) -> dict[str, Any]:
     """What `key=value` pairs say, the values as in TOML."""
     from atoll.job.toml import apply_override
 

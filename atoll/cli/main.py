@@ -15,7 +15,7 @@ from types import FrameType
 import click
 import typer
 
-from atoll.cli import audit, distil, export, inspect, predict, site, sweep, tune
+from atoll.cli import audit, distil, export, init, inspect, predict, site, sweep, tune
 from atoll.cli import run as run_verbs
 from atoll.cli.display import OneLine, err, interrupted, sanitize
 from atoll.cli.usage import Verbs, verbs_of, what_is_wrong
@@ -36,6 +36,7 @@ sweep.register(app)
 tune.register(app)
 site.register(app)
 inspect.register(app)
+init.register(app)
 predict.register(app)
 export.register(app)
 distil.register(app)
