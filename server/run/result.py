@@ -95,7 +95,8 @@ def compression_of(run: Run) -> dict[str, Any] | None:
     scheme = run.setup.job.federation.compression
     if scheme is None:
         return None
-    smaller = size_of(run.state.tensors) / run.update_bytes if run.update_bytes else 1.0
+    sent, whole = run.update_bytes(1), size_of(run.trained_in_round(1))
+    smaller = whole / sent if sent else 1.0
     return {"scheme": scheme, "times_smaller": smaller}
 
 
