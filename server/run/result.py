@@ -38,7 +38,7 @@ def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str
     if job.evaluate.adapt is not None:
         clients = with_adapted(clients, measured_clients(run, adapt_steps=job.evaluate.adapt))
     keep = job.personal.keep
-    shared = measured_clients(run, of_shared_model=True) if keep in ("norms", "mixture") else {}
+    shared = measured_clients(run, of_shared_model=True) if keep in ("norms", "lora-b", "mixture") else {}
     own = None if keep is None else personalization_metrics(keep, clients, shared)
     result = {
         "name": job.name,
