@@ -226,6 +226,16 @@ def test_factors_of_a_convolution_and_of_gpt2s_layer_have_the_sum_of_both(tmp_pa
         assert torch.allclose(product.T if name == "gpt" else product.view_as(whole), whole, atol=1e-5)
 
 
+def test_a_weight_that_two_layers_share_is_none_that_a_server_adds_to() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network = torch.nn.ModuleDict({"table": torch.nn.Embedding(4, 3), "out": torch.nn.Linear(3, 4)})
+    network["out"].weight = network["table"].weight
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["out"]), network)
+    with pytest.raises(ConfigError, match="out shares with another layer"):
+        lora_base.hold(network)
+
+
 def test_a_client_of_a_lower_rank_trains_its_part_of_the_factors_alone(runs: Path) -> None:
     job = a_job(runs, "flexlora", tune={"lora_ranks": {"client-1": 1}})
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["good", "bad"]})

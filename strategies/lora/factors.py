@@ -69,17 +69,14 @@ def aggregation_error(layer: LayerRound, merged: Merged) -> tuple[float, float]:
     Both with what was added to the frozen weight before; 0 over 0 counts as 0.
     """
     meant, s = layer.side_by_side, layer.scaling
-    if merged.base is None:
-        error = s * norm_of_product(torch.cat([meant.b, -merged.factors.b], dim=1),
-                                    torch.cat([meant.a, merged.factors.a], dim=0))  # fmt: skip
-        whole = s * norm_of_product(meant.b, meant.a)
-    else:
+    if merged.base is not None:
         target = layer.base + s * meant.product
-        error = float(torch.linalg.matrix_norm(target - merged.base - s * merged.factors.product))
-        whole = float(torch.linalg.matrix_norm(target))
-    return error, error / whole if whole else 0.0
-
-
-def norm_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Frobenius norm of left @ right, which is never formed: that of the product of their triangles."""
-    return float(torch.linalg.matrix_norm(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T))
+        apart, whole = target - merged.base - s * merged.factors.product, target
+    else:
+        wide = meant.b.shape[1]
+        left = torch.linalg.qr(torch.cat([meant.b, -merged.factors.b], dim=1), mode="r").R
+        right = torch.linalg.qr(torch.cat([meant.a, merged.factors.a], dim=0).T, mode="r").R
+        # Orthogonal factors change no norm: products of the triangles stand for those of [out, in].
+        apart, whole = s * left @ right.T, s * left[:, :wide] @ right[:, :wide].T
+    error, size = (float(torch.linalg.matrix_norm(matrix)) for matrix in (apart, whole))
+    return error, error / size if size else 0.0
