@@ -2,9 +2,8 @@
 
 Hu et al. 2021, "LoRA": a frozen weight W0 [out, in] is used as W0 + s B A, with B [out, r], A [r, in] and s
 = alpha / r, or alpha / sqrt(r) where ranks are stabilised. Client i of a round sends B_i and A_i and weighs
-w_i, and the weights of a round add up to 1. What the clients agree on is the mean product, s sum_i w_i B_i
-A_i; the mean of factors is another one, for the mean of products isn't the product of means. A
-convolution's factors are matrices here too: `in` is then its channels times its places. All is float64.
+w_i, which add up to 1. What the clients agree on is the mean product, s sum_i w_i B_i A_i, and the mean of
+products isn't the product of means. A convolution's `in` is its channels times its places. All is float64.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from dataclasses import dataclass
 import torch
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
-"""How the names of a layer's factors end, after the layer's own, as peft has them."""
 BASE = ".lora_base"
-"""The same of what is added to the layer's frozen weight, [out, in], where a method adds to it."""
+"""How names end after a layer's: its factors, as peft has them; what is added to its weight, [out, in]."""
 
 
 @dataclass(frozen=True)
