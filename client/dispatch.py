@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from atoll.protocol.requests import (
     UnmaskedSumRequest,
 )
 from atoll.protocol.tensors import Tensors
+from atoll.strategies.lora.flexlora import starts_by_rank
 
 NOTHING: Mapping[str, Tensors] = {}
 """Of clients that have no start, or no correction, of their own."""
@@ -73,6 +74,8 @@ class ClientData(Protocol):
 HeadTrainer = Callable[[Tensors, FeatureTable, Sequence[ClientRows], HeadTrainingConfig], Iterable[Update]]
 """(shared head, examples, each client's rows of them, how): the clients' updates in that order."""
 
+Training = TypeVar("Training", bound=TrainingRequest)
+
 ModelTrainer = Callable[["LocalWork", TrainRequest], Iterable[Update]]
 
 
@@ -101,6 +104,7 @@ class LocalWork:
         """
         if not self.data.names:
             return ()
+        self.learner.begin_round(request.round)
         match request:
             case EvaluateRequest():
                 return evaluate(self, request)
@@ -111,13 +115,18 @@ class LocalWork:
                 job, updates = self.learner.job, trained(self, request)
                 if LOCAL_STEPS in request.plan:
                     updates = with_local_steps(updates, job.train)
-                return compressed(updates, request, job, self.memory)
+                return compressed(updates, sent_back(self, request), job, self.memory)
             case MaskedSumRequest() | UnmaskedSumRequest():
-                job = self.learner.job
+                job, length_of = self.learner.job, sent_back(self, request)
                 return self.secure_session.encode_contributions(
-                    job, request, summed(self, request), self.charged
+                    job, length_of, summed(self, request), self.charged
                 )
         raise TypeError(f"no work of a client: {type(request).__name__}")
+
+
+def sent_back(work: LocalWork, request: Training) -> Training:
+    """The request with no other tensors than those that clients train and send."""
+    return replace(request, tensors=work.learner.trained_in_round(request.tensors, request.round))
 
 
 def evaluate(work: LocalWork, request: EvaluateRequest) -> Iterator[Measurement]:
@@ -139,7 +148,8 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
     if learner.job.strategy.keeps_client_state:
         return corrected(work, request)
     if keep.keep is None:
-        return updates_of(work, request)
+        ranks = learner.job.tune.lora_ranks or {}
+        return updates_of(work, request, starts=starts_by_rank(request.tensors, ranks, names))
     return train_ditto(learner, request, names, partial(updates_of, work), work.memory)
 
 
@@ -198,7 +208,8 @@ def updates_of(
         busy = [rows for rows in client_rows if rows.client not in idle]
         updates = work.train_heads(request.tensors, examples, busy, local) if busy else []
         return chain((unmoved(name, request) for name in idle), updates) if idle else updates
-    if work.train_models is not None and work.private is None and isinstance(request, TrainRequest):
+    at_once = work.train_models is not None and work.private is None and not starts
+    if at_once and work.train_models is not None and isinstance(request, TrainRequest):
         return work.train_models(work, request)
     return one_by_one(work, request, starts, corrections)
 

@@ -70,11 +70,12 @@ def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
         local = HeadTrainingConfig(job, head_loss(job, learner.task.head_loss), round=0)
         updates: Sequence[Update] = train_heads(first, *feature_table(held, job.train.device), local)
     else:
+        learner.begin_round(0)
         updates = [
             train_model(learner, first, shard, job, client=name, round=0, plan={})
             for name, shard in shards.items()
         ]
-    return {u.client: {n: first[n] + delta for n, delta in u.delta.items()} for u in updates}
+    return {u.client: {**first, **{n: first[n] + d for n, d in u.delta.items()}} for u in updates}
 
 
 def centralized_job(job: Job) -> Job:

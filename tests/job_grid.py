@@ -86,6 +86,7 @@ LEFT_OUT: dict[str, str] = {
     "backbone.options": "each network's own",
     "backbone.compile": "minutes of compiling, for the same arithmetic",
     "tune.targets": "names of a network's layers",
+    "tune.lora_ranks": "refused with every promise",
     "tune.then": "refused with every promise",
     "tune.keep_sums": "refused with every promise",
     "tune.ridge": "how the server solves for a head",

@@ -353,7 +353,13 @@ def what_the_server_tells_is_silent() -> None:
     """An update that isn't finite, or is huge, is screened, logged and counted like any other."""
     setting = job(clients())
     state = SimpleNamespace(
-        round=1, bytes_up=0, bytes_down=0, tensors=MODEL, log=[], learner=SimpleNamespace(client_tensors={})
+        round=1,
+        bytes_up=0,
+        bytes_down=0,
+        tensors=MODEL,
+        log=[],
+        learner=SimpleNamespace(client_tensors={}),
+        strategy_state={},
     )
     setup = SimpleNamespace(job=setting, test=None, population=["c0", "c1", "c2"])
     run = Run(cast(Any, setup), cast(Any, state))

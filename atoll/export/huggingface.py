@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
-
 from atoll.backbones.encoder import Model
 from atoll.errors import ConfigError
+from atoll.export.lora_adapter import write_adapter
 from atoll.export.safetensors import adapters, make_plain, tensors_of
 from atoll.job.job import Job
-from atoll.learning.trainable import contiguous
-from atoll.protocol.tensors import Tensors, to_bytes
+from atoll.protocol.tensors import to_bytes
 
 HEAD = "head.safetensors"
 ADAPTER = "adapter"
@@ -40,7 +36,7 @@ def write_folder(model: Model, job: Job, folder: Path) -> None:
     """
     network = network_of(model)
     if layers := adapters(network):
-        _write_adapter(layers, job, folder / ADAPTER)
+        write_adapter(layers, job, folder / ADAPTER)
     make_plain(model)
     network.save_pretrained(folder)
     write_tokenizer(model, folder)
@@ -69,24 +65,3 @@ def read_network(model: Model, folder: Path) -> None:
         raise ConfigError(
             f"--format huggingface: transformers can't build the network in this shape, try onnx: {why}"
         ) from None
-
-
-def _write_adapter(layers: list[tuple[str, BaseTunerLayer]], job: Job, folder: Path) -> None:
-    """`adapter_model.safetensors` and `adapter_config.json`, as `PeftModel.from_pretrained` wants them."""
-    folder.mkdir()
-    factors: Tensors = {}
-    for name, layer in layers:
-        for factor in ("lora_A", "lora_B"):
-            weights: nn.Module = getattr(layer, factor)["default"]
-            factors[f"base_model.model.{name}.{factor}.weight"] = contiguous(weights.weight.detach()).cpu()  # type: ignore[operator]
-    (folder / "adapter_model.safetensors").write_bytes(to_bytes(factors))
-    first: Any = layers[0][1]
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": job.backbone.name.removeprefix("hf:"),
-        "r": int(first.r["default"]),
-        "lora_alpha": int(first.lora_alpha["default"]),
-        "target_modules": [name for name, _ in layers],
-        "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

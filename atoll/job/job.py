@@ -19,6 +19,7 @@ from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
 from atoll.job.federation import FederationSection, check_weights
+from atoll.job.lora_merge import check_lora_merge
 from atoll.job.personal import PersonalSection, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
 from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
@@ -278,6 +279,7 @@ class Job(Section):
         check_attack(self)
         check_training(self)
         check_weights(self)
+        check_lora_merge(self)
         return self
 
     @model_validator(mode="after")

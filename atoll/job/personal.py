@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class PersonalSection(Section):
     """`[personal]`: what each client keeps from round to round, and how its mixture is held to the model."""
 
-    keep: Literal["head", "norms", "mixture"] | None = None
+    keep: Literal["head", "norms", "lora-b", "mixture"] | None = None
     pull: NotNegative = 0.1
 
     @model_validator(mode="after")
@@ -27,7 +27,7 @@ class PersonalSection(Section):
     @property
     def splits(self) -> bool:
         """Whether a part of the model's tensors stays with the clients."""
-        return self.keep in ("head", "norms")
+        return self.keep in ("head", "norms", "lora-b")
 
 
 def check_personal(job: Job) -> None:
@@ -39,6 +39,11 @@ def check_personal(job: Job) -> None:
         raise ValueError(
             f"personal.keep: {keep!r} would leave nothing to merge with tune.method = 'head'; expected"
             " 'mixture', or last-k, lora or full"
+        )
+    if keep == "lora-b" and (job.tune.method != "lora" or not job.tune.trains_a):
+        raise ValueError(
+            "personal.keep: 'lora-b' shares LoRA's A and keeps its B; expected tune.method = 'lora' with both"
+            " factors trained"
         )
     if keep == "norms" and job.tune.method == "lora":
         raise ValueError("personal.keep: 'norms' are not trained with tune.method = 'lora'; expected 'head'")

@@ -63,6 +63,10 @@ class TuneSection(Tuned):
     ridge: Positive | None = None
     feature_norm: Positive | None = None
     """Under a promise of privacy: the L2 norm that an example's features are clipped to in `head_init`."""
+    lora_merge: Literal["average", "ffa", "rolora", "fedex", "flora", "flexlora"] | None = None
+    """How LoRA's factors merge over clients; `average` unless said."""
+    lora_ranks: dict[str, Count] | None = None
+    """By client: the rank of those that can't carry `rank`, with `lora_merge = "flexlora"`."""
     keep_sums: bool = False
     """With `head_init`: the run keeps each client's sums, so that `atoll forget` can take them away again."""
     then: tuple[TuneStage, ...] = ()
@@ -72,6 +76,16 @@ class TuneSection(Tuned):
         if self.ridge is not None and self.head_init != "ridge":
             raise ValueError("ridge has no meaning without head_init = 'ridge': remove it")
         return self
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether LoRA's A is trained, and not only B."""
+        return not self.freeze_a and self.lora_merge != "ffa"
+
+    @property
+    def default_rank(self) -> int:
+        """LoRA's rank, where no client has one of its own."""
+        return self.rank or 8
 
     @classmethod
     def own_keys(cls) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.learning import trainable
+from atoll.learning import lora_base, trainable
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.compatibility import check_fits
 from atoll.learning.compiled import CompiledEncoder
@@ -34,6 +34,7 @@ from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 from atoll.protocol.validation_split import helps_clients, kept_back, validation_marks
+from atoll.strategies.lora.merge import trained_in_round
 from atoll.tasks import with_brought_metrics
 from atoll.tasks.metric_values import MetricValues, computed, defined
 from atoll.tasks.task import Task
@@ -129,7 +130,18 @@ class Learner:
         if self.uses_features:
             head = self._fresh_head(self.width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
-        return {name: t.cpu() for name, t in trainable.values(self.model).items()}
+        self.begin_round(0)
+        found = trainable.values(self.model) | lora_base.nothing_added(self.model)
+        return {name: t.cpu() for name, t in found.items()}
+
+    def begin_round(self, round: int) -> None:
+        """Train what a round trains from now on: one of LoRA's factors if they alternate; in 0 both."""
+        if self.job.tune.lora_merge == "rolora":
+            lora_base.alternate(self.model, round)
+
+    def trained_in_round(self, tensors: Tensors, round: int) -> Tensors:
+        """Those of the model's tensors that clients train and send in a round."""
+        return trained_in_round(tensors, self.job.tune.lora_merge, round)
 
     @cached_property
     def client_tensors(self) -> Tensors:

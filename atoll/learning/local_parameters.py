@@ -1,4 +1,4 @@
-"""Which tensors stay with a client: those of the head, or of layers that normalise."""
+"""Which tensors stay with a client: those of the head, of layers that normalise, or LoRA's B."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.protocol.tensors import Tensors
+from atoll.strategies.lora.factors import B
 
 
 def own_part(model: Model, job: Job) -> Tensors:
     """Copies of the tuned tensors that clients keep, by name, on the CPU.
 
-    `head`: Arivazhagan et al. 2019, "Federated Learning with Personalization Layers" (FedPer).
-    `norms`: Li et al. 2021, "FedBN"; scales and shifts, for statistics never move here.
+    `head`: Arivazhagan et al. 2019, "Federated Learning with Personalization Layers" (FedPer). `norms`: Li
+    et al. 2021, "FedBN"; scales and shifts, for statistics never move here. `lora-b`: Guo et al. 2024,
+    "Selective Aggregation for Low-Rank Adaptation" (FedSA-LoRA): A, which learns what clients have in
+    common, is merged, and B, which tells them apart, stays.
 
     Raises:
         ConfigError: there are none, or nothing else is tuned.
     """
     of_head = {id(p) for p in model.head.parameters()}
     of_norms = {id(p) for m in model.modules() if trainable.is_norm(m) for p in m.parameters()}
-    chosen = of_head if job.personal.keep == "head" else of_norms
     trained = trainable.trainable(model)
+    of_b = {id(p) for name, p in trained.items() if name.endswith(B)}
+    assert job.personal.keep is not None
+    chosen = {"head": of_head, "norms": of_norms, "lora-b": of_b}[job.personal.keep]
     own = [name for name, p in trained.items() if id(p) in chosen]
     if not own:
         raise ConfigError(f"personal.keep: no {job.personal.keep} among what this job tunes, expected none")

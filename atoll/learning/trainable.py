@@ -12,8 +12,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from atoll.backbones.encoder import Model
 from atoll.errors import ConfigError
 from atoll.job.tune import TuneSection
+from atoll.learning import lora_base
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
+from atoll.strategies.lora.merge import ADDS_TO_BASE
 
 BatchNorms = (nn.modules.batchnorm._BatchNorm,)
 Norms = (*BatchNorms, nn.LayerNorm, nn.GroupNorm)
@@ -85,10 +87,15 @@ def contiguous(values: torch.Tensor) -> torch.Tensor:
 
 
 def load_values(model: nn.Module, tensors: Tensors) -> None:
-    """Copy tensors into the tuned parameters of the same names; weights that were pruned stay zero."""
+    """Copy tensors into the tuned parameters of the same names; weights that were pruned stay zero.
+
+    What the model has of LoRA besides is loaded too: factors that rest in this round, and frozen weights with
+    what was added to them.
+    """
     with torch.no_grad():
         for name, p in trainable(model).items():
             p.copy_(tensors[name])
+        lora_base.load(model, tensors)
     keep_pruned(model)
 
 
@@ -227,9 +234,8 @@ def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Mod
 def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int]) -> None:
     """Put peft's LoRA factors into the backbone (Hu et al. 2021), or its last blocks, but for these ids.
 
-    With `freeze_a` only B is trained (Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated
-    Learning"): noise on both factors is multiplied with itself, and the mean of products isn't the
-    product of means. A is drawn from the job's seed, the same everywhere.
+    With `freeze_a` or `lora_merge = "ffa"` only B is trained (`strategies/lora/ffa.py`). A is drawn from
+    the job's seed, the same everywhere.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Conv2d as LoraConv2d
@@ -247,7 +253,7 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int])
         raise ConfigError(
             f"tune.targets: no layer is called {list(tune.targets or ())}, expected some of {known}"
         )
-    rank = tune.rank or 8
+    rank = tune.default_rank
     config = LoraConfig(r=rank, lora_alpha=tune.alpha or 2 * rank, target_modules=wanted, lora_dropout=0.0)  # type: ignore[arg-type]
     with global_stream(seed, "init", "lora"), warnings.catch_warnings():
         # It tells of each Conv1D that it takes the weight the other way round, as it has to.
@@ -258,7 +264,9 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int])
             for factor in module.lora_A.values():
                 _convolve_like(factor, module.get_base_layer())
     for name, parameter in model.backbone.named_parameters():
-        parameter.requires_grad_("lora_B" in name or ("lora_" in name and not tune.freeze_a))
+        parameter.requires_grad_("lora_B" in name or ("lora_" in name and tune.trains_a))
+    if tune.lora_merge in ADDS_TO_BASE:
+        lora_base.hold(model)
 
 
 def _within_last_blocks(model: Model, count: int) -> Iterator[nn.Module]:

@@ -51,7 +51,7 @@ def train_privately(
     model = learner.model
     parameters = trainable.trainable(model)
     start = trainable.to_parameters(parameters, tensors)
-    trainable.load_values(model, start)
+    trainable.load_values(model, tensors)
     trainable.training_mode(model)
     assert private.draw is not None
     numbers = example_numbers(shard.keys)

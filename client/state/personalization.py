@@ -63,7 +63,7 @@ def train_fedper(
             OWN_PREFIX + n: start[n] + delta for n, delta in update.delta.items() if n not in request.tensors
         }
         memory.save(request.run, request.round, {client: kept})
-        yield replace(update, delta={n: update.delta[n] for n in request.tensors})
+        yield replace(update, delta={n: d for n, d in update.delta.items() if n in request.tensors})
 
 
 def train_ditto(

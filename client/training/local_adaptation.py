@@ -32,4 +32,5 @@ def adapt_locally(learner: Learner, request: ModelRequest, client: str, shard: S
         update = train_model(
             learner, request.tensors, shard, longer, client=client, round=round, plan={}, steps=steps
         )
-    return {name: request.tensors[name] + delta for name, delta in update.delta.items()}
+    moved = {name: request.tensors[name] + delta for name, delta in update.delta.items()}
+    return {**request.tensors, **moved}

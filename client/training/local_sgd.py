@@ -46,7 +46,7 @@ def train_model(
     device, mu, model = job.train.device, plan.get("proximal_mu", 0.0), learner.model
     parameters = trainable.trainable(model)
     start = trainable.to_parameters(parameters, tensors)
-    trainable.load_values(model, start if begin is None else begin)
+    trainable.load_values(model, {**tensors, **(begin or {})})
     trainable.training_mode(model)
     schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
     rates = StepRates.of(job, round, [len(schedule)], "cpu")

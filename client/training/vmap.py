@@ -74,7 +74,8 @@ def _train(
     plan: Mapping[str, float],
 ) -> StackedUpdates:
     device, mu = job.train.device, plan.get("proximal_mu", 0.0)
-    start = {name: t.to(device) for name, t in tensors.items()}
+    trainable.load_values(learner.model, tensors)
+    start = trainable.to_parameters(trainable.trainable(learner.model), tensors)
     now = {name: t.unsqueeze(0).repeat(len(shards), *[1] * t.dim()) for name, t in start.items()}
     step = {name: make_optimizer(job.train) for name in now}
     rows = [batches(len(shard), job, round, name) for name, shard in shards.items()]

@@ -43,7 +43,7 @@ class TrainingRound:
 
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
         beside = size_of(tensors_for_clients(run.setup.strategy, run.state.strategy_state))
-        return size_of(run.state.tensors) + beside, run.update_bytes + beside
+        return size_of(run.state.tensors) + beside, run.update_bytes(run.state.round + 1) + beside
 
     def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
         merge_updates(run, gathered.updates, round)
@@ -57,7 +57,7 @@ class PlainRound(TrainingRound):
     validate: Validation
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
-        request, model = train_request(run, round), run.state.tensors
+        request, model = train_request(run, round), run.trained_in_round(round)
         replies = run.send(request, names)
         for transform in self.reply_transforms:
             replies = transform(replies, model)
@@ -72,6 +72,7 @@ class SecureSumRound(TrainingRound):
         return SecureRound(
             run.setup.job, train_request(run, round), attempt, names, run.setup.carrier.uses_masking,
             lambda stage, asked: list(run.send(stage, asked)), run.setup.carrier.roster,
+            summed=run.trained_in_round(round),
         ).screened()  # fmt: skip
 
 
@@ -151,8 +152,9 @@ def merge_updates(run: Run, updates: Sequence[Update], round: int) -> None:
     """The next global model of validated updates, transformed in the order of the run's lists."""
     setup, state = run.setup, run.state
     kept: State = {}
+    trained = run.trained_in_round(round)
     for transform_updates in setup.update_transforms:
-        updates, kept_by_this = transform_updates(updates, round, state.tensors, state.strategy_state)
+        updates, kept_by_this = transform_updates(updates, round, trained, state.strategy_state)
         kept |= kept_by_this
     if updates:
         merged = setup.strategy.merge(state.tensors, updates, state.strategy_state)

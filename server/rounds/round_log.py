@@ -12,6 +12,7 @@ from atoll.protocol.tensors import size_of, tensors_sha256
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import ValidatedUpdates
+from atoll.strategies.lora.merge import error_fields
 from atoll.tasks.metric_values import MetricValues
 
 
@@ -38,6 +39,7 @@ def log_line(
         "set_aside": gathered.set_aside,
         "model_sha256": tensors_sha256(state.tensors),
         **tuning_schedule.log_fields(run),
+        **error_fields(state.strategy_state),
     }
     charged = int(states[CHARGED_ROUNDS].max()) if CHARGED_ROUNDS in states else gathered.charged_rounds
     if charged:
@@ -64,6 +66,7 @@ def _public_fields(run: Run, line: dict[str, Any]) -> dict[str, Any]:
         "cohort": [],
         "trained": round(expected),
         "set_aside": {},
-        "bytes_up": round(expected * run.update_bytes) * rounds,
+        "bytes_up": sum(round(expected * run.update_bytes(n)) for n in (1, 2)) * (rounds // 2)
+        + round(expected * run.update_bytes(1)) * (rounds % 2),
         "bytes_down": round(expected * size_of(run.state.tensors)) * rounds,
     }

@@ -21,6 +21,7 @@ from atoll.server.rounds.validation import ValidatedUpdates
 from atoll.server.run.checkpoint import CheckpointManager
 from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Transport
+from atoll.strategies.lora.merge import trained_in_round
 from atoll.strategies.strategy import State, Strategy
 
 TestSet = Callable[[Learner], Shard | None]
@@ -140,10 +141,13 @@ class Run:
             return None
         return {**self.state.learner.client_tensors, **self.state.tensors}
 
-    @property
-    def update_bytes(self) -> int:
-        """Bytes of one client's update as it travels."""
-        return upload_size(self.setup.job, self.state.tensors)
+    def trained_in_round(self, round: int) -> Tensors:
+        """Those of the model's tensors that clients train and send in a round."""
+        return trained_in_round(self.state.tensors, self.setup.job.tune.lora_merge, round)
+
+    def update_bytes(self, round: int) -> int:
+        """Bytes of one client's update of a round as it travels."""
+        return upload_size(self.setup.job, self.trained_in_round(round))
 
     def request_origin(self, round: int) -> RequestOrigin:
         """What every request of this round says of the job and the run."""

@@ -64,7 +64,10 @@ class SumOrigin(RequestOrigin):
 
 @dataclass
 class SecureRound:
-    """One try at a round; `train` has the model and the plan, `aside` says who fell out and why."""
+    """One try at a round; `train` has the model and the plan, `aside` says who fell out and why.
+
+    `summed` are the model's tensors that clients train: what a contribution is as long as.
+    """
 
     job: Job
     train: TrainRequest
@@ -73,6 +76,7 @@ class SecureRound:
     masks: bool
     ask: Ask
     verifier: Verifier | None = None
+    summed: Tensors = field(kw_only=True)
     aside: dict[str, str] = field(default_factory=dict)
     charged_rounds: int = 0
 
@@ -191,7 +195,7 @@ class SecureRound:
 
     def _vectors(self, sent: Mapping[str, Tensors]) -> dict[str, Vector]:
         """Vectors that have the right form; the others are set aside."""
-        numbers = length(self.train.tensors, private=distributed_terms(self.job) is not None)
+        numbers = length(self.summed, private=distributed_terms(self.job) is not None)
         good: dict[str, Vector] = {}
         for name, content in sent.items():
             vector = content.get("vector")
@@ -209,7 +213,7 @@ class SecureRound:
             raise SecureAggregationFailed(f"{left} clients are left, needed {self.threshold}")
 
     def _as_update(self, total: Vector) -> Update:
-        model, dp_plan = self.train.tensors, distributed_terms(self.job)
+        model, dp_plan = self.summed, distributed_terms(self.job)
         numbers = length(model, private=dp_plan is not None)
         values = FixedPointCodec.of(dp_plan, numbers, self.threshold, entropy).values(total)
         states = {name: torch.zeros((), dtype=torch.float64) for name in STATES}

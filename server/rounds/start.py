@@ -10,6 +10,7 @@ from atoll.data.diagnostics import Counts
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.learning.lora_base import merging_lora
 from atoll.server.events import ClientsFound, EventCallback, RunResumed
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import model_transforms, round_kinds, weight_transforms
@@ -55,6 +56,7 @@ def start_or_resume(
     learner.data_info = learner.data_info | learner.required_info
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
+    strategy = merging_lora(strategy, learner)
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
     on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
     first_round, later_rounds = round_kinds(job)

@@ -64,6 +64,10 @@ def personalization_notes(
         notes.append(
             "the model on disk, and what is measured on the server, has the norms as they were at first"
         )
+    if own["keep"] == "lora-b":
+        notes.append(
+            "the model on disk, and what is measured on the server, has LoRA's B as it was at first, zero"
+        )
     return notes
 
 

@@ -38,7 +38,7 @@ def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str
     if job.evaluate.adapt is not None:
         clients = with_adapted(clients, measured_clients(run, adapt_steps=job.evaluate.adapt))
     keep = job.personal.keep
-    shared = measured_clients(run, of_shared_model=True) if keep in ("norms", "mixture") else {}
+    shared = measured_clients(run, of_shared_model=True) if keep in ("norms", "lora-b", "mixture") else {}
     own = None if keep is None else personalization_metrics(keep, clients, shared)
     result = {
         "name": job.name,
@@ -95,7 +95,8 @@ def compression_of(run: Run) -> dict[str, Any] | None:
     scheme = run.setup.job.federation.compression
     if scheme is None:
         return None
-    smaller = size_of(run.state.tensors) / run.update_bytes if run.update_bytes else 1.0
+    sent, whole = run.update_bytes(1), size_of(run.trained_in_round(1))
+    smaller = whole / sent if sent else 1.0
     return {"scheme": scheme, "times_smaller": smaller}
 
 

@@ -80,6 +80,8 @@ def jobs(folder: Path) -> dict[str, Job]:
             "federation": {"clients": CLIENTS, "rounds": 3},  # the first forms a head of sums
         },
     }
+    merges = ("rolora", "fedex", "flora", "flexlora")
+    tables |= {how: {"tune": {"method": "lora", "rank": 2, "lora_merge": how}} for how in merges}
     made |= {name: Job.parse(own | table | {"name": name}, origin="test") for name, table in tables.items()}
     whole = text | {"tune": {"method": "full"}}
     taught = {"teacher": str(folder / "teacher"), "teacher_weight": 0.8}
@@ -186,7 +188,7 @@ def test_images_at_real_sites_that_compress_views_or_tune_ever_more_give_the_bit
         assert found == [f"round-{round:06d}.safetensors" for round in trained]
 
 
-def test_texts_at_real_sites_that_keep_their_heads_or_send_sums_give_the_bits_of_the_simulation(
+def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_of_the_simulation(
     places: Places,
 ) -> None:
     with places.sites("news-fedadam", [1, 2, 0]):
@@ -195,6 +197,7 @@ def test_texts_at_real_sites_that_keep_their_heads_or_send_sums_give_the_bits_of
         places.agreed("mixture")
         for name, known in before.items():
             assert len(places.memories(name) - known) == 2  # two rounds of training
+        places.agreed("flora")
 
 
 @pytest.mark.matrix
@@ -213,7 +216,7 @@ def test_texts_at_real_sites_that_keep_their_heads_or_send_sums_give_the_bits_of
             ],
             [0, 1, 2],
         ),
-        (["news-fedavg", "own-heads", "scaffold-texts"], [2, 1, 0]),
+        (["news-fedavg", "own-heads", "scaffold-texts", "rolora", "fedex", "flexlora"], [2, 1, 0]),
         (["varied-fedavg", "compiled-fedavg", "varied-fedadam", "compiled-fedadam"], [0, 2, 1]),
     ],
 )

@@ -1,0 +1,108 @@
+"""LoRA's layers in a model: their scalings, which factor rests, what a server adds to frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from atoll.errors import ConfigError
+from atoll.job.lora_merge import REWRITES, merge_error_is_known
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.lora.factors import BASE, A, B
+from atoll.strategies.lora.merge import LoraMerge
+from atoll.strategies.lora.rolora import alternates
+from atoll.strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from atoll.learning.learner import Learner
+
+PRETRAINED, ADDED = "pretrained_weight", "added_to_weight"
+"""Attributes of a layer whose frozen weight a server adds to: that weight as it was, what was added."""
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers that have LoRA's factors, by name."""
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+
+
+def hold(model: nn.Module) -> None:
+    """Remember the frozen weights of LoRA's layers, to which the server may add.
+
+    Raises:
+        ConfigError: another layer has the same weight.
+    """
+    uses = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
+    for name, layer in lora_layers(model):
+        weight = layer.get_base_layer().weight
+        if uses.count(id(weight)) > 1:
+            raise ConfigError(
+                f"tune.lora_merge: would add to a weight that {name} shares with another layer; expected"
+                " tune.targets without it, or another way of merging"
+            )
+        vars(layer)[PRETRAINED] = weight.detach().clone()
+
+
+def nothing_added(model: nn.Module) -> Tensors:
+    """Zeros [out, in] for every weight that the server may add to, by name."""
+    held = [
+        (name, vars(layer)[PRETRAINED]) for name, layer in lora_layers(model) if PRETRAINED in vars(layer)
+    ]
+    layers = dict(lora_layers(model))
+    return {name + BASE: torch.zeros(_matrix(layers[name], w).shape) for name, w in held}
+
+
+def load(model: nn.Module, tensors: Tensors) -> None:
+    """Set what isn't trained: factors that rest in this round, frozen weights with what was added to them."""
+    for name, layer in lora_layers(model):
+        for end in (A, B):
+            if name + end in tensors:
+                layer.get_parameter(end[1:]).copy_(tensors[name + end])
+        if PRETRAINED in vars(layer):
+            pretrained, weight = vars(layer)[PRETRAINED], layer.get_base_layer().weight
+            added = vars(layer)[ADDED] = tensors[name + BASE]
+            weight.copy_(pretrained.to(weight) + _like(layer, added, pretrained).to(weight))
+
+
+def alternate(model: nn.Module, round: int) -> None:
+    """Let the factors be trained whose turn it is; in round 0 all of them."""
+    for name, layer in lora_layers(model):
+        for end in (A, B):
+            layer.get_parameter(end[1:]).requires_grad_(not round or alternates(name + end, round))
+
+
+def _matrix(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight as [out, in]: transformers' Conv1D has it the other way round."""
+    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight.flatten(1)
+
+
+def _like(layer: Any, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A matrix [out, in] in the shape of the layer's weight."""
+    return matrix.T if getattr(layer, "fan_in_fan_out", False) else matrix.reshape(weight.shape)
+
+
+def merging_lora(strategy: Strategy, learner: Learner) -> Strategy:
+    """The strategy, made one that merges LoRA's factors as the job says, and tells how well.
+
+    Where the server sees nothing but sums, what is trained merges as any tensor does.
+    """
+    job = learner.job
+    if not merge_error_is_known(job) and job.tune.lora_merge not in REWRITES:
+        return strategy
+    factors = {n: p.detach().cpu() for n, p in learner.model.named_parameters() if n.endswith((A, B))}
+    own = learner.client_tensors
+    frozen = {name: value.clone() for name, value in factors.items() if not p_is_trained(learner, name)}
+    scalings = {
+        name: float(layer.scaling["default"])
+        for name, layer in lora_layers(learner.model)
+        if not {name + A, name + B} & own.keys()
+    }
+    known = scalings if merge_error_is_known(job) else {}
+    return LoraMerge(strategy, job.tune.lora_merge, job.seed, known, frozen)
+
+
+def p_is_trained(learner: Learner, name: str) -> bool:
+    """Whether a parameter is trained in any round."""
+    return learner.model.get_parameter(name).requires_grad

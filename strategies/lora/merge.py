@@ -1,0 +1,167 @@
+"""A strategy for LoRA's factors: what the job's own merges tensor by tensor, made right layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from atoll.protocol.messages import Update
+from atoll.protocol.random_streams import stream
+from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.lora.average import average, is_trained
+from atoll.strategies.lora.factors import BASE, A, B, Factors, LayerRound, Merged, aggregation_error
+from atoll.strategies.lora.fedex import fedex
+from atoll.strategies.lora.flexlora import flexlora
+from atoll.strategies.lora.flora import flora
+from atoll.strategies.lora.rolora import alternates
+from atoll.strategies.mean import example_counts
+from atoll.strategies.strategy import Plan, State, Strategy, tensors_for_clients
+
+ERROR, RELATIVE = "lora.error.", "lora.relative_error."
+"""Before the names of layers in the strategy's state: what `aggregation_error` said of the last round."""
+
+MERGES: Mapping[str | None, Callable[[LayerRound], Merged]] = {
+    "fedex": fedex,
+    "flora": flora,
+    "flexlora": flexlora,
+}
+"""How a layer merges, by `tune.lora_merge`; all others take the mean of each factor."""
+
+ADDS_TO_BASE = ("fedex", "flora")
+"""Values of `tune.lora_merge` that add to frozen weights."""
+
+TRAINED: Mapping[str | None, Callable[[str, int], bool]] = {
+    "rolora": alternates,
+    "fedex": is_trained,
+    "flora": is_trained,
+}
+"""Which tensors clients train and send in a round, by `tune.lora_merge`; of all others it is every one."""
+
+
+def trained_in_round(tensors: Tensors, method: str | None, round: int) -> Tensors:
+    """Those of a model's tensors that clients train and send in a round, which counts from 1."""
+    if method not in TRAINED:
+        return tensors
+    return {name: t for name, t in tensors.items() if TRAINED[method](name, round)}
+
+
+@dataclass(frozen=True)
+class LoraMerge:
+    """The `inner` strategy, followed by a merge of the factors of every layer that has both.
+
+    `scalings` are the layers' s by name, `frozen` the factors that nobody trains.
+    """
+
+    inner: Strategy
+    method: str | None
+    seed: int
+    scalings: Mapping[str, float]
+    frozen: Tensors = field(default_factory=dict)
+
+    def begin(self, model: Tensors) -> State:
+        return self.inner.begin(trained_in_round(model, self.method, 1))
+
+    def plan(self, state: State, round: int) -> Plan:
+        return self.inner.plan(_inner(state), round)
+
+    def tensors_for_clients(self, state: State) -> Tensors:
+        """What the inner strategy sends."""
+        return tensors_for_clients(self.inner, _inner(state))
+
+    def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
+        round = updates.round if isinstance(updates, StackedUpdates) else updates[0].round
+        trained = trained_in_round(model, self.method, round)
+        step, after = self.inner.merge(trained, updates, _inner(state))
+        found, errors = {**model, **step}, dict[str, torch.Tensor | float]()
+        counts = torch.tensor(example_counts(updates), dtype=torch.float64)
+        for name, scaling in self.scalings.items():
+            layer = self._layer(name, scaling, model, updates, found, counts / counts.sum(), round)
+            merged = MERGES.get(self.method, average)(layer)
+            found |= _as_tensors(name, merged, found)
+            errors[ERROR + name], errors[RELATIVE + name] = aggregation_error(
+                layer, _as_stored(name, merged, found)
+            )
+        return found, {**after, **errors}
+
+    def _layer(
+        self,
+        name: str,
+        scaling: float,
+        model: Tensors,
+        updates: Sequence[Update],
+        found: Tensors,
+        weights: torch.Tensor,
+        round: int,
+    ) -> LayerRound:
+        b, a = (self._of_clients(name + end, model, updates) for end in (B, A))
+        merged_b, merged_a = (as_matrix({**self.frozen, **found}[name + end], end) for end in (B, A))
+        return LayerRound(
+            weights, Factors(b, a), Factors(merged_b, merged_a), scaling,
+            model.get(name + BASE, torch.zeros(())).to(torch.float64),
+            partial(_fresh, self.seed, name, round, merged_a.shape),
+        )  # fmt: skip
+
+    def _of_clients(self, name: str, model: Tensors, updates: Sequence[Update]) -> torch.Tensor:
+        """A factor of every client, [clients, rows, columns]: where it was, and how far it moved."""
+        start = as_matrix({**self.frozen, **model}[name], name)
+        moved = _stack(updates, name)
+        if moved is None:
+            return start.expand(len(updates), *start.shape)
+        return start + moved.to(torch.float64).reshape(len(updates), *start.shape)
+
+
+def _stack(updates: Sequence[Update], name: str) -> torch.Tensor | None:
+    """How a tensor moved at each client, [clients, ...]; None where it wasn't trained."""
+    if isinstance(updates, StackedUpdates):
+        return updates.delta.get(name)
+    return torch.stack([u.delta[name] for u in updates]) if name in updates[0].delta else None
+
+
+def as_matrix(factor: torch.Tensor, name: str) -> torch.Tensor:
+    """A factor in float64 as [r, in] or [out, r], of convolutions too."""
+    return factor.to(torch.float64).flatten(1) if name.endswith((A, B)) else factor
+
+
+def _as_tensors(name: str, merged: Merged, found: Tensors) -> Tensors:
+    """What is merged, in the shapes and types of the model's tensors."""
+    values = {B: merged.factors.b, A: merged.factors.a, BASE: merged.base}
+    return {
+        name + end: value.reshape(found[name + end].shape).to(found[name + end].dtype)
+        for end, value in values.items()
+        if value is not None and name + end in found
+    }
+
+
+def _as_stored(name: str, merged: Merged, found: Tensors) -> Merged:
+    """What is merged as the model has it, rounded to its types."""
+    b, a = (
+        as_matrix(found[name + end], end) if name + end in found else exact
+        for end, exact in ((B, merged.factors.b), (A, merged.factors.a))
+    )
+    return Merged(Factors(b, a), None if merged.base is None else found[name + BASE].to(torch.float64))
+
+
+def _fresh(seed: int, name: str, round: int, shape: torch.Size) -> torch.Tensor:
+    """A new A [r, in] after a round: uniform within 1 / sqrt(in)."""
+    draw = torch.rand(shape, generator=stream(seed, "lora", name, round), dtype=torch.float64)
+    return (2 * draw - 1) / math.sqrt(shape[1])
+
+
+def _inner(state: State) -> State:
+    return {name: value for name, value in state.items() if not name.startswith((ERROR, RELATIVE))}
+
+
+def error_fields(state: State) -> dict[str, Any]:
+    """What a round's line says of the merge, by layer and over all; nothing where factors don't merge."""
+    errors = {n.removeprefix(ERROR): v for n, v in state.items() if n.startswith(ERROR)}
+    if not errors:
+        return {}
+    layers = {name: {"frobenius": e, "relative": state[RELATIVE + name]} for name, e in errors.items()}
+    whole = math.hypot(*(float(error) for error in errors.values()))
+    return {"aggregation_error": {"frobenius": whole, "layers": layers}}
