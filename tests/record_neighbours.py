@@ -59,6 +59,7 @@ LARGE: dict[str, Change] = {
     "question-answering": lambda row: row | {"question": "word " * 400, "answer": "word " * 40},
     "language-modeling": lambda row: row | {"messages": row["messages"] * 40},
     "speech-recognition": lambda row: row | {"transcript": row["transcript"] * 9},
+    "token-classification": lambda row: row | {"tokens": ["word"] * 400, "tags": ["O"] * 400},
     "intent": lambda row: row | {"text": "word " * 400, "slots": "O " * 400},
 }  # fmt: skip
 """The record more, as large as it gets."""
@@ -75,6 +76,7 @@ SMALL: dict[str, Change] = {
     "question-answering": lambda row: row | {"question": "a", "answer": "a"},
     "language-modeling": lambda row: row | {"messages": [{"role": "assistant", "content": ""}]},
     "speech-recognition": lambda row: row | {"transcript": ""},
+    "token-classification": lambda row: row | {"tokens": ["a"], "tags": ["O"]},
     "intent": lambda row: row | {"text": "a", "slots": "O"},
 }  # fmt: skip
 """The record more, with next to nothing in it."""

@@ -13,6 +13,8 @@ COMMON: dict[str, Any] = {
 }
 SQUEEZENET: dict[str, Any] = {"name": "torchvision:squeezenet1_1", "weights": "random", "image_size": 32}
 
+ENTITY_TAGS = ("O", *(f"{mark}-{name}" for name in ("PER", "LOC", "ORG") for mark in "BI"))
+
 TABLES: dict[str, dict[str, Any]] = {
     "text-classification": {
         "task": {"name": "text-classification"},
@@ -97,6 +99,17 @@ TABLES: dict[str, dict[str, Any]] = {
         "data": {"source": "written"},
         "backbone": {"name": "atoll:small-ctc", "weights": "random", "options": {"width": 16}},
         "train": {"lr": 0.003, "batch_size": 4, "optimizer": "adam"},
+    },
+    "token-classification": {
+        "task": {"name": "token-classification"},
+        "data": {"source": "written", "classes": ENTITY_TAGS},
+        "backbone": {
+            "name": "atoll:small-text",
+            "weights": "random",
+            "max_tokens": 24,
+            "options": {"width": 16, "layers": 1, "heads": 2},
+        },
+        "train": {"lr": 0.01, "batch_size": 32, "optimizer": "adam"},
     },
     "intent": {
         "task": {"name": "intent"},

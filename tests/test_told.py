@@ -72,6 +72,7 @@ ODD: dict[str, Odd] = {
     "language-modeling": lambda row: {"messages": [{"role": "assistant", "content": CANARY * 20}]},
     "question-answering": lambda row: row | {"question": CANARY, "answer": CANARY * 20},
     "speech-recognition": lambda row: row | {"transcript": CANARY * 9},
+    "token-classification": lambda row: row | {"tokens": [CANARY, "b"], "tags": [f"B-{CANARY}", "O"]},
     "intent": lambda row: row | {"text": "a b", "intent": CANARY, "slots": f"B-{CANARY} O"},
 }  # fmt: skip
 """The record more, made of another one: a label, items, boxes, a class that nobody else has."""
@@ -80,6 +81,7 @@ GIVEN: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "recommendation": lambda rows: {"classes": sorted({item for items in rows["items"] for item in items})},
     "object-detection": lambda rows: {"classes": sorted({n for names in rows["classes"] for n in names})},
     "intent": lambda rows: {"classes": sorted(set(rows["intent"]))},
+    "token-classification": lambda rows: {"classes": sorted({tag for tags in rows["tags"] for tag in tags})},
     "segmentation": lambda rows: {},
 }
 OPTIONS = {"object-detection": {"max_boxes": 8}, "intent": {"tags": ("B-place",)}}
@@ -532,7 +534,7 @@ def test_a_planted_leak_is_found(
 
 REFUSING = (
     "text-classification", "image-classification", "image-text", "medical-imaging", "object-detection",
-    "segmentation", "intent",
+    "segmentation", "intent", "token-classification",
 )  # fmt: skip
 """Tasks whose `local_info` refuses a record that the job's names don't have."""
 

@@ -49,7 +49,7 @@ BUILTIN = {
     "small-detector": "object-detection: a Faster R-CNN for pictures of about 100 pixels a side",
     "small-segmenter": "segmentation: a DeepLabV3 for pictures of about 100 pixels a side",
     "small-ctc": "speech: convolutions and a GRU on mel bands",
-    "small-text": "intent: a transformer over words",
+    "small-text": "intent, token-classification: a transformer over words",
     "small-t5": "question-answering: a T5 with a tokenizer of its own",
     "sasrec": "recommendation: a transformer over the items of a history",
     "lstm": "forecasting",

@@ -325,6 +325,14 @@ SOURCES = {
             edition=_generator_hash,
         ),
         Source(
+            name="generated-entities",
+            tasks=("token-classification",),
+            description="generated: 2,400 sentences of 12 newspapers with people, places, organisations",
+            licence=_OWN,
+            decode=_generated("entities"),
+            edition=_generator_hash,
+        ),
+        Source(
             name="generated-speech",
             tasks=("speech-recognition", "intent"),
             description="generated: 600 sentences spoken by espeak-ng in 12 voices",

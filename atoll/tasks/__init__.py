@@ -122,6 +122,12 @@ BUILT_INS: dict[str, Entry] = {
         "a finding from a scan (PNG, JPEG, DICOM), split by patient; AUROC, sensitivity, calibration",
         "auroc",
     ),
+    "token-classification": Entry(
+        "atoll.tasks.token_classification.task",
+        "TOKEN_CLASSIFICATION",
+        "a tag for each word: names, places; any transformers encoder; entity F1 (seqeval's)",
+        "entity_f1",
+    ),
     "intent": Entry(
         "atoll.tasks.intent.task",
         "INTENT",

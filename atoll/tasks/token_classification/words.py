@@ -74,7 +74,7 @@ class WordPieces:
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._with_spaces = _tells_words_by_spaces(tokenizer)
         self.pad: int = tokenizer.pad_token_id or 0
 
@@ -85,7 +85,7 @@ class WordPieces:
             [[f"{between if place else ''}{word}" for place, word in enumerate(words)] for words in inputs],
             is_split_into_words=True,
             truncation=True,
-            max_length=self._max_tokens,
+            max_length=self.max_tokens,
             padding=False,
         )
         found = []
