@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from atoll.datasets.synthetic.entities import generated_entities
+from atoll.datasets.synthetic.pairs import generated_pairs
 from atoll.datasets.synthetic.questions import generated_questions
 from atoll.datasets.synthetic.shapes import generated_shapes
 from atoll.datasets.synthetic.street import generated_street
@@ -89,6 +90,7 @@ WRITTEN: dict[str, Callable[[Path, Job], object]] = {
     "object-detection": _generated(lambda: generated_shapes(0, 20)),
     "segmentation": _generated(lambda: generated_shapes(0, 30)),
     "question-answering": _generated(lambda: generated_questions(0, 100)),
+    "text-to-text": _generated(lambda: generated_pairs(0, 100)),
     "token-classification": _generated(lambda: generated_entities(0, 120)),
     "language-modeling": _chats,
     "speech-recognition": lambda folder, job: folder_of(folder, *SAID),

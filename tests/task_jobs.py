@@ -88,6 +88,16 @@ TABLES: dict[str, dict[str, Any]] = {
             "options": {"width": 16, "layers": 1, "heads": 2},
         },
     },
+    "text-to-text": {
+        "task": {"name": "text-to-text", "options": {"max_target_tokens": 4, "metrics": ("rouge_l",)}},
+        "data": {"source": "written"},
+        "backbone": {
+            "name": "atoll:small-t5",
+            "weights": "random",
+            "max_tokens": 16,
+            "options": {"width": 16, "layers": 1, "heads": 2},
+        },
+    },
     "language-modeling": {
         "task": {"name": "language-modeling", "options": {"max_tokens": 48, "max_new_tokens": 4}},
         "data": {"source": "written"},

@@ -32,9 +32,9 @@ from atoll.tasks.medical.metrics import (
     BinnedMacroAuroc,
     SensitivityAtSpecificity,
 )
-from atoll.tasks.question_answering.metrics import ExactMatch, TokenF1, normalised
 from atoll.tasks.recommendation.metrics import HitRate, Ndcg
 from atoll.tasks.segmentation.metrics import MeanIoU
+from atoll.tasks.text_to_text.metrics import ExactMatch, TokenF1, normalised
 from atoll.tasks.token_classification.metrics import EntityF1
 from tests.adding import split, value_of
 

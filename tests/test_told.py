@@ -70,6 +70,7 @@ ODD: dict[str, Odd] = {
         "user": CANARY, "items": [CANARY, *row["items"][1:]], "texts": [CANARY for _ in row["items"]],
     },
     "language-modeling": lambda row: {"messages": [{"role": "assistant", "content": CANARY * 20}]},
+    "text-to-text": lambda row: row | {"source": CANARY, "target": CANARY * 20},
     "question-answering": lambda row: row | {"question": CANARY, "answer": CANARY * 20},
     "speech-recognition": lambda row: row | {"transcript": CANARY * 9},
     "token-classification": lambda row: row | {"tokens": [CANARY, "b"], "tags": [f"B-{CANARY}", "O"]},

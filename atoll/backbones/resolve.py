@@ -50,7 +50,7 @@ BUILTIN = {
     "small-segmenter": "segmentation: a DeepLabV3 for pictures of about 100 pixels a side",
     "small-ctc": "speech: convolutions and a GRU on mel bands",
     "small-text": "intent, token-classification: a transformer over words",
-    "small-t5": "question-answering: a T5 with a tokenizer of its own",
+    "small-t5": "question-answering, text-to-text: a T5 with a tokenizer of its own",
     "sasrec": "recommendation: a transformer over the items of a history",
     "lstm": "forecasting",
     "gru": "forecasting",

@@ -87,10 +87,16 @@ BUILT_INS: dict[str, Entry] = {
         "ndcg",
     ),
     "question-answering": Entry(
-        "atoll.tasks.question_answering.task",
+        "atoll.tasks.text_to_text.questions",
         "QUESTION_ANSWERING",
         "an answer in words, from a context or without; T5, BART, …; exact match, token F1",
         "exact_match",
+    ),
+    "text-to-text": Entry(
+        "atoll.tasks.text_to_text.task",
+        "TEXT_TO_TEXT",
+        "a text from a text: translation, summary; T5, BART, …; chrF, BLEU, ROUGE-L, exact match",
+        "chrf",
     ),
     "language-modeling": Entry(
         "atoll.tasks.language_modeling.task",
