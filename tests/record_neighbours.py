@@ -47,6 +47,8 @@ def in_pictures(size: int, **more: Any) -> Change:
 
 LARGE: dict[str, Change] = {
     "text-classification": lambda row: row | {"text": "word " * 400},
+    "text-labels": lambda row: row | {"text": "word " * 400, "labels": ["good", "cheap"]},
+    "text-regression": lambda row: row | {"text": "word " * 400, "number": 1e9},
     "image-classification": in_pictures(300),
     "image-text": in_pictures(300, text="word " * 400),
     "medical-imaging": in_pictures(300),
@@ -67,6 +69,8 @@ LARGE: dict[str, Change] = {
 
 SMALL: dict[str, Change] = {
     "text-classification": lambda row: row | {"text": "a"},
+    "text-labels": lambda row: row | {"text": "a", "labels": []},
+    "text-regression": lambda row: row | {"text": "a", "number": 0.0},
     "image-classification": in_pictures(1),
     "image-text": in_pictures(1, text="a"),
     "medical-imaging": in_pictures(1),

@@ -21,6 +21,17 @@ TABLES: dict[str, dict[str, Any]] = {
         "data": {"source": "written", "classes": ("good", "bad")},
         "backbone": {"name": "written", "max_tokens": 16},
     },
+    "text-labels": {
+        "task": {"name": "text-labels"},
+        "data": {"source": "written", "classes": ("good", "cheap")},
+        "backbone": {"name": "written", "max_tokens": 16},
+    },
+    "text-regression": {
+        "task": {"name": "text-regression", "options": {"mean": 3.0, "deviation": 1.5}},
+        "data": {"source": "written"},
+        "backbone": {"name": "written", "max_tokens": 16},
+        "train": {"lr": 0.001, "batch_size": 16, "optimizer": "adam"},
+    },
     "image-classification": {
         "task": {"name": "image-classification"},
         "data": {"source": "written", "classes": ("day", "night", "rain")},

@@ -60,6 +60,8 @@ SILENT: dict[str, dict[str, Any]] = {
 Odd = Callable[[dict[str, Any]], dict[str, Any]]
 ODD: dict[str, Odd] = {
     "text-classification": lambda row: row | {"text": CANARY, "label": CANARY},
+    "text-labels": lambda row: row | {"text": CANARY, "labels": [CANARY]},
+    "text-regression": lambda row: row | {"text": CANARY, "number": 7e9},
     "image-classification": lambda row: row | {"label": CANARY},
     "image-text": lambda row: row | {"text": CANARY, "label": CANARY},
     "medical-imaging": lambda row: row | {"label": CANARY, "image": {"bytes": png(33, 33), "path": None}},
@@ -83,6 +85,7 @@ GIVEN: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "object-detection": lambda rows: {"classes": sorted({n for names in rows["classes"] for n in names})},
     "intent": lambda rows: {"classes": sorted(set(rows["intent"]))},
     "token-classification": lambda rows: {"classes": sorted({tag for tags in rows["tags"] for tag in tags})},
+    "text-labels": lambda rows: {"classes": sorted({name for names in rows["labels"] for name in names})},
     "segmentation": lambda rows: {},
 }
 OPTIONS = {"object-detection": {"max_boxes": 8}, "intent": {"tags": ("B-place",)}}
@@ -535,7 +538,7 @@ def test_a_planted_leak_is_found(
 
 REFUSING = (
     "text-classification", "image-classification", "image-text", "medical-imaging", "object-detection",
-    "segmentation", "intent", "token-classification",
+    "segmentation", "intent", "token-classification", "text-labels",
 )  # fmt: skip
 """Tasks whose `local_info` refuses a record that the job's names don't have."""
 

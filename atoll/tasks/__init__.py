@@ -64,6 +64,18 @@ BUILT_INS: dict[str, Entry] = {
         "TEXT_CLASSIFICATION",
         "one label for a text; any transformers encoder; accuracy, macro F1",
     ),
+    "text-labels": Entry(
+        "atoll.tasks.text_scores.labels",
+        "TEXT_LABELS",
+        "several labels at once for a text; any transformers encoder; macro F1, exact sets, mAP",
+        "macro_f1",
+    ),
+    "text-regression": Entry(
+        "atoll.tasks.text_scores.numbers",
+        "TEXT_REGRESSION",
+        "a number for a text; any transformers encoder; MAE, Pearson and Spearman correlation",
+        "mae",
+    ),
     "image-classification": Entry(
         "atoll.tasks.classification",
         "IMAGE_CLASSIFICATION",
