@@ -47,6 +47,8 @@ def in_pictures(size: int, **more: Any) -> Change:
 
 LARGE: dict[str, Change] = {
     "text-classification": lambda row: row | {"text": "word " * 400},
+    "text-labels": lambda row: row | {"text": "word " * 400, "labels": ["good", "cheap"]},
+    "text-regression": lambda row: row | {"text": "word " * 400, "number": 1e9},
     "image-classification": in_pictures(300),
     "image-text": in_pictures(300, text="word " * 400),
     "medical-imaging": in_pictures(300),
@@ -56,15 +58,19 @@ LARGE: dict[str, Change] = {
     "segmentation": lambda row: row | {"mask": {"bytes": all_of_class(row, 2), "path": None}},
     "forecasting": lambda row: row | {"history": [1e30 for _ in row["history"]]},
     "recommendation": lambda row: row | {name: row[name] * 40 for name in LISTS if row.get(name)},
+    "text-to-text": lambda row: row | {"source": "word " * 400, "target": "word " * 40},
     "question-answering": lambda row: row | {"question": "word " * 400, "answer": "word " * 40},
     "language-modeling": lambda row: row | {"messages": row["messages"] * 40},
     "speech-recognition": lambda row: row | {"transcript": row["transcript"] * 9},
+    "token-classification": lambda row: row | {"tokens": ["word"] * 400, "tags": ["O"] * 400},
     "intent": lambda row: row | {"text": "word " * 400, "slots": "O " * 400},
 }  # fmt: skip
 """The record more, as large as it gets."""
 
 SMALL: dict[str, Change] = {
     "text-classification": lambda row: row | {"text": "a"},
+    "text-labels": lambda row: row | {"text": "a", "labels": []},
+    "text-regression": lambda row: row | {"text": "a", "number": 0.0},
     "image-classification": in_pictures(1),
     "image-text": in_pictures(1, text="a"),
     "medical-imaging": in_pictures(1),
@@ -72,9 +78,11 @@ SMALL: dict[str, Change] = {
     "segmentation": lambda row: row | {"mask": {"bytes": all_of_class(row, 0), "path": None}},
     "forecasting": lambda row: row | {"history": [0.0 for _ in row["history"]]},
     "recommendation": lambda row: row | {name: row[name][:1] for name in LISTS if row.get(name)},
+    "text-to-text": lambda row: row | {"source": "a", "target": "a"},
     "question-answering": lambda row: row | {"question": "a", "answer": "a"},
     "language-modeling": lambda row: row | {"messages": [{"role": "assistant", "content": ""}]},
     "speech-recognition": lambda row: row | {"transcript": ""},
+    "token-classification": lambda row: row | {"tokens": ["a"], "tags": ["O"]},
     "intent": lambda row: row | {"text": "a", "slots": "O"},
 }  # fmt: skip
 """The record more, with next to nothing in it."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from atoll.datasets.synthetic.entities import generated_entities
+from atoll.datasets.synthetic.pairs import generated_pairs
 from atoll.datasets.synthetic.questions import generated_questions
 from atoll.datasets.synthetic.shapes import generated_shapes
 from atoll.datasets.synthetic.street import generated_street
@@ -81,13 +83,30 @@ def _news(folder: Path, job: Job) -> None:
     news_file(folder / "news.csv", 60)
 
 
+def _opinions(folder: Path, job: Job) -> None:
+    """Texts with a number, or with labels, that follow from their words."""
+    folder.mkdir()
+    words = ("good", "cheap", "bad", "goal", "film", "team")
+    numbers = job.task.name == "text-regression"
+    with (folder / "opinions.jsonl").open("w") as out:
+        for number in range(60):
+            said = [words[(number + step * step) % len(words)] for step in range(number % 5 + 1)]
+            labels = [name for name in ("good", "cheap") if name in said]
+            target = {"number": float(len(said))} if numbers else {"labels": labels}
+            out.write(json.dumps({"text": f"{' '.join(said)} {number}"} | target) + "\n")
+
+
 WRITTEN: dict[str, Callable[[Path, Job], object]] = {
     "text-classification": _news,
+    "text-labels": _opinions,
+    "text-regression": _opinions,
     "image-classification": _generated(lambda: generated_street(0, 60)),
     "medical-imaging": lambda folder, job: scans(folder, patients=24, each=2),
     "object-detection": _generated(lambda: generated_shapes(0, 20)),
     "segmentation": _generated(lambda: generated_shapes(0, 30)),
     "question-answering": _generated(lambda: generated_questions(0, 100)),
+    "text-to-text": _generated(lambda: generated_pairs(0, 100)),
+    "token-classification": _generated(lambda: generated_entities(0, 120)),
     "language-modeling": _chats,
     "speech-recognition": lambda folder, job: folder_of(folder, *SAID),
 }

@@ -13,11 +13,24 @@ COMMON: dict[str, Any] = {
 }
 SQUEEZENET: dict[str, Any] = {"name": "torchvision:squeezenet1_1", "weights": "random", "image_size": 32}
 
+ENTITY_TAGS = ("O", *(f"{mark}-{name}" for name in ("PER", "LOC", "ORG") for mark in "BI"))
+
 TABLES: dict[str, dict[str, Any]] = {
     "text-classification": {
         "task": {"name": "text-classification"},
         "data": {"source": "written", "classes": ("good", "bad")},
         "backbone": {"name": "written", "max_tokens": 16},
+    },
+    "text-labels": {
+        "task": {"name": "text-labels"},
+        "data": {"source": "written", "classes": ("good", "cheap")},
+        "backbone": {"name": "written", "max_tokens": 16},
+    },
+    "text-regression": {
+        "task": {"name": "text-regression", "options": {"mean": 3.0, "deviation": 1.5}},
+        "data": {"source": "written"},
+        "backbone": {"name": "written", "max_tokens": 16},
+        "train": {"lr": 0.001, "batch_size": 16, "optimizer": "adam"},
     },
     "image-classification": {
         "task": {"name": "image-classification"},
@@ -86,6 +99,16 @@ TABLES: dict[str, dict[str, Any]] = {
             "options": {"width": 16, "layers": 1, "heads": 2},
         },
     },
+    "text-to-text": {
+        "task": {"name": "text-to-text", "options": {"max_target_tokens": 4, "metrics": ("rouge_l",)}},
+        "data": {"source": "written"},
+        "backbone": {
+            "name": "atoll:small-t5",
+            "weights": "random",
+            "max_tokens": 16,
+            "options": {"width": 16, "layers": 1, "heads": 2},
+        },
+    },
     "language-modeling": {
         "task": {"name": "language-modeling", "options": {"max_tokens": 48, "max_new_tokens": 4}},
         "data": {"source": "written"},
@@ -97,6 +120,17 @@ TABLES: dict[str, dict[str, Any]] = {
         "data": {"source": "written"},
         "backbone": {"name": "atoll:small-ctc", "weights": "random", "options": {"width": 16}},
         "train": {"lr": 0.003, "batch_size": 4, "optimizer": "adam"},
+    },
+    "token-classification": {
+        "task": {"name": "token-classification"},
+        "data": {"source": "written", "classes": ENTITY_TAGS},
+        "backbone": {
+            "name": "atoll:small-text",
+            "weights": "random",
+            "max_tokens": 24,
+            "options": {"width": 16, "layers": 1, "heads": 2},
+        },
+        "train": {"lr": 0.01, "batch_size": 32, "optimizer": "adam"},
     },
     "intent": {
         "task": {"name": "intent"},

@@ -24,7 +24,8 @@ from atoll.learning import trainable
 from atoll.learning.learner import Learner, sum_states
 from atoll.privacy.noise import seeded
 from atoll.protocol.random_streams import stream_seed
-from atoll.tasks.question_answering.task import IGNORE_INDEX, QUESTION_ANSWERING, prompt
+from atoll.tasks.text_to_text.questions import QUESTION_ANSWERING, prompt
+from atoll.tasks.text_to_text.sequence_task import IGNORE_INDEX
 from tests.models import small_bart, small_t5
 
 ROWS = [

@@ -8,7 +8,7 @@ import pytest
 
 from atoll.datasets.synthetic.commands import INTENTS, SLOTS, generated_commands
 from atoll.datasets.synthetic.questions import KINDS, generated_questions
-from atoll.tasks.intent.metrics import spans
+from atoll.tasks.token_classification.metrics import spans
 
 
 @cache

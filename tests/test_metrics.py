@@ -25,16 +25,17 @@ from atoll.tasks.forecasting.metrics import (
     PinballLoss,
     RootMeanSquaredError,
 )
-from atoll.tasks.intent.metrics import IntentAccuracy, SlotF1
+from atoll.tasks.intent.metrics import IntentAccuracy
 from atoll.tasks.medical.metrics import (
     BinnedAuroc,
     BinnedCalibrationError,
     BinnedMacroAuroc,
     SensitivityAtSpecificity,
 )
-from atoll.tasks.question_answering.metrics import ExactMatch, TokenF1, normalised
 from atoll.tasks.recommendation.metrics import HitRate, Ndcg
 from atoll.tasks.segmentation.metrics import MeanIoU
+from atoll.tasks.text_to_text.metrics import ExactMatch, TokenF1, normalised
+from atoll.tasks.token_classification.metrics import EntityF1
 from tests.adding import split, value_of
 
 RNG = np.random.default_rng(11)
@@ -97,7 +98,7 @@ ALL: dict[str, tuple[Callable[[], Metric], tuple[Any, ...]]] = {
     "MASE": (MeanAbsoluteScaledError, forecast()),
     "pinball": (lambda: PinballLoss(QUANTILES), forecast()),
     "direction": (DirectionAccuracy, forecast()),
-    "slot F1": (lambda: SlotF1(TAGS), tagged()),
+    "slot F1": (lambda: EntityF1(TAGS), tagged()),
 }
 
 
@@ -348,14 +349,14 @@ def test_slot_f1_is_that_of_conlleval_chunks():
         wanted += truth.total()
     precision, recall = matched / found, matched / wanted
     expected = 2 * precision * recall / (precision + recall)
-    assert value_of(lambda: SlotF1(TAGS), (predictions, targets)) == pytest.approx(expected, rel=1e-12)
+    assert value_of(lambda: EntityF1(TAGS), (predictions, targets)) == pytest.approx(expected, rel=1e-12)
 
 
 @given(st.lists(st.sampled_from(TAGS), max_size=8))
 def test_a_sentence_compared_with_itself_is_perfect_if_it_has_spans(tags):
     ids = torch.tensor([[TAGS.index(tag) for tag in tags]], dtype=torch.int64)
     expected = 1.0 if any(tag != "O" for tag in tags) else math.nan
-    assert value_of(lambda: SlotF1(TAGS), (ids, ids)) == pytest.approx(expected, nan_ok=True)
+    assert value_of(lambda: EntityF1(TAGS), (ids, ids)) == pytest.approx(expected, nan_ok=True)
 
 
 def test_scores_of_tags_count_as_the_highest_one():

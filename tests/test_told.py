@@ -60,6 +60,8 @@ SILENT: dict[str, dict[str, Any]] = {
 Odd = Callable[[dict[str, Any]], dict[str, Any]]
 ODD: dict[str, Odd] = {
     "text-classification": lambda row: row | {"text": CANARY, "label": CANARY},
+    "text-labels": lambda row: row | {"text": CANARY, "labels": [CANARY]},
+    "text-regression": lambda row: row | {"text": CANARY, "number": 7e9},
     "image-classification": lambda row: row | {"label": CANARY},
     "image-text": lambda row: row | {"text": CANARY, "label": CANARY},
     "medical-imaging": lambda row: row | {"label": CANARY, "image": {"bytes": png(33, 33), "path": None}},
@@ -70,8 +72,10 @@ ODD: dict[str, Odd] = {
         "user": CANARY, "items": [CANARY, *row["items"][1:]], "texts": [CANARY for _ in row["items"]],
     },
     "language-modeling": lambda row: {"messages": [{"role": "assistant", "content": CANARY * 20}]},
+    "text-to-text": lambda row: row | {"source": CANARY, "target": CANARY * 20},
     "question-answering": lambda row: row | {"question": CANARY, "answer": CANARY * 20},
     "speech-recognition": lambda row: row | {"transcript": CANARY * 9},
+    "token-classification": lambda row: row | {"tokens": [CANARY, "b"], "tags": [f"B-{CANARY}", "O"]},
     "intent": lambda row: row | {"text": "a b", "intent": CANARY, "slots": f"B-{CANARY} O"},
 }  # fmt: skip
 """The record more, made of another one: a label, items, boxes, a class that nobody else has."""
@@ -80,6 +84,8 @@ GIVEN: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "recommendation": lambda rows: {"classes": sorted({item for items in rows["items"] for item in items})},
     "object-detection": lambda rows: {"classes": sorted({n for names in rows["classes"] for n in names})},
     "intent": lambda rows: {"classes": sorted(set(rows["intent"]))},
+    "token-classification": lambda rows: {"classes": sorted({tag for tags in rows["tags"] for tag in tags})},
+    "text-labels": lambda rows: {"classes": sorted({name for names in rows["labels"] for name in names})},
     "segmentation": lambda rows: {},
 }
 OPTIONS = {"object-detection": {"max_boxes": 8}, "intent": {"tags": ("B-place",)}}
@@ -532,7 +538,7 @@ def test_a_planted_leak_is_found(
 
 REFUSING = (
     "text-classification", "image-classification", "image-text", "medical-imaging", "object-detection",
-    "segmentation", "intent",
+    "segmentation", "intent", "token-classification", "text-labels",
 )  # fmt: skip
 """Tasks whose `local_info` refuses a record that the job's names don't have."""
 

@@ -33,7 +33,7 @@ class Rows:
     """Rows as found, before their columns are checked.
 
     `name` and `where(i)` name them and row i in messages; paths in the rows are relative to `folder`;
-    `class_names` has, for a column of class indices, what they stand for.
+    `class_names` has, for a column of class indices or of lists of them, what they stand for.
     """
 
     name: str
@@ -83,6 +83,16 @@ def _described(rows: Rows) -> str:
 
 
 # Text lines
+
+
+def text_lines(path: Path, diagnostics: Diagnostics) -> Iterator[str]:
+    """The lines of a file, each with what ends it; one that is not UTF-8 or holds NUL is told.
+
+    Raises:
+        DataError: it can't be opened, or a line is longer than `MAX_LINE_BYTES`.
+    """
+    with opened(path) as file:
+        yield from _lines(file, path, diagnostics)
 
 
 def _lines(file: BinaryIO, path: Path, diagnostics: Diagnostics) -> Iterator[str]:
@@ -262,7 +272,8 @@ def _class_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
     import datasets
 
     features = datasets.Features.from_arrow_schema(schema)
-    return {name: kind.names for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    inner = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
+    return {name: kind.names for name, kind in inner.items() if isinstance(kind, datasets.ClassLabel)}
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -302,7 +302,7 @@ SOURCES = {
         ),
         Source(
             name="generated-questions",
-            tasks=("question-answering",),
+            tasks=("question-answering", "text-to-text"),
             description="generated: 3,000 questions of arithmetic and about little stories",
             licence=_OWN,
             decode=_generated("questions"),
@@ -310,10 +310,18 @@ SOURCES = {
         ),
         Source(
             name="generated-stories",
-            tasks=("question-answering",),
+            tasks=("question-answering", "text-to-text"),
             description="generated: 10,000 questions of three of those kinds, to pretrain on",
             licence=_OWN,
             decode=_generated("questions", "generated_stories"),
+            edition=_generator_hash,
+        ),
+        Source(
+            name="generated-pairs",
+            tasks=("text-to-text",),
+            description="generated: 4,000 sentences and their translations into a made-up language",
+            licence=_OWN,
+            decode=_generated("pairs"),
             edition=_generator_hash,
         ),
         Source(
@@ -322,6 +330,14 @@ SOURCES = {
             description="generated: 2,000 sentences to a voice assistant, with intents and slots",
             licence=_OWN,
             decode=_generated("commands"),
+            edition=_generator_hash,
+        ),
+        Source(
+            name="generated-entities",
+            tasks=("token-classification",),
+            description="generated: 2,400 sentences of 12 newspapers with people, places, organisations",
+            licence=_OWN,
+            decode=_generated("entities"),
             edition=_generator_hash,
         ),
         Source(

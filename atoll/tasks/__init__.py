@@ -64,6 +64,18 @@ BUILT_INS: dict[str, Entry] = {
         "TEXT_CLASSIFICATION",
         "one label for a text; any transformers encoder; accuracy, macro F1",
     ),
+    "text-labels": Entry(
+        "atoll.tasks.text_scores.labels",
+        "TEXT_LABELS",
+        "several labels at once for a text; any transformers encoder; macro F1, exact sets, mAP",
+        "macro_f1",
+    ),
+    "text-regression": Entry(
+        "atoll.tasks.text_scores.numbers",
+        "TEXT_REGRESSION",
+        "a number for a text; any transformers encoder; MAE, Pearson and Spearman correlation",
+        "mae",
+    ),
     "image-classification": Entry(
         "atoll.tasks.classification",
         "IMAGE_CLASSIFICATION",
@@ -87,10 +99,16 @@ BUILT_INS: dict[str, Entry] = {
         "ndcg",
     ),
     "question-answering": Entry(
-        "atoll.tasks.question_answering.task",
+        "atoll.tasks.text_to_text.questions",
         "QUESTION_ANSWERING",
         "an answer in words, from a context or without; T5, BART, …; exact match, token F1",
         "exact_match",
+    ),
+    "text-to-text": Entry(
+        "atoll.tasks.text_to_text.task",
+        "TEXT_TO_TEXT",
+        "a text from a text: translation, summary; T5, BART, …; chrF, BLEU, ROUGE-L, exact match",
+        "chrf",
     ),
     "language-modeling": Entry(
         "atoll.tasks.language_modeling.task",
@@ -121,6 +139,12 @@ BUILT_INS: dict[str, Entry] = {
         "MEDICAL_IMAGING",
         "a finding from a scan (PNG, JPEG, DICOM), split by patient; AUROC, sensitivity, calibration",
         "auroc",
+    ),
+    "token-classification": Entry(
+        "atoll.tasks.token_classification.task",
+        "TOKEN_CLASSIFICATION",
+        "a tag for each word: names, places; any transformers encoder; entity F1 (seqeval's)",
+        "entity_f1",
     ),
     "intent": Entry(
         "atoll.tasks.intent.task",

@@ -1,0 +1,57 @@
+"""`generated-pairs`: sentences, and what they are in a made-up language with an order of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from atoll.datasets.synthetic.drawing import cut
+from atoll.protocol.random_streams import stream_seed
+
+_PEOPLE = {"Anna": "An", "Ben": "Be", "Carla": "Ca", "David": "Da", "Emma": "Em", "Felix": "Fe"}
+_VERBS = {"has": "su", "wants": "mo", "takes": "ri", "makes": "po", "sees": "vi", "hears": "lu"}
+_COLOURS = {"red": "ro", "blue": "bu", "green": "ge", "black": "ne", "white": "bi", "grey": "gi"}
+_THINGS = {
+    "book": "li", "car": "ko", "door": "pu", "hat": "ka", "boat": "na", "lamp": "te", "box": "fo",
+    "cup": "ta", "key": "ke", "ball": "pa",
+}  # fmt: skip
+_PLACES = {"garden": "za", "kitchen": "wo", "library": "xi", "station": "yu", "office": "ho", "market": "qe"}
+_MANY, _NOT, _HERE = "n", "ba", "e"
+_OFFICES = 6
+# Below 1: each office of translators has mostly a few of the places.
+_TASTE = 0.5
+
+
+def generated_pairs(seed: int = 0, count: int = 4000) -> dict[str, pa.Table]:
+    """Different sentences: columns source (English), target (made up) and office (of 6 translators' offices).
+
+    In the target the verb stands last and a colour behind its thing; many are one with an `n` behind it; `ba`
+    denies. So a word's place and form depend on other words.
+    """
+    rng = np.random.default_rng(stream_seed(seed, "generated-pairs"))
+    tastes = rng.dirichlet(np.full(len(_PLACES), _TASTE), _OFFICES)
+    found: dict[str, tuple[str, str]] = {}
+    while len(found) < count:
+        office = int(rng.integers(_OFFICES))
+        source, target = _pair(rng, str(rng.choice(list(_PLACES), p=tastes[office])))
+        found.setdefault(source, (target, f"office-{office}"))
+    columns = {
+        "source": list(found),
+        "target": [target for target, _ in found.values()],
+        "office": [office for _, office in found.values()],
+    }
+    return cut(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}))
+
+
+def _pair(rng: np.random.Generator, place: str) -> tuple[str, str]:
+    """A sentence in both languages."""
+    person, verb, colour, thing = (
+        str(rng.choice(list(words))) for words in (_PEOPLE, _VERBS, _COLOURS, _THINGS)
+    )
+    is_denied, are_many, has_place = (bool(rng.integers(2)) for _ in range(3))
+    what = f"many {colour} {thing}s" if are_many else f"the {colour} {thing}"
+    where = f" in the {place}" if has_place else ""
+    source = f"{person} {verb} {'not ' if is_denied else ''}{what}{where}"
+    said = [_PLACES[place] + _HERE] if has_place else []
+    said += [_PEOPLE[person], _THINGS[thing] + (_MANY if are_many else ""), _COLOURS[colour]]
+    return source, " ".join([*said, *([_NOT] if is_denied else []), _VERBS[verb]])

@@ -1,0 +1,61 @@
+"""What tasks share whose head sees a text's features: how a text is read, encoded and asked about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from atoll.backbones.augmentation import TEXT_AUGMENTATIONS
+from atoll.backbones.encoder import Encoder
+from atoll.backbones.options import check_augment, refuse_options
+from atoll.backbones.resolve import Backbone
+from atoll.backbones.text import load_text_encoder
+from atoll.data.lazy import LazyColumn
+from atoll.data.parsers import text_cell
+from atoll.data.schema import SchemaField
+from atoll.data.texts import read_text_input
+from atoll.errors import ConfigError
+from atoll.job.job import BackboneSection, Job
+from atoll.tasks.schema_task import SchemaTask
+
+TEXT = SchemaField(
+    "text",
+    text_cell,
+    pa.string(),
+    ("sentence", "content", "review", "document", "body", "message", "article"),
+)
+
+
+class TextFeatures(SchemaTask):
+    """A head on the features of any text encoder."""
+
+    name: str
+
+    def check(self, job: Job) -> None:
+        self.records(job.task.options).check(job.data)
+        check_augment(job, TEXT_AUGMENTATIONS)
+        if job.backbone.channels_last:
+            raise ConfigError(
+                f"backbone.channels_last: expected false for {self.name}, found true: texts have no channels"
+            )
+        refuse_options(job.backbone.options, "backbone.options", f"a backbone of {self.name}")
+
+    def input_suffixes(self) -> tuple[str, ...]:
+        return (".txt",)
+
+    def parse_input(self, given: str) -> Any:
+        """A text file's text, or the text itself.
+
+        Raises:
+            DataError: it can't be read, or is empty.
+        """
+        return read_text_input(given)
+
+    def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
+        return load_text_encoder(backbone, section, seed)
+
+
+def texts_of(dataset: Any) -> LazyColumn:
+    """The texts of a data set's rows, looked up when they are needed."""
+    return LazyColumn(dataset, "text", str)

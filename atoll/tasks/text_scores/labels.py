@@ -1,0 +1,147 @@
+"""Several labels at once for a text: a linear head, a sigmoid for each label.
+
+Loss: binary cross-entropy, the mean over labels, then over texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import torch
+from torch import nn
+
+from atoll.backbones.options import refuse_options
+from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import shown
+from atoll.data.lazy import LazyRows
+from atoll.data.parsers import name_cell
+from atoll.data.schema import Schema, SchemaField
+from atoll.data.shard import Shard, canonical_order
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.classes import agreed, named, names_told, pinned_names
+from atoll.tasks.text_scores.encoded import TEXT, TextFeatures, texts_of
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+
+def labels_cell(cell: Any, where: str) -> list[str]:
+    """Different names in order: a list, also one written as JSON; it may be empty.
+
+    >>> labels_cell('["price", "food", "price"]', ""), labels_cell([], "")
+    (['food', 'price'], [])
+
+    Raises:
+        DataError: it is something else.
+    """
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            raise DataError(
+                f'{where}: {shown(repr(cell[:40]))}, expected a list such as ["a", "b"]'
+            ) from None
+    if not isinstance(cell, list):
+        raise DataError(
+            f"{where}: {'nothing' if cell is None else type(cell).__name__}, expected a list of labels"
+        )
+    return sorted({name_cell(one, f"{where}: a label") for one in cell})
+
+
+LABELLED = Schema(
+    (TEXT, SchemaField("labels", labels_cell, pa.list_(pa.string()), ("label", "tags", "topics", "classes")))
+)
+
+
+@dataclass(frozen=True)
+class TextLabels(TextFeatures):
+    """Targets are [n, labels]: 1 where a text has the label, else 0."""
+
+    told = names_told("labels", "labels")
+
+    name: str = "text-labels"
+    summary: str = "several labels at once for a text; any transformers encoder; macro F1, exact sets, mAP"
+    primary_metric: str = "macro_f1"
+    head_loss: Literal["softmax", "sigmoid", "squared"] = "sigmoid"
+
+    def check(self, job: Job) -> None:
+        refuse_options(job.task.options, "task.options", self.name)
+        super().check(job)
+
+    def records(self, options: Options) -> Schema:
+        return LABELLED
+
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+        """The labels, in order: those the job names, or else those of the data, sorted.
+
+        Raises:
+            DataError: the data has a label that the job doesn't name.
+        """
+        return named({label for labels in dataset["labels"] for label in labels}, data, "labels", "label")
+
+    def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
+        """The texts whose every label is one of the job's."""
+        known, labels = set(pinned_names(data)), dataset["labels"][:]
+        return [row for row in range(len(dataset)) if data.classes is None or known.issuperset(labels[row])]
+
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
+        """Pinned labels as they are, else the sorted union.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        labels = agreed(data_info, "labels")
+        if not labels:
+            raise ConfigError(f"{self.name} needs at least one label, found none in the data")
+        return {"labels": labels}
+
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        place = {label: number for number, label in enumerate(data_info["labels"])}
+        targets, given = torch.zeros(len(order), len(place)), dataset["labels"][:]
+        for target, row in zip(targets, order, strict=True):
+            if unknown := [label for label in given[row] if label not in place]:
+                raise DataError(f"label {unknown[0]!r} is not one of the run's {data_info['labels']}")
+            target[[place[label] for label in given[row]]] = 1.0
+        inputs = LazyRows(texts_of(dataset), tuple(order))
+        return Shard(inputs, targets, tuple(keys[row] for row in order))
+
+    def head(self, width: int, data_info: DataInfo) -> nn.Module:
+        return nn.Linear(width, len(data_info["labels"]))
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
+
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from atoll.tasks.text_scores.metrics import BinnedMap, MacroF1, SubsetAccuracy
+
+        count = len(data_info["labels"])
+        own: Any = {
+            "macro_f1": MacroF1(count), "subset_accuracy": SubsetAccuracy(), "map": BinnedMap(count),
+        }  # fmt: skip
+        return MetricCollection(own, compute_groups=False)
+
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """The probability of each label, and whether it is there."""
+        return torch.sigmoid(predictions), targets.to(torch.int64)
+
+    def format_predictions(self, predictions: torch.Tensor, data_info: DataInfo) -> list[dict[str, Any]]:
+        """The labels that are likelier than not, and all probabilities."""
+        rows: list[dict[str, Any]] = []
+        for row in torch.sigmoid(predictions).tolist():
+            chances = {name: round(p, 4) for name, p in zip(data_info["labels"], row, strict=True)}
+            found = [name for name, p in zip(data_info["labels"], row, strict=True) if p > 0.5]
+            rows.append({"label": ", ".join(found) or "none", "labels": found, "all": chances})
+        return rows
+
+
+TEXT_LABELS = TextLabels()

@@ -1,0 +1,143 @@
+"""A number for a text: a linear head on its features, learnt on standardised numbers.
+
+Loss: the mean squared error in units of the numbers' deviation, after their mean is taken away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pyarrow as pa
+import torch
+from pydantic import Field
+from torch import nn
+
+from atoll.backbones.options import options_of
+from atoll.backbones.resolve import Backbone
+from atoll.data.dataset import Dataset
+from atoll.data.lazy import LazyRows
+from atoll.data.parsers import number_cell
+from atoll.data.schema import Schema, SchemaField
+from atoll.data.shard import Shard, canonical_order
+from atoll.errors import ConfigError
+from atoll.job.job import DataSection, Job, Options
+from atoll.job.section import Positive, Section
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.text_scores.encoded import TEXT, TextFeatures, texts_of
+from atoll.tasks.told import ToldField
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+NUMBERED = Schema(
+    (TEXT, SchemaField("number", number_cell, pa.float64(), ("score", "rating", "stars", "value", "label")))
+)
+
+
+class NumberOptions(Section):
+    """`task.options` of text regression: the scale of the numbers; else it is that of the data."""
+
+    mean: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    deviation: Positive | None = None
+
+
+@dataclass(frozen=True)
+class TextRegression(TextFeatures):
+    """Targets are [n, 1], standardised by the mean and deviation that all clients agree on."""
+
+    told = (
+        ToldField("moments", "example", "task.options.mean", "the mean and deviation of the numbers"),
+        ToldField("given", "public", holds="flag"),
+    )
+
+    name: str = "text-regression"
+    summary: str = "a number for a text; any transformers encoder; MAE, Pearson and Spearman correlation"
+    primary_metric: str = "mae"
+    head_loss: Literal["softmax", "sigmoid", "squared"] = "squared"
+    options: NumberOptions = field(default_factory=NumberOptions)
+
+    def configured(self, job: Job, backbone: Backbone) -> TextRegression:
+        return replace(self, options=options_of(job.task.options, NumberOptions))
+
+    def check(self, job: Job) -> None:
+        options = options_of(job.task.options, NumberOptions)
+        if (options.mean is None) != (options.deviation is None):
+            missing = "mean" if options.mean is None else "deviation"
+            raise ConfigError(
+                f"task.options.{missing}: missing, expected both mean and deviation, or neither"
+            )
+        super().check(job)
+
+    def records(self, options: Options) -> Schema:
+        return NUMBERED
+
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+        """How many numbers there are, their sum and that of their squares, unless the job gives the scale."""
+        if options_of(options, NumberOptions).mean is not None:
+            return {"given": True}
+        numbers = dataset["number"][:]
+        return {"moments": [len(numbers), sum(numbers), sum(number * number for number in numbers)]}
+
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
+        """The mean and the deviation of all numbers; nothing where the job gives them.
+
+        Raises:
+            ConfigError: the numbers are all the same.
+        """
+        if any(info.get("given") for info in data_info):
+            return {}
+        count, total, squares = (sum(info["moments"][place] for info in data_info) for place in range(3))
+        mean = total / max(count, 1)
+        variance = squares / max(count, 1) - mean * mean
+        if not isfinite(variance) or variance <= 1e-12 * max(1.0, mean * mean):
+            raise ConfigError(
+                f"{self.name} needs finite numbers that differ, found {count} with the mean {mean:g}"
+            )
+        return {"mean": mean, "deviation": sqrt(variance)}
+
+    def scale(self, data_info: DataInfo) -> tuple[float, float]:
+        """The mean and the deviation: the job's, or those of the training data."""
+        if self.options.mean is not None and self.options.deviation is not None:
+            return self.options.mean, self.options.deviation
+        return float(data_info["mean"]), float(data_info["deviation"])
+
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        (mean, deviation), numbers = self.scale(data_info), dataset["number"][:]
+        plain = torch.tensor([numbers[row] for row in order], dtype=torch.float64)
+        targets = ((plain - mean) / deviation).to(torch.float32).unsqueeze(1)
+        inputs = LazyRows(texts_of(dataset), tuple(order))
+        return Shard(inputs, targets, tuple(keys[row] for row in order))
+
+    def head(self, width: int, data_info: DataInfo) -> nn.Module:
+        return nn.Linear(width, 1)
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(outputs, targets.to(outputs.dtype))
+
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from atoll.tasks.text_scores.metrics import BinnedSpearman, Pearson, ScaledError
+
+        own: Any = {
+            "mae": ScaledError(self.scale(data_info)[1]), "pearson": Pearson(), "spearman": BinnedSpearman(),
+        }  # fmt: skip
+        return MetricCollection(own, compute_groups=False)
+
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """Standardised numbers, [n]."""
+        return predictions[:, 0].to(torch.float64), targets[:, 0].to(torch.float64)
+
+    def format_predictions(self, predictions: torch.Tensor, data_info: DataInfo) -> list[dict[str, Any]]:
+        """The number, on the scale of the data."""
+        mean, deviation = self.scale(data_info)
+        numbers = [mean + deviation * value for value in predictions[:, 0].tolist()]
+        return [{"label": f"{number:.4g}", "number": number} for number in numbers]
+
+
+TEXT_REGRESSION = TextRegression()

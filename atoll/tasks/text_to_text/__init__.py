@@ -1,0 +1,1 @@
+"""Text to text: encoder and decoder, of translations, summaries and answers."""

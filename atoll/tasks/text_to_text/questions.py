@@ -1,0 +1,94 @@
+"""Question answering: a question, with or without a context, and the answer written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import pyarrow as pa
+from pydantic import Field
+
+from atoll.backbones.options import options_of
+from atoll.backbones.resolve import Backbone
+from atoll.data.dataset import Dataset
+from atoll.data.parsers import answer_cell, optional_text_cell, text_cell
+from atoll.data.schema import Schema, SchemaField
+from atoll.data.texts import read_text_input
+from atoll.job.job import Job, Options
+from atoll.job.section import Section
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.text_to_text.sequence_task import SequenceTask, measured
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+QUESTIONS = Schema(
+    (
+        SchemaField("question", text_cell, pa.string(), ("query",)),
+        SchemaField("context", optional_text_cell, pa.string(), ("passage", "paragraph"), required=False),
+        SchemaField("answer", answer_cell, pa.string(), ("target", "response")),
+    )
+)
+
+
+class AnswerOptions(Section):
+    """`task.options` of question answering: the most tokens that an answer is written with."""
+
+    max_answer_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
+
+
+@dataclass(frozen=True)
+class QuestionAnswering(SequenceTask):
+    """Text to text of questions, whose contexts may be cut."""
+
+    name: str = "question-answering"
+    summary: str = "an answer in words, from a context or without; T5, BART, …; exact match, token F1"
+    primary_metric: str = "exact_match"
+    target: str = "answer"
+    options: AnswerOptions = field(default_factory=AnswerOptions)
+    backbone: Backbone | None = None
+
+    def configured(self, job: Job, backbone: Backbone) -> QuestionAnswering:
+        return replace(self.with_options(job.task.options), backbone=backbone)
+
+    @property
+    def most(self) -> int:
+        return self.options.max_answer_tokens
+
+    def with_options(self, options: Options) -> Self:
+        return replace(self, options=options_of(options, AnswerOptions))
+
+    def records(self, options: Options) -> Schema:
+        return QUESTIONS
+
+    def prompts(self, dataset: Dataset) -> Callable[[int], str]:
+        questions = dataset["question"][:]
+        contexts = dataset["context"][:] if "context" in dataset.column_names else [""] * len(dataset)
+        return lambda row: prompt(questions[row], contexts[row])
+
+    def parse_input(self, given: str) -> Any:
+        """A question, or a whole prompt `question: … context: …`; a text file's, or the text itself.
+
+        Raises:
+            DataError: it can't be read, or is empty.
+        """
+        text = read_text_input(given)
+        return text if text.startswith("question: ") else prompt(text, "")
+
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
+        from atoll.tasks.text_to_text.metrics import ExactMatch, TokenF1
+
+        return measured({"exact_match": ExactMatch(), "token_f1": TokenF1()})
+
+
+def prompt(question: str, context: str) -> str:
+    """What the network reads: the question first, so that only a context is ever cut.
+
+    >>> prompt("where is Anna?", "Anna is in the garden.")
+    'question: where is Anna? context: Anna is in the garden.'
+    """
+    return f"question: {question} context: {context}" if context else f"question: {question}"
+
+
+QUESTION_ANSWERING = QuestionAnswering()

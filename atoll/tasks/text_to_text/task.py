@@ -1,0 +1,105 @@
+"""Text to text: a source and the target written out, of translations, summaries, answers in any form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import pyarrow as pa
+from pydantic import Field
+
+from atoll.backbones.options import options_of
+from atoll.backbones.resolve import Backbone
+from atoll.data.classification import Table
+from atoll.data.dataset import Dataset
+from atoll.data.parsers import answer_cell, text_cell
+from atoll.data.schema import Schema, SchemaField
+from atoll.data.texts import read_text_input
+from atoll.job.job import Job, Options
+from atoll.job.section import Section
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.text_to_text.questions import prompt
+from atoll.tasks.text_to_text.sequence_task import SequenceTask, measured
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+PAIRS = Schema(
+    (
+        SchemaField("source", text_cell, pa.string(), ("input", "document", "article", "text")),
+        SchemaField("target", answer_cell, pa.string(), ("output", "summary", "translation", "highlights")),
+    )
+)
+Measure = Literal["exact_match", "token_f1", "rouge_l", "bleu"]
+
+
+class TextToTextOptions(Section):
+    """`task.options` of text to text.
+
+    `prefix` stands before each source, as T5 was trained with: "summarize: ". `metrics` are measured besides
+    chrF; each costs time on long texts.
+    """
+
+    max_target_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
+    prefix: str = ""
+    metrics: tuple[Measure, ...] = ("exact_match", "token_f1", "rouge_l", "bleu")
+
+
+@dataclass(frozen=True)
+class TextToText(SequenceTask):
+    """Sources, with the job's prefix, and what is to be written for each."""
+
+    name: str = "text-to-text"
+    summary: str = "a text from a text: translation, summary; T5, BART, …; chrF, BLEU, ROUGE-L, exact match"
+    primary_metric: str = "chrf"
+    target: str = "target"
+    options: TextToTextOptions = field(default_factory=TextToTextOptions)
+    backbone: Backbone | None = None
+
+    def configured(self, job: Job, backbone: Backbone) -> TextToText:
+        return replace(self.with_options(job.task.options), backbone=backbone)
+
+    @property
+    def most(self) -> int:
+        return self.options.max_target_tokens
+
+    def with_options(self, options: Options) -> Self:
+        return replace(self, options=options_of(options, TextToTextOptions))
+
+    def records(self, options: Options) -> Schema:
+        return PAIRS
+
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        """Pairs as they are; a question with its context is a source, and its answer the target."""
+        return super().from_builtin({split: _paired(table) for split, table in splits.items()}, job)
+
+    def prompts(self, dataset: Dataset) -> Callable[[int], str]:
+        sources, prefix = dataset["source"][:], self.options.prefix
+        return lambda row: f"{prefix}{sources[row]}"
+
+    def parse_input(self, given: str) -> Any:
+        """A source, before which the prefix is put; a text file's, or the text itself.
+
+        Raises:
+            DataError: it can't be read, or is empty.
+        """
+        return f"{self.options.prefix}{read_text_input(given)}"
+
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
+        from atoll.tasks.text_to_text.metrics import MEASURES, ChrF
+
+        return measured({"chrf": ChrF()} | {name: MEASURES[name]() for name in self.options.metrics})
+
+
+def _paired(table: pa.Table) -> pa.Table:
+    if "question" not in table.column_names:
+        return table
+    contexts = table.column("context").to_pylist() if "context" in table.column_names else [""] * len(table)
+    asked = [prompt(*pair) for pair in zip(table.column("question").to_pylist(), contexts, strict=True)]
+    rest = table.drop_columns([name for name in ("question", "context") if name in table.column_names])
+    names = ["target" if name == "answer" else name for name in rest.column_names]
+    return rest.rename_columns(names).append_column("source", pa.array(asked, pa.string()))
+
+
+TEXT_TO_TEXT = TextToText()
