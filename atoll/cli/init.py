@@ -78,6 +78,10 @@ BEGINNINGS = {
     "recommendation": Beginning(
         "atoll:sasrec", "random", {"options": {"width": 48}}, train=ADAM | {"batch_size": 32}
     ),
+    "text-labels": Beginning("hf:all-MiniLM-L6-v2", method="head", train=ADAM),
+    "text-regression": Beginning("hf:all-MiniLM-L6-v2", method="head", train=ADAM),
+    "token-classification": Beginning("atoll:small-text", "random", train=ADAM | {"epochs": 2}),
+    "text-to-text": Beginning("atoll:small-t5", "random", train=ADAM, baselines=("zero_shot",)),
     "question-answering": Beginning("atoll:small-t5", "random", train=ADAM, baselines=("zero_shot",)),
     "language-modeling": Beginning(
         "hf:SmolLM2-135M-Instruct", method="lora", tune_keys={"rank": 8, "layers": 4},

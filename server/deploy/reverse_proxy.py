@@ -7,6 +7,7 @@ answered 403 and never reaches the SuperLink.
 
 import asyncio
 import logging
+import math
 import socket
 import ssl
 import threading
@@ -20,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from atoll.errors import ConfigError
 from atoll.kit.kit import Address, ServerKit, is_address
+from atoll.server.deploy.connection_limits import IDLE_SECONDS, ConnectionLimits, LimitedListener
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,10 @@ HOP_BY_HOP = frozenset({"host", "connection", "keep-alive", "te", "trailer", "tr
 BODY_LIMIT = 32 * 2**20
 """Bytes; Flower sends arrays in objects of 5 MiB at most."""
 BODY_SECONDS = 60.0
+HEAD_LIMIT = 64 * 1024
+"""Bytes of a request's head."""
+FROM_A_SITE = 200
+"""The SuperLink answers so only who has proven to be a site by its key."""
 
 
 def listen(address: Address) -> socket.socket:
@@ -60,7 +66,10 @@ def listen(address: Address) -> socket.socket:
 class ReverseProxy:
     """Passes the sites' calls from the public socket to the SuperLink, in a thread of its own."""
 
-    def __init__(self, kit: ServerKit, listener: socket.socket, superlink: str) -> None:
+    def __init__(
+        self, kit: ServerKit, listener: socket.socket, superlink: str, limits: ConnectionLimits | None = None
+    ) -> None:
+        self.limits = limits or ConnectionLimits()
         self._upstream = f"https://{superlink}"
         self._client = httpx.AsyncClient(
             verify=ssl.create_default_context(cafile=str(kit.authority)), timeout=120, trust_env=False
@@ -70,16 +79,19 @@ class ReverseProxy:
             ssl_certfile=str(kit.certificate),
             ssl_keyfile=str(kit.key),
             interface="asgi3",
+            http="h11",  # which bounds a request's head
+            h11_max_incomplete_event_size=HEAD_LIMIT,
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=30,
+            timeout_keep_alive=math.ceil(IDLE_SECONDS),
             timeout_graceful_shutdown=2,
         )
         self._server = uvicorn.Server(config)
-        run = self._server.run
-        self._thread = threading.Thread(target=run, kwargs={"sockets": [listener]}, name="gate", daemon=True)
+        self._listener = LimitedListener.of(listener, self.limits)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="gate", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -90,11 +102,26 @@ class ReverseProxy:
         self._server.should_exit = True
         self._thread.join(timeout=5)
 
+    async def _serve(self) -> None:
+        """Serve on asyncio's own loop, which accepts connections through the listener."""
+        watching = asyncio.create_task(self.limits.watch())
+        try:
+            await self._server.serve([self._listener])
+        finally:
+            watching.cancel()
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        response = await self._pass_on(Request(scope, receive))
-        await response(scope, receive, send)
+        key = tuple(scope["client"])
+        self.limits.asks(key)
+        is_from_site = False
+        try:
+            response = await self._pass_on(Request(scope, receive))
+            is_from_site = response.status_code == FROM_A_SITE
+            await response(scope, receive, send)
+        finally:
+            self.limits.answered(key, by_a_site=is_from_site)
 
     async def _pass_on(self, request: Request) -> Response:
         path: bytes = request.scope.get("raw_path") or b""

@@ -13,6 +13,7 @@ from pathlib import Path
 from atoll.errors import ConfigError, JobError
 from atoll.kit.credentials import check_server
 from atoll.kit.kit import ServerKit
+from atoll.server.deploy.connection_limits import ConnectionLimits
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
 from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
@@ -61,7 +62,7 @@ def serve(
         server = _Server(loaded, free_port(), tell, stop, health, where)
         stack.callback(server.close)
         server.open()
-        gate = ReverseProxy(loaded, listener, server.superlink_address)
+        gate = ReverseProxy(loaded, listener, server.superlink_address, ConnectionLimits(tell))
         stack.callback(gate.stop)
         gate.start()
         stack.enter_context(_runtime_file(loaded, server.superlink_address, where))
