@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from importlib import import_module
 from typing import Any
 
 from flwr.supercore.cli.flower_superexec import flower_superexec
@@ -17,7 +18,7 @@ from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
 from atoll.system.fork_server import start_program
 
-SERVER_APP = "flwr.superlink.cli.flwr_serverapp:flwr_serverapp"
+SERVER_APP = "atoll.server.deploy.executor:server_app"
 
 
 class ForkingExecutor:
@@ -60,3 +61,22 @@ def superexec() -> None:
     """Flower's SuperExec with processes from the fork server; the entry of a child process."""
     vars(run_superexec)["get_executor"] = lambda *_, **__: ForkingExecutor()
     flower_superexec()
+
+
+def server_app() -> None:
+    """Flower's program for a run, with the installed ServerApp whatever the run's bundle holds.
+
+    Whoever can start a run could otherwise bring code that reads the server's keys.
+    """
+    from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
+
+    from atoll.server.app import app
+
+    program = vars(import_module("flwr.superlink.runtime.run_serverapp"))
+    run = program["run_"]
+
+    def run_installed(grid: Any, context: Any, server_app_dir: str, **_: Any) -> Any:
+        return run(grid, context, server_app_dir, loaded_server_app=app)
+
+    program["run_"] = run_installed
+    flwr_serverapp()

@@ -113,7 +113,7 @@ class ReverseProxy:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        key = tuple(scope["client"])
+        key = scope["client"] or ("", 0)
         self.limits.asks(key)
         is_from_site = False
         try:

@@ -10,10 +10,12 @@ import ssl
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_files
 
 from atoll.errors import ConfigError, JobError
 from atoll.kit.kit import ServerKit
 from atoll.kit.roster import SIGNATURE, TABLE
+from atoll.server.deploy.flower_control import _APP, _MODULE, FlowerControlClient
 from atoll.server.deploy.serve import runtime_path, serve
 from atoll.server.deploy.status import status
 from atoll.server.deploy.submit import follow, logs, stop
@@ -82,6 +84,28 @@ def test_control_answers_on_loopback_whoever_has_the_token_and_nobody_else(ring:
     assert ask(port, kit.authority, "/v1/fleet/../control/list-runs")[0] in (401, 404)
     assert ask(port, kit.authority, "/v1/runtime/acquire-task")[0] == 401
     assert ask(kit.address.port, kit.authority, "/v1/fleet/pull-messages")[0] == 401
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_a_run_executes_the_installed_server_app_whatever_its_bundle_holds(
+    ring: Ring, tmp_path: Path
+) -> None:
+    kit, seen = ServerKit.load(ring.federation.server), tmp_path / "seen"
+    files = {
+        "pyproject.toml": _APP.format(version="1.0.0").encode(),
+        "server_app.py": f"open({str(seen)!r}, 'w')\n{_MODULE.format(side='server')}".encode(),
+        "client_app.py": _MODULE.format(side="client").encode(),
+        "hashes.json": b"{}",
+    }
+    control = FlowerControlClient(json.loads(runtime_path(kit).read_text())["control"], kit)
+    try:
+        run = control.start(build_fab_from_files(files)[0], "no job", str(tmp_path / "out"))
+        wait_until(lambda: control.run(run).finished, "the end of a run without a job")
+        end = control.run(run)
+    finally:
+        control.close()
+    assert (end.outcome, end.died) == ("failed", False) and "job" in end.details  # Atoll's own words
+    assert not seen.exists() and not (tmp_path / "out").exists()
 
 
 def test_sites_that_cannot_take_part_are_named_and_tell_neither_data_nor_paths(ring: Ring) -> None:

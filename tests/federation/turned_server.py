@@ -50,9 +50,8 @@ def superexec() -> None:
 
 def server_app() -> None:
     """The entry of a run's process."""
-    from flwr.superlink.cli.flwr_serverapp import flwr_serverapp
-
     from atoll.server import app
+    from atoll.server.deploy.executor import server_app as run_server_app
 
     folder, clock, exchange = Path(os.environ[CUTS]), AheadClock(0.0), app.FlowerTransport.send_and_receive
 
@@ -73,4 +72,4 @@ def server_app() -> None:
 
     vars(app)["time"] = clock
     app.FlowerTransport.send_and_receive = cut_short  # type: ignore[method-assign]
-    flwr_serverapp()
+    run_server_app()
