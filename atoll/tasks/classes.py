@@ -77,7 +77,8 @@ class Labelled(Task):
             return torch.tensor([index[labels[row]] for row in order], dtype=torch.int64)
         except KeyError as unknown:
             raise DataError(
-                f"label {unknown} is not one of the run's classes {data_info['classes']}"
+                f"label {unknown} is not one of the run's classes {data_info['classes']}; data.classes can"
+                " name them all"
             ) from None
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:

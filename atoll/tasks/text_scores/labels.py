@@ -108,7 +108,10 @@ class TextLabels(TextFeatures):
         targets, given = torch.zeros(len(order), len(place)), dataset["labels"][:]
         for target, row in zip(targets, order, strict=True):
             if unknown := [label for label in given[row] if label not in place]:
-                raise DataError(f"label {unknown[0]!r} is not one of the run's {data_info['labels']}")
+                raise DataError(
+                    f"label {unknown[0]!r} is not one of the run's {data_info['labels']}; data.classes can"
+                    " name them all"
+                )
             target[[place[label] for label in given[row]]] = 1.0
         inputs = LazyRows(texts_of(dataset), tuple(order))
         return Shard(inputs, targets, tuple(keys[row] for row in order))

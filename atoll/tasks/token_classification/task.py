@@ -126,7 +126,10 @@ class TokenClassification(SchemaTask):
         targets = torch.full((len(order), max(map(len, words), default=0)), IGNORED)
         for row, place in zip(targets, order, strict=True):
             if unknown := [tag for tag in tags[place] if tag not in numbers]:
-                raise DataError(f"tag {unknown[0]!r} is not one of the run's {data_info['tags']}")
+                raise DataError(
+                    f"tag {unknown[0]!r} is not one of the run's {data_info['tags']}; data.classes can name"
+                    " them all"
+                )
             row[: len(tags[place])] = torch.tensor([numbers[tag] for tag in tags[place]])
         inputs = LazyRows(words.__getitem__, tuple(order))
         return Shard(inputs, targets, tuple(keys[place] for place in order))
