@@ -65,6 +65,8 @@ GIVEN: dict[str, tuple[Any, ...]] = {
     "federation.rounds": (2,),
     "federation.quorum": (1.0,),
     "evaluate.clients": (1,),
+    # What else can be kept is refused with every promise.
+    "personal.keep": ("mixture",),
     "privacy.steps": (2,),
 }
 """Values of keys whose type doesn't say which there are, or where most of its values would say little."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from atoll.job.section import NotNegative, Section
+from atoll.job.section import Count, NotNegative, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -17,11 +17,13 @@ class PersonalSection(Section):
 
     keep: Literal["head", "norms", "lora-b", "mixture"] | None = None
     pull: NotNegative = 0.1
+    epochs: Count | None = None
 
     @model_validator(mode="after")
-    def _pull_is_of_a_mixture(self) -> PersonalSection:
-        if self.keep != "mixture" and self.pull != type(self).model_fields["pull"].default:
-            raise ValueError("pull has no meaning without keep = 'mixture': remove it")
+    def _keys_are_of_a_mixture(self) -> PersonalSection:
+        for key in ("pull", "epochs") if self.keep != "mixture" else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no meaning without keep = 'mixture': remove it")
         return self
 
     @property
@@ -49,15 +51,26 @@ def check_personal(job: Job) -> None:
         raise ValueError("personal.keep: 'norms' are not trained with tune.method = 'lora'; expected 'head'")
     if job.personal.splits and job.backbone.prune is not None:
         raise ValueError(f"personal.keep: {keep!r} excludes backbone.prune; expected 'mixture'")
-    if job.privacy.units:
-        raise ValueError(
-            "personal.keep: what clients keep learns without noise; expected none with"
-            f" privacy.unit = {job.privacy.unit!r}"
-        )
-    if job.federation.secure_aggregation:
-        raise ValueError("personal.keep: expected none with federation.secure_aggregation")
+    _check_promises(job)
     if job.evaluate.patience is not None:
         raise ValueError(
             "personal.keep: clients keep what their last rounds left, not the best round's; expected none"
             " with evaluate.patience"
         )
+
+
+def _check_promises(job: Job) -> None:
+    """A mixture's update doesn't depend on what the client keeps; those of the others do."""
+    keep = job.personal.keep
+    if job.personal.splits and job.privacy.units:
+        raise ValueError(
+            f"personal.keep: {keep!r} makes updates depend on what clients keep, which learns without noise;"
+            f" expected 'mixture' or none with privacy.unit = {job.privacy.unit!r}"
+        )
+    if job.personal.splits and job.federation.secure_aggregation:
+        raise ValueError(
+            f"personal.keep: {keep!r} is for updates that travel alone; expected 'mixture' or none with"
+            " federation.secure_aggregation"
+        )
+    if job.privacy.audit:
+        raise ValueError("privacy.audit: a run with personal.keep can't be attacked; expected false")
