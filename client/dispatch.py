@@ -26,6 +26,7 @@ from atoll.client.state.personalization import model_to_evaluate, train_fedper
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
+from atoll.client.training.per_fedavg import inner_lr_of
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.job.train import PLAIN_STEPS
@@ -246,7 +247,7 @@ def one_by_one(
             yield train_model(
                 learner, tensors, shard, job,
                 client=name, round=request.round, plan=request.plan, begin=starts.get(name),
-                correction=corrections.get(name),
+                correction=corrections.get(name), inner_lr=inner_lr_of(job),
             )  # fmt: skip
             continue
         from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second
@@ -301,4 +302,5 @@ def head_training(work: LocalWork, request: TrainingRequest, job: Job | None = N
     """How the clients of a round train their heads."""
     job = job or work.learner.job
     loss = head_loss(job, work.learner.task.head_loss)
-    return HeadTrainingConfig(job, loss, request.round, request.plan.get("proximal_mu", 0.0), work.private)
+    mu = request.plan.get("proximal_mu", 0.0)
+    return HeadTrainingConfig(job, loss, request.round, mu, work.private, inner_lr=inner_lr_of(job))

@@ -23,6 +23,7 @@ from atoll.strategies.options import (
     FedDynOptions,
     FedExpOptions,
     HostileOptions,
+    PerFedAvgOptions,
     ScaffoldOptions,
     check_hostile_clients,
 )
@@ -129,6 +130,12 @@ def _feddyn(options: FedDynOptions, clients: int) -> Strategy:
     return FedDyn(clients, options.alpha)
 
 
+def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
+    from atoll.strategies.per_fedavg import PerFedAvg
+
+    return PerFedAvg(**keys)
+
+
 def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
     from atoll.strategies.robust.merge import robust_strategy
 
@@ -183,6 +190,12 @@ BUILT_INS: dict[str, Entry] = {
         "even mean of models that a changing penalty leads to the same minimum (Acar 2021)",
         options=FedDynOptions,
         counts_clients=True,
+    ),
+    "per-fedavg": Entry(
+        _per_fedavg,
+        ("lr", "options"),
+        "even mean of deltas made for a model that a step adapts, first-order MAML (Fallah 2020)",
+        options=PerFedAvgOptions,
     ),
     **{
         name: _against_hostile(name, summary)

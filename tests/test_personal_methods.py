@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.batches import batches
+from atoll.client.training.local_adaptation import adapt_locally
+from atoll.client.training.local_sgd import train_model
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from tests.test_client_state import Array, Softmax, heads, matrix
+from atoll.protocol.requests import EvaluateRequest
+from tests.small import few_pictures, image_job
+from tests.test_client_state import Array, Clients, Softmax, final, heads, matrix
 from tests.test_personal import stopped_and_resumed
 from tests.test_simulation import run
 
@@ -21,6 +26,7 @@ FEDAVG = {"name": "fedavg"}
 
 
 def ditto(pull: float, **tables: Any) -> Job:
+    tables["federation"] = {"rounds": 3} | tables.pop("federation", {})
     return heads(FEDAVG, personal={"keep": "mixture", "pull": pull, "epochs": 3}, **tables)
 
 
@@ -99,23 +105,132 @@ PROMISES: dict[str, dict[str, Any]] = {
 }
 
 
+ONE_ROUND = {"cohort": 3, "rounds": 1}
+
+
+@pytest.fixture(scope="module")
+def open_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Array]]:
+    """Own models after a round without a promise, by `[train]`."""
+    found = {}
+    for train in (None, PROMISES["example, distributed"]["train"]):
+        out = tmp_path_factory.mktemp("open")
+        run(ditto(0.7, federation=ONE_ROUND, **{} if train is None else {"train": train}), out)
+        found[str(train)] = kept(out)
+    return found
+
+
 @pytest.mark.parametrize("promise", PROMISES)
-def test_what_leaves_under_a_promise_is_what_leaves_without_own_models(tmp_path: Path, promise: str) -> None:
+def test_what_leaves_under_a_promise_is_what_leaves_without_own_models(
+    tmp_path: Path, promise: str, open_models: dict[str, dict[str, Array]]
+) -> None:
     """And an own model is the one of a run without a promise: no noise, and as many epochs, of its own."""
-    one_round = {"cohort": 3, "rounds": 1}
-    tables = {"federation": one_round} | PROMISES[promise]
-    tables["federation"] = one_round | tables["federation"]
+    tables = {"federation": {}} | PROMISES[promise]
+    tables["federation"] = ONE_ROUND | tables["federation"]
     own, plain = ditto(0.7, **tables), heads(FEDAVG, **tables)
     result, without = run(own, tmp_path / "own"), run(plain, tmp_path / "plain")
     assert result["model_sha256"] == without["model_sha256"]
     assert result["rounds"][0]["metrics"] == without["rounds"][0]["metrics"]
     if promise != "secure sum":
         assert result["final"]["clients"] == {} and result["personal"]["clients"] == {}
-    open_tables = {key: table for key, table in tables.items() if key != "privacy"}
-    run(ditto(0.7, **open_tables | {"federation": one_round}), tmp_path / "open")
-    found, expected = kept(tmp_path / "own"), kept(tmp_path / "open")
+    found, expected = kept(tmp_path / "own"), open_models[str(tables.get("train"))]
     assert found.keys() == expected.keys() and len(found) == 3
     assert all(np.array_equal(v, expected[client]) for client, v in found.items())
+
+
+PER_FEDAVG = {"name": "per-fedavg", "lr": 0.9, "options": {"inner_lr": 0.3}}
+ALPHA = 0.3
+
+
+def test_per_fedavg_is_algorithm_1_of_its_paper_without_the_hessian(tmp_path: Path) -> None:
+    """Fallah et al. 2020, Per-FedAvg (FO): the gradient of a batch after a step by the batch before."""
+    setting = heads(PER_FEDAVG)
+    result = run(setting, tmp_path)
+    problem = Softmax(setting)
+    w = problem.start
+    for line in result["rounds"]:
+        moves = []
+        for i in line["cohort"]:
+            own, order = w.copy(), problem.batches(i, line["round"])
+            for number, rows in enumerate(order):
+                adapted = own - ALPHA * problem.gradient(own, i, order[number - 1])
+                own = own - LR * problem.gradient(adapted, i, rows)
+            moves.append(own - w)
+        w = w + 0.9 * sum(moves) / len(moves)
+    assert len({len(problem.batches(i, 1)) for i in problem.data}) > 1
+    np.testing.assert_allclose(final(tmp_path, "model/"), w, rtol=0, atol=2e-6)
+
+
+def test_a_network_takes_the_gradient_of_a_step_where_a_step_before_led() -> None:
+    """Two plain steps from known places make the one: w, and w' = w - alpha grad f(w; D)."""
+    setting = image_job(
+        "squeezenet1_1", data=few_pictures(14, classes=2), tune={"method": "last-k", "layers": 1},
+        train={"lr": 0.5, "batch_size": 20, "dropout": 0.0}, federation={"clients": 2, "rounds": 1},
+    )  # fmt: skip
+    clients = Clients(setting)
+    shard, w = clients.train("client-0000"), clients.learner.initial()
+
+    def moved(**options: Any) -> dict[str, torch.Tensor]:
+        once: dict[str, Any] = {"client": "client-0000", "round": 1, "plan": {}, "steps": 1}
+        return train_model(clients.learner, w, shard, setting, **once, **options).delta
+
+    first = moved()
+    adapted = {name: w[name] + ALPHA / 0.5 * delta for name, delta in first.items()}
+    expected = {name: w[name] + delta - adapted[name] for name, delta in moved(begin=adapted).items()}
+    for name, delta in moved(inner_lr=ALPHA).items():
+        torch.testing.assert_close(delta, expected[name], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(delta, first[name])
+
+
+def test_per_fedavg_is_measured_after_a_step_of_its_own_and_has_the_same_bits_everywhere(
+    tmp_path: Path,
+) -> None:
+    setting = heads(PER_FEDAVG, evaluate={"adapt": 1}, federation={"rounds": 3})
+    whole, loop = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="loop")
+    again = stopped_and_resumed(setting, tmp_path / "c")
+    for other in (loop, again):
+        assert (other["model_sha256"], other["final"]) == (whole["model_sha256"], whole["final"])
+    clients = Clients(setting)
+    problem, shard, name = Softmax(setting), clients.train("client-0001"), "client-0001"
+    w = {n: t.float() for n, t in clients.learner.initial().items()}
+    request = EvaluateRequest(setting.canonical, setting.hash, 5, clients.learner.data_info, w)
+    found = matrix(adapt_locally(clients.learner, request, name, shard, 1))
+    [first, *_] = problem.batches(name, 6)
+    expected = problem.start - ALPHA * problem.gradient(problem.start, name, first)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["server", "distributed"])
+def test_per_fedavg_keeps_a_promise_to_clients(tmp_path: Path, where: str) -> None:
+    """With next to no noise and a wide bound the noised mean is the even mean."""
+    tables = {"federation": {"cohort": 3, "rounds": 1}}
+    promise = {"noise_multiplier": 1e-6, "clipping_norm": 20.0, "delta": 1e-3, "unit": "client"}
+    private = heads(PER_FEDAVG, privacy=promise | {"where": where, "seeded_noise": True}, **tables)
+    run(private, tmp_path / "private")
+    run(heads(PER_FEDAVG, **tables), tmp_path / "open")
+    noised, plain = (final(tmp_path / name, "model/") for name in ("private", "open"))
+    np.testing.assert_allclose(noised, plain, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tables", "why"),
+    [
+        (
+            {"privacy": SEEDED | {"unit": "example", "sampling_rate": 0.25}},
+            r"per-fedavg takes a step's gradients where other examples led, .* privacy\.unit = 'example'",
+        ),
+        ({"federation": {"secure_aggregation": True}}, "per-fedavg counts clients evenly"),
+        ({"personal": {"keep": "mixture"}}, r"personal\.keep: per-fedavg makes one model for all to adapt"),
+        ({"train": {"precision": "fp16"}}, r"train\.precision: 'fp16' scales gradients"),
+        (
+            {"backbone": {"name": "raw:pixels", "image_size": 8, "prune": 0.5}},
+            r"backbone\.prune: per-fedavg's",
+        ),
+        ({"federation": {"weights": "examples"}}, r"federation\.weights: per-fedavg has a rule of its own"),
+    ],
+)
+def test_what_per_fedavg_can_not_be_exact_with_is_refused_by_name(tables: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        heads(PER_FEDAVG, **tables)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`[personal]`: what of a model each client keeps for itself, and never sends."""
+"""`[personal]`: what of a model each client keeps for itself, and what a model to adapt from excludes."""
 
 from __future__ import annotations
 
@@ -74,3 +74,35 @@ def _check_promises(job: Job) -> None:
         )
     if job.privacy.audit:
         raise ValueError("privacy.audit: a run with personal.keep can't be attacked; expected false")
+
+
+def check_per_fedavg(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where gradients can't be taken a step further on."""
+    if job.strategy.name != "per-fedavg":
+        return
+    if "example" in job.privacy.units:
+        raise ValueError(
+            "strategy.name: per-fedavg takes a step's gradients where other examples led, so that no clipping"
+            " bounds what one example changes; expected another strategy with privacy.unit ="
+            f" {job.privacy.unit!r}"
+        )
+    if job.federation.secure_aggregation and not job.privacy.units:
+        raise ValueError(
+            "strategy.name: per-fedavg counts clients evenly, and a secure sum without a promise by their"
+            " examples; expected another strategy, or federation.secure_aggregation = false"
+        )
+    if job.personal.keep is not None:
+        raise ValueError(
+            "personal.keep: per-fedavg makes one model for all to adapt; expected none, found"
+            f" {job.personal.keep!r}"
+        )
+    if job.train.precision == "fp16":
+        raise ValueError(
+            "train.precision: 'fp16' scales gradients, and per-fedavg moves by them; expected 'fp32' or"
+            " 'bf16'"
+        )
+    if job.backbone.prune is not None:
+        raise ValueError(
+            "backbone.prune: per-fedavg's inner step would fill what was left out; expected none, found"
+            f" {job.backbone.prune:g}"
+        )

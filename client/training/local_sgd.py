@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,6 +14,7 @@ from atoll.client.training.batches import batches
 from atoll.client.training.factored_sgd import outer_product_sgd
 from atoll.client.training.learning_rates import StepRates, groups_of, layer_rates
 from atoll.client.training.optimizers import set_step, torch_optimizer
+from atoll.client.training.per_fedavg import inner_batches, move_back, move_to_adapted
 from atoll.client.training.precision import autocast, scaler_of, to_float32
 from atoll.data.shard import Shard
 from atoll.job.job import Job
@@ -36,12 +38,14 @@ def train_model(
     begin: Tensors | None = None,
     correction: Tensors | None = None,
     steps: int | None = None,
+    inner_lr: float = 0.0,
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
 
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
-    the gradient of every step. With `steps` it stops after so many.
+    the gradient of every step. With `steps` it stops after so many. With an `inner_lr` gradients are taken a
+    step of that length further on (Per-FedAvg).
     """
     device, mu, model = job.train.device, plan.get("proximal_mu", 0.0), learner.model
     parameters = trainable.trainable(model)
@@ -53,22 +57,33 @@ def train_model(
     optimizer = optimizer_of(model, job, rates)
     added = {} if correction is None else trainable.to_parameters(parameters, correction)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
+
+    def backward(number: int) -> Iterator[float]:
+        """Leave a batch's gradient in the parameters; the summed losses of its parts."""
+        varied = variation(job, round, client, number)
+        optimizer.zero_grad()
+        for part, share in weighted_parts(learner, shard, schedule[number], job):
+            batch = learner.collate(shard, part, varied)
+            with autocast(job.train):
+                outputs = model({name: t.to(device) for name, t in batch.items()})
+            loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
+            scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+            yield float(loss.detach()) * len(part)
+
     with (
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
         repeatable(device),
-        outer_product_sgd(model, job, has_terms=bool(mu or added)) as factors,
+        outer_product_sgd(model, job, has_terms=bool(mu or added or inner_lr)) as factors,
     ):
-        for number, rows in enumerate(schedule):
-            varied = variation(job, round, client, number)
-            optimizer.zero_grad()
-            for part, share in weighted_parts(learner, shard, rows, job):
-                batch = learner.collate(shard, part, varied)
-                with autocast(job.train):
-                    outputs = model({name: t.to(device) for name, t in batch.items()})
-                loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
-                scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
-                summed += float(loss.detach()) * len(part)
+        for number in range(len(schedule)):
+            w: Tensors = {}
+            if inner_lr:
+                deque(backward(inner_batches(number, [len(schedule)])[0]), maxlen=0)
+                w = move_to_adapted(parameters, inner_lr)
+            for loss in backward(number):
+                summed += loss
+            move_back(parameters, w)
             if mu or added or job.train.clip_norm is not None:
                 scaler.unscale_(optimizer)
                 add_proximal_gradient(parameters, start, mu)
