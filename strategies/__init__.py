@@ -95,7 +95,7 @@ def _fedopt(step: str, **keys: float) -> Strategy:
 
 
 def _reptile(**keys: float) -> Strategy:
-    from atoll.strategies.reptile import Reptile
+    from atoll.strategies.meta.reptile import Reptile
 
     return Reptile(**keys)
 
@@ -131,7 +131,7 @@ def _feddyn(options: FedDynOptions, clients: int) -> Strategy:
 
 
 def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
-    from atoll.strategies.per_fedavg import PerFedAvg
+    from atoll.strategies.meta.per_fedavg import PerFedAvg
 
     return PerFedAvg(**keys)
 
