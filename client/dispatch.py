@@ -19,6 +19,7 @@ from atoll.client.heads.distillation import head_loss
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.statistics import statistics
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.state.apfl import train_apfl
 from atoll.client.state.corrected_training import correcting_client, train_corrected
 from atoll.client.state.ditto import train_ditto
 from atoll.client.state.error_feedback import compressed
@@ -157,8 +158,10 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
 def train_own_models(work: LocalWork, request: TrainingRequest) -> None:
     """Models that clients have beside the shared one learn, without noise, for nothing of them leaves."""
     if work.learner.job.personal.keep == "mixture":
-        train = partial(updates_of, replace(work, private=None))
-        train_ditto(work.learner, request, work.data.names, train, work.memory)
+        alpha = work.learner.job.personal.mixing_weight
+        train = partial(updates_of, replace(work, private=None), mixing=alpha)
+        method = train_apfl if alpha else train_ditto
+        method(work.learner, request, work.data.names, train, work.memory)
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def updates_of(
     starts: Mapping[str, Tensors] = NOTHING,
     job: Job | None = None,
     corrections: Mapping[str, Tensors] = NOTHING,
+    mixing: float = 0.0,
 ) -> Iterable[Update]:
     """Local training: heads of all clients at once, whole models as the engine does it.
 
@@ -213,7 +217,8 @@ def updates_of(
     """
     if work.learner.trains_on_features:
         examples, client_rows = work.data.feature_table()
-        local = replace(head_training(work, request, job), starts=starts, corrections=corrections)
+        local = head_training(work, request, job)
+        local = replace(local, starts=starts, corrections=corrections, mixing=mixing)
         idle = [] if work.private else [rows.client for rows in client_rows if not len(rows.rows)]
         busy = [rows for rows in client_rows if rows.client not in idle]
         updates = work.train_heads(request.tensors, examples, busy, local) if busy else []
@@ -221,7 +226,7 @@ def updates_of(
     at_once = work.train_models is not None and work.private is None and not starts
     if at_once and work.train_models is not None and isinstance(request, TrainRequest):
         return work.train_models(work, request)
-    return one_by_one(work, request, job or work.learner.job, starts, corrections)
+    return one_by_one(work, request, job or work.learner.job, starts, corrections, mixing)
 
 
 def unmoved(client: str, request: TrainingRequest) -> Update:
@@ -238,6 +243,7 @@ def one_by_one(
     job: Job,
     starts: Mapping[str, Tensors],
     corrections: Mapping[str, Tensors],
+    mixing: float,
 ) -> Iterator[Update]:
     """Whole models, one client after the other."""
     learner, private = work.learner, work.private
@@ -247,7 +253,7 @@ def one_by_one(
             yield train_model(
                 learner, tensors, shard, job,
                 client=name, round=request.round, plan=request.plan, begin=starts.get(name),
-                correction=corrections.get(name), inner_lr=inner_lr_of(job),
+                correction=corrections.get(name), inner_lr=inner_lr_of(job), mixing=mixing,
             )  # fmt: skip
             continue
         from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second

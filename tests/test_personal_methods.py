@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from atoll.client.state.personalization import model_to_evaluate
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.batches import batches
 from atoll.client.training.local_adaptation import adapt_locally
@@ -16,11 +17,13 @@ from atoll.client.training.local_sgd import train_model
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.requests import EvaluateRequest
+from atoll.trained import trained
 from tests.small import few_pictures, image_job
 from tests.test_client_state import Array, Clients, Softmax, final, heads, matrix
 from tests.test_personal import stopped_and_resumed
 from tests.test_simulation import run
 
+APFL = {"keep": "mixture", "method": "apfl"}
 LR = 0.5
 FEDAVG = {"name": "fedavg"}
 
@@ -137,6 +140,75 @@ def test_what_leaves_under_a_promise_is_what_leaves_without_own_models(
     assert all(np.array_equal(v, expected[client]) for client, v in found.items())
 
 
+def apfl(**tables: Any) -> Job:
+    tables["federation"] = {"rounds": 3} | tables.pop("federation", {})
+    return heads(FEDAVG, personal={"keep": "mixture", "method": "apfl", "mixing": 0.4}, **tables)
+
+
+def test_apfl_is_algorithm_1_of_its_paper(tmp_path: Path) -> None:
+    """Deng et al. 2020, line by line; what is used is alpha v + (1 - alpha) w."""
+    setting = apfl()
+    result = run(setting, tmp_path)
+    problem, alpha = Softmax(setting), 0.4
+    shared = fedavg(problem, result["rounds"])
+    own: dict[str, Array] = {}
+    for line, start in zip(result["rounds"], shared, strict=False):
+        for i in line["cohort"]:
+            w, v = start.copy(), own.get(i, start).copy()
+            for rows in problem.batches(i, line["round"]):
+                mixed = alpha * v + (1 - alpha) * w
+                w = w - LR * problem.gradient(w, i, rows)
+                v = v - LR * alpha * problem.gradient(mixed, i, rows)
+            own[i] = v
+    found = kept(tmp_path)
+    assert found.keys() == own.keys() and len(own) > 3
+    for i, v in own.items():
+        np.testing.assert_allclose(found[i], v, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(final(tmp_path, "model/"), shared[-1], rtol=0, atol=2e-6)
+    clients = Clients(setting)
+    w_end = {n: t.float() for n, t in trained(tmp_path)[1].items()}
+    request = EvaluateRequest(setting.canonical, setting.hash, 3, clients.learner.data_info, w_end)
+    memory = ClientStateStore(tmp_path / "memory", of_one_run=True)
+    for i, v in own.items():
+        used = model_to_evaluate(clients.learner, request, i, memory, lambda: clients.train("client-0000"))
+        np.testing.assert_allclose(matrix(used), alpha * v + (1 - alpha) * shared[-1], rtol=0, atol=2e-6)
+
+
+def test_apfl_in_a_network_takes_the_steps_that_two_networks_would() -> None:
+    """The steps are those of plain training from known places; with alpha = 1 it is training alone."""
+    setting = image_job(
+        "squeezenet1_1", data=few_pictures(14, classes=2), tune={"method": "last-k", "layers": 1},
+        train={"lr": 0.5, "batch_size": 3, "dropout": 0.0}, federation={"clients": 2, "rounds": 1},
+    )  # fmt: skip
+    clients = Clients(setting)
+    shard, w = clients.train("client-0000"), clients.learner.initial()
+    v = {name: t + 0.01 for name, t in w.items()}
+
+    def moved(begin: dict[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
+        once: dict[str, Any] = {"client": "client-0000", "round": 1, "plan": {}, "begin": begin, "steps": 1}
+        return train_model(clients.learner, w, shard, setting, **once | options).delta
+
+    mixed = {name: 0.4 * v[name] + 0.6 * w[name] for name in w}
+    step = {name: w[name] + delta - mixed[name] for name, delta in moved(mixed).items()}
+    for name, delta in moved(v, mixing=0.4).items():
+        torch.testing.assert_close(delta, v[name] + 0.4 * step[name] - w[name], rtol=1e-4, atol=1e-6)
+    alone = moved(v, mixing=1.0, steps=3)
+    for name, delta in moved(v, steps=3).items():
+        torch.testing.assert_close(alone[name], delta, rtol=1e-4, atol=1e-6)
+
+
+def test_apfl_has_the_same_bits_everywhere_and_leaves_the_shared_model_as_it_is(tmp_path: Path) -> None:
+    setting = apfl()
+    whole, loop = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="loop")
+    again = stopped_and_resumed(setting, tmp_path / "c")
+    plain = run(heads(FEDAVG, federation={"rounds": 3}), tmp_path / "plain")
+    assert whole["final"] == loop["final"] == again["final"]
+    assert whole["model_sha256"] == plain["model_sha256"]
+    assert whole["personal"]["global_clients"] == plain["final"]["clients"] != whole["final"]["clients"]
+    for name in ("b", "c"):
+        assert all(np.array_equal(v, kept(tmp_path / name)[k]) for k, v in kept(tmp_path / "a").items())
+
+
 PER_FEDAVG = {"name": "per-fedavg", "lr": 0.9, "options": {"inner_lr": 0.3}}
 ALPHA = 0.3
 
@@ -237,6 +309,9 @@ def test_what_per_fedavg_can_not_be_exact_with_is_refused_by_name(tables: dict[s
     ("tables", "why"),
     [
         ({"personal": {"epochs": 2}}, "epochs has no meaning without keep = 'mixture'"),
+        ({"personal": {"keep": "mixture", "mixing": 0.2}}, "mixing has no meaning with method = 'ditto'"),
+        ({"personal": APFL | {"pull": 0.2}}, "pull has no meaning with method = 'apfl'"),
+        ({"personal": APFL, "train": {"precision": "fp16"}}, r"train\.precision: 'fp16' scales gradients"),
         (
             {"personal": {"keep": "mixture"}, "privacy": SEEDED | {"unit": "client", "audit": True}},
             r"privacy\.audit: a run with personal\.keep can't be attacked",

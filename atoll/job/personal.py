@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from atoll.job.section import Count, NotNegative, Section
+from atoll.job.section import Between, Count, NotNegative, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -16,15 +16,30 @@ class PersonalSection(Section):
     """`[personal]`: what each client keeps from round to round, and how its mixture is held to the model."""
 
     keep: Literal["head", "norms", "lora-b", "mixture"] | None = None
+    method: Literal["ditto", "apfl"] = "ditto"
     pull: NotNegative = 0.1
     epochs: Count | None = None
+    mixing: Between = 0.5
 
     @model_validator(mode="after")
     def _keys_are_of_a_mixture(self) -> PersonalSection:
-        for key in ("pull", "epochs") if self.keep != "mixture" else ():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} has no meaning without keep = 'mixture': remove it")
+        if self.keep != "mixture":
+            self._refuse(("method", "pull", "epochs", "mixing"), "without keep = 'mixture'")
+        elif self.method == "ditto":
+            self._refuse(("mixing",), "with method = 'ditto'")
+        else:
+            self._refuse(("pull", "epochs"), "with method = 'apfl'")
         return self
+
+    def _refuse(self, keys: tuple[str, ...], where: str) -> None:
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no meaning {where}: remove it")
+
+    @property
+    def mixing_weight(self) -> float:
+        """What a client's own model counts in the mixture that it uses; 0 where that is none."""
+        return self.mixing if self.keep == "mixture" and self.method == "apfl" else 0.0
 
     @property
     def splits(self) -> bool:
@@ -52,10 +67,30 @@ def check_personal(job: Job) -> None:
     if job.personal.splits and job.backbone.prune is not None:
         raise ValueError(f"personal.keep: {keep!r} excludes backbone.prune; expected 'mixture'")
     _check_promises(job)
+    if job.personal.mixing_weight:
+        _check_apfl(job)
     if job.evaluate.patience is not None:
         raise ValueError(
             "personal.keep: clients keep what their last rounds left, not the best round's; expected none"
             " with evaluate.patience"
+        )
+
+
+def _check_apfl(job: Job) -> None:
+    """APFL's own model learns beside a copy of the shared one that takes plain local steps."""
+    if job.strategy.name == "fedprox":
+        raise ValueError(
+            "personal.method: 'apfl' mixes with a model that takes plain local steps; expected 'ditto' with"
+            " strategy.name = 'fedprox'"
+        )
+    if job.train.precision == "fp16":
+        raise ValueError(
+            "train.precision: 'fp16' scales gradients, and 'apfl' weighs them; expected 'fp32' or 'bf16'"
+        )
+    if job.backbone.prune is not None:
+        raise ValueError(
+            "backbone.prune: 'apfl' would fill what was left out; expected none, found"
+            f" {job.backbone.prune:g}"
         )
 
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from atoll.client.state.personalization import OWN_PREFIX, own_tensors, whole_model
+from atoll.client.state.personalization import keep_own, own_starts
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Update
-from atoll.protocol.requests import ModelRequest, TrainingRequest
-from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.requests import TrainingRequest
 from atoll.protocol.tensors import Tensors
 
 Train = Callable[[TrainingRequest, Mapping[str, Tensors], Job], Iterable[Update]]
@@ -33,17 +32,9 @@ def train_ditto(
     learner: Learner, request: TrainingRequest, clients: Sequence[str], train: Train, memory: ClientStateStore
 ) -> None:
     """Train each client's own model v_k, which is in its memory after."""
-    starts = {}
-    for client in clients:
-        own = own_tensors(request, client, request.round, memory)
-        starts[client] = whole_model(learner, request, client, own)
+    starts = own_starts(learner, request, clients, memory)
     held = replace(request, plan={"proximal_mu": learner.job.personal.pull})
-    moves = train(held, starts, own_training(learner.job))
-    if isinstance(moves, StackedUpdates):
-        memory.save(request.run, request.round, {moved.client: _arrived(request, moved) for moved in moves})
-        return
-    for moved in moves:
-        memory.save(request.run, request.round, {moved.client: _arrived(request, moved)})
+    keep_own(request, train(held, starts, own_training(learner.job)), memory)
 
 
 def own_training(job: Job) -> Job:
@@ -51,7 +42,3 @@ def own_training(job: Job) -> Job:
     if job.personal.epochs is None:
         return job
     return job.model_copy(update={"train": job.train.model_copy(update={"epochs": job.personal.epochs})})
-
-
-def _arrived(request: ModelRequest, moved: Update) -> Tensors:
-    return {OWN_PREFIX + name: request.tensors[name] + delta for name, delta in moved.delta.items()}

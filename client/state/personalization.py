@@ -6,7 +6,7 @@ uses the first ones, which follow from the job's seed, or the model that all sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from atoll.client.state.store import ClientStateStore
@@ -17,6 +17,7 @@ from atoll.errors import DataError
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import EvaluateRequest, ModelRequest, TrainingRequest
+from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
 OWN_PREFIX = "own/"
@@ -39,7 +40,9 @@ def model_to_evaluate(
     if job.personal.keep is None:
         return request.tensors
     own = {} if request.of_shared_model else own_tensors(request, client, request.round + 1, memory)
-    return whole_model(learner, request, client, own)
+    whole = whole_model(learner, request, client, own)
+    alpha = job.personal.mixing_weight
+    return mixture(whole, request.tensors, alpha) if alpha and own else whole
 
 
 def train_fedper(
@@ -60,6 +63,32 @@ def train_fedper(
         }
         memory.save(request.run, request.round, {client: kept})
         yield replace(update, delta={n: d for n, d in update.delta.items() if n in request.tensors})
+
+
+def mixture(own: Tensors, shared: Tensors, alpha: float) -> Tensors:
+    """alpha v + (1 - alpha) w, which a client of APFL uses (`apfl.py`)."""
+    return {name: alpha * v + (1 - alpha) * shared[name] for name, v in own.items()}
+
+
+def own_starts(
+    learner: Learner, request: ModelRequest, clients: Iterable[str], memory: ClientStateStore
+) -> dict[str, Tensors]:
+    """Where each client's own model is as the round begins."""
+    own = {client: own_tensors(request, client, request.round, memory) for client in clients}
+    return {client: whole_model(learner, request, client, tensors) for client, tensors in own.items()}
+
+
+def keep_own(request: ModelRequest, moves: Iterable[Update], memory: ClientStateStore) -> None:
+    """Put where own models arrived in their clients' memory: a cohort's at once, others one by one."""
+    if isinstance(moves, StackedUpdates):
+        memory.save(request.run, request.round, {moved.client: _arrived(request, moved) for moved in moves})
+        return
+    for moved in moves:
+        memory.save(request.run, request.round, {moved.client: _arrived(request, moved)})
+
+
+def _arrived(request: ModelRequest, moved: Update) -> Tensors:
+    return {OWN_PREFIX + name: request.tensors[name] + delta for name, delta in moved.delta.items()}
 
 
 def own_tensors(request: ModelRequest, client: str, before: int, memory: ClientStateStore) -> Tensors:

@@ -1,4 +1,4 @@
-"""Per-FedAvg's client (Fallah et al. 2020), first order; `strategies/per_fedavg.py` has the symbols.
+"""Per-FedAvg's client (Fallah et al. 2020), first order; `strategies/meta/per_fedavg.py` has the symbols.
 
 A local step takes its gradient at w' = w - alpha grad f(w; D), and moves w by it. D is the batch before in
 the round's order; the first step's is the last one, and a client with one batch has D = D'.
@@ -6,15 +6,17 @@ the round's order; the first step's is the last one, and a client with one batch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from atoll.client.heads.layers import Layers, Loss, Stack, sgd_step_
 from atoll.job.extension_options import validated
 from atoll.job.job import Job
-from atoll.protocol.tensors import Tensors
 from atoll.strategies.options import PerFedAvgOptions
+
+Backward = Callable[[int], Iterable[float]]
+"""Leaves the gradient of a batch, by its number, in a network; the losses of the batch's parts."""
 
 
 def inner_lr_of(job: Job) -> float:
@@ -48,18 +50,18 @@ def adapted_heads(
     return moved
 
 
-@torch.no_grad()
-def move_to_adapted(parameters: Mapping[str, torch.nn.Parameter], alpha: float) -> Tensors:
-    """Move a network to w' by the gradients that it holds; w as it was."""
+def gradient_after_a_step(
+    parameters: Mapping[str, torch.nn.Parameter], alpha: float, steps: int, backward: Backward, number: int
+) -> list[float]:
+    """Leave a network's gradient at w', which the batch before leads to; the losses there, by part."""
+    list(backward(inner_batches(number, [steps])[0]))
     w = {name: p.detach().clone() for name, p in parameters.items()}
-    for p in parameters.values():
-        if p.grad is not None:
-            p.sub_(p.grad, alpha=alpha)
-    return w
-
-
-@torch.no_grad()
-def move_back(parameters: Mapping[str, torch.nn.Parameter], w: Tensors) -> None:
-    """Move a network back to w; the gradients stay as they are."""
-    for name, values in w.items():
-        parameters[name].copy_(values)
+    with torch.no_grad():
+        for p in parameters.values():
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=alpha)
+    losses = list(backward(number))
+    with torch.no_grad():
+        for name, values in w.items():
+            parameters[name].copy_(values)
+    return losses
