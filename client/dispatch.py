@@ -19,12 +19,15 @@ from atoll.client.heads.distillation import head_loss
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.statistics import statistics
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
+from atoll.client.state.apfl import train_apfl
 from atoll.client.state.corrected_training import correcting_client, train_corrected
+from atoll.client.state.ditto import train_ditto
 from atoll.client.state.error_feedback import compressed
-from atoll.client.state.personalization import model_to_evaluate, train_ditto, train_fedper
+from atoll.client.state.personalization import model_to_evaluate, train_fedper
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
+from atoll.client.training.per_fedavg import inner_lr_of
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.job.train import PLAIN_STEPS
@@ -147,10 +150,18 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
         return train_fedper(learner, request, shards, work.memory)
     if learner.job.strategy.keeps_client_state:
         return corrected(work, request)
-    if keep.keep is None:
-        ranks = learner.job.tune.lora_ranks or {}
-        return updates_of(work, request, starts=starts_by_rank(request.tensors, ranks, names))
-    return train_ditto(learner, request, names, partial(updates_of, work), work.memory)
+    train_own_models(work, request)
+    ranks = learner.job.tune.lora_ranks or {}
+    return updates_of(work, request, starts=starts_by_rank(request.tensors, ranks, names))
+
+
+def train_own_models(work: LocalWork, request: TrainingRequest) -> None:
+    """Models that clients have beside the shared one learn, without noise, for nothing of them leaves."""
+    if work.learner.job.personal.keep == "mixture":
+        alpha = work.learner.job.personal.mixing_weight
+        train = partial(updates_of, replace(work, private=None), mixing=alpha)
+        method = train_apfl if alpha else train_ditto
+        method(work.learner, request, work.data.names, train, work.memory)
 
 
 @dataclass(frozen=True)
@@ -195,15 +206,19 @@ def updates_of(
     work: LocalWork,
     request: TrainingRequest,
     starts: Mapping[str, Tensors] = NOTHING,
+    job: Job | None = None,
     corrections: Mapping[str, Tensors] = NOTHING,
+    mixing: float = 0.0,
 ) -> Iterable[Update]:
     """Local training: heads of all clients at once, whole models as the engine does it.
 
-    A client whose examples are all left out sends what anybody sends: noise, or an update that didn't move.
+    Clients train as their learner's job says, or another one. A client whose examples are all left out sends
+    what anybody sends: noise, or an update that didn't move.
     """
     if work.learner.trains_on_features:
         examples, client_rows = work.data.feature_table()
-        local = replace(head_training(work, request), starts=starts, corrections=corrections)
+        local = head_training(work, request, job)
+        local = replace(local, starts=starts, corrections=corrections, mixing=mixing)
         idle = [] if work.private else [rows.client for rows in client_rows if not len(rows.rows)]
         busy = [rows for rows in client_rows if rows.client not in idle]
         updates = work.train_heads(request.tensors, examples, busy, local) if busy else []
@@ -211,7 +226,7 @@ def updates_of(
     at_once = work.train_models is not None and work.private is None and not starts
     if at_once and work.train_models is not None and isinstance(request, TrainRequest):
         return work.train_models(work, request)
-    return one_by_one(work, request, starts, corrections)
+    return one_by_one(work, request, job or work.learner.job, starts, corrections, mixing)
 
 
 def unmoved(client: str, request: TrainingRequest) -> Update:
@@ -225,8 +240,10 @@ def unmoved(client: str, request: TrainingRequest) -> Update:
 def one_by_one(
     work: LocalWork,
     request: TrainingRequest,
+    job: Job,
     starts: Mapping[str, Tensors],
     corrections: Mapping[str, Tensors],
+    mixing: float,
 ) -> Iterator[Update]:
     """Whole models, one client after the other."""
     learner, private = work.learner, work.private
@@ -234,9 +251,9 @@ def one_by_one(
         shard, tensors = work.data.train(name), request.tensors
         if private is None:
             yield train_model(
-                learner, tensors, shard, learner.job,
+                learner, tensors, shard, job,
                 client=name, round=request.round, plan=request.plan, begin=starts.get(name),
-                correction=corrections.get(name),
+                correction=corrections.get(name), inner_lr=inner_lr_of(job), mixing=mixing,
             )  # fmt: skip
             continue
         from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second
@@ -273,6 +290,7 @@ def with_one_step(job: Job, *, parts: int, part: int) -> Job:
 def summed(work: LocalWork, request: TrainingRequest) -> Iterable[tuple[str, Tensor]]:
     """Each client's contribution to a secure sum: its update, or its clipped gradients."""
     dp_plan, private, learner = distributed_terms(work.learner.job), work.private, work.learner
+    train_own_models(work, request)
     if dp_plan is None or dp_plan.unit == "client":
         return contributions(updates_of(work, request), dp_plan, learner.job.federation)
     assert private is not None
@@ -286,8 +304,9 @@ def summed(work: LocalWork, request: TrainingRequest) -> Iterable[tuple[str, Ten
     return sums(model_sums(learner, request.tensors, shards, private, request.round))
 
 
-def head_training(work: LocalWork, request: TrainingRequest) -> HeadTrainingConfig:
+def head_training(work: LocalWork, request: TrainingRequest, job: Job | None = None) -> HeadTrainingConfig:
     """How the clients of a round train their heads."""
-    job = work.learner.job
+    job = job or work.learner.job
     loss = head_loss(job, work.learner.task.head_loss)
-    return HeadTrainingConfig(job, loss, request.round, request.plan.get("proximal_mu", 0.0), work.private)
+    mu = request.plan.get("proximal_mu", 0.0)
+    return HeadTrainingConfig(job, loss, request.round, mu, work.private, inner_lr=inner_lr_of(job))

@@ -23,6 +23,7 @@ from atoll.strategies.options import (
     FedDynOptions,
     FedExpOptions,
     HostileOptions,
+    PerFedAvgOptions,
     ScaffoldOptions,
     check_hostile_clients,
 )
@@ -94,7 +95,7 @@ def _fedopt(step: str, **keys: float) -> Strategy:
 
 
 def _reptile(**keys: float) -> Strategy:
-    from atoll.strategies.reptile import Reptile
+    from atoll.strategies.meta.reptile import Reptile
 
     return Reptile(**keys)
 
@@ -127,6 +128,12 @@ def _feddyn(options: FedDynOptions, clients: int) -> Strategy:
     from atoll.strategies.feddyn import FedDyn
 
     return FedDyn(clients, options.alpha)
+
+
+def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
+    from atoll.strategies.meta.per_fedavg import PerFedAvg
+
+    return PerFedAvg(**keys)
 
 
 def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
@@ -183,6 +190,12 @@ BUILT_INS: dict[str, Entry] = {
         "even mean of models that a changing penalty leads to the same minimum (Acar 2021)",
         options=FedDynOptions,
         counts_clients=True,
+    ),
+    "per-fedavg": Entry(
+        _per_fedavg,
+        ("lr", "options"),
+        "even mean of deltas made for a model that a step adapts, first-order MAML (Fallah 2020)",
+        options=PerFedAvgOptions,
     ),
     **{
         name: _against_hostile(name, summary)

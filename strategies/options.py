@@ -90,6 +90,12 @@ class FedDynOptions(Section):
     alpha: Positive = 0.01
 
 
+class PerFedAvgOptions(Section):
+    """How far a client's step of adaptation goes, the paper's alpha."""
+
+    inner_lr: Positive = 0.1
+
+
 HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {
     "coordinate-median": HostileOptions,
     "trimmed-mean": HostileOptions,

@@ -52,7 +52,16 @@ Row = dict[str, Any]
 GIVEN: dict[str, tuple[Any, ...]] = {
     "train.augment": tuple((name,) for name in IMAGE_AUGMENTATIONS),
     # One of each kind: the others differ in what the server does with the same updates.
-    "strategy.name": ("fedavg", "fedavgm", "fedprox", "fedadam", "reptile", "fedexp", "coordinate-median"),
+    "strategy.name": (
+        "fedavg",
+        "fedavgm",
+        "fedprox",
+        "fedadam",
+        "reptile",
+        "fedexp",
+        "coordinate-median",
+        "per-fedavg",
+    ),
     "train.epochs": (2,),
     "train.lr": (1.0,),
     "train.clip_norm": (0.1,),
@@ -65,6 +74,8 @@ GIVEN: dict[str, tuple[Any, ...]] = {
     "federation.rounds": (2,),
     "federation.quorum": (1.0,),
     "evaluate.clients": (1,),
+    # What else can be kept is refused with every promise.
+    "personal.keep": ("mixture",),
     "privacy.steps": (2,),
 }
 """Values of keys whose type doesn't say which there are, or where most of its values would say little."""

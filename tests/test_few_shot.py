@@ -19,7 +19,7 @@ from atoll.protocol.requests import EvaluateRequest
 from atoll.protocol.stacked_updates import stacked
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population
-from atoll.strategies.reptile import Reptile
+from atoll.strategies.meta.reptile import Reptile
 from atoll.tasks import task_named
 from tests.small import grey_png_shard, image_job
 from tests.task_data import ready

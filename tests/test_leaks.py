@@ -25,8 +25,8 @@ from tests.test_told import rows_that_do_not_fit_are_refused, sizes_are_told
 Row = dict[str, Any]
 ROWS: list[Row] = json.loads(FILE.read_text())
 REFUSED = {
-    "data.folds", "data.fold", "evaluate.patience", "evaluate.adapt", "personal.keep", "personal.pull",
-    "train.teacher_temperature", "train.teacher_weight",
+    "data.folds", "data.fold", "evaluate.patience", "evaluate.adapt", "train.teacher_temperature",
+    "train.teacher_weight",
 }  # fmt: skip
 """Keys that no job under a promise accepts, or none that doesn't name a teacher."""
 

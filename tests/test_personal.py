@@ -357,17 +357,24 @@ def test_damaged_or_foreign_memory_ends_the_run_in_one_line(tmp_path: Path) -> N
 
 
 PRIVATE = {"unit": "client", "epsilon": 1.0, "delta": 1e-4}
+OWN_HEAD: dict[str, Any] = {"personal": {"keep": "head"}, "tune": {"method": "lora"}}
 
 
 @pytest.mark.parametrize(
     ("tables", "why"),
     [
-        ({"privacy": PRIVATE}, r"personal\.keep: .* expected none with privacy\.unit = 'client'"),
         (
-            {"privacy": PRIVATE | {"unit": "example", "sampling_rate": 0.1}},
-            r"personal\.keep: .* expected none with privacy\.unit = 'example'",
+            OWN_HEAD | {"privacy": PRIVATE},
+            r"personal\.keep: .* expected 'mixture' or none with privacy\.unit = 'client'",
         ),
-        ({"federation": {"secure_aggregation": True}}, "expected none with federation.secure_aggregation"),
+        (
+            OWN_HEAD | {"privacy": PRIVATE | {"unit": "example", "sampling_rate": 0.1}},
+            r"personal\.keep: .* expected 'mixture' or none with privacy\.unit = 'example'",
+        ),
+        (
+            OWN_HEAD | {"federation": {"secure_aggregation": True}},
+            "expected 'mixture' or none with federation.secure_aggregation",
+        ),
         ({"evaluate": {"patience": 2}}, "expected none with evaluate.patience"),
         ({"personal": {"keep": "head"}}, "'head' would leave nothing to merge with tune.method = 'head'"),
         ({"personal": {"keep": "norms"}}, "'norms' would leave nothing to merge"),

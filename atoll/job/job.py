@@ -20,7 +20,7 @@ from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
 from atoll.job.federation import FederationSection, check_weights
 from atoll.job.lora_merge import check_lora_merge
-from atoll.job.personal import PersonalSection, check_personal
+from atoll.job.personal import PersonalSection, check_per_fedavg, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
 from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
 from atoll.job.toml import apply_override, read_job, with_absolute_paths
@@ -275,6 +275,7 @@ class Job(Section):
         check_measuring(self)
         check_closed_form(self)
         check_personal(self)
+        check_per_fedavg(self)
         check_client_state(self)
         check_attack(self)
         check_training(self)

@@ -1,4 +1,4 @@
-"""`[personal]`: what of a model each client keeps for itself, and never sends."""
+"""`[personal]`: what of a model each client keeps for itself, and what a model to adapt from excludes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from atoll.job.section import NotNegative, Section
+from atoll.job.section import Between, Count, NotNegative, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -16,13 +16,30 @@ class PersonalSection(Section):
     """`[personal]`: what each client keeps from round to round, and how its mixture is held to the model."""
 
     keep: Literal["head", "norms", "lora-b", "mixture"] | None = None
+    method: Literal["ditto", "apfl"] = "ditto"
     pull: NotNegative = 0.1
+    epochs: Count | None = None
+    mixing: Between = 0.5
 
     @model_validator(mode="after")
-    def _pull_is_of_a_mixture(self) -> PersonalSection:
-        if self.keep != "mixture" and self.pull != type(self).model_fields["pull"].default:
-            raise ValueError("pull has no meaning without keep = 'mixture': remove it")
+    def _keys_are_of_a_mixture(self) -> PersonalSection:
+        if self.keep != "mixture":
+            self._refuse(("method", "pull", "epochs", "mixing"), "without keep = 'mixture'")
+        elif self.method == "ditto":
+            self._refuse(("mixing",), "with method = 'ditto'")
+        else:
+            self._refuse(("pull", "epochs"), "with method = 'apfl'")
         return self
+
+    def _refuse(self, keys: tuple[str, ...], where: str) -> None:
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no meaning {where}: remove it")
+
+    @property
+    def mixing_weight(self) -> float:
+        """What a client's own model counts in the mixture that it uses; 0 where that is none."""
+        return self.mixing if self.keep == "mixture" and self.method == "apfl" else 0.0
 
     @property
     def splits(self) -> bool:
@@ -49,15 +66,78 @@ def check_personal(job: Job) -> None:
         raise ValueError("personal.keep: 'norms' are not trained with tune.method = 'lora'; expected 'head'")
     if job.personal.splits and job.backbone.prune is not None:
         raise ValueError(f"personal.keep: {keep!r} excludes backbone.prune; expected 'mixture'")
-    if job.privacy.units:
-        raise ValueError(
-            "personal.keep: what clients keep learns without noise; expected none with"
-            f" privacy.unit = {job.privacy.unit!r}"
-        )
-    if job.federation.secure_aggregation:
-        raise ValueError("personal.keep: expected none with federation.secure_aggregation")
+    _check_promises(job)
+    if job.personal.mixing_weight:
+        _check_apfl(job)
     if job.evaluate.patience is not None:
         raise ValueError(
             "personal.keep: clients keep what their last rounds left, not the best round's; expected none"
             " with evaluate.patience"
+        )
+
+
+def _check_apfl(job: Job) -> None:
+    """APFL's own model learns beside a copy of the shared one that takes plain local steps."""
+    if job.strategy.name == "fedprox":
+        raise ValueError(
+            "personal.method: 'apfl' mixes with a model that takes plain local steps; expected 'ditto' with"
+            " strategy.name = 'fedprox'"
+        )
+    if job.train.precision == "fp16":
+        raise ValueError(
+            "train.precision: 'fp16' scales gradients, and 'apfl' weighs them; expected 'fp32' or 'bf16'"
+        )
+    if job.backbone.prune is not None:
+        raise ValueError(
+            "backbone.prune: 'apfl' would fill what was left out; expected none, found"
+            f" {job.backbone.prune:g}"
+        )
+
+
+def _check_promises(job: Job) -> None:
+    """A mixture's update doesn't depend on what the client keeps; those of the others do."""
+    keep = job.personal.keep
+    if job.personal.splits and job.privacy.units:
+        raise ValueError(
+            f"personal.keep: {keep!r} makes updates depend on what clients keep, which learns without noise;"
+            f" expected 'mixture' or none with privacy.unit = {job.privacy.unit!r}"
+        )
+    if job.personal.splits and job.federation.secure_aggregation:
+        raise ValueError(
+            f"personal.keep: {keep!r} is for updates that travel alone; expected 'mixture' or none with"
+            " federation.secure_aggregation"
+        )
+    if job.privacy.audit:
+        raise ValueError("privacy.audit: a run with personal.keep can't be attacked; expected false")
+
+
+def check_per_fedavg(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where gradients can't be taken a step further on."""
+    if job.strategy.name != "per-fedavg":
+        return
+    if "example" in job.privacy.units:
+        raise ValueError(
+            "strategy.name: per-fedavg takes a step's gradients where other examples led, so that no clipping"
+            " bounds what one example changes; expected another strategy with privacy.unit ="
+            f" {job.privacy.unit!r}"
+        )
+    if job.federation.secure_aggregation and not job.privacy.units:
+        raise ValueError(
+            "strategy.name: per-fedavg counts clients evenly, and a secure sum without a promise by their"
+            " examples; expected another strategy, or federation.secure_aggregation = false"
+        )
+    if job.personal.keep is not None:
+        raise ValueError(
+            "personal.keep: per-fedavg makes one model for all to adapt; expected none, found"
+            f" {job.personal.keep!r}"
+        )
+    if job.train.precision == "fp16":
+        raise ValueError(
+            "train.precision: 'fp16' scales gradients, and per-fedavg moves by them; expected 'fp32' or"
+            " 'bf16'"
+        )
+    if job.backbone.prune is not None:
+        raise ValueError(
+            "backbone.prune: per-fedavg's inner step would fill what was left out; expected none, found"
+            f" {job.backbone.prune:g}"
         )

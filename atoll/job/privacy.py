@@ -29,7 +29,7 @@ SHARED_EXAMPLES = (
     " time; expected a partition that deals each example once with example-level privacy"
 )
 
-MERGED_BY_MEAN = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco")
+MERGED_BY_MEAN = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "per-fedavg")
 """Strategies that see nothing of the updates but their mean."""
 
 

@@ -34,7 +34,7 @@ STRATEGY_NAMES = {
     "fedavg": "FedAvg", "fedavgm": "FedAvgM", "fedprox": "FedProx",
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
     "reptile": "Reptile", "diloco": "DiLoCo", "fednova": "FedNova", "fedexp": "FedExP",
-    "scaffold": "SCAFFOLD", "feddyn": "FedDyn",
+    "scaffold": "SCAFFOLD", "feddyn": "FedDyn", "per-fedavg": "Per-FedAvg",
     "krum": "Krum", "multi-krum": "Multi-Krum", "bulyan": "Bulyan",
 }  # fmt: skip
 ENGINES = {

@@ -31,6 +31,7 @@ from atoll.client.training.batches import (
 )
 from atoll.client.training.learning_rates import StepRates
 from atoll.client.training.optimizers import clip_stacked, is_plain, make_optimizer
+from atoll.client.training.per_fedavg import adapted_heads, inner_batches
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.determinism import is_gpu
@@ -45,7 +46,8 @@ class HeadTrainingConfig:
     `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, FedDyn's -g_k), one for
     each client that has any. Clients with `starts` of their own, which are all or none, move from there;
     their updates, and the proximal term, are still relative to the shared head. With `steps` everybody stops
-    after so many.
+    after so many. With an `inner_lr` gradients are taken a step of that length further on (Per-FedAvg);
+    with `mixing` at each one's mixture with the shared head, which takes steps of its own beside (APFL).
     """
 
     job: Job
@@ -56,6 +58,8 @@ class HeadTrainingConfig:
     corrections: Mapping[str, Tensors] = field(default_factory=dict)
     starts: Mapping[str, Tensors] = field(default_factory=dict)
     steps: int | None = None
+    inner_lr: float = 0.0
+    mixing: float = 0.0
 
 
 def train_heads(
@@ -283,6 +287,11 @@ def _run_local_steps(
     rates = StepRates.of(local.job, local.round, schedule.steps, str(now[0].device))
     is_simple = extra.is_none and is_plain(local.job.train)
     move = _plain_move(rates) if is_simple else _move(start, extra, now, rates)
+    beside: _SharedBeside | None = None
+    if local.mixing:
+        w = [matrix.repeat(len(schedule.steps), 1, 1) for matrix in start]
+        moves_w = _plain_move(rates) if is_simple else _move(start, extra, w, rates)
+        beside = _SharedBeside(layers, local, w, moves_w)
     count, clients, size = schedule.rows.shape
     targets = examples.targets[schedule.rows]
     losses = torch.zeros((count, clients, size), device=now[0].device)
@@ -294,14 +303,35 @@ def _run_local_steps(
         inputs = room[:active]
         torch.index_select(examples.features, 0, rows.flatten(), out=inputs.view(active * size, -1))
         stack = [matrix[:active] for matrix in now]
-        values = layers.forward(stack, inputs)
+        at = _adapted(layers, stack, examples, schedule, s, local) if local.inner_lr else stack
+        if beside is not None:
+            at = beside.mixture(s, stack, inputs, targets[s, :active], share)
+        values = layers.forward(at, inputs)
         error, losses[s, :active] = local.loss.grad(values[-1], targets[s, :active])
-        each = layers.output_gradients(stack, values, error)
+        each = layers.output_gradients(at, values, error)
         factor = extra.factor(values, each, share).unsqueeze(2)
+        factor = factor * local.mixing if local.mixing else factor
         move(s, stack, values, [e.mul_(factor) for e in each])
     visited = schedule.share > 0
     summed = (local.loss.value(losses) * visited).transpose(0, 1).reshape(clients, -1)
     return summed.sum(dim=1, dtype=torch.float64)
+
+
+def _adapted(
+    layers: Layers,
+    stack: Stack,
+    examples: FeatureTable,
+    schedule: _Schedule,
+    s: int,
+    local: HeadTrainingConfig,
+) -> Stack:
+    """Where the gradients of step `s` are taken: one inner step on, by each client's batch before."""
+    device, active = schedule.rows.device, len(stack[0])
+    before = torch.tensor(inner_batches(s, schedule.steps[:active]), device=device)
+    clients = torch.arange(active, device=device)
+    rows, share = schedule.rows[before, clients], schedule.share[before, clients]
+    inputs, targets = examples.features[rows], examples.targets[rows]
+    return adapted_heads(layers, stack, local.loss, inputs, targets, share, local.inner_lr)
 
 
 Move = Callable[[int, Stack, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
@@ -330,6 +360,28 @@ def _move(start: Stack, extra: _GradientTerms, now: Stack, rates: StepRates) -> 
             step[place](matrix, gradient[place], lr)
 
     return move
+
+
+@dataclass(frozen=True)
+class _SharedBeside:
+    """APFL's w_i of every client, and how it moves; `client/state/apfl.py` has the symbols."""
+
+    layers: Layers
+    local: HeadTrainingConfig
+    w: Stack
+    move: Move
+
+    def mixture(
+        self, s: int, own: Stack, inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor
+    ) -> Stack:
+        """alpha v_i + (1 - alpha) w_i of the clients that still train; then w_i takes its step."""
+        alpha, w = self.local.mixing, [matrix[: len(share)] for matrix in self.w]
+        mixed = [v * alpha + shared * (1 - alpha) for v, shared in zip(own, w, strict=True)]
+        values = self.layers.forward(w, inputs)
+        error, _ = self.local.loss.grad(values[-1], targets)
+        each = self.layers.output_gradients(w, values, error)
+        self.move(s, w, values, [e.mul_(share.unsqueeze(2)) for e in each])
+        return mixed
 
 
 @dataclass(frozen=True)

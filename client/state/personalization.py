@@ -6,7 +6,7 @@ uses the first ones, which follow from the job's seed, or the model that all sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from atoll.client.state.store import ClientStateStore
@@ -21,9 +21,6 @@ from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
 OWN_PREFIX = "own/"
-
-Train = Callable[[TrainingRequest, Mapping[str, Tensors]], Iterable[Update]]
-"""(request, where clients start that don't start from its tensors): updates, relative to its tensors."""
 
 
 def model_to_evaluate(
@@ -42,8 +39,10 @@ def model_to_evaluate(
         return adapt_locally(learner, request, client, lessons(), steps)
     if job.personal.keep is None:
         return request.tensors
-    own = {} if request.of_shared_model else _own(request, client, request.round + 1, memory)
-    return _whole(learner, request, client, own)
+    own = {} if request.of_shared_model else own_tensors(request, client, request.round + 1, memory)
+    whole = whole_model(learner, request, client, own)
+    alpha = job.personal.mixing_weight
+    return mixture(whole, request.tensors, alpha) if alpha and own else whole
 
 
 def train_fedper(
@@ -54,8 +53,8 @@ def train_fedper(
     Arivazhagan et al. 2019 (FedPer): the client's part and the shared one learn together.
     """
     for client, shard in shards.items():
-        own = _own(request, client, request.round, memory)
-        start = _whole(learner, request, client, own)
+        own = own_tensors(request, client, request.round, memory)
+        start = whole_model(learner, request, client, own)
         update = train_model(
             learner, start, shard, learner.job, client=client, round=request.round, plan=request.plan
         )
@@ -66,42 +65,39 @@ def train_fedper(
         yield replace(update, delta={n: d for n, d in update.delta.items() if n in request.tensors})
 
 
-def train_ditto(
-    learner: Learner, request: TrainingRequest, clients: Sequence[str], train: Train, memory: ClientStateStore
-) -> Iterable[Update]:
-    """The clients' updates of the shared model; each one's own model learns beside, held to what was sent.
-
-    Li et al. 2021, "Ditto", algorithm 1: the own model v moves by the gradient of
-    loss(v) + pull / 2 |v - w|^2, with w the shared model as the round began.
-    """
-    starts = {}
-    for client in clients:
-        own = _own(request, client, request.round, memory)
-        starts[client] = _whole(learner, request, client, own)
-    updates = train(request, {})
-    beside = train(replace(request, plan={"proximal_mu": learner.job.personal.pull}), starts)
-    if not isinstance(updates, StackedUpdates):
-        return (_kept(request, *both, memory) for both in zip(updates, beside, strict=True))
-    states = {moved.client: _arrived(request, moved) for moved in beside}
-    memory.save(request.run, request.round, states)
-    return updates
+def mixture(own: Tensors, shared: Tensors, alpha: float) -> Tensors:
+    """alpha v + (1 - alpha) w, which a client of APFL uses (`apfl.py`)."""
+    return {name: alpha * v + (1 - alpha) * shared[name] for name, v in own.items()}
 
 
-def _kept(request: ModelRequest, update: Update, moved: Update, memory: ClientStateStore) -> Update:
-    memory.save(request.run, request.round, {moved.client: _arrived(request, moved)})
-    return update
+def own_starts(
+    learner: Learner, request: ModelRequest, clients: Iterable[str], memory: ClientStateStore
+) -> dict[str, Tensors]:
+    """Where each client's own model is as the round begins."""
+    own = {client: own_tensors(request, client, request.round, memory) for client in clients}
+    return {client: whole_model(learner, request, client, tensors) for client, tensors in own.items()}
+
+
+def keep_own(request: ModelRequest, moves: Iterable[Update], memory: ClientStateStore) -> None:
+    """Put where own models arrived in their clients' memory: a cohort's at once, others one by one."""
+    if isinstance(moves, StackedUpdates):
+        memory.save(request.run, request.round, {moved.client: _arrived(request, moved) for moved in moves})
+        return
+    for moved in moves:
+        memory.save(request.run, request.round, {moved.client: _arrived(request, moved)})
 
 
 def _arrived(request: ModelRequest, moved: Update) -> Tensors:
     return {OWN_PREFIX + name: request.tensors[name] + delta for name, delta in moved.delta.items()}
 
 
-def _own(request: ModelRequest, client: str, before: int, memory: ClientStateStore) -> Tensors:
+def own_tensors(request: ModelRequest, client: str, before: int, memory: ClientStateStore) -> Tensors:
+    """What the client has kept of the newest round before that one, by name; nothing if it never trained."""
     state = memory.load_before(request.run, client, before)
     return {n.removeprefix(OWN_PREFIX): t for n, t in state.items() if n.startswith(OWN_PREFIX)}
 
 
-def _whole(learner: Learner, request: ModelRequest, client: str, own: Tensors) -> Tensors:
+def whole_model(learner: Learner, request: ModelRequest, client: str, own: Tensors) -> Tensors:
     """The client's whole model.
 
     Raises:

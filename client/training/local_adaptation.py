@@ -10,17 +10,32 @@ from atoll.client.heads.distillation import head_loss
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.training.local_sgd import train_model
+from atoll.client.training.per_fedavg import inner_lr_of
 from atoll.data.shard import Shard
+from atoll.job.job import Job
+from atoll.job.train import PLAIN_STEPS
 from atoll.learning.learner import Learner
 from atoll.protocol.requests import ModelRequest
 from atoll.protocol.tensors import Tensors
+
+
+def _step_of(job: Job) -> dict[str, float | str | None]:
+    """What a step of adaptation is, where the strategy says it and not `[train]`: one down the gradient."""
+    alpha = inner_lr_of(job)
+    return (
+        {**PLAIN_STEPS, "optimizer": "sgd", "lr": alpha, "momentum": 0.0, "weight_decay": 0.0}
+        if alpha
+        else {}
+    )
 
 
 def adapt_locally(learner: Learner, request: ModelRequest, client: str, shard: Shard, steps: int) -> Tensors:
     """The request's tensors after that many local steps on the client's training part."""
     job = learner.job
     epochs = math.ceil(steps / math.ceil(len(shard) / job.train.batch_size))
-    longer = job.model_copy(update={"train": job.train.model_copy(update={"epochs": epochs})})
+    longer = job.model_copy(
+        update={"train": job.train.model_copy(update={"epochs": epochs, **_step_of(job)})}
+    )
     # In an order of its own, that of the round which would be next.
     round = request.round + 1
     if learner.trains_on_features:

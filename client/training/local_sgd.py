@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from atoll.backbones.encoder import Model, Variation
 from atoll.client.training.activation_checkpointing import activation_checkpointing
+from atoll.client.training.apfl import SharedBeside
 from atoll.client.training.batches import batches
 from atoll.client.training.factored_sgd import outer_product_sgd
 from atoll.client.training.learning_rates import StepRates, groups_of, layer_rates
 from atoll.client.training.optimizers import set_step, torch_optimizer
+from atoll.client.training.per_fedavg import Backward, gradient_after_a_step
 from atoll.client.training.precision import autocast, scaler_of, to_float32
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.determinism import repeatable
-from atoll.learning.learner import Learner
+from atoll.learning.learner import Learner, TrainingLoss
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import global_stream, stream
 from atoll.protocol.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What is added to every gradient: mu (w - start), and a correction; and the norm that none exceeds."""
+
+    start: Tensors
+    mu: float
+    correction: Tensors
+    clip_norm: float | None
 
 
 def train_model(
@@ -36,14 +50,17 @@ def train_model(
     begin: Tensors | None = None,
     correction: Tensors | None = None,
     steps: int | None = None,
+    inner_lr: float = 0.0,
+    mixing: float = 0.0,
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
 
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
-    the gradient of every step. With `steps` it stops after so many.
+    the gradient of every step. With `steps` it stops after so many. Gradients are taken a step of `inner_lr`
+    further on (Per-FedAvg), or at its `mixing` with global tensors that take steps too (APFL).
     """
-    device, mu, model = job.train.device, plan.get("proximal_mu", 0.0), learner.model
+    mu, model = plan.get("proximal_mu", 0.0), learner.model
     parameters = trainable.trainable(model)
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, {**tensors, **(begin or {})})
@@ -52,37 +69,55 @@ def train_model(
     rates = StepRates.of(job, round, [len(schedule)], "cpu")
     optimizer = optimizer_of(model, job, rates)
     added = {} if correction is None else trainable.to_parameters(parameters, correction)
+    terms = _Terms(start, mu, added, job.train.clip_norm)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
+
+    def backward(number: int) -> Iterator[float]:
+        optimizer.zero_grad()
+        varied = variation(job, round, client, number)
+        return _add_gradient(learner, shard, schedule[number], job, varied, loss_of, scaler)
+
+    take: Backward = backward
+    if inner_lr:
+        take = partial(gradient_after_a_step, parameters, inner_lr, len(schedule), backward)
+    if mixing:
+        take = partial(SharedBeside(model, start, job, rates, mixing).step, backward)
     with (
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
-        repeatable(device),
-        outer_product_sgd(model, job, has_terms=bool(mu or added)) as factors,
+        repeatable(job.train.device),
+        outer_product_sgd(model, job, has_terms=bool(mu or added or inner_lr or mixing)) as factors,
     ):
-        for number, rows in enumerate(schedule):
-            varied = variation(job, round, client, number)
-            optimizer.zero_grad()
-            for part, share in weighted_parts(learner, shard, rows, job):
-                batch = learner.collate(shard, part, varied)
-                with autocast(job.train):
-                    outputs = model({name: t.to(device) for name, t in batch.items()})
-                loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
-                scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
-                summed += float(loss.detach()) * len(part)
-            if mu or added or job.train.clip_norm is not None:
-                scaler.unscale_(optimizer)
-                add_proximal_gradient(parameters, start, mu)
-                add_correction(parameters, added)
-                clip_gradient(parameters, job.train.clip_norm)
-            set_step(optimizer, rates.factor(number))
-            scaler.step(optimizer)
-            scaler.update()
+        for number in range(len(schedule)):
+            for loss in take(number):
+                summed += loss
+            _take_step(optimizer, scaler, parameters, terms, rates.factor(number))
             for weight in factors:
                 weight.step(rates.lr)
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
     delta = trainable.delta(parameters, start)
     return Update(client, round, delta, len(shard), _losses(summed, shard, job))
+
+
+def _add_gradient(
+    learner: Learner,
+    shard: Shard,
+    rows: Sequence[int],
+    job: Job,
+    varied: Variation | None,
+    loss_of: TrainingLoss,
+    scaler: torch.amp.GradScaler,
+) -> Iterator[float]:
+    """Add a batch's gradient, part by part, to what the parameters hold; each part's summed loss."""
+    device = job.train.device
+    for part, share in weighted_parts(learner, shard, rows, job):
+        batch = learner.collate(shard, part, varied)
+        with autocast(job.train):
+            outputs = learner.model({name: t.to(device) for name, t in batch.items()})
+        loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
+        scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+        yield float(loss.detach()) * len(part)
 
 
 def optimizer_of(model: Model, job: Job, rates: StepRates) -> torch.optim.Optimizer:
@@ -132,6 +167,24 @@ def variation(job: Job, round: int, client: str, number: int) -> Variation | Non
         return None
     draw = stream(job.seed, "augment", round, client, number)
     return Variation(job.train.augment, lambda place: draw)
+
+
+def _take_step(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    parameters: Mapping[str, torch.nn.Parameter],
+    terms: _Terms,
+    factor: float,
+) -> None:
+    """Move by the gradients and what is added to them, at so much of the learning rate."""
+    if terms.mu or terms.correction or terms.clip_norm is not None:
+        scaler.unscale_(optimizer)
+        add_proximal_gradient(parameters, terms.start, terms.mu)
+        add_correction(parameters, terms.correction)
+        clip_gradient(parameters, terms.clip_norm)
+    set_step(optimizer, factor)
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def add_proximal_gradient(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
