@@ -13,7 +13,7 @@ from atoll.cli.main import run
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.toml import LARGEST, read_job
-from atoll.job.yaml_text import parse_yaml
+from atoll.system.yaml_text import parse_yaml
 
 JOB_TOML = """
 name = "digits"

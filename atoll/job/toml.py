@@ -27,7 +27,7 @@ def read_job(path: Path) -> dict[str, Any]:
     """
     if path.suffix.lower() not in YAML:
         return read_toml(path)
-    from atoll.job.yaml_text import parse_yaml  # PyYAML comes with it: not before there is such a file
+    from atoll.system.yaml_text import parse_yaml  # PyYAML comes with it: not before there is such a file
 
     return parse_yaml(_text(path, "YAML"), str(path))
 

@@ -1,4 +1,4 @@
-"""Job files as YAML: its version 1.2, in which `no` is a word and `1e-3` a number, and without references.
+"""YAML as plain data: its version 1.2, in which `no` is a word and `1e-3` a number, and no references.
 
 PyYAML reads version 1.1. Which plain words are numbers, truths or nothing follows the core schema of YAML
 1.2.2, chapter 10.3.2. A key that comes twice is refused, and so are anchors and aliases: a few lines of them
