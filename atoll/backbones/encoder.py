@@ -91,6 +91,9 @@ class Model(nn.Module):
         output: torch.Tensor = self.head(self.backbone(batch))
         return output
 
+    def remember_start(self) -> None:
+        """Keep what of the tuned tensors is needed later, once, while they are as before the first round."""
+
     def predict(self, batch: Batch) -> Any:
         """What the task's metrics take, one for each example of the batch."""
         return self(batch)
