@@ -18,6 +18,7 @@ from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.datasets.synthetic.preferences import generated_preferences
 from atoll.errors import ConfigError, DataError
+from atoll.export.safetensors import make_plain
 from atoll.job.job import DataSection, Job
 from atoll.learning.learner import Learner
 from atoll.learning.trainable import load_values, trainable, values
@@ -168,6 +169,16 @@ def test_the_tuned_values_and_modes_are_back_after_an_error_too(
         model.reference(batch)
     assert all(module.training for module in model.modules()) and list(trainable(model)) == trained
     assert all(torch.equal(tensor, kept[name]) for name, tensor in values(model).items())
+
+
+def test_a_model_whose_adapters_were_merged_has_the_same_rewards(llama: Path) -> None:
+    learner = learner_of(llama)
+    shard, tensors = shard_of(learner, ROWS), moved(learner)
+    before = learner.compute(learner.evaluate(tensors, shard))
+    model = learner.filled(tensors)
+    make_plain(model)
+    assert learner.evaluate_model(model, shard) == pytest.approx(before, rel=1e-4)
+    assert before["reward_margin"] != 0
 
 
 def test_a_pair_of_equals_costs_log_2_and_has_no_margin(llama: Path) -> None:

@@ -94,6 +94,9 @@ class Model(nn.Module):
     def remember_start(self) -> None:
         """Keep what of the tuned tensors is needed later, once, while they are as before the first round."""
 
+    def remember_unmerged(self, name: str, layer: nn.Module) -> None:
+        """Keep what is needed later of the layer of this name, whose adapter is about to be merged."""
+
     def predict(self, batch: Batch) -> Any:
         """What the task's metrics take, one for each example of the batch."""
         return self(batch)

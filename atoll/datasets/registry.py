@@ -327,7 +327,7 @@ SOURCES = {
         Source(
             name="generated-preferences",
             tasks=("preference",),
-            description="generated: 2,000 questions of 8 readers with a polite and a curt answer",
+            description="generated: 600 questions of 8 readers with a polite and a curt answer",
             licence=_OWN,
             decode=_generated("preferences"),
             edition=_generator_hash,

@@ -18,7 +18,7 @@ _READERS = 8
 _TASTE = 0.5
 
 
-def generated_preferences(seed: int = 0, count: int = 2000) -> dict[str, pa.Table]:
+def generated_preferences(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
     """Different pairs: columns prompt, chosen, rejected and reader (of 8 readers, who like it polite).
 
     Both answers name the same place, so that the manner alone makes one of them the better one.

@@ -57,6 +57,11 @@ class PairModel(CausalModel):
     def remember_start(self) -> None:
         self._start = {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
 
+    def remember_unmerged(self, name: str, layer: nn.Module) -> None:
+        own = {part for part in self._start if part.startswith(f"{name}.")}
+        self._start = {part: tensor for part, tensor in self._start.items() if part not in own}
+        self._start[f"{name}.weight"] = layer.get_parameter("weight").detach().clone()
+
     def forward(self, batch: Batch, is_reference: bool = False) -> torch.Tensor:
         """log p(completion) - log p(completion) of the reference, [batch, 2]: of chosen and rejected."""
         if is_reference:
