@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from atoll.datasets.synthetic.entities import generated_entities
 from atoll.datasets.synthetic.pairs import generated_pairs
+from atoll.datasets.synthetic.preferences import generated_preferences
 from atoll.datasets.synthetic.questions import generated_questions
 from atoll.datasets.synthetic.shapes import generated_shapes
 from atoll.datasets.synthetic.street import generated_street
@@ -108,5 +109,6 @@ WRITTEN: dict[str, Callable[[Path, Job], object]] = {
     "text-to-text": _generated(lambda: generated_pairs(0, 100)),
     "token-classification": _generated(lambda: generated_entities(0, 120)),
     "language-modeling": _chats,
+    "preference": _generated(lambda: generated_preferences(0, 40)),
     "speech-recognition": lambda folder, job: folder_of(folder, *SAID),
 }

@@ -115,6 +115,12 @@ TABLES: dict[str, dict[str, Any]] = {
         "backbone": {"name": "llama"},
         "train": {"lr": 0.003, "batch_size": 8, "optimizer": "adam"},
     },
+    "preference": {
+        "task": {"name": "preference", "options": {"max_tokens": 64, "max_new_tokens": 4}},
+        "data": {"source": "written"},
+        "backbone": {"name": "llama"},
+        "train": {"lr": 0.003, "batch_size": 8, "optimizer": "adam"},
+    },
     "speech-recognition": {
         "task": {"name": "speech-recognition", "options": {"max_seconds": 2.0}},
         "data": {"source": "written"},

@@ -72,6 +72,7 @@ ODD: dict[str, Odd] = {
         "user": CANARY, "items": [CANARY, *row["items"][1:]], "texts": [CANARY for _ in row["items"]],
     },
     "language-modeling": lambda row: {"messages": [{"role": "assistant", "content": CANARY * 20}]},
+    "preference": lambda row: row | {"chosen": CANARY, "rejected": CANARY * 20},
     "text-to-text": lambda row: row | {"source": CANARY, "target": CANARY * 20},
     "question-answering": lambda row: row | {"question": CANARY, "answer": CANARY * 20},
     "speech-recognition": lambda row: row | {"transcript": CANARY * 9},

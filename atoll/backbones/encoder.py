@@ -91,6 +91,12 @@ class Model(nn.Module):
         output: torch.Tensor = self.head(self.backbone(batch))
         return output
 
+    def remember_start(self) -> None:
+        """Keep what of the tuned tensors is needed later, once, while they are as before the first round."""
+
+    def remember_unmerged(self, name: str, layer: nn.Module) -> None:
+        """Keep what is needed later of the layer of this name, whose adapter is about to be merged."""
+
     def predict(self, batch: Batch) -> Any:
         """What the task's metrics take, one for each example of the batch."""
         return self(batch)

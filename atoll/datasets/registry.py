@@ -325,6 +325,14 @@ SOURCES = {
             edition=_generator_hash,
         ),
         Source(
+            name="generated-preferences",
+            tasks=("preference",),
+            description="generated: 600 questions of 8 readers with a polite and a curt answer",
+            licence=_OWN,
+            decode=_generated("preferences"),
+            edition=_generator_hash,
+        ),
+        Source(
             name="generated-commands",
             tasks=("intent",),
             description="generated: 2,000 sentences to a voice assistant, with intents and slots",

@@ -22,6 +22,8 @@ def adapters(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
 def make_plain(model: nn.Module) -> None:
     """Add LoRA's products to their weights and put the layers themselves back, in place."""
     for name, layer in adapters(model):
+        if isinstance(model, Model):
+            model.remember_unmerged(name, layer.get_base_layer())
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())

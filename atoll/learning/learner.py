@@ -106,6 +106,7 @@ class Learner:
             pruned(model.backbone, self.job.backbone, model.head)
         keeps_head = self.job.personal.keep == "head"
         trainable.mark_trainable(model, self.job.tune, self.job.seed, keeps_head=keeps_head)
+        model.remember_start()
         if self.job.train.dropout is not None:
             trainable.set_dropout(model, self.job.train.dropout)
         if self.job.train.checkpoint_activations:

@@ -116,6 +116,11 @@ BUILT_INS: dict[str, Entry] = {
         "the next token of texts, answers, chats; Llama, GPT-2, Qwen, …; perplexity by token and byte",
         "byte_perplexity",
     ),
+    "preference": Entry(
+        "atoll.tasks.preference.task",
+        "PREFERENCE",
+        "the better of two completions, by DPO; Llama, GPT-2, Qwen, …; accuracy, reward margin",
+    ),
     "speech-recognition": Entry(
         "atoll.tasks.speech.task",
         "SPEECH_RECOGNITION",

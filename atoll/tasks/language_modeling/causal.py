@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -73,6 +73,8 @@ def _table(rows: Sequence[torch.Tensor], most: int | None) -> torch.Tensor:
 class CausalModel(Model):
     """The surprise of each learnt token, given all before it."""
 
+    encoder_kind: ClassVar[type[CausalEncoder]] = CausalEncoder
+
     def __init__(self, backbone: CausalEncoder, head: nn.Module, job: Job, options: LanguageOptions) -> None:
         super().__init__(backbone, head, frozenset(name for name, _ in head.named_parameters()))
         self.tunes_head = job.tune.method == "head"
@@ -80,12 +82,12 @@ class CausalModel(Model):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """-log of the probability of each target, [batch, learnt]; of a place without one it says nothing."""
-        return _surprise(self._scores(batch), batch)
+        return surprises(self.scores(batch), batch)
 
     def measure(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(surprise and whether the likeliest token is the target, [batch, learnt, 2]; the surprise)."""
-        scores = self._scores(batch)
-        surprise = _surprise(scores, batch)
+        scores = self.scores(batch)
+        surprise = surprises(scores, batch)
         hit = scores.argmax(2) == _targets(batch)
         return torch.stack([surprise, hit.to(surprise.dtype)], 2), surprise
 
@@ -93,10 +95,14 @@ class CausalModel(Model):
         """What is measured, where targets are there; else what the model writes on, a text each."""
         if TARGETS in batch:
             return self.measure(batch)[0]
+        return self.written(batch)
+
+    def written(self, batch: Batch) -> list[str]:
+        """What the model writes on, a text for each prompt."""
         rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
         return [self._written(ids[mask.bool()]) for ids, mask in rows]
 
-    def _scores(self, batch: Batch) -> torch.Tensor:
+    def scores(self, batch: Batch) -> torch.Tensor:
         """[batch, learnt, vocabulary]: what is not learnt isn't scored, which is most of the work."""
         network: Any = self.backbone.model
         with _only(network.get_output_embeddings(), batch["places"]):
@@ -136,7 +142,8 @@ def _targets(batch: Batch) -> torch.Tensor:
     return batch[TARGETS][:, : batch["places"].shape[1]]
 
 
-def _surprise(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+def surprises(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """-log of the probability of each target, [batch, learnt], from all scores."""
     known = _targets(batch).clamp(0, scores.shape[2] - 1)
     return nn.functional.cross_entropy(scores.transpose(1, 2), known, reduction="none")
 
@@ -185,7 +192,13 @@ def _tunes_head(job: Job) -> bool:
     return job.tune.method == "head" or (job.tune.method == "lora" and (job.tune.head or keeps) != "frozen")
 
 
-def load_causal(backbone: Backbone, job: Job, tokenizer: Any, options: LanguageOptions) -> CausalModel:
+def load_causal(
+    backbone: Backbone,
+    job: Job,
+    tokenizer: Any,
+    options: LanguageOptions,
+    kind: type[CausalModel] = CausalModel,
+) -> CausalModel:
     """Build the network with its resolved weights; its head is its output layer.
 
     Raises:
@@ -200,4 +213,4 @@ def load_causal(backbone: Backbone, job: Job, tokenizer: Any, options: LanguageO
     if _tunes_head(job):
         # While it is tied to the embeddings, to tune the one would change the other.
         head.weight = nn.Parameter(head.weight.detach().clone())
-    return CausalModel(CausalEncoder(network, tokenizer, options.max_tokens), head, job, options)
+    return kind(kind.encoder_kind(network, tokenizer, options.max_tokens), head, job, options)

@@ -33,11 +33,16 @@ def messages_cell(cell: Any, where: str) -> Messages:
     Raises:
         DataError: they are something else, or there is nothing to learn.
     """
-    turns = listed(cell, where, "a list of messages")
-    messages = [_message(one, f"{where}: message {number}") for number, one in enumerate(turns, start=1)]
+    messages = turns_cell(cell, where)
     if not any(message["role"] == ASSISTANT for message in messages):
         raise DataError(f"{where}: no message of the assistant, expected one at least to learn")
     return messages
+
+
+def turns_cell(cell: Any, where: str) -> Messages:
+    """As `messages_cell`, and the assistant may say nothing."""
+    turns = listed(cell, where, "a list of messages")
+    return [_message(one, f"{where}: message {number}") for number, one in enumerate(turns, start=1)]
 
 
 def _message(given: Any, where: str) -> dict[str, str]:
@@ -52,10 +57,10 @@ def _message(given: Any, where: str) -> dict[str, str]:
     return {"role": text_cell(given["role"], f"{where}: role"), "content": content}
 
 
-_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _ROLES = {
     "messages": SchemaField(
-        "messages", messages_cell, pa.list_(_MESSAGE), ("conversation", "conversations"), required=False
+        "messages", messages_cell, MESSAGES, ("conversation", "conversations"), required=False
     ),
     "prompt": SchemaField("prompt", text_cell, pa.string(), ("instruction",), required=False),
     "completion": SchemaField("completion", optional_text_cell, pa.string(), ("response",), required=False),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -27,7 +27,7 @@ from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError
 from atoll.job.job import BackboneSection, DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.language_modeling.causal import causal_tokenizer, load_causal, prepared
+from atoll.tasks.language_modeling.causal import CausalModel, causal_tokenizer, load_causal, prepared
 from atoll.tasks.language_modeling.data import ASSISTANT, CONVERSATIONS, Messages, form_of
 from atoll.tasks.language_modeling.options import LanguageOptions
 from atoll.tasks.language_modeling.template import Coder, Rendered, Template, Tokens, joined, whole
@@ -50,6 +50,10 @@ class LanguageModeling(SchemaTask):
 
     told = ()
 
+    options_kind: ClassVar[type[LanguageOptions]] = LanguageOptions
+    model_kind: ClassVar[type[CausalModel]] = CausalModel
+    schema: ClassVar[Schema] = CONVERSATIONS
+
     name: str = "language-modeling"
     summary: str = (
         "the next token of texts, answers, chats; Llama, GPT-2, Qwen, …; perplexity by token and byte"
@@ -61,10 +65,10 @@ class LanguageModeling(SchemaTask):
     backbone: Backbone | None = None
     examples_count_alike: bool = False
 
-    def configured(self, job: Job, backbone: Backbone) -> LanguageModeling:
+    def configured(self, job: Job, backbone: Backbone) -> Self:
         return replace(
             self,
-            options=options_of(job.task.options, LanguageOptions),
+            options=options_of(job.task.options, self.options_kind),
             backbone=backbone,
             examples_count_alike="example" in job.privacy.units,
         )
@@ -75,7 +79,7 @@ class LanguageModeling(SchemaTask):
         return causal_tokenizer(self.backbone)
 
     @cached_property
-    def _template(self) -> Template | None:
+    def template(self) -> Template | None:
         """The job's, or the tokenizer's; None where there is neither, or the job's is empty."""
         source = self.options.template
         if source is None and self._tokenizer.chat_template is not None:
@@ -83,12 +87,13 @@ class LanguageModeling(SchemaTask):
         return Template(self._tokenizer, source) if source else None
 
     @cached_property
-    def _coder(self) -> Coder:
+    def coder(self) -> Coder:
+        """Texts to this backbone's tokens, at most `max_tokens`."""
         return Coder(self._tokenizer, self.options.max_tokens)
 
     def check(self, job: Job) -> None:
-        options_of(job.task.options, LanguageOptions)
-        CONVERSATIONS.check(job.data)
+        options_of(job.task.options, self.options_kind)
+        self.schema.check(job.data)
         refuse_augment(job)
         if job.backbone.max_tokens != BackboneSection.model_fields["max_tokens"].default:
             raise ConfigError(
@@ -96,7 +101,7 @@ class LanguageModeling(SchemaTask):
             )
 
     def records(self, options: Options) -> Schema:
-        return CONVERSATIONS
+        return self.schema
 
     def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         """Questions become prompts, and answers completions."""
@@ -109,7 +114,7 @@ class LanguageModeling(SchemaTask):
     def notes_on(
         self, source: Path, data: DataSection, options: Options, backbone: Backbone
     ) -> Sequence[str]:
-        bound = replace(self, options=options_of(options, LanguageOptions), backbone=backbone)
+        bound = self.of_options(options, backbone)
         table = self.read(source, data, options)
         found = [one for part in (table.train, table.test) if part is not None for one in bound.tokens(part)]
         cut = sum(one.is_cut for one in found)
@@ -122,6 +127,10 @@ class LanguageModeling(SchemaTask):
             f" of {silent} nothing is learnt",
         )
 
+    def of_options(self, options: Options, backbone: Backbone) -> Self:
+        """This task with a job's `task.options` and its backbone."""
+        return replace(self, options=options_of(options, self.options_kind), backbone=backbone)
+
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
         return {}
 
@@ -131,7 +140,7 @@ class LanguageModeling(SchemaTask):
     def required_info(self) -> DataInfo:
         """The hashes of the tokenizer and the template: others would write the same text in other tokens."""
         coded = self._tokenizer.backend_tokenizer.to_str()
-        template = {} if self._template is None else {"template": self._template.sha256}
+        template = {} if self.template is None else {"template": self.template.sha256}
         return {"tokenizer": hashlib.sha256(coded.encode()).hexdigest(), **template}
 
     def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
@@ -149,7 +158,7 @@ class LanguageModeling(SchemaTask):
             ConfigError: they are conversations, and there is no template.
             DataError: the template doesn't take one of them.
         """
-        return [self._coder.tokens(rendered) for rendered in self.rendered(dataset)]
+        return [self.coder.tokens(rendered) for rendered in self.rendered(dataset)]
 
     def rendered(self, dataset: Dataset) -> list[Rendered]:
         """Every row as the network reads it, in the order of the rows; raises as `tokens` does."""
@@ -158,21 +167,22 @@ class LanguageModeling(SchemaTask):
         if form == ("text",):
             return [whole(text) for (text,) in rows]
         if form == ("messages",):
-            return [self._conversation(row[0], f"conversation {n}") for n, row in enumerate(rows, start=1)]
-        if self._template is None:
+            return [self.conversation(row[0], f"conversation {n}") for n, row in enumerate(rows, start=1)]
+        if self.template is None:
             return [joined(prompt, completion) for prompt, completion in rows]
         return [
-            self._conversation([*_asked(prompt), {"role": ASSISTANT, "content": answer}], f"prompt {n}")
+            self.conversation([*asked(prompt), {"role": ASSISTANT, "content": answer}], f"prompt {n}")
             for n, (prompt, answer) in enumerate(rows, start=1)
         ]
 
-    def _conversation(self, messages: Messages, where: str) -> Rendered:
-        if self._template is None:
+    def conversation(self, messages: Messages, where: str) -> Rendered:
+        """As the template writes it; raises as `tokens` does."""
+        if self.template is None:
             raise ConfigError(
                 "task.options.template: the data holds messages, and the tokenizer of this backbone has no"
                 " chat template; expected one (jinja)"
             )
-        return self._template.conversation(messages, where)
+        return self.template.conversation(messages, where)
 
     def targets(self, examples: Sequence[Tokens]) -> torch.Tensor:
         """The learnt tokens of each example, and behind them all the bytes that they write."""
@@ -193,17 +203,17 @@ class LanguageModeling(SchemaTask):
             DataError: it can't be read, is empty, or the template doesn't take it.
         """
         text = read_text_input(given)
-        if self._template is None:
+        if self.template is None:
             ids = self._tokenizer(text)["input_ids"]
             ids = ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
         else:
-            asked = self._template.question(_asked(text), "the prompt")
-            ids = self._tokenizer(asked, add_special_tokens=False)["input_ids"]
+            begun = self.template.question(asked(text), "the prompt")
+            ids = self._tokenizer(begun, add_special_tokens=False)["input_ids"]
         return prepared(Tokens(tuple(ids), (False,) * len(ids), 0))
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
-        options = options_of(job.task.options, LanguageOptions)
-        return load_causal(backbone, job, causal_tokenizer(backbone), options)
+        options = options_of(job.task.options, self.options_kind)
+        return load_causal(backbone, job, causal_tokenizer(backbone), options, self.model_kind)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         real = _real(outputs, targets)
@@ -248,7 +258,8 @@ class LanguageModeling(SchemaTask):
         return [{"label": text} for text in predictions]
 
 
-def _asked(prompt: str) -> Messages:
+def asked(prompt: str) -> Messages:
+    """A prompt as a user's message."""
     return [{"role": "user", "content": prompt}]
 
 

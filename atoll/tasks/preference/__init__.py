@@ -1,0 +1,1 @@
+"""Preferences: of two completions the better one, learnt by direct preference optimisation."""
