@@ -87,6 +87,10 @@ BEGINNINGS = {
         "hf:SmolLM2-135M-Instruct", method="lora", tune_keys={"rank": 8, "layers": 4},
         train=ADAM | {"batch_size": 8, "lr": 0.002}, rounds=4, baselines=("zero_shot",),
     ),
+    "preference": Beginning(
+        "hf:SmolLM2-135M-Instruct", method="lora", tune_keys={"rank": 8, "layers": 4},
+        train=ADAM | {"batch_size": 8, "lr": 0.0005}, rounds=4, baselines=(),
+    ),
     "speech-recognition": Beginning(
         "atoll:small-ctc", "random", train=ADAM | {"epochs": 3, "lr": 0.005}, baselines=("zero_shot",)
     ),
