@@ -21,6 +21,7 @@ test: $(STAMP)
 	$(MAKE) --jobs=2 check tests
 
 tests: $(STAMP)
+	$(BIN)/python -m tests.processes
 	$(BIN)/python -m pytest $(TOGETHER) -m "not matrix and not gpu"
 
 fast: $(STAMP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tomllib
@@ -71,6 +72,17 @@ def processes_are_told(request: pytest.FixtureRequest) -> Iterator[None]:
     marked = any(request.node.get_closest_marker(name) for name in STARTS_PROCESSES)
     if _started and not marked:
         pytest.fail(f"starts a process ({_started[0]}): mark it with pytest.mark.processes")
+
+
+@pytest.fixture(autouse=True)
+def lines_of_a_verb_end_with_its_test() -> Iterator[None]:
+    """A verb that runs for days routes its package's log to the output; here the next test has its own."""
+    loggers = [logging.getLogger(name) for name in ("atoll.client", "atoll.server")]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,6 +6,7 @@ itself use `subprocess`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import IO, Any
 
+from atoll.system import fork_server
 from atoll.system.fork_server import import_first, start_program
 from atoll.tasks.imports import ANY
 
@@ -169,3 +171,9 @@ def watched(what: str) -> Iterator[None]:
         yield
         time.sleep(0.01)
     raise AssertionError(f"still no {what} after {WATCHDOG_SECONDS:.0f} s")
+
+
+if __name__ == "__main__":  # writes the compiled files that all processes would otherwise make at once
+    for module in fork_server._modules:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)

@@ -171,7 +171,7 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     data_info = data_info | {"backbone": learner.backbone.fingerprint}
     model = learner.initial()
 
-    def noised(work: Any, request: TrainRequest) -> Any:
+    def noised(work: Any, request: TrainRequest, starts: Any = None) -> Any:
         draw = torch.Generator().manual_seed(request.round)
         for owner in work.data.names:
             delta = {n: torch.randn(t.shape, generator=draw) for n, t in model.items()}
