@@ -16,26 +16,13 @@ The model is for use after a step of alpha at each client, which `evaluate.adapt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atoll.protocol.messages import Update
-from atoll.protocol.tensors import Tensors
-from atoll.strategies.mean import even_mean, moved
-from atoll.strategies.strategy import Plan, State
+from atoll.strategies.meta.reptile import Reptile
 
 
 @dataclass(frozen=True)
-class PerFedAvg:
-    """Move by `lr` times the even mean of the deltas."""
+class PerFedAvg(Reptile):
+    """Move by `lr` times the even mean of the deltas, as Reptile does, by default the whole way."""
 
     lr: float = 1.0
-
-    def begin(self, model: Tensors) -> State:
-        return {}
-
-    def plan(self, state: State, round: int) -> Plan:
-        return {}
-
-    def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        return moved(model, {name: self.lr * d for name, d in even_mean(updates).items()}), state
