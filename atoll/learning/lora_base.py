@@ -93,7 +93,7 @@ def merging_lora(strategy: Strategy, learner: Learner) -> Strategy:
         return strategy
     factors = {n: p.detach().cpu() for n, p in learner.model.named_parameters() if n.endswith((A, B))}
     own = learner.client_tensors
-    frozen = {name: value.clone() for name, value in factors.items() if not p_is_trained(learner, name)}
+    frozen = {name: value.clone() for name, value in factors.items() if not _is_trained(learner, name)}
     scalings = {
         name: float(layer.scaling["default"])
         for name, layer in lora_layers(learner.model)
@@ -103,6 +103,6 @@ def merging_lora(strategy: Strategy, learner: Learner) -> Strategy:
     return LoraMerge(strategy, job.tune.lora_merge, job.seed, known, frozen)
 
 
-def p_is_trained(learner: Learner, name: str) -> bool:
+def _is_trained(learner: Learner, name: str) -> bool:
     """Whether a parameter is trained in any round."""
     return learner.model.get_parameter(name).requires_grad

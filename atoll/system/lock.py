@@ -29,9 +29,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
             file.seek(0)
             pid = file.read().strip() or "unknown"
             raise ConfigError(f"{path.parent.parent}: {what} already runs on this kit, pid {pid}") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        _write_pid(file)
         yield
 
 
@@ -40,10 +38,14 @@ def hold(path: Path) -> TextIO:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = path.open("a+", encoding="ascii")
     fcntl.flock(file, fcntl.LOCK_EX)
+    _write_pid(file)
+    return file
+
+
+def _write_pid(file: TextIO) -> None:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    return file
 
 
 def is_held(path: Path) -> bool | None:

@@ -151,9 +151,7 @@ class FlowerControlClient:
 
     def config(self, run_id: int) -> tuple[str, str]:
         """A run's job and its run directory; both empty for another app's run."""
-        with _one_line(self._address):
-            run = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
-        config = user_config_from_proto(run.override_config)
+        config = user_config_from_proto(self._listed(run_id).override_config)
         return str(config.get("job", "")), str(config.get("out", ""))
 
     def start_job(self, job: str, out: str) -> int:
@@ -181,8 +179,12 @@ class FlowerControlClient:
 
     def run(self, run_id: int) -> Run:
         """How one run stands."""
+        return _run(self._listed(run_id))
+
+    def _listed(self, run_id: int) -> ProtoRun:
         with _one_line(self._address):
-            return _run(self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id])
+            found: ProtoRun = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
+        return found
 
     def stop(self, run_id: int) -> bool:
         """Whether the run was stopped by this call."""
