@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from atoll.backbones.augmentation import TEXT_AUGMENTATIONS
 from atoll.backbones.encoder import Encoder
 from atoll.backbones.options import check_augment, refuse_options
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.text import load_text_encoder
-from atoll.data.lazy import LazyColumn
+from atoll.data.dataset import Dataset
+from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.parsers import text_cell
 from atoll.data.schema import SchemaField
+from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError
 from atoll.job.job import BackboneSection, Job
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.schema_task import SchemaTask
 
 TEXT = SchemaField(
@@ -40,6 +45,16 @@ class TextFeatures(SchemaTask):
                 f"backbone.channels_last: expected false for {self.name}, found true: texts have no channels"
             )
         refuse_options(job.backbone.options, "backbone.options", f"a backbone of {self.name}")
+
+    def targets(self, dataset: Dataset, order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
+        """What is to be learnt of each row, in that order, [n, outputs]."""
+        raise NotImplementedError
+
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        inputs = LazyRows(texts_of(dataset), tuple(order))
+        return Shard(inputs, self.targets(dataset, order, data_info), tuple(keys[row] for row in order))
 
     def input_suffixes(self) -> tuple[str, ...]:
         return (".txt",)

@@ -17,15 +17,13 @@ from torch import nn
 from atoll.backbones.options import refuse_options
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import shown
-from atoll.data.lazy import LazyRows
 from atoll.data.parsers import name_cell
 from atoll.data.schema import Schema, SchemaField
-from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told, pinned_names
-from atoll.tasks.text_scores.encoded import TEXT, TextFeatures, texts_of
+from atoll.tasks.text_scores.encoded import TEXT, TextFeatures
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -101,9 +99,7 @@ class TextLabels(TextFeatures):
             raise ConfigError(f"{self.name} needs at least one label, found none in the data")
         return {"labels": labels}
 
-    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
-        keys = self.keys(dataset) if keys is None else keys
-        order = canonical_order(keys)
+    def targets(self, dataset: Dataset, order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
         place = {label: number for number, label in enumerate(data_info["labels"])}
         targets, given = torch.zeros(len(order), len(place)), dataset["labels"][:]
         for target, row in zip(targets, order, strict=True):
@@ -113,8 +109,7 @@ class TextLabels(TextFeatures):
                     " name them all"
                 )
             target[[place[label] for label in given[row]]] = 1.0
-        inputs = LazyRows(texts_of(dataset), tuple(order))
-        return Shard(inputs, targets, tuple(keys[row] for row in order))
+        return targets
 
     def head(self, width: int, data_info: DataInfo) -> nn.Module:
         return nn.Linear(width, len(data_info["labels"]))

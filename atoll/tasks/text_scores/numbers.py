@@ -18,15 +18,13 @@ from torch import nn
 from atoll.backbones.options import options_of
 from atoll.backbones.resolve import Backbone
 from atoll.data.dataset import Dataset
-from atoll.data.lazy import LazyRows
 from atoll.data.parsers import number_cell
 from atoll.data.schema import Schema, SchemaField
-from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError
 from atoll.job.job import DataSection, Job, Options
 from atoll.job.section import Positive, Section
 from atoll.protocol.messages import DataInfo
-from atoll.tasks.text_scores.encoded import TEXT, TextFeatures, texts_of
+from atoll.tasks.text_scores.encoded import TEXT, TextFeatures
 from atoll.tasks.told import ToldField
 
 if TYPE_CHECKING:
@@ -104,14 +102,10 @@ class TextRegression(TextFeatures):
             return self.options.mean, self.options.deviation
         return float(data_info["mean"]), float(data_info["deviation"])
 
-    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
-        keys = self.keys(dataset) if keys is None else keys
-        order = canonical_order(keys)
+    def targets(self, dataset: Dataset, order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
         (mean, deviation), numbers = self.scale(data_info), dataset["number"][:]
         plain = torch.tensor([numbers[row] for row in order], dtype=torch.float64)
-        targets = ((plain - mean) / deviation).to(torch.float32).unsqueeze(1)
-        inputs = LazyRows(texts_of(dataset), tuple(order))
-        return Shard(inputs, targets, tuple(keys[row] for row in order))
+        return ((plain - mean) / deviation).to(torch.float32).unsqueeze(1)
 
     def head(self, width: int, data_info: DataInfo) -> nn.Module:
         return nn.Linear(width, 1)
