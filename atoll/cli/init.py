@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atoll.cli.display import escape, out
-from atoll.cli.inspect import show_findings, table_given
+from atoll.cli.inspect import (
+    ImageColumn,
+    LabelColumn,
+    OtherColumns,
+    TaskOptions,
+    TextColumn,
+    section_given,
+    show_findings,
+    table_given,
+)
 from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, DataError
@@ -21,6 +30,7 @@ from atoll.plugins import load_files
 if TYPE_CHECKING:
     from atoll.data.classification import Findings
     from atoll.data.dataset import Dataset
+    from atoll.job.job import DataSection
 
 ROWS_A_CLIENT, MOST_CLIENTS = 20, 10
 """Where no column says whose a row is: so many rows a client at least, and so many clients at most."""
@@ -40,8 +50,6 @@ WHOSE = (
     "series",
 )
 """Names of columns that say whose a row is, the likeliest first."""
-ROLES = ("text", "image", "label")
-"""Columns with a key of their own; the others are in `data.columns`."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +129,11 @@ def init(
     clients: Annotated[
         int | None, typer.Option(min=1, help="Simulated clients; else as many as suit the data.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="The text column, if it isn't found.")] = None,
-    image: Annotated[str | None, typer.Option(help="The image column, if it isn't found.")] = None,
-    label: Annotated[str | None, typer.Option(help="The label column, if it isn't found.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(metavar="ROLE=NAME", help="Another column, as in data.columns.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
-    ] = None,
+    text: TextColumn = None,
+    image: ImageColumn = None,
+    label: LabelColumn = None,
+    column: OtherColumns = None,
+    option: TaskOptions = None,
     plugin: Plugins = None,
 ) -> None:
     """Look at data, and write a first job for it, with a comment to every choice."""
@@ -148,15 +152,17 @@ def init(
     if not where.parent.is_dir():
         raise ConfigError(f"{where}: there is no folder {where.parent}")
     own = {"text": text, "image": image, "label": label}
-    columns = {role: given for role, given in own.items() if given} | table_given(column, "--column")
+    others = table_given(column, "--column")
     options = table_given(option, "--option")
-    findings, train, has_test = _look(task, data, columns, options)
+    section = section_given(data, **own, columns=others)
+    findings, train, has_test = _look(task, section, options)
     show_findings(findings)
-    text = job_text(
-        name, task, _source(data, where.parent), findings, train,
-        has_test=has_test, clients=clients, columns=columns, options=options,
+    named = {role: given for role, given in own.items() if given}
+    written = job_text(
+        name, task, _source(data, where.parent), findings, train, has_test=has_test, clients=clients,
+        columns=named | {f"columns.{role}": given for role, given in others.items()}, options=options,
     )  # fmt: skip
-    where.write_text(text, "utf-8")
+    where.write_text(written, "utf-8")
     try:
         check_simulated(Job.load(where))
     except ConfigError:
@@ -166,29 +172,22 @@ def init(
     out().print(f"run it  atoll simulate {escape(str(where))}", highlight=False, soft_wrap=True)
 
 
-def _look(
-    task: str, data: Path, columns: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[Findings, Dataset, bool]:
+def _look(task: str, section: DataSection, options: dict[str, Any]) -> tuple[Findings, Dataset, bool]:
     """What is in the data, its rows to train on, and whether it has some to test on.
 
     Raises:
         DataError: some of it can't be used.
     """
-    from atoll.job.extension_options import validated
-    from atoll.job.job import DataSection
     from atoll.tasks import task_named
 
-    own = {role: name for role, name in columns.items() if role in ROLES}
-    rest = {role: name for role, name in columns.items() if role not in ROLES}
-    section = validated(DataSection, {"source": str(data), **own, "columns": rest}, "data")
-    assert isinstance(section, DataSection)
-    findings = task_named(task).inspect(data, section, dict(options))
+    data = Path(section.source)
+    findings = task_named(task).inspect(data, section, options)
     if findings.bad:
         raise DataError(
             findings.problems[0] if findings.bad == 1
             else f"{data}: {findings.bad} examples cannot be used; see: atoll check {data} --task {task}"
         )  # fmt: skip
-    table = task_named(task).read(data, section, dict(options))
+    table = task_named(task).read(data, section, options)
     return findings, table.train, table.test is not None
 
 
@@ -204,7 +203,7 @@ def job_text(
     columns: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> str:
-    """The job as a commented TOML file; `source` is written as it is."""
+    """The job as a commented TOML file; `source` is written as it is, `columns` by their keys in `[data]`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from atoll.tasks import TASKS
@@ -221,11 +220,10 @@ def job_text(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     environment.filters["toml"] = in_toml
-    named = {f"columns.{role}" if role not in ROLES else role: value for role, value in columns.items()}
     return environment.get_template("job.toml.jinja").render(
         name=name, task=task, summary=TASKS[task].summary, source=source, options=dict(options),
         found="; ".join(one.in_words for one in findings.counts) or f"{rows} rows to train on",
-        columns=named, classes=classes, natural=natural, others=others,
+        columns=dict(columns), classes=classes, natural=natural, others=others,
         skewed=bool(classes), has_test=has_test, rounds=begins.rounds, every=max(begins.rounds // 4, 1),
         clients=clients or max(min(MOST_CLIENTS, rows // ROWS_A_CLIENT), 2),
         backbone={"name": begins.backbone, "weights": begins.weights, "rest": dict(begins.backbone_keys)},

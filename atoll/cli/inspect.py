@@ -17,8 +17,18 @@ from atoll.trained import check_finished
 
 if TYPE_CHECKING:
     from atoll.data.classification import Findings
+    from atoll.job.job import DataSection
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+TextColumn = Annotated[str | None, typer.Option(help="The text column, if it isn't found.")]
+ImageColumn = Annotated[str | None, typer.Option(help="The image column, if it isn't found.")]
+LabelColumn = Annotated[str | None, typer.Option(help="The label column, if it isn't found.")]
+OtherColumns = Annotated[
+    list[str] | None, typer.Option(metavar="ROLE=NAME", help="Another column, as in data.columns.")
+]
+TaskOptions = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -86,12 +96,10 @@ def read_result(run: Path) -> dict[str, Any]:
 def check(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A shard: a folder or a file.")],
     task: Annotated[str, typer.Option("--task", metavar="T", help="See: atoll list tasks.")],
-    text: Annotated[str | None, typer.Option(help="The text column, if it isn't found.")] = None,
-    image: Annotated[str | None, typer.Option(help="The image column, if it isn't found.")] = None,
-    label: Annotated[str | None, typer.Option(help="The label column, if it isn't found.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option(metavar="ROLE=NAME", help="Another column, as in data.columns.")
-    ] = None,
+    text: TextColumn = None,
+    image: ImageColumn = None,
+    label: LabelColumn = None,
+    column: OtherColumns = None,
     time_format: Annotated[
         str | None, typer.Option(help="How times are written (strptime), as in data.time_format.")
     ] = None,
@@ -99,9 +107,7 @@ def check(
     window: Annotated[
         str | None, typer.Option(metavar="LOW,HIGH", help="As data.window: the grey values to be seen.")
     ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the task's options.")
-    ] = None,
+    option: TaskOptions = None,
     backbone: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also say what it reads of a language model's data.")
     ] = None,
@@ -109,16 +115,12 @@ def check(
 ) -> None:
     """Look at a site's data before it joins: what is there, and what is wrong with it."""
     load_files(plugin or ())
-    from atoll.job.extension_options import validated
-    from atoll.job.job import DataSection
     from atoll.tasks import task_named
 
-    given = {
-        "text": text, "image": image, "label": label, "columns": table_given(column, "--column"),
-        "time_format": time_format, "bits": bits, "window": _window(window),
-    }  # fmt: skip
-    section = validated(DataSection, {"source": str(data), **given}, "data")
-    assert isinstance(section, DataSection)
+    section = section_given(
+        data, text=text, image=image, label=label, columns=table_given(column, "--column"),
+        time_format=time_format, bits=bits, window=_window(window),
+    )  # fmt: skip
     findings = task_named(task).inspect(data, section, table_given(option, "--option"))
     if findings.bad == 1 and not (findings.train or findings.test):  # all of it is one fault
         raise DataError(findings.problems[0])
@@ -133,6 +135,20 @@ def check(
         for note in task_named(task).notes_on(data, section, table_given(option, "--option"), found):
             out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
     out().print("[green]ready[/]: a run can use this data as it is")
+
+
+def section_given(data: Path, **given: Any) -> DataSection:
+    """`[data]` of a shard that options describe.
+
+    Raises:
+        ConfigError: a value isn't one that the key takes.
+    """
+    from atoll.job.extension_options import validated
+    from atoll.job.job import DataSection
+
+    section = validated(DataSection, {"source": str(data), **given}, "data")
+    assert isinstance(section, DataSection)
+    return section
 
 
 def show_findings(findings: Findings) -> None:
