@@ -39,6 +39,18 @@ def test_new_federations_keep_every_invariant() -> None:
         assert not outcome.violations, str(outcome)
 
 
+FAILED_ONCE = {
+    55007374707693211: "killed as job.toml was named, then power was lost: the name wasn't on the disk"
+}
+
+
+@pytest.mark.parametrize("seed", FAILED_ONCE)
+def test_a_seed_that_failed_once_stays_mended(seed: int) -> None:
+    outcome = play(Scenario.of(seed))
+    assert not outcome.violations, str(outcome)
+    assert {"killed at a rename", "power lost at a rename"} <= set(outcome.happened)
+
+
 def at(kind: str, who: int, at: int, amount: float = 0.5) -> Fault:
     return Fault(kind, who, at, amount)
 

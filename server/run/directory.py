@@ -19,7 +19,7 @@ from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
 from atoll.protocol.tensors import Tensors, to_bytes
 from atoll.server.run.checkpoint import Checkpoint, latest
-from atoll.system.durable_files import append_synced, is_begun, remove, replace_synced
+from atoll.system.durable_files import append_synced, is_begun, remove, replace_synced, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class RunDirectory:
             directory = cls(path, lock, job, made, is_new, replaces=force and not is_new)
             if is_new:
                 directory._write_job()
+            else:
+                sync_folder(path)  # whoever wrote job.toml may have been killed before that
         except OSError as error:
             _remove_empty(made)
             raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
