@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -31,6 +32,9 @@ SLOW = Path(__file__).with_name("slow.txt")
 settings.register_profile("test", deadline=None, derandomize=True)
 settings.register_profile("matrix", deadline=None)
 settings.load_profile(os.environ.get("ATOLL_TEST_PROFILE", "test"))
+
+gc.disable()
+"""Until all tests are known: what is imported until then stays, and is no garbage."""
 
 STARTS_PROCESSES = ("processes", "federation")
 """Markers of tests that may start processes; all others are held to starting none."""
@@ -104,6 +108,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"{MATRIX}: fits no test: {', '.join(sorted(unused))}")
     known = budgets()
     items.sort(key=lambda item: -known.get(_file(item.nodeid), 0.0))
+
+
+def pytest_collection_finish() -> None:
+    """Nothing of the million objects that are here by now is to be looked at by the garbage collector."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -16,6 +17,7 @@ import torch
 from atoll.privacy.noise import entropy
 from atoll.privacy.secagg import Participant
 from atoll.system.fork_server import worker_pool
+from atoll.system.preload import MODULES
 from tests.processes import atoll, python, wait_until
 
 pytestmark = pytest.mark.processes
@@ -39,6 +41,8 @@ def look() -> dict[str, object]:
         "interrupts": signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set()),
         "accelerator": torch.cuda.is_initialized(),
         "title": Path("/proc/self/cmdline").read_text().rstrip("\0 "),
+        "garbage": (gc.isenabled(), gc.get_freeze_count() > 100_000),
+        "preload": os.environ.get(MODULES),
     }
 
 
@@ -58,6 +62,8 @@ def test_a_worker_has_its_parents_environment_and_group_and_no_interrupts(
         assert found["torch"] and found["environment"] == colour and found["given"] == {"key": colour}
         assert found["group"] == os.getpgid(0) and found["interrupts"] and not found["accelerator"]
         assert found["title"] == "atoll worker"
+        # What the server imported is no garbage, and looking at it would copy it.
+        assert found["garbage"] == (True, True) and found["preload"] is None
 
 
 def test_workers_of_a_worker_come_from_the_same_server() -> None:

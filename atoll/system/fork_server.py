@@ -26,6 +26,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from atoll import plugins
+from atoll.system import preload
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -67,7 +68,7 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     if not _inherited:
         with _lock, _search_path(), _interrupts_blocked():
-            context.set_forkserver_preload(list(_modules))
+            context.set_forkserver_preload([preload.__name__])
             forkserver.ensure_running()
     return context
 
@@ -81,6 +82,7 @@ def _search_path() -> Iterator[None]:
         | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "PYTHONSAFEPATH": "1",
+            preload.MODULES: " ".join(_modules),
         }
     )
     before = {name: os.environ.get(name) for name in changed}

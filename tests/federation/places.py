@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from atoll.errors import JobError
 from atoll.job.job import Job
@@ -74,17 +76,23 @@ def installed_atoll(log: Path, code: Path, *arguments: str) -> Running:
         return Running(subprocess.Popen(command, stdout=output, stderr=output, cwd=code, env=env), log)
 
 
-FIRST_PORT, PORTS_A_PROCESS = 20_000, 500
+FIRST_PORT, PORTS = 20_000, 10_000
 """Below those that the system gives to connections, which take one here and there at any moment."""
-_ports = count(FIRST_PORT + PORTS_A_PROCESS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+_taken: list[FileLock] = []
+"""Whoever holds a port's lock has it to itself among all tests on this machine, until its process ends."""
 
 
 def unused_port() -> int:
-    """A loopback port that nobody listens on, and that nobody else is going to take."""
-    for port in _ports:
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+    """A loopback port that nobody listens on, and that no other test is going to take."""
+    folder = Path(tempfile.gettempdir(), f"atoll-test-ports-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    for port in range(FIRST_PORT, FIRST_PORT + PORTS):
+        lock = FileLock(folder / str(port), thread_local=False)
+        with contextlib.suppress(OSError, Timeout), socket.create_server(("127.0.0.1", port)):
+            lock.acquire(blocking=False)
+            _taken.append(lock)
             return port
-    raise AssertionError("ports never end")
+    raise AssertionError(f"none of the ports from {FIRST_PORT} is unused")
 
 
 def provisioned(
