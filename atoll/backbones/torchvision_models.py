@@ -7,12 +7,13 @@ backbone whose features are kept, or of one that somebody mistyped.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
-from atoll.system.installed import folder_of, parsed
+from atoll.system.installed import folder_of
 
 TorchvisionKind = Literal["classification", "segmentation", "detection"]
 
@@ -21,7 +22,9 @@ _FOLDERS: dict[TorchvisionKind, str] = {
 }  # fmt: skip
 _OTHERS = ("maskrcnn", "keypointrcnn")
 """Masks and key points of objects are other tasks."""
-_REGISTERED = "@register_model"
+_REGISTRATION = re.compile(
+    r'^@register_model\((?:name="(?P<given>\w+)")?\)$.*?^def (?P<builder>\w+)', re.DOTALL | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -39,49 +42,49 @@ class Published:
 
 def torchvision_names(kind: TorchvisionKind = "classification") -> list[str]:
     """Names of torchvision's models of that kind."""
-    return [name for name in sorted(_models(kind)) if not name.startswith(_OTHERS)]
+    return [name for name in sorted(_files(kind)) if not name.startswith(_OTHERS)]
 
 
+@cache
 def published_weights(name: str) -> Published:
     """What torchvision publishes for one of its models.
 
     Raises:
         LookupError: there is no such model.
     """
-    for kind in _FOLDERS:
-        if name in _models(kind):
-            return _models(kind)[name]
-    raise LookupError(f"torchvision has no model {name!r}")
+    file = next((_files(kind)[name] for kind in _FOLDERS if name in _files(kind)), None)
+    if file is None:
+        raise LookupError(f"torchvision has no model {name!r}")
+    tree = ast.parse(file.read_text("utf-8"))
+    builder = next(node for node in tree.body if _registered_as(node) == name)
+    assert isinstance(builder, ast.FunctionDef)
+    return _published(tree, builder)
 
 
 @cache
-def _models(kind: TorchvisionKind) -> dict[str, Published]:
+def _files(kind: TorchvisionKind) -> dict[str, Path]:
+    """The files that register models, by the models' names.
+
+    Found by words: to parse all of them takes half a second, to parse the one that is asked for nothing.
+    """
     folder = folder_of("torchvision") / "models" / _FOLDERS[kind]
     return {
-        _name_of(builder): _published(tree, builder)
-        for tree in parsed(folder, _REGISTERED)
-        for builder in _builders(tree)
+        found["given"] or found["builder"]: file
+        for file in sorted(folder.glob("*.py"))
+        for found in _REGISTRATION.finditer(file.read_text("utf-8"))
     }
 
 
-def _builders(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """The functions that torchvision makes its models with."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and _registration(node) is not None:
-            yield node
-
-
-def _registration(builder: ast.FunctionDef) -> ast.Call | None:
-    calls = [one for one in builder.decorator_list if isinstance(one, ast.Call)]
-    return next((one for one in calls if ast.unparse(one.func) == "register_model"), None)
-
-
-def _name_of(builder: ast.FunctionDef) -> str:
-    """What it is registered as: what the decorator says, or else the function's own name."""
-    registration = _registration(builder)
-    assert registration is not None
+def _registered_as(node: ast.stmt) -> str | None:
+    """The model that a function makes: what the decorator says, or else the function's own name."""
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    calls = [one for one in node.decorator_list if isinstance(one, ast.Call)]
+    registration = next((one for one in calls if ast.unparse(one.func) == "register_model"), None)
+    if registration is None:
+        return None
     given = [keyword.value for keyword in registration.keywords if keyword.arg == "name"]
-    return str(ast.literal_eval(given[0])) if given else builder.name
+    return str(ast.literal_eval(given[0])) if given else node.name
 
 
 def _published(tree: ast.Module, builder: ast.FunctionDef) -> Published:

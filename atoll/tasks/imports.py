@@ -10,8 +10,10 @@ TOKENS = ("transformers.models.auto.tokenization_auto",)
 IMAGES = ("torchvision.models",)
 PRIVATE = ("opacus.grad_sample",)
 ADAPTERS = ("peft",)
+TABLES = ("pandas",)
+"""pyarrow looks whether it is there when it makes its first array, which takes a second."""
 
-ANY = (*LEARNING, *TEXT, *TOKENS, *IMAGES)
+ANY = (*LEARNING, *TEXT, *TOKENS, *IMAGES, *TABLES)
 """For a process that doesn't know yet which jobs it will get."""
 
 
