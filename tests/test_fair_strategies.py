@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,13 +13,20 @@ import torch
 from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.job import Job, StrategySection
 from atoll.job.train import TrainSection
+from atoll.learning import trainable
 from atoll.protocol.messages import RECEIVED_LOSS, Update
+from atoll.protocol.requests import Request
 from atoll.protocol.stacked_updates import stacked
 from atoll.server.run.checkpoint import latest
+from atoll.server.run.run_job import run_job
+from atoll.sim.engines.engine import cached_test_set
+from atoll.sim.engines.inline import InlineTransport
+from atoll.sim.population.population import Population
 from atoll.strategies import build_strategy
 from atoll.strategies.fair.afl import PREFIX, AgnosticFederatedLearning, nearest_in_simplex
 from atoll.strategies.fair.qffl import QFedAvg
-from tests.test_client_state import Array, Softmax, final, heads
+from tests.small import few_pictures, image_job
+from tests.test_client_state import Array, Clients, Softmax, final, heads
 from tests.test_simulation import run
 
 
@@ -181,3 +188,42 @@ def test_afl_leaves_the_worst_client_with_less_loss_than_fedavg(tmp_path: Path) 
         problem = Measured(setting)
         worst[name] = max(problem.loss(final(tmp_path / name, "model/"), k) for k in problem.names)
     assert worst["afl"] < worst["fedavg"]
+
+
+class Listening(InlineTransport):
+    """Keeps what each update of the first round says of the model that it received."""
+
+    heard: ClassVar[dict[str, float]] = {}
+
+    def send_and_receive(self, request: Request, names: Any, timeout: float) -> Any:
+        for reply in super().send_and_receive(request, names, timeout):
+            if isinstance(reply, Update) and reply.round == 1:
+                self.heard[reply.client] = float(reply.states[RECEIVED_LOSS])
+            yield reply
+
+
+def small_network(name: str) -> Job:
+    return image_job(
+        "squeezenet1_1", data=few_pictures(14, classes=2), tune={"method": "full"},
+        train={"lr": 0.01, "batch_size": 4, "dropout": 0.0}, strategy={"name": name},
+        federation={"clients": 2, "quorum": 1.0, "rounds": 2},
+    )  # fmt: skip
+
+
+def test_the_loss_of_a_network_is_its_mean_cross_entropy_and_all_engines_give_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    setting = small_network("afl")
+    population = Population.of(setting)
+    heard = run_job(setting, Listening.of(population), tmp_path / "one", cached_test_set(population, None))
+    clients = Clients(setting)
+    learner = clients.learner
+    trainable.load_values(learner.model, learner.initial())
+    learner.model.eval()
+    for name in clients.names:
+        shard = clients.train(name)
+        with torch.no_grad():
+            outputs = learner.model(learner.collate(shard, range(len(shard)), None))
+        expected = torch.nn.functional.cross_entropy(outputs, shard.targets)
+        assert Listening.heard[name] == pytest.approx(float(expected), rel=1e-4)
+    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == heard["model_sha256"]
