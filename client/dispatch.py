@@ -28,6 +28,7 @@ from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
 from atoll.client.training.per_fedavg import inner_lr_of
+from atoll.client.training.received_loss import with_received_losses
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.job.train import PLAIN_STEPS
@@ -118,6 +119,8 @@ class LocalWork:
                 job, updates = self.learner.job, trained(self, request)
                 if LOCAL_STEPS in request.plan:
                     updates = with_local_steps(updates, job.train)
+                if job.strategy.sends_losses:
+                    updates = with_received_losses(updates, received_losses(self, request))
                 return compressed(updates, sent_back(self, request), job, self.memory)
             case MaskedSumRequest() | UnmaskedSumRequest():
                 job, length_of = self.learner.job, sent_back(self, request)
@@ -279,6 +282,13 @@ def full_gradients(work: LocalWork, request: TrainRequest) -> Iterator[Update]:
         shard = work.data.train(name)
         whole = with_one_step(job, parts=max(1, -(-len(shard) // part)), part=part)
         yield train_model(learner, request.tensors, shard, whole, client=name, round=request.round, plan={})
+
+
+def received_losses(work: LocalWork, request: TrainRequest) -> dict[str, float]:
+    """Each client's mean training loss of the model in the request; of clients that have examples."""
+    updates = full_gradients(work, request)
+    sums = {u.client: (u.states["train_loss.sum"], u.states["train_loss.count"]) for u in updates}
+    return {client: float(summed) / float(count) for client, (summed, count) in sums.items()}
 
 
 def with_one_step(job: Job, *, parts: int, part: int) -> Job:

@@ -17,13 +17,16 @@ from atoll.errors import ConfigError
 from atoll.job.extension_options import checked_options, validated
 from atoll.job.federation import FederationSection
 from atoll.job.job import Job, StrategySection
+from atoll.job.train import TrainSection
 from atoll.plugins import BUILT_IN, Extension, Registry
 from atoll.strategies.options import (
     HOSTILE_OPTIONS,
+    AflOptions,
     FedDynOptions,
     FedExpOptions,
     HostileOptions,
     PerFedAvgOptions,
+    QFedAvgOptions,
     ScaffoldOptions,
     check_hostile_clients,
 )
@@ -66,7 +69,7 @@ class Entry:
     """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose.
 
     `options` is the model of its `strategy.options`, if it is one of ours that has any. Where
-    `counts_clients` it is built with the number of all `clients`.
+    `counts_clients` it is built with the number of all `clients`, where `knows_client_lr` with theirs.
     """
 
     build: Callable[..., Strategy]
@@ -75,6 +78,7 @@ class Entry:
     origin: str = BUILT_IN
     options: type[BaseModel] | None = None
     counts_clients: bool = False
+    knows_client_lr: bool = False
 
     @property
     def accepted_keys(self) -> tuple[str, ...]:
@@ -130,6 +134,18 @@ def _feddyn(options: FedDynOptions, clients: int) -> Strategy:
     return FedDyn(clients, options.alpha)
 
 
+def _qffl(options: QFedAvgOptions, client_lr: float) -> Strategy:
+    from atoll.strategies.fair.qffl import QFedAvg
+
+    return QFedAvg(options.lipschitz or 1 / client_lr, options.q)
+
+
+def _afl(options: AflOptions, **keys: Any) -> Strategy:
+    from atoll.strategies.fair.afl import AgnosticFederatedLearning
+
+    return AgnosticFederatedLearning(lambda_lr=options.lambda_lr, **keys)
+
+
 def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
     from atoll.strategies.meta.per_fedavg import PerFedAvg
 
@@ -148,6 +164,9 @@ def _against_hostile(name: str, summary: str) -> Entry:
 
 ALONE = FederationSection()
 """A federation with every default."""
+
+TRAINING = TrainSection()
+"""Local training with every default."""
 
 ADAPTIVE = ("lr", "beta1", "beta2", "tau")
 
@@ -196,6 +215,20 @@ BUILT_INS: dict[str, Entry] = {
         ("lr", "options"),
         "even mean of deltas made for a model that a step adapts, first-order MAML (Fallah 2020)",
         options=PerFedAvgOptions,
+    ),
+    "qffl": Entry(
+        _qffl,
+        ("options",),
+        "deltas weighted by a power of each client's loss, q-FedAvg (Li 2020)",
+        options=QFedAvgOptions,
+        knows_client_lr=True,
+    ),
+    "afl": Entry(
+        _afl,
+        ("lr", "options"),
+        "deltas weighted for the worst mixture of the clients' data (Mohri 2019)",
+        options=AflOptions,
+        counts_clients=True,
     ),
     **{
         name: _against_hostile(name, summary)
@@ -283,8 +316,12 @@ def _options(entry: Entry, section: StrategySection) -> BaseModel | None:
     return validated(entry.options, section.options or {}, "strategy.options")
 
 
-def build_strategy(section: StrategySection, federation: FederationSection = ALONE) -> Strategy:
+def build_strategy(
+    section: StrategySection, federation: FederationSection = ALONE, train: TrainSection = TRAINING
+) -> Strategy:
     """The strategy a job names, `flwr:NAME` for one of Flower's own, for rounds of its `federation`.
+
+    Some take the clients' learning rate from `train`.
 
     Raises:
         ConfigError: the name is unknown, or a key has no meaning for it.
@@ -301,6 +338,8 @@ def build_strategy(section: StrategySection, federation: FederationSection = ALO
         keys["options"] = options
     if entry.counts_clients:
         keys["clients"] = federation.clients
+    if entry.knows_client_lr:
+        keys["client_lr"] = train.lr
     return _scheduled(entry.build(**keys), section, federation)
 
 

@@ -12,12 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from atoll.protocol.messages import Update
-from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.mean import example_counts, moved, weighted_mean
+from atoll.strategies.mean import delta_of, example_counts, moved, squared_norm, weighted_mean
 from atoll.strategies.strategy import Plan, State
 
 
@@ -42,18 +39,6 @@ class FedExp:
 def extrapolation(updates: Sequence[Update], mean: Tensors, epsilon: float) -> float:
     """The paper's eta_g, of the updates and their weighted mean; 1 where nothing moved."""
     counts = example_counts(updates)
-    spread = sum(n * _square(_delta(updates, i)) for i, n in enumerate(counts)) / sum(counts)
-    below = 2 * (_square(mean) + epsilon)
+    spread = sum(n * squared_norm(delta_of(updates, i)) for i, n in enumerate(counts)) / sum(counts)
+    below = 2 * (squared_norm(mean) + epsilon)
     return max(1.0, spread / below) if below else 1.0
-
-
-def _delta(updates: Sequence[Update], place: int) -> Tensors:
-    if isinstance(updates, StackedUpdates):
-        return {name: stack[place] for name, stack in updates.delta.items()}
-    return updates[place].delta
-
-
-def _square(tensors: Tensors) -> float:
-    """The squared L2 norm over all tensors, summed in float64 in the order of their names."""
-    flat = (tensors[name].reshape(-1).to(torch.float64) for name in sorted(tensors))
-    return sum(float(torch.linalg.vector_norm(values)) ** 2 for values in flat)

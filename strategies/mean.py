@@ -33,7 +33,20 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
     total = sum(counts)
     if total == 0:
         raise InconsistentUpdates("no examples behind any update: nothing to average")
-    weights = torch.tensor(counts, dtype=torch.float64)
+    return _weighted(updates, torch.tensor(counts, dtype=torch.float64), total)
+
+
+def weighted_sum(updates: Sequence[Update], weights: torch.Tensor) -> Tensors:
+    """The sum of each delta times a weight of its own, [clients], in float64 and in the order given.
+
+    >>> [a, b] = [Update(name, 1, {"w": torch.tensor([3.0])}, 1) for name in "ab"]
+    >>> weighted_sum([a, b], torch.tensor([0.5, 2.0]))
+    {'w': tensor([7.5000], dtype=torch.float64)}
+    """
+    return _weighted(updates, weights.to(torch.float64), 1)
+
+
+def _weighted(updates: Sequence[Update], weights: torch.Tensor, total: int) -> Tensors:
     if isinstance(updates, StackedUpdates):
         return {name: _of_stack(weights, delta, total) for name, delta in updates.delta.items()}
     return {name: _of_each(weights, [u.delta[name] for u in updates], total) for name in updates[0].delta}
@@ -51,6 +64,19 @@ def example_counts(updates: Sequence[Update]) -> Sequence[int]:
     if isinstance(updates, StackedUpdates):
         return updates.num_examples
     return [update.num_examples for update in updates]
+
+
+def delta_of(updates: Sequence[Update], place: int) -> Tensors:
+    """The delta at a place, without taking a stack apart."""
+    if isinstance(updates, StackedUpdates):
+        return {name: stack[place] for name, stack in updates.delta.items()}
+    return updates[place].delta
+
+
+def squared_norm(tensors: Tensors) -> float:
+    """The squared L2 norm over all tensors, summed in float64 in the order of their names."""
+    flat = (tensors[name].reshape(-1).to(torch.float64) for name in sorted(tensors))
+    return sum(float(torch.linalg.vector_norm(values)) ** 2 for values in flat)
 
 
 STACK_BLOCK = 1 << 16

@@ -90,6 +90,19 @@ class FedDynOptions(Section):
     alpha: Positive = 0.01
 
 
+class QFedAvgOptions(Section):
+    """The paper's q, and its L; 1 over the clients' learning rate where nothing is said."""
+
+    q: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    lipschitz: Positive | None = None
+
+
+class AflOptions(Section):
+    """How far the clients' weights go in a round, the paper's gamma_lambda."""
+
+    lambda_lr: Positive = 0.1
+
+
 class PerFedAvgOptions(Section):
     """How far a client's step of adaptation goes, the paper's alpha."""
 

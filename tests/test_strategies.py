@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.federation import FederationSection
 from atoll.job.job import StrategySection
-from atoll.protocol.messages import LOCAL_STEPS, Update
+from atoll.protocol.messages import LOCAL_STEPS, RECEIVED_LOSS, Update
 from atoll.protocol.stacked_updates import stacked
 from atoll.strategies import STRATEGIES, build_strategy, mean
 from atoll.strategies.fedavg import FedAvg
@@ -204,7 +204,7 @@ def test_state_is_flat_for_every_strategy() -> None:
     for name in STRATEGIES:
         strategy = build_strategy(StrategySection(name=name))
         told = {
-            "states": {LOCAL_STEPS: torch.tensor(1.0)},
+            "states": {LOCAL_STEPS: torch.tensor(1.0), RECEIVED_LOSS: torch.tensor(1.0)},
             "strategy_tensors": tensors_for_clients(strategy, strategy.begin(model)),
         }
         updates = [replace(update([1.0, 2.0], 1, client), **told) for client in "abcdefg"]

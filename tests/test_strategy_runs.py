@@ -13,7 +13,7 @@ from atoll.client.training.local_steps import accumulated_steps
 from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.job import Job
 from atoll.job.train import TrainSection
-from atoll.protocol.messages import LOCAL_STEPS, Update
+from atoll.protocol.messages import LOCAL_STEPS, RECEIVED_LOSS, Update
 from atoll.protocol.requests import Request
 from atoll.protocol.stacked_updates import stacked
 from atoll.server.job_checks import check_named
@@ -33,7 +33,7 @@ from atoll.strategies.strategy import tensors_for_clients
 from tests.small import few_pictures, image_job
 from tests.test_simulation import DIGITS, Breaks, run
 
-NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp", "scaffold", "feddyn")
+NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp", "scaffold", "feddyn", "qffl", "afl")
 MIXED = {
     "krum": {"options": {"mixing": True}},
     "diloco": {"lr_schedule": "cosine", "lr_warmup": 1},
@@ -180,6 +180,9 @@ def test_noised_updates_of_clients_merge_by_a_median(tmp_path: Path) -> None:
         ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "step"}}, r"'step' needs lr_step"),
         ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "cosine", "lr_decay": 0.5}},
          r"lr_decay has no meaning without lr_schedule = 'step'"),
+        ("qffl", {"strategy": {"name": "qffl", "options": {"q": -1}}}, r"options\.q: expected greater than"),
+        ("qffl", {"strategy": {"name": "qffl", "lr": 0.1}}, r"strategy\.lr: qffl does not use it"),
+        ("afl", {"strategy": {"name": "afl", "options": {"lambda_lr": 0}}}, r"lambda_lr: expected greater"),
         ("fednova", {"privacy": EXAMPLE}, r"strategy\.name: under example-level privacy .* is fedavg"),
     ],
 )  # fmt: skip
@@ -194,6 +197,7 @@ def test_what_a_strategy_cannot_merge_is_refused_before_the_run(
 def update(value: float, examples: int, steps: float | None = None, client: str = "a") -> Update:
     loss = {f"train_loss.{part}": torch.zeros((), dtype=torch.float64) for part in ("sum", "count")}
     told = {} if steps is None else {LOCAL_STEPS: torch.tensor(steps, dtype=torch.float64)}
+    told[RECEIVED_LOSS] = torch.tensor(examples / 8, dtype=torch.float64)
     return Update(client, 1, {"w": torch.tensor([value])}, examples, loss | told)
 
 

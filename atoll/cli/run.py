@@ -51,6 +51,9 @@ class Interrupted(JobError):
     """Ctrl-C; the message says what is kept, and how to go on."""
 
 
+SEEDS = 5
+"""Of every strategy that is compared."""
+
 ENGINES = ("inline", "loop", "cohort", "ray")
 
 
@@ -83,11 +86,35 @@ def simulate(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last whole round.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an old run in --out.")] = False,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C", help="Strategies to run the job with, over --seeds: a table, a picture."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10_000, help=f"Runs of every strategy that is compared; {SEEDS} if not said."
+        ),
+    ] = None,
     track: Track = None,
     plugin: Plugins = None,
 ) -> None:
     """Run a whole federation on this machine."""
     load_files(plugin or ())
+    if compare is not None:
+        from atoll.cli.sweep import compare as compare_strategies
+
+        given = {"--engine": engine != "inline", "--resume": resume, "--force": force, "--track": bool(track)}
+        for option in (option for option, is_given in given.items() if is_given):
+            raise ConfigError(
+                f"{option}: has no meaning with --compare, whose same command goes on: remove it"
+            )
+        compare_strategies(job, compare, seeds or SEEDS, out, overrides or (), workers)
+        return
+    if seeds is not None:
+        raise ConfigError("--seeds: has no meaning without --compare: remove it, or see atoll sweep")
     if engine not in ENGINES:
         raise ConfigError(f"--engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     loaded = load(job, overrides)

@@ -1,4 +1,4 @@
-"""The verb that runs a grid of jobs and draws what it found: sweep."""
+"""The verb that runs a grid of jobs and draws what it found, sweep; and what simulate --compare does."""
 
 from __future__ import annotations
 
@@ -80,14 +80,71 @@ def sweep(
 
     check_all(runs)
     with exclusive_lock(folder.path, "sweep"):
-        failures = _run_all(folder, base, grid, runs, workers)
+        failures = run_all(folder, base, grid, runs, workers)
         tell(folder, runs, base.name, failures)
     if failures:
         raise JobError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
     return folder.path
 
 
-def _run_all(
+def compare(
+    job: Path,
+    strategies: str,
+    seeds: int,
+    out_dir: Path | None,
+    overrides: Sequence[str],
+    workers: int | None,
+) -> Path:
+    """Run a job with each of several strategies over the same seeds: one table, one picture.
+
+    A strategy that isn't the job's takes its defaults. The same command goes on where a killed one was.
+
+    Raises:
+        ConfigError: a name is unknown, or a strategy can't run with the job; before anything runs.
+    """
+    from atoll.server.job_checks import check_simulated
+    from atoll.sim.sweep.grid import Base, SweepFolder, exclusive_lock
+    from atoll.sim.sweep.strategies import grid_of, names_of, runs_of
+
+    names = names_of(strategies)
+    base = Base.load(job, overrides, [])
+    folder = SweepFolder(out_dir or Path("runs") / f"{base.name}-compare")
+    folder.check(base)
+    runs = runs_of(base, names, seeds, check_simulated)
+    from atoll.sim.sweep.runner import check_all  # torch comes with it
+
+    check_all(runs)
+    with exclusive_lock(folder.path, "comparison"):
+        failures = run_all(folder, base, grid_of(names, seeds), runs, workers)
+        _tell_strategies(folder, runs, base.name)
+    if failures:
+        raise JobError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
+    return folder.path
+
+
+def _tell_strategies(folder: SweepFolder, runs: Sequence[Planned], name: str) -> None:
+    """Write and show what is there of a comparison."""
+    from rich.table import Table
+
+    from atoll.sim.sweep.strategies import HEAD, compared, write_comparison
+
+    results = [(run, found) for run in runs if (found := folder.result(run)) is not None]
+    if not results:
+        return
+    lines = compared(results)
+    written = write_comparison(folder.path, results, name, missing=len(runs) - len(results))
+    shown = Table(title=f"{sanitize(name)}: means and 95 % intervals over seeds", title_justify="left")
+    for place, head in enumerate(HEAD):
+        shown.add_column(head, justify="right" if place else "left")
+    for line in lines:
+        shown.add_row(*(escape(cell) for cell in line.cells))
+    out().print()
+    out().print(shown)
+    for what, path in written.items():
+        out().print(f"{what:<9} {sanitize(str(path))}", highlight=False, soft_wrap=True)
+
+
+def run_all(
     folder: SweepFolder, base: Base, grid: Grid, runs: Sequence[Planned], workers: int | None
 ) -> dict[str, str]:
     """Play what isn't there yet; what went wrong, by the run's name."""

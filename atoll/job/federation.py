@@ -87,6 +87,30 @@ class FederationSection(Section):
         return self
 
 
+SENDS_LOSSES = ("qffl", "afl")
+"""Strategies that weigh clients by their losses of the model that they received."""
+
+
+def check_losses_may_be_sent(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where clients can't send such a loss.
+
+    Client-level privacy and secure sums refuse these strategies by themselves: `atoll.job.privacy`.
+    """
+    name = job.strategy.name
+    if not job.strategy.sends_losses:
+        return
+    if "example" in job.privacy.units:
+        raise ValueError(
+            f"strategy.name: {name} needs each client's loss, which no noise protects; expected another"
+            f" strategy with privacy.unit = {job.privacy.unit!r}"
+        )
+    if job.personal.splits:
+        raise ValueError(
+            f"personal.keep: {name} weighs clients by the loss of the one model that all share; expected none"
+            f" or 'mixture', found {job.personal.keep!r}"
+        )
+
+
 WEIGHTED = (
     "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "fednova", "fedexp",
 )  # fmt: skip

@@ -27,6 +27,9 @@ HELLO_CHARACTERS = 2**23
 LOCAL_STEPS = "local_steps"
 """In a plan, that clients are to send the state of this name: what their local gradients weigh together."""
 
+RECEIVED_LOSS = "received_loss"
+"""A state of updates for fair strategies: the mean training loss of the model as it was received."""
+
 
 @dataclass(frozen=True)
 class Hello:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
 from markupsafe import Markup
@@ -118,7 +120,20 @@ def _quantiles(ranked: list[Client], metric: str) -> tuple[tuple[str, str], ...]
     """(name, value) of the metric's quantiles over clients."""
     values = sorted(float(c[metric]) for _, c in ranked)
     shares = {"lowest": 0.0, "10 % quantile": 0.1, "median": 0.5, "90 % quantile": 0.9, "highest": 1.0}
-    return tuple((name, metric_value(metric, quantile(values, share))) for name, share in shares.items())
+    found = {name: quantile(values, share) for name, share in shares.items()}
+    found["mean of the worst tenth"] = worst_tenth(values, metric)
+    found["standard deviation"] = pstdev(values)
+    return tuple((name, metric_value(metric, value)) for name, value in found.items())
+
+
+def worst_tenth(values: Sequence[float], metric: str) -> float:
+    """The mean over the tenth of the clients, rounded up, for whom the metric is worst.
+
+    >>> worst_tenth([0.9, 0.5, 0.7], "accuracy"), worst_tenth([float(n) for n in range(20)], "loss")
+    (0.5, 18.5)
+    """
+    ranked = sorted(values, reverse=lower_is_better(metric))
+    return fmean(ranked[: -(-len(ranked) // 10)])
 
 
 def _row(client: Client, metrics: list[str]) -> ClientRow:

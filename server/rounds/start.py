@@ -46,7 +46,7 @@ def start_or_resume(
     """
     strategy_name = job.strategy.name if strategy is None else type(strategy).__name__
     strategy, protection = (
-        strategy or build_strategy(job.strategy, job.federation),
+        strategy or build_strategy(job.strategy, job.federation, job.train),
         protection or NoProtection(),
     )
     roster = carrier.discover_clients(job)

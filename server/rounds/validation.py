@@ -13,6 +13,7 @@ from atoll.job.job import Job
 from atoll.protocol.messages import (
     CHARGED_ROUNDS,
     LOCAL_STEPS,
+    RECEIVED_LOSS,
     Failure,
     Measurement,
     Reply,
@@ -23,7 +24,7 @@ from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
 STATES = {"train_loss.sum", "train_loss.count"}
-SOMETIMES = {CHARGED_ROUNDS, LOCAL_STEPS}
+SOMETIMES = {CHARGED_ROUNDS, LOCAL_STEPS, RECEIVED_LOSS}
 """States that are there only where a promise or the strategy asks for them."""
 NOTHING_SENT: Tensors = {}
 MAX_EXAMPLES = 1_000_000_000

@@ -225,7 +225,7 @@ def checked_job(base: Base, texts: Texts) -> Job:
 
     job = job_of(base, texts)
     check_merging(job)
-    build_strategy(job.strategy, job.federation)
+    build_strategy(job.strategy, job.federation, job.train)
     check_fits(job, task_named(job.task.name))
     return job
 

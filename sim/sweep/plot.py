@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atoll.report.comparison import lower_is_better
@@ -52,6 +52,11 @@ def _is_number(value: object) -> bool:
 
 def frontier_png(rows: Sequence[Row], title: str) -> bytes:
     """The picture as PNG; there must be a run that was measured."""
+    return picture(title, lambda axes: draw(axes, rows))
+
+
+def picture(title: str, drawn: Callable[[Axes], None]) -> bytes:
+    """One plot as PNG: what is drawn on its axes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,7 +67,7 @@ def frontier_png(rows: Sequence[Row], title: str) -> bytes:
         figure = Figure(figsize=(8, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot(title=title)
-        draw(axes, rows)
+        drawn(axes)
         image = io.BytesIO()
         figure.savefig(image, format="png", metadata={"Software": None})
     return image.getvalue()

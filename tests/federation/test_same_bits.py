@@ -61,6 +61,9 @@ def jobs(folder: Path) -> dict[str, Job]:
     }
     stepping = common | image | {"name": "fednova", "strategy": {"name": "fednova"}}  # type: ignore[operator]
     made["fednova"] = Job.parse(stepping, origin="test")
+    for name in ("qffl", "afl"):
+        fair = common | image | {"name": name, "strategy": {"name": name}}  # type: ignore[operator]
+        made[name] = Job.parse(fair, origin="test")
     made |= correcting(common, image, text)
     small = made["views-fedadam"]
     travels = small.federation.model_copy(update={"compression": "int8"})
@@ -213,6 +216,8 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "fednova",
                 "scaffold",
                 "feddyn",
+                "qffl",
+                "afl",
             ],
             [0, 1, 2],
         ),
