@@ -6,7 +6,6 @@ who kept a message can prove that it was sent, and who has the log alone learns 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from atoll.errors import DataError
 from atoll.job.job import Job
+from atoll.kit.signed_replies import content_sha256
 from atoll.protocol.messages import Failure, Hello, Reply
 from atoll.protocol.requests import Request, work_name
 from atoll.system.chained_log import ChainedLog
@@ -60,7 +60,7 @@ class AuditLog:
         if isinstance(reply, Failure):
             decision: dict[str, Any] = {"decision": "refused", "why": reply.reason}
         else:
-            digest = hashlib.sha256(head.encode() + b"\0" + body).hexdigest()
+            digest = content_sha256(head, body).hex()
             decision = {
                 "decision": "sent", "what": type(reply).__name__, "bytes": len(head) + len(body),
                 "sha256": digest,

@@ -27,6 +27,7 @@ from atoll.errors import BudgetExhausted, ConfigError, InputError
 from atoll.job.closed_form import is_the_only_release
 from atoll.job.job import Job
 from atoll.job.privacy import noise_locations, uses_secure_aggregation
+from atoll.kit.signed_replies import ReplySigner
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.protocol.messages import DataInfo, Failure, Hello, Reply
@@ -103,6 +104,8 @@ class Site:
     secure_session: SecureAggregationSession = field(default_factory=SecureAggregationSession)
     policy: Policy | None = None
     audit: AuditLog | None = None
+    signer: ReplySigner | None = None
+    """Signs what leaves a real site."""
     _learners: dict[str, Learner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
