@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from atoll.data.diagnostics import counts_from_json
 from atoll.errors import DataError
 from atoll.job.job import Job
-from atoll.kit.signed_replies import SignatureCheck
+from atoll.kit.signed_replies import SignatureCheck, content_sha256
 from atoll.protocol.flower_content import Content, Seal, seal_of, unpacked, unpacked_greetings
 from atoll.protocol.messages import (
     Failure,
@@ -57,7 +57,7 @@ def _with_names(texts: Sequence[str], seal: Seal | None) -> list[tuple[str, str,
 
 def _signed(name: str, text: str, seal: Seal, job: Job, check: SignatureCheck) -> Hello:
     """A greeting, read once its signature is found to be that client's site's."""
-    if fault := check.fault(seal, name, text, b""):
+    if fault := check.fault(seal, name, content_sha256(text, b"")):
         return Hello(cleaned(name, 100), {}, 0, refusal=fault)
     hello = hello_from_json(text)
     if hello.client != name:
@@ -91,6 +91,8 @@ class Replies:
     greeted: Mapping[str, int] = field(default_factory=dict)
     strangers: list[str] = field(default_factory=list)
     check: SignatureCheck | None = None
+    came: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """How many bytes came of each client, and their SHA-256."""
 
     def __iter__(self) -> Iterator[Reply]:
         """One reply for every client that was asked."""
@@ -104,10 +106,19 @@ class Replies:
         for name in self.asked:
             if name not in heads or name not in bodies:
                 yield Failure(name, "its site sent a message without its reply")
-            elif self.check and (fault := self.check.fault(seal, name, heads[name], bodies[name])):
+            elif fault := self._signature_fault(seal, name, heads[name], bodies[name]):
                 yield Failure(name, fault)
             else:
                 yield self._reply(name, heads[name], bodies[name])
+
+    def _signature_fault(self, seal: Seal | None, name: str, head: str, body: bytes) -> str:
+        """Why it isn't what the client's site sends for this request; `came` has what it is."""
+        try:
+            digest = content_sha256(head, body)
+        except DataError as error:
+            return _unreadable(error)
+        self.came[name] = (len(head) + len(body), digest.hex())
+        return self.check.fault(seal, name, digest) if self.check is not None else ""
 
     def _reply(self, name: str, head: str, body: bytes) -> Reply:
         try:

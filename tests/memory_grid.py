@@ -27,6 +27,7 @@ from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster, SiteIdentity
 from atoll.kit.signed_replies import ReplySigner
 from atoll.server.app import FlowerTransport
+from atoll.server.audit_log import ServerAuditLog
 from atoll.server.events import ignore_events
 from atoll.server.run.run_job import run_job
 from atoll.sim.population.write_shards import write_shards
@@ -97,11 +98,14 @@ class MemoryGrid:
     def pull_messages(self, message_ids: Iterable[str]) -> list[Any]:
         return [_arrived(name, self.waiting.pop(name)) for name in message_ids if name in self.waiting]
 
-    def run(self, job: Job, out: Path) -> dict[str, Any]:
+    def run(self, job: Job, out: Path, audit: ServerAuditLog | None = None) -> dict[str, Any]:
         """The result of a whole run of the server, in which waiting takes no time."""
+        watch = ignore_events if audit is None else audit.happened
         with in_a_server_app(), patch.object(server_app, "time", TurnedClock()):
-            carrier = FlowerTransport(cast(Grid, self), "test", roster=self.roster, signed=self.signed)
-            return run_job(job, carrier, out, lambda learner: None, on_event=ignore_events, report=False)
+            carrier = FlowerTransport(
+                cast(Grid, self), "test", roster=self.roster, signed=self.signed, audit=audit
+            )
+            return run_job(job, carrier, out, lambda learner: None, on_event=watch, report=False)
 
 
 def _arrived(name: str, content: RecordDict | str) -> Any:

@@ -17,6 +17,7 @@ from typing import cast
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from atoll.errors import DataError
 from atoll.kit.roster import FederationRoster, is_signature, signature_of
 from atoll.protocol.flower_content import Seal
 from atoll.protocol.messages import cleaned
@@ -49,7 +50,13 @@ class Exchange:
 
 
 def content_sha256(head: str, body: bytes) -> bytes:
-    """The SHA-256 of a client's message; the zero byte between head and body is in no head, which is JSON."""
+    """The SHA-256 of a client's message: of its head, a zero byte and its body.
+
+    Raises:
+        DataError: the head has a zero byte, as no JSON has; head and body could be cut elsewhere.
+    """
+    if "\0" in head:
+        raise DataError("malformed message head: it has a zero byte")
     digest = hashlib.sha256(_bytes(head) + b"\0")
     digest.update(body)
     return digest.digest()
@@ -103,17 +110,20 @@ class SignatureCheck:
     expected: Exchange
     accepted: set[str] = field(default_factory=set)
 
-    def fault(self, seal: Seal | None, client: str, head: str, body: bytes) -> str:
-        """Why a message isn't that client's answer to this request; nothing if it is."""
-        fault = self._claim_fault(seal, client) or self._signature_fault(seal, client, head, body)
+    def fault(self, seal: Seal | None, client: str, sha256: bytes) -> str:
+        """Why a message with that `content_sha256` isn't that client's answer to this request.
+
+        Nothing if it is.
+        """
+        if seal is None or client not in seal.signatures:
+            return "its message has no signature of its site"
+        fault = self._claim_fault(seal, client) or self._signature_fault(seal, client, sha256)
         if not fault:
             self.accepted.add(client)
         return fault
 
-    def _claim_fault(self, seal: Seal | None, client: str) -> str:
+    def _claim_fault(self, seal: Seal, client: str) -> str:
         """What is wrong with what the message itself says."""
-        if seal is None or client not in seal.signatures:
-            return "its message has no signature of its site"
         home = self.roster.sites.get(client, self.site)
         if home != self.site:
             return f"it is a client of site {home}, and its message came from site {cleaned(self.site, 100)}"
@@ -127,13 +137,11 @@ class SignatureCheck:
             return "its message came twice for one request"
         return ""
 
-    def _signature_fault(self, seal: Seal | None, client: str, head: str, body: bytes) -> str:
+    def _signature_fault(self, seal: Seal, client: str, sha256: bytes) -> str:
         key = self.roster.keys.get(client) or self.roster.key_of_site(self.site)
         if key is None:
             return f"site {cleaned(self.site, 100)} is not in the federation's roster"
-        if seal is None or "\0" in head:
-            return "its message is no answer to a request"
-        content = signed_content(self.expected, client, content_sha256(head, body))
+        content = signed_content(self.expected, client, sha256)
         if not is_signature(key, content, seal.signatures[client]):
             return "its message is not what its site has signed"
         return ""
