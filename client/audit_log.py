@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.job.job import Job
-from atoll.kit.signed_replies import content_sha256
-from atoll.protocol.messages import Failure, Hello, Reply
+from atoll.protocol.messages import Failure, Hello, Reply, content_sha256
 from atoll.protocol.requests import Request, work_name
 from atoll.system.audit_file import AuditFile
 

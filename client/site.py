@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,7 +28,6 @@ from atoll.errors import BudgetExhausted, ConfigError, InputError
 from atoll.job.closed_form import is_the_only_release
 from atoll.job.job import Job
 from atoll.job.privacy import noise_locations, uses_secure_aggregation
-from atoll.kit.signed_replies import ReplySigner
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.protocol.messages import DataInfo, Failure, Hello, Reply
@@ -45,6 +45,9 @@ from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 from atoll.tasks import task_named
 from atoll.tasks.told import check_told, greeting_info, is_silent
+
+if TYPE_CHECKING:
+    from atoll.kit.signed_replies import ReplySigner
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,17 @@ from dataclasses import dataclass, field, replace
 from atoll.data.diagnostics import counts_from_json
 from atoll.errors import DataError
 from atoll.job.job import Job
-from atoll.kit.signed_replies import SignatureCheck, content_sha256
-from atoll.protocol.flower_content import Content, Seal, seal_of, unpacked, unpacked_greetings
+from atoll.kit.signed_replies import SignatureCheck
+from atoll.protocol.flower_content import Content, seal_of, unpacked, unpacked_greetings
 from atoll.protocol.messages import (
     Failure,
     Hello,
     Measurement,
     Reply,
+    Seal,
     Update,
     cleaned,
+    content_sha256,
     decode_reply,
     hello_from_json,
 )

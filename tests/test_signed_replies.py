@@ -22,10 +22,10 @@ from atoll.kit.signed_replies import (
     Exchange,
     ReplySigner,
     SignatureCheck,
-    content_sha256,
     signed_content,
 )
-from atoll.protocol.flower_content import Seal, add_seal, bodies_of, packed, seal_of, unpacked
+from atoll.protocol.flower_content import add_seal, bodies_of, packed, seal_of, unpacked
+from atoll.protocol.messages import Seal, content_sha256
 from tests.federation.places import provisioned
 
 FORGERIES, HONEST = 10_000, 200

@@ -7,7 +7,6 @@ awaited before anything of it is read. Where no transport is between server and 
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,10 +16,8 @@ from typing import cast
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from atoll.errors import DataError
 from atoll.kit.roster import FederationRoster, is_signature, signature_of
-from atoll.protocol.flower_content import Seal
-from atoll.protocol.messages import cleaned
+from atoll.protocol.messages import Seal, as_bytes, cleaned, content_sha256
 
 PURPOSE = b"atoll: what a site sends, 1"
 """Stands before all that is signed here: nothing else that a site signs can be taken for it."""
@@ -49,31 +46,11 @@ class Exchange:
         return cls(run, round, secrets.token_hex(NONCE_BYTES))
 
 
-def content_sha256(head: str, body: bytes) -> bytes:
-    """The SHA-256 of a client's message: of its head, a zero byte and its body.
-
-    Raises:
-        DataError: the head has a zero byte, as no JSON has; head and body could be cut elsewhere.
-    """
-    if "\0" in head:
-        raise DataError("malformed message head: it has a zero byte")
-    digest = hashlib.sha256(_bytes(head) + b"\0")
-    digest.update(body)
-    return digest.digest()
-
-
 def signed_content(exchange: Exchange, client: str, digest: bytes) -> bytes:
     """What a signature is of: each part with its length before it, so that none can be moved into another."""
-    parts = (
-        PURPOSE, _bytes(exchange.run), str(exchange.round).encode(), _bytes(client), _bytes(exchange.nonce),
-        digest,
-    )  # fmt: skip
+    bound = (exchange.run, str(exchange.round), client, exchange.nonce)
+    parts = (PURPOSE, *map(as_bytes, bound), digest)
     return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-
-
-def _bytes(text: str) -> bytes:
-    """Also of text that JSON can hold and UTF-8 can't."""
-    return text.encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ two parts; so what is small travels as one part with the texts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from atoll.errors import DataError
+from atoll.protocol.messages import Seal
 
 SMALL_BYTES = 2**16
 """Bodies of so many bytes together travel with the texts; larger ones as arrays, which Flower streams."""
@@ -68,19 +68,6 @@ def unpacked_greetings(content: RecordDict) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError("message without greetings: sent by another version of Atoll?")
     return [str(text) for text in texts]
-
-
-@dataclass(frozen=True)
-class Seal:
-    """What a site has signed with a message: which request it answers, and a signature for each client.
-
-    It travels with the small part of the message, beside the content that it is of.
-    """
-
-    run: str
-    round: int
-    nonce: str
-    signatures: Mapping[str, bytes]
 
 
 def add_seal(content: RecordDict, seal: Seal) -> None:
