@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import atoll.system.fork_server
 from tests.budget import RECORD, budgets
@@ -30,6 +30,9 @@ MATRIX = Path(__file__).with_name("matrix.toml")
 SLOW = Path(__file__).with_name("slow.txt")
 settings.register_profile("test", deadline=None, derandomize=True)
 settings.register_profile("matrix", deadline=None)
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=250_000, database=None, suppress_health_check=list(HealthCheck)
+)
 settings.load_profile(os.environ.get("ATOLL_TEST_PROFILE", "test"))
 
 STARTS_PROCESSES = ("processes", "federation")
