@@ -33,7 +33,8 @@ settings.register_profile("matrix", deadline=None)
 settings.register_profile(
     "fuzz", deadline=None, max_examples=250_000, database=None, suppress_health_check=list(HealthCheck)
 )
-settings.load_profile(os.environ.get("ATOLL_TEST_PROFILE", "test"))
+PROFILE = os.environ.get("ATOLL_TEST_PROFILE", "test")
+settings.load_profile(PROFILE)
 
 STARTS_PROCESSES = ("processes", "federation")
 """Markers of tests that may start processes; all others are held to starting none."""
@@ -115,7 +116,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Keep how long each file took; of several processes only the one that hears of all tests does."""
-    if hasattr(session.config, "workerinput") or not _seconds:
+    if hasattr(session.config, "workerinput") or not _seconds or PROFILE == "fuzz":
         return
     known: dict[str, float] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     known |= {file: round(seconds, 1) for file, seconds in _seconds.items()}
