@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # Tests compile to files that the next run finds, wherever Python is told not to write them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test tests check fast stress matrix simulate-faults setup format clean
+.PHONY: demo test tests check fast stress fuzz matrix simulate-faults setup format clean
 
 demo: $(STAMP)
 	$(BIN)/atoll demo
@@ -33,6 +33,10 @@ stress: $(STAMP)
 
 matrix: $(STAMP)
 	ATOLL_TEST_PROFILE=matrix $(BIN)/python -m pytest -m matrix
+
+# A million messages in place of what sites send, by the strategies of the suite, 250,000 a test; hours on one core.
+fuzz: $(STAMP)
+	ATOLL_TEST_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzzed_replies.py
 
 # Federations under faults that a seed decides; see docs/fault-simulation.md.
 SEEDS ?= 10000

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from atoll.client.audit_log import AuditLog
@@ -30,7 +30,8 @@ from atoll.job.job import Job
 from atoll.job.privacy import uses_secure_aggregation
 from atoll.kit.kit import Budget
 from atoll.kit.roster import SiteIdentity
-from atoll.protocol.flower_content import bodies_of, packed, packed_greetings, unpacked
+from atoll.kit.signed_replies import GREETING_ROUND, Contents, Exchange, ReplySigner
+from atoll.protocol.flower_content import NONCE, add_seal, bodies_of, packed, packed_greetings, unpacked
 from atoll.protocol.messages import Failure, Hello, encode_reply, hello_to_json
 from atoll.protocol.requests import decode_request, work_name
 
@@ -62,6 +63,7 @@ def folder_site(job: Job, context: Context) -> Site:
             shards, discreet=True, ledgers=ledgers, memory=memory, policy=Policy.load(kit),
             audit=AuditLog.open(kit / "state"),
             secure_session=SecureAggregationSession(identity=SiteIdentity.load(kit)),
+            signer=ReplySigner.load(kit),
         )  # fmt: skip
     return _sites[key]
 
@@ -81,7 +83,10 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
             logger.info("job %s: %s %s%s", job.name, h.client, held, facts_in_words(h))
         if site.audit is not None:
             site.audit.greeted(job, hellos)
-        return Message(packed_greetings([hello_to_json(h) for h in hellos]), reply_to=message)
+        greetings = {h.client: (hello_to_json(h), b"") for h in hellos}
+        content = packed_greetings([text for text, _ in greetings.values()])
+        _sign(content, site, Exchange(job.hash, GREETING_ROUND, texts.get(NONCE, "")), greetings)
+        return Message(content, reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -104,11 +109,11 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     clients = _names(names)
     kept = _answered.get(asked, {})
     replies = dict(kept)
+    request = decode_request(head, body)
+    job = Job.from_json(request.job)
+    site = site_of(job, context)
     if to_do := [name for name in clients if name not in kept]:
-        request = decode_request(head, body)
-        job = Job.from_json(request.job)
         with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(to_do)}"):
-            site = site_of(job, context)
             for reply in site.answer(request, to_do):
                 encoded = encode_reply(reply)
                 if site.audit is not None:
@@ -119,7 +124,15 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
         _answered.clear()
         _answered[asked] = kept
     sent = bodies_of({name: body for name, (_, body) in replies.items()})
-    return Message(packed({name: head for name, (head, _) in replies.items()}, sent), reply_to=message)
+    content = packed({name: head for name, (head, _) in replies.items()}, sent)
+    _sign(content, site, Exchange(request.run, request.round, texts.get(NONCE, "")), replies)
+    return Message(content, reply_to=message)
+
+
+def _sign(content: RecordDict, site: Site, exchange: Exchange, contents: Contents) -> None:
+    """Sign each client's part of a message that answers a request; a simulated site has no key."""
+    if site.signer is not None:
+        add_seal(content, site.signer.seal(exchange, contents))
 
 
 def terms_in_words(job: Job) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -44,6 +45,9 @@ from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 from atoll.tasks import task_named
 from atoll.tasks.told import check_told, greeting_info, is_silent
+
+if TYPE_CHECKING:
+    from atoll.kit.signed_replies import ReplySigner
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,8 @@ class Site:
     secure_session: SecureAggregationSession = field(default_factory=SecureAggregationSession)
     policy: Policy | None = None
     audit: AuditLog | None = None
+    signer: ReplySigner | None = None
+    """Signs what leaves a real site."""
     _learners: dict[str, Learner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

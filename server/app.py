@@ -30,16 +30,18 @@ from atoll.errors import InconsistentUpdates
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret
 from atoll.kit.roster import FederationRoster
-from atoll.protocol.flower_content import bodies_of, packed
+from atoll.kit.signed_replies import GREETING_ROUND, Exchange, SignatureCheck
+from atoll.protocol.flower_content import NONCE, bodies_of, packed
 from atoll.protocol.messages import Failure, Hello, Reply, cleaned
 from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
+from atoll.server.audit_log import ServerAuditLog, answer_of
 from atoll.server.deploy.supervision import process_file
 from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.received import Replies, greetings
 from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
-from atoll.server.run.run_job import run_job
+from atoll.server.run.run_job import disk_errors_in_words, run_job
 from atoll.server.run.test_set import server_test_set
 from atoll.system.lock import hold
 from atoll.tasks.metric_values import values_in_words
@@ -79,13 +81,16 @@ HELLO_AGAIN_SECONDS = 5.0
 class FlowerTransport:
     """Brings requests to the nodes behind a Flower grid, and knows which client lives at which node.
 
-    No other site may speak for a client that the federation's roster names.
+    No other site may speak for a client that the federation's roster names. Where answers are `signed`, none
+    is read whose signature isn't that site's, for this very request.
     """
 
     grid: Grid
     engine: str
     uses_masking: bool = True
     roster: FederationRoster | None = None
+    signed: bool = False
+    audit: ServerAuditLog | None = None
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
     sites: dict[int, str] = field(default_factory=dict)
@@ -120,19 +125,25 @@ class FlowerTransport:
             time.sleep(POLL_SECONDS)
 
     def _greet(self, job: Job, timeout: float) -> None:
-        content = packed({"job": job.canonical}, bodies_of({}))
         sites = {node.node_id: node.name or f"node {node.node_id}" for node in self.grid.get_nodes()}
         strangers = [node for node in sites if node not in self.greeted]
         self.sites |= {node: sites[node] for node in strangers}
         for node in strangers:
             self.gone.pop(node, None)  # it is connected now
-        for node, reply in self._converse(dict.fromkeys(strangers, content), "query", timeout, patience=0):
+        asked = {node: Exchange.new(job.hash, GREETING_ROUND) for node in strangers}
+        letters = {
+            node: packed({"job": job.canonical, NONCE: exchange.nonce}, bodies_of({}))
+            for node, exchange in asked.items()
+        }
+        for node, reply in self._converse(letters, "query", timeout, patience=0):
             if reply == GONE:
                 continue  # it is greeted when it is back
             if isinstance(reply, str):
                 self.greeted[node] = [Hello(sites[node], {}, 0, refusal=reply)]
             else:
-                self.greeted[node] = greetings(reply, sites[node], job)
+                self.greeted[node] = greetings(reply, sites[node], job, self._check(node, asked[node]))
+            if self.audit is not None:
+                self.audit.greeted(sites[node], self.greeted[node])
 
     def _by_client(self) -> list[Hello]:
         """All that were greeted, by name, each from its site in the roster or the site of that name."""
@@ -154,29 +165,62 @@ class FlowerTransport:
         if (node, client) not in self.left_out:
             self.left_out.add((node, client))
             logger.warning("node %d calls itself %s, which another one is: left out", node, client)
+            if self.audit is not None:
+                self.audit.left_out(self._site(node), client)
+
+    def _site(self, node: int) -> str:
+        """The name of a node's site, where it is known."""
+        return self.sites.get(node, f"node {node}")
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
-        letters, shared = {}, encode_request(request)
-        common = bodies_of({"tensors": shared[1]})
-        hosts = self._hosts(names)
+        answers: dict[str, dict[str, Any]] = {}
+        try:
+            for reply, came in self._exchange(request, names, timeout):
+                answers[reply.client] = answer_of(reply, came)
+                yield reply
+        finally:
+            if self.audit is not None:
+                self.audit.answered(request, answers)
+
+    def _exchange(
+        self, request: Request, names: Sequence[str], timeout: float
+    ) -> Iterator[tuple[Reply, tuple[int, str] | None]]:
+        """Each reply, with the length and the SHA-256 of what came."""
+        head, shared = encode_request(request)
+        common, hosts = bodies_of({"tensors": shared}), self._hosts(names)
+        asked = {node: Exchange.new(request.run, request.round) for node in hosts}
+        letters, bodies = {}, dict.fromkeys(hosts, shared)
         for node, clients in hosts.items():
             body = common
             if has_parts_per_client(request):
-                body = bodies_of({"tensors": encode_request(request, clients)[1]})
-            letters[node] = packed({"request": shared[0], "names": json.dumps(clients)}, body)
+                bodies[node] = encode_request(request, clients)[1]
+                body = bodies_of({"tensors": bodies[node]})
+            texts = {"request": head, "names": json.dumps(clients), NONCE: asked[node].nonce}
+            letters[node] = packed(texts, body)
+        if self.audit is not None:
+            to = {self._site(node): (hosts[node], body) for node, body in bodies.items()}
+            self.audit.asked(request, head, to)
         kind = "evaluate" if isinstance(request, EvaluateRequest) else "train"
         for node, reply in self._converse(letters, kind, timeout, REJOIN_SECONDS):
             if isinstance(reply, str):
-                yield from (Failure(name, reply) for name in hosts[node])
+                yield from ((Failure(name, reply), None) for name in hosts[node])
                 continue
-            yield from self._read(reply, node, hosts[node])
+            yield from self._read(reply, node, hosts[node], self._check(node, asked[node]))
 
-    def _read(self, reply: RecordDict, node: int, asked: Sequence[str]) -> Iterator[Reply]:
+    def _check(self, node: int, exchange: Exchange) -> SignatureCheck | None:
+        """What a node's answer is held against; nothing where answers aren't signed."""
+        if not self.signed or self.roster is None:
+            return None
+        return SignatureCheck(self.roster, self.sites.get(node, ""), exchange)
+
+    def _read(
+        self, reply: RecordDict, node: int, asked: Sequence[str], check: SignatureCheck | None
+    ) -> Iterator[tuple[Reply, tuple[int, str] | None]]:
         """The replies in one message of that node for the clients that it was asked for."""
         sizes = {hello.client: hello.num_examples for hello in self.greeted.get(node, ())}
-        replies = Replies(reply, asked, sizes)
-        yield from replies
+        replies = Replies(reply, asked, sizes, check=check)
+        yield from ((one, replies.came.get(one.client)) for one in replies)
         for name in replies.strangers[:SHOWN_STRANGERS]:
             logger.warning("a reply for %s, which its site was not asked for: dropped", self._told(name))
 
@@ -285,8 +329,17 @@ def main(grid: Grid, context: Context) -> None:
     validate_for_deployment(job)
     out = Path(str(context.run_config["out"]))
     resume = (out / "job.toml").is_file()
-    carrier = FlowerTransport(grid, "flower", roster=FederationRoster.load(_kit()))
-    run_job(job, carrier, out, server_test_set(job), on_event=announce, resume=resume, ledgers=_books())
+    roster = FederationRoster.load(_kit())
+    with disk_errors_in_words(out):
+        audit = ServerAuditLog.open(_kit() / "state", job)
+    carrier = FlowerTransport(grid, "flower", roster=roster, signed=roster is not None, audit=audit)
+
+    def watch(event: Event) -> None:
+        announce(event)
+        audit.happened(event)
+
+    with audit.of_run(context.run_id, out, resume=resume) as end:
+        end(run_job(job, carrier, out, server_test_set(job), on_event=watch, resume=resume, ledgers=_books()))
 
 
 _process_file: TextIO | None = None

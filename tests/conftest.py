@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import atoll.system.fork_server
 from tests.budget import RECORD, budgets
@@ -31,7 +31,11 @@ MATRIX = Path(__file__).with_name("matrix.toml")
 SLOW = Path(__file__).with_name("slow.txt")
 settings.register_profile("test", deadline=None, derandomize=True)
 settings.register_profile("matrix", deadline=None)
-settings.load_profile(os.environ.get("ATOLL_TEST_PROFILE", "test"))
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=250_000, database=None, suppress_health_check=list(HealthCheck)
+)
+PROFILE = os.environ.get("ATOLL_TEST_PROFILE", "test")
+settings.load_profile(PROFILE)
 
 gc.disable()
 """Until all tests are known: what is imported until then stays, and is no garbage."""
@@ -122,7 +126,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Keep how long each file took; of several processes only the one that hears of all tests does."""
-    if hasattr(session.config, "workerinput") or not _seconds:
+    if hasattr(session.config, "workerinput") or not _seconds or PROFILE == "fuzz":
         return
     known: dict[str, float] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     known |= {file: round(seconds, 1) for file, seconds in _seconds.items()}

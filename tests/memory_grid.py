@@ -25,7 +25,9 @@ from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster, SiteIdentity
+from atoll.kit.signed_replies import ReplySigner
 from atoll.server.app import FlowerTransport
+from atoll.server.audit_log import ServerAuditLog
 from atoll.server.events import ignore_events
 from atoll.server.run.run_job import run_job
 from atoll.sim.population.write_shards import write_shards
@@ -42,16 +44,21 @@ def unchanged(kind: str, site: str, reply: RecordDict) -> RecordDict | str:
 
 @dataclass
 class MemoryGrid:
-    """Sites by name, each with its Flower app; what `change` makes of a reply is what the server gets."""
+    """Sites by name, each with its Flower app; what `change` makes of a reply is what the server gets.
+
+    Where it is `signed`, sites sign what they send and the server reads nothing else; a hostile site that
+    changes what it sends signs it itself, so other tests do without.
+    """
 
     sites: dict[str, Site]
     roster: FederationRoster | None = None
     change: Change = unchanged
+    signed: bool = False
     waiting: dict[str, Any] = field(default_factory=dict)
     pushed: int = 0
 
     @classmethod
-    def of(cls, job: Job, folder: Path, change: Change = unchanged) -> MemoryGrid:
+    def of(cls, job: Job, folder: Path, change: Change = unchanged, *, signed: bool = False) -> MemoryGrid:
         """A site for each of the job's clients, with its shard as files in a new folder."""
         sites = {}
         names = write_shards(job, folder / "shards")
@@ -61,8 +68,11 @@ class MemoryGrid:
             ledgers = PrivacyLedgers(folder / "ledgers" / name)
             memory = ClientStateStore(folder / "memory" / name)
             session = SecureAggregationSession(identity=SiteIdentity.load(kits[name]))
-            sites[name] = Site(shards, discreet=True, ledgers=ledgers, memory=memory, secure_session=session)
-        return cls(sites, FederationRoster.load(kits["server"]), change)
+            sites[name] = Site(
+                shards, discreet=True, ledgers=ledgers, memory=memory, secure_session=session,
+                signer=ReplySigner.load(kits[name]) if signed else None,
+            )  # fmt: skip
+        return cls(sites, FederationRoster.load(kits["server"]), change, signed)
 
     def get_nodes(self) -> list[Any]:
         return [
@@ -88,11 +98,14 @@ class MemoryGrid:
     def pull_messages(self, message_ids: Iterable[str]) -> list[Any]:
         return [_arrived(name, self.waiting.pop(name)) for name in message_ids if name in self.waiting]
 
-    def run(self, job: Job, out: Path) -> dict[str, Any]:
+    def run(self, job: Job, out: Path, audit: ServerAuditLog | None = None) -> dict[str, Any]:
         """The result of a whole run of the server, in which waiting takes no time."""
+        watch = ignore_events if audit is None else audit.happened
         with in_a_server_app(), patch.object(server_app, "time", TurnedClock()):
-            carrier = FlowerTransport(cast(Grid, self), "test", roster=self.roster)
-            return run_job(job, carrier, out, lambda learner: None, on_event=ignore_events, report=False)
+            carrier = FlowerTransport(
+                cast(Grid, self), "test", roster=self.roster, signed=self.signed, audit=audit
+            )
+            return run_job(job, carrier, out, lambda learner: None, on_event=watch, report=False)
 
 
 def _arrived(name: str, content: RecordDict | str) -> Any:

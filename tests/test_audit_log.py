@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from atoll.cli.main import run as command_line
-from atoll.client.audit_log import FILE, AuditLog, verify
+from atoll.client.audit_log import AuditLog
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.protocol.flower_content import unpacked
+from atoll.system.audit_file import FILE, verify
 from tests.federation.places import provisioned
 from tests.memory_grid import MemoryGrid
 from tests.test_policy import policy_of

@@ -250,12 +250,17 @@ def check_policy(kit: Kit, job: JobFile, overrides: Overrides = None) -> None:
         raise typer.Exit(1)
 
 
-def verify_log(kit: Kit) -> None:
-    """See whether a site's log of what it was asked, decided and sent is whole."""
-    from atoll.client.audit_log import verify
-    from atoll.kit.kit import SiteKit
+def verify_log(
+    log: Annotated[
+        Path, typer.Argument(metavar="KIT", help="A site's or a server's kit, or its log's file.")
+    ],
+) -> None:
+    """See whether the log of what a site or a server was asked, decided and sent is whole."""
+    from atoll.kit.kit import ServerKit, SiteKit
+    from atoll.system.audit_file import FILE, verify
 
-    found = verify(SiteKit.load(kit).state)
+    kind = ServerKit if (log / "server.crt").is_file() else SiteKit
+    found = verify(log if log.is_file() else kind.load(log).state / FILE)
     echo(f"{found.path} is whole: {found.lines} lines, {found.first or 'never'} to {found.last or 'never'}")
     echo(f"sha256 of the last line  {found.sha256}")
     echo("lines cut off at the end don't show in the file: note this hash, and compare it later")

@@ -24,8 +24,8 @@ from atoll.errors import ConfigError
 from atoll.kit.kit import KitTable, SiteName, read_table
 
 TABLE, SIGNATURE = "roster.toml", "roster.sig"
-NUMBER_BYTES = 48
-SIGNATURE_BYTES = 2 * NUMBER_BYTES
+SIGNATURE_BYTES = 96
+"""Of a signature by a key as provisioning makes it, on P-384."""
 ALGORITHM = ec.ECDSA(SHA384())
 
 
@@ -82,14 +82,11 @@ class FederationRoster:
     def has_signed(self, client: str, content: bytes, signature: bytes) -> bool:
         """Whether the signature is that of the site which the client belongs to."""
         key = self.keys.get(client)
-        if key is None or len(signature) != SIGNATURE_BYTES:
-            return False
-        r, s = (int.from_bytes(part, "big") for part in (signature[:NUMBER_BYTES], signature[NUMBER_BYTES:]))
-        try:
-            key.verify(encode_dss_signature(r, s), content, ALGORITHM)
-        except InvalidSignature:
-            return False
-        return True
+        return key is not None and is_signature(key, content, signature)
+
+    def key_of_site(self, name: str) -> ec.EllipticCurvePublicKey | None:
+        """The key of a site, by the site's name."""
+        return next((self.keys[client] for client, site in self.sites.items() if site == name), None)
 
 
 @dataclass(frozen=True)
@@ -115,13 +112,36 @@ class SiteIdentity:
         return client in self.roster.keys
 
     def sign(self, content: bytes) -> bytes:
-        """This site's signature (ECDSA on P-384 with SHA-384, r and s): 96 bytes."""
-        numbers = decode_dss_signature(self.key.sign(content, ALGORITHM))
-        return b"".join(number.to_bytes(NUMBER_BYTES, "big") for number in numbers)
+        """This site's signature, as `signature_of` makes it."""
+        return signature_of(self.key, content)
 
     def has_signed(self, client: str, content: bytes, signature: bytes) -> bool:
         """As `FederationRoster.has_signed`."""
         return self.roster.has_signed(client, content, signature)
+
+
+def signature_of(key: ec.EllipticCurvePrivateKey, content: bytes) -> bytes:
+    """The signature (ECDSA with SHA-384, r and s) by a site's key: 96 bytes where the key is on P-384."""
+    size = _number_bytes(key.curve)
+    numbers = decode_dss_signature(key.sign(content, ALGORITHM))
+    return b"".join(number.to_bytes(size, "big") for number in numbers)
+
+
+def is_signature(key: ec.EllipticCurvePublicKey, content: bytes, signature: bytes) -> bool:
+    """Whether `signature_of` made it, with the private key to this one."""
+    size = _number_bytes(key.curve)
+    if len(signature) != 2 * size:
+        return False
+    r, s = (int.from_bytes(part, "big") for part in (signature[:size], signature[size:]))
+    try:
+        key.verify(encode_dss_signature(r, s), content, ALGORITHM)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _number_bytes(curve: ec.EllipticCurve) -> int:
+    return (curve.key_size + 7) // 8
 
 
 def roster_table(listed: list[RosterSite]) -> str:

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from atoll.errors import DataError
+from atoll.protocol.messages import Seal
 
 SMALL_BYTES = 2**16
 """Bodies of so many bytes together travel with the texts; larger ones as arrays, which Flower streams."""
 
+NONCE = "nonce"
+"""The text of a request that its answer is to be signed with."""
 Content = RecordDict
 """What a message holds."""
 Bodies = ConfigRecord | ArrayRecord
@@ -43,8 +46,8 @@ def unpacked(content: RecordDict) -> tuple[dict[str, str], dict[str, bytes]]:
         DataError: the message was sent by another version of Atoll.
     """
     head = _record(content, "head")
-    texts = {key.removeprefix("text/"): value for key, value in head.items() if isinstance(value, str)}
-    bodies = {key.removeprefix("body/"): value for key, value in head.items() if isinstance(value, bytes)}
+    texts = {n: value for n, value in _under("text/", head).items() if isinstance(value, str)}
+    bodies = {n: value for n, value in _under("body/", head).items() if isinstance(value, bytes)}
     for name, array in content.array_records.get("bodies", ArrayRecord()).items():
         bodies[name] = array.data
     return texts, bodies
@@ -65,6 +68,39 @@ def unpacked_greetings(content: RecordDict) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError("message without greetings: sent by another version of Atoll?")
     return [str(text) for text in texts]
+
+
+def add_seal(content: RecordDict, seal: Seal) -> None:
+    """Put a seal into the content of a message that `packed` or `packed_greetings` made."""
+    (record,) = content.config_records.values()
+    record["seal/run"], record["seal/round"], record["seal/nonce"] = seal.run, seal.round, seal.nonce
+    record["seal/clients"], record["seal/signatures"] = list(seal.signatures), list(seal.signatures.values())
+
+
+def seal_of(content: RecordDict) -> Seal | None:
+    """What `add_seal` put there; None where there is no seal.
+
+    Raises:
+        DataError: it has another form.
+    """
+    records = list(content.config_records.values())
+    found = _under("seal/", records[0]) if len(records) == 1 else {}
+    if not found:
+        return None
+    run, round, nonce = found.get("run"), found.get("round"), found.get("nonce")
+    names, signatures = found.get("clients"), found.get("signatures")
+    if not (isinstance(run, str) and type(round) is int and isinstance(nonce, str)):
+        raise DataError("message whose seal doesn't say which request it answers")
+    if not (isinstance(names, list) and isinstance(signatures, list) and len(names) == len(signatures)):
+        raise DataError("message whose seal hasn't a signature for each client")
+    by_client = {n: s for n, s in zip(names, signatures, strict=True) if isinstance(n, str)}
+    if len(by_client) < len(names) or not all(isinstance(s, bytes) for s in signatures):
+        raise DataError("message whose seal names a client twice, or in another form")
+    return Seal(run, round, nonce, {n: s for n, s in by_client.items() if isinstance(s, bytes)})
+
+
+def _under(prefix: str, record: ConfigRecord) -> dict[str, object]:
+    return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
 
 
 def _record(content: RecordDict, name: str) -> ConfigRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -108,6 +109,37 @@ def cleaned(text: str, most: int = MOST_CHARACTERS) -> str:
     """
     line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[: 2 * most].split()))
     return line if len(text) <= most else f"{line[:most]}… ({len(text)} characters)"
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a site has signed with a message: which request it answers, and a signature for each client.
+
+    It travels with the small part of the message, beside the content that it is of.
+    """
+
+    run: str
+    round: int
+    nonce: str
+    signatures: Mapping[str, bytes]
+
+
+def content_sha256(head: str, body: bytes) -> bytes:
+    """The SHA-256 of a client's message: of its head, a zero byte and its body.
+
+    Raises:
+        DataError: the head has a zero byte, as no JSON has; head and body could be cut elsewhere.
+    """
+    if "\0" in head:
+        raise DataError("malformed message head: it has a zero byte")
+    digest = hashlib.sha256(as_bytes(head) + b"\0")
+    digest.update(body)
+    return digest.digest()
+
+
+def as_bytes(text: str) -> bytes:
+    """UTF-8, also of text that JSON can hold and UTF-8 can't."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def encode_reply(reply: Reply) -> tuple[str, bytes]:

@@ -61,12 +61,15 @@ class ChainedLog:
                 self._catch_up()
             yield
 
-    def append(self, fields: Mapping[str, object]) -> None:
-        """Write one line and wait until it is on the disk; only within `alone`."""
+    def append(self, fields: Mapping[str, object], *, durable: bool = True) -> None:
+        """Write one line and wait until it is on the disk; only within `alone`.
+
+        One that isn't `durable` is waited for with the next that is.
+        """
         line = (json.dumps({"before": self.last, **fields}, sort_keys=True) + "\n").encode()
         if not self._end and self.durable:
             self._make()
-        append_synced(self.path, line, durable=self.durable)
+        append_synced(self.path, line, durable=self.durable and durable)
         self._step(line)
 
     def _make(self) -> None:

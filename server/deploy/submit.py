@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atoll.errors import ConfigError, JobError
+from atoll.job.job import Job
 from atoll.kit.kit import ServerKit
+from atoll.server.audit_log import ServerAuditLog
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.serve import runtime_path
 from atoll.server.deploy.status import Run, no_server
@@ -35,7 +37,9 @@ def submit(
     KeyboardInterrupt leaves the run going, after `tell` got how to follow and to stop it.
     """
     with _control(kit) as control:
+        audit = ServerAuditLog.open(ServerKit.load(kit).state, Job.from_json(job_json))
         run_id = control.start_job(job_json, str(out.resolve()))
+    audit.submitted(run_id, out.resolve())
     started(run_id)
     try:
         run = follow(kit, run_id, show=show, tell=tell)

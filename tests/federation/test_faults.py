@@ -1,5 +1,6 @@
 """Sites and servers that die, leave, come late or change their data in the middle of a run."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from atoll.server.deploy.status import status
+from atoll.system.audit_file import FILE, verify
 from tests.federation.conftest import CLIENTS, Ring, job
 from tests.federation.places import result_of, rounds_of
 from tests.processes import wait_until
@@ -65,6 +67,15 @@ def test_a_site_that_leaves_is_set_aside_by_name_and_the_rounds_close_without_it
     assert second["set_aside"] == {"client-0000": "no reply before the deadline"}
     assert not any(cut.exists() for cut in cuts)
     assert set(result_of(out)["final"]["clients"]) == set(CLIENTS[1:])
+
+    logged = federation.server / "state" / FILE
+    lines = [json.loads(line) for line in logged.read_text().splitlines()[1:]]
+    told = [line for line in lines if line["job"] == "leaving"]
+    assert verify(logged).lines == len(lines)
+    assert told[0]["decision"] == "accepted" and told[0]["uid"] == os.getuid()
+    ended = [line["set_aside"] for line in told if (line["asked"], line["decision"]) == ("round", "ended")]
+    assert ended == [first["set_aside"], second["set_aside"]]
+    assert (told[-1]["decision"], told[-1]["model"]) == ("completed", result_of(out)["model_sha256"])
 
 
 def test_data_that_changes_in_a_run_is_refused_until_the_next_run(ring: Ring) -> None:  # rows 8, 40
