@@ -6,7 +6,7 @@ import ast
 from functools import cache
 
 from atoll.errors import ConfigError, did_you_mean
-from atoll.system.installed import folder_of, parsed
+from atoll.system.installed import folder_of
 
 BASE = "FedAvg"
 """What every strategy that a job can name is made of; wrappers of strategies aren't."""
@@ -16,9 +16,10 @@ BASE = "FedAvg"
 def flower_names() -> tuple[str, ...]:
     """Names that can follow `flwr:` in a job; tree boosting and wrappers of strategies can't."""
     folder = folder_of("flwr") / "serverapp" / "strategy"
+    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(folder.glob("*.py"))]
     bases = {
         node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
-        for tree in parsed(folder)
+        for tree in trees
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
