@@ -192,8 +192,8 @@ def load_transformer(
     from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     auto = getattr(transformers, kind)
     try:
         if config is None:

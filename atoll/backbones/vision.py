@@ -200,7 +200,7 @@ def normalisation_of(backbone: Backbone) -> tuple[list[float], list[float]]:
     from transformers import AutoImageProcessor
 
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(str(backbone.folder), local_files_only=True)  # type: ignore[no-untyped-call]
+        processor: Any = AutoImageProcessor.from_pretrained(str(backbone.folder), local_files_only=True)
     except OSError:
         raise WeightsError(f"{backbone.folder}: has no preprocessor_config.json, expected one") from None
     return list(processor.image_mean), list(processor.image_std)

@@ -50,7 +50,7 @@ def mel_of(samples: NDArray[np.float32], config: Any) -> torch.Tensor:
 def _extractor(bands: int) -> WhisperFeatureExtractor:
     from transformers import WhisperFeatureExtractor
 
-    return WhisperFeatureExtractor(feature_size=bands)  # type: ignore[no-untyped-call]
+    return WhisperFeatureExtractor(feature_size=bands)
 
 
 def load_whisper(backbone: Backbone, seed: int, config: Any, max_seconds: float) -> nn.Module:

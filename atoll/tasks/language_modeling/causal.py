@@ -128,7 +128,7 @@ class CausalModel(Model):
                 if self._options.temperature
                 else {"do_sample": False}
             ),
-        )  # type: ignore[no-untyped-call]
+        )
         purpose = prompt.cpu().numpy().tobytes().hex()
         with global_stream(self._seed, "generate", purpose):
             written = network.generate(  # type: ignore[operator]

@@ -95,7 +95,7 @@ class Answerer(Model):
             pad_token_id=config.pad_token_id,
             eos_token_id=config.eos_token_id,
             decoder_start_token_id=config.decoder_start_token_id,
-        )  # type: ignore[no-untyped-call]
+        )
         written = network.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=how
         )
