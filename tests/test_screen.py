@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from atoll.protocol.messages import Failure, Measurement, Update
+from atoll.protocol.messages import LOCAL_STEPS, RECEIVED_LOSS, Failure, Measurement, Update
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds.validation import validate_updates
+from atoll.server.rounds.validation import Validation, validate_updates
+from tests.small import image_job
 
 MODEL = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}
 STATES = {"train_loss.sum": torch.tensor(1.0).double(), "train_loss.count": torch.tensor(2.0).double()}
@@ -44,6 +45,11 @@ BAD = {
     ),  # row 78
     "nan state": (update(states={**STATES, "train_loss.sum": torch.tensor(torch.nan)}), "not one finite"),
     "big state": (update(states={**STATES, "train_loss.sum": torch.ones(10**6)}), "not one finite"),
+    "no steps": (update(states={**STATES, LOCAL_STEPS: torch.tensor(0.0)}), "expected more than 0"),
+    "loss below 0": (
+        update(states={**STATES, RECEIVED_LOSS: torch.tensor(-1.0)}),
+        "expected at least 0, found -1",
+    ),
     "failure": (Failure("a", "disk full"), "disk full"),
     "measurement": (Measurement("a", 4, 3, {}), "sent a measurement"),
 }
@@ -75,3 +81,16 @@ def test_a_duplicate_counts_once() -> None:  # row 76
 
 def test_silence_is_noted_by_name() -> None:
     assert validate_updates([], ["a"], MODEL, 4).set_aside == {"a": "no reply before the deadline"}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "state"), [("fednova", LOCAL_STEPS), ("qffl", RECEIVED_LOSS), ("afl", RECEIVED_LOSS)]
+)
+def test_who_keeps_back_what_the_strategy_needs_is_set_aside_and_ends_no_run(
+    strategy: str, state: str
+) -> None:
+    validation = Validation.of(image_job("raw:pixels", strategy={"name": strategy}))
+    told = {**STATES, state: torch.tensor(2.0).double()}
+    found = validation([update("a"), update("b", states=told)], ["a", "b"], MODEL, 4)
+    assert [u.client for u in found.updates] == ["b"]
+    assert found.set_aside == {"a": f"metric state {state} is missing"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -71,11 +71,15 @@ class Validation:
     """
 
     inspects_values: bool
+    needed: frozenset[str] = frozenset()
+    """States that the strategy can't merge an update without."""
 
     @classmethod
     def of(cls, job: Job) -> Self:
         """How the updates of a job are validated."""
-        return cls("client" not in job.privacy.units)
+        steps = {LOCAL_STEPS} if job.strategy.name == "fednova" else set()
+        losses = {RECEIVED_LOSS} if job.strategy.sends_losses else set()
+        return cls("client" not in job.privacy.units, frozenset(steps | losses))
 
     def __call__(
         self,
@@ -89,7 +93,17 @@ class Validation:
         blind = not self.inspects_values
         if isinstance(replies, StackedUpdates):
             return validate_stacked(replies, names, model, round, sent, blind=blind)
-        return validate_updates(replies, names, model, round, sent, blind=blind)
+        found = validate_updates(replies, names, model, round, sent, blind=blind)
+        return self._with_what_is_needed(found) if self.needed else found
+
+    def _with_what_is_needed(self, found: ValidatedUpdates) -> ValidatedUpdates:
+        silent = {
+            update.client: f"metric state {lacking[0]} is missing"
+            for update in found.updates
+            if (lacking := sorted(self.needed - update.states.keys()))
+        }
+        usable = tuple(update for update in found.updates if update.client not in silent)
+        return replace(found, updates=usable, set_aside=dict(sorted((found.set_aside | silent).items())))
 
 
 def validate_stacked(
@@ -143,7 +157,10 @@ def _norms(delta: Tensors) -> torch.Tensor:
 
 
 def _states_are_finite(states: Tensors) -> bool:
-    return set(states) - SOMETIMES == STATES and all(bool(torch.isfinite(t).all()) for t in states.values())
+    """Whether the states are sound at first sight; of what is amiss the slow way tells the client."""
+    finite = all(bool(torch.isfinite(t).all()) for t in states.values())
+    no_less = all(bool((states[name] >= 0).all()) for name in (LOCAL_STEPS, RECEIVED_LOSS) if name in states)
+    return set(states) - SOMETIMES == STATES and finite and no_less
 
 
 def validate_updates(
@@ -211,6 +228,8 @@ def _states_fault(states: Tensors, *, blind: bool) -> str | None:
             return f"metric state {name} is not one finite number"
         if name == LOCAL_STEPS and not value > 0:
             return f"metric state {name}: expected more than 0, found {float(value):g}"
+        if name == RECEIVED_LOSS and not value >= 0:
+            return f"metric state {name}: expected at least 0, found {float(value):g}"
     return None
 
 
