@@ -35,7 +35,8 @@ import_first(
     "atoll.server.app", "atoll.server.deploy.executor", "atoll.server.deploy.serve",
     "atoll.server.deploy.submit",
     "atoll.client.app", "atoll.client.deploy.executor", "atoll.client.deploy.join",
-    "flwr.superlink.cli.flower_superlink", "flwr.superlink.cli.flwr_serverapp",
+    "flwr.superlink.cli.flower_superlink", "flwr.superlink.main", "flwr.superlink.cli.flwr_serverapp",
+    "flwr.supernode.main", "anyio._backends._asyncio", "uvicorn.protocols.http.httptools_impl",
     "opacus.grad_sample", *ANY,
 )  # fmt: skip
 
