@@ -16,6 +16,7 @@ import torch
 
 from atoll.privacy.noise import entropy
 from atoll.privacy.secagg import Participant
+from atoll.system.child_process import Child
 from atoll.system.fork_server import worker_pool
 from atoll.system.preload import MODULES
 from tests.processes import atoll, python, wait_until
@@ -158,3 +159,18 @@ def test_forked_processes_draw_neither_the_same_noise_nor_the_same_keys() -> Non
     for one, other in itertools.combinations(drawn, 2):
         assert not set(one[0]) & set(other[0])
         assert one[1] != other[1] and one[2] != other[2]
+
+
+def complain() -> None:
+    """A program that logs what it does and fails."""
+    sys.stdout.write("\x1b[92mINFO \x1b[0m:      ControlServicer.ListNodes\n")
+    sys.stdout.write("2026-11-29T05:55:53.730Z INFO [uvicorn.access] POST /v1/control/list-nodes\n")
+    sys.stdout.write("no space is left for the state\n")
+
+
+def test_what_an_ended_program_complained_of_is_told_without_its_log() -> None:
+    child = Child("program", "tests.test_warm:complain", [], dict(os.environ))
+    child.start()
+    wait_until(lambda: not child.running, "its end")
+    assert child.last_complaints() == "no space is left for the state"
+    assert "ListNodes" in child.last_words()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -33,6 +34,9 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
+
+
+_INFO = re.compile(r"(?<![A-Z])INFO\b")
 
 
 class Child:
@@ -107,6 +111,10 @@ class Child:
         if self._reader is not None:
             self._reader.join(timeout=2)
         return "\n".join(self.tail)
+
+    def last_complaints(self) -> str:
+        """The lines at the output's end that are more than the program's log of what it does."""
+        return "\n".join(line for line in self.last_words().splitlines() if not _INFO.search(line))
 
     def stop(self, grace: float = 8.0) -> None:
         """Ask the program and all that it started to end, wait, then end what is left."""

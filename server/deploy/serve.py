@@ -202,7 +202,8 @@ class _Server:
     def _restart(self, child: Child) -> None:
         self.health.not_serving(f"the {child.name} ended; it is started again")
         self.tell(f"the {child.name} ended; starting it again")
-        logger.warning("last words of the %s:\n%s", child.name, child.last_words())
+        if complaints := child.last_complaints():
+            logger.warning("last words of the %s:\n%s", child.name, complaints)
         child.stop(grace=0)
         self.stop.wait(self.pause)
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
