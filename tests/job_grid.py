@@ -114,6 +114,7 @@ LEFT_OUT: dict[str, str] = {
     "federation.deadline": "for simulations",
     "federation.over_sampling": "for simulations",
     "strategy.options": "each extension's own",
+    "personal.head_epochs": "goes with personal.keep = 'head', refused with every promise",
     "personal.mixing": "its default stands in the rows of personal.method = 'apfl'",
     **dict.fromkeys(
         (

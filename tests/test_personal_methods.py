@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from atoll.client.state.fedrep import train_fedrep
 from atoll.client.state.personalization import model_to_evaluate
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.batches import batches
@@ -16,7 +17,9 @@ from atoll.client.training.local_adaptation import adapt_locally
 from atoll.client.training.local_sgd import train_model
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.protocol.requests import EvaluateRequest
+from atoll.job.personal import PersonalSection
+from atoll.learning import trainable
+from atoll.protocol.requests import EvaluateRequest, TrainRequest
 from atoll.trained import trained
 from tests.small import few_pictures, image_job
 from tests.test_client_state import Array, Clients, Softmax, final, heads, matrix
@@ -310,3 +313,52 @@ def test_what_per_fedavg_can_not_be_exact_with_is_refused_by_name(tables: dict[s
 def test_what_has_no_meaning_or_can_not_be_is_refused_by_name(tables: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         heads(FEDAVG, **tables)
+
+
+def fedrep(**tables: Any) -> Job:
+    return image_job(
+        "squeezenet1_1", data=few_pictures(14, classes=2), tune={"method": "last-k", "layers": 1},
+        train={"lr": 0.05, "batch_size": 3, "dropout": 0.0}, federation={"clients": 2, "rounds": 3},
+        personal={"keep": "head", "head_epochs": 2}, **tables,
+    )  # fmt: skip
+
+
+def test_fedrep_trains_the_head_alone_and_then_the_rest_alone() -> None:
+    """Collins et al. 2021, with torch's own gradients, written out."""
+    setting, round = fedrep(), 3
+    clients = Clients(setting)
+    learner, shard, name = clients.learner, clients.train("client-0000"), "client-0000"
+    head, start = learner.client_tensors.keys(), {**learner.initial(), **learner.client_tensors}
+    request = TrainRequest(setting.canonical, "", round, learner.data_info, start)
+    update = train_fedrep(learner, request, start, name, shard)
+    trainable.load_values(learner.model, start)
+    trainable.training_mode(learner.model)
+    parameters = trainable.trainable(learner.model)
+    longer = setting.model_copy(update={"train": setting.train.model_copy(update={"epochs": 2})})
+    for order, moving in ((longer, head), (setting, parameters.keys() - head)):
+        for rows in batches(len(shard), order, round, name):
+            outputs = learner.model(learner.collate(shard, rows))
+            loss = torch.nn.functional.cross_entropy(outputs, shard.targets_of(rows))
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            with torch.no_grad():
+                for (one, p), gradient in zip(parameters.items(), gradients, strict=True):
+                    p -= 0.05 * gradient * (one in moving)
+    assert 0 < len(head) < len(parameters)
+    for one, p in parameters.items():
+        torch.testing.assert_close(start[one] + update.delta[one], p.detach(), rtol=1e-4, atol=1e-6)
+        assert not torch.equal(p.detach(), start[one]), one
+
+
+def test_fedrep_has_the_same_bits_everywhere_and_others_than_fedper(tmp_path: Path) -> None:
+    setting = fedrep()
+    whole, loop = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="loop")
+    again = stopped_and_resumed(setting, tmp_path / "c")
+    for other in (loop, again):
+        assert (other["model_sha256"], other["final"]) == (whole["model_sha256"], whole["final"])
+    fedper = setting.model_copy(update={"personal": PersonalSection(keep="head")})
+    assert run(fedper, tmp_path / "fedper")["model_sha256"] != whole["model_sha256"]
+
+
+def test_epochs_of_the_head_are_for_a_head_that_stays() -> None:
+    with pytest.raises(ConfigError, match="head_epochs has no meaning without keep = 'head'"):
+        heads(FEDAVG, personal={"keep": "mixture", "head_epochs": 2})

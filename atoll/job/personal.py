@@ -13,16 +13,19 @@ if TYPE_CHECKING:
 
 
 class PersonalSection(Section):
-    """`[personal]`: what each client keeps from round to round, and how its mixture is held to the model."""
+    """`[personal]`: what each client keeps from round to round, and how what it keeps is trained."""
 
     keep: Literal["head", "norms", "lora-b", "mixture"] | None = None
     method: Literal["ditto", "apfl"] = "ditto"
     pull: NotNegative = 0.1
     epochs: Count | None = None
     mixing: Between = 0.5
+    head_epochs: Count | None = None
 
     @model_validator(mode="after")
-    def _keys_are_of_a_mixture(self) -> PersonalSection:
+    def _keys_belong_to_what_is_kept(self) -> PersonalSection:
+        if self.keep != "head":
+            self._refuse(("head_epochs",), "without keep = 'head'")
         if self.keep != "mixture":
             self._refuse(("method", "pull", "epochs", "mixing"), "without keep = 'mixture'")
         elif self.method == "ditto":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from atoll.client.state.fedrep import train_fedrep
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_adaptation import adapt_locally
 from atoll.client.training.local_sgd import train_model
@@ -50,13 +51,18 @@ def train_fedper(
 ) -> Iterator[Update]:
     """Train whole models; what isn't in the request's tensors stays, and is in memory before the rest goes.
 
-    Arivazhagan et al. 2019 (FedPer): the client's part and the shared one learn together.
+    Arivazhagan et al. 2019 (FedPer): the client's part and the shared one learn together, or with
+    `personal.head_epochs` one after the other.
     """
     for client, shard in shards.items():
         own = own_tensors(request, client, request.round, memory)
         start = whole_model(learner, request, client, own)
-        update = train_model(
-            learner, start, shard, learner.job, client=client, round=request.round, plan=request.plan
+        update = (
+            train_model(
+                learner, start, shard, learner.job, client=client, round=request.round, plan=request.plan
+            )
+            if learner.job.personal.head_epochs is None
+            else train_fedrep(learner, request, start, client, shard)
         )
         kept = {
             OWN_PREFIX + n: start[n] + delta for n, delta in update.delta.items() if n not in request.tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +30,16 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class _Terms:
-    """What is added to every gradient: mu (w - start), and a correction; and the norm that none exceeds."""
+    """What is added to every gradient: mu (w - start), and a correction; and the norm that none exceeds.
+
+    Tensors have a gradient only if they are among those.
+    """
 
     start: Tensors
     mu: float
     correction: Tensors
     clip_norm: float | None
+    only: Set[str] | None
 
 
 def train_model(
@@ -52,24 +56,25 @@ def train_model(
     steps: int | None = None,
     inner_lr: float = 0.0,
     mixing: float = 0.0,
+    only: Set[str] | None = None,
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
 
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
-    the gradient of every step. With `steps` it stops after so many. Gradients are taken a step of `inner_lr`
-    further on (Per-FedAvg), or at its `mixing` with global tensors that take steps too (APFL).
+    the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
+    Gradients are taken a step of `inner_lr` further on (Per-FedAvg), or at its `mixing` with global tensors
+    that take steps too (APFL).
     """
-    mu, model = plan.get("proximal_mu", 0.0), learner.model
-    parameters = trainable.trainable(model)
+    mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, {**tensors, **(begin or {})})
     trainable.training_mode(model)
     schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
     rates = StepRates.of(job, round, [len(schedule)], "cpu")
     optimizer = optimizer_of(model, job, rates)
-    added = {} if correction is None else trainable.to_parameters(parameters, correction)
-    terms = _Terms(start, mu, added, job.train.clip_norm)
+    added = trainable.to_parameters(parameters, correction) if correction is not None else {}
+    terms = _Terms(start, mu, added, job.train.clip_norm, only)
     summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
 
     def backward(number: int) -> Iterator[float]:
@@ -86,7 +91,7 @@ def train_model(
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
         repeatable(job.train.device),
-        outer_product_sgd(model, job, has_terms=bool(mu or added or inner_lr or mixing)) as factors,
+        outer_product_sgd(model, job, has_terms=bool(mu or added or inner_lr or mixing or only)) as factors,
     ):
         for number in range(len(schedule)):
             for loss in take(number):
@@ -96,8 +101,7 @@ def train_model(
                 weight.step(rates.lr)
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
-    delta = trainable.delta(parameters, start)
-    return Update(client, round, delta, len(shard), _losses(summed, shard, job))
+    return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
 
 
 def _add_gradient(
@@ -177,6 +181,9 @@ def _take_step(
     factor: float,
 ) -> None:
     """Move by the gradients and what is added to them, at so much of the learning rate."""
+    if terms.only is not None:
+        for name in parameters.keys() - terms.only:
+            parameters[name].grad = None  # an optimizer passes over it
     if terms.mu or terms.correction or terms.clip_norm is not None:
         scaler.unscale_(optimizer)
         add_proximal_gradient(parameters, terms.start, terms.mu)
