@@ -7,6 +7,7 @@ would count libraries, forked pages and shared tensors once for every process.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -19,6 +20,9 @@ PROC = Path("/proc")
 SECONDS_BETWEEN_SAMPLES = 0.5
 LARGEST_SHARE = 0.02
 """Of the time, for looking: who holds much, or has many processes, is looked at less often."""
+
+LARGE = 64 * 2**20
+"""Bytes from which on it is worth milliseconds to give them back."""
 
 
 class PeakMemory:
@@ -57,6 +61,17 @@ def own_peak_mb() -> float:
     """The most memory that this process alone has held since it began, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def trim_freed_memory(size: int) -> None:
+    """Let glibc give back to the system what was freed: nothing for less than `LARGE` bytes of it.
+
+    It keeps blocks of up to 32 MB for later use, which most tensors are.
+    """
+    if size >= LARGE and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def tree_bytes(root: int) -> int:

@@ -96,8 +96,8 @@ def train_model(
                 weight.step(rates.lr)
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
-    delta = trainable.delta(parameters, start)
-    return Update(client, round, delta, len(shard), _losses(summed, shard, job))
+    optimizer.zero_grad()  # gradients are as large as what is tuned, and would lie there until the next round
+    return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
 
 
 def _add_gradient(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -51,6 +51,12 @@ class ValidatedUpdates:
     def num_valid(self) -> int:
         """How many clients' work there is."""
         return len(self.updates) if self.num_clients is None else self.num_clients
+
+    def without_tensors(self) -> Self:
+        """What is told of the updates once they are merged; their tensors may be large, and can go."""
+        if isinstance(self.updates, StackedUpdates):
+            return self
+        return replace(self, updates=[replace(one, delta={}, strategy_tensors={}) for one in self.updates])
 
     @property
     def num_diverged(self) -> int:
