@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 EXAMPLES = 24
 ROUNDS = 2
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A network and a task for it; `write` puts what the job's tables name into a folder."""
-
-    tables: Callable[[Path], dict[str, Any]]
 
 
 def text_folder(folder: Path, config: str, **options: Any) -> Path:
@@ -66,7 +58,7 @@ def bert_base(folder: Path) -> dict[str, Any]:
             rows.writerow([f"the room was {word} again today at {number} minutes to ten", word])
     return {
         "task": {"name": "text-classification"},
-        "data": {"source": str(folder / "texts.csv")},
+        "data": {"source": str(folder / "texts.csv"), "classes": ["dark", "light"]},
         "backbone": {"name": str(text_folder(folder, "BertConfig")), "weights": "random", "max_tokens": 16},
     }
 
@@ -86,7 +78,7 @@ def pictures(name: str) -> Callable[[Path], dict[str, Any]]:
             Image.fromarray(pixels).save(folder / "pictures" / label / f"{number}.png")
         return {
             "task": {"name": "image-classification"},
-            "data": {"source": str(folder / "pictures")},
+            "data": {"source": str(folder / "pictures"), "classes": ["dark", "light"]},
             "backbone": {"name": f"torchvision:{name}", "weights": "random"},
         }
 
@@ -166,8 +158,12 @@ def main() -> None:
         for way in given.ways:
             command = [sys.executable, "-m", "benchmarks.real_size", "--one", subject, way]
             command += ["--workers", str(given.workers), "--optimizer", given.optimizer]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-            sys.stdout.write(row(subject, whole, way, json.loads(found[-1])))
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ended.returncode:
+                sys.stdout.write(f"{subject}, {way}: failed: {ended.stderr.strip().splitlines()[-1]}\n")
+            else:
+                found = json.loads(ended.stdout.splitlines()[-1])
+                sys.stdout.write(row(subject, whole, way, found))
             sys.stdout.flush()
 
 
