@@ -26,7 +26,10 @@ LARGE = 64 * 2**20
 
 
 class PeakMemory:
-    """Looks twice a second, within the `with` block, and remembers the most that it saw."""
+    """Looks twice a second, within the `with` block, and remembers the most that it saw.
+
+    What lasts less than half a second is not looked at: of thousands of short runs it would take most.
+    """
 
     def __init__(self) -> None:
         self._peak = 0
@@ -35,14 +38,15 @@ class PeakMemory:
 
     def mb(self) -> float:
         """The most memory seen until now, in MiB: of the tree in a sample, or of this process by itself."""
-        self._look()
+        if self._peak:
+            self._look()
         return max(self._peak / 2**20, own_peak_mb())
 
     def _look(self) -> None:
         self._peak = max(self._peak, tree_bytes(os.getpid()))
 
     def _watch(self) -> None:
-        pause = 0.0
+        pause = SECONDS_BETWEEN_SAMPLES
         while not self._ended.wait(pause):
             started = time.monotonic()
             self._look()
