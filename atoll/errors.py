@@ -51,6 +51,9 @@ SYNONYMS = {
     "target_epsilon": "epsilon", "max_grad_norm": "clipping_norm", "sigma": "noise_multiplier",
     "mu": "proximal_mu", "max_length": "max_tokens", "max_seq_length": "max_tokens", "model": "name",
     "labels": "classes", "freeze": "method", "ner": "token-classification",
+    "clip": "clip_norm", "grad_clip": "clip_norm", "gradient_clipping": "clip_norm",
+    "clip_grad_norm": "clip_norm", "gradient_clip_val": "clip_norm", "warmup": "lr_warmup",
+    "warmup_rounds": "lr_warmup", "gradient_accumulation_steps": "accumulate",
 }  # fmt: skip
 """What others call a key or a name, with words joined by "_"; used where there is one of that name."""
 ALIKE = 0.7

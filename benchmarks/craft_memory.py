@@ -56,8 +56,8 @@ class Trained:
 
 def run(way: str, seed: int) -> Trained:
     """Play the job in this process, which has done nothing before."""
-    from atoll.server.run.result import peak_rss_mb
     from atoll.sim.engines.engine import simulate
+    from atoll.system.memory import own_peak_mb
 
     logging.disable(logging.WARNING)
     before = after = 0.0
@@ -67,7 +67,7 @@ def run(way: str, seed: int) -> Trained:
         if isinstance(event, ClientsFound):
             before = held_mb()
         if isinstance(event, RoundEnded):  # the measuring at the end isn't training
-            after = peak_rss_mb()
+            after = own_peak_mb()
 
     table = merged(BASE, TEXTS, WAYS[way], {"seed": seed})
     with tempfile.TemporaryDirectory() as folder:

@@ -52,8 +52,8 @@ def run_point(point: Point) -> dict[str, float]:
     from atoll.server.rounds.loop import run_rounds
     from atoll.server.rounds.start import start_or_resume
     from atoll.server.run.directory import RunDirectory
-    from atoll.server.run.result import peak_rss_mb
     from atoll.sim.engines.inline import InlineTransport
+    from atoll.system.memory import own_peak_mb
 
     with tempfile.TemporaryDirectory() as folder:
         population = generated(point, Path(folder))
@@ -65,7 +65,7 @@ def run_point(point: Point) -> dict[str, float]:
             directory.commit()
             run_rounds(run)
     seconds = [line["seconds"] for line in run.state.log[1:]]
-    return {"seconds": statistics.median(seconds), "memory": peak_rss_mb()}
+    return {"seconds": statistics.median(seconds), "memory": own_peak_mb()}
 
 
 def generated(point: Point, folder: Path):  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ import torch
 
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.mean import moved, weighted_mean
+from atoll.strategies.mean import moved, moved_by_mean, weighted_mean
 from atoll.strategies.strategy import Plan, State
 
 
@@ -36,12 +36,11 @@ class FedAvg:
         return {"proximal_mu": self.proximal_mu} if self.proximal_mu else {}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        mean = weighted_mean(updates)
         if self.momentum == 0:
-            return moved(model, {name: self.lr * d for name, d in mean.items()}), state
+            return moved_by_mean(model, updates, self.lr), state
         velocity = {
             name: self.momentum * cast(torch.Tensor, state[f"momentum.{name}"]) + d
-            for name, d in mean.items()
+            for name, d in weighted_mean(updates).items()
         }
         step = {name: self.lr * v for name, v in velocity.items()}
         return moved(model, step), {f"momentum.{name}": v for name, v in velocity.items()}

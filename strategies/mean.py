@@ -29,11 +29,29 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
     Raises:
         InconsistentUpdates: there is no update, or none has an example.
     """
+    weights, total = _example_weights(updates)
+    return _weighted(updates, weights, total)
+
+
+def moved_by_mean(model: Tensors, updates: Sequence[Update], lr: float) -> Tensors:
+    """The model after `lr` times the deltas' mean by example count; in float64 is one tensor at a time.
+
+    Raises:
+        InconsistentUpdates: there is no update, or none has an example.
+    """
+    weights, total = _example_weights(updates)
+    return {
+        name: _added(p, lr * _weighted_tensor(updates, name, weights, total)) for name, p in model.items()
+    }
+
+
+def _example_weights(updates: Sequence[Update]) -> tuple[torch.Tensor, int]:
+    """(the examples of each update, [clients] in float64, and of all)."""
     counts = example_counts(updates)
     total = sum(counts)
     if total == 0:
         raise InconsistentUpdates("no examples behind any update: nothing to average")
-    return _weighted(updates, torch.tensor(counts, dtype=torch.float64), total)
+    return torch.tensor(counts, dtype=torch.float64), total
 
 
 def weighted_sum(updates: Sequence[Update], weights: torch.Tensor) -> Tensors:
@@ -47,9 +65,14 @@ def weighted_sum(updates: Sequence[Update], weights: torch.Tensor) -> Tensors:
 
 
 def _weighted(updates: Sequence[Update], weights: torch.Tensor, total: int) -> Tensors:
+    names = updates.delta if isinstance(updates, StackedUpdates) else updates[0].delta
+    return {name: _weighted_tensor(updates, name, weights, total) for name in names}
+
+
+def _weighted_tensor(updates: Sequence[Update], name: str, weights: torch.Tensor, total: int) -> torch.Tensor:
     if isinstance(updates, StackedUpdates):
-        return {name: _of_stack(weights, delta, total) for name, delta in updates.delta.items()}
-    return {name: _of_each(weights, [u.delta[name] for u in updates], total) for name in updates[0].delta}
+        return _of_stack(weights, updates.delta[name], total)
+    return _of_each(weights, [update.delta[name] for update in updates], total)
 
 
 def even_mean(updates: Sequence[Update]) -> Tensors:

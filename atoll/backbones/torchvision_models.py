@@ -26,6 +26,8 @@ _REGISTRATION = re.compile(
     r'^@register_model\((?:name="(?P<given>\w+)")?\)$.*?^def (?P<builder>\w+)', re.DOTALL | re.MULTILINE
 )
 
+_NORMALISED_OTHERWISE = re.compile(r"alexnet|squeezenet|vgg\d+$|vit_|swin_|convnext_")
+
 
 @dataclass(frozen=True)
 class Published:
@@ -43,6 +45,11 @@ class Published:
 def torchvision_names(kind: TorchvisionKind = "classification") -> list[str]:
     """Names of torchvision's models of that kind."""
     return [name for name in sorted(_files(kind)) if not name.startswith(_OTHERS)]
+
+
+def has_batch_norm(name: str) -> bool:
+    """Whether one of torchvision's classification models has batch norms."""
+    return name in torchvision_names() and _NORMALISED_OTHERWISE.match(name) is None
 
 
 @cache

@@ -11,12 +11,13 @@ from torch import nn
 
 from atoll.backbones.augmentation import framed, varied_image
 from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
+from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.backbones.resolve import SCATTERING, Backbone
 from atoll.backbones.scattering.transform import Scattering
-from atoll.backbones.torchvision_models import torchvision_names
+from atoll.backbones.torchvision_models import has_batch_norm, torchvision_names
 from atoll.data.images import decode_image, eight_bits, scaled
-from atoll.errors import WeightsError
+from atoll.errors import ConfigError, WeightsError
 from atoll.job.job import BackboneSection
 from atoll.protocol.random_streams import global_stream
 
@@ -110,12 +111,33 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
         transform = Scattering(section.image_size or RAW_SIZE).eval()
         return VisionEncoder(transform, transform.side, (0.0,) * 3, (1.0,) * 3, transform.width)
     trunk, width = torchvision_trunk(backbone.name, seed)
+    size = section.image_size or _native_size(backbone.name)
     if backbone.weights is not None:
         state = load_weights(backbone.weights)
         load_state_dict_strict(trunk, _fitting(state, trunk), backbone.weights)
-    size = section.image_size or _native_size(backbone.name)
+    elif has_batch_norm(backbone.name):
+        _calibrate(trunk.eval(), backbone.name, size, seed)
     layout = section.channels_last
     return VisionEncoder(trunk.eval(), size, IMAGENET_MEAN, IMAGENET_STD, width, channels_last=layout)
+
+
+def _calibrate(trunk: nn.Module, name: str, size: int, seed: int) -> None:
+    """Settle a random network's batch norms, if it has some; the number of threads changes no bit.
+
+    Raises:
+        ConfigError: pictures of that size are too small for it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calibrate_batch_norm(trunk, size, seed, draw=varied_noise)
+    except (RuntimeError, ValueError):
+        raise ConfigError(
+            f"backbone.image_size: torchvision:{name} makes nothing of pictures of {size} x {size},"
+            f" expected a larger size (its own is {_native_size(name)})"
+        ) from None
+    finally:
+        torch.set_num_threads(threads)
 
 
 def torchvision_trunk(name: str, seed: int) -> tuple[nn.Module, int]:

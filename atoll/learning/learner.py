@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call
 
-from atoll.backbones.encoder import TARGETS, Batch, Encoder, Model, Variation
-from atoll.backbones.extract import Progress, extract
+from atoll.backbones.encoder import TARGETS, Batch, Encoder, FixedBatch, Model, Variation
+from atoll.backbones.extract import BATCH, Progress, compute_batches, extract, less_padded
 from atoll.backbones.resolve import Backbone, known_width, resolve
 from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 
 TrainingLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-EVALUATION_BATCH = 64
+BATCH_WITHOUT_NEIGHBOURS = 64
+"""Examples of every batch where no row's bits may depend on others."""
 
 WHOLE_BATCH = 16
 """Examples measured together by models that aren't a head on features: some make much of each."""
@@ -249,15 +250,17 @@ class Learner:
         return self._through_head(tensors, features)
 
     def outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
-        """What the model with these tensors says of a shard, [n, outputs]."""
+        """What the model with these tensors says of a shard, [n, outputs]; bits depend on the shard alone."""
         if self.uses_features:
             return self._through_head(tensors, self.features(shard))
-        model = self.filled(tensors)
-        parts = []
-        with torch.inference_mode():
-            for rows, prepare in model.backbone.fixed_batches(shard.inputs, EVALUATION_BATCH):
-                output = model(self._on_device(prepare()))[: len(rows)].cpu()
-                parts.append((rows, output))
+        return self._through_model(tensors, shard, less_padded(self._fixed_batches(shard, BATCH)))
+
+    def _fixed_batches(self, shard: Shard, size: int) -> Iterable[FixedBatch]:
+        return self.model.backbone.fixed_batches(shard.inputs, size)
+
+    def _through_model(self, tensors: Tensors, shard: Shard, batches: Iterable[FixedBatch]) -> torch.Tensor:
+        train = self.job.train
+        parts = compute_batches(batches, self.filled(tensors), threads=train.threads, device=train.device)
         ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
         return torch.stack([ordered[row] for row in range(len(shard))])
 
@@ -289,7 +292,8 @@ class Learner:
     def outputs_by_row(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         """As `outputs`, and no row's bits depend on other rows: whoever asks for it gets the same."""
         if not self.uses_features:
-            return self.outputs(tensors, shard)
+            batches = self._fixed_batches(shard, BATCH_WITHOUT_NEIGHBOURS)
+            return self._through_model(tensors, shard, batches)
         features = self.features(shard)
         # Twice, for a product of one row takes another way through the library.
         rows = [self._through_head(tensors, row.expand(2, -1).contiguous())[0] for row in features]

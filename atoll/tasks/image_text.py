@@ -6,7 +6,7 @@ model of both (CLIP and kin), it gives both and there is no option.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,12 +92,12 @@ class PairEncoder(Encoder):
     ) -> Iterator[FixedBatch]:
         """As the texts' encoder forms them: by length."""
         for rows, words in self._parts[1].fixed_batches([text for _, text in inputs], size):
-            filled = rows + [rows[-1]] * (size - len(rows))
-            yield rows, partial(self._filled, [inputs[row][0] for row in filled], words)
+            yield rows, partial(self._filled, [inputs[row][0] for row in rows], words, size)
 
-    def _filled(self, images: Sequence[bytes], words: Any) -> Batch:
-        batch: Batch = words()
-        return self._parts[0].preprocess_and_collate(images) | batch
+    def _filled(self, images: Sequence[bytes], words: Callable[[], Batch], size: int) -> Batch:
+        image, batch = self._parts[0], words()
+        pixels = image.preprocess(images)
+        return image.collate(pixels + pixels[-1:] * (size - len(pixels))) | batch
 
 
 def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> PairEncoder:

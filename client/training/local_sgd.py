@@ -63,8 +63,7 @@ def train_model(
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
     the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
-    Gradients are taken a step of `inner_lr` further on (Per-FedAvg), or at its `mixing` with global tensors
-    that take steps too (APFL).
+    Gradients are taken a step of `inner_lr` further on (Per-FedAvg), or at a `mixing` with the global model (APFL).
     """
     mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
@@ -101,6 +100,7 @@ def train_model(
                 weight.step(rates.lr)
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
+    optimizer.zero_grad()  # gradients are as large as what is tuned, and would lie there until the next round
     return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
 
 

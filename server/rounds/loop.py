@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from atoll.errors import BudgetExhausted
+from atoll.protocol.tensors import size_of
 from atoll.server.events import RoundEnded
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import request_updates
@@ -17,6 +18,7 @@ from atoll.server.rounds.round_log import log_line
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.start import checkpoint_of
 from atoll.server.rounds.validation import ValidatedUpdates
+from atoll.system.memory import trim_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ def run_round(run: Run, round: int) -> None:
     gathered, simulated_time = request_updates(run, cohort, round)  # send, train, validate
     seconds_at_clients = time.monotonic() - started
     merge(run, gathered, round)
+    gathered = gathered.without_tensors()
+    trim_freed_memory(size_of(run.state.tensors))
     metrics, validation = evaluate(run)
     seconds = {"seconds": time.monotonic() - started, "seconds_at_clients": seconds_at_clients}
     checkpoint(run, log_line(run, cohort, gathered, metrics, seconds | simulated_time | validation))

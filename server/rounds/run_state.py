@@ -110,6 +110,7 @@ class RunState:
 
     learner: Learner
     initial_model: Tensors
+    """As before training, for baselines; empty where the job asks for none."""
     tensors: Tensors
     strategy_state: State
     stopping: StoppingRule

@@ -72,7 +72,8 @@ def start_or_resume(
         remarks=roster.remarks,
     )  # fmt: skip
     stopping = tuning_schedule.stopping_of(job, 0, learner)
-    run = Run(setup, RunState(learner, initial, shared, strategy.begin(shared), stopping))
+    first = tuning_schedule.needed_by_baselines(job, initial)
+    run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping))
     checkpoint = directory.latest_checkpoint(job.hash) if resume else None
     if checkpoint is not None:
         _continue_from(run, checkpoint)

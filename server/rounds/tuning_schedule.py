@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.protocol.tensors import Tensors
 from atoll.server.events import StageBegun
 from atoll.server.rounds.early_stopping import EarlyStopping, NoEarlyStopping, StoppingRule
 from atoll.strategies.strategy import State
@@ -55,10 +56,15 @@ def begin_next(run: Run) -> bool:
     switch_stage(run, state.stage + 1, state.round)
     initial = state.learner.initial()
     assert set(best) <= set(initial), "a later stage tunes what an earlier one has tuned"
-    state.tensors, state.initial_model = initial | best, initial
+    state.tensors, state.initial_model = initial | best, needed_by_baselines(setup.job, initial)
     state.strategy_state = setup.strategy.begin(state.tensors)
     setup.on_event(StageBegun(state.round, state.learner.job.tune.description))
     return True
+
+
+def needed_by_baselines(job: Job, initial: Tensors) -> Tensors:
+    """The model before training, which only baselines ask for: without any, nothing of it is held."""
+    return initial if job.evaluate.baselines else {}
 
 
 def switch_stage(run: Run, stage: int, start_round: int) -> None:
@@ -105,6 +111,6 @@ def resume(run: Run, saved: State) -> State:
     """Enter the stage that a checkpoint was written in; what is left is the strategy's."""
     if PREFIX + "number" in saved and saved[PREFIX + "number"]:
         switch_stage(run, int(saved[PREFIX + "number"]), int(saved[PREFIX + "began"]))
-        run.state.initial_model = run.state.learner.initial()
+        run.state.initial_model = needed_by_baselines(run.setup.job, run.state.learner.initial())
     rest = {name: value for name, value in saved.items() if not name.startswith(PREFIX)}
     return run.state.stopping.resume(rest)

@@ -52,6 +52,12 @@ class ValidatedUpdates:
         """How many clients' work there is."""
         return len(self.updates) if self.num_clients is None else self.num_clients
 
+    def without_tensors(self) -> Self:
+        """What is told of the updates once they are merged; their tensors may be large, and can go."""
+        if isinstance(self.updates, StackedUpdates):
+            return self
+        return replace(self, updates=[replace(one, delta={}, strategy_tensors={}) for one in self.updates])
+
     @property
     def num_diverged(self) -> int:
         """How many clients sent values that aren't finite: they would again, from the same model and seed."""

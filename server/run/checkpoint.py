@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from atoll.errors import ConfigError, JobError
-from atoll.protocol.tensors import Tensors, tensors_sha256, to_bytes
+from atoll.protocol.tensors import Tensors, size_of, tensors_sha256, to_bytes
 from atoll.strategies.strategy import State
 from atoll.system.durable_files import remove, replace_synced, sync_file, temporary_of
+from atoll.system.memory import trim_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class CheckpointManager:
 
     def _save(self, checkpoint: Checkpoint) -> int:
         save(self.folder, checkpoint, self.log)
+        trim_freed_memory(size_of(checkpoint.tensors))
         return checkpoint.round
 
     def _finish(self) -> None:

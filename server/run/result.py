@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -26,12 +25,15 @@ from atoll.server.run.personalization_metrics import (
     with_adapted,
 )
 from atoll.server.run.privacy_report import privacy_report
+from atoll.system.memory import PeakMemory
 from atoll.tasks.metric_values import MetricValues
 
 Baselines = Mapping[str, Mapping[str, float | None]]
 
 
-def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str]) -> dict[str, Any]:
+def write_result(
+    run: Run, baselines: Baselines, seconds: float, notes: list[str], memory: PeakMemory
+) -> dict[str, Any]:
     """Measure the final model everywhere, and write the model and `result.json`."""
     setup, state, job = run.setup, run.state, run.setup.job
     clients = measured_clients(run)
@@ -54,7 +56,7 @@ def write_result(run: Run, baselines: Baselines, seconds: float, notes: list[str
         "data": setup.used_data,
         "clients_trained": sum(line["trained"] for line in state.log),
         **traffic(run),
-        "peak_rss_mb": peak_rss_mb(),
+        "peak_rss_mb": memory.mb(),
         "rounds": state.log,
         "final": {
             "server": final_server(run),
@@ -135,12 +137,6 @@ def measured_clients(
 def _client(run: Run, measurement: Measurement) -> MetricValues:
     metrics = run.state.learner.compute(measurement.states) if measurement.num_examples else {}
     return metrics | {"examples": measurement.num_examples}
-
-
-def peak_rss_mb() -> float:
-    """The most memory this process and its biggest child have held."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
 
 
 def machine(threads: int, device: str) -> dict[str, Any]:

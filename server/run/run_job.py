@@ -23,6 +23,7 @@ from atoll.server.run.directory import RunDirectory
 from atoll.server.run.result import Baselines, write_result
 from atoll.server.transport import Transport
 from atoll.strategies import Strategy, build_strategy, check_merging
+from atoll.system.memory import PeakMemory
 from atoll.tasks import check_metric_options, task_named
 
 BaselineFn = Callable[[Run], tuple[Baselines, list[str]]]
@@ -66,7 +67,11 @@ def run_job(
         JobError: the run cannot begin or go on, also because a disk is full or fails; what it has is kept.
     """
     started = time.monotonic()
-    with disk_errors_in_words(out), RunDirectory.open(out, job, resume=resume, force=force) as directory:
+    with (
+        disk_errors_in_words(out),
+        RunDirectory.open(out, job, resume=resume, force=force) as directory,
+        PeakMemory() as memory,
+    ):
         protection = central_dp_of(job, out, ledgers)
         run = start_or_resume(
             job, carrier, directory, test_set, on_event, resume=resume, clock=clock, protection=protection,
@@ -77,7 +82,7 @@ def run_job(
         on_event(BaselinesBegun())
         compared, notes = baselines(run)
         on_event(FinalEvaluationBegun())
-        result = write_result(run, compared, time.monotonic() - started, notes)
+        result = write_result(run, compared, time.monotonic() - started, notes, memory)
         if report:
             from atoll.report.page import (
                 write_report,  # not before the first round: it is drawn after the last

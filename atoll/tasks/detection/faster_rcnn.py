@@ -17,7 +17,7 @@ from torch import nn
 from atoll.backbones.options import options_of
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.torchvision_models import torchvision_names
-from atoll.backbones.vision import load_vision_encoder
+from atoll.backbones.vision import load_vision_encoder, torchvision_trunk
 from atoll.errors import WeightsError
 from atoll.job.job import BackboneSection
 from atoll.job.section import Section
@@ -88,7 +88,11 @@ def bodied_detector(
 
 def _layers(body: Backbone, section: BackboneSection, seed: int) -> nn.Sequential:
     """The classifier's layers one after another, with its weights where they were found."""
-    trunk = load_vision_encoder(body, section, stream_seed(seed, "init", "body")).model
+    own = stream_seed(seed, "init", "body")
+    if body.weights is None:  # its norms are settled together with the detector's
+        trunk = torchvision_trunk(body.name, own)[0].eval()
+    else:
+        trunk = load_vision_encoder(body, section, own).model
     features = getattr(trunk, "features", None)
     row = features if isinstance(features, nn.Module) else trunk
     return nn.Sequential(OrderedDict(row.named_children()))
