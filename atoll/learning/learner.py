@@ -25,10 +25,19 @@ from atoll.learning import lora_base, trainable
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.compatibility import check_fits
 from atoll.learning.compiled import CompiledEncoder
-from atoll.learning.features import View, keep_features, kept_features, plain_view, varied_views
+from atoll.learning.features import (
+    View,
+    keep_features,
+    kept_features,
+    plain_view,
+    state_cache,
+    varied_views,
+)
 from atoll.learning.few_shot import training_rows
 from atoll.learning.input_cache import ReadyInputs
 from atoll.learning.local_parameters import own_part
+from atoll.learning.prefix.kept_states import KeptStates
+from atoll.learning.prefix.state_cache import sequences_of
 from atoll.learning.pruning import fingerprinted, pruned
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
@@ -114,6 +123,15 @@ class Learner:
         return model.to(self.job.train.device)
 
     @cached_property
+    def kept_states(self) -> KeptStates | None:
+        """What the frozen blocks make of tokens, where the job keeps it."""
+        train = self.job.train
+        if train.cached_states is None or self.trains_on_features:
+            return None
+        cache_at = partial(state_cache, self.job, self.backbone)
+        return KeptStates.of(self.model, cache_at, train.threads, self.progress)
+
+    @cached_property
     def _extractor(self) -> Encoder:
         """The backbone as features are computed with it."""
         return CompiledEncoder(self.encoder) if self.job.backbone.compile else self.encoder
@@ -131,6 +149,7 @@ class Learner:
         if self.uses_features:
             head = self._fresh_head(self.width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
+        _ = self.kept_states  # A network that can't be cut is refused before the first round.
         self.begin_round(0)
         found = trainable.values(self.model) | lora_base.nothing_added(self.model)
         return {name: t.cpu() for name, t in found.items()}
@@ -158,6 +177,21 @@ class Learner:
         if self.task.sees_targets:
             batch[TARGETS] = shard.targets_of(rows)
         return batch
+
+    def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
+        """As `collate`, for this learner's own model: kept states stand in the place of tokens."""
+        batch = self.collate(shard, rows, variation)
+        return batch if self.kept_states is None else self.kept_states.in_place_of_tokens(batch)
+
+    def keep_states(self, shard: Shard) -> None:
+        """Compute what states aren't kept yet, where the job keeps any, and hold none of them in memory."""
+        if self.kept_states is None:
+            return
+        found = []
+        for start in range(0, len(shard), WHOLE_BATCH):
+            batch = self.collate(shard, range(start, min(start + WHOLE_BATCH, len(shard))))
+            found += sequences_of(batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2))
+        self.kept_states.keep(found)
 
     def features(self, shard: Shard) -> torch.Tensor:
         """Features [n, width] of a shard as it is, from the cache where they are there."""
@@ -243,7 +277,7 @@ class Learner:
 
     def _fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         if not self.uses_features:
-            return self.outputs(tensors, shard)
+            return self._outputs(tensors, shard, None)
         train = self.job.train
         features = extract(self._extractor, shard.inputs, threads=train.threads, device=train.device)
         return self._through_head(tensors, features)
@@ -252,11 +286,15 @@ class Learner:
         """What the model with these tensors says of a shard, [n, outputs]."""
         if self.uses_features:
             return self._through_head(tensors, self.features(shard))
+        return self._outputs(tensors, shard, self.kept_states)
+
+    def _outputs(self, tensors: Tensors, shard: Shard, states: KeptStates | None) -> torch.Tensor:
         model = self.filled(tensors)
         parts = []
         with torch.inference_mode():
             for rows, prepare in model.backbone.fixed_batches(shard.inputs, EVALUATION_BATCH):
-                output = model(self._on_device(prepare()))[: len(rows)].cpu()
+                batch = prepare() if states is None else states.in_place_of_tokens(prepare())
+                output = model(self._on_device(batch))[: len(rows)].cpu()
                 parts.append((rows, output))
         ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
         return torch.stack([ordered[row] for row in range(len(shard))])
@@ -333,7 +371,8 @@ class Learner:
         with torch.inference_mode():
             for start in range(0, len(shard), WHOLE_BATCH):
                 rows = range(start, min(start + WHOLE_BATCH, len(shard)))
-                batch, targets = self._on_device(self.collate(shard, rows)), shard.targets_of(rows)
+                batch = self.batch(shard, rows) if model is self.model else self.collate(shard, rows)
+                batch, targets = self._on_device(batch), shard.targets_of(rows)
                 predictions, outputs = model.measure(batch)
                 metrics.update(*self.task.metric_inputs(predictions, targets))
                 loss = self.task.eval_loss(outputs, targets.to(self.job.train.device))

@@ -138,7 +138,7 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
         return False
     if not _in_use or _in_use[0][0] is not learner:
         rows = [0, min(1, len(shard) - 1)]
-        batch, targets = on_device(learner, learner.collate(shard, rows), shard.targets_of(rows))
+        batch, targets = on_device(learner, learner.batch(shard, rows), shard.targets_of(rows))
         loss = learner.training_loss(shard)
         refuse_mixing_layers(learner, batch)
         with global_stream(learner.job.seed, "dropout"):

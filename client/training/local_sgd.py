@@ -112,7 +112,7 @@ def _add_gradient(
     """Add a batch's gradient, part by part, to what the parameters hold; each part's summed loss."""
     device = job.train.device
     for part, share in weighted_parts(learner, shard, rows, job):
-        batch = learner.collate(shard, part, varied)
+        batch = learner.batch(shard, part, varied)
         with autocast(job.train):
             outputs = learner.model({name: t.to(device) for name, t in batch.items()})
         loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))

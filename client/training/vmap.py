@@ -114,7 +114,7 @@ def _train(
 def _item(
     learner: Learner, shard: Shard, place: int, rows: Sequence[int], varied: Variation | None = None
 ) -> _Item:
-    return _Item(place, learner.collate(shard, rows, varied), shard.targets_of(rows))
+    return _Item(place, learner.batch(shard, rows, varied), shard.targets_of(rows))
 
 
 def _reached(learner: Learner, shard: Shard, rows: Sequence[int]) -> list[str]:

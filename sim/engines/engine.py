@@ -179,7 +179,11 @@ def cached_test_set(population: Population, progress: Progress | None) -> Callab
             learner.keep_features(population.whole(learner), training=False)
         if learner.trains_on_features:
             learner.keep_features(population.whole(learner), training=True)
+        if learner.kept_states is not None:
+            learner.keep_states(population.whole(learner))
         test = population.test_shard(learner)
+        if test is not None:
+            learner.keep_states(test)
         if test is not None and learner.uses_features:
             learner.keep_features(test, training=False)
         return test
