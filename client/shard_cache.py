@@ -96,8 +96,6 @@ class ShardCache:
         shard = learner.task.shard(self._fitting(learner, name), data_info)
         part, validation = learner.split(shard)
         features = learner.training_features(part) if learner.trains_on_features else None
-        for each in (part, validation):
-            learner.keep_states(each)
         while len(self._loaded) >= CACHED_SHARDS:
             self._loaded.pop(next(iter(self._loaded)))
         self._loaded[key] = LoadedShard(learner.with_soft_labels(part), validation, features)

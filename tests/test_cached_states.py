@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from atoll.backbones.checkpoint import attention_of, force_attention_mask
 from atoll.backbones.encoder import Encoder, Model
+from atoll.client.dp.dp_sgd_model import train_privately
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
 from atoll.datasets.synthetic.preferences import generated_preferences
@@ -27,6 +29,7 @@ from atoll.tasks.preference.task import PREFERENCE
 from tests.models import small_llama
 from tests.small import image_job
 from tests.test_backbones import tiny_bert
+from tests.test_private_training import private
 
 LAST_K, LORA = {"method": "last-k", "layers": 1}, {"method": "lora", "layers": 1, "rank": 2}
 TEXTS = ["good", "bad bad good", "a b c d e f g h i", "good a b", "bad", "good good good good good bad"]
@@ -131,6 +134,7 @@ def without_disk(learner: Learner) -> None:
         return batch | {"input_ids": table}
 
     object.__setattr__(kept, "in_place_of_tokens", each)
+    object.__setattr__(kept, "keep", lambda sequences: None)
 
 
 def assert_same_bits(found: Tensors, expected: Tensors) -> None:
@@ -343,7 +347,27 @@ def stop_after_a_round(event: object) -> None:
         raise Stopped
 
 
-def test_engines_and_a_resumed_run_agree(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["preference", "text-classification"])
+def test_private_training_has_the_same_bits_with_the_cache_and_without(
+    folders: dict[str, Path], task: str
+) -> None:
+    def update(learner: Learner, shard: Shard) -> Tensors:
+        start = learner.initial()
+        return train_privately(learner, start, shard, private(), client="c", round=1, plan={}).delta
+
+    job = job_of(folders, task, dropout=0.0 if task == "text-classification" else None, optimizer="sgd")
+    learner, shard = at_work(job)
+    without_disk(learner)
+    expected = update(learner, shard)
+    assert_same_bits(update(*at_work(job)), expected)
+    assert_same_bits(update(*at_work(job)), expected)
+    train = job.train.model_copy(update={"cached_states": None})
+    whole = update(*at_work(job.model_copy(update={"train": train})))
+    torch.testing.assert_close(expected, whole, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.processes
+def test_engines_worker_processes_and_a_resumed_run_agree(folders: dict[str, Path], tmp_path: Path) -> None:
     job = job_of(folders, "preference")
     table = {"data": {"source": str(tmp_path / "data")}}
     rows = PREFERENCE.schema.adopted(generated_preferences(0, 16)).train
@@ -353,7 +377,21 @@ def test_engines_and_a_resumed_run_agree(folders: dict[str, Path], tmp_path: Pat
         engine: simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
     }
+    found["workers"] = simulate(job, tmp_path / "two", workers=2, on_event=ignore_events, report=False)
     with pytest.raises(Stopped):
         simulate(job, tmp_path / "again", on_event=stop_after_a_round, report=False)
     found["resumed"] = simulate(job, tmp_path / "again", on_event=ignore_events, report=False, resume=True)
     assert len({result["model_sha256"] for result in found.values()}) == 1
+
+
+@pytest.mark.parametrize("task", ["language-modeling", "text-classification"])
+def test_a_way_to_compute_attention_that_training_left_changes_no_state(
+    folders: dict[str, Path], task: str
+) -> None:
+    (learner, shard), (other, _) = at_work(job_of(folders, task)), at_work(job_of(folders, task))
+    ids = learner.collate(shard, [2])["input_ids"][0][:9]
+    assert learner.kept_states is not None and other.kept_states is not None
+    force_attention_mask(other.model)
+    kept = [one.kept_states.prefix.states_of_each([ids], threads=1, done=int) for one in (learner, other)]
+    assert torch.equal(kept[0][0], kept[1][0])
+    assert attention_of(other.model.backbone.model) == "sdpa_whole_mask"

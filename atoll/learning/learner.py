@@ -306,6 +306,7 @@ class Learner:
     def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
         """Metric states of the model with these tensors on a shard; they add up over shards."""
         metrics = self.metrics()
+        self.keep_states(shard)
         if self.task.uses_pooled_features:
             outputs = self.outputs(tensors, shard)
             metrics.update(*self.task.metric_inputs(outputs, shard.table))

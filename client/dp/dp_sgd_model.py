@@ -49,6 +49,7 @@ def train_privately(
     """
     job, mu = learner.job, plan.get("proximal_mu", 0.0)
     model = learner.model
+    learner.keep_states(shard)
     parameters = trainable.trainable(model)
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, tensors)

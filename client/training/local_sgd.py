@@ -61,6 +61,7 @@ def train_model(
     further on (Per-FedAvg), or at its `mixing` with global tensors that take steps too (APFL).
     """
     mu, model = plan.get("proximal_mu", 0.0), learner.model
+    learner.keep_states(shard)
     parameters = trainable.trainable(model)
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, {**tensors, **(begin or {})})

@@ -44,6 +44,8 @@ def vmap_training(
     plan: Mapping[str, float],
 ) -> StackedUpdates:
     """Train from the global tensors on every shard; the updates come in the order of `shards`."""
+    for shard in shards.values():
+        learner.keep_states(shard)
     trainable.training_mode(learner.model)
     force_attention_mask(learner.model)
     # Those with most batches first: whoever still trains at a step is then a prefix.

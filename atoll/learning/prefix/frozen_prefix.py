@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atoll.backbones.checkpoint import attention, attention_of
 from atoll.backbones.encoder import Model
 from atoll.errors import ConfigError, DataError
 from atoll.learning.trainable import blocks
@@ -35,6 +36,7 @@ class FrozenPrefix:
 
     def __init__(self, model: Model) -> None:
         self.network: Any = model.backbone.model
+        self._attention = attention_of(self.network)
         self._local = threading.local()
         self._replaced: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         called = self._blocks_in_order(model.head)
@@ -87,7 +89,9 @@ class FrozenPrefix:
             torch.set_num_threads(threads)
             return self.states(ids)
 
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads) if on_cpu else 1) as pool:
+        workers = max(1, (os.cpu_count() or 1) // threads) if on_cpu else 1
+        # Per-example gradients may have left another way to compute attention, of other bits.
+        with attention(self.network, self._attention), ThreadPoolExecutor(workers) as pool:
             for states in pool.map(run, sequences):
                 if not torch.isfinite(states).all():
                     raise DataError("an example has states in the frozen blocks that are not finite")
