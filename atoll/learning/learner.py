@@ -129,7 +129,11 @@ class Learner:
         if train.cached_states is None or self.trains_on_features:
             return None
         cache_at = partial(state_cache, self.job, self.backbone)
-        return KeptStates.of(self.model, cache_at, train.threads, self.progress)
+        return KeptStates.of(self.model, cache_at, train.threads, self._tell)
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
 
     @cached_property
     def _extractor(self) -> Encoder:

@@ -21,7 +21,7 @@ class KeptStates:
     prefix: FrozenPrefix
     cache: StateCache
     threads: int
-    progress: Progress | None = None
+    progress: Progress
 
     @classmethod
     def of(
@@ -29,7 +29,7 @@ class KeptStates:
         model: Model,
         cache_at: Callable[[Sequence[str]], StateCache],
         threads: int,
-        progress: Progress | None,
+        progress: Progress,
     ) -> KeptStates:
         """Cut a model that is ready to train; `cache_at` gives the cache that belongs to where it is cut.
 
@@ -54,7 +54,7 @@ class KeptStates:
             before = done
             done += len(part)
             return self.prefix.states_of_each(
-                part, threads=self.threads, done=lambda count: self._tell(before + count, len(missing))
+                part, threads=self.threads, done=lambda count: self.progress(before + count, len(missing))
             )
 
         self.cache.keep(missing, compute)
@@ -68,7 +68,3 @@ class KeptStates:
         self.keep(sequences_of(flat_ids, flat_mask))
         states = self.cache.take(flat_ids, flat_mask)
         return batch | {"input_ids": states.view(*ids.shape, -1)}
-
-    def _tell(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(done, total)
