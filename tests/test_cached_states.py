@@ -13,6 +13,7 @@ from torch import nn
 
 from atoll.backbones.checkpoint import attention_of, force_attention_mask
 from atoll.backbones.encoder import Encoder, Model
+from atoll.backbones.text import without_pooler
 from atoll.client.dp.dp_sgd_model import train_privately
 from atoll.client.training.local_sgd import train_model
 from atoll.data.shard import Shard
@@ -21,12 +22,13 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.learning.prefix.frozen_prefix import FrozenPrefix
+from atoll.learning.trainable import _last_blocks as last_blocks
 from atoll.protocol.tensors import Tensors
 from atoll.server.events import RoundEnded, ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
 from atoll.tasks.preference.task import PREFERENCE
-from tests.models import small_llama
+from tests.models import small_llama, small_t5
 from tests.small import image_job
 from tests.test_backbones import tiny_bert
 from tests.test_private_training import private
@@ -52,18 +54,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the sequences whose states are computed from now on, but for those of two tokens.
-
-    A sequence of two is what a network is looked at with.
-    """
+    """The lengths of the sequences whose states are computed from now on."""
     lengths: list[int] = []
-    whole = FrozenPrefix.states
+    whole = FrozenPrefix.states_of_each
 
-    def noted(self: FrozenPrefix, ids: torch.Tensor) -> torch.Tensor:
-        lengths.extend([len(ids)] if len(ids) != 2 else [])
-        return whole(self, ids)
+    def noted(self: FrozenPrefix, sequences: Any, **how: Any) -> list[torch.Tensor]:
+        lengths.extend(map(len, sequences))
+        return whole(self, sequences, **how)
 
-    monkeypatch.setattr(FrozenPrefix, "states", noted)
+    monkeypatch.setattr(FrozenPrefix, "states_of_each", noted)
     return lengths
 
 
@@ -122,6 +121,9 @@ def without_disk(learner: Learner) -> None:
     kept = learner.kept_states
     assert kept is not None
 
+    def alone(ids: torch.Tensor) -> torch.Tensor:
+        return kept.prefix.states_of_each([ids], threads=1, done=int)[0]
+
     def each(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         table = torch.zeros((*ids.shape, learner.encoder.width))
@@ -130,7 +132,8 @@ def without_disk(learner: Learner) -> None:
         ):
             own = tuple(place.tolist())
             length = int(mask[own].sum())
-            table[own][:length] = kept.prefix.states(ids[own][:length])
+            if length:
+                table[own][:length] = alone(ids[own][:length])
         return batch | {"input_ids": table}
 
     object.__setattr__(kept, "in_place_of_tokens", each)
@@ -336,6 +339,65 @@ def test_a_network_that_looks_past_the_cut_is_refused() -> None:
     encoder.model.layers[2].requires_grad_(True)  # type: ignore[index, union-attr]
     with pytest.raises(ConfigError, match="take more than the states of the block below them"):
         FrozenPrefix(model)
+
+
+def test_a_t5_whose_first_block_says_where_tokens_stand_is_refused(tmp_path: Path) -> None:
+    """What it says of positions goes from block to block beside the states."""
+    job = job_of({"bert": small_t5(tmp_path / "t5")}, "text-classification", LAST_K, dropout=0.0)
+    with pytest.raises(ConfigError, match="take more than the states of the block below them"):
+        at_work(job)[0].initial()
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "OPT", "GPTNeoX", "Qwen2", "Phi", "Gemma", "Albert", "DistilBert"])
+def test_other_architectures_begin_at_their_states_or_are_refused(kind: str) -> None:
+    model = Model(Encoder(), nn.Linear(16, 2))
+    model.backbone.model = other_network(kind)
+    model.requires_grad_(False)
+    for block in last_blocks(model.backbone.model, 1, model.head):
+        block.requires_grad_(True)
+    if kind == "Albert":  # Its one block is all blocks.
+        model.backbone.model.embeddings.requires_grad_(False)
+    prefix, ids = FrozenPrefix(model), torch.tensor([[5, 3, 7, 1, 2, 9], [4, 4, 2, 0, 0, 0]])
+    mask = (ids > 0).long()
+    states = torch.zeros((2, 6, 16))
+    for row, length in enumerate((6, 3)):
+        states[row, :length] = prefix.states_of_each([ids[row, :length]], threads=1, done=int)[0]
+    network: Any = model.backbone.model.eval()
+    with torch.inference_mode():
+        whole, rest = (network(input_ids=given, attention_mask=mask)[0] for given in (ids, states))
+    torch.testing.assert_close(whole[mask.bool()], rest[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_between_frozen_blocks_is_refused() -> None:
+    """GPT-2 has a layer of it behind its embeddings, which works in training whatever is tuned."""
+    model = Model(Encoder(), nn.Linear(16, 2))
+    model.backbone.model = other_network("GPT2", dropout=0.1)
+    model.requires_grad_(False)
+    last_blocks(model.backbone.model, 1, model.head)[0].requires_grad_(True)
+    with pytest.raises(ConfigError, match="dropout works below the first tuned block"):
+        FrozenPrefix(model)
+
+
+def other_network(kind: str, dropout: float = 0.0) -> nn.Module:
+    import transformers
+
+    sizes = {
+        "GPT2": {"n_embd": 16, "n_layer": 3, "n_head": 2, "embd_pdrop": dropout},
+        "OPT": {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16},
+        "Albert": {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 24},
+        "DistilBert": {"dim": 16, "hidden_dim": 24, "n_layers": 3, "n_heads": 2},
+    }.get(kind, {"hidden_size": 16, "intermediate_size": 24})
+    more = (
+        {"num_hidden_layers": 3, "num_attention_heads": 2}
+        if "n_head" not in sizes and "dim" not in sizes
+        else {}
+    )
+    if kind in ("Qwen2", "Gemma"):
+        more |= {"num_key_value_heads": 1, "head_dim": 8}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=12, pad_token_id=0, **sizes, **more)
+    torch.manual_seed(0)
+    network: nn.Module = getattr(transformers, f"{kind}Model")(config)
+    return without_pooler(network)
 
 
 class Stopped(Exception):

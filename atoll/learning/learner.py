@@ -316,7 +316,7 @@ class Learner:
             metrics.update(*self.task.metric_inputs(outputs, shard.table))
             loss, count = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard), len(shard)
         else:
-            loss, count = self._measure(self.filled(tensors), shard, metrics)
+            loss, count = self._measure(self.filled(tensors), shard, metrics, self.batch)
         return states_of(metrics, loss, count)
 
     def form_of_states(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -355,9 +355,9 @@ class Learner:
         return None if imbalance is None else imbalance.chances(shard.table)
 
     def evaluate_model(self, model: Model, shard: Shard) -> MetricValues:
-        """Metrics and loss of any model of this kind on a shard, past the cache of features."""
+        """Metrics and loss of any model of this kind on a shard, past the caches of features and states."""
         metrics = self.metrics()
-        total, count = self._measure(model, shard, metrics)
+        total, count = self._measure(model, shard, metrics, self.collate)
         return computed(metrics) | {"loss": defined(total / count)}
 
     def naive_baselines(self, shard: Shard) -> dict[str, MetricValues]:
@@ -370,14 +370,19 @@ class Learner:
             found[name] = computed(metrics)
         return found
 
-    def _measure(self, model: Model, shard: Shard, metrics: MetricCollection) -> tuple[torch.Tensor, int]:
+    def _measure(
+        self,
+        model: Model,
+        shard: Shard,
+        metrics: MetricCollection,
+        batch_of: Callable[[Shard, Sequence[int]], Batch],
+    ) -> tuple[torch.Tensor, int]:
         """Put a shard's predictions into the metrics; (the sum of its losses, of how many examples)."""
         total, count = torch.zeros((), dtype=torch.float64), 0
         with torch.inference_mode():
             for start in range(0, len(shard), WHOLE_BATCH):
                 rows = range(start, min(start + WHOLE_BATCH, len(shard)))
-                batch = self.batch(shard, rows) if model is self.model else self.collate(shard, rows)
-                batch, targets = self._on_device(batch), shard.targets_of(rows)
+                batch, targets = self._on_device(batch_of(shard, rows)), shard.targets_of(rows)
                 predictions, outputs = model.measure(batch)
                 metrics.update(*self.task.metric_inputs(predictions, targets))
                 loss = self.task.eval_loss(outputs, targets.to(self.job.train.device))

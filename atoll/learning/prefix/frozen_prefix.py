@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ from torch import nn
 from atoll.backbones.checkpoint import attention, attention_of
 from atoll.backbones.encoder import Model
 from atoll.errors import ConfigError, DataError
-from atoll.learning.trainable import blocks
+from atoll.learning import trainable
+from atoll.protocol.random_streams import global_stream
+
+PROBE = 8
+"""Tokens of the sequence that a network is tried out with."""
 
 
 class _Reached(Exception):
@@ -31,7 +36,8 @@ class FrozenPrefix:
     """The cut of one network; from its making on, the network takes states as well as tokens.
 
     Raises:
-        ConfigError: the first block is tuned, or the rest takes more of the prefix than its last states.
+        ConfigError: the first block is tuned, or the rest takes more of the prefix than its last states, or
+            dropout works in the prefix.
     """
 
     def __init__(self, model: Model) -> None:
@@ -51,7 +57,7 @@ class FrozenPrefix:
         self.network.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.network.register_forward_hook(self._end, always_call=True)
         self.first.register_forward_pre_hook(self._enter, with_kwargs=True)
-        self._check()
+        self._check(model)
 
     @property
     def place(self) -> list[str]:
@@ -60,9 +66,10 @@ class FrozenPrefix:
         return [type(self.network).__qualname__, *(names[id(block)] for block in [*self.frozen, self.first])]
 
     def states(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the first tuned block sees of one sequence of tokens [tokens]: float32, [tokens, width]."""
-        for block in self.frozen:
-            block.eval()
+        """What the first tuned block sees of one sequence of tokens [tokens]: float32, [tokens, width].
+
+        The network must be in evaluation mode, as it is within `states_of_each`.
+        """
         self._local.captured = None
         self._local.captures = True
         try:
@@ -91,7 +98,12 @@ class FrozenPrefix:
 
         workers = max(1, (os.cpu_count() or 1) // threads) if on_cpu else 1
         # Per-example gradients may have left another way to compute attention, of other bits.
-        with attention(self.network, self._attention), ThreadPoolExecutor(workers) as pool:
+        with (
+            _modes_kept(self.network),
+            attention(self.network, self._attention),
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            self.network.eval()
             for states in pool.map(run, sequences):
                 if not torch.isfinite(states).all():
                     raise DataError("an example has states in the frozen blocks that are not finite")
@@ -102,7 +114,9 @@ class FrozenPrefix:
     def _blocks_in_order(self, head: nn.Module) -> list[nn.Module]:
         """The network's blocks, and its head where that is inside, in the order in which they run."""
         is_inside = any(module is head for module in self.network.modules())
-        candidates = [*blocks(self.network, head), head] if is_inside else blocks(self.network)
+        candidates = (
+            [*trainable.blocks(self.network, head), head] if is_inside else trainable.blocks(self.network)
+        )
         called: list[nn.Module] = []
 
         def note(block: nn.Module, given: Any) -> None:
@@ -120,22 +134,36 @@ class FrozenPrefix:
 
     @property
     def _probe(self) -> torch.Tensor:
-        return torch.zeros((1, 2), dtype=torch.int64, device=_device(self.network))
+        return torch.zeros((1, PROBE), dtype=torch.int64, device=_device(self.network))
 
-    def _check(self) -> None:
-        """Raises ConfigError where the network says something else from states than from tokens."""
-        modes = {module: module.training for module in self.network.modules()}
-        self.network.eval()
-        states = self.states(self._probe[0])[None].to(self._probe.device)
-        with torch.inference_mode():
-            whole, rest = (self._run(given)[0] for given in (self._probe, states))
-        for module, training in modes.items():
-            module.training = training
-        if not torch.equal(whole, rest):
+    def _check(self, model: Model) -> None:
+        """Raises ConfigError where states don't say all, or training draws at random below the cut."""
+        with _modes_kept(model):
+            trainable.training_mode(model)
+            with global_stream(0, "dropout"):
+                drawn = self.states(self._probe[0])
+            self.network.eval()
+            states = self.states(self._probe[0])
+            if not torch.equal(drawn, states):
+                raise ConfigError(
+                    "train.cached_states: dropout works below the first tuned block of this network; expected"
+                    " train.dropout = 0, or no such key"
+                )
+            is_same = self._says_the_same(states[None].to(self._probe.device))
+        if not is_same:
             raise ConfigError(
                 "train.cached_states: the tuned blocks of this network take more than the states of the block"
                 " below them; remove the key"
             )
+
+    def _says_the_same(self, states: torch.Tensor) -> bool:
+        """Whether the network says of states what it says of the tokens that they were made of."""
+        with torch.inference_mode():
+            whole = self._run(self._probe)[0]
+            try:
+                return torch.equal(whole, self._run(states)[0])
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                return False  # It takes something else from the frozen blocks, which isn't there.
 
     def _run(self, given: torch.Tensor) -> Any:
         """The network on whole sequences of tokens [n, tokens], or of states [n, tokens, width]."""
@@ -179,6 +207,17 @@ class FrozenPrefix:
             return None
         self._local.states = None  # A network may call a block again, with what came of it.
         return ((states, *args[1:]), given) if args else (args, given | {"hidden_states": states})
+
+
+@contextmanager
+def _modes_kept(network: nn.Module) -> Iterator[None]:
+    """Afterwards, every layer is in training or evaluation mode as it was."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _is_tuned(block: nn.Module) -> bool:
