@@ -102,6 +102,7 @@ LEFT_OUT: dict[str, str] = {
     "tune.keep_sums": "refused with every promise",
     "tune.ridge": "how the server solves for a head",
     "tune.feature_norm": "given with tune.head_init, which needs it",
+    "train.cached_states": "of networks that read tokens alone; tests/test_cached_states.py trains privately",
     "train.device": "this machine has a processor",
     "train.threads": "more than one changes no bits, and other tests say so",
     "train.teacher": "a run's directory: what it teaches is public",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,31 @@ def force_attention_mask(model: nn.Module) -> None:
 
     AttentionInterface.register("sdpa_whole_mask", sdpa_attention_forward)
     AttentionMaskInterface.register("sdpa_whole_mask", whole_mask)
+    _choose_attention(model, "sdpa_whole_mask")
+
+
+def attention_of(network: nn.Module) -> str | None:
+    """The name of transformers' way to compute attention that a network is set to, if it has any."""
+    found: str | None = getattr(getattr(network, "config", None), "_attn_implementation", None)
+    return found
+
+
+@contextmanager
+def attention(network: nn.Module, name: str | None) -> Iterator[None]:
+    """Within, a network computes attention in the way of that name."""
+    before = attention_of(network)
+    if name is None or name == before:
+        yield
+        return
+    _choose_attention(network, name)
+    try:
+        yield
+    finally:
+        _choose_attention(network, str(before))
+
+
+def _choose_attention(model: nn.Module, name: str) -> None:
     for module in model.modules():
         choose = getattr(module, "set_attn_implementation", None)
         if choose is not None:
-            choose("sdpa_whole_mask")
+            choose(name)

@@ -36,6 +36,9 @@ class Encoder(nn.Module):
     model: nn.Module
     width: int
 
+    reads_tokens: bool = False
+    """Whether all that the network takes of a batch is `input_ids` and `attention_mask`, padded behind."""
+
     def preprocess(self, inputs: Sequence[Any]) -> Sequence[Preprocessed]:
         """Each raw input as a tensor that depends on no other input, so that it can be kept."""
         raise NotImplementedError

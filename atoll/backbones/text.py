@@ -24,6 +24,8 @@ LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 class TextEncoder(Encoder):
     """Texts to pooled features [batch, width]."""
 
+    reads_tokens = True
+
     def __init__(self, model: nn.Module, tokenizer: Any, section: BackboneSection) -> None:
         super().__init__()
         self.model = model

@@ -93,6 +93,8 @@ class TrainSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     augment: tuple[str, ...] = ()
     cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    cached_states: Literal["fp32", "bf16"] | None = None
+    """In which precision the states below the first tuned block are kept on disk; not kept unless said."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: Count = 1
     checkpoint_activations: bool = False
@@ -197,6 +199,7 @@ def check_training(job: Job) -> None:
             "train.layer_decay has no meaning with tune.method = 'head', which trains no lower layer: remove"
             " it"
         )
+    _check_cached_states(job)
     for key in ("lr_schedule", "layer_decay") if job.privacy.audit else ():
         if getattr(train, key) is not None:
             raise ValueError(f"privacy.audit: a run with train.{key} can't be attacked; expected false")
@@ -205,3 +208,20 @@ def check_training(job: Job) -> None:
             f"train.lr_schedule_over: {job.strategy.name} counts each local gradient of a round alike;"
             " expected 'rounds', found 'steps'"
         )
+
+
+def _check_cached_states(job: Job) -> None:
+    """Raises ValueError where states are to be kept, and inputs vary or the first block is tuned."""
+    if job.train.cached_states is None:
+        return
+    if job.train.augment:
+        raise ValueError(
+            "train.cached_states: train.augment varies inputs, whose states then differ; remove one"
+        )
+    for tune in (job.tune, *job.tune.then):
+        if tune.method == "full" or (tune.method == "lora" and tune.layers is None):
+            missing = "" if tune.method == "full" else " without tune.layers"
+            raise ValueError(
+                f"train.cached_states has no meaning with tune.method = {tune.method!r}{missing}, which tunes"
+                " the first block too: remove it"
+            )

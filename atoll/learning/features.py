@@ -26,11 +26,15 @@ from atoll.data.shard import Shard
 from atoll.job.job import BackboneSection, Job
 from atoll.learning.compiled import compiler
 from atoll.learning.feature_cache import FeatureCache
+from atoll.learning.prefix.state_cache import PIECE, StateCache
 from atoll.protocol.random_streams import stream
 from atoll.system.cache import cache_root
 
 FORMAT = 2
 """Of the files that features are kept in."""
+
+STATES_FORMAT = 1
+"""Of the way states are computed and kept."""
 
 CHUNK = 2048
 """Examples after which features are put on the disk: no more than these are lost in a kill."""
@@ -66,6 +70,12 @@ def _variation(job: Job, view: int, keys: Sequence[bytes]) -> Variation:
 def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:
     key = cache_key(backbone, job.backbone, job.train.threads, processor=processor(job.train.device), **more)
     return FeatureCache(cache_root() / "features" / key[:32])
+
+
+def state_cache(job: Job, backbone: Backbone, place: Sequence[str]) -> StateCache:
+    """Where the states of a network cut at that place are kept."""
+    dtype = torch.bfloat16 if job.train.cached_states == "bf16" else torch.float32
+    return StateCache(_cache(job, backbone, states=[STATES_FORMAT, str(dtype), PIECE, *place]), dtype)
 
 
 def processor(device: str) -> list[str]:

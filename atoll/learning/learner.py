@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call
 
-from atoll.backbones.encoder import TARGETS, Batch, Encoder, FixedBatch, Model, Variation
+from atoll.backbones.encoder import TARGETS, Batch, Encoder, Model, Variation
 from atoll.backbones.extract import BATCH, Progress, compute_batches, extract, less_padded
 from atoll.backbones.resolve import Backbone, known_width, resolve
 from atoll.data.lazy import take_many
@@ -25,10 +25,19 @@ from atoll.learning import lora_base, trainable
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.compatibility import check_fits
 from atoll.learning.compiled import CompiledEncoder
-from atoll.learning.features import View, keep_features, kept_features, plain_view, varied_views
+from atoll.learning.features import (
+    View,
+    keep_features,
+    kept_features,
+    plain_view,
+    state_cache,
+    varied_views,
+)
 from atoll.learning.few_shot import training_rows
 from atoll.learning.input_cache import ReadyInputs
 from atoll.learning.local_parameters import own_part
+from atoll.learning.prefix.kept_states import KeptStates
+from atoll.learning.prefix.state_cache import sequences_of
 from atoll.learning.pruning import fingerprinted, pruned
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
@@ -115,6 +124,19 @@ class Learner:
         return model.to(self.job.train.device)
 
     @cached_property
+    def kept_states(self) -> KeptStates | None:
+        """What the frozen blocks make of tokens, where the job keeps it."""
+        train = self.job.train
+        if train.cached_states is None or self.trains_on_features:
+            return None
+        cache_at = partial(state_cache, self.job, self.backbone)
+        return KeptStates.of(self.model, cache_at, train.threads, self._tell)
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done, total)
+
+    @cached_property
     def _extractor(self) -> Encoder:
         """The backbone as features are computed with it."""
         return CompiledEncoder(self.encoder) if self.job.backbone.compile else self.encoder
@@ -132,6 +154,7 @@ class Learner:
         if self.uses_features:
             head = self._fresh_head(self.width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
+        _ = self.kept_states  # A network that can't be cut is refused before the first round.
         self.begin_round(0)
         found = trainable.values(self.model) | lora_base.nothing_added(self.model)
         return {name: t.cpu() for name, t in found.items()}
@@ -159,6 +182,21 @@ class Learner:
         if self.task.sees_targets:
             batch[TARGETS] = shard.targets_of(rows)
         return batch
+
+    def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
+        """As `collate`, for this learner's own model: kept states stand in the place of tokens."""
+        batch = self.collate(shard, rows, variation)
+        return batch if self.kept_states is None else self.kept_states.in_place_of_tokens(batch)
+
+    def keep_states(self, shard: Shard) -> None:
+        """Compute what states aren't kept yet, where the job keeps any, and hold none of them in memory."""
+        if self.kept_states is None:
+            return
+        found = []
+        for start in range(0, len(shard), WHOLE_BATCH):
+            batch = self.collate(shard, range(start, min(start + WHOLE_BATCH, len(shard))))
+            found += sequences_of(batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2))
+        self.kept_states.keep(found)
 
     def features(self, shard: Shard) -> torch.Tensor:
         """Features [n, width] of a shard as it is, from the cache where they are there."""
@@ -244,7 +282,7 @@ class Learner:
 
     def _fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         if not self.uses_features:
-            return self.outputs(tensors, shard)
+            return self._through_model(tensors, shard, None)
         train = self.job.train
         features = extract(self._extractor, shard.inputs, threads=train.threads, device=train.device)
         return self._through_head(tensors, features)
@@ -253,14 +291,24 @@ class Learner:
         """What the model with these tensors says of a shard, [n, outputs]; bits depend on the shard alone."""
         if self.uses_features:
             return self._through_head(tensors, self.features(shard))
-        return self._through_model(tensors, shard, less_padded(self._fixed_batches(shard, BATCH)))
+        return self._through_model(tensors, shard, self.kept_states)
 
-    def _fixed_batches(self, shard: Shard, size: int) -> Iterable[FixedBatch]:
-        return self.model.backbone.fixed_batches(shard.inputs, size)
-
-    def _through_model(self, tensors: Tensors, shard: Shard, batches: Iterable[FixedBatch]) -> torch.Tensor:
-        train = self.job.train
-        parts = compute_batches(batches, self.filled(tensors), threads=train.threads, device=train.device)
+    def _through_model(
+        self, tensors: Tensors, shard: Shard, states: KeptStates | None, size: int | None = None
+    ) -> torch.Tensor:
+        """Outputs [n, outputs], by batches of exactly that `size`, or of no more padding than is needed."""
+        batches, model = self.model.backbone.fixed_batches(shard.inputs, size or BATCH), self.filled(tensors)
+        batches = batches if size is not None else less_padded(batches)
+        parts: Iterable[tuple[list[int], torch.Tensor]]
+        if states is None:
+            train = self.job.train
+            parts = compute_batches(batches, model, threads=train.threads, device=train.device)
+        else:  # one after the other: a network that begins with states is changed while it runs
+            with torch.inference_mode():
+                parts = [
+                    (rows, model(self._on_device(states.in_place_of_tokens(prepare())))[: len(rows)].cpu())
+                    for rows, prepare in batches
+                ]
         ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
         return torch.stack([ordered[row] for row in range(len(shard))])
 
@@ -271,12 +319,13 @@ class Learner:
     def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
         """Metric states of the model with these tensors on a shard; they add up over shards."""
         metrics = self.metrics()
+        self.keep_states(shard)
         if self.task.uses_pooled_features:
             outputs = self.outputs(tensors, shard)
             metrics.update(*self.task.metric_inputs(outputs, shard.table))
             loss, count = self.task.loss(outputs.to(torch.float64), shard.table) * len(shard), len(shard)
         else:
-            loss, count = self._measure(self.filled(tensors), shard, metrics)
+            loss, count = self._measure(self.filled(tensors), shard, metrics, self.batch)
         return states_of(metrics, loss, count)
 
     def form_of_states(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -292,8 +341,7 @@ class Learner:
     def outputs_by_row(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         """As `outputs`, and no row's bits depend on other rows: whoever asks for it gets the same."""
         if not self.uses_features:
-            batches = self._fixed_batches(shard, BATCH_WITHOUT_NEIGHBOURS)
-            return self._through_model(tensors, shard, batches)
+            return self._through_model(tensors, shard, None, BATCH_WITHOUT_NEIGHBOURS)
         features = self.features(shard)
         # Twice, for a product of one row takes another way through the library.
         rows = [self._through_head(tensors, row.expand(2, -1).contiguous())[0] for row in features]
@@ -316,9 +364,9 @@ class Learner:
         return None if imbalance is None else imbalance.chances(shard.table)
 
     def evaluate_model(self, model: Model, shard: Shard) -> MetricValues:
-        """Metrics and loss of any model of this kind on a shard, past the cache of features."""
+        """Metrics and loss of any model of this kind on a shard, past the caches of features and states."""
         metrics = self.metrics()
-        total, count = self._measure(model, shard, metrics)
+        total, count = self._measure(model, shard, metrics, self.collate)
         return computed(metrics) | {"loss": defined(total / count)}
 
     def naive_baselines(self, shard: Shard) -> dict[str, MetricValues]:
@@ -331,13 +379,19 @@ class Learner:
             found[name] = computed(metrics)
         return found
 
-    def _measure(self, model: Model, shard: Shard, metrics: MetricCollection) -> tuple[torch.Tensor, int]:
+    def _measure(
+        self,
+        model: Model,
+        shard: Shard,
+        metrics: MetricCollection,
+        batch_of: Callable[[Shard, Sequence[int]], Batch],
+    ) -> tuple[torch.Tensor, int]:
         """Put a shard's predictions into the metrics; (the sum of its losses, of how many examples)."""
         total, count = torch.zeros((), dtype=torch.float64), 0
         with torch.inference_mode():
             for start in range(0, len(shard), WHOLE_BATCH):
                 rows = range(start, min(start + WHOLE_BATCH, len(shard)))
-                batch, targets = self._on_device(self.collate(shard, rows)), shard.targets_of(rows)
+                batch, targets = self._on_device(batch_of(shard, rows)), shard.targets_of(rows)
                 predictions, outputs = model.measure(batch)
                 metrics.update(*self.task.metric_inputs(predictions, targets))
                 loss = self.task.eval_loss(outputs, targets.to(self.job.train.device))

@@ -49,6 +49,7 @@ def train_privately(
     """
     job, mu = learner.job, plan.get("proximal_mu", 0.0)
     model = learner.model
+    learner.keep_states(shard)
     parameters = trainable.trainable(model)
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, tensors)
@@ -138,7 +139,7 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
         return False
     if not _in_use or _in_use[0][0] is not learner:
         rows = [0, min(1, len(shard) - 1)]
-        batch, targets = on_device(learner, learner.collate(shard, rows), shard.targets_of(rows))
+        batch, targets = on_device(learner, learner.batch(shard, rows), shard.targets_of(rows))
         loss = learner.training_loss(shard)
         refuse_mixing_layers(learner, batch)
         with global_stream(learner.job.seed, "dropout"):

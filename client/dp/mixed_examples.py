@@ -83,7 +83,7 @@ class _Probe:
     def seen(self, gradients: PerExampleGradients, members: Sequence[int]) -> Seen:
         """What comes out for each of the client's own examples among the members of a batch."""
         rows = [self.rows[member] for member in members]
-        batch, targets = self.learner.collate(self.shard, rows), self.shard.targets_of(rows)
+        batch, targets = self.learner.batch(self.shard, rows), self.shard.targets_of(rows)
         batch = changed(batch, [place for place, member in enumerate(members) if member >= MEMBERS // 2])
         names = [member.to_bytes(32, "little") for member in range(MEMBERS)]
         numbers = example_numbers(names)[list(members)]

@@ -36,7 +36,7 @@ class PrivateExamples:
         passing = [*rows, *rows] if len(rows) == 1 else list(rows)
         numbers = self.numbers[np.array(passing, dtype=np.int64)]
         varied = example_variation(numbers, self.learner.job, self.step)
-        batch = self.learner.collate(self.shard, passing, varied)
+        batch = self.learner.batch(self.shard, passing, varied)
         found = batch_gradients(
             self.learner, gradients, batch, self.shard.targets_of(passing), numbers, self.step
         )

@@ -63,12 +63,11 @@ def train_model(
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
     the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
-    Gradients are taken a step of `inner_lr` further on (Per-FedAvg), or at a `mixing` with the global model (APFL).
+    Gradients are those a step of `inner_lr` further on (Per-FedAvg), or of a `mixing` with w (APFL).
     """
     mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
-    trainable.load_values(model, {**tensors, **(begin or {})})
-    trainable.training_mode(model)
+    _begin(learner, shard, {**tensors, **(begin or {})})
     schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
     rates = StepRates.of(job, round, [len(schedule)], "cpu")
     optimizer = optimizer_of(model, job, rates)
@@ -104,6 +103,13 @@ def train_model(
     return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
 
 
+def _begin(learner: Learner, shard: Shard, tensors: Tensors) -> None:
+    """Keep what states the job keeps of the shard, and put the tensors into the model, in training mode."""
+    learner.keep_states(shard)
+    trainable.load_values(learner.model, tensors)
+    trainable.training_mode(learner.model)
+
+
 def _add_gradient(
     learner: Learner,
     shard: Shard,
@@ -116,7 +122,7 @@ def _add_gradient(
     """Add a batch's gradient, part by part, to what the parameters hold; each part's summed loss."""
     device = job.train.device
     for part, share in weighted_parts(learner, shard, rows, job):
-        batch = learner.collate(shard, part, varied)
+        batch = learner.batch(shard, part, varied)
         with autocast(job.train):
             outputs = learner.model({name: t.to(device) for name, t in batch.items()})
         loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))

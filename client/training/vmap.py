@@ -44,6 +44,8 @@ def vmap_training(
     plan: Mapping[str, float],
 ) -> StackedUpdates:
     """Train from the global tensors on every shard; the updates come in the order of `shards`."""
+    for shard in shards.values():
+        learner.keep_states(shard)
     trainable.training_mode(learner.model)
     force_attention_mask(learner.model)
     # Those with most batches first: whoever still trains at a step is then a prefix.
@@ -114,7 +116,7 @@ def _train(
 def _item(
     learner: Learner, shard: Shard, place: int, rows: Sequence[int], varied: Variation | None = None
 ) -> _Item:
-    return _Item(place, learner.collate(shard, rows, varied), shard.targets_of(rows))
+    return _Item(place, learner.batch(shard, rows, varied), shard.targets_of(rows))
 
 
 def _reached(learner: Learner, shard: Shard, rows: Sequence[int]) -> list[str]:

@@ -166,7 +166,9 @@ def execution_mode(job: Job, engine: str, workers: int) -> str:
     why = f"{job.tune.method} tunes the backbone" if job.tune.method != "head" else UNCACHED
     if job.tune.method == "head" and not task_named(job.task.name).uses_pooled_features:
         why = f"the head of {job.task.name} sees more than one row of features an example"
-    return f"one client after the other {places}: {why}"
+    states = job.train.cached_states
+    start = f"; it starts at kept states ({states}) below what is tuned" if states else ""
+    return f"one client after the other {places}: {why}{start}"
 
 
 def cached_test_set(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:
@@ -180,6 +182,8 @@ def cached_test_set(population: Population, progress: Progress | None) -> Callab
         if learner.trains_on_features:
             learner.keep_features(population.whole(learner), training=True)
         test = population.test_shard(learner)
+        if test is not None:
+            learner.keep_states(test)
         if test is not None and learner.uses_features:
             learner.keep_features(test, training=False)
         return test

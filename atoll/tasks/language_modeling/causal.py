@@ -36,6 +36,8 @@ def prepared(tokens: Tokens) -> Batch:
 class CausalEncoder(Encoder):
     """Tokens on the left, and nothing on the right: a mask says what is real, never the padding's id."""
 
+    reads_tokens = True
+
     def __init__(self, model: nn.Module, tokenizer: Any, most: int) -> None:
         super().__init__()
         self.model = model

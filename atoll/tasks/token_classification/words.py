@@ -110,6 +110,8 @@ def _tells_words_by_spaces(tokenizer: Any) -> bool:
 class WordEncoder(Encoder):
     """Sentences of words as pieces, and where each word begins."""
 
+    reads_tokens = True
+
     def __init__(self, model: nn.Module, width: int, pieces: WordPieces) -> None:
         super().__init__()
         self.model = model

@@ -1,0 +1,228 @@
+"""A network cut in two: the frozen blocks before the first tuned one, and the rest, which starts from states.
+
+The prefix is computed a sequence at a time and without padding, so the states of a sequence [tokens, width]
+depend on its own tokens alone. Where a batch holds such states as its `input_ids`, the network begins with
+them at the first tuned block.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from atoll.backbones.checkpoint import attention, attention_of
+from atoll.backbones.encoder import Model
+from atoll.errors import ConfigError, DataError
+from atoll.learning import trainable
+from atoll.protocol.random_streams import global_stream
+
+PROBE = 8
+"""Tokens of the sequence that a network is tried out with."""
+
+
+class _Reached(Exception):
+    """The first tuned block is about to run: what comes after it isn't asked for."""
+
+
+class FrozenPrefix:
+    """The cut of one network; from its making on, the network takes states as well as tokens.
+
+    Raises:
+        ConfigError: the first block is tuned, or the rest takes more of the prefix than its last states, or
+            dropout works in the prefix.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.network: Any = model.backbone.model
+        self._attention = attention_of(self.network)
+        self._local = threading.local()
+        self._replaced: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        called = self._blocks_in_order(model.head)
+        self.frozen = called[: next((n for n, block in enumerate(called) if _is_tuned(block)), len(called))]
+        if not self.frozen or len(self.frozen) == len(called):
+            where = "first" if not self.frozen else "no"
+            raise ConfigError(
+                f"train.cached_states: {where} block of this network is tuned, expected frozen blocks below"
+                " tuned ones; name fewer tune.layers, or remove the key"
+            )
+        self.first = called[len(self.frozen)]
+        self.network.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.network.register_forward_hook(self._end, always_call=True)
+        self.first.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self._check(model)
+
+    @property
+    def place(self) -> list[str]:
+        """Where the cut is: the kind of network, the frozen blocks' names, the first tuned block's."""
+        names = {id(module): name for name, module in self.network.named_modules()}
+        return [type(self.network).__qualname__, *(names[id(block)] for block in [*self.frozen, self.first])]
+
+    def states(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the first tuned block sees of one sequence of tokens [tokens]: float32, [tokens, width].
+
+        The network must be in evaluation mode, as it is within `states_of_each`.
+        """
+        self._local.captured = None
+        self._local.captures = True
+        try:
+            with torch.inference_mode():
+                self._run(ids[None].to(_device(self.network)))
+        except _Reached:
+            found: torch.Tensor = self._local.captured[0]
+        finally:
+            self._local.captures = False
+        return found.to("cpu", torch.float32)
+
+    def states_of_each(
+        self, sequences: Sequence[torch.Tensor], *, threads: int, done: Callable[[int], None]
+    ) -> list[torch.Tensor]:
+        """The states of each sequence, by as many workers as the machine has cores; `done` is told how many.
+
+        Raises:
+            DataError: a state isn't finite.
+        """
+        on_cpu = _device(self.network).type == "cpu"
+        found: list[torch.Tensor] = []
+
+        def run(ids: torch.Tensor) -> torch.Tensor:
+            torch.set_num_threads(threads)
+            return self.states(ids)
+
+        workers = max(1, (os.cpu_count() or 1) // threads) if on_cpu else 1
+        # Per-example gradients may have left another way to compute attention, of other bits.
+        with (
+            _modes_kept(self.network),
+            attention(self.network, self._attention),
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            self.network.eval()
+            for states in pool.map(run, sequences):
+                if not torch.isfinite(states).all():
+                    raise DataError("an example has states in the frozen blocks that are not finite")
+                found.append(states)
+                done(len(found))
+        return found
+
+    def _blocks_in_order(self, head: nn.Module) -> list[nn.Module]:
+        """The network's blocks, and its head where that is inside, in the order in which they run."""
+        is_inside = any(module is head for module in self.network.modules())
+        candidates = (
+            [*trainable.blocks(self.network, head), head] if is_inside else trainable.blocks(self.network)
+        )
+        called: list[nn.Module] = []
+
+        def note(block: nn.Module, given: Any) -> None:
+            if block not in called:
+                called.append(block)
+
+        handles = [block.register_forward_pre_hook(note) for block in candidates]
+        try:
+            with torch.inference_mode():
+                self._run(self._probe)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return called
+
+    @property
+    def _probe(self) -> torch.Tensor:
+        return torch.zeros((1, PROBE), dtype=torch.int64, device=_device(self.network))
+
+    def _check(self, model: Model) -> None:
+        """Raises ConfigError where states don't say all, or training draws at random below the cut."""
+        with _modes_kept(model):
+            trainable.training_mode(model)
+            with global_stream(0, "dropout"):
+                drawn = self.states(self._probe[0])
+            self.network.eval()
+            states = self.states(self._probe[0])
+            if not torch.equal(drawn, states):
+                raise ConfigError(
+                    "train.cached_states: dropout works below the first tuned block of this network; expected"
+                    " train.dropout = 0, or no such key"
+                )
+            is_same = self._says_the_same(states[None].to(self._probe.device))
+        if not is_same:
+            raise ConfigError(
+                "train.cached_states: the tuned blocks of this network take more than the states of the block"
+                " below them; remove the key"
+            )
+
+    def _says_the_same(self, states: torch.Tensor) -> bool:
+        """Whether the network says of states what it says of the tokens that they were made of."""
+        with torch.inference_mode():
+            whole = self._run(self._probe)[0]
+            try:
+                return torch.equal(whole, self._run(states)[0])
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                return False  # It takes something else from the frozen blocks, which isn't there.
+
+    def _run(self, given: torch.Tensor) -> Any:
+        """The network on whole sequences of tokens [n, tokens], or of states [n, tokens, width]."""
+        mask = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
+        takes_cache = "use_cache" in inspect.signature(self.network.forward).parameters
+        return self.network(
+            input_ids=given, attention_mask=mask, **({"use_cache": False} if takes_cache else {})
+        )
+
+    def _begin(self, network: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+        """Where states are given, let the frozen blocks pass, and the rest begin with them."""
+        states = given.get("input_ids")
+        if states is None or not states.is_floating_point():
+            return None
+        self._local.states = states
+
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            return states
+
+        for block in self.frozen:
+            self._replaced.append((block, vars(block).get("forward")))
+            block.forward = passed
+        ids = torch.zeros(states.shape[:-1], dtype=torch.int64, device=states.device)
+        return args, given | {"input_ids": ids}
+
+    def _end(self, network: nn.Module, args: Any, output: Any) -> None:
+        self._local.states = None
+        for block, own in self._replaced:
+            del block.forward
+            if own is not None:
+                block.forward = own
+        self._replaced.clear()
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """Before the first tuned block: note the states, or put those that are given in their place."""
+        if getattr(self._local, "captures", False):
+            self._local.captured = args[0] if args else given["hidden_states"]
+            raise _Reached
+        states = getattr(self._local, "states", None)
+        if states is None:
+            return None
+        self._local.states = None  # A network may call a block again, with what came of it.
+        return ((states, *args[1:]), given) if args else (args, given | {"hidden_states": states})
+
+
+@contextmanager
+def _modes_kept(network: nn.Module) -> Iterator[None]:
+    """Afterwards, every layer is in training or evaluation mode as it was."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _is_tuned(block: nn.Module) -> bool:
+    return any(p.requires_grad for p in block.parameters())
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device

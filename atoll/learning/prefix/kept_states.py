@@ -1,0 +1,70 @@
+"""States below the first tuned block: computed where they are missing, then used instead of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from atoll.backbones.encoder import Batch, Model
+from atoll.backbones.extract import Progress
+from atoll.errors import ConfigError
+from atoll.learning.prefix.frozen_prefix import FrozenPrefix
+from atoll.learning.prefix.state_cache import StateCache, sequences_of
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """The frozen prefix of one network, and the cache of what came out of it."""
+
+    prefix: FrozenPrefix
+    cache: StateCache
+    threads: int
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        cache_at: Callable[[Sequence[str]], StateCache],
+        threads: int,
+        progress: Progress,
+    ) -> KeptStates:
+        """Cut a model that is ready to train; `cache_at` gives the cache that belongs to where it is cut.
+
+        Raises:
+            ConfigError: it reads no tokens, or can't be cut.
+        """
+        if not model.backbone.reads_tokens:
+            raise ConfigError(
+                "train.cached_states: states are kept of networks that read tokens and nothing else (causal"
+                " models, encoders of texts), expected none for this one"
+            )
+        prefix = FrozenPrefix(model)
+        return cls(prefix, cache_at(prefix.place), threads, progress)
+
+    def keep(self, sequences: Sequence[torch.Tensor]) -> None:
+        """Compute the states of those of the sequences [tokens] that have none."""
+        missing = self.cache.missing(sequences)
+        done = 0
+
+        def compute(part: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            nonlocal done
+            before = done
+            done += len(part)
+            return self.prefix.states_of_each(
+                part, threads=self.threads, done=lambda count: self.progress(before + count, len(missing))
+            )
+
+        self.cache.keep(missing, compute)
+
+    def in_place_of_tokens(self, batch: Batch) -> Batch:
+        """The batch with states [..., tokens, width] as its `input_ids`; one without any token as it is."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        flat_ids, flat_mask = ids.flatten(0, -2), mask.flatten(0, -2)
+        if not flat_mask.any():
+            return batch
+        self.keep(sequences_of(flat_ids, flat_mask))
+        states = self.cache.take(flat_ids, flat_mask)
+        return batch | {"input_ids": states.view(*ids.shape, -1)}

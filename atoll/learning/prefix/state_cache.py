@@ -1,0 +1,97 @@
+"""States of token sequences on disk, in pieces of a few tokens, under the hash of the whole sequence.
+
+Whoever holds the same tokens shares what is kept, whatever task, split or batch they come in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from atoll.learning.feature_cache import FeatureCache
+
+PIECE = 8
+"""Tokens that are kept together: the last piece of a sequence is filled up with zeros."""
+
+TOKENS_AT_ONCE = 1 << 14
+"""Tokens after which states are put on the disk: no more than these are lost in a kill."""
+
+Compute = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+"""Sequences [tokens] to the states of each, float32, [tokens, width]."""
+
+
+@dataclass(frozen=True)
+class StateCache:
+    """States in float32, or rounded to bfloat16, by the tokens of their sequence."""
+
+    cache: FeatureCache
+    dtype: torch.dtype = torch.float32
+
+    def keep(self, sequences: Sequence[torch.Tensor], compute: Compute) -> None:
+        """Compute the states of those of the sequences [tokens] that have none, each once."""
+        for part in _parts(self.missing(sequences)):
+            pieces = torch.cat([self._pieces(states) for states in compute(part)])
+            keys = [key for sequence in part for key in piece_keys(sequence)]
+            # Two numbers of 16 bits are kept as one of 32.
+            self.cache.put(keys, pieces.view(torch.float32))
+
+    def missing(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of the sequences whose states are not all kept, in the order given, each once."""
+        keys = [piece_keys(sequence) for sequence in sequences]
+        distinct = {own[0]: place for place, own in reversed(list(enumerate(keys))) if own}
+        places = sorted(distinct.values())
+        flat = [key for place in places for key in keys[place]]
+        absent = {flat[place] for place in self.cache.missing(flat)} if flat else set()
+        return [sequences[place] for place in places if absent.intersection(keys[place])]
+
+    def take(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """States of a table of sequences [n, tokens], zeros behind their ends: float32, [n, tokens, width].
+
+        Raises:
+            KeyError: those of a sequence aren't kept.
+        """
+        count, length = ids.shape
+        rows = -(-length // PIECE)
+        keys = [piece_keys(row[is_real.bool()]) for row, is_real in zip(ids, mask, strict=True)]
+        kept = self.cache.take([key for own in keys for key in own]).view(self.dtype)
+        places = [n * rows + piece for n, own in enumerate(keys) for piece in range(len(own))]
+        table = torch.zeros((count * rows, kept.shape[1]), dtype=torch.float32)
+        table[torch.tensor(places)] = kept.to(torch.float32)
+        return table.view(count, rows * PIECE, -1)[:, :length].contiguous()
+
+    def _pieces(self, states: torch.Tensor) -> torch.Tensor:
+        """States [tokens, width] as they are kept, [pieces, PIECE * width]."""
+        filled = states.new_zeros((-(-len(states) // PIECE) * PIECE, states.shape[1]), dtype=self.dtype)
+        filled[: len(states)] = states
+        return filled.view(-1, PIECE * states.shape[1])
+
+
+def piece_keys(sequence: torch.Tensor) -> list[bytes]:
+    """The key of each piece of a sequence of tokens: a hash of the whole sequence and the piece's number."""
+    whole = hashlib.sha256(sequence.to(torch.int64).contiguous().cpu().numpy().tobytes())
+    keys = []
+    for number in range(-(-len(sequence) // PIECE)):
+        own = whole.copy()
+        own.update(b"/" + number.to_bytes(4, "big"))
+        keys.append(own.digest())
+    return keys
+
+
+def sequences_of(ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of a table of tokens [n, tokens] without their padding."""
+    return [row[is_real.bool()] for row, is_real in zip(ids, mask, strict=True)]
+
+
+def _parts(sequences: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The sequences in groups of about `TOKENS_AT_ONCE` tokens."""
+    part: list[torch.Tensor] = []
+    for sequence in sequences:
+        part.append(sequence)
+        if sum(map(len, part)) >= TOKENS_AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
