@@ -38,7 +38,7 @@ TRIES = 60
 """Rows in which two values are tried together before they count as excluding each other."""
 BUILT = (
     "task", "tune.method", "backbone.prune", "backbone.prune_kind", "train.dropout",
-    "train.checkpoint_activations",
+    "train.checkpoint_activations", "train.cached_states", "tune.layers",
 )  # fmt: skip
 """Keys that ask something of the network itself."""
 COSTLY = ("image-text", "medical-imaging", "object-detection", "segmentation")
@@ -102,7 +102,6 @@ LEFT_OUT: dict[str, str] = {
     "tune.keep_sums": "refused with every promise",
     "tune.ridge": "how the server solves for a head",
     "tune.feature_norm": "given with tune.head_init, which needs it",
-    "train.cached_states": "of networks that read tokens alone; tests/test_cached_states.py trains privately",
     "train.device": "this machine has a processor",
     "train.threads": "more than one changes no bits, and other tests say so",
     "train.teacher": "a run's directory: what it teaches is public",
@@ -280,6 +279,7 @@ def _can_be_built(of: str, data: TaskData) -> bool:
         facts = task.merge_info([task.local_info(rows, job.data, job.task.options)])
         learner = Learner.of(job, task, facts)
         learner.initial(), learner.encoder if task.uses_pooled_features else learner.model
+        _ = learner.kept_states
     except InputError:
         return False
     return True
