@@ -300,7 +300,7 @@ def test_features_do_not_depend_on_neighbours_or_place_or_workers(tmp_path: Path
     if "compiled" in kind:
         encoder = CompiledEncoder(encoder)
     whole = extract(encoder, inputs, threads=1, device="cpu")
-    torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole, plain, rtol=1e-3, atol=1e-3)  # features of about 1, over fifty layers
     for rows in ([0], [36, 3, 20], list(range(36, -1, -1)), list(range(5, 22))):
         part = extract(encoder, [inputs[r] for r in rows], threads=1, device="cpu")
         assert torch.equal(part, whole[rows]), rows

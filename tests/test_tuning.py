@@ -207,14 +207,16 @@ def test_training_twice_from_the_same_tensors_gives_the_same_bits() -> None:
 
 
 def test_the_proximal_term_holds_a_client_back() -> None:
-    shard, found = grey_png_shard(12, classes=3), learner(method="last-k")
-    norms = [
-        sum(float(d.square().sum()) for d in train_model(
-            found, found.initial(), shard, found.job, client="c", round=1, plan={"proximal_mu": mu}
-        ).delta.values())
-        for mu in (0.0, 5.0)
-    ]  # fmt: skip
-    assert norms[1] < norms[0]
+    """Three small steps over the same examples; with mu, half of the way back before each."""
+    train = {"lr": 1e-4, "batch_size": 12, "epochs": 3}
+    job = image_job("mobilenet_v2", tune={"method": "last-k"}, train=train)
+    found = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b", "c"]})
+    shard, start = grey_png_shard(12, classes=3), found.initial()
+    norms = []
+    for mu in (0.0, 5000.0):
+        update = train_model(found, start, shard, job, client="c", round=1, plan={"proximal_mu": mu})
+        norms.append(sum(float(d.square().sum()) for d in update.delta.values()) ** 0.5)
+    assert norms[1] / norms[0] == pytest.approx((1 + 0.5 + 0.25) / 3, rel=0.05)
 
 
 def test_dropout_works_in_tuned_parts_only() -> None:

@@ -467,7 +467,7 @@ def a_model(layers: nn.Module) -> Any:
         task=SimpleNamespace(loss=nn.functional.cross_entropy),
         training_loss=lambda shard: nn.functional.cross_entropy,
         backbone=SimpleNamespace(name="small"),
-        collate=lambda shard, rows, varied=None: {"x": shard.table[rows]},
+        batch=lambda shard, rows, varied=None: {"x": shard.table[rows]}, keep_states=lambda shard: None,
     )  # fmt: skip
 
 
