@@ -83,6 +83,8 @@ def jobs(folder: Path) -> dict[str, Job]:
             "federation": {"clients": CLIENTS, "rounds": 3},  # the first forms a head of sums
         },
     }
+    kept = {"tune": {"method": "last-k", "layers": 1}, "train": text["train"] | {"cached_states": "fp32"}}  # type: ignore[operator]
+    tables["kept-states"] = kept
     merges = ("rolora", "fedex", "flora", "flexlora")
     tables |= {how: {"tune": {"method": "lora", "rank": 2, "lora_merge": how}} for how in merges}
     made |= {name: Job.parse(own | table | {"name": name}, origin="test") for name, table in tables.items()}
@@ -221,7 +223,10 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
             ],
             [0, 1, 2],
         ),
-        (["news-fedavg", "own-heads", "scaffold-texts", "rolora", "fedex", "flexlora"], [2, 1, 0]),
+        (
+            ["news-fedavg", "own-heads", "scaffold-texts", "rolora", "fedex", "flexlora", "kept-states"],
+            [2, 1, 0],
+        ),
         (["varied-fedavg", "compiled-fedavg", "varied-fedadam", "compiled-fedadam"], [0, 2, 1]),
     ],
 )
