@@ -34,7 +34,6 @@ from atoll.kit.signed_replies import GREETING_ROUND, Exchange, SignatureCheck
 from atoll.protocol.flower_content import NONCE, bodies_of, packed
 from atoll.protocol.messages import Failure, Hello, Reply, cleaned
 from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
-from atoll.server.audit_log import ServerAuditLog, answer_of
 from atoll.server.deploy.supervision import process_file
 from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.server.job_checks import validate_for_deployment
@@ -43,6 +42,7 @@ from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
 from atoll.server.run.run_job import disk_errors_in_words, run_job
 from atoll.server.run.test_set import server_test_set
+from atoll.server.run_audit import RunAuditLog, answer_of
 from atoll.system.lock import hold
 from atoll.tasks.metric_values import values_in_words
 
@@ -90,7 +90,7 @@ class FlowerTransport:
     uses_masking: bool = True
     roster: FederationRoster | None = None
     signed: bool = False
-    audit: ServerAuditLog | None = None
+    audit: RunAuditLog | None = None
     resend_after: float = RESEND_SECONDS
     nodes: dict[str, int] = field(default_factory=dict)
     sites: dict[int, str] = field(default_factory=dict)
@@ -331,7 +331,7 @@ def main(grid: Grid, context: Context) -> None:
     resume = (out / "job.toml").is_file()
     roster = FederationRoster.load(_kit())
     with disk_errors_in_words(out):
-        audit = ServerAuditLog.open(_kit() / "state", job)
+        audit = RunAuditLog.open(_kit() / "state", job)
     carrier = FlowerTransport(grid, "flower", roster=roster, signed=roster is not None, audit=audit)
 
     def watch(event: Event) -> None:

@@ -1,120 +1,40 @@
-"""What a server was asked by whom, what came from sites, what was decided and what left: lines in its kit.
+"""The server's log, in its kit: who submitted what; `run_audit` writes what happens in runs.
 
-A round has a line for each request that left, one for what came back, and one for how it ended, which alone
-is waited for until it is on the disk: a power cut may take the lines of the round under way. Of messages
-there is the length and the SHA-256 that sites sign and log too; who took part in a secret cohort is not told.
+Whoever submits a job needs no torch for it, so this module doesn't bring it in.
 """
 
 from __future__ import annotations
 
 import getpass
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from atoll.errors import JobError
 from atoll.job.job import Job
-from atoll.job.privacy import unless_secret
-from atoll.protocol.messages import Failure, Hello, Reply, cleaned
-from atoll.protocol.requests import Request, work_name
-from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.system.audit_file import AuditFile
-
-SECRET = "a cohort that is secret"
 
 
 @dataclass
 class ServerAuditLog:
-    """The log of one server's kit; every run and every submission writes to it."""
+    """The log of one server's kit, for the lines of one job; every run and every submission writes to it."""
 
     file: AuditFile
     job: Job
 
     @classmethod
-    def open(cls, state: Path, job: Job) -> ServerAuditLog:
-        """As `AuditFile.open`, for the lines of one job."""
+    def open(cls, state: Path, job: Job) -> Self:
+        """As `AuditFile.open`."""
         return cls(AuditFile.open(state), job)
 
     def submitted(self, run_id: int, out: Path) -> None:
         """Write down who of this machine has started a run."""
-        self._write("submit", "accepted", flower_run=run_id, out=str(out), by=_user_name(), uid=os.getuid())
+        self.write("submit", "accepted", flower_run=run_id, out=str(out), by=_user_name(), uid=os.getuid())
 
-    @contextmanager
-    def of_run(
-        self, run_id: int, out: Path, *, resume: bool
-    ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Write down that the block works on a run, and how it ends; what is yielded takes the result."""
-        self._write("run", "resumed" if resume else "begun", flower_run=run_id, out=str(out))
-
-        def end(result: Mapping[str, Any]) -> None:
-            self._write("run", "completed", flower_run=run_id, model=result["model_sha256"])
-
-        try:
-            yield end
-        except JobError as error:
-            self._write("run", "failed", flower_run=run_id, why=cleaned(str(error)))
-            raise
-
-    def greeted(self, site: str, hellos: Iterable[Hello]) -> None:
-        """Write down who a site says it brings, and who is refused for what."""
-        told = {h.client: h.refusal or "takes part" for h in hellos}
-        self._write("greeting", "received", site=site, clients=told, durable=False)
-
-    def left_out(self, site: str, client: str) -> None:
-        """Write down that a site has named a client that another one is."""
-        why = "the client is another site's, by the roster or as it came first"
-        self._write("greeting", "refused", site=site, client=client, why=why, durable=False)
-
-    def asked(self, request: Request, head: str, letters: Mapping[str, tuple[Sequence[str], bytes]]) -> None:
-        """Write down what is about to be sent: by site, for which clients and with which body."""
-        bodies = {id(body): body for _, body in letters.values()}  # mostly one for all sites
-        digests = {key: hashlib.sha256(head.encode() + b"\0" + body) for key, body in bodies.items()}
-        to = {
-            site: {
-                "clients": list(clients),
-                "bytes": len(head) + len(body),
-                "sha256": digests[id(body)].hexdigest(),
-            }
-            for site, (clients, body) in letters.items()
-        }
-        self._of_request(request, "asked", to=unless_secret(self.job, to, SECRET))
-
-    def answered(self, request: Request, answers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write down what came of whom, and whose message was refused for what, as `answer_of` tells it."""
-        self._of_request(request, "received", of=unless_secret(self.job, answers, SECRET))
-
-    def happened(self, event: Event) -> None:
-        """Write down a step of the run; the end of a round is on the disk before the next begins."""
-        match event:
-            case ClientsFound():
-                names = [*event.roster.names]
-                self._write("clients", "found", clients=names, refused=dict(event.roster.refused))
-            case RunResumed():
-                self._write("run", "resumed", round=event.round, durable=False)
-            case RoundEnded():
-                self._write(
-                    "round", "ended", round=event.line["round"], set_aside=dict(event.line["set_aside"])
-                )
-            case FinalEvaluationBegun():
-                self._write("final measurements", "begun", durable=False)
-
-    def _of_request(self, request: Request, decision: str, **fields: Any) -> None:
-        of = {"run": request.run, "round": request.round}
-        self._write(work_name(request), decision, **of, **fields, durable=False)
-
-    def _write(self, asked: str, decision: str, *, durable: bool = True, **fields: Any) -> None:
+    def write(self, asked: str, decision: str, *, durable: bool = True, **fields: Any) -> None:
+        """Add a line on what was asked in this job, and what was decided; as `AuditFile.write`."""
         of = {"asked": asked, "job": self.job.name, "job_sha256": self.job.hash}
         self.file.write({**of, "decision": decision, **fields}, durable=durable)
-
-
-def answer_of(reply: Reply, came: tuple[int, str] | None) -> dict[str, Any]:
-    """What the log says of a client's answer; `came` are its message's length and SHA-256, if one came."""
-    found = {"refused": reply.reason} if isinstance(reply, Failure) else {"what": type(reply).__name__}
-    return found if came is None else {**found, "bytes": came[0], "sha256": came[1]}
 
 
 def _user_name() -> str:

@@ -116,6 +116,12 @@ def test_help_and_the_version_import_nothing_but_what_prints_them() -> None:
     assert set(found["codes"].values()) == {0, 2} and found["codes"][""] == 2
 
 
+@pytest.mark.processes
+def test_who_submits_follows_or_stops_a_run_waits_for_flower_alone() -> None:
+    script = "import atoll.server.deploy.submit\nprint(json.dumps(asked.loaded()))"
+    assert in_an_interpreter_of_its_own(script, HEAVY).keys() == {"flwr"}
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("job") / "job.toml"

@@ -18,7 +18,8 @@ from atoll.client.audit_log import AuditLog
 from atoll.errors import DataError, JobError
 from atoll.job.job import Job
 from atoll.protocol.requests import TrainRequest
-from atoll.server.audit_log import SECRET, ServerAuditLog
+from atoll.server.audit_log import ServerAuditLog
+from atoll.server.run_audit import SECRET, RunAuditLog
 from atoll.system.audit_file import FILE, verify
 from tests.federation.places import provisioned
 from tests.memory_grid import MemoryGrid
@@ -53,7 +54,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
 
     grid.change = change
     grid.sites["client-0001"].audit = AuditLog.open(folder / "site")
-    audit = ServerAuditLog.open(folder / "state", job)
+    audit = RunAuditLog.open(folder / "state", job)
     syncs: list[str] = []
     counted = CountedSyncs(syncs)
     with pytest.MonkeyPatch.context() as patch, audit.of_run(7, folder / "run", resume=False) as end:
@@ -158,7 +159,7 @@ def test_who_submits_is_written_down(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
-    audit = ServerAuditLog.open(tmp_path, small_job())
+    audit = RunAuditLog.open(tmp_path, small_job())
     with pytest.raises(JobError), audit.of_run(3, tmp_path, resume=True):
         raise JobError("too few\nclients")
     begun, failed = lines_of(tmp_path)[1:]
@@ -171,7 +172,7 @@ def test_a_secret_cohort_stays_secret(tmp_path: Path) -> None:
         federation={"clients": 3, "rounds": 1, "cohort_rate": 0.5},
         privacy={"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3},
     )
-    audit = ServerAuditLog.open(tmp_path, secret)
+    audit = RunAuditLog.open(tmp_path, secret)
     request = TrainRequest(secret.canonical, secret.hash, 1, {}, {})
     audit.asked(request, "{}", {"north": (["north"], b"")})
     audit.answered(request, {"north": {"what": "Update"}})

@@ -26,9 +26,9 @@ from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.privacy.ledger import Ledger
 from atoll.server.app import FlowerTransport
-from atoll.server.audit_log import ServerAuditLog
 from atoll.server.rounds.central_dp import LedgerLocation
 from atoll.server.run.run_job import disk_errors_in_words, run_job
+from atoll.server.run_audit import RunAuditLog
 from tests.fault_simulation.disk import Died, Disk
 from tests.fault_simulation.faults import SERVER, START, WORK, Fault, Scenario
 from tests.fault_simulation.jobs import (
@@ -146,7 +146,7 @@ class World:
             self.scheduler.after(most_seconds, lambda: self._end(life))
         try:
             with disk_errors_in_words(out):
-                audit = ServerAuditLog.open(self.server.folder / "state", self.job)
+                audit = RunAuditLog.open(self.server.folder / "state", self.job)
             carrier = FlowerTransport(cast(Grid, self.grid), "simulated faults", roster=roster(), audit=audit)
             self.seen.result = run_job(
                 self.job, carrier, out,
