@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -26,6 +26,11 @@ from atoll.protocol.tensors import Tensors
 STATES = {"train_loss.sum", "train_loss.count"}
 SOMETIMES = {CHARGED_ROUNDS, LOCAL_STEPS, RECEIVED_LOSS}
 """States that are there only where a promise or the strategy asks for them."""
+RANGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    LOCAL_STEPS: ("more than 0", lambda value: value > 0),
+    RECEIVED_LOSS: ("at least 0", lambda value: value >= 0),
+}
+"""What values of a state can be: in words, and which of them are."""
 NOTHING_SENT: Tensors = {}
 MAX_EXAMPLES = 1_000_000_000
 MAX_NORM = 1e6
@@ -152,7 +157,7 @@ def _fewest(blind: bool) -> int:
 def _values_are_sound(whole: StackedUpdates) -> bool:
     sets = [whole.delta, whole.strategy_tensors] if whole.strategy_tensors else [whole.delta]
     small = all(bool((_norms(tensors) <= MAX_NORM).all()) for tensors in sets)
-    return small and _states_are_finite(whole.states)
+    return small and _states_are_sound(whole.states)
 
 
 def _norms(delta: Tensors) -> torch.Tensor:
@@ -162,11 +167,11 @@ def _norms(delta: Tensors) -> torch.Tensor:
     return norms
 
 
-def _states_are_finite(states: Tensors) -> bool:
+def _states_are_sound(states: Tensors) -> bool:
     """Whether the states are sound at first sight; of what is amiss the slow way tells the client."""
     finite = all(bool(torch.isfinite(t).all()) for t in states.values())
-    no_less = all(bool((states[name] >= 0).all()) for name in (LOCAL_STEPS, RECEIVED_LOSS) if name in states)
-    return set(states) - SOMETIMES == STATES and finite and no_less
+    in_range = all(bool(fits(states[name]).all()) for name, (_, fits) in RANGES.items() if name in states)
+    return set(states) - SOMETIMES == STATES and finite and in_range
 
 
 def validate_updates(
@@ -232,10 +237,9 @@ def _states_fault(states: Tensors, *, blind: bool) -> str | None:
     for name, value in states.items():
         if value.shape != () or not (blind or torch.isfinite(value)):
             return f"metric state {name} is not one finite number"
-        if name == LOCAL_STEPS and not value > 0:
-            return f"metric state {name}: expected more than 0, found {float(value):g}"
-        if name == RECEIVED_LOSS and not value >= 0:
-            return f"metric state {name}: expected at least 0, found {float(value):g}"
+        expected, fits = RANGES.get(name, ("", None))
+        if fits is not None and not fits(value):
+            return f"metric state {name}: expected {expected}, found {float(value):g}"
     return None
 
 
