@@ -28,13 +28,12 @@ from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
 from atoll.client.training.per_fedavg import inner_lr_of
-from atoll.client.training.received_loss import with_received_losses
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.job.train import PLAIN_STEPS
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import distributed_terms
-from atoll.protocol.messages import LOCAL_STEPS, Measurement, Reply, Update
+from atoll.protocol.messages import LOCAL_STEPS, RECEIVED_LOSS, Measurement, Reply, Update
 from atoll.protocol.requests import (
     EvaluateRequest,
     MaskedSumRequest,
@@ -44,6 +43,7 @@ from atoll.protocol.requests import (
     TrainRequest,
     UnmaskedSumRequest,
 )
+from atoll.protocol.stacked_updates import with_state
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.lora.flexlora import starts_by_rank
 
@@ -120,7 +120,8 @@ class LocalWork:
                 if LOCAL_STEPS in request.plan:
                     updates = with_local_steps(updates, job.train)
                 if job.strategy.sends_losses:
-                    updates = with_received_losses(updates, received_losses(self, request))
+                    losses = received_losses(self, request)
+                    updates = with_state(updates, RECEIVED_LOSS, lambda client, _: losses.get(client))
                 return compressed(updates, sent_back(self, request), job, self.memory)
             case MaskedSumRequest() | UnmaskedSumRequest():
                 job, length_of = self.learner.job, sent_back(self, request)

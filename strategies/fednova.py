@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from atoll.errors import InconsistentUpdates
 from atoll.protocol.messages import LOCAL_STEPS, Update
-from atoll.protocol.stacked_updates import stacked, stacked_states
+from atoll.protocol.stacked_updates import stacked
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.mean import example_counts, moved, weighted_mean
+from atoll.strategies.mean import example_counts, moved, sent_numbers, weighted_mean
 from atoll.strategies.strategy import Plan, State
 
 
@@ -41,21 +40,13 @@ class FedNova:
         Raises:
             InconsistentUpdates: an update doesn't say how many steps made it.
         """
-        steps = _steps(updates)
+        steps = torch.tensor([*sent_numbers(updates, LOCAL_STEPS).values()], dtype=torch.float64)
         counts = torch.tensor(example_counts(updates), dtype=torch.float64)
         effective = float(counts @ steps / counts.sum())
         scale = effective / steps
         whole = stacked(updates)
         each = replace(whole, delta={n: _scaled(d, scale) for n, d in whole.delta.items()})
         return moved(model, {name: self.lr * d for name, d in weighted_mean(each).items()}), state
-
-
-def _steps(updates: Sequence[Update]) -> torch.Tensor:
-    """What each client's gradients weigh together, [clients]."""
-    silent = [u.client for u in updates if LOCAL_STEPS not in u.states]
-    if silent:
-        raise InconsistentUpdates(f"{silent[0]} sent no {LOCAL_STEPS}, expected it from every client")
-    return stacked_states(updates)[LOCAL_STEPS].to(torch.float64)
 
 
 def _scaled(stack: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

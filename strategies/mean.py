@@ -89,6 +89,20 @@ def example_counts(updates: Sequence[Update]) -> Sequence[int]:
     return [update.num_examples for update in updates]
 
 
+def sent_numbers(updates: Sequence[Update], name: str) -> dict[str, float]:
+    """What each client sent as the state of that name, in the updates' order.
+
+    Raises:
+        InconsistentUpdates: a client sent none.
+    """
+    if isinstance(updates, StackedUpdates) and name in updates.states:
+        return dict(zip(updates.clients, updates.states[name].tolist(), strict=True))
+    silent = [update.client for update in updates if name not in update.states]
+    if silent:
+        raise InconsistentUpdates(f"{silent[0]} sent no {name}, expected it from every client")
+    return {update.client: float(update.states[name]) for update in updates}
+
+
 def delta_of(updates: Sequence[Update], place: int) -> Tensors:
     """The delta at a place, without taking a stack apart."""
     if isinstance(updates, StackedUpdates):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 import torch
@@ -81,6 +81,25 @@ def stacked_states(updates: Sequence[Update]) -> Tensors:
     if isinstance(updates, StackedUpdates):
         return updates.states
     return {name: torch.stack([u.states[name] for u in updates]) for name in updates[0].states}
+
+
+def with_state(
+    updates: Iterable[Update], name: str, value_of: Callable[[str, int], float | None]
+) -> Iterable[Update]:
+    """The updates with one more number among the states of each; a cohort's stay stacked.
+
+    `value_of` says it of a client and its number of examples; where it says None, nothing is added.
+    """
+    if isinstance(updates, StackedUpdates):
+        told = [value_of(*one) for one in zip(updates.clients, updates.num_examples, strict=True)]
+        return replace(updates, states={**updates.states, name: torch.tensor(told, dtype=torch.float64)})
+    return (_with_number(update, name, value_of(update.client, update.num_examples)) for update in updates)
+
+
+def _with_number(update: Update, name: str, value: float | None) -> Update:
+    if value is None:
+        return update
+    return replace(update, states={**update.states, name: torch.tensor(value, dtype=torch.float64)})
 
 
 def stacked_strategy_tensors(updates: Sequence[Update]) -> Tensors:

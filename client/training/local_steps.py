@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-
-import torch
+from collections.abc import Iterable
 
 from atoll.job.train import TrainSection
 from atoll.protocol.messages import LOCAL_STEPS, Update
-from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.stacked_updates import with_state
 
 
 def accumulated_steps(examples: int, train: TrainSection) -> float:
@@ -30,14 +27,4 @@ def accumulated_steps(examples: int, train: TrainSection) -> float:
 
 def with_local_steps(updates: Iterable[Update], train: TrainSection) -> Iterable[Update]:
     """The updates with their steps among the states; a cohort's stay stacked."""
-    if isinstance(updates, StackedUpdates):
-        steps = [accumulated_steps(count, train) for count in updates.num_examples]
-        told = {LOCAL_STEPS: torch.tensor(steps, dtype=torch.float64)}
-        return replace(updates, states={**updates.states, **told})
-    return _each_with_steps(updates, train)
-
-
-def _each_with_steps(updates: Iterable[Update], train: TrainSection) -> Iterator[Update]:
-    for update in updates:
-        steps = torch.tensor(accumulated_steps(update.num_examples, train), dtype=torch.float64)
-        yield replace(update, states={**update.states, LOCAL_STEPS: steps})
+    return with_state(updates, LOCAL_STEPS, lambda client, examples: accumulated_steps(examples, train))

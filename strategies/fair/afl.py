@@ -20,10 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from atoll.protocol.messages import Update
+from atoll.protocol.messages import RECEIVED_LOSS, Update
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.fair.received_losses import received_losses
-from atoll.strategies.mean import moved, weighted_sum
+from atoll.strategies.mean import moved, sent_numbers, weighted_sum
 from atoll.strategies.strategy import Plan, State
 
 PREFIX = "lambda."
@@ -52,7 +51,7 @@ class AgnosticFederatedLearning:
         Raises:
             InconsistentUpdates: an update has no loss of the received model.
         """
-        losses = received_losses(updates)
+        losses = sent_numbers(updates, RECEIVED_LOSS)
         names = sorted({n.removeprefix(PREFIX) for n in state if n.startswith(PREFIX)} | losses.keys())
         unseen = max(0, self.clients - len(names))
         weights = {name: float(state.get(PREFIX + name, state[UNSEEN])) for name in names}

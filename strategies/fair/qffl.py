@@ -23,10 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from atoll.errors import InconsistentUpdates
-from atoll.protocol.messages import Update
+from atoll.protocol.messages import RECEIVED_LOSS, Update
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.fair.received_losses import received_losses
-from atoll.strategies.mean import delta_of, moved, squared_norm, weighted_sum
+from atoll.strategies.mean import delta_of, moved, sent_numbers, squared_norm, weighted_sum
 from atoll.strategies.strategy import Plan, State
 
 LEAST_LOSS = 1e-10
@@ -51,7 +50,7 @@ class QFedAvg:
         Raises:
             InconsistentUpdates: an update has no loss of the received model, or one below 0.
         """
-        sent = received_losses(updates)
+        sent = sent_numbers(updates, RECEIVED_LOSS)
         client = min(sent, key=sent.__getitem__)
         if sent[client] < 0:
             raise InconsistentUpdates(
