@@ -257,10 +257,10 @@ def verify_log(
 ) -> None:
     """See whether the log of what a site or a server was asked, decided and sent is whole."""
     from atoll.kit.kit import ServerKit, SiteKit
-    from atoll.system.audit_file import FILE, verify
+    from atoll.system.audit_file import verify
 
     kind = ServerKit if (log / "server.crt").is_file() else SiteKit
-    found = verify(log if log.is_file() else kind.load(log).state / FILE)
+    found = verify(log if log.is_file() else kind.load(log).state)
     echo(f"{found.path} is whole: {found.lines} lines, {found.first or 'never'} to {found.last or 'never'}")
     echo(f"sha256 of the last line  {found.sha256}")
     echo("lines cut off at the end don't show in the file: note this hash, and compare it later")
