@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 BATCH = 16
 """Rows of every batch that features are computed in; part of the key under which they are kept."""
@@ -58,21 +62,44 @@ def compute_batches(
     *,
     threads: int,
     device: str,
+    at_once: bool = True,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """(rows, the network's output for them) of each batch, in the batches' order, without the padding.
 
-    On a CPU, batches are computed side by side by as many workers as the machine has cores.
+    On a CPU, batches are computed side by side by as many workers as the machine has cores, if `at_once`.
     """
 
     def run(item: FixedBatch) -> tuple[list[int], torch.Tensor]:
-        torch.set_num_threads(threads)
         rows, prepare = item
         with torch.inference_mode():
             return rows, network({k: v.to(device) for k, v in prepare().items()})[: len(rows)].cpu()
 
-    workers = max(1, (os.cpu_count() or 1) // threads) if device == "cpu" else 1
+    workers = workers_on(device, threads) if at_once else 1
+    return side_by_side(run, batches, workers=workers, threads=threads)
+
+
+def workers_on(device: str, threads: int) -> int:
+    """How many can compute at once with so many threads each: on a CPU as many as it has cores for."""
+    return max(1, (os.cpu_count() or 1) // threads) if torch.device(device).type == "cpu" else 1
+
+
+def side_by_side(
+    run: Callable[[Item], Result], items: Iterable[Item], *, workers: int, threads: int
+) -> Iterator[Result]:
+    """What `run` makes of each item, in the items' order; few items are taken ahead of the work."""
+
+    def with_threads(item: Item) -> Result:
+        torch.set_num_threads(threads)
+        return run(item)
+
     with ThreadPoolExecutor(workers) as pool:
-        yield from _lazily(pool, run, batches, 2 * workers)
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(pool.submit(with_threads, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def less_padded(batches: Iterable[FixedBatch]) -> Iterator[FixedBatch]:
@@ -89,14 +116,3 @@ def less_padded(batches: Iterable[FixedBatch]) -> Iterator[FixedBatch]:
 def _first(prepare: Callable[[], Batch], count: int) -> Batch:
     """The first rows of a batch."""
     return {name: tensor[:count] for name, tensor in prepare().items()}
-
-
-def _lazily(pool: ThreadPoolExecutor, run: Any, items: Any, ahead: int) -> Any:
-    """`pool.map` that takes only a few items ahead of the work."""
-    waiting = []
-    for item in items:
-        waiting.append(pool.submit(run, item))
-        if len(waiting) > ahead:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()

@@ -299,16 +299,13 @@ class Learner:
         """Outputs [n, outputs], by batches of exactly that `size`, or of no more padding than is needed."""
         batches, model = self.model.backbone.fixed_batches(shard.inputs, size or BATCH), self.filled(tensors)
         batches = batches if size is not None else less_padded(batches)
-        parts: Iterable[tuple[list[int], torch.Tensor]]
-        if states is None:
-            train = self.job.train
-            parts = compute_batches(batches, model, threads=train.threads, device=train.device)
-        else:  # one after the other: a network that begins with states is changed while it runs
-            with torch.inference_mode():
-                parts = [
-                    (rows, model(self._on_device(states.in_place_of_tokens(prepare())))[: len(rows)].cpu())
-                    for rows, prepare in batches
-                ]
+        if states is not None:
+            batches = states.in_place_of_tokens_of(batches)
+        train = self.job.train
+        # A network that begins with states is changed while it runs, so it takes one batch after the other.
+        parts = compute_batches(
+            batches, model, threads=train.threads, device=train.device, at_once=states is None
+        )
         ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
         return torch.stack([ordered[row] for row in range(len(shard))])
 

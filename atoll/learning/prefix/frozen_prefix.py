@@ -8,10 +8,8 @@ them at the first tuned block.
 from __future__ import annotations
 
 import inspect
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import nn
 
 from atoll.backbones.checkpoint import attention, attention_of
 from atoll.backbones.encoder import Model
+from atoll.backbones.extract import side_by_side, workers_on
 from atoll.errors import ConfigError, DataError
 from atoll.learning import trainable
 from atoll.protocol.random_streams import global_stream
@@ -89,22 +88,12 @@ class FrozenPrefix:
         Raises:
             DataError: a state isn't finite.
         """
-        on_cpu = _device(self.network).type == "cpu"
         found: list[torch.Tensor] = []
-
-        def run(ids: torch.Tensor) -> torch.Tensor:
-            torch.set_num_threads(threads)
-            return self.states(ids)
-
-        workers = max(1, (os.cpu_count() or 1) // threads) if on_cpu else 1
+        workers = workers_on(_device(self.network).type, threads)
         # Per-example gradients may have left another way to compute attention, of other bits.
-        with (
-            _modes_kept(self.network),
-            attention(self.network, self._attention),
-            ThreadPoolExecutor(workers) as pool,
-        ):
+        with _modes_kept(self.network), attention(self.network, self._attention):
             self.network.eval()
-            for states in pool.map(run, sequences):
+            for states in side_by_side(self.states, sequences, workers=workers, threads=threads):
                 if not torch.isfinite(states).all():
                     raise DataError("an example has states in the frozen blocks that are not finite")
                 found.append(states)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from atoll.backbones.encoder import Batch, Model
+from atoll.backbones.encoder import Batch, FixedBatch, Model
 from atoll.backbones.extract import Progress
 from atoll.errors import ConfigError
 from atoll.learning.prefix.frozen_prefix import FrozenPrefix
@@ -68,3 +69,11 @@ class KeptStates:
         self.keep(sequences_of(flat_ids, flat_mask))
         states = self.cache.take(flat_ids, flat_mask)
         return batch | {"input_ids": states.view(*ids.shape, -1)}
+
+    def in_place_of_tokens_of(self, batches: Iterable[FixedBatch]) -> Iterator[FixedBatch]:
+        """The batches with states, once they are prepared."""
+        for rows, prepare in batches:
+            yield rows, partial(self._prepared, prepare)
+
+    def _prepared(self, prepare: Callable[[], Batch]) -> Batch:
+        return self.in_place_of_tokens(prepare())
