@@ -7,7 +7,8 @@ boxes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -218,8 +219,8 @@ def calibrate_batch_norm(
     """Give a random network's batch norms weights and biases that make noise come out at deviation 1.
 
     Their statistics never move here, and as they are made (mean 0, deviation 1) a deep network's signals
-    fade or explode. The noise is drawn from the seed; no data is seen. Weights travel, statistics don't,
-    so this is in the weights.
+    fade or explode. The noise is drawn from the seed; no data is seen, and the number of threads changes no
+    bit. Weights travel, statistics don't, so this is in the weights.
     """
 
     def settle(norm: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
@@ -232,7 +233,17 @@ def calibrate_batch_norm(
 
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
-    with global_stream(seed, "init", "norms"):
+    with global_stream(seed, "init", "norms"), _one_thread():
         run(network, draw(pictures, size))
     for hook in hooks:
         hook.remove()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -122,13 +122,11 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
 
 
 def _calibrate(trunk: nn.Module, name: str, size: int, seed: int) -> None:
-    """Settle a random network's batch norms, if it has some; the number of threads changes no bit.
+    """Settle a random network's batch norms, if it has some.
 
     Raises:
         ConfigError: pictures of that size are too small for it.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         calibrate_batch_norm(trunk, size, seed, draw=varied_noise)
     except (RuntimeError, ValueError):
@@ -136,8 +134,6 @@ def _calibrate(trunk: nn.Module, name: str, size: int, seed: int) -> None:
             f"backbone.image_size: torchvision:{name} makes nothing of pictures of {size} x {size},"
             f" expected a larger size (its own is {_native_size(name)})"
         ) from None
-    finally:
-        torch.set_num_threads(threads)
 
 
 def torchvision_trunk(name: str, seed: int) -> tuple[nn.Module, int]:
