@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +60,7 @@ def sweep(
     """
     load_files(plugin or ())
     from atoll.server.job_checks import check_simulated
-    from atoll.sim.sweep.grid import Base, Grid, SweepFolder, exclusive_lock, planned
+    from atoll.sim.sweep.grid import Base, Grid, SweepFolder, planned
 
     repeats = seeds or (SEEDS if folds is None else 1)
     grid = Grid.of(vary or [], repeats, folds) if vary or folds or not plot_only else None
@@ -76,15 +76,9 @@ def sweep(
         return folder.path
     for run in runs:
         check_simulated(run.job)
-    from atoll.sim.sweep.runner import check_all  # torch comes with it
-
-    check_all(runs)
-    with exclusive_lock(folder.path, "sweep"):
-        failures = run_all(folder, base, grid, runs, workers)
-        tell(folder, runs, base.name, failures)
-    if failures:
-        raise JobError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
-    return folder.path
+    return _play(
+        folder, base, grid, runs, workers, "sweep", lambda failures: tell(folder, runs, base.name, failures)
+    )
 
 
 def compare(
@@ -103,7 +97,7 @@ def compare(
         ConfigError: a name is unknown, or a strategy can't run with the job; before anything runs.
     """
     from atoll.server.job_checks import check_simulated
-    from atoll.sim.sweep.grid import Base, SweepFolder, exclusive_lock
+    from atoll.sim.sweep.grid import Base, SweepFolder
     from atoll.sim.sweep.strategies import grid_of, names_of, runs_of
 
     names = names_of(strategies)
@@ -111,15 +105,10 @@ def compare(
     folder = SweepFolder(out_dir or Path("runs") / f"{base.name}-compare")
     folder.check(base)
     runs = runs_of(base, names, seeds, check_simulated)
-    from atoll.sim.sweep.runner import check_all  # torch comes with it
-
-    check_all(runs)
-    with exclusive_lock(folder.path, "comparison"):
-        failures = run_all(folder, base, grid_of(names, seeds), runs, workers)
-        _tell_strategies(folder, runs, base.name)
-    if failures:
-        raise JobError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
-    return folder.path
+    return _play(
+        folder, base, grid_of(names, seeds), runs, workers, "comparison",
+        lambda failures: _tell_strategies(folder, runs, base.name),
+    )  # fmt: skip
 
 
 def _tell_strategies(folder: SweepFolder, runs: Sequence[Planned], name: str) -> None:
@@ -140,11 +129,42 @@ def _tell_strategies(folder: SweepFolder, runs: Sequence[Planned], name: str) ->
         shown.add_row(*(escape(cell) for cell in line.cells))
     out().print()
     out().print(shown)
-    for what, path in written.items():
+    _tell_files(written)
+
+
+def _play(
+    folder: SweepFolder,
+    base: Base,
+    grid: Grid,
+    runs: Sequence[Planned],
+    workers: int | None,
+    what: str,
+    show: Callable[[dict[str, str]], None],
+) -> Path:
+    """Play what isn't there yet and show what there is; `show` gets what went wrong, by the run's name.
+
+    Raises:
+        ConfigError: a run can't be played, before any is.
+        JobError: some failed.
+    """
+    from atoll.sim.sweep.grid import exclusive_lock
+    from atoll.sim.sweep.runner import check_all  # torch comes with it
+
+    check_all(runs)
+    with exclusive_lock(folder.path, what):
+        failures = _run_all(folder, base, grid, runs, workers)
+        show(failures)
+    if failures:
+        raise JobError(f"{len(failures)} of {len(runs)} runs failed; the same command tries them again")
+    return folder.path
+
+
+def _tell_files(files: Mapping[str, Path]) -> None:
+    for what, path in files.items():
         out().print(f"{what:<9} {sanitize(str(path))}", highlight=False, soft_wrap=True)
 
 
-def run_all(
+def _run_all(
     folder: SweepFolder, base: Base, grid: Grid, runs: Sequence[Planned], workers: int | None
 ) -> dict[str, str]:
     """Play what isn't there yet; what went wrong, by the run's name."""
@@ -225,8 +245,7 @@ def tell(folder: SweepFolder, runs: Sequence[Planned], name: str, failures: dict
     out().print(shown_table(rows, name))
     for line in written.said:
         out().print(sanitize(line), highlight=False, soft_wrap=True)
-    for what, path in written.files.items():
-        out().print(f"{what:<9} {sanitize(str(path))}", highlight=False, soft_wrap=True)
+    _tell_files(written.files)
 
 
 def shown_table(rows: Sequence[Row], name: str) -> Table:

@@ -87,7 +87,7 @@ def _page(rows: Sequence[Row], name: str, lines: Sequence[str], *, has_picture: 
         for line in table(rows)
     ]
     parts = [f"# {name}: a sweep", *lines[:1], "![The frontier](frontier.png)" if has_picture else ""]
-    parts += [_markdown(head, told), *lines[1:], _loss_table(rows)]
+    parts += [markdown_table(head, told), *lines[1:], _loss_table(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -104,9 +104,10 @@ def _loss_table(rows: Sequence[Row]) -> str:
         spread = "" if half is None else f" ± {half:.{digits}f}"
         told.append([combination_words(loss.values), f"{loss.points.mean:.{digits}f}{spread}"])
     title = "Lost to privacy, with the 95 % interval of the mean over paired seeds:"
-    return f"{title}\n\n{_markdown(['run', unit], told)}"
+    return f"{title}\n\n{markdown_table(['run', unit], told)}"
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table with a line for each of the `lines`, cell by cell."""
     table = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)

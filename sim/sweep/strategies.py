@@ -16,6 +16,7 @@ from atoll.report.comparison import finite, lower_is_better
 from atoll.report.text import metric_words
 from atoll.sim.sweep.grid import Base, Grid, Planned, planned
 from atoll.sim.sweep.plot import COLOURS, picture
+from atoll.sim.sweep.report import markdown_table
 from atoll.sim.sweep.results import Estimate, Row, headline_of
 from atoll.strategies import STRATEGIES
 from atoll.system.durable_files import replace_synced
@@ -158,13 +159,11 @@ def write_comparison(folder: Path, results: Results, name: str, *, missing: int)
 
 
 def _as_markdown(lines: Sequence[Compared], name: str, missing: int) -> str:
-    table = [HEAD, ("---",) * len(HEAD), *(line.cells for line in lines)]
-    rows = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
     parts = [
         f"# {name}: strategies compared",
         "Means with 95 % intervals over seeds (Student's t). A seed's data, cohorts and batches are the same"
         " for every strategy. Bytes are those of a whole run.",
-        rows,
+        markdown_table(HEAD, [line.cells for line in lines]),
         f"{missing} runs are not complete and are left out." if missing else "",
         "![The metric over rounds](compare.png)" if any(line.curve for line in lines) else "",
     ]
