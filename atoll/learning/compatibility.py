@@ -29,7 +29,11 @@ def check_fits(job: Job, task: Task) -> None:
         raise ConfigError(f"tune.head_init: {task.name} has no head of classes on features, expected none")
     if job.train.cached_views is not None and not task.uses_pooled_features:
         raise ConfigError(f"train.cached_views: {task.name} has no features to keep, expected none")
-    if job.train.cached_states is not None and task.uses_pooled_features and _keeps_features_alone(job):
+    if (
+        job.train.cached_states is not None
+        and task.uses_pooled_features
+        and all(stage.backbone_is_frozen for stage in job.stages)
+    ):
         raise ConfigError("train.cached_states: a head learns from kept features, expected none")
     if job.data.folds is not None and task.has_own_split:
         raise ConfigError(f"data.folds: {task.name} says itself what is measured on, expected none")
@@ -41,10 +45,6 @@ def check_fits(job: Job, task: Task) -> None:
     enable_determinism(job.train.device)
     if job.backbone.compile:
         compiler()
-
-
-def _keeps_features_alone(job: Job) -> bool:
-    return {tune.method for tune in (job.tune, *job.tune.then)} == {"head"}
 
 
 def check_autograd(job: Job, task: Task) -> None:
