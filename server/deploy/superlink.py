@@ -90,11 +90,14 @@ class TokenMiddleware:
 
 
 def superlink() -> None:
-    """Flower's SuperLink behind the token; the entry of a child process."""
+    """Flower's SuperLink behind the token, with large objects in files; the entry of a child process."""
     from flwr.superlink import main
     from flwr.superlink.cli.flower_superlink import flower_superlink
     from starlette.middleware import Middleware
 
+    from atoll.server.deploy.object_files import keep_objects_in_files
+
+    keep_objects_in_files()
     token, middleware = Path(os.environ[TOKEN_FILE]).read_bytes(), main._get_middleware
     vars(main)["_get_middleware"] = lambda: [Middleware(TokenMiddleware, token=token), *middleware()]
     flower_superlink()
