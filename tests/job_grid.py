@@ -108,6 +108,9 @@ LEFT_OUT: dict[str, str] = {
     "federation.clients": "three in every row",
     "federation.wait": "a time",
     "federation.round_timeout": "a time",
+    **dict.fromkeys(
+        ("federation.selection", "federation.candidates", "federation.oort"), "refused with every promise"
+    ),
     "federation.weights": "refused with every promise but 'equal', which is what a promise does",
     "federation.weight_cap": "as federation.weights",
     "federation.devices": "for simulations",

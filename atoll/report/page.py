@@ -21,6 +21,7 @@ from atoll.report.text import (
     better,
     comparison_sentence,
     duration,
+    how_chosen,
     how_it_went,
     metric_value,
     metric_words,
@@ -148,7 +149,7 @@ def report_of(folder: Path, result: dict[str, Any]) -> Report:
         tiles=_tiles(result, compared),
         story=(
             on_what_data(result, job),
-            how_it_went(result) + who_was_hostile(job),
+            how_it_went(result) + how_chosen(job) + who_was_hostile(job),
             what_it_cost(result),
             what_was_private(result["privacy"]),
         ),

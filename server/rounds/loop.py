@@ -57,6 +57,7 @@ def run_round(run: Run, round: int) -> None:
     cohort = sample_cohort(run, round)
     gathered, simulated_time = request_updates(run, cohort, round)  # send, train, validate
     seconds_at_clients = time.monotonic() - started
+    learn_of_clients(run, gathered, round)
     merge(run, gathered, round)
     gathered = gathered.without_tensors()
     trim_freed_memory(size_of(run.state.tensors))
@@ -70,7 +71,16 @@ def sample_cohort(run: Run, round: int) -> list[str]:
     protection = run.setup.protection
     protection.check_clients(run.setup.population)
     protection.check_budget(round)
+    if run.setup.selection is not None:
+        return run.setup.selection.cohort(run.state.selection, round)
     return sample(run.setup.population, run.setup.job, round, protection.uniforms(round))
+
+
+def learn_of_clients(run: Run, gathered: ValidatedUpdates, round: int) -> None:
+    """Keep what the updates tell of their clients, where later cohorts are chosen by it."""
+    rule = run.setup.selection
+    if rule is not None:
+        run.state.selection = rule.after_round(run.state.selection, gathered.updates, round)
 
 
 def merge(run: Run, gathered: ValidatedUpdates, round: int) -> None:

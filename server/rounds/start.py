@@ -19,6 +19,7 @@ from atoll.server.rounds.participation import AvailabilityModel, always_availabl
 from atoll.server.rounds.run_state import Run, RunSetup, RunState, TestSet
 from atoll.server.run.checkpoint import Checkpoint, CheckpointManager
 from atoll.server.run.directory import RunDirectory
+from atoll.server.selection.rules import kept, selection_rule, taken_back
 from atoll.server.transport import Transport
 from atoll.strategies import Strategy, build_strategy
 from atoll.tasks import task_named
@@ -60,16 +61,19 @@ def start_or_resume(
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
     on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
     first_round, later_rounds = round_kinds(job)
+    rule = selection_rule(job, roster)
+    chosen = () if rule is None else rule.update_transforms
     setup = RunSetup(
         job, carrier, directory, strategy, roster.names, test_set(learner), on_event, clock, protection,
         first_round=first_round,
         later_rounds=later_rounds,
-        update_transforms=(*weight_transforms(job), *protection.update_transforms),
+        update_transforms=(*chosen, *weight_transforms(job), *protection.update_transforms),
         model_transforms=model_transforms(job),
         checkpoints=CheckpointManager(directory.checkpoints, loses_no_round(job), directory.log),
         strategy_name=strategy_name,
         used_data=roster.used_data(job, counts),
         remarks=roster.remarks,
+        selection=rule,
     )  # fmt: skip
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     first = tuning_schedule.needed_by_baselines(job, initial)
@@ -97,7 +101,10 @@ def checkpoint_of(run: Run) -> Checkpoint:
         round=state.round,
         job_hash=run.setup.job.hash,
         tensors=state.tensors,
-        state=state.strategy_state | tuning_schedule.state_of(run) | run.setup.protection.state,
+        state=state.strategy_state
+        | tuning_schedule.state_of(run)
+        | run.setup.protection.state
+        | kept(state.selection),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
         data_info=state.learner.data_info,
@@ -112,7 +119,8 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     state.round, state.tensors = found.round, found.tensors
-    state.strategy_state = tuning_schedule.resume(run, run.setup.protection.resume(found.state))
+    state.selection, others = taken_back(found.state)
+    state.strategy_state = tuning_schedule.resume(run, run.setup.protection.resume(others))
     state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
     state.log = run.setup.directory.truncate_log(found.round)
     run.setup.on_event(RunResumed(state.round))

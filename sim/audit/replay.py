@@ -115,6 +115,7 @@ def job_to_replay(job: Job) -> Job:
         ("strategy.name", own_state),
         ("train.lr_schedule", job.train.lr_schedule),
         ("train.layer_decay", job.train.layer_decay),
+        ("federation.selection", None if job.federation.selection == "uniform" else job.federation.selection),
     ):
         if asked is not None:
             raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {asked!r}")
