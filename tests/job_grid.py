@@ -135,6 +135,10 @@ LEFT_OUT: dict[str, str] = {
         "a part of the server's step that follows from the number of the round",
     ),
     "evaluate.baselines": "for simulations",
+    **dict.fromkeys(
+        ("evaluate.contributions", "evaluate.permutations", "evaluate.truncation"),
+        "measured by the server, on data of its own",
+    ),
     "evaluate.metrics": "an extension's",
     **dict.fromkeys(
         ("attack.kind", "attack.clients", "attack.scale", "attack.victim", "attack.target"), "for simulations"

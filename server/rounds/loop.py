@@ -9,6 +9,7 @@ from typing import Any
 
 from atoll.errors import BudgetExhausted
 from atoll.protocol.tensors import size_of
+from atoll.server.contributions.measured import round_contributions
 from atoll.server.events import RoundEnded
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import request_updates
@@ -58,12 +59,14 @@ def run_round(run: Run, round: int) -> None:
     gathered, simulated_time = request_updates(run, cohort, round)  # send, train, validate
     seconds_at_clients = time.monotonic() - started
     learn_of_clients(run, gathered, round)
+    contributions = round_contributions(run, gathered.updates, round)
     merge(run, gathered, round)
     gathered = gathered.without_tensors()
     trim_freed_memory(size_of(run.state.tensors))
     metrics, validation = evaluate(run)
     seconds = {"seconds": time.monotonic() - started, "seconds_at_clients": seconds_at_clients}
-    checkpoint(run, log_line(run, cohort, gathered, metrics, seconds | simulated_time | validation))
+    more = seconds | simulated_time | validation | contributions
+    checkpoint(run, log_line(run, cohort, gathered, metrics, more))
 
 
 def sample_cohort(run: Run, round: int) -> list[str]:

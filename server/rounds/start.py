@@ -11,6 +11,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.learning.lora_base import merging_lora
+from atoll.server.contributions.measured import check_can_measure
 from atoll.server.events import ClientsFound, EventCallback, RunResumed
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import model_transforms, round_kinds, weight_transforms
@@ -75,6 +76,7 @@ def start_or_resume(
         remarks=roster.remarks,
         selection=rule,
     )  # fmt: skip
+    check_can_measure(setup)
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     first = tuning_schedule.needed_by_baselines(job, initial)
     run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping))

@@ -124,7 +124,7 @@ def job_to_replay(job: Job) -> Job:
             "privacy.mechanism: a run with 'banded' can't be attacked, for canaries take part in every round"
         )
     privacy = job.privacy.model_copy(update={"seeded_noise": False, "audit": False})
-    evaluate = job.evaluate.model_copy(update={"baselines": ()})
+    evaluate = job.evaluate.model_copy(update={"baselines": (), "contributions": None})
     return job.model_copy(update={"privacy": privacy, "evaluate": evaluate})
 
 
