@@ -340,6 +340,7 @@ def test_what_cannot_be_is_refused_by_name(rule: str, tables: dict[str, Any], sa
         ("power-of-choice", {"oort": {}}, {}, "oort has no meaning without selection = 'oort'"),
         ("power-of-choice", {"candidates": 2}, {}, "candidates: expected at least the 3 that a round asks"),
         ("power-of-choice", {"candidates": 9}, {}, "at most clients = 8, found 9"),
+        ("oort", {"concurrency": 5}, {"strategy": {"name": "fedbuff"}}, "clients start one by one"),
         ("oort", {"oort": {"explore": 0.1}}, {}, "explore_least: expected at most explore = 0.1, found 0.2"),
         ("oort", {"oort": {"explor": 0.1}}, {}, r"federation\.oort\.explor: unknown key, did you mean"),
         ("sizes", {}, {}, r"federation\.selection: expected 'uniform', 'by-size'"),

@@ -21,6 +21,7 @@ from atoll.job.evaluate import EvaluateSection, check_measuring
 from atoll.job.federation import (
     SENDS_LOSSES,
     FederationSection,
+    check_asynchronous,
     check_losses_may_be_sent,
     check_selection,
     check_weights,
@@ -293,6 +294,7 @@ class Job(Section):
         check_weights(self)
         check_selection(self)
         check_losses_may_be_sent(self)
+        check_asynchronous(self)
         check_lora_merge(self)
         return self
 

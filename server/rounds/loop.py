@@ -13,7 +13,6 @@ from atoll.server.contributions.measured import round_contributions
 from atoll.server.events import RoundEnded
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import request_updates
-from atoll.server.rounds.cohort import sample
 from atoll.server.rounds.evaluation import evaluate
 from atoll.server.rounds.round_log import log_line
 from atoll.server.rounds.run_state import Run
@@ -37,6 +36,7 @@ def run_rounds(run: Run) -> None:
         run.state.ended_early = str(spent)
         logger.warning("%s: the run ends after round %d", spent, run.state.round)
     finally:
+        run.setup.later_rounds.close()
         run.setup.checkpoints.flush()
     tuning_schedule.take_best_model(run)
 
@@ -74,9 +74,7 @@ def sample_cohort(run: Run, round: int) -> list[str]:
     protection = run.setup.protection
     protection.check_clients(run.setup.population)
     protection.check_budget(round)
-    if run.setup.selection is not None:
-        return run.setup.selection.cohort(run.state.selection, round)
-    return sample(run.setup.population, run.setup.job, round, protection.uniforms(round))
+    return run.setup.kind_of_round(round).sample(run, round)
 
 
 def learn_of_clients(run: Run, gathered: ValidatedUpdates, round: int) -> None:

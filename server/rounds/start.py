@@ -8,16 +8,33 @@ import torch
 
 from atoll.data.diagnostics import Counts
 from atoll.errors import ConfigError
+from atoll.job.closed_form import is_closed_form_round
+from atoll.job.federation import is_asynchronous
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.learning.lora_base import merging_lora
 from atoll.server.contributions.measured import check_can_measure
 from atoll.server.events import ClientsFound, EventCallback, RunResumed
 from atoll.server.rounds import tuning_schedule
-from atoll.server.rounds.aggregation import model_transforms, round_kinds, weight_transforms
+from atoll.server.rounds.aggregation import (
+    ClosedFormRound,
+    model_transforms,
+    synchronous_round,
+    weight_transforms,
+)
+from atoll.server.rounds.asynchronous.flights import Flights
+from atoll.server.rounds.asynchronous.round import asynchronous_round
 from atoll.server.rounds.central_dp import CentralDp, NoProtection
 from atoll.server.rounds.participation import AvailabilityModel, always_available
-from atoll.server.rounds.run_state import Run, RunSetup, RunState, TestSet
+from atoll.server.rounds.run_state import (
+    RoundKind,
+    Run,
+    RunSetup,
+    RunState,
+    SelectionRule,
+    TestSet,
+    UpdateTransform,
+)
 from atoll.server.run.checkpoint import Checkpoint, CheckpointManager
 from atoll.server.run.directory import RunDirectory
 from atoll.server.selection.rules import kept, selection_rule, taken_back
@@ -47,10 +64,8 @@ def start_or_resume(
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
     """
     strategy_name = job.strategy.name if strategy is None else type(strategy).__name__
-    strategy, protection = (
-        strategy or build_strategy(job.strategy, job.federation, job.train),
-        protection or NoProtection(),
-    )
+    strategy = strategy or build_strategy(job.strategy, job.federation, job.train)
+    protection = protection or NoProtection()
     roster = carrier.discover_clients(job)
     roster.check(job)
     task = task_named(job.task.name)
@@ -58,17 +73,19 @@ def start_or_resume(
     learner.data_info = learner.data_info | learner.required_info
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
-    strategy = merging_lora(strategy, learner)
+    base, strategy = strategy, merging_lora(strategy, learner)
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
     on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
-    first_round, later_rounds = round_kinds(job)
     rule = selection_rule(job, roster)
-    chosen = () if rule is None else rule.update_transforms
+    flights = Flights()
+    later_rounds = later_round_kind(job, carrier, base, clock)
+    if is_asynchronous(job):
+        clock = flights.timed if job.federation.devices is not None else always_available
     setup = RunSetup(
         job, carrier, directory, strategy, roster.names, test_set(learner), on_event, clock, protection,
-        first_round=first_round,
+        first_round=ClosedFormRound() if is_closed_form_round(job, 1) else later_rounds,
         later_rounds=later_rounds,
-        update_transforms=(*chosen, *weight_transforms(job), *protection.update_transforms),
+        update_transforms=update_transforms_of(job, rule, protection),
         model_transforms=model_transforms(job),
         checkpoints=CheckpointManager(directory.checkpoints, loses_no_round(job), directory.log),
         strategy_name=strategy_name,
@@ -79,13 +96,28 @@ def start_or_resume(
     check_can_measure(setup)
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     first = tuning_schedule.needed_by_baselines(job, initial)
-    run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping))
+    run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping, flights))
     checkpoint = directory.latest_checkpoint(job.hash) if resume else None
     if checkpoint is not None:
         _continue_from(run, checkpoint)
     elif resume:
         directory.truncate_log(0)
     return run
+
+
+def later_round_kind(job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel) -> RoundKind:
+    """The kind of all rounds but a first one in closed form."""
+    if is_asynchronous(job):
+        return asynchronous_round(job, carrier, strategy, clock)
+    return synchronous_round(job)
+
+
+def update_transforms_of(
+    job: Job, rule: SelectionRule | None, protection: CentralDp | NoProtection
+) -> Sequence[UpdateTransform]:
+    """What happens to a round's updates: weighed as they were chosen or as the job says, then noised."""
+    chosen = () if rule is None else rule.update_transforms
+    return (*chosen, *weight_transforms(job), *protection.update_transforms)
 
 
 def loses_no_round(job: Job) -> bool:
@@ -106,6 +138,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
         state=state.strategy_state
         | tuning_schedule.state_of(run)
         | run.setup.protection.state
+        | state.flights.saved()
         | kept(state.selection),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
@@ -122,7 +155,8 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     state.round, state.tensors = found.round, found.tensors
     state.selection, others = taken_back(found.state)
-    state.strategy_state = tuning_schedule.resume(run, run.setup.protection.resume(others))
+    rest = state.flights.resume(run.setup.protection.resume(others))
+    state.strategy_state = tuning_schedule.resume(run, rest)
     state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
     state.log = run.setup.directory.truncate_log(found.round)
     run.setup.on_event(RunResumed(state.round))

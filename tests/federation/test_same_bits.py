@@ -68,6 +68,9 @@ def jobs(folder: Path) -> dict[str, Job]:
         federation = common["federation"] | {"cohort": 2, "rounds": 4, "selection": rule}  # type: ignore[operator]
         chosen = common | image | {"name": rule, "federation": federation}  # type: ignore[operator]
         made[rule] = Job.parse(chosen, origin="test")
+    buffered = {"clients": CLIENTS, "cohort": 1, "concurrency": 2, "rounds": 4}
+    late = common | image | {"name": "fedbuff", "strategy": {"name": "fedbuff"}, "federation": buffered}  # type: ignore[operator]
+    made["fedbuff"] = Job.parse(late, origin="test")
     made |= correcting(common, image, text)
     small = made["views-fedadam"]
     travels = small.federation.model_copy(update={"compression": "int8"})
@@ -227,6 +230,7 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "by-size",
                 "power-of-choice",
                 "oort",
+                "fedbuff",
             ],
             [0, 1, 2],
         ),
