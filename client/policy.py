@@ -204,6 +204,9 @@ def _min_clients(policy: Policy, job: Job) -> Iterator[Verdict]:
             holds=False,
         )
         return
+    if federation.selection == "by-size":  # one client may be drawn several times
+        yield Verdict("min_clients", "federation.selection", "'by-size'", "another", holds=False)
+        return
     fewest = math.ceil((federation.cohort or federation.clients) * federation.quorum)
     allowed = f"at least {policy.min_clients}"
     yield Verdict("min_clients", "cohort x quorum", str(fewest), allowed, fewest >= policy.min_clients)

@@ -103,6 +103,16 @@ def sent_numbers(updates: Sequence[Update], name: str) -> dict[str, float]:
     return {update.client: float(update.states[name]) for update in updates}
 
 
+def mean_losses(updates: Sequence[Update]) -> dict[str, float]:
+    """Each client's mean training loss over its local steps, in the updates' order.
+
+    Raises:
+        InconsistentUpdates: a client sent none.
+    """
+    sums, counts = sent_numbers(updates, "train_loss.sum"), sent_numbers(updates, "train_loss.count")
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
 def delta_of(updates: Sequence[Update], place: int) -> Tensors:
     """The delta at a place, without taking a stack apart."""
     if isinstance(updates, StackedUpdates):

@@ -147,6 +147,11 @@ def check_hostile_clients(job: Job, options: HostileOptions) -> None:
             f"federation.cohort_rate: draws cohorts of any size, and {name} needs {options.clients_needed}"
             f" clients ({options.formula}); expected cohort"
         )
+    if federation.chooses_by_losses:
+        raise ConfigError(
+            f"federation.selection: {federation.selection!r} believes what clients say of their losses, so"
+            f" hostile ones would always be chosen; expected 'uniform' with strategy.name = {name!r}"
+        )
     cohort = federation.cohort or federation.clients
     fewest = max(1, math.ceil(federation.quorum * cohort - 1e-9))
     if fewest < options.clients_needed:

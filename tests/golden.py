@@ -57,6 +57,8 @@ HEADS: dict[str, dict[str, Any]] = {
         "flwr:Krum", "scaffold", "feddyn", "diloco",
     )},
     "strategy-scaffold-by-full-gradients": {"strategy": {"name": "scaffold", "options": {"option": 1}}},
+    **{f"selection-{rule}": {"federation": {"selection": rule}}
+       for rule in ("by-size", "power-of-choice", "oort")},
     "learning-rate-schedule": {"strategy": {"name": "fedavgm", "lr_schedule": "cosine", "lr_warmup": 1}},
     **{f"compression-{scheme}": {"federation": {"compression": scheme}}
        for scheme in ("fp16", "int8", "int4", "top-k")},

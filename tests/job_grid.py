@@ -108,6 +108,9 @@ LEFT_OUT: dict[str, str] = {
     "federation.clients": "three in every row",
     "federation.wait": "a time",
     "federation.round_timeout": "a time",
+    **dict.fromkeys(
+        ("federation.selection", "federation.candidates", "federation.oort"), "refused with every promise"
+    ),
     "federation.weights": "refused with every promise but 'equal', which is what a promise does",
     "federation.weight_cap": "as federation.weights",
     "federation.devices": "for simulations",
@@ -136,6 +139,10 @@ LEFT_OUT: dict[str, str] = {
         "a part of the server's step that follows from the number of the round",
     ),
     "evaluate.baselines": "for simulations",
+    **dict.fromkeys(
+        ("evaluate.contributions", "evaluate.permutations", "evaluate.truncation"),
+        "measured by the server, on data of its own",
+    ),
     "evaluate.metrics": "an extension's",
     **dict.fromkeys(
         ("attack.kind", "attack.clients", "attack.scale", "attack.victim", "attack.target"), "for simulations"

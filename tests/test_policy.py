@@ -58,6 +58,7 @@ RULES: list[tuple[str, str, dict[str, Any], str]] = [
     ("max_threads = 2", "max_threads", {"train": {"threads": 1024}}, "1024"),
     ("max_image_size = 64", "max_image_size", {"backbone": {"image_size": 4096}}, "4096"),
     ("min_clients = 3", "min_clients", {"federation": {"quorum": 0.3}}, "2"),
+    ("min_clients = 3", "min_clients", {"federation": {"cohort": 6, "selection": "by-size"}}, "by-size"),
     ("min_clients = 3", "min_clients", {"federation": {"cohort_rate": 0.9}}, "0.9"),
     ("download = false", "download", {"backbone": {"offline": False}}, "false"),
     ('[privacy]\nunits = ["client"]', "privacy.units", {}, "'none'"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from atoll.job.section import Count, Section
+from atoll.job.federation import WEIGHTED
+from atoll.job.privacy import uses_secure_aggregation
+from atoll.job.section import Count, NotNegative, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -18,12 +20,32 @@ class EvaluateSection(Section):
     every: Count = 1
     clients: Count = 10_000
     patience: Count | None = None
+    contributions: Literal["leave-one-out", "shapley"] | None = None
+    permutations: Count | None = None
+    truncation: NotNegative | None = None
     adapt: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
     metrics: dict[str, dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]] = Field(
         default_factory=dict
     )
     """Metrics that extensions bring, by name, each with its options."""
+
+    @model_validator(mode="after")
+    def _orders_are_of_shapleys_value(self) -> EvaluateSection:
+        for key in ("permutations", "truncation"):
+            if getattr(self, key) is not None and self.contributions != "shapley":
+                raise ValueError(f"{key} has no meaning without contributions = 'shapley': remove it")
+        return self
+
+    @property
+    def permutations_taken(self) -> int:
+        """Orders of a round's clients by which Shapley's value is estimated."""
+        return self.permutations or 50
+
+    @property
+    def truncation_taken(self) -> float:
+        """Differences of the metric up to here count as none in an estimate."""
+        return 0.001 if self.truncation is None else self.truncation
 
 
 def check_measuring(job: Job) -> None:
@@ -35,6 +57,7 @@ def check_measuring(job: Job) -> None:
         )
     _check_stopping(job)
     _check_adapting(job)
+    _check_contributions(job)
 
 
 def _check_stopping(job: Job) -> None:
@@ -66,4 +89,31 @@ def _check_adapting(job: Job) -> None:
         raise ValueError(
             "evaluate.adapt: clients keep nothing back to measure on; expected"
             " data.validation_fraction above 0"
+        )
+
+
+def _check_contributions(job: Job) -> None:
+    if job.evaluate.contributions is None:
+        return
+    if "client" in job.privacy.units:
+        raise ValueError(
+            "evaluate.contributions: what a single client's update does would be a release without noise;"
+            f" expected none with privacy.unit = {job.privacy.unit!r}"
+        )
+    if uses_secure_aggregation(job):
+        raise ValueError("evaluate.contributions: a secure sum hides single updates; expected none with it")
+    if job.strategy.name not in WEIGHTED:
+        raise ValueError(
+            f"evaluate.contributions: merges the updates of some of a round's clients alone, and"
+            f" {job.strategy.name} is for a whole cohort; expected one of {', '.join(WEIGHTED)}"
+        )
+    if job.personal.splits:
+        raise ValueError(
+            "evaluate.contributions: the server has no whole model to measure; expected none with"
+            f" personal.keep = {job.personal.keep!r}"
+        )
+    if job.tune.head_init is not None:
+        raise ValueError(
+            "evaluate.contributions: a head in closed form is made of sums, not of updates; expected none"
+            f" with tune.head_init = {job.tune.head_init!r}"
         )

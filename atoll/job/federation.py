@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from atoll.job.privacy import uses_secure_aggregation
-from atoll.job.section import Count, Positive, Rate, Section
+from atoll.job.section import Count, NotNegative, Positive, Rate, Section
 
 Scheme = Literal["fp16", "int8", "int4", "top-k"]
 """How an update is compressed."""
 
+Selection = Literal["uniform", "by-size", "power-of-choice", "oort"]
+"""How a round's clients are chosen."""
+
 if TYPE_CHECKING:
     from atoll.job.job import Job
+
+
+class OortSection(Section):
+    """`[federation.oort]`: what Oort's choice of clients goes by; `server/selection/oort.py` says how.
+
+    `explore` is the part of the first round's cohort that has never sent anything. `seconds` is a client's
+    longest time without a penalty, in virtual seconds; None: the median client's. `speeds` are examples a
+    virtual second, by client; the others draw theirs from 1 to `speed_spread`.
+    """
+
+    explore: Rate = 0.9
+    explore_decay: Rate = 0.98
+    explore_least: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.2
+    cutoff: Rate = 0.95
+    clip: Rate = 0.95
+    penalty: NotNegative = 2.0
+    window: Count = 20
+    seconds: Positive | None = None
+    seconds_step: NotNegative = 0.5
+    speed_spread: Annotated[float, Field(ge=1, le=1e6, allow_inf_nan=False)] = 10.0
+    speeds: dict[str, Annotated[float, Field(ge=1e-6, le=1e9, allow_inf_nan=False)]] | None = None
+
+    @model_validator(mode="after")
+    def _exploring_falls(self) -> OortSection:
+        if self.explore_least > self.explore:
+            raise ValueError(
+                f"explore_least: expected at most explore = {self.explore:g}, found {self.explore_least:g}"
+            )
+        return self
 
 
 class FederationSection(Section):
@@ -22,6 +55,9 @@ class FederationSection(Section):
     clients: Count = 20
     cohort: Count | None = None
     cohort_rate: Rate | None = None
+    selection: Selection = "uniform"
+    candidates: Count | None = None
+    oort: OortSection | None = None
     concurrency: Count | None = None
     order: Literal["virtual", "arrival"] = "virtual"
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 20
@@ -89,6 +125,36 @@ class FederationSection(Section):
             raise ValueError(f"cohort must be at most clients = {self.clients}, found {self.cohort}")
         return self
 
+    @model_validator(mode="after")
+    def _selection_has_what_it_uses(self) -> FederationSection:
+        for key, rule in (("candidates", "power-of-choice"), ("oort", "oort")):
+            if getattr(self, key) is not None and self.selection != rule:
+                raise ValueError(f"{key} has no meaning without selection = {rule!r}: remove it")
+        if self.selection == "uniform":
+            return self
+        if self.cohort is None:
+            found = "none" if self.cohort_rate is None else f"cohort_rate = {self.cohort_rate:g}"
+            raise ValueError(
+                f"selection: {self.selection!r} chooses a number of clients; expected cohort, found {found}"
+            )
+        if self.selection == "by-size" and self.over_sampling > 1:
+            raise ValueError(
+                "over_sampling: the first to answer aren't drawn by size alone; expected 1 with selection ="
+                f" 'by-size', found {self.over_sampling:g}"
+            )
+        asked = math.ceil(self.cohort * self.over_sampling - 1e-9)
+        if self.candidates is not None and not asked <= self.candidates <= self.clients:
+            raise ValueError(
+                f"candidates: expected at least the {asked} that a round asks, and at most clients ="
+                f" {self.clients}, found {self.candidates}"
+            )
+        return self
+
+    @property
+    def chooses_by_losses(self) -> bool:
+        """Whether who takes part in a round depends on what clients say of their losses."""
+        return self.selection in ("power-of-choice", "oort")
+
 
 SENDS_LOSSES = ("qffl", "afl")
 """Strategies that weigh clients by their losses of the model that they received."""
@@ -135,6 +201,73 @@ def check_weights(job: Job) -> None:
             "federation.weights: under a promise clients weigh the same, for numbers of examples are private"
             f" and would break the bound; expected 'equal' or none, found {weights!r}"
         )
+
+
+RELEASES = {
+    "by-size": "how many examples each client has",
+    "power-of-choice": "each client's examples and training loss",
+    "oort": "each client's examples and training loss",
+}
+"""What a choice of clients depends on, and so tells of."""
+
+
+def check_selection(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where a round's clients can't be chosen that way."""
+    federation, name = job.federation, job.strategy.name
+    rule = federation.selection
+    if rule == "uniform":
+        return
+    _check_selection_tells_nothing_hidden(job)
+    if is_asynchronous(job):
+        raise ValueError(
+            "federation.selection: with federation.concurrency clients start one by one, as places get free;"
+            f" expected 'uniform', found {rule!r}"
+        )
+    if rule == "by-size":
+        _check_by_size(job)
+    if federation.chooses_by_losses and job.strategy.sends_losses:
+        raise ValueError(
+            f"federation.selection: {name} weighs clients that were drawn with even chances by their losses;"
+            f" expected 'uniform', found {rule!r}"
+        )
+
+
+def _check_selection_tells_nothing_hidden(job: Job) -> None:
+    rule = job.federation.selection
+    reads = RELEASES[rule]
+    if "client" in job.privacy.units:
+        raise ValueError(
+            f"federation.selection: who takes part would depend on {reads}, and a client's promise counts on"
+            f" chances that depend on no data; expected 'uniform' with privacy.unit ="
+            f" {job.privacy.unit!r}, found {rule!r}"
+        )
+    if job.privacy.units:
+        raise ValueError(
+            f"federation.selection: who takes part would tell of {reads}, which no noise protects; expected"
+            f" 'uniform' with privacy.unit = {job.privacy.unit!r}, found {rule!r}"
+        )
+    if job.federation.secure_aggregation:
+        raise ValueError(
+            f"federation.selection: needs {reads}, which a secure sum hides; expected 'uniform' with"
+            f" federation.secure_aggregation, found {rule!r}"
+        )
+
+
+def _check_by_size(job: Job) -> None:
+    if job.strategy.name not in WEIGHTED:
+        raise ValueError(
+            f"federation.selection: 'by-size' weighs a client by how often it was drawn, and"
+            f" {job.strategy.name} has a rule of its own; expected one of {', '.join(WEIGHTED)}"
+        )
+    for key, found in (
+        ("federation.weights", job.federation.weights),
+        ("tune.head_init", job.tune.head_init),
+    ):
+        if found is not None:
+            raise ValueError(
+                f"{key}: with federation.selection = 'by-size' the draw counts sizes already; expected none,"
+                f" found {found!r}"
+            )
 
 
 ASYNCHRONOUS = ("fedbuff", "fedasync")

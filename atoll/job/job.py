@@ -23,6 +23,7 @@ from atoll.job.federation import (
     FederationSection,
     check_asynchronous,
     check_losses_may_be_sent,
+    check_selection,
     check_weights,
 )
 from atoll.job.lora_merge import check_lora_merge
@@ -291,6 +292,7 @@ class Job(Section):
         check_attack(self)
         check_training(self)
         check_weights(self)
+        check_selection(self)
         check_losses_may_be_sent(self)
         check_asynchronous(self)
         check_lora_merge(self)

@@ -13,6 +13,7 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.report.clients import ClientsSection, clients_section
 from atoll.report.comparison import Comparison, comparison_of, lower_is_better, row_name, whole_percent
+from atoll.report.contributions import ContributionsSection, contributions_section
 from atoll.report.plots import seconds_plot
 from atoll.report.rounds import RoundsSection, rounds_section, series
 from atoll.report.templates import fill_in
@@ -21,6 +22,7 @@ from atoll.report.text import (
     better,
     comparison_sentence,
     duration,
+    how_chosen,
     how_it_went,
     metric_value,
     metric_words,
@@ -121,6 +123,7 @@ class Report:
     models: ModelsSection
     rounds: RoundsSection
     clients: ClientsSection | None
+    contributions: ContributionsSection | None
     set_aside: SetAsideSection
     cost: CostSection
     origin: OriginSection
@@ -148,13 +151,14 @@ def report_of(folder: Path, result: dict[str, Any]) -> Report:
         tiles=_tiles(result, compared),
         story=(
             on_what_data(result, job),
-            how_it_went(result) + who_was_hostile(job),
+            how_it_went(result) + how_chosen(job) + who_was_hostile(job),
             what_it_cost(result),
             what_was_private(result["privacy"]),
         ),
         models=_models(result, compared),
         rounds=rounds_section(result["rounds"], compared),
         clients=clients_section(result, compared.headline),
+        contributions=contributions_section(result),
         set_aside=_set_aside(result),
         cost=_cost(result),
         origin=_origin(folder, result),

@@ -216,6 +216,21 @@ def how_it_went(result: dict[str, Any]) -> str:
     )
 
 
+CHOSEN = {
+    "uniform": "",
+    "by-size": "Clients were drawn by chances in proportion to their examples.",
+    "power-of-choice": "Of candidates drawn by size, those with the largest training losses took part.",
+    "oort": "Clients with large training losses and short virtual times were chosen, and new ones (Oort).",
+}
+"""How a round's clients were chosen, by `federation.selection`."""
+
+
+def how_chosen(job: Job | None) -> str:
+    """A sentence on how clients were chosen, with a space before it; nothing where chances were even."""
+    told = "" if job is None else CHOSEN[job.federation.selection]
+    return f" {told}" if told else ""
+
+
 def who_was_hostile(job: Job | None) -> str:
     """A sentence on the job's hostile clients, with a space before it; nothing where there are none."""
     if job is None or job.attack.kind is None:

@@ -41,6 +41,8 @@ class SampledRound:
     """What rounds share that draw their cohort anew and wait for all of it."""
 
     def sample(self, run: Run, round: int) -> list[str]:
+        if run.setup.selection is not None:
+            return run.setup.selection.cohort(run.state.selection, round)
         uniforms = run.setup.protection.uniforms(round)
         return sample(run.setup.population, run.setup.job, round, uniforms)
 
@@ -157,18 +159,23 @@ def train_request(run: Run, round: int) -> TrainRequest:
 
 def merge_updates(run: Run, updates: Sequence[Update], round: int) -> None:
     """The next global model of validated updates, transformed in the order of the run's lists."""
+    run.state.tensors, run.state.strategy_state = merged(run, updates, round)
+
+
+def merged(run: Run, updates: Sequence[Update], round: int) -> tuple[Tensors, State]:
+    """(the next global model, the strategy's state) of validated updates; the run is as before."""
     setup, state = run.setup, run.state
     kept: State = {}
     trained = run.trained_in_round(round)
     for transform_updates in setup.update_transforms:
         updates, kept_by_this = transform_updates(updates, round, trained, state.strategy_state)
         kept |= kept_by_this
+    model, strategy_state = state.tensors, state.strategy_state
     if updates:
-        merged = setup.strategy.merge(state.tensors, updates, state.strategy_state)
-        state.tensors, state.strategy_state = merged
+        model, strategy_state = setup.strategy.merge(model, updates, strategy_state)
     for transform_model in setup.model_transforms:
-        state.tensors = transform_model(state.tensors, state.learner)
-    state.strategy_state = {**state.strategy_state, **kept}
+        model = transform_model(model, state.learner)
+    return model, {**strategy_state, **kept}
 
 
 @dataclass(frozen=True)

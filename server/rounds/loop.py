@@ -9,6 +9,7 @@ from typing import Any
 
 from atoll.errors import BudgetExhausted
 from atoll.protocol.tensors import size_of
+from atoll.server.contributions.measured import round_contributions
 from atoll.server.events import RoundEnded
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import request_updates
@@ -57,12 +58,15 @@ def run_round(run: Run, round: int) -> None:
     cohort = sample_cohort(run, round)
     gathered, simulated_time = request_updates(run, cohort, round)  # send, train, validate
     seconds_at_clients = time.monotonic() - started
+    learn_of_clients(run, gathered, round)
+    contributions = round_contributions(run, gathered.updates, round)
     merge(run, gathered, round)
     gathered = gathered.without_tensors()
     trim_freed_memory(size_of(run.state.tensors))
     metrics, validation = evaluate(run)
     seconds = {"seconds": time.monotonic() - started, "seconds_at_clients": seconds_at_clients}
-    checkpoint(run, log_line(run, cohort, gathered, metrics, seconds | simulated_time | validation))
+    more = seconds | simulated_time | validation | contributions
+    checkpoint(run, log_line(run, cohort, gathered, metrics, more))
 
 
 def sample_cohort(run: Run, round: int) -> list[str]:
@@ -71,6 +75,13 @@ def sample_cohort(run: Run, round: int) -> list[str]:
     protection.check_clients(run.setup.population)
     protection.check_budget(round)
     return run.setup.kind_of_round(round).sample(run, round)
+
+
+def learn_of_clients(run: Run, gathered: ValidatedUpdates, round: int) -> None:
+    """Keep what the updates tell of their clients, where later cohorts are chosen by it."""
+    rule = run.setup.selection
+    if rule is not None:
+        run.state.selection = rule.after_round(run.state.selection, gathered.updates, round)
 
 
 def merge(run: Run, gathered: ValidatedUpdates, round: int) -> None:

@@ -79,6 +79,26 @@ class ModelTransform(Protocol):
         ...
 
 
+class SelectionRule(Protocol):
+    """How a round's clients are chosen where chances aren't even.
+
+    Pure functions of what every engine's server receives; the state is the rule's own and survives a crash.
+    """
+
+    def cohort(self, state: State, round: int) -> list[str]:
+        """The names of the round's clients, sorted."""
+        ...
+
+    def after_round(self, state: State, updates: Sequence[Update], round: int) -> State:
+        """The state after a round with those validated updates."""
+        ...
+
+    @property
+    def update_transforms(self) -> Sequence[UpdateTransform]:
+        """What happens to a round's updates before they are merged, so that the merge fits the choice."""
+        ...
+
+
 @dataclass(frozen=True)
 class RunSetup:
     """What is fixed when a run opens.
@@ -107,6 +127,8 @@ class RunSetup:
     """How much of the data is used, in all and by client, and why the rest is left out; None: not told."""
     remarks: Sequence[str] = ()
     """What looks odd in what clients told of their data."""
+    selection: SelectionRule | None = None
+    """How a round's clients are chosen; None where chances are even."""
 
     def kind_of_round(self, round: int) -> RoundKind:
         """How the updates of this round are gathered."""
@@ -132,6 +154,8 @@ class RunState:
     bytes_down: int = 0
     bytes_up: int = 0
     ended_early: str = ""
+    selection: State = field(default_factory=dict)
+    """What the rule by which clients are chosen keeps."""
 
 
 @dataclass(frozen=True)

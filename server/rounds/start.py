@@ -13,6 +13,7 @@ from atoll.job.federation import is_asynchronous
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.learning.lora_base import merging_lora
+from atoll.server.contributions.measured import check_can_measure
 from atoll.server.events import ClientsFound, EventCallback, RunResumed
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import (
@@ -25,9 +26,18 @@ from atoll.server.rounds.asynchronous.flights import Flights
 from atoll.server.rounds.asynchronous.round import asynchronous_round
 from atoll.server.rounds.central_dp import CentralDp, NoProtection
 from atoll.server.rounds.participation import AvailabilityModel, always_available
-from atoll.server.rounds.run_state import RoundKind, Run, RunSetup, RunState, TestSet
+from atoll.server.rounds.run_state import (
+    RoundKind,
+    Run,
+    RunSetup,
+    RunState,
+    SelectionRule,
+    TestSet,
+    UpdateTransform,
+)
 from atoll.server.run.checkpoint import Checkpoint, CheckpointManager
 from atoll.server.run.directory import RunDirectory
+from atoll.server.selection.rules import kept, selection_rule, taken_back
 from atoll.server.transport import Transport
 from atoll.strategies import Strategy, build_strategy
 from atoll.tasks import task_named
@@ -54,10 +64,8 @@ def start_or_resume(
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
     """
     strategy_name = job.strategy.name if strategy is None else type(strategy).__name__
-    strategy, protection = (
-        strategy or build_strategy(job.strategy, job.federation, job.train),
-        protection or NoProtection(),
-    )
+    strategy = strategy or build_strategy(job.strategy, job.federation, job.train)
+    protection = protection or NoProtection()
     roster = carrier.discover_clients(job)
     roster.check(job)
     task = task_named(job.task.name)
@@ -68,6 +76,7 @@ def start_or_resume(
     base, strategy = strategy, merging_lora(strategy, learner)
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
     on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
+    rule = selection_rule(job, roster)
     flights = Flights()
     later_rounds = later_round_kind(job, carrier, base, clock)
     if is_asynchronous(job):
@@ -76,13 +85,15 @@ def start_or_resume(
         job, carrier, directory, strategy, roster.names, test_set(learner), on_event, clock, protection,
         first_round=ClosedFormRound() if is_closed_form_round(job, 1) else later_rounds,
         later_rounds=later_rounds,
-        update_transforms=(*weight_transforms(job), *protection.update_transforms),
+        update_transforms=update_transforms_of(job, rule, protection),
         model_transforms=model_transforms(job),
         checkpoints=CheckpointManager(directory.checkpoints, loses_no_round(job), directory.log),
         strategy_name=strategy_name,
         used_data=roster.used_data(job, counts),
         remarks=roster.remarks,
+        selection=rule,
     )  # fmt: skip
+    check_can_measure(setup)
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     first = tuning_schedule.needed_by_baselines(job, initial)
     run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping, flights))
@@ -99,6 +110,14 @@ def later_round_kind(job: Job, carrier: Transport, strategy: Strategy, clock: Av
     if is_asynchronous(job):
         return asynchronous_round(job, carrier, strategy, clock)
     return synchronous_round(job)
+
+
+def update_transforms_of(
+    job: Job, rule: SelectionRule | None, protection: CentralDp | NoProtection
+) -> Sequence[UpdateTransform]:
+    """What happens to a round's updates: weighed as they were chosen or as the job says, then noised."""
+    chosen = () if rule is None else rule.update_transforms
+    return (*chosen, *weight_transforms(job), *protection.update_transforms)
 
 
 def loses_no_round(job: Job) -> bool:
@@ -119,7 +138,8 @@ def checkpoint_of(run: Run) -> Checkpoint:
         state=state.strategy_state
         | tuning_schedule.state_of(run)
         | run.setup.protection.state
-        | state.flights.saved(),
+        | state.flights.saved()
+        | kept(state.selection),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
         data_info=state.learner.data_info,
@@ -134,7 +154,8 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     state.round, state.tensors = found.round, found.tensors
-    rest = state.flights.resume(run.setup.protection.resume(found.state))
+    state.selection, others = taken_back(found.state)
+    rest = state.flights.resume(run.setup.protection.resume(others))
     state.strategy_state = tuning_schedule.resume(run, rest)
     state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
     state.log = run.setup.directory.truncate_log(found.round)

@@ -22,6 +22,7 @@ from atoll.protocol.messages import (
 )
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
+from atoll.strategies.mean import sent_numbers
 
 STATES = {"train_loss.sum", "train_loss.count"}
 SOMETIMES = {CHARGED_ROUNDS, LOCAL_STEPS, RECEIVED_LOSS}
@@ -33,6 +34,8 @@ RANGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 """What values of a state can be: in words, and which of them are."""
 NOTHING_SENT: Tensors = {}
 MAX_EXAMPLES = 1_000_000_000
+MAX_LOSS = 1e30
+"""Mean training loss above which it is taken for an accident, where clients are chosen by it."""
 MAX_NORM = 1e6
 """L2 norm of a delta above which it is taken for an accident."""
 
@@ -86,13 +89,16 @@ class Validation:
     inspects_values: bool
     needed: frozenset[str] = frozenset()
     """States that the strategy can't merge an update without."""
+    needs_losses: bool = False
+    """Whether later cohorts are chosen by clients' training losses, so that each must be a number."""
 
     @classmethod
     def of(cls, job: Job) -> Self:
         """How the updates of a job are validated."""
         steps = {LOCAL_STEPS} if job.strategy.name == "fednova" else set()
         losses = {RECEIVED_LOSS} if job.strategy.sends_losses else set()
-        return cls("client" not in job.privacy.units, frozenset(steps | losses))
+        by_losses = job.federation.chooses_by_losses
+        return cls("client" not in job.privacy.units, frozenset(steps | losses), by_losses)
 
     def __call__(
         self,
@@ -103,6 +109,12 @@ class Validation:
         sent: Tensors = NOTHING_SENT,
     ) -> ValidatedUpdates:
         """The replies to a request with that model and what the strategy `sent` beside it."""
+        found = self._validated(replies, names, model, round, sent)
+        return _with_losses(found) if self.needs_losses else found
+
+    def _validated(
+        self, replies: Iterable[Reply], names: Sequence[str], model: Tensors, round: int, sent: Tensors
+    ) -> ValidatedUpdates:
         blind = not self.inspects_values
         if isinstance(replies, StackedUpdates):
             return validate_stacked(replies, names, model, round, sent, blind=blind)
@@ -117,6 +129,28 @@ class Validation:
         }
         usable = tuple(update for update in found.updates if update.client not in silent)
         return replace(found, updates=usable, set_aside=dict(sorted((found.set_aside | silent).items())))
+
+
+def _with_losses(found: ValidatedUpdates) -> ValidatedUpdates:
+    """Without the updates whose mean training loss isn't a number that clients can be chosen by."""
+    sums, counts = (_sent(found.updates, f"train_loss.{part}") for part in ("sum", "count"))
+    faults = {name: fault for name in sums if (fault := _loss_fault(sums[name], counts[name]))}
+    if not faults:
+        return found
+    usable = tuple(update for update in found.updates if update.client not in faults)
+    return replace(found, updates=usable, set_aside=dict(sorted((found.set_aside | faults).items())))
+
+
+def _sent(updates: Sequence[Update], name: str) -> dict[str, float]:
+    return sent_numbers(updates, name) if updates else {}
+
+
+def _loss_fault(total: float, count: float) -> str | None:
+    if not count > 0:
+        return f"metric state train_loss.count: expected more than 0, found {count:g}"
+    if not abs(total / count) <= MAX_LOSS:
+        return f"the mean training loss is {total / count:g}, expected at most {MAX_LOSS:.0g}"
+    return None
 
 
 def validate_stacked(

@@ -16,6 +16,7 @@ from atoll.job.privacy import cohort_is_secret
 from atoll.learning.features import processor
 from atoll.protocol.messages import Measurement
 from atoll.protocol.tensors import size_of, tensors_sha256
+from atoll.server.contributions.measured import run_contributions
 from atoll.server.rounds.evaluation import evaluate_clients
 from atoll.server.rounds.participation import elapsed
 from atoll.server.rounds.run_state import Run
@@ -75,6 +76,7 @@ def write_result(
             *personalization_notes(job, own, clients, state.learner.task.primary_metric),
         ],
     }  # fmt: skip
+    result |= run_contributions(run)
     if loaded := plugins.files():
         result["plugins"] = [asdict(plugin) for plugin in loaded]
     setup.directory.save_model(

@@ -115,6 +115,7 @@ def job_to_replay(job: Job) -> Job:
         ("strategy.name", own_state),
         ("train.lr_schedule", job.train.lr_schedule),
         ("train.layer_decay", job.train.layer_decay),
+        ("federation.selection", None if job.federation.selection == "uniform" else job.federation.selection),
     ):
         if asked is not None:
             raise ConfigError(f"{key}: a run with it can't be attacked; expected none, found {asked!r}")
@@ -123,7 +124,7 @@ def job_to_replay(job: Job) -> Job:
             "privacy.mechanism: a run with 'banded' can't be attacked, for canaries take part in every round"
         )
     privacy = job.privacy.model_copy(update={"seeded_noise": False, "audit": False})
-    evaluate = job.evaluate.model_copy(update={"baselines": ()})
+    evaluate = job.evaluate.model_copy(update={"baselines": (), "contributions": None})
     return job.model_copy(update={"privacy": privacy, "evaluate": evaluate})
 
 

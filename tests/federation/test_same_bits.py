@@ -64,6 +64,10 @@ def jobs(folder: Path) -> dict[str, Job]:
     for name in ("qffl", "afl"):
         fair = common | image | {"name": name, "strategy": {"name": name}}  # type: ignore[operator]
         made[name] = Job.parse(fair, origin="test")
+    for rule in ("by-size", "power-of-choice", "oort"):
+        federation = common["federation"] | {"cohort": 2, "rounds": 4, "selection": rule}  # type: ignore[operator]
+        chosen = common | image | {"name": rule, "federation": federation}  # type: ignore[operator]
+        made[rule] = Job.parse(chosen, origin="test")
     buffered = {"clients": CLIENTS, "cohort": 1, "concurrency": 2, "rounds": 4}
     late = common | image | {"name": "fedbuff", "strategy": {"name": "fedbuff"}, "federation": buffered}  # type: ignore[operator]
     made["fedbuff"] = Job.parse(late, origin="test")
@@ -223,6 +227,9 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "feddyn",
                 "qffl",
                 "afl",
+                "by-size",
+                "power-of-choice",
+                "oort",
                 "fedbuff",
             ],
             [0, 1, 2],

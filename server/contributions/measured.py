@@ -1,0 +1,121 @@
+"""Contributions of a run's clients: in each round, by merging the updates of some of its clients alone.
+
+The value of a coalition of a round's clients is the headline metric, on the server's test set, of the model
+that the run's own merge makes of their updates alone; of no clients, that of the model before the round.
+Nothing is trained again. A client's contribution to the run is the sum over its rounds (Song et al. 2019,
+multi-round reconstruction). A metric of which less is better counts negatively, so more is always better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import nan
+from typing import Any
+
+from atoll.errors import ConfigError
+from atoll.protocol.messages import Update
+from atoll.protocol.random_streams import stream
+from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.report.comparison import lower_is_better
+from atoll.server.contributions.leave_one_out import Coalition, leave_one_out
+from atoll.server.contributions.shapley import shapley
+from atoll.server.roster import MOST_CLIENTS
+from atoll.server.rounds.aggregation import merged
+from atoll.server.rounds.run_state import Run, RunSetup
+from atoll.tasks.metric_values import defined
+
+
+@dataclass
+class RoundGame:
+    """What each coalition of a round's clients is worth; every one is measured once at most."""
+
+    run: Run
+    updates: Sequence[Update]
+    round: int
+    known: dict[Coalition, float] = field(default_factory=dict)
+
+    def __call__(self, coalition: Coalition) -> float:
+        """The value of clients by their places among the updates; NaN where the metric is undefined."""
+        if coalition not in self.known:
+            self.known[coalition] = self._measured(coalition)
+        return self.known[coalition]
+
+    def _measured(self, coalition: Coalition) -> float:
+        state, test = self.run.state, self.run.setup.test
+        assert test is not None
+        model = state.tensors
+        if coalition:
+            model, _ = merged(self.run, _those(self.updates, coalition), self.round)
+        states = state.learner.evaluate({**state.learner.client_tensors, **model}, test)
+        metric = state.learner.task.primary_metric
+        value = state.learner.compute(states).get(metric)
+        return nan if value is None else -value if lower_is_better(metric) else value
+
+
+def _those(updates: Sequence[Update], places: Coalition) -> Sequence[Update]:
+    if isinstance(updates, StackedUpdates):
+        return updates.take(places)
+    return [updates[place] for place in places]
+
+
+def round_contributions(run: Run, updates: Sequence[Update], round: int) -> dict[str, Any]:
+    """For the round's line: what each client's update added, None where undefined; empty if not asked for.
+
+    To be called before the round's updates are merged.
+    """
+    job = run.setup.job
+    if job.evaluate.contributions is None:
+        return {}
+    clients = [update.client for update in updates]
+    game, players = RoundGame(run, updates, round), len(clients)
+    if job.evaluate.contributions == "leave-one-out":
+        values = leave_one_out(players, game) if players else []
+    else:
+        values = shapley(
+            players, game, permutations=job.evaluate.permutations_taken,
+            truncation=job.evaluate.truncation_taken, generator=stream(job.seed, "shapley", round),
+        )  # fmt: skip
+    return {"contributions": dict(zip(clients, map(defined, values), strict=True))}
+
+
+def run_contributions(run: Run) -> dict[str, Any]:
+    """For `result.json`: each client's sum over rounds, None where undefined; empty if not asked for.
+
+    `rounds` are those in which it sent an update, `undefined` how many of them have no value. Of very many
+    clients only those are there who took part.
+    """
+    setup, method = run.setup, run.setup.job.evaluate.contributions
+    if method is None:
+        return {}
+    rounds = [line["contributions"] for line in run.state.log]
+    everybody = setup.population if len(setup.population) <= MOST_CLIENTS else ()
+    names = sorted({*everybody, *(name for values in rounds for name in values)})
+    values = {name: [found[name] for found in rounds if name in found] for name in names}
+    metric = run.state.learner.task.primary_metric
+    return {
+        "contributions": {
+            "method": method,
+            "metric": metric,
+            "lower_is_better": lower_is_better(metric),
+            "clients": {name: _summed(found) for name, found in values.items()},
+        }
+    }
+
+
+def _summed(values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    return {
+        "value": sum(known) if known else None,
+        "rounds": len(values),
+        "undefined": len(values) - len(known),
+    }
+
+
+def check_can_measure(setup: RunSetup) -> None:
+    """Raises ConfigError where contributions are asked for, and the server has nothing to measure them on."""
+    if setup.job.evaluate.contributions is not None and setup.test is None:
+        raise ConfigError(
+            "evaluate.contributions: the server measures them on a test set of its own, and has none;"
+            " expected data.test, or data.test_fraction above 0"
+        )

@@ -1,0 +1,1 @@
+"""Rules by which a round's clients are chosen, where chances aren't even: a file a rule."""
