@@ -202,14 +202,20 @@ class LanguageModeling(SchemaTask):
         Raises:
             DataError: it can't be read, is empty, or the template doesn't take it.
         """
-        text = read_text_input(given)
-        if self.template is None:
-            ids = self._tokenizer(text)["input_ids"]
-            ids = ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
-        else:
-            begun = self.template.question(asked(text), "the prompt")
-            ids = self._tokenizer(begun, add_special_tokens=False)["input_ids"]
+        ids = self.prompt_tokens(read_text_input(given), "the prompt")
         return prepared(Tokens(tuple(ids), (False,) * len(ids), 0))
+
+    def prompt_tokens(self, text: str, where: str) -> list[int]:
+        """The tokens that ask for an answer to a text; raises as `parse_input`."""
+        if self.template is not None:
+            return self.tokens_of(self.template.question(asked(text), where))
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
+
+    def tokens_of(self, rendered: str) -> list[int]:
+        """The tokens of a text that the template wrote, with all that begins and ends it."""
+        ids: list[int] = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return ids
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         options = options_of(job.task.options, self.options_kind)
