@@ -23,6 +23,7 @@ from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Transport
 from atoll.strategies.lora.merge import trained_in_round
 from atoll.strategies.strategy import State, Strategy
+from atoll.tasks.task import Sample
 
 TestSet = Callable[[Learner], Shard | None]
 """The server's own test set, once the run's facts are known."""
@@ -98,6 +99,8 @@ class RunSetup:
     """How much of the data is used, in all and by client, and why the rest is left out; None: not told."""
     remarks: Sequence[str] = ()
     """What looks odd in what clients told of their data."""
+    samples_before: Sequence[Sample] = ()
+    """What the model writes before training for a few prompts of the server's test set, of some tasks."""
 
     def kind_of_round(self, round: int) -> RoundKind:
         """How the updates of this round are gathered."""

@@ -60,8 +60,9 @@ def start_or_resume(
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
     on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
     first_round, later_rounds = round_kinds(job)
+    test = test_set(learner)
     setup = RunSetup(
-        job, carrier, directory, strategy, roster.names, test_set(learner), on_event, clock, protection,
+        job, carrier, directory, strategy, roster.names, test, on_event, clock, protection,
         first_round=first_round,
         later_rounds=later_rounds,
         update_transforms=(*weight_transforms(job), *protection.update_transforms),
@@ -70,6 +71,7 @@ def start_or_resume(
         strategy_name=strategy_name,
         used_data=roster.used_data(job, counts),
         remarks=roster.remarks,
+        samples_before=() if test is None else learner.samples(initial, test),
     )  # fmt: skip
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     first = tuning_schedule.needed_by_baselines(job, initial)

@@ -32,6 +32,7 @@ from atoll.tasks.language_modeling.data import ASSISTANT, CONVERSATIONS, Message
 from atoll.tasks.language_modeling.options import LanguageOptions
 from atoll.tasks.language_modeling.template import Coder, Rendered, Template, Tokens, joined, whole
 from atoll.tasks.schema_task import SchemaTask
+from atoll.tasks.task import Sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -259,6 +260,33 @@ class LanguageModeling(SchemaTask):
         """(surprise, whether it was the likeliest, whether there is a target, bytes of each example)."""
         told = predictions.cpu()
         return told[:, :, 0], told[:, :, 1], _real(told, targets), targets[:, -1]
+
+    def samples(self, model: Model, shard: Shard) -> list[Sample]:
+        assert isinstance(model, CausalModel)
+        device = next(model.parameters()).device
+        found: list[Sample] = []
+        for held in shard.inputs:
+            if len(found) == self.options.samples:
+                break
+            prompt, reference = self.asked_and_said(held)
+            if len(prompt) > 1:
+                asks = prompt[None].to(device)
+                (written,) = model.written({"input_ids": asks, "attention_mask": torch.ones_like(asks)})
+                found.append(Sample(self._decoded(prompt), written, reference))
+        return found
+
+    def asked_and_said(self, held: Batch) -> tuple[torch.Tensor, str]:
+        """(the tokens [prompt] before what is learnt first, the text that is learnt there)."""
+        places = held["places"]
+        if not len(places):
+            return places, ""
+        ends = (places.diff() != 1).nonzero().flatten()
+        learnt = places[: int(ends[0]) + 1] if len(ends) else places
+        return held["input_ids"][: int(places[0]) + 1], self._decoded(held["input_ids"][learnt + 1])
+
+    def _decoded(self, ids: torch.Tensor) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]

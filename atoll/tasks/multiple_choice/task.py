@@ -176,6 +176,9 @@ class MultipleChoice(LanguageModeling):
         order = range(len(question.choices))
         return prepared_question(question.prompt, question.choices, order, fits=question.fits)
 
+    def asked_and_said(self, held: Batch) -> tuple[torch.Tensor, str]:
+        return held["prompt"], bytes(held["0.text"].tolist()).decode()
+
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import Metric, MetricCollection
 
