@@ -135,7 +135,11 @@ class FlowerTransport:
             node: packed({"job": job.canonical, NONCE: exchange.nonce}, bodies_of({}))
             for node, exchange in asked.items()
         }
-        for node, reply in self._converse(letters, "query", timeout, patience=0):
+        for answer in self._converse(letters, "query", timeout, patience=0):
+            if answer is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            node, reply = answer
             if reply == GONE:
                 continue  # it is greeted when it is back
             if isinstance(reply, str):
@@ -174,19 +178,29 @@ class FlowerTransport:
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
+        for reply in self.ask_ahead(request, names, timeout):
+            if reply is None:
+                time.sleep(POLL_SECONDS)
+            else:
+                yield reply
+
+    def ask_ahead(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply | None]:
+        """The same without waiting: None whenever nothing more has come yet."""
         answers: dict[str, dict[str, Any]] = {}
         try:
-            for reply, came in self._exchange(request, names, timeout):
-                answers[reply.client] = answer_of(reply, came)
-                yield reply
+            for found in self._exchange(request, names, timeout):
+                if found is not None:
+                    reply, came = found
+                    answers[reply.client] = answer_of(reply, came)
+                yield None if found is None else reply
         finally:
             if self.audit is not None:
                 self.audit.answered(request, answers)
 
     def _exchange(
         self, request: Request, names: Sequence[str], timeout: float
-    ) -> Iterator[tuple[Reply, tuple[int, str] | None]]:
-        """Each reply, with the length and the SHA-256 of what came."""
+    ) -> Iterator[tuple[Reply, tuple[int, str] | None] | None]:
+        """Each reply, with the length and the SHA-256 of what came; None while there is none."""
         head, shared = encode_request(request)
         common, hosts = bodies_of({"tensors": shared}), self._hosts(names)
         asked = {node: Exchange.new(request.run, request.round) for node in hosts}
@@ -202,7 +216,11 @@ class FlowerTransport:
             to = {self._site(node): (hosts[node], body) for node, body in bodies.items()}
             self.audit.asked(request, head, to)
         kind = "evaluate" if isinstance(request, EvaluateRequest) else "train"
-        for node, reply in self._converse(letters, kind, timeout, REJOIN_SECONDS):
+        for answer in self._converse(letters, kind, timeout, REJOIN_SECONDS):
+            if answer is None:
+                yield None
+                continue
+            node, reply = answer
             if isinstance(reply, str):
                 yield from ((Failure(name, reply), None) for name in hosts[node])
                 continue
@@ -232,9 +250,10 @@ class FlowerTransport:
 
     def _converse(
         self, letters: Mapping[int, RecordDict], kind: str, timeout: float, patience: float
-    ) -> Iterator[tuple[int, RecordDict | str]]:
+    ) -> Iterator[tuple[int, RecordDict | str] | None]:
         """(node, what it replied, or why it did not) as replies come; nothing of one that is too late.
 
+        Whenever it has looked at all that came it yields None, and whoever reads on should sleep before.
         A node whose connection is gone has `patience` seconds to come back and is then asked again.
         """
         start = time.monotonic()
@@ -267,7 +286,7 @@ class FlowerTransport:
                 del due[node]
                 yield node, GONE
             if due:
-                time.sleep(POLL_SECONDS)
+                yield None
 
     def _miss(self, node: int, patience: float) -> None:
         if node not in self.gone:

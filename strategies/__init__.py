@@ -25,6 +25,7 @@ from atoll.strategies.options import (
     FedDynOptions,
     FedExpOptions,
     HostileOptions,
+    LateOptions,
     PerFedAvgOptions,
     QFedAvgOptions,
     ScaffoldOptions,
@@ -152,6 +153,18 @@ def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
     return PerFedAvg(**keys)
 
 
+def _fedbuff(options: LateOptions, **keys: Any) -> Strategy:
+    from atoll.strategies.asynchronous.fedbuff import FedBuff
+
+    return FedBuff(**keys, **options.model_dump())
+
+
+def _fedasync(options: LateOptions, **keys: Any) -> Strategy:
+    from atoll.strategies.asynchronous.fedasync import FedAsync
+
+    return FedAsync(**keys, **options.model_dump())
+
+
 def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
     from atoll.strategies.robust.merge import robust_strategy
 
@@ -229,6 +242,18 @@ BUILT_INS: dict[str, Entry] = {
         "deltas weighted for the worst mixture of the clients' data (Mohri 2019)",
         options=AflOptions,
         counts_clients=True,
+    ),
+    "fedbuff": Entry(
+        _fedbuff,
+        ("lr", "momentum", "options"),
+        "even mean of the updates that come first, each weighed by how late it is (Nguyen 2022)",
+        options=LateOptions,
+    ),
+    "fedasync": Entry(
+        _fedasync,
+        ("lr", "proximal_mu", "options"),
+        "part of the way to every client's model as it comes, less to a late one (Xie 2019)",
+        options=LateOptions,
     ),
     **{
         name: _against_hostile(name, summary)

@@ -15,6 +15,7 @@ from atoll.job.train import lr_factor
 from atoll.protocol.messages import Update
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
+from atoll.strategies.asynchronous.late import MergesLate
 from atoll.strategies.strategy import Plan, State, Strategy, tensors_for_clients
 
 
@@ -46,6 +47,10 @@ class Scheduled:
     def tensors_for_clients(self, state: State) -> Tensors:
         """What the inner strategy sends."""
         return tensors_for_clients(self.inner, state)
+
+    def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
+        """What the inner strategy, which merges late updates, makes of one."""
+        return cast(MergesLate, self.inner).late(delta, drift, staleness)
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
         round = updates.round if isinstance(updates, StackedUpdates) else updates[0].round

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.section import Count, NotNegative, Positive, Section
+
+
+class LateOptions(Section):
+    """How late updates are weighed: one of Xie et al.'s three functions, with their a and b."""
+
+    weighing: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    a: Positive = 0.5
+    b: NotNegative = 4.0
 
 
 class HostileOptions(Section):

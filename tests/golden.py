@@ -1,7 +1,8 @@
 """The final bits of a small job for everything that a job can ask for, and where they were seen.
 
 `python -m tests.golden` runs all of them and writes `tests/golden.json`, for this processor and these
-versions. Bits of another processor or of other versions are kept beside them.
+versions, as the last record. Bits of another processor or of other versions are kept beside them; whoever
+changes bits on purpose takes those out of the other records.
 """
 
 from __future__ import annotations

@@ -113,6 +113,10 @@ LEFT_OUT: dict[str, str] = {
     "federation.devices": "for simulations",
     "federation.deadline": "for simulations",
     "federation.over_sampling": "for simulations",
+    **dict.fromkeys(
+        ("federation.concurrency", "federation.order"),
+        "go with fedbuff and fedasync alone, whose bound tests/test_asynchronous.py sees",
+    ),
     "strategy.options": "each extension's own",
     "personal.head_epochs": "goes with personal.keep = 'head', refused with every promise",
     "personal.mixing": "its default stands in the rows of personal.method = 'apfl'",

@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_job_is_recorded_once() -> None:
     names = [name for name, _, _ in jobs()]
     assert len(names) == len(set(names))
-    assert all(list(record["bits"]) == names for record in RECORDS)
+    assert list(RECORDS[-1]["bits"]) == names
+    assert all(set(record["bits"]) <= set(names) for record in RECORDS)
 
 
 @pytest.mark.parametrize(("name", "make", "options"), [pytest.param(*job, id=job[0]) for job in jobs()])
@@ -49,4 +50,6 @@ def test_the_bits_are_what_they_were(
     name: str, make: Callable[[Path], Job], options: dict[str, Any], recorded: dict[str, str], folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
+    if name not in recorded:
+        pytest.skip("its bits were changed on purpose, and have not been recorded on this processor since")
     assert bits(make, folder, tmp_path / "run", options) == recorded[name]

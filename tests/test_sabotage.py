@@ -37,10 +37,10 @@ import atoll.privacy.ledger
 import atoll.privacy.noise
 import atoll.privacy.secagg
 import atoll.privacy.secagg_encoding
+import atoll.server.rounds.aggregation
 import atoll.server.rounds.central_dp
 import atoll.server.rounds.cohort
 import atoll.server.rounds.evaluation
-import atoll.server.rounds.loop
 import atoll.server.rounds.round_log
 import atoll.server.rounds.validation
 import atoll.sim.audit.example_canaries
@@ -274,9 +274,9 @@ def without_coins(original: Any) -> Any:
 
 
 SAMPLING: dict[str, Plant] = {
-    "a cohort of fixed size under Poisson's account": wrapped(atoll.server.rounds.loop, "sample", fixed_cohort),
+    "a cohort of fixed size under Poisson's account": wrapped(atoll.server.rounds.aggregation, "sample", fixed_cohort),
     "Poisson's account of a fixed cohort": wrapped(w, "dp_plan_of", charged_as_poisson),
-    "cohorts drawn from the job's seed": wrapped(atoll.server.rounds.loop, "sample", without_coins),
+    "cohorts drawn from the job's seed": wrapped(atoll.server.rounds.aggregation, "sample", without_coins),
     "the same cohort in every round": wrapped(
         atoll.server.rounds.central_dp.CentralDp, "sampling_uniforms",
         lambda original: lambda self, round, count: original(self, 1, count).sort().values,

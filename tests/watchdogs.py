@@ -42,7 +42,7 @@ from atoll.privacy.noise import entropy
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import TrainRequest
 from atoll.protocol.tensors import Tensors
-from atoll.server.rounds import evaluation, loop, round_log
+from atoll.server.rounds import aggregation, evaluation, round_log
 from atoll.server.rounds.central_dp import NORM, CentralDp, LedgerLocation
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import Validation
@@ -184,7 +184,7 @@ def cohorts_are_what_they_are_charged_as() -> None:
 
 def cohort(guard: CentralDp, setting: Job, round: int) -> list[int]:
     names = [f"{i:03d}" for i in range(200)]
-    drawn = loop.sample(names, setting, round, guard.uniforms(round))
+    drawn = aggregation.sample(names, setting, round, guard.uniforms(round))
     return [int(name) for name in drawn]
 
 
@@ -584,7 +584,7 @@ def banded_rows(
             guard, released = protection(kind, setting, folder), before
             guard.resume(state)
         before, state = released, guard.state
-        drawn = member in loop.sample(names, setting, round, guard.uniforms(round))
+        drawn = member in aggregation.sample(names, setting, round, guard.uniforms(round))
         large = Update("member", round, {n: torch.full_like(t, 1e3) for n, t in model.items()}, 1)
         released = [flat(guard.privatize(round, [large] if drawn else [], model, {})[0].delta), *released]
         rows.append(sum(c * row for c, row in zip(column, released, strict=False)) * COHORT)
@@ -614,7 +614,7 @@ def a_client_moves_banded_releases_by_what_was_charged() -> None:
 
 def a_clients_rounds_lie_bands_apart() -> None:
     setting, names = banded_job(), [f"c{i:02d}" for i in range(TURNS["clients"])]
-    drawn = [set(loop.sample(names, setting, round, None)) for round in range(1, 51)]
+    drawn = [set(aggregation.sample(names, setting, round, None)) for round in range(1, 51)]
     for round, cohort in enumerate(drawn):
         if any(cohort & other for other in drawn[max(0, round - BANDS + 1) : round]):
             raise Detected(f"a client takes part twice in {BANDS} rounds")

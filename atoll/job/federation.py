@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from atoll.job.privacy import uses_secure_aggregation
 from atoll.job.section import Count, Positive, Rate, Section
 
 Scheme = Literal["fp16", "int8", "int4", "top-k"]
@@ -21,6 +22,8 @@ class FederationSection(Section):
     clients: Count = 20
     cohort: Count | None = None
     cohort_rate: Rate | None = None
+    concurrency: Count | None = None
+    order: Literal["virtual", "arrival"] = "virtual"
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     quorum: Rate = 0.5
     round_timeout: Positive = 3600.0
@@ -132,3 +135,69 @@ def check_weights(job: Job) -> None:
             "federation.weights: under a promise clients weigh the same, for numbers of examples are private"
             f" and would break the bound; expected 'equal' or none, found {weights!r}"
         )
+
+
+ASYNCHRONOUS = ("fedbuff", "fedasync")
+"""Strategies that merge updates of models that are not the last one."""
+
+
+def is_asynchronous(job: Job) -> bool:
+    """Whether clients go on working while others' updates are merged."""
+    return job.federation.concurrency is not None
+
+
+def check_asynchronous(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where a job can't have such rounds."""
+    federation, name = job.federation, job.strategy.name
+    if federation.order != "virtual" and federation.concurrency is None:
+        raise ValueError("federation.order has no meaning without concurrency: remove it")
+    if name not in ASYNCHRONOUS:
+        if federation.concurrency is not None:
+            raise ValueError(
+                f"strategy.name: federation.concurrency lets updates be late; expected one of"
+                f" {', '.join(ASYNCHRONOUS)}, which weigh them, found {name!r}"
+            )
+        return
+    if federation.concurrency is None:
+        raise ValueError(
+            f"federation.concurrency: missing; {name} needs to know how many clients work at a time, from"
+            " federation.cohort to federation.clients"
+        )
+    _check_sizes(job, federation.concurrency)
+    _check_company(job)
+
+
+def _check_sizes(job: Job, concurrency: int) -> None:
+    federation, name = job.federation, job.strategy.name
+    if federation.cohort is None or (name == "fedasync" and federation.cohort != 1):
+        wanted = "1, for every update is merged as it comes" if name == "fedasync" else "the buffer's size"
+        raise ValueError(f"federation.cohort: with {name} it is {wanted}; found {federation.cohort}")
+    if not federation.cohort <= concurrency <= federation.clients:
+        raise ValueError(
+            f"federation.concurrency: expected from federation.cohort = {federation.cohort} to"
+            f" federation.clients = {federation.clients}, found {concurrency}"
+        )
+
+
+def _check_company(job: Job) -> None:
+    """What has no meaning, or no proof, where clients of several starts are merged together."""
+    federation, promise = job.federation, job.privacy.promise("client")
+    for key, given, why in (
+        ("federation.secure_aggregation", uses_secure_aggregation(job),
+         "the members of a secure sum work at the same time"),
+        ("federation.deadline", federation.deadline is not None, "nobody is waited for"),
+        ("federation.over_sampling", federation.over_sampling > 1, "concurrency says how many are asked"),
+        ("federation.error_feedback", job.feeds_errors_back,
+         "what compression lost belongs to a model that is gone"),
+        ("personal.keep", job.personal.keep is not None, "kept parts fit the model of their own round"),
+        ("tune.then", bool(job.tune.then), "clients at work would send what is no longer tuned"),
+        ("tune.lora_merge", job.tune.lora_merge is not None, "factors of several starts have no common one"),
+        ("tune.lora_ranks", job.tune.lora_ranks is not None, "factors of several starts have no common one"),
+        ("privacy.mechanism", promise is not None and promise.bands is not None,
+         "rounds of a client lie as far apart as it takes"),
+        ("privacy.audit", job.privacy.audit, "its canaries take part in every round"),
+        ("federation.devices", federation.devices is not None and promise is not None,
+         "how long a client takes tells how many examples it has"),
+    ):  # fmt: skip
+        if given:
+            raise ValueError(f"{key}: with strategy.name = {job.strategy.name!r} {why}; leave it out")

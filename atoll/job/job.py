@@ -18,7 +18,13 @@ from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
 from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
-from atoll.job.federation import SENDS_LOSSES, FederationSection, check_losses_may_be_sent, check_weights
+from atoll.job.federation import (
+    SENDS_LOSSES,
+    FederationSection,
+    check_asynchronous,
+    check_losses_may_be_sent,
+    check_weights,
+)
 from atoll.job.lora_merge import check_lora_merge
 from atoll.job.personal import PersonalSection, check_per_fedavg, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
@@ -286,6 +292,7 @@ class Job(Section):
         check_training(self)
         check_weights(self)
         check_losses_may_be_sent(self)
+        check_asynchronous(self)
         check_lora_merge(self)
         return self
 

@@ -41,6 +41,7 @@ def merge_error_is_known(job: Job) -> bool:
     return (
         job.tune.method == "lora"
         and not job.tune.then
+        and job.federation.concurrency is None
         and "client" not in job.privacy.units
         and not uses_secure_aggregation(job)
     )

@@ -29,7 +29,9 @@ SHARED_EXAMPLES = (
     " time; expected a partition that deals each example once with example-level privacy"
 )
 
-MERGED_BY_MEAN = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "per-fedavg")
+MERGED_BY_MEAN = (
+    "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "per-fedavg", "fedbuff",
+)  # fmt: skip
 """Strategies that see nothing of the updates but their mean."""
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atoll.errors import InconsistentUpdates
-from atoll.job.closed_form import is_closed_form_round
 from atoll.job.federation import FederationSection
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret, uses_secure_aggregation
@@ -19,7 +18,7 @@ from atoll.protocol.requests import StatisticsRequest, TrainRequest
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors, size_of
 from atoll.server.rounds.closed_form import form_head, statistics_size, validate_statistics
-from atoll.server.rounds.cohort import round_up
+from atoll.server.rounds.cohort import round_up, sample
 from atoll.server.rounds.decompression import Decompression
 from atoll.server.rounds.participation import CohortRequest, Participation, elapsed
 from atoll.server.rounds.run_state import ModelTransform, ReplyTransform, RoundKind, Run, UpdateTransform
@@ -38,7 +37,18 @@ TOO_FEW = "too few of those who were drawn sent usable updates"
 """What is said of a secret cohort below the quorum."""
 
 
-class TrainingRound:
+class SampledRound:
+    """What rounds share that draw their cohort anew and wait for all of it."""
+
+    def sample(self, run: Run, round: int) -> list[str]:
+        uniforms = run.setup.protection.uniforms(round)
+        return sample(run.setup.population, run.setup.job, round, uniforms)
+
+    def close(self) -> None:
+        """Every round has waited for all of its clients."""
+
+
+class TrainingRound(SampledRound):
     """What rounds share in which clients train: the model goes to each of them, and updates are merged."""
 
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
@@ -77,7 +87,7 @@ class SecureSumRound(TrainingRound):
 
 
 @dataclass(frozen=True)
-class ClosedFormRound:
+class ClosedFormRound(SampledRound):
     """Clients send statistics that add up, and the server solves for the head: nothing is trained."""
 
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
@@ -95,14 +105,11 @@ class ClosedFormRound:
         state.tensors = state.tensors if formed is None else formed
 
 
-def round_kinds(job: Job) -> tuple[RoundKind, RoundKind]:
-    """(the kind of the first round, the kind of all later ones)."""
-    later: RoundKind = (
-        SecureSumRound()
-        if uses_secure_aggregation(job)
-        else PlainRound(reply_transforms(job), Validation.of(job))
-    )
-    return (ClosedFormRound() if is_closed_form_round(job, 1) else later), later
+def synchronous_round(job: Job) -> RoundKind:
+    """The kind of a job's rounds in which clients train and all are waited for."""
+    if uses_secure_aggregation(job):
+        return SecureSumRound()
+    return PlainRound(reply_transforms(job), Validation.of(job))
 
 
 def reply_transforms(job: Job) -> Sequence[ReplyTransform]:

@@ -12,7 +12,6 @@ from atoll.protocol.tensors import size_of
 from atoll.server.events import RoundEnded
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import request_updates
-from atoll.server.rounds.cohort import sample
 from atoll.server.rounds.evaluation import evaluate
 from atoll.server.rounds.round_log import log_line
 from atoll.server.rounds.run_state import Run
@@ -36,6 +35,7 @@ def run_rounds(run: Run) -> None:
         run.state.ended_early = str(spent)
         logger.warning("%s: the run ends after round %d", spent, run.state.round)
     finally:
+        run.setup.later_rounds.close()
         run.setup.checkpoints.flush()
     tuning_schedule.take_best_model(run)
 
@@ -70,7 +70,7 @@ def sample_cohort(run: Run, round: int) -> list[str]:
     protection = run.setup.protection
     protection.check_clients(run.setup.population)
     protection.check_budget(round)
-    return sample(run.setup.population, run.setup.job, round, protection.uniforms(round))
+    return run.setup.kind_of_round(round).sample(run, round)
 
 
 def merge(run: Run, gathered: ValidatedUpdates, round: int) -> None:

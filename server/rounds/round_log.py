@@ -40,11 +40,17 @@ def log_line(
         "model_sha256": tensors_sha256(state.tensors),
         **tuning_schedule.log_fields(run),
         **error_fields(state.strategy_state),
+        **_staleness(gathered.staleness),
     }
     charged = int(states[CHARGED_ROUNDS].max()) if CHARGED_ROUNDS in states else gathered.charged_rounds
     if charged:
         line["charged_rounds"] = max(charged, charged_rounds(run))
     return unless_secret(run.setup.job, line, line | _public_fields(run, line))
+
+
+def _staleness(merges: Sequence[int]) -> dict[str, Any]:
+    """How late the round's updates were, where any can be."""
+    return {"staleness": {"mean": sum(merges) / len(merges), "max": max(merges)}} if merges else {}
 
 
 def charged_rounds(run: Run) -> int:

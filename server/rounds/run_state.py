@@ -14,6 +14,7 @@ from atoll.protocol.messages import Reply, Update
 from atoll.protocol.requests import Request, RequestOrigin
 from atoll.protocol.tensors import Tensors
 from atoll.server.events import EventCallback
+from atoll.server.rounds.asynchronous.flights import Flights
 from atoll.server.rounds.central_dp import CentralDp, NoProtection, run_key
 from atoll.server.rounds.early_stopping import StoppingRule
 from atoll.server.rounds.participation import AvailabilityModel
@@ -32,6 +33,10 @@ TestSet = Callable[[Learner], Shard | None]
 class RoundKind(Protocol):
     """How a round asks its clients for work, and what becomes of their answers."""
 
+    def sample(self, run: Run, round: int) -> list[str]:
+        """The clients whose updates the round merges, sorted."""
+        ...
+
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
         """Bytes that travel (to, from) each client in one attempt."""
         ...
@@ -42,6 +47,10 @@ class RoundKind(Protocol):
 
     def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
         """Put the next global model into the run's state."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended: wait for nobody any more."""
         ...
 
 
@@ -117,6 +126,8 @@ class RunState:
     tensors: Tensors
     strategy_state: State
     stopping: StoppingRule
+    flights: Flights = field(default_factory=Flights)
+    """Clients that are at work from round to round; nobody, where rounds wait for all of theirs."""
     round: int = 0
     stage: int = 0
     stage_start_round: int = 0

@@ -8,15 +8,24 @@ import torch
 
 from atoll.data.diagnostics import Counts
 from atoll.errors import ConfigError
+from atoll.job.closed_form import is_closed_form_round
+from atoll.job.federation import is_asynchronous
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.learning.lora_base import merging_lora
 from atoll.server.events import ClientsFound, EventCallback, RunResumed
 from atoll.server.rounds import tuning_schedule
-from atoll.server.rounds.aggregation import model_transforms, round_kinds, weight_transforms
+from atoll.server.rounds.aggregation import (
+    ClosedFormRound,
+    model_transforms,
+    synchronous_round,
+    weight_transforms,
+)
+from atoll.server.rounds.asynchronous.flights import Flights
+from atoll.server.rounds.asynchronous.round import asynchronous_round
 from atoll.server.rounds.central_dp import CentralDp, NoProtection
 from atoll.server.rounds.participation import AvailabilityModel, always_available
-from atoll.server.rounds.run_state import Run, RunSetup, RunState, TestSet
+from atoll.server.rounds.run_state import RoundKind, Run, RunSetup, RunState, TestSet
 from atoll.server.run.checkpoint import Checkpoint, CheckpointManager
 from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Transport
@@ -56,14 +65,17 @@ def start_or_resume(
     learner.data_info = learner.data_info | learner.required_info
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
-    strategy = merging_lora(strategy, learner)
+    base, strategy = strategy, merging_lora(strategy, learner)
     shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
     on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
-    first_round, later_rounds = round_kinds(job)
+    flights = Flights()
+    later_rounds = later_round_kind(job, carrier, base, clock)
+    if is_asynchronous(job):
+        clock = flights.timed if job.federation.devices is not None else always_available
     test = test_set(learner)
     setup = RunSetup(
         job, carrier, directory, strategy, roster.names, test, on_event, clock, protection,
-        first_round=first_round,
+        first_round=ClosedFormRound() if is_closed_form_round(job, 1) else later_rounds,
         later_rounds=later_rounds,
         update_transforms=(*weight_transforms(job), *protection.update_transforms),
         model_transforms=model_transforms(job),
@@ -75,13 +87,20 @@ def start_or_resume(
     )  # fmt: skip
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     first = tuning_schedule.needed_by_baselines(job, initial)
-    run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping))
+    run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping, flights))
     checkpoint = directory.latest_checkpoint(job.hash) if resume else None
     if checkpoint is not None:
         _continue_from(run, checkpoint)
     elif resume:
         directory.truncate_log(0)
     return run
+
+
+def later_round_kind(job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel) -> RoundKind:
+    """The kind of all rounds but a first one in closed form."""
+    if is_asynchronous(job):
+        return asynchronous_round(job, carrier, strategy, clock)
+    return synchronous_round(job)
 
 
 def loses_no_round(job: Job) -> bool:
@@ -99,7 +118,10 @@ def checkpoint_of(run: Run) -> Checkpoint:
         round=state.round,
         job_hash=run.setup.job.hash,
         tensors=state.tensors,
-        state=state.strategy_state | tuning_schedule.state_of(run) | run.setup.protection.state,
+        state=state.strategy_state
+        | tuning_schedule.state_of(run)
+        | run.setup.protection.state
+        | state.flights.saved(),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
         data_info=state.learner.data_info,
@@ -114,7 +136,8 @@ def _continue_from(run: Run, found: Checkpoint) -> None:
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     state.round, state.tensors = found.round, found.tensors
-    state.strategy_state = tuning_schedule.resume(run, run.setup.protection.resume(found.state))
+    rest = state.flights.resume(run.setup.protection.resume(found.state))
+    state.strategy_state = tuning_schedule.resume(run, rest)
     state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
     state.log = run.setup.directory.truncate_log(found.round)
     run.setup.on_event(RunResumed(state.round))

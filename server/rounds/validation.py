@@ -51,6 +51,8 @@ class ValidatedUpdates:
     statistics: Tensors = field(default_factory=dict)
     by_client: Mapping[str, Tensors] = field(default_factory=dict)
     charged_rounds: int = 0
+    staleness: Sequence[int] = ()
+    """Of each update how often the model was merged since its client started, where that can happen."""
 
     @property
     def num_valid(self) -> int:

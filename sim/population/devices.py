@@ -143,15 +143,17 @@ class VirtualClock:
     def __call__(self, call: CohortRequest) -> Participation:
         if not call.cohort:
             return Participation([], seconds=0.0)
+        return turnout(call.cohort, self.arrivals(call), call.goal, self.job.federation.deadline or math.inf)
+
+    def arrivals(self, call: CohortRequest) -> Numbers:
+        """Seconds from the call to each client's reply, infinite for one that isn't there."""
         numbers = np.array([number_of(client) for client in call.cohort], dtype=np.int64)
         kinds = self.profile.kinds(call.cohort, self.job.seed)
         number = stream_seed(self.job.seed, "available", call.round, call.attempt)
         drawn = uniform_numbers(numbers.astype(np.uint64) ^ np.uint64(number), 1)[:, 0]
         is_there = drawn < self._of("availability", kinds)
-        arrival = np.where(
-            is_there, self.seconds(kinds, self.sizes[numbers], call.bytes_down, call.bytes_up), math.inf
-        )
-        return turnout(call.cohort, arrival, call.goal, self.job.federation.deadline or math.inf)
+        seconds = self.seconds(kinds, self.sizes[numbers], call.bytes_down, call.bytes_up)
+        return np.where(is_there, seconds, math.inf)
 
     def seconds(
         self, kinds: NDArray[np.int64], sizes: NDArray[np.int64], bytes_down: int, bytes_up: int

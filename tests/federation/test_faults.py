@@ -78,6 +78,23 @@ def test_a_site_that_leaves_is_set_aside_by_name_and_the_rounds_close_without_it
     assert (told[-1]["decision"], told[-1]["model"]) == ("completed", result_of(out)["model_sha256"])
 
 
+def test_by_arrival_nobody_waits_for_a_site_that_is_slow(ring: Ring) -> None:
+    """The slow one is done only after the last round; its update came from the first model, unread."""
+    federation, out = ring.whole(), ring.federation.folder / "arriving"
+    unmeasured = {"validation_fraction": 0}
+    asynchronous = {"cohort": 1, "concurrency": 3, "order": "arrival", "rounds": 4}
+    setting = job("arriving", federation=asynchronous, strategy={"name": "fedbuff"}, data=unmeasured)
+    held = ring.hold("arriving", 1)
+    submitted = federation.submit(setting, out)
+    wait_until(lambda: len(rounds_of(out)) == 4, "four rounds")
+    held.unlink()
+    assert submitted.ends() == 0, submitted.text()
+    rounds = result_of(out)["rounds"]
+    assert {name for line in rounds for name in line["cohort"]} == set(CLIENTS[1:])
+    assert [line["set_aside"] for line in rounds] == [{}] * 4
+    assert any(line["staleness"]["max"] for line in rounds)
+
+
 def test_data_that_changes_in_a_run_is_refused_until_the_next_run(ring: Ring) -> None:  # rows 8, 40
     """While one client's data changed, the run goes on; of two, it is below its quorum, and fails."""
     setting = job("changed", federation={"rounds": 3, "quorum": 0.6})

@@ -64,6 +64,9 @@ def jobs(folder: Path) -> dict[str, Job]:
     for name in ("qffl", "afl"):
         fair = common | image | {"name": name, "strategy": {"name": name}}  # type: ignore[operator]
         made[name] = Job.parse(fair, origin="test")
+    buffered = {"clients": CLIENTS, "cohort": 1, "concurrency": 2, "rounds": 4}
+    late = common | image | {"name": "fedbuff", "strategy": {"name": "fedbuff"}, "federation": buffered}  # type: ignore[operator]
+    made["fedbuff"] = Job.parse(late, origin="test")
     made |= correcting(common, image, text)
     small = made["views-fedadam"]
     travels = small.federation.model_copy(update={"compression": "int8"})
@@ -220,6 +223,7 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "feddyn",
                 "qffl",
                 "afl",
+                "fedbuff",
             ],
             [0, 1, 2],
         ),

@@ -18,6 +18,7 @@ from atoll.job.job import Job
 from atoll.tasks.language_modeling.generation import Decoding, written_on
 from atoll.tasks.language_modeling.options import LanguageOptions
 from atoll.tasks.language_modeling.template import Tokens
+from atoll.tasks.losses import cross_entropies
 
 KIND = "AutoModelForCausalLM"
 _STEP = 8
@@ -128,7 +129,7 @@ def _targets(batch: Batch) -> torch.Tensor:
 def surprises(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
     """-log of the probability of each target, [batch, learnt], from all scores."""
     known = _targets(batch).clamp(0, scores.shape[2] - 1)
-    return nn.functional.cross_entropy(scores.transpose(1, 2), known, reduction="none")
+    return cross_entropies(scores, known)
 
 
 @contextmanager

@@ -1,0 +1,100 @@
+"""Requests to clients that are not waited for: what comes meanwhile is kept until it is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from atoll.protocol.messages import Reply
+from atoll.protocol.requests import Request
+
+LOOK_SECONDS = 0.1
+"""How long to sleep before looking again whether something has come."""
+
+
+@runtime_checkable
+class AsksAhead(Protocol):
+    """A transport whose clients work while the server does something else."""
+
+    def ask_ahead(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply | None]:
+        """Replies of the named clients; None whenever no more has come yet, the end at the deadline."""
+        ...
+
+
+@dataclass
+class Conversation:
+    """One request under way: the clients that haven't replied to it yet, and their replies as they come."""
+
+    waiting: set[str]
+    replies: Iterator[Reply | None]
+
+    def look(self) -> Iterator[tuple[str, list[Reply]]]:
+        """(client, what it sent) of those that are done by now; where the deadline has passed that is all."""
+        for reply in self.replies:
+            if reply is None:
+                return
+            if reply.client in self.waiting:
+                self.waiting.discard(reply.client)
+                yield reply.client, [reply]
+        for client in sorted(self.waiting):
+            self.waiting.discard(client)
+            yield client, []
+
+
+@dataclass
+class AskedAhead:
+    """Conversations under way, all looked at in turn by one thread, and what clients have sent in them.
+
+    A client is done when it has replied, or when the deadline of its request has passed.
+    """
+
+    carrier: AsksAhead
+    timeout: float
+    under_way: list[Conversation] = field(default_factory=list)
+    done: dict[str, list[Reply]] = field(default_factory=dict)
+    """What each client sent that is done, in the order in which they were."""
+
+    def ask(self, request: Request, names: Sequence[str]) -> None:
+        """Send a request and wait for nothing."""
+        replies = self.carrier.ask_ahead(request, names, self.timeout)
+        self.under_way.append(Conversation(set(names), replies))
+        self._look()
+
+    @property
+    def waiting(self) -> set[str]:
+        """Who was asked and isn't done."""
+        return set().union(*(conversation.waiting for conversation in self.under_way))
+
+    def has_asked(self, client: str) -> bool:
+        """Whether a client was asked for something that wasn't taken yet."""
+        return client in self.done or client in self.waiting
+
+    def first(self, count: int) -> list[str]:
+        """The clients that were done first, so many or all that were asked, by name; waits for them."""
+        while len(self.done) < count and self.waiting:
+            self._wait()
+        return sorted(list(self.done)[:count])
+
+    def take(self, clients: Sequence[str]) -> list[Reply]:
+        """What those clients sent, and forget it; waits until they are done."""
+        while self.waiting & set(clients):
+            self._wait()
+        return [reply for client in clients for reply in self.done.pop(client)]
+
+    def close(self) -> None:
+        """Wait for nobody any more."""
+        self.under_way.clear()
+
+    def _wait(self) -> None:
+        before = len(self.done)
+        self._look()
+        if len(self.done) == before:
+            time.sleep(LOOK_SECONDS)
+
+    def _look(self) -> None:
+        """Take in what has come in every conversation."""
+        for conversation in self.under_way:
+            self.done.update(conversation.look())
+        self.under_way = [conversation for conversation in self.under_way if conversation.waiting]

@@ -1,0 +1,142 @@
+"""A round of FedBuff or FedAsync: the first K clients to be done are merged, and others go on working.
+
+A round fills every free place with a client that starts from the model of now, then waits for the K that are
+done first by the virtual clock (`flights`), and merges them. A place that becomes free is filled when the
+next model is made, so that nobody starts from a model that is about to be replaced. A client is at work once
+at a time, and so is in a buffer once at most.
+
+Simulated clients train when they are due, from the model that they started from, which is kept until then:
+the numbers are the same, and a run that is killed loses nothing of those at work. Real sites are asked when
+they start (`ahead`), and again when a server that was killed goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+
+from atoll.job.job import Job
+from atoll.protocol.messages import Reply, Update
+from atoll.protocol.random_streams import stream
+from atoll.protocol.requests import TrainRequest
+from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.tensors import Tensors
+from atoll.server.rounds.aggregation import PlainRound, merge_updates, reply_transforms
+from atoll.server.rounds.asynchronous.ahead import AskedAhead, AsksAhead
+from atoll.server.rounds.asynchronous.flights import HalfNormalTimes, WorkTimes
+from atoll.server.rounds.cohort import some
+from atoll.server.rounds.participation import AvailabilityModel, CohortRequest
+from atoll.server.rounds.run_state import Run
+from atoll.server.rounds.validation import ValidatedUpdates, Validation
+from atoll.server.transport import Transport
+from atoll.strategies.asynchronous.late import MergesLate
+from atoll.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class AsynchronousRound(PlainRound):
+    """Updates from several starts, each as `late` has it count."""
+
+    late: MergesLate
+    times: WorkTimes
+    ahead: AskedAhead | None
+
+    def sample(self, run: Run, round: int) -> list[str]:
+        """Fill the free places, and name the clients that are done first."""
+        federation, flights = run.setup.job.federation, run.state.flights
+        assert federation.concurrency is not None and federation.cohort is not None
+        free = federation.concurrency - len(flights.by_client)
+        idle = [name for name in run.setup.population if name not in flights.by_client]
+        starters = some(idle, free, stream(run.setup.job.seed, "cohort", round)) if free else []
+        down, up = self.bytes_per_client(run)
+        arrivals = self.times.arrivals(CohortRequest(round, 1, starters, len(starters), down, up))
+        flights.begin(round - 1, run.state.tensors, dict(zip(starters, arrivals, strict=True)))
+        self._ask_those_at_work(run)
+        by_arrival = self.ahead is not None and federation.order == "arrival"
+        flights.called = (
+            self.ahead.first(federation.cohort)
+            if self.ahead is not None and by_arrival
+            else flights.due(federation.cohort)
+        )
+        return flights.called
+
+    def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
+        flights, updates, set_aside = run.state.flights, list[Update](), dict[str, str]()
+        staleness = dict[str, int]()
+        for start, members in flights.by_start(names).items():
+            found = self._from_start(run, start, members, attempt)
+            drift = _drift(flights.models[start], run.state.tensors)
+            updates += self._as_they_count(found.updates, drift, round - 1 - start, round)
+            set_aside |= found.set_aside
+            staleness |= dict.fromkeys((update.client for update in found.updates), round - 1 - start)
+        updates.sort(key=lambda update: update.client)
+        return ValidatedUpdates(
+            updates, dict(sorted(set_aside.items())), staleness=[staleness[u.client] for u in updates]
+        )
+
+    def _ask_those_at_work(self, run: Run) -> None:
+        """Send a request to every client at work that wasn't asked yet, where that can be done ahead."""
+        if self.ahead is None:
+            return
+        flights = run.state.flights
+        for start, members in flights.by_start(sorted(flights.by_client)).items():
+            waiting = [client for client in members if not self.ahead.has_asked(client)]
+            if waiting:
+                self.ahead.ask(_request(run, start), waiting)
+
+    def _from_start(self, run: Run, start: int, members: Sequence[str], attempt: int) -> ValidatedUpdates:
+        """What clients send that started after so many merges: they train as if the round had been theirs."""
+        model = run.state.flights.models[start]
+        asked_before = self.ahead is not None and attempt == 1
+        replies: Iterable[Reply] = (
+            self.ahead.take(members)
+            if self.ahead is not None and asked_before
+            else run.send(_request(run, start), members)
+        )
+        for transform in self.reply_transforms:
+            replies = transform(replies, model)
+        return self.validate(replies, members, model, start + 1)
+
+    def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
+
+    def _as_they_count(
+        self, updates: Sequence[Update], drift: Tensors, staleness: int, round: int
+    ) -> Sequence[Update]:
+        if isinstance(updates, StackedUpdates):
+            delta = self.late.late(updates.delta, drift, staleness)
+            return list(replace(updates, delta=delta, round=round))
+        return [
+            replace(update, delta=self.late.late(update.delta, drift, staleness), round=round)
+            for update in updates
+        ]
+
+    def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
+        merge_updates(run, gathered.updates, round)
+        run.state.flights.land()
+
+
+def _request(run: Run, start: int) -> TrainRequest:
+    """To train from the model after so many merges."""
+    round = start + 1
+    plan = dict(run.setup.strategy.plan(run.state.strategy_state, round))
+    return TrainRequest(**run.request_origin(round), tensors=run.state.flights.models[start], plan=plan)
+
+
+def asynchronous_round(
+    job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel
+) -> AsynchronousRound:
+    """The kind of a job's rounds that don't wait for all; a `clock` of devices says how long clients take."""
+    ahead = AskedAhead(carrier, job.federation.round_timeout) if isinstance(carrier, AsksAhead) else None
+    times = clock if isinstance(clock, WorkTimes) else HalfNormalTimes(job.seed)
+    late = cast(MergesLate, strategy)
+    return AsynchronousRound(reply_transforms(job), Validation.of(job), late, times, ahead)
+
+
+def _drift(start: Tensors, now: Tensors) -> Tensors:
+    """How far the model a client started from lies from the one of now, in float64."""
+    return {name: start[name].to(torch.float64) - now[name].to(torch.float64) for name in now}

@@ -1,0 +1,48 @@
+"""FedAsync (Xie et al. 2019, "Asynchronous Federated Optimization", algorithm 1).
+
+The server mixes every client's model into its own as soon as it arrives, the less the later it is:
+
+    x_t = (1 - alpha_t) x_{t-1} + alpha_t x_new        alpha_t = alpha * s(t - tau)
+
+alpha is `lr`; `late` has the weights s. A client pays `proximal_mu`, the paper's rho, for moving off the
+model x_tau that it started from. Its model is x_new = x_tau + delta, so that in terms of delta the step is
+alpha_t * (x_tau - x_{t-1} + delta): a late client also pulls back towards where it started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from atoll.protocol.messages import Update
+from atoll.protocol.tensors import Tensors
+from atoll.strategies.asynchronous.late import Weighing, staleness_weight
+from atoll.strategies.mean import even_mean, moved
+from atoll.strategies.strategy import Plan, State
+
+
+@dataclass(frozen=True)
+class FedAsync:
+    """Move by `lr` times the part s(staleness) of the way to the one client's model."""
+
+    lr: float = 0.6
+    proximal_mu: float = 0.005
+    weighing: Weighing = "polynomial"
+    a: float = 0.5
+    b: float = 4.0
+
+    def begin(self, model: Tensors) -> State:
+        return {}
+
+    def plan(self, state: State, round: int) -> Plan:
+        return {"proximal_mu": self.proximal_mu} if self.proximal_mu else {}
+
+    def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
+        """s(staleness) times the way from the model of now to the client's."""
+        weight = staleness_weight(self.weighing, staleness, self.a, self.b)
+        return {name: (weight * (drift[name] + d.to(torch.float64))).to(d.dtype) for name, d in delta.items()}
+
+    def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
+        return moved(model, {name: self.lr * d for name, d in even_mean(updates).items()}), state

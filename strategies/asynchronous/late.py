@@ -1,0 +1,45 @@
+"""What a late update weighs, and the seam of a strategy that takes late ones.
+
+The staleness d of an update, Xie et al.'s t - tau, is how many times the model was merged while its client
+trained: 0 for one that was made from the model of now. Three weights s of it are theirs (2019, section 5.2),
+each 1 for an update that isn't late:
+
+    constant:    s(d) = 1
+    polynomial:  s(d) = (d + 1) ** -a
+    hinge:       s(d) = 1 while d <= b, then 1 / (a * (d - b) + 1)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from atoll.protocol.tensors import Tensors
+
+Weighing = Literal["constant", "polynomial", "hinge"]
+
+
+class MergesLate(Protocol):
+    """A strategy that says what becomes of an update before it is merged with others."""
+
+    def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
+        """The update as it counts now, in the shapes and types of `delta`.
+
+        `delta` is how far the client moved from where it started; several clients of one start have a
+        first dimension more. `drift` is that start minus the model of now, in float64.
+        """
+        ...
+
+
+def staleness_weight(weighing: Weighing, staleness: int, a: float, b: float) -> float:
+    """s of the module's formulas, from 0 to 1.
+
+    >>> staleness_weight("polynomial", 3, 0.5, 0), staleness_weight("hinge", 6, 10, 4)
+    (0.5, 0.047619047619047616)
+    """
+    match weighing:
+        case "constant":
+            return 1.0
+        case "polynomial":
+            return float((staleness + 1.0) ** -a)
+        case "hinge":
+            return 1.0 if staleness <= b else 1.0 / (a * (staleness - b) + 1.0)
