@@ -88,11 +88,8 @@ def start_or_resume(
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     first = tuning_schedule.needed_by_baselines(job, initial)
     run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping, flights))
-    checkpoint = directory.latest_checkpoint(job.hash) if resume else None
-    if checkpoint is not None:
-        _continue_from(run, checkpoint)
-    elif resume:
-        directory.truncate_log(0)
+    if resume:
+        _resume(run)
     return run
 
 
@@ -126,6 +123,16 @@ def checkpoint_of(run: Run) -> Checkpoint:
         bytes_down=state.bytes_down,
         data_info=state.learner.data_info,
     )
+
+
+def _resume(run: Run) -> None:
+    """Go on from the last checkpoint, or begin with an empty log where there is none."""
+    directory = run.setup.directory
+    checkpoint = directory.latest_checkpoint(run.setup.job.hash)
+    if checkpoint is None:
+        directory.truncate_log(0)
+    else:
+        _continue_from(run, checkpoint)
 
 
 def _continue_from(run: Run, found: Checkpoint) -> None:
