@@ -145,6 +145,31 @@ class Run:
         given = [str(one) for one in inputs]
         return list(answers_of(self.folder, given, place, write=out is not None, overlay=overlay))
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> str:
+        """A language model's answer to a conversation: messages with `role` and `content`, a user's the last.
+
+        At `temperature` 0 it is the likeliest token each time; above, tokens are drawn among the fewest whose
+        chances add up to `top_p`, the same for the same messages and seed (the job's, unless one is given).
+        Of a conversation that is too long for the model the oldest turns are left out, which is logged.
+
+        Raises:
+            ConfigError: the run isn't a language model's or has no chat template; or a value is out of range.
+            DataError: these are no messages, or the last one alone is too long.
+        """
+        from atoll.trained import chat_with, decoding
+
+        talker = chat_with(self.folder)
+        how = decoding(talker, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+        return talker.answer([dict(message) for message in messages], how, seed).text
+
     def export(
         self,
         format: str,

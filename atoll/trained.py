@@ -12,6 +12,8 @@ from atoll.errors import ConfigError
 if TYPE_CHECKING:
     from atoll.learning.learner import Learner
     from atoll.protocol.tensors import Tensors
+    from atoll.tasks.language_modeling.chat import Chat
+    from atoll.tasks.language_modeling.generation import Decoding
 
 
 def trained(run: Path) -> tuple[Learner, Tensors]:
@@ -48,6 +50,45 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
     learner = Learner.of(job, task_named(job.task.name), data_info)
     learner.check_fingerprint()
     return learner, from_bytes((run / "model" / "model.safetensors").read_bytes())
+
+
+def chat_with(run: Path) -> Chat:
+    """The run's language model, ready to answer conversations.
+
+    Raises:
+        ConfigError: RUN holds no model, or none that chats. WeightsError: its backbone can't be had.
+    """
+    learner, tensors = trained(run)
+    from atoll.tasks.language_modeling.causal import CausalEncoder
+    from atoll.tasks.language_modeling.chat import Chat
+    from atoll.tasks.language_modeling.task import LanguageModeling
+
+    task = learner.task
+    if not isinstance(task, LanguageModeling):
+        raise ConfigError(
+            f"{run}: a run of {task.name}, expected one of a language model: language-modeling, preference or"
+            " multiple-choice"
+        )
+    if task.template is None:
+        raise ConfigError(
+            f"{run}: the tokenizer of {learner.backbone.name} has no chat template, and the job none as"
+            " task.options.template; expected one, or use: atoll predict"
+        )
+    encoder = learner.filled(tensors).backbone
+    assert isinstance(encoder, CausalEncoder)
+    return Chat(task, encoder.model, encoder.tokenizer, learner.job.seed)
+
+
+def decoding(chat: Chat, *, temperature: float, top_p: float, max_new_tokens: int | None) -> Decoding:
+    """How a chat answers: at most so many tokens as are given, or as the run's job says.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    from atoll.tasks.language_modeling.generation import Decoding
+
+    most = chat.task.options.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return Decoding(most, temperature, top_p)
 
 
 def check_finished(run: Path, product: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from atoll.datasets.synthetic.entities import generated_entities
 from atoll.datasets.synthetic.pairs import generated_pairs
 from atoll.datasets.synthetic.preferences import generated_preferences
-from atoll.datasets.synthetic.questions import generated_questions
+from atoll.datasets.synthetic.questions import generated_choices, generated_questions
 from atoll.datasets.synthetic.shapes import generated_shapes
 from atoll.datasets.synthetic.street import generated_street
 from atoll.job.job import Job
@@ -110,5 +110,6 @@ WRITTEN: dict[str, Callable[[Path, Job], object]] = {
     "token-classification": _generated(lambda: generated_entities(0, 120)),
     "language-modeling": _chats,
     "preference": _generated(lambda: generated_preferences(0, 40)),
+    "multiple-choice": _generated(lambda: generated_choices(0, 40)),
     "speech-recognition": lambda folder, job: folder_of(folder, *SAID),
 }

@@ -121,6 +121,12 @@ TABLES: dict[str, dict[str, Any]] = {
         "backbone": {"name": "llama"},
         "train": {"lr": 0.003, "batch_size": 8, "optimizer": "adam"},
     },
+    "multiple-choice": {
+        "task": {"name": "multiple-choice", "options": {"max_tokens": 128, "max_new_tokens": 4}},
+        "data": {"source": "written"},
+        "backbone": {"name": "llama"},
+        "train": {"lr": 0.003, "batch_size": 8, "optimizer": "adam"},
+    },
     "speech-recognition": {
         "task": {"name": "speech-recognition", "options": {"max_seconds": 2.0}},
         "data": {"source": "written"},

@@ -44,7 +44,7 @@ from tests.test_bad_data import CASES, Case, as_nobody, encoded, noise, png, sna
 VERBS = (
     "demo", "simulate", "sweep", "partition", "provision", "serve", "join", "submit", "status", "logs", "stop",
     "report", "predict", "export", "check", "list", "audit", "track", "distil",
-    "tune", "advise", "check-policy", "verify-log", "enroll", "accept", "forget", "init",
+    "tune", "advise", "check-policy", "verify-log", "enroll", "accept", "forget", "init", "chat",
 )  # fmt: skip
 ROOT = Path(__file__).parent.parent
 DIGITS: dict[str, Any] = {

@@ -22,7 +22,8 @@ FLOWER = {
     "server/app.py", "client/app.py", "sim/engines/ray.py", "strategies/flower.py",
     "atoll/protocol/flower_content.py",
     "server/deploy/serve.py", "server/deploy/flower_control.py", "server/deploy/executor.py",
-    "server/deploy/superlink.py", "server/deploy/object_files.py", "client/deploy/join.py", "client/deploy/executor.py",
+    "server/deploy/superlink.py", "server/deploy/object_files.py",
+    "client/deploy/join.py", "client/deploy/executor.py",
 }  # fmt: skip
 MOST_FILES = 16
 MODULES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))

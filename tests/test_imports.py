@@ -170,6 +170,7 @@ MISTAKES = (
     "check nowhere --task image-clasification",
     "report nowhere",
     "predict nowhere text",
+    "chat nowhere",
     "export nowhere --format onnx",
     "export nowhere --format onyx",
     "audit nowhere",

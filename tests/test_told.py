@@ -73,6 +73,7 @@ ODD: dict[str, Odd] = {
     },
     "language-modeling": lambda row: {"messages": [{"role": "assistant", "content": CANARY * 20}]},
     "preference": lambda row: row | {"chosen": CANARY, "rejected": CANARY * 20},
+    "multiple-choice": lambda row: row | {"choices": [CANARY, "b"], "answer": 0},
     "text-to-text": lambda row: row | {"source": CANARY, "target": CANARY * 20},
     "question-answering": lambda row: row | {"question": CANARY, "answer": CANARY * 20},
     "speech-recognition": lambda row: row | {"transcript": CANARY * 9},

@@ -99,6 +99,10 @@ BEGINNINGS = {
         "hf:SmolLM2-135M-Instruct", method="lora", tune_keys={"rank": 8, "layers": 4},
         train=ADAM | {"batch_size": 8, "lr": 0.0005}, rounds=4, baselines=(),
     ),
+    "multiple-choice": Beginning(
+        "hf:SmolLM2-135M-Instruct", method="lora", tune_keys={"rank": 8, "layers": 4},
+        train=ADAM | {"batch_size": 8, "lr": 0.0005}, rounds=4, baselines=("zero_shot",),
+    ),
     "speech-recognition": Beginning(
         "atoll:small-ctc", "random", train=ADAM | {"epochs": 3, "lr": 0.005}, baselines=("zero_shot",)
     ),

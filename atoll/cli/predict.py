@@ -1,10 +1,11 @@
-"""The verb that uses a trained model on new inputs, and writes its answers: masks, boxes, forecasts."""
+"""The verbs that use a trained model: on new inputs, with answers as files too, and in a conversation."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,17 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atoll.cli.display import escape, out, sanitize
+from atoll.cli.display import err, escape, out, sanitize, stop_if_asked
 from atoll.cli.inspect import RunDir
 from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, DataError
 from atoll.plugins import load_files
-from atoll.trained import trained
+from atoll.trained import chat_with, decoding, trained
 
 if TYPE_CHECKING:
     from atoll.learning.learner import Learner
     from atoll.protocol.tensors import Tensors
+    from atoll.tasks.language_modeling.chat import Chat
+    from atoll.tasks.language_modeling.generation import Decoding
 
 AT_ONCE = 16
 """Inputs that are read and answered together."""
@@ -32,12 +35,16 @@ AT_ONCE = 16
 WRITTEN = ".predicted-"
 """In the name of every file that is written, so that a folder's next reading leaves it out."""
 
+RESET, EXIT = "/reset", "/exit"
+"""Lines of a chat that are no turns."""
+
 _NOT_IN_A_NAME = re.compile(r"[^\w-]+")
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verbs."""
     app.command(cls=Verb, epilog='Example: atoll predict runs/bbc-news "Shares fell sharply"')(predict)
+    app.command(cls=Verb, epilog='Example: atoll chat runs/chat --system "Be brief."')(chat)
 
 
 def predict(
@@ -185,3 +192,84 @@ def _write(path: Path, content: bytes) -> None:
         raise DataError(
             f"{path}: cannot be written: {why}; expected a place that can be: --out DIR"
         ) from None
+
+
+def chat(
+    run: RunDir,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="What the system says at the beginning.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token each time; above, tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the fewest tokens that together are so likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="What is drawn by; else the job's.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer at most; else the job's.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Talk with a trained language model; /reset begins anew, /exit or Ctrl-D ends."""
+    load_files(plugin or ())
+    talker = chat_with(run)
+    how = decoding(talker, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    begin = [] if system is None else [{"role": "system", "content": system}]
+    try:
+        _talk(talker, how, seed, begin)
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+
+
+def _talk(talker: Chat, how: Decoding, seed: int | None, begin: list[dict[str, str]]) -> None:
+    """Answer turn by turn, until there are no more."""
+    turns = list(begin)
+    for said in _lines():
+        if said == EXIT:
+            return
+        if said == RESET:
+            turns = list(begin)
+            continue
+        try:
+            answer = talker.answer([*turns, {"role": "user", "content": said}], how, seed, _tell)
+        except DataError as error:
+            if not sys.stdin.isatty():
+                raise
+            err().print(f"[bold red]error:[/] {sanitize(str(error))}", highlight=False, soft_wrap=True)
+            continue
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        turns = [*answer.seen, {"role": "assistant", "content": answer.text}]
+
+
+def _lines() -> Iterator[str]:
+    """The lines that aren't blank; a terminal is asked for each."""
+    asks = sys.stdin.isatty() and sys.stdout.isatty()
+    if asks:
+        import readline  # noqa: F401 - with it, `input` lets a line be edited
+    while True:
+        try:
+            line = input("> ") if asks else _read_line()
+        except EOFError:
+            if asks:
+                sys.stdout.write("\n")
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _read_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+def _tell(piece: str) -> None:
+    """Show a piece of an answer at once; on a terminal it can't hide or forge what is there."""
+    stop_if_asked()
+    if sys.stdout.isatty():
+        piece = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
+    sys.stdout.write(piece)
+    sys.stdout.flush()

@@ -333,6 +333,14 @@ SOURCES = {
             edition=_generator_hash,
         ),
         Source(
+            name="generated-choices",
+            tasks=("multiple-choice",),
+            description="generated: 600 questions of 8 schools, which of 3 to 5 things is of a kind",
+            licence=_OWN,
+            decode=_generated("questions", "generated_choices"),
+            edition=_generator_hash,
+        ),
+        Source(
             name="generated-commands",
             tasks=("intent",),
             description="generated: 2,000 sentences to a voice assistant, with intents and slots",

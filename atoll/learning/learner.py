@@ -46,7 +46,7 @@ from atoll.protocol.validation_split import helps_clients, kept_back, validation
 from atoll.strategies.lora.merge import trained_in_round
 from atoll.tasks import with_brought_metrics
 from atoll.tasks.metric_values import MetricValues, computed, defined
-from atoll.tasks.task import Task
+from atoll.tasks.task import Sample, Task
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -308,6 +308,13 @@ class Learner:
         )
         ordered = {row: line for rows, output in parts for row, line in zip(rows, output, strict=True)}
         return torch.stack([ordered[row] for row in range(len(shard))])
+
+    def samples(self, tensors: Tensors, shard: Shard) -> list[Sample]:
+        """What the model with these tensors writes for a few of a shard's examples; none of most tasks."""
+        if type(self.task).samples is Task.samples:
+            return []
+        with torch.inference_mode():
+            return self.task.samples(self.filled(tensors), shard)
 
     def metrics(self) -> MetricCollection:
         """The task's metrics, and those that the job adds, all at zero."""

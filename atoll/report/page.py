@@ -45,6 +45,9 @@ ISLANDS = 60
 
 SET_ASIDE_SHOWN = 300
 
+SHOWN_OF_A_TEXT = 500
+"""Letters of a prompt or of what was written that are shown."""
+
 Facts = tuple[tuple[str, str], ...]
 """Names and values, in the order in which they are shown."""
 
@@ -97,6 +100,16 @@ class CostSection:
 
 
 @dataclass(frozen=True)
+class WrittenSample:
+    """A held-out prompt, what the model wrote for it before and after training, and the data's own text."""
+
+    prompt: str
+    before: str
+    after: str
+    reference: str
+
+
+@dataclass(frozen=True)
 class OriginSection:
     """What repeats the run, and what its bits depend on; `job_text` is empty where the file is gone."""
 
@@ -121,6 +134,7 @@ class Report:
     tiles: Facts
     story: tuple[str, ...]
     models: ModelsSection
+    samples: tuple[WrittenSample, ...]
     rounds: RoundsSection
     clients: ClientsSection | None
     contributions: ContributionsSection | None
@@ -156,6 +170,7 @@ def report_of(folder: Path, result: dict[str, Any]) -> Report:
             what_was_private(result["privacy"]),
         ),
         models=_models(result, compared),
+        samples=_samples(result),
         rounds=rounds_section(result["rounds"], compared),
         clients=clients_section(result, compared.headline),
         contributions=contributions_section(result),
@@ -219,6 +234,25 @@ def _models(result: dict[str, Any], compared: Comparison) -> ModelsSection:
         rows=tuple(rows),
         notes=(*compared.remarks, *result.get("notes", [])),
     )
+
+
+def _samples(result: dict[str, Any]) -> tuple[WrittenSample, ...]:
+    """What a language model wrote, as it is shown: of long texts the end of a prompt, else the beginning."""
+    return tuple(
+        WrittenSample(
+            prompt=_ending(sample["prompt"]),
+            **{name: _beginning(sample[name]) for name in ("before", "after", "reference")},
+        )
+        for sample in result.get("samples", ())
+    )
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN_OF_A_TEXT else text[:SHOWN_OF_A_TEXT] + "…"
+
+
+def _ending(text: str) -> str:
+    return text if len(text) <= SHOWN_OF_A_TEXT else "…" + text[-SHOWN_OF_A_TEXT:]
 
 
 def _share_of_bar(compared: Comparison, row: str) -> float:

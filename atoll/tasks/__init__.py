@@ -121,6 +121,11 @@ BUILT_INS: dict[str, Entry] = {
         "PREFERENCE",
         "the better of two completions, by DPO; Llama, GPT-2, Qwen, …; accuracy, reward margin",
     ),
+    "multiple-choice": Entry(
+        "atoll.tasks.multiple_choice.task",
+        "MULTIPLE_CHOICE",
+        "one of several choices; Llama, GPT-2, Qwen, …; accuracy by likelihood and in words, unparsable rate",
+    ),
     "speech-recognition": Entry(
         "atoll.tasks.speech.task",
         "SPEECH_RECOGNITION",

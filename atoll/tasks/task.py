@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
     from atoll.backbones.resolve import Backbone
     from atoll.data.classification import Findings, Table
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model writes for a held-out prompt, beside what stands in the data."""
+
+    prompt: str
+    written: str
+    reference: str
 
 
 class Task(Protocol):
@@ -204,6 +214,10 @@ class Task(Protocol):
     def naive_baselines(self, shard: Shard, data_info: DataInfo) -> dict[str, Any]:
         """Predictions that need no learning, by name, which a result always stands beside: the last value."""
         return {}
+
+    def samples(self, model: Model, shard: Shard) -> list[Sample]:
+        """What the model writes for a few of a shard's examples, always the same; none of most tasks."""
+        return []
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """What `atoll predict` prints for each prediction; `label` comes first."""

@@ -73,7 +73,7 @@ class FileObjectStore(SqlObjectStore):
         try:
             path.write_bytes(object_content)
             is_new = self._record(object_id, IN_FILE + name.encode())
-        except BaseException:
+        except BaseException:  # which goes on: a file without a row is nobody's
             path.unlink(missing_ok=True)
             raise
         if is_new:

@@ -24,6 +24,7 @@ from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Transport
 from atoll.strategies.lora.merge import trained_in_round
 from atoll.strategies.strategy import State, Strategy
+from atoll.tasks.task import Sample
 
 TestSet = Callable[[Learner], Shard | None]
 """The server's own test set, once the run's facts are known."""
@@ -129,6 +130,8 @@ class RunSetup:
     """What looks odd in what clients told of their data."""
     selection: SelectionRule | None = None
     """How a round's clients are chosen; None where chances are even."""
+    samples_before: Sequence[Sample] = ()
+    """What the model writes before training for a few prompts of the server's test set, of some tasks."""
 
     def kind_of_round(self, round: int) -> RoundKind:
         """How the updates of this round are gathered."""

@@ -81,8 +81,9 @@ def start_or_resume(
     later_rounds = later_round_kind(job, carrier, base, clock)
     if is_asynchronous(job):
         clock = flights.timed if job.federation.devices is not None else always_available
+    test = test_set(learner)
     setup = RunSetup(
-        job, carrier, directory, strategy, roster.names, test_set(learner), on_event, clock, protection,
+        job, carrier, directory, strategy, roster.names, test, on_event, clock, protection,
         first_round=ClosedFormRound() if is_closed_form_round(job, 1) else later_rounds,
         later_rounds=later_rounds,
         update_transforms=update_transforms_of(job, rule, protection),
@@ -92,16 +93,14 @@ def start_or_resume(
         used_data=roster.used_data(job, counts),
         remarks=roster.remarks,
         selection=rule,
+        samples_before=() if test is None else learner.samples(initial, test),
     )  # fmt: skip
     check_can_measure(setup)
     stopping = tuning_schedule.stopping_of(job, 0, learner)
     first = tuning_schedule.needed_by_baselines(job, initial)
     run = Run(setup, RunState(learner, first, shared, strategy.begin(shared), stopping, flights))
-    checkpoint = directory.latest_checkpoint(job.hash) if resume else None
-    if checkpoint is not None:
-        _continue_from(run, checkpoint)
-    elif resume:
-        directory.truncate_log(0)
+    if resume:
+        _resume(run)
     return run
 
 
@@ -144,6 +143,16 @@ def checkpoint_of(run: Run) -> Checkpoint:
         bytes_down=state.bytes_down,
         data_info=state.learner.data_info,
     )
+
+
+def _resume(run: Run) -> None:
+    """Go on from the last checkpoint, or begin with an empty log where there is none."""
+    directory = run.setup.directory
+    checkpoint = directory.latest_checkpoint(run.setup.job.hash)
+    if checkpoint is None:
+        directory.truncate_log(0)
+    else:
+        _continue_from(run, checkpoint)
 
 
 def _continue_from(run: Run, found: Checkpoint) -> None:

@@ -77,6 +77,8 @@ def write_result(
         ],
     }  # fmt: skip
     result |= run_contributions(run)
+    if samples := _samples(run):
+        result["samples"] = samples
     if loaded := plugins.files():
         result["plugins"] = [asdict(plugin) for plugin in loaded]
     setup.directory.save_model(
@@ -85,6 +87,18 @@ def write_result(
     )
     setup.directory.save_result(result)
     return result
+
+
+def _samples(run: Run) -> list[dict[str, str]]:
+    """Prompts of the server's test set, each with what the model wrote before and writes after training."""
+    before, test, model = run.setup.samples_before, run.setup.test, run.full_model
+    if not before or test is None or model is None:
+        return []
+    pairs = zip(before, run.state.learner.samples(model, test), strict=True)
+    return [
+        {"prompt": b.prompt, "before": b.written, "after": a.written, "reference": b.reference}
+        for b, a in pairs
+    ]
 
 
 def traffic(run: Run) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""`generated-questions`: sums, and questions about one sentence, each with its one right answer."""
+"""Questions with one right answer each: sums, about a sentence, and which of some things is of a kind."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ _THINGS = ("apples", "books", "coins", "pens", "cups", "keys", "shells", "stamps
 _COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "grey")
 _OBJECTS = ("door", "car", "hat", "boat", "lamp", "chair", "coat", "bowl", "ball", "box")
 _PLACES = ("garden", "kitchen", "library", "harbour", "station", "office", "market", "forest")
+
+_KINDS_OF_THINGS = {
+    "a fruit": ("apple", "plum", "pear", "cherry", "lemon", "peach", "grape", "fig"),
+    "an animal": ("horse", "goat", "otter", "heron", "badger", "trout", "beetle", "fox"),
+    "a tool": ("hammer", "saw", "chisel", "pliers", "drill", "spade", "rake", "file"),
+    "a vehicle": ("bus", "tram", "ferry", "lorry", "bicycle", "sledge", "train", "van"),
+    "a garment": ("coat", "scarf", "glove", "sock", "shirt", "skirt", "vest", "hat"),
+    "an instrument": ("flute", "violin", "drum", "harp", "organ", "cello", "oboe", "lute"),
+    "a building": ("church", "barn", "tower", "mill", "castle", "school", "stable", "inn"),
+    "a dish": ("soup", "stew", "salad", "porridge", "omelette", "curry", "pie", "pudding"),
+}
+_WHICH = ("Which of these is {kind}?", "Which one is {kind}?", "What here is {kind}?")
+_SCHOOLS = 8
+# Below 1: each school asks mostly for a few kinds.
+_SYLLABUS = 0.5
 
 Asked = tuple[str, str, str]
 """(context, question, answer)"""
@@ -35,6 +50,34 @@ def generated_stories(seed: int = 0, count: int = 10_000) -> dict[str, pa.Table]
     elsewhere = pa.concat_tables(generated_questions(seed).values()).to_pylist()
     others = {(row["context"], row["question"], row["answer"]) for row in elsewhere}
     return cut(_table(_asked(rng, count, ("more", "place", "owned"), others)))
+
+
+def generated_choices(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
+    """Different questions of 3 to 5 choices: columns question, choices, answer (a place), school (of 8)."""
+    rng = np.random.default_rng(stream_seed(seed, "generated-choices"))
+    kinds = tuple(_KINDS_OF_THINGS)
+    taught = rng.dirichlet(np.full(len(kinds), _SYLLABUS), _SCHOOLS)
+    found: dict[tuple[str, tuple[str, ...]], tuple[int, str]] = {}
+    while len(found) < count:
+        school = int(rng.integers(_SCHOOLS))
+        right = int(rng.choice(len(kinds), p=taught[school]))
+        others = [kind for kind in rng.permutation(len(kinds)) if kind != right][: rng.integers(2, 5)]
+        place = int(rng.integers(len(others) + 1))
+        order = [*others[:place], right, *others[place:]]
+        things = tuple(_one(rng, _KINDS_OF_THINGS[kinds[kind]]) for kind in order)
+        question = _one(rng, _WHICH).format(kind=kinds[right])
+        found.setdefault((question, things), (place, f"school-{school}"))
+    return cut(
+        pa.table(
+            {
+                "question": pa.array([question for question, _ in found], pa.string()),
+                "choices": pa.array([list(things) for _, things in found], pa.list_(pa.string())),
+                "answer": pa.array([place for place, _ in found.values()], pa.int64()),
+                "school": pa.array([school for _, school in found.values()], pa.string()),
+            }
+        ),
+        test=0.1,
+    )
 
 
 def question_words() -> set[str]:

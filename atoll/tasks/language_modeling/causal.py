@@ -15,7 +15,7 @@ from atoll.backbones.resolve import Backbone
 from atoll.backbones.text import load_tokenizer
 from atoll.errors import WeightsError
 from atoll.job.job import Job
-from atoll.protocol.random_streams import global_stream
+from atoll.tasks.language_modeling.generation import Decoding, written_on
 from atoll.tasks.language_modeling.options import LanguageOptions
 from atoll.tasks.language_modeling.template import Tokens
 from atoll.tasks.losses import cross_entropies
@@ -116,29 +116,10 @@ class CausalModel(Model):
 
     def _written(self, prompt: torch.Tensor) -> str:
         """The text that follows; each prompt on its own, so that none depends on its neighbours."""
-        from transformers import GenerationConfig
-
-        network, assistant = self.backbone.model, self.backbone
+        assistant = self.backbone
         assert isinstance(assistant, CausalEncoder)
-        ends = _end_tokens(network, assistant.tokenizer)
-        how = GenerationConfig(
-            max_new_tokens=self._options.max_new_tokens,
-            num_beams=1,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-            **(
-                {"do_sample": True, "temperature": self._options.temperature, "top_k": 0}
-                if self._options.temperature
-                else {"do_sample": False}
-            ),
-        )
-        purpose = prompt.cpu().numpy().tobytes().hex()
-        with global_stream(self._seed, "generate", purpose):
-            written = network.generate(  # type: ignore[operator]
-                input_ids=prompt[None], attention_mask=torch.ones_like(prompt[None]), generation_config=how
-            )
-        text: str = assistant.tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)
-        return text.strip()
+        how = Decoding(self._options.max_new_tokens, self._options.temperature)
+        return written_on(assistant.model, assistant.tokenizer, prompt, how, self._seed)
 
 
 def _targets(batch: Batch) -> torch.Tensor:
@@ -163,13 +144,6 @@ def _only(head: nn.Module, places: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _end_tokens(network: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end what is written: the tokenizer's, and those that the network's folder names."""
-    said = getattr(network.generation_config, "eos_token_id", None) or network.config.eos_token_id
-    named = said if isinstance(said, list) else [said]
-    return sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
 
 
 def causal_tokenizer(backbone: Backbone) -> Any:

@@ -32,6 +32,7 @@ from atoll.tasks.language_modeling.data import ASSISTANT, CONVERSATIONS, Message
 from atoll.tasks.language_modeling.options import LanguageOptions
 from atoll.tasks.language_modeling.template import Coder, Rendered, Template, Tokens, joined, whole
 from atoll.tasks.schema_task import SchemaTask
+from atoll.tasks.task import Sample
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -202,14 +203,20 @@ class LanguageModeling(SchemaTask):
         Raises:
             DataError: it can't be read, is empty, or the template doesn't take it.
         """
-        text = read_text_input(given)
-        if self.template is None:
-            ids = self._tokenizer(text)["input_ids"]
-            ids = ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
-        else:
-            begun = self.template.question(asked(text), "the prompt")
-            ids = self._tokenizer(begun, add_special_tokens=False)["input_ids"]
+        ids = self.prompt_tokens(read_text_input(given), "the prompt")
         return prepared(Tokens(tuple(ids), (False,) * len(ids), 0))
+
+    def prompt_tokens(self, text: str, where: str) -> list[int]:
+        """The tokens that ask for an answer to a text; raises as `parse_input`."""
+        if self.template is not None:
+            return self.tokens_of(self.template.question(asked(text), where))
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
+
+    def tokens_of(self, rendered: str) -> list[int]:
+        """The tokens of a text that the template wrote, with all that begins and ends it."""
+        ids: list[int] = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        return ids
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         options = options_of(job.task.options, self.options_kind)
@@ -253,6 +260,33 @@ class LanguageModeling(SchemaTask):
         """(surprise, whether it was the likeliest, whether there is a target, bytes of each example)."""
         told = predictions.cpu()
         return told[:, :, 0], told[:, :, 1], _real(told, targets), targets[:, -1]
+
+    def samples(self, model: Model, shard: Shard) -> list[Sample]:
+        assert isinstance(model, CausalModel)
+        device = next(model.parameters()).device
+        found: list[Sample] = []
+        for held in shard.inputs:
+            if len(found) == self.options.samples:
+                break
+            prompt, reference = self.asked_and_said(held)
+            if len(prompt) > 1:
+                asks = prompt[None].to(device)
+                (written,) = model.written({"input_ids": asks, "attention_mask": torch.ones_like(asks)})
+                found.append(Sample(self._decoded(prompt), written, reference))
+        return found
+
+    def asked_and_said(self, held: Batch) -> tuple[torch.Tensor, str]:
+        """(the tokens [prompt] before what is learnt first, the text that is learnt there)."""
+        places = held["places"]
+        if not len(places):
+            return places, ""
+        ends = (places.diff() != 1).nonzero().flatten()
+        learnt = places[: int(ends[0]) + 1] if len(ends) else places
+        return held["input_ids"][: int(places[0]) + 1], self._decoded(held["input_ids"][learnt + 1])
+
+    def _decoded(self, ids: torch.Tensor) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]

@@ -166,22 +166,31 @@ class Coder:
 
     def tokens(self, rendered: Rendered) -> Tokens:
         """A token is learnt where it writes a character that is; the first one never is."""
-        coded = self._tokenizer(
-            rendered.text, add_special_tokens=not rendered.is_templated, return_offsets_mapping=True
-        )
-        ids: list[int] = list(coded["input_ids"])
-        spans = written_by(coded["offset_mapping"])
+        ids, spans = self._coded(rendered)
         learnt = [_overlaps(span, rendered.learnt) for span in spans]
         if not rendered.is_templated and self._end is not None:
-            if ids[-1:] != [self._end]:
-                ids.append(self._end)
-                spans.append((len(rendered.text), len(rendered.text)))
-                learnt.append(True)
             learnt[-1] = True
         kept = slice(None, self._most)
         learnt[:1] = [False]
         size = self._bytes(rendered, ids[kept], spans[kept], learnt[kept])
         return Tokens(tuple(ids[kept]), tuple(learnt[kept]), size, is_cut=len(ids) > self._most)
+
+    def writes(self, rendered: Rendered, span: Span) -> tuple[bool, ...]:
+        """For each of the `tokens`, whether it writes a character of the span."""
+        _, spans = self._coded(rendered)
+        return tuple(_overlaps(one, (span,)) for one in spans[: self._most])
+
+    def _coded(self, rendered: Rendered) -> tuple[list[int], list[Span]]:
+        """The whole text as token ids, and the characters that each writes; those that mark an end, none."""
+        coded = self._tokenizer(
+            rendered.text, add_special_tokens=not rendered.is_templated, return_offsets_mapping=True
+        )
+        ids: list[int] = list(coded["input_ids"])
+        spans = written_by(coded["offset_mapping"])
+        if not rendered.is_templated and self._end is not None and ids[-1:] != [self._end]:
+            ids.append(self._end)
+            spans.append((len(rendered.text), len(rendered.text)))
+        return ids, spans
 
     def _bytes(
         self, rendered: Rendered, ids: Sequence[int], spans: Sequence[Span], learnt: Sequence[bool]

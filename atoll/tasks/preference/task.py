@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from atoll.backbones.encoder import Batch
 from atoll.backbones.resolve import Backbone
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
@@ -114,6 +115,9 @@ class Preference(LanguageModeling):
         rendered = self.conversation([*before, *said], where)
         known = sum(message["role"] == ASSISTANT for message in before)
         return Rendered(rendered.text, rendered.learnt[known:], rendered.is_templated)
+
+    def asked_and_said(self, held: Batch) -> tuple[torch.Tensor, str]:
+        return super().asked_and_said({name: held[f"chosen.{name}"] for name in ("input_ids", "places")})
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         margin = self.options.beta * (outputs[:, 0] - outputs[:, 1])

@@ -1,0 +1,291 @@
+"""What a client holds: `question`, `choices` and `answer`, as ARC, MMLU, HellaSwag and SWAG have them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from atoll.data.columns import other_columns, role_column, values_of
+from atoll.data.diagnostics import Diagnostics, shown
+from atoll.data.parsers import answer_cell, optional_text_cell
+from atoll.data.schema import Schema, SchemaField, chosen_name
+from atoll.data.tables import Rows
+from atoll.errors import DataError
+from atoll.job.job import DataSection
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""What the choices of a question are called, in their order."""
+
+Reading = Literal["any", "text", "letter", "number"]
+"""How an answer that is text names the right choice."""
+
+_QUESTION = ("ctx", "stem", "question_stem", "startphrase", "goal", "query")
+_CHOICES = ("endings", "options")
+_ANSWER = ("answerkey", "label", "gold", "correct", "target")
+_NUMBERED = re.compile(r"(choice|ending|option|sol)[ _]?(\d+)")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The texts of a question's choices, and what the data calls each, where it says."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+
+
+def choices_cell(cell: Any, where: str) -> Choices:
+    """A list of texts or numbers; or of texts with labels, in ARC's two forms; also written as JSON.
+
+    >>> choices_cell(["a", 2], "").texts
+    ('a', '2')
+    >>> choices_cell('{"text": ["a", "b"], "label": ["1", "2"]}', "").labels
+    ('1', '2')
+
+    Raises:
+        DataError: it is something else, one is empty, or there are not 2 to 26.
+    """
+    found = _parsed(cell, where)
+    labels: Sequence[Any] | None = None
+    if isinstance(found, dict) and {"text", "label"} <= found.keys():
+        found, labels = found["text"], found["label"]
+    elif isinstance(found, list) and found and all(isinstance(one, dict) for one in found):
+        if not all({"text", "label"} <= one.keys() for one in found):
+            raise DataError(f"{where}: choices of {sorted(found[0])}, expected text and label in each")
+        found, labels = [one["text"] for one in found], [one["label"] for one in found]
+    if not isinstance(found, list):
+        raise DataError(f"{where}: the choices are {type(found).__name__}, expected a list of texts")
+    return checked_choices(found, where, labels)
+
+
+def _parsed(cell: Any, where: str) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    try:
+        return json.loads(cell)
+    except ValueError:
+        raise DataError(
+            f'{where}: the choices are {shown(cell[:40])!r}, expected a list such as ["one", "two"]'
+        ) from None
+
+
+def checked_choices(texts: Sequence[Any], where: str, labels: Sequence[Any] | None = None) -> Choices:
+    """Choices whose texts are stripped; raises as `choices_cell`."""
+    if not 2 <= len(texts) <= len(LETTERS):
+        raise DataError(f"{where}: {len(texts)} choices, expected 2 to {len(LETTERS)}")
+    if labels is not None and len(labels) != len(texts):
+        raise DataError(f"{where}: {len(labels)} labels of {len(texts)} choices, expected one for each")
+    found = tuple(answer_cell(text, f"{where}: choice {LETTERS[place]}") for place, text in enumerate(texts))
+    return Choices(found, None if labels is None else tuple(str(label).strip() for label in labels))
+
+
+def answer_place(cell: Any, choices: Choices, reading: Reading, where: str) -> int:
+    """The place of the right choice, from 0.
+
+    A number is the place itself. A text is a label, where the choices have some; else the text of a choice,
+    a letter, or a place in digits, whichever it can be: where these differ it is refused, unless `reading`
+    says which one it is.
+
+    >>> answer_place("b", Choices(("one", "two")), "any", "")
+    1
+
+    Raises:
+        DataError: it names no choice, or may mean several.
+    """
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return _in_range(cell, choices, where)
+    if not isinstance(cell, str) or not cell.strip():
+        found = "nothing" if cell is None or cell == "" else shown(str(cell))
+        raise DataError(f"{where}: the answer is {found}, expected a choice, its letter or its number")
+    text = cell.strip()
+    if choices.labels is not None:
+        named = [place for place, label in enumerate(choices.labels) if label == text]
+        expected = f"one of the labels {', '.join(choices.labels)}"
+    else:
+        named = sorted({place for way, place in _readings(text, choices) if reading in ("any", way)})
+        expected = f"{_IN_WORDS[reading]} of {len(choices.texts)} choices"
+    if len(named) > 1 and choices.labels is None and reading == "any":
+        raise DataError(
+            f"{where}: the answer {shown(text)!r} may mean choice {' or '.join(LETTERS[n] for n in named)};"
+            ' expected task.options.answers = "text", "letter" or "number"'
+        )
+    if len(named) != 1:
+        raise DataError(
+            f"{where}: the answer {shown(text)!r} names {len(named)} choices, expected {expected}"
+        )
+    return named[0]
+
+
+_IN_WORDS = {
+    "any": "the text, letter or number (from 0) of one",
+    "text": "the text of one",
+    "letter": "the letter of one",
+    "number": "the number (from 0) of one",
+}
+
+
+def _readings(text: str, choices: Choices) -> Iterator[tuple[Reading, int]]:
+    """Each way in which a text may name a choice, with the choice's place."""
+    for place, choice in enumerate(choices.texts):
+        if choice == text:
+            yield "text", place
+    letter = LETTERS.find(text.upper()) if len(text) == 1 else -1
+    if 0 <= letter < len(choices.texts):
+        yield "letter", letter
+    if text.isascii() and text.isdigit() and int(text) < len(choices.texts):
+        yield "number", int(text)
+
+
+def _in_range(place: int, choices: Choices, where: str) -> int:
+    if not 0 <= place < len(choices.texts):
+        raise DataError(f"{where}: the answer is number {place}, expected 0 to {len(choices.texts) - 1}")
+    return place
+
+
+def _texts_cell(cell: Any, where: str) -> list[str]:
+    return list(choices_cell(cell, where).texts)
+
+
+def _place_cell(cell: Any, where: str) -> int:
+    if not isinstance(cell, int) or isinstance(cell, bool):
+        raise DataError(f"{where}: the answer is {shown(str(cell))}, expected the number of a choice")
+    return cell
+
+
+_ROLES = (
+    SchemaField("question", optional_text_cell, pa.string(), _QUESTION),
+    SchemaField("choices", _texts_cell, pa.list_(pa.string()), _CHOICES),
+    SchemaField("answer", _place_cell, pa.int64(), _ANSWER),
+)
+
+
+@dataclass(frozen=True)
+class Questions(Schema):
+    """Rows whose answers are read by the choices beside them; `answers` says how those that are text."""
+
+    answers: Reading = "any"
+
+    def canonical(self, rows: Rows, data: DataSection, diagnostics: Diagnostics) -> pa.Table:
+        if rows.is_canonical:
+            return super().canonical(rows, data, diagnostics)
+        rows = _flat(rows, data)
+        question, answer = (str(self._column(rows, self.roles[place], data)) for place in (0, 2))
+        columns = _choice_columns(rows, data)
+        cells = [values_of(rows, name).to_pylist() for name in (question, answer, *columns)]
+        kept, found = [], []
+        for place, (asked, said, *chosen) in enumerate(zip(*cells, strict=True)):
+            where = rows.where(place)
+            try:
+                found.append(self._row(asked, said, chosen, len(columns) > 1, where))
+            except DataError as problem:
+                told = str(problem)
+                diagnostics.error(problem if told.startswith(where) else DataError(f"{where}: {told}"))
+                continue
+            kept.append(place)
+        own = {
+            role.name: pa.chunked_array([pa.array([row[number] for row in found], role.kind)])
+            for number, role in enumerate(self.roles)
+        }
+        others = other_columns(rows, (question, answer, *columns), "", diagnostics)
+        rest = {name: c.take(pa.array(kept, pa.int64())) for name, c in others.items() if name not in own}
+        return pa.table(own | rest)
+
+    def _row(
+        self, asked: Any, said: Any, cells: Sequence[Any], are_columns: bool, where: str
+    ) -> tuple[str, list[str], int]:
+        """(question, texts of the choices, place of the right one)."""
+        question = optional_text_cell(asked, where)
+        choices = (
+            checked_choices(_without_gaps(cells, where), where)
+            if are_columns
+            else choices_cell(cells[0], where)
+        )
+        place = answer_place(said, choices, self.answers, where)
+        right = choices.texts[place]
+        if choices.texts.count(right) > 1:
+            raise DataError(f"{where}: the right choice {shown(right)!r} is there twice, expected once")
+        return question, list(choices.texts), place
+
+
+def _without_gaps(cells: Sequence[Any], where: str) -> list[Any]:
+    """The cells of a row's columns of choices: those behind its last choice are empty."""
+    filled = [cell for cell in cells if cell not in (None, "")]
+    if list(cells[: len(filled)]) != filled:
+        gap = next(place for place, cell in enumerate(cells) if cell in (None, ""))
+        raise DataError(f"{where}: choice {LETTERS[gap]} is empty and a later one isn't, expected some text")
+    return filled
+
+
+def _flat(rows: Rows, data: DataSection) -> Rows:
+    """Rows of ARC's JSON Lines, where a question holds its stem and its choices, in columns of their own."""
+    name = chosen_name(data, "question") or "question"
+    if name not in rows.table.column_names:
+        return rows
+    kind = rows.table.schema.field(name).type
+    if not pa.types.is_struct(kind) or not {"stem", "choices"} <= {field.name for field in kind}:
+        return rows
+    held = values_of(rows, name).to_pylist()
+    table = rows.table
+    for part in ("choices", "stem"):
+        inner = kind.field(part).type
+        values = [None if one is None else one[part] for one in held]
+        at = name if part == "stem" else part
+        column = pa.chunked_array([pa.array(values, inner)])
+        if at in table.column_names:
+            table = table.set_column(table.column_names.index(at), at, column)
+        else:
+            table = table.append_column(at, column)
+    return Rows(rows.name, table, rows.where, rows.folder, rows.class_names)
+
+
+def _choice_columns(rows: Rows, data: DataSection) -> list[str]:
+    """The column that holds all choices, or those that hold one each.
+
+    Raises:
+        DataError: there is none.
+    """
+    chosen, names = chosen_name(data, "choices"), rows.table.column_names
+    if chosen is not None and chosen not in names and "," in chosen:
+        return [
+            str(role_column(rows, "choices", part.strip(), ())) for part in chosen.split(",") if part.strip()
+        ]
+    found = role_column(rows, "choices", chosen, ("choices", *_CHOICES), required=False)
+    if found is not None:
+        return [found]
+    apart = _numbered(names) or _lettered(names)
+    if not apart:
+        raise DataError(
+            f"{rows.name}: columns {names}, expected choices (a list), or a column for each (choice0, …;"
+            ' ending0, …; option1, …; A, B, …), or their names as data.columns.choices = "one, two"'
+        )
+    return apart
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Columns such as ending0, ending1, …, in the order of their numbers, without a gap; else none."""
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        if match := _NUMBERED.fullmatch(name.strip().lower()):
+            found.setdefault(match[1], {})[int(match[2])] = name
+    for numbered in found.values():
+        first = min(numbered)
+        if len(numbered) > 1 and sorted(numbered) == list(range(first, first + len(numbered))):
+            return [numbered[number] for number in sorted(numbered)]
+    return []
+
+
+def _lettered(names: Sequence[str]) -> list[str]:
+    """Columns A, B, …, as far as they go without a gap; else none."""
+    known = {name.strip().upper(): name for name in names}
+    most = next(place for place in count() if place == len(LETTERS) or LETTERS[place] not in known)
+    return [known[letter] for letter in LETTERS[:most]] if most > 1 else []
+
+
+QUESTIONS = Questions(_ROLES)

@@ -1,0 +1,168 @@
+"""Causal models that say how likely each choice of a question is, and which one they write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from atoll.backbones.encoder import TARGETS, Batch
+from atoll.tasks.language_modeling.causal import CausalEncoder, CausalModel, prepared
+from atoll.tasks.language_modeling.template import Tokens
+from atoll.tasks.multiple_choice.options import ChoiceOptions
+from atoll.tasks.multiple_choice.parsing import parsed
+
+_PROMPT, _ORDER, _FITS = "prompt", "order", "fits"
+_WANTED, _SCORED, _TEXT = "wanted", "scored", "text"
+_SIDES = ("input_ids", "places", _WANTED, _SCORED, _TEXT)
+"""What is held of each choice."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice behind its question, and which of the learnt tokens write it: not what ends a turn."""
+
+    text: str
+    tokens: Tokens
+    scored: tuple[bool, ...]
+
+
+def prepared_question(
+    prompt: Sequence[int], choices: Sequence[Choice], order: Sequence[int], *, fits: bool
+) -> Batch:
+    """A question as shards hold it: the tokens that ask it, and its choices, the right one first.
+
+    `order` has the place of each among the question's choices. Where it doesn't fit it isn't asked.
+    """
+    held = {
+        _PROMPT: torch.tensor(list(prompt), dtype=torch.int64),
+        _ORDER: torch.tensor(list(order), dtype=torch.int64),
+        _FITS: torch.tensor([fits]),
+    }
+    for number, choice in enumerate(choices):
+        held |= {f"{number}.{name}": tensor for name, tensor in _side(choice).items()}
+    return held
+
+
+def _side(choice: Choice) -> Batch:
+    """A choice as shards hold it."""
+    own = prepared(choice.tokens)
+    places = own["places"] + 1
+    return own | {
+        _WANTED: own["input_ids"][places],
+        _SCORED: torch.tensor(choice.scored, dtype=torch.int64)[places],
+        _TEXT: torch.tensor(list(choice.text.encode()), dtype=torch.int64),
+    }
+
+
+class ChoiceEncoder(CausalEncoder):
+    """Questions of different numbers of choices in one batch."""
+
+    def collate(self, ready: Sequence[Batch]) -> Batch:
+        """All of a batch's questions, zeros behind the ends of each.
+
+        Of each choice `input_ids` and `attention_mask` [batch, choices, tokens]; `places`, `wanted` and
+        `scored` [batch, choices, learnt]; `text` [batch, choices, bytes]. Of each question its `prompt`
+        [batch, tokens] with 1 added to each token, `order` [batch, choices] and `fits` [batch, 1].
+        """
+        most = max(1, *(len(one[_ORDER]) for one in ready))
+        nothing = torch.zeros(0, dtype=torch.int64)
+        sides = [
+            {name: one.get(f"{number}.{name}", nothing) for name in _SIDES}
+            for one in ready
+            for number in range(most)
+        ]
+        batch = super().collate(sides)
+        learnt = batch["places"].shape[1]
+        batch |= {name: _filled([side[name] for side in sides], learnt) for name in (_WANTED, _SCORED)}
+        batch[_TEXT] = _filled([side[_TEXT] for side in sides])
+        batch = {name: t.view(len(ready), most, -1) for name, t in batch.items()}
+        batch[_PROMPT] = _filled([one[_PROMPT] + 1 for one in ready])
+        batch[_ORDER] = _filled([one[_ORDER] for one in ready], most)
+        batch[_FITS] = torch.stack([one[_FITS] for one in ready])
+        return batch
+
+
+def _filled(rows: Sequence[torch.Tensor], length: int | None = None) -> torch.Tensor:
+    """Rows of numbers as a table, zeros behind their ends."""
+    length = max(1, *(len(row) for row in rows)) if length is None else length
+    table = torch.zeros((len(rows), length), dtype=torch.int64)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row[:length]
+    return table
+
+
+class ChoiceModel(CausalModel):
+    """The surprise of the right choice's tokens, which is learnt; measured are all choices."""
+
+    encoder_kind = ChoiceEncoder
+    _options: ChoiceOptions
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """-log of the probability of each token of the right choice, [batch, learnt]."""
+        return super().forward(_of_choice(batch, 0) | {TARGETS: batch[TARGETS]})
+
+    def measure(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+        """(what is told of each question, the surprise of its right choice)."""
+        return self._told(batch)
+
+    def predict(self, batch: Batch) -> list[dict[str, Any]]:
+        """What is told of each question.
+
+        `likelihood` [choices] is the log of the probability of each choice's text, `order` the choices'
+        places, `texts` what they are; `written` is what the model writes, `said` for which choice it stands
+        (-1 for none). A question without choices has `written` alone, and one that doesn't fit nothing.
+        """
+        return self._told(batch)[0]
+
+    def _told(self, batch: Batch) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        likelihood, surprise = self._likelihood(batch)
+        found = []
+        for row, texts in enumerate(_texts(batch)):
+            told: dict[str, Any] = {"texts": texts, "fits": bool(batch[_FITS][row])}
+            if texts:
+                told["likelihood"] = likelihood[row, : len(texts)].cpu()
+                told["order"] = batch[_ORDER][row, : len(texts)].tolist()
+            if self._options.generated or not texts:
+                told |= self._words(batch[_PROMPT][row], told)
+            found.append(told)
+        return found, surprise
+
+    def _likelihood(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log p of each choice's text, float64 [batch, choices]; surprise of the first one's tokens)."""
+        count, most = batch[_ORDER].shape
+        surprise = torch.zeros(batch["places"].shape, device=batch["places"].device)
+        for number in range(most):
+            own = _of_choice(batch, number)
+            rows = own["attention_mask"].any(1)
+            if rows.any():
+                own = {name: t[rows] for name, t in own.items()}
+                surprise[rows, number] = super().forward(own)
+        scored = surprise.to(torch.float64) * batch[_SCORED]
+        return -scored.sum(2).view(count, most), surprise[:, 0]
+
+    def _words(self, prompt: torch.Tensor, told: dict[str, Any]) -> dict[str, Any]:
+        """What the model writes, and the place in the batch of the choice that it stands for."""
+        if not told["fits"]:
+            return {"written": "", "said": -1}
+        written = self._written(prompt[prompt > 0] - 1)
+        if not told["texts"]:
+            return {"written": written}
+        in_order = dict(zip(told["order"], told["texts"], strict=True))
+        place = parsed(written, [in_order[n] for n in sorted(in_order)], by_letter=self._options.listed)
+        return {"written": written, "said": -1 if place is None else told["order"].index(place)}
+
+
+def _of_choice(batch: Batch, number: int) -> Batch:
+    """That choice of every question, as a language model takes it, with its own tokens as targets."""
+    own = {name: batch[name][:, number] for name in ("input_ids", "attention_mask", "places")}
+    return own | {TARGETS: batch[_WANTED][:, number]}
+
+
+def _texts(batch: Batch) -> Iterator[list[str]]:
+    """The texts of each question's choices."""
+    for rows in batch[_TEXT].tolist():
+        texts = [bytes(byte for byte in row if byte).decode() for row in rows]
+        yield [text for text in texts if text]

@@ -1,0 +1,230 @@
+"""Multiple choice: of a question's choices the right one's text is learnt, as a language model's answer.
+
+Loss: that of language modelling on the right choice's text and the token that ends it. Measured is which
+choice is the likeliest: by the sum of its tokens' log-probabilities, and by that sum divided by the bytes of
+the choice's text, as the LM Evaluation Harness's `acc` and `acc_bytes` (Gao et al. 2024; its `acc_norm`
+divides by characters, of which ASCII has as many). And which one the model writes, greedily.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from atoll.backbones.encoder import Batch
+from atoll.backbones.options import options_of
+from atoll.backbones.resolve import Backbone
+from atoll.data.classification import Table
+from atoll.data.dataset import Dataset
+from atoll.data.parsers import optional_text_cell
+from atoll.data.schema import Schema
+from atoll.data.shard import Shard, canonical_order
+from atoll.data.texts import read_text_input
+from atoll.errors import DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.language_modeling.data import ASSISTANT
+from atoll.tasks.language_modeling.options import LanguageOptions
+from atoll.tasks.language_modeling.task import LanguageModeling, asked
+from atoll.tasks.language_modeling.template import Rendered, Span, joined
+from atoll.tasks.multiple_choice.data import LETTERS, QUESTIONS, choices_cell
+from atoll.tasks.multiple_choice.model import Choice, ChoiceModel, prepared_question
+from atoll.tasks.multiple_choice.options import ChoiceOptions
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question's choices as tokens, in the data's order, and the tokens that ask for an answer."""
+
+    prompt: tuple[int, ...]
+    choices: tuple[Choice, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every choice is there to its end, and behind a first token, which nothing foretells."""
+        return not any(choice.tokens.is_cut or choice.scored[0] for choice in self.choices)
+
+
+@dataclass(frozen=True)
+class MultipleChoice(LanguageModeling):
+    """Targets are those of language modelling, of the right choice alone."""
+
+    told = ()
+
+    options_kind: ClassVar[type[LanguageOptions]] = ChoiceOptions
+    model_kind = ChoiceModel
+    schema: ClassVar[Schema] = QUESTIONS
+
+    name: str = "multiple-choice"
+    summary: str = (
+        "one of several choices; Llama, GPT-2, Qwen, …; accuracy by likelihood and in words, unparsable rate"
+    )
+    primary_metric: str = "accuracy"
+    options: ChoiceOptions = field(default_factory=ChoiceOptions)
+
+    def records(self, options: Options) -> Schema:
+        return replace(QUESTIONS, answers=options_of(options, ChoiceOptions).answers)
+
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        return self.schema.adopted(splits)
+
+    def notes_on(
+        self, source: Path, data: DataSection, options: Options, backbone: Backbone
+    ) -> Sequence[str]:
+        bound, table = self.of_options(options, backbone), self.read(source, data, options)
+        parts = [part for part in (table.train, table.test) if part is not None]
+        asked_all = [one for part in parts for one in bound.questions(part)]
+        right = [
+            question.choices[place].tokens
+            for question, place in zip(
+                asked_all, [place for part in parts for place in part["answer"][:]], strict=True
+            )
+        ]
+        most = f"task.options.max_tokens = {bound.options.max_tokens}"
+        return (
+            f"{sum(len(one.ids) for one in right)} tokens of questions with their right choices,"
+            f" of which {sum(sum(one.learnt) for one in right)} are learnt",
+            f"{sum(not one.fits for one in asked_all)} of {len(asked_all)} questions don't fit with each of"
+            f" their choices into {most}; they are measured as wrong",
+        )
+
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order, answers, questions = canonical_order(keys), dataset["answer"][:], self.questions(dataset)
+        inputs = []
+        for row in order:
+            question, right = questions[row], answers[row]
+            places = [right, *(place for place in range(len(question.choices)) if place != right)]
+            choices = [question.choices[place] for place in places]
+            inputs.append(prepared_question(question.prompt, choices, places, fits=question.fits))
+        targets = self.targets([questions[row].choices[answers[row]].tokens for row in order])
+        return Shard(tuple(inputs), targets, tuple(keys[row] for row in order))
+
+    def questions(self, dataset: Dataset) -> list[Question]:
+        """Every row as tokens, in the order of the rows.
+
+        Raises:
+            DataError: the template doesn't take one of them.
+        """
+        rows = zip(dataset["question"][:], dataset["choices"][:], strict=True)
+        return [self._question(*row, f"question {number}") for number, row in enumerate(rows, start=1)]
+
+    def _question(self, question: str, texts: Sequence[str], where: str) -> Question:
+        prompt = self.prompt(question, texts)
+        choices = []
+        for text in texts:
+            rendered, span = self._chosen(prompt, text, where)
+            choices.append(Choice(text, self.coder.tokens(rendered), self.coder.writes(rendered, span)))
+        return Question(tuple(self.prompt_tokens(prompt, where)), tuple(choices))
+
+    def prompt(self, question: str, texts: Sequence[str]) -> str:
+        """A question with its choices below it, a line each, unless the job has them told by the model alone.
+
+        >>> MultipleChoice(options=ChoiceOptions(template="")).prompt("Where?", ["Here", "There"])
+        'Where?\\nA. Here\\nB. There\\nAnswer:'
+        """
+        if not self.options.listed:
+            return question
+        lines = [f"{LETTERS[place]}. {text}" for place, text in enumerate(texts)]
+        asks = ["Answer:"] if self.template is None else []
+        return "\n".join(([question] if question else []) + lines + asks)
+
+    def _chosen(self, prompt: str, text: str, where: str) -> tuple[Rendered, Span]:
+        """A choice behind its question, and the characters whose likelihood is the choice's.
+
+        Without a template a blank stands before it, which the choice's first token writes.
+        """
+        if self.template is None:
+            rendered = joined(prompt, f" {text}")
+            return rendered, rendered.learnt[0]
+        rendered = self.conversation([*asked(prompt), {"role": ASSISTANT, "content": text}], where)
+        ((begin, end),) = rendered.learnt
+        found = rendered.text.find(text, begin, end)
+        if found < 0:
+            raise DataError(
+                f"{where}: the chat template writes a choice in another way, expected it as it is"
+            )
+        return rendered, (found, found + len(text))
+
+    def parse_input(self, given: str) -> Batch:
+        """A question alone, or a JSON object with `question` and `choices`.
+
+        Raises:
+            DataError: it can't be read, is empty, has no sound choices, or the template doesn't take it.
+        """
+        text = read_text_input(given)
+        if not text.lstrip().startswith("{"):
+            return prepared_question(self.prompt_tokens(text, "the prompt"), (), (), fits=True)
+        where = "the question"
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{where}: no JSON: {error}; expected question and choices") from None
+        if not {"question", "choices"} <= found.keys():
+            raise DataError(f"{where}: {', '.join(found) or 'nothing'}, expected question and choices")
+        asked_of = optional_text_cell(found["question"], where)
+        question = self._question(asked_of, choices_cell(found["choices"], where).texts, where)
+        order = range(len(question.choices))
+        return prepared_question(question.prompt, question.choices, order, fits=question.fits)
+
+    def asked_and_said(self, held: Batch) -> tuple[torch.Tensor, str]:
+        return held["prompt"], bytes(held["0.text"].tolist()).decode()
+
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
+        from torchmetrics import Metric, MetricCollection
+
+        from atoll.tasks.multiple_choice import metrics
+
+        own: dict[str, Metric | MetricCollection] = {
+            "accuracy": metrics.LikelihoodAccuracy(),
+            "accuracy_per_byte": metrics.ByteLikelihoodAccuracy(),
+        }
+        if self.options.generated:
+            own |= {
+                "accuracy_generated": metrics.GeneratedAccuracy(),
+                "unparsable_rate": metrics.UnparsableRate(),
+            }
+        return MetricCollection(own, compute_groups=False)
+
+    def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
+        """(log-likelihoods and bytes of choices [n, choices], what was said [n], whether all fits [n])."""
+        most = max(len(told["texts"]) for told in predictions)
+        likelihood = torch.full((len(predictions), most), -torch.inf, dtype=torch.float64)
+        size = torch.ones((len(predictions), most), dtype=torch.int64)
+        for row, told in enumerate(predictions):
+            likelihood[row, : len(told["texts"])] = told["likelihood"]
+            size[row, : len(told["texts"])] = torch.tensor([len(text.encode()) for text in told["texts"]])
+        said = torch.tensor([told.get("said", -1) for told in predictions])
+        return likelihood, size, said, torch.tensor([told["fits"] for told in predictions])
+
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
+        return [_in_words(told) for told in predictions]
+
+
+def _in_words(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a question: the likeliest choice, each one's log-likelihood, and what was written."""
+    written = {"written": told["written"]} if "written" in told else {}
+    if not told["texts"]:
+        return {"label": told["written"]}
+    if not told["fits"]:
+        return {"label": "", "fits": False}
+    likelihood = dict(zip(told["texts"], told["likelihood"].tolist(), strict=True))
+    said = told.get("said", -1)
+    chosen = {"said": told["texts"][said] if said >= 0 else None} if written else {}
+    return (
+        {"label": max(likelihood, key=likelihood.__getitem__), "log_likelihood": likelihood}
+        | written
+        | chosen
+    )
+
+
+MULTIPLE_CHOICE = MultipleChoice()
