@@ -68,18 +68,15 @@ class FileObjectStore(SqlObjectStore):
             if object_id != get_object_id(object_content):
                 raise ValueError(f"Object ID {object_id} does not match content hash")
             validate_object_content(content=object_content)
-        name = uuid.uuid4().hex
+        name, is_new = uuid.uuid4().hex, False
         path = self._folder / name
         try:
             path.write_bytes(object_content)
             is_new = self._record(object_id, IN_FILE + name.encode())
-        except BaseException:  # which goes on: a file without a row is nobody's
-            path.unlink(missing_ok=True)
-            raise
-        if is_new:
-            return
-        path.unlink()
-        if object_id not in self:
+        finally:
+            if not is_new:
+                path.unlink(missing_ok=True)
+        if not is_new and object_id not in self:
             raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
 
     def _record(self, object_id: str, content: bytes) -> bool:
