@@ -232,14 +232,38 @@ def _column(name: str, rows: Sequence[dict[str, object]], where: Callable[[int],
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
         pass
-    kinds = [type(value).__name__ for value in values]
-    known = next(index for index, value in enumerate(values) if value is not None)
-    odd = next(
-        (index for index in range(known, len(kinds)) if kinds[index] not in (kinds[known], "NoneType")), known
-    )
-    raise DataError(
-        f"{where(odd)}: column {name!r} is {kinds[odd]}, expected {kinds[known]} as in {where(known)}"
-    )
+    raise DataError(_disagreement(name, values, where))
+
+
+def _disagreement(name: str, values: Sequence[object], where: Callable[[int], str]) -> str:
+    """Name the first row that has another kind of value than a row before it, wherever in the column."""
+    first: dict[str, tuple[str, int]] = {}
+    for row, value in enumerate(values):
+        for place, kind in _kinds(value):
+            known, at = first.setdefault(place, (kind, row))
+            if kind != known:
+                inside = f": {place.lstrip('.')!r}" if place else ""
+                here = f"{known} as in {where(at)}" if at != row else f"{known} as before it"
+                return f"{where(row)}: column {name!r}{inside} is {kind}, expected {here}"
+    return f"{where(0)}: column {name!r} has numbers that don't fit into 64 bits, expected smaller ones"
+
+
+def _kinds(value: object, place: str = "") -> Iterator[tuple[str, str]]:
+    """Where in a JSON value there is which kind of one; the places of a list count as one place.
+
+    >>> list(_kinds([{"role": "user", "turn": 1.5}, {"role": None}]))
+    [('', 'list'), ('[]', 'dict'), ('[].role', 'str'), ('[].turn', 'number'), ('[]', 'dict')]
+    """
+    if value is None:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    yield place, "number" if is_number else type(value).__name__
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _kinds(inner, f"{place}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _kinds(inner, f"{place}[]")
 
 
 # Arrow
