@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_a_bad_pair_is_one_line(tmp_path: Path, spoil: Callable[[Path], None], s
         SEGMENTATION.read(tmp_path / "d", DATA, {})
     assert "\n" not in str(told.value) and "0.png" in str(told.value)
     assert SEGMENTATION.inspect(tmp_path / "d", DATA, {}).bad == 1
+
+
+@pytest.mark.parametrize(("drawn", "said"), [(255, "255 stands for pixels that are ignored"), (0, "is 0$")])
+def test_masks_of_one_class_alone_are_remarked(tmp_path: Path, drawn: int, said: str) -> None:
+    root = folder(tmp_path / "d")
+    for path in (root / "masks").iterdir():
+        mask = np.asarray(Image.open(path))
+        path.write_bytes(png(np.where(mask == 1, drawn, 0).astype(np.uint8)))
+    (note,) = SEGMENTATION.inspect(root, DATA, {}).notes
+    assert note.startswith("train: the only class in all masks is 0") and re.search(said, note)
+    assert SEGMENTATION.read(root, DATA, {}).notes == (note,)
+    assert SEGMENTATION.inspect(folder(tmp_path / "two"), DATA, {}).notes == ()
 
 
 def test_a_class_without_name_is_refused(tmp_path: Path) -> None:

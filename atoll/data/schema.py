@@ -79,6 +79,10 @@ def _any_will_do(parts: Mapping[str, Any], where: str) -> None:
     return None
 
 
+def _nothing_odd(dataset: Dataset) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Schema:
     """How a task's data is read: its roles, by what examples are counted, and other layouts."""
@@ -89,6 +93,8 @@ class Schema:
     layout: str = f"one file of {', '.join(SUFFIXES)}"
     check_row: Callable[[Mapping[str, Any], str], None] = _any_will_do
     """Raises DataError where an example's parts, each sound, don't fit one another."""
+    odd: Callable[[Dataset], str | None] = _nothing_odd
+    """What is remarkable in the sound examples of a split together, if anything is."""
 
     def read(self, path: Path, data: DataSection) -> Table:
         """The checked examples at `path`.
@@ -110,8 +116,7 @@ class Schema:
         for split, table in splits.items():
             if not table.num_rows:
                 raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
-        keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
-        _remark(keys, diagnostics)
+        keys = self._remark(splits, diagnostics)
         counts = diagnostics.counts_of(sum(map(len, keys.values())))
         return _table(splits, diagnostics.notes, counts)
 
@@ -119,8 +124,7 @@ class Schema:
         """What `atoll check` tells of gathered splits."""
         if not diagnostics.problems and not any(table.num_rows for table in splits.values()):
             raise DataError(f"{shown(path)}: no examples to train on, expected at least one")
-        keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
-        _remark(keys, diagnostics)
+        keys = self._remark(splits, diagnostics)
         return Findings(
             train=self._counts(splits.get("train")),
             test=self._counts(splits.get("test")),
@@ -132,6 +136,15 @@ class Schema:
             class_counts=self.count_by or "",
             counts=() if diagnostics.problems else diagnostics.counts_of(sum(map(len, keys.values()))),
         )
+
+    def _remark(self, splits: Mapping[str, pa.Table], diagnostics: Diagnostics) -> dict[str, list[bytes]]:
+        """Note what is remarkable; return the hashes of each split's examples."""
+        keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
+        _remark(keys, diagnostics)
+        for split, table in splits.items():
+            if table.num_rows and (found := self.odd(Dataset(table))):
+                diagnostics.warning(f"{split}: {found}")
+        return keys
 
     def adopted(self, splits: Mapping[str, pa.Table], counts: Sequence[Counts] = ()) -> Table:
         """Splits that are canonical already, such as a built-in source's."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from atoll.backbones.dense_vision import picture_size
+from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.folders import checked_file, listing
 from atoll.data.images import decode
@@ -101,6 +102,22 @@ def _by_stem(folder: Path, root: Path, diagnostics: Diagnostics) -> dict[str, Pa
     return found
 
 
+def _one_class_alone(dataset: Dataset) -> str | None:
+    """Masks of one class, which teach nothing: most often white on black, where 255 means the object."""
+    found: set[int] = set()
+    for cell in dataset.cells("mask"):
+        found.update(np.unique(read_mask(file_bytes(cell, "mask"), "mask")).tolist())
+        if len(found - {IGNORED}) > 1:
+            return None
+    known = ", ".join(map(str, found - {IGNORED})) or "none"
+    if IGNORED not in found:
+        return f"the only class in all masks is {known}"
+    return (
+        f"the only class in all masks is {known}, for {IGNORED} stands for pixels that are ignored;"
+        " objects drawn in white need the value 1"
+    )
+
+
 MASKS = Schema(
     (
         picture_field(decode),
@@ -109,6 +126,7 @@ MASKS = Schema(
     open_layout=_folders,
     layout=f"images/ and masks/ with equal names, or one file of {', '.join(SUFFIXES)}",
     check_row=_same_size,
+    odd=_one_class_alone,
 )
 
 
