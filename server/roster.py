@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.data.diagnostics import Counts, counts_from_json, total
+from atoll.data.labels import alike
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.messages import DataInfo, Hello
@@ -109,7 +110,7 @@ class ClientRoster:
         told = [info[key] for info in self.data_info for key in CLASS_FIELDS if key in info]
         if not told or any(info.get("pinned") for info in self.data_info):
             return []
-        remarks = [f"classes {words} differ by case or space only" for words in _alike(told)]
+        remarks = [f"classes {words} differ by case or space only" for words in alike(told)]
         if len(told) < 2 or len(told) != len(self.names):
             return remarks
         alone = [f"{name!r} ({self.names[site]})" for name, site in _of_one_site(told)]
@@ -126,18 +127,6 @@ class ClientRoster:
         told = [f"{client}: {reason}" for reason, client in list(first.items())[:3]]
         more = [f"and {len(first) - 3} other reasons"] if len(first) > 3 else []
         return f" ({'; '.join(told + more)})" if told else ""
-
-
-def _alike(told: Sequence[Sequence[str]]) -> list[str]:
-    """Classes of any site that a person would read as one, written out.
-
-    >>> _alike([["Sport", "news"], ["sport", "fine  art"], ["fine art"]])
-    ["'Sport', 'sport'", "'fine  art', 'fine art'"]
-    """
-    groups: dict[str, list[str]] = {}
-    for name in sorted({name for names in told for name in names}):
-        groups.setdefault("".join(name.split()).casefold(), []).append(name)
-    return [", ".join(map(repr, names)) for names in groups.values() if len(names) > 1]
 
 
 def _of_one_site(told: Sequence[Sequence[str]]) -> list[tuple[str, int]]:

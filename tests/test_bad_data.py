@@ -456,6 +456,14 @@ def test_bad_data_gets_one_line_and_nothing_changes(case, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_classes_that_a_person_reads_as_one_are_remarked_before_a_run(tmp_path):
+    (tmp_path / "d.csv").write_text(HEAD + "x,Good\ny,good \nz,bad\n")
+    assert (
+        "classes 'Good', 'good' differ by case or space only"
+        in inspect(tmp_path / "d.csv", "text-classification").notes
+    )
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.error], ids=lambda case: case.id)
 def test_findings_tell_of_bad_examples_without_raising_unless_there_is_nothing(case, tmp_path):
     task = "image-classification" if case.images else "text-classification"

@@ -30,7 +30,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts, Diagnostics, shown
 from atoll.data.folders import checked_file
 from atoll.data.images import Depth, decode, image_bytes, remark, seen_picture
-from atoll.data.labels import class_name
+from atoll.data.labels import alike, class_name
 from atoll.data.layouts import (
     collecting_errors,
     image_classes,
@@ -315,6 +315,8 @@ def _contradictions(examples: Iterable[_Example]) -> int:
 
 
 def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, diagnostics: Diagnostics) -> Findings:
+    for words in alike([[one.label for one in found] for found in examples.values()]):
+        diagnostics.warning(f"classes {words} differ by case or space only")
     _remark_all(examples, diagnostics)
     sizes = sorted(example.size for found in examples.values() for example in found)
     return Findings(
