@@ -135,3 +135,11 @@ def test_a_kit_with_a_missing_key_is_refused(tmp_path: Path) -> None:
     (kits[1] / "node.key").unlink()
     with pytest.raises(ConfigError, match=r"node\.key: missing from the kit"):
         SiteKit.load(kits[1])
+
+
+def test_a_kit_of_the_other_kind_is_called_what_it_is(tmp_path: Path) -> None:
+    server, north, _ = provision(written(tmp_path, GOOD), tmp_path / "kits")
+    with pytest.raises(ConfigError, match=r"north: a site's kit, expected the server's kit$"):
+        ServerKit.load(north)
+    with pytest.raises(ConfigError, match=r"server: the server's kit, expected a site's kit$"):
+        SiteKit.load(server)

@@ -223,6 +223,11 @@ def _kit_table(folder: Path, model: type[TableT]) -> TableT:
             f"{folder}: is no kit (it has no kit.toml); atoll provision makes kits, and after atoll enroll"
             " atoll accept does"
         )
+    kinds = {"sites": "the server's kit", "name": "a site's kit"}
+    others = [key for key in kinds if key in read_toml(folder / "kit.toml") and key not in model.model_fields]
+    if others:
+        wanted = next(kind for key, kind in kinds.items() if key in model.model_fields)
+        raise ConfigError(f"{folder}: {kinds[others[0]]}, expected {wanted}")
     return read_table(folder / "kit.toml", model)
 
 
