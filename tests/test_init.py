@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,16 @@ def test_data_that_cannot_be_used_gets_no_job(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("value", ['a"b\\c\n', [1, 2.5, "x"], {"a": ["b"], "c": True}, 0.003])
 def test_values_are_written_as_toml_reads_them(value: Any) -> None:
     assert tomllib.loads(f"x = {in_toml(value)}")["x"] == value
+
+
+def test_the_commands_that_it_proposes_can_be_typed_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = reviews(tmp_path)
+    assert run(["init", "text-classification", str(data), "--out", "my job.toml"]) == 0
+    assert "run it  atoll simulate 'my job.toml'\n" in capsys.readouterr().out
+    data.write_text("text,label\n,a\n,b\nx,a\n")
+    assert run(["init", "text-classification", str(data), "--out", "other.toml"]) == 2
+    proposed = capsys.readouterr().err.strip().partition("see: ")[2]
+    assert shlex.split(proposed) == ["atoll", "check", str(data), "--task", "text-classification"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 import stat
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError, JobError
-from atoll.server.deploy.status import Federation, Run, answering, short_path, status
+from atoll.server.deploy.status import Federation, Run, answering, no_server, short_path, status
 from atoll.system.child_process import free_port
 from tests.federation.places import provisioned
 
@@ -80,6 +81,12 @@ def test_a_server_that_was_killed_is_none_and_its_socket_is_no_hindrance(kit: Pa
     assert status_fails(kit)
     with answering(kit / "state", lambda: STANDS):
         assert status(kit) == STANDS
+
+
+def test_a_command_that_is_proposed_can_be_typed_as_it_stands(tmp_path: Path) -> None:
+    folder = tmp_path / "my kit"
+    said = str(no_server(folder))
+    assert shlex.split(said.partition("start one with: ")[2]) == ["atoll", "serve", str(folder)]
 
 
 def test_an_answer_that_cannot_be_made_costs_the_next_one_nothing(kit: Path) -> None:

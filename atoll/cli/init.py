@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -173,7 +174,8 @@ def init(
         where.unlink()
         raise
     out().print(f"job     {escape(str(where))}", highlight=False, soft_wrap=True)
-    out().print(f"run it  atoll simulate {escape(str(where))}", highlight=False, soft_wrap=True)
+    command = shlex.join(["atoll", "simulate", str(where)])
+    out().print(f"run it  {escape(command)}", highlight=False, soft_wrap=True)
 
 
 def _look(task: str, section: DataSection, options: dict[str, Any]) -> tuple[Findings, Dataset, bool]:
@@ -187,9 +189,10 @@ def _look(task: str, section: DataSection, options: dict[str, Any]) -> tuple[Fin
     data = Path(section.source)
     findings = task_named(task).inspect(data, section, options)
     if findings.bad:
+        looked = ["atoll", "check", str(data), "--task", task]
         raise DataError(
             findings.problems[0] if findings.bad == 1
-            else f"{data}: {findings.bad} examples cannot be used; see: atoll check {data} --task {task}"
+            else f"{data}: {findings.bad} examples cannot be used; see: {shlex.join(looked)}"
         )  # fmt: skip
     table = task_named(task).read(data, section, options)
     return findings, table.train, table.test is not None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -143,7 +144,7 @@ def enroll(
     from atoll.kit.enrolment import enroll as make_request
 
     echo(f"request  {make_request(kit, name, client or ())}: send it to the federation's administrator")
-    echo(f"then     atoll accept {kit} ANSWER, the folder that comes back")
+    echo(f"then     atoll accept {shlex.quote(str(kit))} ANSWER, the folder that comes back")
 
 
 def accept(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -110,7 +111,9 @@ def status(kit: Path) -> Federation:
 
 def no_server(kit: Path) -> ConfigError:
     """What to raise where no server runs on the kit."""
-    return ConfigError(f"{kit}: no server runs on this kit; start one with: atoll serve {kit}")
+    return ConfigError(
+        f"{kit}: no server runs on this kit; start one with: atoll serve {shlex.quote(str(kit))}"
+    )
 
 
 @contextmanager

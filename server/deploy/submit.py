@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,8 +46,9 @@ def submit(
         run = follow(kit, run_id, show=show, tell=tell)
     except KeyboardInterrupt:
         tell(f"run {run_id} goes on")
-        tell(f"follow it with: atoll logs {run_id} --server {kit}")
-        tell(f"stop it with:   atoll stop {run_id} --server {kit}")
+        server = shlex.join([str(run_id), "--server", str(kit)])
+        tell(f"follow it with: atoll logs {server}")
+        tell(f"stop it with:   atoll stop {server}")
         raise
     if not run.completed:
         raise JobError(f"run {run.run_id} {run.outcome}: {run.details or 'no reason given'}")
