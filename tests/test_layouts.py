@@ -292,3 +292,23 @@ def test_a_file_beside_the_job_needs_no_dot_and_slash(tmp_path: Path) -> None:
     ):
         job = Job.parse({**table, "data": {"source": source, "test": source}}, origin="t", folder=tmp_path)
         assert job.data.source == expected and job.data.test == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("token-classification", "expected CoNLL files (.conll, "),
+        ("forecasting", "expected one file of .csv, "),
+        ("segmentation", "expected images/ and masks/ "),
+    ],
+)
+def test_what_is_no_data_of_a_task_is_told_what_the_task_reads(
+    task: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "d.xlsx").write_bytes(b"PK")
+    for name, found in (("empty", "holds nothing"), ("d.xlsx", "format '.xlsx'"), ("no", "no such file")):
+        with pytest.raises(DataError) as caught:
+            task_named(task).read(tmp_path / name, DATA, {})
+        said = str(caught.value)
+        assert said.startswith(f"{tmp_path / name}: {found}") and expected in said and "class" not in said

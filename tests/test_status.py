@@ -14,7 +14,9 @@ import pytest
 from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError, JobError
 from atoll.server.deploy.status import Federation, Run, answering, no_server, short_path, status
+from atoll.server.deploy.submit import control_address
 from atoll.system.child_process import free_port
+from atoll.system.lock import hold
 from tests.federation.places import provisioned
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +89,23 @@ def test_a_command_that_is_proposed_can_be_typed_as_it_stands(tmp_path: Path) ->
     folder = tmp_path / "my kit"
     said = str(no_server(folder))
     assert shlex.split(said.partition("start one with: ")[2]) == ["atoll", "serve", str(folder)]
+
+
+def test_a_server_that_is_starting_is_told_and_waited_for(kit: Path) -> None:
+    told: list[str] = []
+    with hold(kit / "state" / "serve.lock") as lock:
+        with pytest.raises(JobError, match="the server on this kit is starting"):
+            status(kit)
+
+        def tell(line: str) -> None:
+            told.append(line)
+            (kit / "state" / "serve.json").write_text('{"control": "127.0.0.1:4711", "health": ""}')
+
+        assert control_address(kit, tell) == "127.0.0.1:4711"
+        (kit / "state" / "serve.json").unlink()
+        with pytest.raises(ConfigError, match="no server runs on this kit"):
+            control_address(kit, lambda line: lock.close())  # it ends before it is ready
+    assert told == [f"the server on {kit} is starting; waiting for it"]
 
 
 def test_an_answer_that_cannot_be_made_costs_the_next_one_nothing(kit: Path) -> None:

@@ -47,14 +47,19 @@ ClassReader = Callable[[Path, Path, Diagnostics], Rows]
 """Reads (shard, folder that holds the class folders) into canonical rows."""
 
 
-def open_shard(path: Path, read_classes: ClassReader, diagnostics: Diagnostics) -> dict[str, Rows]:
-    """The rows of "train" and, where there is one, of "test"."""
+def open_shard(
+    path: Path, read_classes: ClassReader, diagnostics: Diagnostics, *, expected: str = _EXPECTED
+) -> dict[str, Rows]:
+    """The rows of "train" and, where there is one, of "test"; `expected` says in words what can be read."""
     if not path.exists():
-        raise NoDataError(f"{shown(path)}: no such file or folder, expected {_EXPECTED}")
-    if not path.is_dir():
-        found = {"train": tables.read_file(checked_file(path, path.resolve().parent), diagnostics)}
+        raise NoDataError(f"{shown(path)}: no such file or folder, expected {expected}")
+    if path.is_dir():
+        found = _open_folder(path, read_classes, diagnostics, expected)
     else:
-        found = _open_folder(path, read_classes, diagnostics)
+        file, suffix = checked_file(path, path.resolve().parent), path.suffix.lower()
+        if suffix not in tables.SUFFIXES:
+            raise DataError(f"{shown(path)}: format {suffix or 'unknown'!r}, expected {expected}")
+        found = {"train": tables.read_file(file, diagnostics)}
     return used_splits(found, path, diagnostics)
 
 
@@ -73,7 +78,9 @@ def used_splits(splits: dict[str, Rows], path: Path, diagnostics: Diagnostics) -
     return {name: splits[name] for name in USED_SPLITS if name in splits}
 
 
-def _open_folder(path: Path, read_classes: ClassReader, diagnostics: Diagnostics) -> dict[str, Rows]:
+def _open_folder(
+    path: Path, read_classes: ClassReader, diagnostics: Diagnostics, expected: str
+) -> dict[str, Rows]:
     entries = listing(path, path, diagnostics)
     if tables.is_saved_dataset(path):
         _check_links(path, path, diagnostics)
@@ -83,7 +90,8 @@ def _open_folder(path: Path, read_classes: ClassReader, diagnostics: Diagnostics
     folders = [entry for entry in entries if entry.is_dir()]
     if not folders and not any(entry.is_symlink() for entry in entries):
         found = f"{len(entries)} files" if entries else "nothing"
-        raise NoDataError(f"{shown(path)}: holds {found} and no class folder, expected {_EXPECTED}")
+        lacks = " and no class folder" if expected == _EXPECTED else ""
+        raise NoDataError(f"{shown(path)}: holds {found}{lacks}, expected {expected}")
     if _is_split(folders):
         return {split.name: _open_split(path, split, read_classes, diagnostics) for split in folders}
     return {"train": read_classes(path, path, diagnostics)}

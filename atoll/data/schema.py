@@ -190,7 +190,7 @@ class Schema:
         return found
 
     def _opened(self, path: Path, diagnostics: Diagnostics) -> dict[str, Rows]:
-        return open_shard(path, self._no_classes, diagnostics)
+        return open_shard(path, self._no_classes, diagnostics, expected=self.layout)
 
     def has(self, path: Path, *names: str) -> bool:
         """Whether rows with these columns lie at a path; what can't be opened has none."""

@@ -17,7 +17,7 @@ from atoll.server.deploy.connection_limits import ConnectionLimits
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
 from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
-from atoll.server.deploy.status import Federation, Run, answering
+from atoll.server.deploy.status import Federation, Run, answering, lock_path
 from atoll.server.deploy.superlink import TOKEN_FILE, new_token, token_path
 from atoll.server.deploy.supervision import RunSupervisor
 from atoll.system.child_process import Child, environment, free_port
@@ -53,7 +53,7 @@ def serve(
     wanted = address_from(health_address) if health_address else None
     stop = stop or threading.Event()
     with ExitStack() as stack:
-        stack.enter_context(only_one(loaded.state / "serve.lock", "a server"))
+        stack.enter_context(only_one(lock_path(loaded), "a server"))
         listener = stack.enter_context(listen(loaded.address))
         health = Health()
         where = stack.enter_context(answered(health, wanted))

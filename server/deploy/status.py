@@ -20,6 +20,7 @@ from typing import Any
 
 from atoll.errors import ConfigError, JobError
 from atoll.kit.kit import ServerKit
+from atoll.system.lock import is_held
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,17 @@ def status(kit: Path) -> Federation:
 
     Raises:
         ConfigError: no server runs on the kit.
+        JobError: it is starting or ending, or does not answer.
     """
-    folder = ServerKit.load(kit).state
+    loaded = ServerKit.load(kit)
     try:
-        with socket.socket(socket.AF_UNIX) as asking, short_path(folder) as path:
+        with socket.socket(socket.AF_UNIX) as asking, short_path(loaded.state) as path:
             asking.settimeout(ANSWER_SECONDS)
             asking.connect(f"{path}/{NAME}")
             text = b"".join(iter(lambda: asking.recv(65536), b"")).decode("utf-8")
     except (FileNotFoundError, ConnectionRefusedError):
+        if is_held(lock_path(loaded)):
+            raise JobError(f"{kit}: the server on this kit is starting; ask again in a while") from None
         raise no_server(kit) from None
     except PermissionError:
         raise ConfigError(f"{kit}: the server that runs on this kit is another user's") from None
@@ -107,6 +111,11 @@ def status(kit: Path) -> Federation:
         return Federation.from_json(text)
     except (ValueError, KeyError, TypeError):
         raise JobError(f"{kit}: the server that runs on this kit is ending, or of another version") from None
+
+
+def lock_path(kit: ServerKit) -> Path:
+    """The file that a server holds locked from its start to its end."""
+    return kit.state / "serve.lock"
 
 
 def no_server(kit: Path) -> ConfigError:

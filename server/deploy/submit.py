@@ -14,8 +14,9 @@ from atoll.kit.kit import ServerKit
 from atoll.server.audit_log import ServerAuditLog
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.serve import runtime_path
-from atoll.server.deploy.status import Run, no_server
+from atoll.server.deploy.status import Run, lock_path, no_server
 from atoll.server.deploy.supervision import Record, became, goes_on
+from atoll.system.lock import is_held
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def submit(
     `show` gets the run's log line by line. Raises JobError unless the run completed. A
     KeyboardInterrupt leaves the run going, after `tell` got how to follow and to stop it.
     """
-    with _control(kit) as control:
+    with _control(kit, tell) as control:
         audit = ServerAuditLog.open(ServerKit.load(kit).state, Job.from_json(job_json))
         run_id = control.start_job(job_json, str(out.resolve()))
     audit.submitted(run_id, out.resolve())
@@ -119,15 +120,29 @@ def stop(kit: Path, run_id: int) -> Run:
 
 
 @contextmanager
-def _control(kit: Path) -> Iterator[FlowerControlClient]:
+def _control(kit: Path, tell: Callable[[str], None] = logger.info) -> Iterator[FlowerControlClient]:
     """The Control API of the server that runs on the kit."""
-    loaded = ServerKit.load(kit)
-    try:
-        address = json.loads(runtime_path(loaded).read_text(encoding="utf-8"))["control"]
-    except FileNotFoundError:
-        raise no_server(kit) from None
-    control = FlowerControlClient(address, loaded)
+    control = FlowerControlClient(control_address(kit, tell), ServerKit.load(kit))
     try:
         yield control
     finally:
         control.close()
+
+
+def control_address(kit: Path, tell: Callable[[str], None] = logger.info) -> str:
+    """Where the Control API of the server on the kit is, once a server that is starting has told it.
+
+    Raises:
+        ConfigError: no server runs on the kit, or one ends before it is ready.
+    """
+    loaded, has_told = ServerKit.load(kit), False
+    while True:
+        try:
+            return str(json.loads(runtime_path(loaded).read_text(encoding="utf-8"))["control"])
+        except (FileNotFoundError, json.JSONDecodeError):  # not there, or being written
+            if not is_held(lock_path(loaded)):
+                raise no_server(kit) from None
+        if not has_told:
+            tell(f"the server on {kit} is starting; waiting for it")
+            has_told = True
+        time.sleep(0.2)

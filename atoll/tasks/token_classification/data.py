@@ -18,6 +18,7 @@ from atoll.data.tables import SUFFIXES, Rows
 from atoll.data.texts import MAX_TEXT_BYTES
 from atoll.errors import DataError
 from atoll.job.job import DataSection
+from atoll.tasks.token_classification.conll import SUFFIXES as CONLL_SUFFIXES
 from atoll.tasks.token_classification.conll import open_conll
 from atoll.tasks.token_classification.metrics import MARKS, OUTSIDE
 
@@ -126,6 +127,6 @@ class Sentences(Schema):
 SENTENCES = Sentences(
     (_TOKENS, _TAGS),
     open_layout=open_conll,
-    layout=f"CoNLL files, or one file of {', '.join(SUFFIXES)}",
+    layout=f"CoNLL files ({', '.join(CONLL_SUFFIXES)}), or one file of {', '.join(SUFFIXES)}",
     check_row=_one_each,
 )
