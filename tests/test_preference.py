@@ -299,6 +299,17 @@ def test_bad_rows_are_told_in_one_line(tmp_path: Path, row: dict[str, Any], prob
     assert "\n" not in str(told.value)
 
 
+def test_pairs_that_prefer_nothing_are_remarked(tmp_path: Path) -> None:
+    same = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]
+    for name, rows in {
+        "a.jsonl": [*ROWS, {"prompt": "hi", "chosen": "a", "rejected": "a"}],
+        "b.jsonl": [{"chosen": same, "rejected": same}],
+    }.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said = f"train: 1 of {len(rows)} pairs prefer nothing, chosen and rejected are the same"
+        assert said in PREFERENCE.read(tmp_path / name, DataSection(source="x"), {}).notes
+
+
 def test_check_counts_what_is_learnt_and_cut(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*ROWS, {
         "prompt": "long " * 30, "chosen": "a", "rejected": "b"})))  # fmt: skip

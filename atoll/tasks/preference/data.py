@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from atoll.data.columns import values_of
+from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Diagnostics
 from atoll.data.parsers import optional_text_cell, text_cell
 from atoll.data.schema import Schema, SchemaField
@@ -53,4 +54,13 @@ def _holds_messages(rows: Rows, column: str) -> bool:
     return isinstance(found, list) and all(isinstance(one, dict) and "role" in one for one in found)
 
 
-PREFERENCES = Preferences(tuple(_ROLES.values()))
+def _prefer_nothing(dataset: Dataset) -> str | None:
+    """Pairs that are equal teach nothing, and are measured as wrong."""
+    pairs = zip(dataset.cells("chosen"), dataset.cells("rejected"), strict=True)
+    count = sum(chosen == rejected for chosen, rejected in pairs)
+    return (
+        f"{count} of {len(dataset)} pairs prefer nothing, chosen and rejected are the same" if count else None
+    )
+
+
+PREFERENCES = Preferences(tuple(_ROLES.values()), odd=_prefer_nothing)
