@@ -500,6 +500,22 @@ def test_check_says_how_many_examples_are_cut(llama: Path, tmp_path: Path) -> No
     )
 
 
+def test_check_says_which_roles_the_template_does_not_write(tmp_path: Path) -> None:
+    knows = (
+        "{% for m in messages %}{% if m.role != 'developer' %}"
+        "{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    backbone = resolve(
+        BackboneSection(name=str(small_llama(tmp_path / "m", tokenizer=byte_tokenizer(template=knows)))), 0
+    )
+    asked = [{"role": "user", "content": " hi"}, {"role": "assistant", "content": "he"}]
+    rows = [asked, [{"role": "developer", "content": "be brief"}, *asked]]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    *_, last = LANGUAGE_MODELING.notes_on(path, DataSection(source=str(path)), {}, backbone)
+    assert last.startswith("1 of 2 conversations have messages") and "those of developer: " in last
+
+
 # What it writes
 
 

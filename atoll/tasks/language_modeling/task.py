@@ -126,6 +126,21 @@ class LanguageModeling(SchemaTask):
             f" of which {sum(sum(one.learnt) for one in found)} are learnt",
             f"{cut} of {len(found)} examples are longer than {most} and are cut;"
             f" of {silent} nothing is learnt",
+            *bound.left_out(table),
+        )
+
+    def left_out(self, table: Table) -> Sequence[str]:
+        """A line where the template doesn't write some messages, such as those of a role it doesn't know."""
+        if self.template is None or "messages" not in table.train.column_names:
+            return ()
+        parts = [part for part in (table.train, table.test) if part is not None]
+        rows = [messages for part in parts for messages in part.cells("messages")]
+        of_row = [self.template.left_out(row, f"conversation {n}") for n, row in enumerate(rows, start=1)]
+        if not (roles := sorted(set().union(*of_row))):
+            return ()
+        return (
+            f"{sum(map(bool, of_row))} of {len(rows)} conversations have messages that the chat template"
+            f" does not write, those of {', '.join(roles)}: nothing of them is seen",
         )
 
     def of_options(self, options: Options, backbone: Backbone) -> Self:

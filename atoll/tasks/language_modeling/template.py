@@ -71,6 +71,11 @@ class Template:
         ]
         return Rendered(whole, tuple(spans), is_templated=True)
 
+    def left_out(self, messages: Messages, where: str) -> set[str]:
+        """The roles of messages whose content the template doesn't write."""
+        whole = self._text(messages, where)
+        return {message["role"] for message in messages if message["content"].strip() not in whole}
+
     def question(self, messages: Messages, where: str) -> str:
         """The conversation up to where the assistant's next turn begins."""
         probe = self._text([*messages, {"role": ASSISTANT, "content": "0"}], where)
