@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -77,10 +77,7 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
         job = Job.from_json(_given(texts, "job"))
         site = site_of(job, context)
         hellos = site.hello(job)
-        logger.info("job %s asks for %s", job.name, terms_in_words(job))
-        for h in (h for h in hellos if not h.refusal):
-            held = f"has {h.num_examples} examples for it" if h.num_examples else "takes part"
-            logger.info("job %s: %s %s%s", job.name, h.client, held, facts_in_words(h))
+        tell_operator(job, hellos)
         if site.audit is not None:
             site.audit.greeted(job, hellos)
         greetings = {h.client: (hello_to_json(h), b"") for h in hellos}
@@ -133,6 +130,17 @@ def _sign(content: RecordDict, site: Site, exchange: Exchange, contents: Content
     """Sign each client's part of a message that answers a request; a simulated site has no key."""
     if site.signer is not None:
         add_seal(content, site.signer.seal(exchange, contents))
+
+
+def tell_operator(job: Job, hellos: Sequence[Hello]) -> None:
+    """Log what a job asks for, and what each client tells the server of itself, or why it refuses."""
+    logger.info("job %s asks for %s", job.name, terms_in_words(job))
+    for hello in hellos:
+        if hello.refusal:
+            logger.warning("job %s: %s does not take part: %s", job.name, hello.client, hello.refusal)
+            continue
+        held = f"has {hello.num_examples} examples for it" if hello.num_examples else "takes part"
+        logger.info("job %s: %s %s%s", job.name, hello.client, held, facts_in_words(hello))
 
 
 def terms_in_words(job: Job) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 import atoll.client.policy as policy_file
 from atoll.cli.main import run as command_line
+from atoll.client.app import tell_operator
 from atoll.client.deploy.join import join
 from atoll.client.policy import POLICY, Policy
 from atoll.errors import ConfigError
@@ -192,3 +193,12 @@ def test_a_site_with_a_policy_says_so_and_the_run_goes_on_without_it(tmp_path: P
     result = grid.run(job, tmp_path / "again")
     assert result["rounds"][0]["set_aside"] == {}
     assert set(result["final"]["clients"]) == {"client-0000", "client-0002"}
+
+
+def test_the_sites_own_log_says_why_a_client_does_not_take_part(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        tell_operator(setting(), [Hello("north", {}, 0, refusal="its policy: tasks"), Hello("south", {}, 30)])
+    assert [record.getMessage() for record in caplog.records][1:] == [
+        "job asked: north does not take part: its policy: tasks",
+        "job asked: south has 30 examples for it",
+    ]
