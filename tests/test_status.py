@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError, JobError
+from atoll.server.deploy.flower_control import _one_line
 from atoll.server.deploy.status import Federation, Run, answering, no_server, short_path, status
 from atoll.server.deploy.submit import control_address
 from atoll.system.child_process import free_port
@@ -106,6 +108,17 @@ def test_a_server_that_is_starting_is_told_and_waited_for(kit: Path) -> None:
         with pytest.raises(ConfigError, match="no server runs on this kit"):
             control_address(kit, lambda line: lock.close())  # it ends before it is ready
     assert told == [f"the server on {kit} is starting; waiting for it"]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "said"), [(16, ConfigError, "no run of this id"), (9, JobError, "code 9")]
+)
+def test_a_run_that_nobody_knows_is_bad_input(code: int, kind: type[JobError], said: str) -> None:
+    asked = httpx.Request("POST", "http://127.0.0.1/")
+    answer = httpx.Response(404, json={"code": code, "detail": "no\nsuch thing"}, request=asked)
+    with pytest.raises(JobError, match=said) as caught, _one_line("127.0.0.1"):
+        answer.raise_for_status()
+    assert type(caught.value) is kind and "\n" not in str(caught.value)
 
 
 def test_an_answer_that_cannot_be_made_costs_the_next_one_nothing(kit: Path) -> None:

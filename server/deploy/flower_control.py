@@ -26,11 +26,11 @@ from flwr.proto.control_pb2 import (
 )
 from flwr.proto.run_pb2 import Run as ProtoRun
 from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.error import FlowerError
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
-from atoll.errors import JobError
+from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
 from atoll.kit.code_hashes import HASHES, installed_hashes
 from atoll.kit.extensions import extension_hashes
@@ -209,6 +209,10 @@ def _one_line(address: str) -> Iterator[None]:
         yield
     except httpx.HTTPStatusError as error:
         flower = FlowerError.from_json(error.response.text)
+        if flower and flower.code == ApiErrorCode.RUN_ID_NOT_FOUND:
+            raise ConfigError(
+                "no run of this id is known here; atoll status lists the latest ones"
+            ) from error
         reason = f"{flower.message} (code {flower.code})" if flower else str(error)
         raise JobError(f"refused by the SuperLink: {' '.join(reason.split())}") from error
     except httpx.TransportError as error:

@@ -175,7 +175,7 @@ def test_a_run_outlives_its_submitter_and_the_superlink_to_the_bits_of_the_simul
     assert logs(federation.server, run, show=again.append).completed
     assert any("round 2 " in line for line in again)
     assert any("round 2 " in line for line in followed)
-    with pytest.raises(JobError, match="Run ID not found"):
+    with pytest.raises(JobError, match="no run of this id is known here"):
         logs(federation.server, 12345, show=again.append)
 
 
