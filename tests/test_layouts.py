@@ -294,6 +294,20 @@ def test_a_file_beside_the_job_needs_no_dot_and_slash(tmp_path: Path) -> None:
         assert job.data.source == expected and job.data.test == expected
 
 
+def test_pictures_none_of_which_has_a_box_are_remarked(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        Image.new("RGB", (8, 6), "red").save(tmp_path / "images" / split / "1.png")
+    (tmp_path / "data.yaml").write_text("names: [cat]\ntrain: images/train\nval: images/val\n")
+    (tmp_path / "labels" / "train").mkdir(parents=True)
+    (tmp_path / "labels" / "train" / "1.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    none = "none of the 1 pictures has a box"
+    notes = DETECTION.inspect(tmp_path, DATA, {}).notes
+    assert [note.partition(";")[0] for note in notes if none in note] == [f"test: {none}"]
+    (tmp_path / "labels").rename(tmp_path / "label")
+    assert sum(none in note for note in DETECTION.read(tmp_path, DATA, {}).notes) == 2
+
+
 @pytest.mark.parametrize(
     ("task", "expected"),
     [

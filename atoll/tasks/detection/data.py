@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from atoll.backbones.dense_vision import picture_size
+from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts, Diagnostics, shown, those_left
 from atoll.data.folders import checked_file
 from atoll.data.images import decode
@@ -164,6 +165,13 @@ def _counted(annotations: int, boxes: int) -> Counts:
     return Counts("annotations", annotations, boxes, those_left(crowds))
 
 
+def _nothing_to_find(dataset: Dataset) -> str | None:
+    """Pictures without a box, each sound alone: most often the annotations lie where nobody looks."""
+    if any(dataset.cells("boxes")):
+        return None
+    return f"none of the {len(dataset)} pictures has a box; if some should, look where their annotations lie"
+
+
 BOXES = Schema(
     (
         picture_field(decode),
@@ -178,4 +186,5 @@ BOXES = Schema(
     layout="COCO's JSON, VOC's XML or YOLO's text files beside the images, or one file of"
     f" {', '.join(SUFFIXES)}",
     check_row=_fits,
+    odd=_nothing_to_find,
 )
