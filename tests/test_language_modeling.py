@@ -465,7 +465,7 @@ def test_of_several_forms_messages_are_read_unless_the_job_names_another(tmp_pat
     ("row", "told"),
     [
         ({"messages": []}, "line 1: no message of the assistant"),
-        ({"messages": said("u:hi")}, "line 1: no message of the assistant"),
+        ({"messages": said("u:hi")}, "line 1: no message of the assistant, but of 'user'; expected"),
         ({"messages": [{"from": "human", "value": "x"}]}, r"message 1: \['from', 'value'\], expected role"),
         ({"messages": [{"role": "assistant", "content": None}]}, "its content is NoneType, expected text"),
         ({"messages": [{"role": "", "content": "x"}]}, "message 1: role: empty"),

@@ -35,7 +35,10 @@ def messages_cell(cell: Any, where: str) -> Messages:
     """
     messages = turns_cell(cell, where)
     if not any(message["role"] == ASSISTANT for message in messages):
-        raise DataError(f"{where}: no message of the assistant, expected one at least to learn")
+        roles = ", ".join(dict.fromkeys(repr(message["role"]) for message in messages)) or "nobody"
+        raise DataError(
+            f"{where}: no message of the assistant, but of {shown(roles)}; expected one at least to learn"
+        )
     return messages
 
 
