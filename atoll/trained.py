@@ -25,8 +25,7 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
     about = run / "model" / "model.json"
     check_finished(run, about)
     from atoll.job.job import Job
-    from atoll.learning.learner import Learner
-    from atoll.protocol.tensors import from_bytes  # torch comes with it: not before a model is there
+    from atoll.learning.learner import Learner  # torch comes with it: not before a model is there
     from atoll.tasks import task_named
 
     try:
@@ -49,7 +48,14 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
     )
     learner = Learner.of(job, task_named(job.task.name), data_info)
     learner.check_fingerprint()
-    return learner, from_bytes((run / "model" / "model.safetensors").read_bytes())
+    return learner, model_of(run)
+
+
+def model_of(run: Path) -> Tensors:
+    """The tensors that a run ended with."""
+    from atoll.protocol.tensors import from_bytes  # torch comes with it: not before a model is there
+
+    return from_bytes((run / "model" / "model.safetensors").read_bytes())
 
 
 def chat_with(run: Path) -> Chat:
