@@ -25,6 +25,7 @@ from atoll.strategies.options import (
     FedDynOptions,
     FedExpOptions,
     HostileOptions,
+    IfcaOptions,
     LateOptions,
     PerFedAvgOptions,
     QFedAvgOptions,
@@ -153,6 +154,12 @@ def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
     return PerFedAvg(**keys)
 
 
+def _ifca(options: IfcaOptions) -> Strategy:
+    from atoll.strategies.personal.ifca import Ifca
+
+    return Ifca()
+
+
 def _fedbuff(options: LateOptions, **keys: Any) -> Strategy:
     from atoll.strategies.asynchronous.fedbuff import FedBuff
 
@@ -228,6 +235,12 @@ BUILT_INS: dict[str, Entry] = {
         ("lr", "options"),
         "even mean of deltas made for a model that a step adapts, first-order MAML (Fallah 2020)",
         options=PerFedAvgOptions,
+    ),
+    "ifca": Entry(
+        _ifca,
+        ("options",),
+        "a model for each cluster of clients, who take the one that fits them best (Ghosh 2020)",
+        options=IfcaOptions,
     ),
     "qffl": Entry(
         _qffl,
