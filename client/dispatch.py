@@ -29,6 +29,7 @@ from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
 from atoll.client.training.per_fedavg import inner_lr_of
+from atoll.client.training.pfedme import MoreauSteps
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.job.train import PLAIN_STEPS
@@ -265,6 +266,7 @@ def one_by_one(
                 learner, tensors, shard, job,
                 client=name, round=request.round, plan=request.plan, begin=starts.get(name),
                 correction=corrections.get(name), inner_lr=inner_lr_of(job), mixing=mixing,
+                moreau=MoreauSteps.of(job),
             )  # fmt: skip
             continue
         from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second
@@ -327,4 +329,6 @@ def head_training(work: LocalWork, request: TrainingRequest, job: Job | None = N
     job = job or work.learner.job
     loss = head_loss(job, work.learner.task.head_loss)
     mu = request.plan.get("proximal_mu", 0.0)
-    return HeadTrainingConfig(job, loss, request.round, mu, work.private, inner_lr=inner_lr_of(job))
+    return HeadTrainingConfig(
+        job, loss, request.round, mu, work.private, inner_lr=inner_lr_of(job), moreau=MoreauSteps.of(job)
+    )

@@ -28,6 +28,7 @@ from atoll.strategies.options import (
     IfcaOptions,
     LateOptions,
     PerFedAvgOptions,
+    PFedMeOptions,
     QFedAvgOptions,
     ScaffoldOptions,
     check_hostile_clients,
@@ -154,6 +155,12 @@ def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
     return PerFedAvg(**keys)
 
 
+def _pfedme(options: PFedMeOptions, **keys: float) -> Strategy:
+    from atoll.strategies.personal.pfedme import PFedMe
+
+    return PFedMe(**keys)
+
+
 def _ifca(options: IfcaOptions) -> Strategy:
     from atoll.strategies.personal.ifca import Ifca
 
@@ -235,6 +242,12 @@ BUILT_INS: dict[str, Entry] = {
         ("lr", "options"),
         "even mean of deltas made for a model that a step adapts, first-order MAML (Fallah 2020)",
         options=PerFedAvgOptions,
+    ),
+    "pfedme": Entry(
+        _pfedme,
+        ("lr", "options"),
+        "even mean of models that clients' own ones are held to, by Moreau envelopes (T. Dinh 2020)",
+        options=PFedMeOptions,
     ),
     "ifca": Entry(
         _ifca,

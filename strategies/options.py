@@ -118,6 +118,14 @@ class PerFedAvgOptions(Section):
     inner_lr: Positive = 0.1
 
 
+class PFedMeOptions(Section):
+    """How a client's own model comes from the shared one: the paper's lambda, its alpha, and K."""
+
+    pull: Positive = 15.0
+    inner_lr: Positive = 0.05
+    inner_steps: Annotated[int, Field(ge=1, le=1000)] = 5
+
+
 class IfcaOptions(Section):
     """How many models there are, the paper's k."""
 

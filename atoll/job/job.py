@@ -27,7 +27,7 @@ from atoll.job.federation import (
     check_weights,
 )
 from atoll.job.lora_merge import check_lora_merge
-from atoll.job.personal import PersonalSection, check_clusters, check_per_fedavg, check_personal
+from atoll.job.personal import PersonalSection, check_clusters, check_inner_steps, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
 from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
 from atoll.job.toml import apply_override, read_job, with_absolute_paths
@@ -249,6 +249,11 @@ class StrategySection(Section):
         return self.name in WITH_CLIENT_STATE
 
     @property
+    def has_inner_steps(self) -> bool:
+        """Whether each local step first takes others, which are undone."""
+        return self.name in ("per-fedavg", "pfedme")
+
+    @property
     def makes_clusters(self) -> bool:
         """Whether there is a model for each cluster of clients, and none for all."""
         return self.name == "ifca"
@@ -292,7 +297,7 @@ class Job(Section):
         check_measuring(self)
         check_closed_form(self)
         check_personal(self)
-        check_per_fedavg(self)
+        check_inner_steps(self)
         check_client_state(self)
         check_clusters(self)
         check_attack(self)

@@ -114,34 +114,34 @@ def _check_promises(job: Job) -> None:
         raise ValueError("privacy.audit: a run with personal.keep can't be attacked; expected false")
 
 
-def check_per_fedavg(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where gradients can't be taken a step further on."""
-    if job.strategy.name != "per-fedavg":
+def check_inner_steps(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where local steps can't take others before."""
+    name = job.strategy.name
+    if not job.strategy.has_inner_steps:
         return
     if "example" in job.privacy.units:
         raise ValueError(
-            "strategy.name: per-fedavg takes a step's gradients where other examples led, so that no clipping"
-            " bounds what one example changes; expected another strategy with privacy.unit ="
+            f"strategy.name: {name} takes a step's gradients where other steps led, so that no clipping"
+            f" bounds what one example changes; expected another strategy with privacy.unit ="
             f" {job.privacy.unit!r}"
         )
     if job.federation.secure_aggregation and not job.privacy.units:
         raise ValueError(
-            "strategy.name: per-fedavg counts clients evenly, and a secure sum without a promise by their"
+            f"strategy.name: {name} counts clients evenly, and a secure sum without a promise by their"
             " examples; expected another strategy, or federation.secure_aggregation = false"
         )
     if job.personal.keep is not None:
         raise ValueError(
-            "personal.keep: per-fedavg makes one model for all to adapt; expected none, found"
+            f"personal.keep: {name} makes one model for all to adapt; expected none, found"
             f" {job.personal.keep!r}"
         )
     if job.train.precision == "fp16":
         raise ValueError(
-            "train.precision: 'fp16' scales gradients, and per-fedavg moves by them; expected 'fp32' or"
-            " 'bf16'"
+            f"train.precision: 'fp16' scales gradients, and {name} moves by them; expected 'fp32' or 'bf16'"
         )
     if job.backbone.prune is not None:
         raise ValueError(
-            "backbone.prune: per-fedavg's inner step would fill what was left out; expected none, found"
+            f"backbone.prune: {name}'s inner step would fill what was left out; expected none, found"
             f" {job.backbone.prune:g}"
         )
 

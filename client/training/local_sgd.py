@@ -17,6 +17,7 @@ from atoll.client.training.factored_sgd import outer_product_sgd
 from atoll.client.training.learning_rates import StepRates, groups_of, layer_rates
 from atoll.client.training.optimizers import set_step, torch_optimizer
 from atoll.client.training.per_fedavg import Backward, gradient_after_a_step
+from atoll.client.training.pfedme import MoreauSteps, envelope_gradient
 from atoll.client.training.precision import autocast, scaler_of, to_float32
 from atoll.data.shard import Shard
 from atoll.job.job import Job
@@ -56,6 +57,7 @@ def train_model(
     steps: int | None = None,
     inner_lr: float = 0.0,
     mixing: float = 0.0,
+    moreau: MoreauSteps | None = None,
     only: Set[str] | None = None,
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
@@ -63,7 +65,8 @@ def train_model(
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
     the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
-    Gradients are those a step of `inner_lr` further on (Per-FedAvg), or of a `mixing` with w (APFL).
+    Gradients are those a step of `inner_lr` further on (Per-FedAvg), of a `mixing` with w (APFL), or of an
+    envelope of the loss (pFedMe, `moreau`).
     """
     mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
@@ -83,13 +86,17 @@ def train_model(
     take: Backward = backward
     if inner_lr:
         take = partial(gradient_after_a_step, parameters, inner_lr, len(schedule), backward)
+    if moreau is not None:
+        take = partial(envelope_gradient, parameters, moreau, backward)
     if mixing:
         take = partial(SharedBeside(model, start, job, rates, mixing).step, backward)
     with (
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
         repeatable(job.train.device),
-        outer_product_sgd(model, job, has_terms=bool(mu or added or inner_lr or mixing or only)) as factors,
+        outer_product_sgd(
+            model, job, has_terms=bool(mu or added or inner_lr or mixing or moreau or only)
+        ) as factors,
     ):
         for number in range(len(schedule)):
             for loss in take(number):
