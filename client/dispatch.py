@@ -24,6 +24,7 @@ from atoll.client.state.corrected_training import correcting_client, train_corre
 from atoll.client.state.ditto import train_ditto
 from atoll.client.state.error_feedback import compressed
 from atoll.client.state.ifca import fitting_cluster, train_clusters
+from atoll.client.state.moon import train_moon
 from atoll.client.state.personalization import model_to_evaluate, train_fedper
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
@@ -164,6 +165,8 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
             learner, request, names, work.data.train,
             lambda one, some: updates_of(replace(work, data=SomeClients(work.data, some)), one),
         )  # fmt: skip
+    if learner.job.strategy.keeps_last_model:
+        return train_moon(learner, request, names, work.data.train, work.memory)
     if learner.job.strategy.keeps_client_state:
         return corrected(work, request)
     train_own_models(work, request)

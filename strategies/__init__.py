@@ -27,6 +27,7 @@ from atoll.strategies.options import (
     HostileOptions,
     IfcaOptions,
     LateOptions,
+    MoonOptions,
     PerFedAvgOptions,
     PFedMeOptions,
     QFedAvgOptions,
@@ -155,6 +156,12 @@ def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
     return PerFedAvg(**keys)
 
 
+def _moon(options: MoonOptions, **keys: float) -> Strategy:
+    from atoll.strategies.unlike_shards.moon import Moon
+
+    return Moon(**keys)
+
+
 def _pfedme(options: PFedMeOptions, **keys: float) -> Strategy:
     from atoll.strategies.personal.pfedme import PFedMe
 
@@ -236,6 +243,12 @@ BUILT_INS: dict[str, Entry] = {
         "even mean of models that a changing penalty leads to the same minimum (Acar 2021)",
         options=FedDynOptions,
         counts_clients=True,
+    ),
+    "moon": Entry(
+        _moon,
+        ("lr", "options"),
+        "FedAvg of networks whose representations are held near the global model's (Li 2021)",
+        options=MoonOptions,
     ),
     "per-fedavg": Entry(
         _per_fedavg,

@@ -126,6 +126,13 @@ class PFedMeOptions(Section):
     inner_steps: Annotated[int, Field(ge=1, le=1000)] = 5
 
 
+class MoonOptions(Section):
+    """What the contrast counts beside the loss, and the temperature in it: the paper's mu and tau."""
+
+    mu: NotNegative = 1.0
+    temperature: Positive = 0.5
+
+
 class IfcaOptions(Section):
     """How many models there are, the paper's k."""
 

@@ -1,4 +1,4 @@
-"""pFedMe against its paper's algorithm, written out in NumPy and by the steps of a network; and its refusals."""
+"""pFedMe against its paper's algorithm, written out in NumPy and by a network's steps; and its refusals."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, FiniteFloat, Tag, ValidationError, fi
 
 from atoll.errors import ConfigError, did_you_mean
 from atoll.job.attack import AttackSection, check_attack
-from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
+from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state, check_last_models
 from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
@@ -249,6 +249,11 @@ class StrategySection(Section):
         return self.name in WITH_CLIENT_STATE
 
     @property
+    def keeps_last_model(self) -> bool:
+        """Whether clients keep the model that their last round left."""
+        return self.name == "moon"
+
+    @property
     def has_inner_steps(self) -> bool:
         """Whether each local step first takes others, which are undone."""
         return self.name in ("per-fedavg", "pfedme")
@@ -299,6 +304,7 @@ class Job(Section):
         check_personal(self)
         check_inner_steps(self)
         check_client_state(self)
+        check_last_models(self)
         check_clusters(self)
         check_attack(self)
         check_training(self)
@@ -369,7 +375,9 @@ class Job(Section):
     @property
     def has_client_state(self) -> bool:
         """Whether clients keep something from one round to the next."""
-        return self.feeds_errors_back or self.personal.keep is not None or self.strategy.keeps_client_state
+        strategy = self.strategy
+        kept = strategy.keeps_client_state or strategy.keeps_last_model
+        return self.feeds_errors_back or self.personal.keep is not None or kept
 
     @property
     def feeds_errors_back(self) -> bool:

@@ -15,6 +15,7 @@ from atoll.client.training.apfl import SharedBeside
 from atoll.client.training.batches import batches
 from atoll.client.training.factored_sgd import outer_product_sgd
 from atoll.client.training.learning_rates import StepRates, groups_of, layer_rates
+from atoll.client.training.moon import ModelContrast
 from atoll.client.training.optimizers import set_step, torch_optimizer
 from atoll.client.training.per_fedavg import Backward, gradient_after_a_step
 from atoll.client.training.pfedme import MoreauSteps, envelope_gradient
@@ -58,6 +59,7 @@ def train_model(
     inner_lr: float = 0.0,
     mixing: float = 0.0,
     moreau: MoreauSteps | None = None,
+    contrast: ModelContrast | None = None,
     only: Set[str] | None = None,
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
@@ -66,7 +68,7 @@ def train_model(
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
     the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
     Gradients are those a step of `inner_lr` further on (Per-FedAvg), of a `mixing` with w (APFL), or of an
-    envelope of the loss (pFedMe, `moreau`).
+    envelope of the loss (pFedMe, `moreau`). A `contrast` with other models is added to the loss (MOON).
     """
     mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
@@ -81,7 +83,7 @@ def train_model(
     def backward(number: int) -> Iterator[float]:
         optimizer.zero_grad()
         varied = variation(job, round, client, number)
-        return _add_gradient(learner, shard, schedule[number], job, varied, loss_of, scaler)
+        return _add_gradient(learner, shard, schedule[number], job, varied, loss_of, scaler, contrast)
 
     take: Backward = backward
     if inner_lr:
@@ -95,7 +97,7 @@ def train_model(
         _memory_saved(model, job),
         repeatable(job.train.device),
         outer_product_sgd(
-            model, job, has_terms=bool(mu or added or inner_lr or mixing or moreau or only)
+            model, job, has_terms=bool(mu or added or inner_lr or mixing or moreau or contrast or only)
         ) as factors,
     ):
         for number in range(len(schedule)):
@@ -125,15 +127,23 @@ def _add_gradient(
     varied: Variation | None,
     loss_of: TrainingLoss,
     scaler: torch.amp.GradScaler,
+    contrast: ModelContrast | None,
 ) -> Iterator[float]:
-    """Add a batch's gradient, part by part, to what the parameters hold; each part's summed loss."""
+    """Add a batch's gradient, part by part, to what the parameters hold; each part's summed loss.
+
+    The loss that is told is without the `contrast`.
+    """
     device = job.train.device
     for part, share in weighted_parts(learner, shard, rows, job):
-        batch = learner.batch(shard, part, varied)
+        batch = {name: t.to(device) for name, t in learner.batch(shard, part, varied).items()}
         with autocast(job.train):
-            outputs = learner.model({name: t.to(device) for name, t in batch.items()})
+            if contrast is None:
+                outputs, apart = learner.model(batch), None
+            else:
+                outputs, apart = contrast.outputs(learner.model, batch)
         loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
-        scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+        total = loss if apart is None else loss + apart
+        scaler.scale(total * share).backward()  # type: ignore[no-untyped-call]
         yield float(loss.detach()) * len(part)
 
 

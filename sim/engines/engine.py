@@ -116,6 +116,8 @@ def check_engine(job: Job, engine: str) -> None:
             f"strategy.name: engine cohort trains clients from one start, and {job.strategy.name}'s have"
             " several, try inline"
         )
+    if engine == "cohort" and job.strategy.keeps_last_model:
+        raise ConfigError("strategy.name: engine cohort trains such clients without a contrast, try inline")
     if engine == "cohort" and job.strategy.has_inner_steps and not trains_on_features(job):
         raise ConfigError("strategy.name: engine cohort trains such clients without inner steps, try inline")
     for key in job.train.autograd_only_keys if engine == "cohort" else ():
