@@ -285,13 +285,17 @@ class Site:
         logger.warning("%s takes no part: %s", client, error)
         return redact(error, known)
 
+    def adopt(self, learner: Learner) -> None:
+        """Train with a learner that is there already, wherever a request fits it."""
+        self._learners[_fit(learner.job, learner.data_info)] = learner
+
     def learner(self, job: Job, data_info: DataInfo) -> Learner:
         """The warm learner of a job; its weights must be the very ones the server has.
 
         Raises:
             ConfigError, WeightsError: it can't be had here.
         """
-        key = job.hash + json.dumps(data_info, sort_keys=True)
+        key = _fit(job, data_info)
         if key not in self._learners:
             self._learners.clear()
             self._cache.clear()
@@ -301,6 +305,11 @@ class Site:
                 logger.info("job %s: %s", job.name, UNCACHED)
             self._learners[key] = learner
         return self._learners[key]
+
+
+def _fit(job: Job, data_info: DataInfo) -> str:
+    """What a learner must have been made for to fit a request."""
+    return job.hash + json.dumps(data_info, sort_keys=True)
 
 
 def _refused_request(job: Job, kind: type[Request] | type[Hello]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster
 from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request
 from atoll.server.roster import ClientRoster
+
+if TYPE_CHECKING:
+    from atoll.learning.learner import Learner
 
 
 class Transport(Protocol):
@@ -27,4 +30,13 @@ class Transport(Protocol):
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
         """Replies of the named clients as they come; those that miss the deadline are left out."""
+        ...
+
+
+@runtime_checkable
+class SharesLearner(Protocol):
+    """A transport whose clients train in the server's own process, one after the other."""
+
+    def share(self, learner: Learner) -> None:
+        """Let clients train in the network that the server measures with, so that there is one of it."""
         ...

@@ -34,14 +34,19 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
 
 
 def moved_by_mean(model: Tensors, updates: Sequence[Update], lr: float) -> Tensors:
-    """The model after `lr` times the deltas' mean by example count; in float64 is one tensor at a time.
+    """The model after `lr` times the deltas' mean by example count; in float64 is a block at a time.
 
     Raises:
         InconsistentUpdates: there is no update, or none has an example.
     """
     weights, total = _example_weights(updates)
+    if isinstance(updates, StackedUpdates):
+        return {
+            name: _added(p, lr * _of_stack(weights, updates.delta[name], total)) for name, p in model.items()
+        }
     return {
-        name: _added(p, lr * _weighted_tensor(updates, name, weights, total)) for name, p in model.items()
+        name: _moved_by_each(p, weights, [update.delta[name] for update in updates], total, lr)
+        for name, p in model.items()
     }
 
 
@@ -140,16 +145,39 @@ def _of_stack(weights: torch.Tensor, values: torch.Tensor, total: int) -> torch.
 
 def _of_each(weights: torch.Tensor, values: Sequence[torch.Tensor], total: int) -> torch.Tensor:
     """The same of one tensor a client, which lie apart."""
+    mean = torch.empty(values[0].numel(), dtype=torch.float64)
+    _with_blocks_of_mean(weights, values, total, mean.__setitem__)
+    return mean.reshape(values[0].shape)
+
+
+def _moved_by_each(
+    p: torch.Tensor, weights: torch.Tensor, values: Sequence[torch.Tensor], total: int, lr: float
+) -> torch.Tensor:
+    """A tensor of the model after `lr` times that mean, of which no more than a block is ever in memory."""
+    before, after = p.reshape(-1), torch.empty(p.numel(), dtype=p.dtype)
+
+    def move(span: slice, mean: torch.Tensor) -> None:
+        after[span] = before[span].to(torch.float64) + lr * mean
+
+    _with_blocks_of_mean(weights, values, total, move)
+    return after.reshape(p.shape)
+
+
+def _with_blocks_of_mean(
+    weights: torch.Tensor,
+    values: Sequence[torch.Tensor],
+    total: int,
+    use: Callable[[slice, torch.Tensor], None],
+) -> None:
+    """Hand each block of the weighted mean to `use`, with its place in the flat tensor."""
     flat = [value.reshape(-1) for value in values]
-    mean = torch.empty(flat[0].numel(), dtype=torch.float64)
 
     def fill(span: slice) -> None:
         block = torch.empty(len(flat), span.stop - span.start, dtype=torch.float64)
         torch._foreach_copy_(list(block.unbind()), [value[span] for value in flat])
-        torch.div(weights @ block, total, out=mean[span])
+        use(span, (weights @ block) / total)
 
-    _by_blocks(fill, len(mean), _columns(weights, BLOCK))
-    return mean.reshape(values[0].shape)
+    _by_blocks(fill, flat[0].numel(), _columns(weights, BLOCK))
 
 
 def _by_blocks(work: Callable[[slice], None], count: int, size: int) -> None:

@@ -16,6 +16,7 @@ from atoll.learning.lora_base import merging_lora
 from atoll.protocol.tensors import Tensors
 from atoll.server.contributions.measured import check_can_measure
 from atoll.server.events import ClientsFound, EventCallback, RunResumed
+from atoll.server.roster import ClientRoster
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.aggregation import (
     ClosedFormRound,
@@ -39,7 +40,7 @@ from atoll.server.rounds.run_state import (
 from atoll.server.run.checkpoint import Checkpoint, CheckpointManager
 from atoll.server.run.directory import RunDirectory
 from atoll.server.selection.rules import kept, selection_rule, taken_back
-from atoll.server.transport import Transport
+from atoll.server.transport import SharesLearner, Transport
 from atoll.strategies import Strategy, build_strategy
 from atoll.strategies.options import clusters_of
 from atoll.strategies.personal.ifca import stacked_models
@@ -71,9 +72,7 @@ def start_or_resume(
     protection = protection or NoProtection()
     roster = carrier.discover_clients(job)
     roster.check(job)
-    task = task_named(job.task.name)
-    learner = Learner.of(job.stages[0], task, task.merge_info(roster.data_info))
-    learner.data_info = learner.data_info | learner.required_info
+    learner = learner_of(job, carrier, roster)
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
     base, strategy = strategy, merging_lora(strategy, learner)
@@ -117,6 +116,16 @@ def first_model(learner: Learner, initial: Tensors) -> Tensors:
         return {name: t for name, t in initial.items() if name not in learner.client_tensors}
     others = (learner.with_another_head(initial, number) for number in range(1, clusters))
     return stacked_models([initial, *others])
+
+
+def learner_of(job: Job, carrier: Transport, roster: ClientRoster) -> Learner:
+    """The learner of the run's first stage, which clients in this process train with too."""
+    task = task_named(job.task.name)
+    learner = Learner.of(job.stages[0], task, task.merge_info(roster.data_info))
+    learner.data_info = learner.data_info | learner.required_info
+    if isinstance(carrier, SharesLearner):
+        carrier.share(learner)
+    return learner
 
 
 def later_round_kind(job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel) -> RoundKind:

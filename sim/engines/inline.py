@@ -11,6 +11,7 @@ from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster
+from atoll.learning.learner import Learner
 from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request
 from atoll.server.roster import ClientRoster
@@ -44,6 +45,9 @@ class InlineTransport:
             workers=workers, at_once=at_once,
         )  # fmt: skip
         return cls(population, site, "cohort" if at_once else "inline")
+
+    def share(self, learner: Learner) -> None:
+        self.site.adopt(learner)
 
     def discover_clients(self, job: Job) -> ClientRoster:
         return self.population.roster(job)
