@@ -85,20 +85,14 @@ def train_model(
         varied = variation(job, round, client, number)
         return _add_gradient(learner, shard, schedule[number], job, varied, loss_of, scaler, contrast)
 
-    take: Backward = backward
-    if inner_lr:
-        take = partial(gradient_after_a_step, parameters, inner_lr, len(schedule), backward)
-    if moreau is not None:
-        take = partial(envelope_gradient, parameters, moreau, backward)
-    if mixing:
-        take = partial(SharedBeside(model, start, job, rates, mixing).step, backward)
+    beside = SharedBeside(model, start, job, rates, mixing) if mixing else None
+    take = _gradients_by(backward, parameters, len(schedule), inner_lr, moreau, beside)
+    has_terms = bool(mu or added or inner_lr or mixing or moreau or contrast or only)
     with (
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
         repeatable(job.train.device),
-        outer_product_sgd(
-            model, job, has_terms=bool(mu or added or inner_lr or mixing or moreau or contrast or only)
-        ) as factors,
+        outer_product_sgd(model, job, has_terms=has_terms) as factors,
     ):
         for number in range(len(schedule)):
             for loss in take(number):
@@ -110,6 +104,22 @@ def train_model(
                 trainable.keep_pruned(model)
     optimizer.zero_grad()  # gradients are as large as what is tuned, and would lie there until the next round
     return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
+
+
+def _gradients_by(
+    backward: Backward,
+    parameters: Mapping[str, torch.nn.Parameter],
+    steps: int,
+    inner_lr: float,
+    moreau: MoreauSteps | None,
+    beside: SharedBeside | None,
+) -> Backward:
+    """What leaves a batch's gradient in the network: the loss's own, or the one that a method takes."""
+    if inner_lr:
+        return partial(gradient_after_a_step, parameters, inner_lr, steps, backward)
+    if moreau is not None:
+        return partial(envelope_gradient, parameters, moreau, backward)
+    return backward if beside is None else partial(beside.step, backward)
 
 
 def _begin(learner: Learner, shard: Shard, tensors: Tensors) -> None:
