@@ -288,6 +288,8 @@ class Site:
     def adopt(self, learner: Learner) -> None:
         """Train with a learner that is there already, wherever a request fits it."""
         self._learners[_fit(learner.job, learner.data_info)] = learner
+        if learner.uses_features and not learner.trains_on_features:
+            logger.info("job %s: %s", learner.job.name, UNCACHED)
 
     def learner(self, job: Job, data_info: DataInfo) -> Learner:
         """The warm learner of a job; its weights must be the very ones the server has.
@@ -301,9 +303,7 @@ class Site:
             self._cache.clear()
             learner = Learner.of(job, task_named(job.task.name), data_info, LoggedProgress())
             learner.check_fingerprint()
-            if learner.uses_features and not learner.trains_on_features:
-                logger.info("job %s: %s", job.name, UNCACHED)
-            self._learners[key] = learner
+            self.adopt(learner)
         return self._learners[key]
 
 

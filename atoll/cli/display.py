@@ -213,6 +213,8 @@ class Watcher:
 
         parts = [] if line["loss"] is None else [f"train loss {line['loss']:.3f}"]
         parts += values_in_words({name: v for name, v in line["metrics"].items() if name != "loss"})
+        if line.get("staleness", {}).get("max"):
+            parts.append(f"up to {line['staleness']['max']} rounds late")
         if line["set_aside"]:
             parts.append(f"{len(line['set_aside'])} set aside")
         self.gauge.show("rounds", line["round"], self.rounds, ", ".join(parts))
