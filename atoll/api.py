@@ -127,14 +127,19 @@ class Run:
         return self.folder / "report.html"
 
     def predict(
-        self, inputs: Sequence[str | Path], out: str | Path | None = None, *, overlay: bool = False
+        self,
+        inputs: Sequence[str | Path],
+        out: str | Path | None = None,
+        *,
+        overlay: bool = False,
+        cluster: int | None = None,
     ) -> list[dict[str, Any]]:
         """The model's answer to each text or file, and to each file of a folder.
 
         What is large comes as arrays: a segmenter's `mask` (uint8, class indices) and `scores` (float32, the
         probability of each pixel's class), both [height, width] of the picture. With `out` masks, boxes and
         forecasts are also written there as files, whose paths are in `files`; with `overlay` masks over
-        their pictures too.
+        their pictures too. A run with a model for each cluster of clients needs to know which `cluster`.
 
         Raises:
             DataError: an input cannot be read.
@@ -143,7 +148,9 @@ class Run:
 
         place = Path(out) if out is not None else None
         given = [str(one) for one in inputs]
-        return list(answers_of(self.folder, given, place, write=out is not None, overlay=overlay))
+        return list(
+            answers_of(self.folder, given, place, write=out is not None, overlay=overlay, cluster=cluster)
+        )
 
     def chat(
         self,
@@ -180,6 +187,7 @@ class Run:
         force: bool = False,
         prune: float | None = None,
         prune_kind: str | None = None,
+        cluster: int | None = None,
     ) -> Path:
         """Write the model for other programs; the folder where it is then.
 
@@ -191,7 +199,7 @@ class Run:
 
         folder = Path(out) if out is not None else None
         measured_on = Path(data) if data is not None else None
-        return export(self.folder, format, folder, measured_on, max_drop, force, prune, prune_kind)
+        return export(self.folder, format, folder, measured_on, max_drop, force, prune, prune_kind, cluster)
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from atoll.tasks.language_modeling.generation import Decoding
 
 
-def trained(run: Path) -> tuple[Learner, Tensors]:
-    """(what builds and uses the run's model, its tuned tensors).
+def trained(run: Path, cluster: int | None = None) -> tuple[Learner, Tensors]:
+    """(what builds and uses the run's model, its tuned tensors), of one of its clusters where it has any.
 
     Raises:
-        ConfigError: RUN holds no model. WeightsError: its backbone can't be had.
+        ConfigError: RUN holds no model, or several and no such cluster.
+        WeightsError: its backbone can't be had.
     """
     about = run / "model" / "model.json"
     check_finished(run, about)
     from atoll.job.job import Job
-    from atoll.learning.learner import Learner
-    from atoll.protocol.tensors import from_bytes  # torch comes with it: not before a model is there
+    from atoll.learning.learner import Learner  # torch comes with it: not before a model is there
+    from atoll.strategies.options import clusters_of
+    from atoll.strategies.personal.ifca import model_of_cluster
     from atoll.tasks import task_named
 
     try:
@@ -39,6 +41,7 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
             f"{run}: its clients kept their heads, so it holds no whole model; expected a run with"
             " personal.keep = 'norms' or 'mixture', or none"
         )
+    _check_cluster(run, cluster, clusters_of(job))
     # Compiling takes longer than a few inputs do, and what was taught needs its teacher no more.
     alone = {"teacher": None, "teacher_temperature": None, "teacher_weight": None}
     job = job.model_copy(
@@ -49,7 +52,26 @@ def trained(run: Path) -> tuple[Learner, Tensors]:
     )
     learner = Learner.of(job, task_named(job.task.name), data_info)
     learner.check_fingerprint()
-    return learner, from_bytes((run / "model" / "model.safetensors").read_bytes())
+    tensors = model_of(run)
+    return learner, tensors if cluster is None else model_of_cluster(tensors, cluster)
+
+
+def model_of(run: Path) -> Tensors:
+    """The tensors that a run ended with."""
+    from atoll.protocol.tensors import from_bytes  # torch comes with it: not before a model is there
+
+    return from_bytes((run / "model" / "model.safetensors").read_bytes())
+
+
+def _check_cluster(run: Path, cluster: int | None, count: int) -> None:
+    if not count and cluster is not None:
+        raise ConfigError(f"--cluster: {run} has one model for all, expected none, found {cluster}")
+    if count and (cluster is None or not 0 <= cluster < count):
+        found = "none" if cluster is None else str(cluster)
+        raise ConfigError(
+            f"{run}: has a model for each cluster of clients, expected --cluster 0 to {count - 1} with"
+            f" predict or export, found {found}; clusters of the last round in result.json say which is whose"
+        )
 
 
 def chat_with(run: Path) -> Chat:

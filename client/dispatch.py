@@ -23,11 +23,14 @@ from atoll.client.state.apfl import train_apfl
 from atoll.client.state.corrected_training import correcting_client, train_corrected
 from atoll.client.state.ditto import train_ditto
 from atoll.client.state.error_feedback import compressed
+from atoll.client.state.ifca import fitting_cluster, train_clusters
+from atoll.client.state.moon import train_moon
 from atoll.client.state.personalization import model_to_evaluate, train_fedper
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
 from atoll.client.training.local_steps import with_local_steps
 from atoll.client.training.per_fedavg import inner_lr_of
+from atoll.client.training.pfedme import MoreauSteps
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.job.train import PLAIN_STEPS
@@ -46,6 +49,7 @@ from atoll.protocol.requests import (
 from atoll.protocol.stacked_updates import with_state
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.lora.flexlora import starts_by_rank
+from atoll.strategies.personal.ifca import model_of_cluster
 
 NOTHING: Mapping[str, Tensors] = {}
 """Of clients that have no start, or no correction, of their own."""
@@ -139,8 +143,12 @@ def sent_back(work: LocalWork, request: Training) -> Training:
 def evaluate(work: LocalWork, request: EvaluateRequest) -> Iterator[Measurement]:
     """The model on each client's validation split; one without a split measures nothing."""
     for name in work.data.names:
-        lessons = partial(work.data.train, name)
-        model = model_to_evaluate(work.learner, request, name, work.memory, lessons)
+        lessons, learner = partial(work.data.train, name), work.learner
+        if learner.job.strategy.makes_clusters:
+            number = fitting_cluster(learner, request.tensors, lessons())
+            model = model_of_cluster(request.tensors, number)
+        else:
+            model = model_to_evaluate(learner, request, name, work.memory, lessons)
         part = work.data.validation(name)
         states = work.learner.evaluate(model, part) if len(part) else {}
         yield Measurement(name, request.round, len(part), states)
@@ -152,6 +160,13 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
     if keep.splits:
         shards = {name: work.data.train(name) for name in names}
         return train_fedper(learner, request, shards, work.memory)
+    if learner.job.strategy.makes_clusters:
+        return train_clusters(
+            learner, request, names, work.data.train,
+            lambda one, some: updates_of(replace(work, data=SomeClients(work.data, some)), one),
+        )  # fmt: skip
+    if learner.job.strategy.keeps_last_model:
+        return train_moon(learner, request, names, work.data.train, work.memory)
     if learner.job.strategy.keeps_client_state:
         return corrected(work, request)
     train_own_models(work, request)
@@ -169,15 +184,11 @@ def train_own_models(work: LocalWork, request: TrainingRequest) -> None:
 
 
 @dataclass(frozen=True)
-class OneClient:
-    """One of the clients that a request is for."""
+class SomeClients:
+    """Some of the clients that a request is for."""
 
     data: ClientData
-    client: str
-
-    @property
-    def names(self) -> Sequence[str]:
-        return [self.client]
+    names: Sequence[str]
 
     def train(self, client: str) -> Shard:
         return self.data.train(client)
@@ -187,13 +198,13 @@ class OneClient:
 
     def feature_table(self) -> tuple[FeatureTable, list[ClientRows]]:
         examples, rows = self.data.feature_table()
-        return examples, [one for one in rows if one.client == self.client]
+        return examples, [one for one in rows if one.client in self.names]
 
 
 def corrected(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
     """Training with corrected gradients: of networks, what clients keep is in memory one client at a time."""
     if not work.learner.trains_on_features:
-        alone = (replace(work, data=OneClient(work.data, name)) for name in work.data.names)
+        alone = (replace(work, data=SomeClients(work.data, [name])) for name in work.data.names)
         return chain.from_iterable(_corrected(one, request) for one in alone)
     return _corrected(work, request)
 
@@ -258,6 +269,7 @@ def one_by_one(
                 learner, tensors, shard, job,
                 client=name, round=request.round, plan=request.plan, begin=starts.get(name),
                 correction=corrections.get(name), inner_lr=inner_lr_of(job), mixing=mixing,
+                moreau=MoreauSteps.of(job),
             )  # fmt: skip
             continue
         from atoll.client.dp.dp_sgd_model import train_privately  # it brings in Opacus, which takes a second
@@ -320,4 +332,6 @@ def head_training(work: LocalWork, request: TrainingRequest, job: Job | None = N
     job = job or work.learner.job
     loss = head_loss(job, work.learner.task.head_loss)
     mu = request.plan.get("proximal_mu", 0.0)
-    return HeadTrainingConfig(job, loss, request.round, mu, work.private, inner_lr=inner_lr_of(job))
+    return HeadTrainingConfig(
+        job, loss, request.round, mu, work.private, inner_lr=inner_lr_of(job), moreau=MoreauSteps.of(job)
+    )

@@ -25,8 +25,11 @@ from atoll.strategies.options import (
     FedDynOptions,
     FedExpOptions,
     HostileOptions,
+    IfcaOptions,
     LateOptions,
+    MoonOptions,
     PerFedAvgOptions,
+    PFedMeOptions,
     QFedAvgOptions,
     ScaffoldOptions,
     check_hostile_clients,
@@ -153,6 +156,24 @@ def _per_fedavg(options: PerFedAvgOptions, **keys: float) -> Strategy:
     return PerFedAvg(**keys)
 
 
+def _moon(options: MoonOptions, **keys: float) -> Strategy:
+    from atoll.strategies.unlike_shards.moon import Moon
+
+    return Moon(**keys)
+
+
+def _pfedme(options: PFedMeOptions, **keys: float) -> Strategy:
+    from atoll.strategies.personal.pfedme import PFedMe
+
+    return PFedMe(**keys)
+
+
+def _ifca(options: IfcaOptions) -> Strategy:
+    from atoll.strategies.personal.ifca import Ifca
+
+    return Ifca()
+
+
 def _fedbuff(options: LateOptions, **keys: Any) -> Strategy:
     from atoll.strategies.asynchronous.fedbuff import FedBuff
 
@@ -223,11 +244,29 @@ BUILT_INS: dict[str, Entry] = {
         options=FedDynOptions,
         counts_clients=True,
     ),
+    "moon": Entry(
+        _moon,
+        ("lr", "options"),
+        "FedAvg of networks whose representations are held near the global model's (Li 2021)",
+        options=MoonOptions,
+    ),
     "per-fedavg": Entry(
         _per_fedavg,
         ("lr", "options"),
         "even mean of deltas made for a model that a step adapts, first-order MAML (Fallah 2020)",
         options=PerFedAvgOptions,
+    ),
+    "pfedme": Entry(
+        _pfedme,
+        ("lr", "options"),
+        "even mean of models that clients' own ones are held to, by Moreau envelopes (T. Dinh 2020)",
+        options=PFedMeOptions,
+    ),
+    "ifca": Entry(
+        _ifca,
+        ("options",),
+        "a model for each cluster of clients, who take the one that fits them best (Ghosh 2020)",
+        options=IfcaOptions,
     ),
     "qffl": Entry(
         _qffl,

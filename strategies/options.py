@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from atoll.errors import ConfigError
+from atoll.job.extension_options import validated
 from atoll.job.job import Job
 from atoll.job.section import Count, NotNegative, Positive, Section
 
@@ -115,6 +116,36 @@ class PerFedAvgOptions(Section):
     """How far a client's step of adaptation goes, the paper's alpha."""
 
     inner_lr: Positive = 0.1
+
+
+class PFedMeOptions(Section):
+    """How a client's own model comes from the shared one: the paper's lambda, its alpha, and K."""
+
+    pull: Positive = 15.0
+    inner_lr: Positive = 0.05
+    inner_steps: Annotated[int, Field(ge=1, le=1000)] = 5
+
+
+class MoonOptions(Section):
+    """What the contrast counts beside the loss, and the temperature in it: the paper's mu and tau."""
+
+    mu: NotNegative = 1.0
+    temperature: Positive = 0.5
+
+
+class IfcaOptions(Section):
+    """How many models there are, the paper's k."""
+
+    clusters: Annotated[int, Field(ge=2, le=1000)] = 2
+
+
+def clusters_of(job: Job) -> int:
+    """How many models the job ends with, where each cluster of clients has its own; else 0."""
+    if not job.strategy.makes_clusters:
+        return 0
+    options = validated(IfcaOptions, job.strategy.options or {}, "strategy.options")
+    assert isinstance(options, IfcaOptions)
+    return options.clusters
 
 
 HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {

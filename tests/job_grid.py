@@ -61,6 +61,7 @@ GIVEN: dict[str, tuple[Any, ...]] = {
         "fedexp",
         "coordinate-median",
         "per-fedavg",
+        "pfedme",
     ),
     "train.epochs": (2,),
     "train.lr": (1.0,),

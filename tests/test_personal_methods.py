@@ -280,7 +280,7 @@ def test_per_fedavg_keeps_a_promise_to_clients(tmp_path: Path) -> None:
     [
         (
             {"privacy": SEEDED | {"unit": "example", "sampling_rate": 0.25}},
-            r"per-fedavg takes a step's gradients where other examples led, .* privacy\.unit = 'example'",
+            r"per-fedavg takes a step's gradients where other steps led, .* privacy\.unit = 'example'",
         ),
         ({"federation": {"secure_aggregation": True}}, "per-fedavg counts clients evenly"),
         ({"personal": {"keep": "mixture"}}, r"personal\.keep: per-fedavg makes one model for all to adapt"),

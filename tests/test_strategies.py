@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.federation import FederationSection
 from atoll.job.job import StrategySection
-from atoll.protocol.messages import LOCAL_STEPS, RECEIVED_LOSS, Update
+from atoll.protocol.messages import CLUSTER, LOCAL_STEPS, RECEIVED_LOSS, Update
 from atoll.protocol.stacked_updates import stacked
 from atoll.strategies import STRATEGIES, build_strategy, mean
 from atoll.strategies.fedavg import FedAvg
@@ -200,11 +200,11 @@ def test_no_examples_is_an_error_not_a_division_by_zero() -> None:
 
 
 def test_state_is_flat_for_every_strategy() -> None:
-    model = {"w": torch.zeros(2)}
     for name in STRATEGIES:
+        model = {"w": torch.zeros((3, 2) if name == "ifca" else 2)}
         strategy = build_strategy(StrategySection(name=name))
         told = {
-            "states": {LOCAL_STEPS: torch.tensor(1.0), RECEIVED_LOSS: torch.tensor(1.0)},
+            "states": {name: torch.tensor(1.0) for name in (CLUSTER, LOCAL_STEPS, RECEIVED_LOSS)},
             "strategy_tensors": tensors_for_clients(strategy, strategy.begin(model)),
         }
         updates = [replace(update([1.0, 2.0], 1, client), **told) for client in "abcdefg"]

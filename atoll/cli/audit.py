@@ -29,6 +29,12 @@ def register(app: typer.Typer) -> None:
     app.command(cls=Verb, epilog="Example: atoll audit runs/bbc-news --canaries 2000")(audit)
 
 
+NOT_ATTACKED = (
+    "What the run claims of epsilon was not attacked: canaries of examples are classes that are exchanged,"
+    " and texts have none."
+)
+
+
 def audit(
     run: RunDir,
     canaries: Annotated[
@@ -47,25 +53,35 @@ def audit(
     if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
         raise ConfigError(f"--out: expected a file, in a folder that is there, found {out_file}")
     from atoll.report.audit import what_the_audit_found
-    from atoll.sim.audit.audit import Audit, audited
+    from atoll.sim.audit.audit import Audit, audited, takes_canaries
     from atoll.sim.audit.gradient_inversion import probed
+    from atoll.sim.audit.verbatim import completed_verbatim
     from atoll.sim.population.population import Population
+    from atoll.trained import model_of
 
     how = Audit(canaries, confidence, shadows)
     population = Population.of(job)
-    with watching(job.federation.rounds) as watcher:
-        found = audited(
-            job, result["privacy"], how, population=population,
-            watch=lambda done, total: watcher.on_event(AuditAdvanced(done, total)),
-        )  # fmt: skip
-    found["inversion"] = probed(job, population)
+    verbatim = completed_verbatim(job, population, model_of(run))
+    if verbatim is not None and not takes_canaries(job):
+        found: dict[str, Any] = {"confidence": confidence, "units": {}, "contradicted": False}
+    else:
+        with watching(job.federation.rounds) as watcher:
+            found = audited(
+                job, result["privacy"], how, population=population,
+                watch=lambda done, total: watcher.on_event(AuditAdvanced(done, total)),
+            )  # fmt: skip
+    found |= {"inversion": probed(job, population), "verbatim": verbatim}
     text = json.dumps(found, indent=2, allow_nan=False)
     for path in filter(None, (run / "audit.json", out_file)):
         path.write_text(text + "\n", "utf-8")
-    out().print(bounds(found))
+    if found["units"]:
+        out().print(bounds(found))
     if found["inversion"] is not None:
         out().print(given_away(found["inversion"]))
-    out().print(sanitize(what_the_audit_found(found)), highlight=False, soft_wrap=True)
+    if found["verbatim"] is not None:
+        out().print(by_heart(found["verbatim"]), highlight=False, soft_wrap=True)
+    told = what_the_audit_found(found) if found["units"] else NOT_ATTACKED
+    out().print(sanitize(told), highlight=False, soft_wrap=True)
     out().print(f"audit  {sanitize(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
     if found["contradicted"]:
         raise typer.Exit(1)
@@ -138,6 +154,18 @@ def given_away(inversion: Mapping[str, Any]) -> Table:
         told += ["-", "-"] if kept is None else [f"{kept['label']:.0%}", f"{kept['cosine']:z.2f}"]
         table.add_row(f"{name} (by chance {inversion['chance'][key]:.0%})", *told)
     return table
+
+
+def by_heart(verbatim: Mapping[str, Any]) -> str:
+    """How many of the clients' texts the model completes word for word."""
+    worst = max(verbatim["clients"], key=lambda name: (verbatim["clients"][name]["after"], name))
+    texts, after = verbatim["texts"], verbatim["after"]
+    most = f"; most of them {sanitize(worst)}'s, {verbatim['clients'][worst]['after']}" if after else ""
+    return (
+        f"by heart: of {texts:,} texts of the clients, given {verbatim['given_tokens']} tokens, the model"
+        f" writes the next {verbatim['written_tokens']} word for word in {after:,}, before training in"
+        f" {verbatim['before']:,}{most}"
+    )
 
 
 def _at(one: Mapping[str, Any], path: tuple[str, ...]) -> float | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atoll.cli.display import out as shown
+from atoll.cli.inspect import ClusterNumber
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
 from atoll.trained import trained
@@ -59,6 +60,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     prune: Annotated[float | None, typer.Option(help="Leave out this part of every layer.")] = None,
     prune_kind: Annotated[str | None, typer.Option(help="magnitude (default) or structured.")] = None,
+    cluster: ClusterNumber = None,
 ) -> Path:
     """Write the trained model for other programs, and measure what that costs."""
     if format not in FORMATS:
@@ -67,7 +69,7 @@ def export(
     folder = out or run / "exports" / format
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ConfigError(f"{folder}: exists and is not empty, choose another --out or --force")
-    learner, tensors = trained(run)
+    learner, tensors = trained(run, cluster)
     check_can_be(learner, format)
     examples = examples_of(learner, data)
     model = learner.filled(tensors)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from atoll.data.classification import Findings
     from atoll.job.job import DataSection
 
+ClusterNumber = Annotated[
+    int | None, typer.Option("--cluster", metavar="N", help="Whose model, of a run that has clusters.")
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 TextColumn = Annotated[str | None, typer.Option(help="The text column, if it isn't found.")]
 ImageColumn = Annotated[str | None, typer.Option(help="The image column, if it isn't found.")]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atoll.cli.display import err, escape, out, sanitize, stop_if_asked
-from atoll.cli.inspect import RunDir
+from atoll.cli.inspect import ClusterNumber, RunDir
 from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, DataError
@@ -56,12 +56,13 @@ def predict(
         typer.Option("--out", metavar="DIR", help="Where masks, boxes, forecasts go; else beside the input."),
     ] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also draw a mask over its picture.")] = False,
+    cluster: ClusterNumber = None,
     plugin: Plugins = None,
 ) -> None:
     """Use the trained model on new inputs."""
     load_files(plugin or ())
     shown: list[dict[str, Any]] = []
-    for answer in answers_of(run, inputs, out_dir, write=True, overlay=overlay):
+    for answer in answers_of(run, inputs, out_dir, write=True, overlay=overlay, cluster=cluster):
         plain = printable(answer)
         if as_json:
             typer.echo(json.dumps(plain))
@@ -99,7 +100,13 @@ def _print(answers: Sequence[dict[str, Any]], out_dir: Path | None) -> None:
 
 
 def answers_of(
-    run: Path, inputs: Iterable[str], out_dir: Path | None, *, write: bool, overlay: bool
+    run: Path,
+    inputs: Iterable[str],
+    out_dir: Path | None,
+    *,
+    write: bool,
+    overlay: bool,
+    cluster: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The model's answer to each input, and to each file of a folder, in the order given.
 
@@ -109,7 +116,7 @@ def answers_of(
         ConfigError: RUN holds no model, or two inputs' files would have one name. DataError: an input cannot
         be read, or a file not be written.
     """
-    learner, tensors = trained(run)
+    learner, tensors = trained(run, cluster)
     sources = _sources(inputs, learner.task.input_suffixes())
     places = _places(sources, out_dir) if write else {}
     for source, series, raw, answer in _answered(learner, tensors, sources):

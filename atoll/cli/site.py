@@ -336,7 +336,8 @@ def status(server: ServerKitOption) -> None:
 
     stands = ask(server)
     unknown = "none" if stands.known else "unknown"
-    echo(f"online   {', '.join(stands.online) or unknown}")
+    silent = {name: f" (silent for {seconds:.0f} s)" for name, seconds in stands.silent.items()}
+    echo(f"online   {', '.join(name + silent.get(name, '') for name in stands.online) or unknown}")
     echo(f"offline  {', '.join(stands.offline) or unknown}")
     echo(f"health   {f'not serving: {stands.trouble}' if stands.trouble else 'serving'}")
     echo(f"         answered on {stands.health} (gRPC)")

@@ -56,3 +56,29 @@ def _check_gradients_can_be_read_off(job: Job) -> None:
             "train.precision: 'fp16' leaves steps out, and scaffold divides by their number; expected 'fp32'"
             " or 'bf16'"
         )
+
+
+def check_last_models(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where last models can't be kept or contrasted."""
+    name = job.strategy.name
+    if not job.strategy.keeps_last_model:
+        return
+    if "example" in job.privacy.units:
+        raise ValueError(
+            f"strategy.name: {name}'s updates depend on a model that clients keep, which learns without"
+            f" noise; expected another strategy with privacy.unit = {job.privacy.unit!r}"
+        )
+    if job.tune.method == "head":
+        raise ValueError(
+            f"tune.method: {name} moves the representation before the head, and 'head' leaves it as it is;"
+            " expected last-k, lora or full"
+        )
+    for key, given, why in (
+        ("federation.error_feedback", job.feeds_errors_back,
+         "a client's memory holds its last model, not what compression lost"),
+        ("personal.keep", job.personal.keep is not None, "clients contrast the one model that all share"),
+        ("tune.then", bool(job.tune.then), "what is tuned later isn't in clients' last models"),
+        ("train.cached_states", job.train.cached_states is not None, "three models see each input"),
+    ):  # fmt: skip
+        if given:
+            raise ValueError(f"{key}: with strategy.name = {name!r} {why}; leave it out")

@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, FiniteFloat, Tag, ValidationError, fi
 
 from atoll.errors import ConfigError, did_you_mean
 from atoll.job.attack import AttackSection, check_attack
-from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state
+from atoll.job.client_state import WITH_CLIENT_STATE, check_client_state, check_last_models
 from atoll.job.closed_form import check_closed_form
 from atoll.job.error_text import KINDS, OTHER, explain
 from atoll.job.evaluate import EvaluateSection, check_measuring
@@ -27,7 +27,7 @@ from atoll.job.federation import (
     check_weights,
 )
 from atoll.job.lora_merge import check_lora_merge
-from atoll.job.personal import PersonalSection, check_per_fedavg, check_personal
+from atoll.job.personal import PersonalSection, check_clusters, check_inner_steps, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
 from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
 from atoll.job.toml import apply_override, read_job, with_absolute_paths
@@ -249,6 +249,21 @@ class StrategySection(Section):
         return self.name in WITH_CLIENT_STATE
 
     @property
+    def keeps_last_model(self) -> bool:
+        """Whether clients keep the model that their last round left."""
+        return self.name == "moon"
+
+    @property
+    def has_inner_steps(self) -> bool:
+        """Whether each local step first takes others, which are undone."""
+        return self.name in ("per-fedavg", "pfedme")
+
+    @property
+    def makes_clusters(self) -> bool:
+        """Whether there is a model for each cluster of clients, and none for all."""
+        return self.name == "ifca"
+
+    @property
     def sends_losses(self) -> bool:
         """Whether clients send the loss of the model that they received."""
         return self.name in SENDS_LOSSES
@@ -287,8 +302,10 @@ class Job(Section):
         check_measuring(self)
         check_closed_form(self)
         check_personal(self)
-        check_per_fedavg(self)
+        check_inner_steps(self)
         check_client_state(self)
+        check_last_models(self)
+        check_clusters(self)
         check_attack(self)
         check_training(self)
         check_weights(self)
@@ -358,7 +375,9 @@ class Job(Section):
     @property
     def has_client_state(self) -> bool:
         """Whether clients keep something from one round to the next."""
-        return self.feeds_errors_back or self.personal.keep is not None or self.strategy.keeps_client_state
+        strategy = self.strategy
+        kept = strategy.keeps_client_state or strategy.keeps_last_model
+        return self.feeds_errors_back or self.personal.keep is not None or kept
 
     @property
     def feeds_errors_back(self) -> bool:

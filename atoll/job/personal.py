@@ -114,33 +114,63 @@ def _check_promises(job: Job) -> None:
         raise ValueError("privacy.audit: a run with personal.keep can't be attacked; expected false")
 
 
-def check_per_fedavg(job: Job) -> None:
-    """Raises ValueError, in one line that names the key, where gradients can't be taken a step further on."""
-    if job.strategy.name != "per-fedavg":
+def check_inner_steps(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where local steps can't take others before."""
+    name = job.strategy.name
+    if not job.strategy.has_inner_steps:
         return
     if "example" in job.privacy.units:
         raise ValueError(
-            "strategy.name: per-fedavg takes a step's gradients where other examples led, so that no clipping"
-            " bounds what one example changes; expected another strategy with privacy.unit ="
+            f"strategy.name: {name} takes a step's gradients where other steps led, so that no clipping"
+            f" bounds what one example changes; expected another strategy with privacy.unit ="
             f" {job.privacy.unit!r}"
         )
     if job.federation.secure_aggregation and not job.privacy.units:
         raise ValueError(
-            "strategy.name: per-fedavg counts clients evenly, and a secure sum without a promise by their"
+            f"strategy.name: {name} counts clients evenly, and a secure sum without a promise by their"
             " examples; expected another strategy, or federation.secure_aggregation = false"
         )
     if job.personal.keep is not None:
         raise ValueError(
-            "personal.keep: per-fedavg makes one model for all to adapt; expected none, found"
+            f"personal.keep: {name} makes one model for all to adapt; expected none, found"
             f" {job.personal.keep!r}"
         )
     if job.train.precision == "fp16":
         raise ValueError(
-            "train.precision: 'fp16' scales gradients, and per-fedavg moves by them; expected 'fp32' or"
-            " 'bf16'"
+            f"train.precision: 'fp16' scales gradients, and {name} moves by them; expected 'fp32' or 'bf16'"
         )
     if job.backbone.prune is not None:
         raise ValueError(
-            "backbone.prune: per-fedavg's inner step would fill what was left out; expected none, found"
+            f"backbone.prune: {name}'s inner step would fill what was left out; expected none, found"
             f" {job.backbone.prune:g}"
         )
+
+
+def check_clusters(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where there must be one model for all.
+
+    Client-level privacy, secure sums and concurrency refuse such a strategy by themselves.
+    """
+    name = job.strategy.name
+    if not job.strategy.makes_clusters:
+        return
+    if "example" in job.privacy.units:
+        raise ValueError(
+            f"strategy.name: {name}'s clients say which model fits their examples, which no noise protects;"
+            f" expected another strategy with privacy.unit = {job.privacy.unit!r}"
+        )
+    for key, given, why in (
+        ("federation.error_feedback", job.feeds_errors_back,
+         "what compression lost belongs to the model of one cluster, and a client may choose another"),
+        ("federation.selection", job.federation.chooses_by_losses,
+         "losses of several models don't compare"),
+        ("personal.keep", job.personal.keep is not None, "what a client keeps would fit one cluster's model"),
+        ("tune.head_init", job.tune.head_init is not None, "a closed form makes one head for all"),
+        ("tune.then", bool(job.tune.then), "what is tuned later would begin with one model"),
+        ("tune.lora_ranks", job.tune.lora_ranks is not None, "clients start from their cluster's factors"),
+        ("train.teacher", job.train.teacher is not None, "clients choose by the task's own loss"),
+        ("backbone.prune", job.backbone.prune is not None, "it is one model that is pruned"),
+        ("evaluate.adapt", job.evaluate.adapt is not None, "clients adapt the one model that all share"),
+    ):  # fmt: skip
+        if given:
+            raise ValueError(f"{key}: with strategy.name = {name!r} {why}; leave it out")

@@ -30,7 +30,8 @@ SHARED_EXAMPLES = (
 )
 
 MERGED_BY_MEAN = (
-    "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "per-fedavg", "fedbuff",
+    "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "per-fedavg", "pfedme",
+    "fedbuff",
 )  # fmt: skip
 """Strategies that see nothing of the updates but their mean."""
 

@@ -27,6 +27,16 @@ def check_fits(job: Job, task: Task) -> None:
     check_shots(job, task)
     if job.tune.head_init is not None and not (task.uses_pooled_features and task.head_loss == "softmax"):
         raise ConfigError(f"tune.head_init: {task.name} has no head of classes on features, expected none")
+    if job.strategy.keeps_last_model and not task.uses_pooled_features:
+        raise ConfigError(
+            f"strategy.name: {job.strategy.name} contrasts features before the head, and {task.name} has no"
+            " head on features; expected another"
+        )
+    if job.strategy.makes_clusters and not task.uses_pooled_features:
+        raise ConfigError(
+            f"strategy.name: {job.strategy.name}'s models differ at first by the heads that are drawn for"
+            f" them, and {task.name} has no head on features; expected another"
+        )
     if job.train.cached_views is not None and not task.uses_pooled_features:
         raise ConfigError(f"train.cached_views: {task.name} has no features to keep, expected none")
     if (

@@ -77,6 +77,10 @@ def teacher_of(job: Job) -> Teacher | None:
     own = Job.parse(saved["job"], origin=f"{run}/model/model.json")
     if own.personal.keep == "head":
         raise ConfigError(f"train.teacher: the clients of {run} kept their heads, expected a whole model")
+    if own.strategy.makes_clusters:
+        raise ConfigError(
+            f"train.teacher: {run} has a model for each cluster of clients, expected one for all"
+        )
     train = {"threads": job.train.threads, "device": job.train.device, "teacher": None}
     train |= {"teacher_temperature": None, "teacher_weight": None}
     own = own.model_copy(

@@ -44,6 +44,7 @@ from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 from atoll.protocol.validation_split import helps_clients, kept_back, validation_marks
 from atoll.strategies.lora.merge import trained_in_round
+from atoll.strategies.personal.ifca import model_of_cluster
 from atoll.tasks import with_brought_metrics
 from atoll.tasks.metric_values import MetricValues, computed, defined
 from atoll.tasks.task import Sample, Task
@@ -159,13 +160,21 @@ class Learner:
         found = trainable.values(self.model) | lora_base.nothing_added(self.model)
         return {name: t.cpu() for name, t in found.items()}
 
+    def with_another_head(self, tensors: Tensors, number: int) -> Tensors:
+        """The trainable tensors with the head that the seed draws for a number, of a task with features."""
+        drawn = self._fresh_head(self.width, number).named_parameters()
+        head = {f"head.{name}": p.detach().clone() for name, p in drawn}
+        return {name: head.get(name, tensor) for name, tensor in tensors.items()}
+
     def begin_round(self, round: int) -> None:
         """Train what a round trains from now on: one of LoRA's factors if they alternate; in 0 both."""
         if self.job.tune.lora_merge == "rolora":
             lora_base.alternate(self.model, round)
 
     def trained_in_round(self, tensors: Tensors, round: int) -> Tensors:
-        """Those of the model's tensors that clients train and send in a round."""
+        """Those of the model's tensors that clients train and send in a round; a cluster's are like all."""
+        if self.job.strategy.makes_clusters:
+            return model_of_cluster(tensors, 0)
         return trained_in_round(tensors, self.job.tune.lora_merge, round)
 
     @cached_property
@@ -443,10 +452,10 @@ class Learner:
         width = known_width(self.backbone)
         return width if width is not None else self.encoder.width
 
-    def _fresh_head(self, width: int) -> nn.Module:
-        """The task's head, behind a hidden layer where the job asks for one."""
+    def _fresh_head(self, width: int, *purpose: int) -> nn.Module:
+        """The task's head, behind a hidden layer where the job asks for one; drawn anew for a `purpose`."""
         hidden = self.job.tune.hidden
-        with global_stream(self.job.seed, "init", "head"):
+        with global_stream(self.job.seed, "init", "head", *purpose):
             if hidden is None:
                 return self.task.head(width, self.data_info)
             return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), self.task.head(hidden, self.data_info))

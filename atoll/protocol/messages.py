@@ -31,6 +31,9 @@ LOCAL_STEPS = "local_steps"
 RECEIVED_LOSS = "received_loss"
 """A state of updates for fair strategies: the mean training loss of the model as it was received."""
 
+CLUSTER = "cluster"
+"""A state of updates where there is a model for each cluster of clients: the number of the one that moved."""
+
 
 @dataclass(frozen=True)
 class Hello:

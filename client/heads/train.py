@@ -32,6 +32,7 @@ from atoll.client.training.batches import (
 from atoll.client.training.learning_rates import StepRates
 from atoll.client.training.optimizers import clip_stacked, is_plain, make_optimizer
 from atoll.client.training.per_fedavg import adapted_heads, inner_batches
+from atoll.client.training.pfedme import Gradients, MoreauSteps, envelope_gradients
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.determinism import is_gpu
@@ -47,7 +48,8 @@ class HeadTrainingConfig:
     each client that has any. Clients with `starts` of their own, which are all or none, move from there;
     their updates, and the proximal term, are still relative to the shared head. With `steps` everybody stops
     after so many. With an `inner_lr` gradients are taken a step of that length further on (Per-FedAvg);
-    with `mixing` at each one's mixture with the shared head, which takes steps of its own beside (APFL).
+    with `mixing` at each one's mixture with the shared head, which takes steps of its own beside (APFL). With
+    `moreau` steps move down the gradient of an envelope of the loss (pFedMe).
     """
 
     job: Job
@@ -60,6 +62,7 @@ class HeadTrainingConfig:
     steps: int | None = None
     inner_lr: float = 0.0
     mixing: float = 0.0
+    moreau: MoreauSteps | None = None
 
 
 def train_heads(
@@ -287,6 +290,7 @@ def _run_local_steps(
     rates = StepRates.of(local.job, local.round, schedule.steps, str(now[0].device))
     is_simple = extra.is_none and is_plain(local.job.train)
     move = _plain_move(rates) if is_simple else _move(start, extra, now, rates)
+    move_by = _move_by(start, extra, now, rates)
     beside: _SharedBeside | None = None
     if local.mixing:
         w = [matrix.repeat(len(schedule.steps), 1, 1) for matrix in start]
@@ -304,6 +308,11 @@ def _run_local_steps(
         torch.index_select(examples.features, 0, rows.flatten(), out=inputs.view(active * size, -1))
         stack = [matrix[:active] for matrix in now]
         at = _adapted(layers, stack, examples, schedule, s, local) if local.inner_lr else stack
+        if local.moreau is not None:
+            gradients_by = _gradients_by(layers, local.loss, inputs, targets[s, :active], share)
+            gradient, losses[s, :active] = envelope_gradients(stack, local.moreau, gradients_by)
+            move_by(s, stack, gradient)
+            continue
         if beside is not None:
             at = beside.mixture(s, stack, inputs, targets[s, :active], share)
         values = layers.forward(at, inputs)
@@ -346,13 +355,25 @@ def _plain_move(rates: StepRates) -> Move:
 
 
 def _move(start: Stack, extra: _GradientTerms, now: Stack, rates: StepRates) -> Move:
-    train = extra.local.job.train
-    step = [make_optimizer(train) for _ in now]
     sums = [torch.empty_like(matrix) for matrix in now]
+    move_by = _move_by(start, extra, now, rates)
 
     def move(s: int, stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> None:
         gradient = [matrix[: len(stack[0])] for matrix in sums]
         gradients(values, error, out=gradient)
+        move_by(s, stack, gradient)
+
+    return move
+
+
+def _move_by(
+    start: Stack, extra: _GradientTerms, now: Stack, rates: StepRates
+) -> Callable[[int, Stack, Stack], None]:
+    """(step, stack, gradients): one local step of the job's optimizer, by gradients that it may change."""
+    train = extra.local.job.train
+    step = [make_optimizer(train) for _ in now]
+
+    def move(s: int, stack: Stack, gradient: Stack) -> None:
         extra.add(gradient, stack, start, s)
         clip_stacked(gradient, train.clip_norm)
         lr = rates.at(s, len(stack[0]))
@@ -360,6 +381,22 @@ def _move(start: Stack, extra: _GradientTerms, now: Stack, rates: StepRates) -> 
             step[place](matrix, gradient[place], lr)
 
     return move
+
+
+def _gradients_by(
+    layers: Layers, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor
+) -> Gradients:
+    """Gradients of stacked heads by a batch [clients, batch, width] whose examples count by `share`."""
+
+    def found(stack: Stack) -> tuple[Stack, torch.Tensor]:
+        values = layers.forward(stack, inputs)
+        error, losses = loss.grad(values[-1], targets)
+        each = layers.output_gradients(stack, values, error)
+        out = [torch.empty_like(matrix) for matrix in stack]
+        gradients(values, [e.mul_(share.unsqueeze(2)) for e in each], out=out)
+        return out, losses
+
+    return found
 
 
 @dataclass(frozen=True)

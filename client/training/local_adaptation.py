@@ -11,6 +11,7 @@ from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.training.local_sgd import train_model
 from atoll.client.training.per_fedavg import inner_lr_of
+from atoll.client.training.pfedme import MoreauSteps
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.job.train import PLAIN_STEPS
@@ -21,7 +22,8 @@ from atoll.protocol.tensors import Tensors
 
 def _step_of(job: Job) -> dict[str, float | str | None]:
     """What a step of adaptation is, where the strategy says it and not `[train]`: one down the gradient."""
-    alpha = inner_lr_of(job)
+    moreau = MoreauSteps.of(job)
+    alpha = inner_lr_of(job) if moreau is None else moreau.inner_lr
     return (
         {**PLAIN_STEPS, "optimizer": "sgd", "lr": alpha, "momentum": 0.0, "weight_decay": 0.0}
         if alpha
@@ -30,8 +32,12 @@ def _step_of(job: Job) -> dict[str, float | str | None]:
 
 
 def adapt_locally(learner: Learner, request: ModelRequest, client: str, shard: Shard, steps: int) -> Tensors:
-    """The request's tensors after that many local steps on the client's training part."""
-    job = learner.job
+    """The request's tensors after that many local steps on the client's training part.
+
+    With pFedMe they lead to the client's own model, which is held to these tensors.
+    """
+    job, moreau = learner.job, MoreauSteps.of(learner.job)
+    pull = 0.0 if moreau is None else moreau.pull
     epochs = math.ceil(steps / math.ceil(len(shard) / job.train.batch_size))
     longer = job.model_copy(
         update={"train": job.train.model_copy(update={"epochs": epochs, **_step_of(job)})}
@@ -40,12 +46,14 @@ def adapt_locally(learner: Learner, request: ModelRequest, client: str, shard: S
     round = request.round + 1
     if learner.trains_on_features:
         examples = FeatureTable.of(learner.training_features(shard), shard.table, job.train.device)
-        local = HeadTrainingConfig(longer, head_loss(job, learner.task.head_loss), round, steps=steps)
+        local = HeadTrainingConfig(longer, head_loss(job, learner.task.head_loss), round, pull, steps=steps)
         work = ClientRows(client, np.arange(len(shard)))
         update = train_heads(request.tensors, examples, [work], local)[0]
     else:
         update = train_model(
-            learner, request.tensors, shard, longer, client=client, round=round, plan={}, steps=steps
-        )
+            learner, request.tensors, shard, longer,
+            client=client, round=round,
+            plan={"proximal_mu": pull}, steps=steps,
+        )  # fmt: skip
     moved = {name: request.tensors[name] + delta for name, delta in update.delta.items()}
     return {**request.tensors, **moved}

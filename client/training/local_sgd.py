@@ -15,8 +15,10 @@ from atoll.client.training.apfl import SharedBeside
 from atoll.client.training.batches import batches
 from atoll.client.training.factored_sgd import outer_product_sgd
 from atoll.client.training.learning_rates import StepRates, groups_of, layer_rates
+from atoll.client.training.moon import ModelContrast
 from atoll.client.training.optimizers import set_step, torch_optimizer
 from atoll.client.training.per_fedavg import Backward, gradient_after_a_step
+from atoll.client.training.pfedme import MoreauSteps, envelope_gradient
 from atoll.client.training.precision import autocast, scaler_of, to_float32
 from atoll.data.shard import Shard
 from atoll.job.job import Job
@@ -56,6 +58,8 @@ def train_model(
     steps: int | None = None,
     inner_lr: float = 0.0,
     mixing: float = 0.0,
+    moreau: MoreauSteps | None = None,
+    contrast: ModelContrast | None = None,
     only: Set[str] | None = None,
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
@@ -63,7 +67,8 @@ def train_model(
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
     the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
-    Gradients are those a step of `inner_lr` further on (Per-FedAvg), or of a `mixing` with w (APFL).
+    Gradients are those a step of `inner_lr` further on (Per-FedAvg), of a `mixing` with w (APFL), or of an
+    envelope of the loss (pFedMe, `moreau`). A `contrast` with other models is added to the loss (MOON).
     """
     mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
@@ -78,18 +83,16 @@ def train_model(
     def backward(number: int) -> Iterator[float]:
         optimizer.zero_grad()
         varied = variation(job, round, client, number)
-        return _add_gradient(learner, shard, schedule[number], job, varied, loss_of, scaler)
+        return _add_gradient(learner, shard, schedule[number], job, varied, loss_of, scaler, contrast)
 
-    take: Backward = backward
-    if inner_lr:
-        take = partial(gradient_after_a_step, parameters, inner_lr, len(schedule), backward)
-    if mixing:
-        take = partial(SharedBeside(model, start, job, rates, mixing).step, backward)
+    beside = SharedBeside(model, start, job, rates, mixing) if mixing else None
+    take = _gradients_by(backward, parameters, len(schedule), inner_lr, moreau, beside)
+    has_terms = bool(mu or added or inner_lr or mixing or moreau or contrast or only)
     with (
         global_stream(job.seed, "dropout", round, client),
         _memory_saved(model, job),
         repeatable(job.train.device),
-        outer_product_sgd(model, job, has_terms=bool(mu or added or inner_lr or mixing or only)) as factors,
+        outer_product_sgd(model, job, has_terms=has_terms) as factors,
     ):
         for number in range(len(schedule)):
             for loss in take(number):
@@ -101,6 +104,22 @@ def train_model(
                 trainable.keep_pruned(model)
     optimizer.zero_grad()  # gradients are as large as what is tuned, and would lie there until the next round
     return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
+
+
+def _gradients_by(
+    backward: Backward,
+    parameters: Mapping[str, torch.nn.Parameter],
+    steps: int,
+    inner_lr: float,
+    moreau: MoreauSteps | None,
+    beside: SharedBeside | None,
+) -> Backward:
+    """What leaves a batch's gradient in the network: the loss's own, or the one that a method takes."""
+    if inner_lr:
+        return partial(gradient_after_a_step, parameters, inner_lr, steps, backward)
+    if moreau is not None:
+        return partial(envelope_gradient, parameters, moreau, backward)
+    return backward if beside is None else partial(beside.step, backward)
 
 
 def _begin(learner: Learner, shard: Shard, tensors: Tensors) -> None:
@@ -118,15 +137,23 @@ def _add_gradient(
     varied: Variation | None,
     loss_of: TrainingLoss,
     scaler: torch.amp.GradScaler,
+    contrast: ModelContrast | None,
 ) -> Iterator[float]:
-    """Add a batch's gradient, part by part, to what the parameters hold; each part's summed loss."""
+    """Add a batch's gradient, part by part, to what the parameters hold; each part's summed loss.
+
+    The loss that is told is without the `contrast`.
+    """
     device = job.train.device
     for part, share in weighted_parts(learner, shard, rows, job):
-        batch = learner.batch(shard, part, varied)
+        batch = {name: t.to(device) for name, t in learner.batch(shard, part, varied).items()}
         with autocast(job.train):
-            outputs = learner.model({name: t.to(device) for name, t in batch.items()})
+            if contrast is None:
+                outputs, apart = learner.model(batch), None
+            else:
+                outputs, apart = contrast.outputs(learner.model, batch)
         loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
-        scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
+        total = loss if apart is None else loss + apart
+        scaler.scale(total * share).backward()  # type: ignore[no-untyped-call]
         yield float(loss.detach()) * len(part)
 
 

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from atoll.errors import ConfigError
 from atoll.kit.kit import Address, ServerKit, is_address
 from atoll.server.deploy.connection_limits import IDLE_SECONDS, ConnectionLimits, LimitedListener
+from atoll.server.deploy.heard import KEY_HEADER, LastHeard
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,14 @@ class ReverseProxy:
     """Passes the sites' calls from the public socket to the SuperLink, in a thread of its own."""
 
     def __init__(
-        self, kit: ServerKit, listener: socket.socket, superlink: str, limits: ConnectionLimits | None = None
+        self,
+        kit: ServerKit,
+        listener: socket.socket,
+        superlink: str,
+        limits: ConnectionLimits | None = None,
+        heard: LastHeard | None = None,
     ) -> None:
-        self.limits = limits or ConnectionLimits()
+        self.limits, self.last_heard = limits or ConnectionLimits(), heard or LastHeard()
         self._upstream = f"https://{superlink}"
         self._client = httpx.AsyncClient(
             verify=ssl.create_default_context(cafile=str(kit.authority)), timeout=120, trust_env=False
@@ -117,8 +123,11 @@ class ReverseProxy:
         self.limits.asks(key)
         is_from_site = False
         try:
-            response = await self._pass_on(Request(scope, receive))
+            request = Request(scope, receive)
+            response = await self._pass_on(request)
             is_from_site = response.status_code == FROM_A_SITE
+            if is_from_site:
+                self.last_heard.heard(request.headers.get(KEY_HEADER))
             await response(scope, receive, send)
         finally:
             self.limits.answered(key, by_a_site=is_from_site)

@@ -16,6 +16,7 @@ from atoll.kit.kit import ServerKit
 from atoll.server.deploy.connection_limits import ConnectionLimits
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
+from atoll.server.deploy.heard import LastHeard, key_of_file
 from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
 from atoll.server.deploy.status import Federation, Run, answering, lock_path
 from atoll.server.deploy.superlink import TOKEN_FILE, new_token, token_path
@@ -62,7 +63,8 @@ def serve(
         server = _Server(loaded, free_port(), tell, stop, health, where)
         stack.callback(server.close)
         server.open()
-        gate = ReverseProxy(loaded, listener, server.superlink_address, ConnectionLimits(tell))
+        limits = ConnectionLimits(tell)
+        gate = ReverseProxy(loaded, listener, server.superlink_address, limits, server.last_heard)
         stack.callback(gate.stop)
         gate.start()
         stack.enter_context(_runtime_file(loaded, server.superlink_address, where))
@@ -91,6 +93,10 @@ def _last_written(kit: ServerKit) -> tuple[float, ...]:
     return tuple(path.stat().st_mtime_ns for path in paths if path.exists())
 
 
+def _keys_of(kit: ServerKit) -> dict[str, bytes]:
+    return {site: key_of_file(kit.node_key(site)) for site in kit.sites}
+
+
 def runtime_path(kit: ServerKit) -> Path:
     return kit.state / "serve.json"
 
@@ -109,9 +115,13 @@ class _Server:
     pause: float = 1.0
     written: tuple[float, ...] = ()
     """When the kit's table and the sites' keys were last written."""
+    last_heard: LastHeard = field(default_factory=LastHeard)
+    keys: dict[str, bytes] = field(default_factory=dict)
+    """Each site's public key."""
+    silent: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.written = _last_written(self.kit)
+        self.written, self.keys = _last_written(self.kit), _keys_of(self.kit)
         new_token(self.kit)
         env = environment(
             self.kit.state / "flwr",
@@ -183,6 +193,7 @@ class _Server:
         self.written = written
         try:
             changed = ServerKit.load(self.kit.folder)
+            self.keys = _keys_of(changed)
             self.control.admit({site: changed.node_key(site) for site in changed.sites})
         except (ConfigError, OSError, ValueError) as error:
             self.tell(
@@ -226,6 +237,16 @@ class _Server:
         for name in sorted(online - self.online):
             self.online.add(name)
             self.tell(f"{name} is connected ({len(self.online)} of {len(self.kit.sites)})")
+        self._tell_silent()
+
+    def _tell_silent(self) -> None:
+        """Name the sites of which nothing was heard for a while, though they aren't offline yet."""
+        silent = self.last_heard.silent(self.keys, self.online)
+        for name in sorted(silent.keys() - self.silent):
+            self.tell(f"{name} is silent: nothing was heard of it for {silent[name]:.0f} s")
+        for name in sorted((self.silent - silent.keys()) & self.online):
+            self.tell(f"{name} is heard again")
+        self.silent = set(silent)
 
     def _look_at_runs(self) -> None:
         """Tell `health` how runs stand; those whose process died are started again.
@@ -254,13 +275,15 @@ class _Server:
             return Federation((), (), (), frozenset(), str(error), self.health_address, known=False)
         finally:
             control.close()
+        online = tuple(sorted(node.name for node in nodes if node.online))
         return Federation(
-            online=tuple(sorted(node.name for node in nodes if node.online)),
+            online=online,
             offline=tuple(sorted(node.name for node in nodes if not node.online)),
             runs=tuple(map(self._told, runs)),
             going_on=self.health.going_on,
             trouble=self.health.trouble,
             health=self.health_address,
+            silent=self.last_heard.silent(self.keys, online),
         )
 
     def _told(self, run: Run) -> Run:

@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ class Federation:
     health: str
     """Where the gRPC health protocol is answered."""
     known: bool = True
+    silent: dict[str, float] = field(default_factory=dict)
+    """Sites that are online and of which nothing was heard for a while, with the seconds since."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"going_on": sorted(self.going_on)})

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from atoll.job.privacy import expected_cohort, unless_secret
-from atoll.protocol.messages import CHARGED_ROUNDS
+from atoll.protocol.messages import CHARGED_ROUNDS, CLUSTER, Update
 from atoll.protocol.stacked_updates import stacked_states
 from atoll.protocol.tensors import size_of, tensors_sha256
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import ValidatedUpdates
 from atoll.strategies.lora.merge import error_fields
+from atoll.strategies.mean import sent_numbers
+from atoll.strategies.options import clusters_of
 from atoll.tasks.metric_values import MetricValues
 
 
@@ -41,6 +43,7 @@ def log_line(
         **tuning_schedule.log_fields(run),
         **error_fields(state.strategy_state),
         **_staleness(gathered.staleness),
+        **_clusters(gathered.updates, clusters_of(run.setup.job)),
     }
     charged = int(states[CHARGED_ROUNDS].max()) if CHARGED_ROUNDS in states else gathered.charged_rounds
     if charged:
@@ -51,6 +54,14 @@ def log_line(
 def _staleness(merges: Sequence[int]) -> dict[str, Any]:
     """How late the round's updates were, where any can be."""
     return {"staleness": {"mean": sum(merges) / len(merges), "max": max(merges)}} if merges else {}
+
+
+def _clusters(updates: Sequence[Update], count: int) -> dict[str, Any]:
+    """Which clients chose each cluster's model in the round, where there are clusters."""
+    if not count:
+        return {}
+    chosen = sent_numbers(updates, CLUSTER) if updates else {}
+    return {"clusters": [[name for name, own in chosen.items() if own == n] for n in range(count)]}
 
 
 def charged_rounds(run: Run) -> int:

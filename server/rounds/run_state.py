@@ -22,7 +22,6 @@ from atoll.server.rounds.validation import ValidatedUpdates
 from atoll.server.run.checkpoint import CheckpointManager
 from atoll.server.run.directory import RunDirectory
 from atoll.server.transport import Transport
-from atoll.strategies.lora.merge import trained_in_round
 from atoll.strategies.strategy import State, Strategy
 from atoll.tasks.task import Sample
 
@@ -175,14 +174,17 @@ class Run:
 
     @property
     def full_model(self) -> Tensors | None:
-        """The model that all share, where norms are kept with the first ones; None where heads are kept."""
-        if self.setup.job.personal.keep == "head":
+        """The model that all share, where norms are kept with the first ones.
+
+        None where heads are kept, or clusters of clients have models of their own.
+        """
+        if self.setup.job.personal.keep == "head" or self.setup.job.strategy.makes_clusters:
             return None
         return {**self.state.learner.client_tensors, **self.state.tensors}
 
     def trained_in_round(self, round: int) -> Tensors:
         """Those of the model's tensors that clients train and send in a round."""
-        return trained_in_round(self.state.tensors, self.setup.job.tune.lora_merge, round)
+        return self.state.learner.trained_in_round(self.state.tensors, round)
 
     def update_bytes(self, round: int) -> int:
         """Bytes of one client's update of a round as it travels."""

@@ -13,6 +13,7 @@ from atoll.job.federation import is_asynchronous
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.learning.lora_base import merging_lora
+from atoll.protocol.tensors import Tensors
 from atoll.server.contributions.measured import check_can_measure
 from atoll.server.events import ClientsFound, EventCallback, RunResumed
 from atoll.server.roster import ClientRoster
@@ -41,6 +42,8 @@ from atoll.server.run.directory import RunDirectory
 from atoll.server.selection.rules import kept, selection_rule, taken_back
 from atoll.server.transport import SharesLearner, Transport
 from atoll.strategies import Strategy, build_strategy
+from atoll.strategies.options import clusters_of
+from atoll.strategies.personal.ifca import stacked_models
 from atoll.tasks import task_named
 
 
@@ -73,7 +76,7 @@ def start_or_resume(
     torch.set_num_threads(job.train.threads)
     initial = learner.initial()
     base, strategy = strategy, merging_lora(strategy, learner)
-    shared = {name: t for name, t in initial.items() if name not in learner.client_tensors}
+    shared = first_model(learner, initial)
     on_event(ClientsFound(roster, learner.backbone, learner.task.inputs_in_words))
     rule = selection_rule(job, roster)
     flights = Flights()
@@ -101,6 +104,18 @@ def start_or_resume(
     if resume:
         _resume(run)
     return run
+
+
+def first_model(learner: Learner, initial: Tensors) -> Tensors:
+    """What the server merges before the first round: what clients don't keep, or every cluster's model.
+
+    Clusters' models differ by their heads, of which the first is that of any other job.
+    """
+    clusters = clusters_of(learner.job)
+    if not clusters:
+        return {name: t for name, t in initial.items() if name not in learner.client_tensors}
+    others = (learner.with_another_head(initial, number) for number in range(1, clusters))
+    return stacked_models([initial, *others])
 
 
 def learner_of(job: Job, carrier: Transport, roster: ClientRoster) -> Learner:

@@ -12,6 +12,7 @@ import torch
 from atoll.job.job import Job
 from atoll.protocol.messages import (
     CHARGED_ROUNDS,
+    CLUSTER,
     LOCAL_STEPS,
     RECEIVED_LOSS,
     Failure,
@@ -23,11 +24,13 @@ from atoll.protocol.messages import (
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.mean import sent_numbers
+from atoll.strategies.options import clusters_of
 
 STATES = {"train_loss.sum", "train_loss.count"}
-SOMETIMES = {CHARGED_ROUNDS, LOCAL_STEPS, RECEIVED_LOSS}
+SOMETIMES = {CHARGED_ROUNDS, CLUSTER, LOCAL_STEPS, RECEIVED_LOSS}
 """States that are there only where a promise or the strategy asks for them."""
 RANGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    CLUSTER: ("a whole number of at least 0", lambda value: (value >= 0) & (value == value.floor())),
     LOCAL_STEPS: ("more than 0", lambda value: value > 0),
     RECEIVED_LOSS: ("at least 0", lambda value: value >= 0),
 }
@@ -89,6 +92,8 @@ class Validation:
     inspects_values: bool
     needed: frozenset[str] = frozenset()
     """States that the strategy can't merge an update without."""
+    clusters: int = 0
+    """How many models there are to choose from, where each cluster of clients has its own."""
     needs_losses: bool = False
     """Whether later cohorts are chosen by clients' training losses, so that each must be a number."""
 
@@ -97,8 +102,13 @@ class Validation:
         """How the updates of a job are validated."""
         steps = {LOCAL_STEPS} if job.strategy.name == "fednova" else set()
         losses = {RECEIVED_LOSS} if job.strategy.sends_losses else set()
-        by_losses = job.federation.chooses_by_losses
-        return cls("client" not in job.privacy.units, frozenset(steps | losses), by_losses)
+        chosen = {CLUSTER} if job.strategy.makes_clusters else set()
+        return cls(
+            "client" not in job.privacy.units,
+            frozenset(steps | losses | chosen),
+            clusters_of(job),
+            job.federation.chooses_by_losses,
+        )
 
     def __call__(
         self,
@@ -122,13 +132,16 @@ class Validation:
         return self._with_what_is_needed(found) if self.needed else found
 
     def _with_what_is_needed(self, found: ValidatedUpdates) -> ValidatedUpdates:
-        silent = {
-            update.client: f"metric state {lacking[0]} is missing"
-            for update in found.updates
-            if (lacking := sorted(self.needed - update.states.keys()))
-        }
-        usable = tuple(update for update in found.updates if update.client not in silent)
-        return replace(found, updates=usable, set_aside=dict(sorted((found.set_aside | silent).items())))
+        faults = {u.client: fault for u in found.updates if (fault := self._lack(u.states))}
+        usable = tuple(update for update in found.updates if update.client not in faults)
+        return replace(found, updates=usable, set_aside=dict(sorted((found.set_aside | faults).items())))
+
+    def _lack(self, states: Tensors) -> str | None:
+        for name in sorted(self.needed - states.keys()):
+            return f"metric state {name} is missing"
+        if self.clusters and int(states[CLUSTER]) >= self.clusters:
+            return f"metric state {CLUSTER}: expected 0 to {self.clusters - 1}, found {int(states[CLUSTER])}"
+        return None
 
 
 def _with_losses(found: ValidatedUpdates) -> ValidatedUpdates:

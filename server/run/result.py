@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -72,7 +72,7 @@ def write_result(
         "trainable": {n: list(t.shape) for n, t in state.tensors.items()},
         "machine": machine(job.train.threads, job.train.device),
         "notes": [
-            *notes, *setup.remarks, *private_notes(run),
+            *notes, *setup.remarks, *private_notes(run), *cluster_notes(state.log),
             *personalization_notes(job, own, clients, state.learner.task.primary_metric),
         ],
     }  # fmt: skip
@@ -128,6 +128,18 @@ def private_notes(run: Run) -> list[str]:
     if run.state.ended_early:
         notes.append(run.state.ended_early)
     return notes
+
+
+def cluster_notes(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many clients each cluster's model had in the last round, where there are clusters."""
+    if not rounds or "clusters" not in rounds[-1]:
+        return []
+    sizes = [len(names) for names in rounds[-1]["clusters"]]
+    told = ", ".join(f"{size} of cluster {number}" for number, size in enumerate(sizes))
+    return [
+        f"clients of the last round: {told}; each is measured with the model that fits it, and there is none"
+        " of all"
+    ]
 
 
 def _references(run: Run) -> dict[str, MetricValues]:

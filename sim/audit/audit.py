@@ -104,6 +104,11 @@ def audited(
     }
 
 
+def takes_canaries(job: Job) -> bool:
+    """Whether there are canaries for what the job promises; texts have no classes to mislabel."""
+    return job.task.name != "language-modeling" or job.privacy.units == ("client",)
+
+
 def _run(
     job: Job, population: Population, canaries: Canaries, progress: Callable[[], None]
 ) -> tuple[Vector, Membership]:

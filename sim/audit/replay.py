@@ -108,7 +108,9 @@ def job_to_replay(job: Job) -> Job:
     """
     if job.train.teacher is not None:
         raise ConfigError("train.teacher: a run with a teacher can't be attacked; expected one without")
-    own_state = job.strategy.name if job.strategy.keeps_client_state else None
+    strategy = job.strategy
+    has_own = strategy.keeps_client_state or strategy.keeps_last_model or strategy.makes_clusters
+    own_state = strategy.name if has_own else None
     for key, asked in (
         ("personal.keep", job.personal.keep),
         ("tune.head_init", job.tune.head_init),

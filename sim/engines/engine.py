@@ -111,7 +111,14 @@ def check_engine(job: Job, engine: str) -> None:
             f"strategy.name: engine cohort trains such clients without {job.strategy.name}'s corrections, try"
             " inline"
         )
-    if engine == "cohort" and job.strategy.name == "per-fedavg" and not trains_on_features(job):
+    if engine == "cohort" and job.strategy.makes_clusters and not trains_on_features(job):
+        raise ConfigError(
+            f"strategy.name: engine cohort trains clients from one start, and {job.strategy.name}'s have"
+            " several, try inline"
+        )
+    if engine == "cohort" and job.strategy.keeps_last_model:
+        raise ConfigError("strategy.name: engine cohort trains such clients without a contrast, try inline")
+    if engine == "cohort" and job.strategy.has_inner_steps and not trains_on_features(job):
         raise ConfigError("strategy.name: engine cohort trains such clients without inner steps, try inline")
     for key in job.train.autograd_only_keys if engine == "cohort" else ():
         raise ConfigError(

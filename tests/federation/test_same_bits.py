@@ -61,7 +61,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     }
     stepping = common | image | {"name": "fednova", "strategy": {"name": "fednova"}}  # type: ignore[operator]
     made["fednova"] = Job.parse(stepping, origin="test")
-    for name in ("qffl", "afl"):
+    for name in ("qffl", "afl", "ifca", "pfedme"):
         fair = common | image | {"name": name, "strategy": {"name": name}}  # type: ignore[operator]
         made[name] = Job.parse(fair, origin="test")
     for rule in ("by-size", "power-of-choice", "oort"):
@@ -90,6 +90,7 @@ def jobs(folder: Path) -> dict[str, Job]:
             "federation": {"clients": CLIENTS, "rounds": 3},  # the first forms a head of sums
         },
     }
+    tables["moon"] = {"tune": {"method": "last-k", "layers": 1}, "strategy": {"name": "moon"}}
     kept = {"tune": {"method": "last-k", "layers": 1}, "train": text["train"] | {"cached_states": "fp32"}}  # type: ignore[operator]
     tables["kept-states"] = kept
     merges = ("rolora", "fedex", "flora", "flexlora")
@@ -227,6 +228,8 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "feddyn",
                 "qffl",
                 "afl",
+                "ifca",
+                "pfedme",
                 "by-size",
                 "power-of-choice",
                 "oort",
@@ -235,7 +238,16 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
             [0, 1, 2],
         ),
         (
-            ["news-fedavg", "own-heads", "scaffold-texts", "rolora", "fedex", "flexlora", "kept-states"],
+            [
+                "news-fedavg",
+                "own-heads",
+                "scaffold-texts",
+                "rolora",
+                "fedex",
+                "flexlora",
+                "kept-states",
+                "moon",
+            ],
             [2, 1, 0],
         ),
         (["varied-fedavg", "compiled-fedavg", "varied-fedadam", "compiled-fedadam"], [0, 2, 1]),

@@ -1,0 +1,1 @@
+"""Strategies for clients whose shards differ, by what their local training adds to the loss."""
