@@ -57,10 +57,17 @@ def trained(run: Path, cluster: int | None = None) -> tuple[Learner, Tensors]:
 
 
 def model_of(run: Path) -> Tensors:
-    """The tensors that a run ended with."""
+    """The tensors that a run ended with.
+
+    Raises:
+        ConfigError: they aren't there. DataError: the file is damaged.
+    """
     from atoll.protocol.tensors import from_bytes  # torch comes with it: not before a model is there
 
-    return from_bytes((run / "model" / "model.safetensors").read_bytes())
+    path = run / "model" / "model.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{path}: missing, expected the run's model")
+    return from_bytes(path.read_bytes())
 
 
 def _check_cluster(run: Path, cluster: int | None, count: int) -> None:

@@ -55,6 +55,7 @@ def test_a_body_without_such_layers_is_named(name: str) -> None:
         _ = learner.model
 
 
+@pytest.mark.processes  # pip fetches what a machine does not have yet
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from atoll.cli.main import run as command_line
+from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.server.events import ignore_events
@@ -70,7 +71,7 @@ def written(learner: Learner, tensors: Any, ids: torch.Tensor) -> list[int]:
 def test_one_pass_tells_what_would_be_written(learnt: tuple[Path, Job]) -> None:
     run, job = learnt
     population, (learner, tensors) = Population.of(job), trained(run)
-    found = completed_verbatim(job, population, model_of(run))
+    found = completed_verbatim(job, population, lambda: model_of(run))
     assert found is not None
     whole, expected = population.whole(learner), 0
     for number in range(len(whole)):
@@ -102,9 +103,11 @@ def test_there_is_nothing_to_complete_in_another_task_or_in_short_texts(
     short = job.model_copy(
         update={"data": data, "federation": job.federation.model_copy(update={"clients": 1})}
     )
-    assert completed_verbatim(short, Population.of(short), model_of(run)) is None
+    assert completed_verbatim(short, Population.of(short), lambda: model_of(run)) is None
     other = job.model_copy(update={"task": job.task.model_copy(update={"name": "preference"})})
-    assert completed_verbatim(other, Population.of(job), {}) is None
+    with pytest.raises(ConfigError, match=r"model\.safetensors: missing, expected the run's model"):
+        model_of(tmp_path)
+    assert completed_verbatim(other, Population.of(job), lambda: {}) is None
 
 
 def test_the_verb_says_it_in_one_line(learnt: tuple[Path, Job], capsys: pytest.CaptureFixture[str]) -> None:

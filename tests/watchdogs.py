@@ -358,7 +358,7 @@ def what_the_server_tells_is_silent() -> None:
         bytes_down=0,
         tensors=MODEL,
         log=[],
-        learner=SimpleNamespace(client_tensors={}),
+        learner=SimpleNamespace(client_tensors={}, trained_in_round=lambda tensors, round: tensors),
         strategy_state={},
     )
     setup = SimpleNamespace(job=setting, test=None, population=["c0", "c1", "c2"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,7 @@ def audit(
 
     how = Audit(canaries, confidence, shadows)
     population = Population.of(job)
-    verbatim = completed_verbatim(job, population, model_of(run))
+    verbatim = completed_verbatim(job, population, partial(model_of, run))
     if verbatim is not None and not takes_canaries(job):
         found: dict[str, Any] = {"confidence": confidence, "units": {}, "contradicted": False}
     else:

@@ -8,7 +8,7 @@ would have written itself, so one pass over the true text tells: each token must
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,12 @@ class Passage:
     """At which of the example's learnt tokens."""
 
 
-def completed_verbatim(job: Job, population: Population, tensors: Tensors) -> dict[str, Any] | None:
+def completed_verbatim(
+    job: Job, population: Population, model: Callable[[], Tensors]
+) -> dict[str, Any] | None:
     """Texts tried, and how many came out before training and after, in all and by client.
 
-    `tensors` are those of the trained model. None where nothing can be completed: of another task, where
+    `model` reads the trained model's tensors. None where nothing can be completed: of another task, where
     clients keep a part of the model, or where no text has so many learnt tokens in a row.
     """
     if job.task.name != "language-modeling" or job.personal.splits:
@@ -60,8 +62,8 @@ def completed_verbatim(job: Job, population: Population, tensors: Tensors) -> di
     shard = index.full_population.select([passage.row for passage in passages])
     learner.keep_states(shard)
     hits = {
-        when: came_out(learner, model, shard, passages)
-        for when, model in (("before", learner.initial()), ("after", tensors))
+        when: came_out(learner, tensors, shard, passages)
+        for when, tensors in (("before", learner.initial()), ("after", model()))
     }
     by_client = {
         name: {"texts": sum(p.client == name for p in passages)}

@@ -78,6 +78,7 @@ def test_a_site_that_leaves_is_set_aside_by_name_and_the_rounds_close_without_it
     assert (told[-1]["decision"], told[-1]["model"]) == ("completed", result_of(out)["model_sha256"])
 
 
+@pytest.mark.matrix
 def test_by_arrival_nobody_waits_for_a_site_that_is_slow(ring: Ring) -> None:
     """The slow one is done only after the last round; its update came from the first model, unread."""
     federation, out = ring.whole(), ring.federation.folder / "arriving"
