@@ -290,9 +290,9 @@ def test_features_do_not_depend_on_neighbours_or_place_or_workers(tmp_path: Path
         encoder: Encoder = load_text_encoder(resolve(section, 1), section, 1)
         inputs: list[object] = ["abc " * (1 + i % 7) + "good" * (i % 2) for i in range(2 * BATCH + 5)]
     else:
-        layout = "channels_last" in kind
+        layout, network = "channels_last" in kind, "squeezenet1_1" if "compiled" in kind else "mobilenet_v2"
         section = BackboneSection(
-            name="torchvision:mobilenet_v2", weights="random", image_size=32, channels_last=layout
+            name=f"torchvision:{network}", weights="random", image_size=32, channels_last=layout
         )
         encoder = load_vision_encoder(resolve(section, 1), section, 1)
         inputs = list(grey_png_shard(2 * BATCH + 5, classes=3).inputs)

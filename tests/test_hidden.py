@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from atoll.backbones.resolve import resolve
 from atoll.cli.main import run as command_line
-from atoll.job.job import BackboneSection, Job
+from atoll.job.job import Job
 from atoll.server.run.directory import job_toml
+from atoll.server.run.run_job import validate_job
+from atoll.sim.population.population import Population
 from atoll.sim.population.write_shards import write_shards
 from tests.federation.places import result_of
 from tests.hiding import ROOT, Without, closure, hiding_environment, installed, modules_of
@@ -33,7 +34,6 @@ PRIVATE: dict[str, Any] = {
     "unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.2, "seeded_noise": True,
 }  # fmt: skip
 SGD = {"lr": 0.01, "optimizer": "sgd"}
-DEMO_BACKBONE = "hf:all-MiniLM-L6-v2"
 
 
 @cache
@@ -103,7 +103,9 @@ def test_the_demo_private_jobs_and_a_real_federation_need_nothing_that_is_not_de
         verbs.append(["simulate", str(tmp_path / f"{name}.toml"), "--out", str(tmp_path / name)])
     real = digits_at_one_client()
     write_shards(real, tmp_path / "shards")
-    resolve(BackboneSection(name=DEMO_BACKBONE), 1)  # fetched with pip, which is nobody's dependency
+    demo = Job.load(ROOT / "jobs" / "bbc-news.toml")
+    validate_job(demo)
+    Population.of(demo)  # its data and its backbone are fetched with pip, which is nobody's dependency
     done = subprocess.run(
         [sys.executable, "-c", ALL_VERBS, str(tmp_path), json.dumps(verbs), real.canonical],
         env=os.environ | declared_only, cwd=ROOT, capture_output=True, text=True,
