@@ -9,14 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cache
 
 import torch
 
 from atoll.errors import InconsistentUpdates
 from atoll.protocol.messages import Update
-from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.stacked_updates import StackedUpdates, weighing
 from atoll.protocol.tensors import Tensors
 
 
@@ -82,9 +81,12 @@ def _weighted_tensor(updates: Sequence[Update], name: str, weights: torch.Tensor
 
 def even_mean(updates: Sequence[Update]) -> Tensors:
     """Deltas averaged with the same weight for every client, in float64."""
-    if isinstance(updates, StackedUpdates):
-        return weighted_mean(replace(updates, num_examples=(1,) * len(updates)))
-    return weighted_mean([replace(update, num_examples=1) for update in updates])
+    return weighted_mean(evenly(updates))
+
+
+def evenly(updates: Sequence[Update]) -> Sequence[Update]:
+    """The updates as if each came from one example, for strategies that weigh clients the same."""
+    return weighing(updates, [1] * len(updates))
 
 
 def example_counts(updates: Sequence[Update]) -> Sequence[int]:

@@ -83,6 +83,28 @@ def stacked_states(updates: Sequence[Update]) -> Tensors:
     return {name: torch.stack([u.states[name] for u in updates]) for name in updates[0].states}
 
 
+def clients_of(updates: Sequence[Update]) -> Sequence[str]:
+    """Whose updates they are, in their order, without taking a stack apart."""
+    if isinstance(updates, StackedUpdates):
+        return updates.clients
+    return [update.client for update in updates]
+
+
+def taken(updates: Sequence[Update], places: Sequence[int]) -> Sequence[Update]:
+    """The updates at those places, in that order; a cohort's stay stacked."""
+    if isinstance(updates, StackedUpdates):
+        return updates.take(places)
+    return [updates[place] for place in places]
+
+
+def weighing(updates: Sequence[Update], weights: Sequence[int]) -> Sequence[Update]:
+    """The updates with weights in the place of their numbers of examples; a cohort's stay stacked."""
+    if isinstance(updates, StackedUpdates):
+        return replace(updates, num_examples=tuple(weights))
+    pairs = zip(updates, weights, strict=True)
+    return [replace(update, num_examples=weight) for update, weight in pairs]
+
+
 def with_state(
     updates: Iterable[Update], name: str, value_of: Callable[[str, int], float | None]
 ) -> Iterable[Update]:

@@ -16,7 +16,7 @@ from typing import Any
 from atoll.errors import ConfigError
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream
-from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.stacked_updates import clients_of, taken
 from atoll.report.comparison import lower_is_better
 from atoll.server.contributions.leave_one_out import Coalition, leave_one_out
 from atoll.server.contributions.shapley import shapley
@@ -46,17 +46,11 @@ class RoundGame:
         assert test is not None
         model = state.tensors
         if coalition:
-            model, _ = merged(self.run, _those(self.updates, coalition), self.round)
+            model, _ = merged(self.run, taken(self.updates, coalition), self.round)
         states = state.learner.evaluate({**state.learner.client_tensors, **model}, test)
         metric = state.learner.task.primary_metric
         value = state.learner.compute(states).get(metric)
         return nan if value is None else -value if lower_is_better(metric) else value
-
-
-def _those(updates: Sequence[Update], places: Coalition) -> Sequence[Update]:
-    if isinstance(updates, StackedUpdates):
-        return updates.take(places)
-    return [updates[place] for place in places]
 
 
 def round_contributions(run: Run, updates: Sequence[Update], round: int) -> dict[str, Any]:
@@ -67,7 +61,7 @@ def round_contributions(run: Run, updates: Sequence[Update], round: int) -> dict
     job = run.setup.job
     if job.evaluate.contributions is None:
         return {}
-    clients = [update.client for update in updates]
+    clients = clients_of(updates)
     game, players = RoundGame(run, updates, round), len(clients)
     if job.evaluate.contributions == "leave-one-out":
         values = leave_one_out(players, game) if players else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from atoll.errors import InconsistentUpdates
@@ -15,7 +15,7 @@ from atoll.learning.learner import Learner
 from atoll.learning.trainable import without_pruned
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import StatisticsRequest, TrainRequest
-from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.stacked_updates import weighing
 from atoll.protocol.tensors import Tensors, size_of
 from atoll.server.rounds.closed_form import form_head, statistics_size, validate_statistics
 from atoll.server.rounds.cohort import round_up, sample
@@ -188,11 +188,8 @@ class MergeWeights:
         self, updates: Sequence[Update], round: int, model: Tensors, state: State
     ) -> tuple[Sequence[Update], State]:
         """The updates with weights in the place of their examples; what else they tell stays."""
-        weights = tuple(self.federation.merge_weight(count) for count in example_counts(updates))
-        if isinstance(updates, StackedUpdates):
-            return replace(updates, num_examples=weights), {}
-        pairs = zip(updates, weights, strict=True)
-        return [replace(update, num_examples=weight) for update, weight in pairs], {}
+        weights = [self.federation.merge_weight(count) for count in example_counts(updates)]
+        return weighing(updates, weights), {}
 
 
 def weight_transforms(job: Job) -> Sequence[UpdateTransform]:

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from atoll.protocol.messages import Update
-from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.stacked_updates import clients_of, weighing
 from atoll.protocol.tensors import Tensors
 from atoll.server.selection.proportional import Weights, uniforms_of, with_replacement
 from atoll.strategies.strategy import State
@@ -56,9 +56,7 @@ class BySize:
     ) -> tuple[Sequence[Update], State]:
         """The updates with times drawn in the place of their examples."""
         times = self.times(round)
-        if isinstance(updates, StackedUpdates):
-            return replace(updates, num_examples=tuple(times[name] for name in updates.clients)), {}
-        return [replace(update, num_examples=times[update.client]) for update in updates], {}
+        return weighing(updates, [times[name] for name in clients_of(updates)]), {}
 
     @property
     def update_transforms(self) -> Sequence[BySize]:

@@ -22,7 +22,7 @@ import torch
 
 from atoll.errors import InconsistentUpdates
 from atoll.protocol.messages import CLUSTER, Update
-from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.stacked_updates import taken
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.mean import even_mean, moved, sent_numbers
 from atoll.strategies.strategy import Plan, State
@@ -54,7 +54,7 @@ class Ifca:
         for number, before in enumerate(models):
             members = [place for place, own in enumerate(chosen.values()) if own == number]
             if members:
-                models[number] = moved(before, even_mean(_taken(updates, members)))
+                models[number] = moved(before, even_mean(taken(updates, members)))
         return stacked_models(models), state
 
 
@@ -71,9 +71,3 @@ def model_of_cluster(model: Tensors, number: int) -> Tensors:
 def stacked_models(models: Sequence[Tensors]) -> Tensors:
     """Models of the same names and shapes as one dict of tensors [clusters, ...]."""
     return {name: torch.stack([model[name] for model in models]) for name in models[0]}
-
-
-def _taken(updates: Sequence[Update], places: Sequence[int]) -> Sequence[Update]:
-    if isinstance(updates, StackedUpdates):
-        return updates.take(places)
-    return [updates[place] for place in places]
