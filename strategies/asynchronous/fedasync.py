@@ -18,31 +18,33 @@ import torch
 
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.asynchronous.late import Weighing, staleness_weight
-from atoll.strategies.mean import even_mean, moved
+from atoll.strategies.asynchronous.late import WeighsLate
+from atoll.strategies.fedavg import FedAvg
+from atoll.strategies.mean import evenly
 from atoll.strategies.strategy import Plan, State
 
 
 @dataclass(frozen=True)
-class FedAsync:
+class FedAsync(WeighsLate):
     """Move by `lr` times the part s(staleness) of the way to the one client's model."""
 
     lr: float = 0.6
     proximal_mu: float = 0.005
-    weighing: Weighing = "polynomial"
-    a: float = 0.5
-    b: float = 4.0
+
+    @property
+    def _step(self) -> FedAvg:
+        return FedAvg(self.lr, proximal_mu=self.proximal_mu)
 
     def begin(self, model: Tensors) -> State:
-        return {}
+        return self._step.begin(model)
 
     def plan(self, state: State, round: int) -> Plan:
-        return {"proximal_mu": self.proximal_mu} if self.proximal_mu else {}
+        return self._step.plan(state, round)
 
     def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
         """s(staleness) times the way from the model of now to the client's."""
-        weight = staleness_weight(self.weighing, staleness, self.a, self.b)
+        weight = self.weight(staleness)
         return {name: (weight * (drift[name] + d.to(torch.float64))).to(d.dtype) for name, d in delta.items()}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        return moved(model, {name: self.lr * d for name, d in even_mean(updates).items()}), state
+        return self._step.merge(model, evenly(updates), state)

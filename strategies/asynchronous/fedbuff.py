@@ -13,47 +13,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.asynchronous.late import Weighing, staleness_weight
-from atoll.strategies.mean import even_mean, moved
+from atoll.strategies.asynchronous.late import WeighsLate
+from atoll.strategies.fedavg import FedAvg
+from atoll.strategies.mean import evenly
 from atoll.strategies.strategy import Plan, State
 
 
 @dataclass(frozen=True)
-class FedBuff:
+class FedBuff(WeighsLate):
     """Move by `lr` times the even mean of the buffer's weighed deltas, with momentum if any."""
 
     lr: float = 1.0
     momentum: float = 0.0
-    weighing: Weighing = "polynomial"
-    a: float = 0.5
-    b: float = 4.0
+
+    @property
+    def _step(self) -> FedAvg:
+        return FedAvg(self.lr, self.momentum)
 
     def begin(self, model: Tensors) -> State:
-        if self.momentum == 0:
-            return {}
-        return {f"momentum.{name}": torch.zeros_like(p, dtype=torch.float64) for name, p in model.items()}
+        return self._step.begin(model)
 
     def plan(self, state: State, round: int) -> Plan:
         return {}
 
     def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
         """s(tau) delta, wherever the client started."""
-        weight = staleness_weight(self.weighing, staleness, self.a, self.b)
+        weight = self.weight(staleness)
         return {name: (weight * d.to(torch.float64)).to(d.dtype) for name, d in delta.items()}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        mean = even_mean(updates)
-        if self.momentum == 0:
-            return moved(model, {name: self.lr * d for name, d in mean.items()}), state
-        velocity = {
-            name: self.momentum * cast(torch.Tensor, state[f"momentum.{name}"]) + d
-            for name, d in mean.items()
-        }
-        step = {name: self.lr * v for name, v in velocity.items()}
-        return moved(model, step), {f"momentum.{name}": v for name, v in velocity.items()}
+        return self._step.merge(model, evenly(updates), state)

@@ -11,6 +11,7 @@ each 1 for an update that isn't late:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from atoll.protocol.tensors import Tensors
@@ -43,3 +44,16 @@ def staleness_weight(weighing: Weighing, staleness: int, a: float, b: float) -> 
             return float((staleness + 1.0) ** -a)
         case "hinge":
             return 1.0 if staleness <= b else 1.0 / (a * (staleness - b) + 1.0)
+
+
+@dataclass(frozen=True)
+class WeighsLate:
+    """What strategies share that weigh late updates: which function, and its a and b."""
+
+    weighing: Weighing = "polynomial"
+    a: float = 0.5
+    b: float = 4.0
+
+    def weight(self, staleness: int) -> float:
+        """What an update counts that is so many merges late, from 0 to 1."""
+        return staleness_weight(self.weighing, staleness, self.a, self.b)
