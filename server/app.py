@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -48,6 +48,7 @@ from atoll.tasks.metric_values import values_in_words
 
 logger = logging.getLogger(__name__)
 
+Found = TypeVar("Found")
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0
 """How often to look whether a node connected anew while its answer is awaited."""
@@ -135,11 +136,7 @@ class FlowerTransport:
             node: packed({"job": job.canonical, NONCE: exchange.nonce}, bodies_of({}))
             for node, exchange in asked.items()
         }
-        for answer in self._converse(letters, "query", timeout, patience=0):
-            if answer is None:
-                time.sleep(POLL_SECONDS)
-                continue
-            node, reply = answer
+        for node, reply in _waited_for(self._converse(letters, "query", timeout, patience=0)):
             if reply == GONE:
                 continue  # it is greeted when it is back
             if isinstance(reply, str):
@@ -178,11 +175,8 @@ class FlowerTransport:
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply]:
         """One message for every node that hosts any of the named clients; their replies one by one."""
-        for reply in self.ask_ahead(request, names, timeout):
-            if reply is None:
-                time.sleep(POLL_SECONDS)
-            else:
-                yield reply
+        replies: Iterator[Reply] = _waited_for(self.ask_ahead(request, names, timeout))
+        yield from replies
 
     def ask_ahead(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply | None]:
         """The same without waiting: None whenever nothing more has come yet."""
@@ -329,6 +323,15 @@ class FlowerTransport:
                 logger.warning("the SuperLink went away in the middle of a push; pushing again")
                 time.sleep(1.0)
         return {}
+
+
+def _waited_for(looks: Iterator[Found | None]) -> Iterator[Found]:
+    """What comes, with a pause after each look at which nothing more had come."""
+    for found in looks:
+        if found is None:
+            time.sleep(POLL_SECONDS)
+        else:
+            yield found
 
 
 def _content(reply: Message) -> RecordDict | str:
