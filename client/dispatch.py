@@ -23,7 +23,7 @@ from atoll.client.state.apfl import train_apfl
 from atoll.client.state.corrected_training import correcting_client, train_corrected
 from atoll.client.state.ditto import train_ditto
 from atoll.client.state.error_feedback import compressed
-from atoll.client.state.ifca import fitting_cluster, train_clusters
+from atoll.client.state.ifca import train_clusters
 from atoll.client.state.moon import train_moon
 from atoll.client.state.personalization import model_to_evaluate, train_fedper
 from atoll.client.state.store import ClientStateStore
@@ -49,7 +49,6 @@ from atoll.protocol.requests import (
 from atoll.protocol.stacked_updates import with_state
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.lora.flexlora import starts_by_rank
-from atoll.strategies.personal.ifca import model_of_cluster
 
 NOTHING: Mapping[str, Tensors] = {}
 """Of clients that have no start, or no correction, of their own."""
@@ -143,12 +142,8 @@ def sent_back(work: LocalWork, request: Training) -> Training:
 def evaluate(work: LocalWork, request: EvaluateRequest) -> Iterator[Measurement]:
     """The model on each client's validation split; one without a split measures nothing."""
     for name in work.data.names:
-        lessons, learner = partial(work.data.train, name), work.learner
-        if learner.job.strategy.makes_clusters:
-            number = fitting_cluster(learner, request.tensors, lessons())
-            model = model_of_cluster(request.tensors, number)
-        else:
-            model = model_to_evaluate(learner, request, name, work.memory, lessons)
+        lessons = partial(work.data.train, name)
+        model = model_to_evaluate(work.learner, request, name, work.memory, lessons)
         part = work.data.validation(name)
         states = work.learner.evaluate(model, part) if len(part) else {}
         yield Measurement(name, request.round, len(part), states)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from atoll.client.state.fedrep import train_fedrep
+from atoll.client.state.ifca import fitting_cluster
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_adaptation import adapt_locally
 from atoll.client.training.local_sgd import train_model
@@ -20,6 +21,7 @@ from atoll.protocol.messages import Update
 from atoll.protocol.requests import EvaluateRequest, ModelRequest, TrainingRequest
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
+from atoll.strategies.personal.ifca import model_of_cluster
 
 OWN_PREFIX = "own/"
 
@@ -33,9 +35,12 @@ def model_to_evaluate(
 ) -> Tensors:
     """The model that this client would use after the request's round, or the one that all share.
 
-    It may have to take a few steps first, on its `training_view`.
+    Of a model for each cluster it is the one that fits. It may have to take a few steps first, on its
+    `training_view`.
     """
     job, steps = learner.job, request.adapt_steps
+    if job.strategy.makes_clusters:
+        return model_of_cluster(request.tensors, fitting_cluster(learner, request.tensors, lessons()))
     if steps:
         return adapt_locally(learner, request, client, lessons(), steps)
     if job.personal.keep is None:
