@@ -290,7 +290,7 @@ def _run_local_steps(
     rates = StepRates.of(local.job, local.round, schedule.steps, str(now[0].device))
     is_simple = extra.is_none and is_plain(local.job.train)
     move = _plain_move(rates) if is_simple else _move(start, extra, now, rates)
-    move_by = _move_by(start, extra, now, rates)
+    move_by = None if local.moreau is None else _move_by(start, extra, now, rates)
     beside: _SharedBeside | None = None
     if local.mixing:
         w = [matrix.repeat(len(schedule.steps), 1, 1) for matrix in start]
@@ -308,7 +308,7 @@ def _run_local_steps(
         torch.index_select(examples.features, 0, rows.flatten(), out=inputs.view(active * size, -1))
         stack = [matrix[:active] for matrix in now]
         at = _adapted(layers, stack, examples, schedule, s, local) if local.inner_lr else stack
-        if local.moreau is not None:
+        if local.moreau is not None and move_by is not None:
             gradients_by = _gradients_by(layers, local.loss, inputs, targets[s, :active], share)
             gradient, losses[s, :active] = envelope_gradients(stack, local.moreau, gradients_by)
             move_by(s, stack, gradient)
