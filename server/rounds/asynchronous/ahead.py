@@ -30,17 +30,17 @@ class Conversation:
     waiting: set[str]
     replies: Iterator[Reply | None]
 
-    def look(self) -> Iterator[tuple[str, list[Reply]]]:
-        """(client, what it sent) of those that are done by now; where the deadline has passed that is all."""
+    def look(self) -> Iterator[tuple[str, Reply | None]]:
+        """(client, what it sent) of those that are done by now; past the deadline all, some with nothing."""
         for reply in self.replies:
             if reply is None:
                 return
             if reply.client in self.waiting:
                 self.waiting.discard(reply.client)
-                yield reply.client, [reply]
+                yield reply.client, reply
         for client in sorted(self.waiting):
             self.waiting.discard(client)
-            yield client, []
+            yield client, None
 
 
 @dataclass
@@ -53,8 +53,8 @@ class AskedAhead:
     carrier: AsksAhead
     timeout: float
     under_way: list[Conversation] = field(default_factory=list)
-    done: dict[str, list[Reply]] = field(default_factory=dict)
-    """What each client sent that is done, in the order in which they were."""
+    done: dict[str, Reply | None] = field(default_factory=dict)
+    """What each client sent that is done, if anything, in the order in which they were."""
 
     def ask(self, request: Request, names: Sequence[str]) -> None:
         """Send a request and wait for nothing."""
@@ -81,7 +81,8 @@ class AskedAhead:
         """What those clients sent, and forget it; waits until they are done."""
         while self.waiting & set(clients):
             self._wait()
-        return [reply for client in clients for reply in self.done.pop(client)]
+        sent = [self.done.pop(client) for client in clients]
+        return [reply for reply in sent if reply is not None]
 
     def close(self) -> None:
         """Wait for nobody any more."""

@@ -55,12 +55,10 @@ class AsynchronousRound(PlainRound):
         arrivals = self.times.arrivals(CohortRequest(round, 1, starters, len(starters), down, up))
         flights.begin(round - 1, run.state.tensors, dict(zip(starters, arrivals, strict=True)))
         self._ask_those_at_work(run)
-        by_arrival = self.ahead is not None and federation.order == "arrival"
-        flights.called = (
-            self.ahead.first(federation.cohort)
-            if self.ahead is not None and by_arrival
-            else flights.due(federation.cohort)
-        )
+        if self.ahead is not None and federation.order == "arrival":
+            flights.called = self.ahead.first(federation.cohort)
+        else:
+            flights.called = flights.due(federation.cohort)
         return flights.called
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
@@ -90,12 +88,11 @@ class AsynchronousRound(PlainRound):
     def _from_start(self, run: Run, start: int, members: Sequence[str], attempt: int) -> ValidatedUpdates:
         """What clients send that started after so many merges: they train as if the round had been theirs."""
         model = run.state.flights.models[start]
-        asked_before = self.ahead is not None and attempt == 1
-        replies: Iterable[Reply] = (
-            self.ahead.take(members)
-            if self.ahead is not None and asked_before
-            else run.send(_request(run, start), members)
-        )
+        replies: Iterable[Reply]
+        if self.ahead is not None and attempt == 1:
+            replies = self.ahead.take(members)
+        else:
+            replies = run.send(_request(run, start), members)
         for transform in self.reply_transforms:
             replies = transform(replies, model)
         return self.validate(replies, members, model, start + 1)
