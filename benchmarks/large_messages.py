@@ -11,12 +11,12 @@ share (PSS) in MB; what a mapped file has in memory counts, though the system ca
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +29,7 @@ from atoll.sim.population.population import client_names
 from atoll.sim.population.write_shards import write_shards
 from atoll.system.child_process import free_port
 from atoll.system.memory import tree_bytes
-from benchmarks.real_round import ROOT, STARTER, wait_online
+from benchmarks.real_round import ROOT, started, wait_online
 
 WIDTH = 256
 EXAMPLES_PER_CLIENT = 8
@@ -84,20 +84,6 @@ class Peak(threading.Thread):
         return self.mb
 
 
-@contextmanager
-def started(log: Path, *arguments: str) -> Iterator[int]:
-    """A server or a site, for the time of the block; its process."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", STARTER, *arguments], cwd=ROOT, stdout=output, stderr=output
-        )
-    try:
-        yield process.pid
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def at_sites(job: Job, folder: Path) -> tuple[list[float], dict[str, float]]:
     """(seconds of each round, the most that the server and a site held)."""
     names = client_names(job.federation.clients)
@@ -121,8 +107,6 @@ def at_sites(job: Job, folder: Path) -> tuple[list[float], dict[str, float]]:
 
 def seconds_of(out: Path) -> list[float]:
     """How long each round took."""
-    import json
-
     return [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -48,14 +48,14 @@ LINE = re.compile(r"([0-9.]+) round (\d+) of \S+ train \S+?(: done in .*)?")
 
 
 @contextmanager
-def started(log: Path, *arguments: str) -> Iterator[None]:
-    """A server or a site, for the time of the block."""
+def started(log: Path, *arguments: str) -> Iterator[int]:
+    """A server or a site, for the time of the block; its process."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", STARTER, *arguments], cwd=ROOT, stdout=output, stderr=output
         )
     try:
-        yield
+        yield process.pid
     finally:
         process.terminate()
         process.wait()
