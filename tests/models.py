@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from atoll.backbones.small_tokenizer import END, PAD, own_tokenizer, vocabulary
+from atoll.job.job import Job
+from atoll.learning.learner import Learner
 
 
 def small_t5(folder: Path) -> Path:
@@ -121,3 +123,24 @@ def small_llama(folder: Path, *, tied: bool = True, tokenizer: Any = None) -> Pa
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def causal_job(task: str, source: str, folder: Path, tune: dict[str, Any], options: dict[str, Any]) -> Job:
+    """Two clients, one round, with the causal model in the folder."""
+    table: dict[str, Any] = {
+        "name": "small",
+        "seed": 4,
+        "task": {"name": task, "options": options},
+        "data": {"source": source},
+        "backbone": {"name": str(folder)},
+        "tune": tune,
+        "train": {"optimizer": "adam", "lr": 0.01, "batch_size": 4},
+        "federation": {"clients": 2, "rounds": 1},
+    }
+    return Job.parse(table, origin="test")
+
+
+def moved(learner: Learner) -> dict[str, torch.Tensor]:
+    """The tuned tensors away from where they start."""
+    generator = torch.Generator().manual_seed(5)
+    return {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in learner.initial().items()}

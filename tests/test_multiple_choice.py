@@ -30,7 +30,7 @@ from atoll.tasks.multiple_choice.metrics import (
 from atoll.tasks.multiple_choice.model import Choice
 from atoll.tasks.multiple_choice.parsing import parsed
 from atoll.tasks.multiple_choice.task import MULTIPLE_CHOICE, MultipleChoice
-from tests.models import byte_tokenizer, small_llama
+from tests.models import byte_tokenizer, causal_job, moved, small_llama
 
 LORA = {"method": "lora", "rank": 2}
 ROWS: list[dict[str, Any]] = [
@@ -42,17 +42,13 @@ ROWS: list[dict[str, Any]] = [
 
 
 def job_of(folder: Path, tune: dict[str, Any] = LORA, **options: Any) -> Job:
-    table: dict[str, Any] = {
-        "name": "chosen",
-        "seed": 4,
-        "task": {"name": "multiple-choice", "options": {"max_tokens": 160, "max_new_tokens": 6} | options},
-        "data": {"source": "generated-choices"},
-        "backbone": {"name": str(folder)},
-        "tune": tune,
-        "train": {"optimizer": "adam", "lr": 0.01, "batch_size": 4},
-        "federation": {"clients": 2, "rounds": 1},
-    }
-    return Job.parse(table, origin="test")
+    return causal_job(
+        "multiple-choice",
+        "generated-choices",
+        folder,
+        tune,
+        {"max_tokens": 160, "max_new_tokens": 6} | options,
+    )
 
 
 def learner_of(folder: Path, tune: dict[str, Any] = LORA, **options: Any) -> Learner:
@@ -61,12 +57,6 @@ def learner_of(folder: Path, tune: dict[str, Any] = LORA, **options: Any) -> Lea
 
 def table_of(rows: list[dict[str, Any]]) -> Any:
     return MULTIPLE_CHOICE.schema.adopted({"train": pa.Table.from_pylist(rows)}).train
-
-
-def moved(learner: Learner) -> dict[str, torch.Tensor]:
-    """The tuned tensors away from where they start."""
-    generator = torch.Generator().manual_seed(5)
-    return {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in learner.initial().items()}
 
 
 def small_gpt2(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from atoll.job.job import Job
 from atoll.job.personal import PersonalSection
 from atoll.learning import trainable
 from atoll.protocol.requests import EvaluateRequest, TrainRequest
+from atoll.protocol.tensors import Tensors
 from atoll.trained import trained
 from tests.small import few_pictures, image_job
 from tests.test_client_state import Array, Clients, Softmax, final, heads, matrix
@@ -225,19 +227,25 @@ def test_per_fedavg_is_algorithm_1_of_its_paper_without_the_hessian(tmp_path: Pa
     np.testing.assert_allclose(final(tmp_path, "model/"), w, rtol=0, atol=2e-6)
 
 
-def test_a_network_takes_the_gradient_of_a_step_where_a_step_before_led() -> None:
-    """Two plain steps from known places make the one: w, and w' = w - alpha grad f(w; D)."""
+def one_step(lr: float) -> tuple[Tensors, Callable[..., Tensors]]:
+    """(a network's tensors, how far one step of a client without dropout moves them, by training options)."""
     setting = image_job(
         "squeezenet1_1", data=few_pictures(14, classes=2), tune={"method": "last-k", "layers": 1},
-        train={"lr": 0.5, "batch_size": 20, "dropout": 0.0}, federation={"clients": 2, "rounds": 1},
+        train={"lr": lr, "batch_size": 20, "dropout": 0.0}, federation={"clients": 2, "rounds": 1},
     )  # fmt: skip
     clients = Clients(setting)
     shard, w = clients.train("client-0000"), clients.learner.initial()
 
-    def moved(**options: Any) -> dict[str, torch.Tensor]:
+    def moved(**options: Any) -> Tensors:
         once: dict[str, Any] = {"client": "client-0000", "round": 1, "plan": {}, "steps": 1}
-        return train_model(clients.learner, w, shard, setting, **once, **options).delta
+        return train_model(clients.learner, w, shard, setting, **once | options).delta
 
+    return w, moved
+
+
+def test_a_network_takes_the_gradient_of_a_step_where_a_step_before_led() -> None:
+    """Two plain steps from known places make the one: w, and w' = w - alpha grad f(w; D)."""
+    w, moved = one_step(lr=0.5)
     first = moved()
     adapted = {name: w[name] + ALPHA / 0.5 * delta for name, delta in first.items()}
     expected = {name: w[name] + delta - adapted[name] for name, delta in moved(begin=adapted).items()}

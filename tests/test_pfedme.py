@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from atoll.client.training.local_adaptation import adapt_locally
-from atoll.client.training.local_sgd import train_model
 from atoll.client.training.pfedme import MoreauSteps
 from atoll.errors import ConfigError
 from atoll.protocol.requests import EvaluateRequest
 from atoll.server.job_checks import check_named
 from atoll.sim.engines.engine import check_engine
 from tests.small import few_pictures, image_job
-from tests.test_client_state import Array, Clients, Softmax, final, heads, matrix
+from tests.test_client_state import Array, Softmax, final, heads, matrix
 from tests.test_personal import stopped_and_resumed
-from tests.test_personal_methods import SEEDED
+from tests.test_personal_methods import SEEDED, one_step
 from tests.test_simulation import run
 
 PFEDME = {"name": "pfedme", "lr": 0.9, "options": {"pull": 1.5, "inner_lr": 0.3, "inner_steps": 3}}
@@ -48,17 +47,7 @@ def test_pfedme_is_algorithm_1_of_its_paper(tmp_path: Path) -> None:
 
 def test_a_network_moves_towards_where_its_inner_steps_led() -> None:
     """Plain steps from known places make it: theta by three of them with a proximal term, w by their sum."""
-    setting = image_job(
-        "squeezenet1_1", data=few_pictures(14, classes=2), tune={"method": "last-k", "layers": 1},
-        train={"lr": 0.1, "batch_size": 20, "dropout": 0.0}, federation={"clients": 2, "rounds": 1},
-    )  # fmt: skip
-    clients = Clients(setting)
-    shard, w = clients.train("client-0000"), clients.learner.initial()
-
-    def moved(**options: Any) -> dict[str, torch.Tensor]:
-        once: dict[str, Any] = {"client": "client-0000", "round": 1, "plan": {}, "steps": 1}
-        return train_model(clients.learner, w, shard, setting, **once | options).delta
-
+    w, moved = one_step(lr=0.1)
     theta = w
     for _ in range(K):  # the delta leads from w; train.lr stands for alpha
         theta = {n: w[n] + d for n, d in moved(begin=theta, plan={"proximal_mu": LAMBDA}).items()}

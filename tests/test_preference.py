@@ -28,7 +28,7 @@ from atoll.tasks.language_modeling.data import Messages
 from atoll.tasks.preference.metrics import PreferenceAccuracy, RewardMargin
 from atoll.tasks.preference.model import PairModel
 from atoll.tasks.preference.task import PREFERENCE, Preference
-from tests.models import byte_tokenizer, small_llama
+from tests.models import byte_tokenizer, causal_job, moved, small_llama
 
 LORA = {"method": "lora", "rank": 2}
 ROWS = [
@@ -44,17 +44,7 @@ def said(*turns: str) -> Messages:
 
 
 def job_of(folder: Path, tune: dict[str, Any] = LORA, **options: Any) -> Job:
-    table: dict[str, Any] = {
-        "name": "better",
-        "seed": 4,
-        "task": {"name": "preference", "options": {"max_tokens": 128} | options},
-        "data": {"source": "generated-preferences"},
-        "backbone": {"name": str(folder)},
-        "tune": tune,
-        "train": {"optimizer": "adam", "lr": 0.01, "batch_size": 4},
-        "federation": {"clients": 2, "rounds": 1},
-    }
-    return Job.parse(table, origin="test")
+    return causal_job("preference", "generated-preferences", folder, tune, {"max_tokens": 128} | options)
 
 
 def learner_of(folder: Path, tune: dict[str, Any] = LORA, **options: Any) -> Learner:
@@ -64,12 +54,6 @@ def learner_of(folder: Path, tune: dict[str, Any] = LORA, **options: Any) -> Lea
 def shard_of(learner: Learner, rows: list[dict[str, Any]]) -> Shard:
     table = learner.task.from_builtin({"train": pa.Table.from_pylist(rows)}, learner.job)
     return learner.task.shard(table.train, {})
-
-
-def moved(learner: Learner) -> dict[str, torch.Tensor]:
-    """The tuned tensors away from where they start."""
-    generator = torch.Generator().manual_seed(5)
-    return {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in learner.initial().items()}
 
 
 def model_of(learner: Learner) -> PairModel:
