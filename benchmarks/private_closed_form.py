@@ -43,6 +43,9 @@ def accuracy(clients: int, seed: int, **tables: Any) -> float:
     return float(result["final"]["server"]["accuracy"])
 
 
+KINDS = ("ridge", "prototype", "gaussian")
+
+
 def closed_form(kind: str, epsilon: float | None, clients: int, seed: int) -> float:
     """Of a head in closed form; without epsilon without noise."""
     if epsilon is None:
@@ -72,17 +75,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     seeds = range(1, given.seeds + 1)
-    plain = [
-        said([closed_form(kind, None, given.clients, s) for s in seeds]) for kind in ("ridge", "prototype")
-    ]
+    plain = [said([closed_form(kind, None, given.clients, s) for s in seeds]) for kind in KINDS]
     print(f"digits, {given.clients} clients, delta {DELTA:g}; test accuracy in %, mean (least to greatest)")
-    print(f"without noise: ridge {plain[0]}, prototype {plain[1]}")
-    print("epsilon  ridge  prototype  private SGD")
+    print("without noise: " + ", ".join(map(" ".join, zip(KINDS, plain, strict=True))))
+    print("epsilon ", *KINDS, "private SGD", sep="  ")
     for epsilon in EPSILONS:
-        heads = [
-            said([closed_form(kind, epsilon, given.clients, s) for s in seeds])
-            for kind in ("ridge", "prototype")
-        ]
+        heads = [said([closed_form(kind, epsilon, given.clients, s) for s in seeds]) for kind in KINDS]
         trained = [[private_sgd(epsilon, lr, given.clients, s) for s in seeds] for lr in RATES]
         print(f"{epsilon:7g}", *heads, said(max(trained, key=np.mean)), sep="  ", flush=True)
 

@@ -3,10 +3,11 @@
 An example with features x and class k becomes z = (a x / norm, b) with a² + b² = 1, x being clipped to
 `norm` first, so that |z| <= 1; b stands for the bias. Two blocks of numbers add up over examples:
 
-moments  of ridge the upper triangle of z zᵀ with its off-diagonal numbers times √2. The vector's L2 norm is
-         then the matrix's Frobenius norm, |z|² <= 1. (The bare upper triangle has the same greatest norm,
-         reached by a z along one axis; the factor √2 costs nothing and halves the variance of the noise off
-         the diagonal.) Of prototypes z² by number, whose norm is at most |z|² <= 1 too.
+moments  of ridge and gaussian the upper triangle of z zᵀ with its off-diagonal numbers times √2. The
+         vector's L2 norm is then the matrix's Frobenius norm, |z|² <= 1. (The bare upper triangle has the
+         same greatest norm, reached by a z along one axis; the factor √2 costs nothing and halves the
+         variance of the noise off the diagonal.) Of prototypes z² by number, whose norm is at most
+         |z|² <= 1 too.
 sums     z in the row of its class k: norm |z| <= 1.
 
 Both together have the norm √(|z|⁴ + |z|²) <= √2 = `SENSITIVITY`: by so much one example, added or removed,
@@ -18,6 +19,8 @@ ridge      AdaSSP (Wang 2018, "Revisiting differentially private linear regressi
            eigenvalue. Its λ is a release of its own, of a number that is no sum over clients; here it is the
            noised matrix's least eigenvalue minus t (Weyl's inequality), which costs nothing. t is Tropp's
            for this noise (2012, "User-friendly tail bounds", theorem 4.1).
+gaussian   the same ridge on the sum of squares within classes, S times the number of examples, for the noise
+           in it is the same matrix; what is smaller than its noise counts as nothing, as below.
 prototype  class means and deviations as without noise; what is smaller than its noise counts as nothing.
 """
 
@@ -28,7 +31,7 @@ import math
 import torch
 
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.closed_form import ABSENT, prototype_head
+from atoll.strategies.closed_form import ABSENT, class_means, gaussian_head, prototype_head
 
 SENSITIVITY = math.sqrt(2)
 """L2 norm of all that one unit adds to the sums."""
@@ -112,12 +115,16 @@ def adaptive_ridge(gram: torch.Tensor, deviation: float) -> float:
 def noised_head(kind: str, total: Tensors, deviation: float, norm: float, ridge: float) -> Tensors:
     """The head of noised sums, in float32; every number's noise has that deviation.
 
-    A ridge head's squared weights cost what AdaSSP says, or `ridge` as without noise where that is more.
+    A ridge head's squared weights cost what AdaSSP says, or `ridge` as without noise where that is more; and
+    so it is with the covariance of Gaussian classes.
     """
-    if kind == "prototype":
-        weights, bias = _prototypes(total, deviation, norm)
-    else:
-        weights, bias = _ridge(total, deviation, norm, ridge)
+    match kind:
+        case "prototype":
+            weights, bias = _prototypes(total, deviation, norm)
+        case "gaussian":
+            weights, bias = _gaussian(total, deviation, norm, ridge)
+        case _:
+            weights, bias = _ridge(total, deviation, norm, ridge)
     return {"head.weight": weights.to(torch.float32), "head.bias": bias.to(torch.float32)}
 
 
@@ -129,6 +136,35 @@ def _ridge(total: Tensors, deviation: float, norm: float, ridge: float) -> tuple
     return found[:, :-1] * SCALE / norm, found[:, -1] * BIAS
 
 
+def _gaussian(
+    total: Tensors, deviation: float, norm: float, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In z's own units first, whose features are `SCALE` / `norm` times those of the examples."""
+    counts, sums = _counts_and_sums(total, deviation)
+    if not bool((counts > 0).any()):
+        return torch.zeros_like(sums), torch.full_like(counts, ABSENT)
+    gram = symmetric(total["moments"], total["sums"].shape[1])
+    cost = max(adaptive_ridge(gram, deviation), TINY) * torch.eye(len(gram) - 1, dtype=torch.float64)
+    between = class_means(counts, sums).T @ sums
+    within = _nearest_covariance(gram[:-1, :-1] - between) + cost
+    weights, bias = gaussian_head({"counts": counts, "sums": sums, "gram": within + between}, ridge)
+    return weights * SCALE / norm, bias
+
+
+def _nearest_covariance(matrix: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix without its negative eigenvalues, which noise alone can make."""
+    values, vectors = torch.linalg.eigh(matrix)
+    found: torch.Tensor = (vectors * values.clamp_min(0)) @ vectors.T
+    return found
+
+
+def _counts_and_sums(total: Tensors, deviation: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Examples of each class, [classes], and their z's sums, [classes, width]; 0 for what may be noise."""
+    counts = total["sums"][:, -1] / BIAS
+    seen = counts > CERTAIN * deviation / BIAS
+    return counts.masked_fill(~seen, 0), total["sums"][:, :-1].masked_fill(~seen.unsqueeze(1), 0)
+
+
 def _mean_variance(gram: torch.Tensor) -> float:
     """Of the features in z, times the number of examples; 0 where noise leaves none."""
     count = max(float(gram[-1, -1]) / BIAS**2, 1.0)
@@ -137,12 +173,9 @@ def _mean_variance(gram: torch.Tensor) -> float:
 
 
 def _prototypes(total: Tensors, deviation: float, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    counts = total["sums"][:, -1] / BIAS
-    seen = counts > CERTAIN * deviation / BIAS
-    counts = counts.masked_fill(~seen, 0)
-    sums = (total["sums"][:, :-1] * norm / SCALE).masked_fill(~seen.unsqueeze(1), 0)
-    count = counts.sum()
-    if not bool(seen.any()):
+    counts, sums = _counts_and_sums(total, deviation)
+    sums, count = sums * norm / SCALE, counts.sum()
+    if not bool((counts > 0).any()):
         return torch.zeros_like(sums), torch.full_like(counts, ABSENT)
     square = (norm / SCALE) ** 2
     mean = sums.sum(0) / count

@@ -11,6 +11,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import multivariate_normal
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
@@ -32,7 +35,7 @@ from tests.task_data import ready
 from tests.task_jobs import job_of
 from tests.test_simulation import job, run
 
-KINDS = ("prototype", "ridge")
+KINDS = ("prototype", "ridge", "gaussian")
 FEW: dict[str, Any] = {"rounds": 1, "cohort": 6}
 
 
@@ -90,12 +93,53 @@ def test_ridge_takes_fewer_examples_than_features() -> None:
     assert np.allclose((features.double() @ weights.T + bias).numpy(), oracle.predict(x), atol=1e-9)
 
 
+@pytest.mark.processes
+def test_gaussian_classes_are_scikit_learns_discriminant() -> None:
+    features, targets = examples()
+    features = features[:, torch.arange(12) != 2]
+    weights, bias = closed_form.gaussian_head(total("gaussian", features, targets, WHOLE), 1e-12)
+    x = features.double().numpy()
+    oracle = LinearDiscriminantAnalysis(solver="lsqr").fit(x, targets.numpy())
+    np.testing.assert_allclose(weights.numpy(), oracle.coef_, rtol=1e-7)
+    np.testing.assert_allclose(bias.numpy(), oracle.intercept_, rtol=1e-7)
+
+
+@pytest.mark.parametrize("ridge", [0.01, 1.0])
+def test_gaussian_classes_are_bayes_rule_with_a_larger_covariance(ridge: float) -> None:
+    features, targets = examples(count=50)  # classes of 13 and of 12
+    weights, bias = closed_form.gaussian_head(total("gaussian", features, targets, [slice(0, 50)]), ridge)
+    x, classes = features.double().numpy(), targets.numpy()
+    means = np.stack([x[classes == k].mean(0) for k in range(4)])
+    within = np.cov((x - means[classes]).T, bias=True)
+    within += ridge * within.diagonal().mean() * np.eye(12)
+    shares = np.log(np.bincount(classes) / len(classes))
+    odds = np.stack([multivariate_normal(mean, within).logpdf(x) for mean in means], 1) + shares
+    outputs = (features.double() @ weights.T + bias).softmax(1).numpy()
+    np.testing.assert_allclose(outputs, softmax(odds, 1), rtol=1e-7, atol=1e-12)
+
+
+def test_a_class_without_examples_is_never_predicted_and_part_of_an_example_is_one() -> None:
+    features, targets = examples()
+    sums = total("gaussian", features, targets.clamp_max(2), WHOLE)
+    for of in (closed_form.prototype_head, lambda t: closed_form.gaussian_head(t, 0.1)):
+        told = dict(sums, squares=sums["gram"].diagonal())
+        weights, bias = of(told)
+        assert (features.double() @ weights.T + bias).argmax(1).max() == 2
+        scaled = of({name: t / 100 for name, t in told.items()})  # a promise to clients sends means
+        for one, other in zip((weights, bias), scaled, strict=True):
+            assert torch.allclose(one, other, rtol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_head_is_the_pooled_one_to_float64_whoever_holds_what(kind: str) -> None:
     features, targets = examples()
     order = targets.argsort(stable=True)  # one class a client, and a client with one example
     features, targets = features[order], targets[order]
-    of = closed_form.prototype_head if kind == "prototype" else lambda t: closed_form.ridge_head(t, 0.5)
+    of = {
+        "prototype": closed_form.prototype_head,
+        "ridge": lambda t: closed_form.ridge_head(t, 0.5),
+        "gaussian": lambda t: closed_form.gaussian_head(t, 0.5),
+    }[kind]
     pooled = of(total(kind, features, targets, WHOLE))
     parts = [slice(0, 15), slice(15, 16), slice(16, 30), slice(30, 45), slice(45, 60)]
     dealt = of(total(kind, features, targets, parts))
@@ -267,7 +311,7 @@ NORM = {"tune": {"head_init": "ridge", "feature_norm": 1.0}}
         ({"tune": {"head_init": "ridge", "method": "full"}}, "found tune.method = 'full'"),
         (
             {"tune": {"head_init": "prototype", "ridge": 1.0}},
-            "tune.ridge has no meaning with head_init = 'prototype', only with 'ridge'",
+            "tune.ridge has no meaning with head_init = 'prototype', only with 'ridge' or 'gaussian'",
         ),
     ],
 )

@@ -26,7 +26,7 @@ from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from tests.test_simulation import DIGITS, run
 
-KINDS = ("prototype", "ridge")
+KINDS = ("prototype", "ridge", "gaussian")
 
 
 def job(kind: str = "ridge", **tables: Any) -> Job:

@@ -44,7 +44,7 @@ from tests.detectors import Detected, silent
 from tests.test_simulation import DIGITS, run
 from tests.watchdogs import new_folder, terms_for
 
-KINDS = ("ridge", "prototype")
+KINDS = ("ridge", "prototype", "gaussian")
 Vector = NDArray[np.float64]
 NORM, Z, CLASSES = 2.0, 1.3, 3
 LEDGER = "ledger.jsonl"
@@ -439,13 +439,14 @@ def test_without_noise_a_ridge_head_is_that_of_least_squares_on_clipped_features
     assert np.allclose(outputs, z @ solved, atol=1e-5)
 
 
-def test_without_noise_prototypes_are_those_of_clipped_features() -> None:
+@pytest.mark.parametrize("kind", ["prototype", "gaussian"])
+def test_without_noise_classes_are_those_of_clipped_features(kind: str) -> None:
     features, targets = data()
-    total = moments.bounded_sums("prototype", features, targets, CLASSES, NORM)
-    found = moments.noised_head("prototype", total, 0.0, NORM, 1.0)
+    total = moments.bounded_sums(kind, features, targets, CLASSES, NORM)
+    found = moments.noised_head(kind, total, 0.0, NORM, 1.0)
     x = features.double()
     x = x * (NORM / x.norm(dim=1, keepdim=True)).clamp_max(1)
-    plain = closed_form.head_of("prototype", closed_form.prototype_statistics(x, targets, CLASSES), 1.0)
+    plain = closed_form.head_of(kind, closed_form.STATISTICS[kind](x, targets, CLASSES), 1.0)
     for name, tensor in plain.items():
         assert torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-4)
 

@@ -52,8 +52,8 @@ class TuneSection(Tuned):
     """`[tune]`: which tensors are trained and travel, at first and `then`."""
 
     hidden: Count | None = None
-    head_init: Literal["prototype", "ridge"] | None = None
-    ridge: Annotated[Positive | None, Needs("head_init", ("ridge",))] = None
+    head_init: Literal["prototype", "ridge", "gaussian"] | None = None
+    ridge: Annotated[Positive | None, Needs("head_init", ("ridge", "gaussian"))] = None
     feature_norm: Annotated[Positive | None, Needs("head_init")] = None
     """Under a promise of privacy: the L2 norm that an example's features are clipped to in `head_init`."""
     lora_merge: Annotated[
