@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from atoll.backbones.augmentation import IMAGE_AUGMENTATIONS
+from atoll.backbones.brought.names import IMAGE_AUGMENTATIONS
 from atoll.errors import InputError
 from atoll.job.job import Job
 from atoll.job.privacy import PLACES

@@ -209,11 +209,11 @@ def calibration(learner: Learner) -> Iterator[Batch]:
     Raises:
         ConfigError: the training data is at the clients only.
     """
-    from atoll.datasets.registry import SOURCES
+    from atoll.datasets.registry import ALL_SOURCES
     from atoll.server.run.test_set import hold_out, read_source
 
     job = learner.job
-    if job.data.source not in SOURCES and not Path(job.data.source).exists():
+    if job.data.source not in ALL_SOURCES and not Path(job.data.source).exists():
         raise ConfigError(
             "--format onnx-int8: ranges are found on training data, which is not here; try onnx"
         )
