@@ -669,3 +669,49 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, line: str, message:
     code, _, errors = say(folder, f"atoll simulate digits.toml {line}")
     assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1, errors
     assert re.search(message, errors), errors
+
+
+MIXING = """
+import torch
+from atoll import plugins
+from atoll.backbones import ImageBackbone
+
+@plugins.backbone("mixing")
+class Mixing(ImageBackbone):
+    image_size, width = 16, 4
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 4)
+
+    def forward(self, pixels):
+        found = self.layer(pixels.mean(dim=(2, 3)))
+        return found - found.mean(dim=0) if self.training else found
+"""
+
+
+@pytest.mark.processes
+def test_a_backbone_that_mixes_examples_in_training_is_refused_under_a_promise(folder: Path) -> None:
+    (folder / "mixing.py").write_text(MIXING)
+    sets = (
+        "tune.method=full", "privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.delta=1e-5",
+        "privacy.sampling_rate=0.2", 'backbone={name="plugin:mixing",weights="random"}',
+        f"data.classes={json.dumps([str(digit) for digit in range(10)])}",
+    )  # fmt: skip
+    flags = " ".join(f"--set '{one}'" for one in sets)
+    code, _, errors = say(folder, f"atoll simulate digits.toml --plugin mixing.py {flags}")
+    assert code == 2 and errors.count("\n") == 1, errors
+    assert re.search("backbone mixing: .* so that no example has a gradient of its own", errors), errors
+
+
+@pytest.mark.processes
+def test_what_was_trained_on_an_own_backbone_is_exported_and_predicts(folder: Path) -> None:
+    line = "atoll simulate digits.toml --plugin ridges.py --set federation.rounds=1 --out run"
+    code, _, errors = say(folder, f'{line} --set \'backbone={{name="plugin:ridges", weights="random"}}\'')
+    assert code == 0, errors
+    Image.new("RGB", (28, 28)).save(folder / "black.png")
+    for line in ("predict run black.png", "export run --format safetensors"):
+        code, _, errors = say(folder, f"atoll {line}")
+        assert code == 2 and "unknown backbone 'plugin:ridges', and no extension brings one" in errors
+        code, _, errors = say(folder, f"atoll {line} --plugin ridges.py")
+        assert code == 0, errors

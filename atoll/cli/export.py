@@ -14,8 +14,10 @@ import typer
 
 from atoll.cli.display import out as shown
 from atoll.cli.inspect import ClusterNumber
+from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
+from atoll.plugins import load_files
 from atoll.trained import trained
 
 if TYPE_CHECKING:
@@ -61,8 +63,10 @@ def export(
     prune: Annotated[float | None, typer.Option(help="Leave out this part of every layer.")] = None,
     prune_kind: Annotated[str | None, typer.Option(help="magnitude (default) or structured.")] = None,
     cluster: ClusterNumber = None,
+    plugin: Plugins = None,
 ) -> Path:
     """Write the trained model for other programs, and measure what that costs."""
+    load_files(plugin or ())
     if format not in FORMATS:
         raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}")
     check_pruning(prune, prune_kind)
