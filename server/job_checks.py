@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from atoll.backbones.resolve import check_backbone
-from atoll.datasets.registry import SOURCES, Source, source_named
+from atoll.datasets.registry import ALL_SOURCES, SOURCES, Source, source_named
 from atoll.errors import ConfigError
+from atoll.job.extension_options import checked_options
 from atoll.job.job import Job
 from atoll.job.partitions import check_partition
+from atoll.plugins import Extension
 from atoll.strategies import check_merging
 from atoll.tasks import check_metrics, check_task, task_named
 from atoll.tasks.told import check_told, is_silent
@@ -38,8 +40,8 @@ def check_simulated(job: Job) -> None:
     check_partition(job)
 
 
-def source_of(job: Job) -> Source | None:
-    """The built-in source that the job names; None where it names a path.
+def source_of(job: Job) -> Source | Extension | None:
+    """The source that the job names, Atoll's own or an extension's; None where it names a path.
 
     Raises:
         ConfigError: it is neither.
@@ -48,15 +50,32 @@ def source_of(job: Job) -> Source | None:
 
 
 def check_source(job: Job) -> None:
-    """Raises ConfigError unless the source is a path, or a built-in one that holds data of the job's task."""
+    """See whether the source is a path, or a name of one that holds data of the job's task.
+
+    An extension's may be for any task: what it returns is read as that task reads files.
+
+    Raises:
+        ConfigError: it is none of these, or `data.options` aren't its options.
+    """
     source = source_of(job)
-    if source is not None and job.task.name not in source.tasks:
+    check_source_options(job)
+    if isinstance(source, Source) and job.task.name not in source.tasks:
         fitting = [name for name, other in SOURCES.items() if job.task.name in other.tasks]
         tasks = " and ".join(source.tasks)
         raise ConfigError(
             f"data.source: {source.name} is for {tasks}, the job's task is {job.task.name};"
             f" expected {' or '.join([*fitting, 'a path'])}"
         )
+
+
+def check_source_options(job: Job) -> None:
+    """Raises ConfigError unless `data.options` are the source's: none where it isn't an extension's."""
+    source = ALL_SOURCES.get(job.data.source)
+    if isinstance(source, Extension):
+        checked_options(source.loaded(), job.data.options, "data.options")
+    elif job.data.options:
+        key = f"data.options.{next(iter(job.data.options))}"
+        raise ConfigError(f"{key}: {job.data.source} has no options, expected none")
 
 
 def validate_for_deployment(job: Job) -> None:
@@ -81,5 +100,6 @@ def validate_for_deployment(job: Job) -> None:
             "attack.kind: makes simulated clients hostile, and sites do what they were installed for;"
             f" expected a job without [attack], found {job.attack.kind!r}"
         )
+    check_source_options(job)
     if is_silent(job):
         check_told(job, task_named(job.task.name), at_a_site=True)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from atoll.backbones.augmentation import IMAGE_AUGMENTATIONS
+from atoll.backbones.brought.names import IMAGE_AUGMENTATIONS
 from atoll.errors import InputError
 from atoll.job.job import Job
 from atoll.job.privacy import PLACES
@@ -85,6 +85,7 @@ LEFT_OUT: dict[str, str] = {
     "task.name": "each has rows",
     "task.options": "each task's own",
     "data.source": "a site has data of its own",
+    "data.options": "an extension's source's own",
     "data.partition": "a site's data isn't dealt",
     **dict.fromkeys(("data.text", "data.image", "data.label", "data.columns"), "names of the user's columns"),
     "data.time_format": "how the user's times are written",

@@ -11,13 +11,13 @@ from torchvision.transforms import functional
 
 from atoll.backbones.augmentation import (
     DROPPED,
-    IMAGE_AUGMENTATIONS,
     crop_frame,
     framed,
     hidden_tokens,
     jittered,
     varied_image,
 )
+from atoll.backbones.brought.names import IMAGE_AUGMENTATIONS
 from atoll.backbones.encoder import Encoder, Variation
 from atoll.backbones.resolve import resolve
 from atoll.backbones.text import load_text_encoder

@@ -18,7 +18,7 @@ from atoll.client.deploy.executor import CodeDiffers, Executor
 from atoll.errors import ConfigError
 from atoll.job.job import Job, StrategySection
 from atoll.kit.extensions import refusal
-from atoll.plugins import Extension, Registry
+from atoll.plugins import Extension, Registry, plugin_files, registry
 from atoll.server.deploy.flower_control import bundle
 from atoll.strategies import STRATEGIES, build_strategy
 from tests.processes import atoll, python
@@ -177,9 +177,9 @@ def test_an_installed_package_needs_no_plugin_option(
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What extensions this test brings is gone after it."""
-    monkeypatch.setattr(plugins, "_brought", {kind: {} for kind in plugins.GROUPS})
-    monkeypatch.setattr(plugins, "_searched", set())
-    monkeypatch.setattr(plugins, "_files", {})
+    monkeypatch.setattr(registry, "_brought", {kind: {} for kind in plugins.GROUPS})
+    monkeypatch.setattr(registry, "_searched", set())
+    monkeypatch.setattr(plugin_files, "_files", {})
     yield
     sys.modules.pop("median", None)
 
@@ -255,9 +255,9 @@ def test_a_name_of_atolls_own_is_refused_whichever_comes_first(clean: None) -> N
     def as_it_is(extension: Extension) -> Extension:
         return extension
 
-    before = dict(plugins._registries)
+    before = dict(registry._registries)
     try:
         with pytest.raises(ConfigError, match="'later' is registered twice"):
             Registry("metric", {"later": Extension("metric", "later", "", "atoll", "")}, as_it_is)
     finally:
-        plugins._registries.update(before)
+        registry._registries.update(before)

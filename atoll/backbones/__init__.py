@@ -1,1 +1,19 @@
-"""Backbones: which one a job names, its checkpoint, and encoders for each kind of input."""
+"""Backbones: which one a job names, its checkpoint, and encoders for each kind of input.
+
+`ImageBackbone` and `TextBackbone` are what a backbone of one's own derives from.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atoll.backbones.brought.modules import ImageBackbone, TextBackbone
+
+__all__ = ["ImageBackbone", "TextBackbone"]
+
+
+def __getattr__(name: str) -> Any:
+    """What a backbone is written with: it brings torch, and is imported when it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'atoll.backbones' has no attribute {name!r}")
+    return getattr(import_module("atoll.backbones.brought.modules"), name)

@@ -1,5 +1,7 @@
 """Random augmentation: torchvision's transforms, token dropout, SpecAugment, each from a stream of its own.
 
+Which there are is said in `atoll/backbones/brought/names.py`.
+
 torchvision's own classes draw from torch's one global generator, which threads would share, so
 the draws are made here, with their distributions and default ranges, and the functions are theirs.
 """
@@ -11,11 +13,6 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-
-IMAGE_AUGMENTATIONS = ("crop", "rotate", "flip", "color")
-"""In the order in which they are applied, whatever the order in the job."""
-TEXT_AUGMENTATIONS = ("token-dropout",)
-SOUND_AUGMENTATIONS = ("spec-augment",)
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 """Of a random crop, as in RandomResizedCrop: its part of the image, its width by its height."""

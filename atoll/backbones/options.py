@@ -8,8 +8,11 @@ from typing import Any, Self, TypeVar
 
 from pydantic import ValidationError, model_validator
 
-from atoll.errors import ConfigError
+from atoll.backbones.brought.augmentations import check_draws
+from atoll.backbones.brought.names import AUGMENTATIONS, brought_augmentations, is_brought
+from atoll.errors import ConfigError, did_you_mean
 from atoll.job.error_text import explain
+from atoll.job.extension_options import checked_options
 from atoll.job.job import Job
 from atoll.job.section import Count, Decay, Section
 
@@ -49,12 +52,44 @@ def refuse_options(given: Mapping[str, Any], where: str, whose: str) -> None:
         raise ConfigError(f"{where}.{next(iter(given))}: {whose} has no options, expected none")
 
 
+def check_backbone_options(job: Job) -> None:
+    """Raises ConfigError unless the backbone's options are those of an extension's, if it is one: or none.
+
+    Nothing but the extension's module is imported for it.
+    """
+    if not is_brought(job.backbone):
+        refuse_options(job.backbone.options, "backbone.options", f"a backbone of {job.task.name}")
+        return
+    from atoll.backbones.brought.loading import extension_of  # which brings torch
+
+    checked_options(extension_of(job.backbone.name), job.backbone.options, "backbone.options")
+
+
 def check_augment(job: Job, known: Sequence[str]) -> None:
-    """Raises ConfigError if inputs are to vary in a way that the task doesn't know."""
+    """See whether inputs vary only in ways that the task knows, or that extensions bring for its inputs.
+
+    `known` are Atoll's own of the task.
+
+    Raises:
+        ConfigError: a name is another, or an extension's doesn't draw from its generator alone.
+    """
+    of = AUGMENTATIONS[known[0]].of
     for name in job.train.augment:
-        if name not in known:
-            names = ", ".join(map(repr, known))
-            raise ConfigError(f"train.augment: expected {names} for {job.task.name}, found {name!r}")
+        if name not in known and (name not in AUGMENTATIONS or AUGMENTATIONS[name].of != of):
+            fitting = [
+                *known,
+                *(one for one in AUGMENTATIONS if AUGMENTATIONS[one].of == of and one not in known),
+            ]
+            names, near = ", ".join(map(repr, fitting)), did_you_mean(name, fitting, otherwise="-")
+            hint = "" if near == "-" else f"; {near}"
+            raise ConfigError(f"train.augment: expected {names} for {job.task.name}, found {name!r}{hint}")
+        if name in known and of == "texts" and is_brought(job.backbone):
+            raise ConfigError(
+                f"train.augment: {name} hides a tokenizer's tokens, and {job.backbone.name} has no tokenizer;"
+                " expected an extension's"
+            )
+    for extension in brought_augmentations(job.train.augment):
+        check_draws(extension)
 
 
 def refuse_augment(job: Job) -> None:

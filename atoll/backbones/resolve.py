@@ -5,11 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
+from atoll.backbones.brought.names import (
+    BACKBONES,
+    check_brought_backbone,
+    is_brought,
+    options_for,
+)
 from atoll.backbones.torchvision_models import (
     TorchvisionKind,
     has_batch_norm,
@@ -87,6 +94,8 @@ class Backbone:
     weights: Path | None
     fingerprint: str
     also: Backbone | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Of an extension's: its options."""
 
 
 def resolve(section: BackboneSection, seed: int) -> Backbone:
@@ -99,6 +108,8 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     is_bodied = (found.kind, found.name) == ("atoll", BODIED)
     key = "body" if is_bodied else "text"
     second = section.options.get(key)
+    if key in found.given:  # an extension's own
+        return found
     if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied and found.name != SCATTERING):
         return found
     own: dict[str, Any] = {"name": second, "options": {}}
@@ -133,6 +144,8 @@ def _resolve(section: BackboneSection, seed: int) -> Backbone:
         return _resolve_torchvision(section, name, seed)
     if scheme in ("atoll", "task"):
         return _resolve_own(section, name, seed)
+    if is_brought(section):
+        return _resolve_brought(section, seed)
     return Backbone("raw", "pixels", "nowhere: there is no network", None, None, "raw pixels 1")
 
 
@@ -145,10 +158,12 @@ def check_backbone(section: BackboneSection) -> None:
         _check_torchvision(name)
     elif scheme == "atoll":
         _check_own(name)
+    elif is_brought(section):
+        check_brought_backbone(section.name)
     elif scheme != "hf" and section.name not in (RAW, NETWORK):
         raise WeightsError(
             f"backbone.name: unknown kind {scheme!r} in {section.name!r},"
-            f" expected hf:NAME, torchvision:NAME, atoll:NAME, {RAW}, {NETWORK} or a folder"
+            f" expected hf:NAME, torchvision:NAME, atoll:NAME, plugin:NAME, {RAW}, {NETWORK} or a folder"
         )
 
 
@@ -172,7 +187,7 @@ def _check_folder(name: str) -> None:
     if (folder / "config.json").is_file():
         return
     if "/" not in name and not folder.exists():
-        kind = "torchvision" if name in torchvision_names() else "hf"
+        kind = "torchvision" if name in torchvision_names() else "plugin" if name in BACKBONES else "hf"
         raise WeightsError(f"backbone.name: no folder {name}, did you mean '{kind}:{name}'?")
     raise WeightsError(
         f"backbone.name: {folder} has no config.json, expected a folder written by save_pretrained"
@@ -202,6 +217,16 @@ def _resolve_scattering(section: BackboneSection) -> Backbone:
             f" found {section.weights!r}"
         )
     return Backbone("atoll", SCATTERING, "nowhere: its filters are computed", None, None, "scattering 1")
+
+
+def _resolve_brought(section: BackboneSection, seed: int) -> Backbone:
+    """A network that an extension brings."""
+    from atoll.backbones.brought.loading import found_as  # which brings torch
+
+    file = None if section.weights in ("random", "pretrained") else _weights_file(section)
+    found = found_as(section, seed, file)
+    given = options_for(BACKBONES[found.name], section.options)
+    return Backbone("plugin", found.name, found.origin, None, found.weights, found.fingerprint, given=given)
 
 
 def _weights_file(section: BackboneSection) -> Path:
@@ -396,7 +421,7 @@ def known_width(backbone: Backbone) -> int | None:
         from atoll.backbones.vision import torchvision_width
 
         return torchvision_width(backbone.name)
-    if backbone.kind in ("raw", "atoll"):
+    if backbone.kind in ("raw", "atoll", "plugin"):
         return None
     written = json.loads((Path(backbone.folder or "") / "config.json").read_text("utf-8"))
     if isinstance(written.get("hidden_size"), int):

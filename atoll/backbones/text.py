@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from atoll.backbones.augmentation import hidden_tokens
+from atoll.backbones.brought.augmentations import augmented_text
+from atoll.backbones.brought.names import TEXT_AUGMENTATIONS, brought_augmentations
 from atoll.backbones.checkpoint import first_line, load_transformer
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.backbones.resolve import Backbone
@@ -65,6 +67,10 @@ class TextEncoder(Encoder):
                 yield rows, partial(self._padded, [ids[r] for r in filled], length)
 
     def _token_ids(self, inputs: Sequence[str], variation: Variation | None) -> list[list[int]]:
+        draws = None if variation is None else [variation.stream(place) for place in range(len(inputs))]
+        if variation is not None and draws is not None:
+            own = brought_augmentations(variation.names)
+            inputs = [augmented_text(text, own, d) for text, d in zip(inputs, draws, strict=True)]
         coded = self._tokenizer(
             list(inputs),
             truncation=True,
@@ -73,10 +79,10 @@ class TextEncoder(Encoder):
             return_special_tokens_mask=variation is not None,
         )
         ids: list[list[int]] = coded["input_ids"]
-        if variation is None:
+        if variation is None or draws is None or not set(TEXT_AUGMENTATIONS) & set(variation.names):
             return ids
         mask, special = self._tokenizer.mask_token_id, coded["special_tokens_mask"]
-        return [hidden_tokens(i, special[p], mask, variation.stream(p)) for p, i in enumerate(ids)]
+        return [hidden_tokens(i, s, mask, d) for i, s, d in zip(ids, special, draws, strict=True)]
 
     def _padded(self, ids: Sequence[Sequence[int] | torch.Tensor], length: int | None) -> Batch:
         return padded(ids, self._tokenizer.pad_token_id or 0, length)
@@ -93,12 +99,16 @@ def padded(ids: Sequence[Sequence[int] | torch.Tensor], pad: int, length: int | 
     return {"input_ids": tokens, "attention_mask": mask}
 
 
-def load_text_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> TextEncoder:
+def load_text_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
     """Build the network in eval mode with the resolved weights.
 
     Raises:
         WeightsError: it isn't a transformers encoder, or its files are damaged.
     """
+    if backbone.kind == "plugin":
+        from atoll.backbones.brought.encoders import brought_text_encoder  # which not every job needs
+
+        return brought_text_encoder(backbone, section, seed)
     if backbone.kind != "hf" or backbone.folder is None:
         raise WeightsError(f"backbone.name: {section.name} does not read text, expected hf:NAME or a folder")
     tokenizer = load_tokenizer(backbone.folder)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from atoll.backbones.augmentation import framed, varied_image
+from atoll.backbones.brought.augmentations import augmented_image
+from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
@@ -97,7 +99,9 @@ class VisionEncoder(Encoder):
         if variation is None:
             image = framed(image, self.size)
         else:
-            image = varied_image(image, self.size, variation.names, variation.stream(place))
+            draw = variation.stream(place)
+            image = varied_image(image, self.size, variation.names, draw)
+            image = augmented_image(image, brought_augmentations(variation.names), draw)
         return eight_bits(image)
 
 
@@ -105,6 +109,10 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
     """Build the network in eval mode with the resolved weights, its own classifier cut off."""
     if backbone.kind == "hf":
         return _transformers_encoder(backbone, section, seed)
+    if backbone.kind == "plugin":
+        from atoll.backbones.brought.encoders import brought_image_encoder  # which is made of this file's
+
+        return brought_image_encoder(backbone, section, seed)
     if backbone.kind == "raw":
         side = section.image_size or RAW_SIZE
         return VisionEncoder(UnitPixels(), side, (0.0,) * 3, (1.0,) * 3, 3 * side * side)

@@ -14,8 +14,10 @@ import typer
 
 from atoll.cli.display import out as shown
 from atoll.cli.inspect import ClusterNumber
+from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
+from atoll.plugins import load_files
 from atoll.trained import trained
 
 if TYPE_CHECKING:
@@ -61,8 +63,10 @@ def export(
     prune: Annotated[float | None, typer.Option(help="Leave out this part of every layer.")] = None,
     prune_kind: Annotated[str | None, typer.Option(help="magnitude (default) or structured.")] = None,
     cluster: ClusterNumber = None,
+    plugin: Plugins = None,
 ) -> Path:
     """Write the trained model for other programs, and measure what that costs."""
+    load_files(plugin or ())
     if format not in FORMATS:
         raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, found {format!r}")
     check_pruning(prune, prune_kind)
@@ -209,11 +213,11 @@ def calibration(learner: Learner) -> Iterator[Batch]:
     Raises:
         ConfigError: the training data is at the clients only.
     """
-    from atoll.datasets.registry import SOURCES
+    from atoll.datasets.registry import ALL_SOURCES
     from atoll.server.run.test_set import hold_out, read_source
 
     job = learner.job
-    if job.data.source not in SOURCES and not Path(job.data.source).exists():
+    if job.data.source not in ALL_SOURCES and not Path(job.data.source).exists():
         raise ConfigError(
             "--format onnx-int8: ranges are found on training data, which is not here; try onnx"
         )

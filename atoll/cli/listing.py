@@ -8,7 +8,7 @@ from typing import get_args
 
 from pydantic import BaseModel
 
-from atoll.plugins import BUILT_IN
+from atoll.plugins import BACKBONE_PREFIX, BUILT_IN, Extension
 
 Lines = list[tuple[str, str, str]]
 """(name, what it is, who brings it)"""
@@ -21,6 +21,7 @@ def tasks() -> Lines:
 
 
 def backbones() -> Lines:
+    from atoll.backbones.brought.names import BACKBONES
     from atoll.backbones.resolve import BUILTIN, NETWORK, PACKAGED, RAW, SCATTERING
     from atoll.backbones.torchvision_models import TorchvisionKind, torchvision_names
     from atoll.downloads.pypi import PACKAGES
@@ -51,7 +52,10 @@ def backbones() -> Lines:
         for kind in get_args(TorchvisionKind)[1:]
         for name in torchvision_names(kind)
     ]
-    return packaged + open_ended + own + vision + dense
+    brought = [
+        (f"{BACKBONE_PREFIX}{name}", one.summary, one.origin) for name, one in BACKBONES.everything().items()
+    ]
+    return packaged + open_ended + brought + own + vision + dense
 
 
 def strategies() -> Lines:
@@ -95,9 +99,23 @@ def metrics() -> Lines:
 
 
 def sources() -> Lines:
-    from atoll.datasets.registry import SOURCES
+    from atoll.datasets.registry import ALL_SOURCES
 
-    return [(name, f"{source.description} ({source.licence})", BUILT_IN) for name, source in SOURCES.items()]
+    return [
+        (name, one.summary, one.origin)
+        if isinstance(one, Extension)
+        else (name, f"{one.description} ({one.licence})", BUILT_IN)
+        for name, one in ALL_SOURCES.everything().items()
+    ]
+
+
+def augmentations() -> Lines:
+    from atoll.backbones.brought.names import AUGMENTATIONS
+
+    return [
+        (name, f"for {entry.of}: {entry.summary}", entry.origin)
+        for name, entry in AUGMENTATIONS.everything().items()
+    ]
 
 
 CATALOGUE: dict[str, Callable[[], Lines]] = {
@@ -107,4 +125,5 @@ CATALOGUE: dict[str, Callable[[], Lines]] = {
     "partitions": partitions,
     "sources": sources,
     "metrics": metrics,
+    "augmentations": augmentations,
 }

@@ -25,6 +25,7 @@ from atoll.datasets.packaged_texts import chats, chitchat, rated_snippets
 from atoll.datasets.synthetic.png import grey_png
 from atoll.downloads.pypi import PACKAGES, Progress, fetch_package
 from atoll.errors import ConfigError, DataError, did_you_mean
+from atoll.plugins import Extension, Registry
 from atoll.system.cache import cache_root, cached_folder
 
 Splits = dict[str, pa.Table]
@@ -52,22 +53,27 @@ class Source:
     """Changes when `decode` comes to make something else, so that no older copy in a cache is taken."""
 
 
-def source_named(name: str) -> Source:
-    """The data set of that name, of which nothing is loaded yet.
+def source_named(name: str) -> Source | Extension:
+    """The data set of that name, of which nothing is loaded yet: Atoll's own, or an extension's.
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in SOURCES:
-        known = f"expected one of {', '.join(SOURCES)}, or a path such as ./{name}"
-        near = did_you_mean(name, SOURCES, otherwise=known)
+    if name not in ALL_SOURCES:
+        known = f"expected one of {', '.join(ALL_SOURCES)}, or a path such as ./{name}"
+        near = did_you_mean(name, ALL_SOURCES, otherwise=known)
         raise ConfigError(f"data.source {name!r}: {near if near == known else f'{near} {known}'}")
-    return SOURCES[name]
+    return ALL_SOURCES[name]
 
 
 def load_source(name: str, *, offline: bool = False, progress: Progress | None = None) -> Splits:
-    """The splits of the data set called `name`; it is fetched, where it must be, at first use only."""
-    source = source_named(name)
+    """The splits of Atoll's data set called `name`; it is fetched, where it must be, at first use only.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    source_named(name)
+    source = SOURCES[name]
     folder = cached_folder(
         cache_root() / "sources" / f"{name}-{source.edition()}",
         lambda staging: _write(source.decode(offline, progress), staging),
@@ -406,3 +412,12 @@ SOURCES = {
         ),
     )
 }
+"""What comes with Atoll."""
+
+
+def _as_it_is(extension: Extension) -> Source | Extension:
+    return extension
+
+
+ALL_SOURCES: Registry[Source | Extension] = Registry("source", SOURCES, _as_it_is)
+"""What comes with Atoll, and what extensions bring."""

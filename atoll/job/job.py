@@ -136,6 +136,7 @@ class DataSection(Section):
     """`[data]`: where examples come from; a real client's shard is its own `--data` instead."""
 
     source: str
+    options: Options = Field(default_factory=dict)
     partition: Partition = Iid()
     text: str | None = None
     image: str | None = None

@@ -14,22 +14,27 @@ from pathlib import Path
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.kit.code_hashes import differing, shown_files
-from atoll.plugins import GROUPS, brought
+from atoll.plugins import BACKBONE_PREFIX, GROUPS, brought
 
 MARK = ": "
 """Between a distribution with its version and a file of it; Atoll's own files have none of it."""
 
 
 def extension_hashes(job: Job) -> dict[str, str]:
-    """The sha256 of each file of the distributions that bring the job's strategy, task and metrics.
+    """The sha256 of each file of the distributions that bring what the job names and sites need.
 
-    A partition is left out: it splits a source for a simulation, and real sites hold their own shards.
+    That is a strategy, a task, metrics, backbones and augmentations. A source and a partition are left out:
+    they are for a simulation, and real sites hold their own shards.
 
     Raises:
         ConfigError: a plugin file brings one of them, which no site can have.
     """
     names = [("strategy", job.strategy.name), ("task", job.task.name)]
     names += [("metric", name) for name in job.evaluate.metrics]
+    names += [("augmentation", name) for name in job.train.augment]
+    networks = [name for name in (job.backbone.name, *job.backbone.options.values()) if isinstance(name, str)]
+    named = (name.partition(BACKBONE_PREFIX) for name in networks)
+    names += [("backbone", short) for before, prefix, short in named if prefix and not before]
     found: dict[str, str] = {}
     for kind, name in names:
         try:

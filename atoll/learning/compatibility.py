@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from atoll.backbones.brought.names import is_brought
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.class_imbalance import check_imbalance, check_smoothing
@@ -20,6 +21,11 @@ def check_fits(job: Job, task: Task) -> None:
         raise ConfigError(f"data.time_format: {task.name} reads no times, expected none")
     if not task.reads_pictures and (key := next((k for k in ("bits", "window") if getattr(job.data, k)), "")):
         raise ConfigError(f"data.{key}: {task.name} reads no pictures, expected none")
+    if is_brought(job.backbone) and not task.uses_pooled_features:
+        raise ConfigError(
+            f"backbone.name: {task.name} takes no encoder of an extension, which makes one row of features"
+            f" of an example; expected another, found {job.backbone.name!r}"
+        )
     task.check(job)
     check_told(job, task)
     check_imbalance(job, task)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from atoll.backbones.brought.names import BACKBONES, augmentations_kept_under, kept_under
 from atoll.backbones.encoder import Encoder, Variation
 from atoll.backbones.extract import BATCH, Progress, extract
 from atoll.backbones.resolve import Backbone
@@ -50,8 +51,9 @@ class View:
 
 def varied_views(job: Job, backbone: Backbone) -> list[View]:
     """The job's `cached_views`; a view depends on nothing but its number, the seed and the augmentations."""
+    code = augmentations_kept_under(job)
     caches = [
-        _cache(job, backbone, augment=job.train.augment, seed=job.seed, view=number)
+        _cache(job, backbone, augment=job.train.augment, seed=job.seed, view=number, **code)
         for number in range(job.train.cached_views or 0)
     ]
     return [View(cache, partial(_variation, job, number)) for number, cache in enumerate(caches)]
@@ -108,8 +110,13 @@ def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more
 
 
 def _preparation_print(backbone: Backbone) -> str:
-    """A hash of the files beside a backbone's weights: tokenizer, vocabulary, an image's mean."""
+    """A hash of what prepares inputs: the files beside a backbone's weights, or an extension's code.
+
+    The files are a tokenizer's, a vocabulary, an image's mean.
+    """
     digest = hashlib.sha256()
+    if backbone.kind == "plugin":
+        digest.update(json.dumps(kept_under(BACKBONES[backbone.name].loaded(), "backbone.name")).encode())
     for file in sorted(backbone.folder.iterdir()) if backbone.folder else ():
         if file.suffix in (".json", ".txt", ".model") and file.is_file():
             digest.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll.backbones.augmentation import IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
+from atoll.backbones.brought.names import IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
 from atoll.backbones.encoder import Encoder
-from atoll.backbones.options import check_augment, refuse_options
+from atoll.backbones.options import check_augment, check_backbone_options, refuse_options
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.text import load_text_encoder
 from atoll.backbones.vision import load_vision_encoder
@@ -65,7 +65,7 @@ class Classification(Labelled):
             )
 
         refuse_options(job.task.options, "task.options", self.name)
-        refuse_options(job.backbone.options, "backbone.options", f"a backbone of {self.name}")
+        check_backbone_options(job)
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         return self.reader(source, _columns(data))

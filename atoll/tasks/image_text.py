@@ -16,8 +16,9 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from atoll.backbones.brought.names import is_brought
 from atoll.backbones.checkpoint import load_transformer
-from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
+from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Preprocessed, Variation
 from atoll.backbones.options import options_of, refuse_augment, refuse_options
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.text import TextEncoder, load_text_encoder, load_tokenizer
@@ -64,7 +65,7 @@ RECORDS = Schema(
 class PairEncoder(Encoder):
     """(image, text) to features: those of the one and of the other side by side, each at unit variance."""
 
-    def __init__(self, image: VisionEncoder, text: TextEncoder) -> None:
+    def __init__(self, image: VisionEncoder, text: Encoder) -> None:
         super().__init__()
         self.model = nn.ModuleDict({"image": image.model, "text": text.model})
         self.width = image.width + text.width
@@ -81,11 +82,11 @@ class PairEncoder(Encoder):
     def preprocess(self, inputs: Sequence[Pair]) -> list[Batch]:
         image, text = self._parts
         pixels, words = image.preprocess([i for i, _ in inputs]), text.preprocess([t for _, t in inputs])
-        return [{"pixels": p, "words": w} for p, w in zip(pixels, words, strict=True)]
+        return [{"pixels": p} | _named(w) for p, w in zip(pixels, words, strict=True)]
 
     def collate(self, ready: Sequence[Batch]) -> Batch:
         image, text = self._parts
-        return image.collate([one["pixels"] for one in ready]) | text.collate([one["words"] for one in ready])
+        return image.collate([one["pixels"] for one in ready]) | text.collate([_words(one) for one in ready])
 
     def fixed_batches(
         self, inputs: Sequence[Pair], size: int, variation: Variation | None = None
@@ -98,6 +99,24 @@ class PairEncoder(Encoder):
         image, batch = self._parts[0], words()
         pixels = image.preprocess(images)
         return image.collate(pixels + pixels[-1:] * (size - len(pixels))) | batch
+
+
+WORDS = "words"
+"""What a pair calls its text, as a text's encoder keeps it; before a dot, each tensor of several."""
+
+
+def _named(words: Preprocessed) -> Batch:
+    """A text, as its encoder keeps it, under names of its own."""
+    if isinstance(words, torch.Tensor):
+        return {WORDS: words}
+    return {f"{WORDS}.{name}": tensor for name, tensor in words.items()}
+
+
+def _words(pair: Batch) -> Preprocessed:
+    """What `_named` was given."""
+    if WORDS in pair:
+        return pair[WORDS]
+    return {name.removeprefix(f"{WORDS}."): tensor for name, tensor in pair.items() if name != "pixels"}
 
 
 def load_pair_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> PairEncoder:
@@ -134,7 +153,8 @@ class ImageText(SchemaTask, Labelled):
 
     def check(self, job: Job) -> None:
         refuse_options(job.task.options, "task.options", self.name)
-        options_of(job.backbone.options, PairOptions, "backbone.options")
+        if not is_brought(job.backbone):  # whose options are its own, but for `text`
+            options_of(job.backbone.options, PairOptions, "backbone.options")
         refuse_augment(job)
         if job.tune.method == "last-k":
             raise ConfigError(

@@ -25,7 +25,7 @@ def imports_of(job: Job) -> tuple[str, ...]:
     found = list(LEARNING)
     if job.backbone.name.startswith("torchvision:"):
         found += IMAGES
-    elif not job.backbone.name.startswith(("atoll:", "raw:", "task:")):
+    elif not job.backbone.name.startswith(("atoll:", "raw:", "task:", "plugin:")):
         found += [*TEXT, *TOKENS]
     if job.privacy.unit in ("example", "both"):
         found += PRIVATE

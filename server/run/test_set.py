@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from functools import partial
 from pathlib import Path
 
 from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts
 from atoll.data.shard import Shard
-from atoll.datasets.registry import SOURCES, load_source
+from atoll.datasets.brought import brought_source
+from atoll.datasets.registry import ALL_SOURCES, load_source
 from atoll.job.job import Job
 from atoll.learning.learner import Learner, ranked
 from atoll.server.job_checks import check_source
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_source(job: Job) -> Table:
-    """The job's source: a built-in name, or a path in the task's own format.
+    """The job's source: a built-in name, an extension's, or a path in the task's own format.
 
     Raises:
         ConfigError, DataError: it is missing or unfit.
@@ -30,8 +32,14 @@ def read_source(job: Job) -> Table:
     if Path(job.data.source).is_absolute():
         return task_named(job.task.name).read(Path(job.data.source), job.data, job.task.options)
     check_source(job)
+    if not ALL_SOURCES.has(job.data.source):
+        return brought_source(job, partial(_read_at, job))
     splits = load_source(job.data.source, offline=job.backbone.offline)
     return task_named(job.task.name).from_builtin(splits, job)
+
+
+def _read_at(job: Job, path: Path) -> Table:
+    return task_named(job.task.name).read(path, job.data, job.task.options)
 
 
 def hold_out(table: Table, job: Job) -> tuple[Dataset, Dataset]:
@@ -84,7 +92,7 @@ def server_test_set(job: Job) -> TestSet:
         if job.data.test is not None:
             table = learner.task.read(Path(job.data.test), job.data, job.task.options)
             return learner.task.shard(table.train, learner.data_info)
-        if job.data.source not in SOURCES and not Path(job.data.source).exists():
+        if job.data.source not in ALL_SOURCES and not Path(job.data.source).exists():
             logger.info("no test data at the server: the model is measured at the clients")
             return None
         _, test = hold_out(read_source(job), job)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from atoll.backbones.augmentation import SOUND_AUGMENTATIONS
+from atoll.backbones.brought.names import SOUND_AUGMENTATIONS
 from atoll.backbones.encoder import Model
 from atoll.backbones.options import check_augment, options_of, refuse_augment
 from atoll.backbones.resolve import Backbone

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from atoll.backbones.augmentation import IMAGE_AUGMENTATIONS
+from atoll.backbones.brought.names import IMAGE_AUGMENTATIONS
 from atoll.backbones.vision import load_vision_encoder
 from atoll.data.classification import read_images
 from atoll.data.dataset import Dataset

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from atoll.backbones.augmentation import SOUND_AUGMENTATIONS
+from atoll.backbones.brought.names import SOUND_AUGMENTATIONS
 from atoll.backbones.ctc_vocabulary import (
     CtcVocabulary,
     code_points,

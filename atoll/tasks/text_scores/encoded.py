@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from atoll.backbones.augmentation import TEXT_AUGMENTATIONS
+from atoll.backbones.brought.names import TEXT_AUGMENTATIONS
 from atoll.backbones.encoder import Encoder
-from atoll.backbones.options import check_augment, refuse_options
+from atoll.backbones.options import check_augment, check_backbone_options
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.text import load_text_encoder
 from atoll.data.dataset import Dataset
@@ -44,7 +44,7 @@ class TextFeatures(SchemaTask):
             raise ConfigError(
                 f"backbone.channels_last: expected false for {self.name}, found true: texts have no channels"
             )
-        refuse_options(job.backbone.options, "backbone.options", f"a backbone of {self.name}")
+        check_backbone_options(job)
 
     def targets(self, dataset: Dataset, order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
         """What is to be learnt of each row, in that order, [n, outputs]."""

@@ -1,45 +1,36 @@
-"""Strategies, tasks, partitions and metrics that other people's code brings, each by its name.
-
-A decorator registers one:
-
-    from atoll import plugins
-
-    @plugins.strategy("half-way", summary="half of the mean delta")
-    class HalfWay: ...
-
-It runs when the module is imported: a file that `--plugin` names is imported before the job is read. An
-installed package lists what it brings as entry points too, in the groups `atoll.strategies`, `atoll.tasks`,
-`atoll.partitions` and `atoll.metrics`; these are looked up when a name is asked for that isn't known yet, and
-a package is imported when something of it is used.
-"""
+"""What extensions bring, by kind and name: registered by decorators, or listed as entry points."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from atoll.errors import ConfigError, InputError, did_you_mean
+from atoll.plugins.code import Code, code_of
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     from pydantic import BaseModel
 
-__all__ = ["Extension", "Registry", "load_file", "metric", "partition", "strategy", "task"]
-
 GROUPS = {
     "strategy": "atoll.strategies",
     "task": "atoll.tasks",
     "partition": "atoll.partitions",
     "metric": "atoll.metrics",
+    "source": "atoll.sources",
+    "backbone": "atoll.backbones",
+    "augmentation": "atoll.augmentations",
 }
 """What can be brought, and the entry-point group that installed packages list it in."""
+
+WITH_CODE = ("backbone", "augmentation")
+"""Kinds whose code is hashed: what they compute may be kept, and their next version computes other things."""
+
+BACKBONE_PREFIX = "plugin:"
+"""What stands before the name of an extension's backbone in `backbone.name`."""
 
 BUILT_IN = "atoll"
 """The origin of what comes with Atoll."""
@@ -53,7 +44,7 @@ class Extension:
     """One thing that other people's code brings."""
 
     kind: str
-    """strategy, task, partition or metric."""
+    """strategy, task, partition, metric, source, backbone or augmentation."""
     name: str
     """What jobs call it."""
     summary: str
@@ -67,6 +58,10 @@ class Extension:
     options: type[BaseModel] | None = None
     """What checks the job's `options` for it."""
     entry: EntryPoint | None = None
+    of: str = "images"
+    """Of an augmentation: what it varies, images or texts."""
+    code: Code | None = None
+    """Of what it consisted when it was imported, for the kinds in `WITH_CODE`; None where no file has it."""
 
     def loaded(self) -> Extension:
         """The same with its `thing`, imported at first use.
@@ -80,22 +75,15 @@ class Extension:
         thing = _imported(self.entry, self.origin)
         declared = _brought[self.kind].get(self.name)
         if declared is None or declared.thing is None:  # the package has no decorator
-            declared = replace(self, thing=thing, options=getattr(thing, "Options", None))
+            options = getattr(thing, "Options", None)
+            code = code_of(thing.__module__) if self.kind in WITH_CODE else None
+            declared = replace(self, thing=thing, options=options, code=code)
         _brought[self.kind][self.name] = replace(declared, origin=self.origin, entry=self.entry)
         return _brought[self.kind][self.name]
 
 
-@dataclass(frozen=True)
-class PluginFile:
-    """A Python file that was loaded as a plugin."""
-
-    file: str
-    sha256: str
-
-
 _brought: dict[str, dict[str, Extension]] = {kind: {} for kind in GROUPS}
 _registries: dict[str, Registry[Any]] = {}
-_files: dict[Path, PluginFile] = {}
 _origins: list[str] = []
 """Who brings what is being imported right now, the innermost last."""
 _searched: set[str] = set()
@@ -163,94 +151,7 @@ def brought(kind: str, name: str) -> Extension:
     return _brought[kind][name]
 
 
-def strategy(
-    name: str, *, summary: str = "", options: type[BaseModel] | None = None
-) -> Callable[[Thing], Thing]:
-    """Register a strategy: a class with `begin`, `plan` and `merge` (`atoll.strategies.Strategy`).
-
-    It is made once a run, as `Class()`, or `Class(options)` where it declares options: a pydantic model
-    given here, or a class `Options` inside it. They are the job's `strategy.options`.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-    return _registering("strategy", name, summary, options)
-
-
-def task(name: str, *, summary: str = "", options: type[BaseModel] | None = None) -> Callable[[Thing], Thing]:
-    """Register a task: a class that derives from `atoll.tasks.ModuleTask` or `Task`; it is made as `Class()`.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-    return _registering("task", name, summary, options)
-
-
-def partition(
-    name: str, *, summary: str = "", options: type[BaseModel] | None = None
-) -> Callable[[Thing], Thing]:
-    """Register a way to split one source over simulated clients: a function of three arguments or four.
-
-    It is called as `function(examples, clients, generator)`, with `options` behind them where it declares
-    some; they are the job's `data.partition.options`. `examples` is a table in an order that its content
-    decides (`examples["label"]` is a column as a list), `clients` how many clients there are, `generator` a
-    numpy Generator seeded by the job. It returns a list of row numbers, from 0, for each client.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-    return _registering("partition", name, summary, options)
-
-
-def metric(
-    name: str, *, summary: str = "", options: type[BaseModel] | None = None
-) -> Callable[[Thing], Thing]:
-    """Register a metric: what returns a `torchmetrics.Metric` whose states are tensors that sum over clients.
-
-    It is called as `thing(data_info)`, or `thing(data_info, options)` where it declares options: a job's
-    `evaluate.metrics` names it, and gives them. `data_info` is a dictionary of what all clients agree on,
-    such as `data_info["classes"]`.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-    return _registering("metric", name, summary, options)
-
-
-def load_file(path: str | Path) -> PluginFile:
-    """Import one Python file, whose decorators register what it brings; a second time nothing happens.
-
-    Raises:
-        ConfigError: there is no such file, it raises an error, or it registers a name that is taken.
-    """
-    file = Path(path).resolve()
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"--plugin {path}: cannot be read ({error.strerror}), expected a Python file"
-        ) from None
-    digest = hashlib.sha256(content).hexdigest()
-    if file in _files and _files[file].sha256 == digest:
-        return _files[file]
-    with _from(str(file)):
-        _execute(file, digest, str(path))
-    _files[file] = PluginFile(str(file), digest)
-    return _files[file]
-
-
-def load_files(paths: Iterable[str | Path]) -> None:
-    """`load_file` of each."""
-    for path in paths:
-        load_file(path)
-
-
-def files() -> list[PluginFile]:
-    """The plugin files that were loaded, in order."""
-    return list(_files.values())
-
-
-class _from:
+class origin_is:
     """Within, what is registered comes from that origin."""
 
     def __init__(self, origin: str) -> None:
@@ -263,15 +164,22 @@ class _from:
         _origins.pop()
 
 
-def _registering(
-    kind: str, name: str, summary: str, options: type[BaseModel] | None
+def registering(
+    kind: str, name: str, summary: str, options: type[BaseModel] | None = None, *, of: str = "images"
 ) -> Callable[[Thing], Thing]:
+    """A decorator that registers what it is put on.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
     def register(thing: Thing) -> Thing:
         place = f"{thing.__module__}:{thing.__qualname__}"
         origin = _origins[-1] if _origins else _file_of(thing.__module__)
         said = summary or (thing.__doc__ or "").strip().partition("\n")[0]
         model = options or getattr(thing, "Options", None)
-        _add(Extension(kind, name, said, origin, place, thing, model))
+        code = code_of(thing.__module__) if kind in WITH_CODE else None
+        _add(Extension(kind, name, said, origin, place, thing, model, of=of, code=code))
         return thing
 
     return register
@@ -337,16 +245,16 @@ def _add_entry(new: Extension) -> None:
 
 def _imported(entry: EntryPoint, origin: str) -> Callable[..., Any]:
     found: list[Callable[..., Any]] = []
-    with _from(origin):
-        failure = _failure_of(lambda: found.append(entry.load()))
+    with origin_is(origin):
+        failure = failure_of(lambda: found.append(entry.load()))
     if isinstance(failure, InputError):
         raise failure
     if failure is not None:
-        raise ConfigError(f"{origin}: {entry.value} cannot be imported: {_in_one_line(failure)}") from failure
+        raise ConfigError(f"{origin}: {entry.value} cannot be imported: {in_one_line(failure)}") from failure
     return found[0]
 
 
-def _failure_of(work: Callable[[], object]) -> Exception | None:
+def failure_of(work: Callable[[], object]) -> Exception | None:
     """What other people's code raises, or None where it raises nothing."""
     try:
         work()
@@ -355,36 +263,7 @@ def _failure_of(work: Callable[[], object]) -> Exception | None:
     return None
 
 
-def _execute(file: Path, digest: str, given: str) -> None:
-    """Import a file under a name that no installed module has.
-
-    Raises:
-        ConfigError: it isn't Python, or raises an error.
-    """
-    name = f"atoll_plugin_{file.stem}_{digest[:8]}"
-    spec = spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--plugin {given}: expected a Python file, whose name ends in .py")
-    module, loader = module_from_spec(spec), spec.loader
-    sys.modules[name] = module
-    failure = _failure_of(lambda: loader.exec_module(module))
-    if failure is None:
-        return
-    del sys.modules[name]
-    if isinstance(failure, InputError):
-        raise ConfigError(f"--plugin {given}: {failure}")
-    raise ConfigError(f"--plugin {given}{_line_in(failure, file)}: {_in_one_line(failure)}") from failure
-
-
-def _line_in(error: Exception, file: Path) -> str:
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
-    ]
-    if isinstance(error, SyntaxError):
-        lines.append(error.lineno)
-    return f", line {lines[-1]}" if lines else ""
-
-
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """An error of other people's code: its kind, and what it says."""
     said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

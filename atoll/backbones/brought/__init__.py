@@ -1,0 +1,1 @@
+"""Backbones and augmentations that extensions bring."""

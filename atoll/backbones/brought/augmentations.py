@@ -1,0 +1,93 @@
+"""Augmentations that extensions bring: how they are applied, and what is seen of them before a run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from atoll.errors import ConfigError
+from atoll.plugins import Extension, failure_of, in_one_line
+from atoll.protocol.random_streams import stream
+
+TRIES = 8
+"""Generators with which an augmentation is tried before a run."""
+
+
+def augmented_image(
+    image: Image.Image, augmentations: Sequence[Extension], draw: torch.Generator
+) -> Image.Image:
+    """An RGB image after each of the augmentations, in this order; of the same size.
+
+    Raises:
+        ConfigError: one raises an error, or returns something else.
+    """
+    for extension in augmentations:
+        found, size = _applied(extension, image, draw), image.size
+        if not isinstance(found, Image.Image):
+            raise _wrong(extension, "a PIL image", type(found).__name__)
+        if (found.mode, found.size) != ("RGB", size):
+            given = f"{found.mode}, {found.width} x {found.height}"
+            raise _wrong(extension, f"an image as it was given, RGB, {size[0]} x {size[1]}", given)
+        image = found
+    return image
+
+
+def augmented_text(text: str, augmentations: Sequence[Extension], draw: torch.Generator) -> str:
+    """A text after each of the augmentations, in this order.
+
+    Raises:
+        ConfigError: one raises an error, or returns something else.
+    """
+    for extension in augmentations:
+        found = _applied(extension, text, draw)
+        if not isinstance(found, str) or not found.strip():
+            raise _wrong(extension, "a text that isn't empty", repr(found)[:40])
+        text = found
+    return text
+
+
+def check_draws(extension: Extension) -> None:
+    """See whether an augmentation returns the same whenever it is given the same example and generator.
+
+    So it draws from nothing else, and remembers no example when it varies another: what example-level privacy
+    and equal runs rest on. It is tried on made-up inputs, forwards and backwards.
+
+    Raises:
+        ConfigError: it doesn't, raises an error, or returns something else.
+    """
+    numbers = range(TRIES)
+    forwards = {number: _tried(extension, number) for number in numbers}
+    backwards = {number: _tried(extension, number) for number in reversed(numbers)}
+    if forwards != backwards:
+        raise _wrong(
+            extension,
+            "the same result for the same example and generator, whatever came before",
+            "others the second time: it draws from something else, or remembers",
+        )
+
+
+def _tried(extension: Extension, number: int) -> bytes:
+    draw = stream(number, "probe", extension.name)
+    if extension.of == "texts":
+        return augmented_text(f"text {number} of {TRIES}, made up to try this", [extension], draw).encode()
+    noise = torch.randint(256, (32, 32, 3), generator=stream(number, "probe"), dtype=torch.uint8)
+    return augmented_image(Image.fromarray(noise.numpy()), [extension], draw).tobytes()
+
+
+def _applied(extension: Extension, example: Any, draw: torch.Generator) -> Any:
+    found: list[Any] = []
+    failure = failure_of(lambda: found.append(extension.thing(example, draw)))  # type: ignore[misc]
+    if failure is not None:
+        raise ConfigError(f"{_called(extension)} raised {in_one_line(failure)}") from failure
+    return found[0]
+
+
+def _wrong(extension: Extension, expected: str, found: str) -> ConfigError:
+    return ConfigError(f"{_called(extension)}: expected {expected}, found {found}")
+
+
+def _called(extension: Extension) -> str:
+    return f"train.augment: {extension.name} ({extension.origin})"

@@ -1,0 +1,83 @@
+"""What an extension's code consists of, so that what it has computed can be told from a later version's."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code of an extension as it was imported."""
+
+    sha256: str
+    """Of its module's file and of the files of its own that this one imports, wherever they lie."""
+    uses: tuple[str, ...]
+    """The packages that these files import, each with the version that it states: `numpy 2.1.0`."""
+
+
+def code_of(name: str) -> Code | None:
+    """The code of the module of that name, as far as what it holds now leads to; None without a file.
+
+    Its own files are those outside of the standard library and of what is installed, and those of its own
+    package. What only a function imports, when it is called, isn't seen.
+    """
+    module = sys.modules.get(name)
+    if module is None or _file_of(module) is None:
+        return None
+    top, digests, uses = name.partition(".")[0], set(), set()
+    waiting, seen = [module], {name}
+    while waiting:
+        one = waiting.pop()
+        file = _file_of(one)
+        assert file is not None
+        digests.add(hashlib.sha256(file.read_bytes()).hexdigest())
+        for other in _held_by(one):
+            if other.__name__ in seen:
+                continue
+            seen.add(other.__name__)
+            if _is_own(other, top):
+                waiting.append(other)
+            elif other.__name__.partition(".")[0] not in ("atoll", *sys.stdlib_module_names):
+                uses.add(_with_version(other.__name__.partition(".")[0]))
+    digest = hashlib.sha256(" ".join(sorted(digests)).encode()).hexdigest()
+    return Code(digest, tuple(sorted(uses)))
+
+
+def _held_by(module: ModuleType) -> Iterator[ModuleType]:
+    """The modules that a module's names lead to: those that it imports, and those of what it imports."""
+    for value in list(vars(module).values()):
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        found = sys.modules.get(name) if isinstance(name, str) else None
+        if found is not None:
+            yield found
+
+
+def _is_own(module: ModuleType, top: str) -> bool:
+    file, package = _file_of(module), module.__name__.partition(".")[0]
+    if file is None or package == "atoll":
+        return False
+    return package == top or not any(file.is_relative_to(folder) for folder in _installed())
+
+
+def _file_of(module: ModuleType) -> Path | None:
+    file = getattr(module, "__file__", None)
+    path = Path(file).resolve() if isinstance(file, str) else None
+    return path if path is not None and path.suffix == ".py" and path.is_file() else None
+
+
+@cache
+def _installed() -> tuple[Path, ...]:
+    """The folders of the standard library and of installed packages."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    return tuple({Path(sysconfig.get_path(name)).resolve() for name in names})
+
+
+def _with_version(package: str) -> str:
+    return f"{package} {getattr(sys.modules.get(package), '__version__', '?')}"
