@@ -84,6 +84,7 @@ BEGINNINGS = {
     "forecasting": Beginning(
         "atoll:lstm", "random", {"options": {"width": 48}}, train=ADAM | {"batch_size": 32}
     ),
+    "survival": Beginning("atoll:linear", "random", train=ADAM | {"epochs": 2, "batch_size": 32, "lr": 0.01}),
     "recommendation": Beginning(
         "atoll:sasrec", "random", {"options": {"width": 48}}, train=ADAM | {"batch_size": 32}
     ),

@@ -397,6 +397,14 @@ SOURCES = {
             edition=_generator_hash,
         ),
         Source(
+            name="generated-patients",
+            tasks=("survival",),
+            description="generated: follow-ups of 1,200 patients at 6 hospitals, with what is known of them",
+            licence=_OWN,
+            decode=_generated("patients"),
+            edition=_generator_hash,
+        ),
+        Source(
             name="generated-shop",
             tasks=("recommendation",),
             description="generated: purchases of 920 users in 10 shops, with the items' texts",
