@@ -30,9 +30,9 @@ MOST_FEATURES = 100_000
 class SurvivalOptions(Section):
     """`task.options` of survival: which columns are features, and what is taken from them before they count.
 
-    Without `features` every column of numbers is one, but time, event and the one that rows are dealt by. With
-    `means` and `deviations`, in the order of `features`, (value - mean) / deviation is learnt from; without
-    them the values as they are.
+    Without `features` every column of numbers is one, but time, event and the one that rows are dealt by.
+    With `means` and `deviations`, in the order of `features`, (value - mean) / deviation is learnt from;
+    without them the values as they are.
     """
 
     features: Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_FEATURES)] | None = None
@@ -158,7 +158,7 @@ def gathered(
 
 
 def in_one_cell(table: pa.Table, names: Sequence[str], prefix: str = "") -> pa.Table:
-    """The table with a column `features` in the place of those of the features, whose names follow a prefix."""
+    """The table with one column `features` in the place of those that are called as a prefix and a name."""
     columns = [table.column(prefix + name).cast(pa.float64()).combine_chunks() for name in names]
     features = pa.StructArray.from_arrays(columns, names=list(names))
     return table.drop_columns([prefix + name for name in names]).append_column("features", features)
@@ -183,7 +183,9 @@ def numeric_columns(rows: Rows, data: DataSection) -> list[str]:
     rest = [name for name in rows.table.column_names if name not in taken]
     found = sorted(name for name in rest if _holds_numbers(values_of(rows, name)))
     if not found:
-        raise DataError(f"{rows.name}: columns {rows.table.column_names}, expected some of numbers as features")
+        raise DataError(
+            f"{rows.name}: columns {rows.table.column_names}, expected some of numbers as features"
+        )
     return found
 
 

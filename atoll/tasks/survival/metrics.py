@@ -29,7 +29,8 @@ class ConcordanceIndex(Mean):
         targets = targets.to(scores.device)
         times, events = targets[:, 0], targets[:, 1] > 0
         first = torch.nonzero(events)[:, 0]
-        for some in first.split(ROWS):
+        for start in range(0, len(first), ROWS):
+            some = first[start : start + ROWS]
             own = times[some].unsqueeze(1)
             later = (times > own) | ((times == own) & ~events)
             above = (scores[some].unsqueeze(1) > scores) & later
