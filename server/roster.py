@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from atoll.data.diagnostics import Counts, counts_from_json, total
 from atoll.data.labels import alike
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, did_you_mean
 from atoll.job.job import Job
 from atoll.protocol.messages import DataInfo, Hello
+from atoll.strategies.options import trusted_client
 from atoll.tasks.told import is_silent
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class ClientRoster:
         """Warn of each refusal.
 
         Raises:
-            ConfigError: fewer take part than a round needs.
+            ConfigError: fewer take part than a round needs, or not the one that the strategy trusts.
         """
         needed = job.federation.cohort or 1
         if len(self.names) < needed:
@@ -97,12 +98,22 @@ class ClientRoster:
             raise ConfigError(
                 f"{len(self.names)} of {asked} clients take part, a round needs {needed}{self._reasons()}"
             )
+        self._check_trusted(trusted_client(job))
         for client, reason in self.refused.items():
             logger.warning("%s does not take part: %s", client, reason)
         for one in total(one for counts in self.counts.values() for one in counts):
             logger.info("data: %s", one.in_words)
         for remark in self.remarks:
             logger.warning("%s", remark)
+
+    def _check_trusted(self, root: str | None) -> None:
+        if root is None or root in self.names:
+            return
+        if root in self.refused:
+            raise ConfigError(f"strategy.options.root: {root} does not take part: {self.refused[root]}")
+        raise ConfigError(
+            f"strategy.options.root: there is no client {root!r}, {did_you_mean(root, self.names)}"
+        )
 
     @property
     def remarks(self) -> list[str]:

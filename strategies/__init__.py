@@ -24,6 +24,7 @@ from atoll.strategies.options import (
     AflOptions,
     FedDynOptions,
     FedExpOptions,
+    FlTrustOptions,
     HostileOptions,
     IfcaOptions,
     LateOptions,
@@ -33,6 +34,7 @@ from atoll.strategies.options import (
     QFedAvgOptions,
     ScaffoldOptions,
     check_hostile_clients,
+    check_trusted_client,
 )
 
 if TYPE_CHECKING:
@@ -192,6 +194,12 @@ def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
     return robust_strategy(name, options, **keys)
 
 
+def _fltrust(options: FlTrustOptions, **keys: float) -> Strategy:
+    from atoll.strategies.robust.fltrust import FlTrust
+
+    return FlTrust(options.root, **keys)
+
+
 def _against_hostile(name: str, summary: str) -> Entry:
     return Entry(partial(_robust, name), ("lr", "options"), summary, options=HOSTILE_OPTIONS[name])
 
@@ -307,6 +315,12 @@ BUILT_INS: dict[str, Entry] = {
             "norm-bound": "even mean of clipped deltas, against hostile clients (Sun 2019)",
         }.items()
     },
+    "fltrust": Entry(
+        _fltrust,
+        ("lr", "options"),
+        "deltas that point where a trusted client's points, against hostile clients (Cao 2021)",
+        options=FlTrustOptions,
+    ),
 }
 
 
@@ -371,6 +385,7 @@ def check_merging(job: Job) -> None:
         options = _options(STRATEGIES[job.strategy.name], job.strategy)
         assert isinstance(options, HostileOptions)
         check_hostile_clients(job, options)
+    check_trusted_client(job)
 
 
 def _options(entry: Entry, section: StrategySection) -> BaseModel | None:

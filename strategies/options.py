@@ -81,6 +81,12 @@ class CenteredClippingOptions(HostileOptions):
     iterations: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
+class FlTrustOptions(Section):
+    """The name of the client that the server's operator trusts."""
+
+    root: Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class FedExpOptions(Section):
     """What keeps the step finite where the mean delta is nothing."""
 
@@ -147,6 +153,44 @@ def clusters_of(job: Job) -> int:
     assert isinstance(options, IfcaOptions)
     return options.clusters
 
+
+def trusted_client(job: Job) -> str | None:
+    """The client whose update the others are compared with, and which is asked in every round; mostly none.
+
+    Raises:
+        ConfigError: the strategy needs one, and its options don't name it.
+    """
+    if job.strategy.name != "fltrust":
+        return None
+    options = validated(FlTrustOptions, job.strategy.options or {}, "strategy.options")
+    assert isinstance(options, FlTrustOptions)
+    return options.root
+
+
+def check_trusted_client(job: Job) -> None:
+    """Raises ConfigError, in one line that names the key, where its update can't decide of every other."""
+    if trusted_client(job) is None:
+        return
+    federation, name = job.federation, job.strategy.name
+    if federation.selection != "uniform":
+        raise ConfigError(
+            f"federation.selection: {name} asks the trusted client in every round, and draws the others"
+            f" evenly; expected 'uniform', found {federation.selection!r}"
+        )
+    if job.tune.head_init is not None:
+        raise ConfigError(
+            f"tune.head_init: adds up whatever clients send, so a hostile one decides the head; expected none"
+            f" with strategy.name = {name!r}"
+        )
+    if (federation.cohort or federation.clients) < FEWEST_WITH_TRUST:
+        key = "federation.cohort" if federation.cohort else "federation.clients"
+        raise ConfigError(
+            f"{key}: with {name} the trusted client is one of them and moves nothing itself; expected"
+            f" at least {FEWEST_WITH_TRUST}, found {federation.cohort or federation.clients}"
+        )
+
+
+FEWEST_WITH_TRUST = 2
 
 HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {
     "coordinate-median": HostileOptions,

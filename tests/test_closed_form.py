@@ -265,7 +265,10 @@ NORM = {"tune": {"head_init": "ridge", "feature_norm": 1.0}}
             "linear head on a frozen backbone, found tune.hidden",
         ),
         ({"tune": {"head_init": "ridge", "method": "full"}}, "found tune.method = 'full'"),
-        ({"tune": {"head_init": "prototype", "ridge": 1.0}}, "ridge has no meaning without head_init"),
+        (
+            {"tune": {"head_init": "prototype", "ridge": 1.0}},
+            "tune.ridge has no meaning with head_init = 'prototype', only with 'ridge'",
+        ),
     ],
 )
 def test_where_a_closed_form_makes_no_sense_it_is_refused_by_name(tables: dict[str, Any], why: str) -> None:

@@ -332,7 +332,10 @@ def test_whatever_values_travel_the_server_makes_a_model_of_them_or_names_the_fa
     [
         ({"compression": "int2"}, "federation.compression: expected 'fp16', 'int8', 'int4' or 'top-k'"),
         ({"compression": "top-k", "compression_top_k": 0.0}, "compression_top_k"),
-        ({"compression": "int8", "compression_top_k": 0.1}, "compression_top_k has no meaning without"),
+        (
+            {"compression": "int8", "compression_top_k": 0.1},
+            "compression_top_k has no meaning with compression = 'int8', only with 'top-k'",
+        ),
         ({"error_feedback": False}, "error_feedback has no meaning without compression"),
         ({"compression": "int8", "secure_aggregation": True}, "federation.compression: a secure sum adds"),
     ],

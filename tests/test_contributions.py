@@ -246,8 +246,14 @@ CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
         ({"strategy": {"name": "krum"}}, "krum is for a whole cohort; expected one of fedavg"),
         ({"personal": {"keep": "head"}, "tune": {"method": "full"}}, "the server has no whole model"),
         ({"tune": {"head_init": "ridge"}}, "a head in closed form is made of sums"),
-        ({"evaluate": {"permutations": 3}}, "permutations has no meaning without contributions = 'shapley'"),
-        ({"evaluate": {"truncation": 0.1}}, "truncation has no meaning without contributions = 'shapley'"),
+        (
+            {"evaluate": {"permutations": 3}},
+            "permutations has no meaning with contributions = 'leave-one-out', only with 'shapley'",
+        ),
+        (
+            {"evaluate": {"truncation": 0.1}},
+            "truncation has no meaning with contributions = 'leave-one-out', only with 'shapley'",
+        ),
     ],
     ids=str,
 )

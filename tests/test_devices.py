@@ -150,7 +150,7 @@ def test_a_missing_profile_is_named_with_its_key(tmp_path: Path) -> None:
 
 def test_deadline_and_over_sampling_need_devices() -> None:
     for key, value in (("deadline", 5.0), ("over_sampling", 1.5)):
-        with pytest.raises(ConfigError, match=f"{key} is in simulated time: it needs devices"):
+        with pytest.raises(ConfigError, match=f"{key} has no meaning without devices, a profile"):
             Job.parse(DIGITS | {"federation": {key: value, "cohort": 4}}, origin="test")
 
 

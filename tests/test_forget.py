@@ -182,7 +182,7 @@ def test_who_is_not_there_or_damaged_is_said_and_nothing_changes(tmp_path: Path)
 @pytest.mark.parametrize(
     ("tables", "why"),
     [
-        ({"tune": {"keep_sums": True}}, "tune.keep_sums has no meaning without tune.head_init"),
+        ({"tune": {"keep_sums": True}}, "tune.keep_sums has no meaning without head_init"),
         ({"federation": {"clients": 6, "rounds": 2}}, "tune.keep_sums: expected federation.rounds = 1"),
         (
             {

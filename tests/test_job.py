@@ -93,7 +93,7 @@ def test_a_byte_order_mark_is_welcome(tmp_path: Path) -> None:  # row 5
         ("data.test_fraction=1.5", r"data\.test_fraction: expected less than 1"),  # row 14
         ("federation.quorum=0", r"federation\.quorum: expected greater than 0"),
         ("federation.cohort=30", r"cohort must be at most clients = 20, found 30"),  # row 15
-        ("federation.cohort_rate=0.5", r"cohort and cohort_rate exclude each other"),
+        ("federation.cohort_rate=0.5", r"federation\.cohort and cohort_rate exclude each other"),
         ('privacy.unit="patient"', r"privacy\.unit: expected 'none', .*, found 'patient'"),
         (
             'data.partition={kind="dirichlt", alpha=1}',
@@ -105,7 +105,7 @@ def test_a_byte_order_mark_is_welcome(tmp_path: Path) -> None:  # row 5
         ("tune.rank=4", r"rank has no meaning with method = 'head'"),
         ('train={optimizer="adam", momentum=0.9}', r"momentum has no meaning with optimizer = 'adam'"),
         ("train.cached_views=0", r"train\.cached_views: expected greater than or equal to 1, found 0"),
-        ("train.cached_views=2", r"train: cached_views has no meaning without augment: remove it"),
+        ("train.cached_views=2", r"train\.cached_views has no meaning without augment: remove it"),
         ('train.augment="flip"', r"train\.augment: expected .*(array|tuple), found 'flip'"),
         (
             'train={augment=["flip"], cached_views=2}\ntune.method="lora"',

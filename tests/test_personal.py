@@ -379,7 +379,10 @@ OWN_HEAD: dict[str, Any] = {"personal": {"keep": "head"}, "tune": {"method": "lo
         ({"personal": {"keep": "head"}}, "'head' would leave nothing to merge with tune.method = 'head'"),
         ({"personal": {"keep": "norms"}}, "'norms' would leave nothing to merge"),
         ({"personal": {"keep": "norms"}, "tune": {"method": "lora"}}, "'norms' are not trained"),
-        ({"personal": {"keep": "head", "pull": 1.0}}, "pull has no meaning without keep = 'mixture'"),
+        (
+            {"personal": {"keep": "head", "pull": 1.0}},
+            "personal.pull has no meaning with keep = 'head', only with 'mixture'",
+        ),
     ],
 )
 def test_where_nothing_can_be_kept_it_is_refused_by_name(tables: dict[str, Any], why: str) -> None:

@@ -368,5 +368,7 @@ def test_fedrep_has_the_same_bits_everywhere_and_others_than_fedper(tmp_path: Pa
 
 
 def test_epochs_of_the_head_are_for_a_head_that_stays() -> None:
-    with pytest.raises(ConfigError, match="head_epochs has no meaning without keep = 'head'"):
+    with pytest.raises(
+        ConfigError, match="head_epochs has no meaning with keep = 'mixture', only with 'head'"
+    ):
         heads(FEDAVG, personal={"keep": "mixture", "head_epochs": 2})

@@ -572,7 +572,7 @@ def test_values_of_clients_under_a_promise_are_no_reason_to_set_them_aside() -> 
         ({"privacy": {"unit": "client", "where": "distributed"}}, "privacy.where: expected 'server' with"),
         ({"privacy": {"unit": "client", "clipping": "adaptive"}}, "privacy.clipping: expected 'fixed' with"),
         ({"privacy": {"audit": True}}, "privacy.audit: expected false with tune.head_init"),
-        ({"tune": {"feature_norm": 1.0}}, "tune.feature_norm has no meaning without tune.head_init"),
+        ({"tune": {"feature_norm": 1.0}}, "tune.feature_norm has no meaning without head_init"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(tables: dict[str, Any], why: str) -> None:

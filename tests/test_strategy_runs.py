@@ -33,11 +33,12 @@ from atoll.strategies.strategy import tensors_for_clients
 from tests.small import few_pictures, image_job
 from tests.test_simulation import DIGITS, Breaks, run
 
-NEW = (*HOSTILE_OPTIONS, "fednova", "fedexp", "scaffold", "feddyn", "qffl", "afl")
+NEW = (*HOSTILE_OPTIONS, "fltrust", "fednova", "fedexp", "scaffold", "feddyn", "qffl", "afl")
 MIXED = {
     "krum": {"options": {"mixing": True}},
     "diloco": {"lr_schedule": "cosine", "lr_warmup": 1},
     "scaffold": {"lr_schedule": "step", "lr_step": 1},
+    "fltrust": {"options": {"root": "client-0002"}},
 }
 """One of them also mixes, and others' learning rates change."""
 
@@ -92,11 +93,11 @@ def test_the_order_of_a_models_tensors_changes_no_bit(name: str) -> None:
     sent = tensors_for_clients(strategy, strategy.begin(model))
     updates = [
         replace(
-            update(0.0, 9, 2.0, c),
+            update(0.0, 9, 2.0, f"client-000{c}"),
             delta={n: torch.randn(p.shape, generator=draw) for n, p in model.items()},
             strategy_tensors={n: torch.randn(t.shape, generator=draw) for n, t in sent.items()},
         )
-        for c in "abcdefg"
+        for c in range(7)
     ]
     first, state = strategy.merge(model, updates, strategy.begin(model))
     again = dict(sorted(first.items()))

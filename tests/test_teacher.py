@@ -181,7 +181,7 @@ def test_a_promise_takes_no_teacher_without_one_and_counts_the_teachers(
         ({"train.teacher": "x", "train.teacher_weight": 1.5}, r"teacher_weight.*less than or equal to 1"),
         (
             {"train.teacher": "x", "privacy.audit": True} | {f"privacy.{k}": v for k, v in PRIVATE.items()},
-            "a run with train.teacher can't be attacked",
+            "privacy.audit and train.teacher exclude each other, for such a run can't be attacked",
         ),
         ({"train.teacher": "nowhere"}, "train.teacher: expected a finished run directory, found no job.toml"),
     ],

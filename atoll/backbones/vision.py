@@ -13,8 +13,9 @@ from atoll.backbones.augmentation import framed, varied_image
 from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
-from atoll.backbones.resolve import SCATTERING, Backbone
+from atoll.backbones.resolve import LENET, SCATTERING, Backbone
 from atoll.backbones.scattering.transform import Scattering
+from atoll.backbones.small_vision import LENET_WIDTH, lenet
 from atoll.backbones.torchvision_models import has_batch_norm, torchvision_names
 from atoll.data.images import decode_image, eight_bits, scaled
 from atoll.errors import ConfigError, WeightsError
@@ -110,6 +111,8 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
     if (backbone.kind, backbone.name) == ("atoll", SCATTERING):
         transform = Scattering(section.image_size or RAW_SIZE).eval()
         return VisionEncoder(transform, transform.side, (0.0,) * 3, (1.0,) * 3, transform.width)
+    if (backbone.kind, backbone.name) == ("atoll", LENET):
+        return _lenet_encoder(backbone, section, seed)
     trunk, width = torchvision_trunk(backbone.name, seed)
     size = section.image_size or _native_size(backbone.name)
     if backbone.weights is not None:
@@ -119,6 +122,15 @@ def load_vision_encoder(backbone: Backbone, section: BackboneSection, seed: int)
         _calibrate(trunk.eval(), backbone.name, size, seed)
     layout = section.channels_last
     return VisionEncoder(trunk.eval(), size, IMAGENET_MEAN, IMAGENET_STD, width, channels_last=layout)
+
+
+def _lenet_encoder(backbone: Backbone, section: BackboneSection, seed: int) -> VisionEncoder:
+    side = section.image_size or RAW_SIZE
+    network = lenet(side, seed)
+    if backbone.weights is not None:
+        load_state_dict_strict(network, load_weights(backbone.weights), backbone.weights)
+    layout = section.channels_last
+    return VisionEncoder(network.eval(), side, (0.0,) * 3, (1.0,) * 3, LENET_WIDTH, channels_last=layout)
 
 
 def _calibrate(trunk: nn.Module, name: str, size: int, seed: int) -> None:

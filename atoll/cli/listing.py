@@ -69,7 +69,10 @@ def _defaults(options: type[BaseModel] | None) -> str:
     """The options of a model with their defaults, as a job would have them."""
     if options is None:
         return ""
-    defaults = (f"{key} = {json.dumps(field.default)}" for key, field in options.model_fields.items())
+    defaults = (
+        f"{key}: must be given" if field.is_required() else f"{key} = {json.dumps(field.default)}"
+        for key, field in options.model_fields.items()
+    )
     return f" ({', '.join(defaults)})".replace("null", "as the rule has it")
 
 

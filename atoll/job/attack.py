@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import model_validator
 
-from atoll.job.section import Count, Positive, Section
+from atoll.job.section import Count, Needs, Positive, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -42,10 +42,12 @@ class AttackSection(Section):
         ]
         | None
     ) = None  # fmt: skip
-    clients: Count = 1
-    scale: Positive | None = None
-    victim: str | None = None
-    target: str | None = None
+    clients: Annotated[Count, Needs("kind")] = 1
+    scale: Annotated[
+        Positive | None, Needs("kind", tuple(kind for kind, scale in SCALES.items() if scale))
+    ] = None
+    victim: Annotated[str | None, Needs("kind", ("backdoor",))] = None
+    target: Annotated[str | None, Needs("kind", ("backdoor",))] = None
 
     @property
     def factor(self) -> float:
@@ -54,19 +56,10 @@ class AttackSection(Section):
         return self.scale or usual or 1.0
 
     @model_validator(mode="after")
-    def _keys_belong_to_the_attack(self) -> AttackSection:
-        if self.kind is None:
-            for key in ("clients", "scale", "victim", "target"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"{key} has no meaning without kind: remove it")
-            return self
-        if self.scale is not None and SCALES[self.kind] is None:
-            raise ValueError(f"scale has no meaning with kind = {self.kind!r}: remove it")
+    def _a_backdoor_has_two_classes(self) -> AttackSection:
         for key in ("victim", "target"):
             if self.kind == "backdoor" and getattr(self, key) is None:
                 raise ValueError(f"kind: 'backdoor' needs {key}, the name of a class")
-            if self.kind != "backdoor" and getattr(self, key) is not None:
-                raise ValueError(f"{key} has no meaning with kind = {self.kind!r}: remove it")
         if self.kind == "backdoor" and self.victim == self.target:
             raise ValueError(f"target: expected another class than victim, found {self.target!r}")
         return self

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from atoll.errors import did_you_mean
+from atoll.job.section import KeyConflict
 
 
 def explain(error: ValidationError, model: type[BaseModel], origin: str, *, joined_by: str = ": ") -> str:
@@ -30,6 +31,8 @@ def _finding(finding: Any, model: type[BaseModel]) -> str:
             return f"{key}: unknown key{_nearest(finding['loc'], model)}"
         case "missing":
             return f"{key}: missing, expected a value"
+        case "value_error" if key and isinstance(finding["ctx"]["error"], KeyConflict):
+            return f"{key}.{finding['ctx']['error']}"
         case "value_error":
             return f"{key}: {finding['ctx']['error']}" if key else str(finding["ctx"]["error"])
         case "union_tag_not_found":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from atoll.job.federation import WEIGHTED
 from atoll.job.privacy import uses_secure_aggregation
-from atoll.job.section import Count, NotNegative, Section
+from atoll.job.section import Count, Needs, NotNegative, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -21,21 +21,14 @@ class EvaluateSection(Section):
     clients: Count = 10_000
     patience: Count | None = None
     contributions: Literal["leave-one-out", "shapley"] | None = None
-    permutations: Count | None = None
-    truncation: NotNegative | None = None
+    permutations: Annotated[Count | None, Needs("contributions", ("shapley",))] = None
+    truncation: Annotated[NotNegative | None, Needs("contributions", ("shapley",))] = None
     adapt: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     baselines: tuple[Literal["zero_shot", "local_only", "pooled"], ...] = ()
     metrics: dict[str, dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]] = Field(
         default_factory=dict
     )
     """Metrics that extensions bring, by name, each with its options."""
-
-    @model_validator(mode="after")
-    def _orders_are_of_shapleys_value(self) -> EvaluateSection:
-        for key in ("permutations", "truncation"):
-            if getattr(self, key) is not None and self.contributions != "shapley":
-                raise ValueError(f"{key} has no meaning without contributions = 'shapley': remove it")
-        return self
 
     @property
     def permutations_taken(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from atoll.job.privacy import uses_secure_aggregation
-from atoll.job.section import Count, NotNegative, Positive, Rate, Section
+from atoll.job.section import Count, Excludes, Needs, NotNegative, Positive, Rate, Section
 
 Scheme = Literal["fp16", "int8", "int4", "top-k"]
 """How an update is compressed."""
@@ -49,45 +49,44 @@ class OortSection(Section):
         return self
 
 
+IN_SIMULATED_TIME = Needs("devices", why="a profile of the clients' by which time is simulated")
+
+
 class FederationSection(Section):
     """`[federation]`: who takes part in a round, and how what they send travels."""
 
     clients: Count = 20
-    cohort: Count | None = None
+    cohort: Annotated[
+        Count | None, Excludes("cohort_rate", "for a round's clients are so many, or drawn")
+    ] = None
     cohort_rate: Rate | None = None
     selection: Selection = "uniform"
-    candidates: Count | None = None
-    oort: OortSection | None = None
+    candidates: Annotated[Count | None, Needs("selection", ("power-of-choice",))] = None
+    oort: Annotated[OortSection | None, Needs("selection", ("oort",))] = None
     concurrency: Count | None = None
-    order: Literal["virtual", "arrival"] = "virtual"
+    order: Annotated[Literal["virtual", "arrival"], Needs("concurrency")] = "virtual"
     rounds: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     quorum: Rate = 0.5
     round_timeout: Positive = 3600.0
     wait: Positive = 600.0
     devices: str | None = None
-    deadline: Positive | None = None
-    over_sampling: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.0
+    deadline: Annotated[Positive | None, IN_SIMULATED_TIME] = None
+    over_sampling: Annotated[
+        float,
+        Field(ge=1, le=100, allow_inf_nan=False),
+        IN_SIMULATED_TIME,
+        Needs("cohort", why="the number of updates that a round waits for"),
+    ] = 1.0
     secure_aggregation: bool = False
     secure_threshold: Rate | None = None
     compression: Scheme | None = None
-    compression_top_k: Rate = 0.01
-    error_feedback: bool = True
+    compression_top_k: Annotated[Rate, Needs("compression", ("top-k",))] = 0.01
+    error_feedback: Annotated[bool, Needs("compression")] = True
     weights: Literal["examples", "equal", "capped"] | None = None
-    weight_cap: Count | None = None
+    weight_cap: Annotated[Count | None, Needs("weights", ("capped",))] = None
 
     @model_validator(mode="after")
-    def _compression_has_what_it_uses(self) -> FederationSection:
-        share = type(self).model_fields["compression_top_k"].default
-        if self.compression_top_k != share and self.compression != "top-k":
-            raise ValueError("compression_top_k has no meaning without compression = 'top-k': remove it")
-        if not self.error_feedback and self.compression is None:
-            raise ValueError("error_feedback has no meaning without compression: remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _a_cap_is_of_capped_weights(self) -> FederationSection:
-        if self.weight_cap is not None and self.weights != "capped":
-            raise ValueError("weight_cap has no meaning without weights = 'capped': remove it")
+    def _a_cap_is_given(self) -> FederationSection:
         if self.weight_cap is None and self.weights == "capped":
             raise ValueError("weights: 'capped' needs weight_cap, the most that a client may weigh")
         return self
@@ -106,30 +105,13 @@ class FederationSection(Section):
         return examples
 
     @model_validator(mode="after")
-    def _time_is_simulated_with_devices(self) -> FederationSection:
-        for key, given in (
-            ("deadline", self.deadline is not None),
-            ("over_sampling", self.over_sampling > 1),
-        ):
-            if given and self.devices is None:
-                raise ValueError(f"{key} is in simulated time: it needs devices, a profile of the clients'")
-        if self.over_sampling > 1 and self.cohort is None:
-            raise ValueError("over_sampling goes with cohort, the number of updates that a round waits for")
-        return self
-
-    @model_validator(mode="after")
     def _cohort_fits(self) -> FederationSection:
-        if self.cohort is not None and self.cohort_rate is not None:
-            raise ValueError("cohort and cohort_rate exclude each other: keep one")
         if self.cohort is not None and self.cohort > self.clients:
             raise ValueError(f"cohort must be at most clients = {self.clients}, found {self.cohort}")
         return self
 
     @model_validator(mode="after")
     def _selection_has_what_it_uses(self) -> FederationSection:
-        for key, rule in (("candidates", "power-of-choice"), ("oort", "oort")):
-            if getattr(self, key) is not None and self.selection != rule:
-                raise ValueError(f"{key} has no meaning without selection = {rule!r}: remove it")
         if self.selection == "uniform":
             return self
         if self.cohort is None:

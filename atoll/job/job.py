@@ -29,9 +29,16 @@ from atoll.job.federation import (
 from atoll.job.lora_merge import check_lora_merge
 from atoll.job.personal import PersonalSection, check_clusters, check_inner_steps, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
-from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
+from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Positive, Section
 from atoll.job.toml import apply_override, read_job, with_absolute_paths
-from atoll.job.train import LrScheduleKind, TrainSection, check_lr_schedule, check_training
+from atoll.job.train import (
+    OF_A_SCHEDULE,
+    OF_STEPS,
+    LrScheduleKind,
+    TrainSection,
+    check_lr_schedule,
+    check_training,
+)
 from atoll.job.tune import TuneSection, TuneStage, grows
 
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
@@ -135,14 +142,18 @@ class DataSection(Section):
     label: str | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     time_format: str | None = None
-    bits: Annotated[int, Field(ge=8, le=16)] | None = None
+    bits: Annotated[
+        int | None,
+        Field(ge=8, le=16),
+        Excludes("window", "for each says which values become black and white"),
+    ] = None
     window: tuple[FiniteFloat, FiniteFloat] | None = None
     classes: tuple[str, ...] | None = None
     test: str | None = None
     test_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.2
     validation_fraction: Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False)] = 0.1
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
-    fold: Annotated[int, Field(ge=0)] = 0
+    fold: Annotated[int, Field(ge=0), Needs("folds")] = 0
     shots: Count | None = None
 
     @property
@@ -180,14 +191,10 @@ class DataSection(Section):
     def _a_window_has_two_ends(self) -> DataSection:
         if self.window is not None and self.window[0] >= self.window[1]:
             raise ValueError(f"window: expected [low, high] with low below high, found {list(self.window)}")
-        if self.window is not None and self.bits is not None:
-            raise ValueError("bits and window exclude each other: keep one")
         return self
 
     @model_validator(mode="after")
     def _fold_is_one_of_the_folds(self) -> DataSection:
-        if self.folds is None and self.fold:
-            raise ValueError("fold has no meaning without folds: remove it")
         if self.folds is not None and self.fold >= self.folds:
             raise ValueError(
                 f"fold: expected 0 to {self.folds - 1} with folds = {self.folds}, found {self.fold}"
@@ -205,16 +212,10 @@ class BackboneSection(Section):
     image_size: Annotated[int, Field(ge=8, le=4096)] | None = None
     pool: Literal["mean", "first"] = "mean"
     channels_last: bool = False
-    compile: bool = False
+    compile: Annotated[bool, Needs("tune.method", ("head",))] = False
     prune: Annotated[float, Field(gt=0, le=0.95)] | None = None
-    prune_kind: Literal["magnitude", "structured"] | None = None
+    prune_kind: Annotated[Literal["magnitude", "structured"] | None, Needs("prune")] = None
     options: Options = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _a_kind_is_of_pruning(self) -> BackboneSection:
-        if self.prune_kind is not None and self.prune is None:
-            raise ValueError("prune_kind has no meaning without prune: remove it")
-        return self
 
     @property
     def pruning(self) -> Literal["magnitude", "structured"]:
@@ -228,9 +229,9 @@ class StrategySection(Section):
     name: str = "fedavg"
     lr: Positive | None = None
     lr_schedule: LrScheduleKind | None = None
-    lr_warmup: Count | None = None
-    lr_step: Count | None = None
-    lr_decay: Between | None = None
+    lr_warmup: Annotated[Count | None, OF_A_SCHEDULE] = None
+    lr_step: Annotated[Count | None, OF_STEPS] = None
+    lr_decay: Annotated[Between | None, OF_STEPS] = None
     momentum: Decay | None = None
     beta1: Decay | None = None
     beta2: Decay | None = None
@@ -285,17 +286,6 @@ class Job(Section):
     evaluate: EvaluateSection = EvaluateSection()
     personal: PersonalSection = PersonalSection()
     attack: AttackSection = AttackSection()
-
-    @model_validator(mode="after")
-    def _features_are_of_a_frozen_backbone(self) -> Job:
-        asked = {
-            "train.cached_views": self.train.cached_views is not None,
-            "backbone.compile": self.backbone.compile,
-        }
-        for key, given in asked.items():
-            if given and self.tune.method != "head":
-                raise ValueError(f"{key} has no meaning with tune.method = {self.tune.method!r}: remove it")
-        return self
 
     @model_validator(mode="after")
     def _measuring_closed_forms_and_own_parts_make_sense(self) -> Job:

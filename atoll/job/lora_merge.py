@@ -22,8 +22,6 @@ def check_lora_merge(job: Job) -> None:
         _check_ranks(job)
     if how is None:
         return
-    if job.tune.method != "lora":
-        raise ValueError("tune.lora_merge has no meaning without tune.method = 'lora': remove it")
     if job.tune.then:
         raise ValueError("tune.then: what is tuned can't change on the way with tune.lora_merge; remove one")
     if job.tune.freeze_a is not None and how != "average":

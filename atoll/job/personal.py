@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import model_validator
-
-from atoll.job.section import Between, Count, NotNegative, Section
+from atoll.job.section import Between, Count, Needs, NotNegative, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
+
+
+OF_MIXTURES = Needs("keep", ("mixture",))
 
 
 class PersonalSection(Section):
     """`[personal]`: what each client keeps from round to round, and how what it keeps is trained."""
 
     keep: Literal["head", "norms", "lora-b", "mixture"] | None = None
-    method: Literal["ditto", "apfl"] = "ditto"
-    pull: NotNegative = 0.1
-    epochs: Count | None = None
-    mixing: Between = 0.5
-    head_epochs: Count | None = None
-
-    @model_validator(mode="after")
-    def _keys_belong_to_what_is_kept(self) -> PersonalSection:
-        if self.keep != "head":
-            self._refuse(("head_epochs",), "without keep = 'head'")
-        if self.keep != "mixture":
-            self._refuse(("method", "pull", "epochs", "mixing"), "without keep = 'mixture'")
-        elif self.method == "ditto":
-            self._refuse(("mixing",), "with method = 'ditto'")
-        else:
-            self._refuse(("pull", "epochs"), "with method = 'apfl'")
-        return self
-
-    def _refuse(self, keys: tuple[str, ...], where: str) -> None:
-        for key in keys:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} has no meaning {where}: remove it")
+    method: Annotated[Literal["ditto", "apfl"], OF_MIXTURES] = "ditto"
+    pull: Annotated[NotNegative, OF_MIXTURES, Needs("method", ("ditto",))] = 0.1
+    epochs: Annotated[Count | None, OF_MIXTURES, Needs("method", ("ditto",))] = None
+    mixing: Annotated[Between, OF_MIXTURES, Needs("method", ("apfl",))] = 0.5
+    head_epochs: Annotated[Count | None, Needs("keep", ("head",))] = None
 
     @property
     def mixing_weight(self) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import model_validator
 
 from atoll.job.closed_form import is_the_only_release
-from atoll.job.section import Between, Count, Positive, Rate, Section
+from atoll.job.section import Between, Count, Excludes, Needs, Positive, Rate, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -36,6 +36,9 @@ MERGED_BY_MEAN = (
 """Strategies that see nothing of the updates but their mean."""
 
 
+OF_ADAPTIVE_CLIPPING = Needs("clipping", ("adaptive",))
+
+
 class DpGuarantee(Section):
     """What one unit is promised, and how it is kept.
 
@@ -50,18 +53,22 @@ class DpGuarantee(Section):
     noise_multiplier: Positive | None = None
     clipping_norm: Positive = 1.0
     clipping: Literal["fixed", "adaptive"] = "fixed"
-    quantile: Between = 0.5
-    clipping_lr: Positive = 0.2
-    count_deviation: Positive | None = None
+    quantile: Annotated[Between, OF_ADAPTIVE_CLIPPING] = 0.5
+    clipping_lr: Annotated[Positive, OF_ADAPTIVE_CLIPPING] = 0.2
+    count_deviation: Annotated[Positive | None, OF_ADAPTIVE_CLIPPING] = None
     sampling_rate: Rate | None = None
     steps: Count | None = None
     mechanism: Literal["independent", "banded"] = "independent"
-    bands: Count | None = None
+    bands: Annotated[Count | None, Needs("mechanism", ("banded",))] = None
 
     @property
     def separation(self) -> int:
         """In how many rounds in a row a client takes part once at most; 1 where any may follow any."""
         return self.bands or 1
+
+
+PROMISED = ("example", "client", "both")
+OF_A_PROMISE = Needs("unit", PROMISED)
 
 
 class PrivacySection(DpGuarantee):
@@ -72,8 +79,14 @@ class PrivacySection(DpGuarantee):
     """
 
     unit: Literal["none", "example", "client", "both"] = "none"
-    seeded_noise: bool = False
-    audit: bool = False
+    seeded_noise: Annotated[bool, OF_A_PROMISE] = False
+    audit: Annotated[
+        bool,
+        Needs("unit", PROMISED, why="which claims nothing", otherwise="attack the run with atoll audit"),
+        Excludes("train.teacher", "for such a run can't be attacked"),
+        Excludes("train.lr_schedule", "for such a run can't be attacked"),
+        Excludes("train.layer_decay", "for such a run can't be attacked"),
+    ] = False
     example: DpGuarantee | None = None
     client: DpGuarantee | None = None
 
@@ -96,13 +109,6 @@ class PrivacySection(DpGuarantee):
             if getattr(self, key) != field.default:
                 where = "[privacy.example] and [privacy.client]" if self.unit == "both" else "nothing"
                 raise ValueError(f"{key} has no meaning with unit = {self.unit!r}: it belongs to {where}")
-        if self.unit == "none" and self.seeded_noise:
-            raise ValueError("seeded_noise has no meaning with unit = 'none': remove it")
-        if self.unit == "none" and self.audit:
-            raise ValueError(
-                "audit has no meaning with unit = 'none', which claims nothing: remove it, or attack the run"
-                " with atoll audit"
-            )
 
     def promise(self, unit: Unit) -> DpGuarantee | None:
         """What the unit is promised, if anything."""
@@ -147,8 +153,6 @@ def check_promises(job: Job) -> None:
     if "client" in job.privacy.units or uses_secure_aggregation(job):
         _check_merging(job)
     _check_what_is_measured(job)
-    if job.privacy.audit and job.train.teacher is not None:
-        raise ValueError("privacy.audit: a run with train.teacher can't be attacked; expected false")
 
 
 def noise_locations(job: Job) -> tuple[str, ...]:
@@ -249,7 +253,6 @@ def _check_delta(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> Non
 
 
 def _check_sampling(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> None:
-    adaptive = ("quantile", "clipping_lr", "count_deviation")
     if unit == "example":
         if promise.sampling_rate is None and not is_the_only_release(job):
             raise ValueError(
@@ -264,16 +267,10 @@ def _check_sampling(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> 
                     f"{prefix}.{key} has no meaning for the unit 'client', which"
                     " federation.cohort_rate samples"
                 )
-    if promise.clipping == "fixed":
-        for key in adaptive:
-            if getattr(promise, key) != DpGuarantee.model_fields[key].default:
-                raise ValueError(f"{prefix}.{key} has no meaning with clipping = 'fixed': remove it")
 
 
 def _check_mechanism(promise: DpGuarantee, prefix: str, unit: Unit, job: Job) -> None:
     if promise.mechanism == "independent":
-        if promise.bands is not None:
-            raise ValueError(f"{prefix}.bands has no meaning with mechanism = 'independent': remove it")
         return
     mechanism = f"{prefix}.mechanism"
     for fits, expected in (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from atoll.job.section import Between, Count, Decay, NotNegative, Positive, Section
+from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Positive, Section
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -39,15 +39,14 @@ class LrScheduleKeys(Protocol):
     def lr_decay(self) -> float | None: ...
 
 
+OF_A_SCHEDULE = Needs("lr_schedule", otherwise="say 'constant'")
+OF_STEPS = Needs("lr_schedule", ("step",))
+
+
 def check_lr_schedule(section: LrScheduleKeys, what: str = "rounds") -> None:
-    """Raises ValueError, in one line that names the key, unless the schedule has just what it uses."""
-    for key in ("lr_step", "lr_decay"):
-        if getattr(section, key) is not None and section.lr_schedule != "step":
-            raise ValueError(f"{key} has no meaning without lr_schedule = 'step': remove it")
+    """Raises ValueError, in one line that names the key, unless the schedule has what it uses."""
     if section.lr_schedule == "step" and section.lr_step is None:
         raise ValueError(f"lr_schedule: 'step' needs lr_step, the {what} between two steps")
-    if section.lr_warmup is not None and section.lr_schedule is None:
-        raise ValueError("lr_warmup has no meaning without lr_schedule: remove it, or say 'constant'")
 
 
 def lr_factor(section: LrScheduleKeys, number: int, count: int) -> float:
@@ -73,36 +72,60 @@ class TrainSection(Section):
     """`[train]`: one client's local training in one round."""
 
     epochs: Count = 1
-    steps: Count | None = None
+    steps: Annotated[
+        Count | None,
+        Excludes("epochs", "for one says the other"),
+        Excludes(
+            "privacy.unit",
+            "under example-level privacy privacy.steps says how many noised steps a round has",
+            ("example", "both"),
+        ),
+    ] = None
     """Local steps of each client in a round, in place of `epochs`: small shards are gone through again."""
     batch_size: Count = 16
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     lr: Positive = 0.1
     lr_schedule: LrScheduleKind | None = None
-    lr_schedule_over: Literal["rounds", "steps"] = "rounds"
-    lr_warmup: Count | None = None
-    lr_step: Count | None = None
-    lr_decay: Between | None = None
+    lr_schedule_over: Annotated[Literal["rounds", "steps"], Needs("lr_schedule")] = "rounds"
+    lr_warmup: Annotated[Count | None, OF_A_SCHEDULE] = None
+    lr_step: Annotated[Count | None, OF_STEPS] = None
+    lr_decay: Annotated[Between | None, OF_STEPS] = None
     layer_decay: Between | None = None
-    clip_norm: Positive | None = None
-    momentum: Decay = 0.0
+    clip_norm: Annotated[
+        Positive | None,
+        Excludes(
+            "privacy.unit",
+            "under example-level privacy each example's gradient is clipped to privacy.clipping_norm, and"
+            " noise would be clipped with the sum",
+            ("example", "both"),
+        ),
+    ] = None
+    momentum: Annotated[Decay, Needs("optimizer", ("sgd",))] = 0.0
     weight_decay: NotNegative = 0.0
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     device: str = "cpu"
-    imbalance: Literal["weights", "focal", "logits", "sampling"] | None = None
-    imbalance_strength: Annotated[float, Field(gt=0, le=10)] | None = None
+    imbalance: Annotated[
+        Literal["weights", "focal", "logits", "sampling"] | None,
+        Excludes("teacher", "for a loss of answers knows no classes"),
+    ] = None
+    imbalance_strength: Annotated[float | None, Field(gt=0, le=10), Needs("imbalance")] = None
     label_smoothing: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     augment: tuple[str, ...] = ()
-    cached_views: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    cached_states: Literal["fp32", "bf16"] | None = None
+    cached_views: Annotated[
+        int | None, Field(ge=1, le=10_000), Needs("augment"), Needs("tune.method", ("head",))
+    ] = None
+    cached_states: Annotated[
+        Literal["fp32", "bf16"] | None,
+        Excludes("augment", "for inputs that vary have other states each time"),
+    ] = None
     """In which precision the states below the first tuned block are kept on disk; not kept unless said."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: Count = 1
     checkpoint_activations: bool = False
     teacher: str | None = None
-    teacher_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
-    teacher_weight: Annotated[float, Field(gt=0, le=1)] | None = None
+    teacher_temperature: Annotated[float | None, Field(gt=0, le=100), Needs("teacher")] = None
+    teacher_weight: Annotated[float | None, Field(gt=0, le=1), Needs("teacher")] = None
 
     @model_validator(mode="after")
     def _parts_of_a_batch_are_even(self) -> TrainSection:
@@ -110,12 +133,6 @@ class TrainSection(Section):
             raise ValueError(
                 f"accumulate: expected a divisor of batch_size = {self.batch_size}, found {self.accumulate}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _a_round_is_counted_once(self) -> TrainSection:
-        if self.steps is not None and self.epochs != 1:
-            raise ValueError("steps and epochs exclude each other: keep one")
         return self
 
     def local_steps(self, examples: int) -> int:
@@ -155,37 +172,14 @@ class TrainSection(Section):
         return tuple(key for key in keys if getattr(self, key) != type(self).model_fields[key].default)
 
     @model_validator(mode="after")
-    def _momentum_is_for_sgd(self) -> TrainSection:
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"momentum has no meaning with optimizer = {self.optimizer!r}: remove it")
-        return self
-
-    @model_validator(mode="after")
     def _a_schedule_has_what_it_uses(self) -> TrainSection:
         check_lr_schedule(self, self.lr_schedule_over)
-        if self.lr_schedule is None and self.lr_schedule_over != "rounds":
-            raise ValueError("lr_schedule_over has no meaning without lr_schedule: remove it")
         return self
 
     @property
     def varies_by_step(self) -> bool:
         """Whether the learning rate of one local step is another than that of the next."""
         return self.lr_schedule is not None and self.lr_schedule_over == "steps"
-
-    @model_validator(mode="after")
-    def _strength_is_of_something(self) -> TrainSection:
-        if self.imbalance_strength is not None and self.imbalance is None:
-            raise ValueError("imbalance_strength has no meaning without imbalance: remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _a_teacher_teaches_alone(self) -> TrainSection:
-        for key in ("teacher_temperature", "teacher_weight"):
-            if getattr(self, key) is not None and self.teacher is None:
-                raise ValueError(f"{key} has no meaning without teacher: remove it")
-        if self.teacher is not None and self.imbalance is not None:
-            raise ValueError("imbalance and teacher exclude each other: keep one")
-        return self
 
     @property
     def temperature(self) -> float:
@@ -196,12 +190,6 @@ class TrainSection(Section):
     def distillation_weight(self) -> float:
         """The teacher's part in the loss; the labels have the rest."""
         return 0.5 if self.teacher_weight is None else self.teacher_weight
-
-    @model_validator(mode="after")
-    def _views_are_of_what_varies(self) -> TrainSection:
-        if self.cached_views is not None and not self.augment:
-            raise ValueError("cached_views has no meaning without augment: remove it")
-        return self
 
 
 PLAIN_STEPS: dict[str, None] = dict.fromkeys(
@@ -227,25 +215,12 @@ def check_training(job: Job) -> None:
         raise ValueError(
             f"train.lr_warmup: expected less than federation.rounds = {rounds}, found {train.lr_warmup}"
         )
-    if train.clip_norm is not None and "example" in job.privacy.units:
-        raise ValueError(
-            "train.clip_norm: under example-level privacy each example's gradient is clipped to"
-            " privacy.clipping_norm, and noise would be clipped with the sum; expected none"
-        )
     if train.layer_decay is not None and {job.tune.method, *(s.method for s in job.tune.then)} == {"head"}:
         raise ValueError(
             "train.layer_decay has no meaning with tune.method = 'head', which trains no lower layer: remove"
             " it"
         )
-    if train.steps is not None and "example" in job.privacy.units:
-        raise ValueError(
-            "train.steps: under example-level privacy privacy.steps says how many noised steps a round has;"
-            " remove it"
-        )
     _check_cached_states(job)
-    for key in ("lr_schedule", "layer_decay") if job.privacy.audit else ():
-        if getattr(train, key) is not None:
-            raise ValueError(f"privacy.audit: a run with train.{key} can't be attacked; expected false")
     if train.varies_by_step and job.strategy.name in ("scaffold", "fednova"):
         raise ValueError(
             f"train.lr_schedule_over: {job.strategy.name} counts each local gradient of a round alike;"
@@ -257,10 +232,6 @@ def _check_cached_states(job: Job) -> None:
     """Raises ValueError where states are to be kept, and inputs vary or the first block is tuned."""
     if job.train.cached_states is None:
         return
-    if job.train.augment:
-        raise ValueError(
-            "train.cached_states: train.augment varies inputs, whose states then differ; remove one"
-        )
     for tune in (job.tune, *job.tune.then):
         if tune.method == "full" or (tune.method == "lora" and tune.layers is None):
             missing = "" if tune.method == "full" else " without tune.layers"

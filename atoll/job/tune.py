@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import model_validator
 
-from atoll.job.section import Count, Positive, Section
+from atoll.job.section import Count, Needs, Positive, Section
+
+OF_LORA = Needs("method", ("lora",))
 
 
 class Tuned(Section):
     """Which tensors are trained and travel."""
 
     method: Literal["head", "last-k", "lora", "full"] = "head"
-    layers: Count | None = None
-    rank: Count | None = None
-    alpha: Positive | None = None
-    targets: tuple[str, ...] | None = None
-    freeze_a: bool | None = None
-    head: Literal["frozen", "trained", "lora"] | None = None
+    layers: Annotated[Count | None, Needs("method", ("last-k", "lora"))] = None
+    rank: Annotated[Count | None, OF_LORA] = None
+    alpha: Annotated[Positive | None, OF_LORA] = None
+    targets: Annotated[tuple[str, ...] | None, OF_LORA] = None
+    freeze_a: Annotated[bool | None, OF_LORA] = None
+    head: Annotated[Literal["frozen", "trained", "lora"] | None, OF_LORA] = None
     """Under `lora`: what becomes of the head, or of what is pretrained of it; unless said that is frozen."""
-
-    @model_validator(mode="after")
-    def _only_what_the_method_uses(self) -> Self:
-        of_lora = {"layers", "rank", "alpha", "targets", "freeze_a", "head"}
-        used = {"last-k": {"layers"}, "lora": of_lora}.get(self.method, set())
-        for key in ("layers", "rank", "alpha", "targets", "freeze_a", "head"):
-            if getattr(self, key) is not None and key not in used:
-                raise ValueError(f"{key} has no meaning with method = {self.method!r}: remove it")
-        return self
 
     @property
     def description(self) -> str:
@@ -60,22 +53,18 @@ class TuneSection(Tuned):
 
     hidden: Count | None = None
     head_init: Literal["prototype", "ridge"] | None = None
-    ridge: Positive | None = None
-    feature_norm: Positive | None = None
+    ridge: Annotated[Positive | None, Needs("head_init", ("ridge",))] = None
+    feature_norm: Annotated[Positive | None, Needs("head_init")] = None
     """Under a promise of privacy: the L2 norm that an example's features are clipped to in `head_init`."""
-    lora_merge: Literal["average", "ffa", "rolora", "fedex", "flora", "flexlora"] | None = None
+    lora_merge: Annotated[
+        Literal["average", "ffa", "rolora", "fedex", "flora", "flexlora"] | None, OF_LORA
+    ] = None
     """How LoRA's factors merge over clients; `average` unless said."""
     lora_ranks: dict[str, Count] | None = None
     """By client: the rank of those that can't carry `rank`, with `lora_merge = "flexlora"`."""
-    keep_sums: bool = False
+    keep_sums: Annotated[bool, Needs("head_init")] = False
     """With `head_init`: the run keeps each client's sums, so that `atoll forget` can take them away again."""
     then: tuple[TuneStage, ...] = ()
-
-    @model_validator(mode="after")
-    def _ridge_is_of_the_closed_form(self) -> Self:
-        if self.ridge is not None and self.head_init != "ridge":
-            raise ValueError("ridge has no meaning without head_init = 'ridge': remove it")
-        return self
 
     @property
     def trains_a(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from atoll.job.job import Job
 from atoll.job.privacy import separation
 from atoll.protocol.random_streams import stream
+from atoll.strategies.options import trusted_client
 
 
 def sample(
@@ -19,8 +20,24 @@ def sample(
 
     More are asked than the number by the factor `over_sampling`, where only the first to answer count.
     Where privacy rests on the coins, `uniforms` are others than anybody can throw who has the job; where it
-    rests on rounds between a client's rounds, cohorts are drawn from groups that take turns.
+    rests on rounds between a client's rounds, cohorts are drawn from groups that take turns. A client that
+    the strategy trusts is asked in every round, as one of that number.
     """
+    root = trusted_client(job)
+    if root is None:
+        return _drawn(population, job, round, uniforms)
+    others = [name for name in population if name != root]
+    return sorted([root, *_drawn(others, job, round, uniforms, besides=1)])
+
+
+def _drawn(
+    population: Sequence[str],
+    job: Job,
+    round: int,
+    uniforms: Callable[[int], torch.Tensor] | None,
+    besides: int = 0,
+) -> list[str]:
+    """A cohort without the `besides` that are in it anyway."""
     generator = stream(job.seed, "cohort", round)
     rate, count = job.federation.cohort_rate, job.federation.cohort
     if rate is not None:
@@ -33,7 +50,7 @@ def sample(
         return [population[i] for i in (thrown < rate).nonzero().flatten().tolist()]
     if count is None:
         return list(population)
-    asked, apart = round_up(count * job.federation.over_sampling), separation(job)
+    asked, apart = round_up(count * job.federation.over_sampling) - besides, separation(job)
     if apart == 1:
         return some(population, asked, generator)
     places = group(len(population), apart, round % apart, job.seed)

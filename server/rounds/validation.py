@@ -21,10 +21,10 @@ from atoll.protocol.messages import (
     SecureMessage,
     Update,
 )
-from atoll.protocol.stacked_updates import StackedUpdates
+from atoll.protocol.stacked_updates import StackedUpdates, clients_of
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.mean import sent_numbers
-from atoll.strategies.options import clusters_of
+from atoll.strategies.options import clusters_of, trusted_client
 
 STATES = {"train_loss.sum", "train_loss.count"}
 SOMETIMES = {CHARGED_ROUNDS, CLUSTER, LOCAL_STEPS, RECEIVED_LOSS}
@@ -94,6 +94,8 @@ class Validation:
     """States that the strategy can't merge an update without."""
     clusters: int = 0
     """How many models there are to choose from, where each cluster of clients has its own."""
+    root: str | None = None
+    """A client without whose update no other's can be judged, if there is such a one."""
     needs_losses: bool = False
     """Whether later cohorts are chosen by clients' training losses, so that each must be a number."""
 
@@ -107,6 +109,7 @@ class Validation:
             "client" not in job.privacy.units,
             frozenset(steps | losses | chosen),
             clusters_of(job),
+            trusted_client(job),
             job.federation.chooses_by_losses,
         )
 
@@ -120,6 +123,7 @@ class Validation:
     ) -> ValidatedUpdates:
         """The replies to a request with that model and what the strategy `sent` beside it."""
         found = self._validated(replies, names, model, round, sent)
+        found = found if self.root is None else _judged_by(found, self.root)
         return _with_losses(found) if self.needs_losses else found
 
     def _validated(
@@ -142,6 +146,15 @@ class Validation:
         if self.clusters and int(states[CLUSTER]) >= self.clusters:
             return f"metric state {CLUSTER}: expected 0 to {self.clusters - 1}, found {int(states[CLUSTER])}"
         return None
+
+
+def _judged_by(found: ValidatedUpdates, root: str) -> ValidatedUpdates:
+    """No update at all where the one that the others are compared with isn't there."""
+    if root in clients_of(found.updates):
+        return found
+    why = f"nothing to compare it with: no usable update of {root}"
+    lost = dict.fromkeys(clients_of(found.updates), why)
+    return replace(found, updates=(), set_aside=dict(sorted((found.set_aside | lost).items())))
 
 
 def _with_losses(found: ValidatedUpdates) -> ValidatedUpdates:

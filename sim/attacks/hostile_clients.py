@@ -18,17 +18,22 @@ from atoll.protocol.requests import Request, TrainRequest
 from atoll.server.roster import ClientRoster
 from atoll.server.transport import Transport
 from atoll.sim.attacks.hostile_updates import alie, gaussian, inner_product, min_max, sign_flip
+from atoll.strategies.options import trusted_client
 
 
 def hostile_names(job: Job, names: Sequence[str]) -> list[str]:
-    """The clients of the job that are hostile, in their order; which ones, the job's seed decides."""
+    """The clients of the job that are hostile, in their order; which ones, the job's seed decides.
+
+    One that the strategy trusts is none of them.
+    """
     if job.attack.kind is None:
         return []
 
     def mark(name: str) -> bytes:
         return hashlib.sha256(f"{job.seed}/attack/{name}".encode()).digest()
 
-    return sorted(sorted(names, key=mark)[: job.attack.clients])
+    open_to_all = [name for name in names if name != trusted_client(job)]
+    return sorted(sorted(open_to_all, key=mark)[: job.attack.clients])
 
 
 @dataclass

@@ -273,7 +273,7 @@ def default_space(job: Job) -> Space:
         vary.append("tune.rank=4,8,16")
     if method == "last-k":
         vary.append("tune.layers=1,2")
-    if STRATEGIES.has(job.strategy.name) and job.strategy.name not in HOSTILE_OPTIONS:
+    if STRATEGIES.has(job.strategy.name) and job.strategy.name not in (*HOSTILE_OPTIONS, "fltrust"):
         vary.append("strategy.name=fedavg,fedavgm,fedadam")
     if job.train.weight_decay == 0 and not is_sgd:
         vary.append("train.weight_decay=0.0,0.01")

@@ -30,6 +30,12 @@ def rows_to_merge(model: Tensors, updates: Sequence[Update], options: HostileOpt
             f"{len(updates)} updates to merge, expected at least {options.clients_needed}"
             f" ({options.formula}) against {options.hostile} hostile clients"
         )
+    rows = rows_of(model, updates)
+    return mixed(rows, options.hostile) if options.mixing else rows
+
+
+def rows_of(model: Tensors, updates: Sequence[Update]) -> torch.Tensor:
+    """The deltas as rows [clients, numbers] in float64."""
     rows = torch.empty(len(updates), sum(p.numel() for p in model.values()), dtype=torch.float64)
     for name, span in _spans(model):
         if isinstance(updates, StackedUpdates):
@@ -37,7 +43,7 @@ def rows_to_merge(model: Tensors, updates: Sequence[Update], options: HostileOpt
         else:
             for row, update in zip(rows, updates, strict=True):
                 row[span] = update.delta[name].reshape(-1).to(torch.float64)
-    return mixed(rows, options.hostile) if options.mixing else rows
+    return rows
 
 
 def moved_by(model: Tensors, row: torch.Tensor, lr: float) -> Tensors:
