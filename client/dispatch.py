@@ -301,7 +301,10 @@ def received_losses(work: LocalWork, request: TrainRequest) -> dict[str, float]:
 
 def with_one_step(job: Job, *, parts: int, part: int) -> Job:
     """The job with one local step of plain gradient descent, whose batch comes in so many parts."""
-    step = {"epochs": 1, "lr": 1.0, "momentum": 0.0, "batch_size": parts * part, "accumulate": parts}
+    step = {
+        "epochs": 1, "steps": None, "lr": 1.0, "momentum": 0.0, "batch_size": parts * part,
+        "accumulate": parts,
+    }  # fmt: skip
     return job.model_copy(update={"train": job.train.model_copy(update=PLAIN_STEPS | step)})
 
 

@@ -241,6 +241,18 @@ def _privacy(policy: Policy, job: Job) -> Iterator[Verdict]:
                 yield Verdict(f"privacy.max_{name}", key, f"{value:.4g}", f"at most {most:g}", value <= most)
 
 
+def _epochs(policy: Policy, job: Job) -> Iterator[Verdict]:
+    """A number of steps may be any number of epochs of a small shard."""
+    most, train = policy.max_epochs, job.train
+    if most is None:
+        return
+    if train.steps is not None:
+        expected = f"train.epochs, at most {most}"
+        yield Verdict("max_epochs", "train.steps", str(train.steps), expected, holds=False)
+        return
+    yield Verdict("max_epochs", "train.epochs", str(train.epochs), f"at most {most}", train.epochs <= most)
+
+
 RULES: tuple[Callable[[Policy, Job], Iterator[Verdict]], ...] = (
     _one_of("tasks", "task.name", lambda job: job.task.name),
     _one_of("backbones", "backbone.name", lambda job: job.backbone.name),
@@ -249,7 +261,7 @@ RULES: tuple[Callable[[Policy, Job], Iterator[Verdict]], ...] = (
     _columns,
     _folders,
     _at_most("max_rounds", "federation.rounds", lambda job: job.federation.rounds),
-    _at_most("max_epochs", "train.epochs", lambda job: job.train.epochs),
+    _epochs,
     _at_most("max_threads", "train.threads", lambda job: job.train.threads),
     _at_most("max_image_size", "backbone.image_size", lambda job: job.backbone.image_size),
     _min_clients,

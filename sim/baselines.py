@@ -27,8 +27,9 @@ from atoll.tasks.metric_values import MetricValues, means
 class BaselineRunner:
     """Trains outside the federation, from the same first model, for as many passes over the data.
 
-    A client that is in every cohort makes `rounds * train.epochs` passes; in expectation
-    one makes that times cohort / clients, and so do these. Of a large population the panel
+    A client that is in every cohort makes `rounds * train.epochs` passes, or `rounds * train.steps`
+    steps; in expectation one makes that times cohort / clients, and so do these. The pooled data takes as
+    many steps as all clients together. Of a large population the panel
     stands for all: the clients that measure the model.
     """
 
@@ -53,15 +54,15 @@ class BaselineRunner:
             found["local_only"] = {name: mean.value for name, mean in means(measured).items()}
         if "pooled" in asked:
             everything = index.training_view.select(np.unique(np.concatenate(rows)).tolist())
-            found["pooled"] = _measured(run, trained(run, {"pooled": everything})["pooled"])
+            found["pooled"] = _measured(run, trained(run, {"pooled": everything}, of=len(panel))["pooled"])
         if len(panel) == len(run.setup.population):
             return found, []
         return found, [f"local_only and pooled are of {len(panel)} of {len(run.setup.population)} clients"]
 
 
-def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
-    """Final tensors of each owner that trains alone on its shard."""
-    job, learner, first = centralized_job(run.setup.job), run.state.learner, run.state.initial_model
+def trained(run: Run, shards: Mapping[str, Shard], *, of: int = 1) -> dict[str, Tensors]:
+    """Final tensors of each owner that trains alone on its shard, which is that `of` so many clients."""
+    job, learner, first = centralized_job(run.setup.job, of), run.state.learner, run.state.initial_model
     if learner.trains_on_features:
         held = {
             name: LoadedShard(shard, shard, learner.training_features(shard))
@@ -78,12 +79,15 @@ def trained(run: Run, shards: Mapping[str, Shard]) -> dict[str, Tensors]:
     return {u.client: {**first, **{n: first[n] + d for n, d in u.delta.items()}} for u in updates}
 
 
-def centralized_job(job: Job) -> Job:
-    """The job with all its rounds' passes over the data in one."""
+def centralized_job(job: Job, clients: int = 1) -> Job:
+    """The job with all its rounds' passes over the data, or all steps of so many clients, in one."""
     federation = job.federation
     rate = federation.cohort_rate or (federation.cohort or federation.clients) / federation.clients
-    passes = max(1, round(federation.rounds * job.train.epochs * rate))
-    return job.model_copy(update={"train": job.train.model_copy(update={"epochs": passes})})
+    key, each = ("epochs", job.train.epochs)
+    if job.train.steps is not None:
+        key, each = "steps", job.train.steps * clients
+    longer = {key: max(1, round(federation.rounds * each * rate))}
+    return job.model_copy(update={"train": job.train.model_copy(update=longer)})
 
 
 def _measured(run: Run, tensors: Tensors) -> MetricValues:

@@ -73,6 +73,7 @@ HEADS: dict[str, dict[str, Any]] = {
         {"kind": "resampled", "examples": 40},
     )},
     "optimizer-adam": {"train": {"optimizer": "adam", "weight_decay": 0.01, "epochs": 2}},
+    "steps": {"train": {"steps": 7}},
     "hidden-layer": {"tune": {"hidden": 16}},
     "label-smoothing": {"train": {"label_smoothing": 0.1}},
     "augmented": {"train": {"augment": ["crop", "flip"], "cached_views": 2}},
@@ -109,6 +110,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "full-loop": {"method": "full", "engine": "loop"},
     "full-cohort": {"method": "full", "engine": "cohort"},
     "full-bf16": {"method": "full", "train": {"lr": 0.01, "batch_size": 16, "precision": "bf16"}},
+    "full-steps": {"method": "full", "train": {"lr": 0.01, "batch_size": 16, "steps": 3}},
     "full-accumulated": {"method": "full", "train": {"lr": 0.01, "batch_size": 8, "accumulate": 2}},
     "schedule": {"method": "head", "tune": {"method": "head", "then": [
         {"method": "last-k", "layers": 1, "after": 1}, {"method": "full", "after": 1, "lr": 0.001},

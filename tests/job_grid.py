@@ -64,6 +64,7 @@ GIVEN: dict[str, tuple[Any, ...]] = {
         "pfedme",
     ),
     "train.epochs": (2,),
+    "train.steps": (2,),
     "train.lr": (1.0,),
     "train.clip_norm": (0.1,),
     # Factors in the head are for one that is a part of the network, which only a built model can tell.

@@ -83,6 +83,18 @@ TABLES: dict[str, dict[str, Any]] = {
         "data": {"source": "generated-deliveries"},
         "backbone": {"name": "atoll:gru", "weights": "random", "options": {"width": 8, "layers": 2}},
     },
+    "survival": {
+        "task": {
+            "name": "survival",
+            "options": {
+                "features": ("age", "grade", "markers", "size", "treated"),
+                "means": (60.0, 0.0, 0.0, 25.0, 0.0),
+                "deviations": (11.0, 1.0, 1.0, 12.0, 1.0),
+            },
+        },
+        "data": {"source": "generated-patients"},
+        "backbone": {"name": "atoll:mlp", "weights": "random", "options": {"width": 8}},
+    },
     "recommendation": {
         "task": {"name": "recommendation", "options": {"length": 8}},
         "data": {"source": "generated-shop"},

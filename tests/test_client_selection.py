@@ -17,6 +17,7 @@ import torch
 from atoll.errors import ConfigError
 from atoll.job.federation import OortSection
 from atoll.job.job import Job
+from atoll.job.train import TrainSection
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream
 from atoll.protocol.stacked_updates import stacked
@@ -179,7 +180,9 @@ def test_oort_explores_by_speed_less_and_less() -> None:
     assert [exploring(options, r) for r in (1, 2, 3, 4, 9)] == pytest.approx([0.8, 0.4, 0.2, 0.1, 0.1])
     names = tuple(f"c{i}" for i in range(6))
     speeds = {"c0": 8.0, "c1": 1.0, "c2": 1.0, "c3": 2.0, "c4": 4.0, "c5": 1.0}
-    rule = Oort(names, np.array([5, 5, 5, 5, 0, 5]), 1, 1, 2, OortSection(speeds=speeds, explore=1.0))
+    rule = Oort(
+        names, np.array([5, 5, 5, 5, 0, 5]), 1, TrainSection(), 2, OortSection(speeds=speeds, explore=1.0)
+    )
     first = Counter(rule.cohort({}, round)[0] for round in range(1, 3001))
     total = 8 + 1 + 1 + 2 + 1  # c4 has no example
     for name in names:
@@ -190,7 +193,14 @@ def test_oort_explores_by_speed_less_and_less() -> None:
 
 def test_virtual_seconds_are_examples_times_epochs_over_a_speed_of_the_jobs_seed() -> None:
     sizes = np.array([10, 20, 40])
-    rule = Oort(("a", "b", "c"), sizes, 1, 3, 11, OortSection(speed_spread=5.0, speeds={"b": 2.0}))
+    rule = Oort(
+        ("a", "b", "c"),
+        sizes,
+        1,
+        TrainSection(epochs=3),
+        11,
+        OortSection(speed_spread=5.0, speeds={"b": 2.0}),
+    )
     speeds = 1 + 4 * torch.rand(3, generator=stream(11, "speed"), dtype=torch.float64).numpy()
     speeds[1] = 2.0
     np.testing.assert_array_equal(rule.seconds, sizes * 3 / speeds)
@@ -203,7 +213,7 @@ def test_virtual_seconds_are_examples_times_epochs_over_a_speed_of_the_jobs_seed
 def test_the_pacer_relaxes_when_a_window_brings_less_than_the_one_before() -> None:
     totals = {1: 5.0, 2: 5.0, 3: 4.0, 4: 4.0}
     assert [loses_utility(totals, round, 2) for round in (1, 2, 3, 4)] == [False, False, False, True]
-    rule = Oort(NAMES, np.ones(4, dtype=np.int64), 1, 1, 1, OortSection(window=2))
+    rule = Oort(NAMES, np.ones(4, dtype=np.int64), 1, TrainSection(), 1, OortSection(window=2))
     state: Any = {}
     for round, loss in enumerate((5.0, 5.0, 4.0, 4.0, 4.5, 4.5), start=1):
         state = rule.after_round(state, [update("a", 2, loss)], round)
@@ -216,7 +226,7 @@ def test_the_pacer_relaxes_when_a_window_brings_less_than_the_one_before() -> No
 
 
 def test_who_has_left_is_not_chosen_and_nobody_twice() -> None:
-    rule = Oort(NAMES, np.array([3, 1, 4, 1]), 3, 1, 5, OortSection(explore=0.4))
+    rule = Oort(NAMES, np.array([3, 1, 4, 1]), 3, TrainSection(), 5, OortSection(explore=0.4))
     state = {UTILITY + n: 1.0 for n in ("a", "c", "gone")} | {LAST + n: 1.0 for n in ("a", "c", "gone")}
     for round in range(2, 60):
         cohort = rule.cohort(state, round)

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from atoll.datasets.synthetic.deliveries import DAYS, DISTRICTS, TEST_DAYS, generated_deliveries
-from atoll.datasets.synthetic.shop import CATEGORIES, generated_shop
+from atoll.datasets.synthetic.tables.deliveries import DAYS, DISTRICTS, TEST_DAYS, generated_deliveries
+from atoll.datasets.synthetic.tables.shop import CATEGORIES, generated_shop
 
 
 @cache

@@ -56,6 +56,7 @@ RULES: list[tuple[str, str, dict[str, Any], str]] = [
     ('folders = ["/models"]', "folders", {"backbone": {"name": "/models/../etc"}}, "/models/../etc"),
     ("max_rounds = 20", "max_rounds", {"federation": {"rounds": 21}}, "21"),
     ("max_epochs = 2", "max_epochs", {"train": {"epochs": 3}}, "3"),
+    ("max_epochs = 2", "max_epochs", {"train": {"epochs": 1, "steps": 3}}, "3"),
     ("max_threads = 2", "max_threads", {"train": {"threads": 1024}}, "1024"),
     ("max_image_size = 64", "max_image_size", {"backbone": {"image_size": 4096}}, "4096"),
     ("min_clients = 3", "min_clients", {"federation": {"quorum": 0.3}}, "2"),

@@ -68,6 +68,7 @@ ODD: dict[str, Odd] = {
     "object-detection": lambda row: row | {"boxes": [[0.0, 0.0, 1.0, 1.0]] * 57, "classes": [CANARY] * 57},
     "segmentation": lambda row: row | {"mask": {"bytes": all_of_class(row, 200), "path": None}},
     "forecasting": lambda row: row | {"history": [7e9 for _ in row["history"]]},
+    "survival": lambda row: row | {"time": 7e9, "event": not row["event"]},
     "recommendation": lambda row: row | {
         "user": CANARY, "items": [CANARY, *row["items"][1:]], "texts": [CANARY for _ in row["items"]],
     },

@@ -70,6 +70,8 @@ BUILTIN = {
     "sasrec": "recommendation: a transformer over the items of a history",
     "lstm": "forecasting",
     "gru": "forecasting",
+    "linear": "survival: one weight a feature, the Cox model",
+    "mlp": "survival: hidden layers before it",
 }
 """Networks that Atoll builds, from random weights, a file or a run, and for what."""
 

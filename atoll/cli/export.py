@@ -130,10 +130,10 @@ def check_can_be(learner: Learner, format: str) -> None:
 
         torchao.check_installed()
     if format.startswith("onnx"):
-        from atoll.export.onnx import MEANT_FOR, check_installed
+        from atoll.export.onnx import MEANT_FOR, WHOLE_NETWORKS, check_installed
 
         check_installed()
-        if not (learner.task.uses_pooled_features or learner.task.name in ("segmentation", "forecasting")):
+        if not (learner.task.uses_pooled_features or learner.task.name in WHOLE_NETWORKS):
             raise ConfigError(f"--format {format}: for {MEANT_FOR}, not {learner.task.name}")
 
 

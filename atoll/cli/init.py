@@ -84,6 +84,7 @@ BEGINNINGS = {
     "forecasting": Beginning(
         "atoll:lstm", "random", {"options": {"width": 48}}, train=ADAM | {"batch_size": 32}
     ),
+    "survival": Beginning("atoll:linear", "random", train=ADAM | {"epochs": 2, "batch_size": 32, "lr": 0.01}),
     "recommendation": Beginning(
         "atoll:sasrec", "random", {"options": {"width": 48}}, train=ADAM | {"batch_size": 32}
     ),
@@ -248,7 +249,7 @@ def whose(train: Dataset) -> tuple[str | None, dict[str, int]]:
 
     found: dict[str, int] = {}
     for column in train.column_names:
-        if column == "label":
+        if column in ("label", "event"):  # what is learnt
             continue
         cells = [value for value in train.cells(column) if isinstance(value, str | int | bool)]
         rows_of = Counter(map(value_name, cells))

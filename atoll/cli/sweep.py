@@ -129,6 +129,9 @@ def _tell_strategies(folder: SweepFolder, runs: Sequence[Planned], name: str) ->
         shown.add_row(*(escape(cell) for cell in line.cells))
     out().print()
     out().print(shown)
+    for line in lines:
+        if line.remark is not None:
+            out().print(sanitize(line.remark), highlight=False, soft_wrap=True)
     _tell_files(written)
 
 

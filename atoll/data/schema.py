@@ -194,11 +194,15 @@ class Schema:
 
     def has(self, path: Path, *names: str) -> bool:
         """Whether rows with these columns lie at a path; what can't be opened has none."""
+        rows = self.first_rows(path)
+        return rows is not None and set(names) <= set(rows.table.column_names)
+
+    def first_rows(self, path: Path) -> Rows | None:
+        """The training rows at a path as they are found, unchecked; None where they can't be opened."""
         try:
-            opened = open_shard(path, self._no_classes, Diagnostics())
+            return open_shard(path, self._no_classes, Diagnostics())["train"]
         except DataError:
-            return False
-        return set(names) <= set(opened["train"].table.column_names)
+            return None
 
     def _no_classes(self, root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
         raise DataError(f"{shown(root)}: a folder of folders, expected {self.layout}")

@@ -179,14 +179,15 @@ def _fashion_folders() -> list[Path]:
 
 
 def _generated(module: str, name: str | None = None) -> Callable[[bool, Progress | None], Splits]:
-    """What a function of `atoll.datasets.synthetic.MODULE` makes, `generated_MODULE` unless another is named.
+    """What a function of `atoll.datasets.synthetic.MODULE` makes, called `generated_` and the module's last
+    name unless another is named.
 
     It is imported when it is asked for.
     """
 
     def decode(offline: bool, progress: Progress | None) -> Splits:
         found = import_module(f"atoll.datasets.synthetic.{module}")
-        make: Callable[[], Splits] = getattr(found, name or f"generated_{module}")
+        make: Callable[[], Splits] = getattr(found, name or f"generated_{module.rpartition('.')[2]}")
         return make()
 
     return decode
@@ -195,7 +196,7 @@ def _generated(module: str, name: str | None = None) -> Callable[[bool, Progress
 def _generator_hash() -> str:
     """A hash of the code that generates."""
     digest = hashlib.sha256()
-    for file in sorted((Path(__file__).parent / "synthetic").glob("*.py")):
+    for file in sorted((Path(__file__).parent / "synthetic").rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -399,7 +400,15 @@ SOURCES = {
             tasks=("forecasting",),
             description="generated: daily delivery times of 12 districts with weather, traffic, holidays",
             licence=_OWN,
-            decode=_generated("deliveries"),
+            decode=_generated("tables.deliveries"),
+            edition=_generator_hash,
+        ),
+        Source(
+            name="generated-patients",
+            tasks=("survival",),
+            description="generated: follow-ups of 1,200 patients at 6 hospitals, with what is known of them",
+            licence=_OWN,
+            decode=_generated("tables.patients"),
             edition=_generator_hash,
         ),
         Source(
@@ -407,7 +416,7 @@ SOURCES = {
             tasks=("recommendation",),
             description="generated: purchases of 920 users in 10 shops, with the items' texts",
             licence=_OWN,
-            decode=_generated("shop"),
+            decode=_generated("tables.shop"),
             edition=_generator_hash,
         ),
     )

@@ -17,7 +17,9 @@ from atoll.backbones.encoder import Batch, Model
 from atoll.errors import ConfigError
 
 OUTPUT = "output"
-MEANT_FOR = "classification of images, texts or both, medical images, segmentation and forecasting"
+MEANT_FOR = "classification of images, texts or both, medical images, segmentation, forecasting and survival"
+WHOLE_NETWORKS = ("segmentation", "forecasting", "survival")
+"""Tasks without features apart, whose networks take tensors alone."""
 
 
 class _ByPosition(nn.Module):

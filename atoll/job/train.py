@@ -72,6 +72,16 @@ class TrainSection(Section):
     """`[train]`: one client's local training in one round."""
 
     epochs: Count = 1
+    steps: Annotated[
+        Count | None,
+        Excludes("epochs", "for one says the other"),
+        Excludes(
+            "privacy.unit",
+            "under example-level privacy privacy.steps says how many noised steps a round has",
+            ("example", "both"),
+        ),
+    ] = None
+    """Local steps of each client in a round, in place of `epochs`: small shards are gone through again."""
     batch_size: Count = 16
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     lr: Positive = 0.1
@@ -124,6 +134,36 @@ class TrainSection(Section):
                 f"accumulate: expected a divisor of batch_size = {self.batch_size}, found {self.accumulate}"
             )
         return self
+
+    def local_steps(self, examples: int) -> int:
+        """Steps of a round on so many examples.
+
+        >>> TrainSection(batch_size=16, epochs=2).local_steps(33), TrainSection(steps=100).local_steps(33)
+        (6, 100)
+        """
+        return self.steps or self.epochs * self._steps_of_epoch(examples)
+
+    def epochs_begun(self, examples: int) -> int:
+        """Epochs that a round's steps on so many examples go into, of which the last one may end early.
+
+        >>> TrainSection(batch_size=16, steps=7).epochs_begun(33)
+        3
+        """
+        return self.epochs if self.steps is None else math.ceil(self.steps / self._steps_of_epoch(examples))
+
+    def examples_seen(self, examples: int) -> int:
+        """How many examples a round's steps see, of a shard of so many, each as often as it is seen.
+
+        >>> TrainSection(batch_size=16, steps=7).examples_seen(33)  # 33 + 33 + 16
+        82
+        """
+        if self.steps is None:
+            return self.epochs * examples
+        epochs, rest = divmod(self.steps, self._steps_of_epoch(examples))
+        return epochs * examples + min(rest * self.batch_size, examples)
+
+    def _steps_of_epoch(self, examples: int) -> int:
+        return max(1, math.ceil(examples / self.batch_size))
 
     @property
     def autograd_only_keys(self) -> tuple[str, ...]:

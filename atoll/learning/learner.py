@@ -401,9 +401,10 @@ class Learner:
     ) -> tuple[torch.Tensor, int]:
         """Put a shard's predictions into the metrics; (the sum of its losses, of how many examples)."""
         total, count = torch.zeros((), dtype=torch.float64), 0
+        size = max(len(shard), 1) if self.task.compares_examples else WHOLE_BATCH
         with torch.inference_mode():
-            for start in range(0, len(shard), WHOLE_BATCH):
-                rows = range(start, min(start + WHOLE_BATCH, len(shard)))
+            for start in range(0, len(shard), size):
+                rows = range(start, min(start + size, len(shard)))
                 batch, targets = self._on_device(batch_of(shard, rows)), shard.targets_of(rows)
                 predictions, outputs = model.measure(batch)
                 metrics.update(*self.task.metric_inputs(predictions, targets))

@@ -24,6 +24,7 @@ METRIC_SPELLINGS = {
     "rmse": "RMSE",
     "mase": "MASE",
     "ndcg": "NDCG",
+    "c": "C",
     "map": "mAP",
     "map50": "mAP50",
     "iou": "IoU",

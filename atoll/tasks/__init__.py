@@ -92,6 +92,12 @@ BUILT_INS: dict[str, Entry] = {
         "the next steps of a series; LSTM, GRU, PatchTST; MAE, RMSE, MASE, pinball loss, direction",
         "mase",
     ),
+    "survival": Entry(
+        "atoll.tasks.survival.task",
+        "SURVIVAL",
+        "how soon an event comes, with censoring; linear Cox model, MLP; concordance index",
+        "c_index",
+    ),
     "recommendation": Entry(
         "atoll.tasks.recommendation.task",
         "RECOMMENDATION",

@@ -61,6 +61,9 @@ class Task(Protocol):
     sees_targets: bool = False
     """Whether a batch to learn from holds the targets too (`TARGETS`): the words said so far, the boxes."""
 
+    compares_examples: bool = False
+    """Whether loss and metrics compare examples with one another: a shard is then measured in one batch."""
+
     has_own_split: bool = False
     """Whether `split` says what a client trains on and what it measures on."""
 

@@ -113,7 +113,7 @@ def with_poisson_batches(work: ClientRows, private: DpSgd | None) -> ClientRows:
 def _steps(work: ClientRows, local: HeadTrainingConfig) -> int:
     """How many local steps a client takes."""
     train = local.job.train
-    return len(work.batches) or train.epochs * -(-len(work.rows) // train.batch_size)
+    return len(work.batches) or train.local_steps(len(work.rows))
 
 
 def _rows_per_batch(work: ClientRows, local: HeadTrainingConfig) -> int:
@@ -173,7 +173,9 @@ def _train_group(
     counts = tuple(len(work.rows) for work in schedule.client_rows)
     states = {
         "train_loss.sum": losses.cpu(),
-        "train_loss.count": torch.tensor(counts, dtype=torch.float64) * job.train.epochs,
+        "train_loss.count": torch.tensor(
+            [job.train.examples_seen(count) for count in counts], dtype=torch.float64
+        ),
     }
     if local.per_example is not None:
         counts, states = local.per_example.public_fields([work.client for work in schedule.client_rows])
@@ -203,17 +205,15 @@ def _schedule(
         return _drawn_schedule(client_rows, size, job, round, examples)
     client_rows = sorted(client_rows, key=lambda work: -len(work.rows))
     counts = np.array([len(work.rows) for work in client_rows])
-    per_epoch = -(-counts // job.train.batch_size)
-    epochs = job.train.epochs
+    steps = [job.train.local_steps(len(work.rows)) for work in client_rows]
+    epochs = max(job.train.epochs_begun(len(work.rows)) for work in client_rows)
     clients = [work.client for work in client_rows]
     own = np.zeros((len(client_rows), counts.max()), dtype=np.int64)
     for i, work in enumerate(client_rows):
         own[i, : counts[i]] = work.rows
-    rows = np.repeat(own[:, :1, None], int(per_epoch[0]) * epochs * size, axis=2).reshape(
-        len(client_rows), int(per_epoch[0]) * epochs, size
-    )
+    rows = np.repeat(own[:, :1, None], max(steps) * size, axis=2).reshape(len(client_rows), max(steps), size)
     share = np.zeros(rows.shape, dtype=np.float32)
-    for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round)):
+    for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round, epochs)):
         order = _order(client_rows, examples, job, epoch_seeds(job, round, clients, epoch))
         shuffled = np.take_along_axis(seen, order, axis=1)
         fill_schedule(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
@@ -221,7 +221,7 @@ def _schedule(
         client_rows,
         torch.from_numpy(rows.transpose(1, 0, 2).copy()).to(job.train.device),
         torch.from_numpy(share.transpose(1, 0, 2).copy()).to(job.train.device),
-        (per_epoch * epochs).tolist(),
+        steps,
     )
 
 
@@ -266,10 +266,15 @@ def _order(
 
 
 def _rows_seen(
-    own: NDArray[np.int64], clients: Sequence[str], examples: FeatureTable, job: Job, round: int
+    own: NDArray[np.int64],
+    clients: Sequence[str],
+    examples: FeatureTable,
+    job: Job,
+    round: int,
+    epochs: int,
 ) -> Iterator[NDArray[np.int64]]:
     """Each epoch's rows of every client, [clients, rows]: in views drawn from the client's stream."""
-    for epoch in range(job.train.epochs):
+    for epoch in range(epochs):
         if examples.views > 1:
             seeds = epoch_seeds(job, round, clients, epoch, "view")
             yield own + examples.count * sample_views(examples.views, seeds, own.shape[1])

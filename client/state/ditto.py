@@ -41,4 +41,5 @@ def own_training(job: Job) -> Job:
     """The job with the local epochs of v_k."""
     if job.personal.epochs is None:
         return job
-    return job.model_copy(update={"train": job.train.model_copy(update={"epochs": job.personal.epochs})})
+    own = {"epochs": job.personal.epochs, "steps": None}
+    return job.model_copy(update={"train": job.train.model_copy(update=own)})

@@ -25,7 +25,7 @@ def train_fedrep(
 ) -> Update:
     """How far head and representation move from `start`, the client's whole model; losses are phi's."""
     job, head = learner.job, learner.client_tensors.keys()
-    longer = job.train.model_copy(update={"epochs": job.personal.head_epochs})
+    longer = job.train.model_copy(update={"epochs": job.personal.head_epochs, "steps": None})
     first = train_model(
         learner, start, shard, job.model_copy(update={"train": longer}),
         client=client, round=request.round, plan=request.plan, only=head,

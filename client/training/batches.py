@@ -22,17 +22,18 @@ MIX1, MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 def batches(
     count: int, job: Job, round: int, client: str, chances: NDArray[np.float64] | None = None
 ) -> list[list[int]]:
-    """Rows of every batch of a round's local epochs; each epoch is a fresh permutation.
+    """Rows of every batch of a round's local epochs, or steps; each epoch is a fresh permutation.
 
     The last batch of an epoch may be smaller; no row is dropped. With `chances` [count] an epoch draws as
     many rows by them, with replacement.
     """
-    size = job.train.batch_size
-    seeds = (epoch_seeds(job, round, [client], epoch) for epoch in range(job.train.epochs))
+    size, begun = job.train.batch_size, job.train.epochs_begun(count)
+    seeds = (epoch_seeds(job, round, [client], epoch) for epoch in range(begun))
     epochs = (
         permutations([count], own)[0] if chances is None else weighted_sample(chances, own) for own in seeds
     )
-    return [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
+    found = [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
+    return found[: job.train.steps]
 
 
 def epoch_seeds(
@@ -105,7 +106,10 @@ def fill_schedule(
     batch: int,
     epoch: int,
 ) -> None:
-    """Write one epoch's batches behind the epochs before it; clients of equal count all at once."""
+    """Write one epoch's batches behind the epochs before it, as far as there is room for them.
+
+    Clients of equal count are written all at once.
+    """
     for count in np.unique(counts).tolist():
         members = np.flatnonzero(counts == count)
         steps = -(-count // batch)
@@ -116,5 +120,6 @@ def fill_schedule(
         weights[:count] = 1.0 / batch
         weights[(steps - 1) * batch : count] = 1.0 / (count - (steps - 1) * batch)
         span = slice(epoch * steps, (epoch + 1) * steps)
-        rows[members, span, :batch] = filled.reshape(-1, steps, batch)
-        share[members, span, :batch] = weights.reshape(steps, batch)
+        room = max(0, rows.shape[1] - span.start)
+        rows[members, span, :batch] = filled.reshape(-1, steps, batch)[:, :room]
+        share[members, span, :batch] = weights.reshape(steps, batch)[:room]

@@ -40,7 +40,7 @@ def adapt_locally(learner: Learner, request: ModelRequest, client: str, shard: S
     pull = 0.0 if moreau is None else moreau.pull
     epochs = math.ceil(steps / math.ceil(len(shard) / job.train.batch_size))
     longer = job.model_copy(
-        update={"train": job.train.model_copy(update={"epochs": epochs, **_step_of(job)})}
+        update={"train": job.train.model_copy(update={"epochs": epochs, "steps": None, **_step_of(job)})}
     )
     # In an order of its own, that of the round which would be next.
     round = request.round + 1

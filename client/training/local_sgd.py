@@ -165,7 +165,7 @@ def optimizer_of(model: Model, job: Job, rates: StepRates) -> torch.optim.Optimi
 
 def _losses(summed: float, shard: Shard, job: Job) -> dict[str, torch.Tensor]:
     """The state that a round's mean training loss is added up from."""
-    count = float(len(shard) * job.train.epochs)
+    count = float(job.train.examples_seen(len(shard)))
     return {
         "train_loss.sum": torch.tensor(summed).double(),
         "train_loss.count": torch.tensor(count).double(),

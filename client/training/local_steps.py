@@ -21,7 +21,7 @@ def accumulated_steps(examples: int, train: TrainSection) -> float:
     >>> accumulated_steps(32, TrainSection(batch_size=16, momentum=0.5))  # 1 + (1 + 0.5)
     2.5
     """
-    steps, rho = train.epochs * -(-examples // train.batch_size), train.momentum
+    steps, rho = train.local_steps(examples), train.momentum
     return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
 

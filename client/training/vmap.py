@@ -108,9 +108,14 @@ def _train(
         num_examples=counts,
         states={
             "train_loss.sum": losses,
-            "train_loss.count": torch.tensor(counts, dtype=torch.float64) * job.train.epochs,
+            "train_loss.count": _examples_seen(counts, job),
         },
     )
+
+
+def _examples_seen(counts: Sequence[int], job: Job) -> torch.Tensor:
+    """How many examples each client's steps see, [clients]."""
+    return torch.tensor([job.train.examples_seen(count) for count in counts], dtype=torch.float64)
 
 
 def _item(

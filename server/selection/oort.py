@@ -18,9 +18,10 @@ alpha is `penalty`, c `cutoff`, W `window`, T `seconds`, and Delta is `seconds_s
 What differs here. The paper's U(i) = |B_i| sqrt(mean over B_i of Loss^2) needs the losses' squares. An update
 brings their mean over all local steps, so U(i) = |B_i| max(0, mean Loss) with client i's training examples
 B_i, which is less than the paper's where losses differ. Both terms of Util are on one scale by U / U_max,
-as in the authors' program. Time is virtual: t_i = n_i E_l / s_i with n_i examples, E_l `train.epochs` and s_i
-the speed in examples a second, which the job gives or its seed draws evenly from 1 to `speed_spread`. No
-clock is looked at, so cohorts are the same everywhere. Nobody is barred for having taken part often.
+as in the authors' program. Time is virtual: t_i = n_i E_l / s_i with n_i examples, E_l `train.epochs` (with
+`train.steps` so many batches in the place of n_i E_l) and s_i the speed in examples a second, which the job
+gives or its seed draws evenly from 1 to `speed_spread`. No clock is looked at, so cohorts are the same
+everywhere. Nobody is barred for having taken part often.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 
 from atoll.job.federation import OortSection
+from atoll.job.train import TrainSection
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream
 from atoll.server.selection.proportional import Weights, in_steps, uniforms_of, without_replacement
@@ -114,7 +116,7 @@ class Oort:
     names: Sequence[str]
     sizes: Weights
     count: int
-    epochs: int
+    train: TrainSection
     seed: int
     options: OortSection
 
@@ -133,7 +135,11 @@ class Oort:
     @cached_property
     def seconds(self) -> Numbers:
         """t of each client, [clients], of one with no examples as of one example."""
-        found: Numbers = np.maximum(self.sizes, 1) * self.epochs / self.speeds
+        sizes, train = np.maximum(self.sizes, 1), self.train
+        seen = (
+            sizes * train.epochs if train.steps is None else train.steps * np.minimum(sizes, train.batch_size)
+        )
+        found: Numbers = seen / self.speeds
         return found
 
     @cached_property

@@ -43,7 +43,7 @@ def selection_rule(job: Job, roster: ClientRoster) -> SelectionRule | None:
         case "oort":
             options = federation.oort or OortSection()
             _check_speeds(options, roster)
-            return Oort(names, sizes, asked, job.train.epochs, job.seed, options)
+            return Oort(names, sizes, asked, job.train, job.seed, options)
 
 
 def _check_speeds(options: OortSection, roster: ClientRoster) -> None:

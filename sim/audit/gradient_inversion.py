@@ -74,7 +74,14 @@ class Probe:
         size = max(len(rows) for rows in groups)
         train = self.job.train.model_copy(
             update=PLAIN_STEPS
-            | {"epochs": 1, "batch_size": size, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+            | {
+                "epochs": 1,
+                "steps": None,
+                "batch_size": size,
+                "optimizer": "sgd",
+                "momentum": 0.0,
+                "weight_decay": 0.0,
+            }
         )
         local = HeadTrainingConfig(
             self.job.model_copy(update={"train": train}), LOSSES["softmax"], 1, per_example=private

@@ -263,11 +263,12 @@ def default_space(job: Job) -> Space:
     batches = sorted({16, 64, job.train.batch_size})
     vary = [f"train.batch_size={','.join(map(str, batches))}"] if job.train.accumulate == 1 else []
     if method == "head" and task_named(job.task.name).uses_pooled_features:
-        vary += ["train.epochs=1,2,4"]
+        epochs = "train.epochs=1,2,4"
         ranges = ["train.lr=0.01..3,log" if is_sgd else "train.lr=0.0003..0.1,log"]
     else:
-        vary += ["train.epochs=1,2"]
+        epochs = "train.epochs=1,2"
         ranges = ["train.lr=0.001..0.3,log" if is_sgd else "train.lr=0.00003..0.01,log"]
+    vary += [epochs] if job.train.steps is None else []
     if method == "lora":
         vary.append("tune.rank=4,8,16")
     if method == "last-k":

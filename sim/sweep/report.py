@@ -9,11 +9,13 @@ from pathlib import Path
 from atoll.report.comparison import finite
 from atoll.report.text import metric_words
 from atoll.sim.sweep.grid import combination_words, format_value
+from atoll.sim.sweep.modes import remark_on
 from atoll.sim.sweep.plot import frontier_png
 from atoll.sim.sweep.results import (
     REFERENCES,
     Row,
     as_csv,
+    combinations,
     headline_of,
     losses,
     reference,
@@ -63,6 +65,7 @@ def words_of(rows: Sequence[Row], chosen: Sequence[Pick], missing: int) -> list[
         found = reference(rows, name)
         if found is not None:
             lines.append(f"For comparison, {words}: {value_words(found)}.")
+    lines += _remarks_on_seeds(rows)
     lines += [selection_words(pick) for pick in chosen]
     private = [row for row in rows if row.is_private]
     if private and not all(row.privacy["seeded_noise"] for row in private):
@@ -75,6 +78,14 @@ def words_of(rows: Sequence[Row], chosen: Sequence[Pick], missing: int) -> list[
     if missing:
         lines.append(f"{missing} runs of the grid are not complete and are left out.")
     return lines
+
+
+def _remarks_on_seeds(rows: Sequence[Row]) -> list[str]:
+    """A line for each combination whose seeds end in two groups; folds differ in more than their seed."""
+    if rows[0].job.data.folds is not None:
+        return []
+    groups = [(combination_words(group[0].values), scores(group)) for group in combinations(rows)]
+    return [line for name, found in groups if (line := remark_on(name or "all runs", found))]
 
 
 def _page(rows: Sequence[Row], name: str, lines: Sequence[str], *, has_picture: bool) -> str:

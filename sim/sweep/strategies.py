@@ -15,6 +15,7 @@ from atoll.report.clients import worst_tenth
 from atoll.report.comparison import finite, lower_is_better
 from atoll.report.text import metric_words
 from atoll.sim.sweep.grid import Base, Grid, Planned, planned
+from atoll.sim.sweep.modes import remark_on
 from atoll.sim.sweep.plot import COLOURS, picture
 from atoll.sim.sweep.report import markdown_table
 from atoll.sim.sweep.results import Estimate, Row, headline_of
@@ -84,6 +85,8 @@ class Compared:
     bytes_down: float
     curve: Mapping[int, Estimate]
     """The metric after each round that was measured."""
+    remark: str | None = None
+    """That its seeds end in two groups, where they do."""
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -115,7 +118,8 @@ def compared(results: Results) -> list[Compared]:
 
 
 def _line(name: str, metric: str, group: Sequence[tuple[Planned, Mapping[str, Any]]]) -> Compared:
-    scores = [Row.of(run, result, "").metrics.get(metric) for run, result in group]
+    found = [Row.of(run, result, "").metrics.get(metric) for run, result in group]
+    scores = [score for score in found if score is not None]
     curves: dict[int, list[float]] = {}
     for _, result in group:
         for line in result["rounds"]:
@@ -127,11 +131,12 @@ def _line(name: str, metric: str, group: Sequence[tuple[Planned, Mapping[str, An
     return Compared(
         name,
         metric,
-        _estimate([score for score in scores if score is not None]),
+        _estimate(scores),
         _estimate([worst for _, result in group if (worst := worst_of_run(result, metric)) is not None]),
         traffic["bytes_up"],
         traffic["bytes_down"],
         {round: Estimate.of(values) for round, values in sorted(curves.items())},
+        remark_on(name, scores),
     )
 
 
@@ -164,6 +169,7 @@ def _as_markdown(lines: Sequence[Compared], name: str, missing: int) -> str:
         "Means with 95 % intervals over seeds (Student's t). A seed's data, cohorts and batches are the same"
         " for every strategy. Bytes are those of a whole run.",
         markdown_table(HEAD, [line.cells for line in lines]),
+        *(line.remark or "" for line in lines),
         f"{missing} runs are not complete and are left out." if missing else "",
         "![The metric over rounds](compare.png)" if any(line.curve for line in lines) else "",
     ]

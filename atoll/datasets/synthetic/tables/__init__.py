@@ -1,0 +1,1 @@
+"""Data whose examples are rows of numbers and names."""

@@ -1,0 +1,39 @@
+"""Harrell's concordance index, whose pairs are counted within each client and add up over clients."""
+
+from __future__ import annotations
+
+import torch
+
+from atoll.tasks.mean_metric import Mean
+
+ROWS = 1024
+"""Patients who are compared with all others at a time."""
+
+
+class ConcordanceIndex(Mean):
+    """The share of comparable pairs in which who has the event first has the higher score.
+
+    Of a pair (i, j) i must have the event, and j must still be without it then: t_j > t_i, or t_j = t_i and j
+    is censored. Equal scores count a half (Harrell et al. 1982; lifelines' `concordance_index` of minus the
+    scores). Each update forms the pairs among its own patients, so all of a client's must come together, and
+    none is formed across clients. Undefined (NaN) without a comparable pair.
+    """
+
+    higher_is_better = True
+
+    def update(self, scores: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count the pairs among patients with scores [n] and targets [n, 2]: time, and 1 for an event."""
+        if scores.ndim != 1 or targets.shape != (len(scores), 2):
+            shapes = f"{list(scores.shape)} and {list(targets.shape)}"
+            raise ValueError(f"expected scores [n] and targets [n, 2], found {shapes}")
+        targets = targets.to(scores.device)
+        times, events = targets[:, 0], targets[:, 1] > 0
+        first = torch.nonzero(events)[:, 0]
+        for start in range(0, len(first), ROWS):
+            some = first[start : start + ROWS]
+            own = times[some].unsqueeze(1)
+            later = (times > own) | ((times == own) & ~events)
+            above = (scores[some].unsqueeze(1) > scores) & later
+            equal = (scores[some].unsqueeze(1) == scores) & later
+            self.score += above.sum().to(self.score) + equal.sum().to(self.score) / 2
+            self.total += later.sum().to(self.total)

@@ -1,0 +1,176 @@
+"""Survival by Cox's proportional hazards: who has the event sooner, though not everybody is seen to have it.
+
+Loss: the negative log partial likelihood within a batch (`loss.py`), so that what a patient costs depends on
+who else is in the batch. Metric: the concordance index within a client.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atoll.backbones.encoder import Model
+from atoll.backbones.options import options_of, refuse_augment
+from atoll.backbones.resolve import Backbone
+from atoll.data.classification import Findings, Table
+from atoll.data.dataset import Dataset
+from atoll.data.diagnostics import Diagnostics
+from atoll.data.lazy import LazyRows
+from atoll.data.shard import Shard, canonical_order
+from atoll.errors import ConfigError, DataError
+from atoll.job.job import DataSection, Job, Options
+from atoll.protocol.messages import DataInfo
+from atoll.tasks.survival.data import (
+    EVENT,
+    MOST_FEATURES,
+    TIME,
+    SurvivalOptions,
+    feature_cell,
+    gathered,
+    in_one_cell,
+    patients,
+    same_features,
+)
+from atoll.tasks.survival.loss import cox_loss
+from atoll.tasks.survival.models import load_cox
+from atoll.tasks.task import Task
+from atoll.tasks.told import ToldField
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torchmetrics import MetricCollection
+
+SHARED = "Cox's loss compares the examples of a batch with one another"
+
+
+@dataclass(frozen=True)
+class Survival(Task):
+    """Inputs are numbers by the features' names; targets are [n, 2]: the time, and 1 for an event, else 0."""
+
+    told = (
+        ToldField(
+            "features", "example", "task.options.features", "the names of the columns that are features",
+            "names", MOST_FEATURES,
+        ),
+    )  # fmt: skip
+
+    name: str = "survival"
+    summary: str = "how soon an event comes, with censoring; linear Cox model, MLP; concordance index"
+    uses_pooled_features: bool = False
+    compares_examples: bool = True
+    primary_metric: str = "c_index"
+    options: SurvivalOptions = field(default_factory=SurvivalOptions)
+
+    def configured(self, job: Job, backbone: Backbone) -> Survival:
+        return replace(self, options=options_of(job.task.options, SurvivalOptions))
+
+    def check(self, job: Job) -> None:
+        options_of(job.task.options, SurvivalOptions)
+        if "example" in job.privacy.units:
+            raise ConfigError(
+                f"privacy.unit: survival has no example-level privacy, found {job.privacy.unit!r}: {SHARED},"
+                ' so that no example has a gradient of its own; expected "client" or "none"'
+            )
+        if job.train.accumulate > 1:
+            raise ConfigError(
+                f"train.accumulate: expected 1 for survival, found {job.train.accumulate}: {SHARED}, so that"
+                " parts don't add up"
+            )
+        if job.tune.method in ("last-k", "lora"):
+            raise ConfigError(
+                f"tune.method: {job.backbone.name} has no blocks to choose from, expected 'head' or 'full',"
+                f" found {job.tune.method!r}"
+            )
+        refuse_augment(job)
+
+    def read(self, source: Path, data: DataSection, options: Options) -> Table:
+        diagnostics = Diagnostics()
+        found = gathered(source, data, options_of(options, SurvivalOptions), diagnostics)
+        return patients([]).table_of(source, found, diagnostics)
+
+    def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
+        diagnostics = Diagnostics()
+        found = gathered(source, data, options_of(options, SurvivalOptions), diagnostics)
+        return patients([]).findings_of(source, found, diagnostics)
+
+    def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
+        import pyarrow as pa
+
+        chosen = options_of(job.task.options, SurvivalOptions).features
+        taken = (TIME.name, EVENT.name, getattr(job.data.partition, "by", None))
+        schema = splits["train"].schema
+        numbers = [one.name for one in schema if pa.types.is_floating(one.type) and one.name not in taken]
+        for name in chosen or ():
+            if name not in numbers:
+                raise ConfigError(
+                    f"task.options.features: {job.data.source} has no feature {name!r}, found"
+                    f" {', '.join(numbers)}"
+                )
+        names = sorted(numbers) if chosen is None else chosen
+        return patients([]).adopted({part: in_one_cell(table, names) for part, table in splits.items()})
+
+    def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
+        patients([]).write(dataset, folder, data)
+
+    def keys(self, dataset: Dataset) -> list[bytes]:
+        return patients([]).keys(dataset)
+
+    def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
+        """The features' names, as the job gives them or sorted."""
+        chosen = options_of(options, SurvivalOptions).features
+        kind = dataset.schema.field("features").type
+        return {"features": list(chosen or sorted(one.name for one in kind))}
+
+    def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
+        return {"features": same_features([info["features"] for info in data_info])}
+
+    def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
+        keys = self.keys(dataset) if keys is None else keys
+        order = canonical_order(keys)
+        features, times, events = dataset["features"][:], dataset["time"][:], dataset["event"][:]
+        targets = torch.tensor([[times[row], events[row]] for row in order], dtype=torch.float64)
+        inputs = LazyRows(lambda row: features[row], tuple(order))
+        return Shard(inputs, targets.reshape(-1, 2), tuple(keys[row] for row in order))
+
+    def parse_input(self, given: str) -> Any:
+        """A patient's features as JSON, such as `{"age": 61, "grade": 2}`; others may be there too.
+
+        Raises:
+            DataError: it is something else.
+        """
+        try:
+            row = json.loads(given)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f'input {given[:40]!r}: expected features as JSON, such as {{"age": 61}}')
+        return {name: feature_cell(name)(cell, "input") for name, cell in row.items()}
+
+    def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
+        return load_cox(backbone, job, self.options, data_info["features"])
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cox's loss of scores [n] among the patients of the batch."""
+        return cox_loss(outputs, targets[:, 0], targets[:, 1])
+
+    def metrics(self, data_info: DataInfo) -> MetricCollection:
+        from torchmetrics import MetricCollection
+
+        from atoll.tasks.survival.metrics import ConcordanceIndex
+
+        return MetricCollection({"c_index": ConcordanceIndex()}, compute_groups=False)
+
+    def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
+        """The score, and the hazard that it makes, beside 1 for a score of 0."""
+        return [
+            {"label": f"{score:.4g}", "score": score, "relative_hazard": hazard}
+            for score, hazard in zip(predictions.tolist(), predictions.double().exp().tolist(), strict=True)
+        ]
+
+
+SURVIVAL = Survival()
