@@ -20,7 +20,9 @@ from atoll.client.training.optimizers import set_step, torch_optimizer
 from atoll.client.training.per_fedavg import Backward, gradient_after_a_step
 from atoll.client.training.pfedme import MoreauSteps, envelope_gradient
 from atoll.client.training.precision import autocast, scaler_of, to_float32
+from atoll.client.training.zeroth_order import BatchLoss, step_along_directions
 from atoll.data.shard import Shard
+from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.determinism import repeatable
@@ -68,8 +70,16 @@ def train_model(
     tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
     the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
     Gradients are those a step of `inner_lr` further on (Per-FedAvg), of a `mixing` with w (APFL), or of an
-    envelope of the loss (pFedMe, `moreau`). A `contrast` with other models is added to the loss (MOON).
+    envelope of the loss (pFedMe, `moreau`). A `contrast` with other models is added to the loss (MOON). With
+    `tune.method = "seeds"` there are no gradients, and none of these.
     """
+    if job.tune.method == "seeds":
+        assert not (begin or correction or inner_lr or mixing or moreau or contrast or only), (
+            "the job's rules"
+        )
+        if plan.get("proximal_mu"):
+            raise ConfigError("strategy.name: tune.method = 'seeds' has no proximal term; expected another")
+        return _train_by_seeds(learner, tensors, shard, job, client=client, round=round, steps=steps)
     mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
     _begin(learner, shard, {**tensors, **(begin or {})})
@@ -104,6 +114,58 @@ def train_model(
                 trainable.keep_pruned(model)
     optimizer.zero_grad()  # gradients are as large as what is tuned, and would lie there until the next round
     return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
+
+
+def _train_by_seeds(
+    learner: Learner, tensors: Tensors, shard: Shard, job: Job, *, client: str, round: int, steps: int | None
+) -> Update:
+    """Train the coefficients of a network's directions by its loss alone; the network draws no dropout."""
+    model, parameters = learner.model.eval(), trainable.trainable(learner.model)
+    start = trainable.to_parameters(parameters, tensors)
+    trainable.load_values(model, tensors)
+    schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
+    rates = StepRates.of(job, round, [len(schedule)], "cpu")
+
+    def loss_of(step: int) -> BatchLoss:
+        varied = variation(job, round, client, step)
+        return _batch_loss(learner, shard, schedule[step], job, varied, learner.training_loss(shard))
+
+    with repeatable(job.train.device):
+        losses = step_along_directions(
+            model, job, rates, loss_of, client=client, round=round, steps=len(schedule)
+        )
+    summed = sum(loss * len(rows) for loss, rows in zip(losses, schedule, strict=True))
+    return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
+
+
+def _batch_loss(
+    learner: Learner,
+    shard: Shard,
+    rows: Sequence[int],
+    job: Job,
+    varied: Variation | None,
+    loss_of: TrainingLoss,
+) -> BatchLoss:
+    """The loss of a batch, by the weights that the model has when it is called; inputs are decoded once."""
+    device = job.train.device
+    parts = [
+        (
+            {name: t.to(device) for name, t in learner.batch(shard, part, varied).items()},
+            shard.targets_of(part).to(device),
+            share,
+        )
+        for part, share in weighted_parts(learner, shard, rows, job)
+    ]
+
+    def loss() -> float:
+        total = 0.0
+        for batch, targets, share in parts:
+            with autocast(job.train):
+                outputs = learner.model(batch)
+            total += share * float(loss_of(to_float32(outputs), targets))
+        return total
+
+    return loss
 
 
 def _gradients_by(
