@@ -150,7 +150,8 @@ def check_seeds(job: Job) -> None:
 def _what_a_strategy_lacks(job: Job) -> str:
     """Why the job's strategy can't go with coefficients of directions; nothing where it can."""
     strategy = job.strategy
-    if strategy.name == "fedprox" or strategy.proximal_mu:
+    may_pull = strategy.name in ("fedprox", "fedasync") and strategy.proximal_mu != 0
+    if may_pull or strategy.name == "flwr:FedProx":
         return "a step moves one coefficient, and a proximal term pulls at all"
     if strategy.keeps_client_state or strategy.has_inner_steps:
         return "there is no gradient that it could correct or follow"

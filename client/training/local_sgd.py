@@ -67,24 +67,17 @@ def train_model(
     """Train from the global tensors on one shard; the update is how far they moved.
 
     A client that has a place of its own to `begin` at moves from there; its update leads from the global
-    tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
-    the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
-    Gradients are those a step of `inner_lr` further on (Per-FedAvg), of a `mixing` with w (APFL), or of an
-    envelope of the loss (pFedMe, `moreau`). A `contrast` with other models is added to the loss (MOON). With
-    `tune.method = "seeds"` there are no gradients, and none of these.
+    tensors to where it arrives, and to them the proximal term holds it. A `correction` is added to every
+    gradient. With `steps` it stops after so many; nothing but tensors in `only` moves. Gradients are those a
+    step of `inner_lr` further on (Per-FedAvg), of a `mixing` with w (APFL), or of an envelope of the loss
+    (`moreau`); a `contrast` is added to the loss (MOON). None of it goes with `tune.method = "seeds"`.
     """
     if job.tune.method == "seeds":
-        assert not (begin or correction or inner_lr or mixing or moreau or contrast or only), (
-            "the job's rules"
-        )
-        if plan.get("proximal_mu"):
-            raise ConfigError("strategy.name: tune.method = 'seeds' has no proximal term; expected another")
-        return _train_by_seeds(learner, tensors, shard, job, client=client, round=round, steps=steps)
+        return _train_by_seeds(learner, tensors, shard, job, client, round, plan, steps)
     mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
     _begin(learner, shard, {**tensors, **(begin or {})})
-    schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
-    rates = StepRates.of(job, round, [len(schedule)], "cpu")
+    schedule, rates = _schedule(learner, shard, job, client, round, steps)
     optimizer = optimizer_of(model, job, rates)
     added = trainable.to_parameters(parameters, correction) if correction is not None else {}
     terms = _Terms(start, mu, added, job.train.clip_norm, only)
@@ -116,15 +109,35 @@ def train_model(
     return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
 
 
+def _schedule(
+    learner: Learner, shard: Shard, job: Job, client: str, round: int, steps: int | None
+) -> tuple[list[list[int]], StepRates]:
+    """The rows of each local step's batch, at most so many `steps`, and how fast each step is."""
+    schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
+    return schedule, StepRates.of(job, round, [len(schedule)], "cpu")
+
+
 def _train_by_seeds(
-    learner: Learner, tensors: Tensors, shard: Shard, job: Job, *, client: str, round: int, steps: int | None
+    learner: Learner,
+    tensors: Tensors,
+    shard: Shard,
+    job: Job,
+    client: str,
+    round: int,
+    plan: Mapping[str, float],
+    steps: int | None,
 ) -> Update:
-    """Train the coefficients of a network's directions by its loss alone; the network draws no dropout."""
+    """Train the coefficients of a network's directions by its loss alone; the network draws no dropout.
+
+    Raises:
+        ConfigError: the strategy asks for a proximal term.
+    """
+    if plan.get("proximal_mu"):
+        raise ConfigError("strategy.name: tune.method = 'seeds' has no proximal term; expected another")
     model, parameters = learner.model.eval(), trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, tensors)
-    schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
-    rates = StepRates.of(job, round, [len(schedule)], "cpu")
+    schedule, rates = _schedule(learner, shard, job, client, round, steps)
 
     def loss_of(step: int) -> BatchLoss:
         varied = variation(job, round, client, step)
