@@ -66,11 +66,10 @@ def train_model(
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
 
-    A client that has a place of its own to `begin` at moves from there; its update leads from the global
-    tensors to where it arrives, and to them the proximal term holds it. A `correction` is added to every
-    gradient. With `steps` it stops after so many; nothing but tensors in `only` moves. Gradients are those a
-    step of `inner_lr` further on (Per-FedAvg), of a `mixing` with w (APFL), or of an envelope of the loss
-    (`moreau`); a `contrast` is added to the loss (MOON). None of it goes with `tune.method = "seeds"`.
+    A client moves from the global tensors, or from `begin`; its update leads from the former, and to them the
+    proximal term holds it. A `correction` is added to every gradient. It stops after so many `steps`; only
+    tensors in `only` move. Gradients are those a step of `inner_lr` on (Per-FedAvg), of a `mixing` with w
+    (APFL), or of an envelope of the loss (pFedMe, `moreau`); a `contrast` is added to the loss (MOON).
     """
     if job.tune.method == "seeds":
         return _train_by_seeds(learner, tensors, shard, job, client, round, plan, steps)
@@ -128,6 +127,8 @@ def _train_by_seeds(
     steps: int | None,
 ) -> Update:
     """Train the coefficients of a network's directions by its loss alone; the network draws no dropout.
+
+    The job's rules leave nothing to begin at, to correct a step by, or to contrast with.
 
     Raises:
         ConfigError: the strategy asks for a proximal term.
