@@ -284,6 +284,7 @@ def _can_be_built(of: str, data: TaskData) -> bool:
     """Whether the network has what is asked of it; only building it tells."""
     row = json.loads(of)
     table = json.loads(data.job.canonical) | {"tune": {}}
+    table["train"]["optimizer"] = "sgd"
     for key, value in row.items():
         if key != "task":
             place, name = key.split(".")

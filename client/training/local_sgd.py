@@ -139,10 +139,11 @@ def _train_by_seeds(
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, tensors)
     schedule, rates = _schedule(learner, shard, job, client, round, steps)
+    training_loss = learner.training_loss(shard)
 
     def loss_of(step: int) -> BatchLoss:
         varied = variation(job, round, client, step)
-        return _batch_loss(learner, shard, schedule[step], job, varied, learner.training_loss(shard))
+        return _batch_loss(learner, shard, schedule[step], job, varied, training_loss)
 
     with repeatable(job.train.device):
         losses = step_along_directions(
