@@ -120,7 +120,7 @@ def _tell_changes(changes: Any, out_dir: Path) -> None:
         echo(f"removed  {', '.join(changes.removed)}: the server lets them in no longer")
     if changes.has_new_certificate:
         echo(
-            f"renewed  {out_dir / 'server' / 'server.crt'}: the server needs it and server.key, and a restart"
+            f"renewed  {out_dir / 'server' / 'server.crt'}: a running server takes it and server.key by itself"
         )
     if changes.has_new_roster:
         echo(
