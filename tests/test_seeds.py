@@ -26,6 +26,7 @@ from atoll.protocol.random_streams import stream
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, check_engine
 from atoll.sim.population.population import Population
+from atoll.sim.search.space import default_space, has_meaning
 from atoll.tasks import task_named
 from atoll.trained import trained
 from tests.small import grey_png_shard, image_job
@@ -368,6 +369,16 @@ def test_what_does_not_go_together_is_refused_by_name(tables: dict[str, Any], li
 
 def test_a_proximal_term_of_nothing_is_none() -> None:
     assert a_job(strategy={"name": "fedprox", "proximal_mu": 0.0}).tune.num_seeds == K
+
+
+def test_a_search_varies_what_directions_have() -> None:
+    method = {"tune": {"method": "seeds"}}
+    assert all(has_meaning(f"tune.{key}", method) for key in ("seeds", "perturbation"))
+    assert not has_meaning("tune.seeds", {"tune": {"method": "lora"}}) and not has_meaning(
+        "tune.rank", method
+    )
+    [lr] = [key for key in default_space(a_job()).keys if key.key == "train.lr"]
+    assert "0.01" in str(lr) and "0.3" not in str(lr)
 
 
 def test_who_trains_by_gradients_alone_says_so() -> None:
