@@ -67,7 +67,7 @@ class AsynchronousRound(PlainRound):
         for start, members in flights.by_start(names).items():
             found = self._from_start(run, start, members, attempt)
             drift = _drift(flights.models[start], run.state.tensors)
-            updates += self._as_they_count(found.updates, drift, round - 1 - start, round)
+            updates += self._as_they_count(run, found.updates, drift, round - 1 - start, round)
             set_aside |= found.set_aside
             staleness |= dict.fromkeys((update.client for update in found.updates), round - 1 - start)
         updates.sort(key=lambda update: update.client)
@@ -83,7 +83,7 @@ class AsynchronousRound(PlainRound):
         for start, members in flights.by_start(sorted(flights.by_client)).items():
             waiting = [client for client in members if not self.ahead.has_asked(client)]
             if waiting:
-                self.ahead.ask(_request(run, start), waiting)
+                self.ahead.ask(_request(run, start), waiting, run.kept)
 
     def _from_start(self, run: Run, start: int, members: Sequence[str], attempt: int) -> ValidatedUpdates:
         """What clients send that started after so many merges: they train as if the round had been theirs."""
@@ -94,7 +94,7 @@ class AsynchronousRound(PlainRound):
         else:
             replies = run.send(_request(run, start), members)
         for transform in self.reply_transforms:
-            replies = transform(replies, model)
+            replies = run.on_disk(transform(replies, model))
         return self.validate(replies, members, model, start + 1)
 
     def close(self) -> None:
@@ -102,13 +102,13 @@ class AsynchronousRound(PlainRound):
             self.ahead.close()
 
     def _as_they_count(
-        self, updates: Sequence[Update], drift: Tensors, staleness: int, round: int
+        self, run: Run, updates: Sequence[Update], drift: Tensors, staleness: int, round: int
     ) -> Sequence[Update]:
         if isinstance(updates, StackedUpdates):
             delta = self.late.late(updates.delta, drift, staleness)
             return list(replace(updates, delta=delta, round=round))
         return [
-            replace(update, delta=self.late.late(update.delta, drift, staleness), round=round)
+            run.kept(replace(update, delta=self.late.late(update.delta, drift, staleness), round=round))
             for update in updates
         ]
 
