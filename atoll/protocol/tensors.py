@@ -49,7 +49,7 @@ def file_parts(
         code = CODES[str(tensor.dtype).removeprefix("torch.")]
         head[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(head).encode()
+    text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in order:

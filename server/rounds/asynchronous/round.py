@@ -16,14 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
-
 from atoll.job.job import Job
 from atoll.protocol.messages import Reply, Update
 from atoll.protocol.random_streams import stream
 from atoll.protocol.requests import TrainRequest
 from atoll.protocol.stacked_updates import StackedUpdates
-from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.aggregation import PlainRound, merge_updates, reply_transforms
 from atoll.server.rounds.asynchronous.ahead import AskedAhead, AsksAhead
 from atoll.server.rounds.asynchronous.flights import HalfNormalTimes, WorkTimes
@@ -32,7 +29,7 @@ from atoll.server.rounds.participation import AvailabilityModel, CohortRequest
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import ValidatedUpdates, Validation
 from atoll.server.transport import Transport
-from atoll.strategies.asynchronous.late import MergesLate
+from atoll.strategies.asynchronous.late import Drift, MergesLate
 from atoll.strategies.strategy import Strategy
 
 
@@ -66,7 +63,7 @@ class AsynchronousRound(PlainRound):
         staleness = dict[str, int]()
         for start, members in flights.by_start(names).items():
             found = self._from_start(run, start, members, attempt)
-            drift = _drift(flights.models[start], run.state.tensors)
+            drift = Drift(flights.models[start], run.state.tensors)
             updates += self._as_they_count(run, found.updates, drift, round - 1 - start, round)
             set_aside |= found.set_aside
             staleness |= dict.fromkeys((update.client for update in found.updates), round - 1 - start)
@@ -102,7 +99,7 @@ class AsynchronousRound(PlainRound):
             self.ahead.close()
 
     def _as_they_count(
-        self, run: Run, updates: Sequence[Update], drift: Tensors, staleness: int, round: int
+        self, run: Run, updates: Sequence[Update], drift: Drift, staleness: int, round: int
     ) -> Sequence[Update]:
         if isinstance(updates, StackedUpdates):
             delta = self.late.late(updates.delta, drift, staleness)
@@ -132,8 +129,3 @@ def asynchronous_round(
     times = clock if isinstance(clock, WorkTimes) else HalfNormalTimes(job.seed)
     late = cast(MergesLate, strategy)
     return AsynchronousRound(reply_transforms(job), Validation.of(job), late, times, ahead)
-
-
-def _drift(start: Tensors, now: Tensors) -> Tensors:
-    """How far the model a client started from lies from the one of now, in float64."""
-    return {name: start[name].to(torch.float64) - now[name].to(torch.float64) for name in now}
