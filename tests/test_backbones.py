@@ -290,10 +290,8 @@ def test_features_do_not_depend_on_neighbours_or_place_or_workers(tmp_path: Path
         encoder: Encoder = load_text_encoder(resolve(section, 1), section, 1)
         inputs: list[object] = ["abc " * (1 + i % 7) + "good" * (i % 2) for i in range(2 * BATCH + 5)]
     else:
-        layout, network = "channels_last" in kind, "squeezenet1_1" if "compiled" in kind else "mobilenet_v2"
-        section = BackboneSection(
-            name=f"torchvision:{network}", weights="random", image_size=32, channels_last=layout
-        )
+        name, layout = "atoll:lenet" if "compiled" in kind else "torchvision:mobilenet_v2", "last" in kind
+        section = BackboneSection(name=name, weights="random", image_size=32, channels_last=layout)
         encoder = load_vision_encoder(resolve(section, 1), section, 1)
         inputs = list(grey_png_shard(2 * BATCH + 5, classes=3).inputs)
     plain = extract(encoder, inputs, threads=1, device="cpu")
@@ -319,7 +317,7 @@ def test_a_compiled_encoder_gives_the_same_bits_in_another_process(tmp_path: Pat
         "from atoll.backbones.vision import load_vision_encoder\n"
         "from atoll.backbones.resolve import resolve\n"
         "from tests.small import grey_png_shard\n"
-        "section = BackboneSection(name='torchvision:squeezenet1_1', weights='random', image_size=32,\n"
+        "section = BackboneSection(name='atoll:lenet', weights='random', image_size=32,\n"
         "                          channels_last=True, compile=True)\n"
         "encoder = CompiledEncoder(load_vision_encoder(resolve(section, 1), section, 1))\n"
         "inputs = list(grey_png_shard(21, classes=3).inputs)[:: int(sys.argv[1])]\n"

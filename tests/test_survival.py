@@ -434,6 +434,38 @@ def test_predictions_are_scores_of_patients_in_units_of_the_job(tmp_path: Path) 
     assert answer["label"] == f"{answer['score']:.4g}"
 
 
+def test_a_table_of_patients_has_a_score_a_row(run: Callable[[], Run], tmp_path: Path) -> None:
+    rows = [{"age": 75, "grade": 3, "who": "a"}, {"age": 40, "grade": 1, "who": "b"}]
+    alone = [run().predict([json.dumps(row)])[0]["score"] for row in rows]
+    (tmp_path / "new.csv").write_text("who,grade,age\na,3,75\nb,1,40\n")
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for given in (tmp_path / "new.csv", tmp_path / "new.jsonl"):
+        answers = run().predict([str(given)])
+        assert [answer["series"] for answer in answers] == ["row 1", "row 2"]
+        assert [answer["score"] for answer in answers] == pytest.approx(alone, rel=1e-6)
+    for text, said in (
+        ("who,age\na,75\n", "expected the feature 'grade'"),
+        ("grade,age\n1,75\n1,old\n", r"new\.csv.*3.*age.*'old', expected a number"),
+        ("grade,age\n", "no rows, expected one for each patient"),
+    ):
+        (tmp_path / "new.csv").write_text(text)
+        with pytest.raises(DataError, match=said):
+            run().predict([str(tmp_path / "new.csv")])
+
+
+def test_without_named_features_the_columns_of_numbers_are_taken(tmp_path: Path) -> None:
+    simulate(options(), tmp_path / "run", on_event=ignore_events, report=False)
+    names = Job.load(tmp_path / "run" / "job.toml").task.options
+    assert not names
+    trained = json.loads((tmp_path / "run" / "result.json").read_text())["facts"]["features"]
+    (tmp_path / "new.csv").write_text(
+        ",".join(["name", *trained]) + "\n" + ",".join(["x", *"1" * len(trained)]) + "\n"
+    )
+    [answer] = Run(tmp_path / "run").predict([str(tmp_path / "new.csv")])
+    row = json.dumps(dict.fromkeys(trained, 1))
+    assert answer["score"] == pytest.approx(Run(tmp_path / "run").predict([row])[0]["score"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

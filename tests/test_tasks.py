@@ -101,6 +101,7 @@ FULL = [(task, "full") for task in TABLES]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", cases(FULL, [("forecasting", "full")]), indirect=True)
+@pytest.mark.processes
 def test_each_task_has_the_same_bits_on_ray(job: Job, tmp_path: Path) -> None:
     result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
     spread = simulate(job, tmp_path / "ray", engine="ray", workers=2, on_event=ignore_events, report=False)

@@ -119,9 +119,7 @@ def _tell_changes(changes: Any, out_dir: Path) -> None:
     if changes.removed:
         echo(f"removed  {', '.join(changes.removed)}: the server lets them in no longer")
     if changes.has_new_certificate:
-        echo(
-            f"renewed  {out_dir / 'server' / 'server.crt'}: the server needs it and server.key, and a restart"
-        )
+        echo(f"renewed  {out_dir / 'server' / 'server.crt'}: a running server takes it, with server.key")
     if changes.has_new_roster:
         echo(
             "roster   another: send each site its folder without node.key and superexec.secret, for atoll"

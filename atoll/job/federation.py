@@ -164,6 +164,7 @@ def check_losses_may_be_sent(job: Job) -> None:
 
 WEIGHTED = (
     "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "fednova", "fedexp",
+    "moon",
 )  # fmt: skip
 """Strategies that take a weighted mean of the updates."""
 

@@ -12,6 +12,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import uvicorn
@@ -23,6 +24,7 @@ from atoll.errors import ConfigError
 from atoll.kit.kit import Address, ServerKit, is_address
 from atoll.server.deploy.connection_limits import IDLE_SECONDS, ConnectionLimits, LimitedListener
 from atoll.server.deploy.heard import KEY_HEADER, LastHeard
+from atoll.server.deploy.renewal import following
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class ReverseProxy:
         superlink: str,
         limits: ConnectionLimits | None = None,
         heard: LastHeard | None = None,
+        tell: Callable[[str], None] = logger.info,
     ) -> None:
         self.limits, self.last_heard = limits or ConnectionLimits(), heard or LastHeard()
         self._upstream = f"https://{superlink}"
@@ -84,6 +87,7 @@ class ReverseProxy:
             self._answer,
             ssl_certfile=str(kit.certificate),
             ssl_keyfile=str(kit.key),
+            ssl_context_factory=lambda _, build: following(build, (kit.certificate, kit.key), tell),
             interface="asgi3",
             http="h11",  # which bounds a request's head
             h11_max_incomplete_event_size=HEAD_LIMIT,

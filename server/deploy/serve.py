@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 90.0
 WATCH_SECONDS = 1.0
 LONGEST_PAUSE = 30.0
+DAY_SECONDS = 86_400.0
 
 
 def serve(
@@ -64,7 +65,7 @@ def serve(
         stack.callback(server.close)
         server.open()
         limits = ConnectionLimits(tell)
-        gate = ReverseProxy(loaded, listener, server.superlink_address, limits, server.last_heard)
+        gate = ReverseProxy(loaded, listener, server.superlink_address, limits, server.last_heard, tell)
         stack.callback(gate.stop)
         gate.start()
         stack.enter_context(_runtime_file(loaded, server.superlink_address, where))
@@ -119,9 +120,12 @@ class _Server:
     keys: dict[str, bytes] = field(default_factory=dict)
     """Each site's public key."""
     silent: set[str] = field(default_factory=set)
+    clock: Callable[[], float] = time.monotonic
+    looked_at_certificates: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.written, self.keys = _last_written(self.kit), _keys_of(self.kit)
+        self.looked_at_certificates = self.clock()
         new_token(self.kit)
         env = environment(
             self.kit.state / "flwr",
@@ -184,6 +188,19 @@ class _Server:
                     self._restart(child)
             self._follow_kit()
             self._look_around()
+            self._look_at_certificates()
+
+    def _look_at_certificates(self) -> None:
+        """Once a day tell what expires soon, or has expired: a server may run for years."""
+        if self.clock() - self.looked_at_certificates < DAY_SECONDS:
+            return
+        self.looked_at_certificates = self.clock()
+        try:
+            remarks = check_server(self.kit)
+        except ConfigError as error:
+            remarks = [str(error)]
+        for remark in remarks:
+            self.tell(remark)
 
     def _follow_kit(self) -> None:
         """Let in the sites that the kit has now: provisioning may have added some, and taken some out."""

@@ -17,7 +17,7 @@ from atoll.data.columns import role_column, values_of
 from atoll.data.diagnostics import Diagnostics, shown
 from atoll.data.parsers import number_cell
 from atoll.data.schema import Schema, SchemaField, chosen_name
-from atoll.data.tables import Rows
+from atoll.data.tables import Rows, read_file
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection
 from atoll.job.section import Positive, Section
@@ -157,6 +157,43 @@ def gathered(
     return {split: in_one_cell(table, names, FEATURE) for split, table in found.items()}
 
 
+def rows_to_score(path: Path, features: Sequence[str] | None) -> dict[str, dict[str, float]]:
+    """The patients of a table, {name: number} by the rows' places in it; time and event need not be there.
+
+    Without `features` every column is taken of which every cell is a number.
+
+    Raises:
+        DataError: it can't be read or has no rows; or a feature isn't there, or isn't a number, in some row.
+    """
+    diagnostics = Diagnostics()
+    rows = read_file(path, diagnostics)
+    diagnostics.close()
+    if missing := [name for name in features or () if name not in rows.table.column_names]:
+        raise DataError(
+            f"{rows.name}: columns {rows.table.column_names}, expected the feature {missing[0]!r}"
+        )
+    readers = {name: feature_cell(name) for name in features or _wholly_numbers(rows)}
+    columns = {name: values_of(rows, name).to_pylist() for name in readers}
+    if not rows.table.num_rows:
+        raise DataError(f"{rows.name}: no rows, expected one for each patient")
+    return {
+        f"row {place + 1}": {
+            name: read(columns[name][place], rows.where(place)) for name, read in readers.items()
+        }
+        for place in range(rows.table.num_rows)
+    }
+
+
+def _wholly_numbers(rows: Rows) -> list[str]:
+    """The columns in which every cell is a number or a truth value."""
+    columns = {name: values_of(rows, name) for name in rows.table.column_names}
+    return [
+        name
+        for name, column in columns.items()
+        if _is_numeric(column.type) or (_is_text(column.type) and all(map(_is_number, column.to_pylist())))
+    ]
+
+
 def in_one_cell(table: pa.Table, names: Sequence[str], prefix: str = "") -> pa.Table:
     """The table with one column `features` in the place of those that are called as a prefix and a name."""
     columns = [table.column(prefix + name).cast(pa.float64()).combine_chunks() for name in names]
@@ -190,13 +227,18 @@ def numeric_columns(rows: Rows, data: DataSection) -> list[str]:
 
 
 def _holds_numbers(column: pa.ChunkedArray) -> bool:
-    kind = column.type
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return True
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        return False
+    if not _is_text(column.type):
+        return _is_numeric(column.type)
     cells = [cell for cell in column.to_pylist() if cell not in (None, "")]
     return bool(cells) and 2 * sum(map(_is_number, cells)) >= len(cells)
+
+
+def _is_numeric(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _is_number(cell: str) -> bool:

@@ -22,6 +22,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Diagnostics
 from atoll.data.lazy import LazyRows
 from atoll.data.shard import Shard, canonical_order
+from atoll.data.tables import SUFFIXES
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
@@ -34,6 +35,7 @@ from atoll.tasks.survival.data import (
     gathered,
     in_one_cell,
     patients,
+    rows_to_score,
     same_features,
 )
 from atoll.tasks.survival.loss import cox_loss
@@ -137,8 +139,17 @@ class Survival(Task):
         inputs = LazyRows(lambda row: features[row], tuple(order))
         return Shard(inputs, targets.reshape(-1, 2), tuple(keys[row] for row in order))
 
+    def input_suffixes(self) -> tuple[str, ...]:
+        return SUFFIXES
+
+    def parse_inputs(self, given: str) -> dict[str, Any]:
+        """One patient as JSON; or all of a table, by the rows' places in it."""
+        if not given.lower().endswith(SUFFIXES):
+            return {"": self.parse_input(given)}
+        return rows_to_score(Path(given), self.options.features)
+
     def parse_input(self, given: str) -> Any:
-        """A patient's features as JSON, such as `{"age": 61, "grade": 2}`; others may be there too.
+        """A patient's features as JSON, such as `{"age": 61, "grade": 2}`, beside which others may be.
 
         Raises:
             DataError: it is something else.
@@ -149,7 +160,8 @@ class Survival(Task):
             row = None
         if not isinstance(row, dict):
             raise DataError(f'input {given[:40]!r}: expected features as JSON, such as {{"age": 61}}')
-        return {name: feature_cell(name)(cell, "input") for name, cell in row.items()}
+        names = [name for name in self.options.features or row if name in row]
+        return {name: feature_cell(name)(row[name], "input") for name in names}
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         return load_cox(backbone, job, self.options, data_info["features"])
