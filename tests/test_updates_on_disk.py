@@ -99,6 +99,7 @@ def test_a_large_update_is_mapped_from_a_file_that_has_no_name_any_more(tmp_path
     assert all(is_mapped_from(tmp_path / "updates", tensor) for tensor in kept.delta.values())
     assert not any(is_mapped_from(tmp_path / "updates", tensor) for tensor in update.delta.values())
     assert not list((tmp_path / "updates").iterdir())
+    assert (tmp_path / "updates").stat().st_mode & 0o077 == 0
     del kept
     gc.collect()
     assert not mappings(tmp_path / "updates")

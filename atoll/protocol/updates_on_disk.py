@@ -70,14 +70,14 @@ def all_kept_on_disk(replies: Iterable[Reply], folder: Path) -> Iterable[Reply]:
 
 
 def written(tensors: Tensors, folder: Path) -> WrittenTensors:
-    """(a new file with the tensors, their names); nobody waits for the disk.
+    """(a new file with the tensors, for its owner's eyes alone, their names); nobody waits for the disk.
 
     Names come from other machines and may be anything, so in the file they are numbers.
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path, names = folder / f"{secrets.token_hex(8)}.safetensors", list(tensors)
     parts = file_parts({str(number): tensors[name] for number, name in enumerate(names)})
     try:
