@@ -3,7 +3,8 @@
 A small encoder of texts with as many rows of embeddings as make it large is tuned in full, so that messages
 are what costs. Real sites are processes on loopback, each with one client; "server" is what `atoll serve` and
 all that it starts hold at most, "a site" the same of one `atoll join`. Memory is the processes' proportional
-share (PSS) in MB; what a mapped file has in memory counts, though the system can take it back.
+share (PSS) in MB; in parentheses it is without what is mapped from files, libraries and updates alike, which
+the system can take back.
 
     python -m benchmarks.large_messages [--megabytes 50 200] [--sites 2 4] [--clients 2 8] [--rounds 2]
 """
@@ -19,7 +20,6 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from atoll.backbones.small_tokenizer import own_tokenizer
 from atoll.job.job import Job
@@ -65,26 +65,33 @@ def job_of(folder: Path, megabytes: int, clients: int, rounds: int) -> Job:
     return Job.parse(table, origin="benchmarks.large_messages")
 
 
+Held = dict[str, tuple[float, float]]
+"""MB by who holds them."""
+
+
 class Peak(threading.Thread):
-    """The most that some processes and their descendants hold, while it runs."""
+    """The most that some processes and their descendants hold, while it runs: (in all, without files)."""
 
     def __init__(self, processes: dict[str, int]) -> None:
         super().__init__(daemon=True)
-        self.mb, self._processes, self._ended = dict.fromkeys(processes, 0.0), processes, threading.Event()
+        self.mb = dict.fromkeys(processes, (0.0, 0.0))
+        self._processes, self._ended = processes, threading.Event()
 
     def run(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_LOOKS):
             for name, process in self._processes.items():
-                self.mb[name] = max(self.mb[name], tree_bytes(process) / 1e6)
+                whole, own = self.mb[name]
+                whole = max(whole, tree_bytes(process) / 1e6)
+                self.mb[name] = whole, max(own, tree_bytes(process, files=False) / 1e6)
 
-    def stop(self) -> dict[str, float]:
+    def stop(self) -> Held:
         """What was seen."""
         self._ended.set()
         self.join()
         return self.mb
 
 
-def at_sites(job: Job, folder: Path) -> tuple[list[float], dict[str, float]]:
+def at_sites(job: Job, folder: Path) -> tuple[list[float], Held]:
     """(seconds of each round, the most that the server and a site held)."""
     names = client_names(job.federation.clients)
     sites = "".join(f'[[site]]\nname = "{name}"\n' for name in names)
@@ -121,16 +128,16 @@ simulate(job_of(folder, megabytes, clients, rounds), folder / "run", on_event=ig
 """
 
 
-def simulated(folder: Path, megabytes: int, clients: int, rounds: int) -> tuple[list[float], float]:
+def simulated(folder: Path, megabytes: int, clients: int, rounds: int) -> tuple[list[float], Held]:
     """(seconds of each round, the most that the process held)."""
     job_of(folder, megabytes, clients, rounds)
     arguments = [str(folder), str(megabytes), str(clients), str(rounds)]
     process = subprocess.Popen([sys.executable, "-c", SIMULATED, *arguments], cwd=ROOT)
-    peak = Peak({"simulation": process.pid})
+    peak = Peak({"server": process.pid})
     peak.start()
     if process.wait():
         raise SystemExit(f"the simulation of {megabytes} MB ended with {process.returncode}")
-    return seconds_of(folder / "run"), peak.stop()["simulation"]
+    return seconds_of(folder / "run"), peak.stop()
 
 
 def main() -> None:
@@ -146,17 +153,16 @@ def main() -> None:
     for megabytes in args.megabytes:
         for clients in args.clients:
             with tempfile.TemporaryDirectory() as name:
-                seconds, mb = simulated(Path(name), megabytes, clients, args.rounds)
-            show(megabytes, "simulated", clients, seconds, {"server": mb})
+                show(megabytes, "simulated", clients, *simulated(Path(name), megabytes, clients, args.rounds))
         for sites in args.sites:
             with tempfile.TemporaryDirectory() as name:
                 job = job_of(Path(name), megabytes, sites, args.rounds)
                 show(megabytes, "real sites", sites, *at_sites(job, Path(name)))
 
 
-def show(megabytes: int, where: str, clients: int, seconds: list[float], mb: dict[str, Any]) -> None:
+def show(megabytes: int, where: str, clients: int, seconds: list[float], mb: Held) -> None:
     """Print one line of the table."""
-    held = [f"{mb[name]:.0f}" if name in mb else "" for name in ("server", "site")]
+    held = ["{:.0f} ({:.0f})".format(*mb[name]) if name in mb else "" for name in ("server", "site")]
     print(f"| {megabytes} | {where} | {clients} | {median(seconds):.1f} | {' | '.join(held)} |", flush=True)
 
 

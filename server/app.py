@@ -34,6 +34,7 @@ from atoll.kit.signed_replies import GREETING_ROUND, Exchange, SignatureCheck
 from atoll.protocol.flower_content import NONCE, bodies_of, packed
 from atoll.protocol.messages import Failure, Hello, Reply, cleaned
 from atoll.protocol.requests import EvaluateRequest, Request, encode_request, has_parts_per_client
+from atoll.protocol.updates_on_disk import LEAST_BYTES
 from atoll.server.deploy.supervision import process_file
 from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.server.job_checks import validate_for_deployment
@@ -181,12 +182,16 @@ class FlowerTransport:
     def ask_ahead(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply | None]:
         """The same without waiting: None whenever nothing more has come yet."""
         answers: dict[str, dict[str, Any]] = {}
+
+        def noted(found: tuple[Reply, tuple[int, str] | None] | None) -> Reply | None:
+            if found is None:
+                return None
+            reply, came = found
+            answers[reply.client] = answer_of(reply, came)
+            return reply
+
         try:
-            for found in self._exchange(request, names, timeout):
-                if found is not None:
-                    reply, came = found
-                    answers[reply.client] = answer_of(reply, came)
-                yield None if found is None else reply
+            yield from map(noted, self._exchange(request, names, timeout))
         finally:
             if self.audit is not None:
                 self.audit.answered(request, answers)
@@ -210,7 +215,8 @@ class FlowerTransport:
             to = {self._site(node): (hosts[node], body) for node, body in bodies.items()}
             self.audit.asked(request, head, to)
         kind = "evaluate" if isinstance(request, EvaluateRequest) else "train"
-        for answer in self._converse(letters, kind, timeout, REJOIN_SECONDS):
+        one_by_one = len(shared) >= LEAST_BYTES
+        for answer in self._converse(letters, kind, timeout, REJOIN_SECONDS, one_by_one=one_by_one):
             if answer is None:
                 yield None
                 continue
@@ -219,6 +225,7 @@ class FlowerTransport:
                 yield from ((Failure(name, reply), None) for name in hosts[node])
                 continue
             yield from self._read(reply, node, hosts[node], self._check(node, asked[node]))
+            del answer, reply  # they may be large, and the next one may be long in coming
 
     def _check(self, node: int, exchange: Exchange) -> SignatureCheck | None:
         """What a node's answer is held against; nothing where answers aren't signed."""
@@ -243,12 +250,19 @@ class FlowerTransport:
         return hosts
 
     def _converse(
-        self, letters: Mapping[int, RecordDict], kind: str, timeout: float, patience: float
+        self,
+        letters: Mapping[int, RecordDict],
+        kind: str,
+        timeout: float,
+        patience: float,
+        *,
+        one_by_one: bool = False,
     ) -> Iterator[tuple[int, RecordDict | str] | None]:
         """(node, what it replied, or why it did not) as replies come; nothing of one that is too late.
 
         Whenever it has looked at all that came it yields None, and whoever reads on should sleep before.
-        A node whose connection is gone has `patience` seconds to come back and is then asked again.
+        A node whose connection is gone has `patience` seconds to come back and is then asked again. Replies
+        that may be large are fetched `one_by_one`, so that no two nodes' are in memory.
         """
         start = time.monotonic()
         soon = HELLO_AGAIN_SECONDS if kind == "query" else timeout * RESEND_PART
@@ -264,23 +278,30 @@ class FlowerTransport:
             sent |= self._push(late, kind, timeout)
             for node in late:
                 due[node], pauses[node] = time.monotonic() + pauses[node], 2 * pauses[node]
-            for reply in self.grid.pull_messages(list(sent)):
-                node = sent.pop(reply.metadata.reply_to_message_id, NO_NODE)
-                if node not in due:
-                    continue  # answered already, or the same reply comes twice
-                if reply.has_error() and reply.error.code in LOST:
-                    due[node] = time.monotonic() + 1.0
-                elif reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                    due[node] = math.inf
-                    self._miss(node, patience)
-                else:
-                    del due[node]
-                    yield node, _content(reply)
+            for messages in [[message] for message in sent] if one_by_one else [list(sent)]:
+                yield from self._pulled(messages, sent, due, patience)
             for node in [n for n in due if self._is_gone(n, patience)]:
                 del due[node]
                 yield node, GONE
             if due:
                 yield None
+
+    def _pulled(
+        self, messages: Sequence[str], sent: dict[str, int], due: dict[int, float], patience: float
+    ) -> Iterator[tuple[int, RecordDict | str]]:
+        """The replies to messages that have come; they are taken out of what is `sent` and who is `due`."""
+        for reply in self.grid.pull_messages(messages):
+            node = sent.pop(reply.metadata.reply_to_message_id, NO_NODE)
+            if node not in due:
+                continue  # answered already, or the same reply comes twice
+            if reply.has_error() and reply.error.code in LOST:
+                due[node] = time.monotonic() + 1.0
+            elif reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                due[node] = math.inf
+                self._miss(node, patience)
+            else:
+                del due[node]
+                yield node, _content(reply)
 
     def _miss(self, node: int, patience: float) -> None:
         if node not in self.gone:

@@ -6,9 +6,11 @@ as torch's SGD has it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
+
+import torch
 
 from atoll.job.job import StrategySection
 from atoll.job.train import lr_factor
@@ -48,7 +50,7 @@ class Scheduled:
         """What the inner strategy sends."""
         return tensors_for_clients(self.inner, state)
 
-    def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
+    def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
         """What the inner strategy, which merges late updates, makes of one."""
         return cast(MergesLate, self.inner).late(delta, drift, staleness)
 

@@ -180,7 +180,7 @@ def test_noised_updates_of_clients_merge_by_a_median(tmp_path: Path) -> None:
         ("fedavg", {"strategy": {"name": "fedavg", "lr_warmup": 2}}, r"lr_warmup has no meaning without"),
         ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "step"}}, r"'step' needs lr_step"),
         ("fedavg", {"strategy": {"name": "fedavg", "lr_schedule": "cosine", "lr_decay": 0.5}},
-         r"lr_decay has no meaning without lr_schedule = 'step'"),
+         r"lr_decay has no meaning with lr_schedule = 'cosine', only with 'step'"),
         ("qffl", {"strategy": {"name": "qffl", "options": {"q": -1}}}, r"options\.q: expected greater than"),
         ("qffl", {"strategy": {"name": "qffl", "lr": 0.1}}, r"strategy\.lr: qffl does not use it"),
         ("afl", {"strategy": {"name": "afl", "options": {"lambda_lr": 0}}}, r"lambda_lr: expected greater"),

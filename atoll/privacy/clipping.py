@@ -6,12 +6,12 @@ Clipping each tensor to the norm on its own would allow a contribution sqrt(tens
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from atoll.protocol.messages import Update
-from atoll.protocol.stacked_updates import StackedUpdates, stacked
+from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
 NUMBERS_PER_BLOCK = 1 << 22
@@ -29,27 +29,49 @@ def clipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[Ten
     """
     if not (math.isfinite(clipping_norm) and clipping_norm > 0):
         raise ValueError(f"clipping_norm must be finite and > 0, got {clipping_norm}")
-    cohort = stacked(updates)
-    norms = _norms(cohort)
+    shapes = _shapes(updates)
+    norms = _norms(updates, shapes)
     scale = (clipping_norm / norms.clamp_min(clipping_norm)).masked_fill(~torch.isfinite(norms), 0.0)
-    total = {name: _scaled_sum(scale, delta) for name, delta in cohort.delta.items()}
+    total = {name: _scaled_sum(scale, updates, name).reshape(shape) for name, shape in shapes.items()}
     return total, norms.masked_fill(~torch.isfinite(norms), 0.0)
 
 
-def _norms(cohort: StackedUpdates) -> torch.Tensor:
-    squares = torch.zeros(len(cohort), dtype=torch.float64)
-    for delta in cohort.delta.values():
-        for part in torch.split(delta.reshape(len(cohort), -1), _columns(len(cohort)), dim=1):
-            squares += part.to(torch.float64).square().sum(1)
+def _shapes(updates: Sequence[Update]) -> dict[str, torch.Size]:
+    """Of each tensor of one client."""
+    if isinstance(updates, StackedUpdates):
+        return {name: stack.shape[1:] for name, stack in updates.delta.items()}
+    return {name: tensor.shape for name, tensor in updates[0].delta.items()}
+
+
+def _norms(updates: Sequence[Update], names: Iterable[str]) -> torch.Tensor:
+    squares = torch.zeros(len(updates), dtype=torch.float64)
+    for name in names:
+        for block in _blocks(updates, name, range(len(updates))):
+            squares += block.square().sum(1)
     return squares.sqrt()
 
 
-def _scaled_sum(scale: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Sum over clients of scale times value; a client of scale zero adds nothing, not even NaN."""
-    flat = values.reshape(len(values), -1)[scale > 0]
+def _scaled_sum(scale: torch.Tensor, updates: Sequence[Update], name: str) -> torch.Tensor:
+    """Sum over clients of scale times value, flat; a client of scale zero adds nothing, not even NaN."""
+    counted = [place for place, factor in enumerate(scale.tolist()) if factor > 0]
     weights = scale[scale > 0]
-    parts = [weights @ part.to(torch.float64) for part in torch.split(flat, _columns(len(values)), dim=1)]
-    return torch.cat(parts).reshape(values.shape[1:])
+    return torch.cat([weights @ block for block in _blocks(updates, name, counted)])
+
+
+def _blocks(updates: Sequence[Update], name: str, places: Sequence[int]) -> Iterator[torch.Tensor]:
+    """One tensor of the updates at those places in float64, [places, numbers], a block at a time."""
+    columns = _columns(len(updates))
+    if isinstance(updates, StackedUpdates):
+        flat = updates.delta[name].reshape(len(updates), -1)
+        chosen = flat if len(places) == len(updates) else flat[list(places)]
+        yield from (part.to(torch.float64) for part in torch.split(chosen, columns, dim=1))
+        return
+    apart = [torch.split(update.delta[name].reshape(-1), columns) for update in updates]
+    for number in range(len(apart[0])):
+        block = torch.empty(len(places), len(apart[0][number]), dtype=torch.float64)
+        for row, place in zip(block, places, strict=True):
+            row.copy_(apart[place][number])
+        yield block
 
 
 def _columns(clients: int) -> int:

@@ -246,6 +246,15 @@ class Participant:
         return b"\0".join((self.context, sender.encode(), receiver.encode()))
 
 
+def sum_of(vectors: Iterable[Vector]) -> Vector:
+    """The sum modulo 2^64 of one vector or more, which are not copied."""
+    first, *others = vectors
+    total = first.copy()
+    for vector in others:
+        np.add(total, vector, out=total)
+    return total
+
+
 def unmask_sum(
     keys: Mapping[str, bytes],
     dealers: Iterable[str],
@@ -267,7 +276,7 @@ def unmask_sum(
             f"{len(masked)} vectors and {len(revealed)} revealed shares, needed {threshold} of each"
         )
     places = {name: place for place, name in enumerate(sorted(keys), start=1)}
-    total: Vector = np.sum([masked[name] for name in sorted(masked)], axis=0, dtype=np.uint64)
+    total = sum_of(masked.values())
     for name in masked:
         seed = _recovered(name, OF_SEED, revealed, places, threshold)
         if commitment(seed) != keys[name][64:KEY_BYTES]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +21,39 @@ def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | Non
     """Safetensors bytes: names, dtypes, shapes and values, and words beside them."""
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     return save(plain, metadata)
+
+
+CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+"""What safetensors calls torch's types."""
+
+
+def file_parts(
+    tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """What `to_bytes` returns, one part after the other: tensors are not copied.
+
+    The parts of tensors whose values lie apart, or on another device, are copies: of one tensor at a time.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    head: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        end = start + tensor.numel() * tensor.element_size()
+        code = CODES[str(tensor.dtype).removeprefix("torch.")]
+        head[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield tensor_view(tensors[name])
 
 
 def from_bytes(blob: bytes) -> Tensors:
@@ -40,10 +75,15 @@ def size_of(tensors: Mapping[str, torch.Tensor]) -> int:
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The values in row order, little-endian."""
+    return bytes(tensor_view(tensor))
+
+
+def tensor_view(tensor: torch.Tensor) -> memoryview:
+    """The same without a copy, where the values lie so in this machine's memory."""
     if sys.byteorder != "little":
         raise RuntimeError("hashes are defined over little-endian bytes; this machine is big-endian")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -53,5 +93,5 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
         tensor = tensors[name]
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name}\0{dtype}\0{','.join(map(str, tensor.shape))}\0".encode())
-        digest.update(tensor_bytes(tensor))
+        digest.update(tensor_view(tensor))
     return digest.hexdigest()

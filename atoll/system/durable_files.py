@@ -6,12 +6,15 @@ Whatever a run or a site keeps goes through this module's `os`, so that a disk t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+Content = bytes | Iterable[bytes | memoryview]
+"""What is written into a file: all of it, or one part after the other."""
 
-def write_synced(path: Path, content: bytes, mode: int = 0o666, *, durable: bool = True) -> None:
+
+def write_synced(path: Path, content: Content, mode: int = 0o666, *, durable: bool = True) -> None:
     """Write a file and wait until it is on the disk; `mode` is a new file's, less the umask.
 
     What is not `durable` is not waited for: a kill leaves it whole, a power cut may not.
@@ -47,11 +50,12 @@ def remove(path: Path) -> None:
         os.unlink(path)
 
 
-def _write(path: Path, content: bytes, how: int, mode: int, *, durable: bool) -> None:
+def _write(path: Path, content: Content, how: int, mode: int, *, durable: bool) -> None:
     with _opened(path, os.O_WRONLY | os.O_CREAT | how, mode) as handle:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(handle, rest) :]
+        for part in [content] if isinstance(content, bytes) else content:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
         if durable:
             os.fsync(handle)
 
@@ -80,12 +84,12 @@ def is_begun(folder: Path, first: str) -> bool:
     return any(entry.name not in left for entry in folder.iterdir())
 
 
-def replace_synced(path: Path, content: bytes, mode: int = 0o666) -> None:
+def replace_synced(path: Path, content: Content, mode: int = 0o666) -> None:
     """Put a file in place whole or not at all."""
     replace_all({path: content}, mode)
 
 
-def replace_all(contents: Mapping[Path, bytes], mode: int = 0o666, *, durable: bool = True) -> None:
+def replace_all(contents: Mapping[Path, Content], mode: int = 0o666, *, durable: bool = True) -> None:
     """Put files in place, each of them whole or not at all; an error leaves no temporary file."""
     temporary = {path: temporary_of(path) for path in contents}
     try:

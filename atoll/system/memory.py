@@ -78,9 +78,12 @@ def trim_freed_memory(size: int) -> None:
             trim(0)
 
 
-def tree_bytes(root: int) -> int:
-    """What a process and its descendants hold at present; 0 where the system has no `/proc`."""
-    return sum(held_bytes(process) for process in tree(root, parents()))
+def tree_bytes(root: int, *, files: bool = True) -> int:
+    """What a process and its descendants hold at present; 0 where the system has no `/proc`.
+
+    Without `files` what is mapped from them is left out, which the system can take back at any time.
+    """
+    return sum(held_bytes(process, files=files) for process in tree(root, parents()))
 
 
 def tree(root: int, parents: dict[int, int]) -> set[int]:
@@ -113,10 +116,11 @@ def parents() -> dict[int, int]:
     return found
 
 
-def held_bytes(process: int) -> int:
+def held_bytes(process: int, *, files: bool = True) -> int:
     """What a process holds, shared pages by its share of them; 0 for one that has ended."""
+    kinds = ("Pss:",) if files else ("Pss_Anon:", "Pss_Shmem:")
     try:
         lines = (PROC / str(process) / "smaps_rollup").read_text("utf-8").splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kinds))

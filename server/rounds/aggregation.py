@@ -72,7 +72,7 @@ class PlainRound(TrainingRound):
         request, model = train_request(run, round), run.trained_in_round(round)
         replies = run.send(request, names)
         for transform in self.reply_transforms:
-            replies = transform(replies, model)
+            replies = run.on_disk(transform(replies, model))
         return self.validate(replies, names, model, round, request.strategy_tensors)
 
 

@@ -13,6 +13,7 @@ from atoll.protocol.compression import upload_size
 from atoll.protocol.messages import Reply, Update
 from atoll.protocol.requests import Request, RequestOrigin
 from atoll.protocol.tensors import Tensors
+from atoll.protocol.updates_on_disk import AnyReply, all_kept_on_disk, kept_on_disk
 from atoll.server.events import EventCallback
 from atoll.server.rounds.asynchronous.flights import Flights
 from atoll.server.rounds.central_dp import CentralDp, NoProtection, run_key
@@ -202,5 +203,14 @@ class Run:
         )
 
     def send(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
-        """The named clients' replies as they come, until the job's deadline."""
-        return self.setup.carrier.send_and_receive(request, names, self.setup.job.federation.round_timeout)
+        """The named clients' replies as they come, until the job's deadline; large ones are on the disk."""
+        timeout = self.setup.job.federation.round_timeout
+        return self.on_disk(self.setup.carrier.send_and_receive(request, names, timeout))
+
+    def on_disk(self, replies: Iterable[Reply]) -> Iterable[Reply]:
+        """The replies as they come, with the large ones in files of the run's directory."""
+        return all_kept_on_disk(replies, self.setup.directory.updates)
+
+    def kept(self, reply: AnyReply) -> AnyReply:
+        """The reply, in files of the run's directory if it is large."""
+        return kept_on_disk(reply, self.setup.directory.updates)

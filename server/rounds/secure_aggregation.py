@@ -24,6 +24,7 @@ from atoll.privacy.secagg import (
     is_signed,
     keys_fault,
     least_threshold,
+    sum_of,
     unmask_sum,
 )
 from atoll.privacy.secagg_encoding import (
@@ -174,7 +175,7 @@ class SecureRound:
         asked = UnmaskedSumRequest(**self._of_sum, tensors=self.train.tensors, plan=self.train.plan)
         vectors = self._vectors(self._stage(asked, self.cohort))
         self._check(len(vectors))
-        return np.sum(list(vectors.values()), axis=0, dtype=np.uint64), len(vectors)
+        return sum_of(vectors.values()), len(vectors)
 
     @property
     def _of_sum(self) -> SumOrigin:

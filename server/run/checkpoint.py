@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from atoll.errors import ConfigError, JobError
-from atoll.protocol.tensors import Tensors, size_of, tensors_sha256, to_bytes
+from atoll.protocol.tensors import Tensors, file_parts, size_of, tensors_sha256
 from atoll.strategies.strategy import State
 from atoll.system.durable_files import remove, replace_synced, sync_file, temporary_of
 from atoll.system.memory import trim_freed_memory
@@ -130,8 +131,8 @@ def save(folder: Path, checkpoint: Checkpoint, log: Path | None = None) -> None:
         ) from None
 
 
-def _encoded(checkpoint: Checkpoint) -> bytes:
-    """A safetensors file; numbers and words are in its metadata, with a hash of themselves."""
+def _encoded(checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file; numbers and words are in its metadata, with a hash of themselves."""
     tensors = {f"model/{n}": t for n, t in checkpoint.tensors.items()}
     numbers: dict[str, float] = {}
     for name, value in checkpoint.state.items():
@@ -150,7 +151,7 @@ def _encoded(checkpoint: Checkpoint) -> bytes:
             "tensors_sha256": tensors_sha256(tensors),
         }
     )
-    return to_bytes(tensors, {"head": head, "head_sha256": hashlib.sha256(head.encode()).hexdigest()})
+    return file_parts(tensors, {"head": head, "head_sha256": hashlib.sha256(head.encode()).hexdigest()})
 
 
 def latest(folder: Path, job_hash: str) -> Checkpoint | None:

@@ -17,11 +17,14 @@ import tomli_w
 
 from atoll.errors import ConfigError, JobError
 from atoll.job.job import Job
-from atoll.protocol.tensors import Tensors, to_bytes
+from atoll.protocol.tensors import Tensors, file_parts
 from atoll.server.run.checkpoint import Checkpoint, latest
 from atoll.system.durable_files import append_synced, is_begun, remove, replace_synced, sync_folder
 
 logger = logging.getLogger(__name__)
+
+UPDATES = "updates"
+"""The folder of what clients send, in a run's directory."""
 
 
 @dataclass
@@ -76,6 +79,8 @@ class RunDirectory:
             for name in ("job.toml", ".lock"):
                 remove(self.path / name)
             _remove_empty(self.made)
+        if self.settled:
+            _remove_updates(self.path)
         self.lock.close()
 
     def commit(self) -> None:
@@ -83,6 +88,7 @@ class RunDirectory:
         if self.replaces:
             _clear(self.path)
             self._write_job()
+        _remove_updates(self.path)
         self.settled = True
 
     def _write_job(self) -> None:
@@ -126,6 +132,11 @@ class RunDirectory:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
 
+    @property
+    def updates(self) -> Path:
+        """Where a round's large updates are written; each stays in sight until it is mapped."""
+        return self.path / UPDATES
+
     def latest_checkpoint(self, job_hash: str) -> Checkpoint | None:
         """The newest whole checkpoint, if any."""
         return latest(self.checkpoints, job_hash)
@@ -134,7 +145,7 @@ class RunDirectory:
         """The final tensors, and what is needed to load them."""
         folder = self.path / "model"
         folder.mkdir(exist_ok=True)
-        replace_synced(folder / "model.safetensors", to_bytes(tensors))
+        replace_synced(folder / "model.safetensors", file_parts(tensors))
         replace_synced(folder / "model.json", json.dumps(about, indent=2).encode())
 
     def save_result(self, result: dict[str, Any]) -> None:
@@ -217,6 +228,11 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterable[str]:
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
     elif old != new:
         yield key
+
+
+def _remove_updates(path: Path) -> None:
+    """Remove the folder of updates, and what a run that was killed left in it."""
+    shutil.rmtree(path / UPDATES, ignore_errors=True)
 
 
 def _locked(path: Path) -> TextIO:

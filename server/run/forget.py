@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from atoll.errors import ConfigError, DataError
 from atoll.job.closed_form import RIDGE
 from atoll.job.job import Job
-from atoll.protocol.tensors import Tensors, from_bytes, tensors_sha256, to_bytes
+from atoll.protocol.tensors import Tensors, file_parts, from_bytes, tensors_sha256
 from atoll.server.run.checkpoint import latest, save
 from atoll.server.run.directory import RunDirectory
 from atoll.strategies.closed_form import head_of
@@ -40,7 +40,7 @@ def keep_sums(run: Path, by_client: Mapping[str, Tensors]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     for name, sums in by_client.items():
-        replace_synced(_file_of(run, name), to_bytes(sums, {"client": name}), 0o600)
+        replace_synced(_file_of(run, name), file_parts(sums, {"client": name}), 0o600)
 
 
 def forget(run: Path, client: str) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _record(run: Path, client: str, replaced: str, model: str, left: int) -> dic
 
 def _replace_model(run: Path, job: Job, tensors: Tensors) -> None:
     """The model, and the checkpoint that a run would go on from; older ones have the client in them."""
-    replace_synced(run / MODEL, to_bytes(tensors))
+    replace_synced(run / MODEL, file_parts(tensors))
     folder = run / "checkpoints"
     newest = latest(folder, job.hash)
     if newest is None:

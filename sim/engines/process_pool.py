@@ -1,7 +1,7 @@
 """The in-process engine over several worker processes: blocks of clients, the same bits.
 
-Models and updates lie in memory that the processes share, where the system has such memory; all else
-that is said travels as messages do.
+Models and updates lie in memory that the processes share, where the system has such memory; large updates
+lie in files of the run's directory, and all else that is said travels as messages do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from atoll.kit.roster import FederationRoster
 from atoll.protocol.messages import Reply, Update, decode_reply, encode_reply
 from atoll.protocol.requests import ModelRequest, Request, decode_request, encode_request
 from atoll.protocol.tensors import Tensors
+from atoll.protocol.updates_on_disk import WrittenTensors, is_large, taken, written
 from atoll.server.roster import ClientRoster
+from atoll.server.run.directory import UPDATES
 from atoll.sim.engines.affinity import Queue, WorkerAffinity
 from atoll.sim.engines.scheduler import BlockScheduler
 from atoll.sim.engines.shared_memory import Layout, SharedTensorSlots, can_share
@@ -55,15 +57,18 @@ class Work:
     body: bytes
     slots: dict[str, int]
     shared: Layout | None = None
+    updates: Path | None = None
+    """Where updates are written, if they are large."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply as a message; an update's tensors may lie in its client's slot instead."""
+    """A reply as a message; how an update moved the model may lie in its client's slot or in a file."""
 
     head: str
     body: bytes
     in_slot: bool = False
+    file: WrittenTensors | None = None
 
 
 @dataclass
@@ -96,9 +101,10 @@ class PooledTransport:
         Raises:
             JobError: workers keep dying.
         """
-        board = None
+        board = updates = None
         if isinstance(request, ModelRequest):
-            board = self._board_for(request.tensors, len(names) + 1)
+            updates = None if self.out is None or not is_large(request.tensors) else self.out / UPDATES
+            board = self._board_for(request.tensors, 1 if updates else len(names) + 1)
             if board is not None:
                 board.put(MODEL, request.tensors)
                 request = replace(request, tensors={})
@@ -107,7 +113,7 @@ class PooledTransport:
         slots = {name: number for number, name in enumerate(names, start=MODEL + 1)}
 
         def submit(worker: int, block: list[str]) -> Future[Sequence[Answer]]:
-            work = Work(head, body, {name: slots[name] for name in block}, shared)
+            work = Work(head, body, {name: slots[name] for name in block}, shared, updates)
             try:
                 return self._pool(worker).submit(answer, work)
             except BrokenProcessPool:  # it died while it had nothing to do
@@ -170,6 +176,8 @@ def end_processes(pool: ProcessPoolExecutor) -> None:
 def _reply(found: Answer, board: SharedTensorSlots | None, slots: dict[str, int]) -> Reply:
     """A worker's answer as a reply, with its tensors where the worker left them."""
     reply = decode_reply(found.head, found.body)
+    if found.file is not None and isinstance(reply, Update):
+        return replace(reply, delta=taken(found.file))
     if found.in_slot and isinstance(reply, Update) and board is not None:
         return replace(reply, delta=board.tensors(slots[reply.client]))
     return reply
@@ -205,7 +213,7 @@ def answer(work: Work) -> list[Answer]:
     if board is not None and isinstance(request, ModelRequest):
         request = replace(request, tensors=board.tensors(MODEL))
     replies = _site[0].answer(request, list(work.slots))
-    return [_answered(reply, board, work.slots) for reply in replies]
+    return [_answered(reply, board, work) for reply in replies]
 
 
 def _opened(layout: Layout) -> SharedTensorSlots:
@@ -214,8 +222,13 @@ def _opened(layout: Layout) -> SharedTensorSlots:
     return _board[0]
 
 
-def _answered(reply: Reply, board: SharedTensorSlots | None, slots: dict[str, int]) -> Answer:
-    if board is None or not isinstance(reply, Update) or not board.fits(reply.delta, 0):
+def _answered(reply: Reply, board: SharedTensorSlots | None, work: Work) -> Answer:
+    if not isinstance(reply, Update):
         return Answer(*encode_reply(reply))
-    board.put(slots[reply.client], reply.delta)
+    if work.updates is not None:
+        file = written(reply.delta, work.updates)
+        return Answer(*encode_reply(replace(reply, delta={})), file=file)
+    if board is None or not board.fits(reply.delta, 0):
+        return Answer(*encode_reply(reply))
+    board.put(work.slots[reply.client], reply.delta)
     return Answer(*encode_reply(replace(reply, delta={})), in_slot=True)

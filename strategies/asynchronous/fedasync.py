@@ -11,7 +11,7 @@ alpha_t * (x_tau - x_{t-1} + delta): a late client also pulls back towards where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ class FedAsync(WeighsLate):
     def plan(self, state: State, round: int) -> Plan:
         return self._step.plan(state, round)
 
-    def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
+    def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
         """s(staleness) times the way from the model of now to the client's."""
         weight = self.weight(staleness)
         return {name: (weight * (drift[name] + d.to(torch.float64))).to(d.dtype) for name, d in delta.items()}

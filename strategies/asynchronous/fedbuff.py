@@ -11,7 +11,7 @@ server momentum, as FedAvgM's. Each s is at most 1, so that what is clipped afte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ class FedBuff(WeighsLate):
     def plan(self, state: State, round: int) -> Plan:
         return {}
 
-    def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
+    def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
         """s(tau) delta, wherever the client started."""
         weight = self.weight(staleness)
         return {name: (weight * d.to(torch.float64)).to(d.dtype) for name, d in delta.items()}

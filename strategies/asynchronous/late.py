@@ -11,18 +11,41 @@ each 1 for an update that isn't late:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import torch
 
 from atoll.protocol.tensors import Tensors
 
 Weighing = Literal["constant", "polynomial", "hinge"]
 
 
+@dataclass(frozen=True)
+class Drift(Mapping[str, torch.Tensor]):
+    """How far the model that a client started from lies from the one of now, in float64.
+
+    Each tensor is computed when it is asked for: all of them together are twice as large as the model.
+    """
+
+    start: Tensors
+    now: Tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.start[name].to(torch.float64) - self.now[name].to(torch.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.now)
+
+    def __len__(self) -> int:
+        return len(self.now)
+
+
 class MergesLate(Protocol):
     """A strategy that says what becomes of an update before it is merged with others."""
 
-    def late(self, delta: Tensors, drift: Tensors, staleness: int) -> Tensors:
+    def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
         """The update as it counts now, in the shapes and types of `delta`.
 
         `delta` is how far the client moved from where it started; several clients of one start have a

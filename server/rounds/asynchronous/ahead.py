@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from atoll.protocol.messages import Reply
@@ -21,6 +22,10 @@ class AsksAhead(Protocol):
     def ask_ahead(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Reply | None]:
         """Replies of the named clients; None whenever no more has come yet, the end at the deadline."""
         ...
+
+
+def _made(keep: Callable[[Reply], Reply], reply: Reply | None) -> Reply | None:
+    return None if reply is None else keep(reply)
 
 
 @dataclass
@@ -56,9 +61,12 @@ class AskedAhead:
     done: dict[str, Reply | None] = field(default_factory=dict)
     """What each client sent that is done, if anything, in the order in which they were."""
 
-    def ask(self, request: Request, names: Sequence[str]) -> None:
-        """Send a request and wait for nothing."""
-        replies = self.carrier.ask_ahead(request, names, self.timeout)
+    def ask(
+        self, request: Request, names: Sequence[str], keep: Callable[[Reply], Reply] = lambda reply: reply
+    ) -> None:
+        """Send a request and wait for nothing; of what comes back, what `keep` makes of it is kept."""
+        come = self.carrier.ask_ahead(request, names, self.timeout)
+        replies = map(partial(_made, keep), come)  # which holds no reply while the next is waited for
         self.under_way.append(Conversation(set(names), replies))
         self._look()
 

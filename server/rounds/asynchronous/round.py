@@ -16,14 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
-
 from atoll.job.job import Job
 from atoll.protocol.messages import Reply, Update
 from atoll.protocol.random_streams import stream
 from atoll.protocol.requests import TrainRequest
 from atoll.protocol.stacked_updates import StackedUpdates
-from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.aggregation import PlainRound, merge_updates, reply_transforms
 from atoll.server.rounds.asynchronous.ahead import AskedAhead, AsksAhead
 from atoll.server.rounds.asynchronous.flights import HalfNormalTimes, WorkTimes
@@ -32,7 +29,7 @@ from atoll.server.rounds.participation import AvailabilityModel, CohortRequest
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import ValidatedUpdates, Validation
 from atoll.server.transport import Transport
-from atoll.strategies.asynchronous.late import MergesLate
+from atoll.strategies.asynchronous.late import Drift, MergesLate
 from atoll.strategies.strategy import Strategy
 
 
@@ -66,8 +63,8 @@ class AsynchronousRound(PlainRound):
         staleness = dict[str, int]()
         for start, members in flights.by_start(names).items():
             found = self._from_start(run, start, members, attempt)
-            drift = _drift(flights.models[start], run.state.tensors)
-            updates += self._as_they_count(found.updates, drift, round - 1 - start, round)
+            drift = Drift(flights.models[start], run.state.tensors)
+            updates += self._as_they_count(run, found.updates, drift, round - 1 - start, round)
             set_aside |= found.set_aside
             staleness |= dict.fromkeys((update.client for update in found.updates), round - 1 - start)
         updates.sort(key=lambda update: update.client)
@@ -83,7 +80,7 @@ class AsynchronousRound(PlainRound):
         for start, members in flights.by_start(sorted(flights.by_client)).items():
             waiting = [client for client in members if not self.ahead.has_asked(client)]
             if waiting:
-                self.ahead.ask(_request(run, start), waiting)
+                self.ahead.ask(_request(run, start), waiting, run.kept)
 
     def _from_start(self, run: Run, start: int, members: Sequence[str], attempt: int) -> ValidatedUpdates:
         """What clients send that started after so many merges: they train as if the round had been theirs."""
@@ -94,7 +91,7 @@ class AsynchronousRound(PlainRound):
         else:
             replies = run.send(_request(run, start), members)
         for transform in self.reply_transforms:
-            replies = transform(replies, model)
+            replies = run.on_disk(transform(replies, model))
         return self.validate(replies, members, model, start + 1)
 
     def close(self) -> None:
@@ -102,13 +99,13 @@ class AsynchronousRound(PlainRound):
             self.ahead.close()
 
     def _as_they_count(
-        self, updates: Sequence[Update], drift: Tensors, staleness: int, round: int
+        self, run: Run, updates: Sequence[Update], drift: Drift, staleness: int, round: int
     ) -> Sequence[Update]:
         if isinstance(updates, StackedUpdates):
             delta = self.late.late(updates.delta, drift, staleness)
             return list(replace(updates, delta=delta, round=round))
         return [
-            replace(update, delta=self.late.late(update.delta, drift, staleness), round=round)
+            run.kept(replace(update, delta=self.late.late(update.delta, drift, staleness), round=round))
             for update in updates
         ]
 
@@ -132,8 +129,3 @@ def asynchronous_round(
     times = clock if isinstance(clock, WorkTimes) else HalfNormalTimes(job.seed)
     late = cast(MergesLate, strategy)
     return AsynchronousRound(reply_transforms(job), Validation.of(job), late, times, ahead)
-
-
-def _drift(start: Tensors, now: Tensors) -> Tensors:
-    """How far the model a client started from lies from the one of now, in float64."""
-    return {name: start[name].to(torch.float64) - now[name].to(torch.float64) for name in now}
