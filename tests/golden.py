@@ -112,6 +112,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "full-bf16": {"method": "full", "train": {"lr": 0.01, "batch_size": 16, "precision": "bf16"}},
     "full-steps": {"method": "full", "train": {"lr": 0.01, "batch_size": 16, "steps": 3}},
     "full-accumulated": {"method": "full", "train": {"lr": 0.01, "batch_size": 8, "accumulate": 2}},
+    "seeds": {"method": "seeds", "tune": {"method": "seeds", "seeds": 64}, "train": {
+        "lr": 0.001, "batch_size": 8, "steps": 5, "lr_schedule": "cosine",
+    }},
     "schedule": {"method": "head", "tune": {"method": "head", "then": [
         {"method": "last-k", "layers": 1, "after": 1}, {"method": "full", "after": 1, "lr": 0.001},
     ]}, "federation": {"clients": 2, "rounds": 3}},

@@ -69,6 +69,8 @@ GIVEN: dict[str, tuple[Any, ...]] = {
     "train.clip_norm": (0.1,),
     # Factors in the head are for one that is a part of the network, which only a built model can tell.
     "tune.head": ("frozen", "trained"),
+    "tune.seeds": (8,),
+    "tune.perturbation": (0.01,),
     "backbone.image_size": (40,),
     "backbone.max_tokens": (12,),
     "backbone.prune": (0.5,),
@@ -282,6 +284,7 @@ def _can_be_built(of: str, data: TaskData) -> bool:
     """Whether the network has what is asked of it; only building it tells."""
     row = json.loads(of)
     table = json.loads(data.job.canonical) | {"tune": {}}
+    table["train"]["optimizer"] = "sgd"
     for key, value in row.items():
         if key != "task":
             place, name = key.split(".")

@@ -10,6 +10,7 @@ from torch import nn
 
 from atoll.backbones.encoder import Model
 from atoll.errors import WeightsError
+from atoll.learning import directions
 from atoll.learning.trainable import contiguous
 from atoll.protocol.tensors import Tensors, from_bytes, to_bytes
 
@@ -20,7 +21,11 @@ def adapters(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
 
 
 def make_plain(model: nn.Module) -> None:
-    """Add LoRA's products to their weights and put the layers themselves back, in place."""
+    """Add LoRA's products to their weights and put the layers themselves back, in place.
+
+    Of weights that lie along directions the coefficients go, and the weights stay.
+    """
+    directions.make_plain(model)
     for name, layer in adapters(model):
         if isinstance(model, Model):
             model.remember_unmerged(name, layer.get_base_layer())

@@ -39,7 +39,7 @@ from atoll.job.train import (
     check_lr_schedule,
     check_training,
 )
-from atoll.job.tune import TuneSection, TuneStage, grows
+from atoll.job.tune import TuneSection, TuneStage, check_seeds, grows
 
 Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
 """Settings that only the named task or network knows; whoever knows them checks them."""
@@ -304,6 +304,7 @@ class Job(Section):
         check_losses_may_be_sent(self)
         check_asynchronous(self)
         check_lora_merge(self)
+        check_seeds(self)
         return self
 
     @model_validator(mode="after")

@@ -233,8 +233,8 @@ def _check_cached_states(job: Job) -> None:
     if job.train.cached_states is None:
         return
     for tune in (job.tune, *job.tune.then):
-        if tune.method == "full" or (tune.method == "lora" and tune.layers is None):
-            missing = "" if tune.method == "full" else " without tune.layers"
+        if tune.method in ("full", "seeds") or (tune.method == "lora" and tune.layers is None):
+            missing = " without tune.layers" if tune.method == "lora" else ""
             raise ValueError(
                 f"train.cached_states has no meaning with tune.method = {tune.method!r}{missing}, which tunes"
                 " the first block too: remove it"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from atoll.job.section import Count, Needs, Positive, Section
 
+if TYPE_CHECKING:
+    from atoll.job.job import Job
+
 OF_LORA = Needs("method", ("lora",))
+OF_SEEDS = Needs("method", ("seeds",))
 
 
 class Tuned(Section):
     """Which tensors are trained and travel."""
 
-    method: Literal["head", "last-k", "lora", "full"] = "head"
+    method: Literal["head", "last-k", "lora", "full", "seeds"] = "head"
     layers: Annotated[Count | None, Needs("method", ("last-k", "lora"))] = None
     rank: Annotated[Count | None, OF_LORA] = None
     alpha: Annotated[Positive | None, OF_LORA] = None
@@ -62,6 +66,10 @@ class TuneSection(Tuned):
     """How LoRA's factors merge over clients; `average` unless said."""
     lora_ranks: dict[str, Count] | None = None
     """By client: the rank of those that can't carry `rank`, with `lora_merge = "flexlora"`."""
+    seeds: Annotated[int | None, Field(ge=1, le=1_000_000), OF_SEEDS] = None
+    """K, how many directions all weights move along; 4096 unless said. A message has a number for each."""
+    perturbation: Annotated[Positive | None, OF_SEEDS] = None
+    """How far beside the weights the loss is taken, in multiples of a direction; 0.001 unless said."""
     keep_sums: Annotated[bool, Needs("head_init")] = False
     """With `head_init`: the run keeps each client's sums, so that `atoll forget` can take them away again."""
     then: tuple[TuneStage, ...] = ()
@@ -76,6 +84,16 @@ class TuneSection(Tuned):
         """LoRA's rank, where no client has one of its own."""
         return self.rank or 8
 
+    @property
+    def num_seeds(self) -> int:
+        """K, the number of directions with `method = "seeds"`."""
+        return self.seeds or 4096
+
+    @property
+    def distance(self) -> float:
+        """How far beside the weights the loss is taken, with `method = "seeds"`."""
+        return self.perturbation or 1e-3
+
     @classmethod
     def own_keys(cls) -> tuple[str, ...]:
         """The keys that say which tensors."""
@@ -88,3 +106,59 @@ def grows(before: Tuned, after: Tuned) -> bool:
     if after.method not in order.get(before.method, set()) or after.head in ("frozen", "lora"):
         return False
     return before.method != after.method or (after.layers or 1) > (before.layers or 1)
+
+
+def check_seeds(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where directions' coefficients can't be trained so.
+
+    What needs a gradient has none there, and what is done to a step has to be done to its one coefficient.
+    """
+    if job.tune.method != "seeds":
+        return
+    one = "a step moves one coefficient alone"
+    for table, key, why, expected in (
+        ("train", "optimizer", one, "'sgd'"),
+        ("train", "momentum", one, "0"),
+        ("train", "weight_decay", one, "0"),
+        ("train", "layer_decay", "a coefficient moves all layers", "none"),
+        ("train", "dropout", "losses are compared without it", "none"),
+        ("train", "checkpoint_activations", "no activations are kept", "false"),
+        ("personal", "keep", "nothing is trained but the coefficients that all share", "none"),
+    ):
+        section: Section = getattr(job, table)
+        if section.is_given(key):
+            found = getattr(section, key)
+            raise ValueError(
+                f"{table}.{key}: with tune.method = 'seeds' {why}; expected {expected}, found {found!r}"
+            )
+    if job.train.precision == "fp16":
+        raise ValueError(
+            "train.precision: with tune.method = 'seeds' no gradient can vanish; expected 'fp32' or 'bf16',"
+            " found 'fp16'"
+        )
+    if "example" in job.privacy.units:
+        raise ValueError(
+            "privacy.unit: with tune.method = 'seeds' no example has a gradient to clip; expected 'client' or"
+            f" 'none', found {job.privacy.unit!r}"
+        )
+    if why := _what_a_strategy_lacks(job):
+        raise ValueError(
+            f"strategy.name: with tune.method = 'seeds' {why}; expected another, found {job.strategy.name!r}"
+        )
+
+
+def _what_a_strategy_lacks(job: Job) -> str:
+    """Why the job's strategy can't go with coefficients of directions; nothing where it can."""
+    strategy = job.strategy
+    may_pull = strategy.name in ("fedprox", "fedasync") and strategy.proximal_mu != 0
+    if may_pull or strategy.name == "flwr:FedProx":
+        return "a step moves one coefficient, and a proximal term pulls at all"
+    if strategy.keeps_client_state or strategy.has_inner_steps:
+        return "there is no gradient that it could correct or follow"
+    if strategy.keeps_last_model:
+        return "no features are contrasted"
+    if strategy.makes_clusters:
+        return "all models begin with the one head that the seed draws"
+    if strategy.sends_losses:
+        return "a client's loss is known beside the model that it received, and not at it"
+    return ""

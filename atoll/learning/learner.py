@@ -115,13 +115,7 @@ class Learner:
         else:
             model = self.task.network(self.backbone, self.job, self.data_info)
             pruned(model.backbone, self.job.backbone, model.head)
-        keeps_head = self.job.personal.keep == "head"
-        trainable.mark_trainable(model, self.job.tune, self.job.seed, keeps_head=keeps_head)
-        model.remember_start()
-        if self.job.train.dropout is not None:
-            trainable.set_dropout(model, self.job.train.dropout)
-        if self.job.train.checkpoint_activations:
-            trainable.recomputable(model)
+        trainable.prepare(model, self.job)
         return model.to(self.job.train.device)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Which tensors are trained and travel: the head, the last blocks, LoRA factors, or all."""
+"""Which tensors are trained and travel: head, last blocks, LoRA factors, all, coefficients of directions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,31 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from atoll.backbones.encoder import Model
 from atoll.errors import ConfigError
+from atoll.job.job import Job
 from atoll.job.tune import TuneSection
-from atoll.learning import lora_base
+from atoll.learning import directions, lora_base
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.lora.merge import ADDS_TO_BASE
 
 BatchNorms = (nn.modules.batchnorm._BatchNorm,)
 Norms = (*BatchNorms, nn.LayerNorm, nn.GroupNorm)
+
+
+def prepare(model: Model, job: Job) -> None:
+    """Make a fresh network one that trains and is measured as the job says.
+
+    Raises:
+        ConfigError: it has not what the job names: layers to tune or to drop, blocks.
+    """
+    mark_trainable(model, job.tune, job.seed, keeps_head=job.personal.keep == "head")
+    model.remember_start()
+    if job.tune.method == "seeds":
+        directions.hold(model, job.seed, job.tune.num_seeds)
+    if job.train.dropout is not None:
+        set_dropout(model, job.train.dropout)
+    if job.train.checkpoint_activations:
+        recomputable(model)
 
 
 def mark_trainable(model: Model, tune: TuneSection, seed: int, *, keeps_head: bool = False) -> None:
@@ -38,7 +55,7 @@ def mark_trainable(model: Model, tune: TuneSection, seed: int, *, keeps_head: bo
         case "lora":
             _tune_by_lora(model, tune, seed, keeps_head)
             return
-        case "full":
+        case "full" | "seeds":
             model.requires_grad_(True)
     if model.tunes_head:
         model.head.requires_grad_(True)
@@ -90,12 +107,13 @@ def load_values(model: nn.Module, tensors: Tensors) -> None:
     """Copy tensors into the tuned parameters of the same names; weights that were pruned stay zero.
 
     What the model has of LoRA besides is loaded too: factors that rest in this round, and frozen weights with
-    what was added to them.
+    what was added to them. Where coefficients are tuned, all weights are put where these say.
     """
     with torch.no_grad():
         for name, p in trainable(model).items():
             p.copy_(tensors[name])
         lora_base.load(model, tensors)
+        directions.load(model)
     keep_pruned(model)
 
 

@@ -142,6 +142,7 @@ def what_was_tuned(result: dict[str, Any], job: Job | None) -> str:
         "last-k": f"The last layers of {backbone} and a new head were trained",
         "lora": f"Low-rank adapters (LoRA) inside the frozen {backbone}{_head_beside(job)} were trained",
         "full": f"All weights of {backbone} and a new head were trained",
+        "seeds": f"All weights of {backbone} and a new head were trained, along directions that a seed draws",
     }.get(method or "", f"A model on top of {backbone} was trained")
     return f"{tuned}, for {result['task'].replace('-', ' ')}{_classes(result)}."
 

@@ -20,7 +20,9 @@ from atoll.client.training.optimizers import set_step, torch_optimizer
 from atoll.client.training.per_fedavg import Backward, gradient_after_a_step
 from atoll.client.training.pfedme import MoreauSteps, envelope_gradient
 from atoll.client.training.precision import autocast, scaler_of, to_float32
+from atoll.client.training.zeroth_order import BatchLoss, step_along_directions
 from atoll.data.shard import Shard
+from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.determinism import repeatable
@@ -64,17 +66,17 @@ def train_model(
 ) -> Update:
     """Train from the global tensors on one shard; the update is how far they moved.
 
-    A client that has a place of its own to `begin` at moves from there; its update leads from the global
-    tensors to where it arrives, and it is to them that the proximal term holds it. A `correction` is added to
-    the gradient of every step. With `steps` it stops after so many; nothing but tensors in `only` moves.
-    Gradients are those a step of `inner_lr` further on (Per-FedAvg), of a `mixing` with w (APFL), or of an
-    envelope of the loss (pFedMe, `moreau`). A `contrast` with other models is added to the loss (MOON).
+    A client moves from the global tensors, or from `begin`; its update leads from the former, and to them the
+    proximal term holds it. A `correction` is added to every gradient. It stops after so many `steps`; only
+    tensors in `only` move. Gradients are those a step of `inner_lr` on (Per-FedAvg), of a `mixing` with w
+    (APFL), or of an envelope of the loss (pFedMe, `moreau`); a `contrast` is added to the loss (MOON).
     """
+    if job.tune.method == "seeds":
+        return _train_by_seeds(learner, tensors, shard, job, client, round, plan, steps)
     mu, model, parameters = plan.get("proximal_mu", 0.0), learner.model, trainable.trainable(learner.model)
     start = trainable.to_parameters(parameters, tensors)
     _begin(learner, shard, {**tensors, **(begin or {})})
-    schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
-    rates = StepRates.of(job, round, [len(schedule)], "cpu")
+    schedule, rates = _schedule(learner, shard, job, client, round, steps)
     optimizer = optimizer_of(model, job, rates)
     added = trainable.to_parameters(parameters, correction) if correction is not None else {}
     terms = _Terms(start, mu, added, job.train.clip_norm, only)
@@ -104,6 +106,81 @@ def train_model(
                 trainable.keep_pruned(model)
     optimizer.zero_grad()  # gradients are as large as what is tuned, and would lie there until the next round
     return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
+
+
+def _schedule(
+    learner: Learner, shard: Shard, job: Job, client: str, round: int, steps: int | None
+) -> tuple[list[list[int]], StepRates]:
+    """The rows of each local step's batch, at most so many `steps`, and how fast each step is."""
+    schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
+    return schedule, StepRates.of(job, round, [len(schedule)], "cpu")
+
+
+def _train_by_seeds(
+    learner: Learner,
+    tensors: Tensors,
+    shard: Shard,
+    job: Job,
+    client: str,
+    round: int,
+    plan: Mapping[str, float],
+    steps: int | None,
+) -> Update:
+    """Train the coefficients of a network's directions by its loss alone; the network draws no dropout.
+
+    The job's rules leave nothing to begin at, to correct a step by, or to contrast with.
+
+    Raises:
+        ConfigError: the strategy asks for a proximal term.
+    """
+    if plan.get("proximal_mu"):
+        raise ConfigError("strategy.name: tune.method = 'seeds' has no proximal term; expected another")
+    model, parameters = learner.model.eval(), trainable.trainable(learner.model)
+    start = trainable.to_parameters(parameters, tensors)
+    trainable.load_values(model, tensors)
+    schedule, rates = _schedule(learner, shard, job, client, round, steps)
+    training_loss = learner.training_loss(shard)
+
+    def loss_of(step: int) -> BatchLoss:
+        varied = variation(job, round, client, step)
+        return _batch_loss(learner, shard, schedule[step], job, varied, training_loss)
+
+    with repeatable(job.train.device):
+        losses = step_along_directions(
+            model, job, rates, loss_of, client=client, round=round, steps=len(schedule)
+        )
+    summed = sum(loss * len(rows) for loss, rows in zip(losses, schedule, strict=True))
+    return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
+
+
+def _batch_loss(
+    learner: Learner,
+    shard: Shard,
+    rows: Sequence[int],
+    job: Job,
+    varied: Variation | None,
+    loss_of: TrainingLoss,
+) -> BatchLoss:
+    """The loss of a batch, by the weights that the model has when it is called; inputs are decoded once."""
+    device = job.train.device
+    parts = [
+        (
+            {name: t.to(device) for name, t in learner.batch(shard, part, varied).items()},
+            shard.targets_of(part).to(device),
+            share,
+        )
+        for part, share in weighted_parts(learner, shard, rows, job)
+    ]
+
+    def loss() -> float:
+        total = 0.0
+        for batch, targets, share in parts:
+            with autocast(job.train):
+                outputs = learner.model(batch)
+            total += share * float(loss_of(to_float32(outputs), targets))
+        return total
+
+    return loss
 
 
 def _gradients_by(

@@ -100,6 +100,8 @@ def check_engine(job: Job, engine: str) -> None:
         )
     if engine == "cohort" and job.tune.then:
         raise ConfigError("tune.then: engine cohort has one way to train for a whole run, try inline")
+    if engine == "cohort" and job.tune.method == "seeds":
+        raise ConfigError("tune.method: engine cohort trains such clients by gradients, try inline")
     if engine == "cohort" and job.train.imbalance and not trains_on_features(job):
         raise ConfigError(
             "train.imbalance: engine cohort trains such clients at once by one loss, try inline"

@@ -25,6 +25,7 @@ Texts = Mapping[str, str]
 GOVERNING_KEY = {
     "tune.layers": "tune.method", "tune.rank": "tune.method", "tune.alpha": "tune.method",
     "tune.targets": "tune.method", "tune.freeze_a": "tune.method", "tune.head": "tune.method",
+    "tune.seeds": "tune.method", "tune.perturbation": "tune.method",
     "train.momentum": "train.optimizer", "train.imbalance_strength": "train.imbalance",
     "train.cached_views": "train.augment",
     **{f"train.{key}": "train.lr_schedule" for key in (*SCHEDULE_KEYS[1:], "lr_schedule_over")},
@@ -182,7 +183,8 @@ def has_meaning(key: str, table: Mapping[str, Any]) -> bool:
     last = key.rpartition(".")[2]
     match GOVERNING_KEY[key]:
         case "tune.method":
-            return master == ("last-k" if last == "layers" else "lora")
+            owners = {"layers": "last-k", "seeds": "seeds", "perturbation": "seeds"}
+            return master == owners.get(last, "lora")
         case "train.optimizer":
             return master in (None, "sgd")
         case "strategy.name":
@@ -265,6 +267,8 @@ def default_space(job: Job) -> Space:
     if method == "head" and task_named(job.task.name).uses_pooled_features:
         epochs = "train.epochs=1,2,4"
         ranges = ["train.lr=0.01..3,log" if is_sgd else "train.lr=0.0003..0.1,log"]
+    elif method == "seeds":
+        epochs, ranges = "train.epochs=1,2", ["train.lr=0.00001..0.01,log"]
     else:
         epochs = "train.epochs=1,2"
         ranges = ["train.lr=0.001..0.3,log" if is_sgd else "train.lr=0.00003..0.01,log"]

@@ -90,6 +90,8 @@ def jobs(folder: Path) -> dict[str, Job]:
             "federation": {"clients": CLIENTS, "rounds": 3},  # the first forms a head of sums
         },
     }
+    few = {"method": "seeds", "seeds": 64}
+    tables["seeds"] = {"tune": few, "train": {"lr": 0.001, "batch_size": 8, "steps": 5}}
     tables["moon"] = {"tune": {"method": "last-k", "layers": 1}, "strategy": {"name": "moon"}}
     kept = {"tune": {"method": "last-k", "layers": 1}, "train": text["train"] | {"cached_states": "fp32"}}  # type: ignore[operator]
     tables["kept-states"] = kept
@@ -247,6 +249,7 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "flexlora",
                 "kept-states",
                 "moon",
+                "seeds",
             ],
             [2, 1, 0],
         ),

@@ -135,7 +135,7 @@ def load_answerer(backbone: Backbone, job: Job, tokenizer: Any, most: int) -> An
     head = network.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise WeightsError(f"{backbone.folder}: a network without an output layer, expected a linear one")
-    if job.tune.method != "full":
+    if job.tune.method not in ("full", "seeds"):
         # While it is tied to the embeddings, to tune the one would change the other.
         head.weight = nn.Parameter(head.weight.detach().clone())
     encoder = PromptEncoder(network, tokenizer, job.backbone)
