@@ -289,7 +289,7 @@ def test_what_is_exported_and_asked_still_takes_tokens(folders: dict[str, Path])
     [
         ({"method": "full"}, {}, "no meaning with tune.method = 'full', which tunes the first block too"),
         ({"method": "lora"}, {}, "no meaning with tune.method = 'lora' without tune.layers"),
-        (LAST_K, {"augment": ["token-dropout"]}, "train.augment varies inputs"),
+        (LAST_K, {"augment": ["token-dropout"]}, "cached_states and augment exclude each other"),
     ],
 )
 def test_a_job_that_can_keep_no_states_is_refused(

@@ -69,13 +69,19 @@ def wrapped(owner: Any, name: str, make: Callable[..., Any]) -> Plant:
     return plant
 
 
+def cohort_norms(cohort: Any) -> torch.Tensor:
+    """Of each client's delta, [clients]."""
+    norms: torch.Tensor = atoll.privacy.clipping._norms(cohort, cohort.delta)
+    return norms
+
+
 def scaled_sum(scale_of: Callable[[Any, torch.Tensor, float], torch.Tensor]) -> Plant:
     """A sum of updates with other weights than the clipped ones."""
 
     def make(original: Any) -> Any:
         def clipped_sum(updates: Any, *, clipping_norm: float) -> Any:
             cohort = stacked(updates)
-            norms = atoll.privacy.clipping._norms(cohort)
+            norms = cohort_norms(cohort)
             scale = scale_of(cohort, norms, clipping_norm)
             flat = {n: t.reshape(len(t), -1).double() for n, t in cohort.delta.items()}
             total = {n: (scale @ flat[n]).reshape(t.shape[1:]) for n, t in cohort.delta.items()}
@@ -97,7 +103,7 @@ def clipped_each(updates: Any, *, clipping_norm: float) -> Any:
         flat = delta.reshape(len(delta), -1).double()
         scale = capped(flat.norm(dim=1), clipping_norm)
         total[name] = (scale @ torch.nan_to_num(flat)).reshape(delta.shape[1:])
-    return total, atoll.privacy.clipping._norms(cohort)
+    return total, cohort_norms(cohort)
 
 
 def clipped_after_the_sum(updates: Any, *, clipping_norm: float) -> Any:
@@ -105,7 +111,7 @@ def clipped_after_the_sum(updates: Any, *, clipping_norm: float) -> Any:
     total = {n: torch.nan_to_num(t.double()).sum(0) for n, t in cohort.delta.items()}
     norm = torch.cat([t.reshape(-1) for t in total.values()]).norm()
     scale = len(cohort) * min(1.0, clipping_norm / max(float(norm) / len(cohort), 1e-30))
-    return {n: t * scale / len(cohort) for n, t in total.items()}, atoll.privacy.clipping._norms(cohort)
+    return {n: t * scale / len(cohort) for n, t in total.items()}, cohort_norms(cohort)
 
 
 def of_first_tensor(cohort: Any, norms: torch.Tensor, norm: float) -> torch.Tensor:
@@ -622,7 +628,7 @@ ADAPTIVE: dict[str, Plant] = {
         atoll.privacy.central.CentralGaussian, "release",
         lambda original: lambda self, updates, model: original(
             dataclasses.replace(
-                self, clipping_norm=float(atoll.privacy.clipping._norms(stacked(updates)).median()) if updates else 1.0
+                self, clipping_norm=float(cohort_norms(stacked(updates)).median()) if updates else 1.0
             ),
             updates, model,
         ),

@@ -202,7 +202,8 @@ def test_no_examples_is_an_error_not_a_division_by_zero() -> None:
 def test_state_is_flat_for_every_strategy() -> None:
     for name in STRATEGIES:
         model = {"w": torch.zeros((3, 2) if name == "ifca" else 2)}
-        strategy = build_strategy(StrategySection(name=name))
+        options = {"root": "a"} if name == "fltrust" else None
+        strategy = build_strategy(StrategySection(name=name, options=options))
         told = {
             "states": {name: torch.tensor(1.0) for name in (CLUSTER, LOCAL_STEPS, RECEIVED_LOSS)},
             "strategy_tensors": tensors_for_clients(strategy, strategy.begin(model)),
