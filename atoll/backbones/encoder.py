@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,30 @@ class Encoder(nn.Module):
         the network of a task that isn't `uses_pooled_features` needs none.
         """
         raise NotImplementedError
+
+
+class FixedShapeEncoder(Encoder):
+    """An encoder whose inputs all become tensors of one shape, so that any of them make a batch."""
+
+    def prepared(self, inputs: Sequence[Any], places: Sequence[int], variation: Variation | None) -> Batch:
+        """Raw inputs as one batch; `places` are theirs among all, by which their draws are found."""
+        raise NotImplementedError
+
+    def preprocess_and_collate(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
+        return self.prepared(inputs, range(len(inputs)), variation)
+
+    def fixed_batches(
+        self, inputs: Sequence[Any], size: int, variation: Variation | None = None
+    ) -> Iterable[FixedBatch]:
+        for start in range(0, len(inputs), size):
+            rows = list(range(start, min(start + size, len(inputs))))
+            yield rows, partial(self._filled, [inputs[r] for r in rows], rows, variation, size)
+
+    def _filled(
+        self, inputs: Sequence[Any], places: Sequence[int], variation: Variation | None, size: int
+    ) -> Batch:
+        batch = self.prepared(inputs, places, variation)
+        return {name: torch.cat([t, t[-1:].expand(size - len(t), *t.shape[1:])]) for name, t in batch.items()}
 
 
 class Model(nn.Module):

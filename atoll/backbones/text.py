@@ -67,8 +67,8 @@ class TextEncoder(Encoder):
                 yield rows, partial(self._padded, [ids[r] for r in filled], length)
 
     def _token_ids(self, inputs: Sequence[str], variation: Variation | None) -> list[list[int]]:
-        draws = None if variation is None else [variation.stream(place) for place in range(len(inputs))]
-        if variation is not None and draws is not None:
+        draws = [] if variation is None else [variation.stream(place) for place in range(len(inputs))]
+        if variation is not None:
             own = brought_augmentations(variation.names)
             inputs = [augmented_text(text, own, d) for text, d in zip(inputs, draws, strict=True)]
         coded = self._tokenizer(
@@ -79,7 +79,7 @@ class TextEncoder(Encoder):
             return_special_tokens_mask=variation is not None,
         )
         ids: list[list[int]] = coded["input_ids"]
-        if variation is None or draws is None or not set(TEXT_AUGMENTATIONS) & set(variation.names):
+        if variation is None or not set(TEXT_AUGMENTATIONS) & set(variation.names):
             return ids
         mask, special = self._tokenizer.mask_token_id, coded["special_tokens_mask"]
         return [hidden_tokens(i, s, mask, d) for i, s, d in zip(ids, special, draws, strict=True)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from atoll.backbones.brought.augmentations import augmented_image
 from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
-from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
+from atoll.backbones.encoder import Batch, FixedShapeEncoder, Variation
 from atoll.backbones.resolve import LENET, SCATTERING, Backbone
 from atoll.backbones.scattering.transform import Scattering
 from atoll.backbones.small_vision import LENET_WIDTH, lenet
@@ -40,7 +39,7 @@ class UnitPixels(nn.Module):
         return nn.functional.normalize(pixels.flatten(1), dim=1)
 
 
-class VisionEncoder(Encoder):
+class VisionEncoder(FixedShapeEncoder):
     """Encoded images to features [batch, width]."""
 
     def __init__(
@@ -72,24 +71,7 @@ class VisionEncoder(Encoder):
         """Scaled to ImageNet's mean and deviation, or to the network's own."""
         return {"pixel_values": scaled(ready, self._mean, self._std)}
 
-    def preprocess_and_collate(self, inputs: Sequence[bytes], variation: Variation | None = None) -> Batch:
-        return self._prepared(inputs, range(len(inputs)), variation)
-
-    def fixed_batches(
-        self, inputs: Sequence[bytes], size: int, variation: Variation | None = None
-    ) -> Iterator[FixedBatch]:
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            yield rows, partial(self._filled, [inputs[r] for r in rows], rows, variation, size)
-
-    def _filled(
-        self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None, size: int
-    ) -> Batch:
-        pixels = self._prepared(inputs, places, variation)["pixel_values"]
-        rest = pixels[-1:].expand(size - len(pixels), -1, -1, -1)
-        return {"pixel_values": torch.cat([pixels, rest])}
-
-    def _prepared(self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None) -> Batch:
+    def prepared(self, inputs: Sequence[bytes], places: Sequence[int], variation: Variation | None) -> Batch:
         pairs = zip(inputs, places, strict=True)
         return self.collate([self._pixels(data, place, variation) for data, place in pairs])
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from atoll.backbones.brought.loading import check_rows, loaded_as
 from atoll.backbones.brought.modules import ImageBackbone, TextBackbone
 from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
-from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Preprocessed, Variation
+from atoll.backbones.encoder import Batch, Encoder, FixedShapeEncoder, Preprocessed, Variation
 from atoll.backbones.resolve import Backbone
 from atoll.backbones.vision import VisionEncoder
 from atoll.errors import ConfigError
@@ -56,7 +55,7 @@ def brought_text_encoder(backbone: Backbone, section: BackboneSection, seed: int
     """
     name = f"{BACKBONE_PREFIX}{backbone.name}"
     for key in ("max_tokens", "pool"):
-        if getattr(section, key) != BackboneSection.model_fields[key].default and section.name == name:
+        if section.is_given(key) and section.name == name:
             raise ConfigError(
                 f"backbone.{key}: {name} prepares texts itself, expected none,"
                 f" found {getattr(section, key)!r}"
@@ -68,7 +67,7 @@ def brought_text_encoder(backbone: Backbone, section: BackboneSection, seed: int
     return encoder
 
 
-class PreparedTexts(Encoder):
+class PreparedTexts(FixedShapeEncoder):
     """Texts, as an extension's module prepares them, to features [batch, width]."""
 
     model: TextBackbone
@@ -126,23 +125,7 @@ class PreparedTexts(Encoder):
             )
         return {name: torch.stack([one[name] for one in ready]) for name in ready[0]}
 
-    def preprocess_and_collate(self, inputs: Sequence[str], variation: Variation | None = None) -> Batch:
-        return self._prepared(inputs, range(len(inputs)), variation)
-
-    def fixed_batches(
-        self, inputs: Sequence[str], size: int, variation: Variation | None = None
-    ) -> Iterator[FixedBatch]:
-        for start in range(0, len(inputs), size):
-            rows = list(range(start, min(start + size, len(inputs))))
-            yield rows, partial(self._filled, [inputs[r] for r in rows], rows, variation, size)
-
-    def _filled(
-        self, inputs: Sequence[str], places: Sequence[int], variation: Variation | None, size: int
-    ) -> Batch:
-        batch = self._prepared(inputs, places, variation)
-        return {name: torch.cat([t, t[-1:].expand(size - len(t), *t.shape[1:])]) for name, t in batch.items()}
-
-    def _prepared(self, inputs: Sequence[str], places: Sequence[int], variation: Variation | None) -> Batch:
+    def prepared(self, inputs: Sequence[str], places: Sequence[int], variation: Variation | None) -> Batch:
         if variation is not None:
             own = brought_augmentations(variation.names)
             pairs = zip(inputs, places, strict=True)
