@@ -14,13 +14,15 @@ The server's rate and the clients' follow the same formula; a client's may count
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
 from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Positive, Section
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from atoll.job.job import Job
 
 LrScheduleKind = Literal["constant", "cosine", "step"]
@@ -162,6 +164,13 @@ class TrainSection(Section):
         epochs, rest = divmod(self.steps, self._steps_of_epoch(examples))
         return epochs * examples + min(rest * self.batch_size, examples)
 
+    def expected_examples_seen(self, sizes: NDArray[Any]) -> NDArray[Any]:
+        """What `examples_seen` says of many clients, [clients], as if every batch were as full as it can be.
+
+        Sizes may be expected ones, which are no whole numbers.
+        """
+        return sizes * self.epochs if self.steps is None else self.steps * sizes.clip(max=self.batch_size)
+
     def _steps_of_epoch(self, examples: int) -> int:
         return max(1, math.ceil(examples / self.batch_size))
 
@@ -169,7 +178,7 @@ class TrainSection(Section):
     def autograd_only_keys(self) -> tuple[str, ...]:
         """Keys that are set and say how gradients are taken by autograd."""
         keys = ("precision", "accumulate", "checkpoint_activations")
-        return tuple(key for key in keys if getattr(self, key) != type(self).model_fields[key].default)
+        return tuple(key for key in keys if self.is_given(key))
 
     @model_validator(mode="after")
     def _a_schedule_has_what_it_uses(self) -> TrainSection:

@@ -30,6 +30,7 @@ from atoll.client.training.batches import (
     weighted_sample,
 )
 from atoll.client.training.learning_rates import StepRates
+from atoll.client.training.local_steps import examples_seen
 from atoll.client.training.optimizers import clip_stacked, is_plain, make_optimizer
 from atoll.client.training.per_fedavg import adapted_heads, inner_batches
 from atoll.client.training.pfedme import Gradients, MoreauSteps, envelope_gradients
@@ -173,9 +174,7 @@ def _train_group(
     counts = tuple(len(work.rows) for work in schedule.client_rows)
     states = {
         "train_loss.sum": losses.cpu(),
-        "train_loss.count": torch.tensor(
-            [job.train.examples_seen(count) for count in counts], dtype=torch.float64
-        ),
+        "train_loss.count": examples_seen(counts, job.train),
     }
     if local.per_example is not None:
         counts, states = local.per_example.public_fields([work.client for work in schedule.client_rows])

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import torch
 
 from atoll.job.train import TrainSection
 from atoll.protocol.messages import LOCAL_STEPS, Update
 from atoll.protocol.stacked_updates import with_state
+
+
+def examples_seen(counts: Sequence[int], train: TrainSection) -> torch.Tensor:
+    """How many examples the steps of each of several clients see in a round, [clients] in float64."""
+    return torch.tensor([train.examples_seen(count) for count in counts], dtype=torch.float64)
 
 
 def accumulated_steps(examples: int, train: TrainSection) -> float:

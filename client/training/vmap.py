@@ -21,6 +21,7 @@ from atoll.backbones.encoder import Batch, Variation
 from atoll.client.training.batches import batches
 from atoll.client.training.learning_rates import StepRates, layer_rates
 from atoll.client.training.local_sgd import variation
+from atoll.client.training.local_steps import examples_seen
 from atoll.client.training.optimizers import clip_stacked, make_optimizer
 from atoll.data.shard import Shard
 from atoll.job.job import Job
@@ -108,14 +109,9 @@ def _train(
         num_examples=counts,
         states={
             "train_loss.sum": losses,
-            "train_loss.count": _examples_seen(counts, job),
+            "train_loss.count": examples_seen(counts, job.train),
         },
     )
-
-
-def _examples_seen(counts: Sequence[int], job: Job) -> torch.Tensor:
-    """How many examples each client's steps see, [clients]."""
-    return torch.tensor([job.train.examples_seen(count) for count in counts], dtype=torch.float64)
 
 
 def _item(

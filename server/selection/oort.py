@@ -135,11 +135,7 @@ class Oort:
     @cached_property
     def seconds(self) -> Numbers:
         """t of each client, [clients], of one with no examples as of one example."""
-        sizes, train = np.maximum(self.sizes, 1), self.train
-        seen = (
-            sizes * train.epochs if train.steps is None else train.steps * np.minimum(sizes, train.batch_size)
-        )
-        found: Numbers = seen / self.speeds
+        found: Numbers = self.train.expected_examples_seen(np.maximum(self.sizes, 1)) / self.speeds
         return found
 
     @cached_property

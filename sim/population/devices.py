@@ -160,13 +160,7 @@ class VirtualClock:
     ) -> Numbers:
         """When each answers, in seconds after the call; what it is expected to keep back isn't trained on."""
         trained = expected_training_examples(sizes, self.job.data)
-        train = self.job.train
-        seen = (
-            trained * train.epochs
-            if train.steps is None
-            else train.steps * np.minimum(trained, train.batch_size)
-        )
-        work = seen / self._of("examples_per_second", kinds)
+        work = self.job.train.expected_examples_seen(trained) / self._of("examples_per_second", kinds)
         received = 8 * bytes_down / 1e6 / self._of("download_mbps", kinds)
         sent = received + 8 * bytes_up / 1e6 / self._of("upload_mbps", kinds)
         total: Numbers = 2 * self._of("latency_seconds", kinds) + work + sent
