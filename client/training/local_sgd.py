@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from atoll.backbones.encoder import Model, Variation
+from atoll.backbones.encoder import Batch, Model, Variation
 from atoll.client.training.activation_checkpointing import activation_checkpointing
 from atoll.client.training.apfl import SharedBeside
 from atoll.client.training.batches import batches
@@ -162,15 +162,7 @@ def _batch_loss(
     loss_of: TrainingLoss,
 ) -> BatchLoss:
     """The loss of a batch, by the weights that the model has when it is called; inputs are decoded once."""
-    device = job.train.device
-    parts = [
-        (
-            {name: t.to(device) for name, t in learner.batch(shard, part, varied).items()},
-            shard.targets_of(part).to(device),
-            share,
-        )
-        for part, share in weighted_parts(learner, shard, rows, job)
-    ]
+    parts = list(_parts_on_device(learner, shard, rows, job, varied))
 
     def loss() -> float:
         total = 0.0
@@ -220,18 +212,16 @@ def _add_gradient(
 
     The loss that is told is without the `contrast`.
     """
-    device = job.train.device
-    for part, share in weighted_parts(learner, shard, rows, job):
-        batch = {name: t.to(device) for name, t in learner.batch(shard, part, varied).items()}
+    for batch, targets, share in _parts_on_device(learner, shard, rows, job, varied):
         with autocast(job.train):
             if contrast is None:
                 outputs, apart = learner.model(batch), None
             else:
                 outputs, apart = contrast.outputs(learner.model, batch)
-        loss = loss_of(to_float32(outputs), shard.targets_of(part).to(device))
+        loss = loss_of(to_float32(outputs), targets)
         total = loss if apart is None else loss + apart
         scaler.scale(total * share).backward()  # type: ignore[no-untyped-call]
-        yield float(loss.detach()) * len(part)
+        yield float(loss.detach()) * len(targets)
 
 
 def optimizer_of(model: Model, job: Job, rates: StepRates) -> torch.optim.Optimizer:
@@ -269,6 +259,16 @@ def weighted_parts(
     weights = [learner.task.loss_weight(shard, part) for part in parts]
     for part, weight in zip(parts, weights, strict=True):
         yield part, weight / (sum(weights) or 1.0)
+
+
+def _parts_on_device(
+    learner: Learner, shard: Shard, rows: Sequence[int], job: Job, varied: Variation | None
+) -> Iterator[tuple[Batch, torch.Tensor, float]]:
+    """(inputs, targets, share of the loss) of each part of a batch, where the model is."""
+    device = job.train.device
+    for part, share in weighted_parts(learner, shard, rows, job):
+        batch = {name: t.to(device) for name, t in learner.batch(shard, part, varied).items()}
+        yield batch, shard.targets_of(part).to(device), share
 
 
 def _memory_saved(model: Model, job: Job) -> AbstractContextManager[None]:
