@@ -84,7 +84,7 @@ def _check_single_release(job: Job) -> None:
             f" release are the sums; found {job.federation.rounds}"
         )
     for key in ("sampling_rate", "steps", "clipping_norm"):
-        if getattr(job.privacy, key) != type(job.privacy).model_fields[key].default:
+        if job.privacy.is_given(key):
             raise ValueError(
                 f"privacy.{key} has no meaning with tune.head_init and privacy.unit = 'example', where every"
                 " example is in the sums once, clipped to tune.feature_norm: remove it"

@@ -105,8 +105,8 @@ class PrivacySection(DpGuarantee):
         return self
 
     def _refuse_own_keys(self) -> None:
-        for key, field in DpGuarantee.model_fields.items():
-            if getattr(self, key) != field.default:
+        for key in DpGuarantee.model_fields:
+            if self.is_given(key):
                 where = "[privacy.example] and [privacy.client]" if self.unit == "both" else "nothing"
                 raise ValueError(f"{key} has no meaning with unit = {self.unit!r}: it belongs to {where}")
 

@@ -25,7 +25,7 @@ from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError
-from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.job.job import DataSection, Job, Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.causal import CausalModel, causal_tokenizer, load_causal, prepared
 from atoll.tasks.language_modeling.data import ASSISTANT, CONVERSATIONS, Messages, form_of
@@ -96,7 +96,7 @@ class LanguageModeling(SchemaTask):
         options_of(job.task.options, self.options_kind)
         self.schema.check(job.data)
         refuse_augment(job)
-        if job.backbone.max_tokens != BackboneSection.model_fields["max_tokens"].default:
+        if job.backbone.is_given("max_tokens"):
             raise ConfigError(
                 f"backbone.max_tokens: {self.name} has task.options.max_tokens instead, expected no such key"
             )
