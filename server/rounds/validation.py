@@ -71,6 +71,13 @@ class ValidatedUpdates:
             return self
         return replace(self, updates=[replace(one, delta={}, strategy_tensors={}) for one in self.updates])
 
+    def without(self, faults: Mapping[str, str]) -> Self:
+        """The same, with those of the clients in `faults` set aside for what is said of each."""
+        if not faults:
+            return self
+        usable = tuple(update for update in self.updates if update.client not in faults)
+        return replace(self, updates=usable, set_aside=dict(sorted({**self.set_aside, **faults}.items())))
+
     @property
     def num_diverged(self) -> int:
         """How many clients sent values that aren't finite: they would again, from the same model and seed."""
@@ -136,9 +143,7 @@ class Validation:
         return self._with_what_is_needed(found) if self.needed else found
 
     def _with_what_is_needed(self, found: ValidatedUpdates) -> ValidatedUpdates:
-        faults = {u.client: fault for u in found.updates if (fault := self._lack(u.states))}
-        usable = tuple(update for update in found.updates if update.client not in faults)
-        return replace(found, updates=usable, set_aside=dict(sorted((found.set_aside | faults).items())))
+        return found.without({u.client: fault for u in found.updates if (fault := self._lack(u.states))})
 
     def _lack(self, states: Tensors) -> str | None:
         for name in sorted(self.needed - states.keys()):
@@ -153,18 +158,13 @@ def _judged_by(found: ValidatedUpdates, root: str) -> ValidatedUpdates:
     if root in clients_of(found.updates):
         return found
     why = f"nothing to compare it with: no usable update of {root}"
-    lost = dict.fromkeys(clients_of(found.updates), why)
-    return replace(found, updates=(), set_aside=dict(sorted((found.set_aside | lost).items())))
+    return found.without(dict.fromkeys(clients_of(found.updates), why))
 
 
 def _with_losses(found: ValidatedUpdates) -> ValidatedUpdates:
     """Without the updates whose mean training loss isn't a number that clients can be chosen by."""
     sums, counts = (_sent(found.updates, f"train_loss.{part}") for part in ("sum", "count"))
-    faults = {name: fault for name in sums if (fault := _loss_fault(sums[name], counts[name]))}
-    if not faults:
-        return found
-    usable = tuple(update for update in found.updates if update.client not in faults)
-    return replace(found, updates=usable, set_aside=dict(sorted((found.set_aside | faults).items())))
+    return found.without({name: fault for name in sums if (fault := _loss_fault(sums[name], counts[name]))})
 
 
 def _sent(updates: Sequence[Update], name: str) -> dict[str, float]:
