@@ -16,7 +16,7 @@ from uvicorn import config as uvicorn_config
 from atoll.kit.kit import ServerKit
 from atoll.server.deploy import serve
 from atoll.server.deploy.provision import provision, update
-from atoll.server.deploy.renewal import follow_certificate, following
+from atoll.server.deploy.renewal import follow_certificates, following
 from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
 
 SITES = """
@@ -134,7 +134,7 @@ def test_the_public_port_shows_it_without_being_started_again(kit: ServerKit) ->
 
 def test_servers_that_flower_starts_follow_it_too(kit: ServerKit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uvicorn_config, "create_ssl_context", uvicorn_config.create_ssl_context)
-    follow_certificate(kit.certificate, kit.key)
+    follow_certificates()
     started = uvicorn_config.Config(
         "app", ssl_certfile=str(kit.certificate), ssl_keyfile=str(kit.key), log_config=None, interface="asgi3"
     )

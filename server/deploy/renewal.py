@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,14 @@ def _stat(file: Path) -> tuple[int, ...]:
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 
-def follow_certificate(certificate: Path, key: Path) -> None:
-    """Let every server that uvicorn starts in this process follow these two files."""
+def follow_certificates() -> None:
+    """Let every server that uvicorn starts in this process follow its certificate and key."""
     from uvicorn import config
 
     made = config.create_ssl_context
 
-    def create(*arguments: Any, **named: Any) -> ssl.SSLContext:
-        return following(lambda: made(*arguments, **named), (certificate, key))
+    def create(*, certfile: Path | str, keyfile: Path | str, **others: Any) -> ssl.SSLContext:
+        build = partial(made, certfile=certfile, keyfile=keyfile, **others)
+        return following(build, (Path(certfile), Path(keyfile)))
 
     vars(config)["create_ssl_context"] = create

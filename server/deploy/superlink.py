@@ -11,7 +11,6 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
-import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -97,15 +96,10 @@ def superlink() -> None:
     from starlette.middleware import Middleware
 
     from atoll.server.deploy.object_files import keep_objects_in_files
-    from atoll.server.deploy.renewal import follow_certificate
+    from atoll.server.deploy.renewal import follow_certificates
 
     keep_objects_in_files()
-    follow_certificate(*(_argument(name) for name in ("--ssl-certfile", "--ssl-keyfile")))
+    follow_certificates()
     token, middleware = Path(os.environ[TOKEN_FILE]).read_bytes(), main._get_middleware
     vars(main)["_get_middleware"] = lambda: [Middleware(TokenMiddleware, token=token), *middleware()]
     flower_superlink()
-
-
-def _argument(name: str) -> Path:
-    """The file that the command line of this process gives for an option."""
-    return Path(sys.argv[sys.argv.index(name) + 1])
