@@ -167,6 +167,14 @@ def trusted_client(job: Job) -> str | None:
     return options.root
 
 
+def _refuse_head_init(job: Job) -> None:
+    if job.tune.head_init is not None:
+        raise ConfigError(
+            f"tune.head_init: adds up whatever clients send, so a hostile one decides the head; expected none"
+            f" with strategy.name = {job.strategy.name!r}"
+        )
+
+
 def check_trusted_client(job: Job) -> None:
     """Raises ConfigError, in one line that names the key, where its update can't decide of every other."""
     if trusted_client(job) is None:
@@ -177,11 +185,7 @@ def check_trusted_client(job: Job) -> None:
             f"federation.selection: {name} asks the trusted client in every round, and draws the others"
             f" evenly; expected 'uniform', found {federation.selection!r}"
         )
-    if job.tune.head_init is not None:
-        raise ConfigError(
-            f"tune.head_init: adds up whatever clients send, so a hostile one decides the head; expected none"
-            f" with strategy.name = {name!r}"
-        )
+    _refuse_head_init(job)
     if (federation.cohort or federation.clients) < FEWEST_WITH_TRUST:
         key = "federation.cohort" if federation.cohort else "federation.clients"
         raise ConfigError(
@@ -212,11 +216,7 @@ def check_hostile_clients(job: Job, options: HostileOptions) -> None:
         ConfigError: it may not, or hostile clients have another way in; one line that names the key.
     """
     name, federation = job.strategy.name, job.federation
-    if job.tune.head_init is not None:
-        raise ConfigError(
-            f"tune.head_init: adds up whatever clients send, so a hostile one decides the head; expected none"
-            f" with strategy.name = {name!r}"
-        )
+    _refuse_head_init(job)
     if federation.cohort_rate is not None:
         raise ConfigError(
             f"federation.cohort_rate: draws cohorts of any size, and {name} needs {options.clients_needed}"

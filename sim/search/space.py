@@ -16,7 +16,7 @@ from atoll.job.toml import apply_override
 from atoll.sim.search.distributions import Choice, Range
 from atoll.sim.sweep.grid import Base, Grid, Values, as_value
 from atoll.strategies import SCHEDULE_KEYS, STRATEGIES, build_strategy, check_merging
-from atoll.strategies.options import HOSTILE_OPTIONS
+from atoll.strategies.options import HOSTILE_OPTIONS, trusted_client
 from atoll.tasks import task_named
 
 Texts = Mapping[str, str]
@@ -277,7 +277,8 @@ def default_space(job: Job) -> Space:
         vary.append("tune.rank=4,8,16")
     if method == "last-k":
         vary.append("tune.layers=1,2")
-    if STRATEGIES.has(job.strategy.name) and job.strategy.name not in (*HOSTILE_OPTIONS, "fltrust"):
+    trusts_all = job.strategy.name not in HOSTILE_OPTIONS and trusted_client(job) is None
+    if STRATEGIES.has(job.strategy.name) and trusts_all:
         vary.append("strategy.name=fedavg,fedavgm,fedadam")
     if job.train.weight_decay == 0 and not is_sgd:
         vary.append("train.weight_decay=0.0,0.01")

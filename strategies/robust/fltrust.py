@@ -49,9 +49,9 @@ class FlTrust:
         clients, rows = list(clients_of(updates)), rows_of(model, updates)
         if self.root not in clients:
             raise InconsistentUpdates(f"no update of {self.root}, which the others are compared with")
-        place = clients.index(self.root)
-        others = torch.cat([rows[:place], rows[place + 1 :]])
-        return moved_by(model, trusted_mean(others, rows[place]), self.lr), state
+        root = rows[clients.index(self.root)].clone()
+        rows[clients.index(self.root)] = 0  # a row of length 0 is trusted in nothing
+        return moved_by(model, trusted_mean(rows, root), self.lr), state
 
 
 def trusted_mean(rows: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,8 @@ def trusted_mean(rows: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
     >>> trusted_mean(rows, torch.tensor([3.0, 4.0], dtype=torch.float64)).round(decimals=3).tolist()
     [2.143, 2.857]
     """
-    length, lengths = torch.linalg.vector_norm(root), torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    units = torch.where(lengths > 0, rows / lengths, 0.0)
-    trust = (units @ root).clamp_min(0)  # TS_i ||g_0||
+    length, lengths = torch.linalg.vector_norm(root), torch.linalg.vector_norm(rows, dim=1)
+    shares = torch.where(lengths > 0, 1 / lengths, 0.0)
+    trust = (rows @ root).clamp_min(0) * shares  # TS_i ||g_0||
     total = trust.sum()
-    return (trust @ units) * (length / total) if total > 0 else torch.zeros_like(root)
+    return (trust * shares @ rows) * (length / total) if total > 0 else torch.zeros_like(root)
