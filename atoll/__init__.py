@@ -14,15 +14,21 @@ if TYPE_CHECKING:
     from atoll.api import Exported, Run, Search, Sweep, advise, load_export, load_job, simulate, sweep, tune
     from atoll.errors import InputError, JobError
     from atoll.job.job import Job
+    from atoll.report.run_result import RunResult
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Exported", "InputError", "Job", "JobError", "Run", "Search", "Sweep", "__version__", "advise",
-    "load_export", "load_job", "simulate", "sweep", "tune",
+    "Exported", "InputError", "Job", "JobError", "Run", "RunResult", "Search", "Sweep", "__version__",
+    "advise", "load_export", "load_job", "simulate", "sweep", "tune",
 ]  # fmt: skip
 
-_ELSEWHERE = {"Job": "atoll.job.job", "InputError": "atoll.errors", "JobError": "atoll.errors"}
+_ELSEWHERE = {
+    "Job": "atoll.job.job",
+    "InputError": "atoll.errors",
+    "JobError": "atoll.errors",
+    "RunResult": "atoll.report.run_result",
+}
 
 
 def __getattr__(name: str) -> Any:

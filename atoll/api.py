@@ -13,6 +13,7 @@ from atoll.job.job import Job
 from atoll.plugins import load_files
 
 if TYPE_CHECKING:
+    from atoll.report.run_result import RunResult
     from atoll.sim.search.backbone_ranking import RankedBackbone
     from atoll.strategies import Strategy
 
@@ -93,8 +94,8 @@ class Run:
     folder: Path
 
     @property
-    def result(self) -> dict[str, Any]:
-        """What result.json holds.
+    def result(self) -> RunResult:
+        """What result.json holds, a field for each key.
 
         Raises:
             ConfigError: there is no finished run.

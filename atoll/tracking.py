@@ -20,6 +20,7 @@ from atoll.errors import ConfigError
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
+    from atoll.report.run_result import RunResult
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +145,13 @@ class Tracking:
         values = dict(numbers_of({k: v for k, v in line.items() if k != "round"}))
         self._each(lambda tracker: tracker.numbers(values, int(line["round"])))
 
-    def end(self, result: Mapping[str, Any]) -> None:
+    def end(self, result: RunResult) -> None:
         """What `result.json` has beyond its rounds."""
-        told = {key: result[key] for key in ("final", "baselines", "privacy", "seconds", "peak_rss_mb")}
-        told["final"] = {"server": result["final"]["server"]}
-        values, rounds = dict(numbers_of(told)), len(result["rounds"])
-        words = {key: str(result[key]) for key in ("model_sha256", "job_hash", "engine", "task", "strategy")}
+        table = result.to_json()
+        told = {key: table[key] for key in ("baselines", "privacy", "seconds", "peak_rss_mb")}
+        told = {"final": {"server": result.final["server"]}, **told}
+        values, rounds = dict(numbers_of(told)), len(result.rounds)
+        words = {key: str(table[key]) for key in ("model_sha256", "job_hash", "engine", "task", "strategy")}
         self._each(lambda tracker: tracker.numbers(values, rounds))
         self._each(lambda tracker: tracker.log_text({f"result.{k}": v for k, v in words.items()}))
         self._each(lambda tracker: tracker.close())
@@ -213,7 +215,7 @@ def words_of(table: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
             yield f"{path}.{key}", str(value)
 
 
-def track_finished(run: Path, result: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+def track_finished(run: Path, result: RunResult, names: Sequence[str]) -> dict[str, str]:
     """Write a complete run's directory to trackers; where each of them is.
 
     Raises:

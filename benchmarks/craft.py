@@ -26,6 +26,7 @@ import datasets
 import numpy as np
 
 from atoll.job.job import Job
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.sweep.results import Estimate
@@ -48,11 +49,11 @@ class Case:
     metric: str
     table: Callable[[Path], Table]
     ways: Mapping[str, Table]
-    value: Callable[[dict[str, Any]], float] | None = None
+    value: Callable[[RunResult], float] | None = None
 
-    def of(self, result: dict[str, Any]) -> float:
+    def of(self, result: RunResult) -> float:
         """What a run is judged by."""
-        return float(result["final"]["server"][self.metric]) if self.value is None else self.value(result)
+        return float(result.final["server"][self.metric]) if self.value is None else self.value(result)
 
 
 def uneven(folder: Path) -> Table:
@@ -217,8 +218,8 @@ def measured(case: Case, name: str, way: str, seed: int, folder: Path) -> Measur
     table = merged(BASE, case.table(folder), case.ways[way], {"name": name, "seed": seed})
     out = folder / f"{name}-{list(case.ways).index(way)}-{seed}"
     result = simulate(Job.parse(table, origin=name), out, on_event=ignore_events, report=False)
-    bytes_up = result["bytes_up"] / max(1, result["clients_trained"])
-    return Measured(case.of(result), bytes_up, len(result["rounds"]), result["seconds"])
+    bytes_up = result.bytes_up / max(1, result.clients_trained)
+    return Measured(case.of(result), bytes_up, len(result.rounds), result.seconds)
 
 
 def told(estimate: Estimate, sign: str = "") -> str:

@@ -74,8 +74,8 @@ def run(way: str, seed: int) -> Trained:
         result = simulate(
             Job.parse(table, origin="benchmark"), Path(folder) / "run", on_event=on_event, report=False
         )
-    seconds = statistics.median(line["seconds"] for line in result["rounds"][1:])
-    return Trained(result["final"]["server"]["accuracy"], seconds, after - before)
+    seconds = statistics.median(line["seconds"] for line in result.rounds[1:])
+    return Trained(result.final["server"]["accuracy"], seconds, after - before)
 
 
 def held_mb() -> float:

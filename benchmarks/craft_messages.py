@@ -49,9 +49,7 @@ def measured(path: Path, way: tuple[str, ...], seed: int, rounds: int | None, ou
     changes += [f"seed={seed}", "evaluate.baselines=[]", "evaluate.every=1000000"]
     changes += [] if rounds is None else [f"federation.rounds={rounds}"]
     result = simulate(Job.load(path, changes), out, on_event=ignore_events, report=False)
-    return Measured(
-        result["final"]["server"]["accuracy"], result["bytes_up"] / max(1, result["clients_trained"])
-    )
+    return Measured(result.final["server"]["accuracy"], result.bytes_up / max(1, result.clients_trained))
 
 
 def line(name: str, runs: list[Measured], plain: list[Measured]) -> str:

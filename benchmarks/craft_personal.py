@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from atoll.report.run_result import RunResult
 from benchmarks.craft import Case, Table, merged, network, play
 
 TWO_CLASSES: Table = {
@@ -52,7 +52,7 @@ def formed(kind: str, rounds: int) -> Table:
     return {"tune": {"head_init": kind}, "federation": {"rounds": 1 + rounds}}
 
 
-def at_the_clients(result: dict[str, Any]) -> float:
+def at_the_clients(result: RunResult) -> float:
     """The mean over clients of what each measured, after its own steps where it took any."""
     clients = [c for c in result["final"]["clients"].values() if c["examples"]]
     return sum(c.get("adapted_accuracy", c["accuracy"]) for c in clients) / len(clients)

@@ -77,7 +77,7 @@ def accuracy(strategy: dict[str, Any], attack: dict[str, Any], seed: int) -> flo
     )
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
-    return float(result["rounds"][-1]["metrics"]["accuracy"])
+    return float(result.rounds[-1]["metrics"]["accuracy"])
 
 
 def main(names: Sequence[str]) -> None:

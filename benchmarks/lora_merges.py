@@ -14,11 +14,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from scipy import stats
 
 from atoll.job.job import Job
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 
@@ -26,7 +26,7 @@ SEEDS = (1, 2, 3)
 MERGES = ("average", "ffa", "rolora", "fedex", "flora", "flexlora")
 
 
-def run(merge: str, seed: int) -> dict[str, Any]:
+def run(merge: str, seed: int) -> RunResult:
     """What `result.json` says of one run."""
     job = Job.parse(
         {
@@ -52,7 +52,7 @@ def in_words(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
-def relative_error(result: dict[str, Any]) -> float:
+def relative_error(result: RunResult) -> float:
     """The mean over rounds and layers, in percent."""
     lines = [line["aggregation_error"]["layers"].values() for line in result["rounds"]]
     return 100 * statistics.mean(layer["relative"] for layers in lines for layer in layers)

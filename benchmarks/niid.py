@@ -78,7 +78,7 @@ def accuracies(strategy: dict[str, Any], seed: int, rounds: int, out: Path) -> l
         origin="benchmark",
     )
     result = simulate(job, out, on_event=ignore_events, resume=out.exists(), report=False)
-    return [100 * float(one["metrics"]["accuracy"]) for one in result["rounds"]]
+    return [100 * float(one["metrics"]["accuracy"]) for one in result.rounds]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ def accuracy(clients: int, seed: int, **tables: Any) -> float:
     job = Job.parse(table | tables, origin="benchmark")
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
-    return float(result["final"]["server"]["accuracy"])
+    return float(result.final["server"]["accuracy"])
 
 
 KINDS = ("ridge", "prototype", "gaussian")

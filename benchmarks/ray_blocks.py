@@ -49,7 +49,7 @@ def seconds_a_round(job: Job, engine: str, workers: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", engine=engine, workers=workers, on_event=ignore_events)
-    return statistics.median(line["seconds"] for line in result["rounds"][1:])
+    return statistics.median(line["seconds"] for line in result.rounds[1:])
 
 
 def main() -> None:

@@ -116,12 +116,12 @@ def run(subject: str, way: str, workers: int, optimizer: str) -> dict[str, Any]:
             workers=workers,
         )  # fmt: skip
     return {
-        "seconds": result["seconds"],
-        "peak_mb": result["peak_rss_mb"],
+        "seconds": result.seconds,
+        "peak_mb": result.peak_rss_mb,
         "before_mb": before / 2**20,
-        "bytes_up": result["bytes_up"] / ROUNDS / 2,
-        "loss": [line.get("train_loss") for line in result["rounds"]],
-        "sha256": result["model_sha256"],
+        "bytes_up": result.bytes_up / ROUNDS / 2,
+        "loss": [line["loss"] for line in result.rounds],
+        "sha256": result.model_sha256,
     }
 
 

@@ -15,11 +15,11 @@ import time
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from atoll.errors import InputError
 from atoll.job.job import Iid, Job
 from atoll.report.comparison import comparison_of, lower_is_better
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 
@@ -70,7 +70,7 @@ class Bench:
             simulate(Job.load(JOBS / f"{name}.toml"), self.made[name], on_event=ignore_events, report=False)
         return [f'backbone.weights="{self.made[name]}"']
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> RunResult:
         self.count += 1
         return simulate(job, self.folder / f"run-{self.count}", on_event=ignore_events, report=False)
 
@@ -96,7 +96,7 @@ def main(paths: list[str]) -> None:
             print("\n".join(bench.rows(path)), flush=True)
 
 
-def line(name: str, job: Job, result: dict[str, Any], nothing: str, seconds: str) -> str:
+def line(name: str, job: Job, result: RunResult, nothing: str, seconds: str) -> str:
     """One row of the table."""
     compared = comparison_of(result)
     metric = compared.headline or "loss"

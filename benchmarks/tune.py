@@ -109,7 +109,7 @@ def grid_best(name: str, path: Path, folder: Path) -> tuple[Found, Found]:
 def on_test_set(job: Job, folder: Path) -> float:
     """The accuracy that the job ends with, as `atoll simulate` says it."""
     result = simulate(job, folder, on_event=ignore_events, report=False)
-    return float(result["final"]["server"]["accuracy"])
+    return float(result.final["server"]["accuracy"])
 
 
 def words(job: Job) -> str:

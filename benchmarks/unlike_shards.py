@@ -59,7 +59,7 @@ def accuracies(strategy: dict[str, Any], cohort: int, seed: int) -> list[float]:
     )
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(job, Path(folder) / "run", on_event=ignore_events, report=False)
-    return [float(result["rounds"][round - 1]["metrics"]["accuracy"]) for round in ROUNDS]
+    return [float(result.rounds[round - 1]["metrics"]["accuracy"]) for round in ROUNDS]
 
 
 def in_words(values: Sequence[float]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from atoll.backbones.resolve import Backbone
+    from atoll.report.run_result import RoundLine
     from atoll.server.roster import ClientRoster
 
 
@@ -45,7 +46,7 @@ class StageBegun(Event):
 class RoundEnded(Event):
     """A round is over; `line` is what `metrics.jsonl` holds of it."""
 
-    line: Mapping[str, Any]
+    line: RoundLine
 
 
 @dataclass(frozen=True)

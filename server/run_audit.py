@@ -17,6 +17,7 @@ from atoll.errors import JobError
 from atoll.job.privacy import unless_secret
 from atoll.protocol.messages import Failure, Hello, Reply, cleaned, content_sha256
 from atoll.protocol.requests import Request, work_name
+from atoll.report.run_result import RunResult
 from atoll.server.audit_log import ServerAuditLog
 from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 
@@ -28,14 +29,12 @@ class RunAuditLog(ServerAuditLog):
     """What is written while runs of one job are played."""
 
     @contextmanager
-    def of_run(
-        self, run_id: int, out: Path, *, resume: bool
-    ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    def of_run(self, run_id: int, out: Path, *, resume: bool) -> Iterator[Callable[[RunResult], None]]:
         """Write down that the block works on a run, and how it ends; what is yielded takes the result."""
         self.write("run", "resumed" if resume else "begun", flower_run=run_id, out=str(out))
 
-        def end(result: Mapping[str, Any]) -> None:
-            self.write("run", "completed", flower_run=run_id, model=result["model_sha256"])
+        def end(result: RunResult) -> None:
+            self.write("run", "completed", flower_run=run_id, model=result.model_sha256)
 
         try:
             yield end

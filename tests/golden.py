@@ -18,6 +18,7 @@ from typing import Any
 
 from atoll.cli.versions import CPUINFO, cpu_capability
 from atoll.job.job import Job
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.task_data import ready
@@ -158,9 +159,10 @@ def _parted(tables: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]
 
 
 def bits(make: Callable[[Path], Job], folder: Path, out: Path, options: dict[str, Any]) -> str:
-    """The `model_sha256` of the run."""
+    """The `model_sha256` of the run, as its file has it, whose every key is of the type that is declared."""
     result = simulate(make(folder), out, on_event=ignore_events, report=False, **options)
-    return str(result["model_sha256"])
+    assert RunResult.read(out).to_json() == result.to_json()
+    return result.model_sha256
 
 
 def place() -> dict[str, str]:

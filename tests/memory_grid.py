@@ -26,6 +26,7 @@ from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster, SiteIdentity
 from atoll.kit.signed_replies import ReplySigner
+from atoll.report.run_result import RunResult
 from atoll.server.app import FlowerTransport
 from atoll.server.events import ignore_events
 from atoll.server.run.run_job import run_job
@@ -98,7 +99,7 @@ class MemoryGrid:
     def pull_messages(self, message_ids: Iterable[str]) -> list[Any]:
         return [_arrived(name, self.waiting.pop(name)) for name in message_ids if name in self.waiting]
 
-    def run(self, job: Job, out: Path, audit: RunAuditLog | None = None) -> dict[str, Any]:
+    def run(self, job: Job, out: Path, audit: RunAuditLog | None = None) -> RunResult:
         """The result of a whole run of the server, in which waiting takes no time."""
         watch = ignore_events if audit is None else audit.happened
         with in_a_server_app(), patch.object(server_app, "time", TurnedClock()):

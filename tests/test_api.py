@@ -30,7 +30,7 @@ def run(job_file: Path) -> atoll.Run:
 
 def test_a_run_has_the_bits_of_the_engine_and_tells_what_it_found(run: atoll.Run, tmp_path: Path) -> None:
     expected = simulate(run.job, tmp_path / "again", on_event=ignore_events, report=False)
-    assert run.result["model_sha256"] == expected["model_sha256"]
+    assert run.result.model_sha256 == expected.model_sha256
     assert run.job.train.lr == 0.05 and run.report.is_file()
     assert [line["round"] for line in run.rounds] == [1]
     assert 0 <= run.metrics["federated"]["accuracy"] <= 1

@@ -86,7 +86,7 @@ def test_fedbuff_is_algorithm_1_of_its_paper(tmp_path: Path, momentum: float) ->
     result = run(setting, tmp_path)
     problem, events = Trained(setting), Events(setting.seed, Trained(setting).names, 4)
     versions, velocity = [problem.start], np.zeros_like(problem.start)
-    for line in result["rounds"]:
+    for line in result.rounds:
         events.fill(len(versions) - 1)
         buffer, staleness = np.zeros_like(velocity), []
         came = [events.next() for _ in range(2)]
@@ -99,7 +99,7 @@ def test_fedbuff_is_algorithm_1_of_its_paper(tmp_path: Path, momentum: float) ->
         assert line["cohort"] == sorted(client for client, _ in came)
         assert line["staleness"] == {"mean": sum(staleness) / 2, "max": max(staleness)}
     np.testing.assert_allclose(final(tmp_path, "model/"), versions[-1], rtol=0, atol=1e-6)
-    assert max(line["staleness"]["max"] for line in result["rounds"]) > 1
+    assert max(line["staleness"]["max"] for line in result.rounds) > 1
 
 
 @pytest.mark.parametrize(("weighing", "a", "b"), [("constant", 0.5, 4.0), ("hinge", 2.0, 1.0)])
@@ -111,7 +111,7 @@ def test_fedasync_is_algorithm_1_of_its_paper(tmp_path: Path, weighing: str, a: 
     result = run(setting, tmp_path)
     problem, events = Trained(setting), Events(setting.seed, Trained(setting).names, 3)
     versions, late = [problem.start], []
-    for line in result["rounds"]:
+    for line in result.rounds:
         events.fill(len(versions) - 1)
         client, version = events.next()
         late.append(len(versions) - 1 - version)
@@ -147,7 +147,7 @@ def test_every_engine_and_a_resumed_run_give_the_same_bits(
 ) -> None:
     setting = heads(section, federation=federation)
     whole = run(setting, tmp_path / "whole")
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == whole["model_sha256"]
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == whole.model_sha256
     for number, left in enumerate((3, 7)):
         out = tmp_path / f"r{number}"
         population, (_, memory) = Population.of(setting), books_in(out)
@@ -156,8 +156,8 @@ def test_every_engine_and_a_resumed_run_give_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             run_job(setting, stopped, out, cached_test_set(population, None))
         resumed = run(setting, out, resume=True)
-        assert resumed["model_sha256"] == whole["model_sha256"]
-        assert [line["cohort"] for line in resumed["rounds"]] == [line["cohort"] for line in whole["rounds"]]
+        assert resumed.model_sha256 == whole.model_sha256
+        assert [line["cohort"] for line in resumed.rounds] == [line["cohort"] for line in whole.rounds]
 
 
 def test_a_checkpoint_keeps_the_models_that_somebody_works_from_and_no_other(tmp_path: Path) -> None:
@@ -182,13 +182,13 @@ def test_devices_say_who_is_late_and_how_long_it_took(tmp_path: Path) -> None:
     problem = Trained(setting)
     takes = {name: 2 * len(problem.data[name][1]) / (1 if name == "client-0002" else 10) for name in names}
     ends, free, now, expected = {name: takes[name] for name in names}, "", 0.0, []
-    for _ in result["rounds"]:
+    for _ in result.rounds:
         if free:
             ends[free] = now + takes[free]
         free = min(ends, key=lambda name: (ends[name], name))
         now = max(now, ends.pop(free))
         expected.append((free, now))
-    found = [(line["cohort"][0], line["simulated"]["elapsed"]) for line in result["rounds"]]
+    found = [(line["cohort"][0], line["simulated"]["elapsed"]) for line in result.rounds]
     assert [name for name, _ in found] == [name for name, _ in expected]
     assert [end for _, end in found] == pytest.approx([end for _, end in expected])
     assert [name for name, _ in found].count("client-0002") <= 1
@@ -204,9 +204,9 @@ def test_a_client_that_fails_frees_its_place(tmp_path: Path) -> None:
     setting = heads({"name": "fedbuff"}, federation={**FEDBUFF, "rounds": 25, "quorum": 0.5})
     population = Population.of(setting)
     result = run_job(setting, Fails.of(population), tmp_path, cached_test_set(population, None))
-    fails = [line for line in result["rounds"] if "client-0003" in line["cohort"]]
+    fails = [line for line in result.rounds if "client-0003" in line["cohort"]]
     assert len(fails) > 1 and all(line["set_aside"] == {"client-0003": "out of memory"} for line in fails)
-    assert len(result["rounds"]) == 25 and all(line["trained"] == 1 for line in fails)
+    assert len(result.rounds) == 25 and all(line["trained"] == 1 for line in fails)
 
 
 def test_what_is_clipped_has_been_weighed_before(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_is_clipped_has_been_weighed_before(tmp_path: Path) -> None:
     for rounds in (3, 4, 5, 6):
         federation = {**FEDBUFF, "rounds": rounds}
         setting = heads({"name": "fedbuff"}, federation=federation, privacy=privacy)
-        lines = run(setting, tmp_path / str(rounds))["rounds"]
+        lines = run(setting, tmp_path / str(rounds)).rounds
         models.append(final(tmp_path / str(rounds), "model/"))
     steps = [float(np.linalg.norm(after - before)) for before, after in pairwise(models)]
     assert max(steps) <= 1e-3 * (1 + 1e-4) and min(steps) > 1e-4
@@ -267,7 +267,7 @@ def test_what_has_no_meaning_is_refused_by_name(tables: dict[str, Any], told: st
 def test_updates_may_be_compressed_where_nothing_is_fed_back(tmp_path: Path) -> None:
     federation = {**FEDBUFF, "compression": "int8", "error_feedback": False}
     setting = heads({"name": "fedbuff"}, federation=federation)
-    assert run(setting, tmp_path)["rounds"][-1]["set_aside"] == {}
+    assert run(setting, tmp_path).rounds[-1]["set_aside"] == {}
 
 
 @dataclass

@@ -83,8 +83,8 @@ def test_texts_of_many_lengths_train_at_once_as_one_by_one(tmp_path: Path) -> No
         engine: simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "cohort")
     }
-    assert runs["cohort"]["engine"] == "cohort"
-    for alone, together in zip(runs["inline"]["rounds"], runs["cohort"]["rounds"], strict=True):
+    assert runs["cohort"].engine == "cohort"
+    for alone, together in zip(runs["inline"].rounds, runs["cohort"].rounds, strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 

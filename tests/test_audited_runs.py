@@ -214,9 +214,9 @@ def test_a_replay_without_canaries_is_the_run_bit_for_bit(tmp_path: Path, tables
     population = Population.of(setting)
     recorded = Recorded(canaries_for(setting, population, "example", Audit(canaries=50)))
     replayed(setting, population, recorded, np.zeros(50, dtype=bool), lambda: None)
-    assert tensors_sha256(recorded.last) == result["model_sha256"]
+    assert tensors_sha256(recorded.last) == result.model_sha256
     replayed(setting, population, recorded, np.ones(50, dtype=bool), lambda: None)
-    assert tensors_sha256(recorded.last) != result["model_sha256"]
+    assert tensors_sha256(recorded.last) != result.model_sha256
 
 
 def test_a_run_without_a_promise_leaks_nearly_every_canary() -> None:
@@ -353,9 +353,9 @@ def test_more_canaries_than_there_can_be_are_refused() -> None:
 def test_a_job_can_ask_for_its_audit(tmp_path: Path) -> None:
     setting = job(EXAMPLE | {"audit": True}, federation=ONCE)
     result = run(setting, tmp_path / "run")
-    told = result["privacy"]["audit"]
+    told = result.privacy["audit"]
     assert told["units"]["example"]["canaries"] == 256
-    assert told["units"]["example"]["claimed_epsilon"] == result["privacy"]["epsilon"]
+    assert told["units"]["example"]["claimed_epsilon"] == result.privacy["epsilon"]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["privacy"]["audit"] == told
     assert "found no contradiction" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(ConfigError, match=r"privacy\.audit: .* only a simulation can be attacked"):

@@ -29,6 +29,7 @@ from atoll.privacy.clipping import clipped_sum
 from atoll.privacy.dp_plan import dp_plan_of, planned_sensitivity
 from atoll.privacy.noise import Lattice, lattice_for, seeded
 from atoll.protocol.messages import Update
+from atoll.report.run_result import RunResult
 from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.rounds.cohort import sample
 from atoll.sim.engines.engine import simulate
@@ -191,8 +192,8 @@ def test_one_band_has_the_bits_of_the_independent_mechanism(tmp_path: Path) -> N
         run(job(privacy, rounds=3), tmp_path / str(place))
         for place, privacy in enumerate((plain, plain | {"mechanism": "banded", "bands": 1}))
     ]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
-    assert results[0]["privacy"] == results[1]["privacy"]
+    assert results[0].model_sha256 == results[1].model_sha256
+    assert results[0].privacy == results[1].privacy
 
 
 @pytest.mark.parametrize(("rounds", "bands"), [(20, 2), (50, 5), (100, 20)])
@@ -262,7 +263,7 @@ def test_two_promises_take_independent_noise() -> None:
         job({"unit": "both", "client": table, "example": example})
 
 
-def run(setting: Job, out: Path, **options: Any) -> dict[str, Any]:
+def run(setting: Job, out: Path, **options: Any) -> RunResult:
     return simulate(setting, out, on_event=ignore_events, **{"report": False, **options})
 
 
@@ -282,11 +283,11 @@ def cut_after(last: int) -> Any:
 def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     setting = job(BANDED | {"seeded_noise": True})
     whole = run(setting, tmp_path / "whole")
-    assert whole["privacy"]["sensitivity"] ** 2 == pytest.approx(slowly(dict.fromkeys(range(1, 8), 1), 3))
-    assert whole["privacy"]["epsilon"] == pytest.approx(
+    assert whole.privacy["sensitivity"] ** 2 == pytest.approx(slowly(dict.fromkeys(range(1, 8), 1), 3))
+    assert whole.privacy["epsilon"] == pytest.approx(
         epsilon({Release(0.7 / planned_sensitivity(7, 3), 1.0): 1}, 1e-3), rel=1e-6
     )
-    assert "one of any 3 rounds in a row" in whole["privacy"]["sampler"]
+    assert "one of any 3 rounds in a row" in whole.privacy["sampler"]
     out = tmp_path / "cut"
     with pytest.raises(Cut):
         simulate(setting, out, on_event=cut_after(5), report=False)
@@ -294,9 +295,9 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(tmp_path: Path) -> No
     for checkpoint in checkpoints[1:]:
         checkpoint.unlink()
     result = run(setting, out, resume=True)
-    assert result["model_sha256"] == whole["model_sha256"]
-    assert result["privacy"] == whole["privacy"]
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == whole["model_sha256"]
+    assert result.model_sha256 == whole.model_sha256
+    assert result.privacy == whole.privacy
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == whole.model_sha256
 
 
 @pytest.mark.slow
@@ -307,10 +308,10 @@ def test_a_run_that_is_stopped_claims_the_rounds_it_made_and_a_lost_round_twice(
     sorted((out / "checkpoints").glob("round-*"))[-1].unlink()  # round 5 is lost, and made again
     result = run(setting, out, resume=True)
     releases = dict.fromkeys(range(1, 8), 1) | {5: 2}
-    assert result["privacy"]["releases"] == 8
-    assert result["privacy"]["sensitivity"] ** 2 == pytest.approx(slowly(releases, 3))
+    assert result.privacy["releases"] == 8
+    assert result.privacy["sensitivity"] ** 2 == pytest.approx(slowly(releases, 3))
     true = gaussian_epsilon(0.7 / math.sqrt(slowly(releases, 3)), 1e-3)
-    assert true * (1 - 1e-9) <= result["privacy"]["epsilon"] <= true * 1.002
+    assert true * (1 - 1e-9) <= result.privacy["epsilon"] <= true * 1.002
     target = {k: v for k, v in BANDED.items() if k != "noise_multiplier"} | {"epsilon": 6.0}
     setting, out = job(target), tmp_path / "target"
     with pytest.raises(Cut):
@@ -318,8 +319,8 @@ def test_a_run_that_is_stopped_claims_the_rounds_it_made_and_a_lost_round_twice(
     for checkpoint in (out / "checkpoints").glob("round-*"):
         checkpoint.unlink()  # both rounds are
     result = run(setting, out, resume=True)
-    assert "above the target 6.0" in result["privacy"]["ended_early"]
-    assert 0 < len(result["rounds"]) < 7 and result["privacy"]["epsilon"] <= 6.0
+    assert "above the target 6.0" in result.privacy["ended_early"]
+    assert 0 < len(result.rounds) < 7 and result.privacy["epsilon"] <= 6.0
 
 
 @pytest.mark.slow

@@ -443,7 +443,7 @@ def test_engines_worker_processes_and_a_resumed_run_agree(folders: dict[str, Pat
     with pytest.raises(Stopped):
         simulate(job, tmp_path / "again", on_event=stop_after_a_round, report=False)
     found["resumed"] = simulate(job, tmp_path / "again", on_event=ignore_events, report=False, resume=True)
-    assert len({result["model_sha256"] for result in found.values()}) == 1
+    assert len({result.model_sha256 for result in found.values()}) == 1
 
 
 @pytest.mark.parametrize("task", ["language-modeling", "text-classification"])

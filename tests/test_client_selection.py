@@ -245,7 +245,7 @@ def chosen_by(rule: str, **tables: Any) -> Job:
 def test_every_engine_and_a_resumed_run_choose_the_same_clients(tmp_path: Path, rule: str) -> None:
     setting = chosen_by(rule)
     whole = run(setting, tmp_path / "whole")
-    cohorts = [line["cohort"] for line in whole["rounds"]]
+    cohorts = [line["cohort"] for line in whole.rounds]
     assert len({tuple(cohort) for cohort in cohorts}) > 1
     loop = run(setting, tmp_path / "loop", engine="loop")
     population, out = Population.of(setting), tmp_path / "r"
@@ -255,8 +255,8 @@ def test_every_engine_and_a_resumed_run_choose_the_same_clients(tmp_path: Path, 
         run_job(setting, stopped, out, cached_test_set(population, None))
     resumed = run(setting, out, resume=True)
     for other in (loop, resumed):
-        assert [line["cohort"] for line in other["rounds"]] == cohorts
-        assert other["model_sha256"] == whole["model_sha256"]
+        assert [line["cohort"] for line in other.rounds] == cohorts
+        assert other.model_sha256 == whole.model_sha256
     states = [latest(folder / "checkpoints", setting.hash) for folder in (tmp_path / "whole", out)]
     assert states[0] is not None and states[1] is not None
     numbers = [
@@ -284,7 +284,7 @@ def test_a_run_by_power_of_choice_takes_the_candidates_with_the_largest_losses(t
 
     result = run_job(setting, Listening.of(population), tmp_path / "r", cached_test_set(population, None))
     names = population.names(setting)
-    for line in result["rounds"]:
+    for line in result.rounds:
         drawn = without_replacement(sizes, uniforms_of(setting.seed, "power-of-choice", line["round"], 6))
         ranked = sorted(drawn, key=lambda p: -told.get(names[p], math.inf))
         assert line["cohort"] == sorted(names[p] for p in ranked[:3])

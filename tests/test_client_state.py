@@ -108,7 +108,7 @@ def test_scaffold_is_algorithm_1_of_its_paper(tmp_path: Path, option: int, secti
     x = problem.start
     c = np.zeros_like(x)
     own = {name: np.zeros_like(x) for name in problem.data}
-    for line in result["rounds"]:
+    for line in result.rounds:
         moves, renewals = [], []
         for i in line["cohort"]:
             y, steps = x.copy(), problem.batches(i, line["round"])
@@ -121,7 +121,7 @@ def test_scaffold_is_algorithm_1_of_its_paper(tmp_path: Path, option: int, secti
             own[i] = plus
         x = x + eta_g / len(moves) * sum(moves)
         c = c + len(moves) / count * (sum(renewals) / len(renewals))
-    assert len({tuple(line["cohort"]) for line in result["rounds"]}) > 1
+    assert len({tuple(line["cohort"]) for line in result.rounds}) > 1
     np.testing.assert_allclose(final(tmp_path, "model/"), x, rtol=0, atol=1e-6)
     np.testing.assert_allclose(final(tmp_path, "state/c."), c, rtol=0, atol=1e-6)
 
@@ -134,7 +134,7 @@ def test_feddyn_is_algorithm_1_of_its_paper(tmp_path: Path) -> None:
     theta = problem.start
     h = np.zeros_like(theta)
     own = {name: np.zeros_like(theta) for name in problem.data}
-    for line in result["rounds"]:
+    for line in result.rounds:
         arrived = []
         for k in line["cohort"]:
             w = theta.copy()
@@ -165,15 +165,15 @@ def test_whole_models_are_corrected_with_the_same_bits_one_client_at_a_time(
 ) -> None:
     setting = networks(strategy)
     whole = run(setting, tmp_path / "inline")
-    assert not any(line["set_aside"] for line in whole["rounds"])
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == whole["model_sha256"]
+    assert not any(line["set_aside"] for line in whole.rounds)
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == whole.model_sha256
 
 
 @pytest.mark.processes
 def test_whole_models_are_corrected_with_the_same_bits_in_worker_processes(tmp_path: Path) -> None:
     """A client's control variate is reached from whichever process trains it."""
     whole = run(networks(SCAFFOLD_I), tmp_path / "inline")
-    assert run(networks(SCAFFOLD_I), tmp_path / "two", workers=2)["model_sha256"] == whole["model_sha256"]
+    assert run(networks(SCAFFOLD_I), tmp_path / "two", workers=2).model_sha256 == whole.model_sha256
 
 
 def test_the_correction_of_a_whole_model_is_added_to_every_step() -> None:
@@ -209,7 +209,7 @@ def test_a_kill_between_a_clients_memory_and_the_merge_changes_no_bit(
     tmp_path: Path, strategy: dict[str, Any]
 ) -> None:
     setting = heads(strategy)
-    expected = run(setting, tmp_path / "whole")["model_sha256"]
+    expected = run(setting, tmp_path / "whole").model_sha256
     population = Population.of(setting)
     _, memory = books_in(tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
@@ -220,7 +220,7 @@ def test_a_kill_between_a_clients_memory_and_the_merge_changes_no_bit(
             cached_test_set(population, None),
         )
     assert list((tmp_path / "killed" / "memory").rglob("round-000003.safetensors"))
-    assert run(setting, tmp_path / "killed", resume=True)["model_sha256"] == expected
+    assert run(setting, tmp_path / "killed", resume=True).model_sha256 == expected
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])

@@ -213,12 +213,12 @@ def test_a_run_of_one_round_has_the_same_bits_everywhere_and_beats_chance(tmp_pa
         run(setting, tmp_path / str(number), **options)
         for number, options in enumerate(({}, {"engine": "loop"}, {"workers": 3}))
     ]
-    assert len({r["model_sha256"] for r in results}) == 1
-    assert results[0]["final"]["server"]["accuracy"] > 0.3  # of ten classes, on random features
-    [line] = results[0]["rounds"]
+    assert len({r.model_sha256 for r in results}) == 1
+    assert results[0].final["server"]["accuracy"] > 0.3  # of ten classes, on random features
+    [line] = results[0].rounds
     assert line["loss"] is None and line["trained"] == 6 and not line["set_aside"]
     model = {"head.weight": torch.zeros(10, 512)}
-    assert results[0]["bytes_up"] == 6 * statistics_size(setting, model)
+    assert results[0].bytes_up == 6 * statistics_size(setting, model)
 
 
 @pytest.mark.processes
@@ -227,14 +227,14 @@ def test_a_run_of_one_round_has_the_same_bits_everywhere_and_beats_chance(tmp_pa
 def test_ray_has_the_bits_of_one_process(tmp_path: Path, kind: str) -> None:
     setting = formed(kind, federation={"rounds": 2})
     inline, ray = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="ray", workers=2)
-    assert inline["model_sha256"] == ray["model_sha256"]
+    assert inline.model_sha256 == ray.model_sha256
 
 
 def test_later_rounds_train_from_the_formed_head_and_resume_to_the_same_bits(tmp_path: Path) -> None:
     setting = formed("prototype", federation={"rounds": 3, "cohort": 4})
     whole = run(setting, tmp_path / "whole")
-    assert len({line["model_sha256"] for line in whole["rounds"]}) == 3
-    assert whole["rounds"][1]["loss"] < math.log(10)
+    assert len({line["model_sha256"] for line in whole.rounds}) == 3
+    assert whole.rounds[1]["loss"] < math.log(10)
 
     class Stopped(Exception): ...
 
@@ -251,7 +251,7 @@ def test_later_rounds_train_from_the_formed_head_and_resume_to_the_same_bits(tmp
     with pytest.raises(Stopped):
         run_job(setting, Stops.of(population), tmp_path / "r", cached_test_set(population, None))
     again = run(setting, tmp_path / "r", resume=True)
-    assert [r["model_sha256"] for r in again["rounds"]] == [r["model_sha256"] for r in whole["rounds"]]
+    assert [r["model_sha256"] for r in again.rounds] == [r["model_sha256"] for r in whole.rounds]
 
 
 def statistics(**changes: torch.Tensor) -> Tensors:

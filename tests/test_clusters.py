@@ -64,18 +64,18 @@ def test_ifca_is_algorithm_1_of_its_paper_by_model_averaging(tmp_path: Path) -> 
     problem = Measured(setting)
     theta = first_heads(problem, 3)
     assert all(np.abs(theta[0] - other).max() > 0.01 for other in theta[1:])
-    for line in result["rounds"]:
+    for line in result.rounds:
         arrived: list[list[Array]] = [[], [], []]
         for i in line["cohort"]:
             j = int(np.argmin([problem.loss(own, i) for own in theta]))
             arrived[j].append(problem.trained(theta[j], i, line["round"], 0.5))
             assert i in line["clusters"][j]
         theta = [sum(own) / len(own) if own else old for own, old in zip(arrived, theta, strict=True)]
-    assert sum(bool(names) for names in result["rounds"][-1]["clusters"]) > 1
+    assert sum(bool(names) for names in result.rounds[-1]["clusters"]) > 1
     for found, expected in zip(models_of(tmp_path, setting), theta, strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    assert any("clients of the last round: " in note for note in result["notes"])
-    assert result["final"]["server"] == {}
+    assert any("clients of the last round: " in note for note in result.notes)
+    assert result.final["server"] == {}
     index = PopulationIndex(Population.of(setting), problem.learner)
     for name in problem.names:
         j = int(np.argmin([problem.loss(own, name) for own in theta]))
@@ -83,26 +83,26 @@ def test_ifca_is_algorithm_1_of_its_paper_by_model_averaging(tmp_path: Path) -> 
         features = problem.learner.features(validation).double().numpy()
         scores = features @ theta[j][:, :-1].T + theta[j][:, -1]
         accuracy = float(np.mean(scores.argmax(1) == validation.targets.numpy()))
-        assert result["final"]["clients"][name]["accuracy"] == pytest.approx(accuracy)
+        assert result.final["clients"][name]["accuracy"] == pytest.approx(accuracy)
 
 
 def test_every_engine_and_a_resumed_run_give_the_same_bits(tmp_path: Path) -> None:
     setting = heads(THREE)
-    whole = run(setting, tmp_path / "whole")["model_sha256"]
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == whole
-    assert run(setting, tmp_path / "cohort", engine="cohort")["model_sha256"] == whole
-    assert stopped_and_resumed(setting, tmp_path / "r")["model_sha256"] == whole
+    whole = run(setting, tmp_path / "whole").model_sha256
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == whole
+    assert run(setting, tmp_path / "cohort", engine="cohort").model_sha256 == whole
+    assert stopped_and_resumed(setting, tmp_path / "r").model_sha256 == whole
 
 
 def test_what_is_sent_can_be_compressed_and_costs_k_models_down_and_one_up(tmp_path: Path) -> None:
     setting = heads(THREE, federation={"compression": "int8", "error_feedback": False})
     plain = run(heads(THREE, federation={"rounds": 1}), tmp_path / "plain")
     # 3 clients get 3 heads of 10 x 193 numbers of 4 bytes, and send one; all 6 measure twice
-    assert plain["bytes_up"] == 3 * 1930 * 4
-    assert plain["bytes_down"] == (3 + 6 + 6) * 3 * 1930 * 4
+    assert plain.bytes_up == 3 * 1930 * 4
+    assert plain.bytes_down == (3 + 6 + 6) * 3 * 1930 * 4
     first = run(setting, tmp_path / "inline")
-    assert first["rounds"][-1]["set_aside"] == {}
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == first["model_sha256"]
+    assert first.rounds[-1]["set_aside"] == {}
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == first.model_sha256
 
 
 def test_two_groups_that_label_otherwise_each_get_a_model_that_is_right(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_two_groups_that_label_otherwise_each_get_a_model_that_is_right(tmp_path
     for name in ("fedavg", "ifca"):
         setting = of_pixels(federation, data=data, strategy={"name": name}, attack=attack)
         result = run(setting, tmp_path / name)
-        mean[name] = np.mean([m["accuracy"] for m in result["final"]["clients"].values()])
-    assert sorted(len(names) for names in result["rounds"][-1]["clusters"]) == [4, 4]
+        mean[name] = np.mean([m["accuracy"] for m in result.final["clients"].values()])
+    assert sorted(len(names) for names in result.rounds[-1]["clusters"]) == [4, 4]
     assert mean["ifca"] > mean["fedavg"] + 0.3
 
 
@@ -143,8 +143,8 @@ def test_networks_are_chosen_by_their_mean_cross_entropy(tmp_path: Path) -> None
             with torch.no_grad():
                 outputs = learner.model(learner.collate(shard, range(len(shard)), None))
             losses.append(float(torch.nn.functional.cross_entropy(outputs, shard.targets)))
-        assert name in result["rounds"][0]["clusters"][int(np.argmin(losses))]
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == result["model_sha256"]
+        assert name in result.rounds[0]["clusters"][int(np.argmin(losses))]
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == result.model_sha256
     with pytest.raises(ConfigError, match=r"strategy\.name: engine cohort .* ifca's have several"):
         check_engine(setting, "cohort")
 

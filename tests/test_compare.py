@@ -15,11 +15,13 @@ from scipy import stats
 from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.server.job_checks import check_simulated
 from atoll.sim.engines.engine import simulate
 from atoll.sim.sweep.grid import Base
 from atoll.sim.sweep.strategies import compared, names_of, runs_of, write_comparison
+from tests.results import result_with
 
 TABLE: dict[str, Any] = {
     "name": "tiny",
@@ -37,14 +39,13 @@ def base() -> Base:
     return Base(TABLE, "tiny.toml", Path())
 
 
-def result(seed: int, accuracy: float, clients: list[float]) -> dict[str, Any]:
+def result(seed: int, accuracy: float, clients: list[float]) -> RunResult:
     lines = [{"round": 1, "metrics": {}}, {"round": 2, "metrics": {"accuracy": accuracy}}]
     at = {f"client-{n:04d}": {"examples": 5, "accuracy": value} for n, value in enumerate(clients)}
-    return {
-        "task": "image-classification", "rounds": lines, "baselines": {}, "privacy": None, "seconds": 1.0,
-        "final": {"server": {"accuracy": accuracy}, "clients": at}, "model_sha256": f"{seed}",
-        "bytes_up": 1_000_000 * seed, "bytes_down": 2_000_000,
-    }  # fmt: skip
+    return result_with(
+        rounds=lines, final={"server": {"accuracy": accuracy}, "clients": at}, model_sha256=f"{seed}",
+        bytes_up=1_000_000 * seed, bytes_down=2_000_000,
+    )  # fmt: skip
 
 
 def test_every_strategy_runs_with_every_seed_and_only_the_jobs_own_keeps_its_options() -> None:
@@ -129,7 +130,7 @@ def test_a_comparison_leaves_one_folder_and_its_runs_are_those_of_their_jobs(
         on_event=ignore_events,
         report=False,
     )
-    assert alone["model_sha256"] == lines[1]["model_sha256"]
+    assert alone.model_sha256 == lines[1]["model_sha256"]
     before = json.loads((out / lines[0]["path"] / "result.json").read_text())
     assert command_line(command) == 0
     assert "all are there" in capsys.readouterr().out

@@ -250,20 +250,20 @@ def test_private_runs_have_the_same_bits_at_once_and_one_by_one(tmp_path: Path, 
         simulate(setting, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
     ]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
-    assert results[0]["bytes_up"] < results[0]["bytes_down"] / 3
+    assert results[0].model_sha256 == results[1].model_sha256
+    assert results[0].bytes_up < results[0].bytes_down / 3
     plain = setting.model_copy(
         update={"federation": setting.federation.model_copy(update={"compression": None})}
     )
-    said = simulate(plain, tmp_path / "plain", on_event=ignore_events, report=False)["privacy"]
-    assert results[0]["privacy"] == said  # compression changes nothing of the claim
+    said = simulate(plain, tmp_path / "plain", on_event=ignore_events, report=False).privacy
+    assert results[0].privacy == said  # compression changes nothing of the claim
 
 
 def test_expected_bytes_hide_who_took_part(tmp_path: Path) -> None:
     setting = job("int8", w.clients(seeded_noise=True), clients=4, cohort_rate=0.5)
     result = simulate(setting, tmp_path / "r", on_event=ignore_events, report=False)
     size = compression.Compression("int8", 1930).bytes  # ten classes of 192 numbers, and biases
-    assert [line["bytes_up"] for line in result["rounds"]] == [2 * size, 4 * size, 6 * size]
+    assert [line["bytes_up"] for line in result.rounds] == [2 * size, 4 * size, 6 * size]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_hostile_message_never_reaches_the_model_and_is_named_where_that_tells
     population = Population.of(setting)
     carrier = Rubbish.of(population, ledgers=w.PrivacyLedgers(tmp_path / "ledgers"))
     result = run_job(setting, carrier, tmp_path / "r", cached_test_set(population, None))
-    aside = result["rounds"][0]["set_aside"]
+    aside = result.rounds[0]["set_aside"]
     assert "values have shape (1929,), expected (1930,)" in aside["client-0001"]
     if unit == "example":
         assert "scales are not all finite" in aside["client-0000"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from atoll.protocol.compression import Compression, compress, decompress, flat
 from atoll.protocol.messages import Update, encode_reply
 from atoll.protocol.requests import Request, TrainRequest
 from atoll.protocol.stacked_updates import stacked
+from atoll.report.run_result import RunResult
 from atoll.report.text import what_it_cost
 from atoll.server.events import ignore_events
 from atoll.server.run.directory import job_toml
@@ -37,8 +38,8 @@ def compressed(scheme: str, *, feedback: bool = True, **tables: Any) -> Job:
     return job(federation=federation, **tables)
 
 
-def hashes(result: Mapping[str, Any]) -> list[str]:
-    return [line["model_sha256"] for line in result["rounds"]]
+def hashes(result: RunResult) -> list[str]:
+    return [line["model_sha256"] for line in result.rounds]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_heads_have_the_same_bits_at_once_one_by_one_and_in_threads(
         for number, options in enumerate(({}, {"engine": "loop"}, {"workers": 3}))
     ]
     assert hashes(results[0]) == hashes(results[1]) == hashes(results[2])
-    assert not any(line["set_aside"] for line in results[0]["rounds"])
+    assert not any(line["set_aside"] for line in results[0].rounds)
 
 
 @pytest.mark.slow
@@ -89,11 +90,11 @@ def test_ray_has_the_bits_of_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_way_to_compress_gives_other_bits_and_none_gives_the_old_ones(tmp_path: Path) -> None:
     plain = run(job(), tmp_path / "plain")
-    found = {plain["model_sha256"]}
+    found = {plain.model_sha256}
     for scheme in SCHEMES:
         for feedback in (True, False):
             setting = compressed(scheme, feedback=feedback)
-            found.add(run(setting, tmp_path / f"{scheme}{feedback}")["model_sha256"])
+            found.add(run(setting, tmp_path / f"{scheme}{feedback}").model_sha256)
     assert len(found) == 9
     assert not (tmp_path / "plain" / "memory").exists()
 
@@ -155,10 +156,10 @@ def test_bytes_up_are_those_of_the_messages_and_the_report_says_how_much_smaller
         result = run_job(setting, carrier, tmp_path / scheme, cached_test_set(population, None))
         bodies = [encode_reply(replace(u, states={}))[1] for u in carrier.sent[1]]
         values = sum(len(body) - 8 - int.from_bytes(body[:8], "little") for body in bodies)
-        assert result["bytes_up"] == values
-        smaller = result["compression"]["times_smaller"]
-        assert smaller >= least and result["compression"]["scheme"] == scheme
-        assert result["clients_trained"] * 4 * (512 * 10 + 10) == pytest.approx(values * smaller)
+        assert result.bytes_up == values
+        smaller = result.compression["times_smaller"]
+        assert smaller >= least and result.compression["scheme"] == scheme
+        assert result.clients_trained * 4 * (512 * 10 + 10) == pytest.approx(values * smaller)
         assert f"compressed by {scheme}: uploads were {smaller:.1f} times smaller" in what_it_cost(result)
         page = (tmp_path / scheme / "report.html").read_text()
         assert f"uploads were {smaller:.1f} times smaller" in page
@@ -314,5 +315,5 @@ def test_results_and_reports_of_a_simulation_carry_the_scheme(tmp_path: Path) ->
     result = simulate(
         compressed("int8", federation={"rounds": 1}), tmp_path / "r", on_event=ignore_events, report=False
     )
-    assert result["compression"] == {"scheme": "int8", "times_smaller": pytest.approx(3.94, abs=0.01)}
-    assert run(job(federation={"rounds": 1}), tmp_path / "s")["compression"] is None
+    assert result.compression == {"scheme": "int8", "times_smaller": pytest.approx(3.94, abs=0.01)}
+    assert run(job(federation={"rounds": 1}), tmp_path / "s").compression is None

@@ -149,7 +149,7 @@ def test_a_runs_contributions_are_those_of_merges_in_numpy(tmp_path: Path, metho
     assert test is not None
     x, y = problem._table(test)
     w, totals = problem.start, Counter[str]()
-    for line in result["rounds"]:
+    for line in result.rounds:
         updates = sorted(Listening.heard[line["round"]], key=lambda u: u.client)
         deltas, counts = [matrix(u.delta) for u in updates], [u.num_examples for u in updates]
 
@@ -173,7 +173,7 @@ def test_a_runs_contributions_are_those_of_merges_in_numpy(tmp_path: Path, metho
             assert both["client-0000"] == pytest.approx(both["client-0001"], abs=1e-9)
         totals.update(line["contributions"])
         w = model(everybody)
-    found = result["contributions"]["clients"]
+    found = result.contributions["clients"]
     assert {name: found[name]["value"] for name in totals} == pytest.approx(dict(totals))
     assert max(abs(v) for v in totals.values()) > 0.01
 
@@ -181,8 +181,8 @@ def test_a_runs_contributions_are_those_of_merges_in_numpy(tmp_path: Path, metho
 def test_all_contributions_of_a_run_add_up_to_what_it_learnt(tmp_path: Path) -> None:
     setting = of_four("shapley", evaluate={"baselines": ["zero_shot"]})
     result = run(setting, tmp_path / "r")
-    learnt = result["final"]["server"]["accuracy"] - result["baselines"]["zero_shot"]["accuracy"]
-    values = [one["value"] for one in result["contributions"]["clients"].values()]
+    learnt = result.final["server"]["accuracy"] - result.baselines["zero_shot"]["accuracy"]
+    values = [one["value"] for one in result.contributions["clients"].values()]
     assert sum(v for v in values if v is not None) == pytest.approx(learnt, abs=1e-9) and learnt > 0.2
 
 
@@ -192,14 +192,14 @@ def test_measuring_changes_no_bit_and_a_resumed_run_tells_the_same(tmp_path: Pat
     setting = of_four("shapley", **section, evaluate={"permutations": 3, "truncation": 0.0})
     usual = run(of_four(None, **section), tmp_path / "usual")
     whole = run(setting, tmp_path / "whole")
-    assert whole["model_sha256"] == usual["model_sha256"] and "contributions" not in usual
-    assert run(setting, tmp_path / "loop", engine="loop")["contributions"] == whole["contributions"]
+    assert whole.model_sha256 == usual.model_sha256 and usual.contributions is None
+    assert run(setting, tmp_path / "loop", engine="loop").contributions == whole.contributions
     population = Population.of(setting)
     with pytest.raises(KeyboardInterrupt):
         run_job(setting, Breaks.of(population), tmp_path / "r", cached_test_set(population, None))
     resumed = run(setting, tmp_path / "r", resume=True)
-    assert resumed["contributions"] == whole["contributions"]
-    assert resumed["model_sha256"] == whole["model_sha256"]
+    assert resumed.contributions == whole.contributions
+    assert resumed.model_sha256 == whole.model_sha256
 
 
 def test_whole_networks_contribute_and_keep_their_bits(tmp_path: Path) -> None:
@@ -210,29 +210,29 @@ def test_whole_networks_contribute_and_keep_their_bits(tmp_path: Path) -> None:
     asked = run(
         image_job("squeezenet1_1", evaluate={"contributions": "leave-one-out"}, **tables), tmp_path / "a"
     )
-    assert asked["model_sha256"] == run(image_job("squeezenet1_1", **tables), tmp_path / "b")["model_sha256"]
-    assert set(asked["contributions"]["clients"]) == {"client-0000", "client-0001"}
+    assert asked.model_sha256 == run(image_job("squeezenet1_1", **tables), tmp_path / "b").model_sha256
+    assert set(asked.contributions["clients"]) == {"client-0000", "client-0001"}
 
 
 def test_who_never_took_part_is_undefined_in_the_result_and_on_the_page(tmp_path: Path) -> None:
     result = run(of_four("leave-one-out", federation={"cohort": 2, "rounds": 1}), tmp_path / "r", report=True)
-    clients = result["contributions"]["clients"]
-    absent = [name for name in clients if name not in result["rounds"][0]["cohort"]]
+    clients = result.contributions["clients"]
+    absent = [name for name in clients if name not in result.rounds[0]["cohort"]]
     assert len(absent) == 3
     assert all(clients[name] == {"value": None, "rounds": 0, "undefined": 0} for name in absent)
     text = (tmp_path / "r" / "report.html").read_text()
     assert text.count("undefined: never took part") == 3 and "What each client contributed" in text
-    found = result["contributions"]
+    found = result.contributions
     found["clients"]["client-0000"] = {"value": 0.5, "rounds": 3, "undefined": 1}
     found["clients"]["client-0001"] = {"value": None, "rounds": 1, "undefined": 1}
-    section = contributions_section(result | {"contributions": found | {"lower_is_better": True}})
+    section = contributions_section(found | {"lower_is_better": True})
     assert section is not None and section.shown[0] == ("client-0000", "3", "+0.5000 (undefined in 1 round)")
     assert ("client-0001", "1", "undefined") in section.shown and "counts negatively" in section.reading
     many = {f"c{i:03d}": {"value": float(-i), "rounds": 1, "undefined": 0} for i in range(200)}
-    section = contributions_section({"contributions": found | {"clients": many}})
+    section = contributions_section(found | {"clients": many})
     assert section is not None and section.left_out == "80 clients between"
     assert (section.shown[0][0], section.shown[-1][0], section.last[-1][0]) == ("c000", "c099", "c199")
-    assert "Contributions" not in page(tmp_path, {k: v for k, v in result.items() if k != "contributions"})
+    assert "Contributions" not in page(tmp_path, replace(result, contributions=None))
 
 
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
@@ -267,7 +267,7 @@ def test_noised_updates_of_examples_under_a_promise_may_be_compared(tmp_path: Pa
                "seeded_noise": True}  # fmt: skip
     data = {"source": "digits", "classes": [str(digit) for digit in range(10)]}
     result = run(of_four("leave-one-out", privacy=privacy, data=data), tmp_path / "r")
-    assert len(result["rounds"][0]["contributions"]) == 4
+    assert len(result.rounds[0].contributions) == 4
 
 
 def test_a_server_without_a_test_set_is_told_what_is_missing(tmp_path: Path) -> None:

@@ -168,11 +168,9 @@ def test_a_run_tells_simulated_time_and_resumes_to_the_same(tmp_path: Path) -> N
         federation={"clients": 12, "cohort": 4, "over_sampling": 1.5, "deadline": 30.0, "rounds": 6},
     )
     whole = simulate(setting, tmp_path / "whole", on_event=ignore_events)
-    lines = [line["simulated"] for line in whole["rounds"]]
-    assert (
-        whole["simulated_seconds"] == lines[-1]["elapsed"] == pytest.approx(sum(x["seconds"] for x in lines))
-    )
-    for line in whole["rounds"]:
+    lines = [line["simulated"] for line in whole.rounds]
+    assert whole.simulated_seconds == lines[-1]["elapsed"] == pytest.approx(sum(x["seconds"] for x in lines))
+    for line in whole.rounds:
         told = line["simulated"]
         assert len(line["cohort"]) == 6 and line["trained"] <= 4
         assert line["trained"] + told["unavailable"] + told["late"] + told["surplus"] == 6
@@ -185,8 +183,8 @@ def test_a_run_tells_simulated_time_and_resumes_to_the_same(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         simulate(setting, tmp_path / "cut", on_event=stop_after_three, report=False)
     again = simulate(setting, tmp_path / "cut", on_event=ignore_events, report=False, resume=True)
-    assert again["model_sha256"] == whole["model_sha256"]
-    assert [line["simulated"] for line in again["rounds"]] == lines
+    assert again.model_sha256 == whole.model_sha256
+    assert [line["simulated"] for line in again.rounds] == lines
     report = (tmp_path / "whole" / "report.html").read_text()
     assert "simulated time of the run" in report and "clients asked in vain" in report
     assert "6 of the 12 clients were asked; those who answered in time trained" in report
@@ -198,9 +196,7 @@ def test_the_engine_changes_no_bit_of_a_run_in_simulated_time(tmp_path: Path) ->
         profile(tmp_path, KINDS), federation={"clients": 12, "cohort": 4, "over_sampling": 1.5, "rounds": 3}
     )
     hashes = {
-        simulate(setting, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)[
-            "model_sha256"
-        ]
+        simulate(setting, tmp_path / engine, engine=engine, on_event=ignore_events, report=False).model_sha256
         for engine in ("inline", "loop")
     }
     assert len(hashes) == 1

@@ -41,7 +41,7 @@ def test_a_student_of_labelled_data_is_a_run_like_any_other(teacher: Path) -> No
     assert distilled(teacher, "data", "student") == 0
     made = atoll.Run(teacher / "student")
     assert made.job.train.teacher == str(teacher / "run") and made.job.federation.clients == 1
-    assert made.result["facts"]["teacher"] and made.report.is_file()
+    assert made.result.facts["teacher"] and made.report.is_file()
     assert made.predict(["good good"])[0]["label"] in ("good", "bad")
     assert run(["export", str(teacher / "student"), "--format", "safetensors"]) == 0
 

@@ -52,7 +52,7 @@ def test_qffl_is_algorithm_2_of_its_paper(tmp_path: Path, q: float) -> None:
     result = run(setting, tmp_path)
     problem, lr = Measured(setting), 0.5
     w = problem.start
-    for line in result["rounds"]:
+    for line in result.rounds:
         numerator, denominator = np.zeros_like(w), 0.0
         for k in line["cohort"]:
             loss = problem.loss(w, k)
@@ -80,7 +80,7 @@ def test_afl_is_stochastic_afl_of_its_paper(tmp_path: Path, cohort: int) -> None
     result = run(setting, tmp_path)
     problem, lr = Measured(setting), 0.5
     w, weights = problem.start, dict.fromkeys(problem.names, 1 / 6)
-    for line in result["rounds"]:
+    for line in result.rounds:
         here, scale = line["cohort"], 6 / cohort
         deltas = {i: problem.trained(w, i, line["round"], lr) - w for i in here}
         losses = {i: problem.loss(w, i) if i in here else 0.0 for i in problem.names}
@@ -89,7 +89,7 @@ def test_afl_is_stochastic_afl_of_its_paper(tmp_path: Path, cohort: int) -> None
         weights = dict(zip(problem.names, moved.tolist(), strict=True))
     np.testing.assert_allclose(final(tmp_path, "model/"), w, rtol=0, atol=1e-6)
     state = last_state(setting, tmp_path)
-    seen = {name for line in result["rounds"] for name in line["cohort"]}
+    seen = {name for line in result.rounds for name in line["cohort"]}
     assert {name: state[PREFIX + name] for name in seen} == pytest.approx(
         {name: weights[name] for name in seen}, abs=1e-6
     )
@@ -226,4 +226,4 @@ def test_the_loss_of_a_network_is_its_mean_cross_entropy_and_all_engines_give_th
             outputs = learner.model(learner.collate(shard, range(len(shard)), None))
         expected = torch.nn.functional.cross_entropy(outputs, shard.targets)
         assert Listening.heard[name] == pytest.approx(float(expected), rel=1e-4)
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == heard["model_sha256"]
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == heard.model_sha256

@@ -89,15 +89,15 @@ def test_adapted_metrics_stand_beside_the_plain_ones_the_same_everywhere(
     federation = {"clients": 10, "cohort": 10, "rounds": 5}
     setting = job(**tables, federation=federation)
     result, other = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", **options)
-    assert result["model_sha256"] == other["model_sha256"]
-    assert result["final"]["clients"] == other["final"]["clients"]
-    clients = result["final"]["clients"].values()
+    assert result.model_sha256 == other.model_sha256
+    assert result.final["clients"] == other.final["clients"]
+    clients = result.final["clients"].values()
     plain, after = (np.mean([c[m] for c in clients]) for m in ("accuracy", "adapted_accuracy"))
     assert after > plain + 0.2
-    [note] = [n for n in result["notes"] if "after 20 local steps" in n]
+    [note] = [n for n in result.notes if "after 20 local steps" in n]
     assert f"{after * 100:.1f} %" in note and f"{plain * 100:.1f} %" in note
     without = run(setting.model_copy(update={"evaluate": job().evaluate}), tmp_path / "c")
-    assert without["model_sha256"] == result["model_sha256"] and not without["notes"]
+    assert without.model_sha256 == result.model_sha256 and not without.notes
 
 
 @pytest.mark.parametrize("shots", [1, 3])
@@ -121,7 +121,7 @@ def test_a_client_trains_on_so_many_examples_a_class_the_same_ones_wherever_it_i
 def test_few_shots_have_the_same_bits_in_every_engine(tmp_path: Path) -> None:
     setting = job(data={"shots": 2}, tune={"head_init": "prototype"}, federation={"rounds": 2})
     results = [run(setting, tmp_path / e, engine=e) for e in ("inline", "loop")]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
+    assert results[0].model_sha256 == results[1].model_sha256
 
 
 @pytest.mark.parametrize(

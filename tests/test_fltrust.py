@@ -131,7 +131,7 @@ def test_a_round_is_tried_again_until_the_trusted_client_answers(tmp_path: Path)
     setting = trusting()
     population = Population.of(setting)
     again = run_job(setting, Silent.of(population), tmp_path / "a", cached_test_set(population, None))
-    assert again["model_sha256"] == run(setting, tmp_path / "b")["model_sha256"]
+    assert again.model_sha256 == run(setting, tmp_path / "b").model_sha256
     lost = Silent.of(population)
     lost.times = 99
     with pytest.raises(InconsistentUpdates, match=rf"0 of 8 usable.*no usable update of {ROOT}"):
@@ -146,7 +146,7 @@ def test_most_clients_may_be_hostile(tmp_path: Path) -> None:
     def accuracy(strategy: dict[str, Any], name: str) -> float:
         train = {"lr": 8.0, "batch_size": 16}
         setting = trusting({"rounds": 12}, attack=attack, data=data, strategy=strategy, train=train)
-        return float(run(setting, tmp_path / name)["rounds"][-1]["metrics"]["accuracy"])
+        return float(run(setting, tmp_path / name).rounds[-1]["metrics"]["accuracy"])
 
     trusted = accuracy({"name": "fltrust", "options": {"root": ROOT}}, "trust")
     assert trusted > 0.8 > 0.5 > accuracy({"name": "geometric-median"}, "median")

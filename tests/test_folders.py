@@ -42,7 +42,7 @@ def test_a_model_of_both_gives_the_encoder_of_images_and_the_one_of_texts(
     backbone = {"name": str(folder), "image_size": 32, "max_tokens": 16}
     setting = job("image-text", backbone=backbone, tune={"method": method})
     result = simulate(setting, tmp_path / "out", on_event=ignore_events, report=False)
-    assert result["rounds"][-1]["loss"] < result["rounds"][0]["loss"]
+    assert result.rounds[-1]["loss"] < result.rounds[0]["loss"]
 
 
 def test_a_network_of_images_alone_asks_for_one_of_texts(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_series_are_read_by_transformers_own_networks(tmp_path: Path, method: st
         on_event=ignore_events,
         report=False,
     )
-    assert result["rounds"][-1]["loss"] < result["rounds"][0]["loss"]
+    assert result.rounds[-1]["loss"] < result.rounds[0]["loss"]
 
 
 def test_a_network_of_other_windows_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -67,10 +67,10 @@ def test_engines_agree_on_every_fold_and_folds_differ(tmp_path: Path) -> None:
         for fold in range(3)
         for engine in ("inline", "loop")
     }  # fmt: skip
-    bits = [found[fold, "inline"]["model_sha256"] for fold in range(3)]
-    assert bits == [found[fold, "loop"]["model_sha256"] for fold in range(3)]
+    bits = [found[fold, "inline"].model_sha256 for fold in range(3)]
+    assert bits == [found[fold, "loop"].model_sha256 for fold in range(3)]
     assert len(set(bits)) == 3
-    kept = [sum(c["examples"] for c in found[f, "inline"]["final"]["clients"].values()) for f in range(3)]
+    kept = [sum(c["examples"] for c in found[f, "inline"].final["clients"].values()) for f in range(3)]
     assert sum(kept) == 1797 - 359  # a fifth is the test set: round(1797 * 0.2) = 359
 
 

@@ -65,10 +65,10 @@ def test_the_model_is_that_of_a_federation_that_never_had_the_client(tmp_path: P
     for name, tensor in never.items():
         assert torch.equal(found[name], tensor)
         assert not torch.equal(tensor, torch.zeros_like(tensor))
-    assert tensors_sha256(dict(found)) == record["model_sha256"] != before["model_sha256"]
+    assert tensors_sha256(dict(found)) == record["model_sha256"] != before.model_sha256
     result = json.loads((out / "result.json").read_text())
     assert result["model_sha256"] == record["model_sha256"] and result["forgotten"] == [record]
-    assert record["replaced_sha256"] == before["model_sha256"] and record["clients_left"] == 5
+    assert record["replaced_sha256"] == before.model_sha256 and record["clients_left"] == 5
     assert result["final"] == {"server": {}, "clients": {}} and "was forgotten" in result["notes"][-1]
     assert set(kept_clients(out)) == {f"client-000{n}" for n in (0, 1, 3, 4, 5)}
     for path in (out / "checkpoints").glob("*.safetensors"):  # nor does one have the client in it
@@ -114,12 +114,12 @@ def test_a_run_keeps_sums_for_its_owner_alone_and_only_where_it_is_asked_to(tmp_
     assert size == 8 * (10 + 10 * 192 + 192**2)
     other = run(job(tune={"head_init": "ridge"}), tmp_path / "other")
     assert not (tmp_path / "other" / "sums").exists()
-    assert other["model_sha256"] == json.loads((tmp_path / "run" / "result.json").read_text())["model_sha256"]
+    assert other.model_sha256 == json.loads((tmp_path / "run" / "result.json").read_text())["model_sha256"]
 
 
 def test_what_a_kill_leaves_can_be_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
-    before = run(job(), out)["model_sha256"]
+    before = run(job(), out).model_sha256
 
     class Killed(Exception): ...
 
@@ -201,7 +201,7 @@ def test_a_job_whose_sums_could_not_be_taken_away_keeps_none(tables: dict[str, A
 def test_the_verb_says_what_replaced_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from atoll.cli.main import run as command_line
 
-    before = run(job(), tmp_path / "run", report=True)["model_sha256"]
+    before = run(job(), tmp_path / "run", report=True).model_sha256
     assert command_line(["forget", str(tmp_path / "run"), "client-0004"]) == 0
     said = capsys.readouterr().out
     assert "client-0004 is forgotten" in said and before[:12] in said and "5 clients" in said

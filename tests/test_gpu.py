@@ -14,6 +14,7 @@ import torch
 
 from atoll.job.job import Job
 from atoll.protocol.tensors import Tensors, from_bytes
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.system.fork_server import worker_pool
@@ -66,7 +67,7 @@ def job_of(case: str, device: str, **train: Any) -> Job:
     return Job.parse({"name": TABLE["name"], "seed": TABLE["seed"], **tables}, origin="test")
 
 
-def run(job: Job, out: Path, **options: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def run(job: Job, out: Path, **options: Any) -> tuple[RunResult, dict[str, torch.Tensor]]:
     result = simulate(job, out, on_event=ignore_events, report=False, **options)
     return result, from_bytes((out / "model" / "model.safetensors").read_bytes())
 
@@ -79,10 +80,10 @@ def test_a_run_on_the_gpu_is_near_that_on_the_processor_and_repeats(
     there, gpu = run(job_of(case, "cuda"), tmp_path / "gpu")
     again, _ = run(job_of(case, "cuda"), tmp_path / "again")
     looped, _ = run(job_of(case, "cuda"), tmp_path / "loop", engine="loop")
-    same = [other["model_sha256"] == there["model_sha256"] for other in (again, looped)]
+    same = [other.model_sha256 == there.model_sha256 for other in (again, looped)]
     for name, value in {"apart": apart(cpu, gpu), "repeats": same[0], "loop agrees": same[1]}.items():
         record_property(name, value)
-    assert "cuda" in there["machine"]["device"] and "cuda" not in here["machine"]["device"]
+    assert "cuda" in there.machine["device"] and "cuda" not in here.machine["device"]
     assert apart(cpu, gpu) < 0.05  # a random network is chaotic; heads are near 1e-7
     assert all(same)
 

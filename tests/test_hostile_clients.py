@@ -12,6 +12,7 @@ import torch
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.report.page import page
+from atoll.report.run_result import RunResult
 from atoll.report.text import who_was_hostile
 from atoll.server.events import ignore_events
 from atoll.server.job_checks import validate_for_deployment
@@ -71,7 +72,7 @@ def test_min_max_is_the_farthest_row_that_no_honest_row_is_too_far_from(clients:
     assert min_max(rows).tolist() == pytest.approx((mean - low * deviations).tolist(), abs=1e-9)
 
 
-def ran(folder: Path, engine: str = "inline", **tables: Any) -> dict[str, Any]:
+def ran(folder: Path, engine: str = "inline", **tables: Any) -> RunResult:
     setting = job(**tables)
     out = folder / f"{engine}-{setting.hash[:12]}"
     return simulate(setting, out, engine=engine, on_event=ignore_events, report=False)
@@ -163,7 +164,7 @@ def test_poisoned_labels_are_those_of_the_hostile_clients_alone(
 def test_a_robust_merge_learns_where_the_mean_does_not(tmp_path: Path) -> None:
     attack = {"kind": "sign-flip", "clients": 1, "scale": 10.0}
     accuracy = {
-        name: ran(tmp_path, strategy=name, attack=attack, train={"lr": 4.0, "epochs": 5})["rounds"][-1][
+        name: ran(tmp_path, strategy=name, attack=attack, train={"lr": 4.0, "epochs": 5}).rounds[-1][
             "metrics"
         ]["accuracy"]
         for name in ("fedavg", "trimmed-mean")
@@ -175,8 +176,8 @@ def test_a_robust_merge_learns_where_the_mean_does_not(tmp_path: Path) -> None:
 def test_one_by_one_and_all_at_once_have_the_same_bits_under_attack(tmp_path: Path, kind: str) -> None:
     attack = {"kind": kind, "clients": 2}
     results = [ran(tmp_path, engine, attack=attack) for engine in ("inline", "loop")]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
-    assert results[0]["model_sha256"] != ran(tmp_path)["model_sha256"]
+    assert results[0].model_sha256 == results[1].model_sha256
+    assert results[0].model_sha256 != ran(tmp_path).model_sha256
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_clients_bits_do_not_depend_on_its_company(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_engines_agree_and_it_makes_a_difference(kind: str, tmp_path: Path) -> None:
     whole, looped, plain = (
-        simulate(job, tmp_path / name, engine=engine, on_event=ignore_events, report=False)["model_sha256"]
+        simulate(job, tmp_path / name, engine=engine, on_event=ignore_events, report=False).model_sha256
         for name, engine, job in (
             ("inline", "inline", job_of(kind)),
             ("loop", "loop", job_of(kind)),
@@ -154,7 +154,7 @@ def test_rare_classes_are_found_more_often(tmp_path: Path) -> None:
             train={"lr": 2.0, "batch_size": 16},
         )
         result = simulate(job, tmp_path / str(kind), on_event=ignore_events, report=False)
-        found[kind] = result["final"]["server"]["macro_f1"]
+        found[kind] = result.final["server"]["macro_f1"]
     assert found["weights"] > found[None] + 0.05, found
     assert found["logits"] > found[None] + 0.05, found
     assert found["focal"] > found[None] - 0.02, found
@@ -178,8 +178,8 @@ def test_under_example_level_privacy_only_focal_loss_keeps_the_promise(tmp_path:
         simulate(job_of(kind, privacy=private), tmp_path / str(kind), on_event=ignore_events, report=False)
         for kind in ("focal", None)
     )
-    assert focal["privacy"]["epsilon"] == plain["privacy"]["epsilon"] > 0
-    assert focal["model_sha256"] != plain["model_sha256"]
+    assert focal.privacy["epsilon"] == plain.privacy["epsilon"] > 0
+    assert focal.model_sha256 != plain.model_sha256
 
 
 @pytest.mark.parametrize(

@@ -84,5 +84,5 @@ def test_it_learns_digits_however_it_is_tuned(tune: dict[str, Any], tmp_path: Pa
         "federation": {"clients": 3, "rounds": 2},
     }
     result = simulate(Job.parse(table, origin="test"), tmp_path / "out", on_event=ignore_events, report=False)
-    first, second = (one["loss"] for one in result["rounds"])
+    first, second = (one["loss"] for one in result.rounds)
     assert second < first

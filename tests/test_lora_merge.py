@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from atoll.learning.learner import Learner
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import Request, TrainRequest
 from atoll.protocol.tensors import Tensors
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.server.rounds.central_dp import run_key
 from atoll.server.run.run_job import run_job
@@ -116,12 +116,12 @@ def a_job(folder: Path, method: str | None, **tables: Any) -> Job:
     return ready(job_of("text-classification", "lora", **table, **tables), folder)
 
 
-def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
+def run(job: Job, out: Path, **options: Any) -> RunResult:
     return simulate(job, out, on_event=ignore_events, report=False, **options)
 
 
-def hashes(result: dict[str, Any]) -> list[str]:
-    return [line["model_sha256"] for line in result["rounds"]]
+def hashes(result: RunResult) -> list[str]:
+    return [line["model_sha256"] for line in result.rounds]
 
 
 class Stopped(Exception): ...
@@ -146,9 +146,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def result(runs: Path, method: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((runs / method / "result.json").read_text())
-    return found
+def result(runs: Path, method: str) -> RunResult:
+    return RunResult.read(runs / method)
 
 
 @pytest.mark.parametrize("method", ["rolora", "flora"])
@@ -171,15 +170,15 @@ def test_worker_processes_give_the_same_bits(runs: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("method", ALL[1:])
 def test_every_round_says_how_far_each_layers_merge_is_from_the_mean_product(method: str, runs: Path) -> None:
-    lines = [line["aggregation_error"]["layers"] for line in result(runs, method)["rounds"]]
+    lines = [line["aggregation_error"]["layers"] for line in result(runs, method).rounds]
     assert all(len(layers) == len(lines[0]) > 1 for layers in lines)
     relative = max(layer["relative"] for layers in lines for layer in layers.values())
     assert relative <= 1e-6 if method in EXACT else relative > 1e-4
 
 
 def test_clients_send_the_factors_that_they_train_and_no_more(runs: Path) -> None:
-    sent = {method: result(runs, str(method))["bytes_up"] for method in ALL[1:]}
-    down = {method: result(runs, str(method))["bytes_down"] for method in ALL[1:]}
+    sent = {method: result(runs, str(method)).bytes_up for method in ALL[1:]}
+    down = {method: result(runs, str(method)).bytes_down for method in ALL[1:]}
     assert sent["ffa"] < sent["average"] == sent["fedex"] == sent["flora"] == sent["flexlora"]
     assert sent["rolora"] < sent["average"] and down["rolora"] == down["average"] < down["fedex"]
 
@@ -275,7 +274,7 @@ EXAMPLE = {"unit": "example", "noise_multiplier": 0.5, "delta": 1e-5, "sampling_
 def test_clients_are_promised_privacy_with_exact_merges(method: str, runs: Path, tmp_path: Path) -> None:
     job = a_job(runs, method, privacy=CLIENT, federation={"rounds": 2})
     found = run(job, tmp_path / "private")
-    assert found["privacy"] and all("aggregation_error" not in line for line in found["rounds"])
+    assert found.privacy and all("aggregation_error" not in line for line in found.rounds)
     assert len(set(hashes(found))) == 2
 
 
@@ -315,7 +314,7 @@ def test_what_does_not_go_together_is_refused_by_name(
 def test_products_of_noised_and_of_compressed_updates_merge_exactly(
     tables: dict[str, Any], runs: Path, tmp_path: Path
 ) -> None:
-    [line] = run(a_job(runs, "fedex", **tables), tmp_path / "run")["rounds"]
+    [line] = run(a_job(runs, "fedex", **tables), tmp_path / "run").rounds
     assert all(layer["relative"] < 1e-6 for layer in line["aggregation_error"]["layers"].values())
 
 
@@ -323,8 +322,8 @@ def test_with_own_b_clients_send_a_and_each_keeps_another_b(runs: Path, tmp_path
     job = a_job(runs, None, personal={"keep": "lora-b"})
     out = tmp_path / "run"
     found = run(job, out)
-    assert not [name for name in found["trainable"] if name.endswith(B)]
-    assert [name for name in found["trainable"] if name.endswith(A)]
+    assert not [name for name in found.trainable if name.endswith(B)]
+    assert [name for name in found.trainable if name.endswith(A)]
     memory = ClientStateStore(out / "memory", of_one_run=True)
     population, run_name = Population.of(job), run_key(job, out)
     own = [memory.load_before(run_name, client, 9) for client in population.names(job)]

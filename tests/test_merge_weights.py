@@ -61,8 +61,8 @@ def test_a_run_goes_by_the_weights(tmp_path: Path) -> None:
             data={"source": "digits", "partition": {"kind": "dirichlet", "alpha": 0.3}},
         )
         found = run(setting, tmp_path / str(len(list(tmp_path.iterdir()))))
-        assert isinstance(found["model_sha256"], str)
-        return found["model_sha256"]
+        assert isinstance(found.model_sha256, str)
+        return found.model_sha256
 
     usual = model()
     assert model(weights="capped", weight_cap=10_000) == usual != model(weights="equal")

@@ -94,10 +94,10 @@ def test_every_engine_and_a_resumed_run_give_the_same_bits(tmp_path: Path, metho
     tune = {"method": method} | ({"layers": 1} if method == "last-k" else {})
     setting = network(tune=tune)
     whole = run(setting, tmp_path / "whole")
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == whole["model_sha256"]
-    assert stopped_and_resumed(setting, tmp_path / "r")["model_sha256"] == whole["model_sha256"]
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == whole.model_sha256
+    assert stopped_and_resumed(setting, tmp_path / "r").model_sha256 == whole.model_sha256
     plain = run(network({"name": "fedavg"}, tune=tune), tmp_path / "plain")
-    hashes = [[line["model_sha256"] for line in one["rounds"]] for one in (whole, plain)]
+    hashes = [[line["model_sha256"] for line in one.rounds] for one in (whole, plain)]
     # Nobody has a last model in the first round, which is FedAvg's; from then on it tells.
     assert hashes[0][0] == hashes[1][0] and hashes[0][1] != hashes[1][1]
 

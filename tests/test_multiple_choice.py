@@ -401,14 +401,14 @@ def test_a_run_with_kept_states_has_the_same_bits_with_a_cold_cache_a_warm_one_a
         simulate(job, tmp_path / name, engine=engine, on_event=ignore_events, report=False)
         for name, engine in (("cold", "inline"), ("warm", "inline"), ("loop", "loop"))
     ]
-    assert len({result["model_sha256"] for result in results}) == 1
-    assert results[0]["final"] == results[1]["final"] == results[2]["final"]
+    assert len({result.model_sha256 for result in results}) == 1
+    assert results[0].final == results[1].final == results[2].final
     bare = simulate(
         job.model_copy(update={"train": job.train.model_copy(update={"cached_states": None})}),
         tmp_path / "bare", on_event=ignore_events, report=False,
     )  # fmt: skip
-    for name, values in bare["final"]["clients"].items():
-        assert values["loss"] == pytest.approx(results[0]["final"]["clients"][name]["loss"], rel=1e-4)
+    for name, values in bare.final["clients"].items():
+        assert values["loss"] == pytest.approx(results[0].final["clients"][name]["loss"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_a_clients_bits_do_not_depend_on_its_company(train: dict[str, Any]) -> N
 def test_engines_agree_and_it_makes_a_difference(train: dict[str, Any], tmp_path: Path) -> None:
     changed = job_of(None, train={"lr": 0.5, "batch_size": 16} | train)
     found = [
-        simulate(job, tmp_path / name, engine=engine, on_event=ignore_events, report=False)["model_sha256"]
+        simulate(job, tmp_path / name, engine=engine, on_event=ignore_events, report=False).model_sha256
         for name, engine, job in (
             ("inline", "inline", changed),
             ("loop", "loop", changed),
@@ -160,8 +160,8 @@ def test_under_privacy_smoothed_labels_keep_the_account(tmp_path: Path) -> None:
         )
         for name, train in (("smooth", {"label_smoothing": 0.1}), ("plain", {}))
     )  # fmt: skip
-    assert smooth["privacy"]["epsilon"] == plain["privacy"]["epsilon"] > 0
-    assert smooth["model_sha256"] != plain["model_sha256"]
+    assert smooth.privacy["epsilon"] == plain.privacy["epsilon"] > 0
+    assert smooth.model_sha256 != plain.model_sha256
 
 
 def test_a_clients_training_repeats_bit_for_bit_under_dropout() -> None:

@@ -20,6 +20,7 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.requests import Request, TrainRequest
 from atoll.protocol.tensors import Tensors
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import cached_test_set, simulate
@@ -65,45 +66,45 @@ def texts(folder: Path, keep: str | None, **tables: Any) -> Job:
     return Job.parse(table | {k: table.get(k, {}) | v for k, v in tables.items()}, origin="test")
 
 
-def hashes(result: dict[str, Any]) -> list[str]:
-    return [line["model_sha256"] for line in result["rounds"]]
+def hashes(result: RunResult) -> list[str]:
+    return [line["model_sha256"] for line in result.rounds]
 
 
 @pytest.fixture(scope="module")
-def references(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def references(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
     out = tmp_path_factory.mktemp("references")
     return {keep: run(texts(folder, keep), out / keep) for keep in KEEPS}
 
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_own_models_are_the_same_bits_one_client_at_a_time(
-    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
+    tmp_path: Path, folder: Path, references: dict[str, RunResult], keep: str
 ) -> None:
     loop = run(texts(folder, keep), tmp_path / "r", engine="loop")
     assert hashes(loop) == hashes(references[keep])
-    assert loop["final"] == references[keep]["final"] and loop["personal"] == references[keep]["personal"]
+    assert loop.final == references[keep].final and loop.personal == references[keep].personal
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.processes
 def test_own_models_are_the_same_bits_in_worker_processes(
-    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
+    tmp_path: Path, folder: Path, references: dict[str, RunResult], keep: str
 ) -> None:
     """A client's own part is reached from whichever process trains it."""
     pooled = run(texts(folder, keep), tmp_path / "r", workers=2)
     assert hashes(pooled) == hashes(references[keep])
-    assert pooled["final"] == references[keep]["final"]
+    assert pooled.final == references[keep].final
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["head", "mixture"])
 def test_own_models_are_the_same_bits_on_ray(
-    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
+    tmp_path: Path, folder: Path, references: dict[str, RunResult], keep: str
 ) -> None:
     ray = run(texts(folder, keep), tmp_path / "r", engine="ray", workers=2)
     assert hashes(ray) == hashes(references[keep])
-    assert ray["final"] == references[keep]["final"]
+    assert ray.final == references[keep].final
 
 
 class Stopped(Exception): ...
@@ -119,7 +120,7 @@ class Stops(InlineTransport):
         return replies
 
 
-def stopped_and_resumed(setting: Job, out: Path) -> dict[str, Any]:
+def stopped_and_resumed(setting: Job, out: Path) -> RunResult:
     population = Population.of(setting)
     with pytest.raises(Stopped):
         run_job(
@@ -133,11 +134,11 @@ def stopped_and_resumed(setting: Job, out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_a_run_stopped_between_memory_and_checkpoint_resumes_to_the_same_bits(
-    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]], keep: str
+    tmp_path: Path, folder: Path, references: dict[str, RunResult], keep: str
 ) -> None:
     again = stopped_and_resumed(texts(folder, keep), tmp_path / "r")
     assert hashes(again) == hashes(references[keep])
-    assert again["final"] == references[keep]["final"]
+    assert again.final == references[keep].final
 
 
 @pytest.mark.parametrize("keep", ["head", "norms"])
@@ -218,19 +219,19 @@ def test_a_single_client_with_its_own_head_trains_as_without(tmp_path: Path, fol
     }
     [a], [b] = found["plain"].values(), found["own"].values()
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["accuracy"] == b["accuracy"]
-    for one, other in zip(plain["rounds"], own["rounds"], strict=True):
+    for one, other in zip(plain.rounds, own.rounds, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_the_shared_model_of_a_mixture_is_the_plain_runs_bit_for_bit(
-    tmp_path: Path, folder: Path, references: dict[str, dict[str, Any]]
+    tmp_path: Path, folder: Path, references: dict[str, RunResult]
 ) -> None:
     plain = run(texts(folder, None), tmp_path / "r")
     mixture = references["mixture"]
     assert hashes(mixture) == hashes(plain)
-    assert mixture["final"]["server"] == plain["final"]["server"]
-    assert mixture["personal"]["global_clients"] == plain["final"]["clients"]
-    assert mixture["final"]["clients"] != plain["final"]["clients"]
+    assert mixture.final["server"] == plain.final["server"]
+    assert mixture.personal["global_clients"] == plain.final["clients"]
+    assert mixture.final["clients"] != plain.final["clients"]
 
 
 MIXED: dict[str, Any] = {"personal": {"keep": "mixture", "pull": 0.5}}
@@ -243,14 +244,14 @@ def test_mixtures_of_heads_are_the_same_bits_at_once_and_one_by_one(
     setting = job(**MIXED)
     inline, other = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", **options)
     assert hashes(inline) == hashes(other) == hashes(run(job(), tmp_path / "plain"))
-    assert inline["final"] == other["final"]
+    assert inline.final == other.final
 
 
 def test_mixtures_of_heads_resume_to_the_same_bits_also_where_updates_are_compressed(tmp_path: Path) -> None:
     setting = job(**MIXED, federation={"compression": "int4"})
     whole = run(setting, tmp_path / "whole")
     again = stopped_and_resumed(setting, tmp_path / "r")
-    assert hashes(again) == hashes(whole) and again["final"] == whole["final"]
+    assert hashes(again) == hashes(whole) and again.final == whole.final
     assert hashes(whole) == hashes(run(job(federation={"compression": "int4"}), tmp_path / "plain"))
 
 
@@ -319,11 +320,11 @@ def test_own_models_gain_where_clients_differ_and_the_result_says_so(tmp_path: P
     federation = {"clients": 10, "cohort": 10, "rounds": 10}
     setting = job(personal={"keep": "mixture"}, data=data, federation=federation)
     result = simulate(setting, tmp_path / "r", on_event=ignore_events)
-    own = result["personal"]
+    own = result.personal
     assert own["keep"] == "mixture" and own["clients"]["accuracy"] > own["global"]["accuracy"] + 0.05
-    values = [c["accuracy"] for c in result["final"]["clients"].values()]
+    values = [c["accuracy"] for c in result.final["clients"].values()]
     assert own["clients"]["accuracy"] == pytest.approx(sum(values) / len(values))
-    [note] = [n for n in result["notes"] if "own model" in n]
+    [note] = [n for n in result.notes if "own model" in n]
     page = html.unescape((tmp_path / "r" / "report.html").read_text()).replace("\N{NO-BREAK SPACE}", " ")
     assert note in page
 
@@ -333,8 +334,8 @@ def test_with_heads_kept_nothing_whole_is_on_disk_and_using_it_is_refused_in_one
 ) -> None:
     setting = texts(folder, "head", federation={"rounds": 1})
     result = run(setting, tmp_path / "r")
-    assert result["final"]["server"] == {} and not any(n.startswith("head.") for n in result["trainable"])
-    assert any("clients keep their heads" in note for note in result["notes"])
+    assert result.final["server"] == {} and not any(n.startswith("head.") for n in result.trainable)
+    assert any("clients keep their heads" in note for note in result.notes)
     with pytest.raises(ConfigError, match="its clients kept their heads, so it holds no whole model"):
         trained(tmp_path / "r")
     run(texts(folder, "norms", federation={"rounds": 1}), tmp_path / "n")

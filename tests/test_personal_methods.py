@@ -65,9 +65,9 @@ def test_ditto_is_algorithm_1_of_its_paper(tmp_path: Path, pull: float) -> None:
     setting = ditto(pull)
     result = run(setting, tmp_path)
     problem = Softmax(setting)
-    shared = fedavg(problem, result["rounds"])
+    shared = fedavg(problem, result.rounds)
     own: dict[str, Array] = {}
-    for line, w in zip(result["rounds"], shared, strict=False):
+    for line, w in zip(result.rounds, shared, strict=False):
         for k in line["cohort"]:
             v = own.get(k, w).copy()
             longer = setting.model_copy(update={"train": setting.train.model_copy(update={"epochs": 3})})
@@ -126,10 +126,10 @@ def test_what_leaves_under_a_promise_is_what_leaves_without_own_models(
     tables["federation"] = ONE_ROUND | tables["federation"]
     own, plain = ditto(0.7, **tables), heads(FEDAVG, **tables)
     result, without = run(own, tmp_path / "own"), run(plain, tmp_path / "plain")
-    assert result["model_sha256"] == without["model_sha256"]
-    assert result["rounds"][0]["metrics"] == without["rounds"][0]["metrics"]
+    assert result.model_sha256 == without.model_sha256
+    assert result.rounds[0]["metrics"] == without.rounds[0]["metrics"]
     if promise != "secure sum":
-        assert result["final"]["clients"] == {} and result["personal"]["clients"] == {}
+        assert result.final["clients"] == {} and result.personal["clients"] == {}
     found, expected = kept(tmp_path / "own"), open_models[str(tables.get("train"))]
     assert found.keys() == expected.keys() and len(found) == 3
     assert all(np.array_equal(v, expected[client]) for client, v in found.items())
@@ -145,9 +145,9 @@ def test_apfl_is_algorithm_1_of_its_paper(tmp_path: Path) -> None:
     setting = apfl()
     result = run(setting, tmp_path)
     problem, alpha = Softmax(setting), 0.4
-    shared = fedavg(problem, result["rounds"])
+    shared = fedavg(problem, result.rounds)
     own: dict[str, Array] = {}
-    for line, start in zip(result["rounds"], shared, strict=False):
+    for line, start in zip(result.rounds, shared, strict=False):
         for i in line["cohort"]:
             w, v = start.copy(), own.get(i, start).copy()
             for rows in problem.batches(i, line["round"]):
@@ -197,9 +197,9 @@ def test_apfl_has_the_same_bits_everywhere_and_leaves_the_shared_model_as_it_is(
     whole, loop = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="loop")
     again = stopped_and_resumed(setting, tmp_path / "c")
     plain = run(heads(FEDAVG, federation={"rounds": 3}), tmp_path / "plain")
-    assert whole["final"] == loop["final"] == again["final"]
-    assert whole["model_sha256"] == plain["model_sha256"]
-    assert whole["personal"]["global_clients"] == plain["final"]["clients"] != whole["final"]["clients"]
+    assert whole.final == loop.final == again.final
+    assert whole.model_sha256 == plain.model_sha256
+    assert whole.personal["global_clients"] == plain.final["clients"] != whole.final["clients"]
     for name in ("b", "c"):
         assert all(np.array_equal(v, kept(tmp_path / name)[k]) for k, v in kept(tmp_path / "a").items())
 
@@ -214,7 +214,7 @@ def test_per_fedavg_is_algorithm_1_of_its_paper_without_the_hessian(tmp_path: Pa
     result = run(setting, tmp_path)
     problem = Softmax(setting)
     w = problem.start
-    for line in result["rounds"]:
+    for line in result.rounds:
         moves = []
         for i in line["cohort"]:
             own, order = w.copy(), problem.batches(i, line["round"])
@@ -261,7 +261,7 @@ def test_per_fedavg_is_measured_after_a_step_of_its_own_and_has_the_same_bits_ev
     whole, loop = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="loop")
     again = stopped_and_resumed(setting, tmp_path / "c")
     for other in (loop, again):
-        assert (other["model_sha256"], other["final"]) == (whole["model_sha256"], whole["final"])
+        assert (other.model_sha256, other.final) == (whole.model_sha256, whole.final)
     clients = Clients(setting)
     problem, shard, name = Softmax(setting), clients.train("client-0001"), "client-0001"
     w = {n: t.float() for n, t in clients.learner.initial().items()}
@@ -362,9 +362,9 @@ def test_fedrep_has_the_same_bits_everywhere_and_others_than_fedper(tmp_path: Pa
     whole, loop = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="loop")
     again = stopped_and_resumed(setting, tmp_path / "c")
     for other in (loop, again):
-        assert (other["model_sha256"], other["final"]) == (whole["model_sha256"], whole["final"])
+        assert (other.model_sha256, other.final) == (whole.model_sha256, whole.final)
     fedper = setting.model_copy(update={"personal": PersonalSection(keep="head")})
-    assert run(fedper, tmp_path / "fedper")["model_sha256"] != whole["model_sha256"]
+    assert run(fedper, tmp_path / "fedper").model_sha256 != whole.model_sha256
 
 
 def test_epochs_of_the_head_are_for_a_head_that_stays() -> None:

@@ -31,7 +31,7 @@ def test_pfedme_is_algorithm_1_of_its_paper(tmp_path: Path) -> None:
     result = run(setting, tmp_path)
     problem = Softmax(setting)
     w = problem.start
-    for line in result["rounds"]:
+    for line in result.rounds:
         arrived = []
         for i in line["cohort"]:
             local = w.copy()
@@ -61,8 +61,8 @@ def test_a_clients_own_model_is_measured_and_every_engine_gives_the_same_bits(tm
     whole, loop = run(setting, tmp_path / "a"), run(setting, tmp_path / "b", engine="loop")
     again = stopped_and_resumed(setting, tmp_path / "c")
     for other in (loop, again):
-        assert (other["model_sha256"], other["final"]) == (whole["model_sha256"], whole["final"])
-    assert "adapted_accuracy" in whole["final"]["clients"]["client-0000"]
+        assert (other.model_sha256, other.final) == (whole.model_sha256, whole.final)
+    assert "adapted_accuracy" in whole.final["clients"]["client-0000"]
 
 
 def own_model(setting_steps: int) -> tuple[Array, Array]:
@@ -91,7 +91,7 @@ def test_whole_networks_have_the_same_bits_in_worker_processes(tmp_path: Path) -
         federation={"clients": 2, "quorum": 1.0, "rounds": 1}, evaluate={"adapt": 1},
     )  # fmt: skip
     first, loop = run(setting, tmp_path / "inline"), run(setting, tmp_path / "loop", engine="loop")
-    assert (first["model_sha256"], first["final"]) == (loop["model_sha256"], loop["final"])
+    assert (first.model_sha256, first.final) == (loop.model_sha256, loop.final)
     with pytest.raises(ConfigError, match=r"strategy\.name: engine cohort .* without inner steps"):
         check_engine(setting, "cohort")
 

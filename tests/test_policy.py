@@ -187,13 +187,13 @@ def test_a_site_with_a_policy_says_so_and_the_run_goes_on_without_it(tmp_path: P
     strict = grid.sites["client-0001"]
     strict.policy = policy_of(tmp_path, "max_rounds = 1\nmax_epochs = 1")
     result = grid.run(job, tmp_path / "run")
-    assert set(result["final"]["clients"]) == {"client-0000", "client-0002"}
+    assert set(result.final["clients"]) == {"client-0000", "client-0002"}
     assert not vars(strict.shards)["_read"] and not strict._learners
     lenient = policy_of(tmp_path, "max_epochs = 2\nmeasurements = false")
     strict.policy = lenient
     result = grid.run(job, tmp_path / "again")
-    assert result["rounds"][0]["set_aside"] == {}
-    assert set(result["final"]["clients"]) == {"client-0000", "client-0002"}
+    assert result.rounds[0]["set_aside"] == {}
+    assert set(result.final["clients"]) == {"client-0000", "client-0002"}
 
 
 def test_the_sites_own_log_says_why_a_client_does_not_take_part(caplog: pytest.LogCaptureFixture) -> None:

@@ -325,6 +325,6 @@ def test_a_run_learns_which_answers_are_preferred_the_same_in_another_engine(
         simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
     ]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
-    told = results[0]["final"]["clients"].values()
+    assert results[0].model_sha256 == results[1].model_sha256
+    told = results[0].final["clients"].values()
     assert all(values["accuracy"] > 0.9 and values["reward_margin"] > 0 for values in told), told

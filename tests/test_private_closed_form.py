@@ -499,12 +499,12 @@ def test_a_run_is_charged_what_dp_accounting_says_of_its_noise_in_every_engine(
     setting = job(unit, kind, privacy={"seeded_noise": True})
     engines: tuple[dict[str, Any], ...] = ({}, {"engine": "loop"}, {"workers": 2})
     results = [run(setting, tmp_path / str(n), **options) for n, options in enumerate(engines)]
-    assert len({r["model_sha256"] for r in results}) == 1
+    assert len({r.model_sha256 for r in results}) == 1
     for number, result in enumerate(results):
-        privacy = result["privacy"]
+        privacy = result.privacy
         assert math.isclose(privacy["epsilon"], epsilon_of_dp_accounting(Z, 1.0, 1), rel_tol=2e-3)
         assert (privacy["releases"], privacy["noise_multiplier"]) == (1, Z)
-        assert result["rounds"][0]["loss"] is None and result["final"]["clients"] == {}
+        assert result.rounds[0]["loss"] is None and result.final["clients"] == {}
         assert privacy["sums_of_features"] == {"feature_norm": NORM, "sensitivity": math.sqrt(2)}
         folder = tmp_path / str(number)
         ledgers = [folder / LEDGER] if unit == "client" else sorted((folder / "ledgers").glob("*.jsonl"))
@@ -518,14 +518,14 @@ def test_later_rounds_of_clients_are_releases_of_the_same_kind(tmp_path: Path) -
     rounds = {"clients": 6, "rounds": 3, "cohort": None, "cohort_rate": 0.5}
     setting = job("client", federation=rounds)
     result = run(setting, tmp_path / "run")
-    assert math.isclose(result["privacy"]["epsilon"], epsilon_of_dp_accounting(Z, 0.5, 3), rel_tol=2e-3)
+    assert math.isclose(result.privacy["epsilon"], epsilon_of_dp_accounting(Z, 0.5, 3), rel_tol=2e-3)
     assert Ledger.open(tmp_path / "run" / LEDGER, setting.hash).spent == Counter({Release(Z, 0.5): 3})
 
 
 def test_noise_that_is_too_little_to_matter_gives_a_head_that_decides_well(tmp_path: Path) -> None:
     small = {"noise_multiplier": 0.05, "seeded_noise": True}
     result = run(job(privacy=small, tune={"head_init": "ridge", "feature_norm": 4.0}), tmp_path / "run")
-    assert result["final"]["server"]["accuracy"] > 0.75
+    assert result.final["server"]["accuracy"] > 0.75
 
 
 def test_a_release_above_the_target_is_none(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.ledger import Entry, Ledger
 from atoll.protocol.messages import Failure, Update
 from atoll.protocol.requests import EvaluateRequest, ModelRequest, TrainRequest, UnmaskedSumRequest, origin_of
+from atoll.report.run_result import RunResult
 from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.job_checks import validate_for_deployment
 from atoll.server.rounds.central_dp import run_key
@@ -43,14 +44,14 @@ def job(privacy: dict[str, Any], **tables: Any) -> Job:
     return Job.parse(wanted, origin="test")
 
 
-def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
+def run(job: Job, out: Path, **options: Any) -> RunResult:
     return simulate(job, out, on_event=ignore_events, **{"report": False, **options})
 
 
 def test_a_client_level_run_says_what_it_spent_and_nothing_of_its_clients(tmp_path: Path) -> None:
     setting = job(CLIENT, federation=POISSON)
     result = run(setting, tmp_path / "run", report=True)
-    privacy = result["privacy"]
+    privacy = result.privacy
     spent = {Release(0.7, 0.6): 4}
     assert privacy["epsilon"] == epsilon(spent, 1e-3)
     assert privacy["epsilon"] < privacy["epsilon_rdp"]
@@ -59,29 +60,29 @@ def test_a_client_level_run_says_what_it_spent_and_nothing_of_its_clients(tmp_pa
     assert "PLD" in privacy["accountant"] and privacy["relation"] == "add-or-remove-one"
     ledger = Ledger.open(tmp_path / "run" / "ledger.jsonl", setting.hash)
     assert dict(ledger.spent) == spent and [e.round for e in ledger.entries] == [1, 2, 3, 4]
-    assert result["final"]["clients"] == {} and "accuracy" in result["final"]["server"]
-    for line in result["rounds"]:
+    assert result.final["clients"] == {} and "accuracy" in result.final["server"]
+    for line in result.rounds:
         assert (line["cohort"], line["loss"], line["set_aside"], line["trained"]) == ([], None, {}, 4)
     assert "client-000" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "epsilon" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_fixed_cohort_is_charged_without_amplification(tmp_path: Path) -> None:
-    privacy = run(job(CLIENT), tmp_path / "run")["privacy"]
+    privacy = run(job(CLIENT), tmp_path / "run").privacy
     assert privacy["epsilon"] == epsilon({Release(0.7, 1.0): 4}, 1e-3)
     assert privacy["sampler"] == "none that counts: all clients are charged for every release"
 
 
 def test_real_noise_never_repeats_and_seeded_noise_does_on_every_path(tmp_path: Path) -> None:
     for privacy in (CLIENT, EXAMPLE):
-        real = [run(job(privacy), tmp_path / f"{privacy['unit']}-{i}")["model_sha256"] for i in range(2)]
+        real = [run(job(privacy), tmp_path / f"{privacy['unit']}-{i}").model_sha256 for i in range(2)]
         assert real[0] != real[1]
         seeded = [
             run(job(privacy | SEEDED), tmp_path / f"{privacy['unit']}-{engine}", engine=engine)
             for engine in ("inline", "loop")
         ]
-        assert seeded[0]["model_sha256"] == seeded[1]["model_sha256"]
-        assert seeded[0]["privacy"]["epsilon"] == seeded[1]["privacy"]["epsilon"]
+        assert seeded[0].model_sha256 == seeded[1].model_sha256
+        assert seeded[0].privacy["epsilon"] == seeded[1].privacy["epsilon"]
 
 
 @pytest.mark.parametrize("privacy", [CLIENT, EXAMPLE], ids=["client", "example"])
@@ -103,8 +104,8 @@ def test_a_seeded_run_that_was_cut_off_ends_in_the_same_bits_and_the_same_epsilo
     for checkpoint in sorted((out / "checkpoints").glob("round-*"))[1:]:
         checkpoint.unlink()  # as after a kill: what came later was not on the disk yet
     result = run(setting, out, resume=True)
-    assert result["model_sha256"] == whole["model_sha256"]
-    assert result["privacy"]["epsilon"] == whole["privacy"]["epsilon"]
+    assert result.model_sha256 == whole.model_sha256
+    assert result.privacy["epsilon"] == whole.privacy["epsilon"]
 
 
 def test_a_real_round_that_was_lost_is_charged_again_and_the_gate_ends_the_run(tmp_path: Path) -> None:
@@ -117,11 +118,11 @@ def test_a_real_round_that_was_lost_is_charged_again_and_the_gate_ends_the_run(t
         ledger.charge(Entry(run_key(setting, out), round, "client", dp_plan.event))
     (out / "job.toml").write_text(_toml(setting))
     result = run(setting, out, resume=True)
-    assert len(result["rounds"]) == 2
-    assert result["privacy"]["releases"] == 4
-    assert result["privacy"]["epsilon"] <= 6.0
-    assert "above the target 6.0" in result["privacy"]["ended_early"]
-    assert any("above the target" in note for note in result["notes"])
+    assert len(result.rounds) == 2
+    assert result.privacy["releases"] == 4
+    assert result.privacy["epsilon"] <= 6.0
+    assert "above the target 6.0" in result.privacy["ended_early"]
+    assert any("above the target" in note for note in result.notes)
 
 
 def _toml(setting: Job) -> str:
@@ -132,23 +133,23 @@ def _toml(setting: Job) -> str:
 
 def test_an_example_level_run_charges_each_client_for_its_own_steps(tmp_path: Path) -> None:
     result = run(job(EXAMPLE), tmp_path / "run")
-    took_part = Counter(name for line in result["rounds"] for name in line["cohort"])
+    took_part = Counter(name for line in result.rounds for name in line["cohort"])
     most = max(took_part.values())
     # A step takes a quarter of the examples, an epoch is four of them.
-    assert result["privacy"]["releases"] == 4 * most
-    assert result["privacy"]["epsilon"] == epsilon({Release(0.8, 0.25): 4 * most}, 1e-4)
+    assert result.privacy["releases"] == 4 * most
+    assert result.privacy["epsilon"] == epsilon({Release(0.8, 0.25): 4 * most}, 1e-4)
     for name, times in took_part.items():
         ledger = Ledger.open(tmp_path / "run" / "ledgers" / f"{name}.jsonl", f"example of {name}")
         assert dict(ledger.spent) == {Release(0.8, 0.25): 4 * times}
-    assert result["final"]["clients"] == {}
-    assert all(line["loss"] is None for line in result["rounds"])
+    assert result.final["clients"] == {}
+    assert all(line["loss"] is None for line in result.rounds)
 
 
 def test_both_promises_are_kept_and_both_epsilons_told(tmp_path: Path) -> None:
     both = {"unit": "both", "client": dict(CLIENT), "example": dict(EXAMPLE)}
     for table in ("client", "example"):
         del both[table]["unit"]  # type: ignore[attr-defined]
-    privacy = run(job(both), tmp_path / "run")["privacy"]
+    privacy = run(job(both), tmp_path / "run").privacy
     units = privacy["units"]
     assert units["client"]["epsilon"] == epsilon({Release(0.7, 1.0): 4}, 1e-3)
     assert units["example"]["epsilon"] == epsilon({Release(0.8, 0.25): units["example"]["releases"]}, 1e-4)
@@ -159,8 +160,8 @@ def test_both_promises_are_kept_and_both_epsilons_told(tmp_path: Path) -> None:
 def test_an_adaptive_norm_moves_in_public_and_costs_nothing_more(tmp_path: Path) -> None:
     adaptive = CLIENT | {"clipping": "adaptive", "clipping_norm": 50.0, "clipping_lr": 0.5} | SEEDED
     result = run(job(adaptive, federation={"rounds": 6}), tmp_path / "run")
-    assert result["privacy"]["epsilon"] == epsilon({Release(0.7, 1.0): 6}, 1e-3)
-    assert result["privacy"]["last_clipping_norm"] < 25
+    assert result.privacy["epsilon"] == epsilon({Release(0.7, 1.0): 6}, 1e-3)
+    assert result.privacy["last_clipping_norm"] < 25
 
 
 def request(setting: Job, population: Population, round: int = 1) -> TrainRequest:
@@ -279,15 +280,15 @@ def test_a_secure_sum_under_masks_has_the_bits_of_the_sum_without(which: str, tm
     carrier = LoopTransport.of(population, PrivacyLedgers(tmp_path / "masked" / "ledgers"))
     carrier.uses_masking = True
     masked = run_job(setting, carrier, tmp_path / "masked", cached_test_set(population, None))
-    assert masked["model_sha256"] == plain["model_sha256"]
-    assert masked["privacy"]["epsilon"] == plain["privacy"]["epsilon"]
-    assert [line["trained"] for line in masked["rounds"]] == [4] * 4
+    assert masked.model_sha256 == plain.model_sha256
+    assert masked.privacy["epsilon"] == plain.privacy["epsilon"]
+    assert [line["trained"] for line in masked.rounds] == [4] * 4
 
 
 def test_a_secure_sum_without_a_promise_is_the_mean_by_examples(tmp_path: Path) -> None:
     secure = run(distributed("nobody"), tmp_path / "secure")
     plain = run(job({"unit": "none"}), tmp_path / "plain")
-    for a, b in zip(secure["rounds"], plain["rounds"], strict=True):
+    for a, b in zip(secure.rounds, plain.rounds, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["metrics"]["loss"] == pytest.approx(b["metrics"]["loss"], rel=1e-5)
 
@@ -295,15 +296,15 @@ def test_a_secure_sum_without_a_promise_is_the_mean_by_examples(tmp_path: Path) 
 @pytest.mark.parametrize("which", ["example", "client"])
 def test_distributed_noise_is_charged_in_the_clients_own_ledgers(which: str, tmp_path: Path) -> None:
     result = run(distributed(which), tmp_path / "run")
-    took_part = Counter(name for line in result["rounds"] for name in line["cohort"])
+    took_part = Counter(name for line in result.rounds for name in line["cohort"])
     cost = Release(0.8, 0.25) if which == "example" else Release(0.7, 1.0)
     delta = 1e-4 if which == "example" else 1e-3
     for name, times in took_part.items():
         file = f"{name}.jsonl" if which == "example" else f"{name}.client.jsonl"
         ledger = Ledger.open(tmp_path / "run" / "ledgers" / file, f"{which} of {name}")
         assert dict(ledger.spent) == {cost: times}
-    assert result["privacy"]["where"] == "distributed"
-    assert result["privacy"]["epsilon"] == epsilon({cost: max(took_part.values())}, delta)
+    assert result.privacy["where"] == "distributed"
+    assert result.privacy["epsilon"] == epsilon({cost: max(took_part.values())}, delta)
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -393,5 +394,5 @@ def test_an_update_that_is_no_number_is_set_aside_where_only_examples_are_promis
     ledgers = PrivacyLedgers(tmp_path / "run" / "ledgers")
     carrier = Hostile.of(population, ledgers=ledgers)
     result = run_job(setting, carrier, tmp_path / "run", cached_test_set(population, None), report=False)
-    assert result["rounds"][0]["set_aside"]["client-0000"].startswith("tensor head.")
-    assert result["final"]["server"]["accuracy"] > 0
+    assert result.rounds[0]["set_aside"]["client-0000"].startswith("tensor head.")
+    assert result.final["server"]["accuracy"] > 0

@@ -37,7 +37,7 @@ def learner_of(job: Job) -> Learner:
 
 
 def sha(job: Job, out: Path, **how: Any) -> str:
-    return str(simulate(job, out, on_event=ignore_events, report=False, **how)["model_sha256"])
+    return str(simulate(job, out, on_event=ignore_events, report=False, **how).model_sha256)
 
 
 def test_magnitude_leaves_out_the_smallest_weights_of_every_layer(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from atoll.job.job import Job
 from atoll.protocol.flower_content import bodies_of, packed, packed_greetings, unpacked, unpacked_greetings
 from atoll.protocol.messages import MOST_CHARACTERS, cleaned
 from atoll.protocol.tensors import from_bytes, to_bytes
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
@@ -50,7 +51,7 @@ class Crowd:
 
     grid: MemoryGrid
     job: Job
-    alone: dict[str, Any]
+    alone: RunResult
 
     @classmethod
     def of(cls, folder: Path, ways: int) -> Crowd:
@@ -59,7 +60,7 @@ class Crowd:
         grid.change = lambda kind, site, reply: reply if site in HONEST else "it went away"
         return cls(grid, job, grid.run(job, folder / "alone"))
 
-    def run(self, kind: str, ways: Mapping[str, Hostile], out: Path) -> dict[str, Any]:
+    def run(self, kind: str, ways: Mapping[str, Hostile], out: Path) -> RunResult:
         """The result where each hostile site does its own to such replies, and is honest otherwise."""
         hostile = dict(zip(list(self.grid.sites)[len(HONEST) :], ways.values(), strict=True))
 
@@ -152,8 +153,8 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Crowd:
 
 def test_a_malformed_update_sets_its_client_aside_and_no_other(crowd: Crowd, tmp_path: Path) -> None:
     result = crowd.run("train", ANY_REPLY, tmp_path / "run")
-    assert result["model_sha256"] == crowd.alone["model_sha256"]
-    (line,) = result["rounds"]
+    assert result.model_sha256 == crowd.alone.model_sha256
+    (line,) = result.rounds
     for way, reason in crowd.by_way(ANY_REPLY, line["set_aside"]).items():
         assert reason and len(reason) <= 2 * MOST_CHARACTERS, way
         assert reason != "no reply before the deadline", way
@@ -164,13 +165,13 @@ def test_a_malformed_measurement_sets_its_client_aside_and_no_other(
     crowd: Crowd, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = crowd.run("evaluate", ANY_REPLY, tmp_path / "run")
-    assert set(result["final"]["clients"]) == set(HONEST)
+    assert set(result.final["clients"]) == set(HONEST)
     for way, said in crowd.by_way(
         ANY_REPLY, {site: f"set aside {site}:" for site in crowd.grid.sites}
     ).items():
         assert said in caplog.text, way
-    assert result["rounds"][0]["metrics"].keys() == crowd.alone["rounds"][0]["metrics"].keys()
-    assert all(value is not None for value in result["rounds"][0]["metrics"].values())
+    assert result.rounds[0]["metrics"].keys() == crowd.alone.rounds[0]["metrics"].keys()
+    assert all(value is not None for value in result.rounds[0]["metrics"].values())
 
 
 def greeting(**fields: Any) -> Callable[[RecordDict], RecordDict]:
@@ -216,8 +217,8 @@ GREETINGS: dict[str, Callable[[RecordDict], RecordDict]] = {
 def test_a_malformed_greeting_leaves_its_site_out_and_no_other(tmp_path: Path) -> None:
     crowd = Crowd.of(tmp_path, len(GREETINGS))
     result = crowd.run("query", GREETINGS, tmp_path / "run")
-    assert result["model_sha256"] == crowd.alone["model_sha256"]
-    assert set(result["final"]["clients"]) == set(HONEST)
+    assert result.model_sha256 == crowd.alone.model_sha256
+    assert set(result.final["clients"]) == set(HONEST)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def test_a_site_cannot_answer_for_another(
 ) -> None:
     """It answers first, with the honest site's name in its message: what it sent is not looked at."""
     few.grid.change = unchanged
-    expected = few.grid.run(few.job, tmp_path / "expected")["model_sha256"]
+    expected = few.grid.run(few.job, tmp_path / "expected").model_sha256
 
     def for_both(kind: str, site: str, reply: RecordDict) -> RecordDict:
         if kind != "train" or site != HOSTILE:
@@ -241,8 +242,8 @@ def test_a_site_cannot_answer_for_another(
 
     few.grid.change = for_both
     result = few.grid.run(few.job, tmp_path / "run")
-    assert result["model_sha256"] == expected
-    assert all(line["set_aside"] == {} for line in result["rounds"])
+    assert result.model_sha256 == expected
+    assert all(line["set_aside"] == {} for line in result.rounds)
     assert f"a reply for {VICTIM}, which its site was not asked for" in caplog.text
 
 
@@ -260,7 +261,7 @@ def test_a_site_cannot_take_the_name_of_another_whether_that_is_there_or_not(
         greeting(client=VICTIM)(reply) if (kind, site) == ("query", HOSTILE) else reply
     )
     result = grid.run(others, tmp_path / "run")
-    assert set(result["final"]["clients"]) == set(order[1:])
+    assert set(result.final["clients"]) == set(order[1:])
     assert f"node 1 calls itself {VICTIM}, which another one is: left out" in caplog.text
 
 
@@ -325,8 +326,8 @@ def test_a_name_that_the_job_gives_must_be_the_jobs() -> None:
 
 def test_an_error_of_flowers_is_named(few: Crowd, tmp_path: Path) -> None:
     result = few.run("train", {"an error": lambda reply: "disk\nfull"}, tmp_path / "run")
-    assert result["model_sha256"] == few.alone["model_sha256"]
-    assert result["rounds"][0]["set_aside"] == {HOSTILE: "disk full"}
+    assert result.model_sha256 == few.alone.model_sha256
+    assert result.rounds[0]["set_aside"] == {HOSTILE: "disk full"}
 
 
 def of_stage(part: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Hostile:
@@ -381,8 +382,8 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Crowd:
 
 def test_a_secure_sum_has_the_bits_of_the_simulation(sealed: Crowd, tmp_path: Path) -> None:
     expected = simulate(sealed.job, tmp_path / "run", on_event=ignore_events, report=False)
-    assert sealed.alone["model_sha256"] == expected["model_sha256"]
-    assert sealed.alone["rounds"][0]["set_aside"] == {}
+    assert sealed.alone.model_sha256 == expected.model_sha256
+    assert sealed.alone.rounds[0]["set_aside"] == {}
 
 
 @pytest.mark.parametrize("way", SECURE)
@@ -394,7 +395,7 @@ def test_garbage_in_a_secure_sum_sets_aside_who_sent_it_and_no_other(
 
     sealed.grid.change = change
     result = sealed.grid.run(sealed.job, tmp_path / "run")
-    (line,) = result["rounds"]
+    (line,) = result.rounds
     expected = set() if way == "no rounds at all" else {HOSTILE}
     assert line["set_aside"].keys() == expected, line["set_aside"]
     assert line["set_aside"].get(HOSTILE) != "no reply before the deadline"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import atoll
 from atoll.job.job import Job
 from atoll.report.page import SHOWN_OF_A_TEXT, report_of, write_report
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from tests.models import small_llama
@@ -41,7 +42,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_llama(tmp_path_factory.mktemp("llama"))
 
 
-def run_of(folder: Path, llama: Path, task: str, rows: Rows, **options: Any) -> tuple[Path, dict[str, Any]]:
+def run_of(folder: Path, llama: Path, task: str, rows: Rows, **options: Any) -> tuple[Path, RunResult]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table: dict[str, Any] = {
         "name": "shown",
@@ -72,8 +73,8 @@ def test_prompts_are_answered_as_plain_transformers_do_before_and_the_run_after(
         AutoModelForCausalLM.from_pretrained(llama).eval(),
         AutoTokenizer.from_pretrained(llama),
     )
-    assert len(result["samples"]) == 3 and result == json.loads((run / "result.json").read_text())
-    for sample in result["samples"]:
+    assert len(result.samples) == 3 and result == json.loads((run / "result.json").read_text())
+    for sample in result.samples:
         messages = asked(task, sample["prompt"])
         number = sample["reference"].removeprefix("he ")
         assert sample["reference"] == f"he {number}" and number in messages[0]["content"]
@@ -85,22 +86,22 @@ def test_prompts_are_answered_as_plain_transformers_do_before_and_the_run_after(
         before = tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         assert sample["before"] == before.strip()
         assert sample["after"] == atoll.Run(run).chat(messages)
-    assert any(sample["before"] != sample["after"] for sample in result["samples"])
+    assert any(sample["before"] != sample["after"] for sample in result.samples)
 
 
 @pytest.mark.slow
 def test_the_page_shows_them_as_text_and_no_more_than_its_part(llama: Path, tmp_path: Path) -> None:
     run, result = run_of(tmp_path, llama, "language-modeling", ROWS["language-modeling"], samples=2)
-    assert len(result["samples"]) == 2
-    result["samples"][0]["prompt"] = "a" * 600 + "<i>end</i>"
-    result["samples"][0]["after"] = "begin" + "b" * 600
+    assert len(result.samples) == 2
+    result.samples[0]["prompt"] = "a" * 600 + "<i>end</i>"
+    result.samples[0]["after"] = "begin" + "b" * 600
     write_report(run, result)
     page = (run / "report.html").read_text()
     assert "Before and after" in page and "&lt;i&gt;end&lt;/i&gt;" in page and "<i>end" not in page
     first, second = report_of(run, result).samples
     assert first.prompt == "…" + ("a" * 600 + "<i>end</i>")[-SHOWN_OF_A_TEXT:]
     assert first.after == "begin" + "b" * (SHOWN_OF_A_TEXT - 5) + "…"
-    assert second.reference == result["samples"][1]["reference"]
+    assert second.reference == result.samples[1]["reference"]
 
 
 @pytest.mark.slow
@@ -109,6 +110,6 @@ def test_where_there_are_none_nothing_is_said(llama: Path, tmp_path: Path, case:
     texts = [{"text": f"he is {n}"} for n in range(20)]
     rows, options = (texts, {}) if "texts" in case else (ROWS["language-modeling"], {"samples": 0})
     run, result = run_of(tmp_path, llama, "language-modeling", rows, **options)
-    assert "samples" not in result
+    assert result.samples is None
     write_report(run, result)
     assert "Before and after" not in (run / "report.html").read_text()

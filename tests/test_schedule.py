@@ -10,6 +10,7 @@ import pytest
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.tensors import tensors_sha256
+from atoll.report.run_result import RunResult
 from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.run.run_job import validate_job
 from atoll.sim.engines.engine import simulate
@@ -33,52 +34,52 @@ def scheduled(tune: dict[str, Any] = GROWING, **tables: Any) -> Job:
     return job(**tables | {"tune": tune, "data": few_pictures() | tables.get("data", {})})
 
 
-def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
+def run(job: Job, out: Path, **options: Any) -> RunResult:
     return simulate(job, out, on_event=ignore_events, report=False, **options)
 
 
 @pytest.fixture(scope="module")
-def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path]:
     where = tmp_path_factory.mktemp("grown") / "run"
     return run(scheduled(), where), where
 
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_stages_follow_each_other_and_engines_agree(grown: Any, tmp_path: Path) -> None:
+def test_stages_follow_each_other_and_engines_agree(grown: tuple[RunResult, Path], tmp_path: Path) -> None:
     whole, _ = grown
-    assert [line["tuning"] for line in whole["rounds"]] == [
+    assert [line["tuning"] for line in whole.rounds] == [
         "head", "head", "last-k with layers = 1", "full",
     ]  # fmt: skip
-    sent = [line["bytes_up"] for line in whole["rounds"]]
+    sent = [line["bytes_up"] for line in whole.rounds]
     assert sent[1] - sent[0] < sent[2] - sent[1] < sent[3] - sent[2]
     for name, options in (("loop", {"engine": "loop"}), ("pool", {"workers": 2})):
         other = run(scheduled(), tmp_path / name, **options)
-        assert other["model_sha256"] == whole["model_sha256"], name
+        assert other.model_sha256 == whole.model_sha256, name
 
 
 @pytest.mark.slow
-def test_the_first_stage_is_the_job_without_a_schedule(grown: Any, tmp_path: Path) -> None:
+def test_the_first_stage_is_the_job_without_a_schedule(grown: tuple[RunResult, Path], tmp_path: Path) -> None:
     plain = run(scheduled({"method": "head"}), tmp_path / "plain")
-    for ours, theirs in zip(grown[0]["rounds"][:2], plain["rounds"], strict=False):
+    for ours, theirs in zip(grown[0].rounds[:2], plain.rounds, strict=False):
         assert ours["model_sha256"] == theirs["model_sha256"]
 
 
 @pytest.mark.slow
-def test_the_model_of_the_last_stage_is_used_like_any_other(grown: Any) -> None:
+def test_the_model_of_the_last_stage_is_used_like_any_other(grown: tuple[RunResult, Path]) -> None:
     result, where = grown
     learner, tensors = trained(where)
     assert learner.job.tune.method == "full" and not learner.job.tune.then
-    assert tensors_sha256(tensors) == result["model_sha256"]
+    assert tensors_sha256(tensors) == result.model_sha256
     test = Population.of(scheduled()).test_shard(learner)
     assert test is not None
     found = learner.compute(learner.evaluate(tensors, test))
-    assert found["accuracy"] == pytest.approx(result["final"]["server"]["accuracy"])
+    assert found["accuracy"] == pytest.approx(result.final["server"]["accuracy"])
 
 
 def test_a_stage_begins_with_what_was_learnt_before(tmp_path: Path) -> None:
     tune = {"method": "head", "then": [{"method": "lora", "rank": 2, "after": 3, "lr": 1e-30}]}
-    lines = run(scheduled(tune), tmp_path / "run")["rounds"]
+    lines = run(scheduled(tune), tmp_path / "run").rounds
     assert lines[3]["tuning"] == "lora"
     assert lines[3]["metrics"]["loss"] == pytest.approx(lines[2]["metrics"]["loss"], rel=1e-5)
     assert len({line["model_sha256"] for line in lines[:3]}) == 3
@@ -93,7 +94,7 @@ def test_a_stall_ends_a_stage_and_the_next_one_starts_from_the_best_model(tmp_pa
         "federation": SMALL | {"rounds": 14},
     }
     result = run(scheduled(tune, **tables), tmp_path / "run")
-    lines = result["rounds"]
+    lines = result.rounds
     first = [line for line in lines if line["tuning"] == "head"]
     assert len(first) < len(lines)
     measured = [line["validation"]["accuracy"] for line in first]
@@ -105,14 +106,16 @@ def test_a_stall_ends_a_stage_and_the_next_one_starts_from_the_best_model(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [1, 2, 3])
-def test_a_run_killed_in_any_stage_goes_on_to_the_same_bits(grown: Any, tmp_path: Path, last: int) -> None:
+def test_a_run_killed_in_any_stage_goes_on_to_the_same_bits(
+    grown: tuple[RunResult, Path], tmp_path: Path, last: int
+) -> None:
     def stop(event: Event) -> None:
         if isinstance(event, RoundEnded) and event.line["round"] == last:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         simulate(scheduled(), tmp_path / "cut", on_event=stop, report=False)
-    assert run(scheduled(), tmp_path / "cut", resume=True)["model_sha256"] == grown[0]["model_sha256"]
+    assert run(scheduled(), tmp_path / "cut", resume=True).model_sha256 == grown[0].model_sha256
 
 
 PRIVATE = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}

@@ -238,13 +238,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_loss_falls_and_messages_stay_under_18_kilobytes(folder: Path, tmp_path: Path) -> None:
     found = run(of_texts(folder), tmp_path / "run")
-    losses = [line["loss"] for line in found["rounds"]]
+    losses = [line["loss"] for line in found.rounds]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0]
     learner, tensors = trained(tmp_path / "run")
     assert list(tensors) == ["coefficients"] and sum(p.numel() for p in learner.model.parameters()) > 20_000
     # Three clients train in each of three rounds, and measure each round's model with the next, and the last.
-    assert found["bytes_up"] == 3 * 3 * 4 * 4096 < 3 * 3 * 18_000
-    assert found["bytes_down"] == (3 + 1) * 3 * 4 * 4096
+    assert found.bytes_up == 3 * 3 * 4 * 4096 < 3 * 3 * 18_000
+    assert found.bytes_down == (3 + 1) * 3 * 4 * 4096
     assert hashes(found) == hashes(run(of_texts(folder), folder / "run", resume=True)), "loop and inline"
 
 
@@ -313,7 +313,7 @@ def test_clients_are_promised_privacy(folder: Path, tmp_path: Path) -> None:
         found = run(job, tmp_path / where)
         _, tensors = trained(tmp_path / where)
         noise = 0.5 * 0.01 / 3
-        assert found["privacy"]
+        assert found.privacy
         # The mean of three clipped vectors is 0.01 at most; the rest is noise of 4096 numbers.
         assert float(tensors["coefficients"].std()) == pytest.approx(noise, rel=0.1)
 
@@ -331,7 +331,7 @@ def test_every_task_has_directions_and_the_same_bits_in_another_engine(task: str
     job = ready(job_of(task, "seeds", **tune, **train), tmp_path)
     found, other = run(job, tmp_path / "one"), run(job, tmp_path / "loop", engine="loop")
     assert hashes(found) == hashes(other) and len(set(hashes(found))) == 2
-    assert found["bytes_up"] == 2 * 2 * 4 * 64
+    assert found.bytes_up == 2 * 2 * 4 * 64
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from atoll.client.audit_log import AuditLog
 from atoll.errors import DataError, JobError
 from atoll.job.job import Job
 from atoll.protocol.requests import TrainRequest
+from atoll.report.run_result import RunResult
 from atoll.server.audit_log import ServerAuditLog
 from atoll.server.run_audit import SECRET, RunAuditLog
 from atoll.system.audit_file import FILE, verify
@@ -35,7 +36,7 @@ class Played:
     job: Job
     server: Path
     site: Path
-    result: dict[str, Any]
+    result: RunResult
     syncs: int
 
 
@@ -93,7 +94,7 @@ def test_every_step_of_a_run_has_its_line(played: Played) -> None:
     assert of(lines, "clients", "found")[0]["clients"] == [f"client-000{number}" for number in range(3)]
     assert [line["round"] for line in of(lines, "train", "asked")] == [1, 2]
     assert [line["round"] for line in of(lines, "round", "ended")] == [1, 2]
-    assert of(lines, "run", "completed")[0]["model"] == played.result["model_sha256"]
+    assert of(lines, "run", "completed")[0]["model"] == played.result.model_sha256
     assert verify(played.server).lines == len(lines)
 
 

@@ -26,6 +26,7 @@ from atoll.protocol.flower_content import (
 )
 from atoll.protocol.messages import Measurement
 from atoll.protocol.requests import StatisticsRequest, encode_request
+from atoll.report.run_result import RunResult
 from tests.memory_grid import MemoryGrid, in_a_server_app, unchanged
 from tests.test_received import setting
 
@@ -39,7 +40,7 @@ class Played:
 
     grid: MemoryGrid
     job: Job
-    alone: dict[str, Any]
+    alone: RunResult
     earlier: list[RecordDict] = field(default_factory=list)
 
 
@@ -55,8 +56,8 @@ def test_signed_and_unsigned_runs_end_in_the_same_bits(played: Played, tmp_path:
     played.grid.change = unchanged
     signed = played.grid.run(played.job, tmp_path / "signed")
     plain = MemoryGrid(played.grid.sites, played.grid.roster).run(played.job, tmp_path / "plain")
-    assert signed["model_sha256"] == plain["model_sha256"] != played.alone["model_sha256"]
-    assert all(line["set_aside"] == {} for line in signed["rounds"])
+    assert signed.model_sha256 == plain.model_sha256 != played.alone.model_sha256
+    assert all(line["set_aside"] == {} for line in signed.rounds)
 
 
 def unsigned(reply: RecordDict) -> RecordDict:
@@ -119,8 +120,8 @@ def test_what_is_not_signed_for_the_request_sets_its_client_aside_with_a_reason(
 
     played.grid.change = change
     result = played.grid.run(played.job, tmp_path / "run")
-    assert result["model_sha256"] == played.alone["model_sha256"]
-    for line in result["rounds"]:
+    assert result.model_sha256 == played.alone.model_sha256
+    for line in result.rounds:
         assert reason in line["set_aside"][HOSTILE] and len(line["set_aside"]) == 1
     assert f"set aside {HOSTILE}" in caplog.text and reason in caplog.text
 
@@ -130,7 +131,7 @@ def test_an_update_that_is_sent_again_in_a_later_round_is_refused(played: Played
     played.grid.change = lambda kind, site, reply: (
         sent_before(played, reply) if (kind, site) == ("train", HOSTILE) else reply
     )
-    first, second = played.grid.run(played.job, tmp_path / "run")["rounds"]
+    first, second = played.grid.run(played.job, tmp_path / "run").rounds
     assert first["set_aside"] == {}
     assert second["set_aside"] == {HOSTILE: "its message answers a request of round 1, expected 2"}
 
@@ -152,7 +153,7 @@ def test_a_greeting_that_its_site_has_not_signed_leaves_it_out(
     played.grid.change = forged
     three = setting(3, federation=ROUNDS)
     result = played.grid.run(three, tmp_path / "run")
-    assert set(result["final"]["clients"]) == set(played.grid.sites) - {HOSTILE}
+    assert set(result.final["clients"]) == set(played.grid.sites) - {HOSTILE}
 
 
 def test_a_request_that_comes_again_with_another_number_is_signed_anew_and_not_worked_on_twice(

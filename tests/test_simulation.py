@@ -17,6 +17,7 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Failure, Reply, Update
 from atoll.protocol.requests import Request, TrainRequest
+from atoll.report.run_result import RunResult
 from atoll.server.events import Event, ignore_events
 from atoll.server.rounds.cohort import sample
 from atoll.server.run.run_job import run_job
@@ -43,12 +44,12 @@ def job(**tables: Any) -> Job:
     return Job.parse(DIGITS | {k: DIGITS.get(k, {}) | v for k, v in tables.items()}, origin="test")
 
 
-def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
+def run(job: Job, out: Path, **options: Any) -> RunResult:
     return simulate(job, out, on_event=ignore_events, **{"report": False, **options})
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return run(job(), tmp_path_factory.mktemp("reference") / "run")
 
 
@@ -65,7 +66,7 @@ def test_a_run_learns_and_leaves_the_run_directory_of_the_contract(tmp_path: Pat
     names = {p.name for p in (tmp_path / "r").iterdir()} - {".lock"}
     assert names == {"job.toml", "metrics.jsonl", "result.json", "report.html", "model", "checkpoints"}
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == result["rounds"]
+    assert lines == result.rounds
     assert len(lines) == 10
     assert {"round", "cohort", "loss", "metrics", "seconds", "set_aside"} <= set(lines[0])
     expected = {
@@ -74,30 +75,30 @@ def test_a_run_learns_and_leaves_the_run_directory_of_the_contract(tmp_path: Pat
     }  # fmt: skip
     assert expected <= set(json.loads((tmp_path / "r" / "result.json").read_text()))
     assert lines[-1]["loss"] < lines[0]["loss"]
-    found = {name: m["accuracy"] for name, m in result["baselines"].items()}
+    found = {name: m["accuracy"] for name, m in result.baselines.items()}
     assert found["zero_shot"] < found["local_only"] < found["pooled"]
-    assert result["final"]["server"]["accuracy"] > found["zero_shot"] + 0.2
-    assert set(result["final"]["clients"]) == set(client_names(6))
-    assert result["clients_trained"] == 40
+    assert result.final["server"]["accuracy"] > found["zero_shot"] + 0.2
+    assert set(result.final["clients"]) == set(client_names(6))
+    assert result.clients_trained == 40
     # ten rounds of four clients and one evaluation of six, of 10 x 1280 weights and 10 biases of 4 bytes
-    assert result["bytes_up"] == 40 * 4 * 12810
-    assert result["bytes_down"] == (40 + 6) * 4 * 12810
+    assert result.bytes_up == 40 * 4 * 12810
+    assert result.bytes_down == (40 + 6) * 4 * 12810
 
 
-def test_the_same_job_gives_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
+def test_the_same_job_gives_the_same_bits(tmp_path: Path, reference: RunResult) -> None:
     again = run(job(), tmp_path / "r")
-    assert again["model_sha256"] == reference["model_sha256"]
-    assert [r["model_sha256"] for r in again["rounds"]] == [r["model_sha256"] for r in reference["rounds"]]
-    assert run(job().model_copy(update={"seed": 12}), tmp_path / "s")["model_sha256"] != again["model_sha256"]
+    assert again.model_sha256 == reference.model_sha256
+    assert [r["model_sha256"] for r in again.rounds] == [r["model_sha256"] for r in reference.rounds]
+    assert run(job().model_copy(update={"seed": 12}), tmp_path / "s").model_sha256 != again.model_sha256
 
 
 @pytest.mark.parametrize("options", [{"engine": "loop"}, {"engine": "cohort"}, {"workers": 3}], ids=str)
 def test_every_engine_gives_the_same_bits(
-    tmp_path: Path, reference: dict[str, Any], options: dict[str, Any]
+    tmp_path: Path, reference: RunResult, options: dict[str, Any]
 ) -> None:
     result = run(job(), tmp_path / "r", **options)
-    assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in reference["rounds"]]
-    assert result["final"]["clients"] == reference["final"]["clients"]
+    assert [r["model_sha256"] for r in result.rounds] == [r["model_sha256"] for r in reference.rounds]
+    assert result.final["clients"] == reference.final["clients"]
 
 
 VARIED = {"augment": ["crop", "rotate", "flip", "color"], "epochs": 2}
@@ -110,35 +111,35 @@ def of_few(train: dict[str, Any], **tables: Any) -> Job:
 
 
 @pytest.fixture(scope="module")
-def of_views(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def of_views(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     return run(of_few(KEPT), tmp_path_factory.mktemp("views") / "run")
 
 
 @pytest.mark.parametrize("options", [{"engine": "loop"}, {"engine": "cohort"}, {"workers": 3}], ids=str)
 @pytest.mark.slow
 def test_every_engine_that_makes_its_own_views_gives_the_same_bits(
-    tmp_path: Path, of_views: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, of_views: RunResult, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / "cache"))
     result = run(of_few(KEPT), tmp_path / "r", **options)
-    assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in of_views["rounds"]]
-    assert result["final"]["clients"] == of_views["final"]["clients"]
+    assert [r["model_sha256"] for r in result.rounds] == [r["model_sha256"] for r in of_views.rounds]
+    assert result.final["clients"] == of_views.final["clients"]
 
 
 def test_a_table_of_views_that_is_too_large_is_trained_from_shards_to_the_same_bits(
-    tmp_path: Path, of_views: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, of_views: RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("atoll.sim.engines.simulated_site.TABLE_BYTES", 1000)
     result = run(of_few(KEPT), tmp_path / "r")
-    assert [r["model_sha256"] for r in result["rounds"]] == [r["model_sha256"] for r in of_views["rounds"]]
+    assert [r["model_sha256"] for r in result.rounds] == [r["model_sha256"] for r in of_views.rounds]
 
 
 def test_views_change_what_is_learnt_and_each_number_of_them_does(
-    tmp_path: Path, of_views: dict[str, Any]
+    tmp_path: Path, of_views: RunResult
 ) -> None:
     others = [{"epochs": 2}, KEPT | {"cached_views": 2}, KEPT | {"augment": ["flip"]}]
-    hashes = {run(of_few(t), tmp_path / str(i))["model_sha256"] for i, t in enumerate(others)}
-    assert len(hashes | {of_views["model_sha256"]}) == 4
+    hashes = {run(of_few(t), tmp_path / str(i)).model_sha256 for i, t in enumerate(others)}
+    assert len(hashes | {of_views.model_sha256}) == 4
 
 
 def test_a_site_that_extracts_its_own_views_has_the_bits_of_the_simulators_table(
@@ -166,7 +167,7 @@ def test_what_is_measured_is_never_augmented(tmp_path: Path) -> None:
     still = {"lr": 1e-30, "epochs": 1}
     plain = run(of_few(still), tmp_path / "plain")
     for name, train in (("kept", KEPT), ("varied", VARIED)):
-        assert run(of_few(train | still), tmp_path / name)["final"] == plain["final"]
+        assert run(of_few(train | still), tmp_path / name).final == plain.final
 
 
 @pytest.mark.slow
@@ -182,7 +183,7 @@ def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
     varied = of_few(VARIED, federation={"rounds": 2})
     inline = simulate(varied, tmp_path / "inline", on_event=on_event, report=False)
     loop = run(varied, tmp_path / "loop", engine="loop")
-    assert inline["model_sha256"] == loop["model_sha256"]
+    assert inline.model_sha256 == loop.model_sha256
     assert said == [
         "one client after the other in this process: training features are not cached,"
         " for train.augment varies inputs and there are no cached_views"
@@ -194,10 +195,7 @@ def test_without_kept_views_every_batch_is_augmented_anew_and_both_sides_say_so(
 @pytest.mark.processes
 def test_worker_processes_augment_as_one_process_does(tmp_path: Path) -> None:
     varied = of_few(VARIED, federation={"rounds": 2})
-    assert (
-        run(varied, tmp_path / "two", workers=2)["model_sha256"]
-        == run(varied, tmp_path / "one")["model_sha256"]
-    )
+    assert run(varied, tmp_path / "two", workers=2).model_sha256 == run(varied, tmp_path / "one").model_sha256
 
 
 def test_an_engine_that_is_none_says_so(tmp_path: Path) -> None:
@@ -207,14 +205,14 @@ def test_an_engine_that_is_none_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_workers_give_the_bits_of_one(tmp_path: Path, reference: dict[str, Any]) -> None:
-    assert run(job(), tmp_path / "r", workers=4)["model_sha256"] == reference["model_sha256"]
+def test_four_workers_give_the_bits_of_one(tmp_path: Path, reference: RunResult) -> None:
+    assert run(job(), tmp_path / "r", workers=4).model_sha256 == reference.model_sha256
 
 
-def test_the_replayed_job_file_gives_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
+def test_the_replayed_job_file_gives_the_same_bits(tmp_path: Path, reference: RunResult) -> None:
     run(job(federation={"rounds": 1}), tmp_path / "first")
     replay = Job.load(tmp_path / "first" / "job.toml", ["federation.rounds=4"])
-    assert run(replay, tmp_path / "second")["model_sha256"] == reference["model_sha256"]
+    assert run(replay, tmp_path / "second").model_sha256 == reference.model_sha256
 
 
 class Breaks(InlineTransport):
@@ -230,14 +228,14 @@ class Breaks(InlineTransport):
         return super().send_and_receive(request, names, timeout)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, reference: dict[str, Any]) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path: Path, reference: RunResult) -> None:
     population = Population.of(job())
     with pytest.raises(KeyboardInterrupt):
         run_job(job(), Breaks.of(population), tmp_path / "r", cached_test_set(population, None))
     assert not (tmp_path / "r" / "result.json").exists()
     result = run(job(), tmp_path / "r", resume=True)
-    assert result["model_sha256"] == reference["model_sha256"]
-    assert [r["round"] for r in result["rounds"]] == [1, 2, 3, 4]
+    assert result.model_sha256 == reference.model_sha256
+    assert [r["round"] for r in result.rounds] == [1, 2, 3, 4]
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
 
@@ -280,11 +278,11 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path, stra
     from atoll.server.run.directory import job_toml
 
     setting = job(strategy={"name": strategy}, federation={"rounds": 40})
-    expected = run(setting, tmp_path / "whole")["model_sha256"]
+    expected = run(setting, tmp_path / "whole").model_sha256
     (tmp_path / "job.toml").write_text(job_toml(setting))
     for attempt, (rounds, last) in enumerate(((3, 5), (9, 16), (14, 34))):
         kill_after(rounds, last, attempt, tmp_path / "job.toml", tmp_path / "r")
-    assert run(setting, tmp_path / "r", resume=True)["model_sha256"] == expected
+    assert run(setting, tmp_path / "r", resume=True).model_sha256 == expected
 
 
 def test_a_run_directory_in_use_refuses_a_second_process(tmp_path: Path) -> None:
@@ -346,12 +344,12 @@ def test_bad_clients_are_set_aside_by_name_and_the_run_goes_on(tmp_path: Path) -
     population = Population.of(job(federation={"cohort": 6}))
     setting = population.job
     result = run_job(setting, Hostile.of(population), tmp_path / "r", cached_test_set(population, None))
-    aside = result["rounds"][0]["set_aside"]
+    aside = result.rounds[0]["set_aside"]
     assert set(aside) == {"client-0000", "client-0001", "client-0002"}
     assert "not finite" in aside["client-0000"]
     assert aside["client-0001"] == "disk full"
     assert "no reply" in aside["client-0002"]
-    assert result["rounds"][-1]["loss"] < result["rounds"][0]["loss"]
+    assert result.rounds[-1]["loss"] < result.rounds[0]["loss"]
 
 
 def test_a_round_below_its_quorum_is_abandoned_and_the_model_stays(tmp_path: Path) -> None:
@@ -395,8 +393,8 @@ def test_a_poisson_cohort_has_the_rate_and_may_be_empty() -> None:
 
 def test_an_empty_cohort_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     result = run(job(federation={"cohort_rate": 1e-6, "cohort": None, "rounds": 2}), tmp_path / "r")
-    assert [line["cohort"] for line in result["rounds"]] == [[], []]
-    assert len({line["model_sha256"] for line in result["rounds"]}) == 1
+    assert [line["cohort"] for line in result.rounds] == [[], []]
+    assert len({line["model_sha256"] for line in result.rounds}) == 1
 
 
 def test_a_fixed_cohort_is_drawn_evenly() -> None:
@@ -455,10 +453,10 @@ def test_clients_that_share_examples_train_to_the_same_bits_on_every_engine(tmp_
     hashes = set()
     for engine in ("inline", "loop"):
         result = simulate(setting, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
-        hashes.add(result["model_sha256"])
-        assert len(result["final"]["clients"]) == 7
-        assert result["notes"][-1] == "local_only and pooled are of 7 of 300 clients"
-        assert set(result["baselines"]) == {"local_only", "pooled"}
+        hashes.add(result.model_sha256)
+        assert len(result.final["clients"]) == 7
+        assert result.notes[-1] == "local_only and pooled are of 7 of 300 clients"
+        assert set(result.baselines) == {"local_only", "pooled"}
     assert len(hashes) == 1
 
 
@@ -467,15 +465,15 @@ def test_features_too_many_for_one_table_are_looked_up_and_change_no_bit(
 ) -> None:
     whole = run(job(), tmp_path / "whole")
     monkeypatch.setattr("atoll.sim.engines.simulated_site.TABLE_BYTES", 0)
-    assert run(job(), tmp_path / "parts")["model_sha256"] == whole["model_sha256"]
+    assert run(job(), tmp_path / "parts").model_sha256 == whole.model_sha256
 
 
 def test_a_head_with_a_hidden_layer_learns_to_the_same_bits_alone_and_in_a_cohort(tmp_path: Path) -> None:
     setting = job(tune={"hidden": 24}, federation={"rounds": 6})
     results = [run(setting, tmp_path / engine, engine=engine) for engine in ("inline", "loop")]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
-    assert results[0]["trainable"]["head.0.weight"] == [24, 512]
-    assert results[0]["rounds"][-1]["loss"] < results[0]["rounds"][0]["loss"]
+    assert results[0].model_sha256 == results[1].model_sha256
+    assert results[0].trainable["head.0.weight"] == [24, 512]
+    assert results[0].rounds[-1]["loss"] < results[0].rounds[0]["loss"]
 
 
 @pytest.mark.parametrize("method", ["full", "last-k"])
@@ -487,7 +485,7 @@ def test_a_network_tuned_in_channels_last_travels_in_the_usual_layout_to_the_sam
         federation={"rounds": 2, "cohort": 2},
     )  # fmt: skip
     results = [run(setting, tmp_path / engine, engine=engine) for engine in ("inline", "loop")]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
+    assert results[0].model_sha256 == results[1].model_sha256
     task, shard, outputs = task_named(setting.task.name), grey_png_shard(5, classes=3), []
     for channels_last in (True, False):
         section = setting.backbone.model_copy(update={"channels_last": channels_last})

@@ -68,7 +68,7 @@ def test_the_segmenter_trains_under_example_level_privacy(tmp_path: Path) -> Non
     private = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-5, "sampling_rate": 0.1}
     private |= {"seeded_noise": True}
     job = job_of("segmentation", privacy=private, train={"lr": 0.1, "optimizer": "sgd"})
-    assert simulate(job, tmp_path / "out", on_event=ignore_events, report=False)["privacy"]["epsilon"] > 0
+    assert simulate(job, tmp_path / "out", on_event=ignore_events, report=False).privacy["epsilon"] > 0
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_run_is_gone_on_from_with_other_classes(task: str, tmp_path: Path) -> 
     changed = {
         name for name, tensor in ahead.initial().items() if not torch.equal(tensor, fresh.initial()[name])
     }
-    assert first["rounds"][0]["loss"] > 0 and changed
+    assert first.rounds[0]["loss"] > 0 and changed
     head = {"object-detection": "box_predictor", "segmentation": "classifier.2"}[task]
     kept = {name for name in fresh.initial() if name not in changed}
     assert all(head in name for name in kept), kept

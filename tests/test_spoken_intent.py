@@ -209,8 +209,8 @@ def test_the_bits_are_the_same_in_one_process_and_in_two(tmp_path: Path, task: s
     }
     one = simulate(job_of(**table), tmp_path / "one", on_event=ignore_events, report=False)
     two = simulate(job_of(**table), tmp_path / "two", workers=2, on_event=ignore_events, report=False)
-    assert one["model_sha256"] == two["model_sha256"]
-    losses = [line["loss"] for line in one["rounds"]]
+    assert one.model_sha256 == two.model_sha256
+    losses = [line["loss"] for line in one.rounds]
     assert losses[-1] < losses[0]
 
 

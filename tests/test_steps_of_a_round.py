@@ -90,9 +90,9 @@ def test_every_engine_takes_the_same_steps(tmp_path: Path) -> None:
         simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
     )
-    assert whole["model_sha256"] == looped["model_sha256"]
+    assert whole.model_sha256 == looped.model_sha256
     other = simulate(job_of(steps=6), tmp_path / "six", on_event=ignore_events, report=False)
-    assert other["model_sha256"] != whole["model_sha256"]
+    assert other.model_sha256 != whole.model_sha256
 
 
 def test_baselines_take_as_many_steps_as_the_clients_together() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.report.run_result import RunResult
 from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.rounds.early_stopping import EarlyStopping
 from atoll.sim.engines.engine import simulate
@@ -26,7 +27,7 @@ def patient(**evaluate: Any) -> Job:
     return job(**PATIENT, evaluate=evaluate)
 
 
-def run(job: Job, out: Path, **options: Any) -> dict[str, Any]:
+def run(job: Job, out: Path, **options: Any) -> RunResult:
     return simulate(job, out, on_event=ignore_events, report=False, **options)
 
 
@@ -62,14 +63,14 @@ def test_a_metric_that_was_never_defined_leaves_the_last_model() -> None:
 
 def test_a_run_stops_and_keeps_its_best_model_by_the_clients_validation_splits(tmp_path: Path) -> None:
     result = run(patient(patience=3), tmp_path / "run")
-    lines = result["rounds"]
+    lines = result.rounds
     found = [line["validation"]["accuracy"] for line in lines]
     best = max(range(len(found)), key=found.__getitem__)
     assert len(lines) == best + 4 < 30
-    assert result["model_sha256"] == lines[best]["model_sha256"]
-    assert f"the model is round {best + 1}'s" in " ".join(result["notes"])
+    assert result.model_sha256 == lines[best]["model_sha256"]
+    assert f"the model is round {best + 1}'s" in " ".join(result.notes)
     # What the clients measure of the final model, all together, is what it was chosen by.
-    clients = [c for c in result["final"]["clients"].values() if c["examples"]]
+    clients = [c for c in result.final["clients"].values() if c["examples"]]
     right = sum(c["accuracy"] * c["examples"] for c in clients)
     assert right / sum(c["examples"] for c in clients) == pytest.approx(found[best], abs=1e-6)
 
@@ -79,15 +80,15 @@ def test_engines_and_a_resumed_run_stop_in_the_same_round_with_the_same_bits(tmp
     looped = run(patient(patience=2), tmp_path / "loop", engine="loop")
 
     def stop(event: Event) -> None:
-        if isinstance(event, RoundEnded) and event.line["round"] == len(whole["rounds"]) - 1:
+        if isinstance(event, RoundEnded) and event.line["round"] == len(whole.rounds) - 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         simulate(patient(patience=2), tmp_path / "cut", on_event=stop, report=False)
     resumed = run(patient(patience=2), tmp_path / "cut", resume=True)
     for other in (looped, resumed):
-        assert other["model_sha256"] == whole["model_sha256"]
-        assert len(other["rounds"]) == len(whole["rounds"])
+        assert other.model_sha256 == whole.model_sha256
+        assert len(other.rounds) == len(whole.rounds)
 
 
 @pytest.mark.parametrize(

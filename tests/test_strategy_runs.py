@@ -61,13 +61,13 @@ def of_eight(name: str, **tables: Any) -> Job:
 @pytest.mark.parametrize("name", (*NEW, "diloco"))
 def test_every_engine_and_a_resumed_run_give_the_same_bits(tmp_path: Path, name: str) -> None:
     setting = of_eight(name)
-    whole = run(setting, tmp_path / "whole")["model_sha256"]
-    assert run(setting, tmp_path / "loop", engine="loop")["model_sha256"] == whole
+    whole = run(setting, tmp_path / "whole").model_sha256
+    assert run(setting, tmp_path / "loop", engine="loop").model_sha256 == whole
     population, (_, memory) = Population.of(setting), books_in(tmp_path / "r")
     stopped = Breaks.of(population, memory=memory)
     with pytest.raises(KeyboardInterrupt):
         run_job(setting, stopped, tmp_path / "r", cached_test_set(population, None))
-    assert run(setting, tmp_path / "r", resume=True)["model_sha256"] == whole
+    assert run(setting, tmp_path / "r", resume=True).model_sha256 == whole
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -80,7 +80,7 @@ def test_whole_models_merge_too(tmp_path: Path, name: str) -> None:
         federation={"clients": 7, "quorum": 1.0, "rounds": 1},
     )
     result = run(setting, tmp_path)
-    assert result["clients_trained"] == 7 and result["rounds"][0]["set_aside"] == {}
+    assert result.clients_trained == 7 and result.rounds[0]["set_aside"] == {}
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -132,7 +132,7 @@ def accuracy(name: str, options: dict[str, Any], out: Path) -> float:
     setting = of_pixels(federation, data=data, strategy=strategy)
     population = Population.of(setting)
     result = run_job(setting, Hostile.of(population), out, cached_test_set(population, None), report=False)
-    return float(result["rounds"][-1]["metrics"]["accuracy"])
+    return float(result.rounds[-1]["metrics"]["accuracy"])
 
 
 def test_rules_learn_where_two_clients_of_eleven_send_their_deltas_backwards(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ EXAMPLE = {"unit": "example", "noise_multiplier": 0.8, "delta": 1e-4, "sampling_
 
 def test_noised_updates_of_clients_merge_by_a_median(tmp_path: Path) -> None:
     setting = of_eight("coordinate-median", privacy=EXAMPLE | {"seeded_noise": True})
-    assert run(setting, tmp_path)["privacy"]
+    assert run(setting, tmp_path).privacy
 
 
 @pytest.mark.parametrize(

@@ -266,14 +266,14 @@ def test_engines_and_workers_agree_to_the_bit(tmp_path: Path) -> None:
         simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
     )
-    assert whole["model_sha256"] == looped["model_sha256"]
-    assert whole["final"]["clients"].keys() == {f"client-{number:04d}" for number in range(6)}
+    assert whole.model_sha256 == looped.model_sha256
+    assert whole.final["clients"].keys() == {f"client-{number:04d}" for number in range(6)}
 
 
 def test_client_level_privacy_is_there_and_example_level_is_not(tmp_path: Path) -> None:
     client = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-2, "seeded_noise": True}
     result = simulate(job_of(privacy=client), tmp_path / "run", on_event=ignore_events, report=False)
-    assert result["privacy"]["unit"] == "client" and result["privacy"]["epsilon"] > 0
+    assert result.privacy["unit"] == "client" and result.privacy["epsilon"] > 0
     unnamed = job_of(privacy=client, task={"name": "survival"})
     with pytest.raises(ConfigError, match=r"task\.options\.features: missing, expected the names"):
         check_fits(unnamed.model_copy(update={"data": DataSection(source="/here")}), task_named("survival"))

@@ -26,6 +26,7 @@ from atoll.sim.sweep.results import Estimate, Row, losses, reference, sentence, 
 from atoll.sim.sweep.runner import RunPool
 from atoll.sim.sweep.selection import selections
 from tests.processes import atoll
+from tests.results import result_with
 
 pytestmark = pytest.mark.slow
 
@@ -91,10 +92,10 @@ def test_a_run_of_a_sweep_is_the_run_of_its_job_bit_for_bit(swept: Path, tmp_pat
         line = lines_of(swept)[number]
         job = Job.load(swept / line["path"] / "job.toml")
         alone = simulate(job, tmp_path / str(number), on_event=ignore_events, report=False)
-        assert alone["model_sha256"] == line["model_sha256"]
-        assert alone["final"]["server"]["accuracy"] == float(line["accuracy"])
+        assert alone.model_sha256 == line["model_sha256"]
+        assert alone.final["server"]["accuracy"] == float(line["accuracy"])
         kept = json.loads((swept / line["path"] / "result.json").read_text())
-        assert alone["baselines"] == kept["baselines"] and set(kept["baselines"]) == {"zero_shot", "pooled"}
+        assert alone.baselines == kept["baselines"] and set(kept["baselines"]) == {"zero_shot", "pooled"}
 
 
 def test_the_table_says_what_was_spent(swept: Path) -> None:
@@ -268,13 +269,11 @@ def row(score: float, seed: int, epsilon_: float | None = None, **values: Any) -
             "seeded_noise": False, "units": {"example": {"delta": 1e-5, "releases": 3}},
         }  # fmt: skip
     given = {"privacy.epsilon": math.inf if epsilon_ is None else epsilon_, **values}
-    result = {
-        "final": {"server": {"accuracy": score, "loss": 1.0}, "clients": {}},
-        "baselines": {"pooled": {"accuracy": 0.9 + seed / 100}},
-        "privacy": privacy,
-        "model_sha256": "0",
-        "seconds": 1.0,
-    }
+    result = result_with(
+        final={"server": {"accuracy": score, "loss": 1.0}, "clients": {}},
+        baselines={"pooled": {"accuracy": 0.9 + seed / 100}},
+        privacy=privacy,
+    )
     return Row.of(Planned(given, Job.parse(table, origin="test")), result, "run")
 
 

@@ -77,11 +77,11 @@ def test_the_registry_says_what_the_task_says_of_itself(name: str) -> None:
 def test_each_way_of_tuning_learns_and_has_the_same_bits_in_another_engine(job: Job, tmp_path: Path) -> None:
     result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
     other = simulate(job, tmp_path / "two", engine="loop", on_event=ignore_events, report=False)
-    assert result["model_sha256"] == other["model_sha256"]
-    losses = [line["loss"] for line in result["rounds"]]
+    assert result.model_sha256 == other.model_sha256
+    losses = [line["loss"] for line in result.rounds]
     assert losses[-1] < losses[0], losses
     headline = TASKS[job.task.name].primary_metric
-    assert all(headline in values for values in result["final"]["clients"].values())
+    assert all(headline in values for values in result.final["clients"].values())
 
 
 TWO_WORKERS = (("recommendation", "full"), ("object-detection", "full"), ("text-classification", "lora"))
@@ -93,7 +93,7 @@ TWO_WORKERS = (("recommendation", "full"), ("object-detection", "full"), ("text-
 def test_each_way_of_tuning_has_the_same_bits_with_two_workers(job: Job, tmp_path: Path) -> None:
     result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
     pooled = simulate(job, tmp_path / "pool", workers=2, on_event=ignore_events, report=False)
-    assert pooled["model_sha256"] == result["model_sha256"]
+    assert pooled.model_sha256 == result.model_sha256
 
 
 FULL = [(task, "full") for task in TABLES]
@@ -105,7 +105,7 @@ FULL = [(task, "full") for task in TABLES]
 def test_each_task_has_the_same_bits_on_ray(job: Job, tmp_path: Path) -> None:
     result = simulate(job, tmp_path / "one", on_event=ignore_events, report=False)
     spread = simulate(job, tmp_path / "ray", engine="ray", workers=2, on_event=ignore_events, report=False)
-    assert spread["model_sha256"] == result["model_sha256"]
+    assert spread.model_sha256 == result.model_sha256
 
 
 @pytest.mark.slow
@@ -116,8 +116,8 @@ def test_what_a_detector_draws_is_the_same_in_two_processes(tmp_path: Path) -> N
         simulate(job, tmp_path / name, on_event=ignore_events, report=False, **options)
         for name, options in (("one", {}), ("loop", {"engine": "loop"}), ("pool", {"workers": 2}))
     ]
-    assert len({result["model_sha256"] for result in results}) == 1
-    assert results[0]["rounds"][-1]["loss"] < results[0]["rounds"][0]["loss"]
+    assert len({result.model_sha256 for result in results}) == 1
+    assert results[0].rounds[-1]["loss"] < results[0].rounds[0]["loss"]
 
 
 @pytest.mark.parametrize("job", list(REFUSED), indirect=True, ids=lambda pair: "-".join(pair))
@@ -270,7 +270,7 @@ def test_each_task_trains_under_example_level_privacy(pair: tuple[str, str], tmp
     train = {"lr": 0.01, "optimizer": "sgd"}
     job = ready(job_of(task, method, privacy=PRIVATE, train=train), tmp_path)
     result = simulate(job, tmp_path / "out", on_event=ignore_events, report=False)
-    assert result["privacy"]["unit"] == "example" and result["privacy"]["epsilon"] > 0
+    assert result.privacy["unit"] == "example" and result.privacy["epsilon"] > 0
 
 
 @pytest.mark.parametrize("task", NOT_BY_EXAMPLE)

@@ -76,7 +76,7 @@ def test_the_closed_form_and_the_autograd_loss_are_hintons(temperature: float, w
 
 
 def sha(job: Job, out: Path, **how: Any) -> str:
-    return str(simulate(job, out, on_event=ignore_events, report=False, **how)["model_sha256"])
+    return str(simulate(job, out, on_event=ignore_events, report=False, **how).model_sha256)
 
 
 def test_heads_have_the_same_bits_in_every_engine_and_learn_otherwise_than_alone(
@@ -166,7 +166,7 @@ def test_a_promise_takes_no_teacher_without_one_and_counts_the_teachers(
             digits(**data, privacy=PRIVATE, **train), tmp_path / "y", on_event=ignore_events, report=False
         )
     both = simulate(digits(**data, **private, **train), tmp_path / "both", on_event=ignore_events)
-    told, its = both["privacy"], first["privacy"]
+    told, its = both.privacy, first.privacy
     assert told["without_teacher"]["epsilon"] == pytest.approx(its["epsilon"])
     assert told["epsilon"] == pytest.approx(2 * its["epsilon"])
     assert told["delta"] == pytest.approx(2e-5)

@@ -137,6 +137,6 @@ def test_what_nothing_is_there_to_measure_by_is_undefined() -> None:
 def test_a_run_ends_with_the_metrics_and_says_what_it_learnt(task: str, tmp_path: Path) -> None:
     job = ready(job_of(task, "head"), tmp_path)
     result = simulate(job, tmp_path / "out", on_event=ignore_events, report=False)
-    found = result["final"]["clients"]["client-0000"]
+    found = result.final["clients"]["client-0000"]
     assert ("map" in found and "subset_accuracy" in found) or ("pearson" in found and "spearman" in found)
     assert found["loss"] > 0

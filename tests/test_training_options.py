@@ -276,8 +276,8 @@ def test_every_engine_gives_the_same_bits(tmp_path: Path, name: str) -> None:
         simulate(job, tmp_path / engine, engine=engine, on_event=ignore_events, report=False)
         for engine in ("inline", "loop")
     ]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
-    assert results[0]["rounds"][0]["loss"] > 0
+    assert results[0].model_sha256 == results[1].model_sha256
+    assert results[0].rounds[0]["loss"] > 0
 
 
 @pytest.mark.slow
@@ -288,7 +288,7 @@ def test_two_workers_give_the_same_bits(tmp_path: Path, name: str) -> None:
     results = [
         simulate(job, tmp_path / str(n), workers=n, on_event=ignore_events, report=False) for n in (1, 2)
     ]
-    assert results[0]["model_sha256"] == results[1]["model_sha256"]
+    assert results[0].model_sha256 == results[1].model_sha256
 
 
 def test_recomputing_changes_no_bit_of_a_run(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_recomputing_changes_no_bit_of_a_run(tmp_path: Path) -> None:
         )
         for again in (False, True)
     ]
-    assert found[0]["model_sha256"] == found[1]["model_sha256"]
+    assert found[0].model_sha256 == found[1].model_sha256
 
 
 def test_a_clients_promise_is_what_it_is_without(tmp_path: Path) -> None:
@@ -316,8 +316,8 @@ def test_a_clients_promise_is_what_it_is_without(tmp_path: Path) -> None:
         simulate(setting, tmp_path / name, on_event=ignore_events, report=False)
         for name, setting in (("plain", job), ("saving", changed(job, **OPTIONS["all"])))
     )
-    assert plain["privacy"] == saving["privacy"]
-    assert plain["model_sha256"] != saving["model_sha256"]
+    assert plain.privacy == saving.privacy
+    assert plain.model_sha256 != saving.model_sha256
 
 
 KEYS: dict[str, Any] = {"precision": "bf16", "accumulate": 2, "checkpoint_activations": True}

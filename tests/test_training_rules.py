@@ -284,8 +284,8 @@ def test_what_cannot_be_is_refused_by_name(tables: dict[str, Any], said: str) ->
 def test_a_resumed_run_goes_on_at_the_rate_of_its_round(tmp_path: Path) -> None:
     setting = of_pixels({"clients": 6, "cohort": 4, "rounds": 4},
                         train={"lr": 0.5, "lr_schedule": "cosine", "clip_norm": 0.2})  # fmt: skip
-    whole = run(setting, tmp_path / "whole")["model_sha256"]
+    whole = run(setting, tmp_path / "whole").model_sha256
     population = Population.of(setting)
     with pytest.raises(KeyboardInterrupt):
         run_job(setting, Breaks.of(population), tmp_path / "r", cached_test_set(population, None))
-    assert run(setting, tmp_path / "r", resume=True)["model_sha256"] == whole
+    assert run(setting, tmp_path / "r", resume=True).model_sha256 == whole

@@ -280,10 +280,8 @@ def test_a_run_through_files_ends_in_the_same_bits(
     monkeypatch.setattr(updates_on_disk, "LEAST_BYTES", 0)
     looks: Any = Looks(setting)
     kept = run(setting, tmp_path / "kept", engine="loop", strategy=looks)
-    assert [line["model_sha256"] for line in kept["rounds"]] == [
-        line["model_sha256"] for line in whole["rounds"]
-    ]
-    assert kept["model_sha256"] == whole["model_sha256"]
+    assert [line["model_sha256"] for line in kept.rounds] == [line["model_sha256"] for line in whole.rounds]
+    assert kept.model_sha256 == whole.model_sha256
     assert looks.mapped == [kind in MAPPED_AT_MERGE] * len(looks.mapped) and looks.mapped
     gc.collect()
     assert not (tmp_path / "kept" / "updates").exists() and not mappings(tmp_path / "kept" / "updates")
@@ -292,7 +290,7 @@ def test_a_run_through_files_ends_in_the_same_bits(
 @pytest.mark.usefixtures("everything_is_large")
 def test_what_a_killed_run_left_goes_when_it_is_resumed(tmp_path: Path) -> None:
     setting = KINDS["plain"]
-    whole = run(setting, tmp_path / "whole")["model_sha256"]
+    whole = run(setting, tmp_path / "whole").model_sha256
     population, (_, memory) = Population.of(setting), books_in(tmp_path / "r")
     stopped = Breaks.of(population, memory=memory)
     with pytest.raises(KeyboardInterrupt):
@@ -304,7 +302,7 @@ def test_what_a_killed_run_left_goes_when_it_is_resumed(tmp_path: Path) -> None:
         assert left.exists()
         directory.commit()
         assert not left.parent.exists()
-    assert run(setting, tmp_path / "r", engine="loop", resume=True)["model_sha256"] == whole
+    assert run(setting, tmp_path / "r", engine="loop", resume=True).model_sha256 == whole
 
 
 class FullForUpdates:
@@ -336,12 +334,12 @@ def test_workers_write_their_updates_themselves(tmp_path: Path, monkeypatch: pyt
         tune={"method": "full"},
         federation={"clients": 3, "rounds": 2},
     )
-    whole = run(setting, tmp_path / "whole")["model_sha256"]
+    whole = run(setting, tmp_path / "whole").model_sha256
     monkeypatch.setattr(updates_on_disk, "LEAST_BYTES", 0)
     looks: Any = Looks(setting)
     population = Population.of(setting)
     with PooledTransport(population, 2, tmp_path / "run") as carrier:
         result = run_job(setting, carrier, tmp_path / "run", population.test_shard, strategy=looks)
         assert [board.layout.slots for board in carrier._board] == [1]  # of the model alone
-    assert result["model_sha256"] == whole
+    assert result.model_sha256 == whole
     assert looks.mapped == [True, True] and not (tmp_path / "run" / "updates").exists()

@@ -21,6 +21,7 @@ from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Reply, Update
 from atoll.protocol.requests import Request, TrainRequest
+from atoll.report.run_result import RunResult
 from atoll.server.run.directory import job_toml
 from atoll.server.run.run_job import run_job
 from atoll.sim.engines.engine import default_workers
@@ -106,7 +107,7 @@ class Killing(PooledTransport):
             yield reply
 
 
-def run_with(job: Job, carrier: PooledTransport, out: Path) -> dict[str, Any]:
+def run_with(job: Job, carrier: PooledTransport, out: Path) -> RunResult:
     with carrier:
         return run_job(job, carrier, out, carrier.population.test_shard)
 
@@ -118,7 +119,7 @@ def test_a_killed_worker_is_replaced_and_changes_no_bit(tmp_path: Path) -> None:
     population = Population.of(job)
     whole = run_with(job, PooledTransport(population, 2, tmp_path / "whole"), tmp_path / "whole")
     carrier = Killing(population, 2, tmp_path / "killed")
-    assert run_with(job, carrier, tmp_path / "killed")["model_sha256"] == whole["model_sha256"]
+    assert run_with(job, carrier, tmp_path / "killed").model_sha256 == whole.model_sha256
     assert carrier.killed
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from atoll.job.job import Job
+    from atoll.report.run_result import RunResult
 
 REAL = "flower"
 """What results of real federations call their engine."""
@@ -68,7 +69,7 @@ def audit(
     else:
         with watching(job.federation.rounds) as watcher:
             found = audited(
-                job, result["privacy"], how, population=population,
+                job, result.privacy, how, population=population,
                 watch=lambda done, total: watcher.on_event(AuditAdvanced(done, total)),
             )  # fmt: skip
     found |= {"inversion": probed(job, population), "verbatim": verbatim}
@@ -88,20 +89,18 @@ def audit(
         raise typer.Exit(1)
 
 
-def simulated_run(run: Path) -> tuple[Job, dict[str, Any]]:
+def simulated_run(run: Path) -> tuple[Job, RunResult]:
     """The job and the result of a run that can be played again.
 
     Raises:
         ConfigError: RUN is no finished run, or one of a real federation.
     """
     result = read_result(run)
-    if result.get("engine") == REAL:
+    if result.engine == REAL:
         raise ConfigError(
             f"{run}: a run of real sites, whose data is not here to train it again; expected a simulation of"
             " its job"
         )
-    if not isinstance(result.get("privacy"), dict):
-        raise ConfigError(f"{run / 'result.json'}: privacy: missing, expected what the run claims")
     from atoll.job.job import Job
 
     return Job.load(run / "job.toml"), result

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from rich.table import Table
 
+    from atoll.report.run_result import RunResult
+
 PIPED_WIDTH = 160
 """Columns of a table that goes to a file or a pipe, where nothing has to fit a screen."""
 EVERY = 10.0
@@ -248,7 +250,7 @@ def _bars() -> Progress:
     return Progress(*columns, console=out())
 
 
-def comparison(result: dict[str, Any]) -> Table | str:
+def comparison(result: RunResult) -> Table | str:
     """The baselines and the federated model on the same test set, or that nothing was measured."""
     from rich.table import Table
 
@@ -259,7 +261,7 @@ def comparison(result: dict[str, Any]) -> Table | str:
     compared = comparison_of(result)
     if not compared.rows:
         return NOT_MEASURED
-    table = Table(title=f"{result['name']}: {result['task']}, {result['strategy']}", title_justify="left")
+    table = Table(title=f"{result.name}: {result.task}, {result.strategy}", title_justify="left")
     table.add_column("model")
     for metric in compared.metrics:
         table.add_column(metric.replace("_", " "), justify="right")
@@ -272,21 +274,21 @@ def comparison(result: dict[str, Any]) -> Table | str:
     return table
 
 
-def print_summary(result: dict[str, Any], run: Any) -> None:
+def print_summary(result: RunResult, run: Any) -> None:
     """What came out, and where it lies."""
     from atoll.report.text import duration, what_was_private
 
     out().print()
     out().print(comparison(result), highlight=False)
-    for note in result["notes"]:
+    for note in result.notes:
         out().print(f"note           {sanitize(note)}", highlight=False, soft_wrap=True)
-    if result.get("simulated_seconds"):
-        told = f"{duration(result['simulated_seconds'])} on the devices, {duration(result['seconds'])} here"
+    if result.simulated_seconds:
+        told = f"{duration(result.simulated_seconds)} on the devices, {duration(result.seconds)} here"
         out().print(f"simulated time  {told}", highlight=False)
-    if result["privacy"]["unit"] != "none":
-        out().print(sanitize(what_was_private(result["privacy"])), highlight=False, soft_wrap=True)
+    if result.privacy["unit"] != "none":
+        out().print(sanitize(what_was_private(result.privacy)), highlight=False, soft_wrap=True)
     for name, what in (
-        ("model sha256", result["model_sha256"]),
+        ("model sha256", result.model_sha256),
         ("run directory", run),
         ("report", run / "report.html"),
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from atoll.trained import check_finished
 if TYPE_CHECKING:
     from atoll.data.classification import Findings
     from atoll.job.job import DataSection
+    from atoll.report.run_result import RunResult
 
 ClusterNumber = Annotated[
     int | None, typer.Option("--cluster", metavar="N", help="Whose model, of a run that has clusters.")
@@ -81,19 +81,16 @@ def track(
         out().print(f"{name:<13}  {sanitize(place)}", highlight=False, soft_wrap=True)
 
 
-def read_result(run: Path) -> dict[str, Any]:
+def read_result(run: Path) -> RunResult:
     """A complete run's result.
 
     Raises:
         ConfigError: RUN isn't one.
     """
-    path = run / "result.json"
-    check_finished(run, path)
-    try:
-        result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    return result
+    from atoll.report.run_result import RESULT_FILE, RunResult
+
+    check_finished(run, run / RESULT_FILE)
+    return RunResult.read(run)
 
 
 def check(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +19,7 @@ from atoll.server.events import Event, RoundEnded
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
+    from atoll.report.run_result import RunResult
     from atoll.strategies import Strategy
 
 Overrides = Annotated[
@@ -187,14 +187,11 @@ def run_here(
     return where
 
 
-def _finished(where: Path, job: Job) -> dict[str, Any] | None:
+def _finished(where: Path, job: Job) -> RunResult | None:
     """The result of a run of this very job that has nothing left to do."""
-    try:
-        result: dict[str, Any] = json.loads((where / "result.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = result.get("job_hash") == job.hash and (where / "report.html").is_file()
-    return result if whole else None
+    from atoll.report.run_result import RunResult
+
+    return RunResult.of_job(where, job.hash) if (where / "report.html").is_file() else None
 
 
 def resume_hint(where: Path, rounds: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shlex
@@ -306,6 +305,7 @@ def submit(
         raise ConfigError(f"{where}: nothing to resume, there is no job.toml")
     if not resume and where.exists() and any(where.iterdir()):
         raise ConfigError(f"{where}: exists and is not empty; use --resume to go on, or another --out")
+    from atoll.report.run_result import RunResult
     from atoll.server.deploy.submit import (
         submit as submit_job,  # Flower comes with it: not before the job is looked at
     )
@@ -318,12 +318,7 @@ def submit(
         tell=echo,
         started=lambda run: echo(f"run id    {run}"),
     )
-    print_summary(_result(where), where)
-
-
-def _result(where: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((where / "result.json").read_text("utf-8"))
-    return result
+    print_summary(RunResult.read(where), where)
 
 
 def status(server: ServerKitOption) -> None:

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from atoll.report.comparison import finite, lower_is_better
 from atoll.report.plots import scatter_plot, spread_plot
-from atoll.report.text import join_words, metric_value, metric_words, pluralize, population, quantile
+from atoll.report.run_result import RunResult
+from atoll.report.text import join_words, metric_value, metric_words, pluralize, quantile
 
 ALL_UP_TO = 200
 """Clients above which the table shows the ends only."""
@@ -53,9 +54,9 @@ class ClientsSection:
         return len(self.shown) + len(self.best) > SHORT
 
 
-def clients_section(result: dict[str, Any], metric: str | None) -> ClientsSection | None:
+def clients_section(result: RunResult, metric: str | None) -> ClientsSection | None:
     """The clients ranked by a metric, or None where no client measured it."""
-    clients = result["final"]["clients"]
+    clients = result.final["clients"]
     measured = [(n, c) for n, c in clients.items() if metric and finite(c.get(metric)) is not None]
     others = [(n, clients[n]) for n in sorted(clients.keys() - dict(measured).keys())]
     undefined = [client for client in others if client[1]["examples"]]
@@ -84,9 +85,9 @@ def _badness(client: dict[str, Any], metric: str) -> float:
     return -value if lower_is_better(metric) else value
 
 
-def _sampled(result: dict[str, Any]) -> str:
+def _sampled(result: RunResult) -> str:
     """Which part of the clients measured, if not all did."""
-    measured, everybody = len(result["final"]["clients"]), population(result)
+    measured, everybody = len(result.final["clients"]), result.population
     return f"{measured:,} of {everybody:,} clients measured. " if measured < everybody else ""
 
 

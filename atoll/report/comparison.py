@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import floor, isfinite
-from typing import Any
 
+from atoll.report.run_result import RunResult
 from atoll.tasks import headline_of
 from atoll.tasks.metric_values import MeanOverClients, mean_over
 
@@ -87,29 +87,29 @@ class Comparison:
         return way / gap if gap > NO_GAP else None
 
 
-def comparison_of(result: dict[str, Any], *, by_folds: bool = False) -> Comparison:
+def comparison_of(result: RunResult, *, by_folds: bool = False) -> Comparison:
     """The task's references, then the rows in the order of `NAMES`.
 
     The federated one is from the server's test set, else its clients; `by_folds` from its clients only.
     """
-    server = {} if by_folds else result["final"]["server"]
+    server = {} if by_folds else result.final["server"]
     means = {} if server else mean_over_clients(result)
     federated = server or {name: mean.value for name, mean in means.items()}
-    rows = dict(result["baselines"]) | {"federated": federated}
+    rows = dict(result.baselines) | {"federated": federated}
     order = [name for name in rows if name not in NAMES] + list(NAMES)
     return Comparison(
         {name: rows[name] for name in order if rows.get(name)},
         on_test_set=bool(server),
-        judged_by=headline_of(str(result.get("task"))),
+        judged_by=headline_of(result.task),
         coverage={name: mean.coverage for name, mean in means.items() if mean.coverage},
     )
 
 
-def mean_over_clients(result: dict[str, Any]) -> dict[str, MeanOverClients]:
+def mean_over_clients(result: RunResult) -> dict[str, MeanOverClients]:
     """Metrics averaged over the clients at which they are defined, weighted by their validation examples."""
-    clients = [c for c in result["final"]["clients"].values() if c["examples"]]
+    clients = [c for c in result.final["clients"].values() if c["examples"]]
     names = dict.fromkeys(name for client in clients for name in client if name != "examples")
-    return {n: mean_over([(finite(c.get(n)), c["examples"]) for c in clients]) for n in names}
+    return {n: mean_over([(finite(c.get(n)), c["examples"] or 0) for c in clients]) for n in names}
 
 
 def finite(value: object) -> float | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from atoll.report.run_result import ClientContribution, Contributions
 from atoll.report.text import metric_words, pluralize
 
 BEST, WORST = 100, 20
@@ -21,9 +21,8 @@ class ContributionsSection:
     last: tuple[tuple[str, str, str], ...]
 
 
-def contributions_section(result: dict[str, Any]) -> ContributionsSection | None:
+def contributions_section(found: Contributions | None) -> ContributionsSection | None:
     """The clients by what they contributed; None where the job doesn't ask for it."""
-    found = result.get("contributions")
     if found is None:
         return None
     ranked = sorted(found["clients"].items(), key=_rank)
@@ -37,20 +36,20 @@ def contributions_section(result: dict[str, Any]) -> ContributionsSection | None
     )
 
 
-def _rank(client: tuple[str, dict[str, Any]]) -> tuple[bool, float, str]:
+def _rank(client: tuple[str, ClientContribution]) -> tuple[bool, float, str]:
     """Sorts the largest to the front, and what is undefined to the end."""
     name, one = client
     return one["value"] is None, -(one["value"] or 0.0), name
 
 
-def _value(one: dict[str, Any]) -> str:
+def _value(one: ClientContribution) -> str:
     if one["value"] is None:
         return "undefined" if one["rounds"] else "undefined: never took part"
     missing = f" (undefined in {pluralize(one['undefined'], 'round')})" if one["undefined"] else ""
     return f"{one['value']:+.4f}{missing}"
 
 
-def _reading(found: dict[str, Any]) -> str:
+def _reading(found: Contributions) -> str:
     how = {
         "leave-one-out": "the model of all of a round's updates minus the one without the client's",
         "shapley": "Shapley's value of the client's update among those of its round",

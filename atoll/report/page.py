@@ -16,6 +16,7 @@ from atoll.report.comparison import Comparison, comparison_of, lower_is_better, 
 from atoll.report.contributions import ContributionsSection, contributions_section
 from atoll.report.plots import seconds_plot
 from atoll.report.rounds import RoundsSection, rounds_section, series
+from atoll.report.run_result import RunResult
 from atoll.report.templates import fill_in
 from atoll.report.text import (
     ENGINES,
@@ -28,7 +29,6 @@ from atoll.report.text import (
     metric_words,
     on_what_data,
     pluralize,
-    population,
     quantile,
     simulated_facts,
     simulated_rounds,
@@ -143,37 +143,37 @@ class Report:
     origin: OriginSection
 
 
-def write_report(folder: Path, result: dict[str, Any]) -> None:
+def write_report(folder: Path, result: RunResult) -> None:
     """Write `folder/report.html` whole or not at all; the same result gives the same bytes."""
     replace_synced(folder / "report.html", page(folder, result).encode())
 
 
-def page(folder: Path, result: dict[str, Any]) -> str:
+def page(folder: Path, result: RunResult) -> str:
     """The whole document."""
     return fill_in("report.html.j2", report=report_of(folder, result))
 
 
-def report_of(folder: Path, result: dict[str, Any]) -> Report:
+def report_of(folder: Path, result: RunResult) -> Report:
     """What the page says of a result and of the job in the same folder."""
     compared = comparison_of(result)
     job = _job(folder)
     return Report(
-        name=result.get("name", "run"),
+        name=result.name,
         lead=what_was_tuned(result, job),
-        clients_in_words=pluralize(len(result["final"]["clients"]), "client"),
-        islands=_islands(result["final"]["clients"]),
+        clients_in_words=pluralize(len(result.final["clients"]), "client"),
+        islands=_islands(result.final["clients"]),
         tiles=_tiles(result, compared),
         story=(
             on_what_data(result, job),
             how_it_went(result) + how_chosen(job) + who_was_hostile(job),
             what_it_cost(result),
-            what_was_private(result["privacy"]),
+            what_was_private(result.privacy),
         ),
         models=_models(result, compared),
         samples=_samples(result),
-        rounds=rounds_section(result["rounds"], compared),
+        rounds=rounds_section(result.rounds, compared),
         clients=clients_section(result, compared.headline),
-        contributions=contributions_section(result),
+        contributions=contributions_section(result.contributions),
         set_aside=_set_aside(result),
         cost=_cost(result),
         origin=_origin(folder, result),
@@ -200,10 +200,10 @@ def _islands(clients: dict[str, dict[str, Any]]) -> tuple[Island, ...]:
     )
 
 
-def _tiles(result: dict[str, Any], compared: Comparison) -> Facts:
+def _tiles(result: RunResult, compared: Comparison) -> Facts:
     """The run's most telling numbers."""
     metric, share = compared.headline, compared.gap_closed
-    tiles = [("clients", f"{population(result):,}"), ("rounds", f"{len(result['rounds']):,}")]
+    tiles = [("clients", f"{result.population:,}"), ("rounds", f"{len(result.rounds):,}")]
     if share is not None and share >= 0:
         tiles.insert(0, ("of the gap closed", whole_percent(min(share, 1.0))))
     if metric is not None:
@@ -211,12 +211,12 @@ def _tiles(result: dict[str, Any], compared: Comparison) -> Facts:
         tiles.insert(0, (f"federated {word}", metric_value(metric, compared.value("federated", metric))))
     return (
         *tiles,
-        ("sent to the server", size(result["bytes_up"])),
-        ("the whole run", duration(result["seconds"])),
+        ("sent to the server", size(result.bytes_up)),
+        ("the whole run", duration(result.seconds)),
     )
 
 
-def _models(result: dict[str, Any], compared: Comparison) -> ModelsSection:
+def _models(result: RunResult, compared: Comparison) -> ModelsSection:
     """The comparison's sentence and its table."""
     rows = (
         ModelRow(
@@ -232,18 +232,20 @@ def _models(result: dict[str, Any], compared: Comparison) -> ModelsSection:
         on_test_set=compared.on_test_set,
         metrics=tuple((metric_words(m), better(m)) for m in compared.metrics),
         rows=tuple(rows),
-        notes=(*compared.remarks, *result.get("notes", [])),
+        notes=(*compared.remarks, *result.notes),
     )
 
 
-def _samples(result: dict[str, Any]) -> tuple[WrittenSample, ...]:
+def _samples(result: RunResult) -> tuple[WrittenSample, ...]:
     """What a language model wrote, as it is shown: of long texts the end of a prompt, else the beginning."""
     return tuple(
         WrittenSample(
             prompt=_ending(sample["prompt"]),
-            **{name: _beginning(sample[name]) for name in ("before", "after", "reference")},
+            before=_beginning(sample["before"]),
+            after=_beginning(sample["after"]),
+            reference=_beginning(sample["reference"]),
         )
-        for sample in result.get("samples", ())
+        for sample in result.samples or ()
     )
 
 
@@ -263,15 +265,15 @@ def _share_of_bar(compared: Comparison, row: str) -> float:
     return max(0.0, (compared.value(row, metric) or 0.0) / full)
 
 
-def _set_aside(result: dict[str, Any]) -> SetAsideSection:
+def _set_aside(result: RunResult) -> SetAsideSection:
     """The updates that were not merged, or that there were none."""
     entries = [
         (line["round"], client, reason)
-        for line in result["rounds"]
+        for line in result.rounds
         for client, reason in line["set_aside"].items()
     ]
     if not entries:
-        arrived = "arrived in time" if result.get("simulated_seconds") else "was asked for arrived,"
+        arrived = "arrived in time" if result.simulated_seconds else "was asked for arrived,"
         return SetAsideSection(f"None: every update that {arrived} passed the checks and was merged.")
     rounds = len({round for round, _, _ in entries})
     more = len(entries) - SET_ASIDE_SHOWN
@@ -282,40 +284,40 @@ def _set_aside(result: dict[str, Any]) -> SetAsideSection:
     )
 
 
-def _cost(result: dict[str, Any]) -> CostSection:
+def _cost(result: RunResult) -> CostSection:
     """What the run took, on this machine's clock and, where devices were simulated, on theirs."""
-    seconds = series(result["rounds"], "seconds", of_round=True)
+    seconds = series(result.rounds, "seconds", of_round=True)
     ordered = sorted(value for _, value in seconds)
-    trained = result["clients_trained"]
+    trained = result.clients_trained
     lines = [
-        ("up to the server", size(result["bytes_up"])),
-        ("down to the clients", size(result["bytes_down"])),
-        ("one client's update", size(result["bytes_up"] / trained) if trained else "none was merged"),
+        ("up to the server", size(result.bytes_up)),
+        ("down to the clients", size(result.bytes_down)),
+        ("one client's update", size(result.bytes_up / trained) if trained else "none was merged"),
         ("updates merged", f"{trained:,}"),
-        ("the whole run", duration(result["seconds"])),
+        ("the whole run", duration(result.seconds)),
         ("a round, median", duration(quantile(ordered, 0.5) if ordered else None)),
         ("the slowest round", duration(max(ordered, default=None))),
-        ("most memory held", size(result["peak_rss_mb"] * 2**20)),
+        ("most memory held", size(result.peak_rss_mb * 2**20)),
     ]
     plots = [seconds_plot("seconds", "Seconds of each round", seconds)] if seconds else []
-    if result.get("simulated_seconds"):
+    if result.simulated_seconds:
         lines += simulated_facts(result)
         plots.append(seconds_plot("simulated", "Simulated seconds of each round", simulated_rounds(result)))
     return CostSection(tuple(lines), tuple(plots))
 
 
-def _origin(folder: Path, result: dict[str, Any]) -> OriginSection:
+def _origin(folder: Path, result: RunResult) -> OriginSection:
     """The command that repeats the run, and what identifies it."""
-    engine = result["engine"]
+    engine = result.engine
     option = f" --engine {engine}" if engine in ENGINES else ""
     return OriginSection(
         command=f"atoll simulate job.toml{option} --out again",
-        job_hash=result["job_hash"],
-        model_sha256=result["model_sha256"],
-        seed=str(result["seed"]),
+        job_hash=result.job_hash,
+        model_sha256=result.model_sha256,
+        seed=str(result.seed),
         engine=ENGINES.get(engine, engine),
-        backbone_from=result.get("backbone", {}).get("origin", "not recorded"),
-        machine=_machine(result.get("machine", {})),
+        backbone_from=result.backbone["origin"],
+        machine=_machine(result.machine),
         job_text=_job_text(folder),
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
 from atoll.report.comparison import NAMES, Comparison, finite
 from atoll.report.plots import Curve, Points, curves_plot
+from atoll.report.run_result import RoundLine
 from atoll.report.text import metric_words
 
 PLOTTED = 1000
@@ -24,7 +25,7 @@ class RoundsSection:
     has_training_loss: bool
 
 
-def rounds_section(rounds: list[dict[str, Any]], compared: Comparison) -> RoundsSection:
+def rounds_section(rounds: Sequence[RoundLine], compared: Comparison) -> RoundsSection:
     """A plot of every metric that any round has, and of the training loss."""
     training = series(rounds, "loss", of_round=True)
     metrics = list(dict.fromkeys(metric for line in rounds for metric in line["metrics"]))
@@ -38,7 +39,7 @@ def rounds_section(rounds: list[dict[str, Any]], compared: Comparison) -> Rounds
     )
 
 
-def series(rounds: list[dict[str, Any]], name: str, *, of_round: bool = False) -> list[tuple[float, float]]:
+def series(rounds: Sequence[RoundLine], name: str, *, of_round: bool = False) -> list[tuple[float, float]]:
     """(round, value) where a metric, or the round itself, has a value; thinned where there are very many."""
     lines = ((line["round"], (line if of_round else line["metrics"]).get(name)) for line in rounds)
     points = [(float(round), v) for round, value in lines if (v := finite(value)) is not None]
@@ -46,7 +47,7 @@ def series(rounds: list[dict[str, Any]], name: str, *, of_round: bool = False) -
     return points[: len(points) - 1 : step] + points[-1:]
 
 
-def _plot(rounds: list[dict[str, Any]], compared: Comparison, metric: str, training: Points) -> Markup | None:
+def _plot(rounds: Sequence[RoundLine], compared: Comparison, metric: str, training: Points) -> Markup | None:
     """One metric over rounds, or None where no round has a value."""
     measured = series(rounds, metric)
     curves = [

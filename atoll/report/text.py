@@ -10,6 +10,7 @@ from atoll.job.attack import POISONS_LABELS
 from atoll.job.job import Job, OtherPartition
 from atoll.report.audit import what_the_audit_found
 from atoll.report.comparison import Comparison, finite, lower_is_better, whole_percent
+from atoll.report.run_result import PrivacyClaim, RunPrivacy, RunResult
 from atoll.strategies import STRATEGIES
 from atoll.tasks.metric_values import UNDEFINED
 
@@ -133,9 +134,9 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def what_was_tuned(result: dict[str, Any], job: Job | None) -> str:
+def what_was_tuned(result: RunResult, job: Job | None) -> str:
     """One sentence: the backbone, what of it was trained, and for which task."""
-    backbone = result.get("backbone", {}).get("name", "the backbone")
+    backbone = result.backbone["name"]
     method = job.tune.method if job else None
     tuned = {
         "head": f"A new last layer, the head, was trained on top of {backbone}, which stayed frozen",
@@ -144,7 +145,7 @@ def what_was_tuned(result: dict[str, Any], job: Job | None) -> str:
         "full": f"All weights of {backbone} and a new head were trained",
         "seeds": f"All weights of {backbone} and a new head were trained, along directions that a seed draws",
     }.get(method or "", f"A model on top of {backbone} was trained")
-    return f"{tuned}, for {result['task'].replace('-', ' ')}{_classes(result)}."
+    return f"{tuned}, for {result.task.replace('-', ' ')}{_classes(result)}."
 
 
 def _head_beside(job: Job | None) -> str:
@@ -156,28 +157,23 @@ def _head_beside(job: Job | None) -> str:
     return " and what is new of the head"
 
 
-def _classes(result: dict[str, Any]) -> str:
-    classes = [str(c) for c in result.get("facts", {}).get("classes", [])]
+def _classes(result: RunResult) -> str:
+    classes = [str(c) for c in result.facts.get("classes", [])]
     if not classes:
         return ""
     named = f": {join_words(classes)}" if len(classes) <= FEW_CLASSES else ""
     return f" into {pluralize(len(classes), 'class')}{named}"
 
 
-def on_what_data(result: dict[str, Any], job: Job | None) -> str:
+def on_what_data(result: RunResult, job: Job | None) -> str:
     """One sentence: the data and how it lay with the clients."""
-    clients = pluralize(population(result), "client")
+    clients = pluralize(result.population, "client")
     if job is None:
         return f"The data lay with {clients}."
-    if result["engine"] == SITES:
+    if result.engine == SITES:
         return f"{clients[0].upper()}{clients[1:]} trained on their own data, which never left their sites."
     source = job.data.source.rstrip("/").rsplit("/", 1)[-1]
     return f"The data, {source}, was dealt to {clients} {_dealt(job)}."
-
-
-def population(result: dict[str, Any]) -> int:
-    """How many clients there were, measured or not."""
-    return int(result.get("population", len(result["final"]["clients"])))
 
 
 def _dealt(job: Job) -> str:
@@ -202,20 +198,20 @@ def _dealt(job: Job) -> str:
             return "evenly, at random"
 
 
-def how_it_went(result: dict[str, Any]) -> str:
+def how_it_went(result: RunResult) -> str:
     """One sentence: rounds, cohorts, and how updates merged."""
-    sizes = sorted({len(line["cohort"]) for line in result["rounds"]})
+    sizes = sorted({len(line["cohort"]) for line in result.rounds})
     cohort = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}" if sizes else "0"
-    rounds, all_clients = len(result["rounds"]), population(result)
+    rounds, all_clients = len(result.rounds), result.population
     clients = (
         "all clients" if sizes == [all_clients] else f"{cohort} of the {pluralize(all_clients, 'client')}"
     )
     when = "In one round" if rounds == 1 else f"In each of {rounds:,} rounds"
-    if result.get("simulated_seconds"):
+    if result.simulated_seconds:
         clients += " were asked; those who answered in time"
     return (
         f"{when}, {clients} trained and sent back how {_trainable(result)} had moved;"
-        f" the server merged these updates by {strategy_words(result['strategy'])}."
+        f" the server merged these updates by {strategy_words(result.strategy)}."
     )
 
 
@@ -251,44 +247,45 @@ def strategy_words(name: str) -> str:
     return f"{STRATEGY_NAMES.get(name, name)}: {known.summary}" if known else name
 
 
-def _trainable(result: dict[str, Any]) -> str:
-    numbers = sum(prod(shape) for shape in result.get("trainable", {}).values())
+def _trainable(result: RunResult) -> str:
+    numbers = sum(prod(shape) for shape in result.trainable.values())
     return f"the {numbers:,} trained numbers" if numbers else "the trained numbers"
 
 
-def what_it_cost(result: dict[str, Any]) -> str:
+def what_it_cost(result: RunResult) -> str:
     """A sentence on traffic and time, and one on what compression saved."""
     told = (
-        f"In all, {size(result['bytes_up'])} travelled up to the server and {size(result['bytes_down'])} down"
-        f" to the clients, and the run took {duration(result['seconds'])}."
+        f"In all, {size(result.bytes_up)} travelled up to the server and {size(result.bytes_down)} down"
+        f" to the clients, and the run took {duration(result.seconds)}."
     )
-    compression = result.get("compression")
+    compression = result.compression
     if compression is None:
         return told
     smaller = f"{compression['times_smaller']:.1f} times smaller"
     return f"{told} Updates were compressed by {compression['scheme']}: uploads were {smaller}."
 
 
-def simulated_facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+def simulated_facts(result: RunResult) -> list[tuple[str, str]]:
     """What the devices' own clock says: (what, how much)."""
-    rounds = [line["simulated"] for line in result["rounds"]]
+    rounds = [line["simulated"] for line in result.rounds]
     ordered = sorted(line["seconds"] for line in rounds)
-    left_out = [
-        f"{total:,} {word}"
-        for word, key in (("not there", "unavailable"), ("too late", "late"), ("not needed", "surplus"))
-        if (total := sum(line.get(key, 0) for line in rounds))
-    ]
+    in_vain = {
+        "not there": sum(line.get("unavailable", 0) for line in rounds),
+        "too late": sum(line.get("late", 0) for line in rounds),
+        "not needed": sum(line.get("surplus", 0) for line in rounds),
+    }
+    left_out = [f"{total:,} {word}" for word, total in in_vain.items() if total]
     return [
-        ("simulated time of the run", duration(result["simulated_seconds"])),
+        ("simulated time of the run", duration(result.simulated_seconds)),
         ("of a round, median", duration(quantile(ordered, 0.5))),
         ("of the slowest round", duration(ordered[-1])),
         ("clients asked in vain", ", ".join(left_out) or "none"),
     ]
 
 
-def simulated_rounds(result: dict[str, Any]) -> list[tuple[float, float]]:
+def simulated_rounds(result: RunResult) -> list[tuple[float, float]]:
     """(round, simulated seconds)."""
-    return [(float(line["round"]), float(line["simulated"]["seconds"])) for line in result["rounds"]]
+    return [(float(line["round"]), float(line["simulated"]["seconds"])) for line in result.rounds]
 
 
 PLACES = {
@@ -298,12 +295,11 @@ PLACES = {
 }
 
 
-def what_was_private(privacy: dict[str, Any]) -> str:
+def what_was_private(privacy: RunPrivacy) -> str:
     """The privacy claim with all that it rests on, or that there is none."""
     if privacy["unit"] == "none":
         return "Privacy: this run made no privacy claim; no noise was added to what the clients sent."
-    units = privacy.get("units") or {privacy["unit"]: privacy}
-    told = " ".join(_claim(unit, of) for unit, of in units.items())
+    told = " ".join(_claim(unit, of) for unit, of in privacy["units"].items())
     if privacy.get("audit"):
         told += f" Audit: {what_the_audit_found(privacy['audit'])}"
     if privacy["seeded_noise"]:
@@ -314,7 +310,7 @@ def what_was_private(privacy: dict[str, Any]) -> str:
     return f"Privacy: {told}"
 
 
-def _claim(unit: str, of: dict[str, Any]) -> str:
+def _claim(unit: str, of: PrivacyClaim) -> str:
     """One unit's epsilon; what an older result doesn't hold is called not recorded."""
     epsilon, loose, delta = (finite(of.get(key)) for key in ("epsilon", "epsilon_rdp", "delta"))
     spent = "no finite epsilon" if epsilon is None else f"epsilon {epsilon:.3g}"

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import nan
-from typing import Any
 
 from atoll.errors import ConfigError
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream
 from atoll.protocol.stacked_updates import clients_of, taken
 from atoll.report.comparison import lower_is_better
+from atoll.report.run_result import ClientContribution, Contributions, RoundExtras
 from atoll.server.contributions.leave_one_out import Coalition, leave_one_out
 from atoll.server.contributions.shapley import shapley
 from atoll.server.roster import MOST_CLIENTS
@@ -53,7 +53,7 @@ class RoundGame:
         return nan if value is None else -value if lower_is_better(metric) else value
 
 
-def round_contributions(run: Run, updates: Sequence[Update], round: int) -> dict[str, Any]:
+def round_contributions(run: Run, updates: Sequence[Update], round: int) -> RoundExtras:
     """For the round's line: what each client's update added, None where undefined; empty if not asked for.
 
     To be called before the round's updates are merged.
@@ -73,31 +73,29 @@ def round_contributions(run: Run, updates: Sequence[Update], round: int) -> dict
     return {"contributions": dict(zip(clients, map(defined, values), strict=True))}
 
 
-def run_contributions(run: Run) -> dict[str, Any]:
-    """For `result.json`: each client's sum over rounds, None where undefined; empty if not asked for.
+def run_contributions(run: Run) -> Contributions | None:
+    """For `result.json`: each client's sum over rounds, None where undefined; None if not asked for.
 
     `rounds` are those in which it sent an update, `undefined` how many of them have no value. Of very many
     clients only those are there who took part.
     """
     setup, method = run.setup, run.setup.job.evaluate.contributions
     if method is None:
-        return {}
+        return None
     rounds = [line["contributions"] for line in run.state.log]
     everybody = setup.population if len(setup.population) <= MOST_CLIENTS else ()
     names = sorted({*everybody, *(name for values in rounds for name in values)})
     values = {name: [found[name] for found in rounds if name in found] for name in names}
     metric = run.state.learner.task.primary_metric
     return {
-        "contributions": {
-            "method": method,
-            "metric": metric,
-            "lower_is_better": lower_is_better(metric),
-            "clients": {name: _summed(found) for name, found in values.items()},
-        }
+        "method": method,
+        "metric": metric,
+        "lower_is_better": lower_is_better(metric),
+        "clients": {name: _summed(found) for name, found in values.items()},
     }
 
 
-def _summed(values: Sequence[float | None]) -> dict[str, Any]:
+def _summed(values: Sequence[float | None]) -> ClientContribution:
     known = [value for value in values if value is not None]
     return {
         "value": sum(known) if known else None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from atoll.errors import InconsistentUpdates
 from atoll.job.federation import FederationSection
@@ -17,6 +16,7 @@ from atoll.protocol.messages import Update
 from atoll.protocol.requests import StatisticsRequest, TrainRequest
 from atoll.protocol.stacked_updates import weighing
 from atoll.protocol.tensors import Tensors, size_of
+from atoll.report.run_result import RoundExtras
 from atoll.server.rounds.closed_form import form_head, statistics_size, validate_statistics
 from atoll.server.rounds.cohort import round_up, sample
 from atoll.server.rounds.decompression import Decompression
@@ -119,7 +119,7 @@ def reply_transforms(job: Job) -> Sequence[ReplyTransform]:
     return () if job.federation.compression is None else (Decompression(job),)
 
 
-def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[ValidatedUpdates, dict[str, Any]]:
+def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[ValidatedUpdates, RoundExtras]:
     """Validated updates of the cohort, of the first attempt that reaches the quorum; and the simulated time.
 
     Raises:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from atoll.protocol.tensors import Tensors
 from atoll.report.comparison import lower_is_better
+from atoll.report.run_result import RoundExtras
 from atoll.strategies.strategy import State
 from atoll.tasks.metric_values import MetricValues
 
@@ -47,7 +48,7 @@ class StoppingRule(Protocol):
         """What came of it, in one line."""
         ...
 
-    def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
+    def observe(self, round: int, model: Tensors, measure: Measure) -> RoundExtras:
         """Take note of the model of a round; what its line in the log says of that."""
         ...
 
@@ -68,7 +69,7 @@ class NoEarlyStopping:
     is_over: bool = False
     description: str = ""
 
-    def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
+    def observe(self, round: int, model: Tensors, measure: Measure) -> RoundExtras:
         return {}
 
     def state(self) -> State:
@@ -89,7 +90,7 @@ class EarlyStopping:
     rounds_without_improvement: int = 0
     best: Tensors = field(default_factory=dict)
 
-    def observe(self, round: int, model: Tensors, measure: Measure) -> dict[str, Any]:
+    def observe(self, round: int, model: Tensors, measure: Measure) -> RoundExtras:
         """Have the clients measure the model, and take note of it; for the log, what they measured."""
         validation = measure()
         self.update(round, validation.get(self.metric), model)

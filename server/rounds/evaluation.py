@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Set
 from functools import partial
-from typing import Any
 
 from atoll.learning.learner import sum_states
 from atoll.protocol.messages import Failure, Measurement, Reply
 from atoll.protocol.random_streams import stream
 from atoll.protocol.requests import EvaluateRequest
 from atoll.protocol.tensors import size_of
+from atoll.report.run_result import RoundExtras
 from atoll.server.rounds.cohort import some
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import measurement_fault
@@ -20,7 +20,7 @@ from atoll.tasks.metric_values import MetricValues
 logger = logging.getLogger(__name__)
 
 
-def evaluate(run: Run) -> tuple[MetricValues, dict[str, Any]]:
+def evaluate(run: Run) -> tuple[MetricValues, RoundExtras]:
     """(the global model's metrics, what early stopping adds to the log); nothing in rounds between two."""
     state = run.state
     if state.round % run.setup.job.evaluate.every:

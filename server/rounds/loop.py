@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from atoll.errors import BudgetExhausted
 from atoll.protocol.tensors import size_of
+from atoll.report.run_result import RoundExtras, RoundLine
 from atoll.server.contributions.measured import round_contributions
 from atoll.server.events import RoundEnded
 from atoll.server.rounds import tuning_schedule
@@ -64,8 +64,13 @@ def run_round(run: Run, round: int) -> None:
     gathered = gathered.without_tensors()
     trim_freed_memory(size_of(run.state.tensors))
     metrics, validation = evaluate(run)
-    seconds = {"seconds": time.monotonic() - started, "seconds_at_clients": seconds_at_clients}
-    more = seconds | simulated_time | validation | contributions
+    more: RoundExtras = {
+        "seconds": time.monotonic() - started,
+        "seconds_at_clients": seconds_at_clients,
+        **simulated_time,
+        **validation,
+        **contributions,
+    }
     checkpoint(run, log_line(run, cohort, gathered, metrics, more))
 
 
@@ -90,7 +95,7 @@ def merge(run: Run, gathered: ValidatedUpdates, round: int) -> None:
     run.state.round = round
 
 
-def checkpoint(run: Run, line: dict[str, Any]) -> None:
+def checkpoint(run: Run, line: RoundLine) -> None:
     """Log the round, and save what a run that is killed now needs to go on."""
     run.state.log.append(line)
     run.setup.directory.append_metrics(line)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from atoll.report.run_result import RoundExtras, RoundLine
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Participation:
     late: int = 0
     surplus: int = 0
 
-    def logged(self, elapsed: float) -> dict[str, Any]:
+    def logged(self, elapsed: float) -> RoundExtras:
         """For the round's line; `elapsed` is the simulated time before the round, in seconds."""
         if self.seconds is None:
             return {}
@@ -56,6 +57,6 @@ def always_available(call: CohortRequest) -> Participation:
     return Participation(call.cohort)
 
 
-def elapsed(log: Sequence[dict[str, Any]]) -> float:
+def elapsed(log: Sequence[RoundLine]) -> float:
     """Simulated seconds until the end of the last round of a log."""
     return float(log[-1]["simulated"]["elapsed"]) if log and "simulated" in log[-1] else 0.0

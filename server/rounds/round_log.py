@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 from atoll.job.privacy import expected_cohort, unless_secret
 from atoll.protocol.messages import CHARGED_ROUNDS, CLUSTER, Update
 from atoll.protocol.stacked_updates import stacked_states
 from atoll.protocol.tensors import size_of, tensors_sha256
+from atoll.report.run_result import LayerError, PublicFields, RoundExtras, RoundLine
 from atoll.server.rounds import tuning_schedule
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import ValidatedUpdates
-from atoll.strategies.lora.merge import error_fields
+from atoll.strategies import State
+from atoll.strategies.lora.merge import aggregation_errors
 from atoll.strategies.mean import sent_numbers
 from atoll.strategies.options import clusters_of
 from atoll.tasks.metric_values import MetricValues
@@ -23,40 +25,53 @@ def log_line(
     cohort: Sequence[str],
     gathered: ValidatedUpdates,
     metrics: MetricValues,
-    seconds: dict[str, Any],
-) -> dict[str, Any]:
+    extras: RoundExtras,
+) -> RoundLine:
     """What is published of the run's last round; under privacy, nothing that a client's data changes."""
     state = run.state
     states = stacked_states(gathered.updates) if gathered.updates else {}
     count = float(states["train_loss.count"].sum()) if states else 0.0
-    line = {
+    line: RoundLine = {
         "round": state.round,
         "cohort": list(cohort),
         "loss": float(states["train_loss.sum"].sum()) / count if count and not run.is_private else None,
         "metrics": metrics,
-        **seconds,
+        **extras,
         "trained": gathered.num_valid,
         "bytes_up": state.bytes_up,
         "bytes_down": state.bytes_down,
         "set_aside": gathered.set_aside,
         "model_sha256": tensors_sha256(state.tensors),
         **tuning_schedule.log_fields(run),
-        **error_fields(state.strategy_state),
+        **_aggregation_error(state.strategy_state),
         **_staleness(gathered.staleness),
         **_clusters(gathered.updates, clusters_of(run.setup.job)),
     }
     charged = int(states[CHARGED_ROUNDS].max()) if CHARGED_ROUNDS in states else gathered.charged_rounds
     if charged:
         line["charged_rounds"] = max(charged, charged_rounds(run))
-    return unless_secret(run.setup.job, line, line | _public_fields(run, line))
+    public: RoundLine = {**line, **_public_fields(run, line)}
+    return unless_secret(run.setup.job, line, public)
 
 
-def _staleness(merges: Sequence[int]) -> dict[str, Any]:
+def _aggregation_error(state: State) -> RoundExtras:
+    """How far merged adapters are from the mean of the clients' products, where factors are merged."""
+    errors = aggregation_errors(state)
+    if not errors:
+        return {}
+    whole = math.hypot(*(error for error, _ in errors.values()))
+    layers: dict[str, LayerError] = {
+        name: {"frobenius": error, "relative": relative} for name, (error, relative) in errors.items()
+    }
+    return {"aggregation_error": {"frobenius": whole, "layers": layers}}
+
+
+def _staleness(merges: Sequence[int]) -> RoundExtras:
     """How late the round's updates were, where any can be."""
     return {"staleness": {"mean": sum(merges) / len(merges), "max": max(merges)}} if merges else {}
 
 
-def _clusters(updates: Sequence[Update], count: int) -> dict[str, Any]:
+def _clusters(updates: Sequence[Update], count: int) -> RoundExtras:
     """Which clients chose each cluster's model in the round, where there are clusters."""
     if not count:
         return {}
@@ -70,16 +85,14 @@ def charged_rounds(run: Run) -> int:
     return int(log[-1].get("charged_rounds", 0)) if log else 0
 
 
-def _public_fields(run: Run, line: dict[str, Any]) -> dict[str, Any]:
+def _public_fields(run: Run, line: RoundLine) -> PublicFields:
     """What stands in a line for who took part, where that is secret: what is public anyway.
 
     Of a simulated clock it is how long the round took, and not how many were asked in vain.
     """
     expected, rounds = expected_cohort(run.setup.job), run.state.round
     clock = line.get("simulated")
-    kept = {} if clock is None else {"simulated": {key: clock[key] for key in ("seconds", "elapsed")}}
-    return {
-        **kept,
+    fields: PublicFields = {
         "cohort": [],
         "trained": round(expected),
         "set_aside": {},
@@ -87,3 +100,6 @@ def _public_fields(run: Run, line: dict[str, Any]) -> dict[str, Any]:
         + round(expected * run.update_bytes(1)) * (rounds % 2),
         "bytes_down": round(expected * size_of(run.state.tensors)) * rounds,
     }
+    if clock is not None:
+        fields["simulated"] = {"seconds": clock["seconds"], "elapsed": clock["elapsed"]}
+    return fields

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from atoll.protocol.messages import Reply, Update
 from atoll.protocol.requests import Request, RequestOrigin
 from atoll.protocol.tensors import Tensors
 from atoll.protocol.updates_on_disk import AnyReply, all_kept_on_disk, kept_on_disk
+from atoll.report.run_result import RoundLine
 from atoll.server.events import EventCallback
 from atoll.server.rounds.asynchronous.flights import Flights
 from atoll.server.rounds.central_dp import CentralDp, NoProtection, run_key
@@ -124,7 +125,7 @@ class RunSetup:
     checkpoints: CheckpointManager
     strategy_name: str
     """The job's name for it, or the class of an object that was handed in instead."""
-    used_data: Mapping[str, Any] | None = None
+    used_data: dict[str, Any] | None = None
     """How much of the data is used, in all and by client, and why the rest is left out; None: not told."""
     remarks: Sequence[str] = ()
     """What looks odd in what clients told of their data."""
@@ -153,7 +154,7 @@ class RunState:
     round: int = 0
     stage: int = 0
     stage_start_round: int = 0
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[RoundLine] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
     ended_early: str = ""

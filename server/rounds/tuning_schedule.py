@@ -7,11 +7,12 @@ before has the values that every client has already. A job without `tune.then` h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
 from atoll.protocol.tensors import Tensors
+from atoll.report.run_result import RoundExtras
 from atoll.server.events import StageBegun
 from atoll.server.rounds.early_stopping import EarlyStopping, NoEarlyStopping, StoppingRule
 from atoll.strategies.strategy import State
@@ -90,7 +91,7 @@ def take_best_model(run: Run) -> None:
     state.ended_early = state.stopping.description or state.ended_early
 
 
-def log_fields(run: Run) -> dict[str, Any]:
+def log_fields(run: Run) -> RoundExtras:
     """What a round's line says of the schedule: what is tuned, where that changes."""
     return {"tuning": run.state.learner.job.tune.description} if run.setup.job.tune.then else {}
 

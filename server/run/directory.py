@@ -15,9 +15,10 @@ from typing import Any, Self, TextIO
 
 import tomli_w
 
-from atoll.errors import ConfigError, JobError
+from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.protocol.tensors import Tensors, file_parts
+from atoll.report.run_result import RESULT_FILE, RoundLine
 from atoll.server.run.checkpoint import Checkpoint, latest
 from atoll.system.durable_files import append_synced, is_begun, remove, replace_synced, sync_folder
 
@@ -99,7 +100,7 @@ class RunDirectory:
                 remove(self.path / ".lock")
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
+    def append_metrics(self, line: RoundLine) -> None:
         """Add a round's line; a full disk costs the line, not the run."""
         try:
             content = (json.dumps(line) + "\n").encode()
@@ -107,12 +108,12 @@ class RunDirectory:
         except OSError as error:
             logger.warning("%s: metrics.jsonl not written (%s)", self.path, error.strerror)
 
-    def truncate_log(self, round: int) -> list[dict[str, Any]]:
+    def truncate_log(self, round: int) -> list[RoundLine]:
         """The lines up to a round; later ones, of rounds that will be played again, are removed."""
-        path, lines = self.log, []
+        path, lines = self.log, list[RoundLine]()
         for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
             try:
-                line = json.loads(text)
+                line: RoundLine = json.loads(text)
             except ValueError:  # the kill came while it was written
                 continue
             if line["round"] <= round:
@@ -147,13 +148,6 @@ class RunDirectory:
         folder.mkdir(exist_ok=True)
         replace_synced(folder / "model.safetensors", file_parts(tensors))
         replace_synced(folder / "model.json", json.dumps(about, indent=2).encode())
-
-    def save_result(self, result: dict[str, Any]) -> None:
-        """`result.json`; its presence says that the run is complete."""
-        try:
-            replace_synced(self.path / "result.json", json.dumps(result, indent=2, allow_nan=False).encode())
-        except OSError as error:
-            raise JobError(f"{self.path / 'result.json'}: not written ({error.strerror})") from None
 
 
 def check_available(path: Path, job: Job, *, resume: bool, force: bool) -> None:
@@ -261,7 +255,7 @@ def _clear(path: Path) -> None:
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (
         "metrics.jsonl",
-        "result.json",
+        RESULT_FILE,
         "report.html",
         "ledger.jsonl",
         "audit.json",

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +21,7 @@ from atoll.errors import ConfigError, DataError
 from atoll.job.closed_form import RIDGE
 from atoll.job.job import Job
 from atoll.protocol.tensors import Tensors, file_parts, from_bytes, tensors_sha256
+from atoll.report.run_result import Forgotten, RunResult
 from atoll.server.run.checkpoint import latest, save
 from atoll.server.run.directory import RunDirectory
 from atoll.strategies.closed_form import head_of
@@ -43,7 +43,7 @@ def keep_sums(run: Path, by_client: Mapping[str, Tensors]) -> None:
         replace_synced(_file_of(run, name), file_parts(sums, {"client": name}), 0o600)
 
 
-def forget(run: Path, client: str) -> dict[str, Any]:
+def forget(run: Path, client: str) -> Forgotten:
     """Replace the model by the one of all other clients, and delete the client's sums; what is on record.
 
     A kill in between leaves the sums, so that the same can be asked for again.
@@ -68,7 +68,7 @@ def forget(run: Path, client: str) -> dict[str, Any]:
         before = from_bytes((run / MODEL).read_bytes())
         record = _record(run, client, tensors_sha256(before), tensors_sha256(before | head), len(left))
         _replace_model(run, job, before | head)
-        _replace_result(directory, run, record)
+        _replace_result(run, record)
         _file_of(run, client).unlink()
         sync_folder(run / SUMS)
     return record
@@ -113,17 +113,17 @@ def _head_of(job: Job, by_client: Mapping[str, Tensors]) -> Tensors:
     return head_of(job.tune.head_init, sum_states(by_client.values()), job.tune.ridge or RIDGE)
 
 
-def _record(run: Path, client: str, replaced: str, model: str, left: int) -> dict[str, Any]:
+def _record(run: Path, client: str, replaced: str, model: str, left: int) -> Forgotten:
     """Who is forgotten, and which model replaced which; written before anything else is."""
     path = run / RECORD
-    known = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    known: list[Forgotten] = json.loads(path.read_text("utf-8")) if path.is_file() else []
     for entry in known:
         if entry["client"] == client and entry["model_sha256"] == model:
-            return dict(entry)  # a kill came between the record and the rest
-    entry = {
-        "client": client, "replaced_sha256": replaced, "model_sha256": model, "clients_left": left,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+            return entry  # a kill came between the record and the rest
+    entry = Forgotten(
+        client=client, replaced_sha256=replaced, model_sha256=model, clients_left=left,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
     replace_synced(path, json.dumps([*known, entry], indent=2).encode())
     return entry
 
@@ -141,19 +141,17 @@ def _replace_model(run: Path, job: Job, tensors: Tensors) -> None:
             path.unlink()
 
 
-def _replace_result(directory: RunDirectory, run: Path, record: dict[str, Any]) -> None:
+def _replace_result(run: Path, record: Forgotten) -> None:
     """The result says so, and no more what the replaced model measured at the end."""
-    result = json.loads((run / "result.json").read_text("utf-8"))
+    result = RunResult.read(run)
     note = f"{record['client']} was forgotten: the model is not measured since"
-    directory.save_result(
-        result
-        | {
-            "model_sha256": record["model_sha256"],
-            "forgotten": json.loads((run / RECORD).read_text("utf-8")),
-            "final": {"server": {}, "clients": {}},
-            "notes": [*(n for n in result["notes"] if n != note), note],
-        }
-    )
+    replace(
+        result,
+        model_sha256=record["model_sha256"],
+        forgotten=json.loads((run / RECORD).read_text("utf-8")),
+        final={"server": {}, "clients": {}},
+        notes=[*(n for n in result.notes if n != note), note],
+    ).write(run)
 
 
 def _file_of(run: Path, client: str) -> Path:

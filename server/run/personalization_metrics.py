@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from atoll.job.job import Job
+from atoll.report.run_result import Personal
 from atoll.report.text import metric_value, metric_words
 from atoll.tasks.metric_values import MeanOverClients, MetricValues, means
 
@@ -13,15 +13,16 @@ Measured = Mapping[str, Mapping[str, float | None]]
 """Metrics by client."""
 
 
-def personalization_metrics(keep: str, clients: Measured, shared: Measured) -> dict[str, Any]:
+def personalization_metrics(keep: str, clients: Measured, shared: Measured) -> Personal:
     """For `result.json`: what is kept, what the shared model does at each client, and means over clients.
 
     Every client at which a metric is defined counts the same. Heads that are kept leave no shared model to
     measure.
     """
-    found: dict[str, Any] = {"keep": keep, "clients": _values(clients)}
+    found: Personal = {"keep": keep, "clients": _values(clients)}
     if shared:
-        found |= {"global": _values(shared), "global_clients": {name: dict(m) for name, m in shared.items()}}
+        found["global"] = _values(shared)
+        found["global_clients"] = {name: dict(m) for name, m in shared.items()}
     return found
 
 
@@ -44,9 +45,7 @@ def with_adapted(clients: Measured, adapted: Measured) -> dict[str, MetricValues
     return found
 
 
-def personalization_notes(
-    job: Job, own: Mapping[str, Any] | None, clients: Measured, metric: str
-) -> list[str]:
+def personalization_notes(job: Job, own: Personal | None, clients: Measured, metric: str) -> list[str]:
     """What a reader must know of models that are each client's own."""
     steps, found = job.evaluate.adapt, _means(clients)
     if steps is not None:

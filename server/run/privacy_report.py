@@ -4,60 +4,52 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from atoll.learning.distillation import claim_of_teacher
 from atoll.privacy.accounting import Composition, epsilon, epsilon_rdp
 from atoll.privacy.banded import sensitivity_of
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of
+from atoll.report.run_result import PrivacyClaim, RunPrivacy
 from atoll.server.rounds.central_dp import NORM, CentralDp
 from atoll.server.rounds.round_log import charged_rounds
 from atoll.server.rounds.run_state import Run
 from atoll.strategies.private_closed_form import SENSITIVITY
 
-NO_PRIVACY: Mapping[str, Any] = {
+NO_PRIVACY: RunPrivacy = {
     "unit": "none", "epsilon": None, "delta": None, "accountant": None,
     "noise_multiplier": None, "clipping_norm": None, "where": None, "seeded_noise": None, "units": {},
 }  # fmt: skip
 RELATION = "add-or-remove-one"
 
 
-def privacy_report(run: Run) -> dict[str, Any]:
+def privacy_report(run: Run) -> RunPrivacy:
     """The `privacy` of `result.json`; with two promises, the headline is the one with the larger epsilon.
 
     An infinite epsilon is None: no number stands for it.
     """
     privacy, ended_early = run.setup.job.privacy, run.state.ended_early or None
-    units = {unit: _of_unit(run, unit) for unit in privacy.units}
+    units: dict[str, PrivacyClaim] = {unit: _of_unit(run, unit) for unit in privacy.units}
     if not units:
-        return dict(NO_PRIVACY)
+        return {**NO_PRIVACY}
     weakest = max(
         units.values(), key=lambda claim: math.inf if claim["epsilon"] is None else claim["epsilon"]
     )
     return {**weakest, "unit": privacy.unit, "units": units, "ended_early": ended_early}
 
 
-def _of_unit(run: Run, unit: str) -> dict[str, Any]:
+def _of_unit(run: Run, unit: str) -> PrivacyClaim:
     job, protection = run.setup.job, run.setup.protection
     dp_plan = dp_plan_of(job, "client" if unit == "client" else "example")
     assert dp_plan is not None
-    claim = {
-        **spending(dp_plan, _spent(run, dp_plan)),
-        "unit": dp_plan.unit,
-        "where": dp_plan.where,
-        "clipping_norm": dp_plan.promise.clipping_norm,
-        "clipping": dp_plan.promise.clipping,
-        "divisor": dp_plan.divisor,
-        "target_epsilon": dp_plan.promise.epsilon,
-        "seeded_noise": job.privacy.seeded_noise,
-    }
+    claim = claim_of(dp_plan, _spent(run, dp_plan), seeded_noise=job.privacy.seeded_noise)
     if job.tune.head_init is not None:
+        assert job.tune.feature_norm is not None, "a closed form under a promise is refused without"
         claim["sums_of_features"] = {"feature_norm": job.tune.feature_norm, "sensitivity": SENSITIVITY}
     if dp_plan.promise.clipping == "adaptive":
-        claim["last_clipping_norm"] = run.state.strategy_state.get(NORM)
+        norm = run.state.strategy_state.get(NORM)
+        claim["last_clipping_norm"] = None if norm is None else float(norm)
     if dp_plan.where == "server" and isinstance(protection, CentralDp):
         with protection.ledger.alone():  # what other runs have charged until now is in it
             total = Counter(protection.ledger.spent)
@@ -65,7 +57,7 @@ def _of_unit(run: Run, unit: str) -> dict[str, Any]:
     return claim if job.train.teacher is None else _with_teacher(claim, Path(job.train.teacher))
 
 
-def _with_teacher(claim: dict[str, Any], run: Path) -> dict[str, Any]:
+def _with_teacher(claim: PrivacyClaim, run: Path) -> PrivacyClaim:
     """The claim with the teacher's added: who saw the same clients' data has composed both releases.
 
     Basic composition (Dwork et al. 2006): epsilons and deltas add up, whatever was drawn.
@@ -73,20 +65,19 @@ def _with_teacher(claim: dict[str, Any], run: Path) -> dict[str, Any]:
     other = claim_of_teacher(run, claim["unit"])
     assert other is not None, "a job under a promise is refused a teacher without one"
     own, its = claim["epsilon"], other["epsilon"]
-    total = None if own is None or its is None else own + its
-    loose = (claim["epsilon_rdp"], other.get("epsilon_rdp"))
-    return claim | {
-        "epsilon": total,
-        "epsilon_rdp": None if None in loose else sum(loose),
+    return {
+        **claim,
+        "epsilon": _sum(own, its),
+        "epsilon_rdp": _sum(claim.get("epsilon_rdp"), other.get("epsilon_rdp")),
         "delta": claim["delta"] + other["delta"],
         "without_teacher": {"epsilon": own, "delta": claim["delta"]},
         "teacher": {"epsilon": its, "delta": other["delta"]},
     }
 
 
-def spending(dp_plan: DpPlan, spent: Composition) -> dict[str, Any]:
+def claim_of(dp_plan: DpPlan, spent: Composition, *, seeded_noise: bool) -> PrivacyClaim:
     """Epsilon of what was spent, never without what it rests on."""
-    return {
+    claim: PrivacyClaim = {
         "epsilon": _number(epsilon(spent, dp_plan.delta)),
         "epsilon_rdp": _number(epsilon_rdp(spent, dp_plan.delta)),
         "delta": dp_plan.delta,
@@ -95,15 +86,18 @@ def spending(dp_plan: DpPlan, spent: Composition) -> dict[str, Any]:
         "sampler": sampler(dp_plan),
         "noise_multiplier": dp_plan.noise_multiplier,
         "releases": sum(spent.values()),
-        **_of_bands(dp_plan, spent),
+        "unit": dp_plan.unit,
+        "where": dp_plan.where,
+        "clipping_norm": dp_plan.promise.clipping_norm,
+        "clipping": dp_plan.promise.clipping,
+        "divisor": dp_plan.divisor,
+        "target_epsilon": dp_plan.promise.epsilon,
+        "seeded_noise": seeded_noise,
     }
-
-
-def _of_bands(dp_plan: DpPlan, spent: Composition) -> dict[str, Any]:
-    """What a claim of correlated noise rests on: the releases cost as one of this sensitivity, in norms."""
-    if dp_plan.bands == 1:
-        return {}
-    return {"bands": dp_plan.bands, "sensitivity": sensitivity_of(spent, dp_plan.noise_multiplier)}
+    if dp_plan.bands > 1:  # correlated noise: the releases cost as one of this sensitivity, in norms
+        claim["bands"] = dp_plan.bands
+        claim["sensitivity"] = sensitivity_of(spent, dp_plan.noise_multiplier)
+    return claim
 
 
 def sampler(dp_plan: DpPlan) -> str:
@@ -125,3 +119,7 @@ def _spent(run: Run, dp_plan: DpPlan) -> Composition:
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _sum(own: float | None, its: float | None) -> float | None:
+    return None if own is None or its is None else own + its

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +15,7 @@ from atoll.job.privacy import cohort_is_secret
 from atoll.learning.features import processor
 from atoll.protocol.messages import Measurement
 from atoll.protocol.tensors import size_of, tensors_sha256
+from atoll.report.run_result import Compression, Plugin, RoundLine, RunResult, Sample
 from atoll.server.contributions.measured import run_contributions
 from atoll.server.rounds.evaluation import evaluate_clients
 from atoll.server.rounds.participation import elapsed
@@ -34,7 +34,7 @@ Baselines = Mapping[str, Mapping[str, float | None]]
 
 def write_result(
     run: Run, baselines: Baselines, seconds: float, notes: list[str], memory: PeakMemory
-) -> dict[str, Any]:
+) -> RunResult:
     """Measure the final model everywhere, and write the model and `result.json`."""
     setup, state, job = run.setup, run.state, run.setup.job
     clients = measured_clients(run)
@@ -43,72 +43,68 @@ def write_result(
     keep = job.personal.keep
     shared = measured_clients(run, of_shared_model=True) if keep in ("norms", "lora-b", "mixture") else {}
     own = None if keep is None else personalization_metrics(keep, clients, shared)
-    result = {
-        "name": job.name,
-        "job_hash": job.hash,
-        "model_sha256": tensors_sha256(state.tensors),
-        "engine": setup.carrier.engine,
-        "task": job.task.name,
-        "strategy": setup.strategy_name,
-        "seed": job.seed,
-        "seconds": seconds,
-        "simulated_seconds": elapsed(state.log) or None,
-        "population": len(setup.population),
-        "data": setup.used_data,
-        "clients_trained": sum(line["trained"] for line in state.log),
-        **traffic(run),
-        "peak_rss_mb": memory.mb(),
-        "rounds": state.log,
-        "final": {
-            "server": final_server(run),
-            "clients": clients,
-        },
-        "personal": own,
-        "baselines": _references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
-        "privacy": privacy_report(run),
-        "compression": compression_of(run),
-        "facts": state.learner.data_info,
-        "backbone": {"name": job.backbone.name, "origin": state.learner.backbone.origin},
-        "trainable": {n: list(t.shape) for n, t in state.tensors.items()},
-        "machine": machine(job.train.threads, job.train.device),
-        "notes": [
+    bytes_up, bytes_down = traffic(run)
+    result = RunResult(
+        name=job.name,
+        job_hash=job.hash,
+        model_sha256=tensors_sha256(state.tensors),
+        engine=setup.carrier.engine,
+        task=job.task.name,
+        strategy=setup.strategy_name,
+        seed=job.seed,
+        seconds=seconds,
+        simulated_seconds=elapsed(state.log) or None,
+        population=len(setup.population),
+        data=setup.used_data,
+        clients_trained=sum(line["trained"] for line in state.log),
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
+        peak_rss_mb=memory.mb(),
+        rounds=state.log,
+        final={"server": final_server(run), "clients": clients},
+        personal=own,
+        baselines=_references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
+        privacy=privacy_report(run),
+        compression=compression_of(run),
+        facts=state.learner.data_info,
+        backbone={"name": job.backbone.name, "origin": state.learner.backbone.origin},
+        trainable={n: list(t.shape) for n, t in state.tensors.items()},
+        machine=machine(job.train.threads, job.train.device),
+        notes=[
             *notes, *setup.remarks, *private_notes(run), *cluster_notes(state.log),
             *personalization_notes(job, own, clients, state.learner.task.primary_metric),
         ],
-    }  # fmt: skip
-    result |= run_contributions(run)
-    if samples := _samples(run):
-        result["samples"] = samples
-    if loaded := plugins.files():
-        result["plugins"] = [asdict(plugin) for plugin in loaded]
+        contributions=run_contributions(run),
+        samples=_samples(run) or None,
+        plugins=[Plugin(file=plugin.file, sha256=plugin.sha256) for plugin in plugins.files()] or None,
+    )  # fmt: skip
     setup.directory.save_model(
         state.tensors if run.full_model is None else run.full_model,
         {"job": state.learner.job.model_dump(mode="json"), "facts": state.learner.data_info},
     )
-    setup.directory.save_result(result)
+    result.write(setup.directory.path)
     return result
 
 
-def _samples(run: Run) -> list[dict[str, str]]:
+def _samples(run: Run) -> list[Sample]:
     """Prompts of the server's test set, each with what the model wrote before and writes after training."""
     before, test, model = run.setup.samples_before, run.setup.test, run.full_model
     if not before or test is None or model is None:
         return []
     pairs = zip(before, run.state.learner.samples(model, test), strict=True)
     return [
-        {"prompt": b.prompt, "before": b.written, "after": a.written, "reference": b.reference}
-        for b, a in pairs
+        Sample(prompt=b.prompt, before=b.written, after=a.written, reference=b.reference) for b, a in pairs
     ]
 
 
-def traffic(run: Run) -> dict[str, int]:
-    """Bytes each way; on average, where the actual ones would tell who took part."""
+def traffic(run: Run) -> tuple[int, int]:
+    """(bytes up, bytes down); on average, where the actual ones would tell who took part."""
     if cohort_is_secret(run.setup.job):
-        return {key: run.state.log[-1][key] if run.state.log else 0 for key in ("bytes_up", "bytes_down")}
-    return {"bytes_up": run.state.bytes_up, "bytes_down": run.state.bytes_down}
+        return (run.state.log[-1]["bytes_up"], run.state.log[-1]["bytes_down"]) if run.state.log else (0, 0)
+    return run.state.bytes_up, run.state.bytes_down
 
 
-def compression_of(run: Run) -> dict[str, Any] | None:
+def compression_of(run: Run) -> Compression | None:
     """How updates travelled, and how many times smaller than the model; None where as they were."""
     scheme = run.setup.job.federation.compression
     if scheme is None:
@@ -130,7 +126,7 @@ def private_notes(run: Run) -> list[str]:
     return notes
 
 
-def cluster_notes(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+def cluster_notes(rounds: Sequence[RoundLine]) -> list[str]:
     """How many clients each cluster's model had in the last round, where there are clusters."""
     if not rounds or "clusters" not in rounds[-1]:
         return []

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from atoll.backbones.resolve import resolve
 from atoll.data.diagnostics import Counts
 from atoll.errors import JobError
 from atoll.job.job import Job
 from atoll.learning.compatibility import check_fits
+from atoll.report.run_result import RunResult
 from atoll.server.events import BaselinesBegun, EventCallback, FinalEvaluationBegun, ignore_events
 from atoll.server.rounds.central_dp import LedgerLocation, central_dp_of
 from atoll.server.rounds.loop import run_rounds
@@ -57,8 +57,8 @@ def run_job(
     report: bool = True,
     strategy: Strategy | None = None,
     counts: Sequence[Counts] = (),
-) -> dict[str, Any]:
-    """Run a job and leave a complete run directory; returns what `result.json` holds.
+) -> RunResult:
+    """Run a job and leave a complete run directory; returns its result.
 
     Releases under client-level privacy are charged to `books`, or to the run's own. A `strategy` is used
     instead of the one that the job names. `counts` say how much of a source that was dealt is used.

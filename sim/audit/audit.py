@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from atoll.privacy.dp_plan import dp_plan_of
 from atoll.privacy.noise import entropy, uniform
 from atoll.report.comparison import finite
 from atoll.report.page import write_report
+from atoll.report.run_result import RunResult
 from atoll.server.events import EventCallback
 from atoll.sim.audit.client_canaries import CanaryClients
 from atoll.sim.audit.example_canaries import CanaryFeatures
@@ -38,7 +38,6 @@ from atoll.sim.audit.mislabelled_canaries import Mislabelled, candidates
 from atoll.sim.audit.replay import Canaries, job_to_replay, replayed
 from atoll.sim.engines.events import AuditAdvanced
 from atoll.sim.population.population import Population
-from atoll.system.durable_files import replace_synced
 from atoll.tasks import task_named
 
 DEFAULT_CANARIES = 5000
@@ -207,8 +206,8 @@ logger = logging.getLogger(__name__)
 
 
 def attack_at_the_end(
-    job: Job, population: Population, out: Path, result: dict[str, Any], on_event: EventCallback
-) -> dict[str, Any]:
+    job: Job, population: Population, out: Path, result: RunResult, on_event: EventCallback
+) -> RunResult:
     """The result with what the attack found under `privacy.audit`, written down and in the report.
 
     A job that has no room for canaries keeps its result as it is, and the run's log says why.
@@ -219,12 +218,12 @@ def attack_at_the_end(
 
     try:
         found = audited(
-            job, result["privacy"], Audit(usual=CANARIES_AT_THE_END), population=population, watch=played
+            job, result.privacy, Audit(usual=CANARIES_AT_THE_END), population=population, watch=played
         )
     except ConfigError as error:
         logger.warning("no audit: %s", error)
         return result
-    result = {**result, "privacy": {**result["privacy"], "audit": found}}
-    replace_synced(out / "result.json", json.dumps(result, indent=2, allow_nan=False).encode())
+    result = replace(result, privacy={**result.privacy, "audit": found})
+    result.write(out)
     write_report(out, result)
     return result

@@ -18,6 +18,7 @@ from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.report.run_result import RunResult
 from atoll.server.events import EventCallback
 from atoll.server.run.directory import check_available
 from atoll.server.run.run_job import BaselineFn, run_job, validate_job
@@ -49,8 +50,8 @@ def simulate(
     baselines: BaselineFn | None = None,
     report: bool = True,
     strategy: Strategy | None = None,
-) -> dict[str, Any]:
-    """Run a job in simulation; returns what `result.json` holds.
+) -> RunResult:
+    """Run a job in simulation; its result is in `out` too, with the model and the report.
 
     The final bits depend neither on the engine nor on the number of workers. With `privacy.audit`
     the run is attacked when it is complete. Whoever runs many jobs can hand in the job's `population`

@@ -27,6 +27,7 @@ from atoll.client.site import Site
 from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts
 from atoll.job.job import Job
+from atoll.report.run_result import RunResult
 from atoll.server.app import FlowerTransport
 from atoll.server.rounds.run_state import TestSet
 from atoll.server.run.run_job import run_job
@@ -84,9 +85,9 @@ def block_site(job: Job, context: Context, out: Path, loaded: Sequence[str]) -> 
 
 def simulate_on_ray(
     job: Job, out: Path, workers: int, test_set: TestSet, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Run a job on Flower's engine; returns what `result.json` holds."""
-    results: list[dict[str, Any]] = []
+) -> RunResult:
+    """Run a job on Flower's engine."""
+    results: list[RunResult] = []
     server = ServerApp()
 
     @server.main()

@@ -22,6 +22,7 @@ from typing import Any
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.toml import apply_override, read_toml
+from atoll.report.run_result import RunResult
 from atoll.system.durable_files import is_begun, replace_synced
 
 FORMAT = 1
@@ -303,13 +304,9 @@ class SweepFolder:
         known = sorted(self.path.glob(f"*_{run.job.hash[:HASH]}"))
         return known[0] if known else self.path / run.folder
 
-    def result(self, run: Planned) -> dict[str, Any] | None:
+    def result(self, run: Planned) -> RunResult | None:
         """What the run came to, if it is complete."""
-        try:
-            result: dict[str, Any] = json.loads((self.of(run) / "result.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
-        return result if result.get("job_hash") == run.job.hash else None
+        return RunResult.of_job(self.of(run), run.job.hash)
 
 
 @contextmanager

@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 from scipy import stats
 
 from atoll.job.job import Job
 from atoll.report.comparison import comparison_of, finite, lower_is_better
+from atoll.report.run_result import Metrics, RunPrivacy, RunResult
 from atoll.report.text import metric_words
 from atoll.sim.sweep.grid import EPSILON, Planned, Values, format_value
 
@@ -32,16 +32,16 @@ class Row:
     job: Job
     metrics: Mapping[str, float]
     primary_metric: str | None
-    baselines: Mapping[str, Mapping[str, float]]
-    privacy: Mapping[str, Any]
+    baselines: Mapping[str, Metrics]
+    privacy: RunPrivacy
     model_sha256: str
     seconds: float
     path: str
 
     @classmethod
-    def of(cls, run: Planned, result: Mapping[str, Any], path: str) -> Row:
-        """From what `result.json` holds."""
-        compared = comparison_of(dict(result), by_folds=run.job.data.folds is not None)
+    def of(cls, run: Planned, result: RunResult, path: str) -> Row:
+        """From a complete run."""
+        compared = comparison_of(result, by_folds=run.job.data.folds is not None)
         federated = compared.rows.get("federated", {})
         metrics = {
             name: value for name in compared.metrics if (value := finite(federated.get(name))) is not None
@@ -51,10 +51,10 @@ class Row:
             run.job,
             metrics,
             compared.headline if federated else None,
-            result["baselines"],
-            result["privacy"],
-            result["model_sha256"],
-            result["seconds"],
+            result.baselines,
+            result.privacy,
+            result.model_sha256,
+            result.seconds,
             path,
         )
 
@@ -277,7 +277,8 @@ def _spent_words(group: Sequence[Row]) -> str:
     if not group[0].is_private:
         return "no privacy"
     spent = [row.privacy["epsilon"] for row in group]
-    return "inf" if None in spent else f"{max(spent):.3g}"
+    finite_ones = [value for value in spent if value is not None]
+    return "inf" if len(finite_ones) < len(spent) else f"{max(finite_ones):.3g}"
 
 
 def as_csv(rows: Sequence[Row]) -> str:

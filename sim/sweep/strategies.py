@@ -7,12 +7,13 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.report.clients import worst_tenth
 from atoll.report.comparison import finite, lower_is_better
+from atoll.report.run_result import RunResult
 from atoll.report.text import metric_words
 from atoll.sim.sweep.grid import Base, Grid, Planned, planned
 from atoll.sim.sweep.modes import remark_on
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 KEY = "strategy.name"
 HEAD = ("strategy", "seeds", "metric", "mean", "worst tenth of clients", "MB up", "MB down")
-Results = Sequence[tuple[Planned, Mapping[str, Any]]]
+Results = Sequence[tuple[Planned, RunResult]]
 """What the complete runs came to, as `result.json` holds it."""
 
 
@@ -111,30 +112,27 @@ def interval(estimate: Estimate | None) -> str:
 def compared(results: Results) -> list[Compared]:
     """A line for every strategy that has a complete run, in the order in which they were asked for."""
     metric = headline_of([Row.of(run, result, "") for run, result in results]) or ""
-    found: dict[str, list[tuple[Planned, Mapping[str, Any]]]] = {}
+    found: dict[str, list[tuple[Planned, RunResult]]] = {}
     for run, result in results:
         found.setdefault(run.values[KEY], []).append((run, result))
     return [_line(name, metric, group) for name, group in found.items()]
 
 
-def _line(name: str, metric: str, group: Sequence[tuple[Planned, Mapping[str, Any]]]) -> Compared:
+def _line(name: str, metric: str, group: Sequence[tuple[Planned, RunResult]]) -> Compared:
     found = [Row.of(run, result, "").metrics.get(metric) for run, result in group]
     scores = [score for score in found if score is not None]
     curves: dict[int, list[float]] = {}
     for _, result in group:
-        for line in result["rounds"]:
+        for line in result.rounds:
             if (value := finite(line["metrics"].get(metric))) is not None:
                 curves.setdefault(int(line["round"]), []).append(value)
-    traffic = {
-        key: Estimate.of([result[key] for _, result in group]).mean for key in ("bytes_up", "bytes_down")
-    }
     return Compared(
         name,
         metric,
         _estimate(scores),
         _estimate([worst for _, result in group if (worst := worst_of_run(result, metric)) is not None]),
-        traffic["bytes_up"],
-        traffic["bytes_down"],
+        Estimate.of([result.bytes_up for _, result in group]).mean,
+        Estimate.of([result.bytes_down for _, result in group]).mean,
         {round: Estimate.of(values) for round, values in sorted(curves.items())},
         remark_on(name, scores),
     )
@@ -144,9 +142,9 @@ def _estimate(values: Sequence[float]) -> Estimate | None:
     return Estimate.of(values) if values else None
 
 
-def worst_of_run(result: Mapping[str, Any], metric: str) -> float | None:
+def worst_of_run(result: RunResult, metric: str) -> float | None:
     """The final model's metric over the tenth of the clients for whom it is worst, if any measured."""
-    values = [finite(client.get(metric)) for client in result["final"]["clients"].values()]
+    values = [finite(client.get(metric)) for client in result.final["clients"].values()]
     known = [value for value in values if value is not None]
     return worst_tenth(known, metric) if known else None
 
@@ -192,9 +190,9 @@ def _as_csv(results: Results, metric: str) -> str:
     writer.writerow(head)
     for run, result in results:
         score, worst = Row.of(run, result, "").metrics.get(metric), worst_of_run(result, metric)
-        sizes = [result["bytes_up"], result["bytes_down"]]
+        sizes = [result.bytes_up, result.bytes_down]
         writer.writerow(
-            [run.values[KEY], run.job.seed, score, worst, *sizes, result["model_sha256"], run.folder]
+            [run.values[KEY], run.job.seed, score, worst, *sizes, result.model_sha256, run.folder]
         )
     return text.getvalue()
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -157,11 +156,7 @@ def _inner(state: State) -> State:
     return {name: value for name, value in state.items() if not name.startswith((ERROR, RELATIVE))}
 
 
-def error_fields(state: State) -> dict[str, Any]:
-    """What a round's line says of the merge, by layer and over all; nothing where factors don't merge."""
-    errors = {n.removeprefix(ERROR): v for n, v in state.items() if n.startswith(ERROR)}
-    if not errors:
-        return {}
-    layers = {name: {"frobenius": e, "relative": state[RELATIVE + name]} for name, e in errors.items()}
-    whole = math.hypot(*(float(error) for error in errors.values()))
-    return {"aggregation_error": {"frobenius": whole, "layers": layers}}
+def aggregation_errors(state: State) -> dict[str, tuple[float, float]]:
+    """(error, relative error) of the last merge by layer; empty where factors don't merge."""
+    errors = {n.removeprefix(ERROR): float(v) for n, v in state.items() if n.startswith(ERROR)}
+    return {name: (error, float(state[RELATIVE + name])) for name, error in errors.items()}

@@ -35,11 +35,11 @@ def same_bits(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[
     if seen.result is None or "privacy" in scenario.job:
         return
     everybody = scenario.clients - bool(scenario.refusing)
-    rounds = seen.result["rounds"]
+    rounds = seen.result.rounds
     if len(rounds) < scenario.rounds:  # the disk was full, and it isn't known who was set aside
         return
     if all(not line["set_aside"] and len(line["cohort"]) == everybody for line in rounds):
-        found = seen.result["model_sha256"]
+        found = seen.result.model_sha256
         if found != undisturbed:
             yield f"nobody was set aside, and the model is {found[:12]}, expected {undisturbed[:12]}"
 
@@ -58,7 +58,7 @@ def counted_once(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterat
         if len(set(names)) < len(names) and "the cohort" not in names:
             yield f"round {merged.round} merged {names}"
     if seen.result is not None:
-        rounds = [line["round"] for line in seen.result["rounds"]]
+        rounds = [line["round"] for line in seen.result.rounds]
         may_miss_lines = seen.happened["disk full"] or seen.happened["write fails"]
         if rounds != list(range(1, len(rounds) + 1)) and not may_miss_lines:
             yield f"the result has rounds {rounds}"
@@ -135,14 +135,14 @@ def recovers(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[s
         return
     if scenario.job == "secure sum":  # a site that is started anew has lost its secrets of the round
         return
-    for line in seen.result["rounds"]:
+    for line in seen.result.rounds:
         if line["set_aside"]:
             yield f"round {line['round']} set {line['set_aside']} aside"
 
 
 def named_with_reason(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[str]:
     """Everybody in a round's cohort was trained with or is set aside by name, with a reason."""
-    for line in seen.result["rounds"] if seen.result is not None else ():
+    for line in seen.result.rounds if seen.result is not None else ():
         aside = line["set_aside"]
         if not all(reason.strip() for reason in aside.values()):
             yield f"round {line['round']} set {sorted(aside)} aside without a reason"
@@ -187,7 +187,7 @@ def whole_log(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[
     rounds = [line["round"] for line in seen.lines]
     if len(set(rounds)) < len(rounds):
         yield f"metrics.jsonl has rounds {rounds}"
-    told = {line["round"]: line["model_sha256"] for line in seen.result["rounds"]}
+    told = {line["round"]: line["model_sha256"] for line in seen.result.rounds}
     if any(told.get(line["round"]) != line["model_sha256"] for line in seen.lines):
         yield "metrics.jsonl has other models than the result"
 

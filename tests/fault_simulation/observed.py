@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atoll.report.run_result import RunResult
+
 Origin = tuple[str, str, int]
 """(client, run, round) that an update was made for."""
 
@@ -66,7 +68,7 @@ class Observed:
     """The largest that each queue and memory was."""
     happened: Counter[str] = field(default_factory=Counter)
     """Faults by kind."""
-    result: dict[str, Any] | None = None
+    result: RunResult | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     """The run's `metrics.jsonl`."""
     out: Path = Path()

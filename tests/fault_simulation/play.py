@@ -98,6 +98,6 @@ def undisturbed_model(scenario: Scenario) -> str:
     """The model's SHA-256 where nothing goes wrong."""
     _, seen = _played(scenario)
     assert seen.result is not None, (scenario, seen.ended)
-    found = violations(scenario, seen, seen.result["model_sha256"])
+    found = violations(scenario, seen, seen.result.model_sha256)
     assert not found, (scenario, found)
-    return str(seen.result["model_sha256"])
+    return str(seen.result.model_sha256)

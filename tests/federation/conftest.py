@@ -100,7 +100,7 @@ class Ring:
         """The `model_sha256` of the simulation."""
         if job.hash not in self.known:
             out = self.federation.folder / f"sim-{job.hash[:12]}"
-            self.known[job.hash] = simulate(job, out, on_event=ignore_events, report=False)["model_sha256"]
+            self.known[job.hash] = simulate(job, out, on_event=ignore_events, report=False).model_sha256
         return self.known[job.hash]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from atoll.job.job import Job
+from atoll.report.run_result import RunResult
 from atoll.server.events import ignore_events
 from atoll.server.run.directory import job_toml
 from atoll.sim.engines.engine import simulate
@@ -126,9 +127,9 @@ class Places:
     folder: Path
     jobs: dict[str, Job]
     federation: Federation
-    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    known: dict[str, RunResult] = field(default_factory=dict)
 
-    def expected(self, name: str) -> dict[str, Any]:
+    def expected(self, name: str) -> RunResult:
         """The result of the simulation."""
         if name not in self.known:
             out = self.folder / f"sim-{name}"
@@ -162,10 +163,10 @@ class Places:
         """The result of a job at the sites that are there, which is the simulation's."""
         result, expected = self.federation.run(self.jobs[name]), self.expected(name)
         assert result["engine"] == "flower"
-        assert result["model_sha256"] == expected["model_sha256"], name
-        assert result["final"]["clients"] == expected["final"]["clients"]
+        assert result["model_sha256"] == expected.model_sha256, name
+        assert result["final"]["clients"] == expected.final["clients"]
         assert set(result["final"]["clients"]) == set(client_names(CLIENTS))
-        assert result["personal"] == expected["personal"]
+        assert result["personal"] == expected.personal
         assert all(not line["set_aside"] for line in result["rounds"])
         return result
 
@@ -195,7 +196,7 @@ def test_images_at_real_sites_that_compress_views_or_tune_ever_more_give_the_bit
         kept = {name: places.memories(name) - before[name] for name in names}
         grown = places.agreed("grown")
     assert [line["tuning"] for line in grown["rounds"]] == ["head", "last-k with layers = 1", "full"]
-    assert small["model_sha256"] != places.expected("views-fedadam")["model_sha256"]
+    assert small["model_sha256"] != places.expected("views-fedadam").model_sha256
     assert small["bytes_up"] < small["bytes_down"] / 3.9
     for name in names:
         trained = [line["round"] for line in small["rounds"] if name in line["cohort"]]
@@ -272,7 +273,7 @@ def test_real_sites_with_a_teacher_or_a_pruned_backbone_give_the_bits_of_the_sim
     with places.sites("news-fedavg", [1, 0, 2]):
         for name in ("taught-fedavg", "pruned-fedavg"):
             result, plain = places.agreed(name), places.expected("news-fedavg")
-            assert result["model_sha256"] != plain["model_sha256"]
+            assert result["model_sha256"] != plain.model_sha256
 
 
 @pytest.mark.matrix
@@ -299,8 +300,8 @@ def agree(places: Places, jobs: Sequence[Job], folder: Path) -> None:
         for job in jobs:
             result = places.federation.run(job)
             expected = simulate(job, folder / job.name, on_event=ignore_events, report=False)
-            assert result["model_sha256"] == expected["model_sha256"], job.name
-            assert result["final"]["clients"].keys() == expected["final"]["clients"].keys()
+            assert result["model_sha256"] == expected.model_sha256, job.name
+            assert result["final"]["clients"].keys() == expected.final["clients"].keys()
 
 
 @pytest.mark.parametrize(
@@ -324,8 +325,8 @@ def test_ray_gives_the_bits_of_the_simulation(places: Places, name: str) -> None
         on_event=ignore_events,
         report=False,
     )
-    assert result["model_sha256"] == places.expected(name)["model_sha256"]
-    assert result["engine"] == "ray"
+    assert result.model_sha256 == places.expected(name).model_sha256
+    assert result.engine == "ray"
 
 
 @pytest.mark.parametrize(
@@ -338,4 +339,4 @@ def test_a_run_killed_and_resumed_by_four_workers_gives_the_same_bits(places: Pl
     again = ("simulate", str(job), "--out", str(out), "--resume", "--workers", "4")
     resumed = atoll(places.folder / f"{name}.log", *again)
     assert resumed.ends() == 0, resumed.text()
-    assert result_of(out)["model_sha256"] == places.expected(name)["model_sha256"]
+    assert result_of(out)["model_sha256"] == places.expected(name).model_sha256

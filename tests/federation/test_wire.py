@@ -108,7 +108,7 @@ class Wire:
             baselines=BaselineRunner(carrier.population), on_event=ignore_events, report=False,
         )  # fmt: skip
         told = [json.loads(line) for line in secrets.read_text().splitlines()]
-        return Heard(folder / "tapped", carrier, told, expected["model_sha256"], result["model_sha256"])
+        return Heard(folder / "tapped", carrier, told, expected.model_sha256, result["model_sha256"])
 
 
 @pytest.fixture(scope="module")
