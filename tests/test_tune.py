@@ -21,7 +21,7 @@ from atoll.server.events import RoundEnded, RunResumed, ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.sim.search.distributions import Choice, Range
-from atoll.sim.search.space import Space, default_space, has_meaning, job_of
+from atoll.sim.search.space import Space, checked_job, default_space, has_meaning, job_of
 from atoll.sim.search.study import PLACE, STARTUP, Outcome, Search, SearchFolder, TrialResult
 from atoll.sim.search.trials import Pruner, Stopped, judged, play_trial, validation_metrics, without_test_set
 from atoll.sim.sweep.grid import Base
@@ -38,6 +38,11 @@ TABLE: dict[str, Any] = {
     "train": {"batch_size": 32, "lr": 0.001},
     "federation": {"clients": 4, "rounds": 4},
 }
+VALUES: dict[str, Any] = {
+    "tune.rank": 4, "tune.layers": 1, "train.lr_step": 1, "strategy.lr_step": 1, "backbone.compile": True,
+    "federation.order": "arrival",
+}  # fmt: skip
+"""What tests give to keys that 0.5 is no value of."""
 GRID = ["train.lr=0.001,0.03,1.0", "train.epochs=1,4", "strategy.name=fedavg,fedadam"]
 
 
@@ -80,6 +85,14 @@ def test_ranges_say_ends_scale_and_whether_they_are_of_whole_numbers() -> None:
         ("strategy.tau", {}, False),
         ("strategy.tau", {"strategy": {"name": "fedyogi"}}, True),
         ("federation.compression_top_k", {"federation": {"compression": "int8"}}, False),
+        ("tune.layers", {"tune": {"method": "lora"}}, True),  # adapters in the last layers
+        ("tune.layers", {"tune": {"method": "full"}}, False),
+        ("train.lr_step", {"train": {"lr_schedule": "step"}}, True),
+        ("train.lr_step", {"train": {"lr_schedule": "cosine"}}, False),
+        ("strategy.lr_step", {"strategy": {"name": "fedadam", "lr_schedule": "step"}}, True),
+        ("strategy.lr_step", {"strategy": {"name": "fedadam"}}, False),
+        ("backbone.compile", {"tune": {"method": "full"}}, False),
+        ("federation.order", {}, False),
         ("train.lr", {}, True),
     ],
 )
@@ -87,6 +100,32 @@ def test_a_key_that_says_nothing_beside_the_others_is_left_out(
     key: str, table: dict[str, Any], has: bool
 ) -> None:
     assert has_meaning(key, table) == has
+    value = VALUES.get(key, 0.5)
+    section, _, name = key.partition(".")
+    given = base_of(**{**table, section: {**table.get(section, {}), name: value}})
+    if has:
+        checked_job(given, {})
+    else:  # a job that says it is refused by the same rule
+        with pytest.raises(ConfigError, match=name):
+            checked_job(given, {})
+
+
+def test_what_needs_what_needs_another_goes_with_the_first() -> None:
+    base = base_of(strategy={"name": "fedadam", "lr_schedule": "step", "lr_step": 1, "lr_decay": 0.5})
+    assert job_of(base, {"strategy.lr_schedule": "cosine"}).strategy.lr_step is None
+    assert job_of(base, {"strategy.name": "fedavg"}).strategy.lr_schedule is None
+    space = Space.of(
+        ["strategy.lr_step=1,2", "strategy.lr_schedule=step,cosine", "strategy.name=feddyn,fedadam"], []
+    )
+    assert [one.key for one in space.keys] == ["strategy.name", "strategy.lr_schedule", "strategy.lr_step"]
+    found = [dict(texts) for texts in space.combinations(base_of())]
+    name, schedule, step = (one.key for one in space.keys)
+    assert found == [
+        {name: "feddyn"},
+        {name: "fedadam", schedule: "step", step: "1"},
+        {name: "fedadam", schedule: "step", step: "2"},
+        {name: "fedadam", schedule: "cosine"},
+    ]
 
 
 def test_what_the_job_says_of_its_own_strategy_is_not_said_of_another() -> None:
@@ -336,8 +375,8 @@ def test_no_trial_looks_at_the_test_set_and_its_bits_are_those_of_the_job(
 
     plain = simulate(job, tmp_path / "plain", on_event=ignore_events, report=False)
     assert seen >= held_out  # so that the spy is no blind one
-    assert plain["model_sha256"] == tried["model_sha256"]
-    clients = [c for c in plain["final"]["clients"].values() if c["examples"]]
+    assert plain.model_sha256 == tried["model_sha256"]
+    clients = [c for c in plain.final["clients"].values() if c["examples"]]
     mean = sum(c["accuracy"] * c["examples"] for c in clients) / sum(c["examples"] for c in clients)
     assert outcome.value == pytest.approx(mean, abs=1e-6)
     assert outcome.curve[4] == outcome.value and sorted(outcome.curve) == [1, 2, 3, 4]
@@ -469,8 +508,8 @@ def test_a_search_finds_what_a_grid_finds_and_leaves_a_job_that_replays_it(
     assert (out / "trials.png").read_bytes().startswith(b"\x89PNG")
     replayed = simulate(Job.load(out / "best.toml"), tmp_path / "best", on_event=ignore_events, report=False)
     kept = json.loads((out / best["folder"] / "seed-3" / "result.json").read_text())
-    assert replayed["model_sha256"] == kept["model_sha256"]
-    assert replayed["final"]["server"]["accuracy"] > 0.8
+    assert replayed.model_sha256 == kept["model_sha256"]
+    assert replayed.final["server"]["accuracy"] > 0.8
     before = {file: file.stat().st_mtime_ns for file in out.glob("trial-*/*/result.json")}
     assert command_line(given) == 0
     assert "all are there" in capsys.readouterr().out

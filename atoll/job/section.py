@@ -10,7 +10,7 @@ and `check_keys` holds every table and the whole job against what their keys say
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Annotated, Any, Self
 
@@ -37,10 +37,14 @@ class Needs:
     why: str = ""
     otherwise: str = ""
 
+    def is_met(self, found: Any, is_given: bool) -> bool:
+        """Whether the other key, which is `found` or left at its default, is as this one needs it."""
+        return found in self.values if self.values else is_given
+
     def broken(self, key: str, section: Section) -> str | None:
         """What is wrong with that key, which is given, in one line; None where nothing is."""
         found, is_given = _looked_up(section, self.key)
-        if found in self.values if self.values else is_given:
+        if self.is_met(found, is_given):
             return None
         because, instead = self.why and f", {self.why}", self.otherwise and f", or {self.otherwise}"
         expected = " or ".join(map(repr, self.values))
@@ -133,3 +137,40 @@ def _looked_up(section: Section, path: str) -> tuple[Any, bool]:
     for name in tables:
         section = getattr(section, name)
     return getattr(section, key), section.is_given(key)
+
+
+def needs_of(job: type[Section], path: str) -> tuple[Needs, ...]:
+    """What a key of a job needs, by the names that the job's file has for both.
+
+    `path` is the key's (`"train.momentum"`); of a key that there isn't, nothing is known and nothing needed.
+    """
+    table, key = _table_of(job, path)
+    if table is None:
+        return ()
+    before = path.removesuffix(key)
+    return tuple(
+        rule if "." in rule.key else replace(rule, key=f"{before}{rule.key}")
+        for name, rule in _rules(table)
+        if name == key and isinstance(rule, Needs)
+    )
+
+
+def default_of(job: type[Section], path: str) -> Any:
+    """What a key is where a job doesn't say it; None where that must be said, or there is no such key."""
+    table, key = _table_of(job, path)
+    field = None if table is None else table.model_fields.get(key)
+    if field is None or field.is_required():
+        return None
+    return field.get_default(call_default_factory=True)
+
+
+def _table_of(job: type[Section], path: str) -> tuple[type[Section] | None, str]:
+    """(the table that a key is in, its name there); no table where there is none of that name."""
+    *tables, key = path.split(".")
+    for name in tables:
+        field = job.model_fields.get(name)
+        kind = None if field is None else field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            return None, key
+        job = kind
+    return job, key

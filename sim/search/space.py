@@ -12,32 +12,16 @@ from typing import Any
 
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.job.section import Needs, default_of, needs_of
 from atoll.job.toml import apply_override
 from atoll.sim.search.distributions import Choice, Range
 from atoll.sim.sweep.grid import Base, Grid, Values, as_value
-from atoll.strategies import SCHEDULE_KEYS, STRATEGIES, build_strategy, check_merging
+from atoll.strategies import STRATEGIES, build_strategy, check_merging
 from atoll.strategies.options import HOSTILE_OPTIONS, trusted_client
 from atoll.tasks import task_named
 
 Texts = Mapping[str, str]
 """What one trial has for each key that has a meaning in it, as it would be typed."""
-
-GOVERNING_KEY = {
-    "tune.layers": "tune.method", "tune.rank": "tune.method", "tune.alpha": "tune.method",
-    "tune.targets": "tune.method", "tune.freeze_a": "tune.method", "tune.head": "tune.method",
-    "tune.seeds": "tune.method", "tune.perturbation": "tune.method",
-    "train.momentum": "train.optimizer", "train.imbalance_strength": "train.imbalance",
-    "train.cached_views": "train.augment",
-    **{f"train.{key}": "train.lr_schedule" for key in (*SCHEDULE_KEYS[1:], "lr_schedule_over")},
-    "train.teacher_temperature": "train.teacher", "train.teacher_weight": "train.teacher",
-    "backbone.prune_kind": "backbone.prune",
-    "federation.weight_cap": "federation.weights",
-    "federation.compression_top_k": "federation.compression",
-    "federation.error_feedback": "federation.compression",
-    **{f"strategy.{key}": "strategy.name"
-       for key in ("lr", "momentum", "beta1", "beta2", "tau", "proximal_mu", "options", *SCHEDULE_KEYS)},
-}  # fmt: skip
-"""Keys that have a meaning only with some values of another key."""
 
 FIXED = ("name", "seed", "task", "data", "privacy", "evaluate", "federation.clients", "train.device")
 """Keys and tables that decide what a trial is judged by, on whose data: the same in every trial."""
@@ -73,7 +57,7 @@ class Space:
                         f"{one.key}: may not vary in a search, expected a key that leaves the clients' data"
                         " and what they measure as they are, such as train.lr"
                     )
-        return cls(tuple(sorted(found, key=lambda one: one.key in GOVERNING_KEY)))
+        return cls(tuple(sorted(found, key=lambda one: _depth(one.key))))
 
     @property
     def as_options(self) -> list[str]:
@@ -165,34 +149,55 @@ def _at(table: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def governing_keys(key: str) -> tuple[str, ...]:
+    """The keys by whose values it is decided whether a key says anything.
+
+    >>> governing_keys("train.momentum"), governing_keys("strategy.tau"), governing_keys("train.lr")
+    (('train.optimizer',), ('strategy.name',), ())
+    """
+    needed = tuple(need.key for need in needs_of(Job, key))
+    return ("strategy.name", *needed) if _is_of_a_strategy(key) else needed
+
+
+def _is_of_a_strategy(key: str) -> bool:
+    return key.startswith("strategy.") and key != "strategy.name"
+
+
+def _depth(key: str) -> int:
+    """How many keys stand above one, each governing the next."""
+    return max((1 + _depth(above) for above in governing_keys(key)), default=0)
+
+
 def _wanted(key: str) -> str:
-    return f"another {GOVERNING_KEY[key]} in the job, or in --vary" if key in GOVERNING_KEY else "another key"
+    above = " or ".join(governing_keys(key))
+    return f"another {above} in the job, or in --vary" if above else "another key"
 
 
 def has_meaning(key: str, table: Mapping[str, Any]) -> bool:
     """Whether a key says anything in a job, which is still a table.
 
+    A job refuses a key without a meaning: what it needs is declared in the job's tables, and what a strategy
+    takes by the strategy.
+
     >>> has_meaning("tune.rank", {"tune": {"method": "lora"}}), has_meaning("tune.rank", {})
     (True, False)
     """
-    if key not in GOVERNING_KEY:
-        return True
-    section, name = GOVERNING_KEY[key].split(".")
-    given = table.get(section)
-    master = given.get(name) if isinstance(given, dict) else None
-    last = key.rpartition(".")[2]
-    match GOVERNING_KEY[key]:
-        case "tune.method":
-            owners = {"layers": "last-k", "seeds": "seeds", "perturbation": "seeds"}
-            return master == owners.get(last, "lora")
-        case "train.optimizer":
-            return master in (None, "sgd")
-        case "strategy.name":
-            entry = STRATEGIES.get(master or "fedavg")
-            return last == "options" if entry is None else last in entry.accepted_keys
-        case "federation.compression" if last == "compression_top_k":
-            return master == "top-k"
-    return bool(master)
+    if _is_of_a_strategy(key):
+        section = table.get("strategy")
+        name = section.get("name") if isinstance(section, dict) else None
+        entry = STRATEGIES.get(name or "fedavg")
+        last = key.removeprefix("strategy.")
+        if not (last == "options" if entry is None else last in entry.accepted_keys):
+            return False
+    return all(_is_met(need, table) for need in needs_of(Job, key))
+
+
+def _is_met(need: Needs, table: Mapping[str, Any]) -> bool:
+    default = default_of(Job, need.key)
+    found: Any = table
+    for part in need.key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return need.is_met(default if found is None else found, found is not None and found != default)
 
 
 def job_of(base: Base, texts: Texts) -> Job:
@@ -206,14 +211,16 @@ def job_of(base: Base, texts: Texts) -> Job:
     table = copy.deepcopy(base.table)
     for key, text in texts.items():
         apply_override(table, f"{key}={text}", option="--vary")
-    for key, master in GOVERNING_KEY.items():
-        section, name = key.split(".")
-        own = table.get(section)
-        if key in texts or master not in texts or not isinstance(own, dict) or name not in own:
+    changed = {key for key in texts if _at(base.table, key) != _at(table, key)}
+    own = (f"{name}.{key}" for name, inner in base.table.items() if isinstance(inner, dict) for key in inner)
+    for key in sorted(own, key=_depth):
+        above = changed.intersection(governing_keys(key))
+        if key in texts or not above:
             continue
-        is_other = _at(base.table, master) != _at(table, master)
-        if not has_meaning(key, table) or (is_other and master == "strategy.name"):
-            own.pop(name)
+        if not has_meaning(key, table) or (_is_of_a_strategy(key) and "strategy.name" in above):
+            section, _, name = key.partition(".")
+            table[section].pop(name)
+            changed.add(key)
     return Job.parse(table, origin=base.origin, folder=base.folder)
 
 
