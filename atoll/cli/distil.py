@@ -12,9 +12,10 @@ import typer
 
 from atoll.cli.display import out as shown
 from atoll.cli.display import sanitize
-from atoll.cli.run import Overrides, next_free_path, run_here
+from atoll.cli.run import Overrides, Plugins, next_free_path, run_here
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
+from atoll.plugins import load_files
 from atoll.trained import trained
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ def distil(
     weight: Annotated[float | None, typer.Option(help="The teacher's part; without labels all.")] = None,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an old run in --out.")] = False,
+    plugin: Plugins = None,
 ) -> Path:
     """Train a smaller student on public data by a trained model's soft answers and the labels, if any."""
+    load_files(plugin or ())
     learner, tensors = trained(run)
     default = Path("runs") / f"{run.resolve().name}-student"
     where = out or (default if force else next_free_path(default, resume=False))

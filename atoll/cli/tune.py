@@ -209,11 +209,13 @@ def advise(
         int | None, typer.Option(min=2, metavar="N", help="How many examples to look at; 2000 if not said.")
     ] = None,
     overrides: Overrides = None,
+    plugin: Plugins = None,
 ) -> None:
     """Rank backbones for a job by their features of the clients' data, before anything is trained.
 
     In a simulation only: it looks at the features of all clients together.
     """
+    load_files(plugin or ())
     from atoll.server.job_checks import source_of
     from atoll.tasks import check_task
 
