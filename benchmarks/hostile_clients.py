@@ -50,6 +50,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "norm-bound": {"name": "norm-bound", "options": HOLDS},
     "trimmed-mean, mixing": {"name": "trimmed-mean", "options": HOLDS | {"mixing": True}},
     "geometric-median, mixing": {"name": "geometric-median", "options": HOLDS | {"mixing": True}},
+    "flanders": {"name": "flanders", "options": HOLDS},
     "fltrust": {"name": "fltrust", "options": {"root": "client-0000"}},
     "centered-clipping, mixing": {"name": "centered-clipping", "options": HOLDS | {"mixing": True}},
 }

@@ -23,7 +23,7 @@ from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 
 SEEDS = (1, 2, 3)
-MERGES = ("average", "ffa", "rolora", "fedex", "flora", "flexlora")
+MERGES = ("average", "ffa", "rolora", "fedex", "flora", "flexlora", "fedsb")
 
 
 def run(merge: str, seed: int) -> RunResult:

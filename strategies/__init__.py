@@ -24,7 +24,9 @@ from atoll.strategies.options import (
     AflOptions,
     FedDynOptions,
     FedExpOptions,
+    FlandersOptions,
     FlTrustOptions,
+    HostileClients,
     HostileOptions,
     IfcaOptions,
     LateOptions,
@@ -75,7 +77,8 @@ class Entry:
     """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose.
 
     `options` is the model of its `strategy.options`, if it is one of ours that has any. Where
-    `counts_clients` it is built with the number of all `clients`, where `knows_client_lr` with theirs.
+    `counts_clients` it is built with the number of all `clients`, where `knows_client_lr` with theirs,
+    where `knows_seed` with the job's seed.
     """
 
     build: Callable[..., Strategy]
@@ -85,6 +88,7 @@ class Entry:
     options: type[BaseModel] | None = None
     counts_clients: bool = False
     knows_client_lr: bool = False
+    knows_seed: bool = False
 
     @property
     def accepted_keys(self) -> tuple[str, ...]:
@@ -192,6 +196,12 @@ def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
     from atoll.strategies.robust.merge import robust_strategy
 
     return robust_strategy(name, options, **keys)
+
+
+def _flanders(options: FlandersOptions, **keys: Any) -> Strategy:
+    from atoll.strategies.robust.flanders import Flanders
+
+    return Flanders(options, **keys)
 
 
 def _fltrust(options: FlTrustOptions, **keys: float) -> Strategy:
@@ -315,6 +325,13 @@ BUILT_INS: dict[str, Entry] = {
             "norm-bound": "even mean of clipped deltas, against hostile clients (Sun 2019)",
         }.items()
     },
+    "flanders": Entry(
+        _flanders,
+        ("lr", "options"),
+        "deltas that clients' own past leads to, against hostile clients (Gabrielli 2023)",
+        options=FlandersOptions,
+        knows_seed=True,
+    ),
     "fltrust": Entry(
         _fltrust,
         ("lr", "options"),
@@ -383,7 +400,7 @@ def check_merging(job: Job) -> None:
         )
     if job.strategy.name in HOSTILE_OPTIONS:
         options = _options(STRATEGIES[job.strategy.name], job.strategy)
-        assert isinstance(options, HostileOptions)
+        assert isinstance(options, HostileClients)
         check_hostile_clients(job, options)
     check_trusted_client(job)
 
@@ -396,11 +413,14 @@ def _options(entry: Entry, section: StrategySection) -> BaseModel | None:
 
 
 def build_strategy(
-    section: StrategySection, federation: FederationSection = ALONE, train: TrainSection = TRAINING
+    section: StrategySection,
+    federation: FederationSection = ALONE,
+    train: TrainSection = TRAINING,
+    seed: int = 0,
 ) -> Strategy:
     """The strategy a job names, `flwr:NAME` for one of Flower's own, for rounds of its `federation`.
 
-    Some take the clients' learning rate from `train`.
+    Some take the clients' learning rate from `train`, some draw from the job's `seed`.
 
     Raises:
         ConfigError: the name is unknown, or a key has no meaning for it.
@@ -419,6 +439,8 @@ def build_strategy(
         keys["clients"] = federation.clients
     if entry.knows_client_lr:
         keys["client_lr"] = train.lr
+    if entry.knows_seed:
+        keys["seed"] = seed
     return _scheduled(entry.build(**keys), section, federation)
 
 

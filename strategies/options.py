@@ -22,11 +22,10 @@ class LateOptions(Section):
     b: NotNegative = 4.0
 
 
-class HostileOptions(Section):
-    """How many of a round's clients may be hostile (the papers' f), and whether rows are mixed before."""
+class HostileClients(Section):
+    """How many of a round's clients may be hostile (the papers' f)."""
 
     hostile: Annotated[int, Field(ge=0, le=1_000_000)] = 1
-    mixing: bool = False
 
     needed_per_hostile: ClassVar[int] = 2
     needed_besides: ClassVar[int] = 1
@@ -39,7 +38,14 @@ class HostileOptions(Section):
     @property
     def formula(self) -> str:
         """The same in words of the job."""
-        return f"{self.needed_per_hostile} * hostile + {self.needed_besides}"
+        by_hostile = "hostile" if self.needed_per_hostile == 1 else f"{self.needed_per_hostile} * hostile"
+        return f"{by_hostile} + {self.needed_besides}"
+
+
+class HostileOptions(HostileClients):
+    """The same, and whether rows are mixed before."""
+
+    mixing: bool = False
 
 
 class GeometricMedianOptions(HostileOptions):
@@ -79,6 +85,18 @@ class CenteredClippingOptions(HostileOptions):
 
     clipping_norm: Positive = 1.0
     iterations: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
+class FlandersOptions(HostileClients):
+    """How many rounds a forecast is made of, and how; how many numbers it looks at; what merges the rest."""
+
+    window: Annotated[int, Field(ge=1, le=1000)] = 2
+    sampled: Count = 10_000
+    ridge: Positive = 1.0
+    iterations: Annotated[int, Field(ge=1, le=1000)] = 100
+    rule: Literal["mean", "coordinate-median", "geometric-median"] = "mean"
+
+    needed_per_hostile: ClassVar[int] = 1
 
 
 class FlTrustOptions(Section):
@@ -196,7 +214,7 @@ def check_trusted_client(job: Job) -> None:
 
 FEWEST_WITH_TRUST = 2
 
-HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {
+HOSTILE_OPTIONS: Mapping[str, type[HostileClients]] = {
     "coordinate-median": HostileOptions,
     "trimmed-mean": HostileOptions,
     "geometric-median": GeometricMedianOptions,
@@ -205,11 +223,12 @@ HOSTILE_OPTIONS: Mapping[str, type[HostileOptions]] = {
     "bulyan": BulyanOptions,
     "centered-clipping": CenteredClippingOptions,
     "norm-bound": NormBoundOptions,
+    "flanders": FlandersOptions,
 }
 """The options of the strategies that hold against hostile clients, by name."""
 
 
-def check_hostile_clients(job: Job, options: HostileOptions) -> None:
+def check_hostile_clients(job: Job, options: HostileClients) -> None:
     """See whether every round that counts has the clients that the rule needs.
 
     Raises:

@@ -304,10 +304,6 @@ NORM = {"tune": {"head_init": "ridge", "feature_norm": 1.0}}
         ),
         ({"federation": {"secure_aggregation": True}}, "expected none with federation.secure_aggregation"),
         ({"train": {"teacher": "x"}}, "expected none with train.teacher"),
-        (
-            {"tune": {"head_init": "ridge", "hidden": 8}},
-            "linear head on a frozen backbone, found tune.hidden",
-        ),
         ({"tune": {"head_init": "ridge", "method": "full"}}, "found tune.method = 'full'"),
         (
             {"tune": {"head_init": "prototype", "ridge": 1.0}},

@@ -29,7 +29,8 @@ from atoll.sim.engines.engine import cached_test_set, simulate
 from atoll.sim.engines.inline import InlineTransport
 from atoll.sim.population.population import Population
 from atoll.strategies.fedavg import FedAvg
-from atoll.strategies.lora.factors import BASE, A, B
+from atoll.strategies.lora.factors import BASE, BASIS, CORE, A, B
+from atoll.strategies.lora.fedsb import singular_factors
 from atoll.strategies.lora.flexlora import starts_by_rank
 from atoll.strategies.lora.merge import ERROR, RELATIVE, LoraMerge, trained_in_round
 from atoll.tasks import task_named
@@ -37,7 +38,7 @@ from atoll.trained import trained
 from tests.task_data import ready
 from tests.task_jobs import job_of
 
-EXACT = ("ffa", "rolora", "fedex", "flora")
+EXACT = ("ffa", "rolora", "fedex", "flora", "fedsb")
 ALL = (None, "average", *EXACT, "flexlora")
 SHAPES = {"linear": ((7, 0), (0, 5)), "conv": ((6, 0, 1, 1), (0, 4, 3, 3)), "wide": ((3, 0), (0, 40))}
 """By layer: the shapes of B and A, with 0 for the rank."""
@@ -50,6 +51,10 @@ def drawn(rng: np.random.Generator, rank: int, method: str | None) -> Tensors:
         for end, shape in ((B, b), (A, a)):
             size = [rank if n == 0 else n for n in shape]
             found[layer + end] = torch.tensor(rng.normal(size=size), dtype=torch.float32)
+        if method == "fedsb":
+            found[layer + BASIS] = found.pop(layer + B)
+            core = rng.normal(size=(rank, rank, *b[2:]))
+            found[layer + CORE] = torch.tensor(core, dtype=torch.float32)
         if method in ("fedex", "flora"):
             out, columns = b[0], int(np.prod(a[1:]))
             found[layer + BASE] = torch.tensor(rng.normal(size=(out, columns)), dtype=torch.float32)
@@ -60,8 +65,9 @@ def drawn(rng: np.random.Generator, rank: int, method: str | None) -> Tensors:
 
 def dense(tensors: Tensors, layer: str, scaling: float) -> Any:
     """What a layer's frozen weight has had added, as NumPy has it in float64, [out, in]."""
-    b, a = (tensors[layer + end].numpy().astype(np.float64) for end in (B, A))
-    product = scaling * b.reshape(len(b), -1) @ a.reshape(len(a), -1)
+    ends = (BASIS, CORE, A) if layer + CORE in tensors else (B, A)
+    factors = [tensors[layer + end].numpy().astype(np.float64) for end in ends]
+    product = scaling * np.linalg.multi_dot([factor.reshape(len(factor), -1) for factor in factors])
     return product + (tensors[layer + BASE].numpy().astype(np.float64) if layer + BASE in tensors else 0.0)
 
 
@@ -73,7 +79,8 @@ def test_merged_products_are_those_of_dense_matrices(
 ) -> None:
     rng = np.random.default_rng([rank, round])
     model = drawn(rng, rank, method)
-    frozen = {n: model.pop(n) for n in list(model) if n.endswith(A)} if method == "ffa" else {}
+    rests = {"ffa": (A,), "fedsb": (A, BASIS)}.get(method or "", ())
+    frozen = {n: model.pop(n) for n in list(model) if n.endswith(rests)}
     sent = trained_in_round(model, method, round)
     counts = [3, 1, 7, 5]
     updates = [
@@ -150,7 +157,7 @@ def result(runs: Path, method: str) -> RunResult:
     return RunResult.read(runs / method)
 
 
-@pytest.mark.parametrize("method", ["rolora", "flora"])
+@pytest.mark.parametrize("method", ["rolora", "flora", "fedsb"])
 def test_a_run_that_was_stopped_has_the_same_bits(method: str, runs: Path, tmp_path: Path) -> None:
     job, out = a_job(runs, method), tmp_path / "stopped"
     population = Population.of(job)
@@ -179,11 +186,12 @@ def test_every_round_says_how_far_each_layers_merge_is_from_the_mean_product(met
 def test_clients_send_the_factors_that_they_train_and_no_more(runs: Path) -> None:
     sent = {method: result(runs, str(method)).bytes_up for method in ALL[1:]}
     down = {method: result(runs, str(method)).bytes_down for method in ALL[1:]}
+    assert sent["fedsb"] < sent["ffa"] / 8 and down["fedsb"] < down["ffa"] / 8
     assert sent["ffa"] < sent["average"] == sent["fedex"] == sent["flora"] == sent["flexlora"]
     assert sent["rolora"] < sent["average"] and down["rolora"] == down["average"] < down["fedex"]
 
 
-@pytest.mark.parametrize("method", ["rolora", "fedex", "flora", "flexlora"])
+@pytest.mark.parametrize("method", ["rolora", "fedex", "flora", "flexlora", "fedsb"])
 def test_transformers_and_peft_read_what_was_merged(method: str, runs: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModel
@@ -225,6 +233,57 @@ def test_factors_of_a_convolution_and_of_gpt2s_layer_have_the_sum_of_both(tmp_pa
         assert torch.allclose(product.T if name == "gpt" else product.view_as(whole), whole, atol=1e-5)
 
 
+def test_singular_factors_are_numpys_with_signs_that_do_not_depend_on_the_machine() -> None:
+    weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    u, s, v = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    factors = singular_factors(weight, 3)
+    np.testing.assert_allclose((factors.b * torch.tensor(s[:3])) @ factors.a, (u[:, :3] * s[:3]) @ v[:3])
+    np.testing.assert_allclose(factors.b.T @ factors.b, np.eye(3), atol=1e-12)
+    assert all(column[column.abs().argmax()] > 0 for column in factors.b.T)
+    negative = singular_factors(-weight, 3)
+    assert torch.equal(negative.b, factors.b) and torch.equal(negative.a, -factors.a)
+    one = singular_factors(weight[:, :1] @ weight[:1], 3)  # of one direction: the others do nothing
+    assert one.b.shape == (7, 3) and one.a.shape == (3, 5)
+    assert one.b[:, 0].any() and not one.b[:, 1:].any() and not one.a[1:].any()
+
+
+def test_a_layer_with_a_core_gives_what_its_merged_weight_gives() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    network = torch.nn.ModuleDict(
+        {"line": torch.nn.Linear(4, 6), "conv": torch.nn.Conv2d(3, 5, 3), "gpt": Conv1D(6, 4)}
+    )
+    inputs = {"line": torch.randn(2, 4), "conv": torch.randn(2, 3, 5, 5), "gpt": torch.randn(2, 4)}
+    before = {name: layer(inputs[name]) for name, layer in network.items()}
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=list(network)), network)
+    lora_base.fix_factors(network)
+    for name, layer in lora_base.lora_layers(network):
+        assert torch.equal(layer(inputs[name]), before[name])  # the core is zero
+        core = layer.get_parameter(CORE[1:])
+        with torch.no_grad():
+            core.copy_(torch.randn(core.shape))
+        b, a = (factor.double().flatten(1).numpy() for factor in adapter_of(layer))
+        r = core.detach().double().flatten(1).numpy()
+        basis = layer.get_parameter(BASIS[1:]).detach().double().flatten(1).numpy()
+        np.testing.assert_allclose(b @ a, basis @ r @ a, atol=1e-6)
+        expected = layer(inputs[name])
+        layer.merge()
+        assert not torch.allclose(expected, before[name], atol=1e-2)
+        assert torch.allclose(layer(inputs[name]), expected, atol=1e-5)
+
+
+def test_a_weight_that_is_zero_has_no_singular_vectors() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network = torch.nn.ModuleDict({"out": torch.nn.Linear(3, 4)})
+    torch.nn.init.zeros_(network["out"].weight)  # type: ignore[arg-type]
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["out"]), network)
+    with pytest.raises(ConfigError, match="from the weight of out, which is zero"):
+        lora_base.fix_factors(network)
+
+
 def test_a_weight_that_two_layers_share_is_none_that_a_server_adds_to() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -255,12 +314,13 @@ def test_a_client_of_a_lower_rank_trains_its_part_of_the_factors_alone(runs: Pat
             assert not torch.equal(arrived, tensor)
 
 
-def test_alternating_factors_add_up_securely_to_what_they_add_up_to_in_the_open(
-    runs: Path, tmp_path: Path
+@pytest.mark.parametrize("method", ["rolora", "fedsb"])
+def test_what_is_exact_adds_up_securely_to_what_it_adds_up_to_in_the_open(
+    method: str, runs: Path, tmp_path: Path
 ) -> None:
-    job = a_job(runs, "rolora", federation={"secure_aggregation": True, "rounds": 2})
+    job = a_job(runs, method, federation={"secure_aggregation": True, "rounds": 2})
     run(job, tmp_path / "secure")
-    run(a_job(runs, "rolora", federation={"rounds": 2}), tmp_path / "open")
+    run(a_job(runs, method, federation={"rounds": 2}), tmp_path / "open")
     (_, secure), (_, plain) = trained(tmp_path / "secure"), trained(tmp_path / "open")
     assert all(torch.allclose(secure[name], plain[name], atol=1e-4) for name in plain)
     assert "aggregation_error" not in (tmp_path / "secure" / "metrics.jsonl").read_text()
@@ -270,7 +330,7 @@ CLIENT = {"unit": "client", "noise_multiplier": 0.5, "delta": 1e-3, "seeded_nois
 EXAMPLE = {"unit": "example", "noise_multiplier": 0.5, "delta": 1e-5, "sampling_rate": 0.5}
 
 
-@pytest.mark.parametrize("method", ["ffa", "rolora"])
+@pytest.mark.parametrize("method", ["ffa", "rolora", "fedsb"])
 def test_clients_are_promised_privacy_with_exact_merges(method: str, runs: Path, tmp_path: Path) -> None:
     job = a_job(runs, method, privacy=CLIENT, federation={"rounds": 2})
     found = run(job, tmp_path / "private")
@@ -290,6 +350,8 @@ def test_clients_are_promised_privacy_with_exact_merges(method: str, runs: Path,
         ("fedex", {"personal": {"keep": "mixture"}}, "personal.keep"),
         ("fedex", {"personal": {"keep": "lora-b"}}, "personal.keep"),
         ("ffa", {"personal": {"keep": "lora-b"}}, "personal.keep"),
+        ("fedsb", {"personal": {"keep": "lora-b"}}, "personal.keep"),
+        ("fedsb", {"tune": {"freeze_a": True}}, "tune.freeze_a"),
         ("fedex", {"tune": {"freeze_a": True}}, "tune.freeze_a"),
         ("fedex", {"tune": {"method": "full", "rank": None}}, "tune.lora_merge"),
         ("average", {"tune": {"lora_ranks": {"client-0": 1}}}, "tune.lora_ranks"),
@@ -304,6 +366,7 @@ def test_what_does_not_go_together_is_refused_by_name(
         a_job(runs, method, **tables)
 
 
+@pytest.mark.parametrize("method", ["fedex", "fedsb"])
 @pytest.mark.parametrize(
     "tables",
     [
@@ -312,9 +375,9 @@ def test_what_does_not_go_together_is_refused_by_name(
     ],
 )
 def test_products_of_noised_and_of_compressed_updates_merge_exactly(
-    tables: dict[str, Any], runs: Path, tmp_path: Path
+    tables: dict[str, Any], method: str, runs: Path, tmp_path: Path
 ) -> None:
-    [line] = run(a_job(runs, "fedex", **tables), tmp_path / "run").rounds
+    [line] = run(a_job(runs, method, **tables), tmp_path / "run").rounds
     assert all(layer["relative"] < 1e-6 for layer in line["aggregation_error"]["layers"].values())
 
 

@@ -13,7 +13,7 @@ from atoll.job.job import Job
 from atoll.learning.lora_base import ADDED
 from atoll.learning.trainable import contiguous
 from atoll.protocol.tensors import Tensors, to_bytes
-from atoll.strategies.lora.factors import A, B, Factors
+from atoll.strategies.lora.factors import Factors
 from atoll.strategies.lora.merge import ADDS_TO_BASE
 
 NEGLIGIBLE = 1e-6
@@ -51,7 +51,7 @@ def write_adapter(layers: list[tuple[str, BaseTunerLayer]], job: Job, folder: Pa
 
 def adapter_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, A) that make the pretrained weight what it is now; scaled by 1 where the server added to it."""
-    b, a = (layer.get_parameter(end[1:]).detach() for end in (B, A))
+    b, a = (factor["default"].weight.detach() for factor in (layer.lora_B, layer.lora_A))
     if ADDED not in vars(layer):
         return b, a
     product = b.to(torch.float64).flatten(1) @ a.to(torch.float64).flatten(1)

@@ -15,10 +15,10 @@ def check_closed_form(job: Job) -> None:
     """Raises ValueError, in one line that names the key, where no head can be had in closed form."""
     if job.tune.head_init is None:
         return
-    if job.tune.method != "head" or job.tune.hidden is not None:
-        found = "tune.hidden" if job.tune.hidden is not None else f"tune.method = {job.tune.method!r}"
+    if job.tune.method != "head":
         raise ValueError(
-            f"tune.head_init: a closed form is there for a linear head on a frozen backbone, found {found}"
+            "tune.head_init: a closed form is there for a head on a frozen backbone, found tune.method ="
+            f" {job.tune.method!r}"
         )
     _check_noised(job)
     _check_kept(job)

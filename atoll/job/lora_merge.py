@@ -83,7 +83,7 @@ def _check_products(job: Job, how: str) -> None:
         if given:
             raise ValueError(
                 f"tune.lora_merge: {how!r} needs each client's product of factors, and with {key} the server"
-                " has only a sum of all; expected 'ffa' or 'rolora', which are exact there too"
+                " has only a sum of all; expected 'ffa', 'fedsb' or 'rolora', which are exact there too"
             )
 
 

@@ -61,7 +61,7 @@ class TuneSection(Tuned):
     feature_norm: Annotated[Positive | None, Needs("head_init")] = None
     """Under a promise of privacy: the L2 norm that an example's features are clipped to in `head_init`."""
     lora_merge: Annotated[
-        Literal["average", "ffa", "rolora", "fedex", "flora", "flexlora"] | None, OF_LORA
+        Literal["average", "ffa", "rolora", "fedex", "flora", "flexlora", "fedsb"] | None, OF_LORA
     ] = None
     """How LoRA's factors merge over clients; `average` unless said."""
     lora_ranks: dict[str, Count] | None = None
@@ -76,8 +76,8 @@ class TuneSection(Tuned):
 
     @property
     def trains_a(self) -> bool:
-        """Whether LoRA's A is trained, and not only B."""
-        return not self.freeze_a and self.lora_merge != "ffa"
+        """Whether LoRA's A is trained, and not only B or a part of it."""
+        return not self.freeze_a and self.lora_merge not in ("ffa", "fedsb")
 
     @property
     def default_rank(self) -> int:

@@ -11,7 +11,8 @@ from torch import nn
 from atoll.errors import ConfigError
 from atoll.job.lora_merge import REWRITES, merge_error_is_known
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.lora.factors import BASE, A, B
+from atoll.strategies.lora.factors import BASE, BASIS, A, B
+from atoll.strategies.lora.fedsb import singular_factors
 from atoll.strategies.lora.merge import LoraMerge
 from atoll.strategies.lora.rolora import alternates
 from atoll.strategies.strategy import Strategy
@@ -43,6 +44,54 @@ def hold(model: nn.Module) -> None:
                 " tune.targets without it, or another way of merging"
             )
         vars(layer)[PRETRAINED] = weight.detach().clone()
+
+
+class Core(nn.Module):
+    """Stands where LoRA has B: the product B R of a `basis` that stays and a trained `core` [r, r]."""
+
+    def __init__(self, basis: nn.Module) -> None:
+        super().__init__()
+        square: nn.Module
+        if isinstance(basis, nn.Conv2d):
+            square = nn.Conv2d(basis.in_channels, basis.in_channels, 1, bias=False)
+        else:
+            assert isinstance(basis, nn.Linear)
+            square = nn.Linear(basis.in_features, basis.in_features, bias=False)
+        self.core, self.basis = square.to(basis.weight), basis
+        nn.init.zeros_(self.core.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.basis(self.core(x))
+        return found
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """B R in the shape that LoRA's B would have, which peft asks for."""
+        basis: Any = self.basis.weight
+        core: Any = self.core.weight
+        product: torch.Tensor = basis.flatten(1) @ core.flatten(1)
+        return product.reshape(basis.shape)
+
+
+@torch.no_grad()
+def fix_factors(model: nn.Module) -> None:
+    """Let every layer's A and B be its own weight's singular vectors, with a core between that is zero.
+
+    Raises:
+        ConfigError: a weight is zero, and has none.
+    """
+    for name, layer in lora_layers(model):
+        weight = _matrix(layer, layer.get_base_layer().weight)
+        if not weight.any():
+            raise ConfigError(
+                f"tune.lora_merge: 'fedsb' takes its factors from the weight of {name}, which is zero;"
+                " expected tune.targets without it, or another way of merging"
+            )
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        found = singular_factors(weight.cpu(), len(a))
+        a.copy_(found.a.reshape(a.shape))
+        b.copy_(found.b.reshape(b.shape))
+        layer.lora_B["default"] = Core(layer.lora_B["default"])
 
 
 def nothing_added(model: nn.Module) -> Tensors:
@@ -91,7 +140,7 @@ def merging_lora(strategy: Strategy, learner: Learner) -> Strategy:
     job = learner.job
     if not merge_error_is_known(job) and job.tune.lora_merge not in REWRITES:
         return strategy
-    factors = {n: p.detach().cpu() for n, p in learner.model.named_parameters() if n.endswith((A, B))}
+    factors = {n: p.detach().cpu() for n, p in learner.model.named_parameters() if n.endswith((A, B, BASIS))}
     own = learner.client_tensors
     frozen = {name: value.clone() for name, value in factors.items() if not _is_trained(learner, name)}
     scalings = {

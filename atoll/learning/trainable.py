@@ -16,6 +16,7 @@ from atoll.job.tune import TuneSection
 from atoll.learning import directions, lora_base
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
+from atoll.strategies.lora.factors import CORE
 from atoll.strategies.lora.merge import ADDS_TO_BASE
 
 BatchNorms = (nn.modules.batchnorm._BatchNorm,)
@@ -253,7 +254,7 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int])
     """Put peft's LoRA factors into the backbone (Hu et al. 2021), or its last blocks, but for these ids.
 
     With `freeze_a` or `lora_merge = "ffa"` only B is trained (`strategies/lora/ffa.py`). A is drawn from
-    the job's seed, the same everywhere.
+    the job's seed, the same everywhere. With "fedsb" both come from the weights (`strategies/lora/fedsb.py`).
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Conv2d as LoraConv2d
@@ -281,10 +282,19 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int])
         if isinstance(module, LoraConv2d):
             for factor in module.lora_A.values():
                 _convolve_like(factor, module.get_base_layer())
+    if tune.lora_merge == "fedsb":
+        lora_base.fix_factors(model.backbone)
     for name, parameter in model.backbone.named_parameters():
-        parameter.requires_grad_("lora_B" in name or ("lora_" in name and tune.trains_a))
+        parameter.requires_grad_(_is_tuned(name, tune))
     if tune.lora_merge in ADDS_TO_BASE:
         lora_base.hold(model)
+
+
+def _is_tuned(name: str, tune: TuneSection) -> bool:
+    """Whether LoRA trains a parameter of the backbone."""
+    if tune.lora_merge == "fedsb":
+        return name.endswith(CORE)
+    return "lora_B" in name or ("lora_" in name and tune.trains_a)
 
 
 def _within_last_blocks(model: Model, count: int) -> Iterator[nn.Module]:

@@ -14,6 +14,7 @@ from atoll.protocol.messages import CHARGED_ROUNDS, Measurement
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.closed_form import STATISTICS
 from atoll.strategies.private_closed_form import SENSITIVITY, bounded_sums
+from atoll.strategies.random_features import random_features
 
 
 def statistics(
@@ -29,7 +30,7 @@ def statistics(
     kind, classes = learner.job.tune.head_init, len(learner.data_info["classes"])
     assert kind is not None
     for name, shard in shards.items():
-        found = STATISTICS[kind](learner.features(shard), shard.table, classes)
+        found = STATISTICS[kind](_seen(learner, shard), shard.table, classes)
         yield Measurement(name, round, len(shard), found)
 
 
@@ -51,10 +52,16 @@ def _under_a_promise(
 
 
 def sums_of_bounded(learner: Learner, shard: Shard) -> Tensors:
-    """The exact sums over a shard, whose features are clipped to the job's norm."""
+    """The exact sums over a shard; what the head's last layer sees is clipped to the job's norm."""
     tune, classes = learner.job.tune, len(learner.data_info["classes"])
     assert tune.head_init is not None and tune.feature_norm is not None
-    return bounded_sums(tune.head_init, learner.features(shard), shard.table, classes, tune.feature_norm)
+    return bounded_sums(tune.head_init, _seen(learner, shard), shard.table, classes, tune.feature_norm)
+
+
+def _seen(learner: Learner, shard: Shard) -> torch.Tensor:
+    """What the head's last layer sees of a shard: its features, or what the hidden layer makes of them."""
+    features = learner.features(shard)
+    return features if learner.job.tune.hidden is None else random_features(features, learner.initial())
 
 
 def client_mean(total: Tensors, examples: int) -> Tensors:

@@ -26,6 +26,7 @@ from atoll.server.rounds.secure_aggregation import SecureRound
 from atoll.server.rounds.validation import ValidatedUpdates, Validation
 from atoll.server.run.forget import keep_sums
 from atoll.strategies.mean import example_counts
+from atoll.strategies.random_features import with_last_layer
 from atoll.strategies.strategy import State, tensors_for_clients
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class ClosedFormRound(SampledRound):
         if setup.job.tune.keep_sums:
             keep_sums(setup.directory.path, gathered.by_client)
         formed = form_head(setup.job, gathered, setup.protection, round, state.tensors)
-        state.tensors = state.tensors if formed is None else formed
+        state.tensors = state.tensors if formed is None else with_last_layer(state.tensors, formed)
 
 
 def synchronous_round(job: Job) -> RoundKind:

@@ -17,13 +17,14 @@ from atoll.server.rounds.central_dp import CentralDp, NoProtection
 from atoll.server.rounds.validation import MAX_EXAMPLES, ValidatedUpdates
 from atoll.strategies.closed_form import head_of
 from atoll.strategies.private_closed_form import SENSITIVITY, moment_shapes, noised_head
+from atoll.strategies.random_features import last_layer
 
 Form = dict[str, tuple[int, ...]]
 
 
 def form_of_statistics(job: Job, model: Tensors) -> Form:
     """The shape of all that a client sends, in float64."""
-    classes, width = model["head.weight"].shape
+    classes, width = model[f"{last_layer(model)}.weight"].shape
     if not job.privacy.units:
         return statistics_shapes(job, classes, width)
     assert job.tune.head_init is not None

@@ -68,7 +68,7 @@ def start_or_resume(
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
     """
     strategy_name = job.strategy.name if strategy is None else type(strategy).__name__
-    strategy = strategy or build_strategy(job.strategy, job.federation, job.train)
+    strategy = strategy or build_strategy(job.strategy, job.federation, job.train, job.seed)
     protection = protection or NoProtection()
     roster = carrier.discover_clients(job)
     roster.check(job)

@@ -25,6 +25,7 @@ from atoll.report.run_result import Forgotten, RunResult
 from atoll.server.run.checkpoint import latest, save
 from atoll.server.run.directory import RunDirectory
 from atoll.strategies.closed_form import head_of
+from atoll.strategies.random_features import with_last_layer
 from atoll.system.durable_files import replace_synced, sync_folder
 
 SUMS, RECORD = "sums", "forgotten.json"
@@ -66,8 +67,9 @@ def forget(run: Path, client: str) -> Forgotten:
             raise ConfigError(f"{run}: {client!r} is its only client; expected another one to be left")
         head = _head_of(job, left)
         before = from_bytes((run / MODEL).read_bytes())
-        record = _record(run, client, tensors_sha256(before), tensors_sha256(before | head), len(left))
-        _replace_model(run, job, before | head)
+        after = with_last_layer(before, head)
+        record = _record(run, client, tensors_sha256(before), tensors_sha256(after), len(left))
+        _replace_model(run, job, after)
         _replace_result(run, record)
         _file_of(run, client).unlink()
         sync_folder(run / SUMS)

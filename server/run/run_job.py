@@ -111,7 +111,7 @@ def validate_job(job: Job) -> None:
         ConfigError, WeightsError: it names something that there is not, or not on this machine.
     """
     check_merging(job)
-    build_strategy(job.strategy, job.federation, job.train)
+    build_strategy(job.strategy, job.federation, job.train, job.seed)
     check_metric_options(job)
     for stage in job.stages:
         check_fits(stage, task_named(job.task.name))

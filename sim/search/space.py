@@ -234,7 +234,7 @@ def checked_job(base: Base, texts: Texts) -> Job:
 
     job = job_of(base, texts)
     check_merging(job)
-    build_strategy(job.strategy, job.federation, job.train)
+    build_strategy(job.strategy, job.federation, job.train, job.seed)
     check_fits(job, task_named(job.task.name))
     return job
 

@@ -16,6 +16,8 @@ import torch
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 BASE = ".lora_base"
 """How names end after a layer's: its factors, as peft has them; what is added to its weight, [out, in]."""
+BASIS, CORE = ".lora_B.default.basis.weight", ".lora_B.default.core.weight"
+"""The same where B is the product of two, of which the second is trained (`fedsb.py`)."""
 
 
 @dataclass(frozen=True)

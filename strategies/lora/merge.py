@@ -14,8 +14,19 @@ from atoll.protocol.random_streams import stream
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.lora.average import average, is_trained
-from atoll.strategies.lora.factors import BASE, A, B, Factors, LayerRound, Merged, aggregation_error
+from atoll.strategies.lora.factors import (
+    BASE,
+    BASIS,
+    CORE,
+    A,
+    B,
+    Factors,
+    LayerRound,
+    Merged,
+    aggregation_error,
+)
 from atoll.strategies.lora.fedex import fedex
+from atoll.strategies.lora.fedsb import with_core
 from atoll.strategies.lora.flexlora import flexlora
 from atoll.strategies.lora.flora import flora
 from atoll.strategies.lora.rolora import alternates
@@ -98,8 +109,12 @@ class LoraMerge:
         weights: torch.Tensor,
         round: int,
     ) -> LayerRound:
-        b, a = (self._of_clients(name + end, model, updates) for end in (B, A))
-        merged_b, merged_a = (as_matrix({**self.frozen, **found}[name + end], end) for end in (B, A))
+        ends, after = (CORE if self.method == "fedsb" else B, A), {**self.frozen, **found}
+        b, a = (self._of_clients(name + end, model, updates) for end in ends)
+        merged_b, merged_a = (as_matrix(after[name + end], end) for end in ends)
+        if self.method == "fedsb":
+            basis = as_matrix(self.frozen[name + BASIS], BASIS)
+            b, merged_b = with_core(basis, b), with_core(basis, merged_b)
         return LayerRound(
             weights, Factors(b, a), Factors(merged_b, merged_a), scaling,
             model.get(name + BASE, torch.zeros(())).to(torch.float64),
@@ -124,7 +139,7 @@ def _stack(updates: Sequence[Update], name: str) -> torch.Tensor | None:
 
 def as_matrix(factor: torch.Tensor, name: str) -> torch.Tensor:
     """A factor in float64 as [r, in] or [out, r], of convolutions too."""
-    return factor.to(torch.float64).flatten(1) if name.endswith((A, B)) else factor
+    return factor.to(torch.float64).flatten(1) if name.endswith((A, B, BASIS, CORE)) else factor
 
 
 def _as_tensors(name: str, merged: Merged, found: Tensors) -> Tensors:

@@ -15,11 +15,11 @@ from atoll.protocol.messages import Update
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 from atoll.strategies.mean import moved
-from atoll.strategies.options import HostileOptions
+from atoll.strategies.options import HostileClients, HostileOptions
 from atoll.strategies.robust.nearest_neighbour_mixing import mixed
 
 
-def rows_to_merge(model: Tensors, updates: Sequence[Update], options: HostileOptions) -> torch.Tensor:
+def rows_to_merge(model: Tensors, updates: Sequence[Update], options: HostileClients) -> torch.Tensor:
     """The deltas as rows [clients, numbers] in float64, mixed where the options say so.
 
     Raises:
@@ -31,7 +31,8 @@ def rows_to_merge(model: Tensors, updates: Sequence[Update], options: HostileOpt
             f" ({options.formula}) against {options.hostile} hostile clients"
         )
     rows = rows_of(model, updates)
-    return mixed(rows, options.hostile) if options.mixing else rows
+    mixes = isinstance(options, HostileOptions) and options.mixing
+    return mixed(rows, options.hostile) if mixes else rows
 
 
 def rows_of(model: Tensors, updates: Sequence[Update]) -> torch.Tensor:
@@ -44,6 +45,11 @@ def rows_of(model: Tensors, updates: Sequence[Update]) -> torch.Tensor:
             for row, update in zip(rows, updates, strict=True):
                 row[span] = update.delta[name].reshape(-1).to(torch.float64)
     return rows
+
+
+def flat(model: Tensors) -> torch.Tensor:
+    """The model's numbers in the order of a row, [numbers], in float64."""
+    return torch.cat([model[name].reshape(-1).to(torch.float64) for name, _ in _spans(model)])
 
 
 def moved_by(model: Tensors, row: torch.Tensor, lr: float) -> Tensors:

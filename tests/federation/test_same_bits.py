@@ -72,6 +72,10 @@ def jobs(folder: Path) -> dict[str, Job]:
     buffered = {"clients": CLIENTS, "cohort": 1, "concurrency": 2, "rounds": 4}
     late = common | image | {"name": "fedbuff", "strategy": {"name": "fedbuff"}, "federation": buffered}  # type: ignore[operator]
     made["fedbuff"] = Job.parse(late, origin="test")
+    filtered = {"federation": {"clients": CLIENTS, "cohort": 2, "rounds": 4, "quorum": 1.0}}
+    made["flanders"] = Job.parse(
+        image | filtered | {"seed": 21, "name": "flanders", "strategy": {"name": "flanders"}}, origin="test"
+    )
     made |= correcting(common, image, text)
     small = made["views-fedadam"]
     travels = small.federation.model_copy(update={"compression": "int8"})
@@ -96,7 +100,11 @@ def jobs(folder: Path) -> dict[str, Job]:
     tables["moon"] = {"tune": {"method": "last-k", "layers": 1}, "strategy": {"name": "moon"}}
     kept = {"tune": {"method": "last-k", "layers": 1}, "train": text["train"] | {"cached_states": "fp32"}}  # type: ignore[operator]
     tables["kept-states"] = kept
-    merges = ("rolora", "fedex", "flora", "flexlora")
+    tables["random-features"] = {
+        "tune": {"head_init": "ridge", "hidden": 24},
+        "federation": {"clients": CLIENTS, "rounds": 2},
+    }
+    merges = ("rolora", "fedex", "flora", "flexlora", "fedsb")
     tables |= {how: {"tune": {"method": "lora", "rank": 2, "lora_merge": how}} for how in merges}
     made |= {name: Job.parse(own | table | {"name": name}, origin="test") for name, table in tables.items()}
     whole = text | {"tune": {"method": "full"}}
@@ -231,6 +239,7 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "feddyn",
                 "qffl",
                 "afl",
+                "flanders",
                 "ifca",
                 "pfedme",
                 "by-size",
@@ -248,6 +257,8 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "rolora",
                 "fedex",
                 "flexlora",
+                "fedsb",
+                "random-features",
                 "kept-states",
                 "moon",
                 "seeds",
