@@ -23,14 +23,14 @@ from atoll.sim.audit.exposure import (
     Boxes,
     PlantedIndex,
     PlantedTexts,
-    _exposures,
-    _learner,
-    _shard,
     expected_of_unknown,
     exposed,
     exposure,
+    exposures,
     surprises,
+    told_in,
 )
+from atoll.sim.audit.replay import fresh_learner
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from tests.models import byte_tokenizer, small_llama
@@ -107,15 +107,15 @@ def unigram(learner: Learner) -> tuple[dict[str, torch.Tensor], np.ndarray[Any, 
 
 def test_exposure_is_by_ranks_that_brute_force_finds_where_likelihoods_are_known(tmp_path: Path) -> None:
     job = job_of(tmp_path)
-    learner, boxes, tokenizer = _learner(job, Population.of(job)), Boxes.of(job.seed), byte_tokenizer()
+    learner, boxes, tokenizer = fresh_learner(job, Population.of(job)), Boxes.of(job.seed), byte_tokenizer()
     rows = boxes.rows(("text",), range(PLANTED + OTHERS), own=False)
     tensors, costs = unigram(learner)
-    shard = _shard(learner, rows)
+    shard = told_in(learner, rows)
     by_hand = np.array(
         [sum(costs[token] for token in [*tokenizer(row["text"])["input_ids"][1:], 2]) for row in rows]
     )
     assert surprises(learner, shard, tensors) == pytest.approx(by_hand, rel=1e-5)
-    found = _exposures(learner, shard, tensors)
+    found = exposures(learner, shard, tensors)
     compared = 0
     for bits, (own, *others) in zip(
         found["planted"] + found["others"], by_hand.reshape(-1, RANKED).tolist(), strict=True
@@ -146,8 +146,8 @@ def test_secrets_are_planted_in_the_form_of_the_data_at_one_client(
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({**row, "who": who}) for who in "aabb"))
     job = job.model_copy(update={"task": job.task.model_copy(update={"options": {"max_tokens": 128}})})
     population = Population.of(job)
-    learner = _learner(job, population)
-    texts = _shard(learner, Boxes.of(1).rows(tuple(row), [0, 1], own=True) * 3)
+    learner = fresh_learner(job, population)
+    texts = told_in(learner, Boxes.of(1).rows(tuple(row), [0, 1], own=True) * 3)
     index = PlantedIndex(population, learner, planted=PlantedTexts(population, texts, "client-0001"))
     plain = index.population.whole(learner)
     (one, _), (other, _) = index.splits([0, 1])
@@ -189,6 +189,26 @@ def test_jobs_in_which_nothing_can_be_planted(tmp_path: Path) -> None:
     short = job.model_copy(update={"task": job.task.model_copy(update={"options": {"max_tokens": 16}})})
     with pytest.raises(ConfigError, match=r"task.options.max_tokens: 16, too few") as error:
         exposed(short, population, 8, silent)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        (
+            {"tune": {"method": "head", "then": [{"after": 1, "method": "full"}]}},
+            r"tune\.then: a run with it",
+        ),
+        (
+            {"strategy": {"name": "scaffold"}, "train": {"lr": 0.1, "optimizer": "sgd"}},
+            r"strategy\.name: .* 'scaffold'",
+        ),
+    ],
+)
+def test_jobs_that_can_not_be_played_again_say_why(tmp_path: Path, tables: dict[str, Any], said: str) -> None:
+    job = job_of(tmp_path, **tables)
+    with pytest.raises(ConfigError, match=said) as error:
+        exposed(job, Population.of(job), 8, silent)
     assert "\n" not in str(error.value)
 
 

@@ -34,11 +34,10 @@ from atoll.server.rounds.cohort import some_places
 from atoll.server.rounds.run_state import Run
 from atoll.server.transport import Transport
 from atoll.sim.audit.example_canaries import carrier_with, owners
-from atoll.sim.audit.replay import job_to_replay, rounds_replayed
+from atoll.sim.audit.replay import fresh_learner, job_to_replay, rounds_replayed
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.assignment import Rows
 from atoll.sim.population.population import Population, number_of
-from atoll.tasks import task_named
 from atoll.tasks.language_modeling.data import ASSISTANT, form_of
 from atoll.tasks.language_modeling.task import LanguageModeling
 
@@ -148,14 +147,14 @@ def exposed(
     jobs = {"after": job_to_replay(job)}
     if job.privacy.units:
         jobs["unprotected"] = job_to_replay(job.model_copy(update={"privacy": PrivacySection()}))
-    learner = _learner(job, population)
+    learner = fresh_learner(job, population)
     boxes, form = Boxes.of(job.seed), form_of(population.train)
     ranked = partial(
-        _exposures, learner, _shard(learner, boxes.rows(form, range(len(boxes.secrets)), own=False))
+        exposures, learner, told_in(learner, boxes.rows(form, range(len(boxes.secrets)), own=False))
     )
     found: dict[str, Any] = {"before": ranked(learner.initial())}
     planted = [row for row in boxes.rows(form, range(PLANTED), own=True) for _ in range(times)]
-    texts = PlantedTexts(population, _shard(learner, planted), owners(job)[0])
+    texts = PlantedTexts(population, told_in(learner, planted), owners(job)[0])
     for number, (when, played) in enumerate(jobs.items()):
         found[when] = ranked(_trained(played, population, texts, len(jobs), number, watch))
     return {
@@ -170,13 +169,12 @@ def exposed(
     } | found
 
 
-def _learner(job: Job, population: Population) -> Learner:
-    task = task_named(job.task.name)
-    return Learner.of(job, task, task.merge_info(population.roster(job).data_info))
+def told_in(learner: Learner, rows: Sequence[dict[str, Any]]) -> Shard:
+    """The rows as examples, in their order, each with a key of its own.
 
-
-def _shard(learner: Learner, rows: Sequence[dict[str, Any]]) -> Shard:
-    """The rows as examples, in their order, each with a key of its own; raises ConfigError if one is cut."""
+    Raises:
+        ConfigError: one of them is longer than the job's examples may be.
+    """
     task = learner.task
     assert isinstance(task, LanguageModeling)
     dataset = task.schema.adopted({"train": pa.Table.from_pylist(list(rows))}).train
@@ -206,7 +204,7 @@ def _trained(
     return model
 
 
-def _exposures(learner: Learner, ranked: Shard, tensors: Tensors) -> dict[str, list[float]]:
+def exposures(learner: Learner, ranked: Shard, tensors: Tensors) -> dict[str, list[float]]:
     """Bits for each box whose secret was planted, and for each of the others."""
     surprise = surprises(learner, ranked, tensors).reshape(-1, RANKED)
     bits = [exposure(line) for line in surprise]

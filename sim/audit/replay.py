@@ -35,6 +35,7 @@ from atoll.server.transport import Transport
 from atoll.sim.population.devices import clock_of
 from atoll.sim.population.population import Population
 from atoll.strategies.strategy import State
+from atoll.tasks import task_named
 
 Progress = Callable[[], None]
 """Told after every round."""
@@ -101,6 +102,12 @@ class NoLedgers(PrivacyLedgers):
     def charge(self, client: str, fingerprint: str, job: Job, dp_plan: DpPlan, request: Request) -> int:
         """As many rounds as there were: a replay is never interrupted."""
         return request.round
+
+
+def fresh_learner(job: Job, population: Population) -> Learner:
+    """What builds and measures the job's model, before training, with what the population's clients tell."""
+    task = task_named(job.task.name)
+    return Learner.of(job, task, task.merge_info(population.roster(job).data_info))
 
 
 def job_to_replay(job: Job) -> Job:
