@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -187,6 +188,22 @@ def test_a_run_is_exported_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
     told = json.loads((out / "export.json").read_text())
     assert told["before"]["metrics"] == pytest.approx(told["after"]["metrics"], rel=1e-5)
     assert told["after"]["megabytes"] == pytest.approx((out / "model.gguf").stat().st_size / 1e6)
+    card = (out / "README.md").read_text("utf-8")
+    _, fields, text = card.split("---\n", 2)
+    assert yaml.safe_load(fields) == {
+        "base_model": "llama",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["federated-learning", "language-modeling", "lora"],
+    }
+    facts = told["facts"]
+    for part in (
+        "2 clients, 1 round of fedavg", "this run made no privacy claim", f"template `{facts['template']}`",
+        f"tokenizer `{facts['tokenizer']}`", "`messages`, `prompt`, `completion`, `text`",
+        f"| byte_perplexity | {told['after']['metrics']['byte_perplexity']:.4f} |",
+    ):  # fmt: skip
+        assert part in text, part
+    assert str(tmp_path) not in card
     learner, tensors = trained(tmp_path / "run")
     expected = logits_of(learner.filled(tensors).backbone.model)
     assert torch.allclose(logits_of(as_transformers_reads(out)), expected, atol=1e-5)

@@ -111,6 +111,7 @@ def test_its_command_finds_our_likelihoods_and_our_accuracy(exported: Path) -> N
         measured["accuracy_per_byte"],
     )
     assert 0 < found["acc,none"] < 1
+    assert "library_name: peft" in (adapter / "README.md").read_text("utf-8")
     untrained = learner.predictions(initial, shard.inputs)
     moved = [
         abs(before - after)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atoll.cli.display import out as shown
-from atoll.cli.inspect import ClusterNumber
+from atoll.cli.inspect import ClusterNumber, read_result
 from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from atoll.tasks.metric_values import MetricValues
 
 FORMATS = ("safetensors", "huggingface", "gguf", "onnx", "onnx-int8", "torchao-int8")
+WITH_A_CARD = ("huggingface", "gguf")
 MAX_MEASURED_EXAMPLES = 1000
 """Measured at most, before and after."""
 CALIBRATION_EXAMPLES = 128
@@ -96,6 +97,10 @@ def export(
                 learner.evaluate_model(result, examples),
             )
         check_drop(learner.task.primary_metric, format, before, after, max_drop)
+        if format in WITH_A_CARD:
+            from atoll.export.model_card import write_card
+
+            write_card(learner, read_result(run), after.metrics, staging)
         (staging / "export.json").write_text(
             json.dumps(told(learner, run, format, before, after, len(examples)), indent=2) + "\n", "utf-8"
         )
