@@ -699,25 +699,27 @@ def until_rounds(count: int, run: Path, process: Any) -> None:
     wait_until(whole, f"{count} rounds", alive=lambda: process.poll() is None)
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)], ids=str
+)
 @pytest.mark.slow
 @pytest.mark.processes
 def test_an_interrupted_run_keeps_its_rounds_and_says_how_to_go_on(
-    tmp_path: Path, long_job: Path, times: int, say: Say
+    tmp_path: Path, long_job: Path, number: signal.Signals, times: int
 ) -> None:  # row 86
     run = tmp_path / "my run"
     process = atoll("simulate", long_job, "--set", "train.lr=0.02", "--out", run)
     until_rounds(2, run, process)
     for _ in range(times):
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         time.sleep(0.02)
     printed, said = process.communicate(timeout=WATCHDOG_SECONDS)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in printed + said and said.count("\n") == 1
     line = re.fullmatch(r"interrupted: (\d+) of 100000 rounds are whole in (.*); go on with: (.*)\n", said)
     assert line and int(line[1]) >= 2 and line[2] == str(run)
     assert line[3] == f"atoll simulate '{long_job}' --set train.lr=0.02 --out '{run}' --resume"
-    if times > 1:
+    if (number, times) != (signal.SIGINT, 1):
         return
     again = atoll("simulate", long_job, "--set", "train.lr=0.02", "--out", run, "--resume")
     wait_until(
@@ -729,17 +731,25 @@ def test_an_interrupted_run_keeps_its_rounds_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--workers", "2"], ["--engine", "ray"]], ids=str)
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (signal.SIGINT, ["--workers", "2"]),
+        (signal.SIGINT, ["--engine", "ray"]),
+        (signal.SIGTERM, ["--workers", "2"]),
+    ],
+    ids=str,
+)
 @pytest.mark.processes
-def test_ctrl_c_ends_the_workers_too_without_a_word_of_theirs(
-    tmp_path: Path, long_job: Path, options: list[str]
+def test_a_signal_ends_the_workers_too_without_a_word_of_theirs(
+    tmp_path: Path, long_job: Path, number: signal.Signals, options: list[str]
 ) -> None:  # row 86
     run = tmp_path / "run"
     process = atoll("simulate", long_job, *options, "--out", run)
     until_rounds(2, run, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     printed, said = process.communicate(timeout=WATCHDOG_SECONDS)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert said.startswith("interrupted: ") and said.count("\n") == 1 and "Traceback" not in printed
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from types import FrameType
 
 import click
@@ -82,10 +83,13 @@ def main() -> None:
         os.environ.setdefault(name, value)
     _ensure_std_streams()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _interrupt_once)
+        _on_stop(_interrupt_once)
     code = run(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is only the way out left
-    if code == INTERRUPTED and not _all_threads_end():
+    _on_stop(signal.SIG_IGN)  # there is only the way out left
+    is_stopped = code == INTERRUPTED
+    if is_stopped and _stopped_by:
+        code = 128 + _stopped_by[0]
+    if is_stopped and not _all_threads_end():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -101,9 +105,20 @@ def _all_threads_end() -> bool:
     return not any(thread.is_alive() for thread in others)
 
 
+_stopped_by: list[int] = []
+"""The signal that ended the work, once one has."""
+
+
+def _on_stop(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    """What Ctrl-C does, and SIGTERM, which a scheduler sends before it kills."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """The first Ctrl-C ends the work; more don't disturb its tidying up, which is short and silent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The first signal ends the work; more don't disturb its tidying up, which is short and silent."""
+    _on_stop(signal.SIG_IGN)
+    _stopped_by.append(number)
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         logging.disable()
         sys.unraisablehook = _say_nothing
