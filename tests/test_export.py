@@ -166,7 +166,7 @@ def test_a_metric_that_falls_too_far_leaves_nothing(
         (
             "segmentation",
             "coreml",
-            "expected one of safetensors, huggingface, onnx, onnx-int8, torchao-int8, found 'coreml'",
+            "expected one of safetensors, huggingface, gguf, onnx, onnx-int8, torchao-int8, found 'coreml'",
         ),
     ],
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from atoll.job.job import Job
     from atoll.report.run_result import RunResult
+    from atoll.sim.population.population import Population
 
 REAL = "flower"
 """What results of real federations call their engine."""
@@ -46,6 +47,10 @@ def audit(
     shadows: Annotated[
         int, typer.Option(metavar="K", help="Runs to learn from, for a membership attack.")
     ] = 0,
+    planted: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="How often each secret is planted in texts; 0: not at all."),
+    ] = 8,
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write what was found there as well.")
     ] = None,
@@ -64,7 +69,7 @@ def audit(
     how = Audit(canaries, confidence, shadows)
     population = Population.of(job)
     verbatim = completed_verbatim(job, population, partial(model_of, run))
-    if verbatim is not None and not takes_canaries(job):
+    if not takes_canaries(job):
         found: dict[str, Any] = {"confidence": confidence, "units": {}, "contradicted": False}
     else:
         with watching(job.federation.rounds) as watcher:
@@ -73,6 +78,7 @@ def audit(
                 watch=lambda done, total: watcher.on_event(AuditAdvanced(done, total)),
             )  # fmt: skip
     found |= {"inversion": probed(job, population), "verbatim": verbatim}
+    found["exposure"] = exposure_of(job, population, planted)
     text = json.dumps(found, indent=2, allow_nan=False)
     for path in filter(None, (run / "audit.json", out_file)):
         path.write_text(text + "\n", "utf-8")
@@ -82,11 +88,27 @@ def audit(
         out().print(given_away(found["inversion"]))
     if found["verbatim"] is not None:
         out().print(by_heart(found["verbatim"]), highlight=False, soft_wrap=True)
+    if found["exposure"] is not None and "left_out" not in found["exposure"]:
+        out().print(exposures(found["exposure"]))
     told = what_the_audit_found(found) if found["units"] else NOT_ATTACKED
     out().print(sanitize(told), highlight=False, soft_wrap=True)
     out().print(f"audit  {sanitize(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
     if found["contradicted"]:
         raise typer.Exit(1)
+
+
+def exposure_of(job: Job, population: Population, times: int) -> dict[str, Any] | None:
+    """How exposed planted secrets are; for a job that can't be played again with them, why, which is said."""
+    from atoll.sim.audit.exposure import exposed
+
+    try:
+        with watching(job.federation.rounds) as watcher:
+            return exposed(
+                job, population, times, lambda done, total: watcher.on_event(AuditAdvanced(done, total))
+            )
+    except ConfigError as error:
+        out().print(sanitize(f"no secrets planted: {error}"), highlight=False, soft_wrap=True)
+        return {"left_out": str(error)}
 
 
 def simulated_run(run: Path) -> tuple[Job, RunResult]:
@@ -153,6 +175,31 @@ def given_away(inversion: Mapping[str, Any]) -> Table:
         told = [f"{plain_one['label']:.0%}", f"{plain_one['cosine']:z.2f}"]
         told += ["-", "-"] if kept is None else [f"{kept['label']:.0%}", f"{kept['cosine']:z.2f}"]
         table.add_row(f"{name} (by chance {inversion['chance'][key]:.0%})", *told)
+    return table
+
+
+def exposures(found: Mapping[str, Any]) -> Table:
+    """Bits of exposure of the secrets that were planted, and of those that weren't."""
+    from rich.table import Table
+
+    title = (
+        f"exposure in bits of secrets, each {found['times']} times in texts of {sanitize(found['client'])};"
+        f" at most {found['at_most']:g}, and {found['expected']:.2f} on average where nothing is known"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("", "planted, mean", "most", "not planted, mean", "most"):
+        table.add_column(column, justify="right" if column else "left")
+    names = {
+        "before": "before training",
+        "after": "after training",
+        "unprotected": "after it without privacy",
+    }
+    for key, name in names.items():
+        if found[key] is not None:
+            bits = (found[key]["planted"], found[key]["others"])
+            table.add_row(
+                name, *(f"{value:.2f}" for one in bits for value in (sum(one) / len(one), max(one)))
+            )
     return table
 
 

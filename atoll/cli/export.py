@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atoll.cli.display import out as shown
-from atoll.cli.inspect import ClusterNumber
+from atoll.cli.inspect import ClusterNumber, read_result
 from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError, JobError
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from atoll.learning.learner import Learner
     from atoll.tasks.metric_values import MetricValues
 
-FORMATS = ("safetensors", "huggingface", "onnx", "onnx-int8", "torchao-int8")
+FORMATS = ("safetensors", "huggingface", "gguf", "onnx", "onnx-int8", "torchao-int8")
+WITH_A_CARD = ("huggingface", "gguf")
 MAX_MEASURED_EXAMPLES = 1000
 """Measured at most, before and after."""
 CALIBRATION_EXAMPLES = 128
@@ -96,6 +97,10 @@ def export(
                 learner.evaluate_model(result, examples),
             )
         check_drop(learner.task.primary_metric, format, before, after, max_drop)
+        if format in WITH_A_CARD:
+            from atoll.export.model_card import write_card
+
+            write_card(learner, read_result(run), after.metrics, staging)
         (staging / "export.json").write_text(
             json.dumps(told(learner, run, format, before, after, len(examples)), indent=2) + "\n", "utf-8"
         )
@@ -125,6 +130,10 @@ def check_can_be(learner: Learner, format: str) -> None:
         raise ConfigError(
             f"--format huggingface: {learner.job.backbone.name} is no transformers network, try onnx"
         )
+    if format == "gguf":
+        from atoll.export.gguf import check_gguf
+
+        check_gguf(learner)
     if format == "torchao-int8":
         from atoll.export import torchao
 
@@ -188,6 +197,12 @@ def written(model: Model, learner: Learner, format: str, folder: Path, examples:
     if format == "safetensors":
         write_tensors(model, folder / "model.safetensors")
         read_tensors(model, folder / "model.safetensors")
+        return model
+    if format == "gguf":
+        from atoll.export.gguf import read_gguf, write_gguf
+
+        write_gguf(model, learner, folder)
+        read_gguf(model, folder)
         return model
     if format == "torchao-int8":
         from atoll.export import torchao
@@ -253,7 +268,8 @@ def size_of(model: Model) -> float:
 
 def megabytes_in(folder: Path, format: str) -> float:
     """Megabytes of the files that hold numbers."""
-    pattern = "*.onnx*" if format.startswith("onnx") else "*.safetensors"
+    patterns = {"onnx": "*.onnx*", "onnx-int8": "*.onnx*", "gguf": "*.gguf"}
+    pattern = patterns.get(format, "*.safetensors")
     return sum(file.stat().st_size for file in folder.glob(pattern)) / 1e6
 
 

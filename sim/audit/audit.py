@@ -13,7 +13,6 @@ import numpy as np
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.job.privacy import Unit
-from atoll.learning.learner import Learner
 from atoll.privacy.auditing.epsilon_bounds import (
     GAUSSIAN,
     Family,
@@ -35,10 +34,9 @@ from atoll.server.events import EventCallback
 from atoll.sim.audit.client_canaries import CanaryClients
 from atoll.sim.audit.example_canaries import CanaryFeatures
 from atoll.sim.audit.mislabelled_canaries import Mislabelled, candidates
-from atoll.sim.audit.replay import Canaries, job_to_replay, replayed
+from atoll.sim.audit.replay import Canaries, fresh_learner, job_to_replay, replayed
 from atoll.sim.engines.events import AuditAdvanced
 from atoll.sim.population.population import Population
-from atoll.tasks import task_named
 
 DEFAULT_CANARIES = 5000
 """Canaries of an audit, unless another number is asked for or there can't be so many."""
@@ -122,7 +120,7 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
     Raises:
         ConfigError: there can't be so many.
     """
-    learner = _learner(job, population)
+    learner = fresh_learner(job, population)
     if unit == "client":
         dp_plan, model = dp_plan_of(job, "client"), learner.initial()
         assert dp_plan is not None
@@ -133,11 +131,6 @@ def canaries_for(job: Job, population: Population, unit: Unit, how: Audit) -> Ca
         return CanaryFeatures.of(population, learner, number)
     most = len(candidates(population, learner)) // 2
     return Mislabelled.of(population, learner, _fitting(how, most, "examples to mislabel"))
-
-
-def _learner(job: Job, population: Population) -> Learner:
-    task = task_named(job.task.name)
-    return Learner.of(job, task, task.merge_info(population.roster(job).data_info))
 
 
 def _fitting(how: Audit, most: int, what: str) -> int:

@@ -6,7 +6,7 @@ The noise is always real, even where the job asks for a seeded one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +35,7 @@ from atoll.server.transport import Transport
 from atoll.sim.population.devices import clock_of
 from atoll.sim.population.population import Population
 from atoll.strategies.strategy import State
+from atoll.tasks import task_named
 
 Progress = Callable[[], None]
 """Told after every round."""
@@ -55,16 +56,8 @@ class RoundTranscript:
     clipping_norm: float = 1.0
 
 
-class Canaries(Protocol):
-    """Units of privacy that are in a run or not, each by a coin, and how an attacker tells."""
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def what(self) -> str:
-        """The attack in a few words."""
-        ...
+class Planted(Protocol):
+    """What takes part in a run beside the clients' own data, or in its place."""
 
     def names(self, inside: Membership) -> list[str]:
         """Canary clients that cohorts are drawn from as well; none where examples are the canaries."""
@@ -76,6 +69,18 @@ class Canaries(Protocol):
 
     def joined(self, run: Run, updates: Sequence[Update], present: Sequence[str]) -> Sequence[Update]:
         """The round's updates with those of the canary clients that are present."""
+        ...
+
+
+class Canaries(Planted, Protocol):
+    """Units of privacy that are in a run or not, each by a coin, and how an attacker tells."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def what(self) -> str:
+        """The attack in a few words."""
         ...
 
     @property
@@ -97,6 +102,12 @@ class NoLedgers(PrivacyLedgers):
     def charge(self, client: str, fingerprint: str, job: Job, dp_plan: DpPlan, request: Request) -> int:
         """As many rounds as there were: a replay is never interrupted."""
         return request.round
+
+
+def fresh_learner(job: Job, population: Population) -> Learner:
+    """What builds and measures the job's model, before training, with what the population's clients tell."""
+    task = task_named(job.task.name)
+    return Learner.of(job, task, task.merge_info(population.roster(job).data_info))
 
 
 def job_to_replay(job: Job) -> Job:
@@ -135,20 +146,27 @@ def replayed(
 ) -> Vector:
     """Each canary's score over all rounds of one run that had those inside, [canaries]."""
     total = np.zeros(canaries.count)
+    for seen in rounds_replayed(job, population, canaries, inside):
+        total += canaries.scores(seen, inside)
+        progress()
+    return total
+
+
+def rounds_replayed(
+    job: Job, population: Population, planted: Planted, inside: Membership
+) -> Iterator[RoundTranscript]:
+    """What an attacker has of each round of one run that had those inside, one round after the other."""
     with TemporaryDirectory(prefix="atoll-audit-") as folder:
         out = Path(folder) / "run"
         with RunDirectory.open(out, job, resume=False, force=False) as directory:
             protection = central_dp_of(job, out, None)
             run = start_or_resume(
-                job, canaries.carrier(inside), directory, _without_test_set(population), ignore_events,
+                job, planted.carrier(inside), directory, _without_test_set(population), ignore_events,
                 resume=False, clock=clock_of(population), protection=protection,
             )  # fmt: skip
             run, released = _recording(run)
             for round in range(1, job.federation.rounds + 1):
-                seen = _round(run, round, canaries, inside, released)
-                total += canaries.scores(seen, inside)
-                progress()
-    return total
+                yield _round(run, round, planted, inside, released)
 
 
 def _without_test_set(population: Population) -> Callable[[Learner], None]:
@@ -180,12 +198,12 @@ def _recording(run: Run) -> tuple[Run, LastReleased]:
 
 
 def _round(
-    run: Run, round: int, canaries: Canaries, inside: Membership, released: LastReleased
+    run: Run, round: int, planted: Planted, inside: Membership, released: LastReleased
 ) -> RoundTranscript:
     """A round without measuring and checkpoints."""
-    cohort, present = _cohort(run, round, canaries.names(inside))
+    cohort, present = _cohort(run, round, planted.names(inside))
     gathered, _ = request_updates(run, cohort, round)
-    updates = canaries.joined(run, gathered.updates, present)
+    updates = planted.joined(run, gathered.updates, present)
     before, norm = run.state.tensors, clipping_norm_of(run)
     merge_updates(run, updates, round)
     run.state.round = round

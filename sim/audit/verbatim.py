@@ -20,9 +20,9 @@ from atoll.learning.learner import WHOLE_BATCH, Learner
 from atoll.protocol.random_streams import stream
 from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.cohort import some_places
+from atoll.sim.audit.replay import fresh_learner
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population, number_of
-from atoll.tasks import task_named
 
 GIVEN, WRITTEN = 20, 20
 """Tokens of a text that are given, and that must follow."""
@@ -50,8 +50,8 @@ def completed_verbatim(
     """
     if job.task.name != "language-modeling" or job.personal.splits:
         return None
-    task, job = task_named(job.task.name), job.stages[-1]
-    learner = Learner.of(job, task, task.merge_info(population.roster(job).data_info))
+    job = job.stages[-1]
+    learner = fresh_learner(job, population)
     index = PopulationIndex(population, learner)
     passages = passages_of(index, population.names(job))
     if not passages:

@@ -99,6 +99,10 @@ def check_engine(job: Job, engine: str) -> None:
         raise ConfigError(
             "train.teacher: engine cohort trains such clients by the task's own loss, try inline"
         )
+    if engine == "cohort" and job.task.options.get("packing"):
+        raise ConfigError(
+            "task.options.packing: engine cohort trains such clients at once, in one shape, try inline"
+        )
     if engine == "cohort" and job.tune.then:
         raise ConfigError("tune.then: engine cohort has one way to train for a whole run, try inline")
     if engine == "cohort" and job.tune.method == "seeds":

@@ -36,6 +36,8 @@ _OUTSIDE = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_PARTS_BACK = {ours: theirs for theirs, ours in _PARTS.items()}
+_OUTSIDE_BACK = {ours: theirs for theirs, ours in _OUTSIDE.items()}
 _SPECIAL_TYPE = 3
 _SPLITS_DIGITS = "smollm"
 """The only way of splitting a text before its pieces are looked up that is known here."""
@@ -79,6 +81,14 @@ def write_folder(file: Path, folder: Path) -> None:
     _tokenizer(said).save_pretrained(folder)
 
 
+def tensors_in(file: Path) -> Tensors:
+    """All tensors of a file of Llama's shape, in float32 under transformers' names."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    return _tensors(reader, {name: field.contents() for name, field in reader.fields.items()})
+
+
 def _tensors(reader: Any, said: dict[str, Any]) -> Tensors:
     """All tensors in float32 under transformers' names."""
     from gguf import dequantize
@@ -102,6 +112,19 @@ def _name(theirs: str) -> str:
         return _OUTSIDE[theirs]
     _, number, part, kind = theirs.split(".")
     return f"model.layers.{number}.{_PARTS[part]}.{kind}"
+
+
+def gguf_name(ours: str) -> str:
+    """What the file calls a tensor of transformers'.
+
+    >>> gguf_name("model.layers.3.self_attn.q_proj.weight"), gguf_name("lm_head.weight")
+    ('blk.3.attn_q.weight', 'output.weight')
+    """
+    if (theirs := _OUTSIDE_BACK.get(ours)) is not None:
+        return theirs
+    number, part = ours.removeprefix("model.layers.").split(".", 1)
+    part, _, kind = part.rpartition(".")
+    return f"blk.{number}.{_PARTS_BACK[part]}.{kind}"
 
 
 def _rows_in_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:

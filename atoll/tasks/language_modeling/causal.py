@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from atoll.errors import WeightsError
 from atoll.job.job import Job
 from atoll.tasks.language_modeling.generation import Decoding, written_on
 from atoll.tasks.language_modeling.options import LanguageOptions
+from atoll.tasks.language_modeling.packing import check_packs, packed
 from atoll.tasks.language_modeling.template import Tokens
 from atoll.tasks.losses import cross_entropies
 
@@ -108,8 +110,13 @@ class CausalModel(Model):
     def scores(self, batch: Batch) -> torch.Tensor:
         """[batch, learnt, vocabulary]: what is not learnt isn't scored, which is most of the work."""
         network: Any = self.backbone.model
-        with _only(network.get_output_embeddings(), batch["places"]):
-            scores: torch.Tensor = network(
+        shared = packed(batch) if self._options.packing else None
+        if shared is not None:
+            with _only(network.get_output_embeddings(), partial(_of_all_rows, shared.pop("places"))):
+                scores: torch.Tensor = network(**shared, use_cache=False).logits
+            return scores.float()
+        with _only(network.get_output_embeddings(), partial(_of_each_row, batch["places"])):
+            scores = network(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             ).logits
         return scores.float()
@@ -132,12 +139,22 @@ def surprises(scores: torch.Tensor, batch: Batch) -> torch.Tensor:
     return cross_entropies(scores, known)
 
 
+def _of_each_row(places: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """The states [batch, learnt, width] at places [batch, learnt] of each row."""
+    return states.gather(1, places.unsqueeze(2).expand(-1, -1, states.shape[2]))
+
+
+def _of_all_rows(places: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """The states [batch, learnt, width] at places that count through all rows."""
+    return states.flatten(0, 1)[places]
+
+
 @contextmanager
-def _only(head: nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """Within, the output layer sees the states at those places alone."""
+def _only(head: nn.Module, chosen_of: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within, the output layer sees the chosen states alone."""
 
     def chosen(module: nn.Module, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return states[0].gather(1, places.unsqueeze(2).expand(-1, -1, states[0].shape[2]))
+        return chosen_of(states[0])
 
     handle = head.register_forward_pre_hook(chosen)
     try:
@@ -180,8 +197,11 @@ def load_causal(
 
     Raises:
         WeightsError: it isn't a causal model, or its weights don't fit.
+        ConfigError: `packing` is asked of a network in which examples of one row see each other.
     """
     network = load_transformer(backbone, job.seed, KIND)
+    if options.packing:
+        check_packs(network)
     head = network.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise WeightsError(f"{backbone.folder}: a network without an output layer, expected a linear one")

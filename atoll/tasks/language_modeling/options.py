@@ -15,6 +15,7 @@ class LanguageOptions(Section):
     `template`: jinja source in place of the tokenizer's own; an empty one joins prompts and completions as
     they stand. `temperature`: 0 writes the likeliest token each time, more draws from what is likely.
     `samples`: for so many held-out prompts a run's report shows what the model writes before and after.
+    `packing`: short examples of a batch share rows, none of which sees another.
     """
 
     max_tokens: Annotated[int, Field(ge=2, le=8192)] = 256
@@ -22,3 +23,4 @@ class LanguageOptions(Section):
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 64
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     samples: Annotated[int, Field(ge=0, le=100)] = 3
+    packing: bool = False

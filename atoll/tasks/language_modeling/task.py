@@ -93,7 +93,8 @@ class LanguageModeling(SchemaTask):
         return Coder(self._tokenizer, self.options.max_tokens)
 
     def check(self, job: Job) -> None:
-        options_of(job.task.options, self.options_kind)
+        if options_of(job.task.options, self.options_kind).packing:
+            _check_packing(job)
         self.schema.check(job.data)
         refuse_augment(job)
         if job.backbone.is_given("max_tokens"):
@@ -305,6 +306,20 @@ class LanguageModeling(SchemaTask):
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         return [{"label": text} for text in predictions]
+
+
+def _check_packing(job: Job) -> None:
+    """Raises ConfigError where every example must have a row of its own."""
+    if "example" in job.privacy.units:
+        raise ConfigError(
+            "task.options.packing: under example-level privacy each example's own gradient is clipped, which"
+            " one row for several doesn't have; expected false"
+        )
+    if job.train.cached_states is not None:
+        raise ConfigError(
+            "task.options.packing: train.cached_states keeps the states of each example in a row of its own;"
+            " expected false, or no train.cached_states"
+        )
 
 
 def asked(prompt: str) -> Messages:
