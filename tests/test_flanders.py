@@ -188,7 +188,7 @@ def test_most_clients_may_be_hostile_in_a_run(tmp_path: Path) -> None:
         federation = {"clients": 8, "rounds": 12, "quorum": 1.0}
         train = {"lr": 8.0, "batch_size": 16}
         setting = of_pixels(federation, attack=attack, data=data, strategy=strategy, train=train)
-        return float(run(setting, tmp_path / name)["rounds"][-1]["metrics"]["accuracy"])
+        return float(run(setting, tmp_path / name).rounds[-1]["metrics"]["accuracy"])
 
     kept = accuracy({"name": "flanders", "options": {"hostile": 5}}, "flanders")
     assert kept > 0.8 > 0.5 > accuracy({"name": "geometric-median"}, "median")

@@ -100,14 +100,14 @@ def test_a_run_has_the_same_bits_everywhere_and_its_layer_is_the_seeds(tmp_path:
     setting = job(kind)
     options: Sequence[dict[str, Any]] = ({}, {"engine": "loop"}, {"workers": 2})
     results = [run(setting, tmp_path / str(n), **one) for n, one in enumerate(options)]
-    assert len({r["model_sha256"] for r in results}) == 1
+    assert len({r.model_sha256 for r in results}) == 1
     learner, model = trained(tmp_path / "0")
     initial = learner.initial()
     assert all(torch.equal(model[n], initial[n]) for n in ("head.0.weight", "head.0.bias"))
     assert not torch.equal(model["head.2.weight"], initial["head.2.weight"])
-    assert results[0]["bytes_up"] == 6 * statistics_size(setting, model)
+    assert results[0].bytes_up == 6 * statistics_size(setting, model)
     other = run(job(kind, seed=5), tmp_path / "other")
-    assert other["model_sha256"] != results[0]["model_sha256"]
+    assert other.model_sha256 != results[0].model_sha256
 
 
 def test_it_decides_better_than_the_linear_head_and_predicts_by_the_formula(tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_it_decides_better_than_the_linear_head_and_predicts_by_the_formula(tmp_
     from atoll.datasets.registry import load_source
 
     tune = {"head_init": "ridge", "hidden": 400, "ridge": 0.01}
-    found = run(job(tune=tune), tmp_path / "run")["final"]["server"]["accuracy"]
+    found = run(job(tune=tune), tmp_path / "run").final["server"]["accuracy"]
     linear = run(job(tune={"head_init": "ridge", "ridge": 0.01}), tmp_path / "linear")
-    assert found > linear["final"]["server"]["accuracy"] + 0.02
+    assert found > linear.final["server"]["accuracy"] + 0.02
     picture = tmp_path / "one.png"
     picture.write_bytes(image_bytes(load_source("digits")["train"].slice(0, 1).to_pylist()[0]["image"]))
     [answer] = Run(tmp_path / "run").predict([picture])
@@ -132,7 +132,7 @@ def test_it_decides_better_than_the_linear_head_and_predicts_by_the_formula(tmp_
 def test_later_rounds_train_both_layers(tmp_path: Path) -> None:
     result = run(job(federation={"clients": 6, "rounds": 2}), tmp_path / "run")
     learner, model = trained(tmp_path / "run")
-    assert len({line["model_sha256"] for line in result["rounds"]}) == 2
+    assert len({line["model_sha256"] for line in result.rounds}) == 2
     assert not torch.equal(model["head.0.weight"], learner.initial()["head.0.weight"])
 
 
@@ -178,13 +178,13 @@ def test_a_run_under_a_promise_noises_the_last_layers_sums_and_leaves_the_first(
 ) -> None:
     setting = promised(unit, seeded_noise=True)
     results = [run(setting, tmp_path / str(n), **o) for n, o in enumerate(({}, {"engine": "loop"}))]
-    assert len({r["model_sha256"] for r in results}) == 1
-    assert results[0]["privacy"]["releases"] == 1
-    assert results[0]["privacy"]["sums_of_features"]["sensitivity"] == math.sqrt(2)
+    assert len({r.model_sha256 for r in results}) == 1
+    assert results[0].privacy["releases"] == 1
+    assert results[0].privacy["sums_of_features"]["sensitivity"] == math.sqrt(2)
     learner, model = trained(tmp_path / "0")
     assert torch.equal(model["head.0.weight"], learner.initial()["head.0.weight"])
     small = promised(unit, seeded_noise=True, noise_multiplier=1e-4)
-    assert run(small, tmp_path / "small")["final"]["server"]["accuracy"] > 0.4  # of ten classes
+    assert run(small, tmp_path / "small").final["server"]["accuracy"] > 0.4  # of ten classes
 
 
 def test_a_linear_heads_features_are_as_they_are() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import yaml
 
 from atoll.export.huggingface import ADAPTER
 from atoll.learning.learner import Learner
+from atoll.report.run_result import RunResult
 from atoll.report.text import what_was_private
 from atoll.tasks.language_modeling.task import LanguageModeling
 from atoll.tasks.metric_values import UNDEFINED, MetricValues
@@ -17,7 +17,7 @@ from atoll.tasks.metric_values import UNDEFINED, MetricValues
 CARD = "README.md"
 
 
-def write_card(learner: Learner, result: Mapping[str, Any], metrics: MetricValues, folder: Path) -> None:
+def write_card(learner: Learner, result: RunResult, metrics: MetricValues, folder: Path) -> None:
     """`README.md` with the fields that the Hugging Face hub reads, in the folder and in its adapter's.
 
     `result` is the run's, `metrics` those of the exported model.
@@ -42,17 +42,17 @@ def _fields(learner: Learner, library: str) -> dict[str, Any]:
     return {"base_model": base_of(learner), "library_name": library, **kind, "tags": tags}
 
 
-def described(learner: Learner, result: Mapping[str, Any], metrics: MetricValues) -> str:
+def described(learner: Learner, result: RunResult, metrics: MetricValues) -> str:
     """The card below its fields."""
-    job, rounds = learner.job, len(result["rounds"])
+    job, rounds = learner.job, len(result.rounds)
     lines = [
         f"# {_bare(job.name)}",
         f"`{_bare(base_of(learner))}`, tuned ({job.tune.description}) for {learner.task.name} by federated"
-        f" learning: {result['population']:,} clients, {rounds:,} round{'s' * (rounds != 1)} of"
-        f" {_bare(str(result['strategy']))}. The clients' data stayed with them.",
+        f" learning: {result.population:,} clients, {rounds:,} round{'s' * (rounds != 1)} of"
+        f" {_bare(result.strategy)}. The clients' data stayed with them.",
         *_rows(learner),
         *_hashes(learner),
-        what_was_private(result["privacy"]),
+        what_was_private(result.privacy),
         "| metric | value |\n|---|---|\n" + "\n".join(_line(*item) for item in metrics.items()),
         "Measured on the examples that `export.json` counts.",
     ]
