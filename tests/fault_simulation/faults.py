@@ -67,7 +67,8 @@ SIZES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
 class Scenario:
     """A federation to play; `refusing` is the number of a site whose policy refuses the job, 0 for none.
 
-    `again` says that another run of the same job was begun at the same sites before, and given up.
+    `again` says that another run of the same job was begun at the same sites before, and given up after a
+    few seconds, if it wasn't at its end.
     """
 
     seed: int

@@ -75,12 +75,12 @@ def without_sync(original: Any) -> Any:
 
 
 def charged_when_the_next_round_begins(original: Any) -> Any:
-    late: list[Any] = []
+    late: dict[int, Any] = {}
 
     def charge(self: Any, round: int, cost: Any) -> None:
-        if late:
-            original(self, *late.pop())
-        late.append((round, cost))
+        if before := late.pop(id(self), None):
+            original(self, *before)
+        late[id(self)] = (round, cost)
 
     return charge
 
@@ -176,9 +176,9 @@ def hash_of_names(original: Any) -> Any:
 
 
 def asked_once(original: Any) -> Any:
-    def converse(self: Any, letters: Any, kind: str, timeout: float, patience: float) -> Any:
+    def converse(*given: Any, **how: Any) -> Any:
         with patch.multiple("atoll.server.app", RESEND_PART=9.0, HELLO_AGAIN_SECONDS=1e9):
-            yield from original(self, letters, kind, timeout, patience)
+            yield from original(*given, **how)
 
     return converse
 

@@ -122,6 +122,7 @@ class World:
         if self.scenario.again:
             self._life(self.server.folder / "earlier", most_seconds=3.0)
             shutil.rmtree(self.server.folder / "earlier", ignore_errors=True)
+            self.seen.result = None  # a short run may have ended within that time
         spare = EXTRA_LIVES
         try:
             while self.seen.result is None and spare and not self.seen.crashes:
