@@ -133,6 +133,7 @@ QUICK = (
     "a resumed run leaves a round out",
     "a site's last reply is taken for any request",
     "who was not asked may reply",
+    "any site's key will do for a client",
 )
 
 

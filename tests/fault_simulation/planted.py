@@ -15,6 +15,8 @@ import torch
 import atoll.client.app as client_app
 import atoll.client.site as site
 import atoll.client.state.store as store
+import atoll.kit.signed_replies as signed_replies
+import atoll.server.app as server_app
 import atoll.server.received as received
 import atoll.server.rounds.aggregation as aggregation
 import atoll.server.rounds.secure_aggregation as secure_aggregation
@@ -27,6 +29,8 @@ import atoll.system.durable_files as durable_files
 from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
+from atoll.kit.roster import is_signature
+from atoll.kit.signed_replies import SignatureCheck, signed_content
 from atoll.privacy.ledger import Ledger
 from atoll.protocol.flower_content import unpacked
 from atoll.protocol.messages import Hello, decode_reply
@@ -183,6 +187,35 @@ def asked_once(original: Any) -> Any:
     return converse
 
 
+def claims_believed(original: Any) -> Any:
+    """A signature need only fit what the message itself says that it answers."""
+
+    def fault(self: Any, seal: Any, client: str, sha256: bytes) -> str:
+        claimed = seal and signed_replies.Exchange(seal.run, seal.round, seal.nonce)
+        return str(
+            original(dataclasses.replace(self, expected=claimed or self.expected), seal, client, sha256)
+        )
+
+    return fault
+
+
+def signed_without_its_number(original: Any) -> Any:
+    return lambda exchange, *rest: original(dataclasses.replace(exchange, nonce=""), *rest)
+
+
+def key_of_any_site(original: Any) -> Any:
+    def fault(self: Any, seal: Any, client: str, sha256: bytes) -> str:
+        content, made = signed_content(self.expected, client, sha256), seal.signatures[client]
+        keys = self.roster.keys.values()
+        return "" if any(is_signature(key, content, made) for key in keys) else "signed by no site"
+
+    return fault
+
+
+def taken_without_seal(original: Any) -> Any:
+    return lambda self, seal, *rest: original(self, seal, *rest) if seal is not None else ""
+
+
 PLANTED: dict[str, Plant] = {
     "the server's ledger is charged a round late": wrapped(
         CentralDp, "_charge", charged_when_the_next_round_begins
@@ -254,6 +287,18 @@ PLANTED: dict[str, Plant] = {
         run_job, "disk_errors_in_words", lambda out: nullcontext()
     ),
     "names of clients are read as they come": replaced(client_app, "_names", json.loads),
+    "signatures are not looked at": replaced(SignatureCheck, "_signature_fault", lambda *given: ""),
+    "an answer with no seal needs none": wrapped(SignatureCheck, "fault", taken_without_seal),
+    "a seal is believed which request it answers": wrapped(SignatureCheck, "fault", claims_believed),
+    "a signature is not over the request's number": wrapped(
+        signed_replies, "signed_content", signed_without_its_number
+    ),
+    "any site's key will do for a client": wrapped(SignatureCheck, "_signature_fault", key_of_any_site),
+    "greetings are not checked": wrapped(
+        server_app,
+        "greetings",
+        lambda original: lambda content, site, job, check: original(content, site, job),
+    ),
 }
 
 
