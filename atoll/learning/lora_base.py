@@ -78,17 +78,18 @@ def fix_factors(model: nn.Module) -> None:
     """Let every layer's A and B be its own weight's singular vectors, with a core between that is zero.
 
     Raises:
-        ConfigError: a weight is zero, and has none.
+        ConfigError: a weight's singular vectors aren't determined.
     """
     for name, layer in lora_layers(model):
         weight = _matrix(layer, layer.get_base_layer().weight)
-        if not weight.any():
-            raise ConfigError(
-                f"tune.lora_merge: 'fedsb' takes its factors from the weight of {name}, which is zero;"
-                " expected tune.targets without it, or another way of merging"
-            )
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         found = singular_factors(weight.cpu(), len(a))
+        if found is None:
+            raise ConfigError(
+                f"tune.lora_merge: 'fedsb' takes its factors from the weight of {name}, which is zero or has"
+                " equal singular values, so that sites may find different ones; expected tune.targets without"
+                " it, or another way of merging"
+            )
         a.copy_(found.a.reshape(a.shape))
         b.copy_(found.b.reshape(b.shape))
         layer.lora_B["default"] = Core(layer.lora_B["default"])

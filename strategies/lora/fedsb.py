@@ -26,6 +26,8 @@ __all__ = ["average", "is_trained", "singular_factors", "with_core"]
 
 LEAST = 1e-6
 """Singular values below this part of the greatest one are rounding: their directions are nobody's."""
+CLOSE = 1e-8
+"""Of singular values nearer to each other, as a part of the greatest, other libraries find other vectors."""
 
 
 def with_core(basis: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
@@ -33,11 +35,13 @@ def with_core(basis: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     return basis @ core
 
 
-def singular_factors(weight: torch.Tensor, rank: int) -> Factors:
+def singular_factors(weight: torch.Tensor, rank: int) -> Factors | None:
     """B [out, rank] and A [rank, in] of a weight [out, in], with orthonormal columns and rows; in float64.
 
     Of each pair of vectors the largest number in B's is positive, for a decomposition leaves both signs open.
     Where the weight has fewer directions than `rank`, what is missing is zero, and R does nothing there.
+    None where the vectors aren't determined: of a weight that is zero, and where singular values are equal,
+    as an orthogonal weight's are. Each site finds them by itself, so all must find the same.
 
     >>> factors = singular_factors(torch.tensor([[0.0, -3.0], [1.0, 0.0]]), rank=1)
     >>> (factors.b @ factors.a).round(decimals=6).add(0).tolist()
@@ -45,6 +49,8 @@ def singular_factors(weight: torch.Tensor, rank: int) -> Factors:
     """
     u, s, v = torch.linalg.svd(weight.to(torch.float64), full_matrices=False)
     count = min(rank, int((s > LEAST * s[0]).sum()))
+    if not count or bool((s[:-1] - s[1:] < CLOSE * s[0])[:count].any()):
+        return None
     b, a = u[:, :count], v[:count]
     signs = b.gather(0, b.abs().argmax(0, keepdim=True)).sign()
     missing = rank - count
