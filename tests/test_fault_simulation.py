@@ -20,7 +20,7 @@ from tests.fault_simulation.play import play
 from tests.fault_simulation.shrink import shrunk
 
 NEW_SEEDS = 120
-"""About twelve seconds of one core; `make simulate-faults` plays as many as there is time for."""
+"""About twenty seconds of one core; `make simulate-faults` plays as many as there is time for."""
 
 
 @pytest.fixture(scope="module", autouse=True)
