@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.fault_simulation.faults import POINTS, Fault, Scenario
+from tests.fault_simulation.faults import FORGERIES, POINTS, Fault, Scenario
 from tests.fault_simulation.hooks import simulated
 from tests.fault_simulation.invariants import INVARIANTS
 from tests.fault_simulation.planted import PLANTED, seeds_until_found
@@ -20,7 +20,7 @@ from tests.fault_simulation.play import play
 from tests.fault_simulation.shrink import shrunk
 
 NEW_SEEDS = 120
-"""About twelve seconds of one core; `make simulate-faults` plays as many as there is time for."""
+"""About twenty seconds of one core; `make simulate-faults` plays as many as there is time for."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,6 +81,38 @@ def test_what_was_found_once_stays_mended(name: str) -> None:
     assert outcome.happened.total() == len(scenario.faults)
 
 
+IN_PLACE, BEFORE, AFTER = 0.2, 0.6, 0.9
+"""Amounts with which a forged reply takes the honest one's place, comes before it, or after it."""
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+@pytest.mark.parametrize("amount", [IN_PLACE, BEFORE])
+def test_a_forged_reply_is_read_and_refused(kind: str, amount: float) -> None:
+    scenario = Scenario(1, "fedavg", 3, 3, 0, again=False, faults=(at(kind, 2, 3, amount),))
+    outcome = play(scenario)
+    assert not outcome.violations, str(outcome)
+    assert outcome.forged.sent == outcome.forged.read == {kind: 1} and not outcome.forged.accepted
+    assert str(outcome.forged) == "forged messages: 1, read by a server: 1, accepted: 0"
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_forged_reply_behind_the_honest_one_changes_nothing(kind: str) -> None:
+    """Of a run in which nobody is set aside, as here none may be, the bits are the undisturbed run's."""
+    outcome = play(Scenario(1, "fedavg", 3, 3, 0, again=False, faults=(at(kind, 2, 3, AFTER),)))
+    assert not outcome.violations, str(outcome)
+    assert outcome.forged.sent == {kind: 1} and not outcome.forged.read
+
+
+@pytest.mark.parametrize("place", [7, 8])
+def test_a_greeting_and_an_update_of_a_run_before_are_refused(place: int) -> None:
+    """That run has six messages to each site: a greeting, three rounds and two measurements."""
+    kind = "reply sent again for another request"
+    scenario = Scenario(1, "fedavg", 3, 3, 0, again=True, faults=(at(kind, 2, place, IN_PLACE),))
+    outcome = play(scenario)
+    assert not outcome.violations, str(outcome)
+    assert outcome.forged.read == {kind: 1} and not outcome.forged.accepted
+
+
 @pytest.mark.parametrize("seed", [3, 7005, 2**63 + 11])
 def test_a_seed_plays_the_same_federation_again(seed: int) -> None:
     first, second = play(Scenario.of(seed)), play(Scenario.of(seed))
@@ -101,6 +133,7 @@ QUICK = (
     "a resumed run leaves a round out",
     "a site's last reply is taken for any request",
     "who was not asked may reply",
+    "any site's key will do for a client",
 )
 
 

@@ -31,6 +31,7 @@ def simulate(first: int, number: int) -> int:
         for tally in played_by_all_cores(first, number):
             whole.kinds += tally.kinds
             whole.happened += tally.happened
+            whole.forged.add(tally.forged)
             whole.cpu_seconds += tally.cpu_seconds
             for outcome in tally.failures:
                 whole.failures.append(outcome)
@@ -44,6 +45,7 @@ def simulate(first: int, number: int) -> int:
     console.print(f"{whole.happened.total()} faults:")
     for kind in POINTS:
         console.print(f"  {whole.happened[kind]:6} {kind}", markup=False)
+    console.print(f"{whole.forged}")
     console.print(f"{len(whole.failures)} failures")
     for kind in whole.never:
         console.print(f"no fault of this kind ever happened: {kind}", markup=False)

@@ -26,6 +26,11 @@ class Fault:
     def point(self) -> str:
         return POINTS[self.kind]
 
+    @property
+    def comes_too_late(self) -> bool:
+        """Whether it is a forged reply behind the honest one, which nobody looks at."""
+        return self.kind in FORGERIES and self.amount >= BEFORE
+
 
 REQUEST, REPLY, WORK = "a request on its way", "a reply on its way", "a site at work"
 PULL, PUSH, START = "the server asks for replies", "the server sends", "the server starts"
@@ -37,6 +42,9 @@ POINTS: Mapping[str, str] = {
     "reply dropped": REPLY, "reply delayed": REPLY, "reply twice": REPLY, "reply torn": REPLY,
     "reply corrupted": REPLY, "reply of an earlier round": REPLY, "reply under another's name": REPLY,
     "reply for another as well": REPLY, "reply after its deadline": REPLY,
+    "reply changed under its seal": REPLY, "reply sent again for another request": REPLY,
+    "reply sent again under this request's claims": REPLY, "reply of another under its name": REPLY,
+    "reply under another site's seal": REPLY, "reply without its seal": REPLY,
     "site killed before its work": WORK, "site killed after its work": WORK, "site loses power": WORK,
     "site cut off": WORK, "data unreadable": WORK, "refused work asked for all the same": REQUEST,
     "server killed": PULL, "server loses power": PULL, "push broken off": PUSH,
@@ -46,6 +54,15 @@ POINTS: Mapping[str, str] = {
     "rename fails": RENAME, "killed at a rename": RENAME, "power lost at a rename": RENAME,
 }  # fmt: skip
 """Each kind of fault, and the point at which it happens."""
+
+FORGERIES = (
+    "reply changed under its seal", "reply sent again for another request",
+    "reply sent again under this request's claims", "reply of another under its name",
+    "reply under another site's seal", "reply without its seal",
+)  # fmt: skip
+"""Those of a forger on the wire; each is in the honest reply's place, before it or after it."""
+IN_PLACE, BEFORE = 0.5, 0.75
+"""Amounts below which a forged reply replaces the honest one, or comes before it; else it comes after."""
 
 REFUSED = "refused work asked for all the same"
 AT_SERVER = {PULL, PUSH, START}
@@ -67,7 +84,8 @@ SIZES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
 class Scenario:
     """A federation to play; `refusing` is the number of a site whose policy refuses the job, 0 for none.
 
-    `again` says that another run of the same job was begun at the same sites before, and given up.
+    `again` says that another run of the same job was begun at the same sites before, and given up after a
+    few seconds, if it wasn't at its end.
     """
 
     seed: int
@@ -92,6 +110,7 @@ class Scenario:
         faults = [_fault(random, bare) for _ in range(number)]
         if refusing and random.random() < 0.5:
             faults.append(Fault(REFUSED, refusing, 1, 0.0))
+        faults += _forgeries(bare)
         return replace(bare, faults=tuple(faults))
 
     @property
@@ -104,8 +123,21 @@ class Scenario:
         return replace(self, faults=self.faults[:place] + self.faults[place + 1 :])
 
 
+def _forgeries(scenario: Scenario) -> list[Fault]:
+    """What a forger does, by chance of its own, so that the seed's other faults are what they are without."""
+    random = Random(f"forger {scenario.seed}")
+    messages = _points(REPLY, scenario)
+    return [
+        Fault(
+            random.choice(FORGERIES), random.randrange(1, scenario.clients + 1),
+            random.randrange(1, messages + 1), random.random(),
+        )
+        for _ in range(random.choice((0, 0, 0, 1, 2, 3, 4, 6)))
+    ]  # fmt: skip
+
+
 def _fault(random: Random, scenario: Scenario) -> Fault:
-    kind = random.choice([kind for kind in POINTS if kind != REFUSED])
+    kind = random.choice([kind for kind in POINTS if kind != REFUSED and kind not in FORGERIES])
     point = POINTS[kind]
     if point in AT_SERVER:
         who = SERVER

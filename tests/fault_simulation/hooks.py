@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from hashlib import sha256
 from importlib.metadata import version
 from typing import Any
 from unittest.mock import patch
@@ -20,8 +21,10 @@ import atoll.client.app as client_app
 import atoll.client.dp.poisson as poisson
 import atoll.client.dp.secure_aggregation as client_sums
 import atoll.client.state.store as store
+import atoll.kit.signed_replies as signed_replies
 import atoll.privacy.secagg as secagg
 import atoll.server.app as server_app
+import atoll.server.received as received
 import atoll.server.rounds.aggregation as aggregation
 import atoll.server.rounds.central_dp as central_dp
 import atoll.server.rounds.loop as loop
@@ -34,10 +37,11 @@ import atoll.system.chained_log as chained_log
 import atoll.system.durable_files as durable_files
 from atoll.client.site import Site
 from atoll.learning.learner import Learner
-from atoll.protocol.messages import Update
+from atoll.protocol.messages import Failure, Update
 from atoll.protocol.tensors import tensors_sha256
+from atoll.server.run_audit import RunAuditLog
 from tests.fault_simulation.jobs import learner_key
-from tests.fault_simulation.observed import Asked, Merged
+from tests.fault_simulation.observed import Asked, Judged, Merged
 from tests.fault_simulation.world import BOOKS, World
 
 WRITING_SECONDS = 0.6
@@ -170,6 +174,15 @@ def chance(count: int) -> NDArray[np.uint64]:
     return np.asarray(np.random.Philox(key=seed).random_raw(count), dtype=np.uint64)
 
 
+class Nonces:
+    """In place of the module `secrets`: numbers by the seed that no draw of the scheduler goes into."""
+
+    @staticmethod
+    def token_hex(size: int) -> str:
+        world = Current.get()
+        return sha256(f"{world.scenario.seed} {next(world.nonces)}".encode()).hexdigest()[: 2 * size]
+
+
 def observing(owner: Any, name: str, make: Callable[[Any], Any]) -> Any:
     """Put what `make` makes of an attribute in its place, until the end of the block."""
     return patch.object(owner, name, make(getattr(owner, name)))
@@ -293,6 +306,48 @@ def _unmask_sum(original: Any) -> Any:
     return unmask_sum
 
 
+def _greetings(original: Any) -> Any:
+    def greetings(content: Any, *given: Any) -> Any:
+        world, found = Current.get(), original(content, *given)
+        if kind := world.forgery(content):
+            world.seen.judged += [Judged(world.life, kind, one.client, one.refusal) for one in found]
+        return found
+
+    return greetings
+
+
+def _replies(original: Any) -> Any:
+    def replies(self: Any) -> Iterator[Any]:
+        world = Current.get()
+        kind = world.forgery(self.content)
+        for reply in original(self):
+            if kind:
+                reason = reply.reason if isinstance(reply, Failure) else ""
+                world.seen.judged.append(Judged(world.life, kind, reply.client, reason))
+            yield reply
+
+    return replies
+
+
+def _greeted(original: Any) -> Any:
+    def greeted(log: Any, site: str, hellos: Any) -> None:
+        world = Current.get()
+        world.seen.logged |= {(world.life, one.client, one.refusal) for one in hellos}
+        original(log, site, hellos)
+
+    return greeted
+
+
+def _answered(original: Any) -> Any:
+    def answered(log: Any, request: Any, answers: Any) -> None:
+        if (world := Current.world) is not None:  # None where what a killed life left is cleared away
+            told = ((client, one.get("refused", "")) for client, one in answers.items())
+            world.seen.logged |= {(world.life, *one) for one in told}
+        original(log, request, answers)
+
+    return answered
+
+
 @contextmanager
 def simulated() -> Iterator[None]:
     """For the time of the block the real code runs in the current world, whichever that is."""
@@ -307,6 +362,7 @@ def simulated() -> Iterator[None]:
         stack.enter_context(patch.object(checkpoint.CheckpointManager, "_writer", writer))
         for module in (poisson, client_sums, central_dp):
             stack.enter_context(patch.object(module, "entropy", chance))
+        stack.enter_context(patch.object(signed_replies, "secrets", Nonces))
         stack.enter_context(patch.object(chained_log, "FileLock", UncontestedLock))
         stack.enter_context(patch.object(start, "Learner", Learners))
         stack.enter_context(patch.object(result, "version", cache(version)))
@@ -323,6 +379,10 @@ def simulated() -> Iterator[None]:
 
 EARS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (client_app, "encode_reply", _encode_reply),
+    (server_app, "greetings", _greetings),
+    (received.Replies, "__iter__", _replies),
+    (RunAuditLog, "greeted", _greeted),
+    (RunAuditLog, "answered", _answered),
     (aggregation, "merge_updates", _merge_updates),
     (aggregation, "train_request", _train_request),
     (checkpoint, "save", _save),

@@ -83,6 +83,15 @@ def own_round(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[
             yield f"round {merged.round} of run {merged.run[:6]} merged what was made for {told}"
 
 
+def forgeries_refused(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[str]:
+    """No forged message is believed, and the server's log has each that was read, with the reason."""
+    for one in seen.judged:
+        if not one.reason:
+            yield f"{one.kind}: believed as the answer of {one.client}"
+        elif one.life not in seen.killed and (one.life, one.client, one.reason) not in seen.logged:
+            yield f"{one.kind}: refused as {one.reason!r}, and the log has no word of it"
+
+
 def _plain(scenario: Scenario, seen: Observed) -> Iterator[tuple[Merged, str, str]]:
     """(merge, client, update's hash) where single updates are seen as they were made."""
     if scenario.job in ("secure sum", "compressed"):
@@ -130,7 +139,7 @@ def exact_sums(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator
 
 def recovers(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[str]:
     """A message or two that are lost or repeated, a process that dies: nobody is set aside for that."""
-    faults = scenario.faults
+    faults = [fault for fault in scenario.faults if not fault.comes_too_late]
     if seen.result is None or len(faults) > 2 or not {fault.kind for fault in faults} <= RECOVERABLE:
         return
     if scenario.job == "secure sum":  # a site that is started anew has lost its secrets of the round
@@ -193,7 +202,8 @@ def whole_log(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[
 
 
 INVARIANTS: tuple[Invariant, ...] = (
-    same_bits, all_is_charged, counted_once, own_name, own_round, abandoned_rounds_change_nothing,
+    same_bits, all_is_charged, counted_once, own_name, own_round, forgeries_refused,
+    abandoned_rounds_change_nothing,
     whole_checkpoints, lasting_checkpoints, exact_sums, recovers, named_with_reason,
     bounded, ends, nothing_leaks, refusals_hold, whole_log,
 )  # fmt: skip

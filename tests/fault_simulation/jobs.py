@@ -16,6 +16,7 @@ from atoll.data.diagnostics import Counts
 from atoll.errors import DataError
 from atoll.job.job import Job
 from atoll.kit.roster import FederationRoster, SiteIdentity
+from atoll.kit.signed_replies import ReplySigner
 from atoll.protocol.messages import DataInfo
 from atoll.sim.population.population import Population
 from tests.federation.places import provisioned
@@ -159,6 +160,12 @@ def identity_of(client: str) -> SiteIdentity:
     found = SiteIdentity.load(kits()[client])
     assert found is not None
     return SiteIdentity(found.key, roster())
+
+
+@cache
+def signer_of(client: str) -> ReplySigner:
+    """The key of the client's site, with which it signs what it sends."""
+    return ReplySigner.load(kits()[client])
 
 
 @cache

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tests.fault_simulation.faults import POINTS, Scenario
+from tests.fault_simulation.faults import FORGERIES, POINTS, Scenario
 from tests.fault_simulation.hooks import simulated
-from tests.fault_simulation.play import Outcome, play
+from tests.fault_simulation.play import Forgeries, Outcome, play
 
 ENOUGH_SEEDS = 3000
 """So many seeds after which every kind of fault must have happened."""
@@ -26,21 +26,25 @@ class Tally:
 
     kinds: Counter[str] = field(default_factory=Counter)
     happened: Counter[str] = field(default_factory=Counter)
+    forged: Forgeries = field(default_factory=Forgeries)
     failures: list[Outcome] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
     def add(self, outcome: Outcome) -> None:
         self.kinds[outcome.scenario.job] += 1
         self.happened += outcome.happened
+        self.forged.add(outcome.forged)
         if outcome.violations:
             self.failures.append(outcome)
 
     @property
     def never(self) -> list[str]:
-        """Kinds of faults that did not happen, where there were seeds enough."""
-        return (
-            [kind for kind in POINTS if not self.happened[kind]] if self.kinds.total() >= ENOUGH_SEEDS else []
-        )
+        """Kinds of faults that did not happen, or came to nothing, where there were seeds enough."""
+        if self.kinds.total() < ENOUGH_SEEDS:
+            return []
+        return [
+            kind for kind in POINTS if not (self.forged.read if kind in FORGERIES else self.happened)[kind]
+        ]
 
 
 def play_seeds(seeds: Iterable[int]) -> Tally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,19 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+from atoll.kit.signed_replies import ReplySigner
 from atoll.protocol.flower_content import bodies_of, packed, unpacked
-from tests.fault_simulation.faults import PULL, PUSH, REPLY, REQUEST, Fault
+from tests.fault_simulation.faults import (
+    BEFORE,
+    FORGERIES,
+    IN_PLACE,
+    PULL,
+    PUSH,
+    REPLY,
+    REQUEST,
+    Fault,
+)
+from tests.fault_simulation.forger import Overheard, forged, of_client, signed_by_its_site
 from tests.fault_simulation.jobs import SECONDS_A_ROUND
 from tests.fault_simulation.schedule import Scheduler
 
@@ -32,10 +44,13 @@ class Line:
     name: str
     handle: Callable[[Message], Answer | None]
     """Hands the site a message: what it replies, or nothing where it dies of it."""
+    signer: ReplySigner
     is_on: bool = True
     activations: int = 1
     last_trained: RecordDict | None = None
     """Its last reply with an update, which a fault may send again."""
+    sent: dict[str, list[RecordDict]] = field(default_factory=dict)
+    """What it has replied to each kind of message, which a forger may have kept."""
 
 
 @dataclass
@@ -48,6 +63,7 @@ class SimulatedGrid:
     server_faults: Callable[[list[Fault]], None]
     note_request: Callable[[Message, int], None]
     note_reply: Callable[[str, RecordDict], None]
+    note_forgery: Callable[[str, RecordDict], None]
     note_size: Callable[[str, int], None]
     inbox: dict[str, list[Any]] = field(default_factory=dict)
     pushed: int = 0
@@ -137,8 +153,11 @@ class SimulatedGrid:
             self.note_reply(line.name, answer)
             earlier = line.last_trained if kind == "train" else None
             line.last_trained = answer if kind == "train" else line.last_trained
+            honest = answer
             for fault in faults:
                 answer = self._spoilt(answer, earlier, fault, line, kind)
+            if answer is not honest:
+                answer = signed_by_its_site(answer, honest, line.signer)
         for fault in faults:
             match fault.kind:
                 case "reply dropped":
@@ -149,8 +168,31 @@ class SimulatedGrid:
                     delays = [delay + SECONDS_A_ROUND * (1 + fault.amount) for delay in delays]
                 case "reply twice":
                     delays += [delays[0] if delays and fault.amount < 0.5 else 3 * fault.amount]
+        if isinstance(answer, RecordDict):
+            answer = self._with_forgeries(name, line, kind, answer, faults, delays)
         for delay in delays:
             self.scheduler.after(delay, lambda: self._put(name, line, answer))
+
+    def _with_forgeries(
+        self, name: str, line: Line, kind: str, answer: RecordDict, faults: list[Fault], delays: list[float]
+    ) -> RecordDict:
+        """What comes in the reply's place: it, or a forged one; others are sent before it or after it."""
+        other = self.lines[line.number % len(self.lines) + 1]
+        earlier, others = line.sent.setdefault(kind, []), other.sent.get(kind, [None])
+        overheard = Overheard(line.name, tuple(earlier), others[-1], other.signer)
+        earlier.append(answer)
+        arrives = answer
+        for fault in faults if delays else ():
+            made = forged(fault, answer, overheard) if fault.kind in FORGERIES else None
+            if made is None:
+                continue
+            self.note_forgery(fault.kind, made)
+            if fault.amount < IN_PLACE:
+                arrives = made
+            else:
+                delay = FEWEST_SECONDS / 2 if fault.amount < BEFORE else max(delays) + FEWEST_SECONDS
+                self.scheduler.after(delay, partial(self._put, name, line, made))
+        return arrives
 
     def _spoilt(
         self, answer: RecordDict, earlier: RecordDict | None, fault: Fault, line: Line, kind: str
@@ -212,7 +254,7 @@ def _flipped(text: str, amount: float) -> str:
 def renamed(content: RecordDict, name: str) -> RecordDict:
     """The content as if it were another client's, in what it says of itself."""
     heads, bodies = _opened(content)
-    return packed({own: _of_client(text, name) for own, text in heads.items()}, bodies_of(bodies))
+    return packed({own: of_client(text, name) for own, text in heads.items()}, bodies_of(bodies))
 
 
 def doubled(content: RecordDict, name: str) -> RecordDict:
@@ -220,15 +262,8 @@ def doubled(content: RecordDict, name: str) -> RecordDict:
     heads, bodies = _opened(content)
     for own in list(heads):
         if own in bodies:
-            heads[name], bodies[name] = _of_client(heads[own], name), bodies[own]
+            heads[name], bodies[name] = of_client(heads[own], name), bodies[own]
     return packed(heads, bodies_of(bodies))
-
-
-def _of_client(head: str, name: str) -> str:
-    try:
-        return json.dumps(json.loads(head) | {"client": name})
-    except ValueError:  # another fault has spoilt it
-        return head
 
 
 def _opened(content: RecordDict) -> tuple[dict[str, str], dict[str, bytes]]:

@@ -35,6 +35,16 @@ class Asked:
     model: str
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What the server made of one client's part of a forged message; without a reason it believed it."""
+
+    life: int
+    kind: str
+    client: str
+    reason: str
+
+
 @dataclass
 class Observed:
     """Everything that invariants look at."""
@@ -68,6 +78,14 @@ class Observed:
     """The largest that each queue and memory was."""
     happened: Counter[str] = field(default_factory=Counter)
     """Faults by kind."""
+    forged: Counter[str] = field(default_factory=Counter)
+    """Messages that a forger has sent, by kind of fault."""
+    judged: list[Judged] = field(default_factory=list)
+    """Those of them that the server has read."""
+    logged: set[tuple[int, str, str]] = field(default_factory=set)
+    """(life, client, reason) of each refusal that the server's log was told."""
+    killed: set[int] = field(default_factory=set)
+    """Lives of the server that were ended from outside, perhaps before they wrote what they had seen."""
     result: RunResult | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     """The run's `metrics.jsonl`."""

@@ -15,6 +15,8 @@ import torch
 import atoll.client.app as client_app
 import atoll.client.site as site
 import atoll.client.state.store as store
+import atoll.kit.signed_replies as signed_replies
+import atoll.server.app as server_app
 import atoll.server.received as received
 import atoll.server.rounds.aggregation as aggregation
 import atoll.server.rounds.secure_aggregation as secure_aggregation
@@ -27,6 +29,8 @@ import atoll.system.durable_files as durable_files
 from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
 from atoll.client.state.store import ClientStateStore
+from atoll.kit.roster import is_signature
+from atoll.kit.signed_replies import SignatureCheck, signed_content
 from atoll.privacy.ledger import Ledger
 from atoll.protocol.flower_content import unpacked
 from atoll.protocol.messages import Hello, decode_reply
@@ -75,12 +79,12 @@ def without_sync(original: Any) -> Any:
 
 
 def charged_when_the_next_round_begins(original: Any) -> Any:
-    late: list[Any] = []
+    late: dict[int, Any] = {}
 
     def charge(self: Any, round: int, cost: Any) -> None:
-        if late:
-            original(self, *late.pop())
-        late.append((round, cost))
+        if before := late.pop(id(self), None):
+            original(self, *before)
+        late[id(self)] = (round, cost)
 
     return charge
 
@@ -176,11 +180,40 @@ def hash_of_names(original: Any) -> Any:
 
 
 def asked_once(original: Any) -> Any:
-    def converse(self: Any, letters: Any, kind: str, timeout: float, patience: float) -> Any:
+    def converse(*given: Any, **how: Any) -> Any:
         with patch.multiple("atoll.server.app", RESEND_PART=9.0, HELLO_AGAIN_SECONDS=1e9):
-            yield from original(self, letters, kind, timeout, patience)
+            yield from original(*given, **how)
 
     return converse
+
+
+def claims_believed(original: Any) -> Any:
+    """A signature need only fit what the message itself says that it answers."""
+
+    def fault(self: Any, seal: Any, client: str, sha256: bytes) -> str:
+        claimed = seal and signed_replies.Exchange(seal.run, seal.round, seal.nonce)
+        return str(
+            original(dataclasses.replace(self, expected=claimed or self.expected), seal, client, sha256)
+        )
+
+    return fault
+
+
+def signed_without_its_number(original: Any) -> Any:
+    return lambda exchange, *rest: original(dataclasses.replace(exchange, nonce=""), *rest)
+
+
+def key_of_any_site(original: Any) -> Any:
+    def fault(self: Any, seal: Any, client: str, sha256: bytes) -> str:
+        content, made = signed_content(self.expected, client, sha256), seal.signatures[client]
+        keys = self.roster.keys.values()
+        return "" if any(is_signature(key, content, made) for key in keys) else "signed by no site"
+
+    return fault
+
+
+def taken_without_seal(original: Any) -> Any:
+    return lambda self, seal, *rest: original(self, seal, *rest) if seal is not None else ""
 
 
 PLANTED: dict[str, Plant] = {
@@ -254,6 +287,18 @@ PLANTED: dict[str, Plant] = {
         run_job, "disk_errors_in_words", lambda out: nullcontext()
     ),
     "names of clients are read as they come": replaced(client_app, "_names", json.loads),
+    "signatures are not looked at": replaced(SignatureCheck, "_signature_fault", lambda *given: ""),
+    "an answer with no seal needs none": wrapped(SignatureCheck, "fault", taken_without_seal),
+    "a seal is believed which request it answers": wrapped(SignatureCheck, "fault", claims_believed),
+    "a signature is not over the request's number": wrapped(
+        signed_replies, "signed_content", signed_without_its_number
+    ),
+    "any site's key will do for a client": wrapped(SignatureCheck, "_signature_fault", key_of_any_site),
+    "greetings are not checked": wrapped(
+        server_app,
+        "greetings",
+        lambda original: lambda content, site, job, check: original(content, site, job),
+    ),
 }
 
 

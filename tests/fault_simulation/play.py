@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,31 @@ COMMAND = "python -m tests.fault_simulation --from {seed} --seeds 1"
 _numbers = itertools.count()
 
 
+@dataclass
+class Forgeries:
+    """By kind: forged messages that were sent, those that the server read, and those it believed."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)
+    accepted: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, seen: Observed) -> Forgeries:
+        """Those that were seen."""
+        read = Counter(one.kind for one in seen.judged)
+        return cls(seen.forged, read, Counter(one.kind for one in seen.judged if not one.reason))
+
+    def add(self, others: Forgeries) -> None:
+        """Count others as well."""
+        self.sent += others.sent
+        self.read += others.read
+        self.accepted += others.accepted
+
+    def __str__(self) -> str:
+        sent, read, accepted = (one.total() for one in (self.sent, self.read, self.accepted))
+        return f"forged messages: {sent:,}, read by a server: {read:,}, accepted: {accepted:,}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of a scenario: violations, the faults that happened, and the trace."""
@@ -31,6 +56,7 @@ class Outcome:
     scenario: Scenario
     violations: tuple[str, ...]
     happened: Counter[str]
+    forged: Forgeries
     trace: tuple[str, ...]
     ended: tuple[str, ...]
 
@@ -58,7 +84,10 @@ def play(scenario: Scenario, planted: AbstractContextManager[Any] | None = None)
     with planted or nullcontext():
         world, seen = _played(scenario)
     found = violations(scenario, seen, undisturbed)
-    return Outcome(scenario, tuple(found), seen.happened, tuple(world.scheduler.trace), tuple(seen.ended))
+    return Outcome(
+        scenario, tuple(found), seen.happened, Forgeries.of(seen), tuple(world.scheduler.trace),
+        tuple(seen.ended),
+    )  # fmt: skip
 
 
 def _played(scenario: Scenario) -> tuple[World, Observed]:

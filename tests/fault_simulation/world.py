@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from tests.fault_simulation.jobs import (
     job_of,
     roster,
     shared_work,
+    signer_of,
 )
 from tests.fault_simulation.network import Answer, Line, SimulatedGrid
 from tests.fault_simulation.observed import Observed
@@ -87,15 +89,18 @@ class World:
         self.sites = [self._machine(n, client_name(n - 1)) for n in range(1, self.scenario.clients + 1)]
         if self.scenario.refusing:
             self.seen.refused = (self.sites[self.scenario.refusing - 1].name, self.job.hash)
-        lines = {m.number: Line(m.number, m.name, self._handler(m)) for m in self.sites}
+        lines = {m.number: Line(m.number, m.name, self._handler(m), signer_of(m.name)) for m in self.sites}
         self.grid = SimulatedGrid(
             self.scheduler, self.meet, lines, self._server_faults, self._note_request, self._note_reply,
-            self.seen.largest,
+            self._note_forgery, self.seen.largest,
         )  # fmt: skip
         self.app = ClientApp()
         client_app.register(self.app, lambda job, context: cast(Site, self.acting.site))
         self.greetings: Counter[tuple[int, int]] = Counter()
         self.vectors: dict[tuple[bytes, str], Any] = {}
+        self.forgeries: dict[int, tuple[str, RecordDict]] = {}
+        """By the identity of the message's content: what kind of forgery it is, and the content."""
+        self.nonces = itertools.count(1)
 
     def _machine(self, number: int, name: str) -> Machine:
         folder = self.folder / name
@@ -122,6 +127,7 @@ class World:
         if self.scenario.again:
             self._life(self.server.folder / "earlier", most_seconds=3.0)
             shutil.rmtree(self.server.folder / "earlier", ignore_errors=True)
+            self.seen.result = None  # a short run may have ended within that time
         spare = EXTRA_LIVES
         try:
             while self.seen.result is None and spare and not self.seen.crashes:
@@ -147,7 +153,9 @@ class World:
         try:
             with disk_errors_in_words(out):
                 audit = RunAuditLog.open(self.server.folder / "state", self.job)
-            carrier = FlowerTransport(cast(Grid, self.grid), "simulated faults", roster=roster(), audit=audit)
+            carrier = FlowerTransport(
+                cast(Grid, self.grid), "simulated faults", roster=roster(), signed=True, audit=audit
+            )
             self.seen.result = run_job(
                 self.job, carrier, out,
                 lambda learner: None, on_event=audit.happened, resume=(out / "job.toml").is_file(),
@@ -155,6 +163,7 @@ class World:
             )  # fmt: skip
             self._says("done")
         except Died:
+            self.seen.killed.add(self.life)
             self._says("died")
         except JobError as error:
             self._says(f"{type(error).__name__}: {error}")
@@ -257,6 +266,7 @@ class World:
             policy=Policy(max_rounds=self.scenario.rounds - 1 or 1, tasks=["none"]) if refuses else None,
             audit=AuditLog.open(machine.folder / "state"),
             secure_session=SecureAggregationSession(identity=identity_of(machine.name)),
+            signer=signer_of(machine.name),
         )  # fmt: skip
         site._learners.update(shared_work().learners.get(self.job.hash, {}))
         site._cache._loaded.update(shared_work().loaded.get((self.job.hash, machine.name), {}))
@@ -292,6 +302,14 @@ class World:
             blob = value.encode() if isinstance(value, str) else value
             if b"canary-" in blob or any(canary in blob for canary in canaries):
                 self.seen.leaks.append(f"{name}: rows or names of them in what it sent")
+
+    def _note_forgery(self, kind: str, content: RecordDict) -> None:
+        self.seen.forged[kind] += 1
+        self.forgeries[id(content)] = kind, content
+
+    def forgery(self, content: RecordDict) -> str:
+        """What kind of forgery a message is; nothing of an honest one."""
+        return self.forgeries.get(id(content), ("", content))[0]
 
     def _take_stock(self) -> None:
         """Read what the ledgers hold at the end."""
