@@ -1,4 +1,4 @@
-"""Plugin files: Python files that are imported before a job is read, for what they register."""
+"""Plugin files: Python files that are imported before a job is read, so that their decorators register."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atoll.plugins.registry import failure_of, in_one_line, origin_is
 
 @dataclass(frozen=True)
 class PluginFile:
-    """A Python file that was loaded as a plugin."""
+    """A Python file that was loaded as a plugin: its absolute path and its hash."""
 
     file: str
     sha256: str
@@ -26,7 +26,7 @@ _files: dict[Path, PluginFile] = {}
 
 
 def load_file(path: str | Path) -> PluginFile:
-    """Import one Python file, whose decorators register what it brings; a second time nothing happens.
+    """Import one Python file, whose decorators then register; loading the same content again does nothing.
 
     Raises:
         ConfigError: there is no such file, it raises an error, or it registers a name that is taken.
@@ -48,7 +48,11 @@ def load_file(path: str | Path) -> PluginFile:
 
 
 def load_files(paths: Iterable[str | Path]) -> None:
-    """`load_file` of each."""
+    """Load each file in order, as `load_file` does.
+
+    Raises:
+        ConfigError: as `load_file`.
+    """
     for path in paths:
         load_file(path)
 
