@@ -73,19 +73,19 @@ class ClientRoster:
         """
         if is_silent(job):
             return None
-        found = whole or total(one for counts in self.counts.values() for one in counts)
-        told = len(self.names) <= MOST_CLIENTS
+        counts = whole or total(one for counts in self.counts.values() for one in counts)
+        lists_clients = len(self.names) <= MOST_CLIENTS
         return {
-            "counts": [one.as_json for one in found],
+            "counts": [one.as_json for one in counts],
             "clients": {name: self._used_by(place) for place, name in enumerate(self.names)}
-            if told
+            if lists_clients
             else None,
         }
 
     def _used_by(self, place: int) -> dict[str, Any]:
         counts = self.counts.get(self.names[place], ())
-        told = {"counts": [one.as_json for one in counts]} if counts else {}
-        return {"examples": int(self.sizes[place]) or None, **told}
+        listed = {"counts": [one.as_json for one in counts]} if counts else {}
+        return {"examples": int(self.sizes[place]) or None, **listed}
 
     def check(self, job: Job) -> None:
         """Log each refusal, the counts of the data, and remarks about it.
@@ -120,13 +120,13 @@ class ClientRoster:
     @property
     def remarks(self) -> list[str]:
         """Warnings about the classes that clients report; none where the job lists the classes."""
-        told = [info[key] for info in self.data_info for key in CLASS_FIELDS if key in info]
-        if not told or any(info.get("pinned") for info in self.data_info):
+        reported = [info[key] for info in self.data_info for key in CLASS_FIELDS if key in info]
+        if not reported or any(info.get("pinned") for info in self.data_info):
             return []
-        remarks = [f"classes {words} differ by case or space only" for words in alike(told)]
-        if len(told) < 2 or len(told) != len(self.names):
+        remarks = [f"classes {spellings} differ by case or space only" for spellings in alike(reported)]
+        if len(reported) < 2 or len(reported) != len(self.names):
             return remarks
-        alone = [f"{name!r} ({self.names[site]})" for name, site in _of_one_site(told)]
+        alone = [f"{name!r} ({self.names[site]})" for name, site in _of_one_site(reported)]
         more = f" and {len(alone) - SHOWN_CLASSES} more" if len(alone) > SHOWN_CLASSES else ""
         if alone:
             remarks.append(f"classes that one site alone has: {', '.join(alone[:SHOWN_CLASSES])}{more}")
@@ -137,19 +137,19 @@ class ClientRoster:
         first: dict[str, str] = {}
         for client, reason in self.refused.items():
             first.setdefault(reason, client)
-        told = [f"{client}: {reason}" for reason, client in list(first.items())[:3]]
+        reasons = [f"{client}: {reason}" for reason, client in list(first.items())[:3]]
         more = [f"and {len(first) - 3} other reasons"] if len(first) > 3 else []
-        return f" ({'; '.join(told + more)})" if told else ""
+        return f" ({'; '.join(reasons + more)})" if reasons else ""
 
 
-def _of_one_site(told: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
+def _of_one_site(classes_by_site: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
     """(class, index of its site) of each class that only one site has, by class name.
 
     >>> _of_one_site([["a", "b"], ["a", "c"]])
     [('b', 0), ('c', 1)]
     """
     sites: dict[str, list[int]] = {}
-    for site, names in enumerate(told):
+    for site, names in enumerate(classes_by_site):
         for name in names:
             sites.setdefault(name, []).append(site)
     return sorted((name, where[0]) for name, where in sites.items() if len(where) == 1)

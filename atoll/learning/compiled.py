@@ -75,5 +75,5 @@ def compiler() -> str:
         raise ConfigError(
             f"backbone.compile: found no C++ compiler {name!r}, expected one on the path (CXX names another)"
         )
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    return said.partition("\n")[0]
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    return output.partition("\n")[0]

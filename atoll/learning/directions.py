@@ -53,11 +53,11 @@ class Directions:
         """
         wanted = coefficients.detach().cpu()
         if self.loaded is None or not torch.equal(self.loaded[0], wanted):
-            found = {name: weight.clone() for name, weight in self.start.items()}
+            moved = {name: weight.clone() for name, weight in self.start.items()}
             for number in wanted.nonzero().flatten().tolist():
                 for name, part in self.draw(number):
-                    found[name].add_(part.mul_(float(wanted[number])))
-            self.loaded = wanted.clone(), found
+                    moved[name].add_(part.mul_(float(wanted[number])))
+            self.loaded = wanted.clone(), moved
         return self.loaded[1]
 
 
@@ -71,8 +71,8 @@ def hold(model: nn.Module, seed: int, count: int) -> None:
 
 def directions_of(model: nn.Module) -> Directions | None:
     """A model's directions; None of one that is tuned another way."""
-    found: Directions | None = vars(model).get(HELD)
-    return found
+    directions: Directions | None = vars(model).get(HELD)
+    return directions
 
 
 def load(model: nn.Module) -> None:

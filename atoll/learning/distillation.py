@@ -39,11 +39,11 @@ class Teacher:
 
     def check(self, data_info: DataInfo) -> None:
         """Raises ConfigError unless the student tells the same classes apart, in the same order."""
-        own, expected = self.learner.data_info["classes"], data_info["classes"]
-        if own != expected:
+        classes, expected = self.learner.data_info["classes"], data_info["classes"]
+        if classes != expected:
             raise ConfigError(
-                f"train.teacher: its classes are {own}, the job's are {expected}; expected the same, in the"
-                " same order (data.classes)"
+                f"train.teacher: its classes are {classes}, the job's are {expected}; expected the same, in"
+                " the same order (data.classes)"
             )
 
     def with_soft_labels(self, shard: Shard) -> Shard:
@@ -74,22 +74,22 @@ def teacher_of(job: Job) -> Teacher | None:
         return None
     run = Path(job.train.teacher)
     saved = _saved(run)
-    own = Job.parse(saved["job"], origin=f"{run}/model/model.json")
-    if own.personal.keep == "head":
+    teacher_job = Job.parse(saved["job"], origin=f"{run}/model/model.json")
+    if teacher_job.personal.keep == "head":
         raise ConfigError(f"train.teacher: the clients of {run} kept their heads, expected a whole model")
-    if own.strategy.makes_clusters:
+    if teacher_job.strategy.makes_clusters:
         raise ConfigError(
             f"train.teacher: {run} has a model for each cluster of clients, expected one for all"
         )
     train = {"threads": job.train.threads, "device": job.train.device, "teacher": None}
     train |= {"teacher_temperature": None, "teacher_weight": None}
-    own = own.model_copy(
+    teacher_job = teacher_job.model_copy(
         update={
-            "train": own.train.model_copy(update=train),
-            "backbone": own.backbone.model_copy(update={"compile": False}),
+            "train": teacher_job.train.model_copy(update=train),
+            "backbone": teacher_job.backbone.model_copy(update={"compile": False}),
         }
     )
-    learner = Learner.of(own, task_named(own.task.name), dict(saved["facts"]))
+    learner = Learner.of(teacher_job, task_named(teacher_job.task.name), dict(saved["facts"]))
     learner.check_fingerprint()
     tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
     return Teacher(learner, tensors, job.train.temperature, job.train.distillation_weight, _fingerprint(run))
@@ -104,9 +104,9 @@ def check_teacher(job: Job, task: Task) -> None:
             f"train.teacher: distillation is of classes, {task.name} has none an example; expected none"
         )
     run = Path(job.train.teacher)
-    taught = Job.parse(_saved(run)["job"], origin=f"{run}/model/model.json").task.name
-    if taught != task.name:
-        raise ConfigError(f"train.teacher: expected a run of {task.name}, found one of {taught}: {run}")
+    teacher_task = Job.parse(_saved(run)["job"], origin=f"{run}/model/model.json").task.name
+    if teacher_task != task.name:
+        raise ConfigError(f"train.teacher: expected a run of {task.name}, found one of {teacher_task}: {run}")
     for unit in job.privacy.units:
         _check_promise(job, unit, run)
 
@@ -115,12 +115,12 @@ def claim_of_teacher(run: Path, unit: str) -> dict[str, Any] | None:
     """What the run's result claims for that unit: `epsilon`, `delta`, `seeded_noise`; None for nothing."""
     try:
         privacy = json.loads((run / "result.json").read_text("utf-8"))["privacy"]
-        found: dict[str, Any] | None = privacy["units"].get(unit)
+        claim: dict[str, Any] | None = privacy["units"].get(unit)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"train.teacher: {run}/result.json does not say what was private: {error}"
         ) from None
-    return found
+    return claim
 
 
 def _check_promise(job: Job, unit: str, run: Path) -> None:

@@ -88,10 +88,10 @@ def _match(few: NDArray[np.void], many: NDArray[np.void]) -> tuple[NDArray[np.in
     """(places in the one, places in the other) of the keys that two sorted arrays have in common."""
     if not len(few):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    found = np.searchsorted(many, few)
-    found[found == len(many)] = 0
-    common = np.flatnonzero(many[found] == few)
-    return common, found[common]
+    places = np.searchsorted(many, few)
+    places[places == len(many)] = 0
+    common = np.flatnonzero(many[places] == few)
+    return common, places[common]
 
 
 @dataclass

@@ -151,8 +151,8 @@ class Learner:
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
         _ = self.kept_states  # A network that can't be cut is refused before the first round.
         self.begin_round(0)
-        found = trainable.values(self.model) | lora_base.nothing_added(self.model)
-        return {name: t.cpu() for name, t in found.items()}
+        tensors = trainable.values(self.model) | lora_base.nothing_added(self.model)
+        return {name: t.cpu() for name, t in tensors.items()}
 
     def with_another_head(self, tensors: Tensors, number: int) -> Tensors:
         """The trainable tensors with the head that the seed draws for a number, of a task with features."""
@@ -195,11 +195,13 @@ class Learner:
         """Compute what states aren't kept yet, where the job keeps any, and hold none of them in memory."""
         if self.kept_states is None:
             return
-        found = []
+        sequences = []
         for start in range(0, len(shard), WHOLE_BATCH):
             batch = self.collate(shard, range(start, min(start + WHOLE_BATCH, len(shard))))
-            found += sequences_of(batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2))
-        self.kept_states.keep(found)
+            sequences += sequences_of(
+                batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2)
+            )
+        self.kept_states.keep(sequences)
 
     def features(self, shard: Shard) -> torch.Tensor:
         """Features [n, width] of a shard as it is, from the cache where they are there."""
@@ -236,33 +238,33 @@ class Learner:
         Raises:
             ConfigError: the teacher knows other classes.
         """
-        own = {"backbone": self.backbone.fingerprint} | self.task.required_info()
+        info = {"backbone": self.backbone.fingerprint} | self.task.required_info()
         if self.teacher is None:
-            return own
+            return info
         self.teacher.check(self.data_info)
-        return own | {"teacher": self.teacher.fingerprint}
+        return info | {"teacher": self.teacher.fingerprint}
 
     def check_fingerprint(self) -> None:
         """Raises ConfigError unless the weights here, and the teacher, are those the run's facts name."""
         if self.teacher is not None:
-            told, here = self.data_info.get("teacher"), self.teacher.fingerprint
-            if told is not None and told != here:
+            stated, here = self.data_info.get("teacher"), self.teacher.fingerprint
+            if stated is not None and stated != here:
                 raise ConfigError(
                     f"train.teacher: {self.job.train.teacher} is not the run's teacher"
-                    f" (here {here[:12]}, there {told[:12]})"
+                    f" (here {here[:12]}, there {stated[:12]})"
                 )
-        expected, found = self.data_info.get("backbone"), self.backbone.fingerprint
-        if expected is not None and expected != found:
+        expected, fingerprint = self.data_info.get("backbone"), self.backbone.fingerprint
+        if expected is not None and expected != fingerprint:
             raise ConfigError(
                 f"backbone {self.backbone.name}: these weights are not the run's"
-                f" (here {found[:12]} from {self.backbone.origin}, there {expected[:12]})"
+                f" (here {fingerprint[:12]} from {self.backbone.origin}, there {expected[:12]})"
             )
         for name, here in self.task.required_info().items():
-            told = self.data_info.get(name)
-            if told is not None and told != here:
+            stated = self.data_info.get(name)
+            if stated is not None and stated != here:
                 raise ConfigError(
                     f"backbone {self.backbone.name}: its {name} is not the run's"
-                    f" (here {here[:12]}, there {told[:12]})"
+                    f" (here {here[:12]}, there {stated[:12]})"
                 )
 
     def predictions(self, tensors: Tensors, inputs: Sequence[Any]) -> Any:
@@ -378,13 +380,13 @@ class Learner:
 
     def naive_baselines(self, shard: Shard) -> dict[str, MetricValues]:
         """Metrics of the task's predictions that need no learning."""
-        found = {}
+        by_name = {}
         for name, predictions in self.task.naive_baselines(shard, self.data_info).items():
             metrics = self.metrics()
             targets = shard.targets_of(range(len(shard)))
             metrics.update(*self.task.metric_inputs(predictions, targets))
-            found[name] = computed(metrics)
-        return found
+            by_name[name] = computed(metrics)
+        return by_name
 
     def _measure(
         self,
@@ -433,17 +435,17 @@ class Learner:
             train, validation = self.task.split(shard, self.job.seed, fraction, helped=helped)
             return shard.select(train), shard.select(validation)
         marks = validation_marks(shard.keys, self.job.seed)
-        kept = kept_back(marks, self.job.data, helped=helped)
-        train = training_rows(marks, kept, shard, self.job.data.shots)
-        return shard.select(train), shard.select(np.flatnonzero(kept).tolist())
+        measured = kept_back(marks, self.job.data, helped=helped)
+        train = training_rows(marks, measured, shard, self.job.data.shots)
+        return shard.select(train), shard.select(np.flatnonzero(measured).tolist())
 
     @cached_property
     def width(self) -> int:
         """The width of the backbone's features: of those that are kept, for what has none must be loaded."""
         views = (self._plain, *self._views) if self.uses_features else ()
         for view in views:
-            if (kept := view.cache.kept_width) is not None:
-                return kept
+            if (cached := view.cache.kept_width) is not None:
+                return cached
         width = known_width(self.backbone)
         return width if width is not None else self.encoder.width
 
@@ -460,9 +462,9 @@ class Learner:
         return self._fresh_head(self.width)
 
     def _through_head(self, tensors: Tensors, features: torch.Tensor) -> torch.Tensor:
-        own = {name.removeprefix("head."): t for name, t in tensors.items()}
+        head_tensors = {name.removeprefix("head."): t for name, t in tensors.items()}
         with torch.inference_mode():
-            outputs: torch.Tensor = functional_call(self._head, own, features)
+            outputs: torch.Tensor = functional_call(self._head, head_tensors, features)
         return outputs
 
 

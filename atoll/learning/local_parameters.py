@@ -27,9 +27,9 @@ def own_part(model: Model, job: Job) -> Tensors:
     of_b = {id(p) for name, p in trained.items() if name.endswith(B)}
     assert job.personal.keep is not None
     chosen = {"head": of_head, "norms": of_norms, "lora-b": of_b}[job.personal.keep]
-    own = [name for name, p in trained.items() if id(p) in chosen]
-    if not own:
+    names = [name for name, p in trained.items() if id(p) in chosen]
+    if not names:
         raise ConfigError(f"personal.keep: no {job.personal.keep} among what this job tunes, expected none")
-    if len(own) == len(trained):
+    if len(names) == len(trained):
         raise ConfigError(f"personal.keep: {job.personal.keep} is all that this job tunes, expected less")
-    return {name: trainable.contiguous(trained[name].detach()).cpu() for name in own}
+    return {name: trainable.contiguous(trained[name].detach()).cpu() for name in names}

@@ -61,8 +61,8 @@ class Core(nn.Module):
         nn.init.zeros_(self.core.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.basis(self.core(x))
-        return found
+        outputs: torch.Tensor = self.basis(self.core(x))
+        return outputs
 
     @property
     def weight(self) -> torch.Tensor:
@@ -88,9 +88,9 @@ def fix_factors(model: nn.Module) -> None:
                 " expected tune.targets without it, or another way of merging"
             )
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        found = singular_factors(weight.cpu(), len(a))
-        a.copy_(found.a.reshape(a.shape))
-        b.copy_(found.b.reshape(b.shape))
+        factors = singular_factors(weight.cpu(), len(a))
+        a.copy_(factors.a.reshape(a.shape))
+        b.copy_(factors.b.reshape(b.shape))
         layer.lora_B["default"] = Core(layer.lora_B["default"])
 
 
@@ -141,12 +141,12 @@ def merging_lora(strategy: Strategy, learner: Learner) -> Strategy:
     if not merge_error_is_known(job) and job.tune.lora_merge not in REWRITES:
         return strategy
     factors = {n: p.detach().cpu() for n, p in learner.model.named_parameters() if n.endswith((A, B, BASIS))}
-    own = learner.client_tensors
+    client_tensors = learner.client_tensors
     frozen = {name: value.clone() for name, value in factors.items() if not _is_trained(learner, name)}
     scalings = {
         name: float(layer.scaling["default"])
         for name, layer in lora_layers(learner.model)
-        if not {name + A, name + B} & own.keys()
+        if not {name + A, name + B} & client_tensors.keys()
     }
     known = scalings if merge_error_is_known(job) else {}
     return LoraMerge(strategy, job.tune.lora_merge, job.seed, known, frozen)

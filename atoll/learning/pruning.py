@@ -49,8 +49,8 @@ def fingerprinted(backbone: Backbone, section: BackboneSection) -> Backbone:
     """The backbone, whose fingerprint also says what is left out of it."""
     if section.prune is None:
         return backbone
-    told = f"{backbone.fingerprint} without {section.prune!r} {section.pruning}"
-    return replace(backbone, fingerprint=hashlib.sha256(told.encode()).hexdigest())
+    identity = f"{backbone.fingerprint} without {section.prune!r} {section.pruning}"
+    return replace(backbone, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
 
 
 def leave_out(
@@ -114,7 +114,7 @@ def _remove_units(encoder: Encoder, amount: float, batch: Batch, parts: set[nn.M
     encoder.requires_grad_(True)  # the graph is followed by autograd
     try:
         graph = torch_pruning.DependencyGraph().build_dependency(
-            encoder, example_inputs={"batch": batch}, forward_fn=lambda m, given: m(given["batch"])
+            encoder, example_inputs={"batch": batch}, forward_fn=lambda m, inputs: m(inputs["batch"])
         )
         groups = [g for g in graph.get_all_groups(root_module_types=[nn.Linear, nn.Conv2d]) if _is_inner(g)]
         importance = torch_pruning.importance.MagnitudeImportance(p=2)
@@ -123,11 +123,11 @@ def _remove_units(encoder: Encoder, amount: float, batch: Batch, parts: set[nn.M
             if any(item.dep.target.module in parts for item in group):
                 continue
             root, width = group[0].dep.target.module, len(group[0].idxs)
-            kept = min(width, max(ALIGN, -(-round(width * (1 - amount), 6) // ALIGN) * ALIGN))
-            smallest = torch.argsort(importance(group), stable=True)[: width - int(kept)].tolist()
+            left = min(width, max(ALIGN, -(-round(width * (1 - amount), 6) // ALIGN) * ALIGN))
+            smallest = torch.argsort(importance(group), stable=True)[: width - int(left)].tolist()
             if smallest:
                 graph.get_pruning_group(root, group[0].dep.handler, sorted(smallest)).prune()
-                widths[root] = (width, int(kept))
+                widths[root] = (width, int(left))
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{key}: torch-pruning finds no way through this network: {why}") from None

@@ -133,12 +133,12 @@ def keep_pruned(model: nn.Module) -> None:
 
 def without_pruned(model: nn.Module, tensors: Tensors) -> Tensors:
     """The tensors with zeros where the model's weights were pruned."""
-    found = dict(tensors)
+    pruned = dict(tensors)
     for name, module in model.named_modules():
         mask = vars(module).get(PRUNING_MASK)
-        if mask is not None and f"{name}.weight" in found:
-            found[f"{name}.weight"] = found[f"{name}.weight"] * mask.to(found[f"{name}.weight"])
-    return found
+        if mask is not None and f"{name}.weight" in pruned:
+            pruned[f"{name}.weight"] = pruned[f"{name}.weight"] * mask.to(pruned[f"{name}.weight"])
+    return pruned
 
 
 def to_parameters(parameters: Mapping[str, nn.Parameter], tensors: Tensors) -> Tensors:
@@ -187,14 +187,14 @@ def blocks(network: nn.Module, head: nn.Module | None = None) -> list[nn.Module]
     parts = [child for child in network.children() if child is not head and _size(child)]
     if head is not None and len(parts) == 1 < len(list(network.children())):
         parts = list(parts[0].children())
-    found: list[nn.Module] = []
+    in_order: list[nn.Module] = []
     seen: set[int] = set()
     for block in (block for part in parts for block in _opened(part)):
-        own = {id(p) for p in block.parameters()} - seen
-        if own and block is not head:
-            found.append(block)
-            seen |= own
-    return found
+        new = {id(p) for p in block.parameters()} - seen
+        if new and block is not head:
+            in_order.append(block)
+            seen |= new
+    return in_order
 
 
 def recomputable(model: Model) -> list[nn.Module]:
@@ -205,10 +205,10 @@ def recomputable(model: Model) -> list[nn.Module]:
     """
     network = model.backbone.model
     networks = list(network.children()) if isinstance(network, nn.ModuleDict) else [network]
-    found = [block for each in networks for block in blocks(each, model.head)]
-    if len(found) < 2:
+    all_blocks = [block for each in networks for block in blocks(each, model.head)]
+    if len(all_blocks) < 2:
         raise ConfigError("train.checkpoint_activations: this backbone has no blocks, expected false")
-    return found
+    return all_blocks
 
 
 def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
@@ -243,11 +243,11 @@ def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Mod
     """The last `count` blocks; a norm that stands alone belongs to the block before it."""
     is_inside = any(module is head for module in network.modules())
     parts = set(head.modules())
-    found = [block for block in blocks(network, head if is_inside else None) if block not in parts]
-    starts = [place for place, block in enumerate(found) if not is_norm(block)]
+    body = [block for block in blocks(network, head if is_inside else None) if block not in parts]
+    starts = [place for place, block in enumerate(body) if not is_norm(block)]
     if count > len(starts):
         raise ConfigError(f"tune.layers: this backbone has {len(starts)} blocks, found {count}")
-    return found[starts[-count] :]
+    return body[starts[-count] :]
 
 
 def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int]) -> None:

@@ -54,9 +54,9 @@ def _held_by(module: ModuleType) -> Iterator[ModuleType]:
     """The modules that a module imports, and those that define the objects it imports."""
     for value in list(vars(module).values()):
         name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-        found = sys.modules.get(name) if isinstance(name, str) else None
-        if found is not None:
-            yield found
+        other = sys.modules.get(name) if isinstance(name, str) else None
+        if other is not None:
+            yield other
 
 
 def _is_own(module: ModuleType, top: str) -> bool:

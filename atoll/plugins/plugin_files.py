@@ -62,7 +62,7 @@ def files() -> list[PluginFile]:
     return list(_files.values())
 
 
-def _execute(file: Path, digest: str, given: str) -> None:
+def _execute(file: Path, digest: str, argument: str) -> None:
     """Import a file under a name that no installed module has.
 
     Raises:
@@ -71,7 +71,7 @@ def _execute(file: Path, digest: str, given: str) -> None:
     name = f"atoll_plugin_{file.stem}_{digest[:8]}"
     spec = spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--plugin {given}: expected a Python file, whose name ends in .py")
+        raise ConfigError(f"--plugin {argument}: expected a Python file, whose name ends in .py")
     module, loader = module_from_spec(spec), spec.loader
     sys.modules[name] = module
     failure = failure_of(lambda: loader.exec_module(module))
@@ -79,8 +79,8 @@ def _execute(file: Path, digest: str, given: str) -> None:
         return
     del sys.modules[name]
     if isinstance(failure, InputError):
-        raise ConfigError(f"--plugin {given}: {failure}")
-    raise ConfigError(f"--plugin {given}{_line_in(failure, file)}: {in_one_line(failure)}") from failure
+        raise ConfigError(f"--plugin {argument}: {failure}")
+    raise ConfigError(f"--plugin {argument}{_line_in(failure, file)}: {in_one_line(failure)}") from failure
 
 
 def _line_in(error: Exception, file: Path) -> str:

@@ -176,10 +176,10 @@ def registering(
     def register(thing: Thing) -> Thing:
         place = f"{thing.__module__}:{thing.__qualname__}"
         origin = _origins[-1] if _origins else _file_of(thing.__module__)
-        said = summary or (thing.__doc__ or "").strip().partition("\n")[0]
+        line = summary or (thing.__doc__ or "").strip().partition("\n")[0]
         model = options or getattr(thing, "Options", None)
         code = code_of(thing.__module__) if kind in WITH_CODE else None
-        _add(Extension(kind, name, said, origin, place, thing, model, of=of, code=code))
+        _add(Extension(kind, name, line, origin, place, thing, model, of=of, code=code))
         return thing
 
     return register
@@ -248,14 +248,14 @@ def _add_entry(new: Extension) -> None:
 
 
 def _imported(entry: EntryPoint, origin: str) -> Callable[..., Any]:
-    found: list[Callable[..., Any]] = []
+    loaded: list[Callable[..., Any]] = []
     with origin_is(origin):
-        failure = failure_of(lambda: found.append(entry.load()))
+        failure = failure_of(lambda: loaded.append(entry.load()))
     if isinstance(failure, InputError):
         raise failure
     if failure is not None:
         raise ConfigError(f"{origin}: {entry.value} cannot be imported: {in_one_line(failure)}") from failure
-    return found[0]
+    return loaded[0]
 
 
 def failure_of(work: Callable[[], object]) -> Exception | None:
@@ -269,5 +269,5 @@ def failure_of(work: Callable[[], object]) -> Exception | None:
 
 def in_one_line(error: Exception) -> str:
     """An exception of other people's code in one line: its type and its message."""
-    said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -183,11 +183,11 @@ def misshapen(packed: Mapping[str, torch.Tensor], how: Compression) -> str | Non
         odd = sorted(set(packed) ^ set(how.form))[0]
         return f"tensor {odd} is {'unexpected' if odd in packed else 'missing'}"
     for name, (count, dtype) in how.form.items():
-        found = packed[name]
-        if tuple(found.shape) != (count,):
-            return f"{name} have shape {tuple(found.shape)}, expected {(count,)}"
-        if found.dtype != dtype:
-            return f"{name} are {found.dtype}, expected {dtype}"
+        tensor = packed[name]
+        if tuple(tensor.shape) != (count,):
+            return f"{name} have shape {tuple(tensor.shape)}, expected {(count,)}"
+        if tensor.dtype != dtype:
+            return f"{name} are {tensor.dtype}, expected {dtype}"
     return None
 
 

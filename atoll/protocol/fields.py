@@ -36,8 +36,8 @@ def read_head(head: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"malformed message head: {error}"[:200]) from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        found = content.get("version") if isinstance(content, dict) else content
-        raise DataError(f"message version: expected {VERSION}, found {repr(found)[:100]}")
+        version = content.get("version") if isinstance(content, dict) else content
+        raise DataError(f"message version: expected {VERSION}, found {repr(version)[:100]}")
     return content
 
 
@@ -84,9 +84,9 @@ def checked(cls: type[Message], content: Mapping[str, Any]) -> Message:
         DataError: a field is missing, unknown or of another type.
     """
     model, tuples = _checks_of(cast(Hashable, cls))
-    given = {k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in content.items()}
+    values = {k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in content.items()}
     try:
-        return cls(**model.model_validate(given).__dict__)
+        return cls(**model.model_validate(values).__dict__)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
@@ -103,11 +103,11 @@ def _checks_of(cls: Any) -> tuple[type[BaseModel], frozenset[str]]:
 
 
 def _by_client(tensors: Tensors) -> dict[str, Tensors]:
-    found: dict[str, Tensors] = {}
+    by_client: dict[str, Tensors] = {}
     for path, tensor in tensors.items():
         name, _, key = path.partition("/")
-        found.setdefault(name, {})[key] = tensor
-    return found
+        by_client.setdefault(name, {})[key] = tensor
+    return by_client
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

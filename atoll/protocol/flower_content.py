@@ -84,11 +84,11 @@ def seal_of(content: RecordDict) -> Seal | None:
         DataError: it has another form.
     """
     records = list(content.config_records.values())
-    found = _under("seal/", records[0]) if len(records) == 1 else {}
-    if not found:
+    texts = _under("seal/", records[0]) if len(records) == 1 else {}
+    if not texts:
         return None
-    run, round, nonce = found.get("run"), found.get("round"), found.get("nonce")
-    names, signatures = found.get("clients"), found.get("signatures")
+    run, round, nonce = texts.get("run"), texts.get("round"), texts.get("nonce")
+    names, signatures = texts.get("clients"), texts.get("signatures")
     if not (isinstance(run, str) and type(round) is int and isinstance(nonce, str)):
         raise DataError("message whose seal doesn't say which request it answers")
     if not (isinstance(names, list) and isinstance(signatures, list) and len(names) == len(signatures)):

@@ -172,8 +172,8 @@ def decode_request(head: str, body: bytes) -> Request:
 
 def work_name(request: Request) -> str:
     """The kind of request in a word or two, as for logs: `train`, `masked sum`."""
-    words = re.sub(r"(?<!^)(?=[A-Z])", " ", type(request).__name__.removesuffix("Request"))
-    return words.lower()
+    spaced = re.sub(r"(?<!^)(?=[A-Z])", " ", type(request).__name__.removesuffix("Request"))
+    return spaced.lower()
 
 
 def has_parts_per_client(request: Request) -> bool:

@@ -113,8 +113,8 @@ def with_state(
     `value_of` says it of a client and its number of examples; where it says None, nothing is added.
     """
     if isinstance(updates, StackedUpdates):
-        told = [value_of(*one) for one in zip(updates.clients, updates.num_examples, strict=True)]
-        return replace(updates, states={**updates.states, name: torch.tensor(told, dtype=torch.float64)})
+        values = [value_of(*one) for one in zip(updates.clients, updates.num_examples, strict=True)]
+        return replace(updates, states={**updates.states, name: torch.tensor(values, dtype=torch.float64)})
     return (_with_number(update, name, value_of(update.client, update.num_examples)) for update in updates)
 
 

@@ -92,6 +92,6 @@ def taken(file: WrittenTensors) -> MappedTensors:
     """The tensors of a file that `written` made; it has no name any more."""
     path, names = file
     with safe_open(path, framework="pt") as opened:
-        found = MappedTensors((name, opened.get_tensor(str(number))) for number, name in enumerate(names))
+        mapped = MappedTensors((name, opened.get_tensor(str(number))) for number, name in enumerate(names))
     remove(path)
-    return found
+    return mapped

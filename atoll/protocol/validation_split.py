@@ -36,9 +36,9 @@ def kept_back(marks: Marks, data: DataSection, *, helped: bool) -> NDArray[np.bo
     """Whether each of a client's examples is measured on, [n]: by the fraction, or in the job's fold."""
     if data.folds is None:
         return by_fraction(marks, data.validation_fraction, helped=helped)
-    kept = np.zeros(len(marks), dtype=bool)
-    kept[np.argsort(marks, kind="stable")[fold_of(len(marks), data)]] = True
-    return kept
+    measured = np.zeros(len(marks), dtype=bool)
+    measured[np.argsort(marks, kind="stable")[fold_of(len(marks), data)]] = True
+    return measured
 
 
 def by_fraction(marks: Marks, fraction: float, *, helped: bool) -> NDArray[np.bool_]:
@@ -48,18 +48,18 @@ def by_fraction(marks: Marks, fraction: float, *, helped: bool) -> NDArray[np.bo
     examples have one mark they are trained on. From 1 on `fraction` is a count: so many examples have the
     lowest numbers, and whoever has one of these numbers too. Only a client that is `helped` may count.
     """
-    kept: NDArray[np.bool_]
+    measured: NDArray[np.bool_]
     if fraction >= 1 and len(marks):
         assert helped, "a count depends on all examples"
-        kept = marks <= np.sort(marks)[min(int(fraction), len(marks)) - 1]
+        measured = marks <= np.sort(marks)[min(int(fraction), len(marks)) - 1]
     else:
-        kept = marks < np.uint64(int(fraction * 2.0**64))
+        measured = marks < np.uint64(int(fraction * 2.0**64))
     if not (helped and fraction and len(marks)):
-        return kept
+        return measured
     lowest, highest = marks.min(), marks.max()
     if lowest == highest:
-        return np.zeros_like(kept)
-    evened: NDArray[np.bool_] = (kept | (marks == lowest)) & (marks != highest)
+        return np.zeros_like(measured)
+    evened: NDArray[np.bool_] = (measured | (marks == lowest)) & (marks != highest)
     return evened
 
 

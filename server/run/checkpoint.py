@@ -162,13 +162,15 @@ def latest(folder: Path, job_hash: str) -> Checkpoint | None:
     """
     for path in reversed(_rounds(folder)):
         try:
-            found = _read(path)
+            checkpoint = _read(path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             logger.warning("%s is damaged (%s); going back to the checkpoint before it", path, error)
             continue
-        if found.job_hash != job_hash:
-            raise ConfigError(f"{path}: belongs to job {found.job_hash[:12]}, this one is {job_hash[:12]}")
-        return found
+        if checkpoint.job_hash != job_hash:
+            raise ConfigError(
+                f"{path}: belongs to job {checkpoint.job_hash[:12]}, this one is {job_hash[:12]}"
+            )
+        return checkpoint
     return None
 
 

@@ -97,15 +97,15 @@ def kept_clients(run: Path) -> dict[str, Tensors]:
     Raises:
         DataError: a file is damaged.
     """
-    found: dict[str, Tensors] = {}
+    by_client: dict[str, Tensors] = {}
     for path in sorted((run / SUMS).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 name = (file.metadata() or {})["client"]
-                found[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                by_client[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, KeyError, SafetensorError) as error:
             raise DataError(f"{path}: damaged ({error}); the model stays as it is") from None
-    return {name: found[name] for name in sorted(found)}
+    return {name: by_client[name] for name in sorted(by_client)}
 
 
 def _head_of(job: Job, by_client: Mapping[str, Tensors]) -> Tensors:

@@ -64,13 +64,13 @@ def _with_teacher(claim: PrivacyClaim, run: Path) -> PrivacyClaim:
     """
     other = claim_of_teacher(run, claim["unit"])
     assert other is not None, "a job under a promise is refused a teacher without one"
-    own, its = claim["epsilon"], other["epsilon"]
+    epsilon, its = claim["epsilon"], other["epsilon"]
     return {
         **claim,
-        "epsilon": _sum(own, its),
+        "epsilon": _sum(epsilon, its),
         "epsilon_rdp": _sum(claim.get("epsilon_rdp"), other.get("epsilon_rdp")),
         "delta": claim["delta"] + other["delta"],
-        "without_teacher": {"epsilon": own, "delta": claim["delta"]},
+        "without_teacher": {"epsilon": epsilon, "delta": claim["delta"]},
         "teacher": {"epsilon": its, "delta": other["delta"]},
     }
 
@@ -121,5 +121,5 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _sum(own: float | None, its: float | None) -> float | None:
-    return None if own is None or its is None else own + its
+def _sum(one: float | None, its: float | None) -> float | None:
+    return None if one is None or its is None else one + its

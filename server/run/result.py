@@ -42,7 +42,7 @@ def write_result(
         clients = with_adapted(clients, measured_clients(run, adapt_steps=job.evaluate.adapt))
     keep = job.personal.keep
     shared = measured_clients(run, of_shared_model=True) if keep in ("norms", "lora-b", "mixture") else {}
-    own = None if keep is None else personalization_metrics(keep, clients, shared)
+    personal = None if keep is None else personalization_metrics(keep, clients, shared)
     bytes_up, bytes_down = traffic(run)
     result = RunResult(
         name=job.name,
@@ -62,7 +62,7 @@ def write_result(
         peak_rss_mb=memory.mb(),
         rounds=state.log,
         final={"server": final_server(run), "clients": clients},
-        personal=own,
+        personal=personal,
         baselines=_references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
         privacy=privacy_report(run),
         compression=compression_of(run),
@@ -72,7 +72,7 @@ def write_result(
         machine=machine(job.train.threads, job.train.device),
         notes=[
             *notes, *setup.remarks, *private_notes(run), *cluster_notes(state.log),
-            *personalization_notes(job, own, clients, state.learner.task.primary_metric),
+            *personalization_notes(job, personal, clients, state.learner.task.primary_metric),
         ],
         contributions=run_contributions(run),
         samples=_samples(run) or None,
@@ -131,10 +131,10 @@ def cluster_notes(rounds: Sequence[RoundLine]) -> list[str]:
     if not rounds or "clusters" not in rounds[-1]:
         return []
     sizes = [len(names) for names in rounds[-1]["clusters"]]
-    told = ", ".join(f"{size} of cluster {number}" for number, size in enumerate(sizes))
+    counts = ", ".join(f"{size} of cluster {number}" for number, size in enumerate(sizes))
     return [
-        f"clients of the last round: {told}; each is measured with the model that fits it, and there is none"
-        " of all"
+        f"clients of the last round: {counts}; each is measured with the model that fits it, and there is"
+        " none of all"
     ]
 
 
@@ -154,8 +154,8 @@ def measured_clients(
     run: Run, *, adapt_steps: int = 0, of_shared_model: bool = False
 ) -> dict[str, MetricValues]:
     """What each evaluation client measured, by name."""
-    found = evaluate_clients(run, adapt_steps=adapt_steps, of_shared_model=of_shared_model)
-    return {m.client: _client(run, m) for m in found}
+    measurements = evaluate_clients(run, adapt_steps=adapt_steps, of_shared_model=of_shared_model)
+    return {m.client: _client(run, m) for m in measurements}
 
 
 def _client(run: Run, measurement: Measurement) -> MetricValues:

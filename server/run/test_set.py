@@ -67,11 +67,11 @@ def counts_of_source(table: Table, job: Job, train: int, test: int) -> tuple[Cou
     Raises:
         JobError: these aren't all of its examples.
     """
-    own, apart = len(table.train), len(table.test or ())
+    trainable, apart = len(table.train), len(table.test or ())
     if job.data.test is None:
-        whole = Counts("examples", own + apart, train + test)
+        whole = Counts("examples", trainable + apart, train + test)
         return table.counts or (whole,)
-    whole = Counts("examples", own, train)
+    whole = Counts("examples", trainable, train)
     unused = {"of the source's test part: data.test is measured on": apart}
     return (*(table.counts or (whole,)), *((Counts("test examples", apart, 0, unused),) if apart else ()))
 

@@ -58,7 +58,7 @@ class LayerRound:
 
 @dataclass(frozen=True)
 class Merged:
-    """A layer after the round: its factors, and the sum of all that was added to its frozen weight, if any."""
+    """A layer after the round: its factors, and the sum of what was added to its frozen weight, if any."""
 
     factors: Factors
     base: torch.Tensor | None = None
