@@ -1,7 +1,7 @@
-"""A trained run as the teacher of another: its soft answers to a client's examples, and the loss by them.
+"""Distillation from a trained run: the teacher's soft labels for a client's examples, and the student's loss.
 
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network": the student learns from its labels and
-from what the teacher says of the same example, both softened by a temperature.
+from the teacher's probabilities for the same example, both softened by a temperature.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = ("job.toml", "model/model.json", "model/model.safetensors")
 
 @dataclass
 class Teacher:
-    """The run that `train.teacher` names, in use; it sees examples as they are, never augmented."""
+    """The model of the run that `train.teacher` names; it gets examples without augmentation."""
 
     learner: Learner
     tensors: Tensors
@@ -38,7 +38,7 @@ class Teacher:
     fingerprint: str
 
     def check(self, data_info: DataInfo) -> None:
-        """Raises ConfigError unless the student tells the same classes apart, in the same order."""
+        """Raises ConfigError unless the student has the same classes, in the same order."""
         classes, expected = self.learner.data_info["classes"], data_info["classes"]
         if classes != expected:
             raise ConfigError(
@@ -47,17 +47,17 @@ class Teacher:
             )
 
     def with_soft_labels(self, shard: Shard) -> Shard:
-        """The shard with targets [n, 1 + classes]: the class, and what the teacher gives each class."""
+        """The shard with targets [n, 1 + classes]: the class, then the teacher's probabilities."""
         soft = self.soft(self.learner.outputs_by_row(self.tensors, shard))
         return replace(shard, targets=torch.cat([shard.table.to(soft.dtype).unsqueeze(1), soft], dim=1))
 
     def soft(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Probabilities at the temperature, of outputs [n, classes], row by row: others change no bit."""
+        """Probabilities [n, classes] of outputs at the temperature; each row's bits depend on it alone."""
         rows = [torch.softmax(row / self.temperature, dim=-1) for row in outputs.to(torch.float64)]
         return torch.stack(rows).to(torch.float32)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(1 - weight) cross-entropy + weight T^2 KL(teacher, student) at temperature T, the batch's mean."""
+        """The batch's mean of (1 - weight) cross-entropy + weight T^2 KL(teacher, student), temperature T."""
         hard = nn.functional.cross_entropy(outputs, targets[:, 0].to(torch.int64))
         logs = nn.functional.log_softmax(outputs / self.temperature, dim=1)
         soft = nn.functional.kl_div(logs, targets[:, 1:].to(logs), reduction="batchmean")
@@ -68,7 +68,8 @@ def teacher_of(job: Job) -> Teacher | None:
     """The job's teacher, if it has one.
 
     Raises:
-        ConfigError: there is no such run. WeightsError: its backbone's weights can't be had here.
+        ConfigError: there is no such run.
+        WeightsError: its backbone's weights are not available here.
     """
     if job.train.teacher is None:
         return None
@@ -96,7 +97,7 @@ def teacher_of(job: Job) -> Teacher | None:
 
 
 def check_teacher(job: Job, task: Task) -> None:
-    """Raises ConfigError where the job's teacher can't teach this task, or would break its promise."""
+    """Raises ConfigError where the teacher does not fit the task, or would break a promise of privacy."""
     if job.train.teacher is None:
         return
     if not (task.uses_pooled_features and task.head_loss == "softmax"):
@@ -112,7 +113,7 @@ def check_teacher(job: Job, task: Task) -> None:
 
 
 def claim_of_teacher(run: Path, unit: str) -> dict[str, Any] | None:
-    """What the run's result claims for that unit: `epsilon`, `delta`, `seeded_noise`; None for nothing."""
+    """A run's privacy claim for a unit (`epsilon`, `delta`, `seeded_noise`); None where it has none."""
     try:
         privacy = json.loads((run / "result.json").read_text("utf-8"))["privacy"]
         claim: dict[str, Any] | None = privacy["units"].get(unit)

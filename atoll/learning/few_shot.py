@@ -29,9 +29,9 @@ def first_per_class(rows: Sequence[int], shard: Shard, shots: int) -> list[int]:
 def training_rows(
     marks: NDArray[np.uint64], measured: NDArray[np.bool_], shard: Shard, shots: int | None
 ) -> list[int]:
-    """The rows that are trained on, in their order: what isn't `kept` back, or a few of each class of it.
+    """The training rows, in order: those not `measured`, or with `shots` so many of each class.
 
-    The few are those with the lowest marks.
+    Of each class those with the lowest marks are taken.
     """
     if shots is None:
         return np.flatnonzero(~measured).tolist()

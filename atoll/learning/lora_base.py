@@ -1,4 +1,4 @@
-"""LoRA's layers in a model: their scalings, which factor rests, what a server adds to frozen weights."""
+"""LoRA's layers in a model: scalings, factors that are frozen, and additions to the frozen weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from atoll.learning.learner import Learner
 
 PRETRAINED, ADDED = "pretrained_weight", "added_to_weight"
-"""Attributes of a layer whose frozen weight a server adds to: that weight as it was, what was added."""
+"""Attributes of a layer to whose frozen weight the server adds: the original weight, and the sum added."""
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers that have LoRA's factors, by name."""
+    """(name, layer) of each layer with LoRA factors."""
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
 def hold(model: nn.Module) -> None:
-    """Remember the frozen weights of LoRA's layers, to which the server may add.
+    """Store the original frozen weights of LoRA's layers, to which the server may add.
 
     Raises:
         ConfigError: another layer has the same weight.
@@ -47,7 +47,7 @@ def hold(model: nn.Module) -> None:
 
 
 class Core(nn.Module):
-    """Stands where LoRA has B: the product B R of a `basis` that stays and a trained `core` [r, r]."""
+    """A module in place of LoRA's B: the product B R of a fixed `basis` and a trained `core` [r, r]."""
 
     def __init__(self, basis: nn.Module) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Core(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """B R in the shape that LoRA's B would have, which peft asks for."""
+        """B R in the shape of LoRA's B, which peft reads."""
         basis: Any = self.basis.weight
         core: Any = self.core.weight
         product: torch.Tensor = basis.flatten(1) @ core.flatten(1)
@@ -75,10 +75,10 @@ class Core(nn.Module):
 
 @torch.no_grad()
 def fix_factors(model: nn.Module) -> None:
-    """Let every layer's A and B be its own weight's singular vectors, with a core between that is zero.
+    """Set every layer's A and B to singular vectors of its weight, with a core of zeros between them.
 
     Raises:
-        ConfigError: a weight is zero, and has none.
+        ConfigError: a weight is zero and has no singular vectors.
     """
     for name, layer in lora_layers(model):
         weight = _matrix(layer, layer.get_base_layer().weight)
@@ -95,7 +95,7 @@ def fix_factors(model: nn.Module) -> None:
 
 
 def nothing_added(model: nn.Module) -> Tensors:
-    """Zeros [out, in] for every weight that the server may add to, by name."""
+    """Zeros [out, in] for every weight to which the server may add, by name."""
     held = [
         (name, vars(layer)[PRETRAINED]) for name, layer in lora_layers(model) if PRETRAINED in vars(layer)
     ]
@@ -104,7 +104,7 @@ def nothing_added(model: nn.Module) -> Tensors:
 
 
 def load(model: nn.Module, tensors: Tensors) -> None:
-    """Set what isn't trained: factors that rest in this round, frozen weights with what was added to them."""
+    """Load tensors that are not trained: this round's frozen factors, and additions to frozen weights."""
     for name, layer in lora_layers(model):
         for end in (A, B):
             if name + end in tensors:
@@ -116,14 +116,14 @@ def load(model: nn.Module, tensors: Tensors) -> None:
 
 
 def alternate(model: nn.Module, round: int) -> None:
-    """Let the factors be trained whose turn it is; in round 0 all of them."""
+    """Enable gradients for the factors that a round trains; in round 0 for all of them."""
     for name, layer in lora_layers(model):
         for end in (A, B):
             layer.get_parameter(end[1:]).requires_grad_(not round or alternates(name + end, round))
 
 
 def _matrix(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's weight as [out, in]: transformers' Conv1D has it the other way round."""
+    """A layer's weight as [out, in]; transformers' Conv1D has it transposed."""
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight.flatten(1)
 
 
@@ -133,9 +133,9 @@ def _like(layer: Any, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 
 
 def merging_lora(strategy: Strategy, learner: Learner) -> Strategy:
-    """The strategy, made one that merges LoRA's factors as the job says, and tells how well.
+    """The strategy, wrapped to merge LoRA's factors as the job says and to report the error of the merge.
 
-    Where the server sees nothing but sums, what is trained merges as any tensor does.
+    Where the server sees only sums, factors are merged like any tensor and the strategy is returned as it is.
     """
     job = learner.job
     if not merge_error_is_known(job) and job.tune.lora_merge not in REWRITES:

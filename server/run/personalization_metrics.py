@@ -1,4 +1,4 @@
-"""What clients' own models gained over the one that all share, where they keep any."""
+"""The metrics of clients' personal models, compared with those of the shared model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Measured = Mapping[str, Mapping[str, float | None]]
 
 
 def personalization_metrics(keep: str, clients: Measured, shared: Measured) -> Personal:
-    """For `result.json`: what is kept, what the shared model does at each client, and means over clients.
+    """For `result.json`: what clients keep, the shared model's metrics at each of them, and means over all.
 
-    Every client at which a metric is defined counts the same. Heads that are kept leave no shared model to
-    measure.
+    In a mean, every client at which a metric is defined has the same weight. Where clients keep their heads
+    there is no shared model to measure.
     """
     table: Personal = {"keep": keep, "clients": _values(clients)}
     if shared:
@@ -31,13 +31,13 @@ def _values(measured: Measured) -> MetricValues:
 
 
 def _means(measured: Measured) -> dict[str, MeanOverClients]:
-    """Means over the clients that have something to measure on."""
+    """Each metric's mean over the clients that have a validation split."""
     used = (metrics for metrics in measured.values() if metrics["examples"])
     return means({name: value for name, value in m.items() if name != "examples"} for m in used)
 
 
 def with_adapted(clients: Measured, adapted: Measured) -> dict[str, MetricValues]:
-    """Each client's metrics, and beside them what it measured after its steps, as `adapted_…`."""
+    """Each client's metrics, with those after local adaptation steps as `adapted_…`."""
     by_client = {}
     for name, metrics in clients.items():
         after = {f"adapted_{m}": v for m, v in adapted.get(name, {}).items() if m != "examples"}
@@ -46,7 +46,7 @@ def with_adapted(clients: Measured, adapted: Measured) -> dict[str, MetricValues
 
 
 def personalization_notes(job: Job, personal: Personal | None, clients: Measured, metric: str) -> list[str]:
-    """What a reader must know of models that are each client's own."""
+    """Notes for the result about clients' personal models."""
     steps, means = job.evaluate.adapt, _means(clients)
     if steps is not None:
         after = f"the model after {steps} local steps at each client"

@@ -1,4 +1,4 @@
-"""What a run ends with: `result.json` and the model on disk."""
+"""Writes the end of a run: `result.json` and the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Baselines = Mapping[str, Mapping[str, float | None]]
 def write_result(
     run: Run, baselines: Baselines, seconds: float, notes: list[str], memory: PeakMemory
 ) -> RunResult:
-    """Measure the final model everywhere, and write the model and `result.json`."""
+    """Evaluate the final model at server and clients, write model and `result.json`, return the result."""
     setup, state, job = run.setup, run.state, run.setup.job
     clients = measured_clients(run)
     if job.evaluate.adapt is not None:
@@ -87,7 +87,7 @@ def write_result(
 
 
 def _samples(run: Run) -> list[Sample]:
-    """Prompts of the server's test set, each with what the model wrote before and writes after training."""
+    """Prompts of the server's test set, with the model's texts before and after training."""
     before, test, model = run.setup.samples_before, run.setup.test, run.full_model
     if not before or test is None or model is None:
         return []
@@ -98,14 +98,14 @@ def _samples(run: Run) -> list[Sample]:
 
 
 def traffic(run: Run) -> tuple[int, int]:
-    """(bytes up, bytes down); on average, where the actual ones would tell who took part."""
+    """(bytes up, bytes down) of the run; expected values where the actual ones would reveal who took part."""
     if cohort_is_secret(run.setup.job):
         return (run.state.log[-1]["bytes_up"], run.state.log[-1]["bytes_down"]) if run.state.log else (0, 0)
     return run.state.bytes_up, run.state.bytes_down
 
 
 def compression_of(run: Run) -> Compression | None:
-    """How updates travelled, and how many times smaller than the model; None where as they were."""
+    """The compression of updates and how many times smaller they are; None without compression."""
     scheme = run.setup.job.federation.compression
     if scheme is None:
         return None
@@ -115,7 +115,7 @@ def compression_of(run: Run) -> Compression | None:
 
 
 def private_notes(run: Run) -> list[str]:
-    """What is missing from the result for privacy's sake, and a run that ended before its last round."""
+    """Notes on what the result leaves out for privacy, and on a run that ended before its last round."""
     notes = []
     if run.is_private:
         notes.append("training losses and the clients' own measurements are left out: they are not noised")
@@ -139,12 +139,12 @@ def cluster_notes(rounds: Sequence[RoundLine]) -> list[str]:
 
 
 def _references(run: Run) -> dict[str, MetricValues]:
-    """What needs no learning, on the server's test set."""
+    """Metrics of predictions that need no training, on the server's test set."""
     return {} if run.setup.test is None else run.state.learner.naive_baselines(run.setup.test)
 
 
 def final_server(run: Run) -> MetricValues:
-    """The final model on the server's test set; empty where the server has none."""
+    """Metrics of the final model on the server's test set; empty where the server has none."""
     if run.setup.test is None or run.full_model is None:
         return {}
     return run.state.learner.compute(run.state.learner.evaluate(run.full_model, run.setup.test))
@@ -153,7 +153,7 @@ def final_server(run: Run) -> MetricValues:
 def measured_clients(
     run: Run, *, adapt_steps: int = 0, of_shared_model: bool = False
 ) -> dict[str, MetricValues]:
-    """What each evaluation client measured, by name."""
+    """Each evaluation client's metrics, by name."""
     measurements = evaluate_clients(run, adapt_steps=adapt_steps, of_shared_model=of_shared_model)
     return {m.client: _client(run, m) for m in measurements}
 
@@ -164,7 +164,7 @@ def _client(run: Run, measurement: Measurement) -> MetricValues:
 
 
 def machine(threads: int, device: str) -> dict[str, Any]:
-    """What the bits of a run depend on besides the job: processor, libraries, threads, device."""
+    """All on which a run's bits depend besides the job: processor, libraries, threads and device."""
     packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
     return {
         "processor": platform.machine(),
