@@ -237,13 +237,14 @@ def test_singular_factors_are_numpys_with_signs_that_do_not_depend_on_the_machin
     weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
     u, s, v = np.linalg.svd(weight.double().numpy(), full_matrices=False)
     factors = singular_factors(weight, 3)
+    assert factors is not None
     np.testing.assert_allclose((factors.b * torch.tensor(s[:3])) @ factors.a, (u[:, :3] * s[:3]) @ v[:3])
     np.testing.assert_allclose(factors.b.T @ factors.b, np.eye(3), atol=1e-12)
     assert all(column[column.abs().argmax()] > 0 for column in factors.b.T)
     negative = singular_factors(-weight, 3)
-    assert torch.equal(negative.b, factors.b) and torch.equal(negative.a, -factors.a)
+    assert negative is not None and torch.equal(negative.b, factors.b) and torch.equal(negative.a, -factors.a)
     one = singular_factors(weight[:, :1] @ weight[:1], 3)  # of one direction: the others do nothing
-    assert one.b.shape == (7, 3) and one.a.shape == (3, 5)
+    assert one is not None and one.b.shape == (7, 3) and one.a.shape == (3, 5)
     assert one.b[:, 0].any() and not one.b[:, 1:].any() and not one.a[1:].any()
 
 
@@ -274,13 +275,16 @@ def test_a_layer_with_a_core_gives_what_its_merged_weight_gives() -> None:
         assert torch.allclose(layer(inputs[name]), expected, atol=1e-5)
 
 
-def test_a_weight_that_is_zero_has_no_singular_vectors() -> None:
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(4, 3), torch.eye(4, 3), torch.diag(torch.tensor([2.0, 1, 1]))]
+)
+def test_a_weight_whose_singular_vectors_are_not_determined_is_refused(weight: torch.Tensor) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    network = torch.nn.ModuleDict({"out": torch.nn.Linear(3, 4)})
-    torch.nn.init.zeros_(network["out"].weight)  # type: ignore[arg-type]
+    network = torch.nn.ModuleDict({"out": torch.nn.Linear(3, len(weight))})
+    network["out"].weight = torch.nn.Parameter(weight)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["out"]), network)
-    with pytest.raises(ConfigError, match="from the weight of out, which is zero"):
+    with pytest.raises(ConfigError, match="the weight of out, which is zero or has equal singular"):
         lora_base.fix_factors(network)
 
 

@@ -46,9 +46,8 @@ from atoll.server.rounds import aggregation, evaluation, round_log
 from atoll.server.rounds.central_dp import NORM, CentralDp, LedgerLocation
 from atoll.server.rounds.run_state import Run
 from atoll.server.rounds.validation import Validation
-from atoll.sim.audit.audit import _learner
 from atoll.sim.audit.example_canaries import CanaryFeatures
-from atoll.sim.audit.replay import RoundTranscript
+from atoll.sim.audit.replay import RoundTranscript, fresh_learner
 from atoll.sim.population.population import Population
 from tests import detectors
 from tests.detectors import Detected, adversaries, silent
@@ -718,7 +717,7 @@ def a_bound_by_sums_is_seldom_above_the_truth() -> None:
 def a_canarys_score_does_not_know_its_own_coin() -> None:
     """The attacker may know of all canaries but one: that one's score stays if its coin is turned over."""
     setting = job(examples())
-    learner = _learner(setting, Population.of(setting))
+    learner = fresh_learner(setting, Population.of(setting))
     canaries = CanaryFeatures.of(Population.of(setting), learner, 80)
     generator = torch.Generator().manual_seed(2)
     head = {name: torch.randn(t.shape, generator=generator) for name, t in learner.initial().items()}

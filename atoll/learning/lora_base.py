@@ -78,17 +78,18 @@ def fix_factors(model: nn.Module) -> None:
     """Set every layer's A and B to singular vectors of its weight, with a core of zeros between them.
 
     Raises:
-        ConfigError: a weight is zero and has no singular vectors.
+        ConfigError: the singular vectors of a weight are not determined.
     """
     for name, layer in lora_layers(model):
         weight = _matrix(layer, layer.get_base_layer().weight)
-        if not weight.any():
-            raise ConfigError(
-                f"tune.lora_merge: 'fedsb' takes its factors from the weight of {name}, which is zero;"
-                " expected tune.targets without it, or another way of merging"
-            )
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         factors = singular_factors(weight.cpu(), len(a))
+        if factors is None:
+            raise ConfigError(
+                f"tune.lora_merge: 'fedsb' takes its factors from the weight of {name}, which is zero or has"
+                " equal singular values, so that sites may find different ones; expected tune.targets without"
+                " it, or another way of merging"
+            )
         a.copy_(factors.a.reshape(a.shape))
         b.copy_(factors.b.reshape(b.shape))
         layer.lora_B["default"] = Core(layer.lora_B["default"])

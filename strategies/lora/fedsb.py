@@ -26,6 +26,9 @@ __all__ = ["average", "is_trained", "singular_factors", "with_core"]
 
 LEAST = 1e-6
 """Singular values below this part of the largest one are rounding errors and count as zero."""
+CLOSE = 1e-8
+"""Singular values that differ by less than this part of the largest count as equal: libraries then find
+different vectors."""
 
 
 def with_core(basis: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
@@ -33,11 +36,14 @@ def with_core(basis: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     return basis @ core
 
 
-def singular_factors(weight: torch.Tensor, rank: int) -> Factors:
+def singular_factors(weight: torch.Tensor, rank: int) -> Factors | None:
     """B [out, rank] and A [rank, in] of a weight [out, in], with orthonormal columns and rows; in float64.
 
     The decomposition determines each pair of vectors up to its sign; here the largest number in B's is
     positive. If the weight's rank is below `rank`, the remaining columns and rows are zero.
+
+    None if the vectors are not determined, because the weight is zero or singular values are equal, as those
+    of an orthogonal weight: each site computes the vectors by itself, and all must get the same.
 
     >>> factors = singular_factors(torch.tensor([[0.0, -3.0], [1.0, 0.0]]), rank=1)
     >>> (factors.b @ factors.a).round(decimals=6).add(0).tolist()
@@ -45,6 +51,8 @@ def singular_factors(weight: torch.Tensor, rank: int) -> Factors:
     """
     u, s, v = torch.linalg.svd(weight.to(torch.float64), full_matrices=False)
     count = min(rank, int((s > LEAST * s[0]).sum()))
+    if not count or bool((s[:-1] - s[1:] < CLOSE * s[0])[:count].any()):
+        return None
     b, a = u[:, :count], v[:count]
     signs = b.gather(0, b.abs().argmax(0, keepdim=True)).sign()
     missing = rank - count
