@@ -66,15 +66,10 @@ def train_model(
 ) -> Update:
     """The update of one client after local training: its tensors after training minus the global `tensors`.
 
-    `tensors` are the trainable tensors by name; training starts from them, or from those in `begin`. `plan`
-    may have `proximal_mu`, whose term pulls towards `tensors`. `correction` holds tensors that are added to
-    every gradient. Training stops after `steps` local steps (None: as the job says), and only tensors in
-    `only` move. At most one method changes the gradient: `inner_lr` takes it one step ahead (Per-FedAvg),
-    `mixing` takes it of a mixture with the global model (APFL), `moreau` of the loss's Moreau envelope
-    (pFedMe), and `contrast` adds a term to the loss (MOON).
-
-    Raises:
-        ConfigError: the strategy asks for a proximal term, which `tune.method = "seeds"` cannot have.
+    Training starts from `tensors` or `begin`; the plan's `proximal_mu` pulls towards `tensors`. `correction`
+    is added to every gradient. It takes `steps` local steps (None: the job's); only tensors in `only` move.
+    At most one method is used: `inner_lr` takes gradients one step ahead (Per-FedAvg), `mixing` of a mixture
+    with the global model (APFL), `moreau` of the Moreau envelope (pFedMe); `contrast` adds to the loss (MOON).
     """
     if job.tune.method == "seeds":
         return _train_by_seeds(learner, tensors, shard, job, client, round, plan, steps)
