@@ -69,7 +69,7 @@ def train_model(
     Training starts from `tensors` or `begin`; the plan's `proximal_mu` pulls towards `tensors`. `correction`
     is added to every gradient. It takes `steps` local steps (None: the job's); only tensors in `only` move.
     At most one method is used: `inner_lr` takes gradients one step ahead (Per-FedAvg), `mixing` of a mixture
-    with the global model (APFL), `moreau` of the Moreau envelope (pFedMe); `contrast` adds to the loss (MOON).
+    with the global model (APFL), `moreau` of the Moreau envelope (pFedMe); `contrast` adds a term (MOON).
     """
     if job.tune.method == "seeds":
         return _train_by_seeds(learner, tensors, shard, job, client, round, plan, steps)
