@@ -421,7 +421,7 @@ def test_what_cannot_be_replayed_is_refused_in_one_line(
     (tmp_path / "result.json").write_text(json.dumps(result | {"engine": "flower"}))
     assert "a run of real sites, whose data is not here" in refused(str(tmp_path))
     (tmp_path / "result.json").write_text(json.dumps(result | {"privacy": None}))
-    assert "privacy: missing" in refused(str(tmp_path))
+    assert "result.json: privacy: " in refused(str(tmp_path))
     assert "no such run directory" in refused(str(tmp_path / "nowhere"))
     assert "--out: expected a file" in refused(str(finished), "--out", str(tmp_path / "no" / "file"))
     assert "--canaries" in refused(str(finished), "--canaries", "3")

@@ -13,6 +13,7 @@ from atoll.protocol.tensors import tensors_sha256
 from atoll.report.run_result import RunResult
 from atoll.server.events import Event, RoundEnded, ignore_events
 from atoll.server.run.run_job import validate_job
+from atoll.sim.audit.replay import job_to_replay
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
 from atoll.trained import trained
@@ -154,3 +155,10 @@ def test_a_later_stage_is_checked_before_anything_runs() -> None:
     asked = scheduled(backbone={"name": "nowhere"})
     with pytest.raises(Exception, match="nowhere"):
         validate_job(asked)
+
+
+def test_an_audit_that_would_play_the_first_stage_alone_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"tune\.then: a run with it can't be attacked; .* \['last-k', 'full'\]"
+    ):
+        job_to_replay(scheduled())

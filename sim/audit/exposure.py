@@ -142,8 +142,6 @@ def exposed(
     """
     if not times or job.task.name != "language-modeling" or job.personal.splits:
         return None
-    if job.tune.then:
-        raise ConfigError("tune.then: a run with it can't be played again with secrets; expected none")
     jobs = {"after": job_to_replay(job)}
     if job.privacy.units:
         jobs["unprotected"] = job_to_replay(job.model_copy(update={"privacy": PrivacySection()}))

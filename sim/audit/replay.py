@@ -125,6 +125,7 @@ def job_to_replay(job: Job) -> Job:
     for key, asked in (
         ("personal.keep", job.personal.keep),
         ("tune.head_init", job.tune.head_init),
+        ("tune.then", [stage.method for stage in job.tune.then] or None),
         ("strategy.name", own_state),
         ("train.lr_schedule", job.train.lr_schedule),
         ("train.layer_decay", job.train.layer_decay),
