@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def load_job(path: str | Path, changes: Mapping[str, Any] | None = None) -> Job:
-    """A job file with some keys changed.
+    """The job in the TOML file at `path`, validated, with some keys changed.
+
+    `changes` maps keys with dots to values, as `--set` does; the job's defaults are filled in.
 
     >>> load_job("jobs/bbc-news.toml", {"train.lr": 0.05, "federation.cohort": 5}).train.lr
     0.05
@@ -44,11 +46,14 @@ def simulate(
     plugins: Sequence[str | Path] = (),
     strategy: Strategy | None = None,
 ) -> Run:
-    """Run a whole federation on this machine, as `atoll simulate` does.
+    """Run a whole federation on this machine, as `atoll simulate` does, and return the finished run.
 
-    Without `out` the run directory is runs/NAME, or the next free name after it. `plugins` are Python files
-    that bring what the job names. A `strategy` is used instead of the job's: any object with `begin`, `plan`
-    and `merge` (`atoll.strategies.Strategy`); result.json has its class's name.
+    `job` is a job or the path of a job file. Without `out` the run directory is runs/NAME, or the next free
+    name after it; `resume` continues the run in `out`, `force` replaces it. `engine` is inline, loop, cohort
+    or ray, `workers` the number of processes or threads; neither changes the final bits, except for cohort.
+    `track` names trackers that log the run. `plugins` are Python files with extensions that the job names.
+    A `strategy` is used instead of the job's: any object with `begin`, `plan` and `merge`
+    (`atoll.strategies.Strategy`); result.json then has its class's name.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -89,13 +94,13 @@ def simulate(
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run directory."""
+    """A finished run, in its directory."""
 
     folder: Path
 
     @property
     def result(self) -> RunResult:
-        """What result.json holds, a field for each key.
+        """The run's `result.json`, as an object with a field for each key.
 
         Raises:
             ConfigError: there is no finished run.
@@ -106,25 +111,29 @@ class Run:
 
     @property
     def job(self) -> Job:
-        """The job with every default written out."""
+        """The run's job, with every default filled in.
+
+        Raises:
+            ConfigError: the directory has no valid job.toml.
+        """
         return Job.load(self.folder / "job.toml")
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
-        """A line for every round: loss, metrics, seconds, bytes."""
+        """A `RoundLine` of `atoll.report.run_result` per round: loss, metrics, seconds, bytes."""
         lines = (self.folder / "metrics.jsonl").read_text("utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
     @property
     def metrics(self) -> Mapping[str, Mapping[str, float | None]]:
-        """Metrics of the federated model, and of each baseline that was measured."""
+        """Metrics by name, of the model ("federated") and of each baseline that was measured."""
         from atoll.report.comparison import comparison_of
 
         return comparison_of(self.result).rows
 
     @property
     def report(self) -> Path:
-        """The page that shows the run."""
+        """The path of the HTML page that shows the run."""
         return self.folder / "report.html"
 
     def predict(
@@ -135,12 +144,12 @@ class Run:
         overlay: bool = False,
         cluster: int | None = None,
     ) -> list[dict[str, Any]]:
-        """The model's answer to each text or file, and to each file of a folder.
+        """The model's answers: a table for each text or file in `inputs`, and for each file of a folder.
 
-        What is large comes as arrays: a segmenter's `mask` (uint8, class indices) and `scores` (float32, the
-        probability of each pixel's class), both [height, width] of the picture. With `out` masks, boxes and
-        forecasts are also written there as files, whose paths are in `files`; with `overlay` masks over
-        their pictures too. A run with a model for each cluster of clients needs to know which `cluster`.
+        Large results are arrays: a segmenter's `mask` (uint8, class indices) and `scores` (float32, the
+        probability of each pixel's class), both [height, width] of the picture. With `out`, masks, boxes and
+        forecasts are also written to files there, whose paths are in `files`; with `overlay`, so are pictures
+        with their masks drawn on them. `cluster` is the model's number, in runs with a model per cluster.
 
         Raises:
             DataError: an input cannot be read.
@@ -148,9 +157,9 @@ class Run:
         from atoll.cli.predict import answers_of
 
         place = Path(out) if out is not None else None
-        given = [str(one) for one in inputs]
+        texts = [str(one) for one in inputs]
         return list(
-            answers_of(self.folder, given, place, write=out is not None, overlay=overlay, cluster=cluster)
+            answers_of(self.folder, texts, place, write=out is not None, overlay=overlay, cluster=cluster)
         )
 
     def chat(
@@ -162,15 +171,17 @@ class Run:
         seed: int | None = None,
         max_new_tokens: int | None = None,
     ) -> str:
-        """A language model's answer to a conversation: messages with `role` and `content`, a user's the last.
+        """A language model's answer to a conversation, as text.
 
-        At `temperature` 0 it is the likeliest token each time; above, tokens are drawn among the fewest whose
-        chances add up to `top_p`, the same for the same messages and seed (the job's, unless one is given).
-        Of a conversation that is too long for the model the oldest turns are left out, which is logged.
+        `messages` have `role` and `content`; the last one is a user's. With `temperature` 0 each token is the
+        likeliest one. Above 0, tokens are drawn among the fewest likeliest ones whose probabilities sum to
+        `top_p`; the same messages and seed (by default the job's) give the same answer. `max_new_tokens`
+        limits its length. If the conversation is too long for the model, its oldest turns are left out, which
+        is logged.
 
         Raises:
-            ConfigError: the run isn't a language model's or has no chat template; or a value is out of range.
-            DataError: these are no messages, or the last one alone is too long.
+            ConfigError: the run has no language model or no chat template, or a value is out of range.
+            DataError: the messages are malformed, or the last one alone is too long.
         """
         from atoll.trained import chat_with, decoding
 
@@ -190,11 +201,16 @@ class Run:
         prune_kind: str | None = None,
         cluster: int | None = None,
     ) -> Path:
-        """Write the model for other programs; the folder where it is then.
+        """Write the model in a format for other programs, and return the folder that holds it.
+
+        `format` is one of `atoll export --format`. `data` is a file or folder on which the exported model is
+        compared with the run's. `prune` leaves out this part of the weights, from 0 to 1, in the way that
+        `prune_kind` says. `cluster` is the model's number, in runs with a model per cluster. `force` replaces
+        an earlier export.
 
         Raises:
-            ConfigError: this run can't be had in that format.
-            JobError: its metric falls by more than `max_drop`; nothing was written.
+            ConfigError: this run can't be exported in this format.
+            JobError: the primary metric falls by more than `max_drop`; nothing was written.
         """
         from atoll.cli.export import export
 
@@ -205,15 +221,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder that `atoll export --format torchao-int8` wrote, in use."""
+    """A loaded export in the format torchao-int8."""
 
     folder: Path
     model: Any
-    """The network, a torch module in eval mode; it takes a batch by name, as the ONNX file does."""
+    """The network, a torch module in eval mode; it takes tensors by name, as the ONNX file does."""
     learner: Any
 
     def predict(self, inputs: Sequence[str]) -> list[dict[str, Any]]:
-        """The model's answer to each text or file, as `Run.predict` gives it.
+        """The model's answers, a table for each text or file, as `Run.predict` returns them.
 
         Raises:
             DataError: an input cannot be read.
@@ -221,7 +237,7 @@ class Exported:
         import torch
 
         task = self.learner.task
-        raw = [task.parse_input(given) for given in inputs]
+        raw = [task.parse_input(texts) for texts in inputs]
         with torch.inference_mode():
             batch = self.model.backbone.preprocess_and_collate(raw)
             data_info = self.learner.data_info
@@ -233,10 +249,10 @@ class Exported:
 
 
 def load_export(folder: str | Path) -> Exported:
-    """The model of a torchao export: from its folder alone, without the run.
+    """Load the model of a torchao export from its folder; the run is not needed.
 
     Raises:
-        ConfigError, WeightsError: the folder holds no such model, or a damaged one.
+        ConfigError, WeightsError: the folder has no such model, or its files are damaged.
     """
     from atoll.export.torchao import read_model
 
@@ -252,13 +268,13 @@ class Sweep:
 
     @property
     def rows(self) -> list[dict[str, str]]:
-        """A line for every run, as sweep.csv has it."""
+        """One table per run, with the columns of sweep.csv as text."""
         with (self.folder / "sweep.csv").open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
 
     @property
     def picture(self) -> Path:
-        """The frontier."""
+        """The path of the plot of all runs and their Pareto frontier."""
         return self.folder / "frontier.png"
 
 
@@ -273,6 +289,9 @@ def sweep(
     changes: Mapping[str, Any] | None = None,
 ) -> Sweep:
     """Run a grid of a job's variations over several seeds or folds, as `atoll sweep` does.
+
+    `vary` maps keys with dots to lists of values; every combination is run. `changes` apply to all runs.
+    `workers` is how many runs are computed at the same time. Without `out` the folder follows the job's name.
 
     Raises:
         InputError: a key or a value is wrong; nothing was run.
@@ -293,7 +312,7 @@ class Search:
 
     @property
     def rows(self) -> list[dict[str, str]]:
-        """A line for every trial, as trials.csv has it."""
+        """One table per trial, with the columns of trials.csv as text."""
         with (self.folder / "trials.csv").open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
 
@@ -304,7 +323,7 @@ class Search:
 
     @property
     def picture(self) -> Path:
-        """The values over the trials."""
+        """The path of the plot of values over trials."""
         return self.folder / "trials.png"
 
 
@@ -319,19 +338,21 @@ def tune(
     workers: int | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Search:
-    """Search for the settings that are best on what clients keep back, as `atoll tune` does.
+    """Search for the settings with the best metric on clients' validation splits, as `atoll tune` does.
 
-    A key of the space has a list of values or a range: `{"train.epochs": [1, 4], "train.lr": "0.01..3,log"}`.
+    `space` maps keys to a list of values or a range: `{"train.epochs": [1, 4], "train.lr": "0.01..3,log"}`.
+    Each of the `trials` is run with `seeds` seeds; `seed` is that of the search itself. `changes` apply to
+    all trials, and `workers` is how many runs are computed at the same time.
 
     Raises:
         InputError: a key or a value is wrong; nothing was run.
-        JobError: trials failed, or none has a value.
+        JobError: trials failed, or no trial has a value.
     """
     from atoll.cli.tune import tune as search
 
-    given = space or {}
-    ranges = [f"{key}={values}" for key, values in given.items() if isinstance(values, str)]
-    lists = {key: values for key, values in given.items() if not isinstance(values, str)}
+    keys = space or {}
+    ranges = [f"{key}={values}" for key, values in keys.items() if isinstance(values, str)]
+    lists = {key: values for key, values in keys.items() if not isinstance(values, str)}
     vary = [f"{key}={','.join(as_text(value) for value in values)}" for key, values in lists.items()]
     folder, overrides = Path(out) if out is not None else None, as_overrides(changes or {})
     return Search(search(Path(job), vary, ranges, trials, seeds, seed, folder, workers, overrides))
@@ -340,10 +361,13 @@ def tune(
 def advise(
     job: Job | str | Path, backbones: Sequence[str] | None = None, *, head: int | None = None
 ) -> list[RankedBackbone]:
-    """What features of each backbone promise for a job, the best by LogME first, as `atoll advise` shows.
+    """Backbones ranked by how well their features fit a job's data, the best LogME first, as `atoll advise`.
+
+    `backbones` are names as in `backbone.name`; None ranks those that are available here. The ranking uses
+    `head` examples, by default 2,000.
 
     Raises:
-        InputError: the job isn't one for this, or a backbone isn't there.
+        InputError: the job can't be advised on, or a backbone is not available.
     """
     from atoll.cli.tune import advised
 
@@ -351,10 +375,10 @@ def advise(
 
 
 def as_overrides(changes: Mapping[str, Any]) -> list[str]:
-    """Changes as `--set` takes them."""
+    """Changes in the form that `--set` takes: `key=value`."""
     return [f"{key}={as_text(value)}" for key, value in changes.items()]
 
 
 def as_text(value: Any) -> str:
-    """A value as TOML has it; a text as it is."""
+    """A value in TOML's notation, but a string without quotes."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,7 +1,7 @@
-"""The client as a Flower ClientApp: Flower's messages in, the site's answers out.
+"""The client as a Flower ClientApp, which passes Flower's messages to a site and returns its answers.
 
-Names of several clients can travel in one message: a site may host more than one, and an
-engine sends them in blocks. Bodies are safetensors bytes.
+One message can name several clients: a site may host more than one, and an engine sends them in blocks.
+Bodies are safetensors bytes.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 Content = TypeVar("Content", str, bytes)
 
 SiteOf = Callable[[Job, Context], Site]
-"""Which site answers in this process, given the job and Flower's context."""
+"""A function that returns the site of this process, given the job and Flower's context."""
 
 _sites: dict[tuple[str, str], Site] = {}
 _answered: dict[str, dict[str, tuple[str, bytes]]] = {}
-"""The last request, and each client's reply to it that is no failure: head, body."""
+"""(head, body) of each client's reply to the last request, by request and client; failures are left out."""
 
 
 def folder_site(job: Job, context: Context) -> Site:
-    """The resident site of a real SuperNode, which names its client and its data."""
+    """The site of a real SuperNode, whose configuration names its clients and their data."""
     config = context.node_config
     name, paths = key = (str(config["name"]), str(config["data-paths"]))
     if key not in _sites:
@@ -95,21 +95,21 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
 
 
 def work(message: Message, context: Context, site_of: SiteOf) -> Message:
-    """Replies of the clients that the message names, each with its own head and body.
+    """A message with the replies of the clients that the given message names, each as head and body.
 
-    A request that comes again, as a reply was lost or too few sent one, gets the same replies; who failed
-    tries again, for what was in the way may be gone.
+    If the same request comes again, because replies were lost or too few, clients send the same replies as
+    before; those that failed try again.
     """
     texts, bodies = unpacked(message.content)
     head, names, body = _given(texts, "request"), _given(texts, "names"), _given(bodies, "tensors")
     asked = hashlib.sha256(b"\0".join((head.encode(), names.encode(), body))).hexdigest()
     clients = _names(names)
-    kept = _answered.get(asked, {})
-    replies = dict(kept)
+    answered = _answered.get(asked, {})
+    replies = dict(answered)
     request = decode_request(head, body)
     job = Job.from_json(request.job)
     site = site_of(job, context)
-    if to_do := [name for name in clients if name not in kept]:
+    if to_do := [name for name in clients if name not in answered]:
         with timed(f"round {request.round} of {job.name}: {work_name(request)} {', '.join(to_do)}"):
             for reply in site.answer(request, to_do):
                 encoded = encode_reply(reply)
@@ -117,9 +117,9 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
                     site.audit.answered(job, request, reply, *encoded)
                 replies[reply.client] = encoded
                 if not isinstance(reply, Failure):
-                    kept[reply.client] = encoded
+                    answered[reply.client] = encoded
         _answered.clear()
-        _answered[asked] = kept
+        _answered[asked] = answered
     sent = bodies_of({name: body for name, (_, body) in replies.items()})
     content = packed({name: head for name, (head, _) in replies.items()}, sent)
     _sign(content, site, Exchange(request.run, request.round, texts.get(NONCE, "")), replies)
@@ -133,7 +133,7 @@ def _sign(content: RecordDict, site: Site, exchange: Exchange, contents: Content
 
 
 def tell_operator(job: Job, hellos: Sequence[Hello]) -> None:
-    """Log what a job asks for, and what each client tells the server of itself, or why it refuses."""
+    """Log the job's terms, and what each client tells the server about itself or why it refuses."""
     logger.info("job %s asks for %s", job.name, terms_in_words(job))
     for hello in hellos:
         if hello.refusal:
@@ -144,7 +144,7 @@ def tell_operator(job: Job, hellos: Sequence[Hello]) -> None:
 
 
 def terms_in_words(job: Job) -> str:
-    """What an operator should know of a job before anything is told to it.
+    """A job's terms in one line, which a site's operator sees before anything is sent to the server.
 
     >>> from atoll import load_job
     >>> terms_in_words(load_job("jobs/mnist.toml"))
@@ -163,17 +163,17 @@ def terms_in_words(job: Job) -> str:
 
 
 def facts_in_words(hello: Hello) -> str:
-    """What a greeting tells of the data beside how much there is."""
-    told = [
+    """What a greeting reveals about the data besides the number of examples, in one line."""
+    facts = [
         f"{len(value)} {name}" if isinstance(value, list) else f"{name} {value}"
         for name, value in hello.data_info.items()
     ]
-    return f" and tells the server {', '.join(told)}" if told else ""
+    return f" and tells the server {', '.join(facts)}" if facts else ""
 
 
 @contextmanager
 def timed(work: str) -> Iterator[None]:
-    """Say what is begun, and how long it took."""
+    """Log when the work in the block begins, and how long it took."""
     logger.info("%s", work)
     began = time.monotonic()
     yield

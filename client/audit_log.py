@@ -1,7 +1,7 @@
-"""What a site was asked, what it decided and what left it: one line each, in an append-only file of its kit.
+"""A site's audit log: a line for each request, with the decision and what was sent, in an append-only file.
 
-A line is on the disk before the message leaves. Of what leaves it has the length and the SHA-256, so that
-who kept a message can prove that it was sent, and who has the log alone learns nothing of the data.
+A line is on disk before its message is sent. It has the message's length and SHA-256, so that whoever kept a
+message can prove that it was sent, while the log alone reveals nothing about the data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AuditLog:
         return cls(AuditFile.open(state))
 
     def greeted(self, job: Job, hellos: Sequence[Hello]) -> None:
-        """Write down what clients tell of themselves before they do, or why they take no part."""
+        """Record what clients are about to tell in their greetings, or why they take no part."""
         for hello in hellos:
             decision: dict[str, Any] = {"decision": "refused", "why": hello.refusal}
             if not hello.refusal:
@@ -38,7 +38,7 @@ class AuditLog:
             self.file.write({"asked": "greeting", "client": hello.client, **_of_job(job), **decision})
 
     def answered(self, job: Job, request: Request, reply: Reply, head: str, body: bytes) -> None:
-        """Write down what is about to be sent, as head and body, or why nothing is."""
+        """Record the reply that is about to be sent as head and body, or why none is."""
         if isinstance(reply, Failure):
             decision: dict[str, Any] = {"decision": "refused", "why": reply.reason}
         else:
@@ -56,5 +56,5 @@ def _of_job(job: Job) -> dict[str, str]:
 
 
 def _size(value: Any) -> Any:
-    """How much a fact tells: of a list how many, of anything else itself."""
+    """What the log has of a fact: a list's length, any other value itself."""
     return f"{len(value)} of them" if isinstance(value, list | dict) else value

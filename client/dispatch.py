@@ -1,4 +1,4 @@
-"""What is done for each kind of request, once a site has checked it: for real and simulated sites alike."""
+"""Does the work of each kind of request that a site has accepted, for real and simulated sites alike."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ from atoll.protocol.tensors import Tensors
 from atoll.strategies.lora.flexlora import starts_by_rank
 
 NOTHING: Mapping[str, Tensors] = {}
-"""Of clients that have no start, or no correction, of their own."""
+"""Tensors by client, where no client has a start or a correction of its own."""
 
 WHOLE = 1 << 30
-"""A batch of so many examples is a client's whole shard."""
+"""A batch size that makes one batch of a client's whole shard."""
 
 
 class ClientData(Protocol):
@@ -66,32 +66,34 @@ class ClientData(Protocol):
         ...
 
     def train(self, client: str) -> Shard:
-        """What the client trains on."""
+        """The shard that the client trains on."""
         ...
 
     def validation(self, client: str) -> Shard:
-        """What the client measures models on; perhaps nothing."""
+        """The shard that the client evaluates models on; it may be empty."""
         ...
 
     def feature_table(self) -> tuple[FeatureTable, list[ClientRows]]:
-        """Features of all these clients' training examples, and which rows are whose."""
+        """(features of all these clients' training examples, each client's rows in that table)."""
         ...
 
 
 HeadTrainer = Callable[[Tensors, FeatureTable, Sequence[ClientRows], HeadTrainingConfig], Iterable[Update]]
-"""(shared head, examples, each client's rows of them, how): the clients' updates in that order."""
+"""(shared head, feature table, each client's rows, configuration) to the clients' updates in that order."""
 
 Training = TypeVar("Training", bound=TrainingRequest)
 
 ModelTrainer = Callable[["LocalWork", TrainRequest], Iterable[Update]]
+"""Trains whole models of all clients of a request; returns their updates in the order of `data.names`."""
 
 
 @dataclass(frozen=True)
 class LocalWork:
-    """Clients at work on one request: whose data, with which learner, what they remember and promise.
+    """All that clients need to work on one request: learner, data, stored state and privacy.
 
-    `charged` are the rounds that the ledgers know of, by client. The trainers are the engine's: heads of
-    all clients in one go, whole models by default one after the other.
+    `private` is set where examples are protected at the client. `charged` has the number of this run's rounds
+    in each client's ledger. The engine chooses the trainers: by default heads of all clients are trained
+    together and whole models one after the other.
     """
 
     learner: Learner
@@ -104,10 +106,10 @@ class LocalWork:
     train_models: ModelTrainer | None = None
 
     def replies(self, request: Request) -> Iterable[Reply]:
-        """What each client sends, in the order of their names.
+        """Each client's reply, in the order of `data.names`.
 
         Raises:
-            TypeError: there is no such work.
+            TypeError: no work is defined for this kind of request.
         """
         if not self.data.names:
             return ()
@@ -135,12 +137,12 @@ class LocalWork:
 
 
 def sent_back(work: LocalWork, request: Training) -> Training:
-    """The request with no other tensors than those that clients train and send."""
+    """The request with only those tensors that clients train and send in its round."""
     return replace(request, tensors=work.learner.trained_in_round(request.tensors, request.round))
 
 
 def evaluate(work: LocalWork, request: EvaluateRequest) -> Iterator[Measurement]:
-    """The model on each client's validation split; one without a split measures nothing."""
+    """Each client's measurement of the model on its validation split; empty states where that is empty."""
     for name in work.data.names:
         lessons = partial(work.data.train, name)
         model = model_to_evaluate(work.learner, request, name, work.memory, lessons)
@@ -150,7 +152,7 @@ def evaluate(work: LocalWork, request: EvaluateRequest) -> Iterator[Measurement]
 
 
 def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
-    """The clients' updates; what they keep for themselves is in their memory before these leave."""
+    """The clients' updates; the state that clients keep is stored before their updates are returned."""
     learner, names, keep = work.learner, work.data.names, work.learner.job.personal
     if keep.splits:
         shards = {name: work.data.train(name) for name in names}
@@ -170,7 +172,7 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
 
 
 def train_own_models(work: LocalWork, request: TrainingRequest) -> None:
-    """Models that clients have beside the shared one learn, without noise, for nothing of them leaves."""
+    """Train the models that clients keep beside the shared one, without noise, since they never leave."""
     if work.learner.job.personal.keep == "mixture":
         alpha = work.learner.job.personal.mixing_weight
         train = partial(updates_of, replace(work, private=None), mixing=alpha)
@@ -180,7 +182,7 @@ def train_own_models(work: LocalWork, request: TrainingRequest) -> None:
 
 @dataclass(frozen=True)
 class SomeClients:
-    """Some of the clients that a request is for."""
+    """The data of some of the clients that a request is for."""
 
     data: ClientData
     names: Sequence[str]
@@ -197,7 +199,10 @@ class SomeClients:
 
 
 def corrected(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
-    """Training with corrected gradients: of networks, what clients keep is in memory one client at a time."""
+    """The updates of strategies that correct gradients by stored state, such as SCAFFOLD.
+
+    For whole networks only one client's state is in memory at a time.
+    """
     if not work.learner.trains_on_features:
         alone = (replace(work, data=SomeClients(work.data, [name])) for name in work.data.names)
         return chain.from_iterable(_corrected(one, request) for one in alone)
@@ -220,10 +225,11 @@ def updates_of(
     corrections: Mapping[str, Tensors] = NOTHING,
     mixing: float = 0.0,
 ) -> Iterable[Update]:
-    """Local training: heads of all clients at once, whole models as the engine does it.
+    """The clients' updates after local training: of heads together, of whole models as the engine does it.
 
-    Clients train as their learner's job says, or another one. A client whose examples are all left out sends
-    what anybody sends: noise, or an update that didn't move.
+    `job` replaces the learner's job for the training. `starts` and `corrections` hold tensors by client, for
+    those that start elsewhere or correct their gradients. A client without usable examples sends an update
+    as every other does: of noise alone, or of zeros.
     """
     if work.learner.trains_on_features:
         examples, client_rows = work.data.feature_table()
@@ -240,7 +246,7 @@ def updates_of(
 
 
 def unmoved(client: str, request: TrainingRequest) -> Update:
-    """The update of a client without examples."""
+    """The update of a client without examples: zeros."""
     delta = {name: torch.zeros_like(tensor) for name, tensor in request.tensors.items()}
     nothing = torch.zeros((), dtype=torch.float64)
     states = {"train_loss.sum": nothing, "train_loss.count": nothing}
@@ -255,7 +261,7 @@ def one_by_one(
     corrections: Mapping[str, Tensors],
     mixing: float,
 ) -> Iterator[Update]:
-    """Whole models, one client after the other."""
+    """The updates of whole models, trained one client after the other."""
     learner, private = work.learner, work.private
     for name in work.data.names:
         shard, tensors = work.data.train(name), request.tensors
@@ -275,7 +281,7 @@ def one_by_one(
 
 
 def full_gradients(work: LocalWork, request: TrainRequest) -> Iterator[Update]:
-    """One step of length 1 over all of each client's examples: it leads along minus its loss's gradient."""
+    """Each client's update after one SGD step of learning rate 1 on all examples: minus its full gradient."""
     learner = work.learner
     job = learner.job
     if learner.trains_on_features:
@@ -293,14 +299,14 @@ def full_gradients(work: LocalWork, request: TrainRequest) -> Iterator[Update]:
 
 
 def received_losses(work: LocalWork, request: TrainRequest) -> dict[str, float]:
-    """Each client's mean training loss of the model in the request; of clients that have examples."""
+    """The mean loss of the received model on each client's training examples, for clients that have any."""
     updates = full_gradients(work, request)
     sums = {u.client: (u.states["train_loss.sum"], u.states["train_loss.count"]) for u in updates}
     return {client: float(summed) / float(count) for client, (summed, count) in sums.items()}
 
 
 def with_one_step(job: Job, *, parts: int, part: int) -> Job:
-    """The job with one local step of plain gradient descent, whose batch comes in so many parts."""
+    """The job with one local step of plain gradient descent, its batch cut in `parts` of `part` examples."""
     step = {
         "epochs": 1, "steps": None, "lr": 1.0, "momentum": 0.0, "batch_size": parts * part,
         "accumulate": parts,
@@ -326,7 +332,7 @@ def summed(work: LocalWork, request: TrainingRequest) -> Iterable[tuple[str, Ten
 
 
 def head_training(work: LocalWork, request: TrainingRequest, job: Job | None = None) -> HeadTrainingConfig:
-    """How the clients of a round train their heads."""
+    """The configuration by which the clients of a round train their heads."""
     job = job or work.learner.job
     loss = head_loss(job, work.learner.task.head_loss)
     mu = request.plan.get("proximal_mu", 0.0)

@@ -18,7 +18,7 @@ from atoll.tasks import task_named
 
 @dataclass(frozen=True)
 class LoadedData:
-    """A path's rows, as they were when `reading` (files, their times, the job's columns) was this."""
+    """The rows of a path, and in `reading` the files, times and columns with which they were read."""
 
     reading: str
     dataset: Dataset
@@ -28,17 +28,17 @@ class LoadedData:
 
 @dataclass
 class FolderShards:
-    """Paths by client name; read, checked and remembered for as long as the files stay the same."""
+    """The shards of a real site: paths by client name, read and checked again when their files change."""
 
     paths: dict[str, Path]
     _read: dict[str, LoadedData] = field(default_factory=dict)
 
     @classmethod
     def of(cls, site: str, paths: Sequence[Path]) -> FolderShards:
-        """One path is the site's own shard; several are clients named as their folders.
+        """The shards at these paths: a single one gets the site's name, several the names of their folders.
 
         Raises:
-            ConfigError: two of them have one name.
+            ConfigError: two clients would have the same name.
         """
         if len(paths) == 1:
             return cls({site: paths[0]})
@@ -78,18 +78,18 @@ class FolderShards:
 
 
 def _counts(table: Table) -> tuple[Counts, ...]:
-    """Those of the table; its test part is nobody's, for a site measures on what it keeps back itself."""
+    """The counts of a table; its test part counts as left out, since a site uses its own validation split."""
     whole = Counts(
         "examples", len(table.train) + len(table.test or ()), len(table.train) + len(table.test or ())
     )
-    own = table.counts or (whole,)
+    counts = table.counts or (whole,)
     if not table.test:
-        return own
+        return counts
     unused = {"that are held out and not measured on at a site": len(table.test)}
-    return (*own, Counts("test examples", len(table.test), 0, unused))
+    return (*counts, Counts("test examples", len(table.test), 0, unused))
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files, to notice when they change."""
+    """(name, size, modification time) of each file, to detect changes."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -1,6 +1,6 @@
-"""What a site allows: `policy.toml` in its kit, read before anything else, which no server can change.
+"""A site's own rules for jobs: `policy.toml` in its kit, which is checked first and no server can change.
 
-Without the file a site does what its kit's budget and the job's promise allow.
+Without the file a site accepts what its kit's budget and the job's promise of privacy allow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Names = Annotated[list[str], Field(min_length=1)]
 
 
 def _hours(text: str) -> str:
-    """Two times, each with two digits before and after the colon, so that they compare as text."""
+    """A span of times such as `08:00-17:30`, with two digits each, so that they compare as text."""
     try:
         times = [time.strptime(part.strip(), "%H:%M") for part in text.split("-")]
         first, last = (f"{moment.tm_hour:02d}:{moment.tm_min:02d}" for moment in times)
@@ -42,7 +42,7 @@ def _hours(text: str) -> str:
 
 
 class PrivacyRules(KitTable):
-    """`[privacy]`: what every job must promise here; without it a job need not promise anything."""
+    """`[privacy]`: the promise that every job must make here; without this table a job need not make any."""
 
     units: list[Literal["example", "client"]] = Field(default_factory=list, min_length=1)
     max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -51,10 +51,10 @@ class PrivacyRules(KitTable):
 
 
 class Policy(KitTable):
-    """The site's own rules; one that isn't there allows everything of its kind.
+    """A site's rules for jobs; a rule that is left out forbids nothing.
 
-    `columns` are those that a job may name, `folders` where paths in a job may lie, `min_clients` those who
-    train in every round, and `hours` when requests are answered, by this machine's clock.
+    `columns` are those that a job may name, `folders` are where paths in a job may lie, `min_clients` is how
+    many clients must train in every round, and `hours` when requests are answered, by this machine's clock.
     """
 
     tasks: Names | None = None
@@ -73,7 +73,7 @@ class Policy(KitTable):
     hours: Annotated[str, AfterValidator(_hours)] | None = None
     privacy: PrivacyRules = PrivacyRules()
     _found: dict[str, str] = PrivateAttr(default_factory=dict)
-    """What was found of a job, by its hash."""
+    """The rule that each job violates, by the job's hash."""
 
     @classmethod
     def load(cls, kit: Path) -> Policy | None:
@@ -90,11 +90,11 @@ class Policy(KitTable):
         return read_table(path, cls)
 
     def verdicts(self, job: Job) -> list[Verdict]:
-        """What each rule says of a job, in the order of the rules; rules that aren't there say nothing."""
+        """The verdicts of all rules on a job, in the order of the rules; none for rules that are left out."""
         return [rule for check in RULES for rule in check(self, job)]
 
     def violation(self, job: Job, kind: type[Request] | type[Hello]) -> str:
-        """Why the site does not do what is asked: the first rule that forbids it; "" if none does."""
+        """The first rule that forbids a request of this kind for the job, as a sentence; "" if none does."""
         if kind is EvaluateRequest and not self.measurements:
             return "its policy: measurements = false, no metric leaves the site"
         if not self.is_open():
@@ -105,7 +105,7 @@ class Policy(KitTable):
         return self._found[job.hash]
 
     def is_open(self) -> bool:
-        """Whether requests are answered now."""
+        """Whether requests are answered at this time of day."""
         if self.hours is None:
             return True
         first, last = self.hours.split("-")
@@ -115,7 +115,7 @@ class Policy(KitTable):
 
 @dataclass(frozen=True)
 class Verdict:
-    """One rule of a policy, the key of a job that it is about, what stands there, and whether it holds."""
+    """One rule of a policy applied to a job: the job's key, the value there, and whether the rule holds."""
 
     rule: str
     key: str
@@ -133,8 +133,8 @@ def _one_of(rule: str, key: str, find: Callable[[Job], str]) -> Callable[[Policy
     def check(policy: Policy, job: Job) -> Iterator[Verdict]:
         names = getattr(policy, rule)
         if names is not None:
-            found = find(job)
-            yield Verdict(rule, key, found, f"one of {', '.join(names)}", found in names)
+            value = find(job)
+            yield Verdict(rule, key, value, f"one of {', '.join(names)}", value in names)
 
     return check
 
@@ -143,9 +143,9 @@ def _at_most(
     rule: str, key: str, find: Callable[[Job], int | None]
 ) -> Callable[[Policy, Job], Iterator[Verdict]]:
     def check(policy: Policy, job: Job) -> Iterator[Verdict]:
-        most, found = getattr(policy, rule), find(job)
-        if most is not None and found is not None:
-            yield Verdict(rule, key, str(found), f"at most {most}", found <= most)
+        most, value = getattr(policy, rule), find(job)
+        if most is not None and value is not None:
+            yield Verdict(rule, key, str(value), f"at most {most}", value <= most)
 
     return check
 
@@ -169,7 +169,7 @@ def _columns(policy: Policy, job: Job) -> Iterator[Verdict]:
 
 
 def _folders(policy: Policy, job: Job) -> Iterator[Verdict]:
-    """Paths that a job makes the site look at: whether a file is there is the site's business too."""
+    """The rule on paths in a job, which the site would open: even whether a file exists is private."""
     if policy.folders is None:
         return
     allowed = [folder.resolve() for folder in policy.folders]

@@ -1,4 +1,4 @@
-"""What of an error may leave a site: its kind and our own words, never an example, a label or a path."""
+"""Redacts error messages before they leave a site: no example, label or path may be in them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ CHANGED = "its data changed during the run; the site's log says more"
 HIDDEN = "(a path at the site)"
 
 _PATH = re.compile(r"(?<![\w:/.])~?/[^;,:()'\"\n]*[^;,:()'\"\s]")
-"""From a slash to the next punctuation: names of folders may have spaces, so words after it go too."""
+"""A path, from its slash to the next punctuation: folder names may have spaces, so text after it goes too."""
 
 
 def redact(error: InputError, known: str) -> str:
-    """One sentence for the server; of paths only those that are in `known`, which came from there."""
+    """An error as one sentence for the server, without paths, unless `known`, the server's text, has them."""
     if isinstance(error, DataChanged):
         return CHANGED
     if isinstance(error, DataError):
         return UNFIT
-    return _PATH.sub(lambda found: found[0] if found[0] in known else HIDDEN, str(error))
+    return _PATH.sub(lambda match: match[0] if match[0] in known else HIDDEN, str(error))

@@ -1,4 +1,4 @@
-"""The clients' data in this process: read once, split, and with features where heads train on them."""
+"""A cache of the clients' shards: read once, split, and with features where heads train on them."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ from atoll.tasks.told import fitting_rows
 logger = logging.getLogger(__name__)
 
 CACHED_SHARDS = 4096
-"""Clients whose shard and features a process keeps in memory; the least recent are let go."""
+"""How many clients' shards and features a process keeps in memory; the least recently used are dropped."""
 
 
 class Shards(Protocol):
-    """Where a site's data comes from: folders of its own, or a simulated population."""
+    """The source of a site's data: its own folders, or a simulated population."""
 
     def names(self, job: Job) -> Sequence[str]:
-        """The clients that live here."""
+        """The names of the site's clients."""
         ...
 
     def dataset(self, job: Job, client: str) -> Dataset:
         """One client's checked rows.
 
         Raises:
-            DataError: they are not fit for the job's task.
+            DataError: the rows do not fit the job's task.
         """
         ...
 
     def fingerprint(self, job: Job, client: str) -> str:
-        """A hash of the rows' content; always the same where rows can't change.
+        """A hash of the rows' content; constant where rows can't change, as in a simulation.
 
         Raises:
-            DataError: they are not fit for the job's task.
+            DataError: the rows do not fit the job's task.
         """
         ...
 
     def counts(self, job: Job, client: str) -> Sequence[Counts]:
-        """How much of the client's data is used; nothing where all of it is, as in a simulation."""
+        """How much of the client's data is used and why the rest is left out; empty in a simulation."""
         ...
 
 
 @dataclass(frozen=True)
 class LoadedShard:
-    """One client's shard, split; where training sees nothing else, its features [views, n, width]."""
+    """One client's shard, split, with its features [views, n, width] where training needs nothing else."""
 
     train: Shard
     validation: Shard
@@ -66,15 +66,15 @@ class LoadedShard:
 
     @cached_property
     def numbers(self) -> Numbers:
-        """What the draws of each training example are made of, [n]."""
+        """A number for each training example, [n], from which its random draws follow."""
         return example_numbers(self.train.keys)
 
 
 @dataclass
 class ShardCache:
-    """Loaded shards by client, job and content, of the clients that were asked for last.
+    """The most recently used clients' loaded shards, by client, job and content.
 
-    How many examples were left out because they don't fit the job stays in the site's own log.
+    How many examples were left out because they don't fit the job is written to the site's log only.
     """
 
     shards: Shards
@@ -83,11 +83,11 @@ class ShardCache:
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def load(self, learner: Learner, name: str, data_info: DataInfo) -> LoadedShard:
-        """The client's shard as the learner's job splits it.
+        """The client's shard, split as the learner's job says.
 
         Raises:
-            DataError: it can't be read, or is not fit for the job's task.
-            DataChanged: it is another one than at the run's hello, or at its first use.
+            DataError: it can't be read, or does not fit the job's task.
+            DataChanged: its content has changed since the greeting or the first use.
         """
         key = (name, learner.job.hash, self._unchanged(learner.job, name))
         if key in self._loaded:
@@ -103,25 +103,25 @@ class ShardCache:
 
     def _fitting(self, learner: Learner, name: str) -> Dataset:
         dataset = self.shards.dataset(learner.job, name)
-        kept = fitting_rows(learner.job, learner.task, dataset, has_budget=self.has_budget)
-        if len(kept) < len(dataset):
-            left_out = len(dataset) - len(kept)
+        fitting = fitting_rows(learner.job, learner.task, dataset, has_budget=self.has_budget)
+        if len(fitting) < len(dataset):
+            left_out = len(dataset) - len(fitting)
             logger.warning("%s: %d examples don't fit the job and are left out", name, left_out)
-        return kept
+        return fitting
 
     def note_content(self, job: Job, name: str) -> None:
-        """Remember what the client's shard is now: the run that begins is to find the same."""
+        """Remember the shard's fingerprint when a run begins; later loads compare with it."""
         self._fingerprints[name, job.hash] = self.shards.fingerprint(job, name)
 
     def clear(self) -> None:
-        """Let all loaded shards go; what they were is remembered."""
+        """Drop all loaded shards, but not their fingerprints."""
         self._loaded.clear()
 
     def _unchanged(self, job: Job, name: str) -> str:
-        found = self.shards.fingerprint(job, name)
-        if found != self._fingerprints.setdefault((name, job.hash), found):
+        fingerprint = self.shards.fingerprint(job, name)
+        if fingerprint != self._fingerprints.setdefault((name, job.hash), fingerprint):
             raise DataChanged("its data changed during the run; the next run takes it as it is then")
-        return found
+        return fingerprint
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class LoadedClients:
 
 
 def feature_table(shards: Mapping[str, LoadedShard], device: str) -> tuple[FeatureTable, list[ClientRows]]:
-    """The loaded shards' features in one table, and which of its rows are whose."""
+    """(the loaded shards' features in one table, each client's rows in it)."""
     parts = [one.features for one in shards.values() if one.features is not None]
     ends = np.cumsum([len(one.train) for one in shards.values()]).tolist()
     client_rows = [

@@ -1,4 +1,4 @@
-"""A site at work: the shards it holds, the learner it keeps warm, its answers to the server."""
+"""A site: holds clients' shards, checks every request of the server, and does the work that it asks for."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SECONDS_OF_SILENCE = 10.0
-"""Between two lines on how far the features are."""
+"""The least time, in seconds, between two log lines about the computing of features."""
 
 UNCACHED = "training features are not cached, for train.augment varies inputs and there are no cached_views"
 
 
 @dataclass(frozen=True)
 class ChargedClients:
-    """Who may train in a round, how their examples are protected, and what their ledgers say."""
+    """The clients that may train in a round, how their examples are protected, and their charged rounds."""
 
     names: list[str]
     private: DpSgd | None = None
@@ -68,7 +68,7 @@ class ChargedClients:
 
 @dataclass
 class LoggedProgress:
-    """Says from time to time how many features are computed."""
+    """Logs from time to time for how many examples features are computed."""
 
     last_message: float = field(default_factory=time.monotonic)
 
@@ -80,13 +80,15 @@ class LoggedProgress:
 
 @dataclass
 class Site:
-    """Answers for the clients that live in this process; everything costly stays warm.
+    """Answers the server's requests for the clients of this process; learners and features stay in memory.
 
-    A shard must not change while a run goes on. The data of a `discreet` site is not the server's
-    to see: why it can't be used stays in the site's log, and the server gets a fixed sentence. `ledgers`
-    are needed where the job promises privacy that clients themselves keep.
+    `shards` gives each client's data, which must not change during a run. A `discreet` site, as every real
+    one is, keeps the details of an error in its own log and sends the server a sentence without any data.
+    `ledgers` record the privacy that clients have spent; they are needed where clients add the noise.
+    `memory` stores the state that clients keep between rounds. A `policy` says which jobs the site accepts,
+    and `audit` logs what it answers.
 
-    A client introduces itself; `answer` then takes the requests of `atoll.protocol.requests`:
+    Clients greet the server with `hello`; `answer` then takes the requests of `atoll.protocol.requests`:
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -108,26 +110,32 @@ class Site:
     policy: Policy | None = None
     audit: AuditLog | None = None
     signer: ReplySigner | None = None
-    """Signs what leaves a real site."""
+    """Signs all messages of a real site; None in simulations."""
     _learners: dict[str, Learner] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._cache = ShardCache(self.shards, has_budget=self._has_budget)
 
     def _policy_violation(self, job: Job, kind: type[Request] | type[Hello]) -> str:
-        """Why this site does not do what is asked, whoever asks; nothing if it does.
+        """Why this site refuses such a request of the job, in one sentence; "" where it accepts.
 
-        Its own policy comes first. A real site sends no sum without masks, no update where only sums are
-        promised to be seen, no measurement where what is measured is promised to stay hidden, and nothing of
-        its data that the job must have; and it takes no noise that the server can draw again.
+        The site's own policy comes first. Besides, a real site refuses seeded noise, which the server could
+        draw again; sums without masks; single updates where the job promises that only sums are seen;
+        evaluation where metrics must stay secret; and facts about its data that the job must state itself.
         """
         if is_the_only_release(job) and kind not in (Hello, StatisticsRequest, EvaluateRequest):
             return "its examples' one release under this job are the sums for its head"
         if not self._is_real:
             return ""
         asked = _refused_request(job, kind) if self.discreet else ""
-        own = self.policy.violation(job, kind) if self.policy is not None else ""
-        return own or self._refused_noise(job) or asked or self._refused_sum(job) or self._refused_facts(job)
+        by_policy = self.policy.violation(job, kind) if self.policy is not None else ""
+        return (
+            by_policy
+            or self._refused_noise(job)
+            or asked
+            or self._refused_sum(job)
+            or self._refused_facts(job)
+        )
 
     @property
     def _has_budget(self) -> bool:
@@ -135,7 +143,7 @@ class Site:
 
     @property
     def _is_real(self) -> bool:
-        """Whether the data is somebody's own, and no simulation's."""
+        """Whether the site holds real data, and not a simulation's."""
         return self.discreet or self._has_budget
 
     def _refused_noise(self, job: Job) -> str:
@@ -151,7 +159,7 @@ class Site:
         return ""
 
     def _unknown_client(self, job: Job, name: str) -> str:
-        """Why others would not take part in a secure sum with that client of this site."""
+        """Why others would refuse a secure sum with this client: it is not in the roster; "" if it is."""
         identity = self.secure_session.identity
         if identity is None or not uses_secure_aggregation(job) or identity.knows(name):
             return ""
@@ -165,25 +173,29 @@ class Site:
         return ""
 
     def _other_facts(self, job: Job, request: Request, names: Sequence[str]) -> str:
-        """Why it does not work with facts that are not the job's: to fail with others tells something."""
+        """Why the request is refused: its data info differs from what the job states; "" if it does not.
+
+        Working with other values could fail or not depending on private data, which would reveal something.
+        """
         if not names or not self._is_real or not is_silent(job, has_budget=self._has_budget):
             return ""
         task = task_named(job.task.name)
         try:
-            given = greeting_info(
+            data_info = greeting_info(
                 job, task, self.shards.dataset(job, names[0]), at_a_site=True, has_budget=self._has_budget
             )
-            facts = task.merge_info([given])
+            facts = task.merge_info([data_info])
         except InputError:
-            return ""  # it is told where the data is loaded
+            return ""  # `load` reports it
         if all(request.data_info.get(key) == value for key, value in facts.items()):
             return ""
         return "the facts of its request are not those that its job gives"
 
     def hello(self, job: Job) -> list[Hello]:
-        """Who lives here, what their data looks like, or why they do not take part.
+        """Each client's greeting: its data info and number of examples, or a refusal with the reason.
 
-        Where greetings are silent they tell nothing of the data, and not how many examples there are.
+        Under a promise of privacy, a secure sum or a privacy budget it reveals nothing about the data: the
+        data info is what the job states, and the number of examples is 0.
         """
         return [self._hello(job, name) for name in self.shards.names(job)]
 
@@ -208,7 +220,11 @@ class Site:
         return Hello(name, data_info, len(dataset), counts=[one.as_json for one in counts])
 
     def answer(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
-        """One reply for each named client; what went wrong at one does not touch the others."""
+        """One reply for each named client: an update, a measurement or a part of a secure sum.
+
+        A client that refuses or fails is answered by a `Failure` with the reason, and does not affect the
+        others. Privacy is charged to the clients' ledgers before any work begins.
+        """
         try:
             job = Job.from_json(request.job)
             learner = self.learner(job, request.data_info)
@@ -233,18 +249,18 @@ class Site:
     def train_heads(
         self, head: Tensors, examples: FeatureTable, rows: Sequence[ClientRows], local: HeadTrainingConfig
     ) -> StackedUpdates:
-        """The clients' updates of the shared head, which all train in one go."""
+        """The clients' updates of the shared head; all clients are trained together."""
         return train_heads(head, examples, rows, local)
 
     @property
     def train_models(self) -> ModelTrainer | None:
-        """How whole models are trained, where it isn't one by one."""
+        """The function that trains whole models of several clients together; None for one after the other."""
         return None
 
     def load(
         self, learner: Learner, request: Request, names: Sequence[str]
     ) -> tuple[ClientData, list[Reply]]:
-        """(the clients' data, why that of others can't be used)."""
+        """(the data of the clients whose shards are usable, a failure for each other client)."""
         loaded: dict[str, LoadedShard] = {}
         failures: list[Reply] = []
         for name in names:
@@ -257,9 +273,9 @@ class Site:
     def charge_privacy(
         self, job: Job, request: Request, names: Sequence[str]
     ) -> tuple[ChargedClients, list[Reply]]:
-        """(who may train and how, why the others may not), once everything is charged."""
-        found = [dp_plan_of(job, unit) for unit in job.privacy.units]
-        ours = [dp_plan for dp_plan in found if dp_plan is not None and dp_plan.where != "server"]
+        """(the clients that may train, a failure for each other client); their ledgers are charged first."""
+        plans = [dp_plan_of(job, unit) for unit in job.privacy.units]
+        ours = [dp_plan for dp_plan in plans if dp_plan is not None and dp_plan.where != "server"]
         if not ours or isinstance(request, EvaluateRequest):
             return ChargedClients(list(names)), []
         assert self.ledgers is not None, "a site that is to keep a promise needs ledgers"
@@ -279,23 +295,23 @@ class Site:
         return ChargedClients(list(charged), private, charged), refused
 
     def _error_for_server(self, client: str, error: InputError, known: str) -> str:
-        """What the server is told of an error; a discreet site keeps the whole line in its own log."""
+        """The sentence that the server gets about an error; a discreet site keeps the details in its log."""
         if not self.discreet:
             return str(error)
         logger.warning("%s takes no part: %s", client, error)
         return redact(error, known)
 
     def adopt(self, learner: Learner) -> None:
-        """Train with a learner that is there already, wherever a request fits it."""
+        """Use an existing learner for the requests of its job, instead of building one."""
         self._learners[_fit(learner.job, learner.data_info)] = learner
         if learner.uses_features and not learner.trains_on_features:
             logger.info("job %s: %s", learner.job.name, UNCACHED)
 
     def learner(self, job: Job, data_info: DataInfo) -> Learner:
-        """The warm learner of a job; its weights must be the very ones the server has.
+        """The learner of a job, built at the first use; its weights must have the server's fingerprint.
 
         Raises:
-            ConfigError, WeightsError: it can't be had here.
+            ConfigError, WeightsError: it can't be built here, or its weights differ from the server's.
         """
         key = _fit(job, data_info)
         if key not in self._learners:
@@ -308,12 +324,12 @@ class Site:
 
 
 def _fit(job: Job, data_info: DataInfo) -> str:
-    """What a learner must have been made for to fit a request."""
+    """A key of all that a learner depends on: a request with the same key can use it."""
     return job.hash + json.dumps(data_info, sort_keys=True)
 
 
 def _refused_request(job: Job, kind: type[Request] | type[Hello]) -> str:
-    """Why a real site does not answer such a request of such a job; nothing if it does."""
+    """Why a real site refuses a request of this kind for this job; "" where it accepts."""
     if kind is StatisticsRequest and job.tune.head_init is None:
         return "its job forms no head of statistics"
     if kind is UnmaskedSumRequest or (kind is TrainRequest and uses_secure_aggregation(job)):

@@ -110,19 +110,19 @@ class FlowerTransport:
         """
         self.job = job
         needed, deadline = job.federation.clients, time.monotonic() + job.federation.wait
-        told = ""
+        logged = ""
         while True:
             self._greet(job, min(60.0, max(deadline - time.monotonic(), 1.0)))
             hellos = self._by_client()
             if len(hellos) >= needed:
                 return ClientRoster.of(hellos)
             here = ", ".join(h.client for h in hellos) or "none yet"
-            if here != told:
-                told = here
-                logger.info("waiting   %d of %d clients are here: %s", len(hellos), needed, told)
+            if here != logged:
+                logged = here
+                logger.info("waiting   %d of %d clients are here: %s", len(hellos), needed, logged)
             if time.monotonic() > deadline:
                 raise InconsistentUpdates(
-                    f"{len(hellos)} of {needed} clients joined within {job.federation.wait:.0f} s: {told}"
+                    f"{len(hellos)} of {needed} clients joined within {job.federation.wait:.0f} s: {logged}"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -151,17 +151,17 @@ class FlowerTransport:
         """All that were greeted, by name, each from its site in the roster or the site of that name."""
         registered = {node.name: node.node_id for node in self.grid.get_nodes() if node.name}
         homes = {} if self.roster is None else self.roster.sites
-        found: dict[str, Hello] = {}
+        by_client: dict[str, Hello] = {}
         for node in sorted(self.greeted):
             for hello in self.greeted[node]:
                 owner = registered.get(hello.client, self.nodes.get(hello.client, node))
                 home = homes.get(hello.client)  # which counts also while that site isn't there
                 is_owner = owner == node if home is None else self.sites.get(node) == home
-                if not is_owner or (hello.client in found and self.nodes[hello.client] != node):
+                if not is_owner or (hello.client in by_client and self.nodes[hello.client] != node):
                     self._leave_out(node, hello.client)
                     continue
-                found[hello.client], self.nodes[hello.client] = hello, node
-        return [found[name] for name in sorted(found)]
+                by_client[hello.client], self.nodes[hello.client] = hello, node
+        return [by_client[name] for name in sorted(by_client)]
 
     def _leave_out(self, node: int, client: str) -> None:
         if (node, client) not in self.left_out:
@@ -183,10 +183,10 @@ class FlowerTransport:
         """The same without waiting: None whenever nothing more has come yet."""
         answers: dict[str, dict[str, Any]] = {}
 
-        def noted(found: tuple[Reply, tuple[int, str] | None] | None) -> Reply | None:
-            if found is None:
+        def noted(arrived: tuple[Reply, tuple[int, str] | None] | None) -> Reply | None:
+            if arrived is None:
                 return None
-            reply, came = found
+            reply, came = arrived
             answers[reply.client] = answer_of(reply, came)
             return reply
 
@@ -348,11 +348,11 @@ class FlowerTransport:
 
 def _waited_for(looks: Iterator[Found | None]) -> Iterator[Found]:
     """What comes, with a pause after each look at which nothing more had come."""
-    for found in looks:
-        if found is None:
+    for reply in looks:
+        if reply is None:
             time.sleep(POLL_SECONDS)
         else:
-            yield found
+            yield reply
 
 
 def _content(reply: Message) -> RecordDict | str:

@@ -1,4 +1,4 @@
-"""The steps of a run, as they are told to whoever shows them."""
+"""The events of a run, which are passed to a callback for display."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Event:
 
 @dataclass(frozen=True)
 class ClientsFound(Event):
-    """The clients that take part are known, and the backbone is loaded."""
+    """The participating clients are known, and the backbone is located."""
 
     roster: ClientRoster
     backbone: Backbone
     inputs_in_words: str = ""
-    """What becomes of inputs before the backbone sees them."""
+    """How inputs are preprocessed for the backbone; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RunResumed(Event):
 
 @dataclass(frozen=True)
 class StageBegun(Event):
-    """From the round after this one on other parts are tuned; `tuning` says which."""
+    """After this round other parts of the model are trained; `tuning` describes them."""
 
     round: int
     tuning: str
@@ -44,23 +44,23 @@ class StageBegun(Event):
 
 @dataclass(frozen=True)
 class RoundEnded(Event):
-    """A round is over; `line` is what `metrics.jsonl` holds of it."""
+    """A round is over; `line` is its line of `metrics.jsonl`."""
 
     line: RoundLine
 
 
 @dataclass(frozen=True)
 class BaselinesBegun(Event):
-    """All rounds are over, and what the job compares with is trained."""
+    """All rounds are over, and the training of the job's baselines begins."""
 
 
 @dataclass(frozen=True)
 class FinalEvaluationBegun(Event):
-    """The final model is measured everywhere."""
+    """The evaluation of the final model, at the server and at clients, begins."""
 
 
 EventCallback = Callable[[Event], None]
 
 
 def ignore_events(event: Event) -> None:
-    """For runs that nobody watches."""
+    """Do nothing: the callback of runs that show nothing."""

@@ -129,9 +129,9 @@ class Replies:
             return Failure(name, _unreadable(error))
         if reply.client != name:
             return Failure(name, f"its reply is that of {cleaned(reply.client, 100)!r}")
-        told = self.greeted.get(name, 0)
-        if told and isinstance(reply, Update | Measurement) and reply.num_examples > told:
-            return Failure(name, f"{reply.num_examples} examples in its reply, {told} in its greeting")
+        greeted = self.greeted.get(name, 0)
+        if greeted and isinstance(reply, Update | Measurement) and reply.num_examples > greeted:
+            return Failure(name, f"{reply.num_examples} examples in its reply, {greeted} in its greeting")
         return reply
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in a run, and who does not and why."""
+"""The clients that take part in a run, and those that do not, with their reasons."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from atoll.tasks.told import is_silent
 logger = logging.getLogger(__name__)
 
 CLASS_FIELDS = ("classes", "intents")
-"""What a greeting calls the list of its classes."""
+"""The fields of a greeting that may list classes."""
 
 SHOWN_CLASSES = 5
-"""Classes that a remark names."""
+"""How many classes a remark names at most."""
 
 MOST_CLIENTS = 10_000
-"""Clients up to which a result has a line of data for each."""
+"""The largest number of clients for which a result lists the data of each."""
 
 
 @dataclass(frozen=True)
 class ClientRoster:
-    """The clients of a run in the order of their names, and how many examples each says it holds, [clients].
+    """The clients of a run in the order of their names; `sizes` [clients] is how many examples each reports.
 
-    A size of 0 isn't told: under a promise of privacy and a secure sum no client's is.
-    A million simulated clients fit: `names` may be a sequence that makes them when they are asked
-    for, and `data_info` are those that differ, not one for each client.
+    A size of 0 means that the client does not report it, as under a promise of privacy or a secure sum.
+    So that a million simulated clients fit into memory, `names` may be a sequence that computes each name on
+    access, and `data_info` holds only entries that differ. `refused` has a reason for each client that does
+    not take part.
     """
 
     names: Sequence[str]
@@ -44,11 +45,11 @@ class ClientRoster:
     data_info: Sequence[DataInfo]
     refused: Mapping[str, str] = field(default_factory=dict)
     counts: Mapping[str, Sequence[Counts]] = field(default_factory=dict)
-    """By client, how much of its data is used; of those that told."""
+    """How much of its data each client uses, by name, for the clients that report it."""
 
     @classmethod
     def of(cls, hellos: Sequence[Hello]) -> ClientRoster:
-        """Those who introduced themselves one by one."""
+        """The roster of clients that each sent a greeting."""
         taking = sorted((h for h in hellos if not h.refusal), key=lambda h: h.client)
         return cls(
             names=tuple(h.client for h in taking),
@@ -60,37 +61,38 @@ class ClientRoster:
 
     @property
     def sizes_in_words(self) -> str:
-        """`719 to 719 examples each`, or that it isn't told."""
+        """`719 to 719 examples each`, or that sizes are not reported."""
         if not self.sizes.any():
             return "how many examples each has is not told"
         return f"{self.sizes.min()} to {self.sizes.max()} examples each"
 
     def used_data(self, job: Job, whole: Sequence[Counts]) -> dict[str, Any] | None:
-        """How much of the data is used, in all and by client, for `result.json`; None where it isn't told.
+        """For `result.json`: how much data is used, in total and by client; None where that is private.
 
-        `whole` are the counts of a source that is dealt to clients, in a simulation.
+        `whole` are the counts of a simulation's source, before it is divided among clients.
         """
         if is_silent(job):
             return None
-        found = whole or total(one for counts in self.counts.values() for one in counts)
-        told = len(self.names) <= MOST_CLIENTS
+        counts = whole or total(one for counts in self.counts.values() for one in counts)
+        lists_clients = len(self.names) <= MOST_CLIENTS
         return {
-            "counts": [one.as_json for one in found],
+            "counts": [one.as_json for one in counts],
             "clients": {name: self._used_by(place) for place, name in enumerate(self.names)}
-            if told
+            if lists_clients
             else None,
         }
 
     def _used_by(self, place: int) -> dict[str, Any]:
         counts = self.counts.get(self.names[place], ())
-        told = {"counts": [one.as_json for one in counts]} if counts else {}
-        return {"examples": int(self.sizes[place]) or None, **told}
+        listed = {"counts": [one.as_json for one in counts]} if counts else {}
+        return {"examples": int(self.sizes[place]) or None, **listed}
 
     def check(self, job: Job) -> None:
-        """Warn of each refusal.
+        """Log each refusal, the counts of the data, and remarks about it.
 
         Raises:
-            ConfigError: fewer take part than a round needs, or not the one that the strategy trusts.
+            ConfigError: fewer clients take part than a round needs, or the client that the strategy trusts
+                does not.
         """
         needed = job.federation.cohort or 1
         if len(self.names) < needed:
@@ -117,37 +119,37 @@ class ClientRoster:
 
     @property
     def remarks(self) -> list[str]:
-        """What looks odd in the classes that greetings tell; nothing where the job names them."""
-        told = [info[key] for info in self.data_info for key in CLASS_FIELDS if key in info]
-        if not told or any(info.get("pinned") for info in self.data_info):
+        """Warnings about the classes that clients report; none where the job lists the classes."""
+        reported = [info[key] for info in self.data_info for key in CLASS_FIELDS if key in info]
+        if not reported or any(info.get("pinned") for info in self.data_info):
             return []
-        remarks = [f"classes {words} differ by case or space only" for words in alike(told)]
-        if len(told) < 2 or len(told) != len(self.names):
+        remarks = [f"classes {spellings} differ by case or space only" for spellings in alike(reported)]
+        if len(reported) < 2 or len(reported) != len(self.names):
             return remarks
-        alone = [f"{name!r} ({self.names[site]})" for name, site in _of_one_site(told)]
+        alone = [f"{name!r} ({self.names[site]})" for name, site in _of_one_site(reported)]
         more = f" and {len(alone) - SHOWN_CLASSES} more" if len(alone) > SHOWN_CLASSES else ""
         if alone:
             remarks.append(f"classes that one site alone has: {', '.join(alone[:SHOWN_CLASSES])}{more}")
         return remarks
 
     def _reasons(self) -> str:
-        """Why clients don't take part: each of a few reasons once, with the first client that gave it."""
+        """The reasons of refusals, as text: up to three different ones, each with the first client's name."""
         first: dict[str, str] = {}
         for client, reason in self.refused.items():
             first.setdefault(reason, client)
-        told = [f"{client}: {reason}" for reason, client in list(first.items())[:3]]
+        reasons = [f"{client}: {reason}" for reason, client in list(first.items())[:3]]
         more = [f"and {len(first) - 3} other reasons"] if len(first) > 3 else []
-        return f" ({'; '.join(told + more)})" if told else ""
+        return f" ({'; '.join(reasons + more)})" if reasons else ""
 
 
-def _of_one_site(told: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
-    """(class, its site) of each class that one site alone has, by name.
+def _of_one_site(classes_by_site: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
+    """(class, index of its site) of each class that only one site has, by class name.
 
     >>> _of_one_site([["a", "b"], ["a", "c"]])
     [('b', 0), ('c', 1)]
     """
     sites: dict[str, list[int]] = {}
-    for site, names in enumerate(told):
+    for site, names in enumerate(classes_by_site):
         for name in names:
             sites.setdefault(name, []).append(site)
     return sorted((name, where[0]) for name, where in sites.items() if len(where) == 1)

@@ -44,8 +44,8 @@ class RunAuditLog(ServerAuditLog):
 
     def greeted(self, site: str, hellos: Iterable[Hello]) -> None:
         """Write down who a site says it brings, and who is refused for what."""
-        told = {h.client: h.refusal or "takes part" for h in hellos}
-        self.write("greeting", "received", site=site, clients=told, durable=False)
+        by_client = {h.client: h.refusal or "takes part" for h in hellos}
+        self.write("greeting", "received", site=site, clients=by_client, durable=False)
 
     def left_out(self, site: str, client: str) -> None:
         """Write down that a site has named a client that another one is."""
@@ -92,5 +92,5 @@ class RunAuditLog(ServerAuditLog):
 
 def answer_of(reply: Reply, came: tuple[int, str] | None) -> dict[str, Any]:
     """What the log says of a client's answer; `came` are its message's length and SHA-256, if one came."""
-    found = {"refused": reply.reason} if isinstance(reply, Failure) else {"what": type(reply).__name__}
-    return found if came is None else {**found, "bytes": came[0], "sha256": came[1]}
+    line = {"refused": reply.reason} if isinstance(reply, Failure) else {"what": type(reply).__name__}
+    return line if came is None else {**line, "bytes": came[0], "sha256": came[1]}

@@ -1,4 +1,4 @@
-"""Who carries the messages: in-process, Ray, or real processes. The rounds don't know which."""
+"""The interface through which rounds reach clients: in this process, over Ray, or over the network."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ if TYPE_CHECKING:
 
 
 class Transport(Protocol):
-    """Delivers requests to clients by name and brings their replies, in any order."""
+    """Delivers requests to clients by name, and returns their replies in any order."""
 
     engine: str
+    """The name that `result.json` has for this transport, such as `inline`."""
     uses_masking: bool
-    """Whether vectors of secure sums travel under masks: not where the clients are simulated."""
+    """Whether vectors of secure sums travel under masks; False where clients are simulated."""
     roster: FederationRoster | None
-    """Whose signatures those of clients must be; None where nothing is signed."""
+    """The federation's public keys, which verify the clients' signatures; None where nothing is signed."""
 
     def discover_clients(self, job: Job) -> ClientRoster:
-        """All clients that could be reached; waits until the job's number of them is there."""
+        """The clients that take part in the job and those that refused; waits until enough are connected."""
         ...
 
     def send_and_receive(self, request: Request, names: Sequence[str], timeout: float) -> Iterable[Reply]:
-        """Replies of the named clients as they come; those that miss the deadline are left out."""
+        """Send a request to the named clients and yield their replies as they arrive.
+
+        A client that has not replied after `timeout` seconds is left out; one whose work failed yields a
+        `Failure`. Updates are validated by the caller.
+        """
         ...
 
 
 @runtime_checkable
 class SharesLearner(Protocol):
-    """A transport whose clients train in the server's own process, one after the other."""
+    """A transport whose clients train one after the other in the server's process."""
 
     def share(self, learner: Learner) -> None:
-        """Let clients train in the network that the server measures with, so that there is one of it."""
+        """Let clients train with the server's learner, so that the network is in memory once."""
         ...

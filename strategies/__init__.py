@@ -1,6 +1,6 @@
 """How updates merge into the next global model: pure functions on tensors.
 
-The registry is read without torch: a strategy's module comes in when one is built.
+The registry can be read without importing torch; a strategy's module is imported when it is built.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _ELSEWHERE = {
     "moved": "atoll.strategies.mean",
     "weighted_mean": "atoll.strategies.mean",
 }
-"""What a strategy is written with, and where it is: it brings torch, and is imported when it is asked for."""
+"""Names for writing a strategy, and their modules, which import torch and are therefore loaded on access."""
 
 
 def __getattr__(name: str) -> Any:
@@ -74,11 +74,11 @@ SCHEDULE_KEYS = ("lr_schedule", "lr_warmup", "lr_step", "lr_decay")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the registry: how to build it, which keys of `[strategy]` it takes, what it is, whose.
+    """One line of the registry: how a strategy is built, its keys in `[strategy]`, its summary and origin.
 
-    `options` is the model of its `strategy.options`, if it is one of ours that has any. Where
-    `counts_clients` it is built with the number of all `clients`, where `knows_client_lr` with theirs,
-    where `knows_seed` with the job's seed.
+    `options` is the pydantic model of its `strategy.options`, if it has any. With `counts_clients` it is
+    built with the number of all clients, with `knows_client_lr` with the clients' learning rate, with
+    `knows_seed` with the job's seed.
     """
 
     build: Callable[..., Strategy]
@@ -92,7 +92,7 @@ class Entry:
 
     @property
     def accepted_keys(self) -> tuple[str, ...]:
-        """`keys`, and what a schedule of the learning rate takes, where there is a learning rate."""
+        """`keys`, and those of a learning-rate schedule if the strategy has a learning rate."""
         return (*self.keys, *SCHEDULE_KEYS) if "lr" in self.keys else self.keys
 
 
@@ -215,10 +215,10 @@ def _against_hostile(name: str, summary: str) -> Entry:
 
 
 ALONE = FederationSection()
-"""A federation with every default."""
+"""A `[federation]` with every default."""
 
 TRAINING = TrainSection()
-"""Local training with every default."""
+"""A `[train]` with every default."""
 
 ADAPTIVE = ("lr", "beta1", "beta2", "tau")
 
@@ -362,10 +362,10 @@ STRATEGIES = Registry("strategy", BUILT_INS, _of)
 
 
 def check_strategy(section: StrategySection) -> None:
-    """Say what is wrong with a name, or with keys of a strategy of ours, before torch is there.
+    """Check a strategy's name and, for Atoll's own, its keys and options, without importing torch.
 
     Raises:
-        ConfigError: the name is unknown, a key has no meaning for it, or an option is none or out of bounds.
+        ConfigError: the name or a key is unknown, or an option is unknown or out of bounds.
     """
     if section.name.startswith("flwr:"):
         from atoll.strategies.flower_names import check_flower_name
@@ -382,10 +382,10 @@ def check_strategy(section: StrategySection) -> None:
 
 
 def check_merging(job: Job) -> None:
-    """See whether the job's rounds have what its strategy needs, before torch is there.
+    """Check whether the job's rounds have what its strategy needs, without importing torch.
 
     Raises:
-        ConfigError: as `check_strategy`; or there are too few clients, say, for so many hostile ones.
+        ConfigError: as `check_strategy`, or the rounds lack something, such as enough clients.
     """
     check_strategy(job.strategy)
     if (job.strategy.lr_warmup or 0) >= job.federation.rounds:
@@ -406,7 +406,7 @@ def check_merging(job: Job) -> None:
 
 
 def _options(entry: Entry, section: StrategySection) -> BaseModel | None:
-    """The options of one of our own strategies as its model has them."""
+    """The validated options of one of Atoll's own strategies."""
     if entry.options is None:
         return None
     return validated(entry.options, section.options or {}, "strategy.options")
@@ -418,12 +418,13 @@ def build_strategy(
     train: TrainSection = TRAINING,
     seed: int = 0,
 ) -> Strategy:
-    """The strategy a job names, `flwr:NAME` for one of Flower's own, for rounds of its `federation`.
+    """The strategy that a job's `[strategy]` names; `flwr:NAME` is one of Flower's.
 
-    Some take the clients' learning rate from `train`, some draw from the job's `seed`.
+    `federation` gives some strategies the number of clients, `train` the clients' learning rate, and `seed`
+    is the job's, from which some draw.
 
     Raises:
-        ConfigError: the name is unknown, or a key has no meaning for it.
+        ConfigError: the name or a key is unknown, or an option is out of bounds.
     """
     check_strategy(section)
     if section.name.startswith("flwr:"):

@@ -24,18 +24,18 @@ import torch
 from atoll.protocol.tensors import Tensors
 
 ABSENT = -1e4
-"""The bias of a class that no client has an example of: it is never predicted."""
+"""The bias of a class without examples at any client, so that it is never predicted."""
 
 
 def prototype_statistics(features: torch.Tensor, classes: torch.Tensor, count: int) -> Tensors:
-    """Of features [n, width] and their classes [n] of `count`: sums by class, and of squares, in float64."""
+    """Float64 sums of features [n, width] by class, and of their squares; `classes` [n] are below `count`."""
     x = features.to(torch.float64)
     chosen = torch.nn.functional.one_hot(classes, count).to(torch.float64)
     return {"counts": chosen.sum(0), "sums": chosen.T @ x, "squares": x.square().sum(0)}
 
 
 def ridge_statistics(features: torch.Tensor, classes: torch.Tensor, count: int) -> Tensors:
-    """Of features [n, width] and their classes [n] of `count`: X'X, X'Y and counts, in float64."""
+    """Float64 X'X, X'Y and class counts of features [n, width]; `classes` [n] are below `count`."""
     x = features.to(torch.float64)
     chosen = torch.nn.functional.one_hot(classes, count).to(torch.float64)
     return {"counts": chosen.sum(0), "sums": chosen.T @ x, "gram": x.T @ x}
@@ -84,12 +84,12 @@ def gaussian_head(total: Tensors, ridge: float) -> tuple[torch.Tensor, torch.Ten
 
 
 def class_means(counts: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """[classes, width]; nothing for a class without examples. A client's part of a count may be below 1."""
+    """Mean features by class, [classes, width]; zeros for a class without examples. Counts may be below 1."""
     return sums / torch.where(counts > 0, counts, 1).unsqueeze(1)
 
 
 def _scale(total: Tensors, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of every feature, [width]; a feature that never varies is left as it is."""
+    """(mean, deviation) of every feature, [width] each; the deviation of a constant feature counts as 1."""
     count = total["counts"].sum()
     mean = total["sums"].sum(0) / count
     raw = squares / count
@@ -99,7 +99,7 @@ def _scale(total: Tensors, squares: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def head_of(kind: str, total: Tensors, ridge: float) -> Tensors:
-    """The head as the model's tensors, in float32."""
+    """The head's tensors from summed statistics, named as the model's, in float32."""
     match kind:
         case "prototype":
             weights, bias = prototype_head(total)

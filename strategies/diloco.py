@@ -3,7 +3,7 @@
 The outer gradient is minus the mean delta d, weighted by examples. v is its momentum, zero at first, mu is
 `momentum` (the paper's 0.9) and `lr` the outer learning rate (0.7): v <- mu v + d, x <- x + lr (d + mu v),
 which is torch's SGD with `nesterov=True`. The inner optimizer is `[train]`'s; the paper's takes H = 500 steps
-of AdamW. There each client keeps AdamW's moments from round to round; here they begin anew in every round.
+of AdamW. The paper's clients keep AdamW's moments from round to round; here each round starts without them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from atoll.strategies.mean import moved, weighted_mean
 from atoll.strategies.strategy import Plan, State
 
 PREFIX = "momentum."
-"""Before the names of the momentum in the strategy's state."""
+"""The prefix of the momentum's names in the strategy's state."""
 
 
 @dataclass(frozen=True)
 class DiLoCo:
-    """Move by `lr` times the mean delta plus `momentum` times its momentum, with the delta already in it."""
+    """A Nesterov step on the mean delta d: v <- `momentum` v + d, then x <- x + `lr` (d + `momentum` v)."""
 
     lr: float = 0.7
     momentum: float = 0.9

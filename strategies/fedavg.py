@@ -2,7 +2,7 @@
 
 All three move the global model by the mean delta times a server learning rate. FedAvgM keeps
 a momentum of it: v <- momentum * v + mean, x <- x + lr * v. FedProx changes only what clients
-minimise, by adding mu / 2 * ||w - w_global||^2 to their loss; its mu travels in the plan.
+minimise: it adds mu / 2 * ||w - w_global||^2 to their loss, and mu is sent in the plan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atoll.strategies.strategy import Plan, State
 
 @dataclass(frozen=True)
 class FedAvg:
-    """Move by `lr` times the mean delta, with momentum if any; clients pay `proximal_mu` for moving."""
+    """Move by `lr` times the mean delta, with `momentum`; clients add the proximal term of `proximal_mu`."""
 
     lr: float = 1.0
     momentum: float = 0.0

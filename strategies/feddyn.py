@@ -7,9 +7,9 @@ holds the gradient g_k of its loss where its last round ended (zero at first) mi
 
 by its local steps, which end at theta_k, and keeps g_k <- g_k - alpha (theta_k - theta). The paper's server
 holds h, zero at first: h <- h - alpha / m sum over P of (theta_k - theta), and then
-theta <- mean over P of theta_k - h / alpha. Means are even, whatever the shards' sizes. Where local steps
-find the minimum and models settle, the limit is a stationary point of the mean loss. The client's part is in
-`client/state/feddyn.py`; it keeps its g_k, however long ago it took part.
+theta <- mean over P of theta_k - h / alpha. Means are unweighted, whatever the shards' sizes. If local steps
+reach the minimum and the models converge, the limit is a stationary point of the mean loss. The client's part
+is in `client/state/feddyn.py`; it keeps its g_k, however long ago it took part.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from atoll.strategies.mean import even_mean, moved
 from atoll.strategies.strategy import Plan, State
 
 PREFIX = "h."
-"""Before the names of h in the strategy's state."""
+"""The prefix of h's names in the strategy's state."""
 
 
 @dataclass(frozen=True)
 class FedDyn:
-    """Move to the even mean of the clients' models, less h / `alpha`; `clients` is the paper's m."""
+    """Move to the unweighted mean of the clients' models minus h / `alpha`; `clients` is the paper's m."""
 
     clients: int
     alpha: float = 0.01

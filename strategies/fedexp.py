@@ -37,7 +37,7 @@ class FedExp:
 
 
 def extrapolation(updates: Sequence[Update], mean: Tensors, epsilon: float) -> float:
-    """The paper's eta_g, of the updates and their weighted mean; 1 where nothing moved."""
+    """The paper's step size eta_g, given the updates and their weighted mean; 1 where nothing moved."""
     counts = example_counts(updates)
     spread = sum(n * squared_norm(delta_of(updates, i)) for i, n in enumerate(counts)) / sum(counts)
     below = 2 * (squared_norm(mean) + epsilon)

@@ -35,10 +35,10 @@ class FedNova:
         return {LOCAL_STEPS: 1.0}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """As in the seam.
+        """As `Strategy.merge`.
 
         Raises:
-            InconsistentUpdates: an update doesn't say how many steps made it.
+            InconsistentUpdates: an update lacks the weight of its local steps.
         """
         steps = torch.tensor([*sent_numbers(updates, LOCAL_STEPS).values()], dtype=torch.float64)
         counts = torch.tensor(example_counts(updates), dtype=torch.float64)
@@ -50,5 +50,5 @@ class FedNova:
 
 
 def _scaled(stack: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """[clients, …] with each client's times a number of its own, in float64."""
+    """The stack [clients, …] times `scale` [clients], slice by slice, in float64."""
     return stack.to(torch.float64) * scale.reshape(-1, *[1] * (stack.dim() - 1))

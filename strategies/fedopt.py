@@ -20,21 +20,21 @@ from atoll.strategies.mean import moved, weighted_mean
 from atoll.strategies.strategy import Plan, State
 
 SecondMoment = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""(v, d, beta2) -> the next v."""
+"""(second moment v, mean delta d, beta2) to the next v."""
 
 
 def adagrad(v: torch.Tensor, d: torch.Tensor, beta2: float) -> torch.Tensor:
-    """Squares summed without decay; `beta2` is not used."""
+    """v + d^2, the sum of squares without decay; `beta2` is not used."""
     return v + d * d
 
 
 def adam(v: torch.Tensor, d: torch.Tensor, beta2: float) -> torch.Tensor:
-    """An exponential mean of squares."""
+    """beta2 v + (1 - beta2) d^2, an exponential mean of squares."""
     return beta2 * v + (1 - beta2) * d * d
 
 
 def yogi(v: torch.Tensor, d: torch.Tensor, beta2: float) -> torch.Tensor:
-    """Adam's mean, but it moves by at most (1 - beta2) d^2 a round."""
+    """v - (1 - beta2) d^2 sign(v - d^2), which moves by at most (1 - beta2) d^2 a round."""
     return v - (1 - beta2) * d * d * torch.sign(v - d * d)
 
 
@@ -43,7 +43,7 @@ STEPS: dict[str, SecondMoment] = {"adagrad": adagrad, "adam": adam, "yogi": yogi
 
 @dataclass(frozen=True)
 class FedOpt:
-    """Move by an adaptive step; `tau` keeps it finite where nothing has moved yet."""
+    """Move by `lr` m / (sqrt(v) + `tau`); `tau` keeps the step finite where nothing has moved yet."""
 
     second_moment: SecondMoment
     lr: float = 0.1

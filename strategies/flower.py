@@ -35,7 +35,7 @@ KEYS = {
     "tau": ("tau",),
     "proximal_mu": ("proximal_mu",),
 }
-"""A job's key, and what Flower's constructors call it."""
+"""Keys of a job, and the names of the same arguments in Flower's constructors."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class FlowerStrategy:
         return {"proximal_mu": float(mu)} if mu else {}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """As in the seam.
+        """As `Strategy.merge`.
 
         Raises:
-            InconsistentUpdates: Flower's strategy made no model of these updates.
+            InconsistentUpdates: Flower's strategy returned no model for these updates.
         """
         strategy = self._fresh()
         _restore(strategy, state)
@@ -149,7 +149,7 @@ class AtollStrategy(FlowerFedAvg):
 
 @dataclass(frozen=True)
 class _Reply:
-    """As much of a Flower Message as merging asks for; a real one exists only inside a run."""
+    """The part of a Flower Message that merging reads; real messages exist only inside a Flower run."""
 
     content: RecordDict
 
@@ -199,7 +199,7 @@ def _restore(strategy: FlowerFedAvg, state: State) -> None:
 
 
 def _restore_array(strategy: FlowerFedAvg, key: str, array: np.ndarray) -> None:
-    """`name/key` belongs into a dict, `name#index` into a list, in order of index."""
+    """Put an array back: `name/key` goes into a dict, `name#index` into a list, in order of index."""
     name, slash, inner = key.partition("/")
     if slash:
         setattr(strategy, name, (getattr(strategy, name) or {}) | {inner: array})

@@ -1,4 +1,4 @@
-"""Which of Flower's strategies a job can name, read from Flower's source: importing it takes a second."""
+"""The names of Flower's strategies, read from Flower's source, since importing it takes a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from atoll.errors import ConfigError, did_you_mean
 from atoll.system.installed import folder_of
 
 BASE = "FedAvg"
-"""What every strategy that a job can name is made of; wrappers of strategies aren't."""
+"""The base class of all strategies that a job can name; wrappers of strategies do not derive from it."""
 
 
 @cache
@@ -28,7 +28,7 @@ def flower_names() -> tuple[str, ...]:
 
 
 def _offered(tree: ast.Module) -> list[str]:
-    """What `__all__` lists."""
+    """The names that a module's `__all__` lists."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             names: list[str] = ast.literal_eval(node.value)

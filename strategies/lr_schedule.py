@@ -1,7 +1,7 @@
-"""The server's learning rate over the rounds: any strategy with an `lr`, whose steps grow and shrink.
+"""A schedule of the server's learning rate over the rounds, for any strategy with an `lr`.
 
-`atoll.job.train.lr_factor` has the formulas. Only the step is scaled: a momentum is that of unscaled deltas,
-as torch's SGD has it.
+`atoll.job.train.lr_factor` has the formulas. Only the step is scaled: momentum accumulates unscaled deltas,
+as in torch's SGD.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from atoll.strategies.strategy import Plan, State, Strategy, tensors_for_clients
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """What part of the learning rate each of so many rounds takes."""
+    """The factor of the learning rate in each round of a run."""
 
     section: StrategySection
     rounds: int
 
     def factor(self, round: int) -> float:
-        """Of this round, which counts from 1."""
+        """The factor of a round, which counts from 1."""
         return lr_factor(self.section, round, self.rounds)
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A strategy that is a dataclass with an `lr`, which follows the schedule."""
+    """A strategy, a dataclass with an `lr`, whose learning rate follows a schedule."""
 
     inner: Strategy
     schedule: LrSchedule
@@ -47,11 +47,11 @@ class Scheduled:
         return self.inner.plan(state, round)
 
     def tensors_for_clients(self, state: State) -> Tensors:
-        """What the inner strategy sends."""
+        """The tensors that the inner strategy sends."""
         return tensors_for_clients(self.inner, state)
 
     def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
-        """What the inner strategy, which merges late updates, makes of one."""
+        """A late update as the inner strategy weights it."""
         return cast(MergesLate, self.inner).late(delta, drift, staleness)
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:

@@ -1,4 +1,4 @@
-"""The mean of the clients' deltas, weighted by how much data moved them.
+"""The mean of the clients' deltas, weighted by their numbers of examples.
 
 McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
 Data", algorithm 1.
@@ -20,7 +20,7 @@ from atoll.protocol.tensors import Tensors
 
 
 def weighted_mean(updates: Sequence[Update]) -> Tensors:
-    """Deltas averaged by example count, in float64.
+    """The mean of the deltas, weighted by example counts: names and shapes of the deltas, in float64.
 
     The sum runs over the updates in the order given, so the same updates in the same
     order give the same bits, whether they arrived one by one or trained as one cohort.
@@ -33,7 +33,7 @@ def weighted_mean(updates: Sequence[Update]) -> Tensors:
 
 
 def moved_by_mean(model: Tensors, updates: Sequence[Update], lr: float) -> Tensors:
-    """The model after `lr` times the deltas' mean by example count; in float64 is a block at a time.
+    """The model moved by `lr` times the weighted mean delta, in its own dtypes; float64 blocks save memory.
 
     Raises:
         InconsistentUpdates: there is no update, or none has an example.
@@ -50,7 +50,7 @@ def moved_by_mean(model: Tensors, updates: Sequence[Update], lr: float) -> Tenso
 
 
 def _example_weights(updates: Sequence[Update]) -> tuple[torch.Tensor, int]:
-    """(the examples of each update, [clients] in float64, and of all)."""
+    """(the number of examples of each update, [clients] in float64; their sum)."""
     counts = example_counts(updates)
     total = sum(counts)
     if total == 0:
@@ -59,7 +59,7 @@ def _example_weights(updates: Sequence[Update]) -> tuple[torch.Tensor, int]:
 
 
 def weighted_sum(updates: Sequence[Update], weights: torch.Tensor) -> Tensors:
-    """The sum of each delta times a weight of its own, [clients], in float64 and in the order given.
+    """The sum of deltas, each times its entry in `weights` [clients], in float64 and in the order given.
 
     >>> [a, b] = [Update(name, 1, {"w": torch.tensor([3.0])}, 1) for name in "ab"]
     >>> weighted_sum([a, b], torch.tensor([0.5, 2.0]))
@@ -80,27 +80,27 @@ def _weighted_tensor(updates: Sequence[Update], name: str, weights: torch.Tensor
 
 
 def even_mean(updates: Sequence[Update]) -> Tensors:
-    """Deltas averaged with the same weight for every client, in float64."""
+    """The unweighted mean of the deltas, in float64."""
     return weighted_mean(evenly(updates))
 
 
 def evenly(updates: Sequence[Update]) -> Sequence[Update]:
-    """The updates as if each came from one example, for strategies that weigh clients the same."""
+    """The updates with `num_examples` 1 each, for strategies that weight all clients equally."""
     return weighing(updates, [1] * len(updates))
 
 
 def example_counts(updates: Sequence[Update]) -> Sequence[int]:
-    """How many examples are behind each update, without taking a stack apart."""
+    """Each update's number of examples; stacked updates are not taken apart for it."""
     if isinstance(updates, StackedUpdates):
         return updates.num_examples
     return [update.num_examples for update in updates]
 
 
 def sent_numbers(updates: Sequence[Update], name: str) -> dict[str, float]:
-    """What each client sent as the state of that name, in the updates' order.
+    """The number that each client sent as the state `name`, by client, in the updates' order.
 
     Raises:
-        InconsistentUpdates: a client sent none.
+        InconsistentUpdates: a client sent no such state.
     """
     if isinstance(updates, StackedUpdates) and name in updates.states:
         return dict(zip(updates.clients, updates.states[name].tolist(), strict=True))
@@ -111,17 +111,17 @@ def sent_numbers(updates: Sequence[Update], name: str) -> dict[str, float]:
 
 
 def mean_losses(updates: Sequence[Update]) -> dict[str, float]:
-    """Each client's mean training loss over its local steps, in the updates' order.
+    """Each client's mean training loss over its local steps, by client, in the updates' order.
 
     Raises:
-        InconsistentUpdates: a client sent none.
+        InconsistentUpdates: a client sent no loss.
     """
     sums, counts = sent_numbers(updates, "train_loss.sum"), sent_numbers(updates, "train_loss.count")
     return {name: total / counts[name] for name, total in sums.items()}
 
 
 def delta_of(updates: Sequence[Update], place: int) -> Tensors:
-    """The delta at a place, without taking a stack apart."""
+    """The delta of the update at `place`; stacked updates are not taken apart for it."""
     if isinstance(updates, StackedUpdates):
         return {name: stack[place] for name, stack in updates.delta.items()}
     return updates[place].delta
@@ -134,9 +134,9 @@ def squared_norm(tensors: Tensors) -> float:
 
 
 STACK_BLOCK = 1 << 16
-"""Values of a stack that are summed in float64 at a time: they stay in the processor's cache."""
+"""How many values of a stack are summed in float64 at a time, so that they stay in the processor's cache."""
 BLOCK = 1 << 20
-"""The same of updates that lie apart: 8 MB, each by a thread of its own. No bit depends on either."""
+"""The same for updates that are not stacked: 8 MB per thread. The bits depend on neither size."""
 
 
 def _of_stack(weights: torch.Tensor, values: torch.Tensor, total: int) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _of_stack(weights: torch.Tensor, values: torch.Tensor, total: int) -> torch.
 
 
 def _of_each(weights: torch.Tensor, values: Sequence[torch.Tensor], total: int) -> torch.Tensor:
-    """The same of one tensor a client, which lie apart."""
+    """The same for one tensor per client, which are not stacked."""
     mean = torch.empty(values[0].numel(), dtype=torch.float64)
     _with_blocks_of_mean(weights, values, total, mean.__setitem__)
     return mean.reshape(values[0].shape)
@@ -155,7 +155,7 @@ def _of_each(weights: torch.Tensor, values: Sequence[torch.Tensor], total: int) 
 def _moved_by_each(
     p: torch.Tensor, weights: torch.Tensor, values: Sequence[torch.Tensor], total: int, lr: float
 ) -> torch.Tensor:
-    """A tensor of the model after `lr` times that mean, of which no more than a block is ever in memory."""
+    """A tensor of the model moved by `lr` times that mean, of which one block at a time is in memory."""
     before, after = p.reshape(-1), torch.empty(p.numel(), dtype=p.dtype)
 
     def move(span: slice, mean: torch.Tensor) -> None:
@@ -183,7 +183,7 @@ def _with_blocks_of_mean(
 
 
 def _by_blocks(work: Callable[[slice], None], count: int, size: int) -> None:
-    """Do so many values in blocks of a size; each in a thread of its own, if there are several."""
+    """Call `work` for blocks of `size` out of `count` values, in parallel threads if there are several."""
     spans = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     for _ in _threads().map(work, spans) if len(spans) > 1 else map(work, spans):
         pass
@@ -199,7 +199,7 @@ def _columns(weights: torch.Tensor, block: int) -> int:
 
 
 def moved(model: Tensors, step: Tensors) -> Tensors:
-    """The model after a float64 step, each tensor in its own dtype again."""
+    """The model plus a float64 step, by name; each tensor keeps its dtype."""
     return {name: _added(p, step[name]) for name, p in model.items()}
 
 

@@ -1,4 +1,4 @@
-"""What `strategy.options` of our own strategies can say, and what a job must have for them; without torch."""
+"""The options of Atoll's own strategies, and what a job must have for them; imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atoll.job.section import Count, NotNegative, Positive, Section
 
 
 class LateOptions(Section):
-    """How late updates are weighed: one of Xie et al.'s three functions, with their a and b."""
+    """The weights of late updates: one of Xie et al.'s three functions, with their a and b."""
 
     weighing: Literal["constant", "polynomial", "hinge"] = "polynomial"
     a: Positive = 0.5
@@ -32,18 +32,18 @@ class HostileClients(Section):
 
     @property
     def clients_needed(self) -> int:
-        """Updates that a merge needs at least."""
+        """The least number of updates that a merge needs."""
         return self.needed_per_hostile * self.hostile + self.needed_besides
 
     @property
     def formula(self) -> str:
-        """The same in words of the job."""
+        """The formula of `clients_needed`, in the names of the job's keys."""
         by_hostile = "hostile" if self.needed_per_hostile == 1 else f"{self.needed_per_hostile} * hostile"
         return f"{by_hostile} + {self.needed_besides}"
 
 
 class HostileOptions(HostileClients):
-    """The same, and whether rows are mixed before."""
+    """Options of hostile clients, and whether rows are mixed before the merge."""
 
     mixing: bool = False
 
@@ -62,7 +62,7 @@ class KrumOptions(HostileOptions):
 
 
 class MultiKrumOptions(KrumOptions):
-    """How many rows are averaged; clients - hostile where nothing is said."""
+    """How many rows are averaged; clients - hostile by default."""
 
     selected: Count | None = None
 
@@ -88,7 +88,7 @@ class CenteredClippingOptions(HostileOptions):
 
 
 class FlandersOptions(HostileClients):
-    """How many rounds a forecast is made of, and how; how many numbers it looks at; what merges the rest."""
+    """The forecast's window and fit, how many numbers it uses, and the rule that merges the accepted rows."""
 
     window: Annotated[int, Field(ge=1, le=1000)] = 2
     sampled: Count = 10_000
@@ -106,7 +106,7 @@ class FlTrustOptions(Section):
 
 
 class FedExpOptions(Section):
-    """What keeps the step finite where the mean delta is nothing."""
+    """The paper's epsilon, which keeps the step finite where the mean delta is zero."""
 
     epsilon: NotNegative = 1e-3
 
@@ -124,7 +124,7 @@ class FedDynOptions(Section):
 
 
 class QFedAvgOptions(Section):
-    """The paper's q, and its L; 1 over the clients' learning rate where nothing is said."""
+    """The paper's q, and its L, which is 1 over the clients' learning rate by default."""
 
     q: Annotated[float, Field(ge=0, le=1000)] = 1.0
     lipschitz: Positive | None = None
@@ -164,7 +164,7 @@ class IfcaOptions(Section):
 
 
 def clusters_of(job: Job) -> int:
-    """How many models the job ends with, where each cluster of clients has its own; else 0."""
+    """The number of cluster models that the job trains; 0 for strategies without clusters."""
     if not job.strategy.makes_clusters:
         return 0
     options = validated(IfcaOptions, job.strategy.options or {}, "strategy.options")
@@ -173,10 +173,10 @@ def clusters_of(job: Job) -> int:
 
 
 def trusted_client(job: Job) -> str | None:
-    """The client whose update the others are compared with, and which is asked in every round; mostly none.
+    """The trusted client, with whose update all others are compared; None for most strategies.
 
     Raises:
-        ConfigError: the strategy needs one, and its options don't name it.
+        ConfigError: the strategy needs a trusted client, and its options don't name one.
     """
     if job.strategy.name != "fltrust":
         return None
@@ -194,7 +194,7 @@ def _refuse_head_init(job: Job) -> None:
 
 
 def check_trusted_client(job: Job) -> None:
-    """Raises ConfigError, in one line that names the key, where its update can't decide of every other."""
+    """Raises ConfigError, naming the key, where the trusted client's update can't be compared with all."""
     if trusted_client(job) is None:
         return
     federation, name = job.federation, job.strategy.name
@@ -229,10 +229,10 @@ HOSTILE_OPTIONS: Mapping[str, type[HostileClients]] = {
 
 
 def check_hostile_clients(job: Job, options: HostileClients) -> None:
-    """See whether every round that counts has the clients that the rule needs.
+    """Check that every round has as many clients as the rule needs, and that nothing bypasses the rule.
 
     Raises:
-        ConfigError: it may not, or hostile clients have another way in; one line that names the key.
+        ConfigError: a round may have too few clients, or hostile ones could bypass the rule; names the key.
     """
     name, federation = job.strategy.name, job.federation
     _refuse_head_init(job)

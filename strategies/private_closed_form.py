@@ -34,23 +34,23 @@ from atoll.protocol.tensors import Tensors
 from atoll.strategies.closed_form import ABSENT, class_means, gaussian_head, prototype_head
 
 SENSITIVITY = math.sqrt(2)
-"""L2 norm of all that one unit adds to the sums."""
+"""The largest L2 norm of one unit's contribution to the sums."""
 BIAS = 0.3
-"""The part b of z."""
+"""The b of z = (a x / norm, b)."""
 SCALE = math.sqrt(1 - BIAS**2)
-"""The part a of z: of its norm, what features have at most."""
+"""The a of z = (a x / norm, b): the largest norm of the features' part of z."""
 ROUNDING_MARGIN = 1 - 1e-9
-"""Examples are clipped to a norm this much smaller, for sums are rounded."""
+"""The factor by which the clipping norm is reduced, to allow for the rounding of sums."""
 FAILURE = 0.05
-"""The probability with which noise exceeds the bound that the ridge is made of."""
+"""The probability with which noise exceeds the bound from which the ridge follows."""
 TINY = 1e-12
-"""The least ridge: features that never vary get weights of nothing."""
+"""The least ridge, with which constant features get zero weights."""
 CERTAIN = 3.0
-"""Deviations of its noise above which a class's count is taken for examples."""
+"""A class's count is taken as real if it exceeds this many deviations of its noise."""
 
 
 def moment_shapes(kind: str, classes: int, width: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each block, all in float64."""
+    """The shape of each block of sums, by name; all are float64."""
     numbers = width + 1 if kind == "prototype" else (width + 1) * (width + 2) // 2
     return {"moments": (numbers,), "sums": (classes, width + 1)}
 
@@ -58,9 +58,9 @@ def moment_shapes(kind: str, classes: int, width: int) -> dict[str, tuple[int, .
 def bounded_sums(
     kind: str, features: torch.Tensor, classes: torch.Tensor, count: int, norm: float
 ) -> Tensors:
-    """The two blocks, summed over features [n, width] of classes [n] of `count`, in float64.
+    """The two blocks of sums over features [n, width]; `classes` [n] are below `count`. Float64.
 
-    An example whose features aren't all finite counts as none.
+    An example whose features aren't all finite is left out.
     """
     sound = torch.isfinite(features).all(1)
     z = bounded(features[sound], norm)
@@ -70,7 +70,7 @@ def bounded_sums(
 
 
 def bounded(features: torch.Tensor, norm: float) -> torch.Tensor:
-    """z of features [n, width], clipped to the norm, in float64, [n, width + 1]."""
+    """z [n, width + 1] of features [n, width] that are first clipped to `norm`, in float64."""
     x = features.to(torch.float64) / norm
     # Norms of numbers whose squares are no floats any more.
     largest = x.abs().amax(1, keepdim=True).clamp_min(1)
@@ -80,14 +80,14 @@ def bounded(features: torch.Tensor, norm: float) -> torch.Tensor:
 
 
 def upper_triangle(matrix: torch.Tensor) -> torch.Tensor:
-    """A symmetric [n, n] as [n (n + 1) / 2] of the same norm: off the diagonal times √2, row by row."""
+    """The upper triangle [n (n + 1) / 2] of a symmetric [n, n], row by row; off-diagonal numbers times √2."""
     rows, columns = torch.triu_indices(len(matrix), len(matrix))
     weights = torch.where(rows == columns, 1.0, math.sqrt(2)).to(torch.float64)
     return matrix[rows, columns] * weights
 
 
 def symmetric(triangle: torch.Tensor, width: int) -> torch.Tensor:
-    """The symmetric [width, width] of which `upper_triangle` is made."""
+    """The symmetric matrix [width, width] whose `upper_triangle` is given."""
     rows, columns = torch.triu_indices(width, width)
     weights = torch.where(rows == columns, 1.0, math.sqrt(0.5)).to(torch.float64)
     matrix = torch.zeros(width, width, dtype=torch.float64)
@@ -97,26 +97,25 @@ def symmetric(triangle: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def noise_bound(width: int, deviation: float) -> float:
-    """What the spectral norm of the matrix noise [width, width] exceeds with probability `FAILURE` at most.
+    """A bound that the spectral norm of the noise matrix [width, width] exceeds with at most `FAILURE`.
 
-    On the diagonal it has the deviation, off it the deviation / √2, so that the expected square of the noise
-    is (width + 1) / 2 deviation² times the identity, which is the variance in Tropp's bound.
+    The noise has deviation `deviation` on the diagonal and `deviation` / √2 off it, so its expected square is
+    (width + 1) / 2 deviation² times the identity, which is the variance in Tropp's bound.
     """
     return deviation * math.sqrt((width + 1) * math.log(2 * width / FAILURE))
 
 
 def adaptive_ridge(gram: torch.Tensor, deviation: float) -> float:
-    """AdaSSP's ridge for a noised sum of z zᵀ, [width, width]."""
+    """AdaSSP's ridge for a noised sum of z zᵀ, `gram` [width, width]."""
     bound = noise_bound(len(gram), deviation)
     least = max(0.0, float(torch.linalg.eigvalsh(gram)[0]) - bound)
     return max(0.0, bound - least)
 
 
 def noised_head(kind: str, total: Tensors, deviation: float, norm: float, ridge: float) -> Tensors:
-    """The head of noised sums, in float32; every number's noise has that deviation.
+    """The head's tensors from noised sums, in float32; every number's noise has the same `deviation`.
 
-    A ridge head's squared weights cost what AdaSSP says, or `ridge` as without noise where that is more; and
-    so it is with the covariance of Gaussian classes.
+    Ridge heads, and the covariance of Gaussian classes, use the larger of AdaSSP's ridge and `ridge`.
     """
     match kind:
         case "prototype":
@@ -132,14 +131,14 @@ def _ridge(total: Tensors, deviation: float, norm: float, ridge: float) -> tuple
     width = total["sums"].shape[1]
     gram = symmetric(total["moments"], width)
     cost = max(adaptive_ridge(gram, deviation), ridge * _mean_variance(gram), TINY)
-    found = torch.linalg.solve(gram + cost * torch.eye(width, dtype=torch.float64), total["sums"].T).T
-    return found[:, :-1] * SCALE / norm, found[:, -1] * BIAS
+    solution = torch.linalg.solve(gram + cost * torch.eye(width, dtype=torch.float64), total["sums"].T).T
+    return solution[:, :-1] * SCALE / norm, solution[:, -1] * BIAS
 
 
 def _gaussian(
     total: Tensors, deviation: float, norm: float, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In z's own units first, whose features are `SCALE` / `norm` times those of the examples."""
+    """The head of Gaussian classes, computed in z's units: `SCALE` / `norm` times those of the features."""
     counts, sums = _counts_and_sums(total, deviation)
     if not bool((counts > 0).any()):
         return torch.zeros_like(sums), torch.full_like(counts, ABSENT)
@@ -154,19 +153,19 @@ def _gaussian(
 def _nearest_covariance(matrix: torch.Tensor) -> torch.Tensor:
     """The symmetric matrix without its negative eigenvalues, which noise alone can make."""
     values, vectors = torch.linalg.eigh(matrix)
-    found: torch.Tensor = (vectors * values.clamp_min(0)) @ vectors.T
-    return found
+    nearest: torch.Tensor = (vectors * values.clamp_min(0)) @ vectors.T
+    return nearest
 
 
 def _counts_and_sums(total: Tensors, deviation: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Examples of each class, [classes], and their z's sums, [classes, width]; 0 for what may be noise."""
+    """(examples by class [classes], sums of z by class [classes, width]); 0 where it may be noise alone."""
     counts = total["sums"][:, -1] / BIAS
     seen = counts > CERTAIN * deviation / BIAS
     return counts.masked_fill(~seen, 0), total["sums"][:, :-1].masked_fill(~seen.unsqueeze(1), 0)
 
 
 def _mean_variance(gram: torch.Tensor) -> float:
-    """Of the features in z, times the number of examples; 0 where noise leaves none."""
+    """The mean variance of the features in z, times the number of examples; 0 where noise hides it."""
     count = max(float(gram[-1, -1]) / BIAS**2, 1.0)
     mean = gram[-1, :-1] / (BIAS * count)
     return max(0.0, float((gram.diagonal()[:-1] - count * mean.square()).mean()))

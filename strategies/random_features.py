@@ -22,11 +22,11 @@ import torch
 from atoll.protocol.tensors import Tensors
 
 FIRST, LAST = "head.0", "head.2"
-"""The layers of a head with a hidden layer, as the model's tensors are named; between them is the ReLU."""
+"""The names of the two layers of a head with a hidden layer; a ReLU is between them."""
 
 
 def random_features(features: torch.Tensor, model: Tensors) -> torch.Tensor:
-    """h(x) [n, hidden] in float64 of features [n, width]; themselves where the model's head is one layer.
+    """h(x) [n, hidden] in float64 of features [n, width]; the features where the head has no hidden layer.
 
     >>> model = {"head.0.weight": torch.tensor([[1.0], [-1.0]]), "head.0.bias": torch.tensor([0.5, 0.0])}
     >>> random_features(torch.tensor([[2.0], [-3.0]]), model).tolist()
@@ -39,12 +39,12 @@ def random_features(features: torch.Tensor, model: Tensors) -> torch.Tensor:
 
 
 def last_layer(model: Tensors) -> str:
-    """The name of the linear layer that a closed form makes: the whole head where nothing is hidden."""
+    """The name of the linear layer that a closed form computes: the last one of the head."""
     return LAST if f"{LAST}.weight" in model else "head"
 
 
 def with_last_layer(model: Tensors, head: Tensors) -> Tensors:
-    """The model with a closed form's `head.weight` [classes, hidden or width] and `head.bias` in that place.
+    """The model whose last layer is a closed form's `head.weight` [classes, hidden or width] and `head.bias`.
 
     >>> model = {"head.0.weight": torch.ones(2, 1), "head.2.weight": torch.zeros(3, 2)}
     >>> sorted(with_last_layer(model, {"head.weight": torch.ones(3, 2)}))

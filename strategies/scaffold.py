@@ -7,9 +7,9 @@ y_i <- y_i - eta_l (g_i(y_i) - c_i + c), which hold back its drift, and renews i
     option I:  c_i+ = the gradient of its loss at x, by one more pass over its examples
     option II: c_i+ = c_i - c + (x - y_i) / (K eta_l)
 
-It sends y_i - x and c_i+ - c_i. The server moves both by even means, whatever the shards' sizes, as the paper
-has them: x <- x + eta_g mean over S of (y_i - x), and c <- c + |S| / N mean over S of (c_i+ - c_i), so that c
-stays the mean of all c_i. eta_g is `lr`. The client's part is in `client/state/scaffold.py`; it keeps its
+It sends y_i - x and c_i+ - c_i. The server moves both by unweighted means, whatever the shards' sizes, as the
+paper does: x <- x + eta_g mean over S of (y_i - x), and c <- c + |S| / N mean over S of (c_i+ - c_i), so that
+c stays the mean of all c_i. eta_g is `lr`. The client's part is in `client/state/scaffold.py`; it keeps its
 c_i, however long ago it took part.
 """
 
@@ -29,12 +29,12 @@ from atoll.strategies.mean import even_mean, moved
 from atoll.strategies.strategy import Plan, State
 
 PREFIX = "c."
-"""Before the names of the server's control variate in the strategy's state."""
+"""The prefix of the server's control variate in the strategy's state."""
 
 
 @dataclass(frozen=True)
 class Scaffold:
-    """Move by `lr` times the even mean delta; c follows what `clients` (the paper's N) say of theirs."""
+    """Move by `lr` times the unweighted mean delta, and c by its clients' changes; N is `clients`."""
 
     clients: int
     lr: float = 1.0
@@ -54,10 +54,10 @@ class Scaffold:
         }
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """As in the seam.
+        """As `Strategy.merge`.
 
         Raises:
-            InconsistentUpdates: an update doesn't say how its client's control variate moved.
+            InconsistentUpdates: an update lacks the change of its client's control variate.
         """
         moves = stacked_strategy_tensors(updates)
         if moves.keys() != model.keys():

@@ -11,17 +11,17 @@ from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
 
 State = dict[str, torch.Tensor | float]
-"""What must survive a round: flat, so that it can be saved, hashed and compared."""
+"""What a strategy remembers between rounds: tensors and numbers by name, saved with every checkpoint."""
 
 Plan = Mapping[str, float]
-"""What clients get besides the model."""
+"""Numbers that clients get with the model, by name, such as `{"proximal_mu": 0.01}`."""
 
 
 class Strategy(Protocol):
     """How one round's updates become the next global model: three pure functions.
 
     `begin` is called once, before the first round; then, in every round, `plan` before clients train and
-    `merge` after. Nothing may be kept in the object: the state is what survives a crash.
+    `merge` after. Nothing may be remembered in the object: only the state survives a crash.
 
     >>> import torch
     >>> from atoll.protocol.messages import Update
@@ -39,36 +39,46 @@ class Strategy(Protocol):
     """
 
     def begin(self, model: Tensors) -> State:
-        """The state before the first round; `model` has the trainable tensors by name."""
+        """The state before the first round.
+
+        `model` holds the trainable tensors by name, with the values that clients get in round 1.
+        """
         ...
 
     def plan(self, state: State, round: int) -> Plan:
-        """Numbers that the clients need in this round, which counts from 1, such as `proximal_mu`."""
+        """Numbers for the clients of this round, by name; empty where they need none.
+
+        `round` counts from 1. Clients know `proximal_mu`: a client then adds mu / 2 * ||w - w_global||^2 to
+        its loss (FedProx, Li et al. 2020).
+        """
         ...
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """The next model and state.
+        """(the next model, the next state).
 
-        Each update's `delta` has the shapes of `model`, is finite, and was made by `num_examples`
-        examples; updates come in the order of their clients' names, and there is at least one. The model
-        that comes back has the names and shapes of the one that was given; neither it nor the updates may
-        be changed in place.
+        `model` is what the clients started from. `updates` holds at least one update, in the order of the
+        clients' names: `delta` has the names, shapes and dtypes of `model` and finite values, which are a
+        client's tensors after training minus `model`; `num_examples` is how many examples it trained on.
+        The next model has the names, shapes and dtypes of `model`. Change no argument in place.
+
+        Raises:
+            JobError: these updates cannot be merged; the run ends with that line.
         """
         ...
 
 
 @runtime_checkable
 class SendsTensors(Protocol):
-    """A strategy that sends tensors of its own beside the model.
+    """A strategy that sends the clients further tensors beside the model, such as SCAFFOLD's control variate.
 
-    Each update answers with tensors of the same names, shapes and dtypes, as `strategy_tensors`.
+    Each client answers with tensors of the same names, shapes and dtypes: its update's `strategy_tensors`.
     """
 
     def tensors_for_clients(self, state: State) -> Tensors:
-        """What every client of the next round gets."""
+        """The tensors that every client of the next round gets, by name; `state` is that before the round."""
         ...
 
 
 def tensors_for_clients(strategy: Strategy, state: State) -> Tensors:
-    """What the strategy sends beside the model; most send nothing."""
+    """The tensors that a strategy sends beside the model, by name; empty for most strategies."""
     return strategy.tensors_for_clients(state) if isinstance(strategy, SendsTensors) else {}

@@ -1,4 +1,4 @@
-"""What every backbone is to the rest: an encoder of inputs, and a model with a head on it."""
+"""The two interfaces of every backbone: an encoder from inputs to features, and a model with a head on it."""
 
 from __future__ import annotations
 
@@ -11,54 +11,55 @@ import torch
 from torch import nn
 
 Batch = dict[str, torch.Tensor]
+"""The network's inputs for several examples, by name, each [batch, …]."""
 
 Preprocessed = torch.Tensor | Batch
-"""One input as an encoder keeps it: a tensor, or several by name."""
+"""One preprocessed input: a tensor, or several by name, without a batch dimension."""
 
 TARGETS = "targets"
-"""The name under which a batch holds the targets, for models that must see them to say a loss."""
+"""The name under which a batch holds the targets, for models that need them to compute their loss."""
 
 FixedBatch = tuple[list[int], Callable[[], Batch]]
-"""(rows, what prepares them); where the batch has more rows than that, the rest is padding."""
+"""(row numbers, a function that prepares their batch); further rows of the batch are padding."""
 
 
 @dataclass(frozen=True)
 class Variation:
-    """How inputs vary at random: by which of the task's augmentations, and each input's own draws."""
+    """How inputs are augmented: by which augmentations, and with which random generator for each input."""
 
     names: tuple[str, ...]
     stream: Callable[[int], torch.Generator]
-    """By place among the inputs; a generator that several share is drawn from in their order."""
+    """From an input's place among all inputs to its generator; inputs that share one draw in order."""
 
 
 class Encoder(nn.Module):
-    """A backbone without its own head: prepared inputs to features [batch, width]."""
+    """A backbone without its own head: `forward` maps a batch of preprocessed inputs to [batch, width]."""
 
     model: nn.Module
     width: int
 
     reads_tokens: bool = False
-    """Whether all that the network takes of a batch is `input_ids` and `attention_mask`, padded behind."""
+    """Whether the network's only inputs are `input_ids` and `attention_mask`, both padded on the right."""
 
     def preprocess(self, inputs: Sequence[Any]) -> Sequence[Preprocessed]:
-        """Each raw input as a tensor that depends on no other input, so that it can be kept."""
+        """Each raw input as tensors that depend on no other input, so that they can be cached."""
         raise NotImplementedError
 
     def collate(self, ready: Sequence[Any]) -> Batch:
-        """Inputs that are ready as one batch of tensors."""
+        """Preprocessed inputs stacked or padded to one batch, [batch, …]."""
         raise NotImplementedError
 
     def preprocess_and_collate(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
-        """Raw inputs as one batch of tensors: as they are, or, where the encoder can, varied at random."""
+        """Raw inputs as one batch, [batch, …], augmented where `variation` is given and the encoder can."""
         return self.collate(self.preprocess(inputs))
 
     def fixed_batches(
         self, inputs: Sequence[Any], size: int, variation: Variation | None = None
     ) -> Iterable[FixedBatch]:
-        """Batches whose shapes don't depend on which other inputs there are; any thread may prepare one.
+        """Batches whose shapes do not depend on the other inputs; any thread may prepare one.
 
-        A row's features are then the same bits whoever its neighbours are. Only features are made so:
-        the network of a task that isn't `uses_pooled_features` needs none.
+        A row's features then have the same bits whatever else is in its batch. Only features are computed
+        this way, so encoders of tasks without pooled features need not implement it.
         """
         raise NotImplementedError
 
@@ -67,7 +68,7 @@ class FixedShapeEncoder(Encoder):
     """An encoder whose inputs all become tensors of one shape, so that any of them make a batch."""
 
     def prepared(self, inputs: Sequence[Any], places: Sequence[int], variation: Variation | None) -> Batch:
-        """Raw inputs as one batch; `places` are theirs among all, by which their draws are found."""
+        """Raw inputs as one batch, [batch, …]; `variation.stream` draws for each by its place in `places`."""
         raise NotImplementedError
 
     def preprocess_and_collate(self, inputs: Sequence[Any], variation: Variation | None = None) -> Batch:
@@ -90,17 +91,17 @@ class FixedShapeEncoder(Encoder):
 class Model(nn.Module):
     """A backbone and a head on its features.
 
-    Where a network has its head inside, the backbone's encoder holds the network and `head` is that part
-    of it; `forward` is then another.
+    Where a pretrained network contains its head, `backbone` holds the whole network, `head` is a submodule
+    of it, and a subclass overrides `forward`.
     """
 
     head: nn.Module
 
     tunes_head: bool = True
-    """Whether the head is trained beside the last blocks: not where it is tied to the first layer."""
+    """Whether the head is trained, alone or beside the last blocks; False where the first layer shares it."""
 
     pretrained_head: frozenset[str]
-    """The names, within the head, of the parameters that came with the weights; none of a fresh head."""
+    """Names, within the head, of parameters loaded with the backbone's weights; empty for a new head."""
 
     def __init__(
         self, backbone: Encoder, head: nn.Module, pretrained_head: frozenset[str] = frozenset()
@@ -115,20 +116,20 @@ class Model(nn.Module):
             self.head = head
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """What the task's loss takes, [batch, …]: here the head's outputs, [batch, outputs]."""
+        """The outputs that the task's loss takes, [batch, …]: here the head's, [batch, outputs]."""
         output: torch.Tensor = self.head(self.backbone(batch))
         return output
 
     def remember_start(self) -> None:
-        """Keep what of the tuned tensors is needed later, once, while they are as before the first round."""
+        """Store what is needed later of the tuned tensors' initial values; called once, before training."""
 
     def remember_unmerged(self, name: str, layer: nn.Module) -> None:
-        """Keep what is needed later of the layer of this name, whose adapter is about to be merged."""
+        """Store what is needed later of a layer, by name, before its LoRA adapter is merged into it."""
 
     def predict(self, batch: Batch) -> Any:
-        """What the task's metrics take, one for each example of the batch."""
+        """The predictions that the task's metrics take, one per example of the batch."""
         return self(batch)
 
     def measure(self, batch: Batch) -> tuple[Any, torch.Tensor]:
-        """(what the metrics take, what the loss takes): of one pass, where a model has both of one."""
+        """(predictions for the metrics, outputs for the loss), in one forward pass where the model can."""
         return self.predict(batch), self(batch)

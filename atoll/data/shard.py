@@ -1,4 +1,4 @@
-"""The examples of one owner, in an order that their content decides."""
+"""The examples of one client, ordered by the hash of their content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atoll.data.lazy import take
 
 @dataclass(frozen=True)
 class Lazy:
-    """Targets that are made when a batch needs them, so that not all are in memory."""
+    """Targets that are computed when a batch needs them, so that they are not all in memory."""
 
     row: Callable[[int], torch.Tensor]
     rows: tuple[int, ...]
@@ -22,17 +22,18 @@ class Lazy:
         return torch.stack([self.row(self.rows[place]) for place in places])
 
     def select(self, places: Sequence[int]) -> Lazy:
-        """Those targets, in that order."""
+        """The targets at these places, in that order."""
         return Lazy(self.row, tuple(self.rows[place] for place in places))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Examples of one owner in canonical order: by the hash of their content.
+    """The examples of one client in canonical order: by the hash of their content.
 
-    The order on disk, the file format and the names of files thus change nothing.
-    `inputs` are raw (texts, or encoded images), `targets` is what the task predicts, [n, …].
-    `groups` has, for tasks that split by more than an example (a patient, a day), what that is.
+    The order on disk, the file format and the names of files thus change nothing. For n examples, `inputs`
+    holds n raw inputs (texts, or encoded images), `targets` [n, …] what the task predicts, and `keys` n
+    hashes of 32 bytes. `groups` has n names where examples belong together, such as their patients', else
+    none.
     """
 
     inputs: Sequence[Any]
@@ -44,7 +45,7 @@ class Shard:
         return len(self.keys)
 
     def select(self, rows: Sequence[int]) -> Shard:
-        """Those rows, in that order."""
+        """The examples at these rows, in that order."""
         keys = tuple(self.keys[row] for row in rows)
         inputs = take(self.inputs, rows)
         groups = tuple(self.groups[row] for row in rows) if self.groups else ()
@@ -58,7 +59,7 @@ class Shard:
 
     @property
     def table(self) -> torch.Tensor:
-        """All targets, of a task that learns on features: they are few numbers an example."""
+        """All targets, [n, …], of a task that trains on features; they are small enough for memory."""
         assert isinstance(self.targets, torch.Tensor)
         return self.targets
 

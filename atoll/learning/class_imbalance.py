@@ -1,6 +1,6 @@
-"""What makes up for classes of which a client has few: weights, focal loss, logit adjustment, sampling.
+"""Corrections for class imbalance at a client: class weights, focal loss, logit adjustment, sampling.
 
-How often each class is there is counted at every client, for itself; nothing of it travels.
+Each client counts its own classes; the counts never leave the client.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ DEFAULT_STRENGTH = {"weights": 1.0, "focal": 2.0, "logits": 1.0, "sampling": 1.0
 
 @dataclass(frozen=True)
 class Imbalance:
-    """`train.imbalance` and its strength.
+    """The method of `train.imbalance` and its strength.
 
-    `weights`: an example counts (n / (classes that are there * n_c))^strength.
-    `focal`: it counts (1 - p)^strength, p being what its class is given (Lin et al. 2017).
+    `weights`: an example has the weight (n / (number of present classes * n_c))^strength.
+    `focal`: it has the weight (1 - p)^strength, p being the probability of its class (Lin et al. 2017).
     `logits`: strength * log of the class's share is added to its output in training (Menon et al. 2021,
     "Long-tail learning via logit adjustment"; by each client's own shares: Zhang et al. 2022, "FedLC").
-    `sampling`: an epoch draws as many examples as there are, with replacement, one of class c with a
-    probability in proportion to n_c^-strength: with strength 1 all classes are seen as often.
+    `sampling`: an epoch draws n of the n examples with replacement, one of class c with a probability
+    proportional to n_c^-strength; with strength 1 all classes are drawn equally often.
     """
 
     kind: Literal["weights", "focal", "logits", "sampling"]
@@ -38,26 +38,26 @@ class Imbalance:
 
     @classmethod
     def of(cls, job: Job) -> Imbalance | None:
-        """What the job asks for."""
+        """The job's correction; None where it has none."""
         kind, strength = job.train.imbalance, job.train.imbalance_strength
         return None if kind is None else cls(kind, DEFAULT_STRENGTH[kind] if strength is None else strength)
 
     def weights(self, counts: torch.Tensor) -> torch.Tensor:
-        """What an example of each class counts, [..., classes], for how many there are of each.
+        """The weight of an example of each class, [..., classes], given the counts of examples per class.
 
-        1 on average with strength 1; 0 for classes that aren't there.
+        With strength 1 it is 1 on average over examples; it is 0 for absent classes.
         """
         there = counts > 0
         even = counts.sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp_min(1)
         return torch.where(there, (even / counts.clamp_min(1)) ** self.strength, 0).to(torch.float32)
 
     def shifts(self, counts: torch.Tensor) -> torch.Tensor:
-        """What is added to each class's output, [..., classes]; a class that isn't there counts as one."""
+        """The number added to each class's output, [..., classes]; an absent class counts as one example."""
         shares = (counts + 1) / (counts + 1).sum(-1, keepdim=True)
         return (self.strength * shares.log()).to(torch.float32)
 
     def chances(self, targets: torch.Tensor) -> NDArray[np.float64] | None:
-        """How likely a draw takes each example of a client with these classes, [n]; only for `sampling`."""
+        """The probability of each example in a draw, [n], given classes [n]; None except for `sampling`."""
         if self.kind != "sampling":
             return None
         if not len(targets):
@@ -86,7 +86,7 @@ class Imbalance:
 
 
 def counts_of(targets: torch.Tensor, classes: int) -> torch.Tensor:
-    """How many examples of each class, [classes] in float64."""
+    """The number of examples of each class, [classes], float64."""
     return torch.bincount(targets, minlength=classes).to(torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""Whether a job's task, and this machine, have what the job asks for."""
+"""Checks that a job's task and this machine support all that the job asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atoll.tasks.told import check_told
 
 
 def check_fits(job: Job, task: Task) -> None:
-    """Raises ConfigError unless the task has what the job asks of it, and this machine too."""
+    """Raises ConfigError unless the task and this machine support all that the job asks for."""
     from atoll.learning.distillation import check_teacher
 
     if job.data.time_format is not None and not task.reads_times:

@@ -16,11 +16,11 @@ from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.errors import ConfigError
 
 SHAPES = 256
-"""Shapes that may be compiled; torch's own limit, 8, is fewer than the lengths of texts."""
+"""How many shapes may be compiled; torch's default, 8, is less than the number of text lengths."""
 
 
 class CompiledEncoder(Encoder):
-    """Computes what the encoder computes, in fewer and fused steps; its bits are other ones."""
+    """An encoder compiled by torch.compile: the same features by fused operations, with other bits."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -75,5 +75,5 @@ def compiler() -> str:
         raise ConfigError(
             f"backbone.compile: found no C++ compiler {name!r}, expected one on the path (CXX names another)"
         )
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    return said.partition("\n")[0]
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    return output.partition("\n")[0]

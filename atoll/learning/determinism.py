@@ -1,4 +1,4 @@
-"""Where a job computes: whether that can be had here, and what makes it compute the same bits again."""
+"""Checks that a job's device is available, and makes it compute the same bits every time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atoll.errors import ConfigError
 
 
 def check_device(device: str) -> None:
-    """Raises ConfigError if torch cannot compute on it here."""
+    """Raises ConfigError if torch cannot compute on `device` here."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -23,15 +23,15 @@ def check_device(device: str) -> None:
 
 
 def is_gpu(device: str) -> bool:
-    """Whether it is one of CUDA's (or ROCm's)."""
+    """Whether the device is a GPU of CUDA or ROCm."""
     return torch.device(device).type == "cuda"
 
 
 def enable_determinism(device: str) -> None:
-    """Have a GPU multiply the same way every time, in whole float32: for this process, from here on.
+    """Make a GPU multiply in full float32 and in the same order every time, for the rest of this process.
 
-    cuDNN and cuBLAS otherwise choose among ways to sum, and round products to 10 bits (TF32). What a
-    processor has freed the process keeps.
+    cuDNN and cuBLAS otherwise choose among several orders of summation, and round factors to 10 bits (TF32).
+    On a processor, freed memory is kept for reuse instead (`keep_freed_memory`).
     """
     keep_freed_memory()
     if not is_gpu(device):
@@ -49,11 +49,11 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 @cache
 def keep_freed_memory() -> None:
-    """Have glibc keep up to 512 MB that was freed: a step's gradients need as much again a moment later.
+    """Make glibc keep up to 512 MB of freed memory, which the next step's gradients need again.
 
-    Given back and asked for anew, every page of them costs a fault, which for layers of millions of
-    numbers takes longer than their arithmetic. Elsewhere than on glibc nothing changes, and not
-    where the environment says how memory is kept.
+    If it were returned to the system, every page would cost a page fault, which for layers of millions of
+    numbers takes longer than their arithmetic. Nothing changes without glibc, or where environment variables
+    configure its memory.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -65,9 +65,9 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def repeatable(device: str) -> Iterator[None]:
-    """Within, a GPU takes the same gradients every time; torch warns of an operation that has no such way.
+    """Within the block, a GPU computes gradients with the same bits every time, or torch warns that it can't.
 
-    For training alone: metrics, told so, would compare every value with every bin.
+    It is for training only, since deterministic metrics would compare every value with every bin.
     """
     if not is_gpu(device):
         yield

@@ -1,4 +1,4 @@
-"""Weights that lie at w0 + sum_k a_k z_k, of which only the coefficients a are trained and travel.
+"""Weights of the form w0 + sum_k a_k z_k, of which only the coefficients a are trained and sent.
 
 FedKSeed (Qin et al. 2024, "Federated Full-Parameter Tuning of Billion-Sized Language Models with
 Communication Cost under 18 Kilobytes"): w0 are the weights before the first round, and each direction z_k is
@@ -26,10 +26,9 @@ HELD = "random_directions"
 
 @dataclass
 class Directions:
-    """The directions of a network's weights, and where those begin: `start` by name, on their device.
+    """The random directions of a network's weights, which start at `start`, by name, on their device.
 
-    `loaded` are the weights of the coefficients that were loaded last, so that who loads the same again waits
-    for no draws.
+    `loaded` caches the last loaded coefficients and their weights, so that loading them again needs no draws.
     """
 
     seed: int
@@ -37,32 +36,32 @@ class Directions:
     loaded: tuple[torch.Tensor, Tensors] | None = None
 
     def draw(self, number: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parts of direction z_k for k = `number`, each like the weight of its name, in order of names.
+        """(name, part) of direction z_k for k = `number`, shaped as the weights, in the order of names.
 
-        Drawn by the processor in float32, wherever the weights are: so they are the same beside any GPU.
+        They are drawn in float32 on the processor, wherever the weights are, so that any GPU gets the same.
         """
         generator = stream(self.seed, "direction", number)
         for name, weight in sorted(self.start.items()):
             yield name, torch.randn(weight.shape, generator=generator).to(weight)
 
     def weights(self, coefficients: torch.Tensor) -> Tensors:
-        """w0 + sum_k a_k z_k, added up in order of k, without those of coefficient 0; not to be written into.
+        """w0 + sum_k a_k z_k by name, summed in order of k over nonzero coefficients; do not write into it.
 
-        So the bits depend on the coefficients [K] alone, and not on what was loaded or trained before. It
-        costs a draw of all weights for each coefficient that isn't 0, unless these were loaded last.
+        The bits depend on the coefficients [K] alone, not on what was loaded before. Each nonzero coefficient
+        costs a draw of all weights, unless the same coefficients were loaded last.
         """
         wanted = coefficients.detach().cpu()
         if self.loaded is None or not torch.equal(self.loaded[0], wanted):
-            found = {name: weight.clone() for name, weight in self.start.items()}
+            moved = {name: weight.clone() for name, weight in self.start.items()}
             for number in wanted.nonzero().flatten().tolist():
                 for name, part in self.draw(number):
-                    found[name].add_(part.mul_(float(wanted[number])))
-            self.loaded = wanted.clone(), found
+                    moved[name].add_(part.mul_(float(wanted[number])))
+            self.loaded = wanted.clone(), moved
         return self.loaded[1]
 
 
 def hold(model: nn.Module, seed: int, count: int) -> None:
-    """Freeze a model's weights where they are, and give it `count` coefficients, all 0, to be trained."""
+    """Freeze a model's weights at their values, and add `count` trainable coefficients, all 0."""
     model.requires_grad_(False)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     vars(model)[HELD] = Directions(seed, start)
@@ -70,13 +69,13 @@ def hold(model: nn.Module, seed: int, count: int) -> None:
 
 
 def directions_of(model: nn.Module) -> Directions | None:
-    """A model's directions; None of one that is tuned another way."""
-    found: Directions | None = vars(model).get(HELD)
-    return found
+    """A model's directions; None for models that are trained in another way."""
+    directions: Directions | None = vars(model).get(HELD)
+    return directions
 
 
 def load(model: nn.Module) -> None:
-    """Put the weights where the model's coefficients say they are, if it has any."""
+    """Set the weights according to the model's coefficients, if it has any."""
     directions = directions_of(model)
     if directions is None:
         return
@@ -93,7 +92,7 @@ def place(model: nn.Module, weights: Tensors) -> None:
 
 
 def make_plain(model: nn.Module) -> None:
-    """Leave a model with its weights as they are, and without coefficients."""
+    """Remove a model's coefficients, and keep its weights as they are."""
     if directions_of(model) is not None:
         del vars(model)[HELD]
         model.register_parameter(COEFFICIENTS, None)

@@ -1,7 +1,7 @@
-"""A trained run as the teacher of another: its soft answers to a client's examples, and the loss by them.
+"""Distillation from a trained run: the teacher's soft labels for a client's examples, and the student's loss.
 
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network": the student learns from its labels and
-from what the teacher says of the same example, both softened by a temperature.
+from the teacher's probabilities for the same example, both softened by a temperature.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = ("job.toml", "model/model.json", "model/model.safetensors")
 
 @dataclass
 class Teacher:
-    """The run that `train.teacher` names, in use; it sees examples as they are, never augmented."""
+    """The model of the run that `train.teacher` names; it gets examples without augmentation."""
 
     learner: Learner
     tensors: Tensors
@@ -38,26 +38,26 @@ class Teacher:
     fingerprint: str
 
     def check(self, data_info: DataInfo) -> None:
-        """Raises ConfigError unless the student tells the same classes apart, in the same order."""
-        own, expected = self.learner.data_info["classes"], data_info["classes"]
-        if own != expected:
+        """Raises ConfigError unless the student has the same classes, in the same order."""
+        classes, expected = self.learner.data_info["classes"], data_info["classes"]
+        if classes != expected:
             raise ConfigError(
-                f"train.teacher: its classes are {own}, the job's are {expected}; expected the same, in the"
-                " same order (data.classes)"
+                f"train.teacher: its classes are {classes}, the job's are {expected}; expected the same, in"
+                " the same order (data.classes)"
             )
 
     def with_soft_labels(self, shard: Shard) -> Shard:
-        """The shard with targets [n, 1 + classes]: the class, and what the teacher gives each class."""
+        """The shard with targets [n, 1 + classes]: the class, then the teacher's probabilities."""
         soft = self.soft(self.learner.outputs_by_row(self.tensors, shard))
         return replace(shard, targets=torch.cat([shard.table.to(soft.dtype).unsqueeze(1), soft], dim=1))
 
     def soft(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Probabilities at the temperature, of outputs [n, classes], row by row: others change no bit."""
+        """Probabilities [n, classes] of outputs at the temperature; each row's bits depend on it alone."""
         rows = [torch.softmax(row / self.temperature, dim=-1) for row in outputs.to(torch.float64)]
         return torch.stack(rows).to(torch.float32)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(1 - weight) cross-entropy + weight T^2 KL(teacher, student) at temperature T, the batch's mean."""
+        """The batch's mean of (1 - weight) cross-entropy + weight T^2 KL(teacher, student), temperature T."""
         hard = nn.functional.cross_entropy(outputs, targets[:, 0].to(torch.int64))
         logs = nn.functional.log_softmax(outputs / self.temperature, dim=1)
         soft = nn.functional.kl_div(logs, targets[:, 1:].to(logs), reduction="batchmean")
@@ -68,35 +68,36 @@ def teacher_of(job: Job) -> Teacher | None:
     """The job's teacher, if it has one.
 
     Raises:
-        ConfigError: there is no such run. WeightsError: its backbone's weights can't be had here.
+        ConfigError: there is no such run.
+        WeightsError: its backbone's weights are not available here.
     """
     if job.train.teacher is None:
         return None
     run = Path(job.train.teacher)
     saved = _saved(run)
-    own = Job.parse(saved["job"], origin=f"{run}/model/model.json")
-    if own.personal.keep == "head":
+    teacher_job = Job.parse(saved["job"], origin=f"{run}/model/model.json")
+    if teacher_job.personal.keep == "head":
         raise ConfigError(f"train.teacher: the clients of {run} kept their heads, expected a whole model")
-    if own.strategy.makes_clusters:
+    if teacher_job.strategy.makes_clusters:
         raise ConfigError(
             f"train.teacher: {run} has a model for each cluster of clients, expected one for all"
         )
     train = {"threads": job.train.threads, "device": job.train.device, "teacher": None}
     train |= {"teacher_temperature": None, "teacher_weight": None}
-    own = own.model_copy(
+    teacher_job = teacher_job.model_copy(
         update={
-            "train": own.train.model_copy(update=train),
-            "backbone": own.backbone.model_copy(update={"compile": False}),
+            "train": teacher_job.train.model_copy(update=train),
+            "backbone": teacher_job.backbone.model_copy(update={"compile": False}),
         }
     )
-    learner = Learner.of(own, task_named(own.task.name), dict(saved["facts"]))
+    learner = Learner.of(teacher_job, task_named(teacher_job.task.name), dict(saved["facts"]))
     learner.check_fingerprint()
     tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
     return Teacher(learner, tensors, job.train.temperature, job.train.distillation_weight, _fingerprint(run))
 
 
 def check_teacher(job: Job, task: Task) -> None:
-    """Raises ConfigError where the job's teacher can't teach this task, or would break its promise."""
+    """Raises ConfigError where the teacher does not fit the task, or would break a promise of privacy."""
     if job.train.teacher is None:
         return
     if not (task.uses_pooled_features and task.head_loss == "softmax"):
@@ -104,23 +105,23 @@ def check_teacher(job: Job, task: Task) -> None:
             f"train.teacher: distillation is of classes, {task.name} has none an example; expected none"
         )
     run = Path(job.train.teacher)
-    taught = Job.parse(_saved(run)["job"], origin=f"{run}/model/model.json").task.name
-    if taught != task.name:
-        raise ConfigError(f"train.teacher: expected a run of {task.name}, found one of {taught}: {run}")
+    teacher_task = Job.parse(_saved(run)["job"], origin=f"{run}/model/model.json").task.name
+    if teacher_task != task.name:
+        raise ConfigError(f"train.teacher: expected a run of {task.name}, found one of {teacher_task}: {run}")
     for unit in job.privacy.units:
         _check_promise(job, unit, run)
 
 
 def claim_of_teacher(run: Path, unit: str) -> dict[str, Any] | None:
-    """What the run's result claims for that unit: `epsilon`, `delta`, `seeded_noise`; None for nothing."""
+    """A run's privacy claim for a unit (`epsilon`, `delta`, `seeded_noise`); None where it has none."""
     try:
         privacy = json.loads((run / "result.json").read_text("utf-8"))["privacy"]
-        found: dict[str, Any] | None = privacy["units"].get(unit)
+        claim: dict[str, Any] | None = privacy["units"].get(unit)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"train.teacher: {run}/result.json does not say what was private: {error}"
         ) from None
-    return found
+    return claim
 
 
 def _check_promise(job: Job, unit: str, run: Path) -> None:

@@ -33,18 +33,18 @@ KEY = np.dtype("V32")
 MAX_SMALL_PARTS = 32
 """Small parts that a folder may have before they are merged."""
 SMALL_PART_BYTES = 128 << 20
-"""Bytes of features below which a part is small; a merge holds few more in memory."""
+"""Bytes of features below which a part counts as small; a merge needs little more memory than this."""
 BLOCK = 1 << 14
-"""Rows that are copied at a time."""
+"""How many rows are copied at a time."""
 READINGS = 5
-"""Times that a folder is read anew because files vanish while others merge them."""
+"""How often a folder is read again when files vanish because other processes merge them."""
 ABANDONED = 24 * 3600.0
-"""Seconds after which an unfinished file is that of a process that died."""
+"""Seconds after which an unfinished file counts as left by a process that died."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file, mapped: keys [n], sorted, and their features [n, width]."""
+    """One mapped file of the cache: sorted keys [n] and their features [n, width]."""
 
     name: str
     keys: NDArray[np.void]
@@ -52,11 +52,11 @@ class Part:
 
     @classmethod
     def open(cls, file: Path, name: str) -> Part:
-        """Map a file; what is mapped stays readable when the file is gone.
+        """Map a file; the mapped content stays readable when the file is deleted.
 
         Raises:
-            FileNotFoundError: it is gone.
-            SafetensorError, ValueError, OSError: it is damaged.
+            FileNotFoundError: the file was deleted.
+            SafetensorError, ValueError, OSError: the file is damaged.
         """
         with safe_open(file, "pt") as opened:
             keys, features = opened.get_tensor("keys"), opened.get_tensor("features")
@@ -66,7 +66,7 @@ class Part:
         return cls(name, keys.numpy().view(KEY).reshape(-1), features.numpy())
 
     def mapped_anew(self, file: Path) -> Part:
-        """The same part; what was read of it no longer counts as this process's memory."""
+        """The same part, mapped again, so that pages read so far do not count as this process's memory."""
         try:
             return Part.open(file, self.name)
         except (SafetensorError, OSError, ValueError):  # merged by another process
@@ -74,11 +74,11 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Bytes of the features."""
+        """The size of the features in bytes."""
         return self.features.nbytes
 
     def match(self, keys: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(places of those of the keys that are here, their rows); the keys are sorted and distinct."""
+        """(places of those keys that this part has, their rows in it); keys must be sorted and distinct."""
         if len(self.keys) < len(keys):
             return _match(self.keys, keys)[::-1]
         return _match(keys, self.keys)
@@ -88,10 +88,10 @@ def _match(few: NDArray[np.void], many: NDArray[np.void]) -> tuple[NDArray[np.in
     """(places in the one, places in the other) of the keys that two sorted arrays have in common."""
     if not len(few):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    found = np.searchsorted(many, few)
-    found[found == len(many)] = 0
-    common = np.flatnonzero(many[found] == few)
-    return common, found[common]
+    places = np.searchsorted(many, few)
+    places[places == len(many)] = 0
+    common = np.flatnonzero(many[places] == few)
+    return common, places[common]
 
 
 @dataclass
@@ -104,13 +104,13 @@ class FeatureCache:
 
     @property
     def width(self) -> int:
-        """Of the features that are there; there must be some."""
+        """The width of the cached features; there must be some."""
         width: int = next(iter(self._parts.values())).features.shape[1]
         return width
 
     @property
     def kept_width(self) -> int | None:
-        """Of the features that are there, or None where there are none."""
+        """The width of the cached features; None where there are none."""
         if not self._parts:
             self._read_folder()
         return self.width if self._parts else None
@@ -126,10 +126,10 @@ class FeatureCache:
         return places
 
     def take(self, keys: Sequence[bytes], out: torch.Tensor | None = None) -> torch.Tensor:
-        """Features [len(keys), width] of keys that are all there, in `out` where it is given.
+        """Features [len(keys), width] of the keys, written into `out` where it is given.
 
         Raises:
-            KeyError: one isn't there.
+            KeyError: a key has no features.
         """
         table = key_table(keys)
         out = torch.empty((len(table), self.width)) if out is None else out
@@ -179,7 +179,7 @@ class FeatureCache:
             raise KeyError(keys[~there][0].tobytes().hex())
 
     def _write(self, table: NDArray[np.void], features: torch.Tensor) -> Part:
-        """A new part, under its name once it is whole; it is mapped before others can merge it."""
+        """Write a new part, which gets its name once complete, and map it before others can merge it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(table.tobytes()).hexdigest()[:24] + ".safetensors"
         temporary = self.folder / f".{os.getpid()}-{threading.get_ident()}-{name}"
@@ -195,7 +195,7 @@ class FeatureCache:
         return part
 
     def _read_folder(self) -> None:
-        """Map what is in the folder now, and let go of what isn't."""
+        """Map the files that are in the folder now, and drop parts whose files are not."""
         for _ in range(READINGS):
             names = sorted(file.name for file in self.folder.glob("[!.]*.safetensors"))
             new = [name for name in names if name not in self._parts and name not in self._refused]
@@ -205,7 +205,7 @@ class FeatureCache:
         self._merge_small()
 
     def _map(self, name: str) -> bool:
-        """Whether the file was still there; a damaged one is removed, to be computed again."""
+        """Map a file; False if it was deleted. A damaged one is removed, so that it is computed again."""
         file = self.folder / name
         try:
             self._parts[name] = Part.open(file, name)
@@ -218,9 +218,9 @@ class FeatureCache:
         return True
 
     def _merge_small(self) -> None:
-        """Where there are many small parts, leave a few, each larger than all smaller ones together.
+        """Merge small parts, if there are many, into few: each is larger than all smaller ones together.
 
-        A row is thus written again only when its part has at least doubled.
+        A row is therefore written again only when its part at least doubles in size.
         """
         small = sorted((p for p in self._parts.values() if p.size < SMALL_PART_BYTES), key=lambda p: p.size)
         if len(small) <= MAX_SMALL_PARTS:
@@ -276,7 +276,7 @@ def _remove(file: Path) -> None:
 
 
 def _remove_abandoned(file: Path) -> None:
-    """Remove what a process left that died while it wrote."""
+    """Remove the unfinished file of a process that died while writing."""
     try:
         if time.time() - file.stat().st_mtime > ABANDONED:
             file.unlink()

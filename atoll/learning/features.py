@@ -1,8 +1,8 @@
-"""Features of a frozen backbone, computed once for every example, kept on disk.
+"""Features of a frozen backbone, computed once per example and cached on disk.
 
-An example's features depend on its own content, the backbone's weights and the preparation
-of inputs, never on another example: batches have fixed shapes and one thread each. A
-simulator and a site therefore get the same bits, and a cache can be shared between runs.
+An example's features depend on its own content, the backbone's weights and the preprocessing of inputs, never
+on another example: batches have fixed shapes and one thread each. A simulation and a site therefore get the
+same bits, and runs can share a cache.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from atoll.protocol.random_streams import stream
 from atoll.system.cache import cache_root
 
 FORMAT = 2
-"""Of the files that features are kept in."""
+"""The version of the files that hold features."""
 
 STATES_FORMAT = 1
-"""Of the way states are computed and kept."""
+"""The version of how states are computed and stored."""
 
 CHUNK = 2048
-"""Examples after which features are put on the disk: no more than these are lost in a kill."""
+"""After so many examples features are written to disk; a kill loses at most these."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Examples as they are, or as `variation` makes them of their keys; and where features are kept."""
+    """Plain examples, or examples augmented by `variation` from their keys, with a cache of features."""
 
     cache: FeatureCache
     variation: Callable[[Sequence[bytes]], Variation] | None = None
@@ -60,12 +60,12 @@ def varied_views(job: Job, backbone: Backbone) -> list[View]:
 
 
 def plain_view(job: Job, backbone: Backbone) -> View:
-    """Every example as it is."""
+    """The view of plain examples, without augmentation."""
     return View(_cache(job, backbone))
 
 
 def _variation(job: Job, view: int, keys: Sequence[bytes]) -> Variation:
-    """Draws that depend on seed, view and content, so that every simulation and site makes the same."""
+    """The augmentation of a view; its draws depend on seed, view and content alone, not on the machine."""
     return Variation(job.train.augment, lambda row: stream(job.seed, "augment", view, keys[row].hex()))
 
 
@@ -75,13 +75,13 @@ def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:
 
 
 def state_cache(job: Job, backbone: Backbone, place: Sequence[str]) -> StateCache:
-    """Where the states of a network cut at that place are kept."""
+    """The cache of the states of a network that is cut at `place`."""
     dtype = torch.bfloat16 if job.train.cached_states == "bf16" else torch.float32
     return StateCache(_cache(job, backbone, states=[STATES_FORMAT, str(dtype), PIECE, *place]), dtype)
 
 
 def processor(device: str) -> list[str]:
-    """What computes on that device, as far as features' bits depend on it."""
+    """The hardware and libraries of a device on which the bits of features depend."""
     if torch.device(device).type == "cuda":
         return ["cuda", torch.cuda.get_device_name(device)]
     if torch.device(device).type != "cpu":
@@ -90,7 +90,7 @@ def processor(device: str) -> list[str]:
 
 
 def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more: Any) -> str:
-    """SHA-256 over everything but the example that a feature's bits depend on."""
+    """A SHA-256 over everything on which a feature's bits depend, apart from the example."""
     parts = {
         "format": FORMAT,
         "weights": backbone.fingerprint,
@@ -110,9 +110,9 @@ def cache_key(backbone: Backbone, section: BackboneSection, threads: int, **more
 
 
 def _preparation_print(backbone: Backbone) -> str:
-    """A hash of what prepares inputs: the files beside a backbone's weights, or an extension's code.
+    """A hash of what preprocesses inputs: an extension's code, or the files beside a backbone's weights.
 
-    The files are a tokenizer's, a vocabulary, an image's mean.
+    Such files are a tokenizer, a vocabulary or the mean of images.
     """
     digest = hashlib.sha256()
     if backbone.kind == "plugin":
@@ -134,7 +134,7 @@ def keep_features(
     device: str,
     progress: Progress | None = None,
 ) -> None:
-    """Compute a shard's features where they are missing; only then is the backbone loaded."""
+    """Compute the features of a shard that are missing in the cache; `encoder` is called only if some are."""
     missing = [view.cache.missing(shard.keys) for view in views]
     total, done = sum(map(len, missing)), 0
     for view, absent in zip(views, missing, strict=True):
@@ -154,7 +154,7 @@ def keep_features(
 
 
 def kept_features(views: Sequence[View], shard: Shard) -> torch.Tensor:
-    """A shard's features [views, n, width], all of which are there."""
+    """A shard's features [views, n, width] from the cache, which must have all of them."""
     out = torch.empty((len(views), len(shard), views[0].cache.width))
     for view, part in zip(views, out, strict=True):
         view.cache.take(shard.keys, part)
@@ -162,5 +162,5 @@ def kept_features(views: Sequence[View], shard: Shard) -> torch.Tensor:
 
 
 def _told_from(progress: Progress, start: int, total: int, done: int, part: int) -> None:
-    """Progress of a part as progress of the whole."""
+    """Report the progress of a part as progress of the whole."""
     progress(start + done, total)

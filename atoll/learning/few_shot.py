@@ -18,25 +18,25 @@ from atoll.tasks.task import Task
 def first_per_class(rows: Sequence[int], shard: Shard, shots: int) -> list[int]:
     """The first `shots` of these rows of every class, in the order given."""
     seen: Counter[int] = Counter()
-    kept = []
+    chosen = []
     for row, label in zip(rows, shard.table[torch.tensor(rows, dtype=torch.int64)].tolist(), strict=True):
         seen[label] += 1
         if seen[label] <= shots:
-            kept.append(row)
-    return kept
+            chosen.append(row)
+    return chosen
 
 
 def training_rows(
-    marks: NDArray[np.uint64], kept: NDArray[np.bool_], shard: Shard, shots: int | None
+    marks: NDArray[np.uint64], measured: NDArray[np.bool_], shard: Shard, shots: int | None
 ) -> list[int]:
-    """The rows that are trained on, in their order: what isn't `kept` back, or a few of each class of it.
+    """The training rows, in order: those not `measured`, or with `shots` so many of each class.
 
-    The few are those with the lowest marks.
+    Of each class those with the lowest marks are taken.
     """
     if shots is None:
-        return np.flatnonzero(~kept).tolist()
+        return np.flatnonzero(~measured).tolist()
     order = np.argsort(marks, kind="stable")
-    return sorted(first_per_class(order[~kept[order]].tolist(), shard, shots))
+    return sorted(first_per_class(order[~measured[order]].tolist(), shard, shots))
 
 
 def check_shots(job: Job, task: Task) -> None:

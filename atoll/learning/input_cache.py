@@ -1,4 +1,4 @@
-"""Inputs that were decoded once and are kept, as long as they fit: the same every epoch and round."""
+"""A cache of decoded inputs in memory, which are the same in every epoch and round."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
 
 MAX_CACHED_BYTES = 512 << 20
-"""Of a process, for one learner; what was needed least recently is let go."""
+"""The memory for one learner's inputs in a process; the least recently used ones are dropped."""
 
 
 class ReadyInputs:
-    """What an encoder makes of single examples, by the hash of each example's content."""
+    """An encoder's preprocessed inputs, by the hash of each example's content."""
 
     def __init__(self, kept_bytes: int = MAX_CACHED_BYTES) -> None:
         self._limit = kept_bytes
@@ -23,7 +23,7 @@ class ReadyInputs:
         self._bytes = 0
 
     def of(self, encoder: Encoder, shard: Shard, rows: Sequence[int]) -> list[Preprocessed]:
-        """Those rows of a shard, ready for a batch; the caller must not write into them."""
+        """These rows of a shard, preprocessed; the caller must not write into them."""
         wanted = {shard.keys[row]: row for row in rows}
         ready = {key: self._kept.pop(key) for key in wanted if key in self._kept}
         missing = [key for key in wanted if key not in ready]
@@ -39,5 +39,5 @@ class ReadyInputs:
 
 
 def _size(ready: Preprocessed) -> int:
-    """Bytes that an input takes."""
+    """The memory of an input in bytes."""
     return ready.nbytes if isinstance(ready, torch.Tensor) else sum(t.nbytes for t in ready.values())

@@ -1,4 +1,4 @@
-"""What one process keeps warm for a job: the task, the backbone, the features, the measuring."""
+"""The learner of a job in one process: it builds and evaluates models, and computes and caches features."""
 
 from __future__ import annotations
 
@@ -57,15 +57,19 @@ if TYPE_CHECKING:
 TrainingLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 BATCH_WITHOUT_NEIGHBOURS = 64
-"""Examples of every batch where no row's bits may depend on others."""
+"""The fixed batch size where no row's bits may depend on other rows."""
 
 WHOLE_BATCH = 16
-"""Examples measured together by models that aren't a head on features: some make much of each."""
+"""The batch size for evaluating whole models, some of which need much memory per example."""
 
 
 @dataclass
 class Learner:
-    """Builds, measures and prepares; it trains nothing itself. `data_info` are the run's."""
+    """Builds a job's model, prepares its inputs and evaluates it; training itself is done by clients.
+
+    `task` is set up for the job (`Task.configured`), `data_info` is what all clients agreed on, and
+    `backbone` has its weights located. `progress` is called with (done, total) while features are computed.
+    """
 
     job: Job
     task: Task
@@ -77,13 +81,13 @@ class Learner:
 
     @classmethod
     def of(cls, job: Job, task: Task, data_info: DataInfo, progress: Progress | None = None) -> Learner:
-        """A learner with its weights resolved and its device checked.
+        """The learner of a job, after its weights are located and its device is checked.
 
         Raises:
-            WeightsError: the backbone's weights can't be had.
-            ConfigError: the device isn't there.
+            WeightsError: the backbone's weights are missing or damaged.
+            ConfigError: the device is not available, or the task does not fit the job.
         """
-        from atoll.learning.distillation import teacher_of  # which is made of a learner itself
+        from atoll.learning.distillation import teacher_of  # a teacher has a learner itself
 
         check_fits(job, task)
         backbone = fingerprinted(resolve(job.backbone, job.seed), job.backbone)
@@ -91,17 +95,17 @@ class Learner:
 
     @property
     def uses_features(self) -> bool:
-        """Whether the backbone is frozen as a whole, so that an example's features never change."""
+        """Whether the whole backbone is frozen, so that an example's features never change."""
         return self.task.uses_pooled_features and self.job.tune.method == "head"
 
     @property
     def trains_on_features(self) -> bool:
-        """Whether training sees nothing but kept features, of examples as they are or of their views."""
+        """Whether training uses cached features only, of plain examples or of cached augmented views."""
         return self.task.uses_pooled_features and self.job.backbone_is_frozen
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The backbone, loaded at first use."""
+        """The backbone, loaded at the first use."""
         if not self.task.uses_pooled_features:
             return self.model.backbone
         encoder = self.task.encoder(self.backbone, self.job.backbone, self.job.seed)
@@ -109,7 +113,7 @@ class Learner:
 
     @cached_property
     def model(self) -> Model:
-        """Backbone and head on the job's device, with what the job tunes marked as trainable."""
+        """Backbone and head on the job's device; gradients are on for exactly what the job trains."""
         if self.task.uses_pooled_features:
             model = Model(self.encoder, self._fresh_head(self.encoder.width))
         else:
@@ -120,7 +124,7 @@ class Learner:
 
     @cached_property
     def kept_states(self) -> KeptStates | None:
-        """What the frozen blocks make of tokens, where the job keeps it."""
+        """The cache of the frozen blocks' outputs for token sequences; None where the job caches none."""
         train = self.job.train
         if train.cached_states is None or self.trains_on_features:
             return None
@@ -133,7 +137,7 @@ class Learner:
 
     @cached_property
     def _extractor(self) -> Encoder:
-        """The backbone as features are computed with it."""
+        """The backbone for computing features, compiled if the job says so."""
         return CompiledEncoder(self.encoder) if self.job.backbone.compile else self.encoder
 
     @cached_property
@@ -145,39 +149,39 @@ class Learner:
         return varied_views(self.job, self.backbone) if self.job.train.augment else [self._plain]
 
     def initial(self) -> Tensors:
-        """The trainable tensors before the first round, named as in the model."""
+        """The trainable tensors before the first round, by name, on the CPU."""
         if self.uses_features:
             head = self._fresh_head(self.width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
         _ = self.kept_states  # A network that can't be cut is refused before the first round.
         self.begin_round(0)
-        found = trainable.values(self.model) | lora_base.nothing_added(self.model)
-        return {name: t.cpu() for name, t in found.items()}
+        tensors = trainable.values(self.model) | lora_base.nothing_added(self.model)
+        return {name: t.cpu() for name, t in tensors.items()}
 
     def with_another_head(self, tensors: Tensors, number: int) -> Tensors:
-        """The trainable tensors with the head that the seed draws for a number, of a task with features."""
+        """The trainable tensors with a different initial head, drawn from the job's seed and `number`."""
         drawn = self._fresh_head(self.width, number).named_parameters()
         head = {f"head.{name}": p.detach().clone() for name, p in drawn}
         return {name: head.get(name, tensor) for name, tensor in tensors.items()}
 
     def begin_round(self, round: int) -> None:
-        """Train what a round trains from now on: one of LoRA's factors if they alternate; in 0 both."""
+        """Select the parameters that a round trains, if LoRA's factors alternate; all of them in round 0."""
         if self.job.tune.lora_merge == "rolora":
             lora_base.alternate(self.model, round)
 
     def trained_in_round(self, tensors: Tensors, round: int) -> Tensors:
-        """Those of the model's tensors that clients train and send in a round; a cluster's are like all."""
+        """The tensors, of those given, that clients train and send in a round; one model's, with clusters."""
         if self.job.strategy.makes_clusters:
             return model_of_cluster(tensors, 0)
         return trained_in_round(tensors, self.job.tune.lora_merge, round)
 
     @cached_property
     def client_tensors(self) -> Tensors:
-        """What clients keep of the tensors, before training: to be asked for before anything is trained."""
+        """Initial values of the tensors that clients keep; they must be read before anything is trained."""
         return own_part(self.model, self.job) if self.job.personal.splits else {}
 
     def collate(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
-        """Some rows of a shard as the model takes them; they are decoded once, unless they vary."""
+        """Some rows of a shard as a batch for the backbone; decoded inputs are cached unless augmented."""
         if variation is not None:
             batch = self.encoder.preprocess_and_collate(take_many(shard.inputs, rows), variation)
         else:
@@ -187,30 +191,32 @@ class Learner:
         return batch
 
     def batch(self, shard: Shard, rows: Sequence[int], variation: Variation | None = None) -> Batch:
-        """As `collate`, for this learner's own model: kept states stand in the place of tokens."""
+        """As `collate`, for this learner's model, which takes cached states in place of tokens."""
         batch = self.collate(shard, rows, variation)
         return batch if self.kept_states is None else self.kept_states.in_place_of_tokens(batch)
 
     def keep_states(self, shard: Shard) -> None:
-        """Compute what states aren't kept yet, where the job keeps any, and hold none of them in memory."""
+        """Compute and cache the shard's missing states on disk, if the job caches any."""
         if self.kept_states is None:
             return
-        found = []
+        sequences = []
         for start in range(0, len(shard), WHOLE_BATCH):
             batch = self.collate(shard, range(start, min(start + WHOLE_BATCH, len(shard))))
-            found += sequences_of(batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2))
-        self.kept_states.keep(found)
+            sequences += sequences_of(
+                batch["input_ids"].flatten(0, -2), batch["attention_mask"].flatten(0, -2)
+            )
+        self.kept_states.keep(sequences)
 
     def features(self, shard: Shard) -> torch.Tensor:
-        """Features [n, width] of a shard as it is, from the cache where they are there."""
+        """Features [n, width] of a shard without augmentation, from the cache where possible."""
         return self._features([self._plain], shard)[0]
 
     def training_features(self, shard: Shard) -> torch.Tensor:
-        """Features [views, n, width] that training draws from: one view where inputs don't vary."""
+        """Features [views, n, width] for training; one view where inputs are not augmented."""
         return self._features(self._views, shard)
 
     def keep_features(self, shard: Shard, *, training: bool) -> None:
-        """Compute what features aren't kept yet, and hold none of them in memory."""
+        """Compute and cache the shard's missing features on disk; none of them stays in memory."""
         self._keep(self._views if training else [self._plain], shard)
 
     def _features(self, views: Sequence[View], shard: Shard) -> torch.Tensor:
@@ -231,42 +237,42 @@ class Learner:
 
     @property
     def required_info(self) -> DataInfo:
-        """What all must have alike, as facts: the backbone's weights, what the task needs, the teacher.
+        """Hashes that must be the same at all sites: of the backbone, the task's needs and the teacher.
 
         Raises:
-            ConfigError: the teacher knows other classes.
+            ConfigError: the teacher has other classes.
         """
-        own = {"backbone": self.backbone.fingerprint} | self.task.required_info()
+        info = {"backbone": self.backbone.fingerprint} | self.task.required_info()
         if self.teacher is None:
-            return own
+            return info
         self.teacher.check(self.data_info)
-        return own | {"teacher": self.teacher.fingerprint}
+        return info | {"teacher": self.teacher.fingerprint}
 
     def check_fingerprint(self) -> None:
-        """Raises ConfigError unless the weights here, and the teacher, are those the run's facts name."""
+        """Raises ConfigError unless weights, teacher and task here have the hashes in the run's data info."""
         if self.teacher is not None:
-            told, here = self.data_info.get("teacher"), self.teacher.fingerprint
-            if told is not None and told != here:
+            stated, here = self.data_info.get("teacher"), self.teacher.fingerprint
+            if stated is not None and stated != here:
                 raise ConfigError(
                     f"train.teacher: {self.job.train.teacher} is not the run's teacher"
-                    f" (here {here[:12]}, there {told[:12]})"
+                    f" (here {here[:12]}, there {stated[:12]})"
                 )
-        expected, found = self.data_info.get("backbone"), self.backbone.fingerprint
-        if expected is not None and expected != found:
+        expected, fingerprint = self.data_info.get("backbone"), self.backbone.fingerprint
+        if expected is not None and expected != fingerprint:
             raise ConfigError(
                 f"backbone {self.backbone.name}: these weights are not the run's"
-                f" (here {found[:12]} from {self.backbone.origin}, there {expected[:12]})"
+                f" (here {fingerprint[:12]} from {self.backbone.origin}, there {expected[:12]})"
             )
         for name, here in self.task.required_info().items():
-            told = self.data_info.get(name)
-            if told is not None and told != here:
+            stated = self.data_info.get(name)
+            if stated is not None and stated != here:
                 raise ConfigError(
                     f"backbone {self.backbone.name}: its {name} is not the run's"
-                    f" (here {here[:12]}, there {told[:12]})"
+                    f" (here {here[:12]}, there {stated[:12]})"
                 )
 
     def predictions(self, tensors: Tensors, inputs: Sequence[Any]) -> Any:
-        """What the model says of raw inputs, one prediction each; nothing is looked up or kept."""
+        """The model's predictions for raw inputs, one each, without any cache."""
         shard = Shard(inputs, torch.zeros(len(inputs), dtype=torch.int64), (bytes(32),) * len(inputs))
         if not self.task.uses_pooled_features:
             model = self.filled(tensors)
@@ -275,7 +281,7 @@ class Learner:
         return self._fresh_outputs(tensors, shard)
 
     def answers(self, tensors: Tensors, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """What the model says of raw inputs, one dictionary each, as `atoll predict` shows it."""
+        """The model's answers to raw inputs, one table each, as `atoll predict` prints them."""
         if self.task.uses_pooled_features:
             return self.task.format_predictions(self.predictions(tensors, inputs), self.data_info)
         model = self.filled(tensors)
@@ -291,7 +297,7 @@ class Learner:
         return self._through_head(tensors, features)
 
     def outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
-        """What the model with these tensors says of a shard, [n, outputs]; bits depend on the shard alone."""
+        """The outputs [n, outputs] for a shard with these tensors; their bits depend on the shard alone."""
         if self.uses_features:
             return self._through_head(tensors, self.features(shard))
         return self._through_model(tensors, shard, self.kept_states)
@@ -299,7 +305,7 @@ class Learner:
     def _through_model(
         self, tensors: Tensors, shard: Shard, states: KeptStates | None, size: int | None = None
     ) -> torch.Tensor:
-        """Outputs [n, outputs], by batches of exactly that `size`, or of no more padding than is needed."""
+        """Outputs [n, outputs] of the whole model; with `size`, in batches padded to exactly that size."""
         batches, model = self.model.backbone.fixed_batches(shard.inputs, size or BATCH), self.filled(tensors)
         batches = batches if size is not None else less_padded(batches)
         if states is not None:
@@ -313,18 +319,18 @@ class Learner:
         return torch.stack([ordered[row] for row in range(len(shard))])
 
     def samples(self, tensors: Tensors, shard: Shard) -> list[Sample]:
-        """What the model with these tensors writes for a few of a shard's examples; none of most tasks."""
+        """Texts that the model with these tensors writes for a few examples; empty for most tasks."""
         if type(self.task).samples is Task.samples:
             return []
         with torch.inference_mode():
             return self.task.samples(self.filled(tensors), shard)
 
     def metrics(self) -> MetricCollection:
-        """The task's metrics, and those that the job adds, all at zero."""
+        """The task's metrics and those that the job adds, freshly reset."""
         return with_brought_metrics(self.task.metrics(self.data_info), self.job, self.data_info)
 
     def evaluate(self, tensors: Tensors, shard: Shard) -> Tensors:
-        """Metric states of the model with these tensors on a shard; they add up over shards."""
+        """The metric states of the model with these tensors on a shard, by name; they sum over shards."""
         metrics = self.metrics()
         self.keep_states(shard)
         if self.task.uses_pooled_features:
@@ -336,26 +342,26 @@ class Learner:
         return states_of(metrics, loss, count)
 
     def form_of_states(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """(shape, type) of each tensor that `evaluate` returns, by name."""
+        """(shape, dtype) of each tensor that `evaluate` returns, by name."""
         number = torch.zeros((), dtype=torch.float64)
         states = states_of(self.metrics(), number, 0)
         return {name: (state.shape, state.dtype) for name, state in states.items()}
 
     def with_soft_labels(self, shard: Shard) -> Shard:
-        """A shard as training sees it: with a teacher, its targets hold the teacher's answers too."""
+        """The shard for training: with a teacher, targets are [n, 1 + classes] with its probabilities."""
         return shard if self.teacher is None else self.teacher.with_soft_labels(shard)
 
     def outputs_by_row(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
-        """As `outputs`, and no row's bits depend on other rows: whoever asks for it gets the same."""
+        """As `outputs`, but no row's bits depend on other rows of the shard."""
         if not self.uses_features:
             return self._through_model(tensors, shard, None, BATCH_WITHOUT_NEIGHBOURS)
         features = self.features(shard)
-        # Twice, for a product of one row takes another way through the library.
+        # Twice, since the library computes the product of a single row in another way.
         rows = [self._through_head(tensors, row.expand(2, -1).contiguous())[0] for row in features]
         return torch.stack(rows)
 
     def training_loss(self, shard: Shard) -> TrainingLoss:
-        """The loss that a client with this shard learns by: the task's, or one for uneven classes."""
+        """The training loss of a client with this shard: the task's, or one corrected for class imbalance."""
         imbalance, smoothing = Imbalance.of(self.job), self.job.train.label_smoothing
         if self.teacher is not None:
             return self.teacher.loss
@@ -366,25 +372,25 @@ class Learner:
         return imbalance.loss(counts_of(shard.table, len(self.data_info["classes"])))
 
     def chances(self, shard: Shard) -> NDArray[np.float64] | None:
-        """How likely each example is drawn in training, [n], where not all are taken in turn."""
+        """The probability of each example in training draws, [n]; None where every epoch takes all."""
         imbalance = Imbalance.of(self.job)
         return None if imbalance is None else imbalance.chances(shard.table)
 
     def evaluate_model(self, model: Model, shard: Shard) -> MetricValues:
-        """Metrics and loss of any model of this kind on a shard, past the caches of features and states."""
+        """Metrics and loss of any model of this kind on a shard, without cached features and states."""
         metrics = self.metrics()
         total, count = self._measure(model, shard, metrics, self.collate)
         return computed(metrics) | {"loss": defined(total / count)}
 
     def naive_baselines(self, shard: Shard) -> dict[str, MetricValues]:
-        """Metrics of the task's predictions that need no learning."""
-        found = {}
+        """Metrics of the task's predictions that need no training, by their names."""
+        by_name = {}
         for name, predictions in self.task.naive_baselines(shard, self.data_info).items():
             metrics = self.metrics()
             targets = shard.targets_of(range(len(shard)))
             metrics.update(*self.task.metric_inputs(predictions, targets))
-            found[name] = computed(metrics)
-        return found
+            by_name[name] = computed(metrics)
+        return by_name
 
     def _measure(
         self,
@@ -393,7 +399,7 @@ class Learner:
         metrics: MetricCollection,
         batch_of: Callable[[Shard, Sequence[int]], Batch],
     ) -> tuple[torch.Tensor, int]:
-        """Put a shard's predictions into the metrics; (the sum of its losses, of how many examples)."""
+        """Update the metrics with a shard's predictions; returns (sum of the losses, number of terms)."""
         total, count = torch.zeros((), dtype=torch.float64), 0
         size = max(len(shard), 1) if self.task.compares_examples else WHOLE_BATCH
         with torch.inference_mode():
@@ -408,7 +414,7 @@ class Learner:
         return total, count
 
     def filled(self, tensors: Tensors) -> Model:
-        """The model with these tensors, as it is measured and used."""
+        """The model with these tensors loaded, in eval mode."""
         model = self.model.eval()
         trainable.load_values(model, tensors)
         return model
@@ -417,7 +423,7 @@ class Learner:
         return {name: t.to(self.job.train.device) for name, t in batch.items()}
 
     def compute(self, states: Tensors) -> MetricValues:
-        """Metrics from added-up states; what they can't say is undefined."""
+        """Metrics by name from summed states; None where a metric is undefined."""
         metrics = self.metrics()
         for name, metric in metrics.items():
             for state in metric._defaults:
@@ -426,29 +432,29 @@ class Learner:
         return computed(metrics) | {"loss": defined(states["loss.sum"] / states["loss.count"])}
 
     def split(self, shard: Shard) -> tuple[Shard, Shard]:
-        """(training part, validation part), chosen as the task says or by the hash of the content alone."""
+        """(training part, validation part) of a client's shard, by the task's `split` or by hashes."""
         helped = helps_clients(self.job)
         if self.task.has_own_split:
             fraction = self.job.data.validation_fraction
             train, validation = self.task.split(shard, self.job.seed, fraction, helped=helped)
             return shard.select(train), shard.select(validation)
         marks = validation_marks(shard.keys, self.job.seed)
-        kept = kept_back(marks, self.job.data, helped=helped)
-        train = training_rows(marks, kept, shard, self.job.data.shots)
-        return shard.select(train), shard.select(np.flatnonzero(kept).tolist())
+        measured = kept_back(marks, self.job.data, helped=helped)
+        train = training_rows(marks, measured, shard, self.job.data.shots)
+        return shard.select(train), shard.select(np.flatnonzero(measured).tolist())
 
     @cached_property
     def width(self) -> int:
-        """The width of the backbone's features: of those that are kept, for what has none must be loaded."""
+        """The width of the backbone's features; the backbone is loaded for it only if nothing else tells."""
         views = (self._plain, *self._views) if self.uses_features else ()
         for view in views:
-            if (kept := view.cache.kept_width) is not None:
-                return kept
+            if (cached := view.cache.kept_width) is not None:
+                return cached
         width = known_width(self.backbone)
         return width if width is not None else self.encoder.width
 
     def _fresh_head(self, width: int, *purpose: int) -> nn.Module:
-        """The task's head, behind a hidden layer where the job asks for one; drawn anew for a `purpose`."""
+        """A new head of the task, with the job's hidden layer if any; `purpose` varies the random draw."""
         hidden = self.job.tune.hidden
         with global_stream(self.job.seed, "init", "head", *purpose):
             if hidden is None:
@@ -460,21 +466,21 @@ class Learner:
         return self._fresh_head(self.width)
 
     def _through_head(self, tensors: Tensors, features: torch.Tensor) -> torch.Tensor:
-        own = {name.removeprefix("head."): t for name, t in tensors.items()}
+        head_tensors = {name.removeprefix("head."): t for name, t in tensors.items()}
         with torch.inference_mode():
-            outputs: torch.Tensor = functional_call(self._head, own, features)
+            outputs: torch.Tensor = functional_call(self._head, head_tensors, features)
         return outputs
 
 
 def ranked(keys: Sequence[bytes], seed: int, purpose: str) -> list[int]:
-    """Rows in an order that depends on seed, purpose and content, and not on where they stood."""
+    """Rows in a random order that depends on seed, purpose and the keys, not on the rows' positions."""
     prefix = f"{seed}/{purpose}/".encode()
     marks = [hashlib.sha256(prefix + key).digest() for key in keys]
     return sorted(range(len(keys)), key=marks.__getitem__)
 
 
 def states_of(metrics: MetricCollection, loss: torch.Tensor, count: int) -> Tensors:
-    """What metrics have added up so far, the sum of the losses, and of how many examples."""
+    """The metrics' states by name, with the sum of losses and the number of its terms."""
     states = {
         f"{name}.{state}": getattr(metric, state).clone()
         for name, metric in metrics.items()

@@ -1,4 +1,4 @@
-"""Which tensors stay with a client: those of the head, of layers that normalise, or LoRA's B."""
+"""The tensors that clients keep for themselves: the head, normalisation layers, or LoRA's B."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from atoll.strategies.lora.factors import B
 
 
 def own_part(model: Model, job: Job) -> Tensors:
-    """Copies of the tuned tensors that clients keep, by name, on the CPU.
+    """Copies of the trained tensors that clients keep, by name, on the CPU.
 
     `head`: Arivazhagan et al. 2019, "Federated Learning with Personalization Layers" (FedPer). `norms`: Li
-    et al. 2021, "FedBN"; scales and shifts, for statistics never move here. `lora-b`: Guo et al. 2024,
-    "Selective Aggregation for Low-Rank Adaptation" (FedSA-LoRA): A, which learns what clients have in
-    common, is merged, and B, which tells them apart, stays.
+    et al. 2021, "FedBN"; only scales and shifts, since statistics never change here. `lora-b`: Guo et al.
+    2024, "Selective Aggregation for Low-Rank Adaptation" (FedSA-LoRA): A, which learns what clients have in
+    common, is merged, and B, which differs between clients, stays.
 
     Raises:
-        ConfigError: there are none, or nothing else is tuned.
+        ConfigError: the model has no such tensors, or no others are trained.
     """
     of_head = {id(p) for p in model.head.parameters()}
     of_norms = {id(p) for m in model.modules() if trainable.is_norm(m) for p in m.parameters()}
@@ -27,9 +27,9 @@ def own_part(model: Model, job: Job) -> Tensors:
     of_b = {id(p) for name, p in trained.items() if name.endswith(B)}
     assert job.personal.keep is not None
     chosen = {"head": of_head, "norms": of_norms, "lora-b": of_b}[job.personal.keep]
-    own = [name for name, p in trained.items() if id(p) in chosen]
-    if not own:
+    names = [name for name, p in trained.items() if id(p) in chosen]
+    if not names:
         raise ConfigError(f"personal.keep: no {job.personal.keep} among what this job tunes, expected none")
-    if len(own) == len(trained):
+    if len(names) == len(trained):
         raise ConfigError(f"personal.keep: {job.personal.keep} is all that this job tunes, expected less")
-    return {name: trainable.contiguous(trained[name].detach()).cpu() for name in own}
+    return {name: trainable.contiguous(trained[name].detach()).cpu() for name in names}

@@ -1,4 +1,4 @@
-"""LoRA's layers in a model: their scalings, which factor rests, what a server adds to frozen weights."""
+"""LoRA's layers in a model: scalings, factors that are frozen, and additions to the frozen weights."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from atoll.learning.learner import Learner
 
 PRETRAINED, ADDED = "pretrained_weight", "added_to_weight"
-"""Attributes of a layer whose frozen weight a server adds to: that weight as it was, what was added."""
+"""Attributes of a layer to whose frozen weight the server adds: the original weight, and the sum added."""
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers that have LoRA's factors, by name."""
+    """(name, layer) of each layer with LoRA factors."""
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
 
 
 def hold(model: nn.Module) -> None:
-    """Remember the frozen weights of LoRA's layers, to which the server may add.
+    """Store the original frozen weights of LoRA's layers, to which the server may add.
 
     Raises:
         ConfigError: another layer has the same weight.
@@ -47,7 +47,7 @@ def hold(model: nn.Module) -> None:
 
 
 class Core(nn.Module):
-    """Stands where LoRA has B: the product B R of a `basis` that stays and a trained `core` [r, r]."""
+    """A module in place of LoRA's B: the product B R of a fixed `basis` and a trained `core` [r, r]."""
 
     def __init__(self, basis: nn.Module) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class Core(nn.Module):
         nn.init.zeros_(self.core.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.basis(self.core(x))
-        return found
+        outputs: torch.Tensor = self.basis(self.core(x))
+        return outputs
 
     @property
     def weight(self) -> torch.Tensor:
-        """B R in the shape that LoRA's B would have, which peft asks for."""
+        """B R in the shape of LoRA's B, which peft reads."""
         basis: Any = self.basis.weight
         core: Any = self.core.weight
         product: torch.Tensor = basis.flatten(1) @ core.flatten(1)
@@ -75,28 +75,28 @@ class Core(nn.Module):
 
 @torch.no_grad()
 def fix_factors(model: nn.Module) -> None:
-    """Let every layer's A and B be its own weight's singular vectors, with a core between that is zero.
+    """Set every layer's A and B to singular vectors of its weight, with a core of zeros between them.
 
     Raises:
-        ConfigError: a weight's singular vectors aren't determined.
+        ConfigError: the singular vectors of a weight are not determined.
     """
     for name, layer in lora_layers(model):
         weight = _matrix(layer, layer.get_base_layer().weight)
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        found = singular_factors(weight.cpu(), len(a))
-        if found is None:
+        factors = singular_factors(weight.cpu(), len(a))
+        if factors is None:
             raise ConfigError(
                 f"tune.lora_merge: 'fedsb' takes its factors from the weight of {name}, which is zero or has"
                 " equal singular values, so that sites may find different ones; expected tune.targets without"
                 " it, or another way of merging"
             )
-        a.copy_(found.a.reshape(a.shape))
-        b.copy_(found.b.reshape(b.shape))
+        a.copy_(factors.a.reshape(a.shape))
+        b.copy_(factors.b.reshape(b.shape))
         layer.lora_B["default"] = Core(layer.lora_B["default"])
 
 
 def nothing_added(model: nn.Module) -> Tensors:
-    """Zeros [out, in] for every weight that the server may add to, by name."""
+    """Zeros [out, in] for every weight to which the server may add, by name."""
     held = [
         (name, vars(layer)[PRETRAINED]) for name, layer in lora_layers(model) if PRETRAINED in vars(layer)
     ]
@@ -105,7 +105,7 @@ def nothing_added(model: nn.Module) -> Tensors:
 
 
 def load(model: nn.Module, tensors: Tensors) -> None:
-    """Set what isn't trained: factors that rest in this round, frozen weights with what was added to them."""
+    """Load tensors that are not trained: this round's frozen factors, and additions to frozen weights."""
     for name, layer in lora_layers(model):
         for end in (A, B):
             if name + end in tensors:
@@ -117,14 +117,14 @@ def load(model: nn.Module, tensors: Tensors) -> None:
 
 
 def alternate(model: nn.Module, round: int) -> None:
-    """Let the factors be trained whose turn it is; in round 0 all of them."""
+    """Enable gradients for the factors that a round trains; in round 0 for all of them."""
     for name, layer in lora_layers(model):
         for end in (A, B):
             layer.get_parameter(end[1:]).requires_grad_(not round or alternates(name + end, round))
 
 
 def _matrix(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's weight as [out, in]: transformers' Conv1D has it the other way round."""
+    """A layer's weight as [out, in]; transformers' Conv1D has it transposed."""
     return weight.T if getattr(layer, "fan_in_fan_out", False) else weight.flatten(1)
 
 
@@ -134,20 +134,20 @@ def _like(layer: Any, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 
 
 def merging_lora(strategy: Strategy, learner: Learner) -> Strategy:
-    """The strategy, made one that merges LoRA's factors as the job says, and tells how well.
+    """The strategy, wrapped to merge LoRA's factors as the job says and to report the error of the merge.
 
-    Where the server sees nothing but sums, what is trained merges as any tensor does.
+    Where the server sees only sums, factors are merged like any tensor and the strategy is returned as it is.
     """
     job = learner.job
     if not merge_error_is_known(job) and job.tune.lora_merge not in REWRITES:
         return strategy
     factors = {n: p.detach().cpu() for n, p in learner.model.named_parameters() if n.endswith((A, B, BASIS))}
-    own = learner.client_tensors
+    client_tensors = learner.client_tensors
     frozen = {name: value.clone() for name, value in factors.items() if not _is_trained(learner, name)}
     scalings = {
         name: float(layer.scaling["default"])
         for name, layer in lora_layers(learner.model)
-        if not {name + A, name + B} & own.keys()
+        if not {name + A, name + B} & client_tensors.keys()
     }
     known = scalings if merge_error_is_known(job) else {}
     return LoraMerge(strategy, job.tune.lora_merge, job.seed, known, frozen)

@@ -1,10 +1,10 @@
-"""Smaller networks by leaving out what is small: single weights, or whole units with all that hangs on them.
+"""Pruning of networks: of single small weights, or of whole units with everything that depends on them.
 
 `magnitude` sets the smallest weights of every layer to zero (Han et al. 2015, "Learning both Weights and
 Connections"). `structured` takes inner units out for good: neurons between two linear layers, channels
 between two convolutions, found by torch-pruning's graph of dependencies (Fang et al. 2023, "DepGraph").
-What is left out follows from the weights alone, so that all sites leave out the same. The width of the
-features never changes.
+The choice follows from the weights alone, so that all sites prune the same. The width of the features never
+changes.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from atoll.learning.trainable import PRUNING_MASK
 
 Kind = Literal["magnitude", "structured"]
 ALIGN = 8
-"""Units are left in multiples of it, which processors like."""
+"""The number of remaining units is a multiple of this, for speed."""
 INNER_SIZES = ("intermediate_size", "hidden_dim", "ffn_dim", "d_ff")
-"""What transformers' configurations call the width inside of a feed-forward block."""
+"""Names, in transformers' configurations, of the inner width of a feed-forward block."""
 
 
 def pruned(encoder: Encoder, section: BackboneSection, head: nn.Module | None = None) -> Encoder:
-    """The encoder as the job's `backbone.prune` makes it, in place; a `head` inside of it stays whole.
+    """The encoder after pruning in place by the job's `backbone.prune`; a `head` inside it is not pruned.
 
     Raises:
-        ConfigError: there is nothing in it that could be left out.
+        ConfigError: nothing in the encoder can be pruned.
     """
     if section.prune is not None:
         batch = _example(encoder) if section.pruning == "structured" else {}
@@ -46,20 +46,20 @@ def pruned(encoder: Encoder, section: BackboneSection, head: nn.Module | None = 
 
 
 def fingerprinted(backbone: Backbone, section: BackboneSection) -> Backbone:
-    """The backbone, whose fingerprint also says what is left out of it."""
+    """The backbone with a fingerprint that includes the job's pruning."""
     if section.prune is None:
         return backbone
-    told = f"{backbone.fingerprint} without {section.prune!r} {section.pruning}"
-    return replace(backbone, fingerprint=hashlib.sha256(told.encode()).hexdigest())
+    identity = f"{backbone.fingerprint} without {section.prune!r} {section.pruning}"
+    return replace(backbone, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
 
 
 def leave_out(
     encoder: Encoder, amount: float, kind: Kind, batch: Batch, head: nn.Module | None, key: str
 ) -> int:
-    """Leave that part out of every layer, in place; how many layers became smaller.
+    """Prune the part `amount` of every layer in place; returns how many layers became smaller.
 
-    `batch` shows a network's inputs, of which `structured` follows the way through it; `key` is what the
-    caller calls the amount.
+    `batch` holds example inputs, whose way through the network `structured` traces; `key` is the caller's
+    name of the amount, for errors.
 
     Raises:
         ConfigError: no layer can be made smaller.
@@ -90,14 +90,14 @@ def _zero_weights(encoder: nn.Module, amount: float, parts: set[nn.Module]) -> i
 
 
 def _has_many_weights(module: nn.Module) -> bool:
-    """Not depthwise convolutions, whose few weights an output hangs on."""
+    """Whether a layer can be pruned: depthwise convolutions have too few weights per output."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups == 1
     return isinstance(module, nn.Linear)
 
 
 def check_installed(key: str) -> None:
-    """Raises ConfigError unless torch-pruning is here."""
+    """Raises ConfigError unless torch-pruning is installed."""
     try:
         import torch_pruning  # noqa: F401
     except ImportError:
@@ -114,7 +114,7 @@ def _remove_units(encoder: Encoder, amount: float, batch: Batch, parts: set[nn.M
     encoder.requires_grad_(True)  # the graph is followed by autograd
     try:
         graph = torch_pruning.DependencyGraph().build_dependency(
-            encoder, example_inputs={"batch": batch}, forward_fn=lambda m, given: m(given["batch"])
+            encoder, example_inputs={"batch": batch}, forward_fn=lambda m, inputs: m(inputs["batch"])
         )
         groups = [g for g in graph.get_all_groups(root_module_types=[nn.Linear, nn.Conv2d]) if _is_inner(g)]
         importance = torch_pruning.importance.MagnitudeImportance(p=2)
@@ -123,11 +123,11 @@ def _remove_units(encoder: Encoder, amount: float, batch: Batch, parts: set[nn.M
             if any(item.dep.target.module in parts for item in group):
                 continue
             root, width = group[0].dep.target.module, len(group[0].idxs)
-            kept = min(width, max(ALIGN, -(-round(width * (1 - amount), 6) // ALIGN) * ALIGN))
-            smallest = torch.argsort(importance(group), stable=True)[: width - int(kept)].tolist()
+            left = min(width, max(ALIGN, -(-round(width * (1 - amount), 6) // ALIGN) * ALIGN))
+            smallest = torch.argsort(importance(group), stable=True)[: width - int(left)].tolist()
             if smallest:
                 graph.get_pruning_group(root, group[0].dep.handler, sorted(smallest)).prune()
-                widths[root] = (width, int(kept))
+                widths[root] = (width, int(left))
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{key}: torch-pruning finds no way through this network: {why}") from None
@@ -139,9 +139,9 @@ def _remove_units(encoder: Encoder, amount: float, batch: Batch, parts: set[nn.M
 
 
 def _is_inner(group: Any) -> bool:
-    """Whether one layer alone makes these units and another takes them: nothing is added to them.
+    """Whether one layer alone produces these units and another alone consumes them, without any addition.
 
-    What depthwise convolutions and norms make of each unit goes with it.
+    Depthwise convolutions and norms, which act on each unit separately, may lie between.
     """
     makers, takers = 0, 0
     for item in group:
@@ -160,7 +160,7 @@ def _makes(handler: Callable[..., Any]) -> bool:
 
 
 def _tell_configuration(network: nn.Module, widths: set[tuple[int, int]]) -> None:
-    """Let transformers' configuration say the new inner width, where all blocks have the same."""
+    """Write the new inner width into transformers' configuration, if all blocks have the same."""
     config = getattr(network, "config", None)
     if config is None or len(widths) != 1:
         return
@@ -171,7 +171,7 @@ def _tell_configuration(network: nn.Module, widths: set[tuple[int, int]]) -> Non
 
 
 def _example(encoder: Encoder) -> Batch:
-    """Inputs that a network takes, whatever they say."""
+    """A batch of valid inputs for a network, with arbitrary content."""
     if isinstance(encoder, TextEncoder):
         return encoder.preprocess_and_collate(["one", "two"])
     if isinstance(encoder, VisionEncoder):

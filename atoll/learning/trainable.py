@@ -1,4 +1,4 @@
-"""Which tensors are trained and travel: head, last blocks, LoRA factors, all, coefficients of directions."""
+"""The tensors that are trained and sent: head, last blocks, LoRA factors, all, or direction coefficients."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Norms = (*BatchNorms, nn.LayerNorm, nn.GroupNorm)
 
 
 def prepare(model: Model, job: Job) -> None:
-    """Make a fresh network one that trains and is measured as the job says.
+    """Set up a new network for training and evaluation as the job says.
 
     Raises:
-        ConfigError: it has not what the job names: layers to tune or to drop, blocks.
+        ConfigError: it lacks what the job names, such as layers to train or dropout layers.
     """
     mark_trainable(model, job.tune, job.seed, keeps_head=job.personal.keep == "head")
     model.remember_start()
@@ -40,10 +40,10 @@ def prepare(model: Model, job: Job) -> None:
 
 
 def mark_trainable(model: Model, tune: TuneSection, seed: int, *, keeps_head: bool = False) -> None:
-    """Leave `requires_grad` on exactly what the job tunes: the head too, but for a pretrained one under LoRA.
+    """Set `requires_grad` on exactly the parameters that the job trains.
 
-    Where clients are to have heads of their own (`keeps_head`), that is tuned as well unless the job says
-    otherwise.
+    The head is trained too, except a pretrained one under LoRA. Where clients keep their heads
+    (`keeps_head`), it is also trained then, unless the job says otherwise.
 
     Raises:
         ConfigError: nothing matches `tune.targets`, or there are fewer blocks than `tune.layers`.
@@ -63,10 +63,10 @@ def mark_trainable(model: Model, tune: TuneSection, seed: int, *, keeps_head: bo
 
 
 def _tune_by_lora(model: Model, tune: TuneSection, seed: int, keeps_head: bool) -> None:
-    """LoRA's factors in the backbone; a fresh head is trained, and a pretrained one stays, unless asked for.
+    """Add LoRA factors to the backbone; by default a new head is trained and a pretrained one frozen.
 
-    Of a head that is pretrained but for a layer (of other classes, say), that layer is trained. A head that
-    is fresh as a whole is what `tune.head` says, as if it were pretrained.
+    If only some layers of a pretrained head are new (for other classes, say), these are trained. `tune.head`
+    overrides the default, also for a head that is new as a whole.
     """
     how = tune.head or ("frozen" if model.pretrained_head and not keeps_head else "trained")
     known = dict(model.head.named_parameters())
@@ -90,25 +90,25 @@ def _tune_by_lora(model: Model, tune: TuneSection, seed: int, keeps_head: bool) 
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tuned parameters by name: what travels and what is hashed."""
+    """The trained parameters by name; they are what is sent and hashed."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def values(model: nn.Module) -> Tensors:
-    """Copies of the tuned parameters' values, laid out as they travel."""
+    """Copies of the trained parameters' values by name, contiguous in memory."""
     return {name: contiguous(p.detach()) for name, p in trainable(model).items()}
 
 
 def contiguous(values: torch.Tensor) -> torch.Tensor:
-    """A copy in the usual layout, whatever the layout that the model computes in."""
+    """A copy that is contiguous in memory, whatever the layout (channels last, say) of the original."""
     return values.clone(memory_format=torch.contiguous_format)
 
 
 def load_values(model: nn.Module, tensors: Tensors) -> None:
-    """Copy tensors into the tuned parameters of the same names; weights that were pruned stay zero.
+    """Copy tensors into the trained parameters of the same names; pruned weights stay zero.
 
-    What the model has of LoRA besides is loaded too: factors that rest in this round, and frozen weights with
-    what was added to them. Where coefficients are tuned, all weights are put where these say.
+    LoRA's other tensors are loaded too: factors that this round does not train, and additions to frozen
+    weights. Where direction coefficients are trained, all weights are set according to them.
     """
     with torch.no_grad():
         for name, p in trainable(model).items():
@@ -119,11 +119,11 @@ def load_values(model: nn.Module, tensors: Tensors) -> None:
 
 
 PRUNING_MASK = "kept_weights"
-"""A pruned layer's attribute: ones where its weight is, zeros where it was left out."""
+"""The attribute of a pruned layer with its mask: 1 where a weight remains, 0 where it was pruned."""
 
 
 def keep_pruned(model: nn.Module) -> None:
-    """Set to zero again what was pruned, whatever a step or noise has made of it."""
+    """Set pruned weights to zero again, after a step or noise has changed them."""
     with torch.no_grad():
         for module in model.modules():
             mask = vars(module).get(PRUNING_MASK)
@@ -133,29 +133,29 @@ def keep_pruned(model: nn.Module) -> None:
 
 def without_pruned(model: nn.Module, tensors: Tensors) -> Tensors:
     """The tensors with zeros where the model's weights were pruned."""
-    found = dict(tensors)
+    pruned = dict(tensors)
     for name, module in model.named_modules():
         mask = vars(module).get(PRUNING_MASK)
-        if mask is not None and f"{name}.weight" in found:
-            found[f"{name}.weight"] = found[f"{name}.weight"] * mask.to(found[f"{name}.weight"])
-    return found
+        if mask is not None and f"{name}.weight" in pruned:
+            pruned[f"{name}.weight"] = pruned[f"{name}.weight"] * mask.to(pruned[f"{name}.weight"])
+    return pruned
 
 
 def to_parameters(parameters: Mapping[str, nn.Parameter], tensors: Tensors) -> Tensors:
-    """The tensors on the device and in the type of the parameters; not copied where they are so."""
+    """The tensors on the device and in the dtype of the parameters; copied only where these differ."""
     return {name: tensors[name].to(p.device, p.dtype) for name, p in parameters.items()}
 
 
 def delta(parameters: Mapping[str, nn.Parameter], start: Tensors) -> Tensors:
-    """How far the parameters are from where they were, laid out as it travels."""
+    """The parameters' values minus `start`, by name, contiguous in memory."""
     return {name: (p.detach() - start[name]).contiguous().cpu() for name, p in parameters.items()}
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Let every layer of dropout drop this part of its inputs; those where nothing is tuned stay silent.
+    """Set the probability of every dropout layer; those in frozen parts stay inactive.
 
     Raises:
-        ConfigError: there is no such layer where something is tuned.
+        ConfigError: there is no dropout layer in a trained part.
     """
     training_mode(model)
     layers = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
@@ -166,7 +166,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 
 def training_mode(module: nn.Module, inherited: bool = True) -> None:
-    """Dropout works where something is tuned; the statistics of batch norm never move."""
+    """Set training mode: dropout is active in trained parts only, and batch-norm statistics never change."""
     parameters = list(module.parameters())
     tuned = any(p.requires_grad for p in parameters) if parameters else inherited
     module.training = tuned and not isinstance(module, BatchNorms)
@@ -178,37 +178,37 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def blocks(network: nn.Module, head: nn.Module | None = None) -> list[nn.Module]:
-    """The network as a row of blocks from input to output: transformer layers, residual units, …
+    """The network's blocks from input to output: transformer layers, residual units and the like.
 
-    Plain containers are opened, and outside of them whatever is mainly a wrapper around one; what
-    is in a container and is none itself is a block. A `head` inside the network is no block, and what
-    two blocks share (the embeddings of encoder and decoder) is the first one's.
+    Blocks are the elements of containers (`nn.Sequential`, `nn.ModuleList`) that are no containers
+    themselves; modules that mainly wrap a container are opened too. A `head` inside the network is no block.
+    Parameters that two blocks share (embeddings of encoder and decoder) belong to the first.
     """
     parts = [child for child in network.children() if child is not head and _size(child)]
     if head is not None and len(parts) == 1 < len(list(network.children())):
         parts = list(parts[0].children())
-    found: list[nn.Module] = []
+    in_order: list[nn.Module] = []
     seen: set[int] = set()
     for block in (block for part in parts for block in _opened(part)):
-        own = {id(p) for p in block.parameters()} - seen
-        if own and block is not head:
-            found.append(block)
-            seen |= own
-    return found
+        new = {id(p) for p in block.parameters()} - seen
+        if new and block is not head:
+            in_order.append(block)
+            seen |= new
+    return in_order
 
 
 def recomputable(model: Model) -> list[nn.Module]:
-    """The blocks whose activations can be computed again: the backbone's, or of each network it has.
+    """The blocks for activation checkpointing: those of the backbone, or of each of its networks.
 
     Raises:
-        ConfigError: it has no blocks.
+        ConfigError: the backbone has fewer than two blocks.
     """
     network = model.backbone.model
     networks = list(network.children()) if isinstance(network, nn.ModuleDict) else [network]
-    found = [block for each in networks for block in blocks(each, model.head)]
-    if len(found) < 2:
+    all_blocks = [block for each in networks for block in blocks(each, model.head)]
+    if len(all_blocks) < 2:
         raise ConfigError("train.checkpoint_activations: this backbone has no blocks, expected false")
-    return found
+    return all_blocks
 
 
 def _opened(module: nn.Module, listed: bool = False) -> list[nn.Module]:
@@ -234,24 +234,24 @@ def _size(module: nn.Module) -> int:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Also one of transformers' own; a layer that is called after its norm is none."""
+    """Whether a module is a normalisation layer, transformers' own classes included."""
     is_leaf = next(module.children(), None) is None
     return isinstance(module, Norms) or (is_leaf and type(module).__name__.endswith("Norm"))
 
 
 def _last_blocks(network: nn.Module, count: int, head: nn.Module) -> list[nn.Module]:
-    """The last `count` blocks; a norm that stands alone belongs to the block before it."""
+    """The last `count` blocks; a normalisation layer by itself belongs to the block before it."""
     is_inside = any(module is head for module in network.modules())
     parts = set(head.modules())
-    found = [block for block in blocks(network, head if is_inside else None) if block not in parts]
-    starts = [place for place, block in enumerate(found) if not is_norm(block)]
+    body = [block for block in blocks(network, head if is_inside else None) if block not in parts]
+    starts = [place for place, block in enumerate(body) if not is_norm(block)]
     if count > len(starts):
         raise ConfigError(f"tune.layers: this backbone has {len(starts)} blocks, found {count}")
-    return found[starts[-count] :]
+    return body[starts[-count] :]
 
 
 def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int]) -> None:
-    """Put peft's LoRA factors into the backbone (Hu et al. 2021), or its last blocks, but for these ids.
+    """Add peft's LoRA factors to the backbone (Hu et al. 2021) or its last blocks, but not to `left_out` ids.
 
     With `freeze_a` or `lora_merge = "ffa"` only B is trained (`strategies/lora/ffa.py`). A is drawn from
     the job's seed, the same everywhere. With "fedsb" both come from the weights (`strategies/lora/fedsb.py`).
@@ -303,9 +303,9 @@ def _within_last_blocks(model: Model, count: int) -> Iterator[nn.Module]:
 
 
 def _convolve_like(factor: nn.Module, base: nn.Module) -> None:
-    """Let A look at the places that its layer looks at: peft gives it stride and padding, and no dilation.
+    """Give a convolution's A the dilation of its layer, since peft copies only stride and padding.
 
-    B, of one place, is none the wiser: the product of both, added to the layer's weight, is the same.
+    B is a 1 x 1 convolution, so the product of both that is added to the layer's weight stays the same.
     """
     assert isinstance(factor, nn.Conv2d) and isinstance(base, nn.Conv2d)
     factor.dilation = base.dilation
@@ -325,5 +325,5 @@ def _takes_lora(module: nn.Module) -> bool:
 
 
 def _is_gpt2s(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D: a linear layer whose weight lies the other way round."""
+    """Whether a module is transformers' Conv1D, a linear layer with a transposed weight."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

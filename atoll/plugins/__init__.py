@@ -1,4 +1,4 @@
-"""Strategies, tasks, data sources, backbones and more that other people's code brings, each by its name.
+"""Decorators that register other people's strategies, tasks, data sources, backbones and more by name.
 
 A decorator registers one:
 
@@ -7,9 +7,13 @@ A decorator registers one:
     @plugins.strategy("half-way", summary="half of the mean delta")
     class HalfWay: ...
 
-It runs when the module is imported: a file that `--plugin` names is imported before the job is read. An
-installed package lists what it brings as entry points too, in the groups that `GROUPS` names; these are
-looked up when a name is asked for that isn't known yet, and a package is imported when it is used.
+The decorator runs when its module is imported; a file that `--plugin` names is imported before the job is
+read. An installed package also lists its extensions as entry points, in the groups of `GROUPS`. They are
+looked up at the first name that is not known yet, and a package is imported at the first use.
+
+Every decorator takes the `name` that jobs use, a `summary` of one line for `atoll list` (by default the
+docstring's first line), and, where the job has a table of options for it, the pydantic model `options` that
+checks them (by default a class `Options` inside a decorated class). It returns the decorated thing unchanged.
 """
 
 from __future__ import annotations
@@ -47,8 +51,8 @@ def strategy(
 ) -> Callable[[Thing], Thing]:
     """Register a strategy: a class with `begin`, `plan` and `merge` (`atoll.strategies.Strategy`).
 
-    It is made once a run, as `Class()`, or `Class(options)` where it declares options: a pydantic model
-    given here, or a class `Options` inside it. They are the job's `strategy.options`.
+    A run creates it once, as `Class()`, or as `Class(options)` where it has an options model, with the job's
+    `strategy.options`.
 
     Raises:
         ConfigError: the name is taken.
@@ -57,7 +61,9 @@ def strategy(
 
 
 def task(name: str, *, summary: str = "", options: type[BaseModel] | None = None) -> Callable[[Thing], Thing]:
-    """Register a task: a class that derives from `atoll.tasks.ModuleTask` or `Task`; it is made as `Class()`.
+    """Register a task: a class derived from `atoll.tasks.ModuleTask` or `Task`, created as `Class()`.
+
+    Its options are checked by the class itself (`Options` of a `ModuleTask`), not by `options`.
 
     Raises:
         ConfigError: the name is taken.
@@ -68,12 +74,13 @@ def task(name: str, *, summary: str = "", options: type[BaseModel] | None = None
 def partition(
     name: str, *, summary: str = "", options: type[BaseModel] | None = None
 ) -> Callable[[Thing], Thing]:
-    """Register a way to split one source over simulated clients: a function of three arguments or four.
+    """Register a partition: a function that splits one source over simulated clients.
 
-    It is called as `function(examples, clients, generator)`, with `options` behind them where it declares
-    some; they are the job's `data.partition.options`. `examples` is a table in an order that its content
-    decides (`examples["label"]` is a column as a list), `clients` how many clients there are, `generator` a
-    numpy Generator seeded by the job. It returns a list of row numbers, from 0, for each client.
+    It is called as `function(examples, clients, generator)`, with the job's `data.partition.options` as a
+    fourth argument where it has an options model. `examples` is a table, ordered by the hash of its content:
+    `examples["label"]` is a column as a list. `clients` is the number of clients, `generator` a
+    `numpy.random.Generator` seeded by the job. It returns for each client a list or array of row numbers,
+    from 0 to len(examples) - 1: at least one, none twice.
 
     Raises:
         ConfigError: the name is taken.
@@ -84,11 +91,12 @@ def partition(
 def metric(
     name: str, *, summary: str = "", options: type[BaseModel] | None = None
 ) -> Callable[[Thing], Thing]:
-    """Register a metric: what returns a `torchmetrics.Metric` whose states are tensors that sum over clients.
+    """Register a metric: a `torchmetrics.Metric` class, or a function that returns an instance of one.
 
-    It is called as `thing(data_info)`, or `thing(data_info, options)` where it declares options: a job's
-    `evaluate.metrics` names it, and gives them. `data_info` is a dictionary of what all clients agree on,
-    such as `data_info["classes"]`.
+    It is called as `thing(data_info)`, or `thing(data_info, options)` where it has an options model; the
+    options are the table under its name in the job's `evaluate.metrics`. `data_info` is a dictionary of what
+    all clients agree on, such as `data_info["classes"]`. Every state must be a tensor with
+    `dist_reduce_fx="sum"`: clients send the states, which are added up before `compute`.
 
     Raises:
         ConfigError: the name is taken.
@@ -99,14 +107,14 @@ def metric(
 def source(
     name: str, *, summary: str = "", options: type[BaseModel] | None = None
 ) -> Callable[[Thing], Thing]:
-    """Register a source of data: a function of one argument or two, which a job names in `data.source`.
+    """Register a source of data: a function that a job names in `data.source`.
 
-    It is called as `function(offline)`, with `options` behind it where it declares some; they are the job's
-    `data.options`. `offline` is the job's `backbone.offline`: where it is true nothing may be downloaded. It
-    returns the path of a folder or file that the job's task can read, or tables: a dictionary with "train",
-    and "test" where there is such a part, each a `pyarrow.Table` or a dictionary from a column's name to a
-    list, in the columns of a Parquet file of that task. It is called anew by every process that needs the
-    data, and must return the same examples each time.
+    It is called as `function(offline)`, with the job's `data.options` as a second argument where it has an
+    options model. `offline` is the job's `backbone.offline`: where it is true nothing may be downloaded. It
+    returns the path of a folder or file that the job's task can read, or a dictionary of tables: "train",
+    and perhaps "test", each a `pyarrow.Table` or a dictionary from a column's name to a list, with the
+    columns of a Parquet file of that task. Every process that needs the data calls it again, so it must
+    return the same examples each time.
 
     Raises:
         ConfigError: the name is taken.
@@ -117,11 +125,10 @@ def source(
 def backbone(
     name: str, *, summary: str = "", options: type[BaseModel] | None = None
 ) -> Callable[[Thing], Thing]:
-    """Register a backbone: a class that derives from `atoll.backbones.ImageBackbone` or `TextBackbone`.
+    """Register a backbone: a class derived from `atoll.backbones.ImageBackbone` or `TextBackbone`.
 
-    A job names it in `backbone.name`, with `plugin:` before the name. It is made as `Class()`, or
-    `Class(options)` where it declares options: a pydantic model given here, or a class `Options` inside it.
-    They are the job's `backbone.options`.
+    A job names it in `backbone.name`, with `plugin:` before the name. It is created as `Class()`, or as
+    `Class(options)` where it has an options model, with the job's `backbone.options`.
 
     Raises:
         ConfigError: the name is taken.
@@ -132,11 +139,11 @@ def backbone(
 def augmentation(
     name: str, *, summary: str = "", of: Literal["images", "texts"] = "images"
 ) -> Callable[[Thing], Thing]:
-    """Register a random variation of inputs, a function of two arguments that a job names in `train.augment`.
+    """Register an augmentation: a function that varies an input at random, named in `train.augment`.
 
-    It is called as `function(example, generator)` and returns an example of the same kind: of images an RGB
-    `PIL.Image` of the same size, of texts a string that isn't empty. `generator` is a `torch.Generator` on
-    the CPU: draw from it and from nothing else, and remember nothing from one example to the next.
+    It is called as `function(example, generator)`. With `of="images"` it takes and returns an RGB
+    `PIL.Image`, of the same size; with `of="texts"` a string, which must not become empty. `generator` is a
+    `torch.Generator` on the CPU: draw from it and from nothing else, and remember nothing between examples.
 
     Raises:
         ConfigError: the name is taken, or `of` is something else.

@@ -1,4 +1,4 @@
-"""What an extension's code consists of, so that what it has computed can be told from a later version's."""
+"""Hashes of an extension's code, so that cached results of one version are not used for another."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Code:
     """The code of an extension as it was imported."""
 
     sha256: str
-    """Of its module's file and of the files of its own that this one imports, wherever they lie."""
+    """One hash of its module's file and of all its own files that this file imports, directly or not."""
     uses: tuple[str, ...]
-    """The packages that these files import, each with the version that it states: `numpy 2.1.0`."""
+    """The packages that these files import, each with its `__version__`: `numpy 2.1.0`."""
 
 
 def code_of(name: str) -> Code | None:
-    """The code of the module of that name, as far as what it holds now leads to; None without a file.
+    """The code of an imported module and of its own files that it imports; None where it has no file.
 
-    Its own files are those outside of the standard library and of what is installed, and those of its own
-    package. What only a function imports, when it is called, isn't seen.
+    Own files are those of its package, and those outside the standard library and installed packages.
+    Modules that are imported inside a function, when it is called, are not seen.
     """
     module = sys.modules.get(name)
     if module is None or _file_of(module) is None:
@@ -51,12 +51,12 @@ def code_of(name: str) -> Code | None:
 
 
 def _held_by(module: ModuleType) -> Iterator[ModuleType]:
-    """The modules that a module's names lead to: those that it imports, and those of what it imports."""
+    """The modules that a module imports, and those that define the objects it imports."""
     for value in list(vars(module).values()):
         name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-        found = sys.modules.get(name) if isinstance(name, str) else None
-        if found is not None:
-            yield found
+        other = sys.modules.get(name) if isinstance(name, str) else None
+        if other is not None:
+            yield other
 
 
 def _is_own(module: ModuleType, top: str) -> bool:

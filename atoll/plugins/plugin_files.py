@@ -1,4 +1,4 @@
-"""Plugin files: Python files that are imported before a job is read, for what they register."""
+"""Plugin files: Python files that are imported before a job is read, so that their decorators register."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atoll.plugins.registry import failure_of, in_one_line, origin_is
 
 @dataclass(frozen=True)
 class PluginFile:
-    """A Python file that was loaded as a plugin."""
+    """A Python file that was loaded as a plugin: its absolute path and its hash."""
 
     file: str
     sha256: str
@@ -26,7 +26,7 @@ _files: dict[Path, PluginFile] = {}
 
 
 def load_file(path: str | Path) -> PluginFile:
-    """Import one Python file, whose decorators register what it brings; a second time nothing happens.
+    """Import one Python file, whose decorators then register; loading the same content again does nothing.
 
     Raises:
         ConfigError: there is no such file, it raises an error, or it registers a name that is taken.
@@ -48,7 +48,11 @@ def load_file(path: str | Path) -> PluginFile:
 
 
 def load_files(paths: Iterable[str | Path]) -> None:
-    """`load_file` of each."""
+    """Load each file in order, as `load_file` does.
+
+    Raises:
+        ConfigError: as `load_file`.
+    """
     for path in paths:
         load_file(path)
 
@@ -58,7 +62,7 @@ def files() -> list[PluginFile]:
     return list(_files.values())
 
 
-def _execute(file: Path, digest: str, given: str) -> None:
+def _execute(file: Path, digest: str, argument: str) -> None:
     """Import a file under a name that no installed module has.
 
     Raises:
@@ -67,7 +71,7 @@ def _execute(file: Path, digest: str, given: str) -> None:
     name = f"atoll_plugin_{file.stem}_{digest[:8]}"
     spec = spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--plugin {given}: expected a Python file, whose name ends in .py")
+        raise ConfigError(f"--plugin {argument}: expected a Python file, whose name ends in .py")
     module, loader = module_from_spec(spec), spec.loader
     sys.modules[name] = module
     failure = failure_of(lambda: loader.exec_module(module))
@@ -75,8 +79,8 @@ def _execute(file: Path, digest: str, given: str) -> None:
         return
     del sys.modules[name]
     if isinstance(failure, InputError):
-        raise ConfigError(f"--plugin {given}: {failure}")
-    raise ConfigError(f"--plugin {given}{_line_in(failure, file)}: {in_one_line(failure)}") from failure
+        raise ConfigError(f"--plugin {argument}: {failure}")
+    raise ConfigError(f"--plugin {argument}{_line_in(failure, file)}: {in_one_line(failure)}") from failure
 
 
 def _line_in(error: Exception, file: Path) -> str:

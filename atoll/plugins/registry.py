@@ -1,4 +1,4 @@
-"""What extensions bring, by kind and name: registered by decorators, or listed as entry points."""
+"""All extensions by kind and name, whether decorators registered them or entry points list them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ GROUPS = {
     "backbone": "atoll.backbones",
     "augmentation": "atoll.augmentations",
 }
-"""What can be brought, and the entry-point group that installed packages list it in."""
+"""The kinds of extensions, and the entry-point group in which installed packages list each kind."""
 
 WITH_CODE = ("backbone", "augmentation")
-"""Kinds whose code is hashed: what they compute may be kept, and their next version computes other things."""
+"""Kinds whose code is hashed: their results are cached, and another version may compute other results."""
 
 BACKBONE_PREFIX = "plugin:"
-"""What stands before the name of an extension's backbone in `backbone.name`."""
+"""The prefix of an extension's backbone in `backbone.name`."""
 
 BUILT_IN = "atoll"
-"""The origin of what comes with Atoll."""
+"""The origin of everything that comes with Atoll."""
 
 Thing = TypeVar("Thing", bound=Callable[..., Any])
 E = TypeVar("E")
@@ -41,7 +41,7 @@ E = TypeVar("E")
 
 @dataclass(frozen=True)
 class Extension:
-    """One thing that other people's code brings."""
+    """One strategy, task, partition or the like that other people's code brings."""
 
     kind: str
     """strategy, task, partition, metric, source, backbone or augmentation."""
@@ -52,19 +52,19 @@ class Extension:
     origin: str
     """Who brings it: a distribution and its version, or a Python file."""
     place: str
-    """`module:attribute`, where it is written."""
+    """`module:attribute` of its definition."""
     thing: Callable[..., Any] | None = None
-    """The class or function; None as long as its package isn't imported."""
+    """The class or function; None until its package is imported."""
     options: type[BaseModel] | None = None
-    """What checks the job's `options` for it."""
+    """The pydantic model that checks the job's options for it."""
     entry: EntryPoint | None = None
     of: str = "images"
-    """Of an augmentation: what it varies, images or texts."""
+    """For an augmentation, the inputs it varies: images or texts."""
     code: Code | None = None
-    """Of what it consisted when it was imported, for the kinds in `WITH_CODE`; None where no file has it."""
+    """The hashes of its code when it was imported, for kinds in `WITH_CODE`; None where no file holds it."""
 
     def loaded(self) -> Extension:
-        """The same with its `thing`, imported at first use.
+        """The same extension with its `thing`, whose package is imported at the first use.
 
         Raises:
             ConfigError: its package can't be imported.
@@ -85,19 +85,19 @@ class Extension:
 _brought: dict[str, dict[str, Extension]] = {kind: {} for kind in GROUPS}
 _registries: dict[str, Registry[Any]] = {}
 _origins: list[str] = []
-"""Who brings what is being imported right now, the innermost last."""
+"""The origins of the modules that are being imported at the moment, the innermost last."""
 _searched: set[str] = set()
 """Kinds whose entry points have been looked up."""
 
 
 class Registry(Mapping[str, E], Generic[E]):
-    """Everything of one kind by name: what comes with Atoll, and what extensions bring.
+    """All entries of one kind by name: Atoll's own (`built_in`) and those of extensions.
 
-    `of` makes an entry of an extension, without importing it. Entry points are looked up at the first name
-    that isn't known; iterating gives what is known so far, `everything` looks them up before.
+    `of` turns an extension into an entry without importing it. Entry points are looked up at the first
+    unknown name: iterating lists what is known until then, `everything` looks them up first.
 
     Raises:
-        ConfigError: an extension has a name that Atoll has given already.
+        ConfigError: an extension has the name of one of Atoll's own.
     """
 
     def __init__(self, kind: str, built_in: Mapping[str, E], of: Callable[[Extension], E]) -> None:
@@ -119,32 +119,32 @@ class Registry(Mapping[str, E], Generic[E]):
         return len(self._built_in) + len(_brought[self.kind])
 
     def has(self, name: str) -> bool:
-        """Whether it comes with Atoll."""
+        """Whether Atoll itself has an entry of this name."""
         return name in self._built_in
 
     def everything(self) -> dict[str, E]:
-        """All there is, also of installed packages; none of them is imported."""
+        """Every entry by name, installed packages' included; no package is imported for it."""
         _search(self.kind)
         return {name: self[name] for name in self}
 
     def origin(self, name: str) -> str:
-        """Who brings it: atoll, a distribution with its version, or a plugin's file."""
+        """Where an entry comes from: atoll, a distribution with its version, or a plugin's file."""
         return BUILT_IN if self.has(name) else brought(self.kind, name).origin
 
     def check(self, name: str, key: str, more: str = "") -> None:
-        """Raises ConfigError, in one line with the nearest name, if there is none of that name.
+        """Raises ConfigError, in one line with the nearest name, if there is no entry `name`.
 
-        `key` is the job's key that names it; `more` is said behind the known names.
+        `key` is the job's key that names it; `more` is added after the known names.
         """
         if name not in self:
             raise ConfigError(f"{key}: unknown {self.kind} {name!r}, {did_you_mean(name, self)}{more}")
 
 
 def brought(kind: str, name: str) -> Extension:
-    """What extensions bring by that name, not imported yet.
+    """The extension of this kind and name; its package may not be imported yet.
 
     Raises:
-        KeyError: none does; it may be Atoll's own.
+        KeyError: no extension has this name.
     """
     if name not in _brought[kind]:
         _search(kind)
@@ -152,7 +152,7 @@ def brought(kind: str, name: str) -> Extension:
 
 
 class origin_is:
-    """Within, what is registered comes from that origin."""
+    """Within the block, extensions that are registered get this origin."""
 
     def __init__(self, origin: str) -> None:
         self._origin = origin
@@ -167,7 +167,7 @@ class origin_is:
 def registering(
     kind: str, name: str, summary: str, options: type[BaseModel] | None = None, *, of: str = "images"
 ) -> Callable[[Thing], Thing]:
-    """A decorator that registers what it is put on.
+    """A decorator that registers the class or function that it decorates.
 
     Raises:
         ConfigError: the name is taken.
@@ -176,10 +176,10 @@ def registering(
     def register(thing: Thing) -> Thing:
         place = f"{thing.__module__}:{thing.__qualname__}"
         origin = _origins[-1] if _origins else _file_of(thing.__module__)
-        said = summary or (thing.__doc__ or "").strip().partition("\n")[0]
+        line = summary or (thing.__doc__ or "").strip().partition("\n")[0]
         model = options or getattr(thing, "Options", None)
         code = code_of(thing.__module__) if kind in WITH_CODE else None
-        _add(Extension(kind, name, said, origin, place, thing, model, of=of, code=code))
+        _add(Extension(kind, name, line, origin, place, thing, model, of=of, code=code))
         return thing
 
     return register
@@ -190,7 +190,11 @@ def _file_of(module: str) -> str:
 
 
 def _add(new: Extension) -> None:
-    """Raises ConfigError unless the name is free, or the very same thing's (a cell that is run again)."""
+    """Register an extension; one may replace itself, as when a notebook's cell is run again.
+
+    Raises:
+        ConfigError: another thing has the name.
+    """
     _check_new(new)
     known = _brought[new.kind].get(new.name)
     if known is not None and known.entry is not None:
@@ -209,7 +213,7 @@ def _check_new(new: Extension) -> None:
 
 
 def _is_same(known: Extension, new: Extension) -> bool:
-    """Whether both are one thing: a package's entry point may name what another module of it defines."""
+    """Whether both are one extension: an entry point may name it by another module of the same package."""
     if known.place == new.place:
         return True
     packages = {one.place.partition(":")[0].partition(".")[0] for one in (known, new)}
@@ -221,7 +225,7 @@ def _twice(kind: str, name: str, one: str, other: str) -> str:
 
 
 def _search(kind: str) -> None:
-    """Look the entry points of a kind up, once."""
+    """Look up the entry points of a kind, once per process."""
     if kind in _searched:
         return
     from importlib.metadata import entry_points  # every command imports this file, and few ask for more names
@@ -235,7 +239,7 @@ def _search(kind: str) -> None:
 
 
 def _add_entry(new: Extension) -> None:
-    """An entry point whose module was imported before has been registered by its decorator already."""
+    """Register an entry point; if its module is imported already, complete what its decorator registered."""
     _check_new(new)
     known = _brought[new.kind].get(new.name)
     _brought[new.kind][new.name] = (
@@ -244,18 +248,18 @@ def _add_entry(new: Extension) -> None:
 
 
 def _imported(entry: EntryPoint, origin: str) -> Callable[..., Any]:
-    found: list[Callable[..., Any]] = []
+    loaded: list[Callable[..., Any]] = []
     with origin_is(origin):
-        failure = failure_of(lambda: found.append(entry.load()))
+        failure = failure_of(lambda: loaded.append(entry.load()))
     if isinstance(failure, InputError):
         raise failure
     if failure is not None:
         raise ConfigError(f"{origin}: {entry.value} cannot be imported: {in_one_line(failure)}") from failure
-    return found[0]
+    return loaded[0]
 
 
 def failure_of(work: Callable[[], object]) -> Exception | None:
-    """What other people's code raises, or None where it raises nothing."""
+    """The exception that a call of other people's code raises; None where it raises none."""
     try:
         work()
     except Exception as failure:  # noqa: BLE001 - whatever it is, the caller tells it in one line
@@ -264,6 +268,6 @@ def failure_of(work: Callable[[], object]) -> Exception | None:
 
 
 def in_one_line(error: Exception) -> str:
-    """An error of other people's code: its kind, and what it says."""
-    said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """An exception of other people's code in one line: its type and its message."""
+    message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,8 +1,8 @@
-"""What a run has spent: epsilon of releases that were recorded at the noise itself.
+"""The epsilon of a run, computed from the releases that were recorded where noise was drawn.
 
-dp-accounting's PLD accountant gives the figure, on a grid refined until epsilon is stable to 0.1 %;
-its RDP accountant stands beside it as a looser bound by other means. Poisson sampling is the only
-sampling that amplifies here: a cohort of fixed size is charged as if everybody took part
+dp-accounting's PLD accountant computes it, on a grid refined until epsilon is stable to 0.1 %; its RDP
+accountant gives a looser bound by another method. Poisson sampling is the only sampling with amplification
+here: a cohort of fixed size is charged as if everybody took part
 (google/differential-privacy #378: dp-accounting's bound for sampling without replacement is too low).
 """
 
@@ -18,22 +18,22 @@ from typing import Literal
 Relation = Literal["add-or-remove-one", "replace-one"]
 
 STABLE = 1e-3
-"""Relative change of epsilon between two grids below which the finer one is taken."""
+"""The relative change of epsilon between two grids below which no finer grid is tried."""
 GRIDS = (0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5)
-"""Widths of the grid of privacy losses, each an upper bound; a wide one does where epsilon is large."""
+"""Widths of the grid of privacy losses; all give upper bounds, and wide ones suffice for a large epsilon."""
 USUAL_GRID = 1e-3
 """The grid whose curve is shown, and the widest that may call an epsilon infinite."""
 UNREACHABLE = 1e4
-"""Epsilon above which a guarantee says nothing and is reported as infinite."""
+"""Epsilon above which a guarantee is meaningless and reported as infinite."""
 PRECISION = 1.001
-"""Of a calibrated noise multiplier: this factor less would not do."""
+"""The precision of a calibrated noise multiplier: divided by this factor it would be too small."""
 DISCRETE_PART = 1 - 2.0**-50
-"""Of a noise multiplier counts: discrete noise costs no more than continuous noise of this part of it.
+"""The part of a noise multiplier that counts: discrete noise costs at most what this part of continuous does.
 
 On a grid as fine as `noise.Lattice`'s, for 1e12 numbers, and up to 2e-30 of epsilon (`discrete_accounting`).
 """
 LEAST_NOISE = 0.02
-"""A release with less noise than this has an epsilon above 1,000: it is reported as infinite too."""
+"""The noise multiplier below which epsilon, which is above 1,000, is reported as infinite too."""
 
 
 @dataclass(frozen=True, order=True)
@@ -59,9 +59,10 @@ Composition = Mapping[Release, int]
 
 
 def epsilon(spent: Composition, delta: float, relation: Relation = "add-or-remove-one") -> float:
-    """Epsilon at `delta` of all the releases together, by PLD; never negative, infinite if vacuous.
+    """Epsilon at `delta` of all the releases together, by PLD: at least 0, and infinite above `UNREACHABLE`.
 
-    The figure is an upper bound on every grid, and is at most 0.1 % below that of the next wider one.
+    `delta` is the allowed probability of failure and `relation` the neighbouring relation. The result is an
+    upper bound; it differs from that of the next wider grid by at most 0.1 %.
 
     Raises:
         ValueError: delta is not in (0, 1).
@@ -71,7 +72,7 @@ def epsilon(spent: Composition, delta: float, relation: Relation = "add-or-remov
 
 
 def epsilon_rdp(spent: Composition, delta: float, relation: Relation = "add-or-remove-one") -> float:
-    """The same by Rényi divergences: looser, by another implementation."""
+    """As `epsilon`, by Rényi divergences (RDP): a looser bound from another implementation."""
     _check_delta(delta)
     return _epsilon_rdp(_frozen(spent), delta, relation)
 
@@ -92,7 +93,7 @@ def rdp_accountant(spent: Composition, relation: Relation = "add-or-remove-one")
 
 
 def profile(spent: Composition, epsilons: Sequence[float]) -> list[float]:
-    """Delta of all the releases together at each epsilon, by PLD on one grid: upper bounds."""
+    """Upper bounds of delta for all the releases together, at each of the `epsilons`, by PLD on one grid."""
     from dp_accounting.pld import PLDAccountant
 
     accountant = PLDAccountant(_neighbours("add-or-remove-one"), USUAL_GRID)
@@ -102,9 +103,9 @@ def profile(spent: Composition, epsilons: Sequence[float]) -> list[float]:
 
 
 def within(spent: Composition, delta: float, budget: float, relation: Relation = "add-or-remove-one") -> bool:
-    """Whether the releases together stay within a budget; coarse grids answer where they can.
+    """Whether epsilon at `delta` of all the releases together is at most `budget`.
 
-    Every grid gives an upper bound, so that a coarse one that fits is proof enough.
+    Every grid gives an upper bound, so the first coarse grid that stays within the budget decides.
     """
     _check_delta(delta)
     frozen = _frozen(spent)
@@ -123,7 +124,9 @@ def calibrate(
     releases: int,
     relation: Relation = "add-or-remove-one",
 ) -> float:
-    """The smallest noise multiplier, to 0.1 %, whose releases together stay within a target.
+    """The smallest noise multiplier, to 0.1 %, with which all releases together stay within `target_epsilon`.
+
+    There are `releases` Gaussian releases, each at the Poisson rate `sampling_rate`.
 
     Raises:
         ValueError: the target isn't positive and finite, or no noise below 1e6 reaches it.
@@ -157,10 +160,10 @@ def _calibrate(target: float, delta: float, rate: float, releases: int, relation
 
 
 def _narrowed(low: float, high: float, target: float, epsilon_at: Callable[[float], float]) -> float:
-    """The upper end of a bracket of 0.1 %: epsilon_at(low) > target >= epsilon_at(high).
+    """The upper end of a bracket of 0.1 % with epsilon_at(low) > target >= epsilon_at(high).
 
-    Between close ends log epsilon is all but a line over log noise: two trials around the line's
-    answer close the bracket.
+    Between close ends log epsilon is nearly linear in log noise, so two trials around the line's solution
+    close the bracket.
     """
     above, below = epsilon_at(low), epsilon_at(high)
     while high / low > PRECISION:
@@ -239,7 +242,7 @@ def _neighbours(relation: Relation):  # type: ignore[no-untyped-def]
 
 
 def _sane(value: float) -> float:
-    """No figure but a number from 0 on, or infinity."""
+    """The value if it is a number from 0 to `UNREACHABLE`; 0 for a negative one, else infinity."""
     value = float(value)
     if math.isnan(value) or value >= UNREACHABLE:
         return math.inf

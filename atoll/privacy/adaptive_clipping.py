@@ -1,9 +1,9 @@
-"""A clipping norm that follows a quantile of the updates' norms, itself learnt in private.
+"""A clipping norm that follows a quantile of the updates' norms, estimated with differential privacy.
 
 Andrew et al. 2021, "Differentially Private Learning with Adaptive Clipping", section 3. Each client
-says whether its norm was within the clipping norm, as b - 1/2, so that one client moves the sum of
-them by 1/2; the sum is noised with deviation `count_deviation`. The norm that this round's answers
-lead to is used from the next round on: a norm that depended on the updates it clips would bound nothing.
+reports whether its norm was within the clipping norm, as b - 1/2, so that one client moves the sum of
+them by 1/2; the sum is noised with deviation `count_deviation`. The norm that follows from this round's
+reports is used from the next round on: a norm that depended on the updates it clips would bound nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def multiplier_of_sum(noise_multiplier: float, count_deviation: float) -> float:
 
 
 def noised_fraction(within: int, answered: int, *, noise: float, expected_cohort: float) -> float:
-    """The fraction of the expected cohort within the norm, in public: (sum of (b - 1/2) + noise) / m + 1/2.
+    """The noised fraction of the expected cohort within the norm: (sum of (b - 1/2) + noise) / m + 1/2.
 
-    `noise` has the count's deviation. The divisor is the expected cohort; clients that didn't answer
-    count as halfway, which moves the estimate, and reveals nothing.
+    `noise` is drawn with deviation `count_deviation`, and m is the expected cohort. Clients that didn't
+    answer count as one half, which biases the estimate and reveals nothing.
     """
     return (within - answered / 2 + noise) / expected_cohort + 0.5
 

@@ -41,12 +41,12 @@ from atoll.privacy.noise import Lattice
 Vector = NDArray[np.float64]
 
 LEAST_SQUARE = 1e-12
-"""The least that a round is charged, as a square of the sensitivity: a ledger knows no free releases."""
+"""The least squared sensitivity that a round is charged, since a ledger has no free releases."""
 
 
 @lru_cache(maxsize=64)
 def coefficients(bands: int) -> tuple[float, ...]:
-    """The first column of C: falling, with norm 1.
+    """The first column of C: `bands` decreasing numbers with L2 norm 1.
 
     >>> coefficients(1)
     (1.0,)
@@ -54,22 +54,22 @@ def coefficients(bands: int) -> tuple[float, ...]:
     [1.0, 0.5, 0.375, 0.3125]
 
     Raises:
-        ValueError: there is no band.
+        ValueError: `bands` is below 1.
     """
     if bands < 1:
         raise ValueError(f"bands must be >= 1, got {bands}")
-    found = [1.0]
+    column = [1.0]
     for k in range(1, bands):
-        found.append(found[-1] * (2 * k - 1) / (2 * k))
-    norm = math.sqrt(math.fsum(c * c for c in found))
-    return tuple(c / norm for c in found)
+        column.append(column[-1] * (2 * k - 1) / (2 * k))
+    norm = math.sqrt(math.fsum(c * c for c in column))
+    return tuple(c / norm for c in column)
 
 
 def squared_sensitivity(releases: Mapping[int, int], bands: int) -> float:
-    """How far one client moves the rows that were released, squared, in clipping norms.
+    """The squared sensitivity of all released rows to one client, in units of the squared clipping norm.
 
-    `releases` says how many times each round was released. It is the most over all participations with
-    at least `bands` rounds from one to the next.
+    `releases` is how many times each round was released. The result is the maximum over all participations
+    that are at least `bands` rounds apart.
     """
     rounds = max(releases, default=0)
     if _in_order(releases):
@@ -92,20 +92,20 @@ def _in_order(releases: Mapping[int, int]) -> bool:
 
 
 def _of_rounds(rounds: int, bands: int) -> float:
-    """The same of rounds 1, 2, ... that were released once each.
+    """The squared sensitivity for rounds 1, 2, ..., `rounds`, each released once.
 
-    To take part in round 1 and then as often as allowed costs most: only the last participation of any
-    can be cut off, every other one costs 1, and coefficients fall.
+    Taking part in round 1 and then as often as allowed costs most: every participation costs 1 except the
+    last, which the end of the run may cut off, and the coefficients decrease.
     """
     whole, rest = divmod(rounds, bands)
     return whole + math.fsum(c * c for c in coefficients(bands)[:rest])
 
 
 def cost_of_round(releases: Mapping[int, int], round: int, noise_multiplier: float, bands: int) -> Release:
-    """What one more release of a round adds to those that were made.
+    """The cost of one more release of `round`, given how many times each round was released.
 
-    Gaussian releases without sampling add up in the squares of 1 / noise multiplier, so that all costs
-    together are those of one release with noise multiplier / sensitivity.
+    For Gaussian releases without sampling, the squares of 1 / noise multiplier add up. All costs together
+    therefore equal one release with the noise multiplier divided by the sensitivity.
     """
     if _in_order(releases) and round == len(releases) + 1:
         return Release(noise_multiplier / coefficients(bands)[(round - 1) % bands], 1.0)
@@ -115,16 +115,16 @@ def cost_of_round(releases: Mapping[int, int], round: int, noise_multiplier: flo
 
 
 def sensitivity_of(spent: Mapping[Release, int], noise_multiplier: float) -> float:
-    """The sensitivity that a run's costs stand for, in clipping norms."""
+    """The sensitivity, in clipping norms, that the sum of a run's costs corresponds to."""
     squares = (count / release.noise_multiplier**2 for release, count in spent.items())
     return noise_multiplier * math.sqrt(math.fsum(squares))
 
 
 @dataclass
 class CorrelatedNoise:
-    """Sums and releases of the last bands - 1 rounds, the latest first, and what follows from them.
+    """The sums and releases of the last `bands` - 1 rounds, the latest first, from which noise is correlated.
 
-    `sums` are the clipped sums without noise: secret.
+    `sums` are clipped sums without noise, which must stay secret.
     """
 
     bands: int = 1
@@ -132,7 +132,7 @@ class CorrelatedNoise:
     released: list[Vector] = field(default_factory=list)
 
     def release(self, total: Vector, lattice: Lattice) -> Vector:
-        """The round's sum with its noise, correlated with that of the rounds before; they are kept."""
+        """The round's sum plus noise correlated with earlier rounds; both are stored for later rounds."""
         first, *later = coefficients(self.bands)
         combined, known = first * total, np.zeros_like(total)
         for c, earlier, public in zip(later, self.sums, self.released, strict=False):

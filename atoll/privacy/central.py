@@ -1,13 +1,13 @@
-"""Client-level privacy at a trusted server: one noise on the sum of a round's clipped updates.
+"""Client-level privacy at a trusted server: Gaussian noise on the sum of a round's clipped updates.
 
 Guarantee: (epsilon, delta) for one client's whole participation, neighbours differing by adding or
 removing one client, against everyone who sees the models but not the updates; the server sees the
-updates and is trusted. Epsilon comes from `privacy.accounting` for the releases that were
-recorded. Not covered: which clients were asked, how long rounds took, what clients say elsewhere.
+updates and is trusted. `privacy.accounting` computes epsilon from the recorded releases. Not covered: which
+clients were asked, how long rounds took, and what clients publish elsewhere.
 
 McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", with equal weights
-and a fixed divisor: the expected cohort, a public number, never who happened to answer. With several bands
-the noise is correlated over rounds (`banded`), and clients take part at most once in so many of them.
+and a fixed divisor: the expected cohort, a public number, never how many clients answered. With several bands
+the noise is correlated over rounds (`banded`), and a client takes part at most once in that many rounds.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class CentralGaussian:
-    """Clip, sum, noise, divide: one object, so that the noise always fits the sensitivity.
+    """The mechanism of client-level privacy: it clips, sums, noises and divides a round's updates.
 
-    `sampling_rate` is the rate of Poisson sampling; 1 for a cohort of fixed size, which amplifies
-    nothing here. `expected_cohort` is the divisor. `record` is told what a release costs before its
-    noise is drawn; if it raises, nothing is released. With a `count_deviation` it is also told, in
-    private and at no extra cost, which part of the norms was within the clipping norm. `correlation` holds
-    what noise of several bands needs of earlier rounds, and keeps this round's.
+    Each update is clipped to the L2 norm `clipping_norm` over all its tensors. Their sum gets discrete
+    Gaussian noise, drawn from `random_bits`, of deviation `noise_multiplier` times the sensitivity, which is
+    the clipping norm and what rounding adds. It is then divided by `expected_cohort`. `sampling_rate` is the
+    rate of Poisson sampling, or 1 for a cohort of fixed size, which is not amplified. `record` is called with
+    the cost of a release before its noise is drawn; if it raises, nothing is released. With a
+    `count_deviation`, `release` also returns the noised fraction of norms within the clipping norm, at no
+    extra cost. `correlation` holds the earlier rounds' sums that banded noise needs.
 
     >>> import torch
     >>> from atoll.privacy.noise import entropy
@@ -49,6 +51,9 @@ class CentralGaussian:
     >>> mean, _ = mechanism.release(updates, {"w": torch.zeros(3)})
     >>> mean["w"].shape, mean["w"].dtype, mechanism.event
     (torch.Size([3]), torch.float64, Release(noise_multiplier=1.1, sampling_rate=1.0))
+
+    Raises:
+        ValueError: a number isn't finite and positive, or the sampling rate isn't in (0, 1].
     """
 
     clipping_norm: float
@@ -70,14 +75,15 @@ class CentralGaussian:
 
     @property
     def event(self) -> Release:
-        """What each call of `release` spends; with several bands, each participation of a client."""
+        """The cost of each call of `release`; with several bands, of each participation of a client."""
         return Release(self.noise_multiplier, self.sampling_rate)
 
     def release(self, updates: Sequence[Update], model: Tensors) -> tuple[Tensors, float | None]:
-        """(the noised mean delta in float64, the noised fraction of norms within the clipping norm).
+        """(the noised mean delta in the shapes of `model`, float64; the noised fraction of norms, or None).
 
-        The noise does not depend on how many answered; with no update at all it is noise alone.
-        Tensors are taken in the order of their names.
+        The fraction is that of norms within the clipping norm; None without a `count_deviation`. The noise
+        does not depend on how many clients answered: without any update the result is noise alone. Tensors
+        are processed in the order of their names.
         """
         names = sorted(model)
         sizes = [model[name].numel() for name in names]
@@ -99,11 +105,11 @@ class CentralGaussian:
         return noised_fraction(within, answered, noise=noise, expected_cohort=self.expected_cohort)
 
     def lattice(self, numbers: int) -> Lattice:
-        """The noise for a sum of so many numbers: its sensitivity is the clipping norm, and the rounding.
+        """The noise for a sum of `numbers` numbers, whose sensitivity is the clipping norm plus rounding.
 
-        A participation is rounded in as many rounds as there are bands. One that a run's end cuts off after
-        r rounds has a part of the squared column norm that is at least r / bands, as coefficients fall:
-        its rounding is within its part of the bound too.
+        A participation is rounded in as many rounds as there are bands. One that the end of a run cuts off
+        after r rounds has at least r / bands of the squared column norm, since coefficients decrease, so its
+        rounding is within its share of the bound too.
         """
         left = self.noise_multiplier
         if self.count_deviation is not None:

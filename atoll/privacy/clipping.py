@@ -1,4 +1,4 @@
-"""Bounding what one unit can contribute: L2 clipping over all tensors together.
+"""Bounds the contribution of one unit: L2 clipping over all tensors together.
 
 Clipping each tensor to the norm on its own would allow a contribution sqrt(tensors) times as large.
 """
@@ -15,14 +15,14 @@ from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
 
 NUMBERS_PER_BLOCK = 1 << 22
-"""Numbers of all clients that are in float64 at a time."""
+"""How many numbers, of all clients together, are converted to float64 at a time."""
 
 
 def clipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[Tensors, torch.Tensor]:
     """(the sum of the clipped deltas in float64, each client's norm before clipping, [clients]).
 
-    Every client has weight one, whatever number of examples it states. A delta with a value that
-    isn't finite counts as zero, and so does its norm: nobody else can see that there was one.
+    Every client has weight one, whatever number of examples it reports. A delta with a value that isn't
+    finite counts as zero, and so does its norm, so that the result does not reveal that there was one.
 
     Raises:
         ValueError: the clipping norm isn't finite and positive.
@@ -37,7 +37,7 @@ def clipped_sum(updates: Sequence[Update], *, clipping_norm: float) -> tuple[Ten
 
 
 def _shapes(updates: Sequence[Update]) -> dict[str, torch.Size]:
-    """Of each tensor of one client."""
+    """The shape of each tensor of one client, by name."""
     if isinstance(updates, StackedUpdates):
         return {name: stack.shape[1:] for name, stack in updates.delta.items()}
     return {name: tensor.shape for name, tensor in updates[0].delta.items()}
@@ -52,14 +52,14 @@ def _norms(updates: Sequence[Update], names: Iterable[str]) -> torch.Tensor:
 
 
 def _scaled_sum(scale: torch.Tensor, updates: Sequence[Update], name: str) -> torch.Tensor:
-    """Sum over clients of scale times value, flat; a client of scale zero adds nothing, not even NaN."""
+    """The sum over clients of scale times value, flat; a client with scale 0 adds nothing, not even NaN."""
     counted = [place for place, factor in enumerate(scale.tolist()) if factor > 0]
     weights = scale[scale > 0]
     return torch.cat([weights @ block for block in _blocks(updates, name, counted)])
 
 
 def _blocks(updates: Sequence[Update], name: str, places: Sequence[int]) -> Iterator[torch.Tensor]:
-    """One tensor of the updates at those places in float64, [places, numbers], a block at a time."""
+    """One tensor of the updates at `places`, in float64 blocks of [places, numbers]."""
     columns = _columns(len(updates))
     if isinstance(updates, StackedUpdates):
         flat = updates.delta[name].reshape(len(updates), -1)

@@ -1,4 +1,4 @@
-"""What a discrete Gaussian on a grid costs in privacy, as continuous noise that costs as much or more.
+"""The privacy cost of a discrete Gaussian on a grid, bounded by that of slightly smaller continuous noise.
 
 One number. Canonne, Kamath and Steinke 2020 (arXiv 2004.00010, theorem 7) give the exact delta of each
 epsilon: P[X > a - D/2] - exp(epsilon) P[X > a + D/2] with a = epsilon variance / D, for a sensitivity of D
@@ -39,24 +39,24 @@ from fractions import Fraction
 from atoll.privacy.accounting import Composition, Relation, Release, epsilon
 
 SLACK = 1e-30
-"""At most, where noise isn't drawn in shares; epsilon grows by twice this."""
+"""The largest slack where noise isn't drawn in shares; epsilon grows by at most twice this."""
 
 
 @dataclass(frozen=True)
 class Excess:
-    """How much more than its continuous namesake's the privacy of discrete noise costs, at most."""
+    """A bound on how much more discrete noise costs in privacy than continuous noise of the same variance."""
 
     noise_factor: float
-    """Continuous noise of this part of the deviation costs no less, up to the slack."""
+    """Continuous noise of this part of the deviation costs at least as much, up to the slack."""
     slack: float
     """Epsilon grows by twice this, and delta by a factor of its exponential."""
 
 
 def discrete_excess(variance: Fraction, numbers: int, shares: int = 1) -> Excess:
-    """For so many numbers with discrete Gaussian noise, released over a whole run, in all its vectors.
+    """The excess cost of a run that releases `numbers` numbers in all, each with discrete Gaussian noise.
 
     `variance` is the least of any release, in squared grid steps. With `shares`, each number's noise is the
-    sum of so many independent discrete Gaussians of this variance each, as in a secure sum.
+    sum of `shares` independent discrete Gaussians, each of this variance, as in a secure sum.
 
     Raises:
         ValueError: there are no numbers or shares, or the grid is too coarse for the bound to say much.
@@ -73,7 +73,7 @@ def discrete_excess(variance: Fraction, numbers: int, shares: int = 1) -> Excess
 
 
 def sum_deviation(variance: Fraction, shares: int) -> float:
-    """How far a sum of discrete Gaussians is from one of the summed variance: no log ratio is larger.
+    """The largest log ratio between a sum of discrete Gaussians and the one of the summed variance.
 
     `variance` is each share's, in squared grid steps. Kairouz, Liu and Steinke 2021, "The Distributed
     Discrete Gaussian Mechanism" (arXiv 2102.06387), section 4: 5 times the sum of

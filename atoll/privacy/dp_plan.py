@@ -1,4 +1,4 @@
-"""A job's promises in numbers: how much noise, for how many releases, at which sampling rate.
+"""The numbers behind a job's promise of privacy: noise, number of releases and sampling rate.
 
 Every number here is public: it follows from the job alone, never from anybody's data.
 """
@@ -17,16 +17,16 @@ from atoll.privacy.accounting import Composition, Release, calibrate, compose, w
 from atoll.privacy.banded import cost_of_round, sensitivity_of, squared_sensitivity
 
 SUMMING = 1e-12
-"""How far, as a part, the sum of a planned run's costs may be from the plan, for floats are rounded."""
+"""The relative difference that rounding may make between a planned run's summed costs and its plan."""
 
 
 @dataclass(frozen=True)
 class DpPlan:
-    """What a unit is promised, resolved.
+    """The resolved plan of one promise: the mechanism's noise, and what the whole run spends.
 
-    `releases` is how many a unit can be part of in the whole run, each of kind `cost`, `per_round` of
-    them in a round; `divisor` is what a noised sum is divided by. With several `bands` a round's release
-    costs what `cost_of_round` says, and `event` is what each participation of a client costs.
+    A unit takes part in at most `releases` releases in the run, `per_round` of them in a round; each costs
+    `event`. A noised sum is divided by `divisor`. With several `bands` a round's release costs
+    `cost_of_round` instead, and `event` is the cost of each participation of a client.
     """
 
     unit: Unit
@@ -45,19 +45,19 @@ class DpPlan:
 
     @property
     def planned(self) -> Mapping[Release, int]:
-        """What the whole run spends, if nothing has to be done twice."""
+        """All releases of the whole run, if no round is repeated."""
         if self.bands == 1:
             return {self.event: self.releases}
         return {Release(self.noise_multiplier / planned_sensitivity(self.releases, self.bands), 1.0): 1}
 
     def cost_of_round(self, charged: Mapping[int, int], round: int) -> Release:
-        """What the server's release of a round costs where so many of each round were charged already."""
+        """The cost of the server's release of a round; `charged` has the charges of each round so far."""
         if self.bands == 1:
             return self.event
         return cost_of_round(charged, round, self.noise_multiplier, self.bands)
 
     def within_budget(self, spent: Composition, count: int, cost: Release | None = None) -> bool:
-        """Whether `count` more releases stay within the target; without one, everything does."""
+        """Whether `count` more releases stay within the target epsilon; True where there is no target."""
         target, more = self.promise.epsilon, {cost or self.event: count}
         if target is None:
             return True
@@ -69,17 +69,17 @@ class DpPlan:
     def _is_planned(self, total: Counter[Release]) -> bool:
         if self.bands == 1:
             return set(total) <= {self.event} and sum(total.values()) <= self.releases
-        found = sensitivity_of(total, self.noise_multiplier)
-        return found <= planned_sensitivity(self.releases, self.bands) * (1 + SUMMING)
+        sensitivity = sensitivity_of(total, self.noise_multiplier)
+        return sensitivity <= planned_sensitivity(self.releases, self.bands) * (1 + SUMMING)
 
 
 def planned_sensitivity(rounds: int, bands: int) -> float:
-    """Of a run of so many rounds, none of them done twice, in clipping norms."""
+    """The sensitivity, in clipping norms, of a run of `rounds` rounds that are not repeated."""
     return math.sqrt(squared_sensitivity(dict.fromkeys(range(1, rounds + 1), 1), bands))
 
 
 def dp_plan_of(job: Job, unit: Unit) -> DpPlan | None:
-    """The terms of a unit, or None where the job promises it nothing.
+    """The plan for a unit (client or example), or None where the job promises it nothing.
 
     Raises:
         ConfigError: no noise reaches the target epsilon.
@@ -107,10 +107,10 @@ def dp_plan_of(job: Job, unit: Unit) -> DpPlan | None:
 
 
 def distributed_terms(job: Job) -> DpPlan | None:
-    """The terms of the promise whose noise the clients add together, if there is one."""
-    found = [dp_plan_of(job, unit) for unit in job.privacy.units]
+    """The plan of the promise whose noise all clients add together in a secure sum, if there is one."""
+    plans = [dp_plan_of(job, unit) for unit in job.privacy.units]
     return next(
-        (dp_plan for dp_plan in found if dp_plan is not None and dp_plan.where == "distributed"), None
+        (dp_plan for dp_plan in plans if dp_plan is not None and dp_plan.where == "distributed"), None
     )
 
 

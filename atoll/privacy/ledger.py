@@ -1,9 +1,9 @@
-"""What a unit's data has been charged, on disk: append-only, synced, every line chained to the one before.
+"""The ledger of privacy charges to one owner's data: an append-only file whose lines are chained by hashes.
 
 An entry is written and synced before its release leaves, so a crash in between can only charge too much; a
-line that was changed shows (`atoll.system.chained_log`). One ledger is bound to one owner of data, and
-outlives runs and jobs, of which several may write to it at the same time: what is read, decided and written
-within `alone` nobody comes between. Data that changes is charged on: what it held before may still be in it.
+changed line is detected (`atoll.system.chained_log`). A ledger belongs to one owner of data and lasts beyond
+runs and jobs. Several processes may use it at the same time: within `alone` no other can write. Charges
+remain when the data changes, since earlier content may still be in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """One charge: for which release of which round of which job, on data of which fingerprint."""
+    """One charge: `count` times `release`, for a round of a run (`job`), on data with this fingerprint."""
 
     job: str
     round: int
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass
 class Ledger:
-    """An open ledger; `spent` counts every kind of release that was ever charged."""
+    """An open ledger; `spent` counts all releases that were ever charged, by kind."""
 
     path: Path
     fingerprint: str
@@ -52,13 +52,13 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path, fingerprint: str, *, durable: bool = True) -> Ledger:
-        """The ledger at `path`, read and checked; a new one if there is none.
+        """The ledger at `path`, read and verified; a new one if the file does not exist.
 
-        A last line that a crash left unfinished is taken off: its release never left. What is not
-        `durable` is not waited for: it is for noise that a seed repeats, and that protects nobody.
+        An unfinished last line after a crash is removed, since its release never left. Without `durable`,
+        charges are not synced: that is for seeded noise in simulations, which protects nobody.
 
         Raises:
-            DataError: the chain is broken, or the ledger belongs to other data.
+            DataError: the chain of hashes is broken, or the ledger belongs to another `fingerprint`.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         ledger = cls(path, fingerprint, durable)
@@ -69,19 +69,19 @@ class Ledger:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For the time of the block the ledger is up to date, and nobody else's.
+        """Within the block, the ledger is up to date and locked for other processes.
 
-        What another process charged before is in `spent` then, and what it wants to charge has to wait: a
-        decision by `spent` holds until the block ends. Blocks may lie within each other.
+        Their earlier charges are in `spent`, and further ones wait, so that a decision by `spent` holds until
+        the block ends. Blocks may be nested.
 
         Raises:
-            DataError: the ledger was changed.
+            DataError: the file was tampered with.
         """
         with self._log.alone():
             yield
 
     def charge(self, entry: Entry) -> None:
-        """Write an entry down and wait until it is on the disk; only then may the release leave."""
+        """Write an entry and wait until it is on disk; only then may the release leave."""
         fields = {
             "job": entry.job,
             "round": entry.round,
@@ -96,11 +96,11 @@ class Ledger:
             self._count(entry)
 
     def spent_on(self, job: str) -> Counter[Release]:
-        """What one job was charged, of all the jobs on this data."""
+        """The releases that one job (or run) was charged for, by kind."""
         return self._of_job.get(job, Counter())
 
     def has(self, job: str, round: int) -> bool:
-        """Whether that round of the job was charged."""
+        """Whether this round of the job was charged."""
         return round in self._rounds.get(job, ())
 
     def rounds_of(self, job: str) -> Counter[int]:
@@ -108,7 +108,7 @@ class Ledger:
         return self._rounds.get(job, Counter())
 
     def data_of(self, job: str) -> set[str]:
-        """Fingerprints of the data that the job was charged for."""
+        """The fingerprints of the data that the job was charged on."""
         return {entry.data for entry in self.entries if entry.job == job}
 
     def _read(self, fields: Mapping[str, Any], number: int) -> None:

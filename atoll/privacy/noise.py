@@ -1,8 +1,8 @@
 """Discrete Gaussian noise on a grid, from the operating system's entropy or, in a simulation, from a seed.
 
-A float has more values near zero than far from it, and sampled noise hits only some of them, so
-that plain floating-point noise gives away what it was added to (Mironov 2012, "On significance of
-the least significant bits for differential privacy"). Here the value and the noise are both whole
+Floats are denser near zero, and sampled noise reaches only some of them, so that plain floating-point noise
+can reveal the value to which it was added (Mironov 2012, "On significance of the least significant bits for
+differential privacy"). Here the value and the noise are both whole
 multiples of one granularity, a power of two far below the noise's deviation. The noise is drawn as a
 whole number, exactly and without floats (`discrete_gaussian`); its sum with the value is exact in
 float64, and all that follows is post-processing.
@@ -22,35 +22,35 @@ from numpy.typing import NDArray
 from atoll.privacy.discrete_gaussian import DiscreteGaussian
 
 RandomBits = Callable[[int], NDArray[np.uint64]]
-"""So many fresh random 64-bit words."""
+"""A source of randomness: count to as many fresh random 64-bit words, [count]."""
 
 FINENESS = 28
 """The deviation is two to this power of grid steps, or up to twice as many."""
 
 
 def entropy(count: int) -> NDArray[np.uint64]:
-    """Words of the operating system's cryptographic generator."""
+    """Random 64-bit words from the operating system's cryptographic generator, [count]."""
     return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
 
 
 def seeded(seed: int) -> RandomBits:
-    """Words that a seed repeats (Philox, Salmon et al. 2011): for simulations, they protect nobody."""
+    """A source that a seed repeats (Philox, Salmon et al. 2011): for simulations only, it protects nobody."""
     source = np.random.Philox(key=seed)
     return lambda count: np.asarray(source.random_raw(count), dtype=np.uint64)
 
 
 def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each word, of its upper 53 bits."""
+    """A number in [0, 1) for each 64-bit word, from its upper 53 bits; same shape, float64."""
     numbers: NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return numbers
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """Discrete Gaussian noise of one deviation for values that are rounded to its granularity.
+    """Discrete Gaussian noise of one deviation, for values that are rounded to its granularity.
 
-    Rounding moves each number by half a granularity at most, so a vector of n numbers by
-    `rounding(n)` in L2 norm: a sensitivity grows by twice that.
+    Rounding moves each number by at most half a granularity, so a vector of n numbers by at most
+    `rounding(n)` in L2 norm; a sensitivity grows by at most twice that.
     """
 
     deviation: float
@@ -62,24 +62,24 @@ class Lattice:
 
     @property
     def granularity(self) -> float:
-        """A power of two."""
+        """The grid step, a power of two, in units of the values."""
         return 2.0 ** (math.floor(math.log2(self.deviation)) - FINENESS)
 
     def rounding(self, numbers: int) -> float:
-        """How far rounding moves a vector of so many numbers at most, in L2 norm."""
+        """The largest L2 distance by which rounding moves a vector of `numbers` numbers."""
         return 0.5 * self.granularity * math.sqrt(numbers)
 
     @property
     def variance(self) -> Fraction:
-        """Of the noise, in squared grid steps."""
+        """The variance of the noise, in squared grid steps."""
         return (Fraction(self.deviation) / Fraction(self.granularity)) ** 2
 
     def whole_noise(self, count: int) -> NDArray[np.int64]:
-        """Discrete Gaussian numbers, in grid steps."""
+        """Discrete Gaussian noise in grid steps, [count]."""
         return DiscreteGaussian(self.variance, self.random_bits).draw(count)
 
     def noise(self, count: int) -> NDArray[np.float64]:
-        """Whole multiples of the granularity, in units of the values."""
+        """Discrete Gaussian noise in units of the values, [count]; whole multiples of the granularity."""
         return self.whole_noise(count).astype(np.float64) * self.granularity
 
     def added(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -89,7 +89,9 @@ class Lattice:
         return noisy
 
 
-def lattice_for(noise_multiplier: float, sensitivity: float, numbers: int, words: RandomBits) -> Lattice:
-    """The noise for a sum of so many numbers: what rounding adds to its sensitivity is noised too."""
-    plain = Lattice(noise_multiplier * sensitivity, words)
-    return Lattice(noise_multiplier * (sensitivity + 2 * plain.rounding(numbers)), words)
+def lattice_for(
+    noise_multiplier: float, sensitivity: float, numbers: int, random_bits: RandomBits
+) -> Lattice:
+    """The noise for a sum of `numbers` numbers, with `sensitivity` enlarged by what rounding adds."""
+    plain = Lattice(noise_multiplier * sensitivity, random_bits)
+    return Lattice(noise_multiplier * (sensitivity + 2 * plain.rounding(numbers)), random_bits)

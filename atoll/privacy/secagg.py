@@ -71,15 +71,15 @@ def check_threshold(threshold: int, clients: int) -> None:
 
 
 class Verifier(Protocol):
-    """What knows the keys of a federation's clients."""
+    """Verifies signatures of a federation's clients by their public keys."""
 
     def has_signed(self, client: str, content: bytes, signature: bytes) -> bool:
-        """Whether that client of the federation has signed these bytes; False for one that isn't there."""
+        """Whether the signature of `content` is the client's; False for clients outside the federation."""
         ...
 
 
 class Identity(Verifier, Protocol):
-    """What signs for a client, and knows who the others are."""
+    """Signs for a client, and verifies the other clients' signatures."""
 
     def knows(self, client: str) -> bool:
         """Whether the federation has a client of that name."""
@@ -94,9 +94,9 @@ class Identity(Verifier, Protocol):
 class Participant:
     """One client's part in one round; its secrets are made here and never leave in the clear.
 
-    `context` names run and round, so that nothing of one round is of use in another. With an `identity`
-    it believes no key and no list of survivors that isn't signed. `cohort` is how many clients the job says
-    take part, 0 where it doesn't: the threshold is never below what so many need.
+    `context` names run and round, so that messages of one round cannot be used in another. With an
+    `identity`, unsigned keys and unsigned lists of survivors are refused. `cohort` is the number of clients
+    that the job states, or 0: the threshold must not be below `least_threshold` of it.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Participant:
     def advertise(self) -> bytes:
         """Stage 1: the two public keys and the hash of the seed, 96 bytes, and their signature.
 
-        A call that comes again gets the same bytes.
+        A repeated call returns the same bytes.
         """
         if not self._advertised:
             public = [key.public_key().public_bytes_raw() for key in (self._cipher_key, self._mask_key)]
@@ -157,7 +157,7 @@ class Participant:
         """Stage 3: the vector under its masks, with all clients whose shares came.
 
         Raises:
-            SecureAggregationFailed: too few dealt, or what one dealt was changed on its way.
+            SecureAggregationFailed: too few clients dealt shares, or a share was changed on its way.
         """
         if set(dealt) - (set(self._keys) - {self.name}) or len(dealt) + 1 < self.threshold:
             raise SecureAggregationFailed(f"{len(dealt) + 1} clients dealt shares, needed {self.threshold}")
@@ -197,8 +197,8 @@ class Participant:
         """
         names = self._only_list(arrived)
         if self.identity is not None:
-            said = self._list_said(names)
-            good = [n for n in names if self.identity.has_signed(n, said, signatures.get(n, b""))]
+            content = self._list_said(names)
+            good = [n for n in names if self.identity.has_signed(n, content, signatures.get(n, b""))]
             if len(good) < self.threshold:
                 raise SecureAggregationFailed(
                     f"{len(good)} clients signed the list of vectors that arrived, needed {self.threshold}"
@@ -212,7 +212,7 @@ class Participant:
         return b"" if self.identity is None else self.identity.sign(content)
 
     def _list_said(self, names: Sequence[str]) -> bytes:
-        """What every client signs of a list of survivors."""
+        """The bytes that every client signs to confirm a list of survivors."""
         return b"\0".join((b"atoll survivors", self.context, *(name.encode() for name in names)))
 
     def _check_signatures(self, keys: Mapping[str, bytes]) -> None:
@@ -300,39 +300,39 @@ def _recovered(
     places: Mapping[str, int],
     threshold: int,
 ) -> bytes:
-    found = [
+    values = [
         (places[holder], shares[name][1:])
         for holder, shares in sorted(revealed.items())
         if shares.get(name, b"")[:1] == kind
     ]
-    if len(found) < threshold:
-        raise SecureAggregationFailed(f"{len(found)} shares of {name}, needed {threshold}")
-    return shamir_combine(found[:threshold])
+    if len(values) < threshold:
+        raise SecureAggregationFailed(f"{len(values)} shares of {name}, needed {threshold}")
+    return shamir_combine(values[:threshold])
 
 
-def _add_pairwise(total: Vector, own: str, other: str, seed: bytes) -> None:
+def _add_pairwise(total: Vector, client: str, other: str, seed: bytes) -> None:
     """Add the mask that two clients share, or take it off: the first by name adds."""
     mask = mask_of(seed, len(total))
-    if own < other:
+    if client < other:
         total += mask
     else:
         total -= mask
 
 
 def commitment(seed: bytes) -> bytes:
-    """The hash by which a client commits itself to its seed, 32 bytes; 256 random bits can't be guessed."""
+    """The hash, 32 bytes, by which a client commits itself to its seed of 256 random bits."""
     return hashlib.sha256(b"atoll seed\0" + seed).digest()
 
 
 def keys_said(context: bytes, client: str, keys: bytes) -> bytes:
-    """What a client signs of its keys."""
+    """The bytes that a client signs to confirm its keys."""
     return b"\0".join((b"atoll keys", context, client.encode(), keys))
 
 
 def is_signed(verifier: Verifier, context: bytes, client: str, advertised: bytes) -> bool:
     """Whether what a client advertised in that round is signed by its site."""
-    said = keys_said(context, client, advertised[:KEY_BYTES])
-    return verifier.has_signed(client, said, advertised[KEY_BYTES:])
+    content = keys_said(context, client, advertised[:KEY_BYTES])
+    return verifier.has_signed(client, content, advertised[KEY_BYTES:])
 
 
 def mask_key_of(advertised: bytes) -> bytes:
@@ -341,19 +341,19 @@ def mask_key_of(advertised: bytes) -> bytes:
 
 
 def keys_fault(advertised: bytes) -> str | None:
-    """Why nobody could agree on a secret with who advertised this; None where they could."""
-    own = X25519PrivateKey.generate()
+    """Why no secret can be agreed on with these public keys; None where it can."""
+    trial = X25519PrivateKey.generate()
     try:
         for start in (0, 32):
-            own.exchange(X25519PublicKey.from_public_bytes(advertised[start : start + 32]))
+            trial.exchange(X25519PublicKey.from_public_bytes(advertised[start : start + 32]))
     except ValueError:
         return "its public keys are none"
     return None
 
 
-def agreed_seed(own: X25519PrivateKey, other: bytes, context: bytes) -> bytes:
-    """The seed of the mask that two clients share, from one's private and the other's public key."""
-    return derived(own.exchange(X25519PublicKey.from_public_bytes(other)), b"atoll mask", context)
+def agreed_seed(private_key: X25519PrivateKey, other: bytes, context: bytes) -> bytes:
+    """The seed of the mask that two clients share, from one client's private and the other's public key."""
+    return derived(private_key.exchange(X25519PublicKey.from_public_bytes(other)), b"atoll mask", context)
 
 
 def derived(secret: bytes, purpose: bytes, context: bytes) -> bytes:
@@ -363,13 +363,13 @@ def derived(secret: bytes, purpose: bytes, context: bytes) -> bytes:
 
 
 def mask_of(seed: bytes, count: int) -> Vector:
-    """So many uniform integers from a 32-byte seed that is used for nothing else: AES-256, counter mode."""
+    """`count` uniform 64-bit integers from a 32-byte seed that is used only here: AES-256 in counter mode."""
     stream = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
     return np.frombuffer(stream.update(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)
 
 
 def _nonce(sender: str, receiver: str) -> bytes:
-    """A pair's key encrypts one message in each direction."""
+    """The nonce of a pair's message; each pair's key encrypts one message in each direction."""
     return bytes(11) + (b"\1" if sender < receiver else b"\2")
 
 
@@ -377,13 +377,13 @@ def shamir_split(secret: bytes, threshold: int, places: Iterable[int]) -> list[b
     """Shamir's shares (1979): values of a random polynomial that is the secret at 0."""
     coefficients = [int.from_bytes(secret, "little")]
     coefficients += [int.from_bytes(os.urandom(72), "little") % PRIME for _ in range(threshold - 1)]
-    found = []
+    shares = []
     for place in places:
         value = 0
         for coefficient in reversed(coefficients):
             value = (value * place + coefficient) % PRIME
-        found.append(value.to_bytes(SHARE_BYTES, "little"))
-    return found
+        shares.append(value.to_bytes(SHARE_BYTES, "little"))
+    return shares
 
 
 def shamir_combine(shares: Sequence[tuple[int, bytes]]) -> bytes:

@@ -1,8 +1,8 @@
-"""What goes into a secure sum and comes out: vectors of integers, with a share of the noise each.
+"""Encodes updates for a secure sum as vectors of integers with a share of the noise, and decodes the sum.
 
-The shares of `threshold` clients together are as much noise as the sum needs (Kairouz et al. 2021,
-"The Distributed Discrete Gaussian Mechanism", section 4): if more of them answer there is more, and
-with fewer the sum is never opened. Every number here that scales the vector is public.
+The noise shares of `threshold` clients together are as much as the sum needs (Kairouz et al. 2021, "The
+Distributed Discrete Gaussian Mechanism", section 4). If more clients answer there is more noise; with fewer
+the sum is never opened. Every factor that scales the vector is public.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from atoll.protocol.requests import SumRequest
 from atoll.protocol.tensors import Tensors
 
 PLAIN_GRANULARITY = 2.0**-32
-"""Of weighted sums without noise: they are exact to this, and must stay below 2^31."""
+"""The precision of weighted sums without noise, whose values must stay below 2^31."""
 EXTRA = ("weight", "train_loss.sum", "train_loss.count")
-"""What follows the tensors where nothing is promised: for a mean by examples, and the training loss."""
+"""Numbers after the tensors where no privacy is promised, for a weighted mean and the training loss."""
 
 
 class OutOfRange(JobError):
@@ -34,22 +34,24 @@ class OutOfRange(JobError):
 
 @dataclass(frozen=True)
 class FixedPointCodec:
-    """How vectors of a round become integers and back: everyone computes the same."""
+    """Converts a round's vectors to integers and sums back; all clients and the server use the same one."""
 
     granularity: float
     lattice: Lattice | None
 
     @classmethod
-    def of(cls, dp_plan: DpPlan | None, numbers: int, threshold: int, words: RandomBits) -> FixedPointCodec:
-        """For so many numbers; with terms, a client's share of the noise is on the lattice."""
+    def of(
+        cls, dp_plan: DpPlan | None, numbers: int, threshold: int, random_bits: RandomBits
+    ) -> FixedPointCodec:
+        """The codec for vectors of `numbers` numbers; with a plan, integers include the client's noise."""
         if dp_plan is None:
             return cls(PLAIN_GRANULARITY, None)
         share = dp_plan.noise_multiplier / math.sqrt(threshold)
-        lattice = lattice_for(share, dp_plan.promise.clipping_norm, numbers, words)
+        lattice = lattice_for(share, dp_plan.promise.clipping_norm, numbers, random_bits)
         return cls(lattice.granularity, lattice)
 
     def integers(self, values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Vector:
-        """Rounded to the lattice, with the share of the noise, modulo 2^64.
+        """The values [numbers] rounded to the grid, with the client's share of the noise, modulo 2^64.
 
         Raises:
             OutOfRange: a number without noise is not finite or is 2^31 or more.
@@ -69,31 +71,31 @@ class FixedPointCodec:
 
 
 def length(model: Tensors, *, private: bool) -> int:
-    """Numbers in a contribution."""
+    """How many numbers a contribution has."""
     return sum(t.numel() for t in model.values()) + (0 if private else len(EXTRA))
 
 
 def flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All numbers in the order of the tensors' names, float64."""
+    """All numbers of the tensors as one float64 vector, in the order of the tensors' names."""
     return torch.cat([tensors[name].reshape(-1).to(torch.float64) for name in sorted(tensors)])
 
 
 def unflatten(numbers: torch.Tensor, model: Tensors) -> Tensors:
-    """`flat` undone."""
+    """The inverse of `flat`: a vector as tensors with the names and shapes of `model`."""
     names = sorted(model)
     parts = torch.split(numbers, [model[name].numel() for name in names])
     return {name: part.reshape(model[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def weighted(update: Update) -> torch.Tensor:
-    """An update for a mean by examples: its delta times its weight, the weight, and the training loss."""
+    """An update's vector for a weighted mean: delta times weight, the weight and the training loss."""
     states = [update.states[name].reshape(1).to(torch.float64) for name in EXTRA[1:]]
     weight = torch.tensor([update.num_examples], dtype=torch.float64)
     return torch.cat([flat(update.delta) * update.num_examples, weight, *states])
 
 
 def clipped(numbers: torch.Tensor, clipping_norm: float) -> torch.Tensor:
-    """The numbers, scaled so that their norm is `clipping_norm` at most; zeros if one is not finite."""
+    """The numbers scaled to an L2 norm of at most `clipping_norm`; zeros if one is not finite."""
     norm = float(numbers.norm())
     if not math.isfinite(norm):
         return torch.zeros_like(numbers)
@@ -101,7 +103,7 @@ def clipped(numbers: torch.Tensor, clipping_norm: float) -> torch.Tensor:
 
 
 def context_of(request: SumRequest) -> bytes:
-    """What a secure sum's keys are bound to: the run, the round, and which try at it."""
+    """The context to which a secure sum's keys are bound: run, round and attempt."""
     return f"{request.run} {request.round} {request.attempt}".encode()
 
 
@@ -111,5 +113,5 @@ def as_tensor(content: bytes) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:
-    """`as_tensor` undone."""
+    """The inverse of `as_tensor`."""
     return tensor.numpy().tobytes()

@@ -1,11 +1,11 @@
-"""What it costs to pick the best of several private runs: every run's result was looked at.
+"""The privacy cost of choosing the best of several private runs.
 
-Papernot and Steinke 2022, "Hyperparameter Tuning with Renyi Differential Privacy": where the number of
-runs is itself drawn at random, and nothing but the best run is released, the price is little above that
-of one run. Where it is fixed, as in a full grid, all runs are charged, one on top of the other.
+Papernot and Steinke 2022, "Hyperparameter Tuning with Renyi Differential Privacy": if the number of runs is
+itself drawn at random, and only the best run is released, the cost is little above that of one run. If it is
+fixed, as in a full grid, the costs of all runs add up.
 
-The unit, the neighbours and the sampling are those of the runs' releases. Whatever the best run is
-judged by must be public (a test set that isn't protected) or noised and charged with the run.
+Unit, neighbouring relation and sampling are those of the runs' releases. The measure by which the best run is
+chosen must be public (a test set that isn't protected), or noised and charged with the run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atoll.privacy.accounting import UNREACHABLE, Composition, compose, epsilon,
 
 @dataclass(frozen=True)
 class Poisson:
-    """So many runs on average, perhaps none: what comes out then depends on nobody's data."""
+    """A Poisson number of runs with this mean; if there are none, the result depends on no data."""
 
     mean: float
 
@@ -49,7 +49,7 @@ class TruncatedNegativeBinomial:
 
     @property
     def mean(self) -> float:
-        """Runs on average (definition 1 of the paper).
+        """The mean number of runs (definition 1 of the paper).
 
         >>> round(TruncatedNegativeBinomial(shape=1, gamma=0.1).mean, 6)
         10.0
@@ -67,7 +67,7 @@ Repetitions = Poisson | TruncatedNegativeBinomial
 
 @dataclass(frozen=True)
 class Curve:
-    """Renyi divergence of a mechanism at each order: bounds, infinite where there is none."""
+    """Upper bounds of a mechanism's Renyi divergence at each order; infinite where there is no bound."""
 
     orders: NDArray[np.float64]
     divergence: NDArray[np.float64]
@@ -78,13 +78,13 @@ class Curve:
 
     @classmethod
     def of(cls, spent: Composition) -> Curve:
-        """Of all those releases together."""
+        """The curve of all these releases together."""
         accountant = rdp_accountant(spent)
         # The accountant tells epsilon alone; what it adds up is only in these two.
         return cls(np.array(accountant._orders, dtype=np.float64), np.array(accountant._rdp))
 
     def epsilon(self, delta: float) -> float:
-        """The smallest epsilon that follows; never negative, infinite if vacuous."""
+        """The smallest epsilon at `delta` that follows; at least 0, and infinite above `UNREACHABLE`."""
         from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
 
         value, _ = compute_epsilon(self.orders, np.maximum(self.divergence, 0), delta)
@@ -92,12 +92,12 @@ class Curve:
 
 
 def worst(curves: Sequence[Curve]) -> Curve:
-    """A bound for a run that is one of several, chosen by a coin that is public."""
+    """A bound for one of several mechanisms, chosen at random by a public draw: the maximum at each order."""
     return Curve(curves[0].orders, np.max([curve.divergence for curve in curves], axis=0))
 
 
 def best_of(curve: Curve, repetitions: Repetitions) -> Curve:
-    """The curve of releasing the best of so many runs, each with the given curve, and nothing else."""
+    """The curve of releasing only the best of a random number of runs, each with the given curve."""
     if isinstance(repetitions, Poisson):
         return _best_of_poisson(curve, repetitions.mean)
     if repetitions.gamma == 1:
@@ -106,7 +106,7 @@ def best_of(curve: Curve, repetitions: Repetitions) -> Curve:
 
 
 def _best_of_negative_binomial(curve: Curve, repetitions: TruncatedNegativeBinomial) -> Curve:
-    """Theorem 2. Its second order may be any from 1 on; at 1 nothing but the logarithm is left."""
+    """The paper's theorem 2; its second order may be any from 1 on, and at 1 only the logarithm remains."""
     log, orders = math.log(1 / repetitions.gamma), curve.orders
     second = (1 - 1 / orders) * curve.divergence + log / orders
     constant = (1 + repetitions.shape) * min(float(second.min()), log)
@@ -114,7 +114,7 @@ def _best_of_negative_binomial(curve: Curve, repetitions: TruncatedNegativeBinom
 
 
 def _best_of_poisson(curve: Curve, mean: float) -> Curve:
-    """Theorem 6: at each order with the delta that the run has at epsilon = log(1 + 1 / (order - 1))."""
+    """The paper's theorem 6, at each order with the run's delta at epsilon = log(1 + 1 / (order - 1))."""
     from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
 
     orders = curve.orders
@@ -125,7 +125,7 @@ def _best_of_poisson(curve: Curve, mean: float) -> Curve:
 
 
 def epsilon_of_best(trials: Sequence[Composition], delta: float, repetitions: Repetitions) -> float:
-    """Epsilon of the best of a random number of runs, each one of these trials, drawn at random.
+    """Epsilon at `delta` of the best of a random number of runs, each drawn at random from `trials`.
 
     Raises:
         ValueError: there are no trials.
@@ -138,5 +138,5 @@ def epsilon_of_best(trials: Sequence[Composition], delta: float, repetitions: Re
 
 
 def epsilon_of_all(trials: Sequence[Composition], delta: float) -> float:
-    """Epsilon of all the trials together: whoever has seen every result may pick as they like."""
+    """Epsilon at `delta` of all the trials together, after which any of them may be chosen in any way."""
     return epsilon(compose(*trials), delta)

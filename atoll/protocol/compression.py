@@ -1,16 +1,16 @@
-"""Updates in fewer bytes: half precision, 8 or 4 bits a number, or the largest numbers alone.
+"""Compresses updates: to half precision, to 8 or 4 bits a number, or to the largest numbers.
 
-An update is one vector: its tensors, one behind the other in the order of their names. With `int8`
+An update is one vector: its tensors concatenated in the order of their names. With `int8`
 and `int4` every block of 256 numbers shares a scale, its largest magnitude over the highest level
 (block-wise quantisation, Dettmers et al. 2022). A client with error feedback adds what the last
 messages lost to the next update before it is compressed (Seide et al. 2014). That converges at the
 rate of uncompressed updates for every C with |C(x) - x|² <= (1 - d) |x|² for some d > 0
 (Karimireddy et al. 2019), as rounding to the nearest level and keeping the largest numbers are;
-stochastic rounding is not. Without feedback numbers are rounded up or down at random, so that the
-message is right on average (Alistarh et al. 2017, QSGD).
+stochastic rounding is not. Without feedback, numbers are rounded up or down at random, so that the
+message is unbiased (Alistarh et al. 2017, QSGD).
 
-Every function works on vectors of several clients, [clients, numbers], and gives each the bits that
-it gives it alone. Sizes depend on the job and on the model, never on values.
+Every function works on vectors of several clients, [clients, numbers], and gives each client the bits
+that it would get alone. Sizes depend on the job and on the model, never on values.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from atoll.job.job import Job
 from atoll.protocol.tensors import Tensors, size_of
 
 BLOCK = 256
-"""Numbers that share a scale."""
+"""How many numbers share a scale."""
 LEVELS = {"int8": 127, "int4": 7}
-"""The highest level; the lowest is minus that."""
+"""The highest level of each scheme; the lowest is its negative."""
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""A block whose scale would be less counts as zeros: what is lost is below 2e-36."""
+"""A block with a smaller scale is sent as zeros; the error is below 2e-36."""
 
 
 @dataclass(frozen=True)
 class Compression:
-    """How vectors of so many numbers travel; of them the part `share` with `top-k`."""
+    """The compression of vectors of `numbers` numbers; `top-k` sends the part `share` of them."""
 
     scheme: Scheme
     numbers: int
@@ -43,7 +43,7 @@ class Compression:
 
     @classmethod
     def of(cls, job: Job, model: Tensors) -> Compression | None:
-        """What the job asks for; None where updates travel as they are."""
+        """The job's compression; None where updates are not compressed."""
         federation = job.federation
         if federation.compression is None:
             return None
@@ -56,7 +56,7 @@ class Compression:
 
     @property
     def form(self) -> dict[str, tuple[int, torch.dtype]]:
-        """A message's tensors: how many numbers of which kind, by name."""
+        """(how many numbers, dtype) of each tensor in a message, by name."""
         blocks = ceil(self.numbers / BLOCK)
         match self.scheme:
             case "fp16":
@@ -71,7 +71,7 @@ class Compression:
 
     @property
     def bytes(self) -> int:
-        """Of one client's message, without its wrapping."""
+        """The size in bytes of one client's message, without headers."""
         return sum(count * dtype.itemsize for count, dtype in self.form.values())
 
 
@@ -81,7 +81,7 @@ def numbers_of(model: Tensors) -> int:
 
 
 def upload_size(job: Job, model: Tensors) -> int:
-    """Bytes of one client's update as it travels, without the message's wrapping."""
+    """The size in bytes of one client's update, compressed if the job says so, without headers."""
     compression = Compression.of(job, model)
     return size_of(model) if compression is None else compression.bytes
 
@@ -104,10 +104,10 @@ def apart(vectors: torch.Tensor, model: Tensors) -> Tensors:
 
 
 def compress(vectors: torch.Tensor, how: Compression, uniform: torch.Tensor | None = None) -> Tensors:
-    """The messages of vectors [clients, numbers], as `how.form` says, [clients, …] each.
+    """Vectors [clients, numbers] as compressed messages: the tensors of `how.form`, each [clients, …].
 
-    With `uniform` numbers in [0, 1), float64 of the same shape, levels are rounded stochastically. A
-    vector with a number that isn't finite makes a message that `unsound` finds.
+    With `uniform`, numbers in [0, 1) in float64 of the same shape, levels are rounded stochastically. A
+    vector with a number that isn't finite becomes a message that `unsound` detects.
     """
     sound = torch.isfinite(vectors).all(dim=1, keepdim=True)
     finite = torch.where(sound, vectors, torch.zeros((), dtype=vectors.dtype))
@@ -132,7 +132,7 @@ def _packed(vectors: torch.Tensor, how: Compression, uniform: torch.Tensor | Non
 
 
 def decompress(packed: Tensors, how: Compression) -> torch.Tensor:
-    """The vectors [clients, numbers] that messages of the right form stand for; an unsound one is NaN."""
+    """The vectors [clients, numbers] of messages of the right form; an unsound message becomes NaN."""
     values = packed["values"]
     match how.scheme:
         case "fp16":
@@ -150,7 +150,7 @@ def decompress(packed: Tensors, how: Compression) -> torch.Tensor:
 
 
 def unsound(packed: Tensors, how: Compression) -> dict[str, torch.Tensor]:
-    """What can be wrong with the values of messages of the right form, and with whose it is, [clients]."""
+    """Faults of the values in messages of the right form, each with the clients that have it, [clients]."""
     values = packed["values"]
     faults: dict[str, torch.Tensor] = {}
     if how.scheme in LEVELS:
@@ -178,23 +178,23 @@ def unsound(packed: Tensors, how: Compression) -> dict[str, torch.Tensor]:
 
 
 def misshapen(packed: Mapping[str, torch.Tensor], how: Compression) -> str | None:
-    """What is wrong with the form of one client's message, if anything."""
+    """What is wrong with the names, shapes or dtypes of one client's message; None if nothing is."""
     if set(packed) != set(how.form):
         odd = sorted(set(packed) ^ set(how.form))[0]
         return f"tensor {odd} is {'unexpected' if odd in packed else 'missing'}"
     for name, (count, dtype) in how.form.items():
-        found = packed[name]
-        if tuple(found.shape) != (count,):
-            return f"{name} have shape {tuple(found.shape)}, expected {(count,)}"
-        if found.dtype != dtype:
-            return f"{name} are {found.dtype}, expected {dtype}"
+        tensor = packed[name]
+        if tuple(tensor.shape) != (count,):
+            return f"{name} have shape {tuple(tensor.shape)}, expected {(count,)}"
+        if tensor.dtype != dtype:
+            return f"{name} are {tensor.dtype}, expected {dtype}"
     return None
 
 
 def largest(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """The places of each vector's `count` largest magnitudes, rising, [clients, count].
+    """The places of each vector's `count` largest magnitudes in rising order, [clients, count].
 
-    Of equal ones those in front are taken: `torch.topk` takes any.
+    Of equal magnitudes the first ones are taken, while `torch.topk` takes any.
     """
     size = vectors.abs()
     least = size.topk(count, dim=1).values[:, -1:]
@@ -209,8 +209,8 @@ def quantised(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(levels from -highest to highest, int8 [clients, numbers]; scales [clients, blocks]).
 
-    Rounded to nearest, a number and its level times the scale differ by half a scale at most; rounded
-    up with the probability of what is left over, by less than one, and by nothing on average.
+    Rounded to nearest, a number differs from its level times the scale by at most half a scale. With
+    stochastic rounding it differs by less than one scale, and by nothing on average.
     """
     clients, numbers = vectors.shape
     blocks = _in_blocks(vectors)
@@ -232,18 +232,18 @@ def dequantised(levels: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _in_blocks(vectors: torch.Tensor) -> torch.Tensor:
-    """[clients, blocks, BLOCK], the last one filled up with zeros."""
+    """The vectors as [clients, blocks, BLOCK]; the last block is padded with zeros."""
     clients, numbers = vectors.shape
     missing = -numbers % BLOCK
     return torch.nn.functional.pad(vectors, (0, missing)).reshape(clients, -1, BLOCK)
 
 
 ZERO = 8
-"""A nibble that stands for level 0: they are levels plus 8."""
+"""The nibble of level 0: nibbles are levels plus 8."""
 
 
 def in_nibbles(levels: torch.Tensor) -> torch.Tensor:
-    """Two levels from -7 to 7 in a byte, the first in its lower half, [clients, half as many]."""
+    """Levels from -7 to 7 packed in pairs, the first in a byte's lower half, [clients, half as many]."""
     padded = torch.nn.functional.pad(levels, (0, levels.shape[1] % 2))
     nibbles = (padded + ZERO).to(torch.uint8)
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)

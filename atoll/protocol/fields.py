@@ -14,11 +14,11 @@ from atoll.errors import DataError
 from atoll.protocol.tensors import Tensors, from_bytes, to_bytes
 
 VERSION = 2
-"""Of the messages; a server and a client that differ in it do not work together."""
+"""The version of the messages; a server and a client with different versions do not work together."""
 
 SHARED = {"travels": "in the body"}
 PER_CLIENT = {"travels": "in the body to its client alone"}
-"""The metadata of fields that hold tensors, or tensors by client."""
+"""The metadata of fields that hold tensors: for all clients, or by client and sent to that client only."""
 
 Message = TypeVar("Message")
 
@@ -26,23 +26,23 @@ STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
 def read_head(head: str) -> dict[str, Any]:
-    """The head's fields.
+    """The fields of a JSON head.
 
     Raises:
-        DataError: it is no JSON object, or of another version of the messages.
+        DataError: the head is not a JSON object, or has another version of the messages.
     """
     try:
         content = json.loads(head)
     except (ValueError, RecursionError) as error:
         raise DataError(f"malformed message head: {error}"[:200]) from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        found = content.get("version") if isinstance(content, dict) else content
-        raise DataError(f"message version: expected {VERSION}, found {repr(found)[:100]}")
+        version = content.get("version") if isinstance(content, dict) else content
+        raise DataError(f"message version: expected {VERSION}, found {repr(version)[:100]}")
     return content
 
 
 def encode(message: Any, names: Sequence[str] = ()) -> tuple[str, bytes]:
-    """A message as (JSON head, safetensors body), with what is for the named clients alone."""
+    """A message as (JSON head, safetensors body); parts for single clients only for those in `names`."""
     head: dict[str, Any] = {"kind": type(message).__name__, "version": VERSION}
     body: dict[str, Any] = {}
     for one in fields(message):
@@ -58,10 +58,10 @@ def encode(message: Any, names: Sequence[str] = ()) -> tuple[str, bytes]:
 
 
 def decode(kinds: Mapping[str, type[Message]], what: str, head: str, body: bytes) -> Message:
-    """Read what `encode` wrote: a message of one of those kinds, by name.
+    """The message that `encode` wrote; its kind must be among `kinds`, by name.
 
     Raises:
-        DataError: the message is of another version or kind, or malformed.
+        DataError: the message has another version or kind, or is malformed.
     """
     content, tensors = read_head(head), from_bytes(body)
     content.pop("version")
@@ -78,15 +78,15 @@ def decode(kinds: Mapping[str, type[Message]], what: str, head: str, body: bytes
 
 
 def checked(cls: type[Message], content: Mapping[str, Any]) -> Message:
-    """A message of that class, once every field is there and of its type.
+    """A message of this class from its fields, whose presence and types are checked.
 
     Raises:
-        DataError: a field is missing, unknown or of another type.
+        DataError: a field is missing, unknown or has another type.
     """
     model, tuples = _checks_of(cast(Hashable, cls))
-    given = {k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in content.items()}
+    values = {k: tuple(v) if k in tuples and isinstance(v, list) else v for k, v in content.items()}
     try:
-        return cls(**model.model_validate(given).__dict__)
+        return cls(**model.model_validate(values).__dict__)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
@@ -95,7 +95,7 @@ def checked(cls: type[Message], content: Mapping[str, Any]) -> Message:
 
 @cache
 def _checks_of(cls: Any) -> tuple[type[BaseModel], frozenset[str]]:
-    """What checks the fields of a class, and which of them are tuples, for which JSON has lists."""
+    """(a pydantic model that checks a class's fields, the fields that are tuples and lists in JSON)."""
     hints = get_type_hints(cls)
     required: Any = {one.name: (hints[one.name], ...) for one in fields(cls)}
     tuples = frozenset(name for name, hint in hints.items() if get_origin(hint) is tuple)
@@ -103,11 +103,11 @@ def _checks_of(cls: Any) -> tuple[type[BaseModel], frozenset[str]]:
 
 
 def _by_client(tensors: Tensors) -> dict[str, Tensors]:
-    found: dict[str, Tensors] = {}
+    by_client: dict[str, Tensors] = {}
     for path, tensor in tensors.items():
         name, _, key = path.partition("/")
-        found.setdefault(name, {})[key] = tensor
-    return found
+        by_client.setdefault(name, {})[key] = tensor
+    return by_client
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,6 +116,6 @@ def prefixed(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_prefix(prefix: str, tensors: Tensors) -> Tensors:
-    """What `prefixed` put there."""
+    """The tensors under `prefix/`, without the prefix: the inverse of `prefixed`."""
     start = prefix + "/"
     return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}

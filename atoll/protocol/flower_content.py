@@ -1,7 +1,7 @@
-"""What one of Flower's messages carries: texts, and bytes by name.
+"""Packs texts, and bytes by name, into the content of Flower's messages.
 
-Flower stores, sends and asks for every part of a message by itself, at several calls each, and an array is
-two parts; so what is small travels as one part with the texts.
+Flower stores and sends every part of a message separately, with several calls each, and an array is two
+parts; small bytes are therefore packed into one part with the texts.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from atoll.errors import DataError
 from atoll.protocol.messages import Seal
 
 SMALL_BYTES = 2**16
-"""Bodies of so many bytes together travel with the texts; larger ones as arrays, which Flower streams."""
+"""Bodies of at most this size together are sent with the texts; larger ones as arrays, which are streamed."""
 
 NONCE = "nonce"
-"""The text of a request that its answer is to be signed with."""
+"""The name of a request's random text, which the signature of its answer must include."""
 Content = RecordDict
-"""What a message holds."""
+"""The content of a message."""
 Bodies = ConfigRecord | ArrayRecord
-"""Bytes by name, ready to be sent; to several nodes, without being copied."""
+"""Bytes by name in Flower's form; they can be sent to several nodes without being copied."""
 
 
 def bodies_of(contents: Mapping[str, bytes]) -> Bodies:
-    """Bytes by name, made ready to be sent."""
+    """Bytes by name, converted to Flower's form."""
     if sum(map(len, contents.values())) <= SMALL_BYTES:
         return ConfigRecord({f"body/{name}": body for name, body in contents.items()})
     return ArrayRecord({name: _array(body) for name, body in contents.items()})
 
 
 def packed(texts: Mapping[str, str], bodies: Bodies) -> RecordDict:
-    """The content of a message."""
+    """The content of a message with these texts and bodies."""
     head = ConfigRecord({f"text/{name}": text for name, text in texts.items()})
     if isinstance(bodies, ArrayRecord):
         return RecordDict({"head": head, "bodies": bodies})
@@ -59,10 +59,10 @@ def packed_greetings(texts: Sequence[str]) -> RecordDict:
 
 
 def unpacked_greetings(content: RecordDict) -> list[str]:
-    """What `packed_greetings` took.
+    """The texts that `packed_greetings` packed.
 
     Raises:
-        DataError: the message holds something else.
+        DataError: the message has other content.
     """
     texts = _record(content, "hellos").get("json")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -71,24 +71,24 @@ def unpacked_greetings(content: RecordDict) -> list[str]:
 
 
 def add_seal(content: RecordDict, seal: Seal) -> None:
-    """Put a seal into the content of a message that `packed` or `packed_greetings` made."""
+    """Add a seal to the content that `packed` or `packed_greetings` made."""
     (record,) = content.config_records.values()
     record["seal/run"], record["seal/round"], record["seal/nonce"] = seal.run, seal.round, seal.nonce
     record["seal/clients"], record["seal/signatures"] = list(seal.signatures), list(seal.signatures.values())
 
 
 def seal_of(content: RecordDict) -> Seal | None:
-    """What `add_seal` put there; None where there is no seal.
+    """The seal that `add_seal` added; None where there is none.
 
     Raises:
-        DataError: it has another form.
+        DataError: the seal is malformed.
     """
     records = list(content.config_records.values())
-    found = _under("seal/", records[0]) if len(records) == 1 else {}
-    if not found:
+    texts = _under("seal/", records[0]) if len(records) == 1 else {}
+    if not texts:
         return None
-    run, round, nonce = found.get("run"), found.get("round"), found.get("nonce")
-    names, signatures = found.get("clients"), found.get("signatures")
+    run, round, nonce = texts.get("run"), texts.get("round"), texts.get("nonce")
+    names, signatures = texts.get("clients"), texts.get("signatures")
     if not (isinstance(run, str) and type(round) is int and isinstance(nonce, str)):
         raise DataError("message whose seal doesn't say which request it answers")
     if not (isinstance(names, list) and isinstance(signatures, list) and len(names) == len(signatures)):
@@ -111,5 +111,5 @@ def _record(content: RecordDict, name: str) -> ConfigRecord:
 
 
 def _array(body: bytes) -> Array:
-    """Bytes as one of Flower's arrays, which it cuts into pieces."""
+    """Bytes as one of Flower's arrays, which Flower sends in pieces."""
     return Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)

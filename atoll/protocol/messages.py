@@ -1,4 +1,4 @@
-"""What clients say to a server, and the bytes it travels as; `requests` has what they are asked."""
+"""The messages that clients send to a server, and their encoding; `requests` has the server's requests."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from atoll.protocol.fields import SHARED, VERSION, checked, decode, encode, read
 from atoll.protocol.tensors import Tensors
 
 DataInfo = dict[str, Any]
-"""What a task must know of the data before a model can be built, such as the classes; JSON-able."""
+"""JSON-able facts about the data that a task needs to build a model, such as the classes."""
 
 CHARGED_ROUNDS = "privacy.rounds"
-"""A state of updates under a promise that the client keeps: rounds of this run in the client's ledger."""
+"""A state of updates whose noise the client adds: the number of this run's rounds in its ledger."""
 
 MOST_CHARACTERS = 500
-"""Of a sentence from another machine; the rest is cut off."""
+"""The longest text from another machine that is shown; the rest is cut off."""
 NAME_CHARACTERS = 128
-"""Of a client's name at most."""
+"""The longest name of a client."""
 HELLO_CHARACTERS = 2**23
-"""Of a greeting at most: the texts of 100,000 items."""
+"""The longest greeting: it holds the names of 100,000 items."""
 
 LOCAL_STEPS = "local_steps"
-"""In a plan, that clients are to send the state of this name: what their local gradients weigh together."""
+"""In a plan, a request that clients send the state of this name: the summed weight of local gradients."""
 
 RECEIVED_LOSS = "received_loss"
-"""A state of updates for fair strategies: the mean training loss of the model as it was received."""
+"""A state of updates for fair strategies: the mean loss of the received model on the training examples."""
 
 CLUSTER = "cluster"
-"""A state of updates where there is a model for each cluster of clients: the number of the one that moved."""
+"""A state of updates in jobs with a model per cluster: the number, from 0, of the model that was trained."""
 
 
 @dataclass(frozen=True)
 class Hello:
-    """A client introduces itself, or says why it will not take part.
+    """A client's greeting: facts about its data, or the reason why it does not take part (`refusal`).
 
-    `counts` tell, where the greeting isn't silent, how much of its data is used and why the rest is left out,
-    as `Counts` of `atoll.data.diagnostics` writes them.
+    Under a promise of privacy `num_examples` is 0 and `counts` empty. Otherwise `counts` says how much of the
+    data is used and why the rest is left out, as `Counts` of `atoll.data.diagnostics` writes it.
     """
 
     client: str
@@ -53,11 +53,12 @@ class Hello:
 
 @dataclass(frozen=True)
 class Update:
-    """What one client returns: how its trainable tensors moved, and how much data moved them.
+    """One client's result of training: its tensors minus those it received, and its number of examples.
 
-    Where the job compresses updates, `delta` travels as `atoll.protocol.compression` says. `states` are
-    metric states that add up over clients. `strategy_tensors` answer those of the request, with the same
-    names, shapes and dtypes.
+    `delta` has the names, shapes and dtypes of the trained tensors; where the job compresses updates it is
+    sent in the form of `atoll.protocol.compression`. `states` are float64 scalars, such as sums of losses,
+    that add up over clients. `strategy_tensors` answer those of the request, with the same names, shapes and
+    dtypes.
     """
 
     client: str
@@ -70,7 +71,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Metric states of the global model on one client's validation split."""
+    """Metric states of a model on one client's validation split of `num_examples` examples."""
 
     client: str
     round: int
@@ -80,7 +81,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Failure:
-    """One client's work did not come back; the round goes on without it."""
+    """The reason why a client refused or failed; the round continues without it."""
 
     client: str
     reason: str
@@ -103,9 +104,9 @@ KINDS: Mapping[str, type[Reply]] = {
 
 
 def cleaned(text: str, most: int = MOST_CHARACTERS) -> str:
-    """A sentence from another machine, as it may stand in logs, in files and on a terminal.
+    """A text from another machine, made safe for logs, files and terminals.
 
-    It is on one line, has no control characters and at most `most` characters before it is cut.
+    It becomes one line without control characters, and is cut after `most` characters.
 
     >>> cleaned("no\\n\\x1b[2Jround 9: done"), cleaned("a" * 9, most=5)
     ('no �[2Jround 9: done', 'aaaaa… (9 characters)')
@@ -116,9 +117,9 @@ def cleaned(text: str, most: int = MOST_CHARACTERS) -> str:
 
 @dataclass(frozen=True)
 class Seal:
-    """What a site has signed with a message: which request it answers, and a signature for each client.
+    """A site's signatures of a message: the request that it answers, and a signature for each client.
 
-    It travels with the small part of the message, beside the content that it is of.
+    It is sent with the small part of the message, beside the signed content.
     """
 
     run: str
@@ -131,7 +132,7 @@ def content_sha256(head: str, body: bytes) -> bytes:
     """The SHA-256 of a client's message: of its head, a zero byte and its body.
 
     Raises:
-        DataError: the head has a zero byte, as no JSON has; head and body could be cut elsewhere.
+        DataError: the head has a zero byte, which no JSON has, so that head and body would be ambiguous.
     """
     if "\0" in head:
         raise DataError("malformed message head: it has a zero byte")
@@ -141,7 +142,7 @@ def content_sha256(head: str, body: bytes) -> bytes:
 
 
 def as_bytes(text: str) -> bytes:
-    """UTF-8, also of text that JSON can hold and UTF-8 can't."""
+    """The text in UTF-8; surrogates, which JSON can hold and UTF-8 cannot, are encoded too."""
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -151,25 +152,25 @@ def encode_reply(reply: Reply) -> tuple[str, bytes]:
 
 
 def decode_reply(head: str, body: bytes) -> Reply:
-    """Read what `encode_reply` wrote.
+    """The reply that `encode_reply` wrote.
 
     Raises:
-        DataError: the message is of another version or kind, or malformed.
+        DataError: the message has another version or kind, or is malformed.
     """
     reply = decode(KINDS, "reply", head, body)
     return replace(reply, reason=cleaned(reply.reason)) if isinstance(reply, Failure) else reply
 
 
 def hello_to_json(hello: Hello) -> str:
-    """The hello as JSON."""
+    """The greeting as JSON."""
     return json.dumps(asdict(hello))
 
 
 def hello_from_json(text: str) -> Hello:
-    """Read what `hello_to_json` wrote.
+    """The greeting that `hello_to_json` wrote.
 
     Raises:
-        DataError: the message is of another version, malformed or too long.
+        DataError: the message has another version, is malformed or too long.
     """
     if len(text) > HELLO_CHARACTERS:
         raise DataError(f"a greeting of {len(text)} characters, expected at most {HELLO_CHARACTERS}")

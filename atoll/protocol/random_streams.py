@@ -1,4 +1,4 @@
-"""Named random streams: every draw says what it is for, so no order of execution can change it."""
+"""Named random streams: each draw has a seed for its purpose, so that no order of execution can change it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,9 @@ def stream(seed: int, *purpose: Purpose) -> torch.Generator:
 
 @contextmanager
 def global_stream(seed: int, *purpose: Purpose) -> Iterator[None]:
-    """Lend torch's global CPU and GPU generators one purpose's state, and give the old state back.
+    """Within the block, seed torch's global CPU and GPU generators for one purpose; restore them afterwards.
 
-    For library code that draws from the global generator and takes no other: weight
-    initialisation, dropout.
+    For library code that can only draw from the global generators: weight initialisation, dropout.
     """
     import torch
 

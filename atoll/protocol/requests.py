@@ -1,4 +1,4 @@
-"""What a server asks of clients: one frozen class for each kind of work, and the bytes it travels as.
+"""The requests of a server to its clients: one frozen class for each kind of work, and their encoding.
 
 Request
 ├── StatisticsRequest        sums over features, for a head in closed form
@@ -29,10 +29,10 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class Request:
-    """Work for the named clients; every kind of it says which job, round and run it belongs to.
+    """A request for work; every kind has the job, round and run to which it belongs.
 
-    `job` is the canonical JSON of a job, `round` counts from 1, `data_info` is what all clients agreed on.
-    `run` is what ledgers call the run: the same when it is resumed, another for the job's next one.
+    `job` is the job's canonical JSON, `round` counts from 1, `data_info` is what all clients agreed on. `run`
+    identifies the run in ledgers: unchanged when it is resumed, another for the job's next run.
     """
 
     job: str
@@ -43,7 +43,7 @@ class Request:
 
 
 class RequestOrigin(TypedDict):
-    """The fields that every request of a round has alike."""
+    """The fields that all requests of a round share."""
 
     job: str
     job_hash: str
@@ -53,7 +53,7 @@ class RequestOrigin(TypedDict):
 
 
 def origin_of(request: Request) -> RequestOrigin:
-    """The origin of a request, for another one of the same round."""
+    """The shared fields of a request, to build another one of the same round."""
     return RequestOrigin(
         job=request.job, job_hash=request.job_hash, round=request.round, data_info=request.data_info,
         run=request.run,
@@ -62,17 +62,17 @@ def origin_of(request: Request) -> RequestOrigin:
 
 @dataclass(frozen=True)
 class ModelRequest(Request):
-    """What needs the model: its trainable tensors, by name."""
+    """A request that sends the model's trainable tensors, by name."""
 
     tensors: Tensors = field(metadata=SHARED)
 
 
 @dataclass(frozen=True)
 class EvaluateRequest(ModelRequest):
-    """Measure the tensors on each client's validation split.
+    """Evaluate the tensors on each client's validation split.
 
-    Each client first takes `adapt_steps` local steps from them. Where clients keep tensors of their own,
-    these replace the shared ones, unless the shared model itself is meant.
+    Each client first takes `adapt_steps` local steps from them. Where clients keep tensors for themselves,
+    these replace the shared ones, except with `of_shared_model`.
     """
 
     adapt_steps: int = field(default=0, kw_only=True)
@@ -81,21 +81,21 @@ class EvaluateRequest(ModelRequest):
 
 @dataclass(frozen=True)
 class StatisticsRequest(Request):
-    """Send sums over the features of the training part, from which the server forms a head."""
+    """Send sums over the features of the training part, from which the server computes a head."""
 
 
 @dataclass(frozen=True)
 class TrainingRequest(ModelRequest):
-    """Train from the tensors; `plan` is what the strategy says of the round, such as `proximal_mu`."""
+    """Train from the tensors; `plan` has the strategy's numbers for the round, such as `proximal_mu`."""
 
     plan: Mapping[str, float] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)
 class TrainRequest(TrainingRequest):
-    """Train from the tensors, and send how they moved.
+    """Train from the tensors, and send the update.
 
-    `strategy_tensors` are what the strategy sends beside the model, such as SCAFFOLD's c.
+    `strategy_tensors` are the tensors that the strategy sends beside the model, such as SCAFFOLD's c.
     """
 
     strategy_tensors: Tensors = field(default_factory=dict, kw_only=True, metadata=SHARED)
@@ -103,7 +103,7 @@ class TrainRequest(TrainingRequest):
 
 @dataclass(frozen=True)
 class SumRequest(Request):
-    """A stage of a secure sum: which `attempt` at the round, and how many clients open the sum."""
+    """A stage of a secure sum: the `attempt` at the round, from 1, and how many clients can open the sum."""
 
     attempt: int = field(kw_only=True)
     threshold: int = field(kw_only=True)
@@ -135,14 +135,14 @@ class UnmaskedSumRequest(TrainingRequest, SumRequest):
 
 @dataclass(frozen=True)
 class ConfirmRequest(SumRequest):
-    """Sign the list of those whose vectors arrived."""
+    """Sign the list of the clients whose vectors arrived."""
 
     survivors: tuple[str, ...] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class RevealRequest(ConfirmRequest):
-    """Send the shares that open the sum of those who stayed; `signatures` are theirs of the list."""
+    """Send the shares that open the sum of the remaining clients; `signatures` are theirs of the list."""
 
     signatures: Tensors = field(kw_only=True, metadata=SHARED)
 
@@ -157,23 +157,23 @@ KINDS: Mapping[str, type[Request]] = {
 
 
 def encode_request(request: Request, names: Sequence[str] = ()) -> tuple[str, bytes]:
-    """The request as (JSON head, safetensors body), with what is for the named clients alone."""
+    """The request as (JSON head, safetensors body); parts for single clients only for those in `names`."""
     return encode(request, names)
 
 
 def decode_request(head: str, body: bytes) -> Request:
-    """Read what `encode_request` wrote.
+    """The request that `encode_request` wrote.
 
     Raises:
-        DataError: the message is of another version or kind, or malformed.
+        DataError: the message has another version or kind, or is malformed.
     """
     return decode(KINDS, "request", head, body)
 
 
 def work_name(request: Request) -> str:
     """The kind of request in a word or two, as for logs: `train`, `masked sum`."""
-    words = re.sub(r"(?<!^)(?=[A-Z])", " ", type(request).__name__.removesuffix("Request"))
-    return words.lower()
+    spaced = re.sub(r"(?<!^)(?=[A-Z])", " ", type(request).__name__.removesuffix("Request"))
+    return spaced.lower()
 
 
 def has_parts_per_client(request: Request) -> bool:

@@ -1,4 +1,4 @@
-"""Updates of a whole cohort as stacked tensors, one slice a client."""
+"""The updates of a whole cohort as stacked tensors, with one slice per client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class StackedUpdates(Sequence[Update]):
-    """A sequence of updates whose tensors lie one behind the other: delta[name] is [clients, …]."""
+    """A sequence of updates whose tensors are stacked: `delta[name]` is [clients, …]."""
 
     clients: tuple[str, ...]
     round: int
@@ -43,12 +43,12 @@ class StackedUpdates(Sequence[Update]):
         )
 
     def of_clients(self, clients: Sequence[str]) -> StackedUpdates:
-        """The same updates in the order of those clients, who are all there."""
+        """The same updates in the order of `clients`, which must all be among them."""
         place = {client: i for i, client in enumerate(self.clients)}
         return self.take([place[client] for client in clients])
 
     def take(self, places: Sequence[int]) -> StackedUpdates:
-        """The updates at those places, in that order."""
+        """The updates at these places, in that order."""
         if list(places) == list(range(len(self))):
             return self
         index = torch.tensor(list(places), dtype=torch.int64)
@@ -77,28 +77,28 @@ def stacked(updates: Sequence[Update]) -> StackedUpdates:
 
 
 def stacked_states(updates: Sequence[Update]) -> Tensors:
-    """The updates' metric states alone, stacked: deltas may be large."""
+    """The updates' states, stacked to [clients, …]; deltas, which may be large, are not stacked."""
     if isinstance(updates, StackedUpdates):
         return updates.states
     return {name: torch.stack([u.states[name] for u in updates]) for name in updates[0].states}
 
 
 def clients_of(updates: Sequence[Update]) -> Sequence[str]:
-    """Whose updates they are, in their order, without taking a stack apart."""
+    """The clients of the updates, in order; stacked updates are not taken apart for it."""
     if isinstance(updates, StackedUpdates):
         return updates.clients
     return [update.client for update in updates]
 
 
 def taken(updates: Sequence[Update], places: Sequence[int]) -> Sequence[Update]:
-    """The updates at those places, in that order; a cohort's stay stacked."""
+    """The updates at these places, in that order; stacked updates stay stacked."""
     if isinstance(updates, StackedUpdates):
         return updates.take(places)
     return [updates[place] for place in places]
 
 
 def weighing(updates: Sequence[Update], weights: Sequence[int]) -> Sequence[Update]:
-    """The updates with weights in the place of their numbers of examples; a cohort's stay stacked."""
+    """The updates with `weights` as their `num_examples`; stacked updates stay stacked."""
     if isinstance(updates, StackedUpdates):
         return replace(updates, num_examples=tuple(weights))
     pairs = zip(updates, weights, strict=True)
@@ -108,13 +108,13 @@ def weighing(updates: Sequence[Update], weights: Sequence[int]) -> Sequence[Upda
 def with_state(
     updates: Iterable[Update], name: str, value_of: Callable[[str, int], float | None]
 ) -> Iterable[Update]:
-    """The updates with one more number among the states of each; a cohort's stay stacked.
+    """The updates with one more number, `name`, among the states of each; stacked updates stay stacked.
 
-    `value_of` says it of a client and its number of examples; where it says None, nothing is added.
+    `value_of` maps (client, number of examples) to the number, or to None, for which nothing is added.
     """
     if isinstance(updates, StackedUpdates):
-        told = [value_of(*one) for one in zip(updates.clients, updates.num_examples, strict=True)]
-        return replace(updates, states={**updates.states, name: torch.tensor(told, dtype=torch.float64)})
+        values = [value_of(*one) for one in zip(updates.clients, updates.num_examples, strict=True)]
+        return replace(updates, states={**updates.states, name: torch.tensor(values, dtype=torch.float64)})
     return (_with_number(update, name, value_of(update.client, update.num_examples)) for update in updates)
 
 
@@ -125,7 +125,7 @@ def _with_number(update: Update, name: str, value: float | None) -> Update:
 
 
 def stacked_strategy_tensors(updates: Sequence[Update]) -> Tensors:
-    """What the updates bring for the strategy alone, stacked."""
+    """The updates' `strategy_tensors`, stacked to [clients, …]."""
     if isinstance(updates, StackedUpdates):
         return updates.strategy_tensors
     names = updates[0].strategy_tensors
@@ -133,7 +133,7 @@ def stacked_strategy_tensors(updates: Sequence[Update]) -> Tensors:
 
 
 def joined(parts: Sequence[StackedUpdates]) -> StackedUpdates:
-    """Several cohorts of one round, one behind the other."""
+    """Several stacks of one round's updates, concatenated."""
     if len(parts) == 1:
         return parts[0]
     return StackedUpdates(

@@ -1,4 +1,4 @@
-"""Tensors that travel and are hashed: a flat dict from a parameter's name to its values."""
+"""Encodes and hashes tensors, which are a flat dict from a parameter's name to its values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Safetensors bytes: names, dtypes, shapes and values, and words beside them."""
+    """The tensors as safetensors bytes: names, dtypes, shapes and values, and text as `metadata`."""
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     return save(plain, metadata)
 
@@ -30,15 +30,15 @@ CODES = {
     "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2": "F8_E5M2", "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
-"""What safetensors calls torch's types."""
+"""The names of torch's dtypes in safetensors."""
 
 
 def file_parts(
     tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """What `to_bytes` returns, one part after the other: tensors are not copied.
+    """The bytes that `to_bytes` returns, in parts, without copying tensors.
 
-    The parts of tensors whose values lie apart, or on another device, are copies: of one tensor at a time.
+    Only tensors that are not contiguous, or on another device, are copied, one at a time.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     head: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
@@ -57,7 +57,7 @@ def file_parts(
 
 
 def from_bytes(blob: bytes) -> Tensors:
-    """Read what `to_bytes` wrote.
+    """The tensors that `to_bytes` wrote.
 
     Raises:
         DataError: the bytes are not safetensors.
@@ -69,7 +69,7 @@ def from_bytes(blob: bytes) -> Tensors:
 
 
 def size_of(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of the tensors' values."""
+    """The size in bytes of all values together."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -79,7 +79,7 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def tensor_view(tensor: torch.Tensor) -> memoryview:
-    """The same without a copy, where the values lie so in this machine's memory."""
+    """As `tensor_bytes`, without a copy where the values are contiguous in this machine's memory."""
     if sys.byteorder != "little":
         raise RuntimeError("hashes are defined over little-endian bytes; this machine is big-endian")
     flat = tensor.detach().cpu().contiguous().reshape(-1)

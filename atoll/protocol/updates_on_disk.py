@@ -1,9 +1,9 @@
-"""Large replies kept in files: the server's memory then doesn't grow with how many clients train in a round.
+"""Moves large replies to files, so that the server's memory doesn't grow with the clients of a round.
 
-Tensors are written to a file of safetensors and mapped from it: what of them is in memory is the page
-cache's, which the system takes back when it needs it. A file that is mapped has no name any more, so its
-room on the disk is free as soon as nobody holds its tensors, however the process ends. What a process that
-was killed leaves is a file that it was writing; whoever opens the run's directory removes it.
+Tensors are written to a safetensors file and mapped from it, so that the system's page cache holds them and
+can drop them. A mapped file has no name any more, so its disk space is released when its tensors are, however
+the process ends. A killed process can leave only a file that it was writing, which is removed when the run's
+directory is opened again.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from atoll.protocol.tensors import Tensors, file_parts, size_of
 from atoll.system.durable_files import remove, write_synced
 
 LEAST_BYTES = 8 * 2**20
-"""Of a reply that goes to a file. Fifty smaller ones take less memory than torch itself; a file of this size
-costs a few milliseconds, of a client that has trained two million numbers."""
+"""The least size of a reply that is moved to a file: fifty smaller ones take less memory than torch itself,
+and writing a file of this size takes a few milliseconds."""
 
 AnyReply = TypeVar("AnyReply", bound=Reply)
 
 
 WrittenTensors = tuple[Path, list[str]]
-"""A file, and the names of the tensors in it."""
+"""(a file, the names of the tensors in it)."""
 
 
 class MappedTensors(dict[str, torch.Tensor]):
-    """Tensors whose memory is a file's. Who changes one has a copy of the pages that change."""
+    """Tensors that are mapped from a file; pages that are changed become private copies."""
 
 
 def kept_on_disk(reply: AnyReply, folder: Path) -> AnyReply:
-    """A reply whose tensors are in files without a name, if they are large; the same reply if not.
+    """The reply with its tensors in files without a name, if they are large; else the same reply.
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
@@ -55,14 +55,14 @@ def kept_on_disk(reply: AnyReply, folder: Path) -> AnyReply:
 
 
 def is_large(*sets: Tensors) -> bool:
-    """Whether those tensors of one reply go to files."""
+    """Whether the tensors of one reply are large enough for a file."""
     return sum(map(size_of, sets)) >= LEAST_BYTES
 
 
 def all_kept_on_disk(replies: Iterable[Reply], folder: Path) -> Iterable[Reply]:
-    """The replies as they come, large ones in files; a cohort that trained at once stays one stack.
+    """The replies as they arrive, large ones in files; stacked updates stay one stack.
 
-    Nothing holds a reply while the next one is waited for, as the variable of a loop would.
+    No variable holds a reply while the next one is awaited, so that its memory can be released.
     """
     if isinstance(replies, StackedUpdates):
         return replies
@@ -70,9 +70,9 @@ def all_kept_on_disk(replies: Iterable[Reply], folder: Path) -> Iterable[Reply]:
 
 
 def written(tensors: Tensors, folder: Path) -> WrittenTensors:
-    """(a new file with the tensors, for its owner's eyes alone, their names); nobody waits for the disk.
+    """(a new file with the tensors, readable by its owner only; their names), without waiting for the disk.
 
-    Names come from other machines and may be anything, so in the file they are numbers.
+    In the file, tensors are named by numbers, since their names come from other machines and may be anything.
 
     Raises:
         OSError: the disk is full, or the folder can't be written.
@@ -89,9 +89,9 @@ def written(tensors: Tensors, folder: Path) -> WrittenTensors:
 
 
 def taken(file: WrittenTensors) -> MappedTensors:
-    """The tensors of a file that `written` made; it has no name any more."""
+    """The tensors of a file that `written` made, mapped; the file's name is removed."""
     path, names = file
     with safe_open(path, framework="pt") as opened:
-        found = MappedTensors((name, opened.get_tensor(str(number))) for number, name in enumerate(names))
+        mapped = MappedTensors((name, opened.get_tensor(str(number))) for number, name in enumerate(names))
     remove(path)
-    return found
+    return mapped

@@ -1,9 +1,9 @@
-"""Which examples a client keeps back to measure on: each example decides for itself, by a hash.
+"""Splits a client's examples into a training and a validation part, by a hash of each example.
 
-Guarantee: whether an example is kept back depends on the job's seed and on its own content (or on the name
-of its patient or series), and on no other example. One example more or less therefore moves no other from
-one side to the other, which is what example-level privacy needs. Only where examples are promised nothing
-is a client helped that would have nothing to measure on, or nothing to learn from.
+Guarantee: an example's side depends on the job's seed and its own content (or the name of its patient or
+series), and on no other example. Adding or removing an example therefore moves no other to the other side, as
+example-level privacy requires. Only where examples are promised nothing, a client whose one side would be
+empty is helped.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from numpy.typing import NDArray
 from atoll.job.job import DataSection, Job
 
 Marks = NDArray[np.uint64]
-"""A number for each example, drawn evenly by its hash; those that stay together have the same one."""
+"""A uniform number for each example, [n], from its hash; examples of one group have the same one."""
 
 
 def validation_marks(names: Sequence[bytes], seed: int) -> Marks:
-    """The number that decides for each example, [n]: a hash of its key, or of its group's name."""
+    """The mark that decides each example's side, [n]: a hash of its key, or of its group's name."""
     prefix = f"{seed}/validation/".encode()
     drawn = {name: hashlib.sha256(prefix + name).digest()[:8] for name in set(names)}
     return np.frombuffer(b"".join(drawn[name] for name in names), dtype=">u8").astype(np.uint64)
 
 
 def helps_clients(job: Job) -> bool:
-    """Whether a client may be given examples to measure on by looking at all that it has."""
+    """Whether a client's split may depend on all of its examples, so that neither side is empty."""
     return "example" not in job.privacy.units
 
 
 def kept_back(marks: Marks, data: DataSection, *, helped: bool) -> NDArray[np.bool_]:
-    """Whether each of a client's examples is measured on, [n]: by the fraction, or in the job's fold."""
+    """Whether each example is in the validation part, [n]: by the job's fraction, or by its fold."""
     if data.folds is None:
         return by_fraction(marks, data.validation_fraction, helped=helped)
-    kept = np.zeros(len(marks), dtype=bool)
-    kept[np.argsort(marks, kind="stable")[fold_of(len(marks), data)]] = True
-    return kept
+    measured = np.zeros(len(marks), dtype=bool)
+    measured[np.argsort(marks, kind="stable")[fold_of(len(marks), data)]] = True
+    return measured
 
 
 def by_fraction(marks: Marks, fraction: float, *, helped: bool) -> NDArray[np.bool_]:
-    """Whether each example's number is below the fraction, [n].
+    """Whether each example is in the validation part, [n]: whether its mark is below `fraction`.
 
-    A client that is `helped` has at least one mark on each side, the lowest and the highest; where all
-    examples have one mark they are trained on. From 1 on `fraction` is a count: so many examples have the
-    lowest numbers, and whoever has one of these numbers too. Only a client that is `helped` may count.
+    With `helped` the lowest mark is always in the validation part and the highest in the training part; if
+    all examples have one mark, all are trained on. A `fraction` from 1 on is a number of examples, those with
+    the lowest marks and others with the same marks; it needs `helped`.
     """
-    kept: NDArray[np.bool_]
+    measured: NDArray[np.bool_]
     if fraction >= 1 and len(marks):
         assert helped, "a count depends on all examples"
-        kept = marks <= np.sort(marks)[min(int(fraction), len(marks)) - 1]
+        measured = marks <= np.sort(marks)[min(int(fraction), len(marks)) - 1]
     else:
-        kept = marks < np.uint64(int(fraction * 2.0**64))
+        measured = marks < np.uint64(int(fraction * 2.0**64))
     if not (helped and fraction and len(marks)):
-        return kept
+        return measured
     lowest, highest = marks.min(), marks.max()
     if lowest == highest:
-        return np.zeros_like(kept)
-    evened: NDArray[np.bool_] = (kept | (marks == lowest)) & (marks != highest)
+        return np.zeros_like(measured)
+    evened: NDArray[np.bool_] = (measured | (marks == lowest)) & (marks != highest)
     return evened
 
 
 def fold_of(examples: int, data: DataSection) -> slice:
-    """Which places of so many examples, in the order of their marks, are the job's fold.
+    """The job's fold, as places among `examples` examples in the order of their marks.
 
-    A single example is in no fold: it is trained on.
+    A single example is in no fold and is trained on.
     """
     assert data.folds is not None
     if examples == 1:
@@ -75,7 +75,7 @@ def fold_of(examples: int, data: DataSection) -> slice:
 
 
 def expected_training_examples(sizes: NDArray[np.int64], data: DataSection) -> NDArray[np.float64]:
-    """How many examples clients of these sizes train on: exactly in folds, else as many as are expected."""
+    """How many examples clients of these sizes train on, [clients]: exact with folds, else expected."""
     whole = sizes.astype(np.float64)
     if data.folds is None and data.validation_fraction >= 1:
         least: NDArray[np.float64] = np.maximum(whole - data.validation_fraction, np.minimum(whole, 1))

@@ -1,7 +1,7 @@
-"""What a complete run holds: `result.json` as an object, and the tables in it.
+"""The result of a complete run: `result.json` as an object, and the types of its nested tables.
 
-`RunResult` has a field for each key of the file. What is nested stays a JSON object with the keys that its
-type lists, so that a line of `metrics.jsonl` and the same line in a result are one value.
+`RunResult` has a field for each key of the file. Nested tables stay JSON objects with the keys that their
+types list, so that a line of `metrics.jsonl` and the same line in a result are one value.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from atoll.system.durable_files import replace_synced
 RESULT_FILE = "result.json"
 
 Metrics = dict[str, float | None]
-"""Metrics by name; None where one is undefined. A client's have `examples` too, what it measured on."""
+"""Metrics by name; None where one is undefined. A client's have `examples` too, the number it measured on."""
 
 
 class SimulatedRound(TypedDict):
-    """A round by the devices' own clock: seconds, and how many clients were asked in vain and why.
+    """A round in simulated time, in seconds, and how many clients did not contribute, by reason.
 
-    `elapsed` are the seconds from the run's beginning to the round's end. Where a cohort is secret, no
-    counts are there.
+    `elapsed` is the time from the run's start to the round's end. Where cohorts are secret, the counts are
+    left out.
     """
 
     seconds: float
@@ -47,7 +47,7 @@ class LayerError(TypedDict):
 
 
 class AggregationError(TypedDict):
-    """The same over all layers, and of each."""
+    """The error of a merge over all layers, and of each layer."""
 
     frobenius: float
     layers: dict[str, LayerError]
@@ -61,30 +61,30 @@ class Staleness(TypedDict):
 
 
 class RoundExtras(TypedDict, total=False):
-    """What only some runs have in a round's line."""
+    """The keys of a round's line that only some runs have."""
 
     seconds: float
     seconds_at_clients: float
     simulated: SimulatedRound
     validation: Metrics
-    """What clients measured for early stopping."""
+    """Metrics over all clients' validation splits, for early stopping."""
     contributions: dict[str, float | None]
-    """What each client's update added to the headline metric."""
+    """What each client's update added to the primary metric."""
     tuning: str
-    """What is tuned, where that changes during the run."""
+    """What is trained, where that changes during the run."""
     aggregation_error: AggregationError
     staleness: Staleness
     clusters: list[list[str]]
     """Which clients chose each cluster's model."""
     charged_rounds: int
-    """The most rounds that any client's ledger holds of the run."""
+    """The largest number of the run's rounds in any client's ledger."""
 
 
 class RoundLine(RoundExtras):
-    """A round, as `metrics.jsonl` has it: one line a round.
+    """One round: a line of `metrics.jsonl`.
 
-    Bytes are those since the run's beginning. `set_aside` has the reason for each client whose update was
-    not merged. `loss` is the clients' mean training loss, None under privacy.
+    Bytes are totals since the run's start. `set_aside` has the reason for each client whose update was not
+    merged. `loss` is the clients' mean training loss; None under privacy.
     """
 
     round: int
@@ -99,7 +99,7 @@ class RoundLine(RoundExtras):
 
 
 class PublicFields(TypedDict):
-    """What stands in a line in place of who took part, where that is secret."""
+    """The values that replace a line's fields about participants, where participation is secret."""
 
     cohort: list[str]
     trained: int
@@ -117,21 +117,21 @@ class FinalMetrics(TypedDict):
 
 
 class SumsOfFeatures(TypedDict):
-    """How a closed form's sums were bounded: the norm of one example's features, and what it moves."""
+    """How a closed form's sums were bounded: the norm of an example's features, and the sums' sensitivity."""
 
     feature_norm: float
     sensitivity: float
 
 
 class Spent(TypedDict):
-    """Epsilon at a delta; None where no finite number stands for it."""
+    """Epsilon at a delta; None where epsilon is infinite."""
 
     epsilon: float | None
     delta: float
 
 
 class ClaimExtras(TypedDict, total=False):
-    """What only some claims have."""
+    """The keys that only some claims have."""
 
     epsilon_rdp: float | None
     relation: str
@@ -141,20 +141,20 @@ class ClaimExtras(TypedDict, total=False):
     divisor: float
     target_epsilon: float | None
     bands: int
-    """Of correlated noise, with `sensitivity`: the releases cost as one of that sensitivity, in norms."""
+    """For banded noise: all releases together cost as one of this `sensitivity`, in clipping norms."""
     sensitivity: float
     sums_of_features: SumsOfFeatures
     last_clipping_norm: float | None
     epsilon_of_all_runs: float | None
-    """What all runs that were charged to the same ledger have spent."""
+    """Epsilon of all runs that were charged to the same ledger."""
     without_teacher: Spent
     teacher: Spent
     audit: dict[str, Any]
-    """Of a whole run: what an attack on it found (`atoll.report.audit` says it in words)."""
+    """The results of an attack on the whole run (`atoll.report.audit` describes them)."""
 
 
 class PrivacyClaim(ClaimExtras):
-    """What is promised to one unit, and what that rests on; epsilon is None where no number stands for it."""
+    """The guarantee for one unit (client or example), and its assumptions; epsilon is None if infinite."""
 
     unit: str
     epsilon: float | None
@@ -167,7 +167,7 @@ class PrivacyClaim(ClaimExtras):
 
 
 class RunPrivacy(ClaimExtras):
-    """The claim with the larger epsilon, and those of all units; of a run without a promise all is None."""
+    """The claim with the larger epsilon, and each unit's in `units`; all None in a run without a promise."""
 
     unit: str
     epsilon: float | None
@@ -190,14 +190,14 @@ Personal = TypedDict(
         "global_clients": NotRequired[dict[str, Metrics]],
     },
 )
-"""What clients keep of their models, means of their metrics, and what the shared model measures at them.
+"""What clients keep of their models, the means of their metrics, and the shared model's metrics at them.
 
-Written as a call, for `global` is a word of Python.
+It is written as a call since `global` is a keyword of Python.
 """
 
 
 class Compression(TypedDict):
-    """How updates travelled, and how many times smaller than the tensors they stand for."""
+    """The compression of updates, and how many times smaller they are than their tensors."""
 
     scheme: str
     times_smaller: float
@@ -211,7 +211,7 @@ class BackboneUsed(TypedDict):
 
 
 class ClientContribution(TypedDict):
-    """A client's sum over the rounds in which it sent an update; None where no round has a value."""
+    """A client's summed contribution over the rounds in which it sent an update; None if none is defined."""
 
     value: float | None
     rounds: int
@@ -255,12 +255,12 @@ class Forgotten(TypedDict):
 
 @dataclass(frozen=True)
 class RunResult:
-    """A complete run: what `result.json` holds, key by key.
+    """The result of a complete run, with a field for each key of `result.json`.
 
-    `seconds` are this machine's, `simulated_seconds` the devices' own where they are simulated, and bytes
-    those of all rounds. `data` says how much of the data was used, None where that isn't told; `facts` what
-    the task knows of it, such as classes. `trainable` has the shape of each tensor that was trained.
-    Fields with a default are keys that are written only where there is something.
+    `seconds` is the run's time on this machine, `simulated_seconds` that of simulated devices, None without
+    them. Bytes are totals of all rounds. `data` says how much of the data was used, or None where that is
+    private; `facts` has what the clients agreed on, such as classes. `trainable` has the shape of each
+    trained tensor by name. Fields with a default are written only where they have a value.
 
     >>> RunResult.from_json({}, origin="runs/x/result.json")
     Traceback (most recent call last):
@@ -300,12 +300,12 @@ class RunResult:
     forgotten: list[Forgotten] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `result.json` holds; its tables are this result's own, not copies."""
+        """The result as a JSON object; its nested tables are shared with this result, not copied."""
         return {key: value for key in KEYS if (value := getattr(self, key)) is not None or key in REQUIRED}
 
     @classmethod
     def from_json(cls, table: object, *, origin: str) -> Self:
-        """The result that a file holds.
+        """The result from the JSON object of a file.
 
         Raises:
             ConfigError: a key is missing, unknown or of another type; the line begins with `origin`.
@@ -332,7 +332,7 @@ class RunResult:
         """The result of a run directory.
 
         Raises:
-            ConfigError: there is no result.json, or it is none; the line names the file.
+            ConfigError: there is no result.json, or it isn't a valid result; the line names the file.
         """
         path = run / RESULT_FILE
         try:
@@ -345,7 +345,7 @@ class RunResult:
 
     @classmethod
     def of_job(cls, run: Path, job_hash: str) -> Self | None:
-        """The result in a run directory if it is one of this very job, else None: there is work to do."""
+        """The result in a run directory, or None where there is none or it is another job's."""
         try:
             found = cls.read(run)
         except ConfigError:
@@ -353,7 +353,7 @@ class RunResult:
         return found if found.job_hash == job_hash else None
 
     def write(self, run: Path) -> None:
-        """Write `result.json`, whole or not at all; its presence says that the run is complete.
+        """Write `result.json` atomically; its presence marks the run as complete.
 
         Raises:
             JobError: the disk is full or fails.

@@ -1,7 +1,7 @@
-"""The base of a task on a network of one's own: rows of a table in, a torch module, a loss, metrics.
+"""The base class of a task that brings its own network: it maps rows of a table to a torch module's inputs.
 
 `docs/extend.md` has a whole example. Data is a CSV, TSV, JSON Lines or Parquet file (or a folder with `train`
-and `test`) whose columns are declared; every row is checked, and all faults are told at once.
+and `test`) whose columns are declared; every row is checked, and all faults are listed together.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """How the cells of a column are read, and how they are kept."""
+    """How the cells of a column are parsed, and the Arrow type in which they are stored."""
 
     read: Callable[[Any, str], Any]
-    """(cell, place) to its value; raises DataError, whose text starts with the place, for a bad cell."""
+    """(cell, place) to the cell's value; a bad cell raises DataError, whose text begins with `place`."""
     kind: pa.DataType
 
 
@@ -62,11 +62,11 @@ NAME = Column(name_cell, pa.string())
 
 
 class ModuleTask(SchemaTask, Labelled):
-    """Derive from it, say `columns`, `input` and `module`, and what is learnt of a row.
+    """A task on your own `nn.Module`: derive from it, set `columns`, and write `input` and `module`.
 
-    What is learnt is a class where `label` names the column that holds it: targets, loss (cross-entropy),
-    metrics (accuracy, macro F1) and answers are then there. Otherwise say `target`, `loss`, `metrics` and,
-    for `atoll predict`, `format_predictions`.
+    To learn classes, set `label` to the column that holds them: targets, loss (cross-entropy), metrics
+    (accuracy, macro F1) and answers then come with this class. To learn anything else, write `target`, `loss`
+    and `metrics`, and `format_predictions` for `atoll predict`.
 
     A job names it in `task.name`, and `backbone = { name = "task:network", weights = "random" }`; with
     `tune.method = "full"` the whole module is trained.
@@ -78,48 +78,55 @@ class ModuleTask(SchemaTask, Labelled):
     primary_metric = "accuracy"
 
     columns: ClassVar[Mapping[str, Column]] = {}
-    """The data's columns by name, and how each is read."""
+    """The data's columns by name: each is `NUMBER`, `NUMBERS`, `TEXT`, `NAME` or your own `Column`."""
 
     label: ClassVar[str | None] = None
-    """The column that holds an example's class, if classes are learnt."""
+    """The column that holds an example's class; None where no classes are learnt."""
 
     Options: ClassVar[type[BaseModel] | None] = None
-    """A pydantic model of the job's `task.options`, if there are any; `self.options` is then one of it."""
+    """The pydantic model that checks the job's `task.options`; `self.options` is then an instance of it."""
 
     options: Any = None
 
     def input(self, row: Mapping[str, Any]) -> torch.Tensor | dict[str, torch.Tensor]:
-        """A row's input, without a dimension for the batch: of the same shape for every row.
+        """One row's input to the network, without a batch dimension; the same shape and dtype for every row.
 
-        `row` has each column's value, but for the label's. A dictionary of tensors is given to the module by
-        name: `module(**batch)`; a single tensor as `module(batch)`, [batch, …].
+        `row` maps each column but the label's to its value. Stacked to [batch, …], a tensor is passed as
+        `module(batch)`, a dictionary of tensors by name as `module(**batch)`.
         """
         raise NotImplementedError(f"{type(self).__name__}.input")
 
     def module(self, data_info: DataInfo) -> nn.Module:
-        """The network, with fresh weights drawn from torch's global generator, which is seeded for it.
+        """A new network from inputs [batch, …] to outputs [batch, …]; with `label`, one logit per class.
 
-        `facts["classes"]` are the classes, in order, where `label` is said. An example's output must not
-        depend on the others in its batch (no batch norm in training).
+        Initial weights are drawn from torch's global generator, which Atoll seeds before the call. With
+        `label`, `data_info["classes"]` lists the classes in the order of the outputs. An example's output
+        must not depend on the others in its batch, so no batch norm in training.
         """
         raise NotImplementedError(f"{type(self).__name__}.module")
 
     def target(self, row: Mapping[str, Any], data_info: DataInfo) -> torch.Tensor:
-        """What is to be predicted of a row, where that is no class: of the same shape for every row."""
+        """What to predict for one row, where it is not a class; the same shape and dtype for every row.
+
+        `row` maps every column to its value. Targets reach `loss` stacked to [batch, …].
+        """
         raise NotImplementedError(f"{type(self).__name__}.target, or say which column is the label")
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a batch: one number, of the module's outputs and the targets, both [batch, …]."""
+        """The mean loss of a batch, a scalar; the network's outputs and the targets are both [batch, …]."""
         self._of_classes("loss")
         return super().loss(outputs, targets)
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
-        """A `torchmetrics.MetricCollection`, whose states are tensors that sum over clients."""
+        """A `torchmetrics.MetricCollection` whose states are tensors with `dist_reduce_fx="sum"`.
+
+        Clients send the states, which are added up before `compute`. `update` takes (outputs, targets).
+        """
         self._of_classes("metrics")
         return super().metrics(data_info)
 
     def format_predictions(self, predictions: torch.Tensor, data_info: DataInfo) -> list[dict[str, Any]]:
-        """What `atoll predict` prints for each of the outputs [n, …]; `label` comes first."""
+        """A JSON-able table for each row of outputs [n, …], as `atoll predict` prints it; first `label`."""
         if self.label is not None:
             return super().format_predictions(predictions, data_info)
         return [{"label": ", ".join(f"{v:.6g}" for v in row.flatten().tolist())} for row in predictions]
@@ -132,7 +139,7 @@ class ModuleTask(SchemaTask, Labelled):
         raise TypeError(f"{self.name} has a module of its own, and no head on features")
 
     def last_layer(self, module: nn.Module) -> nn.Module:
-        """What `tune.method = "head"` trains: unless said, the module's last layer that has weights."""
+        """The layer that `tune.method = "head"` trains: by default the module's last one with weights."""
         return [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None][-1]
 
     def configured(self, job: Job, backbone: Backbone) -> Task:
@@ -166,7 +173,7 @@ class ModuleTask(SchemaTask, Labelled):
         return named(set(dataset[self.label]), data, "classes", self.label)
 
     def told_for(self, job: Job) -> Sequence[ToldField] | None:
-        """The classes, where they are learnt; a task with a `local_info` of its own says `told` itself."""
+        """The field of the classes where `label` is set; a subclass that sets `told` overrides this."""
         if "told" in vars(type(self)):
             return self.told
         return () if self.label is None else names_told()
@@ -196,7 +203,7 @@ class ModuleTask(SchemaTask, Labelled):
         """A row as JSON, such as `{"height": 1.8}`.
 
         Raises:
-            DataError: it is none, or a cell of it is bad; columns that are left out are not looked at.
+            DataError: it is not a JSON object, or a cell is bad; columns may be left out.
         """
         try:
             row = json.loads(given)
@@ -217,7 +224,7 @@ class ModuleTask(SchemaTask, Labelled):
 
 
 class _Rows(Encoder):
-    """Rows to what the module gives."""
+    """The task's module as an encoder: rows in, the module's outputs out."""
 
     def __init__(self, module: nn.Module, tensor_of: Callable[[Any], torch.Tensor | Batch]) -> None:
         super().__init__()
@@ -238,11 +245,11 @@ class _Rows(Encoder):
 
 
 ONLY = "only input"
-"""The name of a row's input that is a single tensor."""
+"""The name, in a batch, of an input that is a single tensor."""
 
 
 class _ModuleModel(Model):
-    """The module's outputs are the model's."""
+    """A model whose outputs are those of the task's module."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
         outputs: torch.Tensor = self.backbone(batch)

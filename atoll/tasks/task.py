@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model writes for a held-out prompt, beside what stands in the data."""
+    """A held-out prompt, the text that the model wrote for it, and the text that the data has for it."""
 
     prompt: str
     written: str
@@ -35,10 +35,11 @@ class Sample:
 
 
 class Task(Protocol):
-    """One kind of learning problem; a new one is a file and a line in the registry.
+    """One kind of learning problem: how its data is read, what is trained, the loss and the metrics.
 
-    Where it `uses_pooled_features`, its head sees one row of features an example, which may be kept and
-    trained on at once: it says `encoder`, `head` and `head_loss`. Any other says `network`, the whole model.
+    A task that `uses_pooled_features` trains a head on one row of features per example; these rows can be
+    cached and all clients' heads trained at once. Such a task implements `encoder` and `head` and sets
+    `head_loss`. Every other task implements `network`, which builds the whole model.
 
     >>> import torch
     >>> from atoll.tasks import task_named
@@ -56,191 +57,262 @@ class Task(Protocol):
     """One line for `atoll list tasks`."""
 
     uses_pooled_features: bool = True
-    """Whether the head sees one row of features an example."""
+    """Whether the head takes one row of features per example, [batch, width]."""
 
     sees_targets: bool = False
-    """Whether a batch to learn from holds the targets too (`TARGETS`): the words said so far, the boxes."""
+    """Whether the network takes the targets with a training batch, under `TARGETS`: earlier tokens, boxes."""
 
     compares_examples: bool = False
-    """Whether loss and metrics compare examples with one another: a shard is then measured in one batch."""
+    """Whether loss and metrics compare examples with each other: a shard is then measured in one batch."""
 
     has_own_split: bool = False
-    """Whether `split` says what a client trains on and what it measures on."""
+    """Whether a client's data is split by the task's `split`, and not by hashes of the examples."""
 
     reads_times: bool = False
-    """Whether a column of its data holds times, which `data.time_format` may describe."""
+    """Whether a column of the data holds times, whose form `data.time_format` gives."""
 
     reads_pictures: bool = False
-    """Whether its inputs are pictures, of which `data.bits` and `data.window` may say how they are seen."""
+    """Whether inputs are pictures; `data.bits` and `data.window` then set how pixel values are scaled."""
 
     primary_metric: str = "accuracy"
-    """The metric that a run is judged by."""
+    """The name, in `metrics`, of the metric that reports show first and that runs are compared by."""
 
     head_loss: Literal["softmax", "sigmoid", "squared"] = "softmax"
-    """Which closed form `loss` has: cross_entropy, binary_cross_entropy_with_logits or mse_loss."""
+    """What `loss` is for heads: "softmax" cross_entropy, "sigmoid" binary_cross_entropy_with_logits,
+    "squared" mse_loss."""
 
     inputs_in_words: str = ""
-    """What becomes of inputs before the network sees them, for a run's first lines, if that is told."""
+    """How inputs are preprocessed, for the first lines that a run prints; empty where nothing is printed."""
 
     told: tuple[ToldField, ...] | None = None
-    """The fields of `local_info`, each with whom it concerns; where it isn't said it counts as unknown.
+    """The fields that `local_info` returns, and whose data each depends on; None where that is not declared.
 
-    A class that has a `local_info` of its own says it anew. Under a promise, under a secure sum and at a site
-    with a budget the job must give every field that isn't public, and `local_info` is asked of no rows.
+    A class that overrides `local_info` must set `told` too. Where the job promises privacy, uses a secure sum
+    or meets a site with a privacy budget, it must state every field that isn't public, and `local_info` is
+    called with no rows.
     """
 
     def told_for(self, job: Job) -> Sequence[ToldField] | None:
-        """The fields of `local_info` that this job makes clients tell."""
+        """The fields that `local_info` returns for this job; by default `told`."""
         return self.told
 
     def configured(self, job: Job, backbone: Backbone) -> Task:
-        """This task as a job and its resolved backbone make it, above all by `task.options`.
+        """The task set up for one job: its `task.options` are read here.
 
-        `loss`, `metrics` and `shard` are asked of what it returns.
+        All later calls, such as `shard`, `loss` and `metrics`, go to the object that this returns. `backbone`
+        is the job's, with its weights located but not loaded.
+
+        Raises:
+            ConfigError: an option is unknown or has a bad value.
         """
         return self
 
     def check(self, job: Job) -> None:
-        """Raises ConfigError where the job asks for what there isn't for this task."""
+        """Refuse a job that this task cannot do, before any data is read.
+
+        Raises:
+            ConfigError: the line names the job's key, its value and what was expected.
+        """
         ...
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
-        """One owner's data, every example checked; `options` are the job's `task.options`."""
+        """One owner's data with every example checked, and how many examples were left out and why.
+
+        `source` is a file or a folder, `data` the job's `[data]`, `options` its `task.options`.
+
+        Raises:
+            DataError: there is no data, or examples are bad: each is named, with its fault.
+        """
         ...
 
     def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
-        """The splits of a built-in source, which are in the task's own columns and trusted."""
+        """The data of a built-in source, by split (`train`, perhaps `test`), in this task's columns.
+
+        Its tables already have the columns that `read` makes; they are trusted and not checked again.
+        """
         ...
 
     def write(self, dataset: Dataset, folder: Path, data: DataSection) -> None:
-        """Write rows into a new folder, as `read` with the same `data` reads them back."""
+        """Write rows into a new folder, in a layout that `read` with the same `data` reads back."""
         ...
 
     def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
-        """What is in the data and what is wrong with it, for `atoll check`."""
+        """For `atoll check`: what the data holds and every fault in it, without raising for bad examples."""
         ...
 
     def notes_on(
         self, source: Path, data: DataSection, options: Options, backbone: Backbone
     ) -> Sequence[str]:
-        """What `atoll check --backbone` tells besides: how much of the data that backbone reads."""
+        """Further lines for `atoll check --backbone`, such as how many texts this backbone would cut off."""
         return ()
 
     def keys(self, dataset: Dataset) -> list[bytes]:
-        """A 32-byte hash of each example's content: not of its path or place."""
+        """A 32-byte hash of each example's content, [n], that does not depend on its file or row number.
+
+        Splits, order and caches go by these hashes.
+        """
         ...
 
     def groups(self, dataset: Dataset) -> list[str] | None:
-        """What must not be split between training and test, or between clients: a patient, say."""
+        """For each row the name of its group, such as its patient; None where examples stand alone.
+
+        A group is never divided between training and test, nor between clients.
+        """
         return None
 
     def split(
         self, shard: Shard, seed: int, fraction: float, *, helped: bool = True
     ) -> tuple[list[int], list[int]]:
-        """(rows to train on, rows to measure on) within a client, of a task that `has_own_split`.
+        """(rows to train on, rows to measure on) of one client's shard, for a task that `has_own_split`.
 
-        Unless a client is `helped` to have some of each, no row's side may depend on another row.
+        `seed` is the job's. A `fraction` below 1 is the part to measure on, from 1 on it is a number of rows.
+        With `helped` a small client may be given at least one row of each kind; without it, a row's side must
+        not depend on any other row, as example-level privacy requires.
         """
         raise TypeError(f"{self.name} splits by content alone")
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
-        """What must be known of the data before a model can be built."""
+        """What one client's data contributes to the model's form, as JSON-able values: its classes, say."""
         ...
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
-        """The rows that are as the job says; others are left out where nothing may be told of them."""
+        """The numbers of the rows that agree with what the job states, such as a label in `data.classes`.
+
+        Where a client may report nothing about its data, other rows are left out without a message.
+        """
         return range(len(dataset))
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
-        """The facts that hold for all clients together."""
+        """The clients' `local_info` merged into what holds for all of them, such as the union of classes.
+
+        Raises:
+            ConfigError: the clients' data cannot be trained on together.
+        """
         ...
 
     def required_info(self) -> DataInfo:
-        """What this task, bound to a job, needs alike at server and sites, as hashes: a tokenizer, say."""
+        """Hashes of what must be the same at the server and all sites, by name: of a tokenizer, say."""
         return {}
 
     def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
-        """Rows as inputs and targets, in canonical order; `keys` where they are known already."""
+        """The rows as inputs and targets, in the order of their hashes.
+
+        `data_info` is what all clients agreed on (`merge_info`). `keys` are the rows' hashes, where the
+        caller has them; otherwise they are computed.
+        """
         ...
 
     def input_suffixes(self) -> tuple[str, ...]:
-        """What the files end in that `atoll predict` takes from a folder; none where inputs are no files."""
+        """The suffixes, such as `.png`, of the files that `atoll predict` reads from a folder.
+
+        Empty where inputs are not files.
+        """
         return ()
 
     def parse_input(self, given: str) -> Any:
-        """One input of `atoll predict` as a shard holds it."""
+        """One argument of `atoll predict`, a text or a path, as an element of `Shard.inputs`.
+
+        Raises:
+            DataError: it cannot be read as an input of this task.
+        """
         ...
 
     def parse_inputs(self, given: str) -> dict[str, Any]:
-        """All that one argument of `atoll predict` holds, each as `parse_input` gives it, by name.
+        """The inputs in one argument of `atoll predict`, by name, each as `parse_input` returns it.
 
-        The name is empty where there is one alone.
+        A file may hold several inputs, such as series or patients. A single input has the empty name.
+
+        Raises:
+            DataError: an input cannot be read.
         """
         return {"": self.parse_input(given)}
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
-        """The backbone as an encoder of this task's inputs."""
+        """The backbone, with its weights loaded, as an encoder of this task's inputs to [batch, width].
+
+        Raises:
+            ConfigError, WeightsError: this backbone does not fit the task, or its weights cannot be loaded.
+        """
         raise TypeError(f"{self.name} has no encoder of its own, but a network")
 
     def head(self, width: int, data_info: DataInfo) -> nn.Module:
-        """A fresh head; its initial values come from the global generator."""
+        """A new head from features [batch, width] to outputs [batch, …].
+
+        Initial values are drawn from torch's global generator, which the caller has seeded.
+        """
         raise TypeError(f"{self.name} has no head of its own, but a network")
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
-        """The whole model, where there are no pooled features; its first values come from the job's seed."""
+        """The whole model of a task that does not use pooled features; initial values follow `job.seed`.
+
+        Raises:
+            ConfigError, WeightsError: this backbone does not fit the task, or its weights cannot be loaded.
+        """
         raise TypeError(f"{self.name} has a head on an encoder, and no network of its own")
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean over the batch."""
+        """The training loss: a scalar, the mean over the batch, of outputs and targets [batch, …]."""
         ...
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
-        """Metrics whose states add up over clients; they take predictions and targets."""
+        """Fresh metrics; each state is a tensor with `dist_reduce_fx="sum"`, so that it sums over clients.
+
+        Their `update` takes what `metric_inputs` returns.
+        """
         ...
 
     def loss_weight(self, shard: Shard, rows: Sequence[int]) -> float:
-        """Of how many things the loss of these rows is the mean: by that a part of a batch counts."""
+        """How many terms `loss` averages over these rows: examples by default, tokens for language models.
+
+        Where a batch is computed in parts, each part's loss is weighted by it.
+        """
         return len(rows)
 
     def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss on examples that are only measured on, where that is another one."""
+        """The loss that evaluation reports, a mean as in `loss`; it may differ from the training loss."""
         return self.loss(outputs, targets)
 
     def num_with_target(self, targets: torch.Tensor) -> int:
-        """How many examples the loss of a measurement is the mean of: those that have a target."""
+        """How many terms `eval_loss` averages over these targets; by default one per example."""
         return len(targets)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
-        """What `update` of the metrics takes."""
+        """The positional arguments of the metrics' `update`, of one batch's predictions and targets."""
         return predictions, targets
 
     def naive_baselines(self, shard: Shard, data_info: DataInfo) -> dict[str, Any]:
-        """Predictions that need no learning, by name, which a result always stands beside: the last value."""
+        """Predictions that need no training, by name, such as a series' last value; one per row of `shard`.
+
+        A run reports their metrics beside the model's.
+        """
         return {}
 
     def samples(self, model: Model, shard: Shard) -> list[Sample]:
-        """What the model writes for a few of a shard's examples, always the same; none of most tasks."""
+        """Texts that the model writes for a few of a shard's examples, always for the same ones.
+
+        Empty for tasks whose models write no text.
+        """
         return []
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        """What `atoll predict` prints for each prediction; `label` comes first."""
+        """A JSON-able table per prediction, as `atoll predict` prints it; its first key is `label`."""
         ...
 
     def answers(
         self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
     ) -> list[dict[str, Any]]:
-        """What is said of each input, whose batch is that of `inputs`, by a task without pooled features.
+        """The answer to each of `inputs`, for a task without pooled features; `batch` holds the same inputs.
 
-        As `format_predictions`, and in arrays what is too large to print.
+        A table each, as `format_predictions` makes it; what is too large to print is a NumPy array in it.
         """
         return self.format_predictions(model.predict(batch), data_info)
 
     def files(
         self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
     ) -> dict[str, bytes]:
-        """What of an answer `atoll predict` writes as files: their content by their last names.
+        """The files that `atoll predict --out` writes for an answer: their bytes, by how the names end.
 
-        `given` is the input as `parse_input` gives it; with an `overlay` also a picture that shows the
-        answer on the input, where there is such a picture.
+        `given` is the input as `parse_input` returns it. With `overlay` there is also a picture of the input
+        with the answer drawn on it, for tasks that can draw one.
         """
         return {}

@@ -2,7 +2,7 @@
 
 Guarantee: each noised sum is one Gaussian release of sensitivity `clipping_norm` under adding or
 removing one example of the client; all that follows (the optimizer, other steps, the update) is
-post-processing. It rests on batches drawn by Poisson's coins that nobody else knows.
+post-processing. It requires batches drawn by Poisson sampling with randomness that nobody else knows.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from atoll.protocol.messages import CHARGED_ROUNDS
 from atoll.protocol.tensors import Tensors
 
 CLIP_ROUNDING_MARGIN = 1 - 1e-5
-"""Examples are clipped to a norm this much smaller: what float32 rounds is not to exceed the norm."""
+"""The factor by which the clipping norm is reduced, so that float32 rounding cannot exceed the norm."""
 
 
 @dataclass(frozen=True)
 class DpSgd:
-    """How examples are drawn, clipped and noised; `random_bits` and `draw` are each client's own.
+    """How examples are sampled, clipped and noised in a round.
 
-    Sums are divided by `divisor`, a public number. `draw` gives, for a client with examples of these
-    numbers (`example_numbers`), the places of each step's batch; without it batches are the usual shuffled
-    ones, and no sampling may be claimed. `charged` are the rounds in each client's ledger, with this one.
+    Each example's gradient is clipped to the L2 norm `clipping_norm`; the sum gets noise of deviation
+    `noise_multiplier * clipping_norm` and is divided by `divisor`, a public number. `random_bits` returns a
+    client's source of noise. `draw` takes a client and its examples' numbers (`example_numbers`) and returns
+    the places of each step's Poisson batch; without it batches are shuffled as usual, and no amplification by
+    sampling may be claimed. `charged` has the number of rounds in each client's ledger, this one included.
     """
 
     clipping_norm: float
@@ -42,7 +44,7 @@ class DpSgd:
     charged: Mapping[str, int] = field(default_factory=dict)
 
     def public_fields(self, clients: Sequence[str]) -> tuple[tuple[int, ...], Tensors]:
-        """(each client's weight, its states): nothing in them depends on anybody's examples."""
+        """(each client's weight, its states), neither of which depends on private data."""
         nothing = torch.zeros(len(clients), dtype=torch.float64)
         charged = torch.tensor([self.charged.get(c, 0) for c in clients], dtype=torch.float64)
         states = {"train_loss.sum": nothing, "train_loss.count": nothing.clone(), CHARGED_ROUNDS: charged}
@@ -52,9 +54,9 @@ class DpSgd:
 def clip_factors(
     values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor, private: DpSgd
 ) -> torch.Tensor:
-    """What clips each example's gradient and divides it, [clients, batch]; zero where `share` is.
+    """The factor that clips each example's gradient and divides it, [clients, batch]; zero where `share` is.
 
-    An example whose gradient isn't finite counts as zero: what it left in `values` and `each` goes.
+    An example whose gradient isn't finite counts as zero: its entries in `values` and `each` become zero.
     """
     norm = squared_norms(values, each).sqrt_()
     unsound = ~torch.isfinite(norm)
@@ -68,13 +70,13 @@ def clip_factors(
 
 @dataclass(frozen=True)
 class StackedNoise:
-    """One step's noise for one layer, on its lattice, [clients, outputs, padded inputs]."""
+    """One step's noise for one layer, [clients, outputs, padded inputs], in multiples of a granularity."""
 
     granularity: float
     numbers: torch.Tensor
 
     def added(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradients of the first clients, rounded to the lattice, with noise, exact in float64."""
+        """The first clients' gradients, rounded to the granularity, plus noise; exact in float64."""
         rounded = (gradient.to(torch.float64) / self.granularity).round_().mul_(self.granularity)
         return rounded.add_(self.numbers[: len(gradient)])
 
@@ -82,7 +84,7 @@ class StackedNoise:
 def stacked_noise(
     layers: Layers, steps: Sequence[tuple[str, int]], private: DpSgd, device: str
 ) -> list[list[StackedNoise]]:
-    """Noise of every step and layer for clients with so many steps each; what is padded gets none."""
+    """The noise by step and layer for clients given as (name, number of steps); padding gets no noise."""
     if private.noise_multiplier == 0:
         return []
     sizes: list[tuple[str, tuple[int, ...]]]
@@ -99,13 +101,16 @@ def stacked_noise(
         noise = torch.from_numpy(lattice.noise(sum(counts) * sum(numbers)).reshape(sum(counts), -1))
         drawn += torch.split(noise, counts)
         granularity = lattice.granularity
-    found: list[list[StackedNoise]] = []
+    stacked: list[list[StackedNoise]] = []
     for s in range(max(count for _, count in steps)):
         heads = [
-            {n: t.view(shape) for (n, shape), t in zip(sizes, torch.split(own[s], numbers), strict=True)}
-            for own in drawn
-            if len(own) > s
+            {
+                n: t.view(shape)
+                for (n, shape), t in zip(sizes, torch.split(of_client[s], numbers), strict=True)
+            }
+            for of_client in drawn
+            if len(of_client) > s
         ]
         stacks = [layers.stack(head, device) for head in heads]
-        found.append([StackedNoise(granularity, torch.cat(parts)) for parts in zip(*stacks, strict=True)])
-    return found
+        stacked.append([StackedNoise(granularity, torch.cat(parts)) for parts in zip(*stacks, strict=True)])
+    return stacked

@@ -26,7 +26,7 @@ from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 
 EXAMPLES_PER_GRADIENT_BATCH = 32
-"""Examples whose gradients are in memory together; noise is added once a step, however many parts it has."""
+"""How many examples' gradients are in memory together; noise is added once per step, after all parts."""
 
 _in_use: list[tuple[Learner, bool]] = []
 """The learner in use, and whether Opacus' hooks can take its gradients."""
@@ -42,7 +42,7 @@ def train_privately(
     round: int,
     plan: Mapping[str, float],
 ) -> Update:
-    """Train from the global tensors by noised sums of clipped gradients; the update is how far they moved.
+    """The update of one client after DP-SGD: its tensors after training minus the global `tensors`.
 
     Raises:
         ConfigError: a layer mixes the examples of a batch, so that none has a gradient of its own.
@@ -76,20 +76,20 @@ def train_privately(
             optimizer.step()
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
-    told = private.public_fields([client])
+    public = private.public_fields([client])
     return Update(
         client=client,
         round=round,
         delta=trainable.delta(parameters, start),
-        num_examples=told[0][0],
-        states={name: state[0] for name, state in told[1].items()},
+        num_examples=public[0][0],
+        states={name: state[0] for name, state in public[1].items()},
     )
 
 
 def clipped_sum(
     gradients: PerExampleGradients, examples: PrivateExamples, rows: NDArray[np.int64], private: DpSgd
 ) -> Tensors:
-    """The clipped gradients of those rows, added up and divided, in float64; zeros for no rows."""
+    """The sum of these rows' clipped gradients over the divisor, by name, in float64; zeros for no rows."""
     total = {
         name: torch.zeros(value.shape, dtype=torch.float64)
         for name, value in trainable.trainable(examples.learner.model).items()
@@ -104,7 +104,7 @@ def clipped_sum(
 
 
 def _factors(each: Mapping[str, torch.Tensor], private: DpSgd) -> torch.Tensor:
-    """What clips each example's gradient over all tensors together, and divides it, [batch]."""
+    """The factor that clips each example's gradient over all tensors together and divides it, [batch]."""
     squares = [g.flatten(1).to(torch.float64).square().sum(1) for g in each.values()]
     norm = torch.stack(squares).sum(0).sqrt()
     clipped = (private.clipping_norm * CLIP_ROUNDING_MARGIN / norm.clamp_min(1e-12)).clamp_max(1.0)
@@ -112,7 +112,7 @@ def _factors(each: Mapping[str, torch.Tensor], private: DpSgd) -> torch.Tensor:
 
 
 class _Noise:
-    """The client's noise, a step after the other, over all tensors in the order of their names."""
+    """The client's noise for step after step, drawn over all tensors in the order of their names."""
 
     def __init__(self, private: DpSgd, client: str, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.names = sorted(parameters)
@@ -131,9 +131,12 @@ class _Noise:
 
 
 def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
-    """Whether Opacus' hooks can take the learner's gradients; looked up once, and refused where examples mix.
+    """Whether Opacus' hooks can compute the learner's per-example gradients; tested once for each learner.
 
-    A shard without examples says nothing: the question stays open for the next one.
+    For a shard without examples it is False, without a test; the next shard is tested then.
+
+    Raises:
+        ConfigError: a layer mixes the examples of a batch.
     """
     if not len(shard):
         return False
@@ -152,7 +155,7 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
 def model_sums(
     learner: Learner, tensors: Tensors, shards: Mapping[str, Shard], private: DpSgd, round: int
 ) -> Iterator[tuple[str, Tensors]]:
-    """(client, the sum over its batch of clipped gradients); zeros for no batch."""
+    """(client, the sum of clipped gradients over its Poisson batch) by client; zeros for an empty batch."""
     model = learner.model
     trainable.load_values(model, tensors)
     trainable.training_mode(model)

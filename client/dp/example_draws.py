@@ -1,8 +1,8 @@
-"""Random draws under example-level privacy: each belongs to one example, or to the step as a whole.
+"""Random draws under example-level privacy, each of which belongs to one example or to the whole step.
 
-Guarantee: what is drawn for an example depends on the job's seed, the purpose, round, client and step, on the
-example's content and on which of its equals it is; neither on how many examples there are nor on where it
-stands. One example more or less therefore changes nobody else's dropout, augmentation, view or seeded coin.
+Guarantee: an example's draws depend on the job's seed, the purpose, round, client and step, on the example's
+content and, among equal examples, on its number; neither on how many examples there are nor on its position.
+Adding or removing an example therefore changes no other's dropout, augmentation, view or sampling.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from atoll.learning.feature_cache import key_table
 from atoll.protocol.random_streams import Purpose, global_stream, stream_seed
 
 Numbers = NDArray[np.uint64]
-"""What an example's draws are made of, one for each example."""
+"""A number for each example, [n], that seeds its random draws."""
 
 Step = tuple[int, str, int]
 """(round, client, step of the round)."""
 
 
 def example_numbers(keys: Sequence[bytes]) -> Numbers:
-    """A number for each of a client's examples, [n], of its content and of which of its equals it is.
+    """A number for each of a client's examples, [n], hashed from its content and its count among equal ones.
 
-    An equal that comes as one more takes the next occurrence; those that were there keep their numbers.
+    If another equal example is added, it gets the next count, and the others keep their numbers.
     """
     if not keys:
         return np.empty(0, dtype=np.uint64)
@@ -46,15 +46,15 @@ def example_numbers(keys: Sequence[bytes]) -> Numbers:
 
 
 def occurrences(table: NDArray[Any]) -> Numbers:
-    """How many equals stand before each entry, [n]."""
+    """For each entry, how many equal entries precede it, [n]."""
     _, group = np.unique(table, return_inverse=True)
     order = np.argsort(group, kind="stable")
     ordered = group[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     place = np.arange(len(ordered)) - np.repeat(starts, np.diff([*starts, len(ordered)]))
-    found = np.empty(len(ordered), dtype=np.uint64)
-    found[order] = place
-    return found
+    counts = np.empty(len(ordered), dtype=np.uint64)
+    counts[order] = place
+    return counts
 
 
 def example_seeds(numbers: Numbers, seed: int, *purpose: Purpose) -> Numbers:
@@ -64,19 +64,19 @@ def example_seeds(numbers: Numbers, seed: int, *purpose: Purpose) -> Numbers:
 
 
 def seeded_coins(numbers: Numbers, steps: int, seed: int, *purpose: Purpose) -> NDArray[np.float64]:
-    """Each example's uniform number in every step, [steps, n]: for simulations, they protect nobody."""
+    """Each example's uniform number in [0, 1) for every step, [steps, n]; only simulations may use them."""
     return uniform_numbers(example_seeds(numbers, seed, *purpose), steps).T
 
 
 def example_views(numbers: Numbers, views: int, job: Job, step: Step) -> NDArray[np.int64]:
-    """Which of its kept views each example shows in a step, [n]."""
+    """The number of the cached view that each example uses in a step, [n]."""
     round, client, number = step
     seeds = example_seeds(numbers, job.seed, "view", round, client, number)
     return (seeds % np.uint64(views)).astype(np.int64)
 
 
 def example_variation(numbers: Numbers, job: Job, step: Step) -> Variation | None:
-    """How a step's inputs vary at random, each by its own draws; not at all, unless the job says so."""
+    """How a step's inputs are augmented, each by its own draws; None where the job augments nothing."""
     if not job.train.augment:
         return None
     seeds = example_seeds(numbers, job.seed, "augment", *step)
@@ -85,20 +85,20 @@ def example_variation(numbers: Numbers, job: Job, step: Step) -> Variation | Non
 
 @contextmanager
 def example_draws(numbers: Numbers, seed: int, step: Step) -> Iterator[None]:
-    """Within, all that a network draws for a batch of these examples is drawn for each on its own.
+    """Within the block, a network's random draws for a batch of these examples are made example by example.
 
     Raises:
-        ConfigError: what is drawn can't be told apart by examples.
+        ConfigError: a draw cannot be divided among examples.
     """
     with global_stream(seed, "dropout", *step), ExampleDraws(example_seeds(numbers, seed, "dropout", *step)):
         yield
 
 
 class ExampleDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replaces whatever torch draws by numbers of each example's own seed; `seeds` are the batch's, [batch].
+    """Replaces torch's random draws by numbers from each example's own seed; `seeds` is [batch].
 
-    Every draw of a pass has a number, which comes of torch's global generator: one that is made again, for a
-    block whose activations were forgotten, has the same one, for torch puts the generator back then.
+    Every draw in a pass gets a number from torch's global generator. If activations are computed again, torch
+    restores that generator, so that the same draws get the same numbers.
     """
 
     def __init__(self, seeds: Numbers) -> None:
@@ -123,10 +123,10 @@ class ExampleDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return draw(self, *args, **{name: v for name, v in (kwargs or {}).items() if name != "generator"})
 
     def bits(self, like: torch.Tensor, name: str) -> torch.Tensor:
-        """Random numbers in [0, 2^32) in the shape of a tensor whose first axis runs over the examples.
+        """Random whole numbers in [0, 2^32), shaped as `like`, whose first axis runs over the examples.
 
         Raises:
-            ConfigError: it doesn't.
+            ConfigError: the first axis of `like` has another length.
         """
         batch, shape = len(self._seeds), tuple(like.shape)
         draw = np.uint64(int(torch.empty((), dtype=torch.int64).random_()))
@@ -141,24 +141,24 @@ class ExampleDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _hashed(self._seeds ^ draw, tail, like.device).reshape(shape)
 
     def uniform(self, like: torch.Tensor, name: str) -> torch.Tensor:
-        """Numbers in [0, 1) in the shape of a tensor."""
+        """Uniform numbers in [0, 1), shaped as `like`."""
         return (self.bits(like, name) >> 8).to(torch.float32) * 2.0**-24
 
     def normal(self, like: torch.Tensor, name: str) -> torch.Tensor:
-        """Standard normal numbers in the shape of a tensor."""
+        """Standard normal numbers, shaped as `like`."""
         quantile = (self.bits(like, name).to(torch.float64) + 0.5) * 2.0**-32
         numbers: torch.Tensor = torch.special.ndtri(quantile)
         return numbers
 
     def below(self, like: torch.Tensor, p: float | torch.Tensor, name: str) -> torch.Tensor:
-        """Where a coin of probability `p` says yes, in the shape of a tensor."""
+        """Booleans that are true with probability `p`, shaped as `like`."""
         if isinstance(p, torch.Tensor):
             return self.uniform(like, name) < p
         return self.bits(like, name) < int(p * 2.0**32)
 
 
 _known_draws: dict[int, bool] = {}
-"""By the identity of an operation of torch's, which lives as long as the process: hashing takes longer."""
+"""Whether an operation of torch draws, by its `id`, which is faster to look up than a hash."""
 
 
 def _is_draw(func: Any) -> bool:
@@ -169,53 +169,55 @@ def _is_draw(func: Any) -> bool:
 
 
 def _drops_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether dropout is only a part of what an operation can do (attention, say), and off."""
+    """Whether an operation could apply dropout, as attention can, but does not."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.name in ("dropout", "dropout_p"):
-            given = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
-            return bool(given == 0)
+            probability = (
+                args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
+            )
+            return bool(probability == 0)
     return False
 
 
-def _bernoulli_(self: ExampleDraws, given: torch.Tensor, p: float | torch.Tensor = 0.5) -> torch.Tensor:
-    return given.copy_(self.below(given, p, "bernoulli_"))
+def _bernoulli_(self: ExampleDraws, like: torch.Tensor, p: float | torch.Tensor = 0.5) -> torch.Tensor:
+    return like.copy_(self.below(like, p, "bernoulli_"))
 
 
-def _bernoulli(self: ExampleDraws, given: torch.Tensor, p: float | None = None) -> torch.Tensor:
-    return self.below(given, given if p is None else p, "bernoulli").to(given.dtype)
+def _bernoulli(self: ExampleDraws, like: torch.Tensor, p: float | None = None) -> torch.Tensor:
+    return self.below(like, like if p is None else p, "bernoulli").to(like.dtype)
 
 
 def _native_dropout(
-    self: ExampleDraws, given: torch.Tensor, p: float, train: bool | None
+    self: ExampleDraws, like: torch.Tensor, p: float, train: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if train is False or p == 0:
-        return given.clone(), torch.ones_like(given, dtype=torch.bool)
-    kept = self.below(given, 1 - p, "native_dropout")
-    return given * kept * (0.0 if p == 1 else 1 / (1 - p)), kept
+        return like.clone(), torch.ones_like(like, dtype=torch.bool)
+    mask = self.below(like, 1 - p, "native_dropout")
+    return like * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
 
 
-def _uniform_(self: ExampleDraws, given: torch.Tensor, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-    return given.copy_(low + (high - low) * self.uniform(given, "uniform_"))
+def _uniform_(self: ExampleDraws, like: torch.Tensor, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    return like.copy_(low + (high - low) * self.uniform(like, "uniform_"))
 
 
-def _normal_(self: ExampleDraws, given: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
-    return given.copy_(mean + std * self.normal(given, "normal_"))
+def _normal_(self: ExampleDraws, like: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+    return like.copy_(mean + std * self.normal(like, "normal_"))
 
 
 def _rand(self: ExampleDraws, size: Sequence[int], **how: Any) -> torch.Tensor:
     return _uniform_(self, torch.empty(size, **how))
 
 
-def _rand_like(self: ExampleDraws, given: torch.Tensor, **how: Any) -> torch.Tensor:
-    return _uniform_(self, torch.empty_like(given, **how))
+def _rand_like(self: ExampleDraws, like: torch.Tensor, **how: Any) -> torch.Tensor:
+    return _uniform_(self, torch.empty_like(like, **how))
 
 
 def _randn(self: ExampleDraws, size: Sequence[int], **how: Any) -> torch.Tensor:
     return _normal_(self, torch.empty(size, **how))
 
 
-def _randn_like(self: ExampleDraws, given: torch.Tensor, **how: Any) -> torch.Tensor:
-    return _normal_(self, torch.empty_like(given, **how))
+def _randn_like(self: ExampleDraws, like: torch.Tensor, **how: Any) -> torch.Tensor:
+    return _normal_(self, torch.empty_like(like, **how))
 
 
 DRAWS: dict[str, Callable[..., Any]] = {
@@ -223,7 +225,7 @@ DRAWS: dict[str, Callable[..., Any]] = {
     "uniform_": _uniform_, "rand": _rand, "rand_like": _rand_like,
     "normal_": _normal_, "randn": _randn, "randn_like": _randn_like,
 }  # fmt: skip
-"""How each of torch's draws is made for examples on their own."""
+"""The replacement of each of torch's random operations."""
 
 M1, M2 = 0x85EBCA6B, 0xC2B2AE35
 """Of murmur3's last step (Appleby 2011), which mixes 32 bits."""
@@ -231,20 +233,20 @@ M1, M2 = 0x85EBCA6B, 0xC2B2AE35
 
 @lru_cache(maxsize=64)
 def _places(tail: tuple[int, ...]) -> NDArray[np.uint32]:
-    """A number for each place of an example's part, by its coordinates alone.
+    """A number for each element of an example's part of a tensor, from the element's coordinates alone.
 
-    A place has the same one in a longer batch: more padding behind a text changes none of its draws.
+    An element has the same number in a longer batch, so more padding behind a text changes none of its draws.
     """
-    found = np.zeros(tail, dtype=np.uint32)
+    numbers = np.zeros(tail, dtype=np.uint32)
     for axis, size in enumerate(tail):
         factor = np.uint32(int(random_numbers(np.array([axis], dtype=np.uint64), 1)[0, 0]) & 0xFFFFFFFF | 1)
         along = np.arange(size, dtype=np.uint32) * factor
-        found += along.reshape(-1, *(1,) * (len(tail) - axis - 1))
-    return found.reshape(-1)
+        numbers += along.reshape(-1, *(1,) * (len(tail) - axis - 1))
+    return numbers.reshape(-1)
 
 
 def _hashed(seeds: Numbers, tail: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """32 random bits for each place of each example's part, [examples, places], as int64."""
+    """32 random bits for each element of each example's part, [examples, elements], as int64."""
     mixed = random_numbers(seeds, 1)[:, 0]
     first, second = (mixed & np.uint64(0xFFFFFFFF)), mixed >> np.uint64(32)
     places = _places(tail)
@@ -256,11 +258,11 @@ def _hashed(seeds: Numbers, tail: tuple[int, ...], device: torch.device) -> torc
 
 
 NUMBERS_PER_BLOCK = 1 << 16
-"""Numbers that are mixed together: they stay in a core's cache."""
+"""How many numbers are mixed together, so that they stay in a core's cache."""
 
 
 def _rows(values: Numbers, places: int) -> list[NDArray[np.uint32]]:
-    """The values as columns of so many rows as are mixed at once."""
+    """The values in columns, in blocks of as many rows as are mixed together."""
     size = max(1, NUMBERS_PER_BLOCK // max(places, 1))
     column = values.astype(np.uint32).reshape(-1, 1)
     return [column[start : start + size] for start in range(0, len(column), size)]

@@ -1,4 +1,4 @@
-"""The clipped gradients of one Poisson batch, added up: what a client gives to distributed DP-SGD."""
+"""The sum of clipped gradients over one Poisson batch: a client's contribution to distributed DP-SGD."""
 
 from __future__ import annotations
 

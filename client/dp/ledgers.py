@@ -1,4 +1,4 @@
-"""What the clients of this process have spent: a ledger each, written before anything is trained."""
+"""The privacy ledgers of this process's clients, one each, charged before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from atoll.protocol.requests import Request
 
 @dataclass
 class PrivacyLedgers:
-    """Ledgers by client and unit, in one folder; they outlive runs and jobs."""
+    """The ledgers of all clients by unit, in one folder; they last beyond runs and jobs."""
 
     folder: Path
     budget: Budget | None = None
     _open: dict[str, Ledger] = field(default_factory=dict)
 
     def charge(self, client: str, fingerprint: str, job: Job, dp_plan: DpPlan, request: Request) -> int:
-        """Charge one round; how many rounds of this run have been charged then.
+        """Charge one round, and return how many rounds of this run have been charged by then.
 
-        A round that is answered a second time, because its update was lost, is charged again, but for
-        seeded noise, which repeats it byte for byte.
+        A round that is answered again, because its update was lost, is charged again; only with seeded noise,
+        which repeats the same bytes, it is not.
 
         Raises:
-            BudgetExhausted: it would overspend the run's target or the site's budget.
-            DataError: the ledger was changed.
+            BudgetExhausted: the round would exceed the run's target epsilon or the site's budget.
+            DataError: the ledger's file was tampered with.
         """
         durable = not job.privacy.seeded_noise
         ledger = self.ledger(client, dp_plan.unit, durable=durable)

@@ -1,10 +1,10 @@
-"""Networks in which examples of a batch see each other are refused: there no example has its own gradient.
+"""Refuses networks in which the examples of a batch influence each other, so that none has its own gradient.
 
-Two looks, before the first private step. Layer by layer: a layer whose first example comes in as before, and
-doesn't leave as before when its neighbours change. And as a whole: examples pass in batches of several sizes
-and orders, in the mode in which the network trains, and what comes out for each, its gradient and its loss,
-must be the same every time. The second look finds what happens between layers, in the loss, in draws that
-torch doesn't make, or only in larger batches; the first finds what no output shows yet, behind zero weights.
+Two tests, before the first private step. Layer by layer: when the other examples change, the output for an
+unchanged first example must stay the same. And as a whole: in batches of several sizes and orders, with the
+network in training mode, each example's gradient and loss must be the same every time. The second test finds
+what happens between layers, in the loss, in draws outside of torch, or only in larger batches; the first one
+finds what no output shows yet because weights are zero.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
 
 TOLERANCE = 1e-4
-"""How much of an example's gradient may differ between batches: what float32 rounds on its way."""
+"""The relative difference that an example's gradient may have between batches, by float32 rounding."""
 
 MEMBERS = 8
-"""Examples of the largest batch: the first half are the client's, the others those with changed inputs."""
+"""Examples in the largest batch: the first half are the client's, the others have changed inputs."""
 
 BATCHES: tuple[tuple[int, ...], ...] = (
     (0, 1, 2, 3, 4, 5, 6, 7), (7, 6, 5, 4, 3, 2, 1, 0), (5, 0, 6, 1, 7), (4, 2, 0), (7, 3), (1, 5), (2, 2),
 )  # fmt: skip
-"""Members of each batch: every place of a batch is some own example's. A pass has two examples at least."""
+"""The members of each batch: every position holds a client's example in some batch; two members at least."""
 
 Seen = dict[int, dict[str, torch.Tensor]]
-"""By member: its loss, and its gradient by parameter."""
+"""Each member's loss and gradient by parameter, by the member's number."""
 
 
 def refuse_mixed_examples(learner: Learner, shard: Shard, *, hooks: bool) -> None:
@@ -50,8 +50,8 @@ def refuse_mixed_examples(learner: Learner, shard: Shard, *, hooks: bool) -> Non
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        said = str(error).partition("\n")[0]
-        raise _refusal(learner, f"its gradients can't be taken example by example ({said})") from None
+        reason = str(error).partition("\n")[0]
+        raise _refusal(learner, f"its gradients can't be taken example by example ({reason})") from None
 
 
 def _look(learner: Learner, shard: Shard, *, hooks: bool) -> None:
@@ -63,13 +63,13 @@ def _look(learner: Learner, shard: Shard, *, hooks: bool) -> None:
         first = probe.seen(gradients, BATCHES[0])
         _compare(learner, first, probe.seen(gradients, BATCHES[0]), "drawn again from the same seeds")
         for members in BATCHES[1:]:
-            told = f"in another batch, of {len(members)} examples"
-            _compare(learner, first, probe.seen(gradients, members), told)
+            where = f"in another batch, of {len(members)} examples"
+            _compare(learner, first, probe.seen(gradients, members), where)
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """Some examples of a shard, and others that are surely different, to be passed in any batch."""
+    """Some of a shard's examples and changed copies of them, to be put into batches."""
 
     learner: Learner
     shard: Shard
@@ -77,33 +77,33 @@ class _Probe:
 
     @classmethod
     def of(cls, learner: Learner, shard: Shard) -> _Probe:
-        own = np.linspace(0, len(shard) - 1, MEMBERS // 2).round().astype(int).tolist()
-        return cls(learner, shard, [*own, *own])
+        examples = np.linspace(0, len(shard) - 1, MEMBERS // 2).round().astype(int).tolist()
+        return cls(learner, shard, [*examples, *examples])
 
     def seen(self, gradients: PerExampleGradients, members: Sequence[int]) -> Seen:
-        """What comes out for each of the client's own examples among the members of a batch."""
+        """The losses and gradients of the client's own examples among the members of a batch."""
         rows = [self.rows[member] for member in members]
         batch, targets = self.learner.batch(self.shard, rows), self.shard.targets_of(rows)
         batch = changed(batch, [place for place, member in enumerate(members) if member >= MEMBERS // 2])
         names = [member.to_bytes(32, "little") for member in range(MEMBERS)]
         numbers = example_numbers(names)[list(members)]
         step = (0, "", 0)
-        found = dict(batch_gradients(self.learner, gradients, batch, targets, numbers, step))
+        outcomes = dict(batch_gradients(self.learner, gradients, batch, targets, numbers, step))
         with torch.no_grad(), example_draws(numbers, self.learner.job.seed, step):
             there, aims = on_device(self.learner, batch, targets)
             outputs, loss = self.learner.model(there), self.learner.training_loss(self.shard)
             each = [loss(outputs[i : i + 1], aims[i : i + 1]) for i in range(len(members))]
-        found["loss"] = torch.stack(each)
-        own = {member: place for place, member in enumerate(members) if member < MEMBERS // 2}
-        return {member: {name: t[place] for name, t in found.items()} for member, place in own.items()}
+        outcomes["loss"] = torch.stack(each)
+        places = {member: place for place, member in enumerate(members) if member < MEMBERS // 2}
+        return {member: {name: t[place] for name, t in outcomes.items()} for member, place in places.items()}
 
 
-def _compare(learner: Learner, first: Seen, other: Seen, told: str) -> None:
+def _compare(learner: Learner, first: Seen, other: Seen, where: str) -> None:
     for member, values in other.items():
         for what, names in (("loss", {"loss"}), ("gradient", values.keys() - {"loss"})):
             moved = _difference(first[member], values, names)
             if not moved <= TOLERANCE:
-                raise _refusal(learner, f"the {what} of an example is another one {told} (by {moved:.1%})")
+                raise _refusal(learner, f"the {what} of an example is another one {where} (by {moved:.1%})")
 
 
 def _difference(one: Tensors, other: Tensors, names: set[str]) -> float:
@@ -116,9 +116,9 @@ def _difference(one: Tensors, other: Tensors, names: set[str]) -> float:
     return apart / max(size, 1e-6)
 
 
-def _refusal(learner: Learner, found: str) -> ConfigError:
+def _refusal(learner: Learner, fault: str) -> ConfigError:
     return ConfigError(
-        f"backbone {learner.backbone.name}: {found}, so that no example has a gradient of its own; expected"
+        f"backbone {learner.backbone.name}: {fault}, so that no example has a gradient of its own; expected"
         " another backbone, or tune.method = 'head'"
     )
 
@@ -132,37 +132,37 @@ def refuse_mixing_layers(learner: Learner, batch: Batch) -> None:
 
 
 def changed(batch: Batch, places: Sequence[int]) -> Batch:
-    """The batch with other inputs at those places: numbers reversed, masks as they are."""
-    found = {}
+    """The batch with other inputs at these places: numbers in reverse order, masks unchanged."""
+    inputs = {}
     for name, t in batch.items():
-        found[name] = t.clone()
+        inputs[name] = t.clone()
         for place in places:
             if torch.is_floating_point(t):
-                found[name][place] = t[place].flip(-1) + 1
+                inputs[name][place] = t[place].flip(-1) + 1
             elif "mask" not in name:
-                found[name][place] = t[place].flip(-1)
-    return found
+                inputs[name][place] = t[place].flip(-1)
+    return inputs
 
 
 def mixing_layers(model: nn.Module, batch: Batch) -> list[str]:
-    """Layers and blocks in which an example's outputs depend on other examples, the first one first.
+    """Names of layers and blocks in which an example's outputs depend on other examples, in order of calls.
 
-    Two batches that have only their first row in common go through; a module whose first row of inputs is
-    the same in both, and of outputs isn't, mixes examples.
+    Two batches are computed that share only their first row. A module mixes examples if its first input row
+    is the same in both and its first output row is not.
     """
     other = {name: torch.stack([t[0]] * len(t)) for name, t in batch.items()}
     calls = zip(_rows_seen(model, batch), _rows_seen(model, other), strict=False)
-    found = [
+    mixing = [
         one.name
         for one, same in calls
         if one.name == same.name and _equal(one.inputs, same.inputs) and not _equal(one.outputs, same.outputs)
     ]
-    return [name for name in dict.fromkeys(found) if not any(o.startswith(f"{name}.") for o in found)]
+    return [name for name in dict.fromkeys(mixing) if not any(o.startswith(f"{name}.") for o in mixing)]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The first rows of what went into a module and of what came out."""
+    """The first rows of a module's inputs and outputs in one call."""
 
     name: str
     inputs: list[torch.Tensor]
@@ -170,7 +170,7 @@ class _Call:
 
 
 def _rows_seen(model: nn.Module, batch: Batch) -> list[_Call]:
-    """Every call of a module in the order in which they end; those that see no batch are left out."""
+    """Every call of a module, in the order in which calls end, without calls whose tensors have no batch."""
     size = len(next(iter(batch.values())))
     seen: list[_Call] = []
 

@@ -23,15 +23,15 @@ from atoll.backbones.encoder import Batch, Model
 from atoll.learning import trainable
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""The mean over a batch."""
+"""(outputs, targets) to the mean loss over a batch."""
 
 PerExampleGradients = Callable[[Batch, torch.Tensor], dict[str, torch.Tensor]]
-"""Of a batch and its targets: by parameter, [batch, …]; without those that the loss doesn't reach."""
+"""(batch, targets) to each example's gradients, [batch, …] by name; only parameters that affect the loss."""
 
 
 @contextmanager
 def per_example_gradients(model: Model, loss: Loss, *, hooks: bool) -> Iterator[PerExampleGradients]:
-    """Within, what gives every example's gradient with the model's present values."""
+    """A context that yields a function for per-example gradients with the model's present values."""
     if not hooks:
         yield lambda batch, targets: _by_functions(model, loss, batch, targets)
         return
@@ -46,7 +46,7 @@ def per_example_gradients(model: Model, loss: Loss, *, hooks: bool) -> Iterator[
 
 @contextmanager
 def _nothing_in_place(model: nn.Module) -> Iterator[None]:
-    """Within, no layer overwrites its input, which hooks still need."""
+    """Within the block, no layer overwrites its input, which the hooks still need."""
     changed = [m for m in model.modules() if getattr(m, "inplace", False) is True]
     for module in changed:
         module.inplace = False  # type: ignore[assignment]
@@ -58,7 +58,7 @@ def _nothing_in_place(model: nn.Module) -> Iterator[None]:
 
 
 def _unhook(model: nn.Module) -> None:
-    """Take off what Opacus puts on a model, also where it gave up half way."""
+    """Remove everything that Opacus puts on a model, also where it stopped half way."""
     for handle in vars(model).pop("autograd_grad_sample_hooks", []):
         handle.remove()
     for module in model.modules():
@@ -71,42 +71,42 @@ def _unhook(model: nn.Module) -> None:
 
 
 def hooks_suffice(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor) -> bool:
-    """Whether the hooks give each parameter that the loss reaches one gradient an example."""
+    """Whether Opacus' hooks yield one gradient per example for every parameter that the loss depends on."""
     try:
         with per_example_gradients(model, loss, hooks=True) as gradients:
-            found = gradients(batch, targets)
+            by_hooks = gradients(batch, targets)
     except (AttributeError, RuntimeError, TypeError, ValueError, NotImplementedError):
         return False  # layers that Opacus has no rule for; torch.func needs none
     parameters = trainable.trainable(model)
     shapes = {name: (len(targets), *p.shape) for name, p in parameters.items()}
     reached = _reached(model, loss, batch, targets)
-    return found.keys() >= reached and all(found[name].shape == shapes[name] for name in found)
+    return by_hooks.keys() >= reached and all(by_hooks[name].shape == shapes[name] for name in by_hooks)
 
 
 def _reached(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor) -> set[str]:
-    """The parameters that the loss of the batch moves with, by autograd."""
+    """Names of the parameters for which the loss of the batch has a nonzero gradient."""
     parameters = trainable.trainable(model)
     with torch.enable_grad():
         value = loss(model(batch), targets)
-    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    return {name for name, g in zip(parameters, found, strict=True) if g is not None and bool(g.any())}
+    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return {name for name, g in zip(parameters, gradients, strict=True) if g is not None and bool(g.any())}
 
 
 def _by_hooks(
     hooked: GradSampleModule, model: Model, loss: Loss, batch: Batch, targets: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     (loss(hooked(batch), targets) * len(targets)).backward()  # type: ignore[no-untyped-call]
-    found = {}
+    samples = {}
     for name, p in trainable.trainable(model).items():
         if p.grad_sample is not None:  # type: ignore[attr-defined]
-            found[name] = p.grad_sample.detach()  # type: ignore[attr-defined]
+            samples[name] = p.grad_sample.detach()  # type: ignore[attr-defined]
         p.grad = p.grad_sample = None  # type: ignore[attr-defined]
-    return found
+    return samples
 
 
 def _by_functions(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor) -> dict[str, torch.Tensor]:
     force_attention_mask(model)
-    own = {name: p.detach() for name, p in trainable.trainable(model).items()}
+    values = {name: p.detach() for name, p in trainable.trainable(model).items()}
 
     def of_one(parameters: dict[str, torch.Tensor], one: Batch, target: torch.Tensor) -> torch.Tensor:
         alone = {name: t.unsqueeze(0) for name, t in one.items()}
@@ -114,7 +114,7 @@ def _by_functions(model: Model, loss: Loss, batch: Batch, targets: torch.Tensor)
 
     # Of attention's ways only the plain one has a rule for maps.
     with sdpa_kernel(SDPBackend.MATH):
-        found: dict[str, torch.Tensor] = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="different")(
-            own, batch, targets
+        samples: dict[str, torch.Tensor] = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="different")(
+            values, batch, targets
         )
-    return found
+    return samples

@@ -1,4 +1,4 @@
-"""Example-level privacy of a round's local training: the coins, the noise, and the charge before both."""
+"""Sets up DP-SGD for a round: Poisson sampling, clipping and the source of the noise."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from atoll.protocol.random_streams import stream_seed
 
 
 def private_training(job: Job, dp_plan: DpPlan, round: int, charged: Mapping[str, int]) -> DpSgd:
-    """How the clients of a round train, who have been charged for it."""
+    """The DP-SGD settings of a round; `charged` has each client's number of charged rounds with this one."""
 
-    def words(client: str) -> RandomBits:
+    def random_bits(client: str) -> RandomBits:
         if job.privacy.seeded_noise:
             return seeded(stream_seed(job.seed, "noise", round, client))
         return entropy
@@ -35,7 +35,7 @@ def private_training(job: Job, dp_plan: DpPlan, round: int, charged: Mapping[str
         clipping_norm=dp_plan.promise.clipping_norm,
         noise_multiplier=dp_plan.noise_multiplier,
         divisor=dp_plan.divisor if dp_plan.where == "client" else 1.0,
-        random_bits=words,
+        random_bits=random_bits,
         draw=draw,
         charged=charged,
     )

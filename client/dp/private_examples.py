@@ -1,4 +1,4 @@
-"""Single examples on their way through a network: with draws of their own, and each with its own gradient."""
+"""Per-example gradients whose random draws belong to single examples, not to batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class PrivateExamples:
-    """A client's examples in one step; `numbers` are what the draws of each are made of."""
+    """A client's examples in one step; `numbers` [n] seed each example's random draws."""
 
     learner: Learner
     shard: Shard
@@ -29,18 +29,19 @@ class PrivateExamples:
     step: Step
 
     def gradients_of(self, gradients: PerExampleGradients, rows: Sequence[int]) -> Tensors:
-        """The gradients of those rows, [rows, …] by parameter, as each would have it in any other batch.
+        """The gradients of these rows, [rows, …] by parameter, the same as in any other batch.
 
-        A single row passes twice: what a network draws for all alike has the shape of a batch of one.
+        A single row is computed as a batch of two, since a draw that all examples share has the shape of a
+        batch of one.
         """
         passing = [*rows, *rows] if len(rows) == 1 else list(rows)
         numbers = self.numbers[np.array(passing, dtype=np.int64)]
         varied = example_variation(numbers, self.learner.job, self.step)
         batch = self.learner.batch(self.shard, passing, varied)
-        found = batch_gradients(
+        by_name = batch_gradients(
             self.learner, gradients, batch, self.shard.targets_of(passing), numbers, self.step
         )
-        return {name: g[: len(rows)] for name, g in found.items()}
+        return {name: g[: len(rows)] for name, g in by_name.items()}
 
 
 def batch_gradients(
@@ -51,7 +52,7 @@ def batch_gradients(
     numbers: Numbers,
     step: Step,
 ) -> Tensors:
-    """Every example's gradient, [batch, …] by parameter; what is drawn for it comes of its own number."""
+    """Every example's gradient, [batch, …] by parameter; its random draws follow from its own number."""
     there, aims = on_device(learner, batch, targets)
     # A GPU's fused attention draws its dropout where nobody sees it.
     fused = sdpa_kernel(SDPBackend.MATH) if is_gpu(learner.job.train.device) else nullcontext()
@@ -60,6 +61,6 @@ def batch_gradients(
 
 
 def on_device(learner: Learner, batch: Batch, targets: torch.Tensor) -> tuple[Batch, torch.Tensor]:
-    """A batch and its targets where the job computes."""
+    """A batch and its targets, moved to the job's device."""
     device = learner.job.train.device
     return {name: t.to(device) for name, t in batch.items()}, targets.to(device)

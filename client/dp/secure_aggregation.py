@@ -1,4 +1,4 @@
-"""A site's part in secure sums: the stages that need no training, and what is sent in the third."""
+"""A site's part in secure sums: keys and shares, and the masked vectors of its clients."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass
 class SecureAggregationSession:
-    """The secure sums that this process' clients are in the middle of, one for each client.
+    """The secure sums in progress, one for each client of this process.
 
-    A real site has an `identity`, which signs for its clients and knows those of other sites.
+    A real site has an `identity`, which signs for its clients and verifies those of other sites.
     """
 
     participants: dict[str, Participant] = field(default_factory=dict)
     identity: Identity | None = None
 
     def answer(self, request: SumRequest, names: Sequence[str]) -> Iterator[Reply]:
-        """Keys, dealt shares or revealed shares of the named clients."""
+        """The named clients' keys, encrypted shares, confirmations or revealed shares."""
         for name in names:
             try:
                 yield SecureMessage(name, request.round, self._stage(request, name))
@@ -89,20 +89,23 @@ class SecureAggregationSession:
         values: Iterable[tuple[str, torch.Tensor]],
         charged: Mapping[str, int],
     ) -> Iterator[Reply]:
-        """Contributions as integers with their share of the noise, under masks where these are asked for.
+        """Contributions as integers with each client's share of the noise, masked if the request asks for it.
 
-        A share is as large as the threshold that the client dealt its own shares with asks for,
-        whatever the request says now. `charged` are the rounds that the ledgers know of.
+        `values` are (client, its contribution [numbers]). A client's share of the noise depends on the
+        threshold with which it dealt its secret shares, whatever the request says now. `charged` has each
+        client's number of charged rounds.
         """
         dp_plan = distributed_terms(job)
         numbers = length(request.tensors, private=dp_plan is not None)
         for name, contribution in values:
-            words = share_words(job, request.round, name)
+            random_bits = share_words(job, request.round, name)
             try:
                 is_masked = isinstance(request, MaskedSumRequest)
                 person = self._person(request, name) if is_masked else None
                 threshold = request.threshold if person is None else person.threshold
-                vector = FixedPointCodec.of(dp_plan, numbers, threshold, words).integers(contribution.numpy())
+                vector = FixedPointCodec.of(dp_plan, numbers, threshold, random_bits).integers(
+                    contribution.numpy()
+                )
                 if isinstance(request, MaskedSumRequest) and person is not None:
                     dealt = {other: as_bytes(t) for other, t in request.shares.get(name, {}).items()}
                     vector = person.masked(dealt, vector)
@@ -115,14 +118,14 @@ class SecureAggregationSession:
 
 
 def cohort_of(job: Job) -> int:
-    """How many clients a round asks: a secure sum has a cohort of fixed size."""
+    """How many clients a round asks; the cohort of a secure sum has a fixed size."""
     return job.federation.cohort or job.federation.clients
 
 
 def contributions(
     updates: Iterable[Update], dp_plan: DpPlan | None, federation: FederationSection
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What each update is in a secure sum: clipped where clients are promised privacy, else weighted."""
+    """(client, its update as a vector [numbers]): clipped under client-level privacy, otherwise weighted."""
     for update in updates:
         if dp_plan is None:
             weight = federation.merge_weight(update.num_examples)
@@ -131,13 +134,13 @@ def contributions(
             yield update.client, clipped(flat(update.delta), dp_plan.promise.clipping_norm)
 
 
-def sums(found: Iterable[tuple[str, Tensors]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Sums of clipped gradients as they are."""
-    return ((name, flat(tensors)) for name, tensors in found)
+def sums(by_client: Iterable[tuple[str, Tensors]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(client, its sum of clipped gradients as a vector [numbers])."""
+    return ((name, flat(tensors)) for name, tensors in by_client)
 
 
 def share_words(job: Job, round: int, client: str) -> RandomBits:
-    """Where a client's share of the noise comes from."""
+    """The source of a client's share of the noise: the system's entropy, or a seed in simulations."""
     if job.privacy.seeded_noise:
         return seeded(stream_seed(job.seed, "share", round, client))
     return entropy

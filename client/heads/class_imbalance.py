@@ -18,11 +18,11 @@ from atoll.learning.class_imbalance import Imbalance
 
 _LINE = 64
 _CERTAIN = 1e-6
-"""What a likelihood lacks of one, at least: powers of nothing have no derivative."""
+"""The least value of 1 - p, since powers of 0 have no derivative."""
 
 
 def loss_by_example(job: Job, kind: str) -> Loss:
-    """The job's loss where each example's gradient depends on nothing but the example."""
+    """The job's loss without parts that depend on other examples, such as class weights."""
     imbalance = Imbalance.of(job)
     if imbalance is None or imbalance.kind != "focal":
         return smoothed(head_loss(job, kind), job)
@@ -41,17 +41,17 @@ def smoothed(loss: Loss, job: Job) -> Loss:
 
     def error(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place, classes = targets.unsqueeze(2), outputs.shape[2]
-        own, middle = outputs.gather(2, place).squeeze(2), outputs.mean(dim=2)
+        right, middle = outputs.gather(2, place).squeeze(2), outputs.mean(dim=2)
         plain, likelihood = loss.grad(outputs, targets)
         surprise = -in_lines(torch.log, likelihood.clamp_min(torch.finfo(torch.float32).tiny))
-        plain.scatter_add_(2, place, torch.full_like(own, share).unsqueeze(2))
-        return plain.sub_(share / classes), surprise + share * (own - middle)
+        plain.scatter_add_(2, place, torch.full_like(right, share).unsqueeze(2))
+        return plain.sub_(share / classes), surprise + share * (right - middle)
 
     return Loss(error, identity)
 
 
 def balanced(loss: Loss, imbalance: Imbalance, counts: torch.Tensor) -> Loss:
-    """`loss` (softmax) at clients with so many examples of each class, `counts` [clients, classes]."""
+    """`loss` (softmax) corrected for class imbalance, with `counts` [clients, classes] of examples."""
     if imbalance.kind == "weights":
         weights = imbalance.weights(counts)
 

@@ -1,4 +1,4 @@
-"""Examples that heads learn from, as features of many clients in one table, and which rows are whose."""
+"""One table with the features of many clients' examples, and the rows of each client in it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from atoll.client.heads.layers import padded
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features [views * n, padded width] and their targets, which several clients' rows point into.
+    """Features [views * n, padded width] of n examples, and their targets; clients refer to its rows.
 
-    View v of example i is in row v * n + i. Targets are classes for softmax, labels or values
+    View v of example i is in row v * n + i. Targets are classes for the softmax loss, labels or values
     [views * n, outputs] for the other losses.
     """
 
@@ -25,9 +25,9 @@ class FeatureTable:
 
     @classmethod
     def of(cls, features: torch.Tensor, targets: torch.Tensor, device: str = "cpu") -> FeatureTable:
-        """Features [n, width] or [views, n, width] of targets [n], on their device.
+        """The table of features [n, width] or [views, n, width] and targets [n], on `device`.
 
-        Behind the features stand a one for the bias, and zeros.
+        A 1 for the bias and zeros as padding are appended to each row.
         """
         if not len(targets):
             # Padding of a batch points at a row, also where no client has any.
@@ -42,16 +42,16 @@ class FeatureTable:
 
     @property
     def count(self) -> int:
-        """How many examples there are, whatever their views."""
+        """The number n of examples, without their further views."""
         return len(self.targets) // self.views
 
 
 @dataclass(frozen=True)
 class ClientRows:
-    """One client's part of a round: its rows of the examples, in the first view.
+    """One client's rows in a feature table, numbered in the first view.
 
-    Under example-level privacy `numbers` are what each row's draws are made of (`example_numbers`), and
-    `batches` are places among the rows for each step, as Poisson's coins drew them.
+    Under example-level privacy `numbers` seed each row's random draws (`example_numbers`), and `batches` are
+    the places among the rows of each step's Poisson batch.
     """
 
     client: str
@@ -61,5 +61,5 @@ class ClientRows:
 
     @property
     def first_row(self) -> int:
-        """What padding points at: any row."""
+        """A row that padding may refer to."""
         return int(self.rows[0]) if len(self.rows) else 0

@@ -26,7 +26,7 @@ Stack = list[torch.Tensor]
 
 
 def padded(width: int) -> int:
-    """Inputs of a layer in memory: one more for the bias, up to a multiple of 16."""
+    """A layer's number of inputs in memory: one more for the bias, rounded up to a multiple of 16."""
     return width + 1 + -(width + 1) % ALIGN
 
 
@@ -48,31 +48,31 @@ class Layers:
 
     @classmethod
     def of(cls, head: Tensors) -> Layers:
-        """Those of tensors `*.weight` [outputs, inputs] and `*.bias`, in the order of their names."""
+        """The layers of a head's tensors `*.weight` [outputs, inputs] and `*.bias`, in order of names."""
         weights = sorted(name for name in head if name.endswith(".weight"))
-        found = (Layer(name, name.removesuffix("weight") + "bias", *head[name].shape) for name in weights)
-        return cls(tuple(found))
+        layers = (Layer(name, name.removesuffix("weight") + "bias", *head[name].shape) for name in weights)
+        return cls(tuple(layers))
 
     def stack(self, head: Tensors, device: str) -> Stack:
         """The head as matrices [1, outputs, padded inputs]; hidden outputs are padded as inputs are."""
-        found = []
+        stacked = []
         for layer in self.layers:
             is_last = layer is self.layers[-1]
             rows = layer.outputs if is_last else padded(layer.outputs)
             matrix = torch.zeros((1, rows, padded(layer.inputs)), dtype=head[layer.weight].dtype)
             matrix[0, : layer.outputs, : layer.inputs] = head[layer.weight]
             matrix[0, : layer.outputs, layer.inputs] = head[layer.bias]
-            found.append(matrix.to(device))
-        return found
+            stacked.append(matrix.to(device))
+        return stacked
 
     def unstack(self, stack: Stack) -> Tensors:
         """Matrices as weights [clients, outputs, inputs] and biases [clients, outputs] on the CPU."""
-        found: Tensors = {}
+        tensors: Tensors = {}
         for layer, matrix in zip(self.layers, stack, strict=True):
             used = matrix[:, : layer.outputs]
-            found[layer.weight] = used[:, :, : layer.inputs].cpu().contiguous()
-            found[layer.bias] = used[:, :, layer.inputs].cpu().contiguous()
-        return found
+            tensors[layer.weight] = used[:, :, : layer.inputs].cpu().contiguous()
+            tensors[layer.bias] = used[:, :, layer.inputs].cpu().contiguous()
+        return tensors
 
     def forward(self, stack: Stack, inputs: torch.Tensor) -> list[torch.Tensor]:
         """Each layer's input [clients, batch, padded inputs], and at the end the outputs."""
@@ -88,20 +88,20 @@ class Layers:
         self, stack: Stack, values: Sequence[torch.Tensor], error: torch.Tensor
     ) -> list[torch.Tensor]:
         """The loss's derivative in each layer's output [clients, batch, outputs], given the last one's."""
-        found = [error]
+        gradients = [error]
         for place in range(len(stack) - 1, 0, -1):
-            back = torch.bmm(found[0], stack[place]).mul_(values[place] > 0)
+            back = torch.bmm(gradients[0], stack[place]).mul_(values[place] > 0)
             back[:, :, self.layers[place].inputs :] = 0
-            found.insert(0, back)
-        return found
+            gradients.insert(0, back)
+        return gradients
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss by its derivative.
+    """A loss given by its derivative.
 
-    `grad` gives, of outputs [clients, batch, outputs] that it may overwrite and targets, each
-    example's derivative in the outputs, and [clients, batch] numbers of which `value` makes losses.
+    `grad` takes outputs [clients, batch, outputs], which it may overwrite, and targets. It returns each
+    example's derivative in the outputs, and numbers [clients, batch] from which `value` computes the losses.
     """
 
     grad: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -142,7 +142,7 @@ def _squared(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
 
 
 def identity(value: torch.Tensor) -> torch.Tensor:
-    """Numbers that are losses already."""
+    """The `value` of losses whose numbers need no conversion."""
     return value
 
 
@@ -151,7 +151,7 @@ LOSSES = {
     "sigmoid": Loss(_sigmoid, identity),
     "squared": Loss(_squared, identity),
 }
-"""As torch's cross_entropy, binary_cross_entropy_with_logits and mse_loss, with reduction "mean"."""
+"""Losses equal to torch's cross_entropy, binary_cross_entropy_with_logits and mse_loss, reduction "mean"."""
 
 
 def squared_norms(values: Sequence[torch.Tensor], error: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -167,6 +167,6 @@ def gradients(values: Sequence[torch.Tensor], error: Sequence[torch.Tensor], out
 
 
 def sgd_step_(stack: Stack, values: Sequence[torch.Tensor], error: Sequence[torch.Tensor], lr: float) -> None:
-    """Move the stack by plain SGD, without a gradient in between."""
+    """Take a plain SGD step in the stack, without storing its gradient."""
     for e, a, matrix in zip(error, values[:-1], stack, strict=True):
         matrix.baddbmm_(e.transpose(1, 2), a, alpha=-lr)

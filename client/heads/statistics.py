@@ -1,4 +1,4 @@
-"""What a client says of its features for a head in closed form: sums, and nothing of a single example."""
+"""The statistics from which the server computes a head in closed form: sums over a client's features."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from atoll.strategies.random_features import random_features
 def statistics(
     learner: Learner, round: int, shards: Mapping[str, Shard], private: DpSgd | None = None
 ) -> Iterator[Measurement]:
-    """Each client's statistics of its training part as it is, also where training varies it.
+    """Each client's statistics of its training part, without augmentation.
 
-    A client's own matrix products alone make them, so they are the same bits whoever else is asked.
+    Each client's come from matrix products of its own, so their bits do not depend on the other clients.
     """
     if learner.job.privacy.units:
         yield from _under_a_promise(learner, round, shards, private)
@@ -30,16 +30,16 @@ def statistics(
     kind, classes = learner.job.tune.head_init, len(learner.data_info["classes"])
     assert kind is not None
     for name, shard in shards.items():
-        found = STATISTICS[kind](_seen(learner, shard), shard.table, classes)
-        yield Measurement(name, round, len(shard), found)
+        sums = STATISTICS[kind](_seen(learner, shard), shard.table, classes)
+        yield Measurement(name, round, len(shard), sums)
 
 
 def _under_a_promise(
     learner: Learner, round: int, shards: Mapping[str, Shard], private: DpSgd | None
 ) -> Iterator[Measurement]:
-    """Sums that one unit changes by `SENSITIVITY` at most; they leave with noise where `private` says so.
+    """Statistics that one unit changes by at most `SENSITIVITY` in L2 norm, noised where `private` is given.
 
-    Beside them nothing that a shard changes is said, such as how many examples it has.
+    Nothing else that depends on the shard is sent, such as its number of examples.
     """
     for name, shard in shards.items():
         total = sums_of_bounded(learner, shard)
@@ -52,27 +52,27 @@ def _under_a_promise(
 
 
 def sums_of_bounded(learner: Learner, shard: Shard) -> Tensors:
-    """The exact sums over a shard; what the head's last layer sees is clipped to the job's norm."""
+    """The exact sums over a shard, with the inputs of the head's last layer clipped to the job's norm."""
     tune, classes = learner.job.tune, len(learner.data_info["classes"])
     assert tune.head_init is not None and tune.feature_norm is not None
     return bounded_sums(tune.head_init, _seen(learner, shard), shard.table, classes, tune.feature_norm)
 
 
 def _seen(learner: Learner, shard: Shard) -> torch.Tensor:
-    """What the head's last layer sees of a shard: its features, or what the hidden layer makes of them."""
+    """The inputs of the head's last layer, [n, …]: the shard's features, or the hidden layer's outputs."""
     features = learner.features(shard)
     return features if learner.job.tune.hidden is None else random_features(features, learner.initial())
 
 
 def client_mean(total: Tensors, examples: int) -> Tensors:
-    """What a client gives that is the unit itself: as much as one example, however many it has."""
+    """The sums over a client's examples divided by their number, for privacy whose unit is the client."""
     return {name: tensor / max(examples, 1) for name, tensor in total.items()}
 
 
-def noised_sums(total: Tensors, noise_multiplier: float, words: RandomBits) -> Tensors:
+def noised_sums(total: Tensors, noise_multiplier: float, random_bits: RandomBits) -> Tensors:
     """One discrete Gaussian release of all the numbers together, in the order of the blocks' names."""
     names = sorted(total)
     numbers = torch.cat([total[name].reshape(-1) for name in names]).numpy()
-    noisy = lattice_for(noise_multiplier, SENSITIVITY, len(numbers), words).added(numbers)
+    noisy = lattice_for(noise_multiplier, SENSITIVITY, len(numbers), random_bits).added(numbers)
     parts = torch.split(torch.from_numpy(noisy), [total[name].numel() for name in names])
     return {name: part.reshape(total[name].shape) for name, part in zip(names, parts, strict=True)}

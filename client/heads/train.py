@@ -1,10 +1,9 @@
-"""Heads on features, a whole cohort at once; one real client is a cohort of one.
+"""Trains heads on features for a whole cohort together; a single real client is a cohort of one.
 
-Every local step is a few batched matrix products with the gradient in closed form (client/layers).
-A client's numbers are the same bits whoever else is in the cohort, because every slice has a
-shape of its own client's making: batches are padded to a size that depends on the client alone,
-and element-wise steps are single operations, never fused ones. That was seen to hold with one
-thread; the number of threads is fixed by the job.
+Every local step is a few batched matrix products with the gradient in closed form (`client/heads/layers.py`).
+A client's numbers have the same bits whoever else is in the cohort: the shape of its slice depends on that
+client alone, since batches are padded to a size of its own, and element-wise steps are single operations,
+never fused ones. This has been observed with one thread; the number of threads is fixed by the job.
 """
 
 from __future__ import annotations
@@ -43,14 +42,13 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class HeadTrainingConfig:
-    """How every client of a round trains: the job's loop, and what the round adds to it.
+    """How every client of a round trains its head: the job's `[train]` and what the round adds.
 
-    `corrections` are added to the gradients, shaped as the head (SCAFFOLD's c - c_i, FedDyn's -g_k), one for
-    each client that has any. Clients with `starts` of their own, which are all or none, move from there;
-    their updates, and the proximal term, are still relative to the shared head. With `steps` everybody stops
-    after so many. With an `inner_lr` gradients are taken a step of that length further on (Per-FedAvg);
-    with `mixing` at each one's mixture with the shared head, which takes steps of its own beside (APFL). With
-    `moreau` steps move down the gradient of an envelope of the loss (pFedMe).
+    `corrections` are added to the gradients of the clients that have one, shaped as the head (SCAFFOLD's
+    c - c_i, FedDyn's -g_k). With `starts`, for all clients or none, each starts from its own head; updates
+    and the proximal term stay relative to the shared head. `steps` limits the number of local steps. At most
+    one method changes the gradient: `inner_lr` takes it one step ahead (Per-FedAvg), `mixing` takes it of a
+    mixture with the shared head, which trains beside (APFL), `moreau` of the loss's Moreau envelope (pFedMe).
     """
 
     job: Job
@@ -69,10 +67,11 @@ class HeadTrainingConfig:
 def train_heads(
     head: Tensors, examples: FeatureTable, client_rows: Sequence[ClientRows], local: HeadTrainingConfig
 ) -> StackedUpdates:
-    """Local training at every client from one `head`; the updates come in the order of `client_rows`.
+    """The clients' updates after local training from one `head`, in the order of `client_rows`.
 
     The head is one linear layer (`head.weight` [outputs, width], `head.bias`) or several with a ReLU
-    between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …).
+    between any two (`head.0.weight`, `head.0.bias`, `head.2.weight`, …). Each client trains on its rows of
+    `examples`.
     """
     groups: dict[tuple[int, int], list[ClientRows]] = {}
     on_gpu = is_gpu(local.job.train.device)
@@ -91,20 +90,20 @@ def train_heads(
 
 
 GPU_BLOCK = 64
-"""Clients of a block on a GPU, filled up where there are fewer: cuBLAS sums by the number of products."""
+"""Clients per block on a GPU, always filled up: how cuBLAS sums depends on the number of products."""
 
 CACHE_NUMBERS = 1 << 20
-"""Numbers that a block of clients works on at a time: more of them don't stay in a core's cache."""
+"""How many numbers a block of clients works on at a time; more do not stay in a core's cache."""
 
 
 def _clients_per_block(head: Tensors, size: int) -> int:
-    """How many clients make a block, by the numbers of one: its head and the inputs of one batch."""
+    """How many clients form a block, given the size of one client's head and of one batch's inputs."""
     widths = [padded(layer.inputs) * (layer.outputs + size) for layer in Layers.of(head).layers]
     return max(1, CACHE_NUMBERS // sum(widths))
 
 
 def with_poisson_batches(work: ClientRows, private: DpSgd | None) -> ClientRows:
-    """The work with its batches, where privacy asks for drawn ones."""
+    """The client's rows with their Poisson batches, where example-level privacy needs these."""
     if private is None or private.draw is None:
         return work
     assert work.numbers is not None, "under example-level privacy every draw belongs to an example"
@@ -133,11 +132,11 @@ def rows_per_batch(count: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Which rows each client's steps take; clients with most steps come first.
+    """The rows of each client's steps; clients with the most steps come first.
 
-    Those still training at any step are then a prefix. `rows` is [steps, clients, batch] into
-    the examples, the client's first row where a batch is padded; `share` is 1 / batch size, or 0
-    for padding; `steps` counts each client's.
+    The clients that still train at a step are then a prefix. `rows` [steps, clients, batch] are row numbers
+    of the feature table, with the client's first row as padding. `share` is 1 / batch size, or 0 for padding.
+    `steps` is each client's number of steps.
     """
 
     client_rows: list[ClientRows]
@@ -154,7 +153,7 @@ class _Schedule:
         """The schedule's first steps, or all of them."""
         if most is None:
             return self
-        steps = [min(own, most) for own in self.steps]
+        steps = [min(count, most) for count in self.steps]
         return replace(self, rows=self.rows[:most], share=self.share[:most], steps=steps)
 
 
@@ -168,8 +167,8 @@ def _train_group(
     start = layers.stack(head, job.train.device)
     now = [matrix.repeat(len(client_rows), 1, 1) for matrix in start]
     if local.starts:
-        own = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.client_rows]
-        now = [torch.cat(matrices) for matrices in zip(*own, strict=True)]
+        starts = [layers.stack(local.starts[work.client], job.train.device) for work in schedule.client_rows]
+        now = [torch.cat(matrices) for matrices in zip(*starts, strict=True)]
     losses = _run_local_steps(layers, now, start, examples, schedule, local)
     counts = tuple(len(work.rows) for work in schedule.client_rows)
     states = {
@@ -188,7 +187,7 @@ def _train_group(
 
 
 def _loss(local: HeadTrainingConfig, schedule: _Schedule, examples: FeatureTable, head: Tensors) -> Loss:
-    """The loss of the clients that are trained together, by how many examples of each class they have."""
+    """The loss of clients that train together, corrected for their class counts where the job says so."""
     imbalance = Imbalance.of(local.job)
     if imbalance is None or imbalance.kind == "sampling":
         return smoothed(local.loss, local.job)
@@ -207,12 +206,14 @@ def _schedule(
     steps = [job.train.local_steps(len(work.rows)) for work in client_rows]
     epochs = max(job.train.epochs_begun(len(work.rows)) for work in client_rows)
     clients = [work.client for work in client_rows]
-    own = np.zeros((len(client_rows), counts.max()), dtype=np.int64)
+    table = np.zeros((len(client_rows), counts.max()), dtype=np.int64)
     for i, work in enumerate(client_rows):
-        own[i, : counts[i]] = work.rows
-    rows = np.repeat(own[:, :1, None], max(steps) * size, axis=2).reshape(len(client_rows), max(steps), size)
+        table[i, : counts[i]] = work.rows
+    rows = np.repeat(table[:, :1, None], max(steps) * size, axis=2).reshape(
+        len(client_rows), max(steps), size
+    )
     share = np.zeros(rows.shape, dtype=np.float32)
-    for epoch, seen in enumerate(_rows_seen(own, clients, examples, job, round, epochs)):
+    for epoch, seen in enumerate(_rows_seen(table, clients, examples, job, round, epochs)):
         order = _order(client_rows, examples, job, epoch_seeds(job, round, clients, epoch))
         shuffled = np.take_along_axis(seen, order, axis=1)
         fill_schedule(rows, share, shuffled, counts, min(job.train.batch_size, size), epoch)
@@ -227,7 +228,7 @@ def _schedule(
 def _drawn_schedule(
     client_rows: list[ClientRows], size: int, job: Job, round: int, examples: FeatureTable
 ) -> _Schedule:
-    """Batches as they were drawn; every example in one counts as one, before it is clipped."""
+    """The schedule of Poisson batches; every example's `share` is 1: it is clipped and divided later."""
     steps = len(client_rows[0].batches)
     rows = np.empty((steps, len(client_rows), size), dtype=np.int64)
     share = np.zeros(rows.shape, dtype=np.float32)
@@ -265,7 +266,7 @@ def _order(
 
 
 def _rows_seen(
-    own: NDArray[np.int64],
+    table: NDArray[np.int64],
     clients: Sequence[str],
     examples: FeatureTable,
     job: Job,
@@ -276,9 +277,9 @@ def _rows_seen(
     for epoch in range(epochs):
         if examples.views > 1:
             seeds = epoch_seeds(job, round, clients, epoch, "view")
-            yield own + examples.count * sample_views(examples.views, seeds, own.shape[1])
+            yield table + examples.count * sample_views(examples.views, seeds, table.shape[1])
         else:
-            yield own
+            yield table
 
 
 def _run_local_steps(
@@ -338,7 +339,7 @@ def _adapted(
     s: int,
     local: HeadTrainingConfig,
 ) -> Stack:
-    """Where the gradients of step `s` are taken: one inner step on, by each client's batch before."""
+    """The heads at which step `s` takes gradients: one inner step ahead, on each client's previous batch."""
     device, active = schedule.rows.device, len(stack[0])
     before = torch.tensor(inner_batches(s, schedule.steps[:active]), device=device)
     clients = torch.arange(active, device=device)
@@ -348,7 +349,7 @@ def _adapted(
 
 
 Move = Callable[[int, Stack, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
-"""(step, stack, layers' inputs, errors times each example's factor): one local step."""
+"""Takes one local step: (step, stack, each layer's inputs, output gradients times each example's factor)."""
 
 
 def _plain_move(rates: StepRates) -> Move:
@@ -373,7 +374,7 @@ def _move(start: Stack, extra: _GradientTerms, now: Stack, rates: StepRates) -> 
 def _move_by(
     start: Stack, extra: _GradientTerms, now: Stack, rates: StepRates
 ) -> Callable[[int, Stack, Stack], None]:
-    """(step, stack, gradients): one local step of the job's optimizer, by gradients that it may change."""
+    """A function (step, stack, gradients) that takes one optimizer step, and may overwrite the gradients."""
     train = extra.local.job.train
     step = [make_optimizer(train) for _ in now]
 
@@ -405,7 +406,7 @@ def _gradients_by(
 
 @dataclass(frozen=True)
 class _SharedBeside:
-    """APFL's w_i of every client, and how it moves; `client/state/apfl.py` has the symbols."""
+    """APFL's w_i of every client, which train beside v_i; `client/state/apfl.py` has the symbols."""
 
     layers: Layers
     local: HeadTrainingConfig
@@ -413,11 +414,11 @@ class _SharedBeside:
     move: Move
 
     def mixture(
-        self, s: int, own: Stack, inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor
+        self, s: int, stack: Stack, inputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor
     ) -> Stack:
         """alpha v_i + (1 - alpha) w_i of the clients that still train; then w_i takes its step."""
         alpha, w = self.local.mixing, [matrix[: len(share)] for matrix in self.w]
-        mixed = [v * alpha + shared * (1 - alpha) for v, shared in zip(own, w, strict=True)]
+        mixed = [v * alpha + shared * (1 - alpha) for v, shared in zip(stack, w, strict=True)]
         values = self.layers.forward(w, inputs)
         error, _ = self.local.loss.grad(values[-1], targets)
         each = self.layers.output_gradients(w, values, error)
@@ -427,7 +428,7 @@ class _SharedBeside:
 
 @dataclass(frozen=True)
 class _GradientTerms:
-    """What a round adds to the plain gradient: clipping and noise, the proximal term, corrections."""
+    """The terms that a round adds to plain gradients: clipping and noise, the proximal term, corrections."""
 
     local: HeadTrainingConfig
     noise: list[list[StackedNoise]]
@@ -445,10 +446,10 @@ class _GradientTerms:
         if not local.corrections:
             return cls(local, noise, [])
         nothing = {n: torch.zeros_like(t) for n, t in next(iter(local.corrections.values())).items()}
-        own = [
+        factors = [
             layers.stack(local.corrections.get(w.client, nothing), str(device)) for w in schedule.client_rows
         ]
-        return cls(local, noise, [torch.cat(parts) for parts in zip(*own, strict=True)])
+        return cls(local, noise, [torch.cat(parts) for parts in zip(*factors, strict=True)])
 
     @property
     def is_none(self) -> bool:
@@ -458,12 +459,12 @@ class _GradientTerms:
     def factor(
         self, values: Sequence[torch.Tensor], each: Sequence[torch.Tensor], share: torch.Tensor
     ) -> torch.Tensor:
-        """What each example's gradient is multiplied by, [clients, batch]."""
+        """The factor by which each example's gradient is multiplied, [clients, batch]."""
         private = self.local.per_example
         return share if private is None else clip_factors(values, each, share, private)
 
     def add(self, gradient: Stack, stack: Stack, start: Stack, s: int) -> None:
-        """Add what belongs to step `s` to the gradients of the clients that still train."""
+        """Add the terms of step `s` to the gradients of the clients that still train."""
         for place, g in enumerate(gradient):
             if self.noise:
                 g.copy_(self.noise[s][place].added(g))

@@ -1,1 +1,1 @@
-"""What a client keeps between rounds."""
+"""State that clients keep between rounds, and the methods that use it."""

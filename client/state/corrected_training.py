@@ -1,8 +1,8 @@
 """Methods whose clients correct their gradients by tensors that they keep from round to round.
 
-In a client's memory these stand under `correction/`. A client that never trained, or whose memory is gone,
-has zeros. Training in a round begins with what the client's last round before it left, however long ago that
-was, and what it leaves is in memory before the update goes: a round that is tried again gives the same bits.
+They are stored with the prefix `correction/`. A client that never trained, or whose state is lost, has zeros.
+A round starts from the state of the client's last round before it, however long ago, and its new state is
+stored before the update is sent, so that a repeated round gives the same bits.
 """
 
 from __future__ import annotations
@@ -29,42 +29,45 @@ from atoll.strategies.options import FedDynOptions, ScaffoldOptions
 PREFIX = "correction"
 
 Corrections = Mapping[str, Tensors]
-"""By client: what is added to its gradients in every local step, named and shaped as the model."""
+"""By client, tensors that are added to its gradients in every local step, named and shaped as the model."""
 Train = Callable[[Corrections], Iterable[Update]]
-"""The round's local training with corrected gradients."""
+"""The round's local training with these corrections: the clients' updates."""
 FullGradients = Callable[[], Iterable[Update]]
-"""Updates that moved by minus the gradient of each client's whole loss at the request's model."""
+"""Updates whose deltas are minus each client's full gradient at the request's model."""
 
 
 class CorrectingClient(Protocol):
-    """What a method does at a client, as pure functions of named tensors; `sent` is from the strategy."""
+    """A method's client part, as pure functions of tensors by name.
+
+    `client_state` is what the client stored in its last round, `sent` what the strategy sent to it.
+    """
 
     @property
     def takes_full_gradients(self) -> bool:
-        """Whether each client's gradient at the model it received is needed as well."""
+        """Whether the method needs each client's full gradient at the received model."""
         ...
 
-    def correction(self, own: Tensors, sent: Tensors) -> Tensors:
-        """What is added to the gradients of every local step."""
+    def correction(self, client_state: Tensors, sent: Tensors) -> Tensors:
+        """The tensors that are added to the gradients of every local step."""
         ...
 
     def after(
-        self, update: Update, own: Tensors, sent: Tensors, gradient: Tensors
+        self, update: Update, client_state: Tensors, sent: Tensors, gradient: Tensors
     ) -> tuple[Tensors, Tensors]:
-        """(what the client keeps now, what its update answers the strategy)."""
+        """(the client's next state, the tensors that its update sends to the strategy)."""
         ...
 
 
 def correcting_client(job: Job) -> CorrectingClient:
-    """The client's part of the job's strategy, which `keeps_client_state`.
+    """The client's part of the job's strategy, for strategies that keep client state.
 
-    It follows from the job, whose rules exclude promises of privacy, and from nothing that a request says.
+    It depends on the job alone, whose rules exclude promises of privacy, and not on what a request says.
     """
     options = job.strategy.options or {}
     if job.strategy.name == "feddyn":
-        own = validated(FedDynOptions, options, "strategy.options")
-        assert isinstance(own, FedDynOptions)
-        return FedDynClient(own.alpha)
+        feddyn = validated(FedDynOptions, options, "strategy.options")
+        assert isinstance(feddyn, FedDynOptions)
+        return FedDynClient(feddyn.alpha)
     chosen = validated(ScaffoldOptions, options, "strategy.options")
     assert isinstance(chosen, ScaffoldOptions)
     return ScaffoldClient(job.train, chosen.option, job.federation.rounds)
@@ -78,21 +81,23 @@ def train_corrected(
     full_gradients: FullGradients,
     memory: ClientStateStore,
 ) -> Iterable[Update]:
-    """The clients' updates; what they keep is in their memory before these leave."""
-    own = {client: _own(request, client, memory) for client in clients}
+    """The clients' updates; their new states are stored before the updates are returned."""
+    client_states = {client: _own(request, client, memory) for client in clients}
     sent = request.strategy_tensors
     gradients: dict[str, Tensors] = {}
     if method.takes_full_gradients:
         gradients = {u.client: {n: -d for n, d in u.delta.items()} for u in full_gradients()}
-    updates = train({client: method.correction(kept, sent) for client, kept in own.items()})
+    updates = train(
+        {client: method.correction(client_state, sent) for client, client_state in client_states.items()}
+    )
 
     def finished(some: Iterable[Update]) -> list[Update]:
         states: dict[str, Tensors] = {}
         answered: list[Update] = []
         for update in some:
             client = update.client
-            kept, answer = method.after(update, own[client], sent, gradients.get(client, {}))
-            states[client] = prefixed(PREFIX, kept)
+            state, answer = method.after(update, client_states[client], sent, gradients.get(client, {}))
+            states[client] = prefixed(PREFIX, state)
             answered.append(replace(update, strategy_tensors=answer))
         memory.save(request.run, request.round, states)
         return answered
@@ -103,14 +108,14 @@ def train_corrected(
 
 
 def _own(request: TrainRequest, client: str, memory: ClientStateStore) -> Tensors:
-    """What the client has kept, in the model's shapes.
+    """The client's stored state, in the model's shapes; zeros where there is none.
 
     Raises:
-        DataError: it is of another model.
+        DataError: the state belongs to another model.
     """
     state = memory.load_before(request.run, client, request.round)
-    own = without_prefix(PREFIX, state)
+    tensors = without_prefix(PREFIX, state)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in request.tensors.items()}
-    if state and {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in zeros.items()}:
+    if state and {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in zeros.items()}:
         raise DataError(f"memory of {client}: is not of this model; the run can't go on from it")
-    return own or zeros
+    return tensors or zeros

@@ -1,7 +1,7 @@
-"""What a client makes of its update before it travels, and what it remembers of what that lost.
+"""Compresses a client's updates, and stores the compression error for the next update (error feedback).
 
-Under example-level privacy all of this is post-processing: it sees the noised update and what earlier
-ones left behind, nothing else of the client's data.
+Under example-level privacy all of this is post-processing: it reads the noised update and the errors of
+earlier ones, nothing else of the client's data.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from atoll.protocol.requests import ModelRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined, stacked
 
 ERROR_KEY = "compression.error"
-"""In a client's memory: what its messages have not delivered so far, [numbers]."""
+"""The name of the stored error, [numbers]: the part of its updates that a client has not delivered so far."""
 NUMBERS_PER_BLOCK = 1 << 24
-"""Numbers that are compressed together."""
+"""How many numbers are compressed together."""
 
 
 def compressed(
     updates: Iterable[Update], request: ModelRequest, job: Job, memory: ClientStateStore
 ) -> Iterable[Update]:
-    """The updates as the job has them travel; what that loses is in memory before they leave.
+    """The updates, compressed as the job says; the errors are stored before the updates are returned.
 
     Raises:
-        DataError, JobError: memory can't be read, or not be written.
+        DataError: a stored error is damaged.
+        JobError: an error can't be stored.
     """
     how = Compression.of(job, request.tensors)
     if how is None:
@@ -58,7 +59,7 @@ def _compressed(
     # What the server will set aside delivers nothing, and must not spoil what is remembered.
     sound = torch.isfinite(lost).all(dim=1, keepdim=True)
     lost = torch.where(sound, lost, error)
-    states = {client: {ERROR_KEY: own.clone()} for client, own in zip(updates.clients, lost, strict=True)}
+    states = {client: {ERROR_KEY: left.clone()} for client, left in zip(updates.clients, lost, strict=True)}
     if job.personal.keep is not None:  # which is in this round's memory already
         beside = {client: memory.load_before(request.run, client, request.round + 1) for client in states}
         states = {client: beside[client] | state for client, state in states.items()}
@@ -67,7 +68,7 @@ def _compressed(
 
 
 def _coins(clients: Sequence[str], how: Compression, job: Job, round: int) -> torch.Tensor | None:
-    """Each client's own uniform numbers for stochastic rounding, where there is anything to round."""
+    """Each client's uniform numbers for stochastic rounding; None where nothing is rounded at random."""
     if how.scheme not in LEVELS:
         return None
     drawn = [
@@ -80,7 +81,7 @@ def _coins(clients: Sequence[str], how: Compression, job: Job, round: int) -> to
 def remembered(
     clients: Sequence[str], how: Compression, request: ModelRequest, memory: ClientStateStore
 ) -> torch.Tensor:
-    """What the clients' messages have not delivered yet, [clients, numbers]; zeros at the start."""
+    """The clients' stored errors, [clients, numbers]; zeros at the start."""
     errors = torch.zeros((len(clients), how.numbers))
     for row, client in zip(errors, clients, strict=True):
         state = memory.load_before(request.run, client, request.round)

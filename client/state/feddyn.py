@@ -14,7 +14,7 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class FedDynClient:
-    """A client's gradient g_k of its loss where its last round ended."""
+    """FedDyn's client, whose state is g_k, the gradient of its loss where its last round ended."""
 
     alpha: float
 
@@ -22,12 +22,12 @@ class FedDynClient:
     def takes_full_gradients(self) -> bool:
         return False
 
-    def correction(self, own: Tensors, sent: Tensors) -> Tensors:
+    def correction(self, client_state: Tensors, sent: Tensors) -> Tensors:
         """The paper's -g_k."""
-        return {name: -g for name, g in own.items()}
+        return {name: -g for name, g in client_state.items()}
 
     def after(
-        self, update: Update, own: Tensors, sent: Tensors, gradient: Tensors
+        self, update: Update, client_state: Tensors, sent: Tensors, gradient: Tensors
     ) -> tuple[Tensors, Tensors]:
         """(g_k - alpha (theta_k - theta), nothing for the server, which follows the deltas)."""
-        return {name: g - update.delta[name] * self.alpha for name, g in own.items()}, {}
+        return {name: g - update.delta[name] * self.alpha for name, g in client_state.items()}, {}

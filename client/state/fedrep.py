@@ -1,10 +1,10 @@
 """FedRep (Collins et al. 2021, "Exploiting Shared Representations for Personalized Federated Learning").
 
-phi is the representation that all share, h_i client i's own head and F_i its loss. In round t a client takes
-the paper's two steps one after the other:
+phi is the shared representation, h_i client i's personal head and F_i its loss. In round t a client takes the
+paper's two steps one after the other:
 
-    h_i   <- so many epochs down the gradient of F_i(h_i, phi) by h_i alone, from where its last round left it
-    phi_i <- the round's epochs down the gradient of F_i(h_i, phi_i) by phi_i alone, from the round's phi
+    h_i   <- some epochs of gradient steps on F_i(h_i, phi) in h_i alone, from its value after its last round
+    phi_i <- the round's epochs of gradient steps on F_i(h_i, phi_i) in phi_i alone, from the round's phi
 
 The first are `personal.head_epochs`, the second `train.epochs`; phi_i is sent and merged, h_i stays. Both go
 through the examples in the same order. FedPer, without `head_epochs`, moves both at each step.
@@ -23,7 +23,7 @@ from atoll.protocol.tensors import Tensors
 def train_fedrep(
     learner: Learner, request: TrainingRequest, start: Tensors, client: str, shard: Shard
 ) -> Update:
-    """How far head and representation move from `start`, the client's whole model; losses are phi's."""
+    """The client's update of head and representation, relative to its model `start`; losses are phi's."""
     job, head = learner.job, learner.client_tensors.keys()
     longer = job.train.model_copy(update={"epochs": job.personal.head_epochs, "steps": None})
     first = train_model(

@@ -1,8 +1,8 @@
 """IFCA's client (Ghosh et al. 2020, algorithm 1); `strategies/personal/ifca.py` has the symbols.
 
-F_i(theta_j) is the task's loss of cluster j's model over all of the client's training examples as they are,
-without the variation, dropout or class weights that training may have. Nothing is kept: whoever needs the
-client's model, to train or to measure it, asks which one fits now.
+F_i(theta_j) is the task's loss of cluster j's model over all of the client's training examples, without the
+augmentation, dropout or class weights that training may have. The choice is not stored: it is made anew
+whenever the client trains or evaluates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from atoll.protocol.tensors import Tensors
 from atoll.strategies.personal.ifca import clusters_in, model_of_cluster
 
 Train = Callable[[TrainRequest, Sequence[str]], Iterable[Update]]
-"""(request with one model, the clients that train it): their updates."""
+"""(request with one model, the clients that train it) to their updates."""
 
 
 def fitting_cluster(learner: Learner, tensors: Tensors, shard: Shard) -> int:
@@ -42,9 +42,9 @@ def train_clusters(
     shard_of: Callable[[str], Shard],
     train: Train,
 ) -> Iterator[Update]:
-    """Each client's update of the model that fits it, with that model's number, in the clients' order.
+    """Each client's update of the model with the least loss, with that model's number, in the clients' order.
 
-    Heads of a cluster train together, whole networks one client after the other.
+    The heads of a cluster are trained together, whole networks one client after the other.
     """
     chosen = ((name, fitting_cluster(learner, request.tensors, shard_of(name))) for name in clients)
     if not learner.trains_on_features:
@@ -54,10 +54,10 @@ def train_clusters(
     members: dict[int, list[str]] = {}
     for name, number in chosen:
         members.setdefault(number, []).append(name)
-    found = {
+    updates = {
         u.client: u for number, names in members.items() for u in _trained(request, number, names, train)
     }
-    yield from (found[name] for name in clients)
+    yield from (updates[name] for name in clients)
 
 
 def _trained(request: TrainRequest, number: int, clients: Sequence[str], train: Train) -> Iterable[Update]:

@@ -1,7 +1,7 @@
-"""MOON's client (Li et al. 2021), its last model; `strategies/unlike_shards/moon.py` has the symbols.
+"""MOON's client (Li et al. 2021): stores its last model. `strategies/unlike_shards/moon.py` has the symbols.
 
-What a round's local training left is in the client's memory, under `own/`, before the update goes: a round
-that is tried again, and a run that goes on, contrast with the same model.
+The model after a round's local training is stored with the prefix `own/` before the update is sent, so that a
+repeated round or a resumed run contrasts with the same model.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ def train_moon(
     shard_of: Callable[[str], Shard],
     memory: ClientStateStore,
 ) -> Iterator[Update]:
-    """Each client's update, one after the other; its model is in its memory before that leaves."""
+    """Each client's update, one after the other; its model is stored before the update is returned."""
     job = learner.job
     options = validated(MoonOptions, job.strategy.options or {}, "strategy.options")
     assert isinstance(options, MoonOptions)
     for client in clients:
-        own = own_tensors(request, client, request.round, memory)
-        previous = whole_model(learner, request, client, own)
+        client_tensors = own_tensors(request, client, request.round, memory)
+        previous = whole_model(learner, request, client, client_tensors)
         contrast = ModelContrast(request.tensors, previous, options.mu, options.temperature)
         update = train_model(
             learner, request.tensors, shard_of(client), job,
-            client=client, round=request.round, plan=request.plan, contrast=contrast if own else None,
+            client=client, round=request.round, plan=request.plan,
+            contrast=contrast if client_tensors else None,
         )  # fmt: skip
         keep_own(request, [update], memory)
         yield update

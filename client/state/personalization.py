@@ -1,7 +1,7 @@
-"""What clients keep from round to round: a part of the model, or a model beside the shared one.
+"""Personalization: clients keep a part of the model, or a model beside the shared one.
 
-In a client's memory its own tensors stand under `own/`. A client that never trained has none yet and
-uses the first ones, which follow from the job's seed, or the model that all share.
+Their tensors are stored with the prefix `own/`. A client that never trained uses the initial ones, which
+follow from the job's seed, or the shared model.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def model_to_evaluate(
     memory: ClientStateStore,
     lessons: Callable[[], Shard],
 ) -> Tensors:
-    """The model that this client would use after the request's round, or the one that all share.
+    """The tensors of the model that this client uses after the request's round, or of the shared model.
 
-    Of a model for each cluster it is the one that fits. It may have to take a few steps first, on its
-    `training_view`.
+    With cluster models it is the one with the least loss. Where the request asks for adaptation, local steps
+    on the client's training examples, which `lessons` returns, come first.
     """
     job, steps = learner.job, request.adapt_steps
     if job.strategy.makes_clusters:
@@ -45,23 +45,25 @@ def model_to_evaluate(
         return adapt_locally(learner, request, client, lessons(), steps)
     if job.personal.keep is None:
         return request.tensors
-    own = {} if request.of_shared_model else own_tensors(request, client, request.round + 1, memory)
-    whole = whole_model(learner, request, client, own)
+    client_tensors = (
+        {} if request.of_shared_model else own_tensors(request, client, request.round + 1, memory)
+    )
+    whole = whole_model(learner, request, client, client_tensors)
     alpha = job.personal.mixing_weight
-    return mixture(whole, request.tensors, alpha) if alpha and own else whole
+    return mixture(whole, request.tensors, alpha) if alpha and client_tensors else whole
 
 
 def train_fedper(
     learner: Learner, request: TrainingRequest, shards: Mapping[str, Shard], memory: ClientStateStore
 ) -> Iterator[Update]:
-    """Train whole models; what isn't in the request's tensors stays, and is in memory before the rest goes.
+    """The updates of the shared tensors; each client's other tensors are trained too, and stored before.
 
-    Arivazhagan et al. 2019 (FedPer): the client's part and the shared one learn together, or with
-    `personal.head_epochs` one after the other.
+    Arivazhagan et al. 2019 (FedPer): both parts are trained together or, with `personal.head_epochs`, one
+    after the other (FedRep).
     """
     for client, shard in shards.items():
-        own = own_tensors(request, client, request.round, memory)
-        start = whole_model(learner, request, client, own)
+        client_tensors = own_tensors(request, client, request.round, memory)
+        start = whole_model(learner, request, client, client_tensors)
         update = (
             train_model(
                 learner, start, shard, learner.job, client=client, round=request.round, plan=request.plan
@@ -69,28 +71,28 @@ def train_fedper(
             if learner.job.personal.head_epochs is None
             else train_fedrep(learner, request, start, client, shard)
         )
-        kept = {
+        kept_tensors = {
             OWN_PREFIX + n: start[n] + delta for n, delta in update.delta.items() if n not in request.tensors
         }
-        memory.save(request.run, request.round, {client: kept})
+        memory.save(request.run, request.round, {client: kept_tensors})
         yield replace(update, delta={n: d for n, d in update.delta.items() if n in request.tensors})
 
 
-def mixture(own: Tensors, shared: Tensors, alpha: float) -> Tensors:
-    """alpha v + (1 - alpha) w, which a client of APFL uses (`apfl.py`)."""
-    return {name: alpha * v + (1 - alpha) * shared[name] for name, v in own.items()}
+def mixture(personal: Tensors, shared: Tensors, alpha: float) -> Tensors:
+    """The model alpha v + (1 - alpha) w that a client of APFL uses (`apfl.py`)."""
+    return {name: alpha * v + (1 - alpha) * shared[name] for name, v in personal.items()}
 
 
 def own_starts(
     learner: Learner, request: ModelRequest, clients: Iterable[str], memory: ClientStateStore
 ) -> dict[str, Tensors]:
-    """Where each client's own model is as the round begins."""
-    own = {client: own_tensors(request, client, request.round, memory) for client in clients}
-    return {client: whole_model(learner, request, client, tensors) for client, tensors in own.items()}
+    """Each client's personal model at the start of the round, by client."""
+    by_client = {client: own_tensors(request, client, request.round, memory) for client in clients}
+    return {client: whole_model(learner, request, client, tensors) for client, tensors in by_client.items()}
 
 
 def keep_own(request: ModelRequest, moves: Iterable[Update], memory: ClientStateStore) -> None:
-    """Put where own models arrived in their clients' memory: a cohort's at once, others one by one."""
+    """Store the personal models after the updates: of stacked updates together, of others one by one."""
     if isinstance(moves, StackedUpdates):
         memory.save(request.run, request.round, {moved.client: _arrived(request, moved) for moved in moves})
         return
@@ -103,18 +105,18 @@ def _arrived(request: ModelRequest, moved: Update) -> Tensors:
 
 
 def own_tensors(request: ModelRequest, client: str, before: int, memory: ClientStateStore) -> Tensors:
-    """What the client has kept of the newest round before that one, by name; nothing if it never trained."""
+    """The tensors that the client stored in its newest round before `before`; empty if it never trained."""
     state = memory.load_before(request.run, client, before)
     return {n.removeprefix(OWN_PREFIX): t for n, t in state.items() if n.startswith(OWN_PREFIX)}
 
 
-def whole_model(learner: Learner, request: ModelRequest, client: str, own: Tensors) -> Tensors:
-    """The client's whole model.
+def whole_model(learner: Learner, request: ModelRequest, client: str, client_tensors: Tensors) -> Tensors:
+    """The client's whole model: the request's tensors, with the client's own in place of the initial ones.
 
     Raises:
-        DataError: what it kept is of another model.
+        DataError: the stored tensors belong to another model.
     """
     first = learner.client_tensors if learner.job.personal.splits else request.tensors
-    if {n: t.shape for n, t in own.items()} not in ({}, {n: t.shape for n, t in first.items()}):
+    if {n: t.shape for n, t in client_tensors.items()} not in ({}, {n: t.shape for n, t in first.items()}):
         raise DataError(f"memory of {client}: is not of this model; the run can't go on from it")
-    return {**request.tensors, **first, **own}
+    return {**request.tensors, **first, **client_tensors}

@@ -27,19 +27,19 @@ class ScaffoldClient:
     def takes_full_gradients(self) -> bool:
         return self.option == 1
 
-    def correction(self, own: Tensors, sent: Tensors) -> Tensors:
+    def correction(self, client_state: Tensors, sent: Tensors) -> Tensors:
         """The paper's c - c_i."""
-        return {name: c - own[name] for name, c in sent.items()}
+        return {name: c - client_state[name] for name, c in sent.items()}
 
     def after(
-        self, update: Update, own: Tensors, sent: Tensors, gradient: Tensors
+        self, update: Update, client_state: Tensors, sent: Tensors, gradient: Tensors
     ) -> tuple[Tensors, Tensors]:
         """(c_i+, c_i+ - c_i); a client that took no step keeps its c_i."""
         if not update.num_examples:
-            return own, {name: c - c for name, c in own.items()}
+            return client_state, {name: c - c for name, c in client_state.items()}
         renewed = gradient
         if self.option == 2:
             lr = lr_of_round(self.train, update.round, self.rounds)
             moved_by = accumulated_steps(update.num_examples, self.train) * lr
-            renewed = {n: (own[n] - c) - update.delta[n] / moved_by for n, c in sent.items()}
-        return renewed, {name: c - own[name] for name, c in renewed.items()}
+            renewed = {n: (client_state[n] - c) - update.delta[n] / moved_by for n, c in sent.items()}
+        return renewed, {name: c - client_state[name] for name, c in renewed.items()}

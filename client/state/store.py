@@ -1,9 +1,9 @@
-"""What clients keep from one round of a run to the next, such as what compression lost.
+"""Stores the state that clients keep from round to round, such as compression errors.
 
-A client's state is a flat dict of tensors, kept with the round that left it. Training in a round takes
-the newest state of the rounds before it, whatever was kept since: a request that comes again, a round
-that is tried again and a run that goes on from a checkpoint find what they found the first time. With
-a folder a state is on the disk before the update leaves, in files that only their owner can read.
+A client's state is a flat dict of tensors, stored with its round. A round reads the newest state of earlier
+rounds, whatever was stored since, so that repeated requests, repeated rounds and resumed runs read the same
+state as the first time. With a folder, a state is on disk before the update is sent, in files that only their
+owner can read.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from atoll.system.durable_files import remove, replace_all
 logger = logging.getLogger(__name__)
 
 ROUNDS_KEPT = 3
-"""States of a client that are kept: the last two checkpoints of a run can then still be gone on from.
+"""How many states of a client are kept, so that a run can be resumed from its last two checkpoints.
 
-Of rounds later than the one that was saved as many are kept again: a run that has lost its checkpoints begins
-anew, and must find what it saves itself; a request that comes very late must not take the newest ones away.
+As many states of later rounds than the saved one are kept too: a run that lost its checkpoints starts again
+and must read what it saves itself, and a request that comes very late must not delete the newest states.
 """
 DAYS_KEPT = 30.0
-"""Of a run that a real site hears no more of; one that goes on later starts with nothing remembered."""
+"""Days after which a real site deletes a silent run's states; resumed later, it starts without states."""
 
 HASH = "sha256"
 
 
 @dataclass
 class ClientStateStore:
-    """States by run and client; without a folder they end with the process.
+    """States by run and client; without a folder they are lost when the process ends.
 
-    The folder of a simulation's own directory is `of_one_run`: what the run is called doesn't matter
-    then, as when the directory was moved. A round of many clients doesn't wait for the disk there, so
-    that its memory survives a kill at any instant, but perhaps no power cut.
+    A folder inside a simulation's run directory is `of_one_run`: the run's name is then ignored, since the
+    directory may be moved. A round of many clients does not wait for the disk there, so its states survive
+    a kill at any instant, but perhaps not a power cut.
     """
 
     folder: Path | None = None
@@ -50,10 +50,10 @@ class ClientStateStore:
     _held: dict[tuple[str, str], dict[int, Tensors]] = field(default_factory=dict)
 
     def load_before(self, run: str, client: str, round: int) -> Tensors:
-        """The client's newest state of a round before this one; empty where there is none.
+        """The client's newest state of a round before `round`; empty where there is none.
 
         Raises:
-            DataError: the state on the disk is damaged.
+            DataError: the state on disk is damaged.
         """
         rounds = [r for r in self._rounds(run, client) if r < round]
         if not rounds:
@@ -63,7 +63,7 @@ class ClientStateStore:
         return _read(self._path(run, client, max(rounds)))
 
     def save(self, run: str, round: int, states: Mapping[str, Tensors]) -> None:
-        """Put the clients' states after a round in place of what they were, and let go of old ones.
+        """Store the clients' states after a round, replacing those of the same round, and delete old ones.
 
         Raises:
             JobError: the disk is full, or the folder can't be written.
@@ -90,7 +90,7 @@ class ClientStateStore:
             raise JobError(f"{self.folder}: memory not written ({error.strerror})") from None
 
     def _make(self, folder: Path) -> None:
-        """A folder for a client's new run; those of runs long past go."""
+        """Create the folder of a client's new run, and delete those of runs silent for `DAYS_KEPT`."""
         assert self.folder is not None
         for part in (self.folder, folder.parent, folder):
             part.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,8 +103,8 @@ class ClientStateStore:
     def _rounds(self, run: str, client: str) -> Sequence[int]:
         if self.folder is None:
             return list(self._held.get((run, client), ()))
-        found = self._path(run, client, 0).parent.glob("round-*.safetensors")
-        return [int(path.stem.removeprefix("round-")) for path in found]
+        paths = self._path(run, client, 0).parent.glob("round-*.safetensors")
+        return [int(path.stem.removeprefix("round-")) for path in paths]
 
     def _forget(self, run: str, client: str, round: int) -> None:
         if self.folder is None:
@@ -113,7 +113,7 @@ class ClientStateStore:
             remove(self._path(run, client, round))
 
     def _path(self, run: str, client: str, round: int) -> Path:
-        """Where a state is; what the server calls the run is hashed, for it may be anything."""
+        """The file of a state; the run's name is hashed, since the server may choose any text."""
         assert self.folder is not None
         name = "run" if self.of_one_run else hashlib.sha256(run.encode()).hexdigest()[:32]
         return self.folder / client / name / f"round-{round:06d}.safetensors"

@@ -16,7 +16,7 @@ from atoll.learning import trainable
 
 @contextmanager
 def activation_checkpointing(model: Model) -> Iterator[None]:
-    """Within, every block of the backbone forgets its activations until it needs them.
+    """Within the block, the backbone's blocks discard activations and compute them again when needed.
 
     Raises:
         ConfigError: the backbone has no blocks.

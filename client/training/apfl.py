@@ -15,7 +15,7 @@ from atoll.protocol.tensors import Tensors
 
 
 class SharedBeside:
-    """w_i, whose steps are taken in the network that holds v_i, and alpha."""
+    """The model w_i, which trains beside v_i in the same network, and the mixing weight alpha."""
 
     def __init__(self, model: Model, start: Tensors, job: Job, rates: StepRates, alpha: float) -> None:
         self.parameters, self.alpha, self.job, self.rates = trainable.trainable(model), alpha, job, rates
@@ -24,7 +24,7 @@ class SharedBeside:
         self.optimizer = torch_optimizer(groups, job.train, rates.lr)
 
     def step(self, backward: Backward, number: int) -> list[float]:
-        """Move w_i by the batch, and leave v_i's gradient in the network; the mixture's losses by part."""
+        """Take w_i's step by a batch, leave v_i's gradient in the network; the mixture's losses by part."""
         v = {name: p.detach().clone() for name, p in self.parameters.items()}
         before = {name: p.detach().clone() for name, p in self.w.items()}
         self._load(before)

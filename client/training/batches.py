@@ -22,26 +22,27 @@ MIX1, MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 def batches(
     count: int, job: Job, round: int, client: str, chances: NDArray[np.float64] | None = None
 ) -> list[list[int]]:
-    """Rows of every batch of a round's local epochs, or steps; each epoch is a fresh permutation.
+    """The rows of every batch in a round's local epochs or steps; each epoch is a new permutation.
 
-    The last batch of an epoch may be smaller; no row is dropped. With `chances` [count] an epoch draws as
-    many rows by them, with replacement.
+    The last batch of an epoch may be smaller; no row is dropped. With `chances` [count], each epoch draws
+    `count` rows with replacement, with these probabilities.
     """
     size, begun = job.train.batch_size, job.train.epochs_begun(count)
     seeds = (epoch_seeds(job, round, [client], epoch) for epoch in range(begun))
     epochs = (
-        permutations([count], own)[0] if chances is None else weighted_sample(chances, own) for own in seeds
+        permutations([count], seed)[0] if chances is None else weighted_sample(chances, seed)
+        for seed in seeds
     )
-    found = [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
-    return found[: job.train.steps]
+    by_batch = [order[start : start + size].tolist() for order in epochs for start in range(0, count, size)]
+    return by_batch[: job.train.steps]
 
 
 def epoch_seeds(
     job: Job, round: int, clients: Sequence[str], epoch: int, purpose: str = "shuffle"
 ) -> NDArray[np.uint64]:
-    """The seed of each client's permutation in one local epoch, or of what else is drawn in it, [clients].
+    """The seed of each client's permutation, or of another `purpose`, in one local epoch, [clients].
 
-    A client's is its own number mixed with one of the epoch, so that a cohort's take one hash together.
+    It mixes a number of the client with one of the epoch, so that a cohort needs one hash for each epoch.
     """
     number = np.uint64(stream_seed(job.seed, purpose, round, epoch))
     mixed: NDArray[np.uint64] = random_numbers(_numbers(clients) ^ number, 1)[:, 0]
@@ -63,9 +64,9 @@ def _number(client: str) -> int:
 
 
 def permutations(counts: Sequence[int], seeds: Sequence[int] | NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Row i starts with a permutation of range(counts[i]); what stands behind it has no meaning.
+    """Random permutations, [len(counts), max(counts)]: row i begins with one of range(counts[i]).
 
-    A permutation depends on its own count and seed alone. Shape [len(counts), max(counts)].
+    The entries after it have no meaning. A permutation depends on its own count and seed alone.
     """
     longest = max(counts)
     numbers = random_numbers(np.array(seeds, dtype=np.uint64), longest)
@@ -75,11 +76,11 @@ def permutations(counts: Sequence[int], seeds: Sequence[int] | NDArray[np.uint64
 
 
 def weighted_sample(chances: NDArray[np.float64], seed: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """As many rows as there are `chances` [count], drawn by them with replacement; `seed` is [1]."""
+    """Row numbers [count], drawn with replacement with probabilities `chances` [count]; `seed` is [1]."""
     count = len(chances)
-    found = np.searchsorted(np.cumsum(chances), uniform_numbers(seed, count)[0], side="right")
+    places = np.searchsorted(np.cumsum(chances), uniform_numbers(seed, count)[0], side="right")
     # A sum of chances may end just below one.
-    rows: NDArray[np.int64] = found.clip(max=count - 1).astype(np.int64)
+    rows: NDArray[np.int64] = places.clip(max=count - 1).astype(np.int64)
     return rows
 
 
@@ -106,9 +107,9 @@ def fill_schedule(
     batch: int,
     epoch: int,
 ) -> None:
-    """Write one epoch's batches behind the epochs before it, as far as there is room for them.
+    """Write one epoch's batches into the schedule after the earlier epochs, as far as there is room.
 
-    Clients of equal count are written all at once.
+    Clients with equally many examples are written together.
     """
     for count in np.unique(counts).tolist():
         members = np.flatnonzero(counts == count)

@@ -1,4 +1,4 @@
-"""Plain SGD of large linear layers without their gradients: the weight moves by its two factors at once.
+"""Plain SGD for large linear layers that never stores their gradients: one operation applies both factors.
 
 The gradient of W [out, in] is the product of what comes back [rows, out] and the layer's input [rows, in].
 For a small batch, writing that product out and adding it to W costs more than its arithmetic: both go
@@ -21,25 +21,25 @@ from atoll.client.training.optimizers import is_plain
 from atoll.job.job import Job
 
 LARGE = 1 << 16
-"""Values of a weight from which on its gradient is worth leaving out."""
+"""The smallest number of values in a weight whose gradient is not stored."""
 
 
 class Factors:
-    """What one weight's gradient of a step is made of."""
+    """The factors whose product is one weight's gradient in a step."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def step(self, lr: float) -> None:
-        """Move the weight, and forget the factors."""
+        """Take the step in the weight, and drop the factors."""
         with torch.no_grad():
             for back, inputs in self.pairs:
                 self.weight.addmm_(back.t(), inputs, alpha=-lr)
         self.pairs.clear()
 
     def holds(self, back: torch.Tensor, inputs: torch.Tensor) -> bool:
-        """Keep two factors [rows, out], [rows, in], if they are smaller than their product."""
+        """Store factors [rows, out] and [rows, in] if they are smaller than their product; whether it did."""
         if back.numel() + inputs.numel() >= self.weight.numel():
             return False
         self.pairs.append((back, inputs))
@@ -47,7 +47,7 @@ class Factors:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer whose weight's gradient goes into its factors, where that is less."""
+    """A linear layer whose weight gradient is stored as two factors, where they are smaller."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: Any, factors: Factors) -> Any:
@@ -58,11 +58,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, back: torch.Tensor) -> Any:
         inputs, weight = ctx.saved_tensors
-        rows, given = back.reshape(-1, back.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+        rows, entered = back.reshape(-1, back.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
         of_inputs, of_bias = (ctx.needs_input_grad[i] for i in (0, 2))
         return (
             back @ weight if of_inputs else None,
-            None if ctx.factors.holds(rows, given) else rows.t() @ given,
+            None if ctx.factors.holds(rows, entered) else rows.t() @ entered,
             rows.sum(0) if of_bias else None,
             None,
         )
@@ -70,10 +70,10 @@ class _Linear(torch.autograd.Function):
 
 @contextmanager
 def outer_product_sgd(model: nn.Module, job: Job, *, has_terms: bool) -> Iterator[list[Factors]]:
-    """Within, the factors of the model's large linear layers: none, unless a step is plain SGD in float32.
+    """A context that yields the factors of the model's large linear layers; none unless SGD is plain float32.
 
-    Terms that are added to gradients need them; parts of batches, and activations computed twice, are there
-    to save memory, which factors hold on to.
+    Further exclusions: terms added to gradients need the gradients themselves; accumulation and activation
+    checkpointing save memory, which stored factors would take again.
     """
     train = job.train
     saves_memory = train.accumulate > 1 or train.checkpoint_activations

@@ -21,7 +21,7 @@ LearningRate = float | torch.Tensor
 class StepRates:
     """The learning rate of every local step of clients that train together.
 
-    `lr` is the round's, and `factors` what part of it a step takes, [steps, clients]; none where all take it.
+    `lr` is the round's rate. `factors` [steps, clients] multiply it in each step; None where all are 1.
     """
 
     lr: float
@@ -29,32 +29,32 @@ class StepRates:
 
     @classmethod
     def of(cls, job: Job, round: int, steps: Sequence[int], device: str) -> StepRates:
-        """Of clients that take so many steps each: a cosine goes down to the end of a client's own."""
+        """The rates of clients that each take so many `steps`; a cosine ends at each client's last step."""
         train = job.train
         lr = lr_of_round(train, round, job.federation.rounds)
         if not train.varies_by_step:
             return cls(lr)
-        own = [[lr_factor(train, s + 1, count) for count in steps] for s in range(max(steps, default=0))]
-        return cls(lr, torch.tensor(own, dtype=torch.float64).to(device))
+        factors = [[lr_factor(train, s + 1, count) for count in steps] for s in range(max(steps, default=0))]
+        return cls(lr, torch.tensor(factors, dtype=torch.float64).to(device))
 
     def at(self, step: int, clients: int = 1) -> LearningRate:
-        """That of a step, from 0, for the first so many clients; one client's is a number."""
+        """The rate of a step, from 0, of the first `clients` clients: one for all, or [clients], float32."""
         if self.factors is None:
             return self.lr
         rates = self.factors[step, :clients] * self.lr
         return rates.to(torch.float32)
 
     def factor(self, step: int) -> float:
-        """What part of the round's learning rate the only client's step takes."""
+        """The factor of a single client's step, by which the round's rate is multiplied."""
         return 1.0 if self.factors is None else float(self.factors[step, 0])
 
 
 def layer_rates(model: Model, train: TrainSection) -> dict[str, float]:
-    """What the learning rate of each parameter is multiplied by, by name; nothing without `layer_decay`.
+    """The factor of each parameter's learning rate, by name; empty without `layer_decay`.
 
-    The head takes all of it, the block below `layer_decay` times it, the next one its square, and so on, as
-    in ELECTRA (Clark et al. 2020) and BEiT (Bao et al. 2022, `get_num_layer_for_vit`). Embeddings are the
-    lowest block; a parameter that lies in no block goes with them.
+    It is 1 for the head, `layer_decay` for the block below it, its square for the next block, and so on, as
+    in ELECTRA (Clark et al. 2020) and BEiT (Bao et al. 2022, `get_num_layer_for_vit`). Embeddings, and
+    parameters outside of all blocks, count as the lowest block.
     """
     if train.layer_decay is None:
         return {}
@@ -73,7 +73,7 @@ def layer_rates(model: Model, train: TrainSection) -> dict[str, float]:
 
 
 def _blocks(network: nn.Module, head: nn.Module) -> list[nn.Module]:
-    """From input to output; a head that is a part of the network is no block, nor are its own parts."""
+    """The network's blocks from input to output, without a head that is a part of the network."""
     is_inside = any(module is head for module in network.modules())
     parts = set(head.modules())
     return [block for block in blocks(network, head if is_inside else None) if block not in parts]
@@ -82,10 +82,10 @@ def _blocks(network: nn.Module, head: nn.Module) -> list[nn.Module]:
 def groups_of(
     parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float], lr: float
 ) -> list[nn.Parameter] | list[dict[str, object]]:
-    """The parameters as torch's optimizers take them: a group for every learning rate."""
+    """The parameters as torch's optimizers take them, with a group for each learning rate."""
     if not rates:
         return list(parameters.values())
-    found: dict[float, list[nn.Parameter]] = {}
+    by_rate: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        found.setdefault(rates[name], []).append(parameter)
-    return [{"params": own, "lr": lr * rate} for rate, own in found.items()]
+        by_rate.setdefault(rates[name], []).append(parameter)
+    return [{"params": group, "lr": lr * rate} for rate, group in by_rate.items()]

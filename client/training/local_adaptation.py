@@ -1,4 +1,4 @@
-"""A model that a client adapts for itself by a few local steps, as it would after a run."""
+"""Adapts the model to one client by a few local steps, to measure it as the client would use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atoll.protocol.tensors import Tensors
 
 
 def _step_of(job: Job) -> dict[str, float | str | None]:
-    """What a step of adaptation is, where the strategy says it and not `[train]`: one down the gradient."""
+    """Keys of `[train]` that the strategy's own adaptation step replaces: one of plain gradient descent."""
     moreau = MoreauSteps.of(job)
     alpha = inner_lr_of(job) if moreau is None else moreau.inner_lr
     return (
@@ -32,9 +32,9 @@ def _step_of(job: Job) -> dict[str, float | str | None]:
 
 
 def adapt_locally(learner: Learner, request: ModelRequest, client: str, shard: Shard, steps: int) -> Tensors:
-    """The request's tensors after that many local steps on the client's training part.
+    """The request's tensors after `steps` local steps on the client's training part.
 
-    With pFedMe they lead to the client's own model, which is held to these tensors.
+    With pFedMe the steps lead to the client's personal model theta, which the proximal term holds near them.
     """
     job, moreau = learner.job, MoreauSteps.of(learner.job)
     pull = 0.0 if moreau is None else moreau.pull

@@ -34,9 +34,9 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class _Terms:
-    """What is added to every gradient: mu (w - start), and a correction; and the norm that none exceeds.
+    """What changes every gradient: the proximal term mu (w - start), a correction, and a norm to clip to.
 
-    Tensors have a gradient only if they are among those.
+    Where `only` is given, all other tensors keep their values.
     """
 
     start: Tensors
@@ -64,12 +64,12 @@ def train_model(
     contrast: ModelContrast | None = None,
     only: Set[str] | None = None,
 ) -> Update:
-    """Train from the global tensors on one shard; the update is how far they moved.
+    """The update of one client after local training: its tensors after training minus the global `tensors`.
 
-    A client moves from the global tensors, or from `begin`; its update leads from the former, and to them the
-    proximal term holds it. A `correction` is added to every gradient. It stops after so many `steps`; only
-    tensors in `only` move. Gradients are those a step of `inner_lr` on (Per-FedAvg), of a `mixing` with w
-    (APFL), or of an envelope of the loss (pFedMe, `moreau`); a `contrast` is added to the loss (MOON).
+    Training starts from `tensors` or `begin`; the plan's `proximal_mu` pulls towards `tensors`. `correction`
+    is added to every gradient. It takes `steps` local steps (None: the job's); only tensors in `only` move.
+    At most one method is used: `inner_lr` takes gradients one step ahead (Per-FedAvg), `mixing` of a mixture
+    with the global model (APFL), `moreau` of the Moreau envelope (pFedMe); `contrast` adds a term (MOON).
     """
     if job.tune.method == "seeds":
         return _train_by_seeds(learner, tensors, shard, job, client, round, plan, steps)
@@ -104,14 +104,14 @@ def train_model(
                 weight.step(rates.lr)
             if job.backbone.prune is not None:
                 trainable.keep_pruned(model)
-    optimizer.zero_grad()  # gradients are as large as what is tuned, and would lie there until the next round
+    optimizer.zero_grad()  # gradients take as much memory as the trained tensors, until the next round
     return Update(client, round, trainable.delta(parameters, start), len(shard), _losses(summed, shard, job))
 
 
 def _schedule(
     learner: Learner, shard: Shard, job: Job, client: str, round: int, steps: int | None
 ) -> tuple[list[list[int]], StepRates]:
-    """The rows of each local step's batch, at most so many `steps`, and how fast each step is."""
+    """(the rows of each local step's batch, at most `steps` of them; the steps' learning rates)."""
     schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
     return schedule, StepRates.of(job, round, [len(schedule)], "cpu")
 
@@ -126,9 +126,9 @@ def _train_by_seeds(
     plan: Mapping[str, float],
     steps: int | None,
 ) -> Update:
-    """Train the coefficients of a network's directions by its loss alone; the network draws no dropout.
+    """Train the coefficients of random directions by loss values alone (FedKSeed), without dropout.
 
-    The job's rules leave nothing to begin at, to correct a step by, or to contrast with.
+    The job's rules exclude other starts, corrections and contrasts for this method.
 
     Raises:
         ConfigError: the strategy asks for a proximal term.
@@ -161,7 +161,7 @@ def _batch_loss(
     varied: Variation | None,
     loss_of: TrainingLoss,
 ) -> BatchLoss:
-    """The loss of a batch, by the weights that the model has when it is called; inputs are decoded once."""
+    """A function that returns a batch's loss with the model's weights at the time of the call."""
     parts = list(_parts_on_device(learner, shard, rows, job, varied))
 
     def loss() -> float:
@@ -183,7 +183,7 @@ def _gradients_by(
     moreau: MoreauSteps | None,
     beside: SharedBeside | None,
 ) -> Backward:
-    """What leaves a batch's gradient in the network: the loss's own, or the one that a method takes."""
+    """A function that leaves a batch's gradient in the network: the plain one, or that of a method."""
     if inner_lr:
         return partial(gradient_after_a_step, parameters, inner_lr, steps, backward)
     if moreau is not None:
@@ -192,7 +192,7 @@ def _gradients_by(
 
 
 def _begin(learner: Learner, shard: Shard, tensors: Tensors) -> None:
-    """Keep what states the job keeps of the shard, and put the tensors into the model, in training mode."""
+    """Cache the states of the shard where the job does, then load the tensors into the model for training."""
     learner.keep_states(shard)
     trainable.load_values(learner.model, tensors)
     trainable.training_mode(learner.model)
@@ -210,7 +210,7 @@ def _add_gradient(
 ) -> Iterator[float]:
     """Add a batch's gradient, part by part, to what the parameters hold; each part's summed loss.
 
-    The loss that is told is without the `contrast`.
+    The losses exclude the `contrast`.
     """
     for batch, targets, share in _parts_on_device(learner, shard, rows, job, varied):
         with autocast(job.train):
@@ -231,7 +231,7 @@ def optimizer_of(model: Model, job: Job, rates: StepRates) -> torch.optim.Optimi
 
 
 def _losses(summed: float, shard: Shard, job: Job) -> dict[str, torch.Tensor]:
-    """The state that a round's mean training loss is added up from."""
+    """The states of an update from which the server computes the mean training loss."""
     count = float(job.train.examples_seen(len(shard)))
     return {
         "train_loss.sum": torch.tensor(summed).double(),
@@ -276,7 +276,7 @@ def _memory_saved(model: Model, job: Job) -> AbstractContextManager[None]:
 
 
 def variation(job: Job, round: int, client: str, number: int) -> Variation | None:
-    """How the inputs of a round's batch vary at random; not at all, unless the job says so."""
+    """How the inputs of a batch are augmented; None where the job augments nothing."""
     if not job.train.augment:
         return None
     draw = stream(job.seed, "augment", round, client, number)
@@ -290,7 +290,7 @@ def _take_step(
     terms: _Terms,
     factor: float,
 ) -> None:
-    """Move by the gradients and what is added to them, at so much of the learning rate."""
+    """Take one optimizer step with the changed gradients, at `factor` times the round's learning rate."""
     if terms.only is not None:
         for name in parameters.keys() - terms.only:
             parameters[name].grad = None  # an optimizer passes over it
@@ -305,14 +305,14 @@ def _take_step(
 
 
 def add_proximal_gradient(parameters: Mapping[str, torch.nn.Parameter], start: Tensors, mu: float) -> None:
-    """Add FedProx's gradient mu (w - w_global) (Li et al. 2020), where there is any."""
+    """Add mu (w - w_global), the gradient of FedProx's term (Li et al. 2020), unless mu is 0."""
     for name, p in parameters.items() if mu else ():
         if p.grad is not None:
             p.grad += mu * (p.detach() - start[name])
 
 
 def add_correction(parameters: Mapping[str, torch.nn.Parameter], correction: Tensors) -> None:
-    """Add what a method corrects gradients by, to those that there are."""
+    """Add a method's correction to the gradients of the parameters that have one."""
     for name, values in correction.items():
         grad = parameters[name].grad
         if grad is not None:

@@ -1,4 +1,4 @@
-"""How many local steps a client's update is made of, for strategies that ask (`local_steps` in the plan)."""
+"""Counts the local steps of a client's update, for strategies that ask for it (`local_steps` in the plan)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from atoll.protocol.stacked_updates import with_state
 
 
 def examples_seen(counts: Sequence[int], train: TrainSection) -> torch.Tensor:
-    """How many examples the steps of each of several clients see in a round, [clients] in float64."""
+    """How many examples each client's local steps process in a round, [clients], float64."""
     return torch.tensor([train.examples_seen(count) for count in counts], dtype=torch.float64)
 
 
 def accumulated_steps(examples: int, train: TrainSection) -> float:
-    """The sum of the weights that local gradients have in an update of so many examples.
+    """The sum of the weights that local gradients have in the update of a client with `examples` examples.
 
     Under plain SGD it is the number of steps. With momentum rho a gradient counts again in every later step,
     which after tau steps sums up to (tau - rho (1 - rho^tau) / (1 - rho)) / (1 - rho)
@@ -33,5 +33,5 @@ def accumulated_steps(examples: int, train: TrainSection) -> float:
 
 
 def with_local_steps(updates: Iterable[Update], train: TrainSection) -> Iterable[Update]:
-    """The updates with their steps among the states; a cohort's stay stacked."""
+    """The updates with `LOCAL_STEPS` among their states; stacked updates stay stacked."""
     return with_state(updates, LOCAL_STEPS, lambda client, examples: accumulated_steps(examples, train))

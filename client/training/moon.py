@@ -16,7 +16,7 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class ModelContrast:
-    """The models that z_glob and z_prev are of, as tuned tensors by name, and the paper's mu and tau."""
+    """The models that compute z_glob and z_prev, as trainable tensors by name, and the paper's mu and tau."""
 
     received: Tensors
     previous: Tensors
@@ -24,9 +24,9 @@ class ModelContrast:
     temperature: float
 
     def outputs(self, model: Model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the head's outputs [batch, outputs], mu l_con of the batch), of the tensors that the model has.
+        """(the head's outputs [batch, outputs], mu times l_con) of a batch, with the model's present tensors.
 
-        The other two models see the batch without dropout.
+        The other two models process the batch without dropout.
         """
         z_glob, z_prev = (
             _representation(model, tensors, batch) for tensors in (self.received, self.previous)
@@ -36,19 +36,19 @@ class ModelContrast:
 
 
 def contrast(z: torch.Tensor, z_glob: torch.Tensor, z_prev: torch.Tensor, temperature: float) -> torch.Tensor:
-    """l_con, the mean over a batch of representations [batch, width]."""
+    """The paper's l_con, a scalar: the mean over a batch of representations [batch, width]."""
     near, far = (nn.functional.cosine_similarity(z, other, dim=1) for other in (z_glob, z_prev))
     return -nn.functional.log_softmax(torch.stack([near, far], dim=1) / temperature, dim=1)[:, 0].mean()
 
 
 def _representation(model: Model, tensors: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-    """What the head would see [batch, width] of a model with other tuned tensors, as a constant."""
+    """The head's inputs [batch, width] in a model with other tensors, without a gradient."""
     of_backbone = {
         name: tensors[f"backbone.{name}"].to(p.device, p.dtype)
         for name, p in trainable.trainable(model.backbone).items()
     }
     model.backbone.eval()
     with torch.no_grad():
-        found: torch.Tensor = functional_call(model.backbone, of_backbone, (batch,))
+        outputs: torch.Tensor = functional_call(model.backbone, of_backbone, (batch,))
     trainable.training_mode(model)
-    return found.float()
+    return outputs.float()

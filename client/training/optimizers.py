@@ -25,11 +25,11 @@ The first two may be a prefix of the last call's.
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 ALPHA = 0.99
-"""How much of RMSprop's mean square is that of the step before."""
+"""RMSprop's decay: the weight of the previous mean square."""
 
 
 def is_plain(train: TrainSection) -> bool:
-    """Whether every step of a round is the same learning rate times the gradient and nothing else."""
+    """Whether every local step is SGD with the same learning rate, without momentum or weight decay."""
     is_sgd = train.optimizer == "sgd" and not train.momentum and not train.weight_decay
     return is_sgd and train.clip_norm is None and train.layer_decay is None and not train.varies_by_step
 
@@ -101,7 +101,7 @@ def _rmsprop(weight_decay: float) -> Step:
 
 
 def _beside(lr: LearningRate, p: torch.Tensor) -> LearningRate:
-    """A learning rate for each client, in as many dimensions as the stacked parameter."""
+    """The clients' learning rates [clients], reshaped to broadcast over the stacked parameter."""
     return lr if isinstance(lr, float) else lr.view(-1, *[1] * (p.dim() - 1))
 
 
@@ -133,6 +133,6 @@ def torch_optimizer(parameters: Any, train: TrainSection, lr: float | None = Non
 
 
 def set_step(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Let the next step take this part of every group's learning rate."""
+    """Multiply every group's initial learning rate by `factor` for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor

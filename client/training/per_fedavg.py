@@ -16,11 +16,11 @@ from atoll.job.job import Job
 from atoll.strategies.options import PerFedAvgOptions
 
 Backward = Callable[[int], Iterable[float]]
-"""Leaves the gradient of a batch, by its number, in a network; the losses of the batch's parts."""
+"""Takes a batch's number, leaves its gradient in the network, and yields the losses of the batch's parts."""
 
 
 def inner_lr_of(job: Job) -> float:
-    """alpha, or 0 for a job whose gradients are taken where the model is."""
+    """The paper's alpha, or 0 for jobs whose strategy is not Per-FedAvg."""
     if job.strategy.name != "per-fedavg":
         return 0.0
     options = validated(PerFedAvgOptions, job.strategy.options or {}, "strategy.options")
@@ -29,7 +29,7 @@ def inner_lr_of(job: Job) -> float:
 
 
 def inner_batches(step: int, steps: Sequence[int]) -> list[int]:
-    """The number of each client's batch D in this step, given how many steps each one takes.
+    """The number of each client's batch D in this step; `steps` has each client's number of steps.
 
     >>> inner_batches(0, [3, 1]), inner_batches(2, [3])
     ([2, 0], [1])
@@ -41,7 +41,7 @@ def adapted_heads(
     layers: Layers, stack: Stack, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor,
     share: torch.Tensor, alpha: float,
 ) -> Stack:  # fmt: skip
-    """w' of stacked heads, for a batch [clients, batch, width] whose examples count by `share`."""
+    """The paper's w' of stacked heads, for inputs [clients, batch, width] weighted by `share`."""
     values = layers.forward(stack, inputs)
     error, _ = loss.grad(values[-1], targets)
     each = layers.output_gradients(stack, values, error)
@@ -53,7 +53,7 @@ def adapted_heads(
 def gradient_after_a_step(
     parameters: Mapping[str, torch.nn.Parameter], alpha: float, steps: int, backward: Backward, number: int
 ) -> list[float]:
-    """Leave a network's gradient at w', which the batch before leads to; the losses there, by part."""
+    """Leave the gradient at w' in the network, and return the losses there by part of the batch."""
     list(backward(inner_batches(number, [steps])[0]))
     w = {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():

@@ -16,22 +16,22 @@ from atoll.job.train import TrainSection
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE = 2.0**10
-"""torch's own is 2^16, whose first steps overflow: a round has few steps to leave out."""
+"""The initial loss scale. With torch's default, 2^16, the first steps overflow, and a round has few steps."""
 
 
 def autocast(train: TrainSection) -> AbstractContextManager[object]:
-    """Within, the network computes in the job's precision."""
+    """A context in which the network computes in the job's precision."""
     if train.precision == "fp32":
         return nullcontext()
     return torch.autocast(torch.device(train.device).type, dtype=TYPES[train.precision])
 
 
 def scaler_of(train: TrainSection) -> torch.amp.GradScaler:
-    """A fresh scaler of the loss; one that does nothing unless the precision is fp16."""
+    """A new loss scaler; it does nothing unless the precision is fp16."""
     device = torch.device(train.device).type
     return torch.amp.GradScaler(device, init_scale=FIRST_SCALE, enabled=train.precision == "fp16")
 
 
 def to_float32(outputs: torch.Tensor) -> torch.Tensor:
-    """A network's outputs as the loss takes them: float32, where they are of 16 bits."""
+    """A network's outputs for the loss: 16-bit floats are converted to float32."""
     return outputs.float() if outputs.dtype in TYPES.values() else outputs

@@ -1,4 +1,4 @@
-"""Local training of several clients at once by torch.func: any model, other bits than one by one.
+"""Local training of several clients at once by torch.func: for any model, with bits of its own.
 
 One vectorised map over the clients takes every client's gradient in one go (functional calls with
 stacked parameters). The arithmetic is that of `local_sgd.py`, summed in another order; dropout is
@@ -32,7 +32,7 @@ from atoll.protocol.stacked_updates import StackedUpdates, joined
 from atoll.protocol.tensors import Tensors
 
 CLIENTS_PER_VMAP = 16
-"""Clients that are trained together: memory grows with them."""
+"""How many clients are trained together; memory grows with the number."""
 
 
 def vmap_training(
@@ -44,7 +44,7 @@ def vmap_training(
     round: int,
     plan: Mapping[str, float],
 ) -> StackedUpdates:
-    """Train from the global tensors on every shard; the updates come in the order of `shards`."""
+    """The clients' updates after training from the global tensors, in the order of `shards`."""
     for shard in shards.values():
         learner.keep_states(shard)
     trainable.training_mode(learner.model)
@@ -82,7 +82,7 @@ def _train(
     now = {name: t.unsqueeze(0).repeat(len(shards), *[1] * t.dim()) for name, t in start.items()}
     step = {name: make_optimizer(job.train) for name in now}
     rows = [batches(len(shard), job, round, name) for name, shard in shards.items()]
-    rates = StepRates.of(job, round, [len(own) for own in rows], device)
+    rates = StepRates.of(job, round, [len(schedule) for schedule in rows], device)
     of_layer = layer_rates(learner.model, job.train)
     losses = torch.zeros(len(shards), dtype=torch.float64)
     reached = _reached(learner, next(iter(shards.values())), rows[0][0])
@@ -121,18 +121,18 @@ def _item(
 
 
 def _reached(learner: Learner, shard: Shard, rows: Sequence[int]) -> list[str]:
-    """Names of the parameters that the loss depends on; as in torch's optimizers the others stay."""
+    """Names of the parameters that the loss depends on; the others do not move, as in torch's optimizers."""
     model, item = learner.model, _item(learner, shard, 0, rows)
     device = learner.job.train.device
     outputs = model({name: t.to(device) for name, t in item.batch.items()})
     parameters = trainable.trainable(model)
     loss = learner.task.loss(outputs, item.targets.to(device))
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return [name for name, g in zip(parameters, found, strict=True) if g is not None]
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return [name for name, g in zip(parameters, gradients, strict=True) if g is not None]
 
 
 def _of_one_size(items: Sequence[_Item]) -> list[list[_Item]]:
-    """The items in groups of as many examples each: a stack has no gaps."""
+    """The items in groups with equally many examples, which can be stacked without gaps."""
     groups: dict[int, list[_Item]] = {}
     for item in items:
         groups.setdefault(len(item.targets), []).append(item)
@@ -147,9 +147,9 @@ def _add_gradients(
     losses: torch.Tensor,
     device: str,
 ) -> None:
-    """Each group member's gradient at its place in `gradient`, its summed loss added to `losses`."""
+    """Write each item's gradient to its place in `gradient`, and add its summed loss to `losses`."""
     places = torch.tensor([item.place for item in group])
-    own = {name: t[places.to(device)] for name, t in now.items()}
+    tensors = {name: t[places.to(device)] for name, t in now.items()}
     batch = {name: t.to(device) for name, t in _stacked([item.batch for item in group]).items()}
     targets = torch.stack([item.targets for item in group]).to(device)
 
@@ -159,19 +159,19 @@ def _add_gradients(
 
     # Of attention's ways only the plain one has a rule for maps.
     with sdpa_kernel(SDPBackend.MATH):
-        found, value = vmap(grad_and_value(loss), randomness="different")(own, batch, targets)
-    for name, g in found.items():
+        gradients, value = vmap(grad_and_value(loss), randomness="different")(tensors, batch, targets)
+    for name, g in gradients.items():
         gradient[name][places.to(device)] = g
     losses[places] += value.detach().cpu().double() * targets.shape[1]
 
 
 def _stacked(parts: Sequence[Batch]) -> Batch:
-    """[clients, batch, …]; where lengths differ (texts), padded with zeros, which masks say to ignore."""
-    found = {}
+    """The clients' batches as [clients, batch, …]; shorter texts are padded with zeros, excluded by masks."""
+    stacked = {}
     for name in parts[0]:
         shape = [max(sizes) for sizes in zip(*(part[name].shape for part in parts), strict=True)]
         table = parts[0][name].new_zeros((len(parts), *shape))
-        for own, part in zip(table, parts, strict=True):
-            own[tuple(slice(size) for size in part[name].shape)] = part[name]
-        found[name] = table
-    return found
+        for target, part in zip(table, parts, strict=True):
+            target[tuple(slice(size) for size in part[name].shape)] = part[name]
+        stacked[name] = table
+    return stacked

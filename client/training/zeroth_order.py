@@ -27,25 +27,24 @@ from atoll.protocol.random_streams import global_stream, stream
 from atoll.protocol.tensors import Tensors
 
 BatchLoss = Callable[[], float]
-"""The loss of one batch, by the weights that the network has when it is called."""
+"""Returns the loss of one batch with the network's weights at the time of the call."""
 
 
 def drawn_directions(job: Job, round: int, client: str, steps: int) -> list[int]:
-    """The number of the direction of each of a client's local steps in a round, each in [0, K)."""
+    """The number k of the direction in each of a client's local steps, each in [0, K)."""
     generator = stream(job.seed, "directions", round, client)
-    found: list[int] = torch.randint(job.tune.num_seeds, (steps,), generator=generator).tolist()
-    return found
+    numbers: list[int] = torch.randint(job.tune.num_seeds, (steps,), generator=generator).tolist()
+    return numbers
 
 
 def step_along_directions(
     model: Model, job: Job, rates: StepRates, loss_of: Callable[[int], BatchLoss], *,
     client: str, round: int, steps: int,
 ) -> list[float]:  # fmt: skip
-    """Take a client's local steps from where the model is; the loss in each, the mean of both sides.
+    """Take a client's local steps from the model's present weights; the loss of each, the mean of both sides.
 
-    `loss_of` gives the loss of a step's batch, by the step's number from 0. With `train.clip_norm` the slope
-    g is limited to that: it is all there is of the gradient of a. What a network draws is the same on both
-    sides.
+    `loss_of` maps a step's number, from 0, to the loss of its batch. `train.clip_norm` limits |g|, which is
+    the norm of the gradient of a. The network's random draws are the same on both sides.
     """
     directions, limit, distance = directions_of(model), job.train.clip_norm, job.tune.distance
     assert directions is not None, "only a model with coefficients is trained so"
@@ -71,7 +70,7 @@ def step_along_directions(
 
 
 def _look_beside(model: Model, weights: Tensors, direction: Tensors, far: float) -> None:
-    """Put the network's weights so far along a direction; those that were pruned stay zero."""
+    """Set the network's weights to `weights` plus `far` times a direction; pruned weights stay zero."""
     for name, part in direction.items():
         model.get_parameter(name).copy_(weights[name] + part * far)
     trainable.keep_pruned(model)

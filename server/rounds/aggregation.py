@@ -35,11 +35,11 @@ MAX_ATTEMPTS = 3
 """Times a round below its quorum is tried before the run fails."""
 
 TOO_FEW = "too few of those who were drawn sent usable updates"
-"""What is said of a secret cohort below the quorum."""
+"""The message for a cohort below the quorum whose members are secret, so that no numbers are published."""
 
 
 class SampledRound:
-    """What rounds share that draw their cohort anew and wait for all of it."""
+    """The common part of rounds that sample a new cohort and wait for all of its replies."""
 
     def sample(self, run: Run, round: int) -> list[str]:
         if run.setup.selection is not None:
@@ -48,11 +48,11 @@ class SampledRound:
         return sample(run.setup.population, run.setup.job, round, uniforms)
 
     def close(self) -> None:
-        """Every round has waited for all of its clients."""
+        """Nothing to release: every round has waited for all of its clients."""
 
 
 class TrainingRound(SampledRound):
-    """What rounds share in which clients train: the model goes to each of them, and updates are merged."""
+    """The common part of rounds in which clients train: each gets the model, and their updates are merged."""
 
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
         beside = size_of(tensors_for_clients(run.setup.strategy, run.state.strategy_state))
@@ -64,7 +64,7 @@ class TrainingRound(SampledRound):
 
 @dataclass(frozen=True)
 class PlainRound(TrainingRound):
-    """Every client's update reaches the server by itself: transformed in the list's order, then validated."""
+    """A round in which the server receives each client's update: it transforms all in order and validates."""
 
     reply_transforms: Sequence[ReplyTransform]
     validate: Validation
@@ -79,7 +79,7 @@ class PlainRound(TrainingRound):
 
 @dataclass(frozen=True)
 class SecureSumRound(TrainingRound):
-    """The server sees the sum of the updates and no single one; it stands for them as one update."""
+    """A round in which the server learns only the sum of the updates, which it merges as a single update."""
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         return SecureRound(
@@ -91,7 +91,7 @@ class SecureSumRound(TrainingRound):
 
 @dataclass(frozen=True)
 class ClosedFormRound(SampledRound):
-    """Clients send statistics that add up, and the server solves for the head: nothing is trained."""
+    """A round without training: the server sums statistics of all clients and solves for the head."""
 
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
         return 0, statistics_size(run.setup.job, run.state.tensors)
@@ -109,22 +109,23 @@ class ClosedFormRound(SampledRound):
 
 
 def synchronous_round(job: Job) -> RoundKind:
-    """The kind of a job's rounds in which clients train and all are waited for."""
+    """The kind of the job's training rounds that wait for all clients: a secure sum or plain updates."""
     if uses_secure_aggregation(job):
         return SecureSumRound()
     return PlainRound(reply_transforms(job), Validation.of(job))
 
 
 def reply_transforms(job: Job) -> Sequence[ReplyTransform]:
-    """What happens to the replies of every plain round of the job."""
+    """The job's transforms of replies in plain rounds, in the order of use."""
     return () if job.federation.compression is None else (Decompression(job),)
 
 
 def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[ValidatedUpdates, RoundExtras]:
-    """Validated updates of the cohort, of the first attempt that reaches the quorum; and the simulated time.
+    """(validated updates of the first attempt that reaches the quorum, the simulated time for the log).
 
     Raises:
-        InconsistentUpdates: fewer than the quorum came back, several times over, or too many diverged.
+        InconsistentUpdates: every one of `MAX_ATTEMPTS` attempts brought fewer than the quorum, or so many
+            clients diverged that another attempt could not reach it.
     """
     kind, federation, state = run.setup.kind_of_round(round), run.setup.job.federation, run.state
     goal = min(federation.cohort or len(cohort), len(cohort))
@@ -142,15 +143,15 @@ def request_updates(run: Run, cohort: Sequence[str], round: int) -> tuple[Valida
             return gathered, turnout.logged(before)
         before += turnout.seconds or 0.0
         usable = gathered.num_valid if enough else len(turnout.names)
-        told = unless_secret(run.setup.job, _counts(usable, goal, needed), TOO_FEW)
-        logger.warning("round %d abandoned: %s (attempt %d of %d)", round, told, attempt, MAX_ATTEMPTS)
+        message = unless_secret(run.setup.job, _counts(usable, goal, needed), TOO_FEW)
+        logger.warning("round %d abandoned: %s (attempt %d of %d)", round, message, attempt, MAX_ATTEMPTS)
         if enough and len(turnout.names) - gathered.num_diverged < needed:
-            break  # whoever is asked again diverges again
+            break  # the same clients would diverge again, from the same model and seed
     raise InconsistentUpdates(_below_quorum(run, gathered, turnout, goal, needed))
 
 
 def train_request(run: Run, round: int) -> TrainRequest:
-    """The model, and the strategy's numbers and tensors, for the clients that train in this round."""
+    """The request to train in this round: the model, and the numbers and tensors of the strategy."""
     strategy, state = run.setup.strategy, run.state.strategy_state
     return TrainRequest(
         **run.request_origin(round), tensors=run.state.tensors, plan=dict(strategy.plan(state, round)),
@@ -159,53 +160,56 @@ def train_request(run: Run, round: int) -> TrainRequest:
 
 
 def merge_updates(run: Run, updates: Sequence[Update], round: int) -> None:
-    """The next global model of validated updates, transformed in the order of the run's lists."""
+    """Merge validated updates into the next global model and strategy state, and store both in the run."""
     run.state.tensors, run.state.strategy_state = merged(run, updates, round)
 
 
 def merged(run: Run, updates: Sequence[Update], round: int) -> tuple[Tensors, State]:
-    """(the next global model, the strategy's state) of validated updates; the run is as before."""
+    """(the next global model, the next strategy state) from validated updates; the run itself is unchanged.
+
+    Update transforms come first, then the strategy's merge, then model transforms, each list in its order.
+    """
     setup, state = run.setup, run.state
-    kept: State = {}
+    added_state: State = {}
     trained = run.trained_in_round(round)
     for transform_updates in setup.update_transforms:
-        updates, kept_by_this = transform_updates(updates, round, trained, state.strategy_state)
-        kept |= kept_by_this
+        updates, more_state = transform_updates(updates, round, trained, state.strategy_state)
+        added_state |= more_state
     model, strategy_state = state.tensors, state.strategy_state
     if updates:
         model, strategy_state = setup.strategy.merge(model, updates, strategy_state)
     for transform_model in setup.model_transforms:
         model = transform_model(model, state.learner)
-    return model, {**strategy_state, **kept}
+    return model, {**strategy_state, **added_state}
 
 
 @dataclass(frozen=True)
 class MergeWeights:
-    """What each client's update weighs in the merge, where the job says it: not its number of examples."""
+    """An update transform that gives updates the weights of the job's `federation.weights`."""
 
     federation: FederationSection
 
     def __call__(
         self, updates: Sequence[Update], round: int, model: Tensors, state: State
     ) -> tuple[Sequence[Update], State]:
-        """The updates with weights in the place of their examples; what else they tell stays."""
+        """The same updates with their weights in `num_examples`, and nothing for the strategy's state."""
         weights = [self.federation.merge_weight(count) for count in example_counts(updates)]
         return weighing(updates, weights), {}
 
 
 def weight_transforms(job: Job) -> Sequence[UpdateTransform]:
-    """What happens to updates whose weights the job chooses; a secure sum's are weighed at the clients."""
+    """The transforms that set the job's merge weights; none under a secure sum: clients then apply them."""
     chosen = job.federation.weights is not None and not uses_secure_aggregation(job)
     return (MergeWeights(job.federation),) if chosen else ()
 
 
 def zero_pruned(model: Tensors, learner: Learner) -> Tensors:
-    """The model with zeros where the backbone is pruned: noise has no holes."""
+    """The model with its pruned weights set to zero, which noise or merging may have made nonzero."""
     return model if learner.uses_features else without_pruned(learner.model, model)
 
 
 def model_transforms(job: Job) -> Sequence[ModelTransform]:
-    """What happens to every merged model of the job."""
+    """The job's transforms of every merged model, in the order of use."""
     return () if job.backbone.prune is None else (zero_pruned,)
 
 
@@ -222,10 +226,10 @@ def _below_quorum(
     if turnout.seconds is not None and len(turnout.names) < needed:
         reasons = [f"{turnout.unavailable} clients not available, {turnout.late} late"]
         usable = len(turnout.names)
-    told = f"{_counts(usable, goal, needed)} ({'; '.join(reasons)})"
+    message = f"{_counts(usable, goal, needed)} ({'; '.join(reasons)})"
     if gathered.num_diverged:
-        told += "; training diverged: a smaller train.lr may help"
-    return f"round {run.state.round + 1}: {unless_secret(run.setup.job, told, TOO_FEW)}" + (
+        message += "; training diverged: a smaller train.lr may help"
+    return f"round {run.state.round + 1}: {unless_secret(run.setup.job, message, TOO_FEW)}" + (
         "; go on after the last whole round with --resume" if run.state.round else ""
     )
 

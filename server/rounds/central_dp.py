@@ -1,4 +1,4 @@
-"""Client-level privacy in the rounds: the strategy never sees more than one noised sum a round."""
+"""Client-level differential privacy at the server: the strategy sees one noised sum per round and no more."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from atoll.server.run.checkpoint import SECRET
 from atoll.strategies.strategy import State
 
 NORM = "privacy.clipping_norm"
-"""In the strategy's state: the clipping norm of the next round, where it adapts."""
+"""The name, in the strategy's state, of the next round's clipping norm, where clipping is adaptive."""
 SUMS, RELEASED = f"{SECRET}banded.sums", f"{SECRET}banded.released"
-"""In a checkpoint: the last rounds' sums without noise, and what was released of them, [rounds, numbers]."""
+"""Names in a checkpoint: the last rounds' sums before noise and what was released, [rounds, numbers]."""
 
 
 @dataclass(frozen=True)
 class LedgerLocation:
-    """Where the charges of runs on the same clients are written down, and what binds them to those."""
+    """The file of a ledger, and the fingerprint of the clients that it belongs to."""
 
     path: Path
     fingerprint: str
@@ -45,10 +45,11 @@ class LedgerLocation:
 
 @dataclass
 class CentralDp:
-    """Clips, sums and noises the updates of a round, and charges the ledger for it first.
+    """Charges the ledger for a round's release, then clips, sums and noises the round's updates.
 
-    `run` tells this run's charges from those of other runs in one ledger. `correlation` is what noise of
-    several bands needs of earlier rounds: checkpoints hold it, and nothing else may.
+    `run` identifies this run's charges in a ledger that several runs share. `correlation` holds the earlier
+    rounds' sums, which banded noise needs; it is secret and stored in checkpoints only. `clients` is a hash
+    of the run's client names, where banded noise binds the run to them.
     """
 
     job: Job
@@ -64,17 +65,20 @@ class CentralDp:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Opened when first needed: a run that is refused leaves none behind.
+        """The ledger, opened at the first use, so that a run that is refused creates no file.
 
         Raises:
-            DataError: it was changed, or is of other clients.
+            DataError: the file was tampered with, or belongs to other clients.
         """
         durable = not self.job.privacy.seeded_noise
         return Ledger.open(self.ledgers.path, self.ledgers.fingerprint, durable=durable)
 
     @cached_property
     def _count_deviation(self) -> float | None:
-        """Andrew et al. 2021, section 3.1, take a twentieth of the cohort."""
+        """The noise deviation of the count for adaptive clipping; None where the norm is fixed.
+
+        By default a twentieth of the cohort (Andrew et al. 2021, section 3.1).
+        """
         promise = self.dp_plan.promise
         if promise.clipping == "fixed":
             return None
@@ -83,11 +87,11 @@ class CentralDp:
 
     @property
     def spent(self) -> Counter[Release]:
-        """What this run was charged, also for releases that a crash lost."""
+        """All releases that this run was charged for, including those that a crash lost."""
         return self.ledger.spent_on(self.run)
 
     def check_budget(self, round: int) -> None:
-        """Raises BudgetExhausted if this round's release would spend more than the target."""
+        """Raises BudgetExhausted if this round's release would bring epsilon above the target."""
         if self._is_repeated(round) or self.dp_plan.within_budget(self.spent, 1, self._cost(round)):
             return
         raise BudgetExhausted(
@@ -95,10 +99,10 @@ class CentralDp:
         )
 
     def check_clients(self, names: Sequence[str]) -> None:
-        """Take note of all clients of the run, by whose names it is known whose rounds lie how far apart.
+        """For banded noise, bind the run to its clients, whose names decide in which rounds each takes part.
 
         Raises:
-            ConfigError: rounds must lie apart, and there are too few, or a round was charged for others.
+            ConfigError: there are too few clients for the bands, or the run was charged for other clients.
         """
         if self.dp_plan.bands == 1 or self.clients:
             return
@@ -119,10 +123,12 @@ class CentralDp:
     def privatize(
         self, round: int, updates: Sequence[Update], model: Tensors, state: State
     ) -> tuple[Update, State]:
-        """(one update that stands for all of them, what is kept for the next round).
+        """(one update with the noised mean, entries for the strategy's state such as the next clipping norm).
+
+        The update's `delta` has the names and shapes of `model`, in float64.
 
         Raises:
-            BudgetExhausted: the release would overspend; nothing was released.
+            BudgetExhausted: the release would exceed the budget; nothing was released.
         """
         self.check_budget(round)
         norm = float(state.get(NORM, self.dp_plan.promise.clipping_norm))
@@ -130,25 +136,28 @@ class CentralDp:
             self._mechanism(round, norm), count_deviation=self._count_deviation, correlation=self.correlation
         )
         mean, fraction = mechanism.release(updates, model)
-        kept: State = {}
+        next_state: State = {}
         if fraction is not None:
             promise = self.dp_plan.promise
-            kept[NORM] = update_clipping_norm(
+            next_state[NORM] = update_clipping_norm(
                 norm, fraction, quantile=promise.quantile, lr=promise.clipping_lr
             )
-        return Update("the cohort", round, mean, num_examples=1), kept
+        return Update("the cohort", round, mean, num_examples=1), next_state
 
     def privatize_statistics(
         self, round: int, by_client: Mapping[str, Tensors], form: Tensors, norm: float
     ) -> Tensors:
-        """The sum of the clients' statistics, each clipped to the norm, with noise; alike if none came.
+        """The noised sum of the clients' statistics, each clipped to the L2 norm `norm`.
+
+        `form` has the names and shapes of the statistics; the sum is float64. Without any statistics it is
+        noise alone.
 
         Raises:
-            BudgetExhausted: the release would overspend; nothing was released.
+            BudgetExhausted: the release would exceed the budget; nothing was released.
         """
         self.check_budget(round)
-        given = [Update(name, round, by_client[name], num_examples=1) for name in sorted(by_client)]
-        mean, _ = self._mechanism(round, norm).release(given, form)
+        statistics = [Update(name, round, by_client[name], num_examples=1) for name in sorted(by_client)]
+        mean, _ = self._mechanism(round, norm).release(statistics, form)
         return {name: tensor * self.dp_plan.divisor for name, tensor in mean.items()}
 
     def _mechanism(self, round: int, norm: float) -> CentralGaussian:
@@ -163,27 +172,29 @@ class CentralDp:
 
     @property
     def state(self) -> State:
-        """What a checkpoint must hold beside the strategy's state."""
-        kept = {SUMS: self.correlation.sums, RELEASED: self.correlation.released}
-        return {name: torch.stack([*map(torch.from_numpy, rows)]) for name, rows in kept.items() if rows}
+        """The secret entries that a checkpoint holds beside the strategy's state."""
+        rows_by_name = {SUMS: self.correlation.sums, RELEASED: self.correlation.released}
+        return {
+            name: torch.stack([*map(torch.from_numpy, rows)]) for name, rows in rows_by_name.items() if rows
+        }
 
     def resume(self, state: State) -> State:
-        """Take back what `state` said; what is left is others'."""
+        """Restore what `state` returned from a checkpoint's state; returns the other entries."""
         self.correlation.sums = _rows(state, SUMS)
         self.correlation.released = _rows(state, RELEASED)
         return {name: value for name, value in state.items() if name not in (SUMS, RELEASED)}
 
     @property
     def update_transforms(self) -> tuple[NoisedMean, ...]:
-        """What happens to a round's updates before the strategy sees them."""
+        """The transform that replaces a round's updates by their noised mean."""
         return (NoisedMean(self),)
 
     def uniforms(self, round: int) -> Callable[[int], torch.Tensor]:
-        """What cohorts are sampled by: `uniforms` of this round."""
+        """A function that returns `sampling_uniforms` of this round for a count."""
         return partial(self.sampling_uniforms, round)
 
     def sampling_uniforms(self, round: int, count: int) -> torch.Tensor:
-        """A uniform number for each client, which nobody else can know, [count]."""
+        """Uniform numbers in [0, 1), [count], float64, from a source that only the server knows."""
         return torch.from_numpy(uniform(self._words("cohort", round)(count)))
 
     def _words(self, purpose: str, round: int) -> RandomBits:
@@ -204,26 +215,26 @@ class CentralDp:
         return self.dp_plan.cost_of_round(self.ledger.rounds_of(self.run), round)
 
     def _is_repeated(self, round: int) -> bool:
-        """Whether this is byte for byte a release that was charged already, as seeded noise makes it."""
+        """Whether this release was charged before and repeats the same bytes, as seeded noise does."""
         return self.job.privacy.seeded_noise and self.ledger.has(self.run, round)
 
 
 @dataclass(frozen=True)
 class NoisedMean:
-    """A round's updates become one: the clipped and noised mean, charged before its noise is drawn."""
+    """Replaces a round's updates by one: the clipped and noised mean, charged before its noise is drawn."""
 
     protection: CentralDp
 
     def __call__(
         self, updates: Sequence[Update], round: int, model: Tensors, state: State
     ) -> tuple[Sequence[Update], State]:
-        mean, kept = self.protection.privatize(round, updates, model, state)
-        return [mean], kept
+        mean, next_state = self.protection.privatize(round, updates, model, state)
+        return [mean], next_state
 
 
 @dataclass(frozen=True)
 class NoProtection:
-    """No promise to clients that the server keeps: rounds cost nothing, updates merge as they are."""
+    """Stands for `CentralDp` in jobs without central noise: rounds cost nothing, updates are unchanged."""
 
     update_transforms: tuple[NoisedMean, ...] = ()
 
@@ -249,10 +260,12 @@ def _rows(state: Mapping[str, torch.Tensor | float], name: str) -> list[NDArray[
 
 
 def central_dp_of(job: Job, out: Path, ledgers: LedgerLocation | None) -> CentralDp | NoProtection:
-    """What keeps a job's promise to clients, if it makes one; charged to the run's own books by default.
+    """The job's central privacy, or `NoProtection` where the server adds no noise.
+
+    `ledgers` is the ledger to charge; None charges one in the run's directory `out`.
 
     Raises:
-        ConfigError: the promise can't be kept with any noise.
+        ConfigError: no noise reaches the target epsilon.
     """
     dp_plan = dp_plan_of(job, "client")
     if dp_plan is None or dp_plan.where != "server":
@@ -263,5 +276,5 @@ def central_dp_of(job: Job, out: Path, ledgers: LedgerLocation | None) -> Centra
 
 
 def run_key(job: Job, out: Path) -> str:
-    """What a run is called in ledgers: the same when it is resumed, another for the job's next run."""
+    """The run's identifier in ledgers: unchanged when the run is resumed, another for the job's next run."""
     return hashlib.sha256(f"{job.hash} {out.resolve()}".encode()).hexdigest()[:32]

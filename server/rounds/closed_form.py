@@ -1,4 +1,4 @@
-"""The round that forms a head in closed form: statistics are looked at, added up, and made a head."""
+"""The round that computes a head in closed form: it validates clients' statistics, sums them and solves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Form = dict[str, tuple[int, ...]]
 
 
 def form_of_statistics(job: Job, model: Tensors) -> Form:
-    """The shape of all that a client sends, in float64."""
+    """The shapes of the tensors that a client sends, by name; their dtype is float64."""
     classes, width = model[f"{last_layer(model)}.weight"].shape
     if not job.privacy.units:
         return statistics_shapes(job, classes, width)
@@ -35,7 +35,7 @@ def form_of_statistics(job: Job, model: Tensors) -> Form:
 def validate_statistics(
     replies: Iterable[Reply], cohort: Sequence[str], job: Job, model: Tensors
 ) -> ValidatedUpdates:
-    """Sort the replies into usable statistics, which come out added up by client name, and set aside."""
+    """Sort the replies into usable statistics, summed in the order of client names, and set aside."""
     form = form_of_statistics(job, model)
     good: dict[str, Tensors] = {}
     aside: dict[str, str] = {}
@@ -71,9 +71,9 @@ def _fault(reply: Reply, cohort: Sequence[str], form: Form, job: Job) -> str | N
         return reply.reason
     if not isinstance(reply, Measurement) or reply.round != 1:
         return f"sent {type(reply).__name__} of round {reply.round}, expected statistics of round 1"
-    found = {name: tuple(t.shape) for name, t in reply.states.items() if t.dtype == torch.float64}
-    if found != form:
-        return f"statistics: expected {form} in float64, found {found}"
+    forms = {name: tuple(t.shape) for name, t in reply.states.items() if t.dtype == torch.float64}
+    if forms != form:
+        return f"statistics: expected {form} in float64, found {forms}"
     if "client" in job.privacy.units:
         return None  # values are no reason where clients are promised privacy: the clipped sum sees to them
     if not all(bool(torch.isfinite(t).all()) for t in reply.states.values()):
@@ -94,10 +94,10 @@ def form_head(
     round: int,
     model: Tensors,
 ) -> Tensors | None:
-    """The head that a round's statistics make; None where no client sent any.
+    """The head's tensors that follow from a round's statistics; None where no client sent any.
 
     Raises:
-        BudgetExhausted: its release would overspend; nothing was released.
+        BudgetExhausted: its release would exceed the privacy budget; nothing was released.
     """
     if isinstance(protection, CentralDp):
         form = {name: torch.zeros(shape) for name, shape in form_of_statistics(job, model).items()}
@@ -111,7 +111,7 @@ def form_head(
 
 
 def _noised(job: Job, total: Tensors, releases: int) -> Tensors:
-    """The head of a sum that holds the noise of so many releases."""
+    """The head solved from a sum that contains the noise of `releases` releases."""
     [unit] = job.privacy.units
     dp_plan = dp_plan_of(job, unit)
     tune = job.tune
@@ -121,12 +121,12 @@ def _noised(job: Job, total: Tensors, releases: int) -> Tensors:
 
 
 def solve_head(job: Job, total: Tensors) -> Tensors:
-    """The head that statistics make."""
+    """The head solved from the sum of the clients' statistics."""
     kind, ridge = job.tune.head_init, job.tune.ridge
     assert kind is not None
     return head_of(kind, total, RIDGE if ridge is None else ridge)
 
 
 def statistics_size(job: Job, model: Tensors) -> int:
-    """Bytes of one client's statistics as they travel."""
+    """The size in bytes of one client's statistics."""
     return 8 * sum(math.prod(shape) for shape in form_of_statistics(job, model).values())

@@ -1,4 +1,4 @@
-"""Who takes part in a round, drawn from the job's own stream."""
+"""Samples a round's cohort, from a random stream of the job's seed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from atoll.strategies.options import trusted_client
 def sample(
     population: Sequence[str], job: Job, round: int, uniforms: Callable[[int], torch.Tensor] | None = None
 ) -> list[str]:
-    """The round's cohort, sorted: a fixed number without replacement, or each client by a coin.
+    """The names of the round's cohort, sorted.
 
-    More are asked than the number by the factor `over_sampling`, where only the first to answer count.
-    Where privacy rests on the coins, `uniforms` are others than anybody can throw who has the job; where it
-    rests on rounds between a client's rounds, cohorts are drawn from groups that take turns. A client that
-    the strategy trusts is asked in every round, as one of that number.
+    With `federation.cohort` it is a fixed number, drawn without replacement and enlarged by the factor
+    `over_sampling`, of which only the first to answer count. With `cohort_rate` each client is drawn
+    independently (Poisson sampling). `uniforms` returns secret numbers for these draws, where a privacy
+    guarantee relies on them; otherwise they follow the job's seed. With banded noise, cohorts are drawn from
+    groups of clients that take turns. The client that the strategy trusts is part of every cohort.
     """
     root = trusted_client(job)
     if root is None:
@@ -37,7 +38,7 @@ def _drawn(
     uniforms: Callable[[int], torch.Tensor] | None,
     besides: int = 0,
 ) -> list[str]:
-    """A cohort without the `besides` that are in it anyway."""
+    """A cohort drawn from `population`, smaller by the `besides` clients that are added to it anyway."""
     generator = stream(job.seed, "cohort", round)
     rate, count = job.federation.cohort_rate, job.federation.cohort
     if rate is not None:
@@ -59,7 +60,7 @@ def _drawn(
 
 @lru_cache(maxsize=64)
 def group(clients: int, groups: int, number: int, seed: int) -> tuple[int, ...]:
-    """The places of the clients in one of the groups that a seeded permutation is cut into, in order.
+    """The sorted indices of the clients in group `number` of `groups`, which divide a seeded permutation.
 
     >>> sorted(group(5, 2, 0, seed=1) + group(5, 2, 1, seed=1))
     [0, 1, 2, 3, 4]
@@ -69,7 +70,7 @@ def group(clients: int, groups: int, number: int, seed: int) -> tuple[int, ...]:
 
 
 def some(population: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """`count` different names, every set of them equally likely, sorted; all where there are no more.
+    """`count` different names, sorted, every set equally likely; all names where there are no more.
 
     Floyd's algorithm (Bentley and Floyd 1987): its work depends on the sample, not on the population.
     """
@@ -89,5 +90,5 @@ def some_places(number: int, count: int, generator: torch.Generator) -> Sequence
 
 
 def round_up(value: float) -> int:
-    """The smallest integer that is not below, forgiving the last bits of a float."""
+    """The value rounded up to a whole number, after rounding errors in its last bits are taken off."""
     return int(-(-(value - 1e-9) // 1))

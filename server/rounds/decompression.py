@@ -1,7 +1,7 @@
-"""Compressed updates made whole before anything else looks at them.
+"""Decompresses updates before anything else inspects them.
 
-A message has the form that the job and the model say, or it is set aside: what it claims never makes
-the server take more memory than a model does.
+A message whose shapes are not those that job and model imply is set aside, so no message can make the server
+allocate more memory than one model takes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from atoll.protocol.tensors import Tensors
 
 @dataclass(frozen=True)
 class Decompression:
-    """A transform of replies: whole updates in place of compressed ones, as the job compresses them."""
+    """A reply transform that decompresses each update as the job's `federation.compression` says."""
 
     job: Job
 
@@ -27,11 +27,11 @@ class Decompression:
 
 
 def decompressed(replies: Iterable[Reply], job: Job, model: Tensors) -> Iterable[Reply]:
-    """The replies with whole updates; of a bad one its client's name and the reason.
+    """The replies with decompressed updates; a malformed one becomes a `Failure` with the reason.
 
-    Where clients are promised privacy the look is blind, and no value is a reason: an update that can't
-    be is not finite then, and counts as zero where it is clipped. Updates that protect examples are
-    noised already, so that their values may be looked at.
+    Under client-level privacy only shapes are checked: a value that cannot occur decompresses to one that is
+    not finite, and the update counts as zero when it is clipped. Under example-level privacy updates carry
+    their noise already, so their values may be checked.
     """
     how, blind = Compression.of(job, model), "client" in job.privacy.units
     if how is None:
@@ -42,8 +42,8 @@ def decompressed(replies: Iterable[Reply], job: Job, model: Tensors) -> Iterable
 
 
 def _is_well_formed(updates: StackedUpdates, how: Compression, *, blind: bool) -> bool:
-    found = {name: (tuple(t.shape[1:]), t.dtype) for name, t in updates.delta.items()}
-    if found != {name: ((count,), dtype) for name, (count, dtype) in how.form.items()}:
+    forms = {name: (tuple(t.shape[1:]), t.dtype) for name, t in updates.delta.items()}
+    if forms != {name: ((count,), dtype) for name, (count, dtype) in how.form.items()}:
         return False
     return blind or not any(bool(mask.any()) for mask in unsound(updates.delta, how).values())
 

@@ -1,7 +1,7 @@
-"""Early stopping (Prechelt 1998): the best model by what clients measure on data they kept back.
+"""Early stopping (Prechelt 1998): the best model by a metric on the clients' validation splits.
 
-The metric is the task's headline, added up over the clients' validation splits: never the test set, which
-would no longer be one.
+The metric is the task's primary one, over all clients' validation splits. The test set is never used: a model
+chosen by it could no longer be tested on it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from atoll.strategies.strategy import State
 from atoll.tasks.metric_values import MetricValues
 
 PREFIX = "stopping."
-"""Before the names of what a checkpoint keeps of it."""
+"""The prefix of early stopping's entries in a checkpoint."""
 
 BEST = PREFIX + "best."
-"""Before the names of the best model's tensors."""
+"""The prefix of the best model's tensors in a checkpoint."""
 
 
 Measure = Callable[[], MetricValues]
-"""Has the clients measure the model: metrics over all of their validation splits."""
+"""A function that lets clients evaluate the model; it returns metrics over all their validation splits."""
 
 
 class StoppingRule(Protocol):
-    """What ends training by measurements, and remembers the best model."""
+    """Decides by measurements when training ends, and remembers the best model."""
 
     @property
     def best(self) -> Tensors:
-        """The best model so far; empty where none was looked for."""
+        """The tensors of the best model so far; empty without early stopping."""
         ...
 
     @property
@@ -45,25 +45,25 @@ class StoppingRule(Protocol):
 
     @property
     def description(self) -> str:
-        """What came of it, in one line."""
+        """How training ended, in one line for the result."""
         ...
 
     def observe(self, round: int, model: Tensors, measure: Measure) -> RoundExtras:
-        """Take note of the model of a round; what its line in the log says of that."""
+        """Take a round's model into account; returns the entries for the round's log line."""
         ...
 
     def state(self) -> State:
-        """What a checkpoint keeps."""
+        """The entries for a checkpoint."""
         ...
 
     def resume(self, state: State) -> State:
-        """Take back what `state` said; what is left is the strategy's."""
+        """Restore what `state` returned from a checkpoint's entries; returns the other entries."""
         ...
 
 
 @dataclass(frozen=True)
 class NoEarlyStopping:
-    """Training lasts for all rounds, and the last model is the one that counts."""
+    """No early stopping: training lasts for all rounds, and the last model is used."""
 
     best: Tensors = field(default_factory=dict)
     is_over: bool = False
@@ -81,7 +81,7 @@ class NoEarlyStopping:
 
 @dataclass
 class EarlyStopping:
-    """How long nothing was better than the best, and the model that was best."""
+    """Ends training after `patience` measurements without a better one, and keeps the best model."""
 
     metric: str
     patience: int
@@ -91,13 +91,13 @@ class EarlyStopping:
     best: Tensors = field(default_factory=dict)
 
     def observe(self, round: int, model: Tensors, measure: Measure) -> RoundExtras:
-        """Have the clients measure the model, and take note of it; for the log, what they measured."""
+        """Let the clients evaluate the model, and take the value into account; returns their metrics."""
         validation = measure()
         self.update(round, validation.get(self.metric), model)
         return {"validation": validation}
 
     def update(self, round: int, value: float | None, model: Tensors) -> None:
-        """Take note of a measurement; an undefined value (None) is none, and patience doesn't count it."""
+        """Take a measurement into account; an undefined value (None) is ignored."""
         if value is None:
             return
         gain = self.value - value if lower_is_better(self.metric) else value - self.value
@@ -110,7 +110,7 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether as many measurements as the patience lasts have passed without a better one."""
+        """Whether the last `patience` measurements brought no better value."""
         return self.rounds_without_improvement >= self.patience
 
     @property
@@ -118,10 +118,10 @@ class EarlyStopping:
         """What came of it, in one line."""
         if not self.best:
             return f"the model is the last round's: at no time was the clients' {self.metric} defined"
-        found = (
+        description = (
             f"the model is round {self.round}'s, the best by the clients' {self.metric} ({self.value:.4g})"
         )
-        return found + (
+        return description + (
             f"; {self.rounds_without_improvement} measurements since then were not better"
             if self.is_over
             else ""

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(run: Run) -> tuple[MetricValues, RoundExtras]:
-    """(the global model's metrics, what early stopping adds to the log); nothing in rounds between two."""
+    """(the global model's metrics, early stopping's entries for the log); both empty between evaluations."""
     state = run.state
     if state.round % run.setup.job.evaluate.every:
         return {}, {}
@@ -30,9 +30,9 @@ def evaluate(run: Run) -> tuple[MetricValues, RoundExtras]:
 
 
 def evaluate_global(run: Run) -> MetricValues:
-    """Metrics of the global model: on the server's test set, or, without one, over all clients.
+    """Metrics of the global model on the server's test set or, without one, over all clients' data.
 
-    Clients that are promised privacy measure nothing.
+    Under client-level or example-level privacy clients evaluate nothing.
     """
     test, model, learner = run.setup.test, run.full_model, run.state.learner
     if test is not None and model is not None:
@@ -41,16 +41,16 @@ def evaluate_global(run: Run) -> MetricValues:
 
 
 def federated_evaluation(run: Run) -> MetricValues:
-    """Metrics of the global model over all clients' validation splits; nothing where there are none."""
+    """Metrics of the global model over all clients' validation splits; empty where there are none."""
     states = [m.states for m in evaluate_clients(run) if m.num_examples]
     return run.state.learner.compute(sum_states(states)) if states else {}
 
 
 def evaluate_clients(run: Run, *, adapt_steps: int = 0, of_shared_model: bool = False) -> list[Measurement]:
-    """The model on each evaluation client's validation split, by client name; nothing under privacy.
+    """Each evaluation client's measurement on its validation split, by client name; none under privacy.
 
-    It is the one that each client would use, after `adapt_steps` local steps; where clients keep tensors
-    of their own, `of_shared_model` measures the one without these.
+    Clients evaluate the model that they would use: with the tensors they keep for themselves, after
+    `adapt_steps` local steps. With `of_shared_model` they evaluate the global model without their tensors.
     """
     if run.is_private:
         return []
@@ -65,21 +65,21 @@ def evaluate_clients(run: Run, *, adapt_steps: int = 0, of_shared_model: bool = 
 
 
 def _usable(replies: Iterable[Reply], asked: Set[str], run: Run) -> list[Measurement]:
-    """The measurements of those who were asked, each of the form that the metrics have, by client name."""
-    found: dict[str, Measurement] = {}
+    """The valid measurements of the clients in `asked`, by client name; others are logged and left out."""
+    usable: dict[str, Measurement] = {}
     form = run.state.learner.form_of_states()
     for reply in replies:
         match reply:
             case Failure():
                 fault: str | None = reply.reason
-            case Measurement() if reply.client in asked and reply.client not in found:
+            case Measurement() if reply.client in asked and reply.client not in usable:
                 fault = measurement_fault(reply, run.state.round, form)
-                found |= {} if fault else {reply.client: reply}
+                usable |= {} if fault else {reply.client: reply}
             case _:
                 fault = "sent what it was not asked for"
         if fault is not None:
             logger.warning("evaluation: set aside %s: %s", reply.client, fault)
-    return [found[name] for name in sorted(found)]
+    return [usable[name] for name in sorted(usable)]
 
 
 def evaluation_clients(run: Run) -> list[str]:

@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def run_rounds(run: Run) -> None:
-    """Run the rounds that are left; however it ends, the last whole round is on the disk then.
+    """Run the remaining rounds; however this ends, the last complete round is on disk afterwards.
 
-    A run whose next release would overspend ends with the rounds it has; one that stops early, or could
-    have, with its best model.
+    A run whose next release would exceed the privacy budget ends after the rounds it has. With early
+    stopping the run ends with its best model.
     """
     try:
         for round in rounds_left(run):
@@ -42,7 +42,7 @@ def run_rounds(run: Run) -> None:
 
 
 def rounds_left(run: Run) -> Iterator[int]:
-    """The numbers of the rounds to come, until the last one or until measurements stop getting better."""
+    """The numbers of the remaining rounds, until the job's last one or until early stopping ends the run."""
     while run.state.round < run.setup.job.federation.rounds and tuning_schedule.goes_on(run):
         yield run.state.round + 1
 
@@ -51,7 +51,7 @@ def run_round(run: Run, round: int) -> None:
     """One round, from sampling to the checkpoint.
 
     Raises:
-        BudgetExhausted: its release would overspend; nothing was released.
+        BudgetExhausted: its release would exceed the privacy budget; nothing was released.
         InconsistentUpdates: too few clients sent usable updates.
     """
     started = time.monotonic()
@@ -75,7 +75,12 @@ def run_round(run: Run, round: int) -> None:
 
 
 def sample_cohort(run: Run, round: int) -> list[str]:
-    """The clients of this round, by name, once it is sure that the round's release can be paid for."""
+    """The names of this round's clients.
+
+    Raises:
+        BudgetExhausted: the round's release would exceed the privacy budget.
+        ConfigError: too few clients for the noise mechanism, or other ones than the run began with.
+    """
     protection = run.setup.protection
     protection.check_clients(run.setup.population)
     protection.check_budget(round)
@@ -83,20 +88,20 @@ def sample_cohort(run: Run, round: int) -> list[str]:
 
 
 def learn_of_clients(run: Run, gathered: ValidatedUpdates, round: int) -> None:
-    """Keep what the updates tell of their clients, where later cohorts are chosen by it."""
+    """Update the selection rule's state by this round's updates, where the job has such a rule."""
     rule = run.setup.selection
     if rule is not None:
         run.state.selection = rule.after_round(run.state.selection, gathered.updates, round)
 
 
 def merge(run: Run, gathered: ValidatedUpdates, round: int) -> None:
-    """Make the next global model; the round is over with it."""
+    """Compute the next global model and count the round as complete."""
     run.setup.kind_of_round(round).merge(run, gathered, round)
     run.state.round = round
 
 
 def checkpoint(run: Run, line: RoundLine) -> None:
-    """Log the round, and save what a run that is killed now needs to go on."""
+    """Log the round, and save what is needed to resume the run after it."""
     run.state.log.append(line)
     run.setup.directory.append_metrics(line)
     run.setup.checkpoints.save_async(checkpoint_of(run))

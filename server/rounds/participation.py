@@ -1,4 +1,4 @@
-"""Who of a cohort takes part in a round, and how long the round lasts by the devices' own clock."""
+"""Which of a cohort's clients take part in a round, and how long the round lasts in simulated time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atoll.report.run_result import RoundExtras, RoundLine
 
 @dataclass(frozen=True)
 class CohortRequest:
-    """A round's call to its cohort: how many updates it wants, and how many bytes travel to and from each."""
+    """A round's request to its cohort: `goal` updates are wanted; bytes are those to and from each client."""
 
     round: int
     attempt: int
@@ -22,9 +22,9 @@ class CohortRequest:
 
 @dataclass(frozen=True)
 class Participation:
-    """Those whose updates count, and what became of the others.
+    """The clients whose updates count, and how many others were unavailable, late or not needed any more.
 
-    `seconds` is how long the round took by the simulated clock; None where time is not simulated.
+    `seconds` is the round's duration in simulated time; None where time is not simulated.
     """
 
     names: Sequence[str]
@@ -34,7 +34,7 @@ class Participation:
     surplus: int = 0
 
     def logged(self, elapsed: float) -> RoundExtras:
-        """For the round's line; `elapsed` is the simulated time before the round, in seconds."""
+        """The entry for the round's log line; `elapsed` is the simulated seconds before the round."""
         if self.seconds is None:
             return {}
         return {
@@ -49,14 +49,14 @@ class Participation:
 
 
 AvailabilityModel = Callable[[CohortRequest], Participation]
-"""Decides a call's turnout. A real federation's clients decide it themselves."""
+"""Simulates which clients answer a request; in a real federation the clients themselves decide."""
 
 
 def always_available(call: CohortRequest) -> Participation:
-    """Time is not simulated: the whole cohort is asked."""
+    """The whole cohort takes part, and time is not simulated."""
     return Participation(call.cohort)
 
 
 def elapsed(log: Sequence[RoundLine]) -> float:
-    """Simulated seconds until the end of the last round of a log."""
+    """Simulated seconds from the run's start to the end of the log's last round; 0 where time is real."""
     return float(log[-1]["simulated"]["elapsed"]) if log and "simulated" in log[-1] else 0.0

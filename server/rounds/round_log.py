@@ -1,4 +1,4 @@
-"""The line that a round leaves in `metrics.jsonl` and `result.json`."""
+"""The line that each round writes into `metrics.jsonl` and `result.json`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def log_line(
     metrics: MetricValues,
     extras: RoundExtras,
 ) -> RoundLine:
-    """What is published of the run's last round; under privacy, nothing that a client's data changes."""
+    """The log line of the run's last round; under privacy it holds nothing that depends on clients' data."""
     state = run.state
     states = stacked_states(gathered.updates) if gathered.updates else {}
     count = float(states["train_loss.count"].sum()) if states else 0.0
@@ -55,7 +55,7 @@ def log_line(
 
 
 def _aggregation_error(state: State) -> RoundExtras:
-    """How far merged adapters are from the mean of the clients' products, where factors are merged."""
+    """How far merged LoRA adapters are from the mean of the clients' products, where factors are merged."""
     errors = aggregation_errors(state)
     if not errors:
         return {}
@@ -67,7 +67,7 @@ def _aggregation_error(state: State) -> RoundExtras:
 
 
 def _staleness(merges: Sequence[int]) -> RoundExtras:
-    """How late the round's updates were, where any can be."""
+    """How late the round's updates were, in merges; empty in synchronous rounds."""
     return {"staleness": {"mean": sum(merges) / len(merges), "max": max(merges)}} if merges else {}
 
 
@@ -76,19 +76,19 @@ def _clusters(updates: Sequence[Update], count: int) -> RoundExtras:
     if not count:
         return {}
     chosen = sent_numbers(updates, CLUSTER) if updates else {}
-    return {"clusters": [[name for name, own in chosen.items() if own == n] for n in range(count)]}
+    return {"clusters": [[name for name, cluster in chosen.items() if cluster == n] for n in range(count)]}
 
 
 def charged_rounds(run: Run) -> int:
-    """The most rounds that any client's ledger holds of this run, as far as clients have said."""
+    """The largest number of this run's rounds in any client's ledger, among the clients that reported it."""
     log = run.state.log
     return int(log[-1].get("charged_rounds", 0)) if log else 0
 
 
 def _public_fields(run: Run, line: RoundLine) -> PublicFields:
-    """What stands in a line for who took part, where that is secret: what is public anyway.
+    """The public values that replace the line's fields about participants, where participation is secret.
 
-    Of a simulated clock it is how long the round took, and not how many were asked in vain.
+    With a simulated clock that is the round's duration, but not how many clients were unavailable or late.
     """
     expected, rounds = expected_cohort(run.setup.job), run.state.round
     clock = line.get("simulated")

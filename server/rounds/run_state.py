@@ -28,85 +28,93 @@ from atoll.strategies.strategy import State, Strategy
 from atoll.tasks.task import Sample
 
 TestSet = Callable[[Learner], Shard | None]
-"""The server's own test set, once the run's facts are known."""
+"""A function that returns the server's test set, given the learner; None where the server has none."""
 
 
 class RoundKind(Protocol):
-    """How a round asks its clients for work, and what becomes of their answers."""
+    """One kind of round: which clients it asks for what, and how their answers become the next model."""
 
     def sample(self, run: Run, round: int) -> list[str]:
-        """The clients whose updates the round merges, sorted."""
+        """The names, sorted, of the clients that are asked in this round; `round` counts from 1."""
         ...
 
     def bytes_per_client(self, run: Run) -> tuple[int, int]:
-        """Bytes that travel (to, from) each client in one attempt."""
+        """(bytes to each client, bytes from each client) of one attempt at a round."""
         ...
 
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
-        """The validated updates of the named clients; `attempt` counts from 1 within the round."""
+        """The validated updates of the named clients; `attempt` counts the round's tries from 1.
+
+        Raises:
+            JobError: the updates cannot be combined, as when a secure sum cannot be opened.
+        """
         ...
 
     def merge(self, run: Run, gathered: ValidatedUpdates, round: int) -> None:
-        """Put the next global model into the run's state."""
+        """Compute the next global model from the updates, and store it in `run.state`."""
         ...
 
     def close(self) -> None:
-        """The run has ended: wait for nobody any more."""
+        """Release what the rounds hold, such as pending requests, when the run ends."""
         ...
 
 
 class ReplyTransform(Protocol):
-    """What happens to the replies of one attempt before they are validated."""
+    """Transforms the replies of one attempt before they are validated, as decompression does."""
 
     def __call__(self, replies: Iterable[Reply], model: Tensors) -> Iterable[Reply]:
-        """The replies in their place, as they come; `model` is the one that was sent."""
+        """The transformed replies, as they arrive; `model` holds the tensors that clients were sent."""
         ...
 
 
 class UpdateTransform(Protocol):
-    """What happens to a round's validated updates before the strategy sees them."""
+    """Transforms a round's validated updates before the strategy merges them, as clipping with noise does."""
 
     def __call__(
         self, updates: Sequence[Update], round: int, model: Tensors, state: State
     ) -> tuple[Sequence[Update], State]:
-        """(the updates in their place, what the strategy's state keeps for the next round)."""
+        """(the transformed updates, entries to add to the strategy's state for the next round).
+
+        `model` is what the clients started from, `state` the strategy's state before the round.
+        """
         ...
 
 
 class ModelTransform(Protocol):
-    """What happens to a model that has just been merged."""
+    """Transforms each merged model before it becomes the next global one: it may zero pruned weights, say."""
 
     def __call__(self, model: Tensors, learner: Learner) -> Tensors:
-        """The tensors in its place."""
+        """The tensors to use as the next global model; same names, shapes and dtypes as `model`."""
         ...
 
 
 class SelectionRule(Protocol):
-    """How a round's clients are chosen where chances aren't even.
+    """A rule that samples a round's clients with unequal probabilities.
 
-    Pure functions of what every engine's server receives; the state is the rule's own and survives a crash.
+    Its methods are pure functions of what the server receives, so that all engines choose the same clients.
+    The state is a flat dict of the rule's own, saved with every checkpoint.
     """
 
     def cohort(self, state: State, round: int) -> list[str]:
-        """The names of the round's clients, sorted."""
+        """The names of the round's clients, sorted; `round` counts from 1."""
         ...
 
     def after_round(self, state: State, updates: Sequence[Update], round: int) -> State:
-        """The state after a round with those validated updates."""
+        """The state after a round whose validated updates are `updates`."""
         ...
 
     @property
     def update_transforms(self) -> Sequence[UpdateTransform]:
-        """What happens to a round's updates before they are merged, so that the merge fits the choice."""
+        """Transforms that correct the merge for unequal sampling probabilities, in the order of use."""
         ...
 
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What is fixed when a run opens.
+    """Everything about a run that is fixed when it opens.
 
-    The first round may be of another kind than the later ones. Transforms are in the order in which they
-    are applied.
+    The first round may be of another kind than the later ones. Transforms are listed in the order in which
+    they are applied.
     """
 
     job: Job
@@ -124,33 +132,33 @@ class RunSetup:
     model_transforms: Sequence[ModelTransform]
     checkpoints: CheckpointManager
     strategy_name: str
-    """The job's name for it, or the class of an object that was handed in instead."""
+    """The strategy's name in the job, or the class name of a strategy object passed to `simulate`."""
     used_data: dict[str, Any] | None = None
-    """How much of the data is used, in all and by client, and why the rest is left out; None: not told."""
+    """How much of the data is used, in total and by client; None where that is private."""
     remarks: Sequence[str] = ()
-    """What looks odd in what clients told of their data."""
+    """Warnings about the data that clients report."""
     selection: SelectionRule | None = None
-    """How a round's clients are chosen; None where chances are even."""
+    """The rule that samples a round's clients; None where all have the same probability."""
     samples_before: Sequence[Sample] = ()
-    """What the model writes before training for a few prompts of the server's test set, of some tasks."""
+    """Texts that the model writes before training, for prompts of the server's test set; of some tasks."""
 
     def kind_of_round(self, round: int) -> RoundKind:
-        """How the updates of this round are gathered."""
+        """The kind of this round; `round` counts from 1."""
         return self.first_round if round == 1 else self.later_rounds
 
 
 @dataclass
 class RunState:
-    """Where a run has got to: `round` is the last whole one, 0 before the first."""
+    """What a run's rounds change; `round` is the last complete round, 0 before the first."""
 
     learner: Learner
     initial_model: Tensors
-    """As before training, for baselines; empty where the job asks for none."""
+    """The model before training, for baselines; empty where the job asks for none."""
     tensors: Tensors
     strategy_state: State
     stopping: StoppingRule
     flights: Flights = field(default_factory=Flights)
-    """Clients that are at work from round to round; nobody, where rounds wait for all of theirs."""
+    """Clients that train across rounds, in asynchronous jobs; empty where rounds wait for all clients."""
     round: int = 0
     stage: int = 0
     stage_start_round: int = 0
@@ -159,41 +167,41 @@ class RunState:
     bytes_up: int = 0
     ended_early: str = ""
     selection: State = field(default_factory=dict)
-    """What the rule by which clients are chosen keeps."""
+    """The state of the rule that samples clients."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run in progress."""
+    """One run in progress: its fixed setup and its changing state."""
 
     setup: RunSetup
     state: RunState
 
     @property
     def is_private(self) -> bool:
-        """Whether privacy is promised; what clients hold is then never published in the clear."""
+        """Whether the job promises privacy; what clients hold is then never published without protection."""
         return bool(self.setup.job.privacy.units)
 
     @property
     def full_model(self) -> Tensors | None:
-        """The model that all share, where norms are kept with the first ones.
+        """The complete global model; where clients keep their norm layers, with these layers' initial values.
 
-        None where heads are kept, or clusters of clients have models of their own.
+        None where clients keep their heads, or each cluster of clients has its own model.
         """
         if self.setup.job.personal.keep == "head" or self.setup.job.strategy.makes_clusters:
             return None
         return {**self.state.learner.client_tensors, **self.state.tensors}
 
     def trained_in_round(self, round: int) -> Tensors:
-        """Those of the model's tensors that clients train and send in a round."""
+        """The tensors of the model that clients train and send in this round, by name."""
         return self.state.learner.trained_in_round(self.state.tensors, round)
 
     def update_bytes(self, round: int) -> int:
-        """Bytes of one client's update of a round as it travels."""
+        """The size in bytes of one client's update in this round, compressed as it travels."""
         return upload_size(self.setup.job, self.trained_in_round(round))
 
     def request_origin(self, round: int) -> RequestOrigin:
-        """What every request of this round says of the job and the run."""
+        """The fields that all requests of this round share: job, round, data info and run."""
         job = self.state.learner.job
         return RequestOrigin(
             job=job.canonical,
@@ -204,14 +212,14 @@ class Run:
         )
 
     def send(self, request: Request, names: Sequence[str]) -> Iterable[Reply]:
-        """The named clients' replies as they come, until the job's deadline; large ones are on the disk."""
+        """The named clients' replies as they arrive until the job's deadline; large ones lie on disk."""
         timeout = self.setup.job.federation.round_timeout
         return self.on_disk(self.setup.carrier.send_and_receive(request, names, timeout))
 
     def on_disk(self, replies: Iterable[Reply]) -> Iterable[Reply]:
-        """The replies as they come, with the large ones in files of the run's directory."""
+        """The replies as they arrive, with the tensors of large ones in files in the run's directory."""
         return all_kept_on_disk(replies, self.setup.directory.updates)
 
     def kept(self, reply: AnyReply) -> AnyReply:
-        """The reply, in files of the run's directory if it is large."""
+        """The reply; if it is large, its tensors are in files in the run's directory."""
         return kept_on_disk(reply, self.setup.directory.updates)

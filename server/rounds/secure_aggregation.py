@@ -1,4 +1,4 @@
-"""A round whose updates the server never sees: only their secure sum, opened if enough clients stay."""
+"""A round in which the server sees no update, only their secure sum, if enough clients stay to open it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Ask = Callable[[SumRequest, Sequence[str]], Sequence[Reply]]
 
 
 class SumOrigin(RequestOrigin):
-    """The fields that every stage of one try at a sum has alike."""
+    """The fields that all requests of one attempt at a secure sum share."""
 
     attempt: int
     threshold: int
@@ -65,9 +65,10 @@ class SumOrigin(RequestOrigin):
 
 @dataclass
 class SecureRound:
-    """One try at a round; `train` has the model and the plan, `aside` says who fell out and why.
+    """One attempt at a round by secure sum.
 
-    `summed` are the model's tensors that clients train: what a contribution is as long as.
+    `train` is the training request with the model and the plan; `aside` has the reason for each client that
+    was set aside. `summed` are the tensors that clients train, which give a contribution's length.
     """
 
     job: Job
@@ -82,7 +83,7 @@ class SecureRound:
     charged_rounds: int = 0
 
     def screened(self) -> ValidatedUpdates:
-        """The sum as one update that stands for its clients; none where too few stayed to open it."""
+        """The sum as one update that stands for all its clients; no update where too few stayed."""
         try:
             total, stayed = self._opened() if self.masks else self._sum_unmasked()
         except SecureAggregationFailed as error:
@@ -91,11 +92,14 @@ class SecureRound:
 
     @property
     def threshold(self) -> int:
-        """Clients that must stay for the sum to be opened: public before the round begins."""
+        """How many clients must stay for the sum to be opened; it is public before the round begins."""
         return threshold_of(self.job, len(self.cohort))
 
     def _opened(self) -> tuple[Vector, int]:
-        """The protocol's five stages; whoever sends something else than it asks for is set aside."""
+        """(the sum, the number of clients in it), by the protocol's five stages.
+
+        A client that sends anything malformed is set aside.
+        """
         of_sum = self._of_sum
         asked: SumRequest = KeysRequest(**of_sum)
         context = context_of(asked)
@@ -118,13 +122,13 @@ class SecureRound:
         return unmask_sum(keys, list(dealt), masked, revealed, self.threshold, context), len(masked)
 
     def _keys(self, sent: Mapping[str, Tensors], context: bytes) -> dict[str, bytes]:
-        """What clients advertised, of those whose keys are keys, nobody else's and signed by their sites."""
-        found = {
+        """The clients' advertisements whose keys are valid, used by nobody else and signed by their sites."""
+        keys = {
             name: as_bytes(content["keys"])
             for name, content in sent.items()
             if self._has(name, content, "keys", (KEY_BYTES, KEY_BYTES + SIGNATURE_BYTES))
         }
-        times = Counter(found.values())
+        times = Counter(keys.values())
 
         def fault_of(name: str, advertised: bytes) -> str | None:
             if times[advertised] > 1:
@@ -133,14 +137,14 @@ class SecureRound:
                 return "its keys are not signed by its site"
             return keys_fault(advertised)
 
-        faults = {name: fault_of(name, advertised) for name, advertised in found.items()}
+        faults = {name: fault_of(name, advertised) for name, advertised in keys.items()}
         self.aside |= {name: fault for name, fault in faults.items() if fault is not None}
-        good = {name: found[name] for name, fault in faults.items() if fault is None}
+        good = {name: keys[name] for name, fault in faults.items() if fault is None}
         self._check(len(good))
         return good
 
     def _dealt(self, sent: Mapping[str, Tensors], keys: Mapping[str, bytes]) -> dict[str, Tensors]:
-        """The sealed shares, of those who dealt one to each of the others."""
+        """The encrypted shares of the clients that sent one for each other client."""
         good: dict[str, Tensors] = {}
         for name, content in sent.items():
             if content.keys() != keys.keys() - {name}:
@@ -153,7 +157,7 @@ class SecureRound:
     def _revealed(
         self, sent: Mapping[str, Tensors], dealt: Mapping[str, Tensors]
     ) -> dict[str, dict[str, bytes]]:
-        """The revealed shares, of those who revealed one of each client that dealt."""
+        """The revealed shares of the clients that revealed one for each client in `dealt`."""
         good: dict[str, dict[str, bytes]] = {}
         for name, content in sent.items():
             if content.keys() != dealt.keys():
@@ -163,15 +167,17 @@ class SecureRound:
         return good
 
     def _has(self, name: str, content: Tensors, part: str, lengths: Sequence[int] | None) -> bool:
-        """Whether the content has that part as so many bytes; its client is set aside if not."""
-        found = content.get(part, torch.empty(0))
-        if (found.dtype, found.dim()) == (torch.uint8, 1) and (lengths is None or len(found) in lengths):
+        """Whether the content has that part with a valid number of bytes; its client is set aside if not."""
+        part_bytes = content.get(part, torch.empty(0))
+        if (part_bytes.dtype, part_bytes.dim()) == (torch.uint8, 1) and (
+            lengths is None or len(part_bytes) in lengths
+        ):
             return True
         self.aside[name] = "a part of its message has a wrong form"
         return False
 
     def _sum_unmasked(self) -> tuple[Vector, int]:
-        """In a simulation masks are left out: they cancel, and the sum is the same bit for bit."""
+        """(the sum, the number of clients) without masks, as in simulations: masks would cancel exactly."""
         asked = UnmaskedSumRequest(**self._of_sum, tensors=self.train.tensors, plan=self.train.plan)
         vectors = self._vectors(self._stage(asked, self.cohort))
         self._check(len(vectors))
@@ -182,20 +188,20 @@ class SecureRound:
         return SumOrigin(**origin_of(self.train), attempt=self.attempt, threshold=self.threshold)
 
     def _stage(self, request: SumRequest, names: Sequence[str]) -> dict[str, Tensors]:
-        """What the named clients answer, by name; who doesn't is set aside."""
-        found: dict[str, Tensors] = {}
+        """The named clients' answers, by name; clients that do not answer are set aside."""
+        answers: dict[str, Tensors] = {}
         for reply in self.ask(request, names):
             if isinstance(reply, SecureMessage) and reply.client in names and reply.round == request.round:
-                found[reply.client] = reply.content
+                answers[reply.client] = reply.content
             elif isinstance(reply, Failure) and reply.client in names:
                 self.aside[reply.client] = reply.reason
         for name in names:
-            if name not in found:
+            if name not in answers:
                 self.aside.setdefault(name, "no reply before the deadline")
-        return found
+        return answers
 
     def _vectors(self, sent: Mapping[str, Tensors]) -> dict[str, Vector]:
-        """Vectors that have the right form; the others are set aside."""
+        """The vectors of the right length and dtype, by client; clients with other ones are set aside."""
         numbers = length(self.summed, private=distributed_terms(self.job) is not None)
         good: dict[str, Vector] = {}
         for name, content in sent.items():
@@ -219,8 +225,8 @@ class SecureRound:
         values = FixedPointCodec.of(dp_plan, numbers, self.threshold, entropy).values(total)
         states = {name: torch.zeros((), dtype=torch.float64) for name in STATES}
         if dp_plan is None:
-            weight, *told = values[-len(EXTRA) :]
-            states |= dict(zip(EXTRA[1:], told, strict=True))
+            weight, *loss_states = values[-len(EXTRA) :]
+            states |= dict(zip(EXTRA[1:], loss_states, strict=True))
             return Update(
                 "the cohort", self.train.round, unflatten(values[: -len(EXTRA)] / weight, model), 1, states
             )
@@ -230,7 +236,7 @@ class SecureRound:
 
 
 def scale_of_sum(job: Job, round: int) -> float:
-    """What makes a secure sum of clipped contributions a step: public numbers of the job alone."""
+    """The factor from a secure sum of clipped contributions to a step; it follows from the job alone."""
     dp_plan = distributed_terms(job)
     assert dp_plan is not None
     step = -lr_of_round(job.train, round, job.federation.rounds) if dp_plan.unit == "example" else 1.0
@@ -238,7 +244,7 @@ def scale_of_sum(job: Job, round: int) -> float:
 
 
 def threshold_of(job: Job, cohort: int) -> int:
-    """More than two thirds of the cohort, or the part that the job asks for."""
+    """How many clients must stay: more than two thirds of the cohort, or the job's larger part of it."""
     asked = job.federation.secure_threshold
     least = least_threshold(cohort)
     return least if asked is None else max(least, -int(-asked * cohort // 1))

@@ -60,9 +60,10 @@ def start_or_resume(
     strategy: Strategy | None = None,
     counts: Sequence[Counts] = (),
 ) -> Run:
-    """Greet the clients, agree on the facts, and start at round 0 or at the last checkpoint.
+    """Discover the clients, merge their data info, and return a run at round 0 or at the last checkpoint.
 
-    A `strategy` is used instead of the one that the job names. `counts` are of a source that was dealt.
+    A `strategy` object is used instead of the one that the job names. `counts` say how much of a simulation's
+    source is used.
 
     Raises:
         ConfigError, WeightsError, DataError: the job cannot run here, or with these clients.
@@ -107,9 +108,9 @@ def start_or_resume(
 
 
 def first_model(learner: Learner, initial: Tensors) -> Tensors:
-    """What the server merges before the first round: what clients don't keep, or every cluster's model.
+    """The global model before the first round: all tensors that clients don't keep, or each cluster's model.
 
-    Clusters' models differ by their heads, of which the first is that of any other job.
+    The cluster models differ in their heads; the first one's head is the one that a job without clusters has.
     """
     clusters = clusters_of(learner.job)
     if not clusters:
@@ -119,7 +120,7 @@ def first_model(learner: Learner, initial: Tensors) -> Tensors:
 
 
 def learner_of(job: Job, carrier: Transport, roster: ClientRoster) -> Learner:
-    """The learner of the run's first stage, which clients in this process train with too."""
+    """The learner of the run's first stage; clients in this process share it."""
     task = task_named(job.task.name)
     learner = Learner.of(job.stages[0], task, task.merge_info(roster.data_info))
     learner.data_info = learner.data_info | learner.required_info
@@ -129,7 +130,7 @@ def learner_of(job: Job, carrier: Transport, roster: ClientRoster) -> Learner:
 
 
 def later_round_kind(job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel) -> RoundKind:
-    """The kind of all rounds but a first one in closed form."""
+    """The kind of all rounds, except for a first round in closed form."""
     if is_asynchronous(job):
         return asynchronous_round(job, carrier, strategy, clock)
     return synchronous_round(job)
@@ -138,21 +139,21 @@ def later_round_kind(job: Job, carrier: Transport, strategy: Strategy, clock: Av
 def update_transforms_of(
     job: Job, rule: SelectionRule | None, protection: CentralDp | NoProtection
 ) -> Sequence[UpdateTransform]:
-    """What happens to a round's updates: weighed as they were chosen or as the job says, then noised."""
+    """The transforms of a round's updates: first the weights of selection or job, then noise."""
     chosen = () if rule is None else rule.update_transforms
     return (*chosen, *weight_transforms(job), *protection.update_transforms)
 
 
 def loses_no_round(job: Job) -> bool:
-    """Whether each round must be on the disk before the next one begins.
+    """Whether each round must be on disk before the next one begins.
 
-    Clients remember few rounds; and a private round that is lost is charged a second time.
+    It must where clients keep state of few rounds, and where a lost private round would be charged again.
     """
     return job.has_client_state or (bool(job.privacy.units) and not job.privacy.seeded_noise)
 
 
 def checkpoint_of(run: Run) -> Checkpoint:
-    """What a run killed after its last round needs to go on."""
+    """The checkpoint of the run's last round, from which it can be resumed."""
     state = run.state
     return Checkpoint(
         round=state.round,
@@ -179,17 +180,17 @@ def _resume(run: Run) -> None:
         _continue_from(run, checkpoint)
 
 
-def _continue_from(run: Run, found: Checkpoint) -> None:
+def _continue_from(run: Run, checkpoint: Checkpoint) -> None:
     state, data_info = run.state, run.state.learner.data_info
-    if found.data_info != data_info:
+    if checkpoint.data_info != data_info:
         changed = sorted(
-            k for k in {*found.data_info, *data_info} if found.data_info.get(k) != data_info.get(k)
+            k for k in {*checkpoint.data_info, *data_info} if checkpoint.data_info.get(k) != data_info.get(k)
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
-    state.round, state.tensors = found.round, found.tensors
-    state.selection, others = taken_back(found.state)
+    state.round, state.tensors = checkpoint.round, checkpoint.tensors
+    state.selection, others = taken_back(checkpoint.state)
     rest = state.flights.resume(run.setup.protection.resume(others))
     state.strategy_state = tuning_schedule.resume(run, rest)
-    state.bytes_up, state.bytes_down = found.bytes_up, found.bytes_down
-    state.log = run.setup.directory.truncate_log(found.round)
+    state.bytes_up, state.bytes_down = checkpoint.bytes_up, checkpoint.bytes_down
+    state.log = run.setup.directory.truncate_log(checkpoint.round)
     run.setup.on_event(RunResumed(state.round))

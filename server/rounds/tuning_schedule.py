@@ -1,8 +1,8 @@
-"""What is tuned can change on the way (`tune.then`): first the head, then more of the backbone.
+"""Stages that train different parts of the model (`tune.then`): first the head, then more of the backbone.
 
-A stage ends after its rounds, or when what clients measure on the data they kept back has stalled. The next
-one starts from the best model so far, with a strategy that begins anew. All it tunes beyond what was tuned
-before has the values that every client has already. A job without `tune.then` has one stage.
+A stage ends after its rounds, or when the clients' validation metric has stalled. The next stage starts from
+the best model so far, with a new strategy state. Tensors that it trains for the first time have the values
+that all clients hold already. A job without `tune.then` has one stage.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from atoll.server.rounds.run_state import Run
 
 PREFIX = "stage."
-"""Before the names of what a checkpoint keeps of the schedule."""
+"""The prefix of the schedule's entries in a checkpoint."""
 
 
 def stopping_of(job: Job, stage: int, learner: Learner) -> StoppingRule:
-    """What ends a stage by measurements: the next one's patience, or at last the run's own."""
+    """The stopping rule of a stage, by the next stage's `patience`; the last one's is `evaluate.patience`."""
     is_last = stage == len(job.tune.then)
     patience = job.evaluate.patience if is_last else job.tune.then[stage].patience
     return NoEarlyStopping() if patience is None else EarlyStopping(learner.task.primary_metric, patience)
 
 
 def goes_on(run: Run) -> bool:
-    """Whether a next round makes sense; begins the next stage where the present one is over."""
+    """Whether there is a next round; begins the next stage where the present one is over."""
     return not is_over(run) or begin_next(run)
 
 
 def is_over(run: Run) -> bool:
-    """Whether nothing more is to come of the run's present stage."""
+    """Whether the run's present stage has ended, by its rounds or by its stopping rule."""
     state, later = run.state, run.setup.job.tune.then
     if state.stopping.is_over:
         return True
@@ -49,7 +49,7 @@ def is_over(run: Run) -> bool:
 
 
 def begin_next(run: Run) -> bool:
-    """Tune what the next stage tunes, from the best model of the one before; False where there is none."""
+    """Begin the next stage from the best model of the present one; False where there is no next stage."""
     setup, state = run.setup, run.state
     if state.stage == len(setup.job.tune.then):
         return False
@@ -64,12 +64,12 @@ def begin_next(run: Run) -> bool:
 
 
 def needed_by_baselines(job: Job, initial: Tensors) -> Tensors:
-    """The model before training, which only baselines ask for: without any, nothing of it is held."""
+    """The model before training where the job's baselines need it, else no tensors, to save memory."""
     return initial if job.evaluate.baselines else {}
 
 
 def switch_stage(run: Run, stage: int, start_round: int) -> None:
-    """Have the learner of a stage at hand; the tensors are the caller's to set.
+    """Build the learner of a stage and reset what it counts; the caller sets the tensors.
 
     Raises:
         ConfigError: this backbone has nothing that the stage could tune.
@@ -84,7 +84,7 @@ def switch_stage(run: Run, stage: int, start_round: int) -> None:
 
 
 def take_best_model(run: Run) -> None:
-    """End with the best model by the clients' measurements, where early stopping has looked for one."""
+    """Use the best model by the clients' measurements as the final one, where early stopping kept one."""
     state = run.state
     if state.stopping.best:
         state.tensors = state.stopping.best
@@ -92,12 +92,12 @@ def take_best_model(run: Run) -> None:
 
 
 def log_fields(run: Run) -> RoundExtras:
-    """What a round's line says of the schedule: what is tuned, where that changes."""
+    """The log line's entry that describes what is trained, in jobs where that changes."""
     return {"tuning": run.state.learner.job.tune.description} if run.setup.job.tune.then else {}
 
 
 def state_of(run: Run) -> State:
-    """What a checkpoint keeps of the schedule and of what would end its stage."""
+    """The checkpoint's entries of the schedule and of the stage's stopping rule."""
     state = run.state
     stopping = state.stopping.state()
     if not run.setup.job.tune.then:
@@ -109,7 +109,7 @@ def state_of(run: Run) -> State:
 
 
 def resume(run: Run, saved: State) -> State:
-    """Enter the stage that a checkpoint was written in; what is left is the strategy's."""
+    """Enter the stage in which a checkpoint was written; returns the entries that belong to others."""
     if PREFIX + "number" in saved and saved[PREFIX + "number"]:
         switch_stage(run, int(saved[PREFIX + "number"]), int(saved[PREFIX + "began"]))
         run.state.initial_model = needed_by_baselines(run.setup.job, run.state.learner.initial())

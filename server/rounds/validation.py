@@ -28,27 +28,28 @@ from atoll.strategies.options import clusters_of, trusted_client
 
 STATES = {"train_loss.sum", "train_loss.count"}
 SOMETIMES = {CHARGED_ROUNDS, CLUSTER, LOCAL_STEPS, RECEIVED_LOSS}
-"""States that are there only where a promise or the strategy asks for them."""
+"""States that updates have only where a promise of privacy or the strategy requires them."""
 RANGES: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     CLUSTER: ("a whole number of at least 0", lambda value: (value >= 0) & (value == value.floor())),
     LOCAL_STEPS: ("more than 0", lambda value: value > 0),
     RECEIVED_LOSS: ("at least 0", lambda value: value >= 0),
 }
-"""What values of a state can be: in words, and which of them are."""
+"""The valid values of a state: a description for messages, and a test of a tensor's values."""
 NOTHING_SENT: Tensors = {}
 MAX_EXAMPLES = 1_000_000_000
 MAX_LOSS = 1e30
-"""Mean training loss above which it is taken for an accident, where clients are chosen by it."""
+"""The largest valid mean training loss, where clients are chosen by their losses."""
 MAX_NORM = 1e6
-"""L2 norm of a delta above which it is taken for an accident."""
+"""The largest valid L2 norm of a delta."""
 
 
 @dataclass(frozen=True)
 class ValidatedUpdates:
-    """Good updates in canonical order (by client name), and why the others were set aside.
+    """A round's usable updates in the order of client names, and the reason why each other was set aside.
 
-    One update may stand for several clients, of which there are `num_clients`, and so may `statistics`, which
-    are the sum of those `by_client`. `charged_rounds` are the most that any client's ledger holds of the run.
+    A single update may stand for `num_clients` clients, as after a secure sum. In a closed-form round,
+    `by_client` holds each client's statistics and `statistics` their sum. `charged_rounds` is the largest
+    number of the run's rounds in any client's ledger.
     """
 
     updates: Sequence[Update]
@@ -58,21 +59,21 @@ class ValidatedUpdates:
     by_client: Mapping[str, Tensors] = field(default_factory=dict)
     charged_rounds: int = 0
     staleness: Sequence[int] = ()
-    """Of each update how often the model was merged since its client started, where that can happen."""
+    """For each update, how many merges happened since its client started; empty in synchronous rounds."""
 
     @property
     def num_valid(self) -> int:
-        """How many clients' work there is."""
+        """How many clients the updates come from."""
         return len(self.updates) if self.num_clients is None else self.num_clients
 
     def without_tensors(self) -> Self:
-        """What is told of the updates once they are merged; their tensors may be large, and can go."""
+        """The same without the updates' tensors, which are large and not needed after the merge."""
         if isinstance(self.updates, StackedUpdates):
             return self
         return replace(self, updates=[replace(one, delta={}, strategy_tensors={}) for one in self.updates])
 
     def without(self, faults: Mapping[str, str]) -> Self:
-        """The same, with those of the clients in `faults` set aside for what is said of each."""
+        """The same with further updates set aside: `faults` maps each client's name to the reason."""
         if not faults:
             return self
         usable = tuple(update for update in self.updates if update.client not in faults)
@@ -80,35 +81,35 @@ class ValidatedUpdates:
 
     @property
     def num_diverged(self) -> int:
-        """How many clients sent values that aren't finite: they would again, from the same model and seed."""
+        """How many clients sent values that aren't finite; from the same model and seed they would again."""
         return sum(why.endswith(DIVERGED) for why in self.set_aside.values())
 
 
 DIVERGED = ("is not finite", "are not finite", "is not one finite number")
-"""How reasons end that say so."""
+"""Endings of the reasons for setting aside an update with values that aren't finite."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """A transform of replies: usable updates, and the others set aside.
+    """Sorts a round's replies into usable updates and updates that are set aside with a reason.
 
-    Values are no reason where clients are promised privacy. What examples are promised is in the noise of
-    an update already: its values may be looked at.
+    With client-level privacy no value is inspected, since the decision would depend on private data. Under
+    example-level privacy the updates carry their noise already, so their values may be inspected.
     """
 
     inspects_values: bool
     needed: frozenset[str] = frozenset()
-    """States that the strategy can't merge an update without."""
+    """Names of states without which the strategy can't merge an update."""
     clusters: int = 0
-    """How many models there are to choose from, where each cluster of clients has its own."""
+    """The number of cluster models that clients choose from; 0 where there are no clusters."""
     root: str | None = None
-    """A client without whose update no other's can be judged, if there is such a one."""
+    """The client whose update the strategy compares all others with; None where there is no such client."""
     needs_losses: bool = False
-    """Whether later cohorts are chosen by clients' training losses, so that each must be a number."""
+    """Whether later cohorts are chosen by clients' training losses, which must then be finite."""
 
     @classmethod
     def of(cls, job: Job) -> Self:
-        """How the updates of a job are validated."""
+        """The validation that a job's updates need."""
         steps = {LOCAL_STEPS} if job.strategy.name == "fednova" else set()
         losses = {RECEIVED_LOSS} if job.strategy.sends_losses else set()
         chosen = {CLUSTER} if job.strategy.makes_clusters else set()
@@ -128,10 +129,13 @@ class Validation:
         round: int,
         sent: Tensors = NOTHING_SENT,
     ) -> ValidatedUpdates:
-        """The replies to a request with that model and what the strategy `sent` beside it."""
-        found = self._validated(replies, names, model, round, sent)
-        found = found if self.root is None else _judged_by(found, self.root)
-        return _with_losses(found) if self.needs_losses else found
+        """The validated replies of the clients `names`; a client that sent none is set aside.
+
+        `model` holds the tensors that the request sent to the clients, `sent` the strategy's further tensors.
+        """
+        validated = self._validated(replies, names, model, round, sent)
+        validated = validated if self.root is None else _judged_by(validated, self.root)
+        return _with_losses(validated) if self.needs_losses else validated
 
     def _validated(
         self, replies: Iterable[Reply], names: Sequence[str], model: Tensors, round: int, sent: Tensors
@@ -139,11 +143,13 @@ class Validation:
         blind = not self.inspects_values
         if isinstance(replies, StackedUpdates):
             return validate_stacked(replies, names, model, round, sent, blind=blind)
-        found = validate_updates(replies, names, model, round, sent, blind=blind)
-        return self._with_what_is_needed(found) if self.needed else found
+        validated = validate_updates(replies, names, model, round, sent, blind=blind)
+        return self._with_what_is_needed(validated) if self.needed else validated
 
-    def _with_what_is_needed(self, found: ValidatedUpdates) -> ValidatedUpdates:
-        return found.without({u.client: fault for u in found.updates if (fault := self._lack(u.states))})
+    def _with_what_is_needed(self, validated: ValidatedUpdates) -> ValidatedUpdates:
+        return validated.without(
+            {u.client: fault for u in validated.updates if (fault := self._lack(u.states))}
+        )
 
     def _lack(self, states: Tensors) -> str | None:
         for name in sorted(self.needed - states.keys()):
@@ -153,18 +159,20 @@ class Validation:
         return None
 
 
-def _judged_by(found: ValidatedUpdates, root: str) -> ValidatedUpdates:
-    """No update at all where the one that the others are compared with isn't there."""
-    if root in clients_of(found.updates):
-        return found
+def _judged_by(validated: ValidatedUpdates, root: str) -> ValidatedUpdates:
+    """The same updates, or none where the update of `root` is missing, which the others are compared with."""
+    if root in clients_of(validated.updates):
+        return validated
     why = f"nothing to compare it with: no usable update of {root}"
-    return found.without(dict.fromkeys(clients_of(found.updates), why))
+    return validated.without(dict.fromkeys(clients_of(validated.updates), why))
 
 
-def _with_losses(found: ValidatedUpdates) -> ValidatedUpdates:
-    """Without the updates whose mean training loss isn't a number that clients can be chosen by."""
-    sums, counts = (_sent(found.updates, f"train_loss.{part}") for part in ("sum", "count"))
-    return found.without({name: fault for name in sums if (fault := _loss_fault(sums[name], counts[name]))})
+def _with_losses(validated: ValidatedUpdates) -> ValidatedUpdates:
+    """The updates whose mean training loss is valid; the others are set aside."""
+    sums, counts = (_sent(validated.updates, f"train_loss.{part}") for part in ("sum", "count"))
+    return validated.without(
+        {name: fault for name in sums if (fault := _loss_fault(sums[name], counts[name]))}
+    )
 
 
 def _sent(updates: Sequence[Update], name: str) -> dict[str, float]:
@@ -188,9 +196,9 @@ def validate_stacked(
     *,
     blind: bool = False,
 ) -> ValidatedUpdates:
-    """As `screen`, for a cohort that trained in this process: all its norms in one go.
+    """As `validate_updates`, for stacked updates: all clients' norms are computed together.
 
-    Whatever looks amiss in any of them goes the slow way, client by client.
+    If any update looks wrong, the whole cohort is validated client by client.
     """
     order = sorted(range(len(updates)), key=updates.clients.__getitem__)
     whole = updates.take(order)
@@ -212,7 +220,7 @@ def _are_stacks_of(stacks: Tensors, tensors: Tensors) -> bool:
 
 
 def _fewest(blind: bool) -> int:
-    """Examples that an update comes from at least; under a promise none is as good as any number."""
+    """The least valid `num_examples` of an update; 0 under a promise, where the number is not used."""
     return 0 if blind else 1
 
 
@@ -230,7 +238,7 @@ def _norms(delta: Tensors) -> torch.Tensor:
 
 
 def _states_are_sound(states: Tensors) -> bool:
-    """Whether the states are sound at first sight; of what is amiss the slow way tells the client."""
+    """Whether all stacked states have valid values; client-by-client validation finds out whose don't."""
     finite = all(bool(torch.isfinite(t).all()) for t in states.values())
     in_range = all(bool(fits(states[name]).all()) for name, (_, fits) in RANGES.items() if name in states)
     return set(states) - SOMETIMES == STATES and finite and in_range
@@ -245,9 +253,9 @@ def validate_updates(
     *,
     blind: bool = False,
 ) -> ValidatedUpdates:
-    """Sort the replies of a round into usable and set aside; who didn't reply is set aside too.
+    """Sort a round's replies into usable and set aside; clients that didn't reply are set aside too.
 
-    A `blind` look sees nothing that depends on a client's data: no value, no norm.
+    With `blind`, nothing that depends on a client's data is inspected: no value and no norm.
     """
     good: dict[str, Update] = {}
     aside: dict[str, str] = {}
@@ -288,7 +296,7 @@ def _fault(reply: Reply, cohort: Sequence[str], model: Tensors, round: int, *, b
 
 
 def _answer_fault(answer: Tensors, sent: Tensors, *, blind: bool) -> str | None:
-    """What is wrong with an update's answer to what the strategy sent."""
+    """What is wrong with an update's answer to the strategy's tensors; None if nothing is."""
     fault = _shape_fault(answer, sent) or (None if blind else _value_fault(answer))
     return None if fault is None else f"answer to the strategy: {fault}"
 
@@ -308,7 +316,7 @@ def _states_fault(states: Tensors, *, blind: bool) -> str | None:
 def measurement_fault(
     measurement: Measurement, round: int, form: Mapping[str, tuple[torch.Size, torch.dtype]]
 ) -> str | None:
-    """Why a measurement can't be used; None if it can. `form` is that of its metric states."""
+    """Why a measurement can't be used; None if it can. `form` has the metric states' shapes and dtypes."""
     n, states = measurement.num_examples, measurement.states
     if measurement.round != round:
         return f"measurement of round {measurement.round}, expected round {round}"
@@ -332,20 +340,20 @@ def _shape_fault(delta: Tensors, model: Tensors) -> str | None:
         odd = sorted(set(delta) ^ set(model))[0]
         return f"tensor {odd} is {'unexpected' if odd in delta else 'missing'}"
     for name, expected in model.items():
-        found = delta[name]
-        if found.shape != expected.shape:
-            return f"tensor {name} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-        if found.dtype != expected.dtype:
-            return f"tensor {name} is {found.dtype}, expected {expected.dtype}"
+        tensor = delta[name]
+        if tensor.shape != expected.shape:
+            return f"tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}"
+        if tensor.dtype != expected.dtype:
+            return f"tensor {name} is {tensor.dtype}, expected {expected.dtype}"
     return None
 
 
 def _value_fault(delta: Tensors) -> str | None:
     norms = []
-    for name, found in sorted(delta.items()):
-        norms.append(_norm(found))
+    for name, values in sorted(delta.items()):
+        norms.append(_norm(values))
         # The norm of float32 values cannot overflow in float64: look closer only where it did.
-        if not math.isfinite(norms[-1]) and not torch.isfinite(found).all():
+        if not math.isfinite(norms[-1]) and not torch.isfinite(values).all():
             return f"tensor {name} has values that are not finite"
     if math.hypot(*norms) > MAX_NORM:
         return f"the update's norm is {math.hypot(*norms):.3g}, expected at most {MAX_NORM:.0g}"
@@ -353,7 +361,7 @@ def _value_fault(delta: Tensors) -> str | None:
 
 
 def _norm(values: torch.Tensor) -> float:
-    """L2 norm: in the values' own precision where that is enough, as it nearly always is."""
+    """L2 norm: of float32 values in float32 unless that overflows, else in float64."""
     flat = values.reshape(-1)
     square = float(torch.dot(flat, flat)) if flat.dtype == torch.float32 else math.inf
     if math.isfinite(square):

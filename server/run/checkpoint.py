@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any instant leaves whole: temporary name, sync, rename, sync."""
+"""Checkpoints that stay valid if the process is killed at any instant: temporary name, sync, rename, sync."""
 
 from __future__ import annotations
 
@@ -27,15 +27,20 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 SECRET = "secret."
-"""How the names of state begin that only the run's owner may read."""
+"""The prefix of state entries that only the run's owner may read."""
 KEEP = 2
 EVERY = 0.25
-"""Seconds that pass at least between two checkpoints."""
+"""The least time between two checkpoints, in seconds."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on after a round."""
+    """All that is needed to resume a run after `round`.
+
+    `tensors` is the global model by name. `state` holds the flat states of strategy, selection rule, early
+    stopping and privacy, each under its own prefix. Bytes are totals since the run's start, and `data_info`
+    is what the clients agreed on. `job_hash` binds the checkpoint to its job.
+    """
 
     round: int
     job_hash: str
@@ -47,17 +52,17 @@ class Checkpoint:
 
     @property
     def mode(self) -> int:
-        """Of its file: who may read it."""
+        """The permission bits of its file: only the owner may read it if it has secret entries."""
         return 0o600 if any(name.startswith(SECRET) for name in self.state) else 0o666
 
 
 @dataclass
 class CheckpointManager:
-    """Saves the rounds' checkpoints, but of rounds that take milliseconds not every one.
+    """Saves the rounds' checkpoints in the background, at most one every `EVERY` seconds.
 
-    To wait for the disk then takes longer than the round; what a kill loses is `EVERY` seconds at most, and
-    the rounds that pass while one checkpoint is on its way to the disk. One that `waits` loses none. The
-    run's `log` is on the disk before a checkpoint that counts on its lines.
+    Waiting for the disk would take longer than rounds of milliseconds. A kill loses at most `EVERY` seconds
+    and the rounds that pass while a checkpoint is being written. With `waits` every round is on disk before
+    the next one begins. The run's `log` is synced before a checkpoint that relies on its lines.
     """
 
     folder: Path
@@ -69,10 +74,10 @@ class CheckpointManager:
     _writing: list[Future[int]] = field(default_factory=list)
 
     def save_async(self, checkpoint: Checkpoint) -> None:
-        """Take note of a whole round, and begin to save it if the last saved one is old enough.
+        """Remember a complete round's checkpoint, and begin to save it if the last one is old enough.
 
         Raises:
-            JobError: as `save`, of the one before.
+            JobError: as `save`, for the previous checkpoint.
         """
         self.last = checkpoint
         if self.waits:
@@ -86,7 +91,7 @@ class CheckpointManager:
             self._writing.append(self._writer.submit(self._save, checkpoint))
 
     def flush(self) -> None:
-        """Have the last whole round on the disk.
+        """Save the last complete round's checkpoint, and wait until it is on disk.
 
         Raises:
             JobError: as `save`.
@@ -101,7 +106,7 @@ class CheckpointManager:
         return checkpoint.round
 
     def _finish(self) -> None:
-        """Wait for the checkpoint that is on its way to the disk."""
+        """Wait for the checkpoint that is being written."""
         while self._writing:
             self.saved = self._writing.pop().result()
 
@@ -111,7 +116,7 @@ class CheckpointManager:
 
 
 def save(folder: Path, checkpoint: Checkpoint, log: Path | None = None) -> None:
-    """Write one checkpoint durably, after the log of its rounds; then let go of all but the last two.
+    """Write one checkpoint durably, after syncing the log; then delete all but the last two checkpoints.
 
     Raises:
         JobError: the disk is full or the folder cannot be written; older checkpoints are intact.
@@ -132,7 +137,7 @@ def save(folder: Path, checkpoint: Checkpoint, log: Path | None = None) -> None:
 
 
 def _encoded(checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
-    """The parts of a safetensors file; numbers and words are in its metadata, with a hash of themselves."""
+    """The parts of a checkpoint's safetensors file; numbers and text are in its metadata, with their hash."""
     tensors = {f"model/{n}": t for n, t in checkpoint.tensors.items()}
     numbers: dict[str, float] = {}
     for name, value in checkpoint.state.items():
@@ -155,20 +160,22 @@ def _encoded(checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
 
 
 def latest(folder: Path, job_hash: str) -> Checkpoint | None:
-    """The newest whole checkpoint; a damaged one is named in the log and the one before it used.
+    """The newest valid checkpoint, or None; damaged ones are logged and skipped.
 
     Raises:
         ConfigError: it belongs to another job, or another version of Atoll wrote it.
     """
     for path in reversed(_rounds(folder)):
         try:
-            found = _read(path)
+            checkpoint = _read(path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             logger.warning("%s is damaged (%s); going back to the checkpoint before it", path, error)
             continue
-        if found.job_hash != job_hash:
-            raise ConfigError(f"{path}: belongs to job {found.job_hash[:12]}, this one is {job_hash[:12]}")
-        return found
+        if checkpoint.job_hash != job_hash:
+            raise ConfigError(
+                f"{path}: belongs to job {checkpoint.job_hash[:12]}, this one is {job_hash[:12]}"
+            )
+        return checkpoint
     return None
 
 

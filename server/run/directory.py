@@ -1,4 +1,4 @@
-"""A run's directory: the resolved job, a line a round, checkpoints, the result and the model."""
+"""A run's directory: the job with its defaults, a log line per round, checkpoints, result and model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from atoll.system.durable_files import append_synced, is_begun, remove, replace_
 logger = logging.getLogger(__name__)
 
 UPDATES = "updates"
-"""The folder of what clients send, in a run's directory."""
+"""The folder of large updates in a run's directory."""
 
 
 @dataclass
 class RunDirectory:
-    """Holds the directory's lock until it is left; one process runs in it at a time.
+    """An open run directory, locked so that one process at a time runs in it; leaving the context unlocks it.
 
-    A job that is refused before `commit` leaves everything as it was: what opening made is taken
-    back, and an old run that `force` would replace is whole.
+    If the job is refused before `commit`, everything stays as it was: new files are removed, and an old run
+    that `force` would replace is untouched.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path, job: Job, *, resume: bool, force: bool) -> RunDirectory:
-        """Create the directory, or take an old one over with `resume` (go on) or `force` (start anew).
+        """Create the directory, or open an existing one to `resume` its run or to replace it (`force`).
 
         Raises:
             ConfigError: it cannot be written, holds another run, or another process runs in it.
@@ -85,7 +85,7 @@ class RunDirectory:
         self.lock.close()
 
     def commit(self) -> None:
-        """The job can run: what an old run left is replaced now, and what is written from here on stays."""
+        """Remove an old run that is to be replaced, and keep all files from now on: the job can run."""
         if self.replaces:
             _clear(self.path)
             self._write_job()
@@ -101,7 +101,7 @@ class RunDirectory:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def append_metrics(self, line: RoundLine) -> None:
-        """Add a round's line; a full disk costs the line, not the run."""
+        """Append a round's line to the log; on a full disk the line is lost and the run continues."""
         try:
             content = (json.dumps(line) + "\n").encode()
             append_synced(self.log, content, durable=False)
@@ -109,7 +109,7 @@ class RunDirectory:
             logger.warning("%s: metrics.jsonl not written (%s)", self.path, error.strerror)
 
     def truncate_log(self, round: int) -> list[RoundLine]:
-        """The lines up to a round; later ones, of rounds that will be played again, are removed."""
+        """The log's lines up to a round; later ones are removed, since their rounds will be repeated."""
         path, lines = self.log, list[RoundLine]()
         for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
             try:
@@ -125,25 +125,25 @@ class RunDirectory:
 
     @property
     def log(self) -> Path:
-        """Where the rounds' lines are."""
+        """The file of the rounds' lines."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def updates(self) -> Path:
-        """Where a round's large updates are written; each stays in sight until it is mapped."""
+        """The folder into which large updates are written; each file loses its name once it is mapped."""
         return self.path / UPDATES
 
     def latest_checkpoint(self, job_hash: str) -> Checkpoint | None:
-        """The newest whole checkpoint, if any."""
+        """The newest valid checkpoint, or None."""
         return latest(self.checkpoints, job_hash)
 
     def save_model(self, tensors: Tensors, about: dict[str, Any]) -> None:
-        """The final tensors, and what is needed to load them."""
+        """Write the final tensors, and in `about` what is needed to load them."""
         folder = self.path / "model"
         folder.mkdir(exist_ok=True)
         replace_synced(folder / "model.safetensors", file_parts(tensors))
@@ -151,10 +151,10 @@ class RunDirectory:
 
 
 def check_available(path: Path, job: Job, *, resume: bool, force: bool) -> None:
-    """Look whether a run of this job may go to `path`, and change nothing.
+    """Check whether a run of this job may be written to `path`, without changing anything.
 
     Raises:
-        ConfigError: it holds another run, or something that is no run, or there is nothing to resume.
+        ConfigError: it holds another run or something else, or there is nothing to resume.
     """
     try:
         if resume:
@@ -173,14 +173,14 @@ def check_available(path: Path, job: Job, *, resume: bool, force: bool) -> None:
 
 
 def _is_taken(path: Path) -> bool:
-    """Whether something lies there that a run killed at its start doesn't leave."""
+    """Whether the folder holds more than a run that was killed at its start leaves."""
     if not path.is_dir():
         return path.exists() or path.is_symlink()
     return is_begun(path, "job.toml")
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of the folders, the innermost first, that are there and empty."""
+    """Remove the empty ones among the folders, the innermost first."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -189,7 +189,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def job_toml(job: Job) -> str:
-    """The job with every default written out, as TOML that replays it."""
+    """The job with every default, as TOML that runs it again."""
     return tomli_w.dumps(_without_none(job.model_dump(mode="json")))
 
 
@@ -198,7 +198,7 @@ def _without_none(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(value: Any) -> Any:
-    """A value without keys that have none, which TOML cannot say."""
+    """A value without keys whose value is None, which TOML cannot express."""
     if isinstance(value, dict):
         return _without_none(value)
     return [_said(one) for one in value] if isinstance(value, list) else value
@@ -225,12 +225,12 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterable[str]:
 
 
 def _remove_updates(path: Path) -> None:
-    """Remove the folder of updates, and what a run that was killed left in it."""
+    """Remove the folder of updates, with files that a killed run left in it."""
     shutil.rmtree(path / UPDATES, ignore_errors=True)
 
 
 def _locked(path: Path) -> TextIO:
-    """Take the directory's lock file; it is given back when the process ends, however it ends."""
+    """Lock the directory by its lock file; the lock is released when the process ends, however it ends."""
     file = (path / ".lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -250,7 +250,7 @@ def _locked(path: Path) -> TextIO:
 
 
 def _clear(path: Path) -> None:
-    """Remove what a run writes, and nothing else that may lie there."""
+    """Remove the files that a run writes, and no others."""
     for name in ("checkpoints", "model", "ledgers", "memory", "tensorboard", "sums"):
         shutil.rmtree(path / name, ignore_errors=True)
     for name in (

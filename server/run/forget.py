@@ -1,8 +1,8 @@
 """Exact unlearning: a client's sums are taken out of a closed-form head, as if they had never been there.
 
-The head follows from sums over clients. Where a run keeps each client's (`tune.keep_sums`), those of the
-others are added up anew, in the same order as ever: the head has the bits of the one that a federation
-without the client makes (of the same classes). Nothing is subtracted, so nothing of it is left in rounding.
+The head follows from sums over clients. If a run keeps each client's sums (`tune.keep_sums`), those of the
+others are added up again, in the same order: the head gets the same bits as in a federation without the
+client (and with the same classes). Nothing is subtracted, so no rounding error remains of the client.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODEL = Path("model") / "model.safetensors"
 
 
 def keep_sums(run: Path, by_client: Mapping[str, Tensors]) -> None:
-    """Write each client's sums into the run's directory, for its owner's eyes alone.
+    """Write each client's sums into the run's directory, readable by its owner only.
 
     A file has 8 bytes a number: of ridge classes, classes times width, and width² of them.
     """
@@ -45,13 +45,13 @@ def keep_sums(run: Path, by_client: Mapping[str, Tensors]) -> None:
 
 
 def forget(run: Path, client: str) -> Forgotten:
-    """Replace the model by the one of all other clients, and delete the client's sums; what is on record.
+    """Replace the model by that of all other clients, delete the client's sums, and return the record of it.
 
-    A kill in between leaves the sums, so that the same can be asked for again.
+    If the process is killed in between, the sums remain, so that it can be repeated.
 
     Raises:
-        ConfigError: the run's model is no closed form of kept sums, or there is no such client.
-        DataError: what the run keeps is damaged.
+        ConfigError: the run has no closed-form model with kept sums, or no such client.
+        DataError: a file of sums is damaged.
     """
     job = Job.load(run / "job.toml")
     check_can_forget(job, run)
@@ -77,7 +77,7 @@ def forget(run: Path, client: str) -> Forgotten:
 
 
 def check_can_forget(job: Job, run: Path) -> None:
-    """Raises ConfigError, in one line that says why, where nothing can be taken out of the run's model."""
+    """Raises ConfigError with the reason where no client can be removed from the run's model."""
     if job.federation.secure_aggregation or job.privacy.units:
         why = "under a promise or a secure sum no client's sums are there to take away"
     elif job.tune.head_init is None or job.federation.rounds != 1:
@@ -97,15 +97,15 @@ def kept_clients(run: Path) -> dict[str, Tensors]:
     Raises:
         DataError: a file is damaged.
     """
-    found: dict[str, Tensors] = {}
+    by_client: dict[str, Tensors] = {}
     for path in sorted((run / SUMS).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 name = (file.metadata() or {})["client"]
-                found[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                by_client[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, KeyError, SafetensorError) as error:
             raise DataError(f"{path}: damaged ({error}); the model stays as it is") from None
-    return {name: found[name] for name in sorted(found)}
+    return {name: by_client[name] for name in sorted(by_client)}
 
 
 def _head_of(job: Job, by_client: Mapping[str, Tensors]) -> Tensors:
@@ -116,7 +116,7 @@ def _head_of(job: Job, by_client: Mapping[str, Tensors]) -> Tensors:
 
 
 def _record(run: Path, client: str, replaced: str, model: str, left: int) -> Forgotten:
-    """Who is forgotten, and which model replaced which; written before anything else is."""
+    """The record of a forgotten client and of both models' hashes, written before anything else changes."""
     path = run / RECORD
     known: list[Forgotten] = json.loads(path.read_text("utf-8")) if path.is_file() else []
     for entry in known:
@@ -131,7 +131,7 @@ def _record(run: Path, client: str, replaced: str, model: str, left: int) -> For
 
 
 def _replace_model(run: Path, job: Job, tensors: Tensors) -> None:
-    """The model, and the checkpoint that a run would go on from; older ones have the client in them."""
+    """Write the new model and checkpoint, and delete older checkpoints, which contain the client."""
     replace_synced(run / MODEL, file_parts(tensors))
     folder = run / "checkpoints"
     newest = latest(folder, job.hash)
@@ -144,7 +144,7 @@ def _replace_model(run: Path, job: Job, tensors: Tensors) -> None:
 
 
 def _replace_result(run: Path, record: Forgotten) -> None:
-    """The result says so, and no more what the replaced model measured at the end."""
+    """Add the record to the result, and remove the replaced model's final metrics."""
     result = RunResult.read(run)
     note = f"{record['client']} was forgotten: the model is not measured since"
     replace(

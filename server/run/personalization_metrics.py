@@ -1,4 +1,4 @@
-"""What clients' own models gained over the one that all share, where they keep any."""
+"""The metrics of clients' personal models, compared with those of the shared model."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Measured = Mapping[str, Mapping[str, float | None]]
 
 
 def personalization_metrics(keep: str, clients: Measured, shared: Measured) -> Personal:
-    """For `result.json`: what is kept, what the shared model does at each client, and means over clients.
+    """For `result.json`: what clients keep, the shared model's metrics at each of them, and means over all.
 
-    Every client at which a metric is defined counts the same. Heads that are kept leave no shared model to
-    measure.
+    In a mean, every client at which a metric is defined has the same weight. Where clients keep their heads
+    there is no shared model to measure.
     """
-    found: Personal = {"keep": keep, "clients": _values(clients)}
+    table: Personal = {"keep": keep, "clients": _values(clients)}
     if shared:
-        found["global"] = _values(shared)
-        found["global_clients"] = {name: dict(m) for name, m in shared.items()}
-    return found
+        table["global"] = _values(shared)
+        table["global_clients"] = {name: dict(m) for name, m in shared.items()}
+    return table
 
 
 def _values(measured: Measured) -> MetricValues:
@@ -31,39 +31,39 @@ def _values(measured: Measured) -> MetricValues:
 
 
 def _means(measured: Measured) -> dict[str, MeanOverClients]:
-    """Means over the clients that have something to measure on."""
+    """Each metric's mean over the clients that have a validation split."""
     used = (metrics for metrics in measured.values() if metrics["examples"])
     return means({name: value for name, value in m.items() if name != "examples"} for m in used)
 
 
 def with_adapted(clients: Measured, adapted: Measured) -> dict[str, MetricValues]:
-    """Each client's metrics, and beside them what it measured after its steps, as `adapted_…`."""
-    found = {}
+    """Each client's metrics, with those after local adaptation steps as `adapted_…`."""
+    by_client = {}
     for name, metrics in clients.items():
         after = {f"adapted_{m}": v for m, v in adapted.get(name, {}).items() if m != "examples"}
-        found[name] = {**metrics, **after}
-    return found
+        by_client[name] = {**metrics, **after}
+    return by_client
 
 
-def personalization_notes(job: Job, own: Personal | None, clients: Measured, metric: str) -> list[str]:
-    """What a reader must know of models that are each client's own."""
-    steps, found = job.evaluate.adapt, _means(clients)
+def personalization_notes(job: Job, personal: Personal | None, clients: Measured, metric: str) -> list[str]:
+    """Notes for the result about clients' personal models."""
+    steps, means = job.evaluate.adapt, _means(clients)
     if steps is not None:
         after = f"the model after {steps} local steps at each client"
-        return _compared(after, metric, found.get(f"adapted_{metric}"), "before them", found.get(metric))
-    if own is None:
+        return _compared(after, metric, means.get(f"adapted_{metric}"), "before them", means.get(metric))
+    if personal is None:
         return []
     notes = _compared(
-        "each client's own model", metric, found.get(metric),
-        "the model of all clients", _means(own.get("global_clients", {})).get(metric),
+        "each client's own model", metric, means.get(metric),
+        "the model of all clients", _means(personal.get("global_clients", {})).get(metric),
     )  # fmt: skip
-    if own["keep"] == "head":
+    if personal["keep"] == "head":
         notes.append("clients keep their heads: there is no model of all, what is measured is each one's own")
-    if own["keep"] == "norms":
+    if personal["keep"] == "norms":
         notes.append(
             "the model on disk, and what is measured on the server, has the norms as they were at first"
         )
-    if own["keep"] == "lora-b":
+    if personal["keep"] == "lora-b":
         notes.append(
             "the model on disk, and what is measured on the server, has LoRA's B as it was at first, zero"
         )
@@ -71,16 +71,16 @@ def personalization_notes(job: Job, own: Personal | None, clients: Measured, met
 
 
 def _compared(
-    what: str, metric: str, own: MeanOverClients | None, other: str, beside: MeanOverClients | None
+    what: str, metric: str, mean: MeanOverClients | None, other: str, beside: MeanOverClients | None
 ) -> list[str]:
-    if own is None or beside is None:
+    if mean is None or beside is None:
         return []
-    if own.value is None or beside.value is None:
-        return [f"{what}: {metric_words(metric)} is undefined at all of {own.clients} clients"]
-    apart = own.value - beside.value
+    if mean.value is None or beside.value is None:
+        return [f"{what}: {metric_words(metric)} is undefined at all of {mean.clients} clients"]
+    apart = mean.value - beside.value
     gain = f"{apart * 100:+.1f} points" if "accuracy" in metric else f"{apart:+.3f}"
     return [
-        f"{what}, mean {own.coverage or 'over clients'}: {metric_words(metric)}"
-        f" {metric_value(metric, own.value)};"
+        f"{what}, mean {mean.coverage or 'over clients'}: {metric_words(metric)}"
+        f" {metric_value(metric, mean.value)};"
         f" {other} {metric_value(metric, beside.value)} (difference {gain})"
     ]

@@ -1,4 +1,4 @@
-"""What a run may claim of privacy: epsilon of what was charged, and all that it rests on."""
+"""A run's privacy claim: epsilon of all charged releases, and the assumptions on which it rests."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ RELATION = "add-or-remove-one"
 
 
 def privacy_report(run: Run) -> RunPrivacy:
-    """The `privacy` of `result.json`; with two promises, the headline is the one with the larger epsilon.
+    """The `privacy` table of `result.json`; with two promises, the one with the larger epsilon comes first.
 
-    An infinite epsilon is None: no number stands for it.
+    An infinite epsilon is None, since JSON has no infinity.
     """
     privacy, ended_early = run.setup.job.privacy, run.state.ended_early or None
     units: dict[str, PrivacyClaim] = {unit: _of_unit(run, unit) for unit in privacy.units}
@@ -58,25 +58,25 @@ def _of_unit(run: Run, unit: str) -> PrivacyClaim:
 
 
 def _with_teacher(claim: PrivacyClaim, run: Path) -> PrivacyClaim:
-    """The claim with the teacher's added: who saw the same clients' data has composed both releases.
+    """The claim composed with the teacher's, since both were trained on the same clients' data.
 
-    Basic composition (Dwork et al. 2006): epsilons and deltas add up, whatever was drawn.
+    By basic composition (Dwork et al. 2006) epsilons and deltas add up.
     """
     other = claim_of_teacher(run, claim["unit"])
     assert other is not None, "a job under a promise is refused a teacher without one"
-    own, its = claim["epsilon"], other["epsilon"]
+    epsilon, its = claim["epsilon"], other["epsilon"]
     return {
         **claim,
-        "epsilon": _sum(own, its),
+        "epsilon": _sum(epsilon, its),
         "epsilon_rdp": _sum(claim.get("epsilon_rdp"), other.get("epsilon_rdp")),
         "delta": claim["delta"] + other["delta"],
-        "without_teacher": {"epsilon": own, "delta": claim["delta"]},
+        "without_teacher": {"epsilon": epsilon, "delta": claim["delta"]},
         "teacher": {"epsilon": its, "delta": other["delta"]},
     }
 
 
 def claim_of(dp_plan: DpPlan, spent: Composition, *, seeded_noise: bool) -> PrivacyClaim:
-    """Epsilon of what was spent, never without what it rests on."""
+    """The claim for all releases in `spent`: epsilon together with its assumptions."""
     claim: PrivacyClaim = {
         "epsilon": _number(epsilon(spent, dp_plan.delta)),
         "epsilon_rdp": _number(epsilon_rdp(spent, dp_plan.delta)),
@@ -101,7 +101,7 @@ def claim_of(dp_plan: DpPlan, spent: Composition, *, seeded_noise: bool) -> Priv
 
 
 def sampler(dp_plan: DpPlan) -> str:
-    """How units are drawn, in words."""
+    """A description of how units are sampled."""
     what = "examples" if dp_plan.unit == "example" else "clients"
     if dp_plan.bands > 1:
         return f"none that counts: all clients are charged, for one of any {dp_plan.bands} rounds in a row"
@@ -121,5 +121,5 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _sum(own: float | None, its: float | None) -> float | None:
-    return None if own is None or its is None else own + its
+def _sum(one: float | None, its: float | None) -> float | None:
+    return None if one is None or its is None else one + its

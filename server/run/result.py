@@ -1,4 +1,4 @@
-"""What a run ends with: `result.json` and the model on disk."""
+"""Writes the end of a run: `result.json` and the model."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Baselines = Mapping[str, Mapping[str, float | None]]
 def write_result(
     run: Run, baselines: Baselines, seconds: float, notes: list[str], memory: PeakMemory
 ) -> RunResult:
-    """Measure the final model everywhere, and write the model and `result.json`."""
+    """Evaluate the final model at server and clients, write model and `result.json`, return the result."""
     setup, state, job = run.setup, run.state, run.setup.job
     clients = measured_clients(run)
     if job.evaluate.adapt is not None:
         clients = with_adapted(clients, measured_clients(run, adapt_steps=job.evaluate.adapt))
     keep = job.personal.keep
     shared = measured_clients(run, of_shared_model=True) if keep in ("norms", "lora-b", "mixture") else {}
-    own = None if keep is None else personalization_metrics(keep, clients, shared)
+    personal = None if keep is None else personalization_metrics(keep, clients, shared)
     bytes_up, bytes_down = traffic(run)
     result = RunResult(
         name=job.name,
@@ -62,7 +62,7 @@ def write_result(
         peak_rss_mb=memory.mb(),
         rounds=state.log,
         final={"server": final_server(run), "clients": clients},
-        personal=own,
+        personal=personal,
         baselines=_references(run) | {name: dict(metrics) for name, metrics in baselines.items()},
         privacy=privacy_report(run),
         compression=compression_of(run),
@@ -72,7 +72,7 @@ def write_result(
         machine=machine(job.train.threads, job.train.device),
         notes=[
             *notes, *setup.remarks, *private_notes(run), *cluster_notes(state.log),
-            *personalization_notes(job, own, clients, state.learner.task.primary_metric),
+            *personalization_notes(job, personal, clients, state.learner.task.primary_metric),
         ],
         contributions=run_contributions(run),
         samples=_samples(run) or None,
@@ -87,7 +87,7 @@ def write_result(
 
 
 def _samples(run: Run) -> list[Sample]:
-    """Prompts of the server's test set, each with what the model wrote before and writes after training."""
+    """Prompts of the server's test set, with the model's texts before and after training."""
     before, test, model = run.setup.samples_before, run.setup.test, run.full_model
     if not before or test is None or model is None:
         return []
@@ -98,14 +98,14 @@ def _samples(run: Run) -> list[Sample]:
 
 
 def traffic(run: Run) -> tuple[int, int]:
-    """(bytes up, bytes down); on average, where the actual ones would tell who took part."""
+    """(bytes up, bytes down) of the run; expected values where the actual ones would reveal who took part."""
     if cohort_is_secret(run.setup.job):
         return (run.state.log[-1]["bytes_up"], run.state.log[-1]["bytes_down"]) if run.state.log else (0, 0)
     return run.state.bytes_up, run.state.bytes_down
 
 
 def compression_of(run: Run) -> Compression | None:
-    """How updates travelled, and how many times smaller than the model; None where as they were."""
+    """The compression of updates and how many times smaller they are; None without compression."""
     scheme = run.setup.job.federation.compression
     if scheme is None:
         return None
@@ -115,7 +115,7 @@ def compression_of(run: Run) -> Compression | None:
 
 
 def private_notes(run: Run) -> list[str]:
-    """What is missing from the result for privacy's sake, and a run that ended before its last round."""
+    """Notes on what the result leaves out for privacy, and on a run that ended before its last round."""
     notes = []
     if run.is_private:
         notes.append("training losses and the clients' own measurements are left out: they are not noised")
@@ -131,20 +131,20 @@ def cluster_notes(rounds: Sequence[RoundLine]) -> list[str]:
     if not rounds or "clusters" not in rounds[-1]:
         return []
     sizes = [len(names) for names in rounds[-1]["clusters"]]
-    told = ", ".join(f"{size} of cluster {number}" for number, size in enumerate(sizes))
+    counts = ", ".join(f"{size} of cluster {number}" for number, size in enumerate(sizes))
     return [
-        f"clients of the last round: {told}; each is measured with the model that fits it, and there is none"
-        " of all"
+        f"clients of the last round: {counts}; each is measured with the model that fits it, and there is"
+        " none of all"
     ]
 
 
 def _references(run: Run) -> dict[str, MetricValues]:
-    """What needs no learning, on the server's test set."""
+    """Metrics of predictions that need no training, on the server's test set."""
     return {} if run.setup.test is None else run.state.learner.naive_baselines(run.setup.test)
 
 
 def final_server(run: Run) -> MetricValues:
-    """The final model on the server's test set; empty where the server has none."""
+    """Metrics of the final model on the server's test set; empty where the server has none."""
     if run.setup.test is None or run.full_model is None:
         return {}
     return run.state.learner.compute(run.state.learner.evaluate(run.full_model, run.setup.test))
@@ -153,9 +153,9 @@ def final_server(run: Run) -> MetricValues:
 def measured_clients(
     run: Run, *, adapt_steps: int = 0, of_shared_model: bool = False
 ) -> dict[str, MetricValues]:
-    """What each evaluation client measured, by name."""
-    found = evaluate_clients(run, adapt_steps=adapt_steps, of_shared_model=of_shared_model)
-    return {m.client: _client(run, m) for m in found}
+    """Each evaluation client's metrics, by name."""
+    measurements = evaluate_clients(run, adapt_steps=adapt_steps, of_shared_model=of_shared_model)
+    return {m.client: _client(run, m) for m in measurements}
 
 
 def _client(run: Run, measurement: Measurement) -> MetricValues:
@@ -164,7 +164,7 @@ def _client(run: Run, measurement: Measurement) -> MetricValues:
 
 
 def machine(threads: int, device: str) -> dict[str, Any]:
-    """What the bits of a run depend on besides the job: processor, libraries, threads, device."""
+    """All on which a run's bits depend besides the job: processor, libraries, threads and device."""
     packages = ("torch", "torchvision", "transformers", "peft", "flwr", "numpy")
     return {
         "processor": platform.machine(),

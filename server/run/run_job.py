@@ -1,4 +1,4 @@
-"""A run from beginning to end, whoever carries its messages."""
+"""Runs a job from beginning to end, over any transport."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from atoll.system.memory import PeakMemory
 from atoll.tasks import check_metric_options, task_named
 
 BaselineFn = Callable[[Run], tuple[Baselines, list[str]]]
-"""Measures a run's baselines; and what is to be noted about them."""
+"""A function that measures a run's baselines; it returns (metrics by baseline, notes for the result)."""
 
 
 def server_baselines(run: Run) -> tuple[Baselines, list[str]]:
-    """What a real federation can compare with: the model before training, never pooled data."""
+    """The baselines of a real federation: the model before training, but none that needs pooled data."""
     asked, baselines, notes = run.setup.job.evaluate.baselines, {}, []
     test, learner = run.setup.test, run.state.learner
     if "zero_shot" in asked and test is not None:
@@ -58,13 +58,17 @@ def run_job(
     strategy: Strategy | None = None,
     counts: Sequence[Counts] = (),
 ) -> RunResult:
-    """Run a job and leave a complete run directory; returns its result.
+    """Run a job into the directory `out`, and return its result.
 
-    Releases under client-level privacy are charged to `books`, or to the run's own. A `strategy` is used
-    instead of the one that the job names. `counts` say how much of a source that was dealt is used.
+    `carrier` is the transport to the clients. `test_set` returns the server's test set, `baselines` measures
+    baselines, `on_event` is called with every event. `resume` continues the run in `out`, `force` replaces
+    it. `clock` simulates which clients answer in time. Releases under client-level privacy are charged to
+    `ledgers`, by default to a ledger of the run's own. `report` writes the HTML page. A `strategy` object is
+    used instead of the one that the job names. `counts` say how much of a simulation's source is used.
 
     Raises:
-        JobError: the run cannot begin or go on, also because a disk is full or fails; what it has is kept.
+        InputError: the job or the clients' data does not fit; nothing was run.
+        JobError: the run cannot go on, also because a disk is full; complete rounds are kept for `resume`.
     """
     started = time.monotonic()
     with (
@@ -94,7 +98,7 @@ def run_job(
 
 @contextmanager
 def disk_errors_in_words(out: Path) -> Iterator[None]:
-    """Say of an error of the disk in the block which file it was, in the one line that a person reads."""
+    """Within the block, turn disk errors into a `JobError` whose line names the file."""
     try:
         yield
     except OSError as error:
@@ -105,10 +109,10 @@ def disk_errors_in_words(out: Path) -> Iterator[None]:
 
 
 def validate_job(job: Job) -> None:
-    """What can be said of a job before any data is read.
+    """Check all of a job that can be checked before any data is read.
 
     Raises:
-        ConfigError, WeightsError: it names something that there is not, or not on this machine.
+        ConfigError, WeightsError: it names something that doesn't exist or isn't on this machine.
     """
     check_merging(job)
     build_strategy(job.strategy, job.federation, job.train, job.seed)

@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def read_source(job: Job) -> Table:
-    """The job's source: a built-in name, an extension's, or a path in the task's own format.
+    """The data of the job's source: a built-in one, an extension's, or a path in the task's format.
 
     Raises:
-        ConfigError, DataError: it is missing or unfit.
+        ConfigError, DataError: the source is missing or does not fit the task.
     """
     if Path(job.data.source).is_absolute():
         return task_named(job.task.name).read(Path(job.data.source), job.data, job.task.options)
@@ -43,10 +43,10 @@ def _read_at(job: Job, path: Path) -> Table:
 
 
 def hold_out(table: Table, job: Job) -> tuple[Dataset, Dataset]:
-    """(what is dealt to clients, the server's test set): never one example in both.
+    """(the data for clients, the server's test set), without common examples.
 
-    The test set is the job's own `data.test`, or the source's test split, or a fraction of the
-    source chosen by content, so that equal examples fall on the same side.
+    The test set is the job's `data.test`, or the source's test split, or a fraction of the source chosen by
+    content, so that equal examples fall on the same side.
     """
     task = task_named(job.task.name)
     if job.data.test is not None:
@@ -62,16 +62,16 @@ def hold_out(table: Table, job: Job) -> tuple[Dataset, Dataset]:
 
 
 def counts_of_source(table: Table, job: Job, train: int, test: int) -> tuple[Counts, ...]:
-    """The counts of a source, of which so many examples are trained on and held out.
+    """The counts of a source with `train` training examples and `test` held-out ones.
 
     Raises:
-        JobError: these aren't all of its examples.
+        JobError: the numbers don't add up to all of its examples.
     """
-    own, apart = len(table.train), len(table.test or ())
+    trainable, apart = len(table.train), len(table.test or ())
     if job.data.test is None:
-        whole = Counts("examples", own + apart, train + test)
+        whole = Counts("examples", trainable + apart, train + test)
         return table.counts or (whole,)
-    whole = Counts("examples", own, train)
+    whole = Counts("examples", trainable, train)
     unused = {"of the source's test part: data.test is measured on": apart}
     return (*(table.counts or (whole,)), *((Counts("test examples", apart, 0, unused),) if apart else ()))
 
@@ -83,9 +83,9 @@ def unit_keys(task: Task, dataset: Dataset) -> list[bytes]:
 
 
 def server_test_set(job: Job) -> TestSet:
-    """For a real federation: `data.test`, or the test part of a source that the server can read.
+    """The test set of a real federation's server: `data.test`, or the test part of a source it can read.
 
-    A server that has no data of its own measures at the clients.
+    Without either the result is None, and the model is evaluated at the clients.
     """
 
     def test_set(learner: Learner) -> Shard | None:

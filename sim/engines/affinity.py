@@ -1,6 +1,6 @@
-"""Which worker a block of clients goes to: the one that knows them, unless they would have to wait there.
+"""Assigns blocks of clients to workers: to the one that had them before, unless they would have to wait.
 
-A worker keeps what it decoded of its clients' inputs, so a client costs less where it was before.
+A worker caches the decoded inputs of its clients, so a client takes less time where it was before.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 KNOWN_CLIENTS = 1 << 16
-"""Clients of which we remember where they were; those that came longest ago are forgotten first."""
+"""How many clients' workers are remembered; those used least recently are forgotten first."""
 
 
 @dataclass
 class WorkerAffinity:
-    """Where each client was last."""
+    """Remembers the worker that had each client last."""
 
     _worker: dict[str, int] = field(default_factory=dict)
 
@@ -24,7 +24,7 @@ class WorkerAffinity:
         return self._worker.get(block[0])
 
     def assign(self, block: Sequence[str], worker: int) -> None:
-        """Those clients are with that worker now."""
+        """Remember that these clients are at this worker now."""
         for client in block:
             self._worker.pop(client, None)
             self._worker[client] = worker
@@ -32,13 +32,13 @@ class WorkerAffinity:
             del self._worker[next(iter(self._worker))]
 
     def forget(self, worker: int) -> None:
-        """A worker that is new knows nobody."""
+        """Forget all clients of a worker, which was replaced by a new one."""
         for client in [client for client, home in self._worker.items() if home == worker]:
             del self._worker[client]
 
 
 class Queue:
-    """Blocks that wait for a worker, by where they were last."""
+    """Blocks that wait for a worker, grouped by the worker that had them last."""
 
     def __init__(self, homes: WorkerAffinity, blocks: Sequence[list[str]]) -> None:
         self._homes = homes
@@ -50,13 +50,13 @@ class Queue:
         return sum(map(len, self._waiting.values()))
 
     def put(self, block: list[str]) -> None:
-        """One more that waits."""
+        """Add a block to the queue."""
         self._waiting[self._homes.of(block)].append(block)
 
     def next_for(self, worker: int) -> list[str] | None:
-        """A block that nobody knows, or else one that the worker does, or else any; None if none is left.
+        """A block that no worker had yet, else one that this worker had, else any; None if none is left.
 
-        New clients take the longest, so they come first: what is left for the end is short.
+        New clients take the longest and come first, so that the work left at the end is short.
         """
         for home in (None, worker, *self._by_length()):
             if self._waiting[home]:

@@ -1,4 +1,4 @@
-"""Simulate a job on this machine with the engine that was asked for."""
+"""Simulates a job on this machine, with a choice of engines."""
 
 from __future__ import annotations
 
@@ -51,11 +51,18 @@ def simulate(
     report: bool = True,
     strategy: Strategy | None = None,
 ) -> RunResult:
-    """Run a job in simulation; its result is in `out` too, with the model and the report.
+    """Run a job in simulation and return its result, which is also written to `out` with model and report.
 
-    The final bits depend neither on the engine nor on the number of workers. With `privacy.audit`
-    the run is attacked when it is complete. Whoever runs many jobs can hand in the job's `population`
-    and a way to its `baselines`, and leave the report out. A `strategy` is used instead of the job's.
+    `engine` is inline, loop, cohort or ray; `workers` is the number of processes or threads. The final bits
+    depend neither on the engine nor on the number of workers, except with cohort. `on_event` is called with
+    every event, `progress` with (done, total) while features are computed. `resume` continues the run in
+    `out`, `force` replaces it. With `privacy.audit` the complete run is attacked. A caller with many jobs can
+    pass the `population` and a function for `baselines`, and skip the `report`. A `strategy` object is used
+    instead of the job's.
+
+    Raises:
+        InputError: the job, its data or the engine does not fit; nothing was run.
+        JobError: the run could not go on.
     """
     check_engine(job, engine)
     check_available(out, job, resume=resume, force=force)
@@ -89,7 +96,7 @@ def simulate(
 
 
 def check_engine(job: Job, engine: str) -> None:
-    """Raises ConfigError unless there is such an engine, and it can do what the job asks."""
+    """Raises ConfigError unless the engine exists and supports all that the job asks for."""
     if engine not in ENGINES:
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     by_magnitude = job.backbone.prune is not None and job.backbone.pruning == "magnitude"
@@ -134,10 +141,10 @@ def check_engine(job: Job, engine: str) -> None:
 
 
 def default_workers(job: Job, engine: str) -> int:
-    """How many workers serve a job, where nobody says: for heads, and on other engines, one.
+    """The number of workers by default: 1 for heads, and on other engines than inline.
 
-    Clients that train one after the other on processors share out the cores: a process for as many of them
-    as the job's threads, but not more than there are clients in a round, or gigabytes of memory by four.
+    Where clients train whole models on processors, it is the number of cores over the job's threads, but at
+    most the number of clients in a round, and one per 4 GiB of memory.
     """
     one_by_one = engine == "inline" and not all(trains_on_features(stage) for stage in job.stages)
     if not one_by_one or torch.device(job.train.device).type != "cpu":
@@ -161,7 +168,7 @@ def _carrier(population: Population, engine: str, workers: int, out: Path, stack
 
 
 def execution_mode(job: Job, engine: str, workers: int) -> str:
-    """How clients train, and why, in one line."""
+    """How clients train on this machine and why, in one line for display."""
     if engine == "loop":
         return "one client after the other, as --engine loop asks"
     if trains_on_features(job):
@@ -186,7 +193,7 @@ def execution_mode(job: Job, engine: str, workers: int) -> str:
 
 
 def cached_test_set(population: Population, progress: Progress | None) -> Callable[[Learner], Shard | None]:
-    """The test set; before it is handed out, all features are computed, with every core at work."""
+    """A function that returns the test set, after computing all clients' features with every core."""
 
     def test_set(learner: Learner) -> Shard | None:
         learner.progress, job = progress, learner.job

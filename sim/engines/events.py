@@ -1,4 +1,4 @@
-"""The steps that only a simulated run has."""
+"""The events that only simulated runs have."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PopulationRead(Event):
-    """The data is read and dealt to the clients."""
+    """The data is read and assigned to the clients."""
 
     population: Population
 
 
 @dataclass(frozen=True)
 class ExecutionChosen(Event):
-    """How clients train on this machine, in a few words."""
+    """It is decided how clients train on this machine; the event has a short description."""
 
     mode: str
 
 
 @dataclass(frozen=True)
 class AuditAdvanced(Event):
-    """So many of all the rounds that an audit plays again are over."""
+    """An audit, which replays rounds, has finished one more of them."""
 
     done: int
     total: int

@@ -21,7 +21,7 @@ from atoll.sim.population.population import Population
 
 @dataclass
 class InlineTransport:
-    """Calls the clients' code directly: breakpoints work, nothing is copied."""
+    """A transport that calls the clients' code in this process: breakpoints work, and nothing is copied."""
 
     population: Population
     site: SimulatedSite
@@ -39,7 +39,7 @@ class InlineTransport:
         ledgers: PrivacyLedgers | None = None,
         memory: ClientStateStore | None = None,
     ) -> Self:
-        """A carrier to every client of the population; heads train in so many threads."""
+        """A transport to all clients of the population; heads are trained in `workers` threads."""
         site = SimulatedSite(
             population, ledgers=ledgers, memory=memory or ClientStateStore(), population=population,
             workers=workers, at_once=at_once,
@@ -58,7 +58,7 @@ class InlineTransport:
 
 @dataclass
 class LoopTransport:
-    """One client after the other, each as a real client trains: alone, from a shard of its own."""
+    """A transport that trains one client after the other, each from its own shard, as real clients do."""
 
     population: Population
     site: Site
@@ -73,7 +73,7 @@ class LoopTransport:
         ledgers: PrivacyLedgers | None = None,
         memory: ClientStateStore | None = None,
     ) -> Self:
-        """A carrier to every client of the population."""
+        """A transport to all clients of the population."""
         return cls(population, Site(population, ledgers=ledgers, memory=memory or ClientStateStore()))
 
     def discover_clients(self, job: Job) -> ClientRoster:

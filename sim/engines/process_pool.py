@@ -1,7 +1,7 @@
 """The in-process engine over several worker processes: blocks of clients, the same bits.
 
 Models and updates lie in memory that the processes share, where the system has such memory; large updates
-lie in files of the run's directory, and all else that is said travels as messages do.
+lie in files of the run's directory. Everything else is sent as messages.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ from atoll.tasks import trains_on_features
 from atoll.tasks.imports import imports_of
 
 LEDGERS, MEMORY = "ledgers", "memory"
-"""Folders of a run's directory: what clients have spent, and what they remember."""
+"""Folders of a run's directory: the clients' privacy ledgers and their stored state."""
 
 MODEL = 0
-"""The slot of a board that holds what a request sends; the others are the clients'."""
+"""The slot of shared memory for the tensors of a request; the other slots are the clients'."""
 
 _site: list[Site] = []
 """In a worker process: the site that answers for the simulated clients."""
 
 _board: list[SharedTensorSlots] = []
-"""In a worker process: the memory that it shares at present."""
+"""In a worker process: the shared memory that it has open."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A request for some clients: the message, and which slots of a board are theirs, if there is one."""
+    """A request for some clients: the message, and the clients' slots of shared memory, if there is any."""
 
     head: str
     body: bytes
     slots: dict[str, int]
     shared: Layout | None = None
     updates: Path | None = None
-    """Where updates are written, if they are large."""
+    """The folder for large updates."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply as a message; how an update moved the model may lie in its client's slot or in a file."""
+    """A reply as a message; an update's delta may lie in its client's slot or in a file instead."""
 
     head: str
     body: bytes
@@ -73,7 +73,7 @@ class Answer:
 
 @dataclass
 class PooledTransport:
-    """Deals a cohort to worker processes; a worker that dies is replaced and its block done again."""
+    """A transport to worker processes; a worker that dies is replaced, and its block computed again."""
 
     population: Population
     workers: int
@@ -82,7 +82,7 @@ class PooledTransport:
     uses_masking: bool = False
     roster: FederationRoster | None = None
     _pools: dict[int, ProcessPoolExecutor] = field(default_factory=dict)
-    """Of one process each, so that a client can go where it was before."""
+    """Pools of one process each, so that a client can be sent to the worker that had it before."""
     _homes: WorkerAffinity = field(default_factory=WorkerAffinity)
     _board: list[SharedTensorSlots] = field(default_factory=list)
 
@@ -96,10 +96,10 @@ class PooledTransport:
     def send_and_receive(
         self, request: Request, names: Sequence[str], timeout: float
     ) -> Generator[Reply, None, None]:
-        """Replies of all blocks, in order of completion; updates are good until the next exchange.
+        """The replies of all blocks, in order of completion; updates are valid until the next call.
 
         Raises:
-            JobError: workers keep dying.
+            JobError: a block's workers died too often.
         """
         board = updates = None
         if isinstance(request, ModelRequest):
@@ -126,10 +126,10 @@ class PooledTransport:
             tells_clients=unless_secret(self.population.job, True, False),
         )  # fmt: skip
         with closing(shift.answers()) as answers:
-            yield from (_reply(found, board, slots) for found in answers)
+            yield from (_reply(each, board, slots) for each in answers)
 
     def _board_for(self, model: Tensors, slots: int) -> SharedTensorSlots | None:
-        """Memory for what is sent and for the answers, where there are tensors and such memory."""
+        """Shared memory for the request's and the replies' tensors; None without tensors or such memory."""
         if not model or not can_share():
             return None
         if not self._board or not self._board[0].fits(model, slots):
@@ -148,13 +148,13 @@ class PooledTransport:
         return self._pools[worker]
 
     def close(self) -> None:
-        """End the worker processes at once, and give back what they shared."""
+        """End the worker processes at once, and release the shared memory."""
         for worker in list(self._pools):
             self._end_worker(worker)
         self._let_go()
 
     def _end_worker(self, worker: int) -> None:
-        """End it at once: what it is at is lost, and it holds nothing else."""
+        """End a worker at once; only its present work is lost."""
         end_processes(self._pools.pop(worker))
         self._homes.forget(worker)
 
@@ -166,31 +166,31 @@ class PooledTransport:
 
 
 def end_processes(pool: ProcessPoolExecutor) -> None:
-    """End a pool's processes at once, whatever they are at."""
+    """End a pool's processes at once, in the middle of any work."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.terminate()
 
 
-def _reply(found: Answer, board: SharedTensorSlots | None, slots: dict[str, int]) -> Reply:
-    """A worker's answer as a reply, with its tensors where the worker left them."""
-    reply = decode_reply(found.head, found.body)
-    if found.file is not None and isinstance(reply, Update):
-        return replace(reply, delta=taken(found.file))
-    if found.in_slot and isinstance(reply, Update) and board is not None:
+def _reply(answer: Answer, board: SharedTensorSlots | None, slots: dict[str, int]) -> Reply:
+    """A worker's answer as a reply, whose tensors are mapped from where the worker wrote them."""
+    reply = decode_reply(answer.head, answer.body)
+    if answer.file is not None and isinstance(reply, Update):
+        return replace(reply, delta=taken(answer.file))
+    if answer.in_slot and isinstance(reply, Update) and board is not None:
         return replace(reply, delta=board.tensors(slots[reply.client]))
     return reply
 
 
 def blocks(names: Sequence[str], workers: int, *, whole: bool) -> list[list[str]]:
-    """Consecutive clients for each worker; one by one where clients train one after the other."""
+    """The names in blocks of consecutive clients: one per worker if `whole`, else one per client."""
     size = max(1, -(-len(names) // workers)) if whole else 1
     return [list(names[start : start + size]) for start in range(0, len(names), size)]
 
 
 def processes_for(jobs: Iterable[Job]) -> int:
-    """As many processes as the cores that we may use have room for, with the jobs' threads each."""
+    """The number of processes that fit on the usable cores, each with as many threads as the jobs need."""
     return max(1, len(os.sched_getaffinity(0)) // max(job.train.threads for job in jobs))
 
 
@@ -202,12 +202,12 @@ def open_site(text: str, out: Path | None) -> None:
 
 
 def books_in(out: Path) -> tuple[PrivacyLedgers, ClientStateStore]:
-    """Where simulated clients keep what they spent and what they remember, for all processes of a run."""
+    """The simulated clients' privacy ledgers and state store in a run's directory, for all its processes."""
     return PrivacyLedgers(out / LEDGERS), ClientStateStore(out / MEMORY, of_one_run=True)
 
 
 def answer(work: Work) -> list[Answer]:
-    """In a worker process: the replies of the clients that the work names."""
+    """In a worker process: the replies of the work's clients."""
     request = decode_request(work.head, work.body)
     board = None if work.shared is None else _opened(work.shared)
     if board is not None and isinstance(request, ModelRequest):

@@ -1,8 +1,8 @@
-"""Flower's simulation engine on Ray: the path to a cluster.
+"""Runs a job on Flower's simulation engine over Ray, on this machine or on a cluster.
 
-A virtual node hosts a block of clients, and one message asks for work of all of them, so the
-engine's cost is paid once a block. With RAY_ADDRESS set, Ray joins that cluster and its
-workers do the work; otherwise it starts on this machine with as many CPUs as workers.
+A virtual node hosts a block of clients, and one message requests the work of all of them, so that the
+engine's overhead is paid once per block. With RAY_ADDRESS set, Ray joins that cluster and its workers do the
+work; otherwise it starts on this machine with as many CPUs as workers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from atoll.sim.population.population import Population, client_names
 from atoll.tasks import trains_on_features
 
 BLOCKS_PER_WORKER = 4
-"""Blocks that a worker gets in turn where clients train one by one, so that none waits for long."""
+"""How many blocks each worker gets where clients train one by one, so that workers end at a similar time."""
 
 _populations: dict[str, Population] = {}
 _sites: dict[tuple[str, int, int], Site] = {}
@@ -58,18 +58,18 @@ class Block:
         return self.population.dataset(job, client)
 
     def counts(self, job: Job, client: str) -> Sequence[Counts]:
-        """Nothing: the run has those of the whole source."""
+        """Always empty: the run has the counts of the whole source."""
         return ()
 
     def fingerprint(self, job: Job, client: str) -> str:
-        """Nothing: simulated clients' rows are fixed for the run."""
+        """Always empty: simulated clients' rows are fixed for the run."""
         return ""
 
 
 def block_site(job: Job, context: Context, out: Path, loaded: Sequence[str]) -> Site:
-    """In a Ray actor: the warm site of a virtual node; `out` is a folder that all actors share.
+    """In a Ray actor: the site of a virtual node.
 
-    So is where the plugin files lie that the run has `loaded`.
+    All actors must reach the folder `out` and the plugin files that the run has `loaded`.
     """
     plugins.load_files(loaded)
     config = context.node_config
@@ -86,7 +86,7 @@ def block_site(job: Job, context: Context, out: Path, loaded: Sequence[str]) -> 
 def simulate_on_ray(
     job: Job, out: Path, workers: int, test_set: TestSet, options: dict[str, Any]
 ) -> RunResult:
-    """Run a job on Flower's engine."""
+    """Run a job on Flower's engine over Ray; `options` are keyword arguments of `run_job`."""
     results: list[RunResult] = []
     server = ServerApp()
 

@@ -1,4 +1,4 @@
-"""One round's work at the worker processes: who is at what, who is next, and what to do when one dies."""
+"""Schedules one round's blocks of clients on worker processes, and repeats the blocks of workers that die."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from atoll.errors import JobError
 from atoll.sim.engines.affinity import Queue
 
 RETRIES = 3
-"""Times that a block may lose its worker before the round fails."""
+"""How often a block's worker may die before the round fails."""
 
 A = TypeVar("A")
 
 
 @dataclass
 class BlockScheduler(Generic[A]):
-    """Blocks of clients that wait, and those that workers are at.
+    """The waiting blocks of clients, and those that workers compute.
 
-    `submit` gives a worker's process a block; `dismiss` ends the process: the next block has a new one.
+    `submit` sends a block to a worker's process; `dismiss` ends the process, and the next block starts a new
+    one.
     """
 
     queue: Queue
@@ -34,10 +35,10 @@ class BlockScheduler(Generic[A]):
     _deaths: Counter[str] = field(default_factory=Counter)
 
     def answers(self) -> Generator[A, None, None]:
-        """What the workers answer for all blocks, in order of completion.
+        """The workers' answers for all blocks, in order of completion.
 
         Raises:
-            JobError: a block's workers keep dying.
+            JobError: a block's workers died more than `RETRIES` times.
         """
         try:
             for worker in range(self.workers):
@@ -51,7 +52,7 @@ class BlockScheduler(Generic[A]):
                 self.dismiss(worker)
 
     def _assign(self, worker: int) -> None:
-        """A block, and one more at its door, so that it needn't wait; the last ones go to who is free."""
+        """Keep one block queued per worker besides its current one; the last blocks go to idle workers."""
         if worker not in {at_work for at_work, _ in self._running.values()}:
             self._start(worker)
         if len(self.queue) >= self.workers:
@@ -63,7 +64,7 @@ class BlockScheduler(Generic[A]):
             self._running[self.submit(worker, block)] = worker, block
 
     def _ended(self, future: Future[Sequence[A]]) -> Sequence[A]:
-        """What a worker answered, which gets its next block; nothing if it died, or was with one that did."""
+        """A worker's answers, after it gets its next block; empty if it died or its process was ended."""
         if future not in self._running:
             return ()
         worker, block = self._running[future]
@@ -84,14 +85,14 @@ class BlockScheduler(Generic[A]):
             raise JobError(f"worker processes died {RETRIES} times{over}; out of memory?")
 
     def _take_back(self, worker: int) -> None:
-        """All that a dead worker had before it."""
+        """Put the blocks of a dead worker back into the queue."""
         for lost in [future for future, (at_work, _) in self._running.items() if at_work == worker]:
             self.queue.put(self._running.pop(lost)[1])
         self.dismiss(worker)
 
 
 def _result(future: Future[Sequence[A]]) -> Sequence[A] | None:
-    """What a worker sent, or nothing if it died."""
+    """A worker's answers; None if it died."""
     try:
         return future.result()
     except BrokenProcessPool:

@@ -1,8 +1,7 @@
-"""Memory that several processes see: a round's model, and a slot for each client's update.
+"""Memory that several processes share: a round's model, and a slot for each client's update.
 
-A model of millions of numbers would otherwise be copied through a pipe for every client, several times
-over, there and back. The memory has no name in any file system: it is gone when the processes are,
-however they end.
+A model of millions of numbers would otherwise be copied through pipes several times for every client. The
+memory has no name in any file system and is released when the processes end, however they end.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import torch
 from atoll.protocol.tensors import Tensors
 
 ALIGNED = 64
-"""Bytes; where each tensor begins."""
+"""Each tensor begins at a multiple of so many bytes."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a slot."""
+    """The position of a tensor in a slot, with its dtype and shape."""
 
     start: int
     dtype: torch.dtype
@@ -33,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """What another process needs to open a board: who made it, and where its tensors lie."""
+    """What another process needs to open the memory: its creator, and where the tensors lie."""
 
     process: int
     handle: int
@@ -52,7 +51,7 @@ class SharedTensorSlots:
 
     @classmethod
     def like(cls, tensors: Tensors, slots: int) -> SharedTensorSlots:
-        """A new board, all zeros.
+        """New shared memory for `slots` sets of tensors like these, all zeros.
 
         Raises:
             OSError: there is not enough memory.
@@ -67,7 +66,7 @@ class SharedTensorSlots:
 
     @classmethod
     def opened(cls, layout: Layout) -> SharedTensorSlots:
-        """The same memory in another process, while the one that made it lives."""
+        """The same memory in another process, while its creator lives."""
         handle = os.open(f"/proc/{layout.process}/fd/{layout.handle}", os.O_RDWR)
         try:
             return cls(layout, handle)
@@ -75,22 +74,22 @@ class SharedTensorSlots:
             os.close(handle)
 
     def fits(self, tensors: Tensors, slots: int) -> bool:
-        """Whether those tensors have the board's names, shapes and dtypes, and there are as many slots."""
-        found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        """Whether the tensors have this memory's names, shapes and dtypes, and it has enough slots."""
+        forms = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         places = {name: (place.dtype, place.shape) for name, place in self.layout.places.items()}
-        return found == places and slots <= self.layout.slots
+        return forms == places and slots <= self.layout.slots
 
     def tensors(self, slot: int) -> Tensors:
         """The tensors of a slot: views of the shared memory, not copies."""
         return {name: self._view(slot, place) for name, place in self.layout.places.items()}
 
     def put(self, slot: int, tensors: Tensors) -> None:
-        """Copy tensors, which fit, into a slot."""
+        """Copy tensors, which must fit, into a slot."""
         for name, view in self.tensors(slot).items():
             view.copy_(tensors[name])
 
     def close(self) -> None:
-        """Give the memory back as soon as nobody holds a view of it any more."""
+        """Release the memory as soon as no view of it exists any more."""
         if self.layout.process == os.getpid():
             os.close(self.layout.handle)
 
@@ -103,5 +102,5 @@ class SharedTensorSlots:
 
 
 def can_share() -> bool:
-    """Whether this system has such memory."""
+    """Whether this system supports such memory."""
     return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")  # noqa: PTH112

@@ -1,9 +1,8 @@
-"""A simulated population at hand as one table: a client is a few rows of it, found without reading.
+"""A simulated population as one table, in which each client is a few rows.
 
-The whole training data is one shard in canonical order, so a client's rows, sorted, are the
-client's own shard in canonical order, and its validation split follows from hashes that are
-computed once. What a real client does with its own data gives the same rows. Of a client
-nothing is kept but its rows, and those of the clients seen last.
+The whole training data is one shard in canonical order. A client's rows, sorted, are therefore its own shard
+in canonical order, and its validation split follows from hashes that are computed once. A real client with
+the same data would get the same rows. Only the rows of recently used clients are in memory.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ from atoll.sim.population.assignment import Rows
 from atoll.sim.population.population import Population, number_of
 
 TABLE_BYTES = 1 << 30
-"""Features of more than this are not held as one table; a cohort's are then looked up every round."""
+"""The largest table of all features in memory; above it, a cohort's features are looked up every round."""
 MIN_CLIENTS_PER_THREAD = 16
-"""Clients that are worth a thread of their own."""
+"""The least number of clients for which a further thread is used."""
 MAX_CACHED_CLIENTS = 1 << 14
-"""Clients whose rows are remembered."""
+"""How many clients' rows are cached."""
 
 
 @dataclass(frozen=True)
 class PopulationIndex:
-    """The population as one shard, and the numbers that say which examples are measured on."""
+    """The population as one shard, and the hashes that decide each example's side of the validation split."""
 
     population: Population
     learner: Learner
@@ -58,7 +57,7 @@ class PopulationIndex:
 
     @cached_property
     def examples(self) -> FeatureTable | None:
-        """Features of all training examples, if they are few enough for one table."""
+        """Features of all training examples as one table; None where it would exceed `TABLE_BYTES`."""
         whole, learner = self.full_population, self.learner
         held = len(whole) * (learner.job.train.cached_views or 1)
         if held * learner.width * 4 > TABLE_BYTES:
@@ -69,7 +68,7 @@ class PopulationIndex:
 
     @cached_property
     def training_view(self) -> Shard:
-        """All training examples as training sees them."""
+        """All training examples with the targets that training uses."""
         return self.learner.with_soft_labels(self.full_population)
 
     @cached_property
@@ -81,12 +80,12 @@ class PopulationIndex:
         new = [client for client in clients if client not in self._splits]
         for client, rows in zip(new, self.population.assignment.rows(new), strict=True):
             self._splits[client] = self._split(self.population.place[rows])
-        found = [self._splits[client] for client in clients]
+        splits = [self._splits[client] for client in clients]
         for client in clients:
             self._splits.move_to_end(client)
         while len(self._splits) > MAX_CACHED_CLIENTS:
             self._splits.popitem(last=False)
-        return found
+        return splits
 
     def _split(self, rows: Rows) -> tuple[Rows, Rows]:
         rows = np.sort(rows)
@@ -94,17 +93,17 @@ class PopulationIndex:
         helped = helps_clients(job)
         if task.has_own_split:
             held = self.full_population.select(rows.tolist())
-            own = task.split(held, job.seed, job.data.validation_fraction, helped=helped)
-            return rows[own[0]], rows[own[1]]
+            split = task.split(held, job.seed, job.data.validation_fraction, helped=helped)
+            return rows[split[0]], rows[split[1]]
         marks = self._validation_marks[rows]
-        kept = kept_back(marks, job.data, helped=helped)
+        measured = kept_back(marks, job.data, helped=helped)
         if job.data.shots is None:
-            return rows[~kept], rows[kept]
+            return rows[~measured], rows[measured]
         held = self.full_population.select(rows.tolist())
-        return rows[training_rows(marks, kept, held, job.data.shots)], rows[kept]
+        return rows[training_rows(marks, measured, held, job.data.shots)], rows[measured]
 
     def client_rows(self, names: Sequence[str]) -> tuple[FeatureTable, list[ClientRows]]:
-        """Examples, and which of their rows those clients train on."""
+        """(a feature table, the rows in it on which each of these clients trains)."""
         parts = [train for train, _ in self.splits([number_of(name) for name in names])]
         numbers = [self._numbers(rows) for rows in parts]
         if self.examples is not None:
@@ -118,7 +117,7 @@ class PopulationIndex:
         return examples, [ClientRows(*work) for work in zip(names, shares, numbers, strict=True)]
 
     def _numbers(self, rows: Rows) -> Numbers | None:
-        """What the draws of a client's examples are made of, where examples are promised privacy."""
+        """The numbers that seed the draws of a client's examples, under example-level privacy, else None."""
         if "example" not in self.learner.job.privacy.units:
             return None
         keys = self.full_population.keys
@@ -127,10 +126,10 @@ class PopulationIndex:
 
 @dataclass
 class SimulatedSite(Site):
-    """All simulated clients in this process; a cohort of heads trains on rows of one table.
+    """The site of all simulated clients in this process; a cohort's heads are trained on one table.
 
-    With several `workers` it trains as so many blocks, each in a thread of its own; the bits stay
-    the same. `at_once` trains what isn't a head by torch.func, whose bits are others.
+    With several `workers` the cohort is trained in as many blocks, each in its own thread, with the same
+    bits. With `at_once` whole models are trained together by torch.func, with other bits.
     """
 
     population: Population = field(kw_only=True)
@@ -141,7 +140,7 @@ class SimulatedSite(Site):
     def load(
         self, learner: Learner, request: Request, names: Sequence[str]
     ) -> tuple[ClientData, list[Reply]]:
-        """Rows of the population's table: no shard is built before it is asked for."""
+        """(the clients' data, no failures): rows of the population's table; shards are built on access."""
         return IndexedClients(self.index(learner), names), []
 
     @property
@@ -151,7 +150,7 @@ class SimulatedSite(Site):
     def train_heads(
         self, head: Tensors, examples: FeatureTable, rows: Sequence[ClientRows], local: HeadTrainingConfig
     ) -> StackedUpdates:
-        """All heads, in as many blocks at the same time as there are workers."""
+        """The clients' updates of the shared head, trained in `workers` parallel blocks."""
 
         def block(part: Sequence[ClientRows]) -> StackedUpdates:
             torch.set_num_threads(local.job.train.threads)
@@ -173,7 +172,7 @@ class SimulatedSite(Site):
         return (client_rows[start : start + size] for start in range(0, len(client_rows), size))
 
     def index(self, learner: Learner) -> PopulationIndex:
-        """The population as this learner sees it."""
+        """The index of the population for this learner."""
         if id(learner) not in self._index:
             self._index = {id(learner): PopulationIndex(self.population, learner)}
         return self._index[id(learner)]
@@ -181,7 +180,7 @@ class SimulatedSite(Site):
 
 @dataclass(frozen=True)
 class IndexedClients:
-    """The clients of one request, found in the population's table."""
+    """The data of one request's clients, as rows of the population's table."""
 
     index: PopulationIndex
     names: Sequence[str]
@@ -199,7 +198,7 @@ class IndexedClients:
 
 
 def vmapped(work: LocalWork, request: TrainingRequest) -> StackedUpdates:
-    """Whole models of all clients at once, by torch.func."""
+    """The clients' updates of whole models, trained together by torch.func."""
     shards = {name: work.data.train(name) for name in work.data.names}
     return vmap_training(
         work.learner, request.tensors, shards, work.learner.job, round=request.round, plan=request.plan

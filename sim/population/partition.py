@@ -69,11 +69,13 @@ def _brought(deck: Rows, table: Dataset, rule: OtherPartition, job: Job) -> Fixe
     assert extension.thing is not None
     generator = np.random.default_rng(stream_seed(job.seed, "partition", rule.kind))
     clients = job.federation.clients
-    found = extension.thing(table.select(deck), clients, generator, *options)
+    returned = extension.thing(table.select(deck), clients, generator, *options)
     where = f"data.partition: {rule.kind} ({extension.origin}) returned"
-    if len(found) != clients:
-        raise ConfigError(f"{where} {len(found)} lists of rows, expected one for each of {clients} clients")
-    hands = [np.asarray(hand) for hand in found]
+    if len(returned) != clients:
+        raise ConfigError(
+            f"{where} {len(returned)} lists of rows, expected one for each of {clients} clients"
+        )
+    hands = [np.asarray(hand) for hand in returned]
     for client, hand in enumerate(hands):
         if not len(hand):
             raise ConfigError(f"{where} no row for client {client}, expected at least one for each")

@@ -90,8 +90,8 @@ class Population:
         if key not in self._facts:
             self._facts[key] = greeting_info(job, task_named(job.task.name), self.train)
         sizes = self.assignment.sizes
-        told = np.zeros_like(sizes) if is_silent(job) else sizes
-        return ClientRoster(self.names(job), told, [self._facts[key]])
+        reported = np.zeros_like(sizes) if is_silent(job) else sizes
+        return ClientRoster(self.names(job), reported, [self._facts[key]])
 
     def dataset(self, job: Job, client: str) -> Dataset:
         return self.train.select(self.assignment.rows([number_of(client)])[0])

@@ -101,8 +101,8 @@ def pathological_hands(labels: Sequence[Any], clients: int, classes: int, *, see
 
 def _by_class(labels: Sequence[Any]) -> dict[Any, NDArray[np.int64]]:
     """Where each class is found, class by class in their order."""
-    found = np.array(labels)
-    return {name: np.flatnonzero(found == name) for name in sorted(set(labels))}
+    values = np.array(labels)
+    return {name: np.flatnonzero(values == name) for name in sorted(set(labels))}
 
 
 def _shuffled(hands: list[Hand], rng: np.random.Generator) -> list[Hand]:

@@ -1,1 +1,1 @@
-"""Strategies whose updates were made from models that others have moved on from meanwhile."""
+"""Asynchronous strategies: an update may start from an older model than the one it is merged into."""

@@ -1,11 +1,11 @@
 """FedAsync (Xie et al. 2019, "Asynchronous Federated Optimization", algorithm 1).
 
-The server mixes every client's model into its own as soon as it arrives, the less the later it is:
+The server mixes every client's model into its own as soon as it arrives, with less weight the later it is:
 
     x_t = (1 - alpha_t) x_{t-1} + alpha_t x_new        alpha_t = alpha * s(t - tau)
 
-alpha is `lr`; `late` has the weights s. A client pays `proximal_mu`, the paper's rho, for moving off the
-model x_tau that it started from. Its model is x_new = x_tau + delta, so that in terms of delta the step is
+alpha is `lr`; `late.py` has the weights s. A client's loss has a proximal term of strength `proximal_mu`, the
+paper's rho, around the model x_tau from which it started. With x_new = x_tau + delta the step in delta is
 alpha_t * (x_tau - x_{t-1} + delta): a late client also pulls back towards where it started.
 """
 
@@ -26,7 +26,7 @@ from atoll.strategies.strategy import Plan, State
 
 @dataclass(frozen=True)
 class FedAsync(WeighsLate):
-    """Move by `lr` times the part s(staleness) of the way to the one client's model."""
+    """Move by `lr` times s(staleness) times the difference to the model of the one client."""
 
     lr: float = 0.6
     proximal_mu: float = 0.005
@@ -42,7 +42,7 @@ class FedAsync(WeighsLate):
         return self._step.plan(state, round)
 
     def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
-        """s(staleness) times the way from the model of now to the client's."""
+        """s(staleness) times the client's model minus the present one."""
         weight = self.weight(staleness)
         return {name: (weight * (drift[name] + d.to(torch.float64))).to(d.dtype) for name, d in delta.items()}
 

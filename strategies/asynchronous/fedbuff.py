@@ -5,8 +5,9 @@ holds K of them (`federation.cohort`), while as many clients as `federation.conc
 
     w <- w + eta_g / K * sum_i s(tau_i) delta_i        s(tau) = 1 / sqrt(1 + tau)
 
-tau_i is the staleness of an update, eta_g is `lr`. Clients weigh the same. The paper's experiments have a
-server momentum, as FedAvgM's. Each s is at most 1, so that what is clipped after it keeps one client's bound.
+tau_i is the staleness of an update, eta_g is `lr`. Clients have equal weights. The paper's experiments have a
+server momentum, as in FedAvgM. Each s is at most 1, so it does not weaken the bound of one client's clipped
+update.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from atoll.strategies.strategy import Plan, State
 
 @dataclass(frozen=True)
 class FedBuff(WeighsLate):
-    """Move by `lr` times the even mean of the buffer's weighed deltas, with momentum if any."""
+    """Move by `lr` times the mean of the buffer's deltas, each weighted by s, with `momentum`."""
 
     lr: float = 1.0
     momentum: float = 0.0
@@ -42,7 +43,7 @@ class FedBuff(WeighsLate):
         return {}
 
     def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
-        """s(tau) delta, wherever the client started."""
+        """s(tau) times the delta; the client's start has no influence."""
         weight = self.weight(staleness)
         return {name: (weight * d.to(torch.float64)).to(d.dtype) for name, d in delta.items()}
 

@@ -1,8 +1,8 @@
-"""What a late update weighs, and the seam of a strategy that takes late ones.
+"""The weights of late updates, and the interface of strategies that merge late updates.
 
-The staleness d of an update, Xie et al.'s t - tau, is how many times the model was merged while its client
-trained: 0 for one that was made from the model of now. Three weights s of it are theirs (2019, section 5.2),
-each 1 for an update that isn't late:
+The staleness d of an update, Xie et al.'s t - tau, is how many merges happened while its client trained: 0
+if the client started from the present model. They define three weights s (2019, section 5.2), each of which
+is 1 for an update that isn't late:
 
     constant:    s(d) = 1
     polynomial:  s(d) = (d + 1) ** -a
@@ -24,9 +24,9 @@ Weighing = Literal["constant", "polynomial", "hinge"]
 
 @dataclass(frozen=True)
 class Drift(Mapping[str, torch.Tensor]):
-    """How far the model that a client started from lies from the one of now, in float64.
+    """The model from which a client started minus the present model, by name, in float64.
 
-    Each tensor is computed when it is asked for: all of them together are twice as large as the model.
+    Each tensor is computed on access: all of them together would be twice as large as the model.
     """
 
     start: Tensors
@@ -43,19 +43,20 @@ class Drift(Mapping[str, torch.Tensor]):
 
 
 class MergesLate(Protocol):
-    """A strategy that says what becomes of an update before it is merged with others."""
+    """A strategy that transforms each late update before it is merged with others."""
 
     def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
-        """The update as it counts now, in the shapes and types of `delta`.
+        """The delta to merge, in the shapes and dtypes of `delta`.
 
-        `delta` is how far the client moved from where it started; several clients of one start have a
-        first dimension more. `drift` is that start minus the model of now, in float64.
+        `delta` is the client's model minus its start; for several clients with the same start it is stacked
+        to [clients, …]. `drift` is that start minus the present model, in float64. `staleness` is the number
+        of merges since the start.
         """
         ...
 
 
 def staleness_weight(weighing: Weighing, staleness: int, a: float, b: float) -> float:
-    """s of the module's formulas, from 0 to 1.
+    """The weight s(staleness) by the module's formulas, from 0 to 1.
 
     >>> staleness_weight("polynomial", 3, 0.5, 0), staleness_weight("hinge", 6, 10, 4)
     (0.5, 0.047619047619047616)
@@ -71,12 +72,12 @@ def staleness_weight(weighing: Weighing, staleness: int, a: float, b: float) -> 
 
 @dataclass(frozen=True)
 class WeighsLate:
-    """What strategies share that weigh late updates: which function, and its a and b."""
+    """The common part of strategies that weight late updates: the function s, with its a and b."""
 
     weighing: Weighing = "polynomial"
     a: float = 0.5
     b: float = 4.0
 
     def weight(self, staleness: int) -> float:
-        """What an update counts that is so many merges late, from 0 to 1."""
+        """The weight, from 0 to 1, of an update that is `staleness` merges late."""
         return staleness_weight(self.weighing, staleness, self.a, self.b)

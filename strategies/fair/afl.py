@@ -8,9 +8,9 @@ which for one step over all its examples is -gamma_w grad L_i(w). STOCHASTIC-AFL
     lambda <- the point of the simplex nearest to lambda + gamma_lambda (L_1(w), ..., L_N(w))
 
 with lambda_i = 1 / N at first. gamma_lambda is `lambda_lr`; gamma_w is the clients' learning rate. Where only
-n of N clients send, both sums are the paper's estimates from clients drawn evenly: those who send count
-N / n times, the others nothing, which is right in the mean over the draws. The nearest point is found as in
-Duchi et al. 2008. The paper's bound is for the mean of all models; here the model is the last one.
+n of N clients send, both sums are the paper's unbiased estimates from uniformly drawn clients: those that
+send count N / n times, the others zero. The nearest point is found as in Duchi et al. 2008. The paper's bound
+is for the mean of all models; here the model is the last one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from atoll.strategies.mean import moved, sent_numbers, weighted_sum
 from atoll.strategies.strategy import Plan, State
 
 PREFIX = "lambda."
-"""Before a client's name in the strategy's state: its weight."""
+"""The prefix, before a client's name, of its weight in the strategy's state."""
 UNSEEN = "lambda"
-"""In the state: the weight that each client has who has never sent anything."""
+"""The name, in the state, of the weight of each client that has never sent anything."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,23 @@ class AgnosticFederatedLearning:
         return {}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """As in the seam.
+        """As `Strategy.merge`.
 
         Raises:
-            InconsistentUpdates: an update has no loss of the received model.
+            InconsistentUpdates: an update lacks the loss of the received model.
         """
         losses = sent_numbers(updates, RECEIVED_LOSS)
         names = sorted({n.removeprefix(PREFIX) for n in state if n.startswith(PREFIX)} | losses.keys())
         unseen = max(0, self.clients - len(names))
         weights = {name: float(state.get(PREFIX + name, state[UNSEEN])) for name in names}
         scale = max(1.0, self.clients / len(losses))
-        own = torch.tensor([weights[name] for name in losses], dtype=torch.float64)
-        step = weighted_sum(updates, self.lr * scale * own)
+        mixture = torch.tensor([weights[name] for name in losses], dtype=torch.float64)
+        step = weighted_sum(updates, self.lr * scale * mixture)
         for name, loss in losses.items():
             weights[name] += self.lambda_lr * scale * loss
         after = nearest_in_simplex([*weights.values(), *[float(state[UNSEEN])] * unseen])
-        kept: State = {PREFIX + name: value for name, value in zip(weights, after, strict=False)}
-        return moved(model, step), {**kept, UNSEEN: after[-1] if unseen else 0.0}
+        weights_after: State = {PREFIX + name: value for name, value in zip(weights, after, strict=False)}
+        return moved(model, step), {**weights_after, UNSEEN: after[-1] if unseen else 0.0}
 
 
 def nearest_in_simplex(values: Sequence[float]) -> list[float]:

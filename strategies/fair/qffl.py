@@ -9,10 +9,10 @@ of the Lipschitz constant of the gradients for q = 0, which is 1 over the client
     h_k = q F_k^(q - 1) ||Delta w_k||^2 + L F_k^q
     w <- w - sum over S of Delta_k / sum over S of h_k
 
-so that a larger q needs no learning rate of its own. The paper draws client k with probability p_k and sums
-evenly; here S is drawn evenly, so p_k is the same for all clients, whatever their numbers of examples. Both
-sums are divided by max_k F_k^q here, which changes no quotient and overflows for no q. Losses below 1e-10
-count as 1e-10, for F_k^(q - 1) has no value at 0.
+so that no learning rate has to be tuned for each q. The paper draws client k with probability p_k and sums
+without weights; here S is drawn uniformly, so p_k is the same for all clients, whatever their numbers of
+examples. Both sums are divided by max_k F_k^q, which leaves their quotient unchanged and avoids overflow.
+Losses below 1e-10 count as 1e-10, since F_k^(q - 1) has no value at 0.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class QFedAvg:
         return {}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """As in the seam.
+        """As `Strategy.merge`.
 
         Raises:
-            InconsistentUpdates: an update has no loss of the received model, or one below 0.
+            InconsistentUpdates: an update lacks the loss of the received model, or has one below 0.
         """
         sent = sent_numbers(updates, RECEIVED_LOSS)
         client = min(sent, key=sent.__getitem__)

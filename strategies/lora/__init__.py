@@ -1,1 +1,1 @@
-"""How LoRA's factors merge: a file a method, each a pure function of one layer's factors."""
+"""Methods that merge LoRA's factors: one file each, a pure function of one layer's factors."""

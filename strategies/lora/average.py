@@ -1,9 +1,8 @@
 """The mean of each factor on its own (Zhang et al. 2024, "Towards Building the Federated GPT", FedIT).
 
-With symbols as in `factors.py`: B <- sum_i w_i B_i and A <- sum_i w_i A_i. Both travel, and whatever
-strategy merges other tensors merges these. What comes out is B A, which isn't sum_i w_i B_i A_i unless all
-A_i or all B_i are the same; the difference is the error that every round reports. It grows with how far
-clients drift apart.
+With symbols as in `factors.py`: B <- sum_i w_i B_i and A <- sum_i w_i A_i. Clients send both, and the job's
+strategy merges them like any tensor. The merged product B A differs from sum_i w_i B_i A_i unless all A_i or
+all B_i are the same; every round reports the difference as its error, which grows as clients drift apart.
 """
 
 from __future__ import annotations
@@ -17,5 +16,5 @@ def average(layer: LayerRound) -> Merged:
 
 
 def is_trained(name: str, round: int) -> bool:
-    """Whether a tensor is trained, and comes back from clients, in a round: all but what the server adds."""
+    """Whether clients train and send a tensor in a round: all but what the server adds to weights."""
     return not name.endswith(BASE)

@@ -1,9 +1,10 @@
-"""LoRA's factors in one layer, what their products add up to, and how far a merge is from that.
+"""LoRA's factors in one layer, the mean of the clients' products, and the error of a merge against it.
 
-Hu et al. 2021, "LoRA": a frozen weight W0 [out, in] is used as W0 + s B A, with B [out, r], A [r, in] and s
-= alpha / r, or alpha / sqrt(r) where ranks are stabilised. Client i of a round sends B_i and A_i and weighs
-w_i, which add up to 1. What the clients agree on is the mean product, s sum_i w_i B_i A_i, and the mean of
-products isn't the product of means. A convolution's `in` is its channels times its places. All is float64.
+Hu et al. 2021, "LoRA": a frozen weight W0 [out, in] is used as W0 + s B A, with B [out, r], A [r, in] and
+s = alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA. Client i of a round sends B_i and A_i and has the
+weight w_i; the weights sum to 1. An exact merge has the mean product, s sum_i w_i B_i A_i, which differs from
+the product of the mean factors. A convolution's `in` is its input channels times its kernel size. All numbers
+are float64.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"
 BASE = ".lora_base"
-"""How names end after a layer's: its factors, as peft has them; what is added to its weight, [out, in]."""
+"""Suffixes of a layer's name: its factors, as peft names them, and what is added to its weight [out, in]."""
 BASIS, CORE = ".lora_B.default.basis.weight", ".lora_B.default.core.weight"
-"""The same where B is the product of two, of which the second is trained (`fedsb.py`)."""
+"""Suffixes where B is the product of a fixed basis and a trained core (`fedsb.py`)."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class LayerRound:
-    """What a round brings for one layer.
+    """One layer's factors and weights in a round.
 
-    `weights` [clients] are the w_i, `clients` their factors, `mean` the factors that the strategy has merged
-    each on its own, `scaling` is s, `base` what has been added to W0 so far. `fresh_a` draws a new A.
+    `weights` [clients] are the w_i, `clients` the clients' factors, `mean` the factors as the job's strategy
+    merged them, `scaling` is s, and `base` the sum of what was added to W0 so far. `fresh_a` draws a new A.
     """
 
     weights: torch.Tensor
@@ -57,16 +58,16 @@ class LayerRound:
 
 @dataclass(frozen=True)
 class Merged:
-    """A layer after the round: its factors, and what its frozen weight has had added, None if nothing is."""
+    """A layer after the round: its factors, and the sum of what was added to its frozen weight, if any."""
 
     factors: Factors
     base: torch.Tensor | None = None
 
 
 def aggregation_error(layer: LayerRound, merged: Merged) -> tuple[float, float]:
-    """(Frobenius norm of the mean product minus what was merged, the same over the mean product's own).
+    """(Frobenius norm of the mean product minus the merged one, that over the norm of the mean product).
 
-    Both with what was added to the frozen weight before; 0 over 0 counts as 0.
+    Both products include what was added to the frozen weight before. 0 / 0 counts as 0.
     """
     meant, s = layer.side_by_side, layer.scaling
     if merged.base is not None:

@@ -1,7 +1,7 @@
 """FedEx-LoRA (Singhal et al. 2024, "Exact Aggregation for Federated and Efficient Fine-Tuning").
 
-With symbols as in `factors.py`, factors merge as their means, and what that leaves out is added to the
-frozen weight:
+With symbols as in `factors.py`, factors are merged to their means, and the residual is added to the frozen
+weight:
 
     B  <- sum_i w_i B_i,    A <- sum_i w_i A_i
     W0 <- W0 + s (sum_i w_i B_i A_i - B A)
@@ -19,6 +19,6 @@ from atoll.strategies.lora.factors import LayerRound, Merged
 
 
 def fedex(layer: LayerRound) -> Merged:
-    """The mean factors; what they miss of the mean product goes to the frozen weight."""
+    """The mean factors; the rest of the mean product is added to the frozen weight."""
     residual = layer.side_by_side.product - layer.mean.product
     return Merged(layer.mean, layer.base + layer.scaling * residual)

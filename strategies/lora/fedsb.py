@@ -5,8 +5,8 @@ at all clients and never change, and only R [r, r] is trained and travels:
 
     sum_i w_i B R_i A = B (sum_i w_i R_i) A
 
-so that the mean of R is exact. As with FFA-LoRA it is linear in what clients send, so that secure sums,
-clipping and noise mean for it what they mean for any weight; r² numbers a layer are the fewest of all ways.
+so that the mean of R is exact. As with FFA-LoRA the merged model is linear in what clients send, so secure
+sums, clipping and noise act on R as on any weight. No other method sends fewer than its r² numbers a layer.
 
 The paper (arXiv 2502.15371) takes B and A from the singular vectors of the first full gradient, averaged over
 clients, which is a round of whole layers and a look at examples. Here they are the frozen weight's, as in
@@ -25,23 +25,25 @@ from atoll.strategies.lora.factors import Factors
 __all__ = ["average", "is_trained", "singular_factors", "with_core"]
 
 LEAST = 1e-6
-"""Singular values below this part of the greatest one are rounding: their directions are nobody's."""
+"""Singular values below this part of the largest one are rounding errors and count as zero."""
 CLOSE = 1e-8
-"""Of singular values nearer to each other, as a part of the greatest, other libraries find other vectors."""
+"""Singular values that differ by less than this part of the largest count as equal: libraries then find
+different vectors."""
 
 
 def with_core(basis: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
-    """B R, in LoRA's place of B: [..., out, r] of B [out, r] and R [..., r, r]."""
+    """The product B R, which stands where LoRA has B: [..., out, r] from B [out, r] and R [..., r, r]."""
     return basis @ core
 
 
 def singular_factors(weight: torch.Tensor, rank: int) -> Factors | None:
     """B [out, rank] and A [rank, in] of a weight [out, in], with orthonormal columns and rows; in float64.
 
-    Of each pair of vectors the largest number in B's is positive, for a decomposition leaves both signs open.
-    Where the weight has fewer directions than `rank`, what is missing is zero, and R does nothing there.
-    None where the vectors aren't determined: of a weight that is zero, and where singular values are equal,
-    as an orthogonal weight's are. Each site finds them by itself, so all must find the same.
+    The decomposition determines each pair of vectors up to its sign; here the largest number in B's is
+    positive. If the weight's rank is below `rank`, the remaining columns and rows are zero.
+
+    None if the vectors are not determined, because the weight is zero or singular values are equal, as those
+    of an orthogonal weight: each site computes the vectors by itself, and all must get the same.
 
     >>> factors = singular_factors(torch.tensor([[0.0, -3.0], [1.0, 0.0]]), rank=1)
     >>> (factors.b @ factors.a).round(decimals=6).add(0).tolist()

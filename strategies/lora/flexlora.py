@@ -25,12 +25,12 @@ from atoll.strategies.lora.factors import A, B, Factors, LayerRound, Merged
 
 
 def flexlora(layer: LayerRound) -> Merged:
-    """The best factors of their rank for the mean product."""
+    """The best factors of rank r for the mean product."""
     return Merged(best_factors(layer.side_by_side, layer.mean.b.shape[1]))
 
 
 def best_factors(wide: Factors, rank: int) -> Factors:
-    """Factors of that rank whose product is nearest to `wide`'s, the largest singular values first."""
+    """Factors of rank `rank` whose product is nearest to `wide`'s, the largest singular values first."""
     left, right = torch.linalg.qr(wide.b), torch.linalg.qr(wide.a.T)
     u, s, v = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     b, a = (left.Q @ u * s)[:, :rank], (v @ right.Q.T)[:rank]
@@ -39,7 +39,7 @@ def best_factors(wide: Factors, rank: int) -> Factors:
 
 
 def truncated(model: Tensors, rank: int) -> Tensors:
-    """The model with zeros in all of LoRA's factors from that rank on."""
+    """The model with zeros in all of LoRA's factors from index `rank` on."""
     return {name: _cut(name, tensor, rank) for name, tensor in model.items()}
 
 
@@ -52,5 +52,5 @@ def _cut(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def starts_by_rank(model: Tensors, ranks: Mapping[str, int], clients: Sequence[str]) -> dict[str, Tensors]:
-    """Where clients start that have a rank of their own."""
+    """The tensors from which clients with a lower rank start, by client."""
     return {client: truncated(model, ranks[client]) for client in clients if client in ranks}

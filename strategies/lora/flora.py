@@ -19,6 +19,6 @@ from atoll.strategies.lora.factors import Factors, LayerRound, Merged
 
 
 def flora(layer: LayerRound) -> Merged:
-    """A new adapter, whose product is zero; the mean product goes to the frozen weight."""
+    """A new adapter with product zero; the mean product is added to the frozen weight."""
     fresh = Factors(torch.zeros_like(layer.mean.b), layer.fresh_a())
     return Merged(fresh, layer.base + layer.scaling * layer.side_by_side.product)

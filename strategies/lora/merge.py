@@ -1,4 +1,4 @@
-"""A strategy for LoRA's factors: what the job's own merges tensor by tensor, made right layer by layer."""
+"""A strategy around the job's own, which merges LoRA's factors layer by layer instead of tensor by tensor."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from atoll.strategies.mean import example_counts
 from atoll.strategies.strategy import Plan, State, Strategy, tensors_for_clients
 
 ERROR, RELATIVE = "lora.error.", "lora.relative_error."
-"""Before the names of layers in the strategy's state: what `aggregation_error` said of the last round."""
+"""Prefixes of a layer's error and relative error (`aggregation_error`) of the last round in the state."""
 
 MERGES: Mapping[str | None, Callable[[LayerRound], Merged]] = {
     "fedex": fedex,
     "flora": flora,
     "flexlora": flexlora,
 }
-"""How a layer merges, by `tune.lora_merge`; all others take the mean of each factor."""
+"""The merge of a layer by `tune.lora_merge`; values that are not here take the mean of each factor."""
 
 ADDS_TO_BASE = ("fedex", "flora")
 """Values of `tune.lora_merge` that add to frozen weights."""
@@ -51,11 +51,11 @@ TRAINED: Mapping[str | None, Callable[[str, int], bool]] = {
     "fedex": is_trained,
     "flora": is_trained,
 }
-"""Which tensors clients train and send in a round, by `tune.lora_merge`; of all others it is every one."""
+"""Whether clients train and send a tensor in a round, by `tune.lora_merge`; all tensors for other values."""
 
 
 def trained_in_round(tensors: Tensors, method: str | None, round: int) -> Tensors:
-    """Those of a model's tensors that clients train and send in a round, which counts from 1."""
+    """The tensors of a model that clients train and send in a round, which counts from 1."""
     if method not in TRAINED:
         return tensors
     return {name: t for name, t in tensors.items() if TRAINED[method](name, round)}
@@ -63,9 +63,9 @@ def trained_in_round(tensors: Tensors, method: str | None, round: int) -> Tensor
 
 @dataclass(frozen=True)
 class LoraMerge:
-    """The `inner` strategy, followed by a merge of the factors of every layer that has both.
+    """The `inner` strategy, followed by a merge of the factors of every LoRA layer.
 
-    `scalings` are the layers' s by name, `frozen` the factors that nobody trains.
+    `scalings` are the layers' s by name, `frozen` the factors that are never trained.
     """
 
     inner: Strategy
@@ -81,23 +81,23 @@ class LoraMerge:
         return self.inner.plan(_inner(state), round)
 
     def tensors_for_clients(self, state: State) -> Tensors:
-        """What the inner strategy sends."""
+        """The tensors that the inner strategy sends."""
         return tensors_for_clients(self.inner, _inner(state))
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
         round = updates.round if isinstance(updates, StackedUpdates) else updates[0].round
         trained = trained_in_round(model, self.method, round)
         step, after = self.inner.merge(trained, updates, _inner(state))
-        found, errors = {**model, **step}, dict[str, torch.Tensor | float]()
+        moved, errors = {**model, **step}, dict[str, torch.Tensor | float]()
         counts = torch.tensor(example_counts(updates), dtype=torch.float64)
         for name, scaling in self.scalings.items():
-            layer = self._layer(name, scaling, model, updates, found, counts / counts.sum(), round)
+            layer = self._layer(name, scaling, model, updates, moved, counts / counts.sum(), round)
             merged = MERGES.get(self.method, average)(layer)
-            found |= _as_tensors(name, merged, found)
+            moved |= _as_tensors(name, merged, moved)
             errors[ERROR + name], errors[RELATIVE + name] = aggregation_error(
-                layer, _as_stored(name, merged, found)
+                layer, _as_stored(name, merged, moved)
             )
-        return found, {**after, **errors}
+        return moved, {**after, **errors}
 
     def _layer(
         self,
@@ -105,11 +105,11 @@ class LoraMerge:
         scaling: float,
         model: Tensors,
         updates: Sequence[Update],
-        found: Tensors,
+        moved: Tensors,
         weights: torch.Tensor,
         round: int,
     ) -> LayerRound:
-        ends, after = (CORE if self.method == "fedsb" else B, A), {**self.frozen, **found}
+        ends, after = (CORE if self.method == "fedsb" else B, A), {**self.frozen, **moved}
         b, a = (self._of_clients(name + end, model, updates) for end in ends)
         merged_b, merged_a = (as_matrix(after[name + end], end) for end in ends)
         if self.method == "fedsb":
@@ -122,7 +122,7 @@ class LoraMerge:
         )  # fmt: skip
 
     def _of_clients(self, name: str, model: Tensors, updates: Sequence[Update]) -> torch.Tensor:
-        """A factor of every client, [clients, rows, columns]: where it was, and how far it moved."""
+        """A factor of every client after training, [clients, rows, columns]."""
         start = as_matrix({**self.frozen, **model}[name], name)
         moved = _stack(updates, name)
         if moved is None:
@@ -131,38 +131,38 @@ class LoraMerge:
 
 
 def _stack(updates: Sequence[Update], name: str) -> torch.Tensor | None:
-    """How a tensor moved at each client, [clients, ...]; None where it wasn't trained."""
+    """A tensor's delta at each client, [clients, …]; None where it wasn't trained."""
     if isinstance(updates, StackedUpdates):
         return updates.delta.get(name)
     return torch.stack([u.delta[name] for u in updates]) if name in updates[0].delta else None
 
 
 def as_matrix(factor: torch.Tensor, name: str) -> torch.Tensor:
-    """A factor in float64 as [r, in] or [out, r], of convolutions too."""
+    """A factor in float64 as a matrix [r, in] or [out, r], also that of a convolution."""
     return factor.to(torch.float64).flatten(1) if name.endswith((A, B, BASIS, CORE)) else factor
 
 
-def _as_tensors(name: str, merged: Merged, found: Tensors) -> Tensors:
-    """What is merged, in the shapes and types of the model's tensors."""
+def _as_tensors(name: str, merged: Merged, model: Tensors) -> Tensors:
+    """The merged layer in the shapes and dtypes of the model's tensors."""
     values = {B: merged.factors.b, A: merged.factors.a, BASE: merged.base}
     return {
-        name + end: value.reshape(found[name + end].shape).to(found[name + end].dtype)
+        name + end: value.reshape(model[name + end].shape).to(model[name + end].dtype)
         for end, value in values.items()
-        if value is not None and name + end in found
+        if value is not None and name + end in model
     }
 
 
-def _as_stored(name: str, merged: Merged, found: Tensors) -> Merged:
-    """What is merged as the model has it, rounded to its types."""
+def _as_stored(name: str, merged: Merged, model: Tensors) -> Merged:
+    """The merged layer after rounding to the dtypes of the model's tensors, in float64."""
     b, a = (
-        as_matrix(found[name + end], end) if name + end in found else exact
+        as_matrix(model[name + end], end) if name + end in model else exact
         for end, exact in ((B, merged.factors.b), (A, merged.factors.a))
     )
-    return Merged(Factors(b, a), None if merged.base is None else found[name + BASE].to(torch.float64))
+    return Merged(Factors(b, a), None if merged.base is None else model[name + BASE].to(torch.float64))
 
 
 def _fresh(seed: int, name: str, round: int, shape: torch.Size) -> torch.Tensor:
-    """A new A [r, in] after a round: uniform within 1 / sqrt(in)."""
+    """A new A [r, in] after a round, uniform in ± 1 / sqrt(in)."""
     draw = torch.rand(shape, generator=stream(seed, "lora", name, round), dtype=torch.float64)
     return (2 * draw - 1) / math.sqrt(shape[1])
 
@@ -172,6 +172,6 @@ def _inner(state: State) -> State:
 
 
 def aggregation_errors(state: State) -> dict[str, tuple[float, float]]:
-    """(error, relative error) of the last merge by layer; empty where factors don't merge."""
+    """(error, relative error) of the last merge by layer; empty where no factors are merged."""
     errors = {n.removeprefix(ERROR): float(v) for n, v in state.items() if n.startswith(ERROR)}
     return {name: (error, float(state[RELATIVE + name])) for name, error in errors.items()}

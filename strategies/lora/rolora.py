@@ -5,9 +5,9 @@ With symbols as in `factors.py`, one of the factors is the same at all clients i
 
     sum_i w_i B_i A = (sum_i w_i B_i) A    and    sum_i w_i B A_i = B (sum_i w_i A_i)
 
-so that the mean of what was trained is exact, at half of the bytes up, and A learns too, which FFA-LoRA's
-never does. B comes first: it is zero at the start, and A has no gradient before it moves. What else is
-tuned, such as a head, is trained in every round.
+so that the mean of the trained factor is exact, at half of the bytes up, and A is trained too, unlike in
+FFA-LoRA. B comes first: it is zero at the start, and until it moves A has no gradient. Other trained tensors,
+such as a head, are trained in every round.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ __all__ = ["alternates", "average"]
 
 
 def alternates(name: str, round: int) -> bool:
-    """Whether a tensor is trained, and comes back from clients, in a round, which counts from 1."""
+    """Whether clients train and send a tensor in a round, which counts from 1."""
     resting = A if round % 2 else B
     return is_trained(name, round) and not name.endswith(resting)

@@ -1,1 +1,1 @@
-"""Strategies whose model is for adapting: a few local steps from it lead far at every client."""
+"""Strategies that train a model for adaptation: a few local steps make it good for any client."""

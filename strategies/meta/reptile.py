@@ -1,8 +1,8 @@
 """Reptile (Nichol et al. 2018, "On First-Order Meta-Learning Algorithms", section 5, a batch of tasks).
 
-The model moves by `lr` (the paper's epsilon) times the even mean of the clients' deltas: every client is a
-task and counts the same, whatever it holds. Several local steps a round are what makes the result an
-initialisation that a few more steps adapt; `evaluate.adapt` measures that.
+The model moves by `lr` (the paper's epsilon) times the unweighted mean of the clients' deltas: every client
+is a task and has the same weight, whatever the size of its shard. With several local steps per round the
+result is an initialisation that a few more steps adapt to a client; `evaluate.adapt` measures that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from atoll.strategies.strategy import Plan, State
 
 @dataclass(frozen=True)
 class Reptile:
-    """Move by `lr` times the even mean of the deltas."""
+    """Move by `lr` times the unweighted mean of the deltas."""
 
     lr: float = 0.5
 

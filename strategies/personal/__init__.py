@@ -1,1 +1,1 @@
-"""Strategies that end with more than one model: each client uses the one that fits it."""
+"""Strategies that train more than one model; each client uses the one that fits it."""

@@ -1,7 +1,7 @@
 """IFCA (Ghosh et al. 2020, "An Efficient Framework for Clustered Federated Learning"), model averaging.
 
-There are k models theta_1 ... theta_k, one a cluster of clients, and F_i is client i's loss on its training
-examples. In algorithm 1 a round's clients M get all k models, and each says which one fits it,
+There are k models theta_1 ... theta_k, one for each cluster of clients, and F_i is client i's loss on its
+training examples. In algorithm 1 a round's clients M get all k models, and each chooses one,
 
     j_i = the j with the least F_i(theta_j),    the first of equal ones
 
@@ -30,7 +30,7 @@ from atoll.strategies.strategy import Plan, State
 
 @dataclass(frozen=True)
 class Ifca:
-    """Move each cluster's model by the even mean of the deltas of the clients that chose it."""
+    """Move each cluster's model by the unweighted mean of the deltas of the clients that chose it."""
 
     def begin(self, model: Tensors) -> State:
         return {}
@@ -39,10 +39,10 @@ class Ifca:
         return {}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """As in the seam; the model's tensors are [clusters, ...], those of the deltas are of one cluster.
+        """As `Strategy.merge`; the model's tensors are [clusters, …], a delta's tensors are one cluster's.
 
         Raises:
-            InconsistentUpdates: an update names no cluster, or one that isn't there.
+            InconsistentUpdates: an update names no cluster, or one that does not exist.
         """
         models = [model_of_cluster(model, number) for number in range(clusters_in(model))]
         chosen = sent_numbers(updates, CLUSTER)
@@ -52,19 +52,19 @@ class Ifca:
                     f"{client} chose cluster {number:g}, expected 0 to {len(models) - 1}"
                 )
         for number, before in enumerate(models):
-            members = [place for place, own in enumerate(chosen.values()) if own == number]
+            members = [place for place, cluster in enumerate(chosen.values()) if cluster == number]
             if members:
                 models[number] = moved(before, even_mean(taken(updates, members)))
         return stacked_models(models), state
 
 
 def clusters_in(model: Tensors) -> int:
-    """How many models are stacked."""
+    """The number of cluster models in a stack."""
     return len(next(iter(model.values())))
 
 
 def model_of_cluster(model: Tensors, number: int) -> Tensors:
-    """One of the stacked models."""
+    """The stacked model with this number, from 0."""
     return {name: stack[number].contiguous() for name, stack in model.items()}
 
 

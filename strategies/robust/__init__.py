@@ -1,1 +1,1 @@
-"""Merges that hold against hostile clients: one rule a file, on rows of float64, [clients, numbers]."""
+"""Merge rules that are robust to hostile clients: one file each, on float64 rows [clients, numbers]."""

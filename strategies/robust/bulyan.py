@@ -15,7 +15,7 @@ from atoll.strategies.robust.nearest_neighbour_mixing import distances
 
 
 def bulyan(rows: torch.Tensor, hostile: int) -> torch.Tensor:
-    """What Krum's choice of the rows [clients, numbers] agrees on in every number, [numbers], in float64.
+    """Bulyan's merged row [numbers] of rows [clients, numbers] with at most `hostile` bad ones, in float64.
 
     >>> line = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0], [1e6]], dtype=torch.float64)
     >>> bulyan(line, hostile=1).tolist()
@@ -27,7 +27,7 @@ def bulyan(rows: torch.Tensor, hostile: int) -> torch.Tensor:
 
 
 def krum_choice(rows: torch.Tensor, hostile: int, count: int) -> list[int]:
-    """The places of `count` rows as Krum chooses them, each among those that are left; sorted."""
+    """The sorted places of `count` rows that Krum chooses one after the other among the remaining rows."""
     squares, left = distances(rows).square(), list(range(len(rows)))
     for _ in range(count):
         scores = krum_scores(squares[left][:, left], hostile)

@@ -25,7 +25,7 @@ from atoll.strategies.strategy import Plan, State
 def centered_clipping(
     rows: torch.Tensor, centre: torch.Tensor, clipping_norm: float, iterations: int
 ) -> torch.Tensor:
-    """The centre [numbers] after steps towards the rows [clients, numbers], in float64.
+    """The centre [numbers] after `iterations` clipped steps towards the rows [clients, numbers], in float64.
 
     >>> rows = torch.tensor([[1.0], [2.0], [1e6]], dtype=torch.float64)
     >>> centered_clipping(rows, torch.zeros(1, dtype=torch.float64), clipping_norm=3.0, iterations=1).tolist()
@@ -38,7 +38,7 @@ def centered_clipping(
 
 @dataclass(frozen=True)
 class CenteredClipping:
-    """Move by `lr` times the centre, which the state keeps."""
+    """Move by `lr` times the centre, which the state holds."""
 
     options: CenteredClippingOptions
     lr: float = 1.0

@@ -1,4 +1,4 @@
-"""FLANDERS (Gabrielli et al. 2023, arXiv 2303.16668): what clients' pasts don't lead to is set aside.
+"""FLANDERS (Gabrielli et al. 2023, arXiv 2303.16668): leaves out updates that clients' pasts do not predict.
 
 Theta_t [numbers, clients] has the local models of round t, a column a client. Those of honest clients are
 predictable from round to round, by a matrix autoregressive model of order 1,
@@ -6,12 +6,13 @@ predictable from round to round, by a matrix autoregressive model of order 1,
     Theta_t = A Theta_{t-1} B + noise,    A, B = argmin sum_s || Theta_s - A Theta_{s-1} B ||_F^2
 
 over the pairs of rounds in a window of the past (`matrix_autoregression.py`). A client's score is the L2
-distance of what it sent to its column of the forecast A Theta_{t-1} B. Of n clients the n - f with the
+distance of its local model from its column of the forecast A Theta_{t-1} B. Of n clients the n - f with the
 least scores are kept, f being `hostile`, and a rule merges their deltas. Of equal scores the first counts.
 
-Who was set aside has the merged model for that round in its column, so that what it sent leads to nothing.
-So it is, here, with who took no part or is new; the authors have all clients in every round. In the first
-round the forecast is the model that clients received, in the second one what they sent in the first.
+A client that is left out gets the merged model in its column for that round, so that its update has no
+influence on later forecasts. Here the same holds for clients that took no part or are new; in the paper all
+clients take part in every round. The forecast of the first round is the model that clients received, that of
+the second round what they sent in the first.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from atoll.strategies.robust.rows import flat, moved_by, rows_to_merge
 from atoll.strategies.strategy import Plan, State
 
 MERGED = "merged"
-"""In the state: the numbers of the global model after each round of the window, [rounds, numbers]."""
+"""The name, in the state, of the global models after the window's rounds, [rounds, numbers]."""
 PREFIX = "local."
-"""Before a client's name in the state: those of its local models, or of the global one, likewise."""
+"""The prefix, before a client's name in the state, of its column's models, [rounds, numbers]."""
 
 
 @dataclass(frozen=True)
 class Flanders:
-    """Move by `lr` times what the rule makes of the deltas whose clients' pasts lead to them."""
+    """Move by `lr` times the rule's merge of the deltas that clients' pasts predict best."""
 
     options: FlandersOptions
     lr: float = 1.0
@@ -54,10 +55,10 @@ class Flanders:
         return {}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """As in the seam.
+        """As `Strategy.merge`.
 
         Raises:
-            InconsistentUpdates: there are fewer than one more than hostile clients.
+            InconsistentUpdates: there are no more updates than `hostile`.
         """
         clients, rows = list(clients_of(updates)), rows_to_merge(model, updates, self.options)
         looked_at = self._looked_at(rows.shape[1])
@@ -67,13 +68,13 @@ class Flanders:
         if MERGED in state:
             expected = forecast(past_of(clients, state), self.options.ridge, self.options.iterations)
         scores = torch.linalg.vector_norm(local - expected, dim=1)
-        kept = sorted(scores.argsort(stable=True)[: len(rows) - self.options.hostile].tolist())
-        merged = moved_by(model, self._ruled(rows[kept]), self.lr)
-        sent = {clients[i]: local[i] for i in kept}
+        honest = sorted(scores.argsort(stable=True)[: len(rows) - self.options.hostile].tolist())
+        merged = moved_by(model, self._ruled(rows[honest]), self.lr)
+        sent = {clients[i]: local[i] for i in honest}
         return merged, after_round(state, sent, flat(merged)[looked_at], self.options.window)
 
     def _looked_at(self, numbers: int) -> torch.Tensor:
-        """Which of a model's numbers are looked at, in their order; the job's seed draws them."""
+        """The sorted places of the numbers that forecasts use, drawn from the job's seed."""
         if numbers <= self.options.sampled:
             return torch.arange(numbers)
         drawn = torch.randperm(numbers, generator=stream(self.seed, "flanders"))
@@ -91,16 +92,16 @@ class Flanders:
 
 
 def past_of(clients: Sequence[str], state: State) -> torch.Tensor:
-    """The window's rounds of these clients, [rounds, clients, numbers]; of who has none, merged models."""
+    """The clients' models in the window, [rounds, clients, numbers]; the merged ones for unknown clients."""
     merged = state[MERGED]
     columns = [cast(torch.Tensor, state.get(PREFIX + name, merged)) for name in clients]
     return torch.stack(columns, dim=1)
 
 
 def after_round(state: State, sent: Mapping[str, torch.Tensor], merged: torch.Tensor, window: int) -> State:
-    """The state with one round more, and without what is out of the window.
+    """The state after one more round, without rounds that are out of the window.
 
-    `sent` has the local models [numbers] of those who were kept, `merged` the model that was made of them.
+    `sent` has the local models [numbers] of the clients that were kept, `merged` [numbers] the merged model.
     """
     before = cast(torch.Tensor, state.get(MERGED, merged.new_empty(0, len(merged))))
 
@@ -115,5 +116,9 @@ def after_round(state: State, sent: Mapping[str, torch.Tensor], merged: torch.Te
         )
         for name in sorted(names)
     }
-    told = {name: own for name, own in columns.items() if not torch.equal(cast(torch.Tensor, own), common)}
-    return {MERGED: common, **told}
+    differing = {
+        name: column
+        for name, column in columns.items()
+        if not torch.equal(cast(torch.Tensor, column), common)
+    }
+    return {MERGED: common, **differing}

@@ -1,15 +1,15 @@
 """FLTrust (Cao et al. 2021, "FLTrust: Byzantine-Robust Federated Learning via Trust Bootstrapping").
 
 g_0 is the delta of a client that the server's operator trusts, whose few clean examples the paper calls the
-root dataset; g_i are the other clients' deltas. Each is believed as far as it points where g_0 points, and
-brought to its length:
+root dataset; g_i are the other clients' deltas. Each is weighted by its cosine with g_0, if positive, and
+scaled to g_0's length:
 
     TS_i = max(0, <g_i, g_0> / (||g_i|| ||g_0||))
     g    = sum_i TS_i (||g_0|| / ||g_i||) g_i / sum_i TS_i
 
-The model moves by alpha g, where alpha is `lr`. g_0 itself isn't in the mean. Where nobody is believed, or
-the trusted client didn't move, the model stays as it is, for which the paper has no case. Hostile clients,
-however many, don't move the model farther than the trusted one would.
+The model moves by alpha g, where alpha is `lr`. g_0 itself isn't in the mean. Where all weights are zero, or
+the trusted client didn't move, the model stays as it is; the paper does not treat this case. Hostile clients,
+however many, cannot move the model farther than the trusted one would.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from atoll.strategies.strategy import Plan, State
 
 @dataclass(frozen=True)
 class FlTrust:
-    """Move by `lr` times the mean of the deltas, trusted as the one of the client `root` agrees with them."""
+    """Move by `lr` times the mean of the deltas, weighted by their agreement with the client `root`'s."""
 
     root: str
     lr: float = 1.0
@@ -41,10 +41,10 @@ class FlTrust:
         return {}
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
-        """As in the seam.
+        """As `Strategy.merge`.
 
         Raises:
-            InconsistentUpdates: the trusted client's update isn't there.
+            InconsistentUpdates: the trusted client's update is missing.
         """
         clients, rows = list(clients_of(updates)), rows_of(model, updates)
         if self.root not in clients:
@@ -55,7 +55,7 @@ class FlTrust:
 
 
 def trusted_mean(rows: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-    """The mean [numbers] of the rows [clients, numbers] at the length of `root`, weighed by trust; float64.
+    """The trust-weighted mean [numbers] of rows [clients, numbers] scaled to `root`'s length, in float64.
 
     >>> rows = torch.tensor([[2.0, 0.0], [0.0, 5.0], [-9.0, 0.0]], dtype=torch.float64)
     >>> trusted_mean(rows, torch.tensor([3.0, 4.0], dtype=torch.float64)).round(decimals=3).tolist()

@@ -13,7 +13,7 @@ from atoll.strategies.robust.nearest_neighbour_mixing import distances
 
 
 def krum_scores(squares: torch.Tensor, hostile: int) -> torch.Tensor:
-    """Each client's score [clients], of squared distances [clients, clients]."""
+    """Each client's Krum score [clients], given all squared distances [clients, clients]."""
     others = squares.clone().fill_diagonal_(torch.inf).sort(dim=1).values
     return others[:, : max(1, len(squares) - hostile - 2)].sum(dim=1)
 

@@ -2,9 +2,9 @@
 
     Theta_s = A Theta_{s-1} B + noise,    A, B = argmin sum_s || Theta_s - A Theta_{s-1} B ||_F^2
 
-of matrices [numbers, clients], fitted by alternating least squares: with one of both matrices held, the
-other's equations are linear. As in FLANDERS' code they are held by `ridge` times the identity, in units of
-the matrices' mean square. B begins as the identity, so that nothing is drawn.
+for matrices [numbers, clients], fitted by alternating least squares: with A or B fixed, the equations of the
+other are linear. As in FLANDERS' code they are regularised by `ridge` times the identity, in units of the
+matrices' mean square. B starts as the identity, so nothing is drawn at random.
 
 The step for A, with X the columns Theta_{s-1} B of all pairs and Y those of Theta_s, is
 
@@ -20,9 +20,9 @@ import torch
 
 
 def forecast(past: torch.Tensor, ridge: float, iterations: int) -> torch.Tensor:
-    """What follows on the past [rounds, clients, numbers], [clients, numbers]; in float64.
+    """The forecast [clients, numbers] of the round after `past` [rounds, clients, numbers], in float64.
 
-    A single round is followed by itself.
+    After a single round it is that round itself.
 
     >>> doubling = torch.tensor([[[1.0, 2.0]], [[2.0, 4.0]], [[4.0, 8.0]]], dtype=torch.float64)
     >>> forecast(doubling, ridge=1e-9, iterations=5).round(decimals=6).tolist()

@@ -1,4 +1,4 @@
-"""The strategies that merge rows by a rule, and which rule each name stands for."""
+"""The strategy that merges rows by a robust rule, and the rule of each name."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from atoll.strategies.robust.trimmed_mean import trimmed_mean
 from atoll.strategies.strategy import Plan, State, Strategy
 
 Rule = Callable[[torch.Tensor], torch.Tensor]
-"""Rows [clients, numbers] to one row [numbers], in float64."""
+"""A merge rule: rows [clients, numbers] to one row [numbers], in float64."""
 
 
 @dataclass(frozen=True)
 class RobustMerge:
-    """Move by `lr` times what the rule makes of the clients' deltas, all of the same weight."""
+    """Move by `lr` times the rule's merge of the clients' deltas, which all have the same weight."""
 
     rule: Rule
     options: HostileOptions
@@ -52,7 +52,7 @@ class RobustMerge:
 
 
 def robust_strategy(name: str, options: HostileOptions, lr: float = 1.0) -> Strategy:
-    """The strategy of that name; the options are of the model that its name has in the registry."""
+    """The robust strategy of this name; `options` must be of the registry's model for the name."""
     if isinstance(options, CenteredClippingOptions):
         return CenteredClipping(options, lr)
     return RobustMerge(_rule(name, options), options, lr)

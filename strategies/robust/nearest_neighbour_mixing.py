@@ -23,5 +23,5 @@ def mixed(rows: torch.Tensor, hostile: int) -> torch.Tensor:
 
 
 def distances(rows: torch.Tensor) -> torch.Tensor:
-    """L2 distance of any two rows, [clients, clients]: from their differences, which nothing cancels in."""
+    """The L2 distances of all pairs of rows, [clients, clients], from differences, to avoid cancellation."""
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")

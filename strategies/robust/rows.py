@@ -1,7 +1,7 @@
-"""A round's updates as rows of numbers, and a row as a step of the model.
+"""Converts a round's updates to rows of numbers, and a row to a step of the model.
 
-A row is one client's delta, its tensors one behind the other in the order of their names. All rows weigh the
-same: what a hostile client says of its number of examples counts for nothing.
+A row is one client's delta, its tensors concatenated in the order of their names. All rows have the same
+weight: a hostile client could report any number of examples.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from atoll.strategies.robust.nearest_neighbour_mixing import mixed
 
 
 def rows_to_merge(model: Tensors, updates: Sequence[Update], options: HostileClients) -> torch.Tensor:
-    """The deltas as rows [clients, numbers] in float64, mixed where the options say so.
+    """The deltas as rows [clients, numbers] in float64, mixed where the options ask for it.
 
     Raises:
-        InconsistentUpdates: there are fewer than the rule needs against so many hostile clients.
+        InconsistentUpdates: there are fewer updates than the rule needs against `options.hostile` clients.
     """
     if len(updates) < options.clients_needed:
         raise InconsistentUpdates(
@@ -48,17 +48,17 @@ def rows_of(model: Tensors, updates: Sequence[Update]) -> torch.Tensor:
 
 
 def flat(model: Tensors) -> torch.Tensor:
-    """The model's numbers in the order of a row, [numbers], in float64."""
+    """The model's numbers [numbers] in the order of a row, in float64."""
     return torch.cat([model[name].reshape(-1).to(torch.float64) for name, _ in _spans(model)])
 
 
 def moved_by(model: Tensors, row: torch.Tensor, lr: float) -> Tensors:
-    """The model after `lr` times a row of numbers."""
+    """The model moved by `lr` times a row of numbers; each tensor keeps its dtype."""
     return moved(model, {name: (lr * row[span]).reshape(model[name].shape) for name, span in _spans(model)})
 
 
 def _spans(model: Tensors) -> Iterator[tuple[str, slice]]:
-    """Where each tensor lies in a row: by name, for a checkpoint has an order of its own."""
+    """(name, place in a row) of each tensor, by name: tensors of a checkpoint may come in another order."""
     start = 0
     for name in sorted(model):
         yield name, slice(start, start + model[name].numel())

@@ -1,1 +1,1 @@
-"""Strategies for clients whose shards differ, by what their local training adds to the loss."""
+"""Strategies for clients whose shards differ, which add terms to the loss of local training."""

@@ -1,9 +1,8 @@
 """MOON (Li et al. 2021, "Model-Contrastive Federated Learning", algorithm 1).
 
-Of an input x a client has three representations, what the network hands to its head: z by the model that is
-being trained, z_glob by the round's model as it came, and z_prev by the model that the client's own last
-round left, however long ago. A local step goes down the gradient of l_sup + mu l_con, l_sup being the
-task's loss and
+For an input x there are three representations, which are inputs of the head: z by the model in training,
+z_glob by the round's global model, and z_prev by the client's model after its last round, however long ago.
+A local step minimises l_sup + mu l_con, where l_sup is the task's loss and
 
     l_con = -log( e^(sim(z, z_glob) / tau) / (e^(sim(z, z_glob) / tau) + e^(sim(z, z_prev) / tau)) )
 

@@ -1,4 +1,4 @@
-"""What a backbone of one's own derives from: a torch module, and what is to be known of it.
+"""The base classes of backbones that extensions bring: torch modules with a width and preprocessing.
 
 `docs/extend.md` has a whole example.
 """
@@ -15,39 +15,45 @@ from atoll.backbones.encoder import Preprocessed
 
 class _Backbone(nn.Module):
     width: int
-    """How many features an example has."""
+    """How many features an example has: the second dimension of `forward`'s result."""
 
     pretrained: ClassVar[str | bool] = False
     """Where `backbone.weights = "pretrained"` comes from.
 
-    The name of a file beside the class's own, `.safetensors` or torch's, with the module's state dict; True
-    where the class loads them as it is made; False where there are none.
+    A string names a file beside the class's own, safetensors or torch's, with the module's state dict. True
+    means that `__init__` loads the weights. With False a job cannot ask for pretrained weights.
     """
 
 
 class ImageBackbone(_Backbone):
-    """Derive from it, say `width` and `forward`; a job names it in `backbone.name`.
+    """A backbone for images: derive from it, set `width` and write `forward`.
 
+    A job names it in `backbone.name`, as `plugin:` and the name under which it is registered.
     `forward(pixels)` takes [batch, 3, size, size] in float32 and returns features [batch, width] in float32.
     A row of features must depend on its own image alone, and on no random draw while the module is in eval
     mode. Weights are drawn from torch's global generator, which the job seeds.
     """
 
     image_size: int = 224
-    """The side of the squares that it takes, in pixels, where the job has no `backbone.image_size`."""
+    """The side, in pixels, of the squares that images are cut to; `backbone.image_size` overrides it."""
     mean: Sequence[float] = (0.0, 0.0, 0.0)
+    """Subtracted from pixels between 0 and 1: one number each for red, green and blue."""
     std: Sequence[float] = (1.0, 1.0, 1.0)
-    """Of each colour: pixels from 0 to 1, minus the mean, divided by `std`."""
+    """What pixels are divided by after the mean is subtracted, for red, green and blue."""
 
 
 class TextBackbone(_Backbone):
-    """Derive from it, say `width`, `prepare` and `forward`; a job names it in `backbone.name`.
+    """A backbone for texts: derive from it, set `width`, and write `prepare` and `forward`.
 
-    `forward` takes what `prepare` returned for each text, stacked to [batch, …]: as its only argument, or by
-    name where that is a dictionary. It returns features [batch, width] in float32. A row must depend on its
-    own text alone, and on no random draw while the module is in eval mode.
+    A job names it in `backbone.name`, as `plugin:` and the name under which it is registered. `forward` takes
+    what `prepare` returned for each text, stacked to [batch, …]: a tensor as its only argument, a dictionary
+    by name. It returns features [batch, width] in float32. A row must depend on its own text alone, and on no
+    random draw while the module is in eval mode.
     """
 
     def prepare(self, text: str) -> Preprocessed:
-        """A text as a tensor, or a dictionary of tensors: of the same shapes and types for every text."""
+        """One text as a tensor or a dictionary of tensors, without a batch dimension.
+
+        Names, shapes and dtypes must be the same for every text: pad what is shorter.
+        """
         raise NotImplementedError(f"{type(self).__name__}.prepare")
