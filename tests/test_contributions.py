@@ -267,7 +267,7 @@ def test_noised_updates_of_examples_under_a_promise_may_be_compared(tmp_path: Pa
                "seeded_noise": True}  # fmt: skip
     data = {"source": "digits", "classes": [str(digit) for digit in range(10)]}
     result = run(of_four("leave-one-out", privacy=privacy, data=data), tmp_path / "r")
-    assert len(result.rounds[0].contributions) == 4
+    assert len(result.rounds[0]["contributions"]) == 4
 
 
 def test_a_server_without_a_test_set_is_told_what_is_missing(tmp_path: Path) -> None:

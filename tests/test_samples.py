@@ -73,7 +73,7 @@ def test_prompts_are_answered_as_plain_transformers_do_before_and_the_run_after(
         AutoModelForCausalLM.from_pretrained(llama).eval(),
         AutoTokenizer.from_pretrained(llama),
     )
-    assert len(result.samples) == 3 and result == json.loads((run / "result.json").read_text())
+    assert len(result.samples) == 3 and result == RunResult.read(run)
     for sample in result.samples:
         messages = asked(task, sample["prompt"])
         number = sample["reference"].removeprefix("he ")
