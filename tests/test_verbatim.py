@@ -112,7 +112,7 @@ def test_there_is_nothing_to_complete_in_another_task_or_in_short_texts(
 
 def test_the_verb_says_it_in_one_line(learnt: tuple[Path, Job], capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = learnt
-    assert command_line(["audit", str(run), "--canaries", "16"]) == 0
+    assert command_line(["audit", str(run), "--canaries", "16", "--planted", "0"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     found = json.loads((run / "audit.json").read_text())["verbatim"]
     written = f"the model writes the next 20 word for word in {found['after']}, before training in 0"

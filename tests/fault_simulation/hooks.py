@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from atoll.learning.learner import Learner
 from atoll.protocol.messages import Failure, Update
 from atoll.protocol.tensors import tensors_sha256
 from atoll.server.run_audit import RunAuditLog
+from tests.fault_simulation.disk import Died
 from tests.fault_simulation.jobs import learner_key
 from tests.fault_simulation.observed import Asked, Judged, Merged
 from tests.fault_simulation.world import BOOKS, World
@@ -348,6 +350,16 @@ def _answered(original: Any) -> Any:
     return answered
 
 
+def _silence_of_the_dead(told: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A hook for exceptions that nobody can catch: of what a killed life left open it says nothing."""
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Died):
+            told(unraisable)
+
+    return hook
+
+
 @contextmanager
 def simulated() -> Iterator[None]:
     """For the time of the block the real code runs in the current world, whichever that is."""
@@ -366,6 +378,7 @@ def simulated() -> Iterator[None]:
         stack.enter_context(patch.object(chained_log, "FileLock", UncontestedLock))
         stack.enter_context(patch.object(start, "Learner", Learners))
         stack.enter_context(patch.object(result, "version", cache(version)))
+        stack.enter_context(patch.object(sys, "unraisablehook", _silence_of_the_dead(sys.unraisablehook)))
         for owner, name, make in EARS:
             stack.enter_context(observing(owner, name, make))
         logging.getLogger("absl").setLevel(logging.ERROR)
