@@ -139,6 +139,7 @@ def _looked_up(section: Section, path: str) -> tuple[Any, bool]:
     return getattr(section, key), section.is_given(key)
 
 
+@lru_cache(maxsize=1024)
 def needs_of(job: type[Section], path: str) -> tuple[Needs, ...]:
     """What a key of a job needs, by the names that the job's file has for both.
 
@@ -164,6 +165,7 @@ def default_of(job: type[Section], path: str) -> Any:
     return field.get_default(call_default_factory=True)
 
 
+@lru_cache(maxsize=1024)
 def _table_of(job: type[Section], path: str) -> tuple[type[Section] | None, str]:
     """(the table that a key is in, its name there); no table where there is none of that name."""
     *tables, key = path.split(".")
