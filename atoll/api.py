@@ -13,7 +13,7 @@ from atoll.job.job import Job
 from atoll.plugins import load_files
 
 if TYPE_CHECKING:
-    from atoll.report.run_result import RunResult
+    from atoll.report.run_result import RoundLine, RunResult
     from atoll.sim.search.backbone_ranking import RankedBackbone
     from atoll.strategies import Strategy
 
@@ -119,7 +119,7 @@ class Run:
         return Job.load(self.folder / "job.toml")
 
     @property
-    def rounds(self) -> list[dict[str, Any]]:
+    def rounds(self) -> list[RoundLine]:
         """A `RoundLine` of `atoll.report.run_result` per round: loss, metrics, seconds, bytes."""
         lines = (self.folder / "metrics.jsonl").read_text("utf-8").splitlines()
         return [json.loads(line) for line in lines]

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from atoll.report.run_result import RunResult
+from atoll.server.run.privacy_report import NO_PRIVACY
 
-NO_PROMISE: dict[str, Any] = {
-    "unit": "none", "epsilon": None, "delta": None, "accountant": None, "noise_multiplier": None,
-    "clipping_norm": None, "where": None, "seeded_noise": None, "units": {},
-}  # fmt: skip
 NOTHING: dict[str, Any] = {
     "name": "run", "job_hash": "", "model_sha256": "", "engine": "inline", "task": "image-classification",
     "strategy": "fedavg", "seed": 1, "seconds": 1.0, "simulated_seconds": None, "population": 0, "data": None,
     "clients_trained": 0, "bytes_up": 0, "bytes_down": 0, "peak_rss_mb": 1.0, "rounds": [],
-    "final": {"server": {}, "clients": {}}, "personal": None, "baselines": {}, "privacy": NO_PROMISE,
+    "final": {"server": {}, "clients": {}}, "personal": None, "baselines": {}, "privacy": NO_PRIVACY,
     "compression": None, "facts": {}, "backbone": {"name": "raw:pixels", "origin": "none"}, "trainable": {},
     "machine": {}, "notes": [],
 }  # fmt: skip

@@ -18,11 +18,9 @@ from typing_extensions import TypedDict
 
 from atoll.errors import ConfigError, JobError
 from atoll.system.durable_files import replace_synced
+from atoll.tasks.metric_values import MetricValues
 
 RESULT_FILE = "result.json"
-
-Metrics = dict[str, float | None]
-"""Metrics by name; None where one is undefined. A client's have `examples` too, the number it measured on."""
 
 
 class SimulatedRound(TypedDict):
@@ -66,8 +64,8 @@ class RoundExtras(TypedDict, total=False):
     seconds: float
     seconds_at_clients: float
     simulated: SimulatedRound
-    validation: Metrics
-    """Metrics over all clients' validation splits, for early stopping."""
+    validation: MetricValues
+    """MetricValues over all clients' validation splits, for early stopping."""
     contributions: dict[str, float | None]
     """What each client's update added to the primary metric."""
     tuning: str
@@ -90,7 +88,7 @@ class RoundLine(RoundExtras):
     round: int
     cohort: list[str]
     loss: float | None
-    metrics: Metrics
+    metrics: MetricValues
     trained: int
     bytes_up: int
     bytes_down: int
@@ -110,10 +108,13 @@ class PublicFields(TypedDict):
 
 
 class FinalMetrics(TypedDict):
-    """The final model on the server's test set (empty without one) and at each client that measured it."""
+    """The final model on the server's test set (empty without one) and at each client that measured it.
 
-    server: Metrics
-    clients: dict[str, Metrics]
+    A client's metrics have `examples` too, the number that it measured on.
+    """
+
+    server: MetricValues
+    clients: dict[str, MetricValues]
 
 
 class SumsOfFeatures(TypedDict):
@@ -185,9 +186,9 @@ Personal = TypedDict(
     "Personal",
     {
         "keep": str,
-        "clients": Metrics,
-        "global": NotRequired[Metrics],
-        "global_clients": NotRequired[dict[str, Metrics]],
+        "clients": MetricValues,
+        "global": NotRequired[MetricValues],
+        "global_clients": NotRequired[dict[str, MetricValues]],
     },
 )
 """What clients keep of their models, the means of their metrics, and the shared model's metrics at them.
@@ -286,7 +287,7 @@ class RunResult:
     rounds: list[RoundLine]
     final: FinalMetrics
     personal: Personal | None
-    baselines: dict[str, Metrics]
+    baselines: dict[str, MetricValues]
     privacy: RunPrivacy
     compression: Compression | None
     facts: dict[str, Any]

@@ -13,9 +13,10 @@ from scipy import stats
 
 from atoll.job.job import Job
 from atoll.report.comparison import comparison_of, finite, lower_is_better
-from atoll.report.run_result import Metrics, RunPrivacy, RunResult
+from atoll.report.run_result import RunPrivacy, RunResult
 from atoll.report.text import metric_words
 from atoll.sim.sweep.grid import EPSILON, Planned, Values, format_value
+from atoll.tasks.metric_values import MetricValues
 
 LEVEL = 0.95
 """Of every interval: Student's t over seeds."""
@@ -32,7 +33,7 @@ class Row:
     job: Job
     metrics: Mapping[str, float]
     primary_metric: str | None
-    baselines: Mapping[str, Metrics]
+    baselines: Mapping[str, MetricValues]
     privacy: RunPrivacy
     model_sha256: str
     seconds: float
