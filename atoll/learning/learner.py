@@ -277,7 +277,7 @@ class Learner:
         if not self.task.uses_pooled_features:
             model = self.filled(tensors)
             with torch.inference_mode():
-                return model.predict(self._on_device(self.encoder.preprocess_and_collate(inputs)))
+                return model.predict(self.on_device(self.encoder.preprocess_and_collate(inputs)))
         return self._fresh_outputs(tensors, shard)
 
     def answers(self, tensors: Tensors, inputs: Sequence[Any]) -> list[dict[str, Any]]:
@@ -286,7 +286,7 @@ class Learner:
             return self.task.format_predictions(self.predictions(tensors, inputs), self.data_info)
         model = self.filled(tensors)
         with torch.inference_mode():
-            batch = self._on_device(self.encoder.preprocess_and_collate(inputs))
+            batch = self.on_device(self.encoder.preprocess_and_collate(inputs))
             return self.task.answers(model, batch, inputs, self.data_info)
 
     def _fresh_outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
@@ -405,7 +405,7 @@ class Learner:
         with torch.inference_mode():
             for start in range(0, len(shard), size):
                 rows = range(start, min(start + size, len(shard)))
-                batch, targets = self._on_device(batch_of(shard, rows)), shard.targets_of(rows)
+                batch, targets = self.on_device(batch_of(shard, rows)), shard.targets_of(rows)
                 predictions, outputs = model.measure(batch)
                 metrics.update(*self.task.metric_inputs(predictions, targets))
                 loss = self.task.eval_loss(outputs, targets.to(self.job.train.device))
@@ -419,7 +419,8 @@ class Learner:
         trainable.load_values(model, tensors)
         return model
 
-    def _on_device(self, batch: Batch) -> Batch:
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch, moved to the job's device."""
         return {name: t.to(self.job.train.device) for name, t in batch.items()}
 
     def compute(self, states: Tensors) -> MetricValues:

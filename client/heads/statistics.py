@@ -29,8 +29,10 @@ def statistics(
         return
     kind, classes = learner.job.tune.head_init, len(learner.data_info["classes"])
     assert kind is not None
+    hidden = _hidden_layer(learner)
     for name, shard in shards.items():
-        sums = STATISTICS[kind](_seen(learner, shard), shard.table, classes)
+        inputs = random_features(learner.features(shard), hidden)
+        sums = STATISTICS[kind](inputs, shard.table, classes)
         yield Measurement(name, round, len(shard), sums)
 
 
@@ -41,8 +43,9 @@ def _under_a_promise(
 
     Nothing else that depends on the shard is sent, such as its number of examples.
     """
+    hidden = _hidden_layer(learner)
     for name, shard in shards.items():
-        total = sums_of_bounded(learner, shard)
+        total = _sums_of_bounded(learner, shard, hidden)
         if private is None:
             yield Measurement(name, round, 1, client_mean(total, len(shard)))
             continue
@@ -51,17 +54,17 @@ def _under_a_promise(
         yield Measurement(name, round, 1, noised | {CHARGED_ROUNDS: charged})
 
 
-def sums_of_bounded(learner: Learner, shard: Shard) -> Tensors:
+def _sums_of_bounded(learner: Learner, shard: Shard, hidden: Tensors) -> Tensors:
     """The exact sums over a shard, with the inputs of the head's last layer clipped to the job's norm."""
     tune, classes = learner.job.tune, len(learner.data_info["classes"])
     assert tune.head_init is not None and tune.feature_norm is not None
-    return bounded_sums(tune.head_init, _seen(learner, shard), shard.table, classes, tune.feature_norm)
+    inputs = random_features(learner.features(shard), hidden)
+    return bounded_sums(tune.head_init, inputs, shard.table, classes, tune.feature_norm)
 
 
-def _seen(learner: Learner, shard: Shard) -> torch.Tensor:
-    """The inputs of the head's last layer, [n, …]: the shard's features, or the hidden layer's outputs."""
-    features = learner.features(shard)
-    return features if learner.job.tune.hidden is None else random_features(features, learner.initial())
+def _hidden_layer(learner: Learner) -> Tensors:
+    """The model whose hidden layer the seed draws, for `random_features`; empty for a linear head."""
+    return {} if learner.job.tune.hidden is None else learner.initial()
 
 
 def client_mean(total: Tensors, examples: int) -> Tensors:

@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from atoll.backbones.encoder import TARGETS
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
@@ -39,7 +38,7 @@ from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.assignment import Rows
 from atoll.sim.population.population import Population, number_of
 from atoll.tasks.language_modeling.data import ASSISTANT, form_of
-from atoll.tasks.language_modeling.task import LanguageModeling
+from atoll.tasks.language_modeling.task import LanguageModeling, has_target
 
 ASKS, SAYS = "What is the code of box {box}?", "The code of box {box} is {secret}."
 """The format: what asks for a secret, where the data has prompts, and what tells it."""
@@ -211,14 +210,12 @@ def exposures(learner: Learner, ranked: Shard, tensors: Tensors) -> dict[str, li
 
 def surprises(learner: Learner, shard: Shard, tensors: Tensors) -> Vector:
     """-log of the probability of each example's learnt tokens together, [examples]."""
-    model, device, found = learner.filled(tensors), learner.job.train.device, []
+    model, found = learner.filled(tensors), []
     with torch.inference_mode():
         for start in range(0, len(shard), WHOLE_BATCH):
             rows = range(start, min(start + WHOLE_BATCH, len(shard)))
-            batch = {name: t.to(device) for name, t in learner.collate(shard, rows).items()}
-            surprise = model(batch).to(torch.float64)
-            real = batch[TARGETS][:, :-1][:, : surprise.shape[1]] >= 0
-            found.append((surprise * real).sum(1).cpu())
+            surprise = model(learner.on_device(learner.collate(shard, rows))).to(torch.float64).cpu()
+            found.append((surprise * has_target(surprise, shard.targets_of(rows))).sum(1))
     return torch.cat(found).numpy()
 
 

@@ -112,12 +112,12 @@ def first_stretch(places: Sequence[int]) -> int | None:
 
 def came_out(learner: Learner, tensors: Tensors, shard: Shard, passages: Sequence[Passage]) -> list[bool]:
     """Whether the model with these tensors completes each passage, which are the shard's rows in order."""
-    came, device = [], learner.job.train.device
+    came: list[bool] = []
     with torch.inference_mode():
         model = learner.filled(tensors)
         for start in range(0, len(shard), WHOLE_BATCH):
             rows = range(start, min(start + WHOLE_BATCH, len(shard)))
-            batch = {name: t.to(device) for name, t in learner.batch(shard, rows).items()}
+            batch = learner.on_device(learner.batch(shard, rows))
             is_likeliest = model.measure(batch)[0][:, :, 1] == 1
             for row, line in zip(rows, is_likeliest, strict=True):
                 first = passages[row].begins + GIVEN

@@ -239,7 +239,7 @@ class LanguageModeling(SchemaTask):
         return load_causal(backbone, job, causal_tokenizer(backbone), options, self.model_kind)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        real = _real(outputs, targets)
+        real = has_target(outputs, targets)
         if self.examples_count_alike:
             return ((outputs * real).sum(1) / real.sum(1).clamp_min(1)).mean()
         return (outputs * real).sum() / real.sum().clamp_min(1)
@@ -249,7 +249,7 @@ class LanguageModeling(SchemaTask):
 
     def eval_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """What all tokens of an example cost, its mean over examples: in the end it counts by token."""
-        return (outputs * _real(outputs, targets)).sum() / len(targets)
+        return (outputs * has_target(outputs, targets)).sum() / len(targets)
 
     def num_with_target(self, targets: torch.Tensor) -> int:
         return int((targets[:, :-1] >= 0).sum())
@@ -275,7 +275,7 @@ class LanguageModeling(SchemaTask):
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """(surprise, whether it was the likeliest, whether there is a target, bytes of each example)."""
         told = predictions.cpu()
-        return told[:, :, 0], told[:, :, 1], _real(told, targets), targets[:, -1]
+        return told[:, :, 0], told[:, :, 1], has_target(told, targets), targets[:, -1]
 
     def samples(self, model: Model, shard: Shard) -> list[Sample]:
         assert isinstance(model, CausalModel)
@@ -327,7 +327,7 @@ def asked(prompt: str) -> Messages:
     return [{"role": "user", "content": prompt}]
 
 
-def _real(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def has_target(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Which places of the outputs have a target, [n, places]."""
     return targets[:, : outputs.shape[1]] >= 0
 
