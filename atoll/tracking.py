@@ -85,8 +85,12 @@ class MLflowTracker:
 
         self.place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.resolve().parent}/mlflow.db"
         self._client = MlflowClient(tracking_uri=self.place)
-        found = self._client.get_experiment_by_name(job.name)
-        experiment = self._client.create_experiment(job.name) if found is None else found.experiment_id
+        experiment_found = self._client.get_experiment_by_name(job.name)
+        experiment = (
+            self._client.create_experiment(job.name)
+            if experiment_found is None
+            else experiment_found.experiment_id
+        )
         known = self._known(experiment, run, job) if after else None
         tags = {TAG: str(run.resolve()), "atoll.job_hash": job.hash}
         self._run = known or str(
@@ -96,8 +100,8 @@ class MLflowTracker:
     def _known(self, experiment: str, run: Path, job: Job) -> str | None:
         """The run that this one goes on with, if it was tracked from its beginning."""
         wanted = f"tags.`{TAG}` = '{run.resolve()}' and tags.`atoll.job_hash` = '{job.hash}'"
-        found = self._client.search_runs([experiment], wanted, max_results=1)
-        return found[0].info.run_id if found else None
+        runs = self._client.search_runs([experiment], wanted, max_results=1)
+        return runs[0].info.run_id if runs else None
 
     def numbers(self, values: Mapping[str, float], round: int) -> None:
         for name, value in values.items():
@@ -148,12 +152,12 @@ class Tracking:
     def end(self, result: RunResult) -> None:
         """What `result.json` has beyond its rounds."""
         table = result.to_json()
-        told = {key: table[key] for key in ("baselines", "privacy", "seconds", "peak_rss_mb")}
-        told = {"final": {"server": result.final["server"]}, **told}
-        values, rounds = dict(numbers_of(told)), len(result.rounds)
-        words = {key: str(table[key]) for key in ("model_sha256", "job_hash", "engine", "task", "strategy")}
+        figures = {key: table[key] for key in ("baselines", "privacy", "seconds", "peak_rss_mb")}
+        figures = {"final": {"server": result.final["server"]}, **figures}
+        values, rounds = dict(numbers_of(figures)), len(result.rounds)
+        tags = {key: str(table[key]) for key in ("model_sha256", "job_hash", "engine", "task", "strategy")}
         self._each(lambda tracker: tracker.numbers(values, rounds))
-        self._each(lambda tracker: tracker.log_text({f"result.{k}": v for k, v in words.items()}))
+        self._each(lambda tracker: tracker.log_text({f"result.{k}": v for k, v in tags.items()}))
         self._each(lambda tracker: tracker.close())
 
     def _begin(self, after: int) -> None:

@@ -74,10 +74,10 @@ def _check_cluster(run: Path, cluster: int | None, count: int) -> None:
     if not count and cluster is not None:
         raise ConfigError(f"--cluster: {run} has one model for all, expected none, found {cluster}")
     if count and (cluster is None or not 0 <= cluster < count):
-        found = "none" if cluster is None else str(cluster)
+        text = "none" if cluster is None else str(cluster)
         raise ConfigError(
             f"{run}: has a model for each cluster of clients, expected --cluster 0 to {count - 1} with"
-            f" predict or export, found {found}; clusters of the last round in result.json say which is whose"
+            f" predict or export, found {text}; clusters of the last round in result.json say which is whose"
         )
 
 

@@ -69,8 +69,8 @@ class TextEncoder(Encoder):
     def _token_ids(self, inputs: Sequence[str], variation: Variation | None) -> list[list[int]]:
         draws = [] if variation is None else [variation.stream(place) for place in range(len(inputs))]
         if variation is not None:
-            own = brought_augmentations(variation.names)
-            inputs = [augmented_text(text, own, d) for text, d in zip(inputs, draws, strict=True)]
+            augmentations = brought_augmentations(variation.names)
+            inputs = [augmented_text(text, augmentations, d) for text, d in zip(inputs, draws, strict=True)]
         coded = self._tokenizer(
             list(inputs),
             truncation=True,

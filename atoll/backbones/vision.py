@@ -183,10 +183,10 @@ def _cut_classifier(network: nn.Module) -> int:
 
 def _fitting(state: dict[str, torch.Tensor], trunk: nn.Module) -> dict[str, torch.Tensor]:
     """Without the classifier that was cut off; anything else unexpected stays and is an error."""
-    own = set(trunk.state_dict())
+    expected = set(trunk.state_dict())
     modules = {name for name, module in trunk.named_modules() if isinstance(module, nn.Identity)}
     gone = (*tuple(f"{m}." for m in modules), "aux1.", "aux2.", "AuxLogits.")
-    return {n: t for n, t in state.items() if n in own or not n.startswith(gone)}
+    return {n: t for n, t in state.items() if n in expected or not n.startswith(gone)}
 
 
 def _native_size(name: str) -> int:

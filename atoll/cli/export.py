@@ -156,10 +156,10 @@ def examples_of(learner: Learner, data: Path | None) -> Shard:
 
     job = learner.job
     if data is None:
-        found = server_test_set(job)(learner)
-        if found is None:
+        test_set = server_test_set(job)(learner)
+        if test_set is None:
             raise ConfigError("--data: missing, and the run's job has no test data here to measure on")
-        return found.select(range(min(len(found), MAX_MEASURED_EXAMPLES)))
+        return test_set.select(range(min(len(test_set), MAX_MEASURED_EXAMPLES)))
     table = learner.task.read(data, job.data, job.task.options)
     shard = learner.task.shard(table.train if table.test is None else table.test, learner.data_info)
     return shard.select(range(min(len(shard), MAX_MEASURED_EXAMPLES)))

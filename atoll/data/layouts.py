@@ -54,13 +54,13 @@ def open_shard(
     if not path.exists():
         raise NoDataError(f"{shown(path)}: no such file or folder, expected {expected}")
     if path.is_dir():
-        found = _open_folder(path, read_classes, diagnostics, expected)
+        opened = _open_folder(path, read_classes, diagnostics, expected)
     else:
         file, suffix = checked_file(path, path.resolve().parent), path.suffix.lower()
         if suffix not in tables.SUFFIXES:
             raise DataError(f"{shown(path)}: format {suffix or 'unknown'!r}, expected {expected}")
-        found = {"train": tables.read_file(file, diagnostics)}
-    return used_splits(found, path, diagnostics)
+        opened = {"train": tables.read_file(file, diagnostics)}
+    return used_splits(opened, path, diagnostics)
 
 
 def used_splits(splits: dict[str, Rows], path: Path, diagnostics: Diagnostics) -> dict[str, Rows]:
@@ -89,9 +89,9 @@ def _open_folder(
         return {split: _read_files(path, part, diagnostics) for split, part in _by_split(path, files).items()}
     folders = [entry for entry in entries if entry.is_dir()]
     if not folders and not any(entry.is_symlink() for entry in entries):
-        found = f"{len(entries)} files" if entries else "nothing"
+        contents = f"{len(entries)} files" if entries else "nothing"
         lacks = " and no class folder" if expected == _EXPECTED else ""
-        raise NoDataError(f"{shown(path)}: holds {found}{lacks}, expected {expected}")
+        raise NoDataError(f"{shown(path)}: holds {contents}{lacks}, expected {expected}")
     if _is_split(folders):
         return {split.name: _open_split(path, split, read_classes, diagnostics) for split in folders}
     return {"train": read_classes(path, path, diagnostics)}
@@ -115,8 +115,8 @@ def _by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     for file in files:
         named = _SPLIT_FILE.fullmatch(file.stem.lower())
         if not named:
-            found = ", ".join(shown(entry.name) for entry in files)
-            raise DataError(f"{shown(path)}: files {found}, expected one, or train and test")
+            names = ", ".join(shown(entry.name) for entry in files)
+            raise DataError(f"{shown(path)}: files {names}, expected one, or train and test")
         splits.setdefault(named[1], []).append(file)
     return splits
 
@@ -149,10 +149,10 @@ def text_classes(root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
 
 def image_classes(root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
     """The images of `base`/CLASS/FILE: their paths, not yet their bytes."""
-    found = list(class_files(root, base, diagnostics))
-    paths = [path for path, _ in found]
+    files = list(class_files(root, base, diagnostics))
+    paths = [path for path, _ in files]
     images = pa.array([str(path.absolute()) for path in paths], pa.string())
-    return _canonical("image", images, [label for _, label in found], paths, root)
+    return _canonical("image", images, [label for _, label in files], paths, root)
 
 
 def _canonical(content: str, values: pa.Array, labels: list[str], paths: list[Path], root: Path) -> Rows:
@@ -183,11 +183,11 @@ def open_idx(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
 
 def _idx_files(folder: Path) -> dict[tuple[str, str], Path]:
     """The files by (split, "images" or "labels"); one that is there compressed too is read as it is."""
-    found: dict[tuple[str, str], Path] = {}
+    files: dict[tuple[str, str], Path] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if named := _IDX_FILE.fullmatch(file.name):
-            found.setdefault(("train" if named[1] == "train" else "test", named[2]), file)
-    return found
+            files.setdefault(("train" if named[1] == "train" else "test", named[2]), file)
+    return files
 
 
 def _idx_rows(files: dict[tuple[str, str], Path], split: str, folder: Path, root: Path) -> Rows:
@@ -224,8 +224,8 @@ def _idx_values(file: Path, dimensions: int) -> NDArray[np.uint8]:
         )
     shape = np.frombuffer(data, ">u4", dimensions, offset=4).tolist()
     if len(data) - start != prod(shape):
-        told = " x ".join(map(str, shape))
-        raise DataError(f"{shown(file)}: {len(data) - start} values, expected {told} = {prod(shape)}")
+        shape_text = " x ".join(map(str, shape))
+        raise DataError(f"{shown(file)}: {len(data) - start} values, expected {shape_text} = {prod(shape)}")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 

@@ -71,8 +71,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     first = parts[0]
     for part in parts[1:]:
         if part.table.schema != first.table.schema or part.class_names != first.class_names:
-            found = f"columns {_described(part)}, expected {_described(first)} as in {first.name}"
-            raise DataError(f"{part.name}: {found}")
+            difference = f"columns {_described(part)}, expected {_described(first)} as in {first.name}"
+            raise DataError(f"{part.name}: {difference}")
     table = pa.concat_tables([part.table for part in parts])
     return Rows(shown(first.folder), table, where, first.folder, first.class_names)
 
@@ -167,8 +167,8 @@ def _same_width(
     line = reader.line_num + 1
     for row in reader:
         if row and len(row) != len(header):
-            found = f"{len(row)} columns, expected {len(header)} as in the header"
-            diagnostics.error(DataError(f"{shown(path)} line {line}: {found}"))
+            widths = f"{len(row)} columns, expected {len(header)} as in the header"
+            diagnostics.error(DataError(f"{shown(path)} line {line}: {widths}"))
         elif row:
             rows.append(row)
             numbers.append(line)

@@ -55,8 +55,8 @@ def adapter_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if ADDED not in vars(layer):
         return b, a
     product = b.to(torch.float64).flatten(1) @ a.to(torch.float64).flatten(1)
-    found = factors_of(vars(layer)[ADDED].to(product) + layer.scaling["default"] * product)
-    return found.b.reshape(len(b), -1, *b.shape[2:]).to(b), found.a.reshape(-1, *a.shape[1:]).to(a)
+    factors = factors_of(vars(layer)[ADDED].to(product) + layer.scaling["default"] * product)
+    return factors.b.reshape(len(b), -1, *b.shape[2:]).to(b), factors.a.reshape(-1, *a.shape[1:]).to(a)
 
 
 def factors_of(matrix: torch.Tensor) -> Factors:

@@ -115,9 +115,9 @@ class FederationSection(Section):
         if self.selection == "uniform":
             return self
         if self.cohort is None:
-            found = "none" if self.cohort_rate is None else f"cohort_rate = {self.cohort_rate:g}"
+            rate = "none" if self.cohort_rate is None else f"cohort_rate = {self.cohort_rate:g}"
             raise ValueError(
-                f"selection: {self.selection!r} chooses a number of clients; expected cohort, found {found}"
+                f"selection: {self.selection!r} chooses a number of clients; expected cohort, found {rate}"
             )
         if self.selection == "by-size" and self.over_sampling > 1:
             raise ValueError(
@@ -242,14 +242,14 @@ def _check_by_size(job: Job) -> None:
             f"federation.selection: 'by-size' weighs a client by how often it was drawn, and"
             f" {job.strategy.name} has a rule of its own; expected one of {', '.join(WEIGHTED)}"
         )
-    for key, found in (
+    for key, value in (
         ("federation.weights", job.federation.weights),
         ("tune.head_init", job.tune.head_init),
     ):
-        if found is not None:
+        if value is not None:
             raise ValueError(
                 f"{key}: with federation.selection = 'by-size' the draw counts sizes already; expected none,"
-                f" found {found!r}"
+                f" found {value!r}"
             )
 
 
@@ -298,7 +298,7 @@ def _check_sizes(job: Job, concurrency: int) -> None:
 def _check_company(job: Job) -> None:
     """What has no meaning, or no proof, where clients of several starts are merged together."""
     federation, promise = job.federation, job.privacy.promise("client")
-    for key, given, why in (
+    for key, is_set, why in (
         ("federation.secure_aggregation", uses_secure_aggregation(job),
          "the members of a secure sum work at the same time"),
         ("federation.deadline", federation.deadline is not None, "nobody is waited for"),
@@ -315,5 +315,5 @@ def _check_company(job: Job) -> None:
         ("federation.devices", federation.devices is not None and promise is not None,
          "how long a client takes tells how many examples it has"),
     ):  # fmt: skip
-        if given:
+        if is_set:
             raise ValueError(f"{key}: with strategy.name = {job.strategy.name!r} {why}; leave it out")

@@ -102,23 +102,23 @@ class OtherPartition(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _keys_are_options(cls, given: Any) -> Any:
-        for key in given if isinstance(given, dict) else ():
+    def _keys_are_options(cls, table: Any) -> Any:
+        for key in table if isinstance(table, dict) else ():
             if key not in ("kind", "options"):
-                near = did_you_mean(str(given.get("kind")), KINDS)
+                near = did_you_mean(str(table.get("kind")), KINDS)
                 raise ValueError(
-                    f"kind {given.get('kind')!r} is none of Atoll's, whose key {key!r} could be, {near}"
+                    f"kind {table.get('kind')!r} is none of Atoll's, whose key {key!r} could be, {near}"
                     " (what an extension's takes is in options)"
                 )
-        return given
+        return table
 
 
-def _kind(given: Any) -> str | None:
+def _kind(table: Any) -> str | None:
     """The tag of a partition; a value that is no table at all is told by the first of them."""
-    if isinstance(given, Mapping) and "kind" not in given:
+    if isinstance(table, Mapping) and "kind" not in table:
         return None
-    found = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", "iid")
-    return found if found in KINDS else OTHER
+    kind = table.get("kind") if isinstance(table, Mapping) else getattr(table, "kind", "iid")
+    return kind if kind in KINDS else OTHER
 
 
 Partition = Annotated[
@@ -160,9 +160,9 @@ class DataSection(Section):
     @property
     def named_columns(self) -> dict[str, str]:
         """The columns that the job names, by the key that names them."""
-        own = {f"data.{role}": getattr(self, role) for role in ("text", "image", "label")}
+        columns = {f"data.{role}": getattr(self, role) for role in ("text", "image", "label")}
         others = {f"data.columns.{role}": column for role, column in self.columns.items()}
-        return {key: column for key, column in (own | others).items() if column is not None}
+        return {key: column for key, column in (columns | others).items() if column is not None}
 
     @property
     def keeps_back(self) -> bool:
@@ -171,22 +171,24 @@ class DataSection(Section):
 
     @field_validator("validation_fraction")
     @classmethod
-    def _from_one_on_it_counts(cls, given: float) -> float:
-        if given >= 1 and not given.is_integer():
-            raise ValueError(f"expected a fraction below 1, or how many examples, found {given:g}")
-        return given
+    def _from_one_on_it_counts(cls, value: float) -> float:
+        if value >= 1 and not value.is_integer():
+            raise ValueError(f"expected a fraction below 1, or how many examples, found {value:g}")
+        return value
 
     @field_validator("time_format")
     @classmethod
-    def _time_format_can_be_read(cls, given: str | None) -> str | None:
+    def _time_format_can_be_read(cls, time_format: str | None) -> str | None:
         try:
-            if given is not None:
-                datetime.strptime(datetime(2024, 3, 1).strftime(given), given)
+            if time_format is not None:
+                datetime.strptime(datetime(2024, 3, 1).strftime(time_format), time_format)
         except ValueError as error:
             raise ValueError(f"{error}; expected a format of strptime, such as '%d.%m.%Y %H:%M'") from None
-        if given is not None and "%" not in given:
-            raise ValueError(f"expected a format of strptime, such as '%d.%m.%Y %H:%M', found {given!r}")
-        return given
+        if time_format is not None and "%" not in time_format:
+            raise ValueError(
+                f"expected a format of strptime, such as '%d.%m.%Y %H:%M', found {time_format!r}"
+            )
+        return time_format
 
     @model_validator(mode="after")
     def _a_window_has_two_ends(self) -> DataSection:
@@ -321,7 +323,7 @@ class Job(Section):
     def _schedule_can_be_kept(self) -> Job:
         if not self.tune.then:
             return self
-        for key, given in (
+        for key, is_set in (
             ("privacy.unit", bool(self.privacy.units)),
             ("federation.secure_aggregation", self.federation.secure_aggregation),
             ("federation.compression", self.feeds_errors_back and self.personal.keep is None),
@@ -330,7 +332,7 @@ class Job(Section):
             ("backbone.prune", self.backbone.prune is not None),
             ("personal.keep", self.personal.keep is not None),
         ):
-            if given:
+            if is_set:
                 raise ValueError(f"tune.then: what is tuned can't change on the way with {key}; remove one")
         waits = any(later.patience is not None for later in self.tune.then)
         if waits and not self.data.keeps_back:
@@ -368,8 +370,8 @@ class Job(Section):
     def has_client_state(self) -> bool:
         """Whether clients keep something from one round to the next."""
         strategy = self.strategy
-        kept = strategy.keeps_client_state or strategy.keeps_last_model
-        return self.feeds_errors_back or self.personal.keep is not None or kept
+        keeps_state = strategy.keeps_client_state or strategy.keeps_last_model
+        return self.feeds_errors_back or self.personal.keep is not None or keeps_state
 
     @property
     def feeds_errors_back(self) -> bool:

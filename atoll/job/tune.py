@@ -47,8 +47,8 @@ class TuneStage(Tuned):
     @model_validator(mode="after")
     def _begins_at_some_time(self) -> Self:
         if (self.after is None) == (self.patience is None):
-            found = "neither" if self.after is None else "both"
-            raise ValueError(f"expected after (rounds) or patience (measurements), found {found}")
+            count = "neither" if self.after is None else "both"
+            raise ValueError(f"expected after (rounds) or patience (measurements), found {count}")
         return self
 
 
@@ -127,9 +127,9 @@ def check_seeds(job: Job) -> None:
     ):
         section: Section = getattr(job, table)
         if section.is_given(key):
-            found = getattr(section, key)
+            value = getattr(section, key)
             raise ValueError(
-                f"{table}.{key}: with tune.method = 'seeds' {why}; expected {expected}, found {found!r}"
+                f"{table}.{key}: with tune.method = 'seeds' {why}; expected {expected}, found {value!r}"
             )
     if job.train.precision == "fp16":
         raise ValueError(

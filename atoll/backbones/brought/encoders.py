@@ -90,14 +90,14 @@ class PreparedTexts(FixedShapeEncoder):
         Raises:
             ConfigError: it raises an error, or returns something else.
         """
-        found: list[Preprocessed] = []
+        preprocessed: list[Preprocessed] = []
         for text in inputs:
-            failure = failure_of(lambda text=text: found.append(self.model.prepare(text)))  # type: ignore[misc]
+            failure = failure_of(lambda text=text: preprocessed.append(self.model.prepare(text)))  # type: ignore[misc]
             if failure is not None:
                 raise ConfigError(
                     f"backbone.name: {self._name}.prepare raised {in_one_line(failure)}"
                 ) from failure
-        return [self._named(one) for one in found]
+        return [self._named(one) for one in preprocessed]
 
     def _named(self, prepared: Preprocessed) -> Batch:
         named = {INPUT: prepared} if isinstance(prepared, torch.Tensor) else prepared
@@ -127,7 +127,7 @@ class PreparedTexts(FixedShapeEncoder):
 
     def prepared(self, inputs: Sequence[str], places: Sequence[int], variation: Variation | None) -> Batch:
         if variation is not None:
-            own = brought_augmentations(variation.names)
+            augmentations = brought_augmentations(variation.names)
             pairs = zip(inputs, places, strict=True)
-            inputs = [augmented_text(text, own, variation.stream(place)) for text, place in pairs]
+            inputs = [augmented_text(text, augmentations, variation.stream(place)) for text, place in pairs]
         return self.collate(self.preprocess(inputs))

@@ -62,8 +62,8 @@ def is_brought(section: BackboneSection) -> bool:
 
 def brought_augmentations(names: Sequence[str]) -> list[Extension]:
     """Those of the names that extensions bring, in the same order."""
-    found = [AUGMENTATIONS[name].extension for name in names if not AUGMENTATIONS.has(name)]
-    return [extension.loaded() for extension in found if extension is not None]
+    extensions = [AUGMENTATIONS[name].extension for name in names if not AUGMENTATIONS.has(name)]
+    return [extension.loaded() for extension in extensions if extension is not None]
 
 
 def check_brought_backbone(name: str) -> None:
@@ -76,10 +76,10 @@ def check_brought_backbone(name: str) -> None:
     raise ConfigError(f"backbone.name: unknown backbone {name!r}, {hint}")
 
 
-def options_for(extension: Extension, given: Mapping[str, Any]) -> dict[str, Any]:
+def options_for(extension: Extension, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `backbone.options` that are the extension's: `text` may name a second backbone instead."""
-    own = set(extension.options.model_fields) if extension.options is not None else set()
-    return {key: value for key, value in given.items() if key != "text" or key in own}
+    known = set(extension.options.model_fields) if extension.options is not None else set()
+    return {key: value for key, value in options.items() if key != "text" or key in known}
 
 
 def identity(extension: Extension, key: str) -> str:
@@ -117,5 +117,5 @@ def augmentations_kept_under(job: Job) -> dict[str, Any]:
     Raises:
         ConfigError: as `identity`.
     """
-    found = [kept_under(one, "train.cached_views") for one in brought_augmentations(job.train.augment)]
-    return {"augmentation_code": found} if found else {}
+    keys = [kept_under(one, "train.cached_views") for one in brought_augmentations(job.train.augment)]
+    return {"augmentation_code": keys} if keys else {}

@@ -118,10 +118,10 @@ class TextRegression(TextFeatures):
 
         from atoll.tasks.text_scores.metrics import BinnedSpearman, Pearson, ScaledError
 
-        own: Any = {
+        metrics: Any = {
             "mae": ScaledError(self.scale(data_info)[1]), "pearson": Pearson(), "spearman": BinnedSpearman(),
         }  # fmt: skip
-        return MetricCollection(own, compute_groups=False)
+        return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """Standardised numbers, [n]."""

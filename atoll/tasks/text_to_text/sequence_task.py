@@ -131,8 +131,8 @@ class SequenceTask(SchemaTask):
         return [{"label": text} for text in predictions]
 
 
-def measured(own: dict[str, Any]) -> MetricCollection:
+def measured(metrics: dict[str, Any]) -> MetricCollection:
     """Metrics of texts, each with states of its own."""
     from torchmetrics import MetricCollection
 
-    return MetricCollection(own, compute_groups=False)
+    return MetricCollection(metrics, compute_groups=False)

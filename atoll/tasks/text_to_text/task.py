@@ -78,13 +78,13 @@ class TextToText(SequenceTask):
         sources, prefix = dataset["source"][:], self.options.prefix
         return lambda row: f"{prefix}{sources[row]}"
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """A source, before which the prefix is put; a text file's, or the text itself.
 
         Raises:
             DataError: it can't be read, or is empty.
         """
-        return f"{self.options.prefix}{read_text_input(given)}"
+        return f"{self.options.prefix}{read_text_input(text)}"
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         from atoll.tasks.text_to_text.metrics import MEASURES, ChrF
