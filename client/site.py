@@ -28,6 +28,7 @@ from atoll.errors import BudgetExhausted, ConfigError, InputError
 from atoll.job.closed_form import is_the_only_release
 from atoll.job.job import Job
 from atoll.job.privacy import noise_locations, uses_secure_aggregation
+from atoll.learning.compatibility import check_agreed
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.protocol.messages import DataInfo, Failure, Hello, Reply
@@ -318,7 +319,7 @@ class Site:
             self._learners.clear()
             self._cache.clear()
             learner = Learner.of(job, task_named(job.task.name), data_info, LoggedProgress())
-            learner.check_fingerprint()
+            check_agreed(learner)
             self.adopt(learner)
         return self._learners[key]
 

@@ -65,7 +65,7 @@ def trained(run: Run, shards: Mapping[str, Shard], *, of: int = 1) -> dict[str, 
     job, learner, first = centralized_job(run.setup.job, of), run.state.learner, run.state.initial_model
     if learner.trains_on_features:
         held = {
-            name: LoadedShard(shard, shard, learner.training_features(shard))
+            name: LoadedShard(shard, shard, learner.features.for_training(shard))
             for name, shard in shards.items()
         }
         local = HeadTrainingConfig(job, head_loss(job, learner.task.head_loss), round=0)

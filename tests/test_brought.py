@@ -119,7 +119,7 @@ def test_changed_code_never_gets_features_that_older_code_made(load: Callable[[s
     shard, means = shard_of(inputs), pixels.astype(np.float64).mean(axis=(1, 2)) / 255
     for factor in (1, 3, 1):  # the last time from the cache
         load(COLOURS.replace("FACTOR", str(factor)))
-        found = learner(job()).features(shard).numpy()
+        found = learner(job()).features.plain(shard).numpy()
         np.testing.assert_allclose(found, factor * means, rtol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_a_changed_file_beside_the_backbones_own_changes_what_features_are_kept_
         sys.modules.pop("beside_mine", None)
         text = COLOURS.replace("FACTOR * pixels.mean(dim=(2, 3))", "scale(pixels.mean(dim=(2, 3)))")
         load("from beside_mine import scale\n" + text)
-        found = learner(job()).features(shard).numpy()
+        found = learner(job()).features.plain(shard).numpy()
         np.testing.assert_allclose(found, factor * means, rtol=1e-5)
     sys.modules.pop("beside_mine", None)
 
@@ -227,7 +227,7 @@ def test_texts_go_through_a_modules_own_preparation(load: Callable[[str], Path])
     load(TEXTS)
     given = job(task={"name": "text-classification"}, data={"source": "sentences"})
     texts = ["a first text", "Zwei", "x" * 50]
-    found = learner(given).features(shard_of(texts)).numpy()
+    found = learner(given).features.plain(shard_of(texts)).numpy()
     counts = [np.bincount(list(text.encode()), minlength=256) / len(text) for text in texts]
     np.testing.assert_allclose(found, np.array(counts), rtol=1e-6)
 
@@ -269,7 +269,7 @@ def test_both_sides_of_a_pair_may_be_an_extensions(load: Callable[[str], Path]) 
     section = {"name": "plugin:colours", "weights": "random", "options": {"text": "plugin:mine"}}
     given = job(task={"name": "image-text"}, data={"source": "generated-reviews"}, backbone=section)
     inputs, _ = pictures(2)
-    features = learner(given).features(shard_of(list(zip(inputs, ["one", "two words"], strict=True))))
+    features = learner(given).features.plain(shard_of(list(zip(inputs, ["one", "two words"], strict=True))))
     assert features.shape == (2, 3 + 256) and torch.isfinite(features).all()
     batch = learner(given).collate(shard_of(list(zip(inputs, ["one", "two words"], strict=True))), [0, 1])
     assert batch.keys() == {"pixel_values", "counts", "length"}
@@ -467,7 +467,7 @@ def test_kept_views_are_told_apart_by_the_augmentations_code(load: Callable[[str
         text = AUGMENTATION.replace("KIND", "images").replace("BODY", body) + COLOURS.replace("FACTOR", "1")
         load("from PIL import Image\n" + text)
         given = job(train={"augment": ["mine"], "cached_views": 2})
-        seen.append(learner(given).training_features(shard_of(inputs)))
+        seen.append(learner(given).features.for_training(shard_of(inputs)))
         torch.testing.assert_close(seen[-1], torch.full((2, 4, 3), value / 255))
 
 

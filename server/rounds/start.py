@@ -11,6 +11,7 @@ from atoll.errors import ConfigError
 from atoll.job.closed_form import is_closed_form_round
 from atoll.job.federation import is_asynchronous
 from atoll.job.job import Job
+from atoll.learning.compatibility import required_info
 from atoll.learning.learner import Learner
 from atoll.learning.lora_base import merging_lora
 from atoll.protocol.tensors import Tensors
@@ -123,7 +124,7 @@ def learner_of(job: Job, carrier: Transport, roster: ClientRoster) -> Learner:
     """The learner of the run's first stage; clients in this process share it."""
     task = task_named(job.task.name)
     learner = Learner.of(job.stages[0], task, task.merge_info(roster.data_info))
-    learner.data_info = learner.data_info | learner.required_info
+    learner.data_info = learner.data_info | required_info(learner)
     if isinstance(carrier, SharesLearner):
         carrier.share(learner)
     return learner

@@ -246,7 +246,7 @@ def free_directions(population: Population, learner: Learner) -> torch.Tensor:
     features = _some_features(population, learner).to(torch.float64)
     squares, vectors = torch.linalg.eigh(features.T @ features)  # the smallest eigenvalues come first
     empty = int((squares <= NO_SHARE * squares.sum()).sum())
-    free: torch.Tensor = vectors[:, : max(empty, learner.width - learner.width // 2)]
+    free: torch.Tensor = vectors[:, : max(empty, learner.features.width - learner.features.width // 2)]
     return free.T.to(torch.float32).contiguous()
 
 
@@ -254,7 +254,7 @@ def _some_features(population: Population, learner: Learner) -> torch.Tensor:
     whole = population.whole(learner)
     generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "features"))
     rows = generator.permutation(len(whole))[:SAMPLED]
-    return learner.training_features(whole.select(sorted(rows.tolist())))[0]
+    return learner.features.for_training(whole.select(sorted(rows.tolist())))[0]
 
 
 def _length(population: Population, learner: Learner) -> float:

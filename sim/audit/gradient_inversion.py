@@ -143,7 +143,7 @@ def _probe(job: Job, population: Population, learner: Learner, head: Tensors) ->
     whole = population.whole(learner)
     rows = np.random.default_rng(stream_seed(job.seed, "audit", "probe")).permutation(len(whole))
     shard = whole.select(rows[: TOGETHER * ALONE].tolist())
-    features = learner.training_features(shard)[0]
+    features = learner.features.for_training(shard)[0]
     return Probe(job, head, FeatureTable.of(features, shard.table), features, shard.table)
 
 

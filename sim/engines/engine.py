@@ -199,14 +199,14 @@ def cached_test_set(population: Population, progress: Progress | None) -> Callab
         learner.progress, job = progress, learner.job
         measured = job.data.keeps_back or not job.train.augment
         if learner.uses_features and measured:
-            learner.keep_features(population.whole(learner), training=False)
+            learner.features.keep(population.whole(learner), training=False)
         if learner.trains_on_features:
-            learner.keep_features(population.whole(learner), training=True)
+            learner.features.keep(population.whole(learner), training=True)
         test = population.test_shard(learner)
         if test is not None:
             learner.keep_states(test)
         if test is not None and learner.uses_features:
-            learner.keep_features(test, training=False)
+            learner.features.keep(test, training=False)
         return test
 
     return test_set

@@ -24,8 +24,8 @@ from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.site import Site
 from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
-from atoll.learning.few_shot import training_rows
 from atoll.learning.learner import Learner
+from atoll.learning.split import training_rows
 from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request, TrainingRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined
@@ -60,16 +60,16 @@ class PopulationIndex:
         """Features of all training examples as one table; None where it would exceed `TABLE_BYTES`."""
         whole, learner = self.full_population, self.learner
         held = len(whole) * (learner.job.train.cached_views or 1)
-        if held * learner.width * 4 > TABLE_BYTES:
+        if held * learner.features.width * 4 > TABLE_BYTES:
             return None
         return FeatureTable.of(
-            learner.training_features(whole), self.training_view.table, learner.job.train.device
+            learner.features.for_training(whole), self.training_view.table, learner.job.train.device
         )
 
     @cached_property
     def training_view(self) -> Shard:
         """All training examples with the targets that training uses."""
-        return self.learner.with_soft_labels(self.full_population)
+        return self.learner.objective.with_soft_labels(self.full_population)
 
     @cached_property
     def _validation_marks(self) -> Marks:
@@ -111,7 +111,7 @@ class PopulationIndex:
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
         cohort = self.training_view.select(used.tolist())
         device = self.learner.job.train.device
-        examples = FeatureTable.of(self.learner.training_features(cohort), cohort.table, device)
+        examples = FeatureTable.of(self.learner.features.for_training(cohort), cohort.table, device)
         ends = np.cumsum([len(part) for part in parts])[:-1]
         shares = np.split(places, ends)
         return examples, [ClientRows(*work) for work in zip(names, shares, numbers, strict=True)]

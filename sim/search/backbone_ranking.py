@@ -169,7 +169,7 @@ def _advice(job: Job, population: Population, head: int, progress: Progress | No
     encoder = learner.encoder
     sample, whole = sampled(population, learner, head), population.whole(learner)
     train, kept = whole.select(sample.train.tolist()), whole.select(sample.kept.tolist())
-    features, other = learner.features(train).numpy(), learner.features(kept).numpy()
+    features, other = learner.features.plain(train).numpy(), learner.features.plain(kept).numpy()
     labels, true = train.table.numpy(), kept.table.numpy()
     timed = take_many(train.inputs, range(min(TIMED, len(train))))
     started = time.monotonic()
