@@ -254,13 +254,14 @@ def test_texts_are_learnt_with_an_own_backbone_source_and_augmentation(tmp_path:
         return
     (tmp_path / "public.txt").write_text("".join(f"{'yes ' * (n % 7)}no {n}\n" for n in range(40)))
     for line in (
+        "atoll audit run --plugin texts.py --planted 0",
         "atoll advise job.toml --plugin texts.py --backbones plugin:mine",
         "atoll distil run --student plugin:mine --data public.txt --plugin texts.py"
         " --set backbone.weights=random --set train.augment=[] --set federation.rounds=1",
     ):
         code, printed, errors = say(tmp_path, line)
         assert code == 0, errors
-        assert "plugin:mine" in printed or "run-student" in printed
+        assert re.search("plugin:mine|run-student|audit.json", printed)
 
 
 def test_both_sides_of_a_pair_may_be_an_extensions(load: Callable[[str], Path]) -> None:

@@ -12,8 +12,10 @@ import typer
 
 from atoll.cli.display import out, sanitize, watching
 from atoll.cli.inspect import RunDir, read_result
+from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
+from atoll.plugins import load_files
 from atoll.sim.engines.events import AuditAdvanced
 
 if TYPE_CHECKING:
@@ -54,12 +56,13 @@ def audit(
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write what was found there as well.")
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Attack a simulated run: what it proves of epsilon, beside what the run claims."""
+    load_files(plugin or ())
     job, result = simulated_run(run)
     if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
         raise ConfigError(f"--out: expected a file, in a folder that is there, found {out_file}")
-    from atoll.report.audit import what_the_audit_found
     from atoll.sim.audit.audit import Audit, audited, takes_canaries
     from atoll.sim.audit.gradient_inversion import probed
     from atoll.sim.audit.verbatim import completed_verbatim
@@ -82,6 +85,15 @@ def audit(
     text = json.dumps(findings, indent=2, allow_nan=False)
     for path in filter(None, (run / "audit.json", out_file)):
         path.write_text(text + "\n", "utf-8")
+    _print(findings, run / "audit.json")
+    if findings["contradicted"]:
+        raise typer.Exit(1)
+
+
+def _print(findings: Mapping[str, Any], written: Path) -> None:
+    """Print what each attack found, and where it is written."""
+    from atoll.report.audit import what_the_audit_found
+
     if findings["units"]:
         out().print(bounds(findings))
     if findings["inversion"] is not None:
@@ -92,9 +104,7 @@ def audit(
         out().print(exposures(findings["exposure"]))
     sentence = what_the_audit_found(findings) if findings["units"] else NOT_ATTACKED
     out().print(sanitize(sentence), highlight=False, soft_wrap=True)
-    out().print(f"audit  {sanitize(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
-    if findings["contradicted"]:
-        raise typer.Exit(1)
+    out().print(f"audit  {sanitize(str(written))}", highlight=False, soft_wrap=True)
 
 
 def exposure_of(job: Job, population: Population, times: int) -> dict[str, Any] | None:
