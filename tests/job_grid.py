@@ -88,6 +88,7 @@ LEFT_OUT: dict[str, str] = {
     "task.name": "each has rows",
     "task.options": "each task's own",
     "data.source": "a site has data of its own",
+    **dict.fromkeys(("data.revision", "data.subset"), "a site has data of its own"),
     "data.options": "an extension's source's own",
     "data.partition": "a site's data isn't dealt",
     **dict.fromkeys(("data.text", "data.image", "data.label", "data.columns"), "names of the user's columns"),

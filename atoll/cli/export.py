@@ -228,11 +228,10 @@ def calibration(learner: Learner) -> Iterator[Batch]:
     Raises:
         ConfigError: the training data is at the clients only.
     """
-    from atoll.datasets.registry import ALL_SOURCES
-    from atoll.server.run.test_set import hold_out, read_source
+    from atoll.server.run.test_set import can_be_read_here, hold_out, read_source
 
     job = learner.job
-    if job.data.source not in ALL_SOURCES and not Path(job.data.source).exists():
+    if not can_be_read_here(job):
         raise ConfigError(
             "--format onnx-int8: ranges are found on training data, which is not here; try onnx"
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from atoll.data.archives.idx import open_idx
 from atoll.data.columns import (
     DEFAULT_COLUMNS,
     Columns,
@@ -34,7 +35,6 @@ from atoll.data.labels import alike, class_name
 from atoll.data.layouts import (
     collecting_errors,
     image_classes,
-    open_idx,
     open_shard,
     text_classes,
     used_splits,
@@ -177,7 +177,7 @@ def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics)
     """The splits, whole only if no problem was noted."""
     splits: dict[str, _Split] = {}
     with collecting_errors(path, diagnostics):
-        images = open_idx(path, diagnostics) if kind.role == "image" else None
+        images = open_idx(path) if kind.role == "image" else None
         opened = used_splits(images, path, diagnostics) if images else None
         for name, rows in (opened or open_shard(path, kind.read_classes, diagnostics)).items():
             diagnostics.rows_read += rows.table.num_rows

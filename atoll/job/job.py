@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -132,10 +133,18 @@ Partition = Annotated[
 ]
 
 
+HUB_PREFIX = "hf:"
+"""The prefix of a data set on the Hugging Face Hub in `data.source`."""
+
+_ON_HUB = re.compile(rf"{HUB_PREFIX}[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
 class DataSection(Section):
     """`[data]`: where examples come from; a real client's shard is its own `--data` instead."""
 
     source: str
+    revision: str | None = None
+    subset: str | None = None
     options: Options = Field(default_factory=dict)
     partition: Partition = Iid()
     text: str | None = None
@@ -156,6 +165,11 @@ class DataSection(Section):
     folds: Annotated[int, Field(ge=2, le=1000)] | None = None
     fold: Annotated[int, Field(ge=0), Needs("folds")] = 0
     shots: Count | None = None
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the source is the name of a data set on the Hugging Face Hub."""
+        return self.source.startswith(HUB_PREFIX)
 
     @property
     def named_columns(self) -> dict[str, str]:
@@ -189,6 +203,17 @@ class DataSection(Section):
                 f"expected a format of strptime, such as '%d.%m.%Y %H:%M', found {time_format!r}"
             )
         return time_format
+
+    @model_validator(mode="after")
+    def _the_hub_has_what_is_named(self) -> DataSection:
+        if self.is_on_hub and not _ON_HUB.fullmatch(self.source):
+            raise ValueError(f"source: expected {HUB_PREFIX}OWNER/NAME, found {self.source!r}")
+        for key in ("revision", "subset"):
+            if getattr(self, key) is not None and not self.is_on_hub:
+                raise ValueError(
+                    f"{key}: is of a data set on the Hub; expected none with source = {self.source!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _a_window_has_two_ends(self) -> DataSection:
