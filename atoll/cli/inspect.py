@@ -72,7 +72,7 @@ def report(run: RunDir) -> None:
 
 def track(
     run: RunDir,
-    to: Annotated[list[str], typer.Option("--to", metavar="NAME", help="tensorboard or mlflow.")],
+    to: Annotated[list[str], typer.Option("--to", metavar="NAME", help="tensorboard, mlflow or wandb.")],
 ) -> None:
     """Write a complete run, simulated or of real sites, to TensorBoard or MLflow."""
     from atoll.tracking import track_finished

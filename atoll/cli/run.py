@@ -35,7 +35,9 @@ Plugins = Annotated[
 ]
 Track = Annotated[
     list[str] | None,
-    typer.Option("--track", metavar="NAME", help="Follow it in tensorboard or mlflow; can be given again."),
+    typer.Option(
+        "--track", metavar="NAME", help="Follow it in tensorboard, mlflow or wandb; can be given again."
+    ),
 ]
 Vary = Annotated[
     list[str] | None,
