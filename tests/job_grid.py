@@ -88,6 +88,7 @@ LEFT_OUT: dict[str, str] = {
     "task.name": "each has rows",
     "task.options": "each task's own",
     "data.source": "a site has data of its own",
+    "train.augment_options": "an extension's own",
     **dict.fromkeys(("data.revision", "data.subset"), "a site has data of its own"),
     "data.options": "an extension's source's own",
     "data.partition": "a site's data isn't dealt",

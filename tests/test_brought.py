@@ -474,7 +474,7 @@ def test_kept_views_are_told_apart_by_the_augmentations_code(load: Callable[[str
 
 def test_atolls_own_augmentations_come_first(load: Callable[[str], Path]) -> None:
     load(AUGMENTATION.replace("KIND", "images").replace("BODY", "return example"))
-    assert [one.name for one in brought_augmentations(("mine", "flip"))] == ["mine"]
+    assert [one.name for one in brought_augmentations(job(train={"augment": ["mine", "flip"]}))] == ["mine"]
     assert AUGMENTATIONS.origin("flip") == "atoll"
     assert augmentations.TRIES >= 2
 
@@ -664,12 +664,18 @@ def test_an_installed_package_is_listed_and_used_without_an_option(folder: Path,
     assert "plugins" not in result_of(folder / "runs" / "digits")
 
 
+SHIFTED = "--plugin shift.py --set 'train.augment=[\"shift\"]' --set 'train.augment_options={"
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('--plugin ridges.py --set backbone.name=plugin:ridge', "did you mean 'plugin:ridges'"),
         ('--plugin shift.py --set \'train.augment=["shft"]\'', "did you mean 'shift'"),
+        (f"{SHIFTED}shift={{by=0}}}}'", r"train\.augment_options\.shift\.by: expected .* 1, found 0"),
+        (f"{SHIFTED}shift={{to=1}}}}'", r"train\.augment_options\.shift\.to: unknown key"),
+        (f"{SHIFTED}flip={{by=1}}}}'", r"train\.augment_options\.flip: flip is not in train\.augment"),
         ("--plugin stripes.py --set data.source=stripe", "did you mean 'stripes'"),
         ("--plugin stripes.py --set data.source=stripes --set data.options.pictures=3",
          r"data\.options\.pictures: expected greater than or equal to 10, found 3"),

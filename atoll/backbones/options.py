@@ -88,7 +88,11 @@ def check_augment(job: Job, known: Sequence[str]) -> None:
                 f"train.augment: {name} hides a tokenizer's tokens, and {job.backbone.name} has no tokenizer;"
                 " expected an extension's"
             )
-    for extension in brought_augmentations(job.train.augment):
+    for name in job.train.augment_options:
+        if name not in job.train.augment or AUGMENTATIONS.has(name):
+            why = "has no options" if name in job.train.augment else "is not in train.augment"
+            raise ConfigError(f"train.augment_options.{name}: {name} {why}, expected none")
+    for extension in brought_augmentations(job):
         check_draws(extension)
 
 

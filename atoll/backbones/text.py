@@ -13,7 +13,7 @@ from torch import nn
 
 from atoll.backbones.augmentation import hidden_tokens
 from atoll.backbones.brought.augmentations import augmented_text
-from atoll.backbones.brought.names import TEXT_AUGMENTATIONS, brought_augmentations
+from atoll.backbones.brought.names import TEXT_AUGMENTATIONS
 from atoll.backbones.checkpoint import first_line, load_transformer
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.backbones.resolve import Backbone
@@ -76,8 +76,8 @@ class TextEncoder(Encoder):
     def _token_ids(self, inputs: Sequence[str], variation: Variation | None) -> list[list[int]]:
         draws = [] if variation is None else [variation.stream(place) for place in range(len(inputs))]
         if variation is not None:
-            augmentations = brought_augmentations(variation.names)
-            inputs = [augmented_text(text, augmentations, d) for text, d in zip(inputs, draws, strict=True)]
+            pairs = zip(inputs, draws, strict=True)
+            inputs = [augmented_text(text, variation.brought, draw) for text, draw in pairs]
         coded = self._tokenizer(
             list(inputs),
             truncation=True,

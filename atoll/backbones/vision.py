@@ -10,7 +10,6 @@ from torch import nn
 
 from atoll.backbones.augmentation import framed, varied_image
 from atoll.backbones.brought.augmentations import augmented_image
-from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
 from atoll.backbones.encoder import Batch, FixedShapeEncoder, Variation
@@ -83,7 +82,7 @@ class VisionEncoder(FixedShapeEncoder):
         else:
             draw = variation.stream(place)
             image = varied_image(image, self.size, variation.names, draw)
-            image = augmented_image(image, brought_augmentations(variation.names), draw)
+            image = augmented_image(image, variation.brought, draw)
         return eight_bits(image)
 
 

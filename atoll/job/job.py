@@ -30,7 +30,7 @@ from atoll.job.federation import (
 from atoll.job.lora_merge import check_lora_merge
 from atoll.job.personal import PersonalSection, check_clusters, check_inner_steps, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
-from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Positive, Section
+from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Options, Positive, Section
 from atoll.job.toml import apply_override, read_job, with_absolute_paths
 from atoll.job.train import (
     OF_A_SCHEDULE,
@@ -41,9 +41,6 @@ from atoll.job.train import (
     check_training,
 )
 from atoll.job.tune import TuneSection, TuneStage, check_seeds, grows
-
-Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
-"""Settings that only the named task or network knows; whoever knows them checks them."""
 
 
 class TaskSection(Section):

@@ -22,6 +22,8 @@ Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Between = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
+"""Settings that only the named task, network or extension knows; whoever knows them checks them."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Positive, Section
+from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Options, Positive, Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,6 +114,8 @@ class TrainSection(Section):
     label_smoothing: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     augment: tuple[str, ...] = ()
+    augment_options: Annotated[dict[str, Options], Needs("augment")] = Field(default_factory=dict)
+    """By an extension's name in `augment`: its options."""
     cached_views: Annotated[
         int | None, Field(ge=1, le=10_000), Needs("augment"), Needs("tune.method", ("head",))
     ] = None

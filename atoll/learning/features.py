@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 
-from atoll.backbones.brought.names import BACKBONES, augmentations_kept_under, kept_under
+from atoll.backbones.brought.names import (
+    BACKBONES,
+    augmentations_kept_under,
+    brought_augmentations,
+    kept_under,
+)
 from atoll.backbones.encoder import Encoder, Variation
 from atoll.backbones.extract import BATCH, Progress, extract
 from atoll.backbones.resolve import Backbone, known_width
@@ -137,7 +142,11 @@ def plain_view(job: Job, backbone: Backbone) -> View:
 
 def _variation(job: Job, view: int, keys: Sequence[bytes]) -> Variation:
     """The augmentation of a view; its draws depend on seed, view and content alone, not on the machine."""
-    return Variation(job.train.augment, lambda row: stream(job.seed, "augment", view, keys[row].hex()))
+    return Variation(
+        job.train.augment,
+        lambda row: stream(job.seed, "augment", view, keys[row].hex()),
+        brought_augmentations(job),
+    )
 
 
 def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:

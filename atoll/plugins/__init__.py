@@ -138,17 +138,23 @@ def backbone(
 
 
 def augmentation(
-    name: str, *, summary: str = "", of: Literal["images", "texts"] = "images"
+    name: str,
+    *,
+    summary: str = "",
+    of: Literal["images", "texts"] = "images",
+    options: type[BaseModel] | None = None,
 ) -> Callable[[Thing], Thing]:
     """Register an augmentation: a function that varies an input at random, named in `train.augment`.
 
-    It is called as `function(example, generator)`. With `of="images"` it takes and returns an RGB
-    `PIL.Image`, of the same size; with `of="texts"` a string, which must not become empty. `generator` is a
-    `torch.Generator` on the CPU: draw from it and from nothing else, and remember nothing between examples.
+    It is called as `function(example, generator)`, with a third argument where it has an options model: the
+    options are the table under its name in the job's `train.augment_options`. With `of="images"` it takes and
+    returns an RGB `PIL.Image`, of the same size; with `of="texts"` a string, which must not become empty.
+    `generator` is a `torch.Generator` on the CPU: draw from it and from nothing else, and remember nothing
+    between examples.
 
     Raises:
         ConfigError: the name is taken, or `of` is something else.
     """
     if of not in ("images", "texts"):
         raise ConfigError(f"augmentation {name!r}: of: expected 'images' or 'texts', found {of!r}")
-    return registering("augmentation", name, summary, of=of)
+    return registering("augmentation", name, summary, options, of=of)

@@ -30,7 +30,8 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.data.writers import write_images, write_texts
 from atoll.errors import ConfigError
-from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.job.job import BackboneSection, DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import Labelled
 

@@ -31,8 +31,8 @@ from atoll.data.parsers import text_cell
 from atoll.data.schema import Schema, SchemaField, picture_field
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError, WeightsError
-from atoll.job.job import BackboneSection, Job, Options
-from atoll.job.section import Section
+from atoll.job.job import BackboneSection, Job
+from atoll.job.section import Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import Labelled
 from atoll.tasks.schema_task import SchemaTask

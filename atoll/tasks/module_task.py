@@ -28,7 +28,7 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.extension_options import validated
 from atoll.job.job import DataSection, Job
-from atoll.job.job import Options as Given
+from atoll.job.section import Options as Given
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.tasks.classes import Labelled, named, names_told, rows_named

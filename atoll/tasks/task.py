@@ -13,7 +13,8 @@ from torch import nn
 from atoll.backbones.encoder import Batch, Encoder, Model
 from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
-from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.job.job import BackboneSection, DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.told import ToldField
 

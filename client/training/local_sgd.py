@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.encoder import Batch, Model, Variation
 from atoll.client.training.activation_checkpointing import activation_checkpointing
 from atoll.client.training.apfl import SharedBeside
@@ -281,7 +282,7 @@ def variation(job: Job, round: int, client: str, number: int) -> Variation | Non
     if not job.train.augment:
         return None
     draw = stream(job.seed, "augment", round, client, number)
-    return Variation(job.train.augment, lambda place: draw)
+    return Variation(job.train.augment, lambda place: draw, brought_augmentations(job))
 
 
 def _take_step(

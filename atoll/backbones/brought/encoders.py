@@ -10,7 +10,6 @@ from torch import nn
 from atoll.backbones.brought.augmentations import augmented_text
 from atoll.backbones.brought.loading import check_rows, loaded_as
 from atoll.backbones.brought.modules import ImageBackbone, TextBackbone
-from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
 from atoll.backbones.encoder import Batch, Encoder, FixedShapeEncoder, Preprocessed, Variation
 from atoll.backbones.resolve import Backbone
@@ -127,7 +126,7 @@ class PreparedTexts(FixedShapeEncoder):
 
     def prepared(self, inputs: Sequence[str], places: Sequence[int], variation: Variation | None) -> Batch:
         if variation is not None:
-            augmentations = brought_augmentations(variation.names)
             pairs = zip(inputs, places, strict=True)
-            inputs = [augmented_text(text, augmentations, variation.stream(place)) for text, place in pairs]
+            drawn = ((text, variation.stream(place)) for text, place in pairs)
+            inputs = [augmented_text(text, variation.brought, draw) for text, draw in drawn]
         return self.collate(self.preprocess(inputs))

@@ -26,8 +26,8 @@ from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Count, Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Count, Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told
 from atoll.tasks.detection.data import BOXES

@@ -25,7 +25,8 @@ from atoll.data.schema import whole
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.tables import SUFFIXES
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_windows, windows_of

@@ -30,8 +30,8 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.data.tables import Rows
 from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Positive, Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told, rows_named
 from atoll.tasks.intent.audio_model import load_spoken_model

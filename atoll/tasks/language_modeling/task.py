@@ -25,7 +25,8 @@ from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.causal import CausalModel, causal_tokenizer, load_causal, prepared
 from atoll.tasks.language_modeling.data import ASSISTANT, CONVERSATIONS, Messages, form_of

@@ -20,7 +20,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.writers import write_images
-from atoll.job.job import Options
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.classification import Classification

@@ -26,7 +26,8 @@ from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.errors import DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.data import ASSISTANT
 from atoll.tasks.language_modeling.options import LanguageOptions

@@ -23,7 +23,8 @@ from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
 from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.data import ASSISTANT, Messages
 from atoll.tasks.language_modeling.options import LanguageOptions

@@ -23,7 +23,8 @@ from atoll.data.lazy import LazyRows
 from atoll.data.schema import whole
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import names_told, pinned_names
 from atoll.tasks.losses import surprise

@@ -36,8 +36,8 @@ from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Lazy, Shard, canonical_order
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.tasks.drawing import hex_colour, mask_over, mask_png

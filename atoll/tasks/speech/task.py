@@ -37,8 +37,8 @@ from atoll.data.parsers import text_cell
 from atoll.data.schema import FILE, Schema, SchemaField, file_bytes
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Positive, Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.speech.ctc_model import load_recogniser, real_counts

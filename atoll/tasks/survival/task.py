@@ -24,7 +24,8 @@ from atoll.data.lazy import LazyRows
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.tables import SUFFIXES
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.survival.data import (
     EVENT,

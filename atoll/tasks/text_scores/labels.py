@@ -20,7 +20,8 @@ from atoll.data.diagnostics import shown
 from atoll.data.parsers import name_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told, pinned_names
 from atoll.tasks.text_scores.encoded import TEXT, TextFeatures

@@ -16,8 +16,8 @@ from atoll.data.dataset import Dataset
 from atoll.data.parsers import answer_cell, text_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.data.texts import read_text_input
-from atoll.job.job import Job, Options
-from atoll.job.section import Section
+from atoll.job.job import Job
+from atoll.job.section import Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.text_to_text.questions import prompt
 from atoll.tasks.text_to_text.sequence_task import SequenceTask, measured

@@ -25,7 +25,8 @@ from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.job.job import BackboneSection, DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told, pinned_names
 from atoll.tasks.losses import surprise
