@@ -132,6 +132,12 @@ def _fedexp(options: FedExpOptions) -> Strategy:
     return FedExp(options.epsilon)
 
 
+def _signsgd(**keys: float) -> Strategy:
+    from atoll.strategies.few_bytes.signsgd import SignSgd
+
+    return SignSgd(**keys)
+
+
 def _scaffold(options: ScaffoldOptions, **keys: Any) -> Strategy:
     from atoll.strategies.scaffold import Scaffold
 
@@ -247,6 +253,9 @@ BUILT_INS: dict[str, Entry] = {
         ("options",),
         "mean delta, in a step as long as the deltas disagree (Jhunjhunwala 2023)",
         options=FedExpOptions,
+    ),
+    "signsgd": Entry(
+        _signsgd, ("lr",), "a step of one length to where most deltas point, a bit a number (Bernstein 2018)"
     ),
     "scaffold": Entry(
         _scaffold,

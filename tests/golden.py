@@ -62,7 +62,10 @@ HEADS: dict[str, dict[str, Any]] = {
        for rule in ("by-size", "power-of-choice", "oort")},
     "learning-rate-schedule": {"strategy": {"name": "fedavgm", "lr_schedule": "cosine", "lr_warmup": 1}},
     **{f"compression-{scheme}": {"federation": {"compression": scheme}}
-       for scheme in ("fp16", "int8", "int4", "top-k")},
+       for scheme in ("fp16", "int8", "int4", "top-k", "sign")},
+    "strategy-signsgd": {
+        "strategy": {"name": "signsgd"}, "federation": {"compression": "sign", "error_feedback": False},
+    },
     **{f"closed-form-{kind}": {"tune": {"head_init": kind}, "federation": {"rounds": 1}}
        for kind in ("prototype", "ridge")},
     **{f"imbalance-{kind}": {"train": {"imbalance": kind}}

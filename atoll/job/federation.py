@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from atoll.job.privacy import uses_secure_aggregation
 from atoll.job.section import Count, Excludes, Needs, NotNegative, Positive, Rate, Section
 
-Scheme = Literal["fp16", "int8", "int4", "top-k"]
+Scheme = Literal["fp16", "int8", "int4", "top-k", "sign"]
 """How an update is compressed."""
 
 Selection = Literal["uniform", "by-size", "power-of-choice", "oort"]
@@ -159,6 +159,26 @@ def check_losses_may_be_sent(job: Job) -> None:
         raise ValueError(
             f"personal.keep: {name} weighs clients by the loss of the one model that all share; expected none"
             f" or 'mixture', found {job.personal.keep!r}"
+        )
+
+
+def check_vote(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where clients don't send what signSGD counts.
+
+    Client-level privacy and secure sums refuse it by themselves: `atoll.job.privacy`.
+    """
+    federation = job.federation
+    if job.strategy.name != "signsgd":
+        return
+    if federation.compression != "sign":
+        raise ValueError(
+            "federation.compression: signsgd counts signs, which clients send in a bit each; expected 'sign',"
+            f" found {federation.compression!r}"
+        )
+    if federation.error_feedback:
+        raise ValueError(
+            "federation.error_feedback: signsgd's steps are of one length, so that what a message lost isn't"
+            " what the model lacks; expected false, found true"
         )
 
 

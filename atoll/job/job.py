@@ -24,6 +24,7 @@ from atoll.job.federation import (
     check_asynchronous,
     check_losses_may_be_sent,
     check_selection,
+    check_vote,
     check_weights,
 )
 from atoll.job.lora_merge import check_lora_merge
@@ -300,6 +301,7 @@ class Job(Section):
         check_attack(self)
         check_training(self)
         check_weights(self)
+        check_vote(self)
         check_selection(self)
         check_losses_may_be_sent(self)
         check_asynchronous(self)

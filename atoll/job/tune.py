@@ -159,6 +159,8 @@ def _what_a_strategy_lacks(job: Job) -> str:
         return "no features are contrasted"
     if strategy.makes_clusters:
         return "all models begin with the one head that the seed draws"
+    if strategy.name == "signsgd":
+        return "most coefficients don't move in a round, and would vote by a coin"
     if strategy.sends_losses:
         return "a client's loss is known beside the model that it received, and not at it"
     return ""
