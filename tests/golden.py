@@ -63,6 +63,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "learning-rate-schedule": {"strategy": {"name": "fedavgm", "lr_schedule": "cosine", "lr_warmup": 1}},
     **{f"compression-{scheme}": {"federation": {"compression": scheme}}
        for scheme in ("fp16", "int8", "int4", "top-k", "sign")},
+    "strategy-fedcompass": {
+        "strategy": {"name": "fedcompass", "options": {"min_steps": 2, "max_steps": 6}},
+        "federation": {"cohort": None, "concurrency": 4, "rounds": 5},
+    },
     "strategy-signsgd": {
         "strategy": {"name": "signsgd"}, "federation": {"compression": "sign", "error_feedback": False},
     },

@@ -267,6 +267,11 @@ class StrategySection(Section):
         return self.name == "ifca"
 
     @property
+    def gives_steps(self) -> bool:
+        """Whether the server gives each client its number of local steps, and groups of them are merged."""
+        return self.name == "fedcompass"
+
+    @property
     def sends_losses(self) -> bool:
         """Whether clients send the loss of the model that they received."""
         return self.name in SENDS_LOSSES
