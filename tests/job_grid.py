@@ -125,7 +125,7 @@ LEFT_OUT: dict[str, str] = {
     "federation.over_sampling": "for simulations",
     **dict.fromkeys(
         ("federation.concurrency", "federation.order"),
-        "go with fedbuff and fedasync alone, whose bound tests/test_asynchronous.py sees",
+        "go with fedbuff, whose bound tests/test_asynchronous.py sees, and what promises refuse",
     ),
     "strategy.options": "each extension's own",
     "personal.head_epochs": "goes with personal.keep = 'head', refused with every promise",

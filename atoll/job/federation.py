@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from atoll.job.privacy import uses_secure_aggregation
 from atoll.job.section import Count, Excludes, Needs, NotNegative, Positive, Rate, Section
 
-Scheme = Literal["fp16", "int8", "int4", "top-k"]
+Scheme = Literal["fp16", "int8", "int4", "top-k", "sign"]
 """How an update is compressed."""
 
 Selection = Literal["uniform", "by-size", "power-of-choice", "oort"]
@@ -162,6 +162,26 @@ def check_losses_may_be_sent(job: Job) -> None:
         )
 
 
+def check_vote(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where clients don't send what signSGD counts.
+
+    Client-level privacy and secure sums refuse it by themselves: `atoll.job.privacy`.
+    """
+    federation = job.federation
+    if job.strategy.name != "signsgd":
+        return
+    if federation.compression != "sign":
+        raise ValueError(
+            "federation.compression: signsgd counts signs, which clients send in a bit each; expected 'sign',"
+            f" found {federation.compression!r}"
+        )
+    if federation.error_feedback:
+        raise ValueError(
+            "federation.error_feedback: signsgd's steps are of one length, so that what a message lost isn't"
+            " what the model lacks; expected false, found true"
+        )
+
+
 WEIGHTED = (
     "fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi", "diloco", "fednova", "fedexp",
     "moon",
@@ -253,7 +273,7 @@ def _check_by_size(job: Job) -> None:
             )
 
 
-ASYNCHRONOUS = ("fedbuff", "fedasync")
+ASYNCHRONOUS = ("fedbuff", "fedasync", "fedcompass")
 """Strategies that merge updates of models that are not the last one."""
 
 
@@ -277,7 +297,7 @@ def check_asynchronous(job: Job) -> None:
     if federation.concurrency is None:
         raise ValueError(
             f"federation.concurrency: missing; {name} needs to know how many clients work at a time, from"
-            " federation.cohort to federation.clients"
+            f" {'1' if job.strategy.gives_steps else 'federation.cohort'} to federation.clients"
         )
     _check_sizes(job, federation.concurrency)
     _check_company(job)
@@ -285,6 +305,9 @@ def check_asynchronous(job: Job) -> None:
 
 def _check_sizes(job: Job, concurrency: int) -> None:
     federation, name = job.federation, job.strategy.name
+    if job.strategy.gives_steps:
+        _check_groups(job, concurrency)
+        return
     if federation.cohort is None or (name == "fedasync" and federation.cohort != 1):
         wanted = "1, for every update is merged as it comes" if name == "fedasync" else "the buffer's size"
         raise ValueError(f"federation.cohort: with {name} it is {wanted}; found {federation.cohort}")
@@ -292,6 +315,31 @@ def _check_sizes(job: Job, concurrency: int) -> None:
         raise ValueError(
             f"federation.concurrency: expected from federation.cohort = {federation.cohort} to"
             f" federation.clients = {federation.clients}, found {concurrency}"
+        )
+
+
+def _check_groups(job: Job, concurrency: int) -> None:
+    federation, name = job.federation, job.strategy.name
+    for key, found in (("cohort", federation.cohort), ("cohort_rate", federation.cohort_rate)):
+        if found is not None:
+            raise ValueError(
+                f"federation.{key}: {name} merges groups as they are done; expected none, found {found}"
+            )
+    if concurrency > federation.clients:
+        raise ValueError(
+            f"federation.concurrency: expected from 1 to federation.clients = {federation.clients}, found"
+            f" {concurrency}"
+        )
+    for key in ("epochs", "steps"):
+        if job.train.is_given(key):
+            raise ValueError(
+                f"train.{key}: {name} gives each client a number of local steps, from options.min_steps to"
+                f" options.max_steps; leave it out"
+            )
+    if "example" in job.privacy.units:
+        raise ValueError(
+            f"strategy.name: {name} gives each client another number of local steps, and ledgers are charged"
+            f" for one that the job says; expected another strategy with privacy.unit = {job.privacy.unit!r}"
         )
 
 

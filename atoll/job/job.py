@@ -25,6 +25,7 @@ from atoll.job.federation import (
     check_asynchronous,
     check_losses_may_be_sent,
     check_selection,
+    check_vote,
     check_weights,
 )
 from atoll.job.lora_merge import check_lora_merge
@@ -290,6 +291,11 @@ class StrategySection(Section):
         return self.name == "ifca"
 
     @property
+    def gives_steps(self) -> bool:
+        """Whether the server gives each client its number of local steps, and groups of them are merged."""
+        return self.name == "fedcompass"
+
+    @property
     def sends_losses(self) -> bool:
         """Whether clients send the loss of the model that they received."""
         return self.name in SENDS_LOSSES
@@ -324,6 +330,7 @@ class Job(Section):
         check_attack(self)
         check_training(self)
         check_weights(self)
+        check_vote(self)
         check_selection(self)
         check_losses_may_be_sent(self)
         check_asynchronous(self)

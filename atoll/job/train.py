@@ -147,6 +147,10 @@ class TrainSection(Section):
         """
         return self.steps or self.epochs * self._steps_of_epoch(examples)
 
+    def with_steps(self, steps: int | None) -> TrainSection:
+        """The same with so many local steps in a round; None leaves it as it is."""
+        return self if steps is None else self.model_copy(update={"steps": steps})
+
     def epochs_begun(self, examples: int) -> int:
         """Epochs that a round's steps on so many examples go into, of which the last one may end early.
 

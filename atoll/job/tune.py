@@ -22,10 +22,25 @@ class Tuned(Section):
     layers: Annotated[Count | None, Needs("method", ("last-k", "lora"))] = None
     rank: Annotated[Count | None, OF_LORA] = None
     alpha: Annotated[Positive | None, OF_LORA] = None
+    rslora: Annotated[bool, OF_LORA] = False
+    """Rank-stabilised LoRA: factors are scaled by alpha over the root of the rank, not over the rank."""
     targets: Annotated[tuple[str, ...] | None, OF_LORA] = None
     freeze_a: Annotated[bool | None, OF_LORA] = None
     head: Annotated[Literal["frozen", "trained", "lora"] | None, OF_LORA] = None
     """Under `lora`: what becomes of the head, or of what is pretrained of it; unless said that is frozen."""
+
+    @property
+    def default_rank(self) -> int:
+        """LoRA's rank, where no client has one of its own."""
+        return self.rank or 8
+
+    @property
+    def lora_alpha(self) -> float:
+        """What scales LoRA's product: over the rank, or with `rslora` over its root (Kalajdzievski 2023).
+
+        Unless said, the product is scaled by 2 for every rank, and with `rslora` by 16 over the rank's root.
+        """
+        return self.alpha or (16 if self.rslora else 2 * self.default_rank)
 
     @property
     def description(self) -> str:
@@ -78,11 +93,6 @@ class TuneSection(Tuned):
     def trains_a(self) -> bool:
         """Whether LoRA's A is trained, and not only B or a part of it."""
         return not self.freeze_a and self.lora_merge not in ("ffa", "fedsb")
-
-    @property
-    def default_rank(self) -> int:
-        """LoRA's rank, where no client has one of its own."""
-        return self.rank or 8
 
     @property
     def num_seeds(self) -> int:
@@ -159,6 +169,8 @@ def _what_a_strategy_lacks(job: Job) -> str:
         return "no features are contrasted"
     if strategy.makes_clusters:
         return "all models begin with the one head that the seed draws"
+    if strategy.name == "signsgd":
+        return "most coefficients don't move in a round, and would vote by a coin"
     if strategy.sends_losses:
         return "a client's loss is known beside the model that it received, and not at it"
     return ""

@@ -72,6 +72,8 @@ class RoundExtras(TypedDict, total=False):
     """What is trained, where that changes during the run."""
     aggregation_error: AggregationError
     staleness: Staleness
+    assigned_steps: dict[str, int]
+    """How many local steps the server gave each client."""
     clusters: list[list[str]]
     """Which clients chose each cluster's model."""
     charged_rounds: int

@@ -37,7 +37,8 @@ STRATEGY_NAMES = {
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
     "reptile": "Reptile", "diloco": "DiLoCo", "fednova": "FedNova", "fedexp": "FedExP",
     "scaffold": "SCAFFOLD", "feddyn": "FedDyn", "per-fedavg": "Per-FedAvg",
-    "pfedme": "pFedMe", "moon": "MOON", "ifca": "IFCA",
+    "pfedme": "pFedMe", "moon": "MOON", "ifca": "IFCA", "signsgd": "signSGD",
+    "fedbuff": "FedBuff", "fedasync": "FedAsync", "fedcompass": "FedCompass",
     "qffl": "q-FedAvg", "afl": "Agnostic federated learning",
     "krum": "Krum", "multi-krum": "Multi-Krum", "bulyan": "Bulyan",
 }  # fmt: skip

@@ -26,6 +26,7 @@ from atoll.server.rounds.aggregation import (
     weight_transforms,
 )
 from atoll.server.rounds.asynchronous.flights import Flights
+from atoll.server.rounds.asynchronous.grouped_round import grouped_round
 from atoll.server.rounds.asynchronous.round import asynchronous_round
 from atoll.server.rounds.central_dp import CentralDp, NoProtection
 from atoll.server.rounds.participation import AvailabilityModel, always_available
@@ -43,7 +44,7 @@ from atoll.server.run.directory import RunDirectory
 from atoll.server.selection.rules import kept, selection_rule, taken_back
 from atoll.server.transport import SharesLearner, Transport
 from atoll.strategies import Strategy, build_strategy
-from atoll.strategies.options import clusters_of
+from atoll.strategies.options import clusters_of, fedcompass_options
 from atoll.strategies.personal.ifca import stacked_models
 from atoll.tasks import task_named
 
@@ -132,6 +133,9 @@ def learner_of(job: Job, carrier: Transport, roster: ClientRoster) -> Learner:
 
 def later_round_kind(job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel) -> RoundKind:
     """The kind of all rounds, except for a first round in closed form."""
+    options = fedcompass_options(job)
+    if options is not None:
+        return grouped_round(job, carrier, strategy, clock, options)
     if is_asynchronous(job):
         return asynchronous_round(job, carrier, strategy, clock)
     return synchronous_round(job)

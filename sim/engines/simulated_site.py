@@ -22,6 +22,7 @@ from atoll.client.dp.example_draws import Numbers, example_numbers
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.site import Site
+from atoll.client.training.local_steps import with_assigned_steps
 from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
 from atoll.learning.learner import Learner
@@ -200,6 +201,5 @@ class IndexedClients:
 def vmapped(work: LocalWork, request: TrainingRequest) -> StackedUpdates:
     """The clients' updates of whole models, trained together by torch.func."""
     shards = {name: work.data.train(name) for name in work.data.names}
-    return vmap_training(
-        work.learner, request.tensors, shards, work.learner.job, round=request.round, plan=request.plan
-    )
+    job = with_assigned_steps(work.learner.job, request.plan)
+    return vmap_training(work.learner, request.tensors, shards, job, round=request.round, plan=request.plan)

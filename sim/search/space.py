@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 from atoll.errors import ConfigError
+from atoll.job.federation import ASYNCHRONOUS
 from atoll.job.job import Job
 from atoll.job.section import Needs, default_of, needs_of
 from atoll.job.toml import apply_override
@@ -279,13 +280,14 @@ def default_space(job: Job) -> Space:
     else:
         epochs = "train.epochs=1,2"
         ranges = ["train.lr=0.001..0.3,log" if is_sgd else "train.lr=0.00003..0.01,log"]
-    vary += [epochs] if job.train.steps is None else []
+    vary += [epochs] if job.train.steps is None and not job.strategy.gives_steps else []
     if method == "lora":
         vary.append("tune.rank=4,8,16")
     if method == "last-k":
         vary.append("tune.layers=1,2")
     trusts_all = job.strategy.name not in HOSTILE_OPTIONS and trusted_client(job) is None
-    if STRATEGIES.has(job.strategy.name) and trusts_all:
+    alone = job.strategy.name in (*ASYNCHRONOUS, "signsgd")  # others don't go with what they need
+    if STRATEGIES.has(job.strategy.name) and trusts_all and not alone:
         vary.append("strategy.name=fedavg,fedavgm,fedadam")
     if job.train.weight_decay == 0 and not is_sgd:
         vary.append("train.weight_decay=0.0,0.01")
