@@ -1,11 +1,12 @@
-"""Runs beside other runs: their rounds and results in TensorBoard or MLflow, as they go or afterwards.
+"""Runs beside other runs: their rounds and results in TensorBoard, MLflow or Weights & Biases.
 
-What is written is what `metrics.jsonl` and `result.json` hold, no more: under a promise of privacy they have
-only what may be told.
+They are written as they go or afterwards. What is written is what `metrics.jsonl` and `result.json` hold, no
+more: under a promise of privacy they have only what may be told.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}
+PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 """The package that each needs."""
 
 TAG = "atoll.run"
 """An MLflow run's tag that says which run directory it is of."""
 
 LOST = (OSError, ValueError)
-"""What a tracker may fail with, a full disk or a silent server; MLflow's own errors are added."""
+"""What a tracker may fail with, a full disk or a silent server; MLflow's and W&B's own errors are added."""
 
 
 class Tracker(Protocol):
@@ -85,8 +86,12 @@ class MLflowTracker:
 
         self.place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.resolve().parent}/mlflow.db"
         self._client = MlflowClient(tracking_uri=self.place)
-        found = self._client.get_experiment_by_name(job.name)
-        experiment = self._client.create_experiment(job.name) if found is None else found.experiment_id
+        experiment_found = self._client.get_experiment_by_name(job.name)
+        experiment = (
+            self._client.create_experiment(job.name)
+            if experiment_found is None
+            else experiment_found.experiment_id
+        )
         known = self._known(experiment, run, job) if after else None
         tags = {TAG: str(run.resolve()), "atoll.job_hash": job.hash}
         self._run = known or str(
@@ -96,8 +101,8 @@ class MLflowTracker:
     def _known(self, experiment: str, run: Path, job: Job) -> str | None:
         """The run that this one goes on with, if it was tracked from its beginning."""
         wanted = f"tags.`{TAG}` = '{run.resolve()}' and tags.`atoll.job_hash` = '{job.hash}'"
-        found = self._client.search_runs([experiment], wanted, max_results=1)
-        return found[0].info.run_id if found else None
+        runs = self._client.search_runs([experiment], wanted, max_results=1)
+        return runs[0].info.run_id if runs else None
 
     def numbers(self, values: Mapping[str, float], round: int) -> None:
         for name, value in values.items():
@@ -111,9 +116,44 @@ class MLflowTracker:
         self._client.set_terminated(self._run)
 
 
+class WandbTracker:
+    """A run of the W&B project that is called as the job.
+
+    It goes to the server that `wandb login` or WANDB_BASE_URL names; with WANDB_MODE=offline it is kept in
+    RUN/wandb, for `wandb sync`. Nothing about the machine, its code or its processes is sent.
+    """
+
+    def __init__(self, job: Job, run: Path, after: int) -> None:
+        import wandb
+
+        identity = hashlib.sha256(f"{run.resolve()} {job.hash}".encode()).hexdigest()[:16]
+        self._run = wandb.init(
+            project=job.name,
+            name=run.name,
+            id=identity,
+            dir=str(run),
+            resume="allow" if after else None,
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, save_code=False, host="", program="",
+                x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True,
+            ),
+        )  # fmt: skip
+        self.place = self._run.url or str(Path(self._run.dir).parent)
+
+    def numbers(self, values: Mapping[str, float], round: int) -> None:
+        self._run.log(dict(values), step=round)
+
+    def log_text(self, values: Mapping[str, str]) -> None:
+        self._run.config.update(dict(values), allow_val_change=True)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 TRACKERS: dict[str, Callable[[Job, Path, int], Tracker]] = {
     "tensorboard": TensorBoardTracker,
     "mlflow": MLflowTracker,
+    "wandb": WandbTracker,
 }
 
 
@@ -121,8 +161,8 @@ def check_trackers(names: Sequence[str], option: str = "--track") -> None:
     """Raises ConfigError where there is no such tracker, or its package isn't installed."""
     for name in names:
         if name not in TRACKERS:
-            raise ConfigError(f"{option}: expected {' or '.join(TRACKERS)}, found {name!r}")
-        if find_spec(PACKAGES[name]) is None:
+            raise ConfigError(f"{option}: expected one of {', '.join(TRACKERS)}, found {name!r}")
+        if not _is_installed(PACKAGES[name]):
             raise ConfigError(
                 f"{option} {name}: the package {PACKAGES[name]} is not installed; pip install 'atoll[track]'"
             )
@@ -148,12 +188,12 @@ class Tracking:
     def end(self, result: RunResult) -> None:
         """What `result.json` has beyond its rounds."""
         table = result.to_json()
-        told = {key: table[key] for key in ("baselines", "privacy", "seconds", "peak_rss_mb")}
-        told = {"final": {"server": result.final["server"]}, **told}
-        values, rounds = dict(numbers_of(told)), len(result.rounds)
-        words = {key: str(table[key]) for key in ("model_sha256", "job_hash", "engine", "task", "strategy")}
+        figures = {key: table[key] for key in ("baselines", "privacy", "seconds", "peak_rss_mb")}
+        figures = {"final": {"server": result.final["server"]}, **figures}
+        values, rounds = dict(numbers_of(figures)), len(result.rounds)
+        tags = {key: str(table[key]) for key in ("model_sha256", "job_hash", "engine", "task", "strategy")}
         self._each(lambda tracker: tracker.numbers(values, rounds))
-        self._each(lambda tracker: tracker.log_text({f"result.{k}": v for k, v in words.items()}))
+        self._each(lambda tracker: tracker.log_text({f"result.{k}": v for k, v in tags.items()}))
         self._each(lambda tracker: tracker.close())
 
     def _begin(self, after: int) -> None:
@@ -183,13 +223,24 @@ def _tell(name: str, error: Exception) -> None:
     )
 
 
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name, such as W&B's own `wandb/`, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def lost() -> tuple[type[Exception], ...]:
     """What a tracker may fail with."""
-    if find_spec("mlflow") is None:
-        return LOST
-    from mlflow.exceptions import MlflowException
+    errors: tuple[type[Exception], ...] = LOST
+    if _is_installed("mlflow"):
+        from mlflow.exceptions import MlflowException
 
-    return (*LOST, MlflowException)
+        errors += (MlflowException,)
+    if _is_installed("wandb"):
+        from wandb.errors import Error
+
+        errors += (Error,)
+    return errors
 
 
 def numbers_of(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:

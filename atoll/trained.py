@@ -26,6 +26,7 @@ def trained(run: Path, cluster: int | None = None) -> tuple[Learner, Tensors]:
     about = run / "model" / "model.json"
     check_finished(run, about)
     from atoll.job.job import Job
+    from atoll.learning.compatibility import check_agreed
     from atoll.learning.learner import Learner  # torch comes with it: not before a model is there
     from atoll.strategies.options import clusters_of
     from atoll.strategies.personal.ifca import model_of_cluster
@@ -51,7 +52,7 @@ def trained(run: Path, cluster: int | None = None) -> tuple[Learner, Tensors]:
         }
     )
     learner = Learner.of(job, task_named(job.task.name), data_info)
-    learner.check_fingerprint()
+    check_agreed(learner)
     tensors = model_of(run)
     return learner, tensors if cluster is None else model_of_cluster(tensors, cluster)
 
@@ -74,10 +75,10 @@ def _check_cluster(run: Path, cluster: int | None, count: int) -> None:
     if not count and cluster is not None:
         raise ConfigError(f"--cluster: {run} has one model for all, expected none, found {cluster}")
     if count and (cluster is None or not 0 <= cluster < count):
-        found = "none" if cluster is None else str(cluster)
+        text = "none" if cluster is None else str(cluster)
         raise ConfigError(
             f"{run}: has a model for each cluster of clients, expected --cluster 0 to {count - 1} with"
-            f" predict or export, found {found}; clusters of the last round in result.json say which is whose"
+            f" predict or export, found {text}; clusters of the last round in result.json say which is whose"
         )
 
 

@@ -28,10 +28,12 @@ WAYS: dict[str, tuple[str, ...]] = {
     "int8": ("compression='int8'",),
     "int4": ("compression='int4'",),
     "top-k 1 %": ("compression='top-k'",),
+    "sign": ("compression='sign'",),
     "fp16, no feedback": ("compression='fp16'", "error_feedback=false"),
     "int8, no feedback": ("compression='int8'", "error_feedback=false"),
     "int4, no feedback": ("compression='int4'", "error_feedback=false"),
     "top-k 1 %, no feedback": ("compression='top-k'", "error_feedback=false"),
+    "sign, no feedback": ("compression='sign'", "error_feedback=false"),
 }
 
 

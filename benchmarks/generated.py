@@ -68,6 +68,4 @@ def _fill_cache(job: Job, keys: list[bytes], features: torch.Tensor) -> None:
     from atoll.tasks import task_named
 
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b"]})
-    cache = learner._plain.cache
-    if cache.missing(keys):
-        cache.put(keys, features)
+    learner.features.put(keys, features)

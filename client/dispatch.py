@@ -28,7 +28,7 @@ from atoll.client.state.moon import train_moon
 from atoll.client.state.personalization import model_to_evaluate, train_fedper
 from atoll.client.state.store import ClientStateStore
 from atoll.client.training.local_sgd import train_model
-from atoll.client.training.local_steps import with_local_steps
+from atoll.client.training.local_steps import with_assigned_steps, with_local_steps
 from atoll.client.training.per_fedavg import inner_lr_of
 from atoll.client.training.pfedme import MoreauSteps
 from atoll.data.shard import Shard
@@ -168,7 +168,8 @@ def trained(work: LocalWork, request: TrainRequest) -> Iterable[Update]:
         return corrected(work, request)
     train_own_models(work, request)
     ranks = learner.job.tune.lora_ranks or {}
-    return updates_of(work, request, starts=starts_by_rank(request.tensors, ranks, names))
+    job = with_assigned_steps(learner.job, request.plan)
+    return updates_of(work, request, starts_by_rank(request.tensors, ranks, names), job)
 
 
 def train_own_models(work: LocalWork, request: TrainingRequest) -> None:

@@ -207,6 +207,10 @@ def _min_clients(policy: Policy, job: Job) -> Iterator[Verdict]:
     if federation.selection == "by-size":  # one client may be drawn several times
         yield Verdict("min_clients", "federation.selection", "'by-size'", "another", holds=False)
         return
+    if job.strategy.gives_steps:  # one that is late is merged alone
+        expected = "another, whose rounds are of several clients"
+        yield Verdict("min_clients", "strategy.name", repr(job.strategy.name), expected, holds=False)
+        return
     fewest = math.ceil((federation.cohort or federation.clients) * federation.quorum)
     allowed = f"at least {policy.min_clients}"
     yield Verdict("min_clients", "cohort x quorum", str(fewest), allowed, fewest >= policy.min_clients)
@@ -245,6 +249,10 @@ def _epochs(policy: Policy, job: Job) -> Iterator[Verdict]:
     """A number of steps may be any number of epochs of a small shard."""
     most, train = policy.max_epochs, job.train
     if most is None:
+        return
+    if job.strategy.gives_steps:
+        expected = f"another strategy, with train.epochs at most {most}"
+        yield Verdict("max_epochs", "strategy.name", repr(job.strategy.name), expected, holds=False)
         return
     if train.steps is not None:
         expected = f"train.epochs, at most {most}"

@@ -19,6 +19,7 @@ from atoll.data.shard import Shard
 from atoll.errors import DataChanged
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.learning.split import split_shard
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.told import fitting_rows
 
@@ -94,11 +95,11 @@ class ShardCache:
             self._loaded[key] = self._loaded.pop(key)
             return self._loaded[key]
         shard = learner.task.shard(self._fitting(learner, name), data_info)
-        part, validation = learner.split(shard)
-        features = learner.training_features(part) if learner.trains_on_features else None
+        part, validation = split_shard(learner.job, learner.task, shard)
+        features = learner.features.for_training(part) if learner.trains_on_features else None
         while len(self._loaded) >= CACHED_SHARDS:
             self._loaded.pop(next(iter(self._loaded)))
-        self._loaded[key] = LoadedShard(learner.with_soft_labels(part), validation, features)
+        self._loaded[key] = LoadedShard(learner.objective.with_soft_labels(part), validation, features)
         return self._loaded[key]
 
     def _fitting(self, learner: Learner, name: str) -> Dataset:

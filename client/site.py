@@ -28,9 +28,10 @@ from atoll.errors import BudgetExhausted, ConfigError, InputError
 from atoll.job.closed_form import is_the_only_release
 from atoll.job.job import Job
 from atoll.job.privacy import noise_locations, uses_secure_aggregation
+from atoll.learning.compatibility import check_agreed
 from atoll.learning.learner import Learner
 from atoll.privacy.dp_plan import dp_plan_of
-from atoll.protocol.messages import DataInfo, Failure, Hello, Reply
+from atoll.protocol.messages import ASSIGNED_STEPS, DataInfo, Failure, Hello, Reply
 from atoll.protocol.requests import (
     ConfirmRequest,
     EvaluateRequest,
@@ -38,11 +39,13 @@ from atoll.protocol.requests import (
     Request,
     SharesRequest,
     StatisticsRequest,
+    TrainingRequest,
     TrainRequest,
     UnmaskedSumRequest,
 )
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.protocol.tensors import Tensors
+from atoll.strategies.options import fedcompass_options
 from atoll.tasks import task_named
 from atoll.tasks.told import check_told, greeting_info, is_silent
 
@@ -230,7 +233,11 @@ class Site:
             learner = self.learner(job, request.data_info)
         except InputError as error:
             return [Failure(name, self._error_for_server(name, error, request.job)) for name in names]
-        refusal = self._policy_violation(job, type(request)) or self._other_facts(job, request, names)
+        refusal = (
+            self._policy_violation(job, type(request))
+            or self._other_facts(job, request, names)
+            or _refused_steps(job, request)
+        )
         if refusal:
             return [Failure(name, refusal) for name in names]
         torch.set_num_threads(job.train.threads)
@@ -318,9 +325,23 @@ class Site:
             self._learners.clear()
             self._cache.clear()
             learner = Learner.of(job, task_named(job.task.name), data_info, LoggedProgress())
-            learner.check_fingerprint()
+            check_agreed(learner)
             self.adopt(learner)
         return self._learners[key]
+
+
+def _refused_steps(job: Job, request: Request) -> str:
+    """Why the local steps that the request gives are none that its job lets it give; "" where they are."""
+    if not isinstance(request, TrainingRequest) or ASSIGNED_STEPS not in request.plan:
+        return ""
+    steps, options = request.plan[ASSIGNED_STEPS], fedcompass_options(job)
+    if options is None:
+        return "its request gives a number of local steps, which the job's strategy doesn't"
+    if not options.min_steps <= steps <= options.max_steps or steps != int(steps):
+        return (
+            f"its request gives {steps:g} local steps, and the job {options.min_steps} to {options.max_steps}"
+        )
+    return ""
 
 
 def _fit(job: Job, data_info: DataInfo) -> str:

@@ -41,16 +41,18 @@ def check_simulated(job: Job) -> None:
 
 
 def source_of(job: Job) -> Source | Extension | None:
-    """The source that the job names, Atoll's own or an extension's; None where it names a path.
+    """The source that the job names, Atoll's own or an extension's; None for a path or one of the Hub.
 
     Raises:
         ConfigError: it is neither.
     """
-    return None if Path(job.data.source).is_absolute() else source_named(job.data.source)
+    if Path(job.data.source).is_absolute() or job.data.is_on_hub:
+        return None
+    return source_named(job.data.source)
 
 
 def check_source(job: Job) -> None:
-    """See whether the source is a path, or a name of one that holds data of the job's task.
+    """See whether the source is a path, one of the Hub, or a name of one that holds data of the job's task.
 
     An extension's may be for any task: what it returns is read as that task reads files.
 

@@ -40,24 +40,24 @@ class BaselineRunner:
         if run.setup.test is None:
             return {}, ["baselines left out: the job holds no test data out"] if asked else []
         panel = evaluation_clients(run)
-        found: dict[str, MetricValues] = {}
+        metrics: dict[str, MetricValues] = {}
         if "zero_shot" in asked:
-            found["zero_shot"] = _measured(run, run.state.initial_model)
+            metrics["zero_shot"] = _measured(run, run.state.initial_model)
         if not {"local_only", "pooled"} & set(asked):
-            return found, []
+            return metrics, []
         index = PopulationIndex(self.population, run.state.learner)
         rows = [train for train, _ in index.splits([number_of(name) for name in panel])]
         if "local_only" in asked:
-            shards = (index.training_view.select(own.tolist()) for own in rows)
+            shards = (index.training_view.select(client_rows.tolist()) for client_rows in rows)
             alone = trained(run, dict(zip(panel, shards, strict=True)))
             measured = (_measured(run, tensors) for tensors in alone.values())
-            found["local_only"] = {name: mean.value for name, mean in means(measured).items()}
+            metrics["local_only"] = {name: mean.value for name, mean in means(measured).items()}
         if "pooled" in asked:
             everything = index.training_view.select(np.unique(np.concatenate(rows)).tolist())
-            found["pooled"] = _measured(run, trained(run, {"pooled": everything}, of=len(panel))["pooled"])
+            metrics["pooled"] = _measured(run, trained(run, {"pooled": everything}, of=len(panel))["pooled"])
         if len(panel) == len(run.setup.population):
-            return found, []
-        return found, [f"local_only and pooled are of {len(panel)} of {len(run.setup.population)} clients"]
+            return metrics, []
+        return metrics, [f"local_only and pooled are of {len(panel)} of {len(run.setup.population)} clients"]
 
 
 def trained(run: Run, shards: Mapping[str, Shard], *, of: int = 1) -> dict[str, Tensors]:
@@ -65,7 +65,7 @@ def trained(run: Run, shards: Mapping[str, Shard], *, of: int = 1) -> dict[str, 
     job, learner, first = centralized_job(run.setup.job, of), run.state.learner, run.state.initial_model
     if learner.trains_on_features:
         held = {
-            name: LoadedShard(shard, shard, learner.training_features(shard))
+            name: LoadedShard(shard, shard, learner.features.for_training(shard))
             for name, shard in shards.items()
         }
         local = HeadTrainingConfig(job, head_loss(job, learner.task.head_loss), round=0)

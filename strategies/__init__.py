@@ -22,6 +22,7 @@ from atoll.plugins import BUILT_IN, Extension, Registry
 from atoll.strategies.options import (
     HOSTILE_OPTIONS,
     AflOptions,
+    FedCompassOptions,
     FedDynOptions,
     FedExpOptions,
     FlandersOptions,
@@ -77,8 +78,8 @@ class Entry:
     """One line of the registry: how a strategy is built, its keys in `[strategy]`, its summary and origin.
 
     `options` is the pydantic model of its `strategy.options`, if it has any. With `counts_clients` it is
-    built with the number of all clients, with `knows_client_lr` with the clients' learning rate, with
-    `knows_seed` with the job's seed.
+    built with the number of all clients, with `counts_at_work` with that of clients at work at a time, with
+    `knows_client_lr` with the clients' learning rate, with `knows_seed` with the job's seed.
     """
 
     build: Callable[..., Strategy]
@@ -87,6 +88,7 @@ class Entry:
     origin: str = BUILT_IN
     options: type[BaseModel] | None = None
     counts_clients: bool = False
+    counts_at_work: bool = False
     knows_client_lr: bool = False
     knows_seed: bool = False
 
@@ -130,6 +132,12 @@ def _fedexp(options: FedExpOptions) -> Strategy:
     from atoll.strategies.fedexp import FedExp
 
     return FedExp(options.epsilon)
+
+
+def _signsgd(**keys: float) -> Strategy:
+    from atoll.strategies.few_bytes.signsgd import SignSgd
+
+    return SignSgd(**keys)
 
 
 def _scaffold(options: ScaffoldOptions, **keys: Any) -> Strategy:
@@ -192,6 +200,13 @@ def _fedasync(options: LateOptions, **keys: Any) -> Strategy:
     return FedAsync(**keys, **options.model_dump())
 
 
+def _fedcompass(options: FedCompassOptions, **keys: Any) -> Strategy:
+    from atoll.strategies.asynchronous.fedcompass import FedCompass
+
+    weights = {name: getattr(options, name) for name in LateOptions.model_fields}
+    return FedCompass(**keys, **weights)
+
+
 def _robust(name: str, options: HostileOptions, **keys: float) -> Strategy:
     from atoll.strategies.robust.merge import robust_strategy
 
@@ -247,6 +262,9 @@ BUILT_INS: dict[str, Entry] = {
         ("options",),
         "mean delta, in a step as long as the deltas disagree (Jhunjhunwala 2023)",
         options=FedExpOptions,
+    ),
+    "signsgd": Entry(
+        _signsgd, ("lr",), "a step of one length to where most deltas point, a bit a number (Bernstein 2018)"
     ),
     "scaffold": Entry(
         _scaffold,
@@ -311,6 +329,13 @@ BUILT_INS: dict[str, Entry] = {
         ("lr", "proximal_mu", "options"),
         "part of the way to every client's model as it comes, less to a late one (Xie 2019)",
         options=LateOptions,
+    ),
+    "fedcompass": Entry(
+        _fedcompass,
+        ("lr", "options"),
+        "deltas of groups whose steps let them be done together, less of a late one (Li 2024)",
+        options=FedCompassOptions,
+        counts_at_work=True,
     ),
     **{
         name: _against_hostile(name, summary)
@@ -438,6 +463,8 @@ def build_strategy(
         keys["options"] = options
     if entry.counts_clients:
         keys["clients"] = federation.clients
+    if entry.counts_at_work:
+        keys["at_work"] = federation.concurrency or federation.clients
     if entry.knows_client_lr:
         keys["client_lr"] = train.lr
     if entry.knows_seed:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from atoll.errors import ConfigError
 from atoll.job.extension_options import validated
@@ -20,6 +20,25 @@ class LateOptions(Section):
     weighing: Literal["constant", "polynomial", "hinge"] = "polynomial"
     a: Positive = 0.5
     b: NotNegative = 4.0
+
+
+class FedCompassOptions(LateOptions):
+    """The bounds of a client's local steps, the paper's Q_min and Q_max; and the weights of late updates.
+
+    A group is waited for `latest_factor` times as long as it is expected to take, the paper's lambda.
+    """
+
+    min_steps: Count = 20
+    max_steps: Count = 100
+    latest_factor: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.2
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> FedCompassOptions:
+        if self.min_steps > self.max_steps:
+            raise ValueError(
+                f"min_steps: expected at most max_steps = {self.max_steps}, found {self.min_steps}"
+            )
+        return self
 
 
 class HostileClients(Section):
@@ -170,6 +189,15 @@ def clusters_of(job: Job) -> int:
     options = validated(IfcaOptions, job.strategy.options or {}, "strategy.options")
     assert isinstance(options, IfcaOptions)
     return options.clusters
+
+
+def fedcompass_options(job: Job) -> FedCompassOptions | None:
+    """How many local steps the job's server may give a client; None for strategies that give none."""
+    if not job.strategy.gives_steps:
+        return None
+    options = validated(FedCompassOptions, job.strategy.options or {}, "strategy.options")
+    assert isinstance(options, FedCompassOptions)
+    return options
 
 
 def trusted_client(job: Job) -> str | None:

@@ -62,7 +62,14 @@ HEADS: dict[str, dict[str, Any]] = {
        for rule in ("by-size", "power-of-choice", "oort")},
     "learning-rate-schedule": {"strategy": {"name": "fedavgm", "lr_schedule": "cosine", "lr_warmup": 1}},
     **{f"compression-{scheme}": {"federation": {"compression": scheme}}
-       for scheme in ("fp16", "int8", "int4", "top-k")},
+       for scheme in ("fp16", "int8", "int4", "top-k", "sign")},
+    "strategy-fedcompass": {
+        "strategy": {"name": "fedcompass", "options": {"min_steps": 2, "max_steps": 6}},
+        "federation": {"cohort": None, "concurrency": 4, "rounds": 5},
+    },
+    "strategy-signsgd": {
+        "strategy": {"name": "signsgd"}, "federation": {"compression": "sign", "error_feedback": False},
+    },
     **{f"closed-form-{kind}": {"tune": {"head_init": kind}, "federation": {"rounds": 1}}
        for kind in ("prototype", "ridge")},
     **{f"imbalance-{kind}": {"train": {"imbalance": kind}}

@@ -88,6 +88,8 @@ LEFT_OUT: dict[str, str] = {
     "task.name": "each has rows",
     "task.options": "each task's own",
     "data.source": "a site has data of its own",
+    "train.augment_options": "an extension's own",
+    **dict.fromkeys(("data.revision", "data.subset"), "a site has data of its own"),
     "data.options": "an extension's source's own",
     "data.partition": "a site's data isn't dealt",
     **dict.fromkeys(("data.text", "data.image", "data.label", "data.columns"), "names of the user's columns"),
@@ -123,7 +125,7 @@ LEFT_OUT: dict[str, str] = {
     "federation.over_sampling": "for simulations",
     **dict.fromkeys(
         ("federation.concurrency", "federation.order"),
-        "go with fedbuff and fedasync alone, whose bound tests/test_asynchronous.py sees",
+        "go with fedbuff, whose bound tests/test_asynchronous.py sees, and what promises refuse",
     ),
     "strategy.options": "each extension's own",
     "personal.head_epochs": "goes with personal.keep = 'head', refused with every promise",

@@ -25,6 +25,7 @@ from atoll.client.state.store import ClientStateStore
 from atoll.data.shard import Shard
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.learning.split import split_shard
 from atoll.privacy.dp_plan import dp_plan_of
 from atoll.protocol.requests import TrainRequest
 from atoll.sim.population.population import Population
@@ -80,15 +81,15 @@ def quiet(job: Job) -> DpSgd:
 
 def summed(learner: Learner, shard: Shard) -> Vector:
     """What a client would noise of its whole model's gradients, for all that it holds."""
-    train, _ = learner.split(shard)
+    train, _ = split_shard(learner.job, learner.task, shard)
     [(_, total)] = model_sums(learner, learner_start(learner), {"c": train}, quiet(learner.job), 1)
     return flat(total)
 
 
 def trained_head(learner: Learner, shard: Shard) -> Vector:
     """What a client's head moved by in one step of rate 1."""
-    train, validation = learner.split(shard)
-    loaded = {"c": LoadedShard(train, validation, learner.training_features(train))}
+    train, validation = split_shard(learner.job, learner.task, shard)
+    loaded = {"c": LoadedShard(train, validation, learner.features.for_training(train))}
     head, job = learner_start(learner), learner.job
     work = LocalWork(
         learner, LoadedClients(loaded, "cpu"), ClientStateStore(), SecureAggregationSession(), quiet(job)

@@ -253,7 +253,7 @@ def test_canary_examples_are_clipped_and_hardly_touch_what_the_data_does() -> No
     population = Population.of(setting)
     canaries = canaries_for(setting, population, "example", Audit(canaries=600))
     assert isinstance(canaries, CanaryFeatures)
-    data = canaries.learner.training_features(population.whole(canaries.learner))[0]
+    data = canaries.learner.features.for_training(population.whole(canaries.learner))[0]
     along = (data @ canaries.features.T) / canaries.features.norm(dim=1)
     assert float(along.square().mean().sqrt()) < 0.02 * float(data.norm(dim=1).median())
     pairs = {

@@ -217,7 +217,7 @@ def test_views_of_one_example_are_kept_apart_and_shared_between_numbers_of_views
 
     def features(**train: object) -> torch.Tensor:
         job = image_job("squeezenet1_1", train={"augment": ["crop"], **train})
-        return Learner.of(job, task_named(job.task.name), data_info).training_features(shard)
+        return Learner.of(job, task_named(job.task.name), data_info).features.for_training(shard)
 
     three = features(cached_views=3)
     assert torch.equal(features(cached_views=2), three[:2])

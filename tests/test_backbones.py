@@ -96,7 +96,7 @@ def test_random_features_of_a_network_with_batch_norms_neither_fade_nor_explode(
     job = image_job(name, tune={"method": "full"})
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["a", "b", "c"]})
     shard = grey_png_shard(6, classes=3)
-    features = learner.features(shard)
+    features = learner.features.plain(shard)
     size = float(features.square().mean().sqrt())
     assert 0.1 < size < 10 and float(features.std(dim=0).mean()) > 0.02 * size
     loss = learner.compute(learner.evaluate(learner.initial(), shard))["loss"]

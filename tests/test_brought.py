@@ -119,7 +119,7 @@ def test_changed_code_never_gets_features_that_older_code_made(load: Callable[[s
     shard, means = shard_of(inputs), pixels.astype(np.float64).mean(axis=(1, 2)) / 255
     for factor in (1, 3, 1):  # the last time from the cache
         load(COLOURS.replace("FACTOR", str(factor)))
-        found = learner(job()).features(shard).numpy()
+        found = learner(job()).features.plain(shard).numpy()
         np.testing.assert_allclose(found, factor * means, rtol=1e-5)
 
 
@@ -136,7 +136,7 @@ def test_a_changed_file_beside_the_backbones_own_changes_what_features_are_kept_
         sys.modules.pop("beside_mine", None)
         text = COLOURS.replace("FACTOR * pixels.mean(dim=(2, 3))", "scale(pixels.mean(dim=(2, 3)))")
         load("from beside_mine import scale\n" + text)
-        found = learner(job()).features(shard).numpy()
+        found = learner(job()).features.plain(shard).numpy()
         np.testing.assert_allclose(found, factor * means, rtol=1e-5)
     sys.modules.pop("beside_mine", None)
 
@@ -227,7 +227,7 @@ def test_texts_go_through_a_modules_own_preparation(load: Callable[[str], Path])
     load(TEXTS)
     given = job(task={"name": "text-classification"}, data={"source": "sentences"})
     texts = ["a first text", "Zwei", "x" * 50]
-    found = learner(given).features(shard_of(texts)).numpy()
+    found = learner(given).features.plain(shard_of(texts)).numpy()
     counts = [np.bincount(list(text.encode()), minlength=256) / len(text) for text in texts]
     np.testing.assert_allclose(found, np.array(counts), rtol=1e-6)
 
@@ -254,13 +254,14 @@ def test_texts_are_learnt_with_an_own_backbone_source_and_augmentation(tmp_path:
         return
     (tmp_path / "public.txt").write_text("".join(f"{'yes ' * (n % 7)}no {n}\n" for n in range(40)))
     for line in (
+        "atoll audit run --plugin texts.py --planted 0",
         "atoll advise job.toml --plugin texts.py --backbones plugin:mine",
         "atoll distil run --student plugin:mine --data public.txt --plugin texts.py"
         " --set backbone.weights=random --set train.augment=[] --set federation.rounds=1",
     ):
         code, printed, errors = say(tmp_path, line)
         assert code == 0, errors
-        assert "plugin:mine" in printed or "run-student" in printed
+        assert re.search("plugin:mine|run-student|audit.json", printed)
 
 
 def test_both_sides_of_a_pair_may_be_an_extensions(load: Callable[[str], Path]) -> None:
@@ -269,7 +270,7 @@ def test_both_sides_of_a_pair_may_be_an_extensions(load: Callable[[str], Path]) 
     section = {"name": "plugin:colours", "weights": "random", "options": {"text": "plugin:mine"}}
     given = job(task={"name": "image-text"}, data={"source": "generated-reviews"}, backbone=section)
     inputs, _ = pictures(2)
-    features = learner(given).features(shard_of(list(zip(inputs, ["one", "two words"], strict=True))))
+    features = learner(given).features.plain(shard_of(list(zip(inputs, ["one", "two words"], strict=True))))
     assert features.shape == (2, 3 + 256) and torch.isfinite(features).all()
     batch = learner(given).collate(shard_of(list(zip(inputs, ["one", "two words"], strict=True))), [0, 1])
     assert batch.keys() == {"pixel_values", "counts", "length"}
@@ -467,13 +468,13 @@ def test_kept_views_are_told_apart_by_the_augmentations_code(load: Callable[[str
         text = AUGMENTATION.replace("KIND", "images").replace("BODY", body) + COLOURS.replace("FACTOR", "1")
         load("from PIL import Image\n" + text)
         given = job(train={"augment": ["mine"], "cached_views": 2})
-        seen.append(learner(given).training_features(shard_of(inputs)))
+        seen.append(learner(given).features.for_training(shard_of(inputs)))
         torch.testing.assert_close(seen[-1], torch.full((2, 4, 3), value / 255))
 
 
 def test_atolls_own_augmentations_come_first(load: Callable[[str], Path]) -> None:
     load(AUGMENTATION.replace("KIND", "images").replace("BODY", "return example"))
-    assert [one.name for one in brought_augmentations(("mine", "flip"))] == ["mine"]
+    assert [one.name for one in brought_augmentations(job(train={"augment": ["mine", "flip"]}))] == ["mine"]
     assert AUGMENTATIONS.origin("flip") == "atoll"
     assert augmentations.TRIES >= 2
 
@@ -663,12 +664,18 @@ def test_an_installed_package_is_listed_and_used_without_an_option(folder: Path,
     assert "plugins" not in result_of(folder / "runs" / "digits")
 
 
+SHIFTED = "--plugin shift.py --set 'train.augment=[\"shift\"]' --set 'train.augment_options={"
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('--plugin ridges.py --set backbone.name=plugin:ridge', "did you mean 'plugin:ridges'"),
         ('--plugin shift.py --set \'train.augment=["shft"]\'', "did you mean 'shift'"),
+        (f"{SHIFTED}shift={{by=0}}}}'", r"train\.augment_options\.shift\.by: expected .* 1, found 0"),
+        (f"{SHIFTED}shift={{to=1}}}}'", r"train\.augment_options\.shift\.to: unknown key"),
+        (f"{SHIFTED}flip={{by=1}}}}'", r"train\.augment_options\.flip: flip is not in train\.augment"),
         ("--plugin stripes.py --set data.source=stripe", "did you mean 'stripes'"),
         ("--plugin stripes.py --set data.source=stripes --set data.options.pictures=3",
          r"data\.options\.pictures: expected greater than or equal to 10, found 3"),

@@ -70,7 +70,7 @@ class Softmax(Clients):
         self.data = {name: self._table(self.train(name)) for name in self.names}
 
     def _table(self, shard: Any) -> tuple[Array, NDArray[np.int64]]:
-        features = self.learner.training_features(shard)[0].double().numpy()
+        features = self.learner.features.for_training(shard)[0].double().numpy()
         return np.hstack([features, np.ones((len(features), 1))]), shard.targets.numpy()
 
     @property

@@ -80,7 +80,7 @@ def test_ifca_is_algorithm_1_of_its_paper_by_model_averaging(tmp_path: Path) -> 
     for name in problem.names:
         j = int(np.argmin([problem.loss(own, name) for own in theta]))
         validation = IndexedClients(index, [name]).validation(name)
-        features = problem.learner.features(validation).double().numpy()
+        features = problem.learner.features.plain(validation).double().numpy()
         scores = features @ theta[j][:, :-1].T + theta[j][:, -1]
         accuracy = float(np.mean(scores.argmax(1) == validation.targets.numpy()))
         assert result.final["clients"][name]["accuracy"] == pytest.approx(accuracy)

@@ -38,7 +38,7 @@ from tests import detectors
 from tests import watchdogs as w
 from tests.detectors import Detected, adversaries
 
-SCHEMES = ("fp16", "int8", "int4", "top-k")
+SCHEMES = ("fp16", "int8", "int4", "top-k", "sign")
 STATES = {"train_loss.sum": torch.tensor(1.0).double(), "train_loss.count": torch.tensor(2.0).double()}
 
 
@@ -171,7 +171,7 @@ def answers(setting: Job, name: str, patch: pytest.MonkeyPatch) -> Any:
     data_info = data_info | {"backbone": learner.backbone.fingerprint}
     model = learner.initial()
 
-    def noised(work: Any, request: TrainRequest, starts: Any = None) -> Any:
+    def noised(work: Any, request: TrainRequest, starts: Any = None, job: Job | None = None) -> Any:
         draw = torch.Generator().manual_seed(request.round)
         for owner in work.data.names:
             delta = {n: torch.randn(t.shape, generator=draw) for n, t in model.items()}

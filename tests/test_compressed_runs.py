@@ -30,7 +30,7 @@ from atoll.sim.population.population import Population
 from tests.small import few_pictures
 from tests.test_simulation import job, kill_after, run
 
-SCHEMES = ("fp16", "int8", "int4", "top-k")
+SCHEMES = ("fp16", "int8", "int4", "top-k", "sign")
 
 
 def compressed(scheme: str, *, feedback: bool = True, **tables: Any) -> Job:
@@ -48,6 +48,7 @@ def hashes(result: RunResult) -> list[str]:
         ("int4", True),
         ("top-k", True),
         ("int4", False),
+        ("sign", True),
         *(
             pytest.param(scheme, feedback, marks=pytest.mark.slow)
             for scheme, feedback in (("fp16", True), ("int8", True), ("top-k", False))
@@ -95,7 +96,7 @@ def test_every_way_to_compress_gives_other_bits_and_none_gives_the_old_ones(tmp_
         for feedback in (True, False):
             setting = compressed(scheme, feedback=feedback)
             found.add(run(setting, tmp_path / f"{scheme}{feedback}").model_sha256)
-    assert len(found) == 9
+    assert len(found) == 11
     assert not (tmp_path / "plain" / "memory").exists()
 
 
@@ -148,7 +149,7 @@ def test_what_was_sent_and_what_is_remembered_is_all_that_was_learnt(tmp_path: P
 
 
 def test_bytes_up_are_those_of_the_messages_and_the_report_says_how_much_smaller(tmp_path: Path) -> None:
-    for scheme, least in (("fp16", 2.0), ("int8", 3.9), ("int4", 7.7), ("top-k", 49.0)):
+    for scheme, least in (("fp16", 2.0), ("int8", 3.9), ("int4", 7.7), ("top-k", 49.0), ("sign", 31.0)):
         setting = compressed(scheme, federation={"rounds": 1})
         population = Population.of(setting)
         carrier = Watched.of(population, memory=ClientStateStore())

@@ -35,7 +35,7 @@ from atoll.protocol.tensors import Tensors
 from atoll.server.rounds.decompression import decompressed
 from atoll.server.rounds.validation import validate_updates
 
-SCHEMES: tuple[Scheme, ...] = ("fp16", "int8", "int4", "top-k")
+SCHEMES: tuple[Scheme, ...] = ("fp16", "int8", "int4", "top-k", "sign")
 VALUES = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=400)
 
 
@@ -191,8 +191,9 @@ def test_a_message_has_the_form_and_the_bytes_that_were_announced(scheme: Scheme
 
 def test_the_bytes_of_a_megabyte_by_hand() -> None:
     sizes = {scheme: Compression(scheme, 262_144).bytes for scheme in SCHEMES}
-    # 1024 scales of 4 bytes; 2622 places and numbers of 4 bytes each
-    assert sizes == {"fp16": 524_288, "int8": 266_240, "int4": 135_168, "top-k": 20_976}
+    # 1024 scales of 4 bytes; 2622 places and numbers of 4 bytes each; one scale for all
+    expected = {"fp16": 524_288, "int8": 266_240, "int4": 135_168, "top-k": 20_976, "sign": 32_772}
+    assert sizes == expected
 
 
 def test_tensors_are_one_vector_in_the_order_of_their_names() -> None:
@@ -221,9 +222,15 @@ def job_of(scheme: str, *, privacy: dict[str, Any] | None = None, **federation: 
     return Job.parse(table, origin="test")
 
 
+def how_of(scheme: str) -> Compression:
+    how = Compression.of(job_of(scheme), MODEL)
+    assert how is not None
+    return how
+
+
 def message(scheme: Scheme, client: str = "a", **changed: Any) -> Update:
     """A good message, or one with some of its tensors replaced; None takes one out."""
-    how = Compression(scheme, NUMBERS)
+    how = how_of(scheme)
     delta = {name: tensor[0] for name, tensor in compress(randoms(1, NUMBERS), how).items()}
     return Update(client, 4, {n: t for n, t in (delta | changed).items() if t is not None}, 5, STATES)
 
@@ -259,6 +266,10 @@ BAD: dict[str, tuple[Scheme, dict[str, Any], str]] = {
     "a level too low": ("int8", {"values": torch.full((303,), -128, dtype=torch.int8)}, "-127 to 127"),
     "a nibble too low": ("int4", {"values": with_byte(3, 0x80)}, "not all from -7 to 7"),
     "something in the gap": ("int4", {"values": with_byte(151, 0x98)}, "not all from -7 to 7"),
+    "one scale for all": ("sign", {"scales": torch.ones(1)}, r"scales have shape \(1,\), expected \(2,\)"),
+    "a byte a sign": ("sign", {"values": torch.ones(303, dtype=torch.uint8)}, r"\(303,\), expected \(38,\)"),
+    "a size below zero": ("sign", {"scales": torch.tensor([1.0, -1.0])}, "scales are not .* at least 0"),
+    "bits in the gap": ("sign", {"values": torch.full((38,), 255, dtype=torch.uint8)}, "more than 303 bits"),
     "half nan": ("fp16", {"values": torch.full((303,), math.nan).half()}, "values are not all finite"),
     "more than k": ("top-k", {"indices": indices(*range(300)), "values": torch.ones(300)}, r"\(300,\)"),
     "beyond the end": ("top-k", KEPT | {"indices": indices(0, 1, 2, 303)}, "not all from 0 to 302"),
@@ -282,7 +293,7 @@ def test_a_bad_message_is_set_aside_with_its_reason_and_the_others_stay(name: st
 
 
 FORM = {"no values", "uncompressed", "one more", "too few", "too many", "too many scales", "a table",
-        "another kind", "more than k", "long indices"}  # fmt: skip
+        "another kind", "more than k", "long indices", "one scale for all", "a byte a sign"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(set(BAD) - FORM))
@@ -313,7 +324,7 @@ def test_a_claim_of_terabytes_takes_no_memory() -> None:
 def test_whatever_values_travel_the_server_makes_a_model_of_them_or_names_the_fault(
     blob: bytes, scheme: Scheme
 ) -> None:
-    form = Compression(scheme, NUMBERS).form
+    form = how_of(scheme).form
     delta = {}
     for name, (count, dtype) in form.items():
         size = count * dtype.itemsize
@@ -330,7 +341,10 @@ def test_whatever_values_travel_the_server_makes_a_model_of_them_or_names_the_fa
 @pytest.mark.parametrize(
     ("federation", "pattern"),
     [
-        ({"compression": "int2"}, "federation.compression: expected 'fp16', 'int8', 'int4' or 'top-k'"),
+        (
+            {"compression": "int2"},
+            "federation.compression: expected 'fp16', 'int8', 'int4', 'top-k' or 'sign'",
+        ),
         ({"compression": "top-k", "compression_top_k": 0.0}, "compression_top_k"),
         (
             {"compression": "int8", "compression_top_k": 0.1},

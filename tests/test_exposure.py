@@ -85,7 +85,7 @@ def test_secrets_of_a_box_differ_and_depend_on_the_seed_alone() -> None:
     assert len(boxes.secrets) == PLANTED + OTHERS and boxes == Boxes.of(5) != Boxes.of(6)
     for secrets in boxes.secrets:
         assert len(set(secrets)) == RANKED and all(0 <= secret < 10**6 for secret in secrets)
-    own = boxes.rows(("text",), [1], own=True)
+    own = boxes.rows(("text",), [1], is_own=True)
     assert own == [{"text": f"The code of box 2 is {boxes.secrets[1][0]:06d}."}]
 
 
@@ -108,7 +108,7 @@ def unigram(learner: Learner) -> tuple[dict[str, torch.Tensor], np.ndarray[Any, 
 def test_exposure_is_by_ranks_that_brute_force_finds_where_likelihoods_are_known(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     learner, boxes, tokenizer = fresh_learner(job, Population.of(job)), Boxes.of(job.seed), byte_tokenizer()
-    rows = boxes.rows(("text",), range(PLANTED + OTHERS), own=False)
+    rows = boxes.rows(("text",), range(PLANTED + OTHERS), is_own=False)
     tensors, costs = unigram(learner)
     shard = told_in(learner, rows)
     by_hand = np.array(
@@ -147,7 +147,7 @@ def test_secrets_are_planted_in_the_form_of_the_data_at_one_client(
     job = job.model_copy(update={"task": job.task.model_copy(update={"options": {"max_tokens": 128}})})
     population = Population.of(job)
     learner = fresh_learner(job, population)
-    texts = told_in(learner, Boxes.of(1).rows(tuple(row), [0, 1], own=True) * 3)
+    texts = told_in(learner, Boxes.of(1).rows(tuple(row), [0, 1], is_own=True) * 3)
     index = PlantedIndex(population, learner, planted=PlantedTexts(population, texts, "client-0001"))
     plain = index.population.whole(learner)
     (one, _), (other, _) = index.splits([0, 1])

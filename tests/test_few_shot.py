@@ -14,6 +14,7 @@ from atoll.client.training.local_adaptation import adapt_locally
 from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning.learner import Learner
+from atoll.learning.split import split_shard
 from atoll.protocol.messages import Update
 from atoll.protocol.requests import EvaluateRequest
 from atoll.protocol.stacked_updates import stacked
@@ -54,7 +55,7 @@ def test_an_adapted_head_is_the_one_of_torchs_loop_stopped_after_as_many_steps(s
     longer = learner.job.model_copy(update={"train": learner.job.train.model_copy(update={"epochs": 9})})
     weight, bias = (head[f"head.{name}"].clone().requires_grad_() for name in ("weight", "bias"))
     optimizer = torch.optim.SGD([weight, bias], lr=learner.job.train.lr)
-    x = learner.features(shard)
+    x = learner.features.plain(shard)
     taken = batches(len(shard), longer, 5, "client-0001")[:steps]
     assert len(taken) == steps
     for rows in taken:
@@ -108,10 +109,10 @@ def test_a_client_trains_on_so_many_examples_a_class_the_same_ones_wherever_it_i
     for number, (train, kept) in enumerate(index.splits(range(6))):
         dataset = population.dataset(learner.job, f"client-{number:04d}")
         shard = learner.task.shard(dataset, learner.data_info)
-        mine, back = learner.split(shard)
+        mine, back = split_shard(learner.job, learner.task, shard)
         here = index.full_population.select(train.tolist())
         assert mine.keys == here.keys and back.keys == index.full_population.select(kept.tolist()).keys
-        everything = whole.split(shard)
+        everything = split_shard(whole.job, whole.task, shard)
         assert back.keys == everything[1].keys  # what is measured on stays
         had, has = (np.bincount(s.table.numpy(), minlength=10) for s in (everything[0], mine))
         assert np.array_equal(has, np.minimum(had, shots))

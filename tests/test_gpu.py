@@ -114,3 +114,11 @@ def test_a_forked_worker_uses_the_gpu_that_its_parent_uses_too() -> None:
     for _ in range(2):
         with worker_pool(1, int) as pool:
             assert pool.submit(doubled, 21.0).result() == 42
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")
+def test_workers_on_several_gpus_end_in_the_bits_of_one(tmp_path: Path) -> None:
+    one, _ = run(job_of("full", "cuda:0"), tmp_path / "one")
+    shared, _ = run(job_of("full", "cuda"), tmp_path / "shared", workers=torch.cuda.device_count())
+    assert shared.model_sha256 == one.model_sha256

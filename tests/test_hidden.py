@@ -154,6 +154,7 @@ VERBS: list[tuple[str, str]] = [
     ("prune", "simulate job.toml --set backbone.prune=0.5 --set backbone.prune_kind=structured"),
     ("track", "simulate job.toml --track tensorboard"),
     ("track", "simulate job.toml --track mlflow"),
+    ("track", "simulate job.toml --track wandb"),
     ("track", "track run --to tensorboard"),
     ("track", "track run --to mlflow"),
     ("tune", "tune job.toml"),

@@ -18,8 +18,8 @@ from atoll.client.heads.layers import LOSSES
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.compatibility import check_fits
+from atoll.learning.objective.class_imbalance import Imbalance, counts_of
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named
@@ -190,7 +190,7 @@ def test_under_example_level_privacy_only_focal_loss_keeps_the_promise(tmp_path:
     ],
 )
 def test_what_has_no_classes_is_refused(tables: dict[str, Any], said: str) -> None:
-    from atoll.learning.class_imbalance import check_imbalance
+    from atoll.learning.objective.class_imbalance import check_imbalance
 
     job = job_of("focal", **tables)
     with pytest.raises(ConfigError, match=said):

@@ -26,6 +26,7 @@ from atoll.client.training.local_sgd import train_model, weighted_parts
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError, DataError, InputError
 from atoll.job.job import BackboneSection, DataSection, Job
+from atoll.learning.compatibility import check_agreed, required_info
 from atoll.learning.learner import Learner
 from atoll.tasks.language_modeling.data import CONVERSATIONS, Messages
 from atoll.tasks.language_modeling.task import IGNORE_INDEX, LANGUAGE_MODELING
@@ -389,8 +390,8 @@ def test_messages_need_a_template_and_the_job_may_give_one(tmp_path: Path) -> No
     assert [i["input_ids"].tolist() for i in shard_of(given, CHATS).inputs] == [
         i["input_ids"].tolist() for i in shard_of(own, CHATS).inputs
     ]
-    assert given.required_info["template"] == own.required_info["template"]
-    assert "template" not in learner_of(folder).required_info
+    assert required_info(given)["template"] == required_info(own)["template"]
+    assert "template" not in required_info(learner_of(folder))
 
 
 def test_prompts_are_asked_by_the_template_or_joined_where_there_is_none(llama: Path) -> None:
@@ -405,15 +406,15 @@ def test_prompts_are_asked_by_the_template_or_joined_where_there_is_none(llama: 
 
 def test_server_and_sites_must_agree_on_the_template_and_the_tokenizer(llama: Path) -> None:
     learner = learner_of(llama)
-    facts = learner.required_info
+    facts = required_info(learner)
     assert facts.keys() == {"backbone", "template", "tokenizer"}
     for name in ("template", "tokenizer"):
         there = replace(learner, data_info=facts | {name: "0" * 64})
         with pytest.raises(
             ConfigError, match=rf"its {name} is not the run's \(here .*, there 000000000000\)"
         ):
-            there.check_fingerprint()
-    replace(learner, data_info=facts).check_fingerprint()
+            check_agreed(there)
+    check_agreed(replace(learner, data_info=facts))
 
 
 def test_tokens_kept_for_the_backbone_section_are_refused_by_name(llama: Path) -> None:
@@ -424,7 +425,7 @@ def test_tokens_kept_for_the_backbone_section_are_refused_by_name(llama: Path) -
 def test_a_network_that_foretells_nothing_is_refused_by_name() -> None:
     learner = learner_of(Path("x"), backbone={"name": "atoll:small-t5", "weights": "random"})
     with pytest.raises(InputError, match=r"backbone\.name: atoll:small-t5 foretells no text"):
-        _ = learner.required_info
+        _ = required_info(learner)
 
 
 # Formats

@@ -112,7 +112,7 @@ def shard_of(count: int = 9) -> Any:
 
 def learner_of(model: nn.Module, loss: Any = nn.functional.cross_entropy) -> Any:
     learner = a_model(model)
-    learner.training_loss = lambda shard: loss
+    learner.objective.loss = lambda shard: loss
     return learner
 
 

@@ -15,7 +15,7 @@ import torch
 import atoll.client.dp.dp_sgd_model
 import atoll.client.dp.private_examples
 import atoll.client.heads.train
-import atoll.learning.learner
+import atoll.learning.split
 import atoll.tasks.forecasting.task
 import atoll.tasks.medical.task
 from atoll.backbones.encoder import Variation
@@ -114,7 +114,7 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
     "augmentation": (atoll.client.dp.private_examples, "example_variation", varied_by_place),
     "kept views": (atoll.client.heads.train, "example_views", views_by_place),
     "a split of pictures": (
-        atoll.learning.learner, "kept_back",
+        atoll.learning.split, "kept_back",
         lambda marks, data, helped: by_count(marks, data.validation_fraction, helped=helped),
     ),
     "a split of patients": (atoll.tasks.medical.task, "by_fraction", by_count),

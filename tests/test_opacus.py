@@ -23,6 +23,7 @@ from atoll.client.dp.mixed_examples import refuse_mixed_examples, refuse_mixing_
 from atoll.client.dp.private_examples import on_device
 from atoll.errors import ConfigError
 from atoll.learning import trainable
+from atoll.learning.objective.local_objective import LocalObjective
 from atoll.privacy.noise import entropy, lattice_for
 from tests.neighbours import C, learner_start, pictures, quiet
 
@@ -75,7 +76,7 @@ def test_one_round_of_one_client_is_what_opacus_engine_does() -> None:
     )
     for (drawn,) in loader:
         optimizer.zero_grad()
-        learner.training_loss(shard)(module(drawn), targets[drawn]).backward()
+        learner.objective.loss(shard)(module(drawn), targets[drawn]).backward()
         optimizer.pre_step()
     theirs = {
         name: p.summed_grad.double()
@@ -93,7 +94,9 @@ def linear() -> nn.Module:
     return nn.Linear(3, 2)
 
 
-def test_one_example_without_a_number_ruins_opacus_model_and_counts_as_zero_here() -> None:
+def test_one_example_without_a_number_ruins_opacus_model_and_counts_as_zero_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     features = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     features[3, 1] = math.nan
     module, optimizer, _ = engine_of(linear(), 8, norm=1.0)
@@ -105,15 +108,15 @@ def test_one_example_without_a_number_ruins_opacus_model_and_counts_as_zero_here
     broken = trainable.to_parameters(
         trainable.trainable(learner.model), {n: t.clone() for n, t in learner_start(learner).items()}
     )
-    real = learner.training_loss
+    real = LocalObjective.loss
 
-    def loss(rows: Any) -> Any:
-        value = real(rows)
+    def loss(objective: LocalObjective, rows: Any) -> Any:
+        value = real(objective, rows)
         return lambda outputs, targets: (
             value(outputs, targets) + torch.where(targets == 0, math.nan, 0.0).mean()
         )
 
-    learner.training_loss = loss  # type: ignore[method-assign]
+    monkeypatch.setattr(LocalObjective, "loss", loss)
     update = train_privately(learner, broken, shard, quiet(learner.job), client="c", round=1, plan={})
     assert all(bool(torch.isfinite(delta).all()) for delta in update.delta.values())
     assert any(bool(delta.any()) for delta in update.delta.values())

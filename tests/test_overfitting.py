@@ -18,9 +18,9 @@ from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.training.batches import batches, weighted_sample
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.learning.class_imbalance import Imbalance
 from atoll.learning.compatibility import check_fits
 from atoll.learning.learner import Learner
+from atoll.learning.objective.class_imbalance import Imbalance
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.tasks import task_named

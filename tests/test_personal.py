@@ -279,7 +279,7 @@ def test_a_head_that_starts_elsewhere_moves_as_autograd_does_held_to_the_shared_
     alone = train_heads(shared, examples, client_rows[1:2], local)[0]
     for work in client_rows:
         shard = index.full_population.select(work.rows.tolist())
-        x, y = learner.features(shard), shard.table
+        x, y = learner.features.plain(shard), shard.table
         weight, bias = (starts[work.client][f"head.{n}"].clone().requires_grad_() for n in ("weight", "bias"))
         from atoll.client.training.batches import batches
 

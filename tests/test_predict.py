@@ -17,6 +17,7 @@ from atoll.cli.main import app
 from atoll.data.images import decode_image
 from atoll.errors import ConfigError, DataError
 from atoll.job.job import Job
+from atoll.learning.compatibility import required_info
 from atoll.learning.learner import Learner
 from atoll.protocol.tensors import to_bytes
 from atoll.tasks import task_named
@@ -57,7 +58,7 @@ def run_of(task: str, folder: Path) -> atoll.Run:
     learner = Learner.of(Job.parse(table, origin="test"), task_named(task), data_info)
     (folder / "model").mkdir(parents=True)
     (folder / "job.toml").write_text("")
-    facts = data_info | learner.required_info
+    facts = data_info | required_info(learner)
     (folder / "model" / "model.json").write_text(json.dumps({"job": table, "facts": facts}))
     (folder / "model" / "model.safetensors").write_bytes(to_bytes(learner.initial()))
     return atoll.Run(folder)

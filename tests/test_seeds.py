@@ -358,6 +358,8 @@ def test_every_task_has_directions_and_the_same_bits_in_another_engine(task: str
             "fedprox", "flwr:FedProx", "scaffold", "feddyn", "moon", "per-fedavg", "pfedme", "ifca", "qffl",
             "afl",
         )),
+        ({"strategy": {"name": "signsgd"}, "federation": {"compression": "sign", "error_feedback": False}},
+         "strategy.name"),
         ({"strategy": {"name": "fedasync"}, "federation": {"clients": 4, "cohort": 1, "concurrency": 2}},
          "strategy.name"),
     ],

@@ -152,13 +152,13 @@ def test_a_site_that_extracts_its_own_views_has_the_bits_of_the_simulators_table
     task = task_named(setting.task.name)
     data_info = task.local_info(population.train, setting.data, {})
     whole = population.whole(Learner.of(setting, task, data_info))
-    table = Learner.of(setting, task, data_info).training_features(whole)
+    table = Learner.of(setting, task, data_info).features.for_training(whole)
     assert len(table) == 3 and not torch.equal(table[0], table[1])
     for number, name in enumerate(client_names(3)):
         monkeypatch.setenv("ATOLL_CACHE", str(tmp_path / name))
         shard = task.shard(population.dataset(setting, name), data_info)
         places = {key: place for place, key in enumerate(whole.keys)}
-        own = Learner.of(setting, task, data_info).training_features(shard)
+        own = Learner.of(setting, task, data_info).features.for_training(shard)
         assert torch.equal(own, table[:, [places[key] for key in shard.keys]]), number
 
 

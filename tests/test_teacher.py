@@ -19,8 +19,9 @@ from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.layers import LOSSES
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.learning.distillation import Teacher
+from atoll.learning.compatibility import check_agreed, required_info
 from atoll.learning.learner import Learner
+from atoll.learning.objective.distillation import Teacher
 from atoll.server.events import ignore_events
 from atoll.sim.engines.engine import simulate
 from atoll.sim.population.population import Population
@@ -99,9 +100,9 @@ def test_an_answer_does_not_depend_on_who_else_is_asked(teacher: Path) -> None:
     population = Population.of(job)
     learner = Learner.of(job, task_named(job.task.name), {"classes": [str(d) for d in range(10)]})
     whole = population.whole(learner)
-    together = learner.with_soft_labels(whole).table
+    together = learner.objective.with_soft_labels(whole).table
     for rows in ([5], [700, 3], list(range(40, 99))):
-        assert torch.equal(learner.with_soft_labels(whole.select(rows)).table, together[rows])
+        assert torch.equal(learner.objective.with_soft_labels(whole.select(rows)).table, together[rows])
 
 
 @pytest.mark.slow
@@ -208,7 +209,7 @@ def test_another_task_other_classes_and_another_run_are_refused(teacher: Path, t
     job = student(teacher)
     learner = Learner.of(job, task_named(job.task.name), {"classes": ["1", "0"]})
     with pytest.raises(ConfigError, match="expected the same, in the same order"):
-        _ = learner.required_info
+        _ = required_info(learner)
     learner.data_info = learner.data_info | {"teacher": "0" * 64}
     with pytest.raises(ConfigError, match="is not the run's teacher"):
-        learner.check_fingerprint()
+        check_agreed(learner)

@@ -1,9 +1,13 @@
-"""Runs in TensorBoard and MLflow: what is read back there is what the run directory holds."""
+"""Runs in TensorBoard, MLflow and W&B: what is read back there is what the run directory holds."""
 
 from __future__ import annotations
 
+import getpass
 import json
 import shutil
+import socket
+import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +82,59 @@ def test_mlflow_has_every_round_the_settings_and_the_result(followed: Path) -> N
     assert run.data.metrics["final/server/accuracy"] == pytest.approx(result["final"]["server"]["accuracy"])
 
 
+def wandb_records(file: Path) -> list[Any]:
+    """The records of an offline run: a log in LevelDB's format behind seven bytes, of protobuf messages."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts, records = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # a block's end is filled up
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        if not kind:
+            break
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_wandb_has_every_round_the_settings_and_the_result_and_nothing_of_the_machine(
+    followed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for patience in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):  # a busy machine is no failure
+        monkeypatch.setenv(patience, "600")
+    shutil.copytree(followed / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert command_line(["track", str(tmp_path / "run"), "--to", "wandb"]) == 0
+    (file,) = (tmp_path / "run" / "wandb").rglob("*.wandb")
+    records = wandb_records(file)
+    lines = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    accuracies = [line["metrics/accuracy"] for line in lines if "metrics/accuracy" in line]
+    assert accuracies == pytest.approx([line["metrics"]["accuracy"] for line in result["rounds"]])
+    config = {
+        item.key or "/".join(item.nested_key): json.loads(item.value_json)
+        for record in records
+        if record.HasField("config")
+        for item in record.config.update
+    }
+    assert config["job.train.lr"] == "1.0" and config["result.model_sha256"] == result["model_sha256"]
+    told = file.read_bytes()
+    for secret in (socket.gethostname(), getpass.getuser(), sys.executable):
+        assert secret.encode() not in told, secret
+
+
 def test_a_run_directory_is_written_afterwards_too(followed: Path, tmp_path: Path) -> None:
     shutil.copytree(followed / "run", tmp_path / "run", ignore=shutil.ignore_patterns("tensorboard"))
     assert command_line(["track", str(tmp_path / "run"), "--to", "tensorboard", "--to", "mlflow"]) == 0
@@ -126,8 +183,8 @@ def test_what_there_is_not_is_refused_before_anything_runs(
     followed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["simulate", str(followed / "job.toml"), "--out", str(tmp_path / "run")]
-    assert command_line([*given, "--track", "wandb"]) == 2
-    assert "--track: expected tensorboard or mlflow, found 'wandb'" in capsys.readouterr().err
+    assert command_line([*given, "--track", "neptune"]) == 2
+    assert "--track: expected one of tensorboard, mlflow, wandb, found 'neptune'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

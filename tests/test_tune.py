@@ -16,6 +16,7 @@ import tomli_w
 from atoll.cli.main import run as command_line
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.learning.features import Features
 from atoll.learning.learner import Learner
 from atoll.server.events import RoundEnded, RunResumed, ignore_events
 from atoll.sim.engines.engine import simulate
@@ -359,14 +360,14 @@ def test_no_trial_looks_at_the_test_set_and_its_bits_are_those_of_the_job(
     held_out = set(task_named(job.task.name).keys(test))
     assert len(held_out) > 300
     seen: set[bytes] = set()
-    for name in ("features", "training_features", "evaluate"):
-        original = getattr(Learner, name)
+    for owner, name in ((Features, "plain"), (Features, "for_training"), (Learner, "evaluate")):
+        original = getattr(owner, name)
 
-        def spied(self: Learner, *given: Any, original: Any = original, **more: Any) -> Any:
+        def spied(self: Any, *given: Any, original: Any = original, **more: Any) -> Any:
             seen.update(*(one.keys for one in given if hasattr(one, "keys") and not isinstance(one, dict)))
             return original(self, *given, **more)
 
-        monkeypatch.setattr(Learner, name, spied)
+        monkeypatch.setattr(owner, name, spied)
     outcome = Outcome.from_json(play_trial(work_of(tmp_path / "trial", job)))
     assert outcome.refused is None and outcome.failed is None and outcome.value is not None
     assert seen and not seen & held_out

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from atoll.backbones.checkpoint import load_state_dict_strict, load_weights
 from atoll.backbones.resolve import resolve
@@ -87,6 +89,40 @@ def test_a_folder_without_the_files_of_its_tokenizer_is_refused(bert: Path) -> N
         (bert / name).unlink()
     with pytest.raises(WeightsError, match=r"no tokenizer's file.*expected one of tokenizer\.json, vocab"):
         loaded(bert)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"a": 0}, unk_token="[UNK]"),
+        models.WordPiece({"a": 0}, unk_token="[UNK]"),
+        models.Unigram([("a", -1.0)], None),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_tokenizer_that_would_stop_at_an_unknown_word_is_refused(bert: Path, model: Any) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), pad_token="a").save_pretrained(bert)
+    with pytest.raises(WeightsError, match=r"no token for a word .*expected an unk_token") as refused:
+        loaded(bert)
+    assert str(bert) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_that_drops_what_it_does_not_know_is_remarked(
+    bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded(bert)
+    assert "drops" not in caplog.text
+    bytes_of = Tokenizer(
+        models.BPE({letter: n for n, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, [])
+    )
+    bytes_of.pre_tokenizer = pre_tokenizers.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytes_of, pad_token="a").save_pretrained(bert)
+    loaded(bert)
+    assert "drops" not in caplog.text
+    few = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    PreTrainedTokenizerFast(tokenizer_object=few, pad_token="a").save_pretrained(bert)
+    loaded(bert)
+    assert f"{bert}: its tokenizer drops what it doesn't know" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

@@ -14,6 +14,7 @@ from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import DataSection, Job
 from atoll.learning.learner import Learner
+from atoll.learning.split import split_shard
 from atoll.protocol.validation_split import by_fraction, expected_training_examples, validation_marks
 from atoll.sim.engines.simulated_site import PopulationIndex
 from atoll.sim.population.population import Population
@@ -32,6 +33,10 @@ def names(count: int) -> list[bytes]:
 def learner_of(**tables: Any) -> Learner:
     job = image_job("squeezenet1_1", **tables)
     return Learner.of(job, task_named(job.task.name), {"classes": ["a", "b", "c"]})
+
+
+def parts_of(learner: Learner, shard: Shard) -> tuple[Shard, Shard]:
+    return split_shard(learner.job, learner.task, shard)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9])
@@ -64,7 +69,7 @@ def test_under_a_promise_one_example_less_changes_no_other_ones_side(kind: str) 
 
     def kept(part: Shard) -> set[bytes]:
         if kind == "content":
-            return {*learner.split(part)[1].keys}
+            return {*parts_of(learner, part)[1].keys}
         train, validation = task.split(part, 5, 0.3, helped=False)
         assert sorted([*train, *validation]) == list(range(len(part)))
         return {part.keys[row] for row in validation}
@@ -89,9 +94,9 @@ def test_without_a_promise_a_client_has_some_to_learn_from_and_some_to_measure_o
     data = {"source": "digits", "validation_fraction": fraction}
     for count in (2, 3, 8):
         shard = grey_png_shard(count, classes=3)
-        train, kept = learner_of(data=data).split(shard)
+        train, kept = parts_of(learner_of(data=data), shard)
         assert len(train) and len(kept) and sorted([*train.keys, *kept.keys]) == sorted(shard.keys)
-        lonely, none = learner_of(data=data).split(shard.select([0, 0]))
+        lonely, none = parts_of(learner_of(data=data), shard.select([0, 0]))
         assert len(lonely) == 2 and not len(none)  # equals stay together
     marks = validation_marks(names(5), 3)
     lowest = by_fraction(marks, 1e-9, helped=True)
@@ -104,7 +109,7 @@ def test_a_whole_number_is_how_many_are_kept_back(count: int, kept: int) -> None
     """Those with the lowest hashes, and never all: one of eight stays to train on."""
     data = {"source": "digits", "validation_fraction": count}
     shard = grey_png_shard(8, classes=3)
-    train, back = learner_of(data=data).split(shard)
+    train, back = parts_of(learner_of(data=data), shard)
     lowest = sorted(shard.keys, key=lambda key: int(validation_marks([key], 5)[0]))
     assert set(back.keys) == set(lowest[:kept]) and set(train.keys) == set(lowest[kept:])
     section = DataSection(source="digits", validation_fraction=count)
@@ -170,7 +175,7 @@ def test_a_simulation_splits_as_a_site_does(fraction: float, privacy: Any) -> No
     sizes = []
     for number, (train, kept) in enumerate(index.splits(range(40))):
         shard = learner.task.shard(population.dataset(job, f"client-{number:04d}"), learner.data_info)
-        mine, back = learner.split(shard)
+        mine, back = parts_of(learner, shard)
         assert mine.keys == index.full_population.select(train.tolist()).keys
         assert back.keys == index.full_population.select(kept.tolist()).keys
         sizes.append(len(kept))

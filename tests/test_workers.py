@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from atoll.cli.main import run as command_line
 from atoll.datasets.synthetic.png import grey_png
 from atoll.errors import JobError
 from atoll.job.job import Job
+from atoll.learning.determinism import use_shared_gpu
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import Reply, Update
 from atoll.protocol.requests import Request, TrainRequest
@@ -62,6 +64,35 @@ def test_every_worker_has_four_gigabytes(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 21 << 18, "SC_PAGE_SIZE": 1 << 12}.__getitem__)
     assert default_workers(job, "inline") == 5
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "workers", "chosen"),
+    [
+        ("cuda", 3, 3, [0, 1, 2, 0]),
+        ("cuda", 9, 5, [0, 1, 2, 3]),  # five clients a round
+        ("cuda:1", 3, 1, []),
+        ("cuda", 1, 1, []),
+        ("cpu", 3, None, []),
+    ],
+)
+def test_workers_share_the_gpus_of_a_machine_unless_the_job_names_one(
+    device: str, gpus: int, workers: int | None, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    job = image_job(
+        "mobilenet_v2",
+        tune={"method": "full"},
+        train={"device": device},
+        federation={"clients": 9, "cohort": 5},
+    )
+    for worker in range(4):
+        use_shared_gpu(device, worker)
+    assert used == chosen
+    assert workers is None or default_workers(job, "inline") == workers
+    assert default_workers(job, "loop") == 1
 
 
 @pytest.mark.slow

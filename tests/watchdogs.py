@@ -464,7 +464,7 @@ def a_model(layers: nn.Module) -> Any:
     return SimpleNamespace(
         job=job(examples(), train={"lr": 1.0, "batch_size": 8}), model=layers,
         task=SimpleNamespace(loss=nn.functional.cross_entropy),
-        training_loss=lambda shard: nn.functional.cross_entropy,
+        objective=SimpleNamespace(loss=lambda shard: nn.functional.cross_entropy),
         backbone=SimpleNamespace(name="small"),
         batch=lambda shard, rows, varied=None: {"x": shard.table[rows]}, keep_states=lambda shard: None,
     )  # fmt: skip

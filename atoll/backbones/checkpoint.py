@@ -33,10 +33,10 @@ def load_weights(path: Path) -> Tensors:
     check_finite(tensors, path)
     if not is_run_checkpoint(path):
         return tensors
-    own = {n.removeprefix(IN_RUN): t for n, t in tensors.items() if n.startswith(IN_RUN)}
-    if not own or any(".lora_" in name for name in own):
+    in_run = {n.removeprefix(IN_RUN): t for n, t in tensors.items() if n.startswith(IN_RUN)}
+    if not in_run or any(".lora_" in name for name in in_run):
         raise WeightsError(f'{path}: holds no whole backbone, expected a run with tune.method = "full"')
-    return own
+    return in_run
 
 
 def _buffers_before(path: Path) -> Tensors:
@@ -68,7 +68,9 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
 
 
-def check_types(found: Mapping[str, torch.dtype], own: Mapping[str, torch.dtype], path: Path) -> None:
+def check_types(
+    stored: Mapping[str, torch.dtype], expected_types: Mapping[str, torch.dtype], path: Path
+) -> None:
     """See whether tensors of a file can be a network's without a change of what their numbers mean.
 
     Floats become floats of another precision, which is noted in the log; all else is as it is.
@@ -77,16 +79,16 @@ def check_types(found: Mapping[str, torch.dtype], own: Mapping[str, torch.dtype]
         WeightsError: a tensor is of another kind: whole numbers, complex ones.
     """
     converted = set()
-    for name in found.keys() & own.keys():
-        given, expected = found[name], own[name]
-        if given == expected:
+    for name in stored.keys() & expected_types.keys():
+        stored_type, expected = stored[name], expected_types[name]
+        if stored_type == expected:
             continue
-        if not (given.is_floating_point and expected.is_floating_point):
+        if not (stored_type.is_floating_point and expected.is_floating_point):
             raise WeightsError(
-                f"{path}: tensor {name} holds {_plain(given)}, expected {_plain(expected)}"
+                f"{path}: tensor {name} holds {_plain(stored_type)}, expected {_plain(expected)}"
                 + (" or other floats" if expected.is_floating_point else "")
             )
-        converted.add(f"{_plain(given)} as {_plain(expected)}")
+        converted.add(f"{_plain(stored_type)} as {_plain(expected)}")
     if converted:
         logger.info("%s: read %s", path, ", ".join(sorted(converted)))
 
@@ -98,14 +100,14 @@ def _plain(kind: torch.dtype) -> str:
 def _types_in(weights: Path) -> dict[str, torch.dtype]:
     """The types of the tensors in safetensors, a file or a folder; torch files aren't looked at."""
     files = weight_files(weights) if weights.is_dir() else [weights]
-    found: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for file in files:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     kind = opened.get_slice(name).get_dtype()
-                    found[name] = _SAFETENSORS.get(kind, torch.float32)
-    return found
+                    dtypes[name] = _SAFETENSORS.get(kind, torch.float32)
+    return dtypes
 
 
 _SAFETENSORS = {
@@ -118,10 +120,10 @@ _SAFETENSORS = {
 
 def _check_transformer_types(network: nn.Module, weights: Path) -> None:
     """As `check_types`; files may name tensors with the network's kind in front, or without."""
-    own = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     prefix = f"{getattr(network, 'base_model_prefix', '')}."
-    known = own | {f"{prefix}{n}": t for n, t in own.items()}
-    known |= {n.removeprefix(prefix): t for n, t in own.items()}
+    known = dtypes | {f"{prefix}{n}": t for n, t in dtypes.items()}
+    known |= {n.removeprefix(prefix): t for n, t in dtypes.items()}
     check_types(_types_in(weights), known, weights)
 
 
@@ -153,24 +155,26 @@ def load_state_dict_strict(
     Raises:
         WeightsError: a tensor is missing, unexpected, or of another shape.
     """
-    own, buffers = module.state_dict(), {name for name, _ in module.named_buffers()}
-    given = {k: v for k, v in state.items() if not k.startswith(ignore)} if ignore else dict(state)
-    if not buffers & own.keys() <= given.keys():
-        given = {n: t for n, t in _buffers_before(path).items() if n in buffers} | given
-    for name, tensor in own.items():
-        if name not in given:
+    state_of_module, buffers = module.state_dict(), {name for name, _ in module.named_buffers()}
+    stored = {k: v for k, v in state.items() if not k.startswith(ignore)} if ignore else dict(state)
+    if not buffers & state_of_module.keys() <= stored.keys():
+        stored = {n: t for n, t in _buffers_before(path).items() if n in buffers} | stored
+    for name, tensor in state_of_module.items():
+        if name not in stored:
             if name.endswith("num_batches_tracked") or (is_run_checkpoint(path) and name in buffers):
-                given[name] = tensor
+                stored[name] = tensor
                 continue
-            raise WeightsError(f"{path}: tensor {name} is missing (it has {len(given)} others)")
-        if given[name].shape != tensor.shape:
-            found, expected = tuple(given[name].shape), tuple(tensor.shape)
-            raise WeightsError(f"{path}: tensor {name} has shape {found}, expected {expected}")
-    extra = sorted(set(given) - set(own))
+            raise WeightsError(f"{path}: tensor {name} is missing (it has {len(stored)} others)")
+        if stored[name].shape != tensor.shape:
+            shape, expected = tuple(stored[name].shape), tuple(tensor.shape)
+            raise WeightsError(f"{path}: tensor {name} has shape {shape}, expected {expected}")
+    extra = sorted(set(stored) - set(state_of_module))
     if extra:
         raise WeightsError(f"{path}: unexpected tensor {extra[0]}: weights of another network?")
-    check_types({n: t.dtype for n, t in given.items()}, {n: t.dtype for n, t in own.items()}, path)
-    module.load_state_dict(given)
+    check_types(
+        {n: t.dtype for n, t in stored.items()}, {n: t.dtype for n, t in state_of_module.items()}, path
+    )
+    module.load_state_dict(stored)
 
 
 def load_transformer(
@@ -289,8 +293,8 @@ def force_attention_mask(model: nn.Module) -> None:
 
 def attention_of(network: nn.Module) -> str | None:
     """The name of transformers' way to compute attention that a network is set to, if it has any."""
-    found: str | None = getattr(getattr(network, "config", None), "_attn_implementation", None)
-    return found
+    implementation: str | None = getattr(getattr(network, "config", None), "_attn_implementation", None)
+    return implementation
 
 
 @contextmanager

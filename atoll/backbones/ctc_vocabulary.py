@@ -28,8 +28,8 @@ def normalize_transcript(text: str) -> str:
     ('turn on the light please', 'qué tal')
     """
     plain = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'").translate(_DROPPED)
-    kept = (c for c in plain if c == "'" or not unicodedata.category(c).startswith("P"))
-    return " ".join("".join(kept).split())
+    letters = (c for c in plain if c == "'" or not unicodedata.category(c).startswith("P"))
+    return " ".join("".join(letters).split())
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ SHOWN = 40
 """Letters that a line names."""
 
 
-def letters_of(backbone: Backbone, given: str | None = None) -> CtcVocabulary:
-    """Those of a network's folder (`vocab.json`), or those `given` where it has none, or the English ones.
+def letters_of(backbone: Backbone, letters: str | None = None) -> CtcVocabulary:
+    """Those of a network's folder (`vocab.json`), or those `letters` where it has none, or the English ones.
 
     That of Whisper is of its decoder's pieces of words, so it has none.
 
@@ -94,7 +94,7 @@ def letters_of(backbone: Backbone, given: str | None = None) -> CtcVocabulary:
         WeightsError: the file isn't a table of letters, or is missing beside a layer of letters.
         ConfigError: letters are given, and the folder has its own.
     """
-    fresh = ENGLISH_LETTERS if given is None else vocabulary_of(given)
+    fresh = ENGLISH_LETTERS if letters is None else vocabulary_of(letters)
     path = Path(backbone.folder or "") / "vocab.json"
     if backbone.kind != "hf" or not path.is_file():
         _check_no_letters(backbone)
@@ -103,7 +103,7 @@ def letters_of(backbone: Backbone, given: str | None = None) -> CtcVocabulary:
         config = json.loads((path.parent / "config.json").read_text("utf-8"))
         if config.get("model_type") == WHISPER:
             return fresh
-        if given is not None:
+        if letters is not None:
             raise ConfigError(f"task.options.letters: {path} says the letters of this network, expected none")
         table: dict[str, Any] = json.loads(path.read_text("utf-8"))
         numbers = {_letter(symbol): int(number) for symbol, number in table.items() if _is_letter(symbol)}

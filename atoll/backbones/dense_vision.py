@@ -93,10 +93,10 @@ def _torchvision_size(name: str) -> int:
 def _folder_size(folder: Path) -> int:
     """As a transformers folder's `preprocessor_config.json` says: a number, or a table of one or two."""
     try:
-        said = json.loads((folder / "preprocessor_config.json").read_text("utf-8")).get("size")
+        size = json.loads((folder / "preprocessor_config.json").read_text("utf-8")).get("size")
     except (OSError, ValueError, AttributeError):
         return SEGFORMER_SIZE  # whoever loads the network says what is wrong with its folder
-    sides = list(said.values()) if isinstance(said, dict) else [said]
+    sides = list(size.values()) if isinstance(size, dict) else [size]
     whole = [side for side in sides if isinstance(side, int) and side > 0]
     return min(whole, default=SEGFORMER_SIZE)
 
@@ -116,14 +116,14 @@ def noise_pictures(job: Job, size: int) -> int:
 def check_size(body: nn.Module, job: Job, backbone: Backbone) -> None:
     """Raises ConfigError where the job's pictures are too small for the network to make anything of them."""
     size = job.backbone.image_size
-    if size is None or size >= (own := own_size(backbone)):
+    if size is None or size >= (network_size := own_size(backbone)):
         return
     try:
         body(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError):
         raise ConfigError(
             f"backbone.image_size: {job.backbone.name} makes nothing of pictures of {size} x {size},"
-            f" expected a larger size (its own is {own})"
+            f" expected a larger size (its own is {network_size})"
         ) from None
 
 
@@ -155,18 +155,18 @@ def without_other_parts(splits: Mapping[str, pa.Table], parts: Sequence[str]) ->
 
 
 def of_torchvision(
-    section: BackboneSection, backbone: Backbone, kind: TorchvisionKind, classes: int, own: str
+    section: BackboneSection, backbone: Backbone, kind: TorchvisionKind, classes: int, network_name: str
 ) -> nn.Module:
     """torchvision's network of that kind with first values, none of them pretrained.
 
     Raises:
-        WeightsError: it is no model of that kind; `own` names the small one of ours.
+        WeightsError: it is no model of that kind; `network_name` names the small one of ours.
     """
     from torchvision import models
 
     known = torchvision_names(kind)
     if backbone.kind != "torchvision" or backbone.name not in known:
-        expected = ", ".join((f"atoll:{own}", *(f"torchvision:{name}" for name in known)))
+        expected = ", ".join((f"atoll:{network_name}", *(f"torchvision:{name}" for name in known)))
         raise WeightsError(f"backbone.name: {section.name} is no {kind} model, expected one of {expected}")
     network: nn.Module = models.get_model(
         backbone.name, weights=None, weights_backbone=None, num_classes=classes
@@ -183,13 +183,13 @@ def fill_all_but_classes(network: nn.Module, head: str, backbone: Backbone) -> f
         WeightsError: they are of another network.
     """
     assert backbone.weights is not None
-    own, given = network.state_dict(), load_weights(backbone.weights)
+    state, stored = network.state_dict(), load_weights(backbone.weights)
     fresh = set()
-    for name, tensor in own.items():
-        if name.startswith(f"{head}.") and (name not in given or given[name].shape != tensor.shape):
-            given[name] = tensor
+    for name, tensor in state.items():
+        if name.startswith(f"{head}.") and (name not in stored or stored[name].shape != tensor.shape):
+            stored[name] = tensor
             fresh.add(name)
-    load_state_dict_strict(network, given, backbone.weights, ignore=("aux_classifier.",))
+    load_state_dict_strict(network, stored, backbone.weights, ignore=("aux_classifier.",))
     part = network.get_submodule(head)
     return frozenset(name for name, _ in part.named_parameters() if f"{head}.{name}" not in fresh)
 
@@ -223,9 +223,9 @@ def calibrate_batch_norm(
     bit. Weights travel, statistics don't, so this is in the weights.
     """
 
-    def settle(norm: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+    def settle(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(norm, nn.BatchNorm2d)
-        deviation, mean = torch.std_mean(given[0], dim=(0, 2, 3))
+        deviation, mean = torch.std_mean(inputs[0], dim=(0, 2, 3))
         # A channel that hardly says a thing isn't made to shout.
         scale = 1 / deviation.clamp_min(max(1e-6, 0.1 * float(deviation.mean())))
         norm.weight.copy_(scale)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from atoll.plugins import Extension
 
 Batch = dict[str, torch.Tensor]
 """The network's inputs for several examples, by name, each [batch, …]."""
@@ -30,6 +33,8 @@ class Variation:
     names: tuple[str, ...]
     stream: Callable[[int], torch.Generator]
     """From an input's place among all inputs to its generator; inputs that share one draw in order."""
+    brought: tuple[Extension, ...] = ()
+    """Those of the augmentations that extensions bring, ready to be called."""
 
 
 class Encoder(nn.Module):

@@ -34,22 +34,22 @@ class RecurrentLayers(Section):
         return self
 
 
-def options_of(given: Mapping[str, Any], known: type[Known], where: str = "task.options") -> Known:
+def options_of(options: Mapping[str, Any], known: type[Known], where: str = "task.options") -> Known:
     """The options, with defaults where they are not given.
 
     Raises:
         ConfigError: a key is unknown, or its value doesn't fit.
     """
     try:
-        return known.model_validate_json(json.dumps(given))
+        return known.model_validate_json(json.dumps(options))
     except ValidationError as error:
         raise ConfigError(explain(error, known, where)) from None
 
 
-def refuse_options(given: Mapping[str, Any], where: str, whose: str) -> None:
+def refuse_options(options: Mapping[str, Any], where: str, whose: str) -> None:
     """Raises ConfigError if there are any, of a task or a network that has none."""
-    if given:
-        raise ConfigError(f"{where}.{next(iter(given))}: {whose} has no options, expected none")
+    if options:
+        raise ConfigError(f"{where}.{next(iter(options))}: {whose} has no options, expected none")
 
 
 def check_backbone_options(job: Job) -> None:
@@ -88,7 +88,11 @@ def check_augment(job: Job, known: Sequence[str]) -> None:
                 f"train.augment: {name} hides a tokenizer's tokens, and {job.backbone.name} has no tokenizer;"
                 " expected an extension's"
             )
-    for extension in brought_augmentations(job.train.augment):
+    for name in job.train.augment_options:
+        if name not in job.train.augment or AUGMENTATIONS.has(name):
+            why = "has no options" if name in job.train.augment else "is not in train.augment"
+            raise ConfigError(f"train.augment_options.{name}: {name} {why}, expected none")
+    for extension in brought_augmentations(job):
         check_draws(extension)
 
 

@@ -106,27 +106,29 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     Raises:
         WeightsError: none were found; the line says what was looked for, where, and what to do.
     """
-    found = _resolve(section, seed)
-    is_bodied = (found.kind, found.name) == ("atoll", BODIED)
+    backbone = _resolve(section, seed)
+    is_bodied = (backbone.kind, backbone.name) == ("atoll", BODIED)
     key = "body" if is_bodied else "text"
     second = section.options.get(key)
-    if key in found.given:  # an extension's own
-        return found
-    if not isinstance(second, str) or (found.kind == "atoll" and not is_bodied and found.name != SCATTERING):
-        return found
-    own: dict[str, Any] = {"name": second, "options": {}}
+    if key in backbone.given:  # an extension's own
+        return backbone
+    if not isinstance(second, str) or (
+        backbone.kind == "atoll" and not is_bodied and backbone.name != SCATTERING
+    ):
+        return backbone
+    keys: dict[str, Any] = {"name": second, "options": {}}
     also = None
-    if is_bodied and found.weights is not None:  # the whole network's, but for what no run keeps
-        begun = parent_job(found.weights)
+    if is_bodied and backbone.weights is not None:  # the whole network's, but for what no run keeps
+        begun = parent_job(backbone.weights)
         also = None if begun is None else resolve(begun.backbone, begun.seed).also
-        own["weights"] = "random"
+        keys["weights"] = "random"
     try:
-        also = also or _resolve(section.model_copy(update=own), seed)
+        also = also or _resolve(section.model_copy(update=keys), seed)
     except WeightsError as error:
         raise WeightsError(str(error).replace("backbone.name:", f"backbone.options.{key}:", 1)) from None
-    both = hashlib.sha256(f"{found.fingerprint} {also.fingerprint}".encode()).hexdigest()
-    origin = f"{found.origin}, {also.origin}"
-    return replace(found, also=also, origin=origin, fingerprint=both)
+    both = hashlib.sha256(f"{backbone.fingerprint} {also.fingerprint}".encode()).hexdigest()
+    origin = f"{backbone.origin}, {also.origin}"
+    return replace(backbone, also=also, origin=origin, fingerprint=both)
 
 
 def _resolve(section: BackboneSection, seed: int) -> Backbone:
@@ -226,9 +228,11 @@ def _resolve_brought(section: BackboneSection, seed: int) -> Backbone:
     from atoll.backbones.brought.loading import found_as  # which brings torch
 
     file = None if section.weights in ("random", "pretrained") else _weights_file(section)
-    found = found_as(section, seed, file)
-    given = options_for(BACKBONES[found.name], section.options)
-    return Backbone("plugin", found.name, found.origin, None, found.weights, found.fingerprint, given=given)
+    brought = found_as(section, seed, file)
+    options = options_for(BACKBONES[brought.name], section.options)
+    return Backbone(
+        "plugin", brought.name, brought.origin, None, brought.weights, brought.fingerprint, given=options
+    )
 
 
 def _weights_file(section: BackboneSection) -> Path:
@@ -291,8 +295,8 @@ def _chosen_files(weights: Path, section: BackboneSection) -> list[Path]:
     """The files that hold weights in a folder, or the file itself."""
     if weights.is_file() or (weights / "model" / "model.json").is_file():
         return [_weights_file(section)]
-    if found := weight_files(weights):
-        return found
+    if files := weight_files(weights):
+        return files
     raise WeightsError(
         f"{section.name}: {weights} holds no weights, expected *.safetensors or pytorch_model.bin"
         ' (or ask for weights = "random")'
@@ -308,11 +312,11 @@ def _hub_cache(name: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache  # brings in what talks to the hub
 
         try:
-            found = try_to_load_from_cache(repo, "config.json")
+            config = try_to_load_from_cache(repo, "config.json")
         except ValueError:  # not a name the hub could have
             return None
-        if isinstance(found, str):
-            return Path(found).parent
+        if isinstance(config, str):
+            return Path(config).parent
     return None
 
 
@@ -371,9 +375,9 @@ def _torchvision_entry(section: BackboneSection, name: str, urls: list[str]) -> 
     tried = [f"{checkpoints}/{files[0].name}"]
     if section.name in PACKAGED and section.weights in ("pretrained", "IMAGENET1K_V1"):
         package, inside = PACKAGED[section.name]
-        found = _from_package(package, inside, section.offline, tried)
-        if found is not None:
-            return Backbone("torchvision", name, f"package {package}", None, found, _files_print([found]))
+        entry = _from_package(package, inside, section.offline, tried)
+        if entry is not None:
+            return Backbone("torchvision", name, f"package {package}", None, entry, _files_print([entry]))
     provide = f"put {files[0].name} into {checkpoints}, or set backbone.weights to a file"
     if section.offline:
         raise WeightsError(_not_found(section.name, tried, "offline", provide))

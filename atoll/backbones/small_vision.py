@@ -89,9 +89,9 @@ class _Strided(nn.Module):
         return OrderedDict(out=self.blocks(pictures))
 
 
-def _block(given: int, made: int, stride: int) -> nn.Sequential:
+def _block(channels_in: int, made: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(given, made, 3, stride, 1, bias=False), nn.GroupNorm(_GROUPS, made), nn.ReLU()
+        nn.Conv2d(channels_in, made, 3, stride, 1, bias=False), nn.GroupNorm(_GROUPS, made), nn.ReLU()
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from atoll.backbones.augmentation import hidden_tokens
 from atoll.backbones.brought.augmentations import augmented_text
-from atoll.backbones.brought.names import TEXT_AUGMENTATIONS, brought_augmentations
+from atoll.backbones.brought.names import TEXT_AUGMENTATIONS
 from atoll.backbones.checkpoint import first_line, load_transformer
 from atoll.backbones.encoder import Batch, Encoder, FixedBatch, Variation
 from atoll.backbones.resolve import Backbone
@@ -21,6 +22,12 @@ from atoll.job.job import BackboneSection
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Token counts that inputs are padded to when features are computed."""
+
+
+RARE = "\U0002a6d6"
+"""A character that vocabularies lack: the last of the Chinese ones in Unicode's extension B of 2001."""
+
+logger = logging.getLogger(__name__)
 
 
 class TextEncoder(Encoder):
@@ -69,8 +76,8 @@ class TextEncoder(Encoder):
     def _token_ids(self, inputs: Sequence[str], variation: Variation | None) -> list[list[int]]:
         draws = [] if variation is None else [variation.stream(place) for place in range(len(inputs))]
         if variation is not None:
-            own = brought_augmentations(variation.names)
-            inputs = [augmented_text(text, own, d) for text, d in zip(inputs, draws, strict=True)]
+            pairs = zip(inputs, draws, strict=True)
+            inputs = [augmented_text(text, variation.brought, draw) for text, draw in pairs]
         coded = self._tokenizer(
             list(inputs),
             truncation=True,
@@ -149,7 +156,27 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: no tokenizer's file, without which every word is unknown; expected one of"
             f" {', '.join(sorted(files))}, which save_pretrained of the tokenizer writes"
         )
+    _check_unknown(tokenizer, folder)
     return tokenizer
+
+
+def _check_unknown(tokenizer: Any, folder: Path) -> None:
+    """See whether the tokenizer has a token for what its vocabulary lacks; one of bytes lacks nothing.
+
+    Raises:
+        WeightsError: it has none, and would stop at the first such word.
+    """
+    try:
+        tokens = tokenizer(RARE, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+        raise WeightsError(
+            f"{folder}: its tokenizer has no token for a word that it doesn't know ({first_line(error)});"
+            " expected an unk_token that is in its vocabulary"
+        ) from None
+    if not tokens:
+        logger.warning(
+            "%s: its tokenizer drops what it doesn't know, such as %r, and has no token for it", folder, RARE
+        )
 
 
 def _bucket(length: int, longest: int) -> int:

@@ -76,9 +76,9 @@ def _files(kind: TorchvisionKind) -> dict[str, Path]:
     """
     folder = folder_of("torchvision") / "models" / _FOLDERS[kind]
     return {
-        found["given"] or found["builder"]: file
+        registration["given"] or registration["builder"]: file
         for file in sorted(folder.glob("*.py"))
-        for found in _REGISTRATION.finditer(file.read_text("utf-8"))
+        for registration in _REGISTRATION.finditer(file.read_text("utf-8"))
     }
 
 
@@ -90,8 +90,8 @@ def _registered_as(node: ast.stmt) -> str | None:
     registration = next((one for one in calls if ast.unparse(one.func) == "register_model"), None)
     if registration is None:
         return None
-    given = [keyword.value for keyword in registration.keywords if keyword.arg == "name"]
-    return str(ast.literal_eval(given[0])) if given else node.name
+    names = [keyword.value for keyword in registration.keywords if keyword.arg == "name"]
+    return str(ast.literal_eval(names[0])) if names else node.name
 
 
 def _published(tree: ast.Module, builder: ast.FunctionDef) -> Published:
@@ -115,5 +115,5 @@ def _published(tree: ast.Module, builder: ast.FunctionDef) -> Published:
 
 
 def _url(weights: ast.Call) -> str:
-    given = next(keyword.value for keyword in weights.keywords if keyword.arg == "url")
-    return str(ast.literal_eval(given))
+    address = next(keyword.value for keyword in weights.keywords if keyword.arg == "url")
+    return str(ast.literal_eval(address))

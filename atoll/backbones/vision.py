@@ -10,7 +10,6 @@ from torch import nn
 
 from atoll.backbones.augmentation import framed, varied_image
 from atoll.backbones.brought.augmentations import augmented_image
-from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.checkpoint import load_state_dict_strict, load_transformer, load_weights
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
 from atoll.backbones.encoder import Batch, FixedShapeEncoder, Variation
@@ -83,7 +82,7 @@ class VisionEncoder(FixedShapeEncoder):
         else:
             draw = variation.stream(place)
             image = varied_image(image, self.size, variation.names, draw)
-            image = augmented_image(image, brought_augmentations(variation.names), draw)
+            image = augmented_image(image, variation.brought, draw)
         return eight_bits(image)
 
 
@@ -183,10 +182,10 @@ def _cut_classifier(network: nn.Module) -> int:
 
 def _fitting(state: dict[str, torch.Tensor], trunk: nn.Module) -> dict[str, torch.Tensor]:
     """Without the classifier that was cut off; anything else unexpected stays and is an error."""
-    own = set(trunk.state_dict())
+    expected = set(trunk.state_dict())
     modules = {name for name, module in trunk.named_modules() if isinstance(module, nn.Identity)}
     gone = (*tuple(f"{m}." for m in modules), "aux1.", "aux2.", "AuxLogits.")
-    return {n: t for n, t in state.items() if n in own or not n.startswith(gone)}
+    return {n: t for n, t in state.items() if n in expected or not n.startswith(gone)}
 
 
 def _native_size(name: str) -> int:

@@ -42,8 +42,8 @@ def mel_of(samples: NDArray[np.float32], config: Any) -> torch.Tensor:
     # Frames lie around every 160th sample, the first one around the first.
     heard = min(mel.shape[1], -(-(len(samples) + _FRAME // 2) // _HOP))
     silence = mel[:, heard : heard + 1] if heard < mel.shape[1] else mel[:, -1:]
-    found: torch.Tensor = torch.cat([mel[:, :heard], silence], dim=1).T.contiguous()
-    return found
+    padded: torch.Tensor = torch.cat([mel[:, :heard], silence], dim=1).T.contiguous()
+    return padded
 
 
 @cache
@@ -72,11 +72,11 @@ def load_whisper(backbone: Backbone, seed: int, config: Any, max_seconds: float)
     with global_stream(seed, "init", "backbone"):
         network: nn.Module = WhisperEncoder(config)
     if backbone.weights is not None:
-        given = _encoder_of(backbone.weights)
-        places = given.get("embed_positions.weight")
+        stored = _encoder_of(backbone.weights)
+        places = stored.get("embed_positions.weight")
         if places is not None:
-            given["embed_positions.weight"] = places[: config.max_source_positions]
-        load_state_dict_strict(network, given, backbone.weights)
+            stored["embed_positions.weight"] = places[: config.max_source_positions]
+        load_state_dict_strict(network, stored, backbone.weights)
     return network.eval()
 
 
@@ -87,7 +87,7 @@ def _encoder_of(weights: Path) -> Tensors:
     if is_run_checkpoint(files[0]):
         return tensors
     for prefix in _INSIDE:
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        if own:
-            return own
+        encoder = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        if encoder:
+            return encoder
     raise WeightsError(f"{weights}: holds no encoder, expected tensors called {_INSIDE[0]}…")

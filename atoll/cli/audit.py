@@ -12,8 +12,10 @@ import typer
 
 from atoll.cli.display import out, sanitize, watching
 from atoll.cli.inspect import RunDir, read_result
+from atoll.cli.run import Plugins
 from atoll.cli.usage import Verb
 from atoll.errors import ConfigError
+from atoll.plugins import load_files
 from atoll.sim.engines.events import AuditAdvanced
 
 if TYPE_CHECKING:
@@ -54,12 +56,13 @@ def audit(
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write what was found there as well.")
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Attack a simulated run: what it proves of epsilon, beside what the run claims."""
+    load_files(plugin or ())
     job, result = simulated_run(run)
     if out_file is not None and (out_file.is_dir() or not out_file.parent.is_dir()):
         raise ConfigError(f"--out: expected a file, in a folder that is there, found {out_file}")
-    from atoll.report.audit import what_the_audit_found
     from atoll.sim.audit.audit import Audit, audited, takes_canaries
     from atoll.sim.audit.gradient_inversion import probed
     from atoll.sim.audit.verbatim import completed_verbatim
@@ -70,31 +73,38 @@ def audit(
     population = Population.of(job)
     verbatim = completed_verbatim(job, population, partial(model_of, run))
     if not takes_canaries(job):
-        found: dict[str, Any] = {"confidence": confidence, "units": {}, "contradicted": False}
+        findings: dict[str, Any] = {"confidence": confidence, "units": {}, "contradicted": False}
     else:
         with watching(job.federation.rounds) as watcher:
-            found = audited(
+            findings = audited(
                 job, result.privacy, how, population=population,
                 watch=lambda done, total: watcher.on_event(AuditAdvanced(done, total)),
             )  # fmt: skip
-    found |= {"inversion": probed(job, population), "verbatim": verbatim}
-    found["exposure"] = exposure_of(job, population, planted)
-    text = json.dumps(found, indent=2, allow_nan=False)
+    findings |= {"inversion": probed(job, population), "verbatim": verbatim}
+    findings["exposure"] = exposure_of(job, population, planted)
+    text = json.dumps(findings, indent=2, allow_nan=False)
     for path in filter(None, (run / "audit.json", out_file)):
         path.write_text(text + "\n", "utf-8")
-    if found["units"]:
-        out().print(bounds(found))
-    if found["inversion"] is not None:
-        out().print(given_away(found["inversion"]))
-    if found["verbatim"] is not None:
-        out().print(by_heart(found["verbatim"]), highlight=False, soft_wrap=True)
-    if found["exposure"] is not None and "left_out" not in found["exposure"]:
-        out().print(exposures(found["exposure"]))
-    told = what_the_audit_found(found) if found["units"] else NOT_ATTACKED
-    out().print(sanitize(told), highlight=False, soft_wrap=True)
-    out().print(f"audit  {sanitize(str(run / 'audit.json'))}", highlight=False, soft_wrap=True)
-    if found["contradicted"]:
+    _print(findings, run / "audit.json")
+    if findings["contradicted"]:
         raise typer.Exit(1)
+
+
+def _print(findings: Mapping[str, Any], written: Path) -> None:
+    """Print what each attack found, and where it is written."""
+    from atoll.report.audit import what_the_audit_found
+
+    if findings["units"]:
+        out().print(bounds(findings))
+    if findings["inversion"] is not None:
+        out().print(given_away(findings["inversion"]))
+    if findings["verbatim"] is not None:
+        out().print(by_heart(findings["verbatim"]), highlight=False, soft_wrap=True)
+    if findings["exposure"] is not None and "left_out" not in findings["exposure"]:
+        out().print(exposures(findings["exposure"]))
+    sentence = what_the_audit_found(findings) if findings["units"] else NOT_ATTACKED
+    out().print(sanitize(sentence), highlight=False, soft_wrap=True)
+    out().print(f"audit  {sanitize(str(written))}", highlight=False, soft_wrap=True)
 
 
 def exposure_of(job: Job, population: Population, times: int) -> dict[str, Any] | None:
@@ -128,12 +138,12 @@ def simulated_run(run: Path) -> tuple[Job, RunResult]:
     return Job.load(run / "job.toml"), result
 
 
-def bounds(found: Mapping[str, Any]) -> Table:
+def bounds(findings: Mapping[str, Any]) -> Table:
     """The claimed epsilon and what the attack proves, a column for each unit."""
     from rich.table import Table
 
-    units: Mapping[str, Any] = found["units"]
-    sure = f"{100 * found['confidence']:g} % confidence"
+    units: Mapping[str, Any] = findings["units"]
+    sure = f"{100 * findings['confidence']:g} % confidence"
     table = Table(title=f"epsilon: claimed, and proven with {sure}", title_justify="left")
     table.add_column("")
     for unit, one in units.items():
@@ -169,22 +179,25 @@ def given_away(inversion: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "a step on" else "right")
     batch = f"{inversion['batch_size']} classes, one example each"
     for name, key in (("one example", "one"), (batch, "batch")):
-        plain_one, kept = inversion["unprotected"][key], (inversion["protected"] or {}).get(key)
+        plain_one, protected = inversion["unprotected"][key], (inversion["protected"] or {}).get(key)
         if plain_one is None:
             continue
-        told = [f"{plain_one['label']:.0%}", f"{plain_one['cosine']:z.2f}"]
-        told += ["-", "-"] if kept is None else [f"{kept['label']:.0%}", f"{kept['cosine']:z.2f}"]
-        table.add_row(f"{name} (by chance {inversion['chance'][key]:.0%})", *told)
+        cells = [f"{plain_one['label']:.0%}", f"{plain_one['cosine']:z.2f}"]
+        cells += (
+            ["-", "-"] if protected is None else [f"{protected['label']:.0%}", f"{protected['cosine']:z.2f}"]
+        )
+        table.add_row(f"{name} (by chance {inversion['chance'][key]:.0%})", *cells)
     return table
 
 
-def exposures(found: Mapping[str, Any]) -> Table:
+def exposures(findings: Mapping[str, Any]) -> Table:
     """Bits of exposure of the secrets that were planted, and of those that weren't."""
     from rich.table import Table
 
     title = (
-        f"exposure in bits of secrets, each {found['times']} times in texts of {sanitize(found['client'])};"
-        f" at most {found['at_most']:g}, and {found['expected']:.2f} on average where nothing is known"
+        f"exposure in bits of secrets, each {findings['times']} times in texts of"
+        f" {sanitize(findings['client'])}; at most {findings['at_most']:g}, and"
+        f" {findings['expected']:.2f} on average where nothing is known"
     )
     table = Table(title=title, title_justify="left")
     for column in ("", "planted, mean", "most", "not planted, mean", "most"):
@@ -195,8 +208,8 @@ def exposures(found: Mapping[str, Any]) -> Table:
         "unprotected": "after it without privacy",
     }
     for key, name in names.items():
-        if found[key] is not None:
-            bits = (found[key]["planted"], found[key]["others"])
+        if findings[key] is not None:
+            bits = (findings[key]["planted"], findings[key]["others"])
             table.add_row(
                 name, *(f"{value:.2f}" for one in bits for value in (sum(one) / len(one), max(one)))
             )

@@ -207,7 +207,7 @@ class Watcher:
 
         roster = event.roster
         self.gauge.say(f"clients   {len(roster.sizes)}, {roster.sizes_in_words}")
-        for counts in total(one for told in roster.counts.values() for one in told):
+        for counts in total(one for sizes in roster.counts.values() for one in sizes):
             self.gauge.say(f"counts    {sanitize(counts.in_words)}")
 
     def _round(self, line: Mapping[str, Any]) -> None:
@@ -283,8 +283,8 @@ def print_summary(result: RunResult, run: Any) -> None:
     for note in result.notes:
         out().print(f"note           {sanitize(note)}", highlight=False, soft_wrap=True)
     if result.simulated_seconds:
-        told = f"{duration(result.simulated_seconds)} on the devices, {duration(result.seconds)} here"
-        out().print(f"simulated time  {told}", highlight=False)
+        times = f"{duration(result.simulated_seconds)} on the devices, {duration(result.seconds)} here"
+        out().print(f"simulated time  {times}", highlight=False)
     if result.privacy["unit"] != "none":
         out().print(sanitize(what_was_private(result.privacy)), highlight=False, soft_wrap=True)
     for name, what in (

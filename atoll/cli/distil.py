@@ -85,14 +85,14 @@ def student_job(
     from atoll.job.job import Job
     from atoll.job.toml import YAML, apply_override, read_job
 
-    own = learner.job.model_dump(mode="json")
+    teacher_table = learner.job.model_dump(mode="json")
     if student.lower().endswith((".toml", *YAML)):
         origin, folder, table = student, Path(student).parent, read_job(Path(student))
     else:
         origin, folder = "--student", Path()
-        backbone = {"name": student, "max_tokens": own["backbone"]["max_tokens"]}
-        table = {"name": "student", "seed": own["seed"], "backbone": backbone, **TRAINING}
-    table["task"] = own["task"]
+        backbone = {"name": student, "max_tokens": teacher_table["backbone"]["max_tokens"]}
+        table = {"name": "student", "seed": teacher_table["seed"], "backbone": backbone, **TRAINING}
+    table["task"] = teacher_table["task"]
     table["data"] = {"source": str(source.resolve()), "classes": learner.data_info["classes"]}
     table["federation"] = {
         "clients": 1,
@@ -123,18 +123,18 @@ def label(learner: Learner, tensors: Any, data: Path, folder: Path, force: bool)
         raise ConfigError(f"{folder}: exists, choose another --out or --force")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    given = [line for line in data.read_text("utf-8").splitlines() if line.strip()] if data.is_file() else []
-    given = given or sorted(str(file) for file in data.iterdir())
-    for start in range(0, len(given), EXAMPLES_PER_BATCH):
-        part = given[start : start + EXAMPLES_PER_BATCH]
-        said = learner.predictions(tensors, list(_raw(learner, part, data.is_file())))
-        answers = [answer["label"] for answer in learner.task.format_predictions(said, learner.data_info)]
+    lines = [line for line in data.read_text("utf-8").splitlines() if line.strip()] if data.is_file() else []
+    lines = lines or sorted(str(file) for file in data.iterdir())
+    for start in range(0, len(lines), EXAMPLES_PER_BATCH):
+        part = lines[start : start + EXAMPLES_PER_BATCH]
+        labels = learner.predictions(tensors, list(_raw(learner, part, data.is_file())))
+        answers = [answer["label"] for answer in learner.task.format_predictions(labels, learner.data_info)]
         for one, name in zip(part, answers, strict=True):
             _put(one, name, folder, is_text=data.is_file())
 
 
-def _raw(learner: Learner, given: list[str], is_text: bool) -> Iterator[Any]:
-    for one in given:
+def _raw(learner: Learner, lines: list[str], is_text: bool) -> Iterator[Any]:
+    for one in lines:
         yield one if is_text else learner.task.parse_input(one)
 
 

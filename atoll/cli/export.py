@@ -156,10 +156,10 @@ def examples_of(learner: Learner, data: Path | None) -> Shard:
 
     job = learner.job
     if data is None:
-        found = server_test_set(job)(learner)
-        if found is None:
+        test_set = server_test_set(job)(learner)
+        if test_set is None:
             raise ConfigError("--data: missing, and the run's job has no test data here to measure on")
-        return found.select(range(min(len(found), MAX_MEASURED_EXAMPLES)))
+        return test_set.select(range(min(len(test_set), MAX_MEASURED_EXAMPLES)))
     table = learner.task.read(data, job.data, job.task.options)
     shard = learner.task.shard(table.train if table.test is None else table.test, learner.data_info)
     return shard.select(range(min(len(shard), MAX_MEASURED_EXAMPLES)))
@@ -228,11 +228,10 @@ def calibration(learner: Learner) -> Iterator[Batch]:
     Raises:
         ConfigError: the training data is at the clients only.
     """
-    from atoll.datasets.registry import ALL_SOURCES
-    from atoll.server.run.test_set import hold_out, read_source
+    from atoll.server.run.test_set import can_be_read_here, hold_out, read_source
 
     job = learner.job
-    if job.data.source not in ALL_SOURCES and not Path(job.data.source).exists():
+    if not can_be_read_here(job):
         raise ConfigError(
             "--format onnx-int8: ranges are found on training data, which is not here; try onnx"
         )

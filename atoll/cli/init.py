@@ -157,16 +157,16 @@ def init(
         raise ConfigError(f"{where}: is already there; choose another --out")
     if not where.parent.is_dir():
         raise ConfigError(f"{where}: there is no folder {where.parent}")
-    own = {"text": text, "image": image, "label": label}
+    columns = {"text": text, "image": image, "label": label}
     others = table_given(column, "--column")
     options = table_given(option, "--option")
-    section = section_given(data, **own, columns=others)
+    section = section_given(data, **columns, columns=others)
     findings, train, has_test = _look(task, section, options)
     show_findings(findings)
-    named = {role: given for role, given in own.items() if given}
+    named = {role: chosen for role, chosen in columns.items() if chosen}
     written = job_text(
         name, task, _source(data, where.parent), findings, train, has_test=has_test, clients=clients,
-        columns=named | {f"columns.{role}": given for role, given in others.items()}, options=options,
+        columns=named | {f"columns.{role}": chosen for role, chosen in others.items()}, options=options,
     )  # fmt: skip
     where.write_text(written, "utf-8")
     try:
@@ -247,7 +247,7 @@ def whose(train: Dataset) -> tuple[str | None, dict[str, int]]:
     """
     from atoll.data.labels import value_name
 
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for column in train.column_names:
         if column in ("label", "event"):  # what is learnt
             continue
@@ -255,9 +255,9 @@ def whose(train: Dataset) -> tuple[str | None, dict[str, int]]:
         rows_of = Counter(map(value_name, cells))
         is_full = len(cells) == len(train) and None not in rows_of
         if is_full and len(rows_of) > 1 and min(rows_of.values()) >= ROWS_A_VALUE:
-            found[column] = len(rows_of)
-    likely = [column for word in WHOSE for column in found if word in column.lower()]
-    return (likely[0] if likely else None), found
+            counts[column] = len(rows_of)
+    likely = [column for word in WHOSE for column in counts if word in column.lower()]
+    return (likely[0] if likely else None), counts
 
 
 def in_toml(value: Any) -> str:

@@ -72,7 +72,7 @@ def report(run: RunDir) -> None:
 
 def track(
     run: RunDir,
-    to: Annotated[list[str], typer.Option("--to", metavar="NAME", help="tensorboard or mlflow.")],
+    to: Annotated[list[str], typer.Option("--to", metavar="NAME", help="tensorboard, mlflow or wandb.")],
 ) -> None:
     """Write a complete run, simulated or of real sites, to TensorBoard or MLflow."""
     from atoll.tracking import track_finished
@@ -131,13 +131,13 @@ def check(
         from atoll.backbones.resolve import resolve
         from atoll.job.job import BackboneSection
 
-        found = resolve(BackboneSection(name=backbone), 0)
-        for note in task_named(task).notes_on(data, section, table_given(option, "--option"), found):
+        resolved = resolve(BackboneSection(name=backbone), 0)
+        for note in task_named(task).notes_on(data, section, table_given(option, "--option"), resolved):
             out().print(f"note        {escape(note)}", highlight=False, soft_wrap=True)
     out().print("[green]ready[/]: a run can use this data as it is")
 
 
-def section_given(data: Path, **given: Any) -> DataSection:
+def section_given(data: Path, **value: Any) -> DataSection:
     """`[data]` of a shard that options describe.
 
     Raises:
@@ -146,7 +146,7 @@ def section_given(data: Path, **given: Any) -> DataSection:
     from atoll.job.extension_options import validated
     from atoll.job.job import DataSection
 
-    section = validated(DataSection, {"source": str(data), **given}, "data")
+    section = validated(DataSection, {"source": str(data), **value}, "data")
     assert isinstance(section, DataSection)
     return section
 

@@ -41,7 +41,7 @@ def backbones() -> Lines:
         ),
         (NETWORK, "the network that the task itself builds, such as an extension's", "the task"),
     ]
-    own = [(f"atoll:{name}", f"built by Atoll, for {what}", BUILT_IN) for name, what in BUILTIN.items()]
+    built_in = [(f"atoll:{name}", f"built by Atoll, for {what}", BUILT_IN) for name, what in BUILTIN.items()]
     vision = [
         (f"torchvision:{n}", "for images", "torchvision")
         for n in torchvision_names()
@@ -55,7 +55,7 @@ def backbones() -> Lines:
     brought = [
         (f"{BACKBONE_PREFIX}{name}", one.summary, one.origin) for name, one in BACKBONES.everything().items()
     ]
-    return packaged + open_ended + brought + own + vision + dense
+    return packaged + open_ended + brought + built_in + vision + dense
 
 
 def strategies() -> Lines:

@@ -74,10 +74,10 @@ def predict(
 
 def printable(answer: dict[str, Any]) -> dict[str, Any]:
     """An answer without its arrays, which are in files, and with the files' paths as text."""
-    found = {name: value for name, value in answer.items() if not hasattr(value, "__array__")}
-    if "files" in found:
-        found["files"] = {name: str(path) for name, path in found["files"].items()}
-    return found
+    values = {name: value for name, value in answer.items() if not hasattr(value, "__array__")}
+    if "files" in values:
+        values["files"] = {name: str(path) for name, path in values["files"].items()}
+    return values
 
 
 def _print(answers: Sequence[dict[str, Any]], out_dir: Path | None) -> None:
@@ -142,18 +142,18 @@ class _Source:
 
 def _sources(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[_Source]:
     """The inputs, with folders opened: every file of them that may be an input, by its path."""
-    found = []
-    for given in inputs:
-        if not suffixes or not os.path.isdir(given):  # noqa: PTH112 - an input may be no path at all
-            found.append(_Source(given, Path(Path(given).name)))
+    sources = []
+    for entry in inputs:
+        if not suffixes or not os.path.isdir(entry):  # noqa: PTH112 - an input may be no path at all
+            sources.append(_Source(entry, Path(Path(entry).name)))
             continue
-        files = sorted(path for path in Path(given).rglob("*") if _is_input(path, Path(given), suffixes))
+        files = sorted(path for path in Path(entry).rglob("*") if _is_input(path, Path(entry), suffixes))
         if not files:
             raise DataError(
-                f"{given}: a folder without files to predict, expected some {', '.join(suffixes)}"
+                f"{entry}: a folder without files to predict, expected some {', '.join(suffixes)}"
             )
-        found += [_Source(str(path), path.relative_to(given)) for path in files]
-    return found
+        sources += [_Source(str(path), path.relative_to(entry)) for path in files]
+    return sources
 
 
 def _is_input(path: Path, folder: Path, suffixes: tuple[str, ...]) -> bool:
@@ -178,16 +178,16 @@ def _answered(
 
 def _places(sources: Sequence[_Source], out_dir: Path | None) -> dict[_Source, Path]:
     """Where every input's files are to be, with its own name, to which theirs is added."""
-    found = {s: Path(s.given) if out_dir is None else out_dir / s.below for s in dict.fromkeys(sources)}
+    places = {s: Path(s.given) if out_dir is None else out_dir / s.below for s in dict.fromkeys(sources)}
     taken: dict[Path, _Source] = {}
-    for source, place in found.items():
+    for source, place in places.items():
         other = taken.setdefault(place, source)
         if other is not source and place.name:
             raise ConfigError(
                 f"--out: {other.given} and {source.given} would have files of one name,"
                 " expected other names, or the folder that holds both"
             )
-    return found
+    return places
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -232,14 +232,14 @@ def chat(
 def _talk(talker: Chat, how: Decoding, seed: int | None, begin: list[dict[str, str]]) -> None:
     """Answer turn by turn, until there are no more."""
     turns = list(begin)
-    for said in _lines():
-        if said == EXIT:
+    for line in _lines():
+        if line == EXIT:
             return
-        if said == RESET:
+        if line == RESET:
             turns = list(begin)
             continue
         try:
-            answer = talker.answer([*turns, {"role": "user", "content": said}], how, seed, _tell)
+            answer = talker.answer([*turns, {"role": "user", "content": line}], how, seed, _tell)
         except DataError as error:
             if not sys.stdin.isatty():
                 raise

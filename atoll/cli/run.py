@@ -35,7 +35,9 @@ Plugins = Annotated[
 ]
 Track = Annotated[
     list[str] | None,
-    typer.Option("--track", metavar="NAME", help="Follow it in tensorboard or mlflow; can be given again."),
+    typer.Option(
+        "--track", metavar="NAME", help="Follow it in tensorboard, mlflow or wandb; can be given again."
+    ),
 ]
 Vary = Annotated[
     list[str] | None,
@@ -106,8 +108,13 @@ def simulate(
     if compare is not None:
         from atoll.cli.sweep import compare as compare_strategies
 
-        given = {"--engine": engine != "inline", "--resume": resume, "--force": force, "--track": bool(track)}
-        for option in (option for option, is_given in given.items() if is_given):
+        options = {
+            "--engine": engine != "inline",
+            "--resume": resume,
+            "--force": force,
+            "--track": bool(track),
+        }
+        for option in (option for option, is_given in options.items() if is_given):
             raise ConfigError(
                 f"{option}: has no meaning with --compare, whose same command goes on: remove it"
             )
@@ -205,12 +212,12 @@ def resume_hint(where: Path, rounds: int) -> str:
 
 def resuming(arguments: list[str], where: Path) -> list[str]:
     """The command line that resumes the run which this one started in `where`."""
-    kept = [a for a in arguments if a not in ("--force", "--resume")]
-    if kept[:1] == ["demo"]:
-        kept = ["simulate", str(where / "job.toml"), *kept[1:]]
-    if not any(a == "--out" or a.startswith("--out=") for a in kept):
-        kept += ["--out", str(where)]
-    return [*kept, "--resume"]
+    remaining = [a for a in arguments if a not in ("--force", "--resume")]
+    if remaining[:1] == ["demo"]:
+        remaining = ["simulate", str(where / "job.toml"), *remaining[1:]]
+    if not any(a == "--out" or a.startswith("--out=") for a in remaining):
+        remaining += ["--out", str(where)]
+    return [*remaining, "--resume"]
 
 
 def load(path: Path, overrides: list[str] | None) -> Job:

@@ -235,8 +235,8 @@ def check_policy(kit: Kit, job: JobFile, overrides: Overrides = None) -> None:
     table = Table("rule", "job", "found", "expected", "verdict")
     verdicts = policy.verdicts(loaded)
     for verdict in verdicts:
-        words = (verdict.rule, verdict.key, verdict.found, verdict.allowed)
-        table.add_row(*map(sanitize, words), "allowed" if verdict.holds else "[red]refused[/]")
+        texts = (verdict.rule, verdict.key, verdict.found, verdict.allowed)
+        table.add_row(*map(sanitize, texts), "allowed" if verdict.holds else "[red]refused[/]")
     out().print(table)
     if policy.hours is not None:
         echo(f"hours        requests are answered {policy.hours} only")
@@ -258,9 +258,12 @@ def verify_log(
     from atoll.system.audit_file import verify
 
     kind = ServerKit if (log / "server.crt").is_file() else SiteKit
-    found = verify(log if log.is_file() else kind.load(log).state)
-    echo(f"{found.path} is whole: {found.lines} lines, {found.first or 'never'} to {found.last or 'never'}")
-    echo(f"sha256 of the last line  {found.sha256}")
+    verdict = verify(log if log.is_file() else kind.load(log).state)
+    echo(
+        f"{verdict.path} is whole: {verdict.lines} lines,"
+        f" {verdict.first or 'never'} to {verdict.last or 'never'}"
+    )
+    echo(f"sha256 of the last line  {verdict.sha256}")
     echo("lines cut off at the end don't show in the file: note this hash, and compare it later")
 
 

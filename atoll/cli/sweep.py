@@ -117,7 +117,7 @@ def _tell_strategies(folder: SweepFolder, runs: Sequence[Planned], name: str) ->
 
     from atoll.sim.sweep.strategies import HEAD, compared, write_comparison
 
-    results = [(run, found) for run in runs if (found := folder.result(run)) is not None]
+    results = [(run, result) for run in runs if (result := folder.result(run)) is not None]
     if not results:
         return
     lines = compared(results)
@@ -266,6 +266,6 @@ def shown_table(rows: Sequence[Row], name: str) -> Table:
     shown.add_column((headline_of(rows) or "metric").replace("_", " "), justify="right")
     shown.add_column("epsilon spent", justify="right")
     for line in table(rows):
-        given = (escape(format_value(value)) for value in line.values.values())
-        shown.add_row(*given, str(line.seeds), line.score, line.epsilon)
+        cells = (escape(format_value(value)) for value in line.values.values())
+        shown.add_row(*cells, str(line.seeds), line.score, line.epsilon)
     return shown

@@ -64,22 +64,22 @@ def tune(
     from atoll.sim.search.study import SearchFolder, check_optuna
     from atoll.sim.sweep.grid import Base, exclusive_lock
 
-    given = Space.of(vary or (), ranges or ())
-    base = Base.load(job, overrides or (), [one.key for one in given.keys])
-    check_simulated(own := job_of(base, {}))
-    check_searchable(own)
-    space = given if given.keys else default_space(own)
+    named_space = Space.of(vary or (), ranges or ())
+    base = Base.load(job, overrides or (), [one.key for one in named_space.keys])
+    check_simulated(base_job := job_of(base, {}))
+    check_searchable(base_job)
+    space = named_space if named_space.keys else default_space(base_job)
     space.check(base)
     check_optuna()
     folder = SearchFolder(out_dir or Path("runs") / f"{base.name}-tune")
-    seed = own.seed if seed is None else seed
+    seed = base_job.seed if seed is None else seed
     folder.check(base, space, seed=seed, seeds=seeds)
     from atoll.sim.engines.process_pool import processes_for  # torch comes with it
 
     with exclusive_lock(folder.path, "search"):
-        count = min(workers or processes_for([own]), trials)
+        count = min(workers or processes_for([base_job]), trials)
         search = folder.opened(base, space, seed=seed, seeds=seeds, at_once=count)
-        tried = _search(search, trials, count, is_default=not given.keys)
+        tried = _search(search, trials, count, is_default=not named_space.keys)
         _tell(search, tried)
     return folder.path
 
@@ -190,11 +190,11 @@ def _best_table(search: Search, ranked: Sequence[TrialResult]) -> Table:
     for tried in ranked[:SHOWN]:
         assert tried.outcome is not None
         values = (escape(format_value(value)) for value in tried.values.values())
-        found = (tried.outcome.metrics.get(metric) for metric in metrics)
+        best_values = (tried.outcome.metrics.get(metric) for metric in metrics)
         table.add_row(
             str(tried.index + 1),
             *values,
-            *(UNDEFINED if value is None else f"{value:.4g}" for value in found),
+            *(UNDEFINED if value is None else f"{value:.4g}" for value in best_values),
         )
     return table
 
@@ -222,16 +222,16 @@ def advise(
     loaded = load(job, overrides)
     check_task(loaded.task.name)
     source_of(loaded)  # what else there is to say of them is said with torch
-    found = advised(loaded, None if backbones is None else backbones.split(","), head)
+    ranking = advised(loaded, None if backbones is None else backbones.split(","), head)
     out().print()
-    out().print(_advice_table(loaded.name, found))
+    out().print(_advice_table(loaded.name, ranking))
     out().print(
         "LogME on the clients' training data, and the accuracy of a linear probe on what they keep back: of"
         " both, more is better. Nothing looked at the test set.",
         highlight=False,
         soft_wrap=True,
     )
-    changes = [f"backbone.name={found[0].backbone}", *(overrides or ())]
+    changes = [f"backbone.name={ranking[0].backbone}", *(overrides or ())]
     best = shlex.join(["atoll", "simulate", str(job), *(a for c in changes for a in ("--set", c))])
     out().print(f"run it    {sanitize(best)}", highlight=False, soft_wrap=True)
 
@@ -272,14 +272,14 @@ def advised(job: Job, backbones: Sequence[str] | None, head: int | None) -> list
         shown.close()
 
 
-def _advice_table(name: str, found: Sequence[RankedBackbone]) -> Table:
+def _advice_table(name: str, ranking: Sequence[RankedBackbone]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{sanitize(name)}: backbones, the best by LogME first", title_justify="left")
     table.add_column("backbone")
     for head in ("LogME", "probe accuracy", "features", "parameters", "ms an example"):
         table.add_column(head, justify="right")
-    for one in found:
+    for one in ranking:
         table.add_row(
             sanitize(one.backbone), f"{one.logme:.3f}", f"{one.probe:.3f}", str(one.width),
             f"{one.parameters / 1e6:.1f} M", f"{one.seconds * 1e3:.1f}",

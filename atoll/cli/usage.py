@@ -28,9 +28,9 @@ class Verb(TyperCommand):
         """Write arguments and options; Typer 0.20 loses the arguments' help under click 8.5."""
         hints = get_type_hints(unwrap(self.callback), include_extras=True) if self.callback else {}
         for param in self.params:
-            told = [info.help for info in getattr(hints.get(param.name or ""), "__metadata__", ())]
-            if isinstance(param, TyperArgument) and told:
-                param.help = told[0]
+            helps = [info.help for info in getattr(hints.get(param.name or ""), "__metadata__", ())]
+            if isinstance(param, TyperArgument) and helps:
+                param.help = helps[0]
         super().format_options(ctx, formatter)
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -80,19 +80,19 @@ def _finding(error: click.UsageError, arguments: list[str], verbs: click.Group, 
     return message.rstrip(".")
 
 
-def _no_such_verb(found: str, verbs: click.Group) -> str:
-    if found.endswith(".toml"):
-        return f"{found!r} is no verb, did you mean atoll simulate {found}?"
-    return f"no such verb {found!r}, {did_you_mean(found, verbs.commands)}"
+def _no_such_verb(verb: str, verbs: click.Group) -> str:
+    if verb.endswith(".toml"):
+        return f"{verb!r} is no verb, did you mean atoll simulate {verb}?"
+    return f"no such verb {verb!r}, {did_you_mean(verb, verbs.commands)}"
 
 
-def _no_such_option(found: str, command: click.Command, arguments: list[str]) -> str:
+def _no_such_option(typed: str, command: click.Command, arguments: list[str]) -> str:
     if any(a.startswith("-") and Path(a).exists() for a in arguments):
         path = next(a for a in arguments if a.startswith("-") and Path(a).exists())
-        return f"no such option {found!r}, did you mean the path ./{path}?"
+        return f"no such option {typed!r}, did you mean the path ./{path}?"
     known = [
         "--help",
         "--debug",
         *(name for option in command.params for name in option.opts if name[0] == "-"),
     ]
-    return f"no such option {found!r}, {did_you_mean(found, sorted(known), cutoff=0.5)}"
+    return f"no such option {typed!r}, {did_you_mean(typed, sorted(known), cutoff=0.5)}"

@@ -26,8 +26,8 @@ def versions() -> Iterator[str]:
     yield f"atoll {__version__}"
     for name, package in PACKAGES.items():
         yield f"{name} {_version(package)}"
-    told = cpu_capability()
-    yield f"processor {platform.machine()}" + (f", {told}" if told else "")
+    capability = cpu_capability()
+    yield f"processor {platform.machine()}" + (f", {capability}" if capability else "")
 
 
 def _version(package: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from atoll.data.archives.idx import open_idx
 from atoll.data.columns import (
     DEFAULT_COLUMNS,
     Columns,
@@ -34,7 +35,6 @@ from atoll.data.labels import alike, class_name
 from atoll.data.layouts import (
     collecting_errors,
     image_classes,
-    open_idx,
     open_shard,
     text_classes,
     used_splits,
@@ -177,8 +177,8 @@ def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics)
     """The splits, whole only if no problem was noted."""
     splits: dict[str, _Split] = {}
     with collecting_errors(path, diagnostics):
-        own = open_idx(path, diagnostics) if kind.role == "image" else None
-        opened = used_splits(own, path, diagnostics) if own else None
+        images = open_idx(path) if kind.role == "image" else None
+        opened = used_splits(images, path, diagnostics) if images else None
         for name, rows in (opened or open_shard(path, kind.read_classes, diagnostics)).items():
             diagnostics.rows_read += rows.table.num_rows
             splits[name] = _split(rows, kind, columns, diagnostics)
@@ -186,8 +186,8 @@ def _gather(path: Path, kind: _Kind, columns: Columns, diagnostics: Diagnostics)
 
 
 def _check_filled(examples: Mapping[str, list[_Example]], path: Path) -> None:
-    for split, found in examples.items():
-        if not found:
+    for split, rows in examples.items():
+        if not rows:
             raise DataError(f"{shown(path)}: no examples to {split} on, expected at least one")
 
 
@@ -277,11 +277,11 @@ def _safe_bytes(cell: Mapping[str, Any], rows: Rows, where: str) -> tuple[bytes,
 
 
 def _remark_all(examples: Mapping[str, list[_Example]], diagnostics: Diagnostics) -> None:
-    for split, found in examples.items():
-        _remark_few(split, found, diagnostics)
-        if repeats := _repeats(found):
+    for split, rows in examples.items():
+        _remark_few(split, rows, diagnostics)
+        if repeats := _repeats(rows):
             diagnostics.warning(f"{split}: {repeats} examples repeat the content of another one")
-        if torn := _contradictions(found):
+        if torn := _contradictions(rows):
             diagnostics.warning(f"{split}: {torn} contents come with more than one label")
     _remark_leaks(examples.get("train", []), examples.get("test", []), diagnostics)
 
@@ -315,10 +315,10 @@ def _contradictions(examples: Iterable[_Example]) -> int:
 
 
 def _findings(examples: Mapping[str, list[_Example]], kind: _Kind, diagnostics: Diagnostics) -> Findings:
-    for words in alike([[one.label for one in found] for found in examples.values()]):
-        diagnostics.warning(f"classes {words} differ by case or space only")
+    for spellings in alike([[one.label for one in rows] for rows in examples.values()]):
+        diagnostics.warning(f"classes {spellings} differ by case or space only")
     _remark_all(examples, diagnostics)
-    sizes = sorted(example.size for found in examples.values() for example in found)
+    sizes = sorted(example.size for rows in examples.values() for example in rows)
     return Findings(
         train=_classes(examples.get("train", [])),
         test=_classes(examples.get("test", [])),

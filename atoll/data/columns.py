@@ -56,16 +56,18 @@ def role_column(
         if chosen not in names:
             raise DataError(f"{rows.name}: columns {names}, expected one called {chosen!r} as the {role}")
         return chosen
-    found = [name for name in names if name.strip().lower() in usual]
-    found = [role] if role in found and role not in _USUAL else found
-    if len(found) == 1:
-        return found[0]
+    matching = [name for name in names if name.strip().lower() in usual]
+    matching = [role] if role in matching and role not in _USUAL else matching
+    if len(matching) == 1:
+        return matching[0]
     is_own = role in _USUAL
     key, option = (
         (f"data.{role}", f"--{role}") if is_own else (f"data.columns.{role}", f"--column {role}=NAME")
     )
-    if found:
-        raise DataError(f"{rows.name}: columns {found} could each be the {role}, expected its name as {key}")
+    if matching:
+        raise DataError(
+            f"{rows.name}: columns {matching} could each be the {role}, expected its name as {key}"
+        )
     if not required:
         return None
     raise DataError(
@@ -136,7 +138,7 @@ def other_columns(
     rows: Rows, used: Sequence[str], role: str, diagnostics: Diagnostics
 ) -> dict[str, pa.ChunkedArray]:
     """The scalar columns that are not learnt from, such as a user or a hospital; the rest is noted."""
-    kept = {}
+    columns = {}
     for name in rows.table.column_names:
         if name in used:
             continue
@@ -144,8 +146,8 @@ def other_columns(
         if name in (role, "label") or not _is_scalar(kind):
             diagnostics.warning(f"column {name!r} ({kind}) is not kept", rows.name)
         else:
-            kept[name] = _sound(rows, name)
-    return kept
+            columns[name] = _sound(rows, name)
+    return columns
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -171,5 +173,5 @@ def _check_sound(column: pa.ChunkedArray, rows: Rows, name: str) -> None:
     try:
         column.validate(full=True)
     except pa.ArrowInvalid as error:
-        found = str(error).splitlines()[0]
-        raise DataError(f"{rows.name}: column {name!r}: {found}, expected sound Arrow data") from None
+        message = str(error).splitlines()[0]
+        raise DataError(f"{rows.name}: column {name!r}: {message}, expected sound Arrow data") from None

@@ -98,14 +98,14 @@ def _cells(column: pa.ChunkedArray, places: NDArray[np.int64]) -> list[Any]:
     """Cells of a column, by chunk: a column as a whole may be more than Arrow can take at once."""
     ends = np.cumsum([len(chunk) for chunk in column.chunks])
     owner = np.searchsorted(ends, places, side="right")
-    found: list[Any] = [None] * len(places)
+    cells: list[Any] = [None] * len(places)
     for number in np.unique(owner).tolist():
         chunk = column.chunk(number)
         mine = np.flatnonzero(owner == number)
         inside = places[mine] - (ends[number] - len(chunk))
         for place, cell in zip(mine.tolist(), _taken(chunk, inside).to_pylist(), strict=True):
-            found[place] = cell
-    return found
+            cells[place] = cell
+    return cells
 
 
 def _taken(chunk: pa.Array, places: NDArray[np.int64]) -> pa.Array:

@@ -61,14 +61,14 @@ def counts_from_json(written: Sequence[Any]) -> tuple[Counts, ...]:
         DataError: it has another form, or doesn't add up.
     """
     try:
-        found = tuple(Counts(**one) for one in written)
+        counts = tuple(Counts(**one) for one in written)
     except (JobError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"counts of another form ({type(error).__name__})") from None
-    if len(found) > MOST_COUNTS or not all(map(_is_sound, found)):
+    if len(counts) > MOST_COUNTS or not all(map(_is_sound, counts)):
         raise DataError(
             f"counts of another form, expected whole numbers and at most {MOST_COUNTS} short reasons"
         )
-    return found
+    return counts
 
 
 def _is_sound(one: Counts) -> bool:
@@ -87,15 +87,15 @@ def total(counts: Iterable[Counts]) -> tuple[Counts, ...]:
     by_unit: dict[str, list[Counts]] = {}
     for one in counts:
         by_unit.setdefault(one.unit, []).append(one)
-    return tuple(_sum(unit, found) for unit, found in by_unit.items())
+    return tuple(_sum(unit, unit_counts) for unit, unit_counts in by_unit.items())
 
 
-def _sum(unit: str, found: Sequence[Counts]) -> Counts:
+def _sum(unit: str, counts: Sequence[Counts]) -> Counts:
     left_out: dict[str, int] = {}
-    for one in found:
+    for one in counts:
         for reason, count in one.left_out.items():
             left_out[reason] = left_out.get(reason, 0) + count
-    return Counts(unit, sum(one.read for one in found), sum(one.used for one in found), left_out)
+    return Counts(unit, sum(one.read for one in counts), sum(one.used for one in counts), left_out)
 
 
 def shown(path: Path | str) -> str:

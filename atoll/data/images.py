@@ -192,14 +192,14 @@ def image_bytes(cell: Mapping[str, object]) -> bytes:
         return file.read(MAX_IMAGE_BYTES + 1)
 
 
-def read_image_input(given: str, depth: Depth | None = None) -> bytes:
+def read_image_input(text: str, depth: Depth | None = None) -> bytes:
     """The bytes of an image file that someone names, as the job wants it seen, once it is seen to decode."""
-    path = Path(given)
+    path = Path(text)
     if path.is_dir():
-        raise DataError(f"{shown(given)}: a folder, expected an image file")
+        raise DataError(f"{shown(text)}: a folder, expected an image file")
     with opened(path) as file:
         data = file.read(MAX_IMAGE_BYTES + 1)
-    return seen_picture(data, shown(given), depth, Diagnostics())
+    return seen_picture(data, shown(text), depth, Diagnostics())
 
 
 def _decode(data: bytes, name: str, verify: bool, depth: Depth | None) -> Decoded:
@@ -253,9 +253,9 @@ def _eight_bit(values: np.ndarray, name: str, depth: Depth | None) -> np.ndarray
 def _lost(values: np.ndarray, seen: np.ndarray) -> str:
     """Which values there were, where of more than a few hardly any are left."""
     left = len(np.unique(seen))
-    if left > FEW_LEVELS or (found := len(np.unique(values))) <= left:
+    if left > FEW_LEVELS or (levels := len(np.unique(values))) <= left:
         return ""
-    return f"{found} values from {values.min():g} to {values.max():g} become {left}"
+    return f"{levels} values from {values.min():g} to {values.max():g} become {left}"
 
 
 def _high_byte(values: np.ndarray, name: str) -> np.ndarray:

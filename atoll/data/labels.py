@@ -99,13 +99,13 @@ def _checked_name(value: object, where: str) -> str:
     return name
 
 
-def alike(told: Sequence[Sequence[str]]) -> list[str]:
+def alike(spellings: Sequence[Sequence[str]]) -> list[str]:
     """Classes of several lists that a person would read as one, written out.
 
     >>> alike([["Sport", "news"], ["sport", "fine  art"], ["fine art"]])
     ["'Sport', 'sport'", "'fine  art', 'fine art'"]
     """
     groups: dict[str, list[str]] = {}
-    for name in sorted({name for names in told for name in names}):
+    for name in sorted({name for names in spellings for name in names}):
         groups.setdefault("".join(name.split()).casefold(), []).append(name)
     return [", ".join(map(repr, names)) for names in groups.values() if len(names) > 1]

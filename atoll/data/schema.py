@@ -131,7 +131,7 @@ class Schema:
             sizes=_sizes(splits),
             bad=len(diagnostics.problems),
             problems=tuple(diagnostics.problems[:LISTED_PROBLEMS]),
-            duplicates=sum(len(found) - len(set(found)) for found in keys.values()),
+            duplicates=sum(len(keys_of_split) - len(set(keys_of_split)) for keys_of_split in keys.values()),
             notes=diagnostics.notes,
             class_counts=self.count_by or "",
             counts=() if diagnostics.problems else diagnostics.counts_of(sum(map(len, keys.values()))),
@@ -142,8 +142,8 @@ class Schema:
         keys = {split: self.keys(Dataset(table)) for split, table in splits.items()}
         _remark(keys, diagnostics)
         for split, table in splits.items():
-            if table.num_rows and (found := self.odd(Dataset(table))):
-                diagnostics.warning(f"{split}: {found}")
+            if table.num_rows and (odd_values := self.odd(Dataset(table))):
+                diagnostics.warning(f"{split}: {odd_values}")
         return keys
 
     def adopted(self, splits: Mapping[str, pa.Table], counts: Sequence[Counts] = ()) -> Table:
@@ -180,14 +180,18 @@ class Schema:
     def gather(self, path: Path, data: DataSection, diagnostics: Diagnostics) -> dict[str, pa.Table]:
         """The splits in canonical columns; what is wrong with rows that are left out is noted."""
         self.check(data)
-        found: dict[str, pa.Table] = {}
+        tables: dict[str, pa.Table] = {}
         with collecting_errors(path, diagnostics):
-            own = self.open_layout(path, diagnostics)
-            opened = used_splits(own, path, diagnostics) if own else self._opened(path, diagnostics)
+            layout_rows = self.open_layout(path, diagnostics)
+            opened = (
+                used_splits(layout_rows, path, diagnostics)
+                if layout_rows
+                else self._opened(path, diagnostics)
+            )
             for split, rows in opened.items():
                 diagnostics.rows_read += rows.table.num_rows
-                found[split] = self.canonical(rows, data, diagnostics)
-        return found
+                tables[split] = self.canonical(rows, data, diagnostics)
+        return tables
 
     def _opened(self, path: Path, diagnostics: Diagnostics) -> dict[str, Rows]:
         return open_shard(path, self._no_classes, diagnostics, expected=self.layout)
@@ -214,24 +218,30 @@ class Schema:
         columns: dict[str, list[Any]] = {role.name: [] for role in present}
         read = partial(_read_cell, rows=rows, depth=Depth.of(data), diagnostics=diagnostics)
         raw = [_raw_cells(rows, role, str(named[role.name])) for role in present]
-        kept = []
+        places = []
         for place, cells in enumerate(zip(*raw, strict=True)):
             where = rows.where(place)
             try:
                 values = [read(role, cell, where) for role, cell in zip(present, cells, strict=True)]
                 self.check_row({r.name: v for r, v in zip(present, values, strict=True)}, where)
             except DataError as problem:
-                told = str(problem)
-                diagnostics.error(problem if told.startswith(where) else DataError(f"{where}: {told}"))
+                message = str(problem)
+                diagnostics.error(problem if message.startswith(where) else DataError(f"{where}: {message}"))
                 continue
-            kept.append(place)
+            places.append(place)
             for role, value in zip(present, values, strict=True):
                 columns[role.name].append(value)
         used = [str(named[role.name]) for role in present]
         others = other_columns(rows, used, "", diagnostics)
-        own = {role.name: pa.chunked_array([pa.array(columns[role.name], role.kind)]) for role in present}
-        rest = {name: c.take(pa.array(kept, pa.int64())) for name, c in others.items() if name not in own}
-        return pa.table(own | rest)
+        columns_out = {
+            role.name: pa.chunked_array([pa.array(columns[role.name], role.kind)]) for role in present
+        }
+        rest = {
+            name: c.take(pa.array(places, pa.int64()))
+            for name, c in others.items()
+            if name not in columns_out
+        }
+        return pa.table(columns_out | rest)
 
     def _column(self, rows: Rows, role: SchemaField, data: DataSection) -> str | None:
         if rows.is_canonical:
@@ -249,8 +259,8 @@ class Schema:
 
 def chosen_name(data: DataSection, role: str) -> str | None:
     """The column that the job names for a role: `data.text`, `image`, `label`, or in `data.columns`."""
-    own = getattr(data, role) if role in ("text", "image", "label") else None
-    return own or data.columns.get(role)
+    chosen = getattr(data, role) if role in ("text", "image", "label") else None
+    return chosen or data.columns.get(role)
 
 
 def file_bytes(cell: Mapping[str, Any], what: str) -> bytes:
@@ -299,8 +309,8 @@ def _read_cell(
 
 
 def _remark(keys: Mapping[str, Sequence[bytes]], diagnostics: Diagnostics) -> None:
-    for split, found in keys.items():
-        if repeats := len(found) - len(set(found)):
+    for split, keys_of_split in keys.items():
+        if repeats := len(keys_of_split) - len(set(keys_of_split)):
             diagnostics.warning(f"{split}: {repeats} examples repeat the content of another one")
     seen = set(keys.get("train", ()))
     if leaked := sum(key in seen for key in keys.get("test", ())):

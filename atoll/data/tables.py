@@ -1,11 +1,11 @@
-"""Files of rows, strictly parsed: CSV, TSV, JSON Lines, Parquet and saved Hugging Face datasets."""
+"""Files of rows, strictly parsed: CSV, TSV, JSON Lines, Parquet, tar and saved Hugging Face datasets."""
 
 from __future__ import annotations
 
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_LINE_BYTES = 8_000_000
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".tar")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ def read_file(path: Path, diagnostics: Diagnostics) -> Rows:
         return _read_json_lines(path, diagnostics)
     if suffix == ".parquet":
         return _read_parquet(path)
+    if suffix == ".tar":
+        from atoll.data.archives.webdataset import read_webdataset  # it makes rows of what is here
+
+        return read_webdataset(path, diagnostics)
     raise DataError(
         f"{shown(path)}: format {suffix or 'unknown'!r}, expected {', '.join(SUFFIXES)} or a folder"
     )
@@ -71,8 +75,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     first = parts[0]
     for part in parts[1:]:
         if part.table.schema != first.table.schema or part.class_names != first.class_names:
-            found = f"columns {_described(part)}, expected {_described(first)} as in {first.name}"
-            raise DataError(f"{part.name}: {found}")
+            difference = f"columns {_described(part)}, expected {_described(first)} as in {first.name}"
+            raise DataError(f"{part.name}: {difference}")
     table = pa.concat_tables([part.table for part in parts])
     return Rows(shown(first.folder), table, where, first.folder, first.class_names)
 
@@ -167,8 +171,8 @@ def _same_width(
     line = reader.line_num + 1
     for row in reader:
         if row and len(row) != len(header):
-            found = f"{len(row)} columns, expected {len(header)} as in the header"
-            diagnostics.error(DataError(f"{shown(path)} line {line}: {found}"))
+            widths = f"{len(row)} columns, expected {len(header)} as in the header"
+            diagnostics.error(DataError(f"{shown(path)} line {line}: {widths}"))
         elif row:
             rows.append(row)
             numbers.append(line)
@@ -186,7 +190,7 @@ def _read_json_lines(path: Path, diagnostics: Diagnostics) -> Rows:
             if not line.strip():
                 continue
             try:
-                rows.append(_json_row(line.rstrip(), f"{shown(path)} line {number}"))
+                rows.append(json_row(line.rstrip(), f"{shown(path)} line {number}"))
                 numbers.append(number)
             except DataError as problem:
                 diagnostics.error(problem)
@@ -195,11 +199,16 @@ def _read_json_lines(path: Path, diagnostics: Diagnostics) -> Rows:
         return f"{shown(path)} line {numbers[row]}"
 
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = pa.table({name: _column(name, rows, where) for name in names})
+    table = pa.table({name: typed_column(name, rows, where) for name in names})
     return Rows(shown(path), table, where, path.parent)
 
 
-def _json_row(line: str, where: str) -> dict[str, object]:
+def json_row(line: str, where: str) -> dict[str, object]:
+    """The JSON object that a text holds, with each key once.
+
+    Raises:
+        DataError: it is something else.
+    """
     try:
         row = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_once)
         json.dumps(row, ensure_ascii=False).encode("utf-8")
@@ -226,7 +235,12 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def _column(name: str, rows: Sequence[dict[str, object]], where: Callable[[int], str]) -> pa.Array:
+def typed_column(name: str, rows: Sequence[dict[str, object]], where: Callable[[int], str]) -> pa.Array:
+    """The values of a key as a column [rows]; null where a row lacks it.
+
+    Raises:
+        DataError: two rows have values of different kinds.
+    """
     values = [row.get(name) for row in rows]
     try:
         return pa.array(values)
@@ -273,18 +287,20 @@ def _read_parquet(path: Path) -> Rows:
     """The rows of a Parquet file, decoded once to a nameless temporary file that is mapped, not held."""
     try:
         with opened(path) as file:
-            table = _mapped(pq.ParquetFile(file))
+            parquet = pq.ParquetFile(file)
+            table = mapped(parquet.schema_arrow, parquet.iter_batches(batch_size=256))
         names = _class_names(table.schema)
     except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{shown(path)}: damaged Parquet: {_first_line(error)}") from None
     return Rows(shown(path), table, lambda row: f"{shown(path)} row {row + 1}", path.parent, names)
 
 
-def _mapped(file: pq.ParquetFile) -> pa.Table:
+def mapped(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    """The batches as one table, which lies in a nameless temporary file that is mapped, not held."""
     with tempfile.TemporaryDirectory(prefix="atoll-") as folder:
         spool = Path(folder) / "rows.arrow"
-        with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_stream(sink, file.schema_arrow) as writer:
-            for batch in file.iter_batches(batch_size=256):
+        with pa.OSFile(str(spool), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
                 writer.write_batch(batch)
         # The mapping outlives the name: nothing stays behind, even after a kill.
         return pa.ipc.open_stream(pa.memory_map(str(spool))).read_all()

@@ -37,8 +37,8 @@ def decoded(data: bytes, where: str, start: int = 0) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        found = f"byte {start + error.start} is 0x{data[error.start]:02x}"
-        raise DataError(f"{where}: {found}, expected UTF-8 text") from None
+        bad_byte = f"byte {start + error.start} is 0x{data[error.start]:02x}"
+        raise DataError(f"{where}: {bad_byte}, expected UTF-8 text") from None
 
 
 def read_text_file(path: Path, diagnostics: Diagnostics) -> str:
@@ -46,8 +46,8 @@ def read_text_file(path: Path, diagnostics: Diagnostics) -> str:
     with opened(path) as file:
         data = file.read(MAX_TEXT_BYTES + 1)
     if len(data) > MAX_TEXT_BYTES:
-        found = path.stat().st_size
-        raise DataError(f"{shown(path)}: {found} bytes of text, at most {MAX_TEXT_BYTES} allowed")
+        size = path.stat().st_size
+        raise DataError(f"{shown(path)}: {size} bytes of text, at most {MAX_TEXT_BYTES} allowed")
     if data.startswith(_UTF_16_MARKS):
         raise DataError(f"{shown(path)}: byte 0 is 0x{data[0]:02x}: UTF-16, expected UTF-8 text")
     for start, name in _BINARY.items():
@@ -56,22 +56,22 @@ def read_text_file(path: Path, diagnostics: Diagnostics) -> str:
     return checked_text(without_mark(data, shown(path), diagnostics), shown(path))
 
 
-def read_text_input(given: str) -> str:
+def read_text_input(text: str) -> str:
     """What someone wants to know the class of: the text of the file of that name, or else the text itself.
 
     One word that ends in `.txt` is meant as a file.
     """
-    path = Path(given)
+    path = Path(text)
     try:
         is_file = path.is_file()
-        is_folder = bool(given) and path.is_dir()
+        is_folder = bool(text) and path.is_dir()
     except OSError:  # too long for a name, so it is a text
         is_file = is_folder = False
     if is_folder:
-        raise DataError(f"{shown(given)}: a folder, expected a text or a file")
-    if is_file or (given.lower().endswith(".txt") and len(given.split()) == 1):
+        raise DataError(f"{shown(text)}: a folder, expected a text or a file")
+    if is_file or (text.lower().endswith(".txt") and len(text.split()) == 1):
         return read_text_file(path, Diagnostics())
-    return checked_text(given.encode("utf-8", "surrogateescape"), f"input {shown(repr(given[:40]))}")
+    return checked_text(text.encode("utf-8", "surrogateescape"), f"input {shown(repr(text[:40]))}")
 
 
 def without_mark(data: bytes, where: str, diagnostics: Diagnostics) -> bytes:

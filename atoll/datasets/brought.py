@@ -51,13 +51,13 @@ def brought_source(job: Job, read: Callable[[Path], Read]) -> Read:
 
 
 def _returned(extension: Extension, offline: bool, options: tuple[object, ...]) -> Any:
-    found: list[Any] = []
-    failure = failure_of(lambda: found.append(extension.thing(offline, *options)))  # type: ignore[misc]
+    results: list[Any] = []
+    failure = failure_of(lambda: results.append(extension.thing(offline, *options)))  # type: ignore[misc]
     if isinstance(failure, DataError):
         raise DataError(f"{_called(extension)}: {failure}") from None
     if failure is not None:
         raise ConfigError(f"{_called(extension)} raised {in_one_line(failure)}") from failure
-    return found[0]
+    return results[0]
 
 
 def _tables(extension: Extension, returned: Any) -> dict[str, pa.Table]:
@@ -68,27 +68,27 @@ def _tables(extension: Extension, returned: Any) -> dict[str, pa.Table]:
     """
     expected = 'expected a path, or {"train": table} and maybe "test"'
     if not isinstance(returned, Mapping) or "train" not in returned:
-        found = f"keys {list(returned)}" if isinstance(returned, Mapping) else type(returned).__name__
-        raise ConfigError(f"{_called(extension)} returned {found}, {expected}")
+        form = f"keys {list(returned)}" if isinstance(returned, Mapping) else type(returned).__name__
+        raise ConfigError(f"{_called(extension)} returned {form}, {expected}")
     if extra := [part for part in returned if part not in PARTS]:
         raise ConfigError(f"{_called(extension)} returned a part {extra[0]!r}, {expected}")
-    tables = {part: _table(extension, part, given) for part, given in returned.items()}
+    tables = {part: _table(extension, part, rows) for part, rows in returned.items()}
     for part, table in tables.items():
         if not len(table):
             raise ConfigError(f"{_called(extension)}: {part} has no rows, expected at least one")
     return tables
 
 
-def _table(extension: Extension, part: str, given: Any) -> pa.Table:
-    if isinstance(given, pa.Table):
-        return given
-    if not isinstance(given, Mapping):
+def _table(extension: Extension, part: str, rows: Any) -> pa.Table:
+    if isinstance(rows, pa.Table):
+        return rows
+    if not isinstance(rows, Mapping):
         raise ConfigError(
-            f"{_called(extension)}: {part} is {type(given).__name__}, expected a pyarrow.Table or a"
+            f"{_called(extension)}: {part} is {type(rows).__name__}, expected a pyarrow.Table or a"
             " dictionary of columns"
         )
     try:
-        return pa.table({str(name): column for name, column in given.items()})
+        return pa.table({str(name): column for name, column in rows.items()})
     except (pa.ArrowException, TypeError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"{_called(extension)}: {part} is no table: {first}") from None

@@ -57,7 +57,7 @@ def tree_crowns(offline: bool = False, progress: Progress | None = None) -> dict
     images, boxes, sites = [], [], []
     for path in sorted(folder.glob("*.xml")):
         tree = ElementTree.parse(path)
-        crowns = np.array([_corners(found) for found in tree.iter("bndbox")])
+        crowns = np.array([_corners(box) for box in tree.iter("bndbox")])
         middles = (crowns[:, :2] + crowns[:, 2:]) // (2 * TILE)
         with Image.open(folder / str(tree.findtext("filename"))) as photograph:
             pixels = np.asarray(photograph.convert("RGB"))

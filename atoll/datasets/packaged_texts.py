@@ -78,11 +78,11 @@ def chitchat(offline: bool = False, progress: Progress | None = None) -> dict[st
     path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
     replies = list(_replies(json.loads(path.read_bytes())))
     counts = Counter(reply["sender"] for reply in replies)
-    kept = [reply for reply in replies if counts[reply["sender"]] >= MIN_REPLIES]
-    for reply in kept:
+    chosen = [reply for reply in replies if counts[reply["sender"]] >= MIN_REPLIES]
+    for reply in chosen:
         for role in ("question", "answer"):
             checked_text(reply[role].encode(), f"{path}: {role} in {reply['conversation']}")
-    return {"train": pa.Table.from_pylist(kept)}
+    return {"train": pa.Table.from_pylist(chosen)}
 
 
 def _replies(conversations: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -112,21 +112,21 @@ def chats(offline: bool = False, progress: Progress | None = None) -> dict[str, 
     path = fetch_package("chitchat-dataset", offline=offline, progress=progress) / "dataset.json"
     conversations = json.loads(path.read_bytes())
     counts = Counter(turn[0]["sender"] for each in conversations.values() for turn in each["messages"])
-    kept: list[dict[str, Any]] = []
-    found: Counter[str] = Counter()
+    chosen: list[dict[str, Any]] = []
+    replies_of: Counter[str] = Counter()
     for name, conversation in conversations.items():
         for sender, messages in _pieces(conversation["messages"]):
-            if counts[sender] >= MIN_TURNS and found[sender] < CHATS_EACH:
-                found[sender] += 1
-                kept.append({"messages": messages, "sender": sender, "conversation": name})
-    return {"train": pa.Table.from_pylist(kept)}
+            if counts[sender] >= MIN_TURNS and replies_of[sender] < CHATS_EACH:
+                replies_of[sender] += 1
+                chosen.append({"messages": messages, "sender": sender, "conversation": name})
+    return {"train": pa.Table.from_pylist(chosen)}
 
 
 def _pieces(turns: list[list[dict[str, str]]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """(who is the assistant, the messages of a piece), for each person of each piece."""
-    said = [(turn[0]["sender"], text) for turn in turns if (text := _said(turn))]
-    for start in range(0, len(said), TURNS):
-        piece = said[start : start + TURNS]
+    messages = [(turn[0]["sender"], text) for turn in turns if (text := _said(turn))]
+    for start in range(0, len(messages), TURNS):
+        piece = messages[start : start + TURNS]
         for sender in dict.fromkeys(who for who, _ in piece):
             yield (
                 sender,

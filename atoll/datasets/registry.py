@@ -154,9 +154,9 @@ def _idx_bytes(folder: Path, name: str) -> bytes:
         data = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
     except (OSError, EOFError) as error:
         raise DataError(f"{folder / name}: {error}, expected a file of Fashion-MNIST") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != _FASHION_FILES[name]:
-        raise DataError(f"{folder / name}: unpacked SHA-256 {found}, expected {_FASHION_FILES[name]}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != _FASHION_FILES[name]:
+        raise DataError(f"{folder / name}: unpacked SHA-256 {digest}, expected {_FASHION_FILES[name]}")
     return data
 
 
@@ -186,8 +186,8 @@ def _generated(module: str, name: str | None = None) -> Callable[[bool, Progress
     """
 
     def decode(offline: bool, progress: Progress | None) -> Splits:
-        found = import_module(f"atoll.datasets.synthetic.{module}")
-        make: Callable[[], Splits] = getattr(found, name or f"generated_{module.rpartition('.')[2]}")
+        generator = import_module(f"atoll.datasets.synthetic.{module}")
+        make: Callable[[], Splits] = getattr(generator, name or f"generated_{module.rpartition('.')[2]}")
         return make()
 
     return decode

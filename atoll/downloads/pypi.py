@@ -241,13 +241,13 @@ def _is_wanted(package: Package, member: str) -> str | None:
 
 def _copy_installed(package: Package, staging: Path) -> bool:
     """Whether an installed copy had the expected content; its files are then in `staging`."""
-    found = False
+    copied = False
     for inner, path in _installed_files(package):
         if path.is_file():
-            found = True
+            copied = True
             (staging / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, staging / inner)
-    if found and content_sha256(staging) == package.content_sha256:
+    if copied and content_sha256(staging) == package.content_sha256:
         return True
     _empty(staging)
     return False
@@ -332,10 +332,10 @@ def _members(package: Package, path: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 yield inner, wheel.open(name)
 
 
-def _check(what: str, expected: str, found: str, package: Package) -> None:
-    if found != expected:
+def _check(what: str, expected: str, digest: str, package: Package) -> None:
+    if digest != expected:
         named = f"{package.project} {package.version}"
-        raise package.error(f"{named}: SHA-256 of its {what} is {found}, expected {expected}")
+        raise package.error(f"{named}: SHA-256 of its {what} is {digest}, expected {expected}")
 
 
 def _how_to_provide(package: Package, why: str) -> str:

@@ -45,8 +45,8 @@ def download_sdist(project: str, version: str, folder: Path) -> Path:
     try:
         with _client(settings) as client:
             finder = _finder(settings, client)
-            for found in finder.find_matches(f"{project}=={version}"):
-                return _whole(finder.download(found.link, folder, hashes={}))
+            for candidate in finder.find_matches(f"{project}=={version}"):
+                return _whole(finder.download(candidate.link, folder, hashes={}))
     except (httpx2.HTTPError, httpx2.InvalidURL, UnpackError, OSError, ValueError) as error:
         why = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise NotFetchedError(f"its sdist could not be downloaded: {why}") from None

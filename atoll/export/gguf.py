@@ -53,16 +53,16 @@ def check_gguf(learner: Learner) -> None:
 def _check_shape(config: Any) -> None:
     """Raises ConfigError for what a network of that architecture may have and GGUF has no word for."""
     rope = dict(config.rope_parameters or {})
-    for key, found, expected in (
+    for key, value, expected in (
         ("attention_bias", config.attention_bias, False),
         ("mlp_bias", config.mlp_bias, False),
         ("hidden_act", config.hidden_act, "silu"),
         ("rope_type", rope.get("rope_type", "default"), "default"),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
     ):
-        if found != expected:
+        if value != expected:
             raise ConfigError(
-                f"--format gguf: the network has {key} = {found!r}, expected {expected!r}; try huggingface"
+                f"--format gguf: the network has {key} = {value!r}, expected {expected!r}; try huggingface"
             )
 
 
@@ -106,9 +106,9 @@ def state_of(network: nn.Module) -> Tensors:
 def read_gguf(model: Model, folder: Path) -> None:
     """Put the file's numbers back into the model that it was written of."""
     network = network_of(model)
-    found = tensors_in(folder / FILE)
-    found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
-    network.load_state_dict(found)
+    tensors = tensors_in(folder / FILE)
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    network.load_state_dict(tensors)
 
 
 def _add_shape(writer: Any, config: Any, name: str, *, in_bfloat16: bool) -> None:

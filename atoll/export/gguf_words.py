@@ -40,8 +40,8 @@ def check_words(tokenizer: Any) -> None:
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    return found
+    parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return parts
 
 
 def split_name(splits: dict[str, Any] | None) -> str | None:

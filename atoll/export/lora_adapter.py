@@ -40,12 +40,14 @@ def write_adapter(layers: list[tuple[str, BaseTunerLayer]], job: Job, folder: Pa
         "peft_type": "LORA",
         "base_model_name_or_path": job.backbone.name.removeprefix("hf:"),
         "r": int(first.r["default"]),
-        "lora_alpha": int(first.lora_alpha["default"]),
+        "lora_alpha": first.lora_alpha["default"],
         "target_modules": [name for name, _ in layers],
         "inference_mode": True,
     }
     if job.tune.lora_merge in ADDS_TO_BASE:  # each layer has a rank of its own, and is scaled by 1
         config |= {"rank_pattern": ranks, "alpha_pattern": ranks}
+    elif job.tune.rslora:
+        config["use_rslora"] = True
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -55,8 +57,8 @@ def adapter_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if ADDED not in vars(layer):
         return b, a
     product = b.to(torch.float64).flatten(1) @ a.to(torch.float64).flatten(1)
-    found = factors_of(vars(layer)[ADDED].to(product) + layer.scaling["default"] * product)
-    return found.b.reshape(len(b), -1, *b.shape[2:]).to(b), found.a.reshape(-1, *a.shape[1:]).to(a)
+    factors = factors_of(vars(layer)[ADDED].to(product) + layer.scaling["default"] * product)
+    return factors.b.reshape(len(b), -1, *b.shape[2:]).to(b), factors.a.reshape(-1, *a.shape[1:]).to(a)
 
 
 def factors_of(matrix: torch.Tensor) -> Factors:

@@ -69,8 +69,8 @@ def _rows(learner: Learner) -> list[str]:
 
 def _hashes(learner: Learner) -> list[str]:
     """What all clients had alike, by SHA-256: the tokenizer and the chat template, where there are any."""
-    told = [f"{name} `{value}`" for name, value in sorted(learner.task.required_info().items())]
-    return [f"Alike at all clients (SHA-256): {', '.join(told)}."] if told else []
+    lines = [f"{name} `{value}`" for name, value in sorted(learner.task.required_info().items())]
+    return [f"Alike at all clients (SHA-256): {', '.join(lines)}."] if lines else []
 
 
 def _line(name: str, value: float | None) -> str:

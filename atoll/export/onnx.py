@@ -91,7 +91,7 @@ def convolves(model: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv1d | nn.Conv2d) for module in model.modules())
 
 
-def quantise(given: Path, path: Path, batches: Iterable[Batch] | None) -> None:
+def quantise(file: Path, path: Path, batches: Iterable[Batch] | None) -> None:
     """8-bit weights, a scale for each channel.
 
     With `batches` activations are 8-bit too, in ranges that these show (static quantisation); without,
@@ -104,10 +104,10 @@ def quantise(given: Path, path: Path, batches: Iterable[Batch] | None) -> None:
 
     with _quietly("root"):
         if batches is None:
-            quantize_dynamic(given, path, weight_type=QuantType.QInt8, per_channel=True)
+            quantize_dynamic(file, path, weight_type=QuantType.QInt8, per_channel=True)
             return
         ready = path.with_suffix(".ready.onnx")
-        quant_pre_process(given, ready, skip_symbolic_shape=True)
+        quant_pre_process(file, ready, skip_symbolic_shape=True)
         quantize_static(
             ready, path, _Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True,
             weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8,
@@ -125,8 +125,8 @@ def _convolutions(file: Path) -> list[int]:
     """Places of the convolutions among the file's nodes."""
     import onnx
 
-    found = [place for place, node in enumerate(onnx.load(file).graph.node) if node.op_type == "Conv"]
-    return found if len(found) >= FEWEST_CONVOLUTIONS else []
+    places = [place for place, node in enumerate(onnx.load(file).graph.node) if node.op_type == "Conv"]
+    return places if len(places) >= FEWEST_CONVOLUTIONS else []
 
 
 def _first_third(file: Path) -> list[str]:

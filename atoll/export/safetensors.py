@@ -37,13 +37,13 @@ def make_plain(model: nn.Module) -> None:
 def tensors_of(model: nn.Module) -> Tensors:
     """All parameters and buffers that make the model what it is, each once, in the usual layout."""
     seen: set[int] = set()
-    found: Tensors = {}
+    tensors: Tensors = {}
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen and tensor.numel():
             continue  # the same weight under a second name
         seen.add(tensor.data_ptr())
-        found[name] = contiguous(tensor.detach()).cpu()
-    return found
+        tensors[name] = contiguous(tensor.detach()).cpu()
+    return tensors
 
 
 def write_tensors(model: nn.Module, path: Path) -> None:
@@ -57,11 +57,11 @@ def read_tensors(model: Model, path: Path) -> None:
     Raises:
         WeightsError: it is of another model.
     """
-    given = from_bytes(path.read_bytes())
+    stored = from_bytes(path.read_bytes())
     expected = tensors_of(model)
-    if given.keys() != expected.keys():
-        raise WeightsError(f"{path}: tensors of another model, differing in {len(given.keys() ^ expected)}")
-    own = model.state_dict()
+    if stored.keys() != expected.keys():
+        raise WeightsError(f"{path}: tensors of another model, differing in {len(stored.keys() ^ expected)}")
+    state = model.state_dict()
     with torch.no_grad():
-        for name, tensor in given.items():
-            own[name].copy_(tensor)
+        for name, tensor in stored.items():
+            state[name].copy_(tensor)

@@ -134,8 +134,8 @@ def _learner_of(folder: Path) -> Learner:
     """Builds the network, from random weights: they are about to be replaced."""
     about = folder / ABOUT
     try:
-        told: dict[str, Any] = json.loads(about.read_text("utf-8"))
-        job, data_info = Job.parse(told["job"], origin=str(about)), dict(told["facts"])
+        details: dict[str, Any] = json.loads(about.read_text("utf-8"))
+        job, data_info = Job.parse(details["job"], origin=str(about)), dict(details["facts"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{folder}: no folder that atoll export --format torchao-int8 wrote: {error}"

@@ -75,13 +75,13 @@ def check_attack(job: Job) -> None:
             f"attack.clients: expected fewer than federation.clients = {federation.clients}, found"
             f" {job.attack.clients}"
         )
-    for key, given in (
+    for key, is_set in (
         ("federation.secure_aggregation", federation.secure_aggregation),
         ("federation.compression", federation.compression is not None),
         ("privacy.where = 'distributed'", job.privacy.where == "distributed"),
         ("privacy.audit", job.privacy.audit),
     ):
-        if given:
+        if is_set:
             raise ValueError(
                 f"attack.kind: hostile clients replace a delta as it is; expected none with {key}"
             )

@@ -46,10 +46,10 @@ def _check_gradients_can_be_read_off(job: Job) -> None:
             f" expected 'sgd', found {job.train.optimizer!r}"
         )
     for key in ("clip_norm", "layer_decay"):
-        if (found := getattr(job.train, key)) is not None:
+        if (value := getattr(job.train, key)) is not None:
             raise ValueError(
                 f"train.{key}: scaffold takes a client's mean gradient from how far its steps led, all of one"
-                f" learning rate and of whole gradients; expected none, found {found:g}"
+                f" learning rate and of whole gradients; expected none, found {value:g}"
             )
     if job.train.precision == "fp16":
         raise ValueError(
@@ -73,12 +73,12 @@ def check_last_models(job: Job) -> None:
             f"tune.method: {name} moves the representation before the head, and 'head' leaves it as it is;"
             " expected last-k, lora or full"
         )
-    for key, given, why in (
+    for key, is_set, why in (
         ("federation.error_feedback", job.feeds_errors_back,
          "a client's memory holds its last model, not what compression lost"),
         ("personal.keep", job.personal.keep is not None, "clients contrast the one model that all share"),
         ("tune.then", bool(job.tune.then), "what is tuned later isn't in clients' last models"),
         ("train.cached_states", job.train.cached_states is not None, "three models see each input"),
     ):  # fmt: skip
-        if given:
+        if is_set:
             raise ValueError(f"{key}: with strategy.name = {name!r} {why}; leave it out")

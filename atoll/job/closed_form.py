@@ -62,7 +62,7 @@ def _check_noised(job: Job) -> None:
             "tune.feature_norm: missing, expected the norm that an example's features are clipped to with"
             f" privacy.unit = {privacy.unit!r}, such as 1.0"
         )
-    for key, found, fits, expected in (
+    for key, value, fits, expected in (
         ("privacy.unit", privacy.unit, privacy.unit != "both", "'example' or 'client'"),
         ("privacy.where", privacy.where, privacy.where != "distributed",
          f"'{'server' if privacy.unit == 'client' else 'client'}'"),
@@ -71,7 +71,7 @@ def _check_noised(job: Job) -> None:
         ("privacy.audit", privacy.audit, not privacy.audit, "false"),
     ):  # fmt: skip
         if not fits:
-            raise ValueError(f"{key}: expected {expected} with tune.head_init, found {found!r}")
+            raise ValueError(f"{key}: expected {expected} with tune.head_init, found {value!r}")
     if privacy.unit == "example":
         _check_single_release(job)
 

@@ -25,7 +25,7 @@ def explain(error: ValidationError, model: type[BaseModel], origin: str, *, join
 
 def _finding(finding: Any, model: type[BaseModel]) -> str:
     key = _key(finding["loc"])
-    found = _short(finding["input"])
+    text = _short(finding["input"])
     match finding["type"]:
         case "extra_forbidden":
             return f"{key}: unknown key{_nearest(finding['loc'], model)}"
@@ -41,11 +41,11 @@ def _finding(finding: Any, model: type[BaseModel]) -> str:
             tags, tag = finding["ctx"]["expected_tags"], finding["ctx"]["tag"]
             return f"{key}.kind: expected one of {tags}, found {tag!r}"
         case "too_short":
-            return f"{key}: expected at least {finding['ctx']['min_length']}, found {found}"
+            return f"{key}: expected at least {finding['ctx']['min_length']}, found {text}"
         case "string_pattern_mismatch":
-            return f"{key}: expected a match of {finding['ctx']['pattern']}, found {found}"
+            return f"{key}: expected a match of {finding['ctx']['pattern']}, found {text}"
     expected = finding["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{key}: expected {expected}, found {found}"
+    return f"{key}: expected {expected}, found {text}"
 
 
 KINDS = ("iid", "dirichlet", "pathological", "natural", "resampled")

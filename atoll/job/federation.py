@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from atoll.job.privacy import uses_secure_aggregation
 from atoll.job.section import Count, Excludes, Needs, NotNegative, Positive, Rate, Section
 
-Scheme = Literal["fp16", "int8", "int4", "top-k"]
+Scheme = Literal["fp16", "int8", "int4", "top-k", "sign"]
 """How an update is compressed."""
 
 Selection = Literal["uniform", "by-size", "power-of-choice", "oort"]
@@ -115,9 +115,9 @@ class FederationSection(Section):
         if self.selection == "uniform":
             return self
         if self.cohort is None:
-            found = "none" if self.cohort_rate is None else f"cohort_rate = {self.cohort_rate:g}"
+            rate = "none" if self.cohort_rate is None else f"cohort_rate = {self.cohort_rate:g}"
             raise ValueError(
-                f"selection: {self.selection!r} chooses a number of clients; expected cohort, found {found}"
+                f"selection: {self.selection!r} chooses a number of clients; expected cohort, found {rate}"
             )
         if self.selection == "by-size" and self.over_sampling > 1:
             raise ValueError(
@@ -159,6 +159,26 @@ def check_losses_may_be_sent(job: Job) -> None:
         raise ValueError(
             f"personal.keep: {name} weighs clients by the loss of the one model that all share; expected none"
             f" or 'mixture', found {job.personal.keep!r}"
+        )
+
+
+def check_vote(job: Job) -> None:
+    """Raises ValueError, in one line that names the key, where clients don't send what signSGD counts.
+
+    Client-level privacy and secure sums refuse it by themselves: `atoll.job.privacy`.
+    """
+    federation = job.federation
+    if job.strategy.name != "signsgd":
+        return
+    if federation.compression != "sign":
+        raise ValueError(
+            "federation.compression: signsgd counts signs, which clients send in a bit each; expected 'sign',"
+            f" found {federation.compression!r}"
+        )
+    if federation.error_feedback:
+        raise ValueError(
+            "federation.error_feedback: signsgd's steps are of one length, so that what a message lost isn't"
+            " what the model lacks; expected false, found true"
         )
 
 
@@ -242,18 +262,18 @@ def _check_by_size(job: Job) -> None:
             f"federation.selection: 'by-size' weighs a client by how often it was drawn, and"
             f" {job.strategy.name} has a rule of its own; expected one of {', '.join(WEIGHTED)}"
         )
-    for key, found in (
+    for key, value in (
         ("federation.weights", job.federation.weights),
         ("tune.head_init", job.tune.head_init),
     ):
-        if found is not None:
+        if value is not None:
             raise ValueError(
                 f"{key}: with federation.selection = 'by-size' the draw counts sizes already; expected none,"
-                f" found {found!r}"
+                f" found {value!r}"
             )
 
 
-ASYNCHRONOUS = ("fedbuff", "fedasync")
+ASYNCHRONOUS = ("fedbuff", "fedasync", "fedcompass")
 """Strategies that merge updates of models that are not the last one."""
 
 
@@ -277,7 +297,7 @@ def check_asynchronous(job: Job) -> None:
     if federation.concurrency is None:
         raise ValueError(
             f"federation.concurrency: missing; {name} needs to know how many clients work at a time, from"
-            " federation.cohort to federation.clients"
+            f" {'1' if job.strategy.gives_steps else 'federation.cohort'} to federation.clients"
         )
     _check_sizes(job, federation.concurrency)
     _check_company(job)
@@ -285,6 +305,9 @@ def check_asynchronous(job: Job) -> None:
 
 def _check_sizes(job: Job, concurrency: int) -> None:
     federation, name = job.federation, job.strategy.name
+    if job.strategy.gives_steps:
+        _check_groups(job, concurrency)
+        return
     if federation.cohort is None or (name == "fedasync" and federation.cohort != 1):
         wanted = "1, for every update is merged as it comes" if name == "fedasync" else "the buffer's size"
         raise ValueError(f"federation.cohort: with {name} it is {wanted}; found {federation.cohort}")
@@ -295,10 +318,35 @@ def _check_sizes(job: Job, concurrency: int) -> None:
         )
 
 
+def _check_groups(job: Job, concurrency: int) -> None:
+    federation, name = job.federation, job.strategy.name
+    for key, found in (("cohort", federation.cohort), ("cohort_rate", federation.cohort_rate)):
+        if found is not None:
+            raise ValueError(
+                f"federation.{key}: {name} merges groups as they are done; expected none, found {found}"
+            )
+    if concurrency > federation.clients:
+        raise ValueError(
+            f"federation.concurrency: expected from 1 to federation.clients = {federation.clients}, found"
+            f" {concurrency}"
+        )
+    for key in ("epochs", "steps"):
+        if job.train.is_given(key):
+            raise ValueError(
+                f"train.{key}: {name} gives each client a number of local steps, from options.min_steps to"
+                f" options.max_steps; leave it out"
+            )
+    if "example" in job.privacy.units:
+        raise ValueError(
+            f"strategy.name: {name} gives each client another number of local steps, and ledgers are charged"
+            f" for one that the job says; expected another strategy with privacy.unit = {job.privacy.unit!r}"
+        )
+
+
 def _check_company(job: Job) -> None:
     """What has no meaning, or no proof, where clients of several starts are merged together."""
     federation, promise = job.federation, job.privacy.promise("client")
-    for key, given, why in (
+    for key, is_set, why in (
         ("federation.secure_aggregation", uses_secure_aggregation(job),
          "the members of a secure sum work at the same time"),
         ("federation.deadline", federation.deadline is not None, "nobody is waited for"),
@@ -315,5 +363,5 @@ def _check_company(job: Job) -> None:
         ("federation.devices", federation.devices is not None and promise is not None,
          "how long a client takes tells how many examples it has"),
     ):  # fmt: skip
-        if given:
+        if is_set:
             raise ValueError(f"{key}: with strategy.name = {job.strategy.name!r} {why}; leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -24,12 +25,13 @@ from atoll.job.federation import (
     check_asynchronous,
     check_losses_may_be_sent,
     check_selection,
+    check_vote,
     check_weights,
 )
 from atoll.job.lora_merge import check_lora_merge
 from atoll.job.personal import PersonalSection, check_clusters, check_inner_steps, check_personal
 from atoll.job.privacy import PrivacySection, check_promises
-from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Positive, Section
+from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Options, Positive, Section
 from atoll.job.toml import apply_override, read_job, with_absolute_paths
 from atoll.job.train import (
     OF_A_SCHEDULE,
@@ -40,9 +42,6 @@ from atoll.job.train import (
     check_training,
 )
 from atoll.job.tune import TuneSection, TuneStage, check_seeds, grows
-
-Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
-"""Settings that only the named task or network knows; whoever knows them checks them."""
 
 
 class TaskSection(Section):
@@ -102,23 +101,23 @@ class OtherPartition(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _keys_are_options(cls, given: Any) -> Any:
-        for key in given if isinstance(given, dict) else ():
+    def _keys_are_options(cls, table: Any) -> Any:
+        for key in table if isinstance(table, dict) else ():
             if key not in ("kind", "options"):
-                near = did_you_mean(str(given.get("kind")), KINDS)
+                near = did_you_mean(str(table.get("kind")), KINDS)
                 raise ValueError(
-                    f"kind {given.get('kind')!r} is none of Atoll's, whose key {key!r} could be, {near}"
+                    f"kind {table.get('kind')!r} is none of Atoll's, whose key {key!r} could be, {near}"
                     " (what an extension's takes is in options)"
                 )
-        return given
+        return table
 
 
-def _kind(given: Any) -> str | None:
+def _kind(table: Any) -> str | None:
     """The tag of a partition; a value that is no table at all is told by the first of them."""
-    if isinstance(given, Mapping) and "kind" not in given:
+    if isinstance(table, Mapping) and "kind" not in table:
         return None
-    found = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", "iid")
-    return found if found in KINDS else OTHER
+    kind = table.get("kind") if isinstance(table, Mapping) else getattr(table, "kind", "iid")
+    return kind if kind in KINDS else OTHER
 
 
 Partition = Annotated[
@@ -132,10 +131,18 @@ Partition = Annotated[
 ]
 
 
+HUB_PREFIX = "hf:"
+"""The prefix of a data set on the Hugging Face Hub in `data.source`."""
+
+_ON_HUB = re.compile(rf"{HUB_PREFIX}[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
 class DataSection(Section):
     """`[data]`: where examples come from; a real client's shard is its own `--data` instead."""
 
     source: str
+    revision: str | None = None
+    subset: str | None = None
     options: Options = Field(default_factory=dict)
     partition: Partition = Iid()
     text: str | None = None
@@ -158,11 +165,16 @@ class DataSection(Section):
     shots: Count | None = None
 
     @property
+    def is_on_hub(self) -> bool:
+        """Whether the source is the name of a data set on the Hugging Face Hub."""
+        return self.source.startswith(HUB_PREFIX)
+
+    @property
     def named_columns(self) -> dict[str, str]:
         """The columns that the job names, by the key that names them."""
-        own = {f"data.{role}": getattr(self, role) for role in ("text", "image", "label")}
+        columns = {f"data.{role}": getattr(self, role) for role in ("text", "image", "label")}
         others = {f"data.columns.{role}": column for role, column in self.columns.items()}
-        return {key: column for key, column in (own | others).items() if column is not None}
+        return {key: column for key, column in (columns | others).items() if column is not None}
 
     @property
     def keeps_back(self) -> bool:
@@ -171,22 +183,35 @@ class DataSection(Section):
 
     @field_validator("validation_fraction")
     @classmethod
-    def _from_one_on_it_counts(cls, given: float) -> float:
-        if given >= 1 and not given.is_integer():
-            raise ValueError(f"expected a fraction below 1, or how many examples, found {given:g}")
-        return given
+    def _from_one_on_it_counts(cls, value: float) -> float:
+        if value >= 1 and not value.is_integer():
+            raise ValueError(f"expected a fraction below 1, or how many examples, found {value:g}")
+        return value
 
     @field_validator("time_format")
     @classmethod
-    def _time_format_can_be_read(cls, given: str | None) -> str | None:
+    def _time_format_can_be_read(cls, time_format: str | None) -> str | None:
         try:
-            if given is not None:
-                datetime.strptime(datetime(2024, 3, 1).strftime(given), given)
+            if time_format is not None:
+                datetime.strptime(datetime(2024, 3, 1).strftime(time_format), time_format)
         except ValueError as error:
             raise ValueError(f"{error}; expected a format of strptime, such as '%d.%m.%Y %H:%M'") from None
-        if given is not None and "%" not in given:
-            raise ValueError(f"expected a format of strptime, such as '%d.%m.%Y %H:%M', found {given!r}")
-        return given
+        if time_format is not None and "%" not in time_format:
+            raise ValueError(
+                f"expected a format of strptime, such as '%d.%m.%Y %H:%M', found {time_format!r}"
+            )
+        return time_format
+
+    @model_validator(mode="after")
+    def _the_hub_has_what_is_named(self) -> DataSection:
+        if self.is_on_hub and not _ON_HUB.fullmatch(self.source):
+            raise ValueError(f"source: expected {HUB_PREFIX}OWNER/NAME, found {self.source!r}")
+        for key in ("revision", "subset"):
+            if getattr(self, key) is not None and not self.is_on_hub:
+                raise ValueError(
+                    f"{key}: is of a data set on the Hub; expected none with source = {self.source!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _a_window_has_two_ends(self) -> DataSection:
@@ -266,6 +291,11 @@ class StrategySection(Section):
         return self.name == "ifca"
 
     @property
+    def gives_steps(self) -> bool:
+        """Whether the server gives each client its number of local steps, and groups of them are merged."""
+        return self.name == "fedcompass"
+
+    @property
     def sends_losses(self) -> bool:
         """Whether clients send the loss of the model that they received."""
         return self.name in SENDS_LOSSES
@@ -300,6 +330,7 @@ class Job(Section):
         check_attack(self)
         check_training(self)
         check_weights(self)
+        check_vote(self)
         check_selection(self)
         check_losses_may_be_sent(self)
         check_asynchronous(self)
@@ -321,7 +352,7 @@ class Job(Section):
     def _schedule_can_be_kept(self) -> Job:
         if not self.tune.then:
             return self
-        for key, given in (
+        for key, is_set in (
             ("privacy.unit", bool(self.privacy.units)),
             ("federation.secure_aggregation", self.federation.secure_aggregation),
             ("federation.compression", self.feeds_errors_back and self.personal.keep is None),
@@ -330,7 +361,7 @@ class Job(Section):
             ("backbone.prune", self.backbone.prune is not None),
             ("personal.keep", self.personal.keep is not None),
         ):
-            if given:
+            if is_set:
                 raise ValueError(f"tune.then: what is tuned can't change on the way with {key}; remove one")
         waits = any(later.patience is not None for later in self.tune.then)
         if waits and not self.data.keeps_back:
@@ -368,8 +399,8 @@ class Job(Section):
     def has_client_state(self) -> bool:
         """Whether clients keep something from one round to the next."""
         strategy = self.strategy
-        kept = strategy.keeps_client_state or strategy.keeps_last_model
-        return self.feeds_errors_back or self.personal.keep is not None or kept
+        keeps_state = strategy.keeps_client_state or strategy.keeps_last_model
+        return self.feeds_errors_back or self.personal.keep is not None or keeps_state
 
     @property
     def feeds_errors_back(self) -> bool:

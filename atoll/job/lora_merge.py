@@ -75,12 +75,12 @@ def _check_rewriting(job: Job, how: str) -> None:
 
 
 def _check_products(job: Job, how: str) -> None:
-    for key, given in (
+    for key, is_set in (
         ("federation.secure_aggregation", job.federation.secure_aggregation),
         ("privacy.where = 'distributed'", uses_secure_aggregation(job)),
         ("privacy.unit = 'client'", "client" in job.privacy.units),
     ):
-        if given:
+        if is_set:
             raise ValueError(
                 f"tune.lora_merge: {how!r} needs each client's product of factors, and with {key} the server"
                 " has only a sum of all; expected 'ffa', 'fedsb' or 'rolora', which are exact there too"
@@ -97,12 +97,12 @@ def _check_ranks(job: Job) -> None:
                 f"tune.lora_ranks: {client} has {rank}, expected at most tune.rank = {tune.default_rank},"
                 " which the server sends"
             )
-    for key, given in (
+    for key, is_set in (
         ("privacy.unit", bool(job.privacy.units)),
         ("federation.compression", job.federation.compression is not None),
         ("personal.keep", job.personal.keep is not None),
     ):
-        if given:
+        if is_set:
             raise ValueError(
                 f"tune.lora_ranks: a client's cut factors have to stay as they are cut, which {key} would"
                 " undo; expected one rank for all"

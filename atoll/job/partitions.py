@@ -51,7 +51,7 @@ def brought_partition(rule: OtherPartition) -> tuple[Extension, tuple[object, ..
         ConfigError: there is none of that name, or its options don't fit.
     """
     PARTITIONS.check(rule.kind, "data.partition.kind")
-    found = PARTITIONS[rule.kind].extension
-    assert found is not None
-    found = found.loaded()
-    return found, checked_options(found, rule.options, "data.partition.options")
+    extension = PARTITIONS[rule.kind].extension
+    assert extension is not None
+    extension = extension.loaded()
+    return extension, checked_options(extension, rule.options, "data.partition.options")

@@ -143,7 +143,7 @@ def check_clusters(job: Job) -> None:
             f"strategy.name: {name}'s clients say which model fits their examples, which no noise protects;"
             f" expected another strategy with privacy.unit = {job.privacy.unit!r}"
         )
-    for key, given, why in (
+    for key, is_set, why in (
         ("federation.error_feedback", job.feeds_errors_back,
          "what compression lost belongs to the model of one cluster, and a client may choose another"),
         ("federation.selection", job.federation.chooses_by_losses,
@@ -156,5 +156,5 @@ def check_clusters(job: Job) -> None:
         ("backbone.prune", job.backbone.prune is not None, "it is one model that is pruned"),
         ("evaluate.adapt", job.evaluate.adapt is not None, "clients adapt the one model that all share"),
     ):  # fmt: skip
-        if given:
+        if is_set:
             raise ValueError(f"{key}: with strategy.name = {name!r} {why}; leave it out")

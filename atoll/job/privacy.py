@@ -93,10 +93,10 @@ class PrivacySection(DpGuarantee):
     @model_validator(mode="after")
     def _promises_are_where_they_belong(self) -> PrivacySection:
         for name in ("example", "client"):
-            given = getattr(self, name) is not None
-            if given and self.unit != "both":
+            is_set = getattr(self, name) is not None
+            if is_set and self.unit != "both":
                 raise ValueError(f"{name} is for unit = 'both': write its keys into [privacy] itself")
-            if not given and self.unit == "both":
+            if not is_set and self.unit == "both":
                 raise ValueError(
                     f"unit = 'both' needs the tables [privacy.example] and [privacy.client]; no {name}"
                 )
@@ -215,9 +215,9 @@ def _check_single_step(job: Job) -> None:
 
 
 def _check_step_is_the_rounds(job: Job) -> None:
-    for key, given in (("layer_decay", job.train.layer_decay is not None),
+    for key, is_set in (("layer_decay", job.train.layer_decay is not None),
                        ("lr_schedule_over", job.train.varies_by_step)):  # fmt: skip
-        if given:
+        if is_set:
             raise ValueError(
                 f"train.{key}: where privacy.where is 'distributed' for examples, the server makes the"
                 " round's one step, at one learning rate; remove it"
@@ -226,8 +226,8 @@ def _check_step_is_the_rounds(job: Job) -> None:
 
 def _check_noise(promise: DpGuarantee, prefix: str) -> None:
     if (promise.epsilon is None) == (promise.noise_multiplier is None):
-        found = "neither" if promise.epsilon is None else "both"
-        raise ValueError(f"{prefix}: expected epsilon (the noise follows) or noise_multiplier, found {found}")
+        count = "neither" if promise.epsilon is None else "both"
+        raise ValueError(f"{prefix}: expected epsilon (the noise follows) or noise_multiplier, found {count}")
     if promise.delta is None:
         raise ValueError(f"{prefix}.delta: missing, expected the probability of failure, such as 1e-5")
 

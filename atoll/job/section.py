@@ -22,6 +22,8 @@ Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Between = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Options = dict[str, bool | int | float | str | tuple[bool | int | float | str, ...]]
+"""Settings that only the named task, network or extension knows; whoever knows them checks them."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,19 @@ class Needs:
     why: str = ""
     otherwise: str = ""
 
-    def is_met(self, found: Any, is_given: bool) -> bool:
-        """Whether the other key, which is `found` or left at its default, is as this one needs it."""
-        return found in self.values if self.values else is_given
+    def is_met(self, value: Any, is_given: bool) -> bool:
+        """Whether the other key, which is `value` or left at its default, is as this one needs it."""
+        return value in self.values if self.values else is_given
 
     def broken(self, key: str, section: Section) -> str | None:
         """What is wrong with that key, which is given, in one line; None where nothing is."""
-        found, is_given = _looked_up(section, self.key)
-        if self.is_met(found, is_given):
+        value, is_given = _looked_up(section, self.key)
+        if self.is_met(value, is_given):
             return None
         because, instead = self.why and f", {self.why}", self.otherwise and f", or {self.otherwise}"
         expected = " or ".join(map(repr, self.values))
-        if found:
-            with_this = f"with {self.key} = {found!r}" + (f", only with {expected}" if expected else "")
+        if value:
+            with_this = f"with {self.key} = {value!r}" + (f", only with {expected}" if expected else "")
         else:
             with_this = f"without {self.key}" + (f" = {expected}" if expected else "")
         return f"{key} has no meaning {with_this}{because}: remove it{instead}"
@@ -68,12 +70,12 @@ class Excludes:
 
     def broken(self, key: str, section: Section) -> str | None:
         """What is wrong with that key, which is given, in one line; None where nothing is."""
-        found, is_given = _looked_up(section, self.key)
-        if not (found in self.values if self.values else is_given):
+        value, is_given = _looked_up(section, self.key)
+        if not (value in self.values if self.values else is_given):
             return None
         if not self.values:
             return f"{key} and {self.key} exclude each other, {self.why}: keep one"
-        return f"{key}: {self.why}; expected none with {self.key} = {found!r}"
+        return f"{key}: {self.why}; expected none with {self.key} = {value!r}"
 
 
 class KeyConflict(ValueError):

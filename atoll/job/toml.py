@@ -46,14 +46,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _text(path: Path, kind: str) -> str:
     """What is in the file, which must be a regular one: a FIFO or a device is never opened."""
     try:
-        found = path.stat()
-        if stat.S_ISDIR(found.st_mode):
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
             raise ConfigError(f"{path}: found a folder, expected a {kind} file")
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path}: found no regular file, expected a {kind} file")
-        if found.st_size > LARGEST:
+        if status.st_size > LARGEST:
             raise ConfigError(
-                f"{path}: found {found.st_size:,} bytes, expected a {kind} file of at most {LARGEST:,}"
+                f"{path}: found {status.st_size:,} bytes, expected a {kind} file of at most {LARGEST:,}"
             )
         raw = path.read_bytes()
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Positive, Section
+from atoll.job.section import Between, Count, Decay, Excludes, Needs, NotNegative, Options, Positive, Section
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,6 +114,8 @@ class TrainSection(Section):
     label_smoothing: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     augment: tuple[str, ...] = ()
+    augment_options: Annotated[dict[str, Options], Needs("augment")] = Field(default_factory=dict)
+    """By an extension's name in `augment`: its options."""
     cached_views: Annotated[
         int | None, Field(ge=1, le=10_000), Needs("augment"), Needs("tune.method", ("head",))
     ] = None
@@ -144,6 +146,10 @@ class TrainSection(Section):
         (6, 100)
         """
         return self.steps or self.epochs * self._steps_of_epoch(examples)
+
+    def with_steps(self, steps: int | None) -> TrainSection:
+        """The same with so many local steps in a round; None leaves it as it is."""
+        return self if steps is None else self.model_copy(update={"steps": steps})
 
     def epochs_begun(self, examples: int) -> int:
         """Epochs that a round's steps on so many examples go into, of which the last one may end early.

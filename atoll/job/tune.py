@@ -22,10 +22,25 @@ class Tuned(Section):
     layers: Annotated[Count | None, Needs("method", ("last-k", "lora"))] = None
     rank: Annotated[Count | None, OF_LORA] = None
     alpha: Annotated[Positive | None, OF_LORA] = None
+    rslora: Annotated[bool, OF_LORA] = False
+    """Rank-stabilised LoRA: factors are scaled by alpha over the root of the rank, not over the rank."""
     targets: Annotated[tuple[str, ...] | None, OF_LORA] = None
     freeze_a: Annotated[bool | None, OF_LORA] = None
     head: Annotated[Literal["frozen", "trained", "lora"] | None, OF_LORA] = None
     """Under `lora`: what becomes of the head, or of what is pretrained of it; unless said that is frozen."""
+
+    @property
+    def default_rank(self) -> int:
+        """LoRA's rank, where no client has one of its own."""
+        return self.rank or 8
+
+    @property
+    def lora_alpha(self) -> float:
+        """What scales LoRA's product: over the rank, or with `rslora` over its root (Kalajdzievski 2023).
+
+        Unless said, the product is scaled by 2 for every rank, and with `rslora` by 16 over the rank's root.
+        """
+        return self.alpha or (16 if self.rslora else 2 * self.default_rank)
 
     @property
     def description(self) -> str:
@@ -47,8 +62,8 @@ class TuneStage(Tuned):
     @model_validator(mode="after")
     def _begins_at_some_time(self) -> Self:
         if (self.after is None) == (self.patience is None):
-            found = "neither" if self.after is None else "both"
-            raise ValueError(f"expected after (rounds) or patience (measurements), found {found}")
+            count = "neither" if self.after is None else "both"
+            raise ValueError(f"expected after (rounds) or patience (measurements), found {count}")
         return self
 
 
@@ -78,11 +93,6 @@ class TuneSection(Tuned):
     def trains_a(self) -> bool:
         """Whether LoRA's A is trained, and not only B or a part of it."""
         return not self.freeze_a and self.lora_merge not in ("ffa", "fedsb")
-
-    @property
-    def default_rank(self) -> int:
-        """LoRA's rank, where no client has one of its own."""
-        return self.rank or 8
 
     @property
     def num_seeds(self) -> int:
@@ -127,9 +137,9 @@ def check_seeds(job: Job) -> None:
     ):
         section: Section = getattr(job, table)
         if section.is_given(key):
-            found = getattr(section, key)
+            value = getattr(section, key)
             raise ValueError(
-                f"{table}.{key}: with tune.method = 'seeds' {why}; expected {expected}, found {found!r}"
+                f"{table}.{key}: with tune.method = 'seeds' {why}; expected {expected}, found {value!r}"
             )
     if job.train.precision == "fp16":
         raise ValueError(
@@ -159,6 +169,8 @@ def _what_a_strategy_lacks(job: Job) -> str:
         return "no features are contrasted"
     if strategy.makes_clusters:
         return "all models begin with the one head that the seed draws"
+    if strategy.name == "signsgd":
+        return "most coefficients don't move in a round, and would vote by a coin"
     if strategy.sends_losses:
         return "a client's loss is known beside the model that it received, and not at it"
     return ""

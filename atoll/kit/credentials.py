@@ -43,12 +43,12 @@ def check_server(kit: ServerKit, clock: Clock = utc_now) -> list[str]:
     Raises:
         ConfigError: one of the kit's files is damaged, expired, or doesn't belong to the others.
     """
-    authority, own = _certificate(kit.authority), _certificate(kit.certificate)
+    authority, certificate = _certificate(kit.authority), _certificate(kit.certificate)
     key = _read(kit.key, lambda content: load_pem_private_key(content, None), "a private key in PEM")
-    if _is_other(key, own.public_key()):
+    if _is_other(key, certificate.public_key()):
         raise ConfigError(f"{kit.key}: is not the key of {kit.certificate.name}; expected the kit's own")
     try:
-        own.verify_directly_issued_by(authority)
+        certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, ValueError, TypeError):
         raise ConfigError(
             f"{kit.certificate}: is not signed by {kit.authority.name}; expected the kit's own"
@@ -56,7 +56,7 @@ def check_server(kit: ServerKit, clock: Clock = utc_now) -> list[str]:
     for site in kit.sites:
         _read(kit.node_key(site), load_ssh_public_key, "a public key as OpenSSH writes it")
     _check_secret(kit.secret)
-    return _expiring(kit.certificate, own, clock) + _expiring(kit.authority, authority, clock)
+    return _expiring(kit.certificate, certificate, clock) + _expiring(kit.authority, authority, clock)
 
 
 def check_site(kit: SiteKit, clock: Clock = utc_now) -> list[str]:

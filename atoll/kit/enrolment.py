@@ -154,13 +154,14 @@ def read_answer(kit: Path, answer: Path) -> Answer:
         )
     roster = FederationRoster.load(answer)
     assert roster is not None  # its file was read
-    told = SiteKit.table(answer)
-    mine = {client for client, site in roster.sites.items() if site == told.name}
+    table = SiteKit.table(answer)
+    mine = {client for client, site in roster.sites.items() if site == table.name}
     if not mine or any(_text(roster.keys[client]) != own_key for client in mine):
         raise ConfigError(
-            f"{answer / TABLE}: site {told.name!r} has another key than {kit / 'node.key'}; expected the same"
+            f"{answer / TABLE}: site {table.name!r} has another key than {kit / 'node.key'};"
+            " expected the same"
         )
-    lines = [f"this site is {told.name}, for {', '.join(sorted(mine))}; the server is at {told.server}"]
+    lines = [f"this site is {table.name}, for {', '.join(sorted(mine))}; the server is at {table.server}"]
     if not known.is_file():
         fingerprint = hashlib.sha256(contents["ca.crt"]).hexdigest()
         lines.insert(
@@ -169,7 +170,7 @@ def read_answer(kit: Path, answer: Path) -> Answer:
     lines += _changes(
         FederationRoster.load(kit) if (kit / TABLE).is_file() and known.is_file() else None, roster
     )
-    if (kit / "kit.toml").is_file() and SiteKit.table(kit).server != told.server:
+    if (kit / "kit.toml").is_file() and SiteKit.table(kit).server != table.server:
         lines.append(f"the server's address is another: change [server] in {kit / 'kit.toml'} yourself")
     keep = "kit.toml" if (kit / "kit.toml").is_file() else ""  # it may have this site's own budget
     files = {kit / name: content for name, content in contents.items() if name != keep}

@@ -35,7 +35,7 @@ def extension_hashes(job: Job) -> dict[str, str]:
     networks = [name for name in (job.backbone.name, *job.backbone.options.values()) if isinstance(name, str)]
     named = (name.partition(BACKBONE_PREFIX) for name in networks)
     names += [("backbone", short) for before, prefix, short in named if prefix and not before]
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for kind, name in names:
         try:
             extension = brought(kind, name)
@@ -47,8 +47,8 @@ def extension_hashes(job: Job) -> dict[str, str]:
                 f"{kind} {name!r} comes from {extension.origin}, which sites can't have; expected an"
                 " installed package with an entry point"
             )
-        found |= hashes_of(distribution)
-    return found
+        hashes |= hashes_of(distribution)
+    return hashes
 
 
 def hashes_of(distribution: Distribution) -> dict[str, str]:

@@ -1,21 +1,27 @@
-"""Checks that a job's task and this machine support all that the job asks for."""
+"""Checks that the task and this machine support what a job asks for, and that all sites have the same."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from atoll.backbones.brought.names import is_brought
 from atoll.errors import ConfigError
 from atoll.job.job import Job
-from atoll.learning.class_imbalance import check_imbalance, check_smoothing
 from atoll.learning.compiled import compiler
 from atoll.learning.determinism import check_device, enable_determinism
-from atoll.learning.few_shot import check_shots
+from atoll.learning.objective.class_imbalance import check_imbalance, check_smoothing
+from atoll.learning.split import check_shots
+from atoll.protocol.messages import DataInfo
 from atoll.tasks.task import Task
 from atoll.tasks.told import check_told
+
+if TYPE_CHECKING:
+    from atoll.learning.learner import Learner
 
 
 def check_fits(job: Job, task: Task) -> None:
     """Raises ConfigError unless the task and this machine support all that the job asks for."""
-    from atoll.learning.distillation import check_teacher
+    from atoll.learning.objective.distillation import check_teacher
 
     if job.data.time_format is not None and not task.reads_times:
         raise ConfigError(f"data.time_format: {task.name} reads no times, expected none")
@@ -70,4 +76,41 @@ def check_autograd(job: Job, task: Task) -> None:
             raise ConfigError(
                 f"train.{key}: has no meaning for a head on kept features, whose gradients have a closed form"
                 " in float32; remove it, or tune more than the head"
+            )
+
+
+def required_info(learner: Learner) -> DataInfo:
+    """Hashes that must be the same at all sites: of the backbone, the task's needs and the teacher.
+
+    Raises:
+        ConfigError: the teacher has other classes.
+    """
+    info = {"backbone": learner.backbone.fingerprint} | learner.task.required_info()
+    if learner.teacher is None:
+        return info
+    learner.teacher.check(learner.data_info)
+    return info | {"teacher": learner.teacher.fingerprint}
+
+
+def check_agreed(learner: Learner) -> None:
+    """Raises ConfigError unless weights, teacher and task here have the hashes in the run's data info."""
+    agreed = learner.data_info
+    if learner.teacher is not None:
+        stated, here = agreed.get("teacher"), learner.teacher.fingerprint
+        if stated is not None and stated != here:
+            raise ConfigError(
+                f"train.teacher: {learner.job.train.teacher} is not the run's teacher"
+                f" (here {here[:12]}, there {stated[:12]})"
+            )
+    name, expected, fingerprint = learner.backbone.name, agreed.get("backbone"), learner.backbone.fingerprint
+    if expected is not None and expected != fingerprint:
+        raise ConfigError(
+            f"backbone {name}: these weights are not the run's"
+            f" (here {fingerprint[:12]} from {learner.backbone.origin}, there {expected[:12]})"
+        )
+    for need, here in learner.task.required_info().items():
+        stated = agreed.get(need)
+        if stated is not None and stated != here:
+            raise ConfigError(
+                f"backbone {name}: its {need} is not the run's (here {here[:12]}, there {stated[:12]})"
             )

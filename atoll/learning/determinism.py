@@ -27,6 +27,21 @@ def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
+def shared_gpus(device: str) -> int:
+    """How many GPUs of this machine worker processes share among them; 1 for a processor or a named GPU.
+
+    A job names one by its number, such as `cuda:1`; `cuda` alone leaves the choice.
+    """
+    has_choice = is_gpu(device) and torch.device(device).index is None
+    return max(1, torch.cuda.device_count()) if has_choice else 1
+
+
+def use_shared_gpu(device: str, worker: int) -> None:
+    """In a worker process: compute on the GPU that falls to its number, one worker after the other."""
+    if (gpus := shared_gpus(device)) > 1:
+        torch.cuda.set_device(worker % gpus)
+
+
 def enable_determinism(device: str) -> None:
     """Make a GPU multiply in full float32 and in the same order every time, for the rest of this process.
 

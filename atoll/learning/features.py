@@ -12,20 +12,25 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from atoll.backbones.brought.names import BACKBONES, augmentations_kept_under, kept_under
+from atoll.backbones.brought.names import (
+    BACKBONES,
+    augmentations_kept_under,
+    brought_augmentations,
+    kept_under,
+)
 from atoll.backbones.encoder import Encoder, Variation
 from atoll.backbones.extract import BATCH, Progress, extract
-from atoll.backbones.resolve import Backbone
+from atoll.backbones.resolve import Backbone, known_width
 from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
 from atoll.job.job import BackboneSection, Job
-from atoll.learning.compiled import compiler
+from atoll.learning.compiled import CompiledEncoder, compiler
 from atoll.learning.feature_cache import FeatureCache
 from atoll.learning.prefix.state_cache import PIECE, StateCache
 from atoll.protocol.random_streams import stream
@@ -49,6 +54,77 @@ class View:
     variation: Callable[[Sequence[bytes]], Variation] | None = None
 
 
+@dataclass
+class Features:
+    """The features of a job's examples, computed where the cache on disk lacks them.
+
+    `load_encoder` gives the backbone; it is called only where something is missing. `progress` is called with
+    (done, total) while features are computed.
+    """
+
+    job: Job
+    backbone: Backbone
+    load_encoder: Callable[[], Encoder]
+    progress: Progress
+
+    @cached_property
+    def _plain(self) -> View:
+        return plain_view(self.job, self.backbone)
+
+    @cached_property
+    def _views(self) -> list[View]:
+        return varied_views(self.job, self.backbone) if self.job.train.augment else [self._plain]
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The backbone for computing features, compiled if the job says so."""
+        encoder = self.load_encoder()
+        return CompiledEncoder(encoder) if self.job.backbone.compile else encoder
+
+    @cached_property
+    def width(self) -> int:
+        """The width of features; the backbone is loaded for it only if nothing else tells."""
+        for view in (self._plain, *self._views):
+            if (cached := view.cache.kept_width) is not None:
+                return cached
+        width = known_width(self.backbone)
+        return width if width is not None else self.load_encoder().width
+
+    def plain(self, shard: Shard) -> torch.Tensor:
+        """Features [n, width] of a shard without augmentation, from the cache where possible."""
+        return self._of([self._plain], shard)[0]
+
+    def for_training(self, shard: Shard) -> torch.Tensor:
+        """Features [views, n, width] for training; one view where inputs are not augmented."""
+        return self._of(self._views, shard)
+
+    def keep(self, shard: Shard, *, training: bool) -> None:
+        """Compute and cache the shard's missing features on disk; none of them stays in memory."""
+        self._keep(self._views if training else [self._plain], shard)
+
+    def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
+        """Cache features [n, width] of plain examples that were computed elsewhere, unless all are there."""
+        if self._plain.cache.missing(keys):
+            self._plain.cache.put(keys, features)
+
+    def _of(self, views: Sequence[View], shard: Shard) -> torch.Tensor:
+        if not len(shard):
+            return torch.empty((len(views), 0, self.width))
+        self._keep(views, shard)
+        return kept_features(views, shard)
+
+    def _keep(self, views: Sequence[View], shard: Shard) -> None:
+        train = self.job.train
+        keep_features(
+            views,
+            shard,
+            lambda: self.encoder,
+            threads=train.threads,
+            device=train.device,
+            progress=self.progress,
+        )
+
+
 def varied_views(job: Job, backbone: Backbone) -> list[View]:
     """The job's `cached_views`; a view depends on nothing but its number, the seed and the augmentations."""
     code = augmentations_kept_under(job)
@@ -66,7 +142,11 @@ def plain_view(job: Job, backbone: Backbone) -> View:
 
 def _variation(job: Job, view: int, keys: Sequence[bytes]) -> Variation:
     """The augmentation of a view; its draws depend on seed, view and content alone, not on the machine."""
-    return Variation(job.train.augment, lambda row: stream(job.seed, "augment", view, keys[row].hex()))
+    return Variation(
+        job.train.augment,
+        lambda row: stream(job.seed, "augment", view, keys[row].hex()),
+        brought_augmentations(job),
+    )
 
 
 def _cache(job: Job, backbone: Backbone, **more: Any) -> FeatureCache:

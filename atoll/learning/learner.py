@@ -1,4 +1,4 @@
-"""The learner of a job in one process: it builds and evaluates models, and computes and caches features."""
+"""The learner of a job in one process: it builds models and measures them."""
 
 from __future__ import annotations
 
@@ -8,41 +8,28 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.func import functional_call
 
 from atoll.backbones.encoder import TARGETS, Batch, Encoder, Model, Variation
 from atoll.backbones.extract import BATCH, Progress, compute_batches, extract, less_padded
-from atoll.backbones.resolve import Backbone, known_width, resolve
+from atoll.backbones.resolve import Backbone, resolve
 from atoll.data.lazy import take_many
 from atoll.data.shard import Shard
-from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning import lora_base, trainable
-from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.compatibility import check_fits
-from atoll.learning.compiled import CompiledEncoder
-from atoll.learning.features import (
-    View,
-    keep_features,
-    kept_features,
-    plain_view,
-    state_cache,
-    varied_views,
-)
-from atoll.learning.few_shot import training_rows
+from atoll.learning.features import Features, state_cache
 from atoll.learning.input_cache import ReadyInputs
 from atoll.learning.local_parameters import own_part
+from atoll.learning.objective.local_objective import LocalObjective
 from atoll.learning.prefix.kept_states import KeptStates
 from atoll.learning.prefix.state_cache import sequences_of
 from atoll.learning.pruning import fingerprinted, pruned
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.protocol.tensors import Tensors
-from atoll.protocol.validation_split import helps_clients, kept_back, validation_marks
 from atoll.strategies.lora.merge import trained_in_round
 from atoll.strategies.personal.ifca import model_of_cluster
 from atoll.tasks import with_brought_metrics
@@ -52,9 +39,7 @@ from atoll.tasks.task import Sample, Task
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-    from atoll.learning.distillation import Teacher
-
-TrainingLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    from atoll.learning.objective.distillation import Teacher
 
 BATCH_WITHOUT_NEIGHBOURS = 64
 """The fixed batch size where no row's bits may depend on other rows."""
@@ -65,7 +50,7 @@ WHOLE_BATCH = 16
 
 @dataclass
 class Learner:
-    """Builds a job's model, prepares its inputs and evaluates it; training itself is done by clients.
+    """Builds a job's model, prepares its inputs and measures it; training itself is done by clients.
 
     `task` is set up for the job (`Task.configured`), `data_info` is what all clients agreed on, and
     `backbone` has its weights located. `progress` is called with (done, total) while features are computed.
@@ -87,7 +72,7 @@ class Learner:
             WeightsError: the backbone's weights are missing or damaged.
             ConfigError: the device is not available, or the task does not fit the job.
         """
-        from atoll.learning.distillation import teacher_of  # a teacher has a learner itself
+        from atoll.learning.objective.distillation import teacher_of  # a teacher has a learner itself
 
         check_fits(job, task)
         backbone = fingerprinted(resolve(job.backbone, job.seed), job.backbone)
@@ -136,22 +121,19 @@ class Learner:
             self.progress(done, total)
 
     @cached_property
-    def _extractor(self) -> Encoder:
-        """The backbone for computing features, compiled if the job says so."""
-        return CompiledEncoder(self.encoder) if self.job.backbone.compile else self.encoder
+    def features(self) -> Features:
+        """The frozen backbone's features of examples, and their cache."""
+        return Features(self.job, self.backbone, lambda: self.encoder, self._tell)
 
-    @cached_property
-    def _plain(self) -> View:
-        return plain_view(self.job, self.backbone)
-
-    @cached_property
-    def _views(self) -> list[View]:
-        return varied_views(self.job, self.backbone) if self.job.train.augment else [self._plain]
+    @property
+    def objective(self) -> LocalObjective:
+        """What clients minimise in training."""
+        return LocalObjective(self.job, self.task, self.data_info, self.teacher)
 
     def initial(self) -> Tensors:
         """The trainable tensors before the first round, by name, on the CPU."""
         if self.uses_features:
-            head = self._fresh_head(self.width)
+            head = self._fresh_head(self._width)
             return {f"head.{name}": p.detach().clone() for name, p in head.named_parameters()}
         _ = self.kept_states  # A network that can't be cut is refused before the first round.
         self.begin_round(0)
@@ -160,7 +142,7 @@ class Learner:
 
     def with_another_head(self, tensors: Tensors, number: int) -> Tensors:
         """The trainable tensors with a different initial head, drawn from the job's seed and `number`."""
-        drawn = self._fresh_head(self.width, number).named_parameters()
+        drawn = self._fresh_head(self._width, number).named_parameters()
         head = {f"head.{name}": p.detach().clone() for name, p in drawn}
         return {name: head.get(name, tensor) for name, tensor in tensors.items()}
 
@@ -207,70 +189,6 @@ class Learner:
             )
         self.kept_states.keep(sequences)
 
-    def features(self, shard: Shard) -> torch.Tensor:
-        """Features [n, width] of a shard without augmentation, from the cache where possible."""
-        return self._features([self._plain], shard)[0]
-
-    def training_features(self, shard: Shard) -> torch.Tensor:
-        """Features [views, n, width] for training; one view where inputs are not augmented."""
-        return self._features(self._views, shard)
-
-    def keep_features(self, shard: Shard, *, training: bool) -> None:
-        """Compute and cache the shard's missing features on disk; none of them stays in memory."""
-        self._keep(self._views if training else [self._plain], shard)
-
-    def _features(self, views: Sequence[View], shard: Shard) -> torch.Tensor:
-        if not len(shard):
-            return torch.empty((len(views), 0, self.width))
-        self._keep(views, shard)
-        return kept_features(views, shard)
-
-    def _keep(self, views: Sequence[View], shard: Shard) -> None:
-        keep_features(
-            views,
-            shard,
-            lambda: self._extractor,
-            threads=self.job.train.threads,
-            device=self.job.train.device,
-            progress=self.progress,
-        )
-
-    @property
-    def required_info(self) -> DataInfo:
-        """Hashes that must be the same at all sites: of the backbone, the task's needs and the teacher.
-
-        Raises:
-            ConfigError: the teacher has other classes.
-        """
-        info = {"backbone": self.backbone.fingerprint} | self.task.required_info()
-        if self.teacher is None:
-            return info
-        self.teacher.check(self.data_info)
-        return info | {"teacher": self.teacher.fingerprint}
-
-    def check_fingerprint(self) -> None:
-        """Raises ConfigError unless weights, teacher and task here have the hashes in the run's data info."""
-        if self.teacher is not None:
-            stated, here = self.data_info.get("teacher"), self.teacher.fingerprint
-            if stated is not None and stated != here:
-                raise ConfigError(
-                    f"train.teacher: {self.job.train.teacher} is not the run's teacher"
-                    f" (here {here[:12]}, there {stated[:12]})"
-                )
-        expected, fingerprint = self.data_info.get("backbone"), self.backbone.fingerprint
-        if expected is not None and expected != fingerprint:
-            raise ConfigError(
-                f"backbone {self.backbone.name}: these weights are not the run's"
-                f" (here {fingerprint[:12]} from {self.backbone.origin}, there {expected[:12]})"
-            )
-        for name, here in self.task.required_info().items():
-            stated = self.data_info.get(name)
-            if stated is not None and stated != here:
-                raise ConfigError(
-                    f"backbone {self.backbone.name}: its {name} is not the run's"
-                    f" (here {here[:12]}, there {stated[:12]})"
-                )
-
     def predictions(self, tensors: Tensors, inputs: Sequence[Any]) -> Any:
         """The model's predictions for raw inputs, one each, without any cache."""
         shard = Shard(inputs, torch.zeros(len(inputs), dtype=torch.int64), (bytes(32),) * len(inputs))
@@ -293,13 +211,13 @@ class Learner:
         if not self.uses_features:
             return self._through_model(tensors, shard, None)
         train = self.job.train
-        features = extract(self._extractor, shard.inputs, threads=train.threads, device=train.device)
+        features = extract(self.features.encoder, shard.inputs, threads=train.threads, device=train.device)
         return self._through_head(tensors, features)
 
     def outputs(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         """The outputs [n, outputs] for a shard with these tensors; their bits depend on the shard alone."""
         if self.uses_features:
-            return self._through_head(tensors, self.features(shard))
+            return self._through_head(tensors, self.features.plain(shard))
         return self._through_model(tensors, shard, self.kept_states)
 
     def _through_model(
@@ -347,34 +265,14 @@ class Learner:
         states = states_of(self.metrics(), number, 0)
         return {name: (state.shape, state.dtype) for name, state in states.items()}
 
-    def with_soft_labels(self, shard: Shard) -> Shard:
-        """The shard for training: with a teacher, targets are [n, 1 + classes] with its probabilities."""
-        return shard if self.teacher is None else self.teacher.with_soft_labels(shard)
-
     def outputs_by_row(self, tensors: Tensors, shard: Shard) -> torch.Tensor:
         """As `outputs`, but no row's bits depend on other rows of the shard."""
         if not self.uses_features:
             return self._through_model(tensors, shard, None, BATCH_WITHOUT_NEIGHBOURS)
-        features = self.features(shard)
+        features = self.features.plain(shard)
         # Twice, since the library computes the product of a single row in another way.
         rows = [self._through_head(tensors, row.expand(2, -1).contiguous())[0] for row in features]
         return torch.stack(rows)
-
-    def training_loss(self, shard: Shard) -> TrainingLoss:
-        """The training loss of a client with this shard: the task's, or one corrected for class imbalance."""
-        imbalance, smoothing = Imbalance.of(self.job), self.job.train.label_smoothing
-        if self.teacher is not None:
-            return self.teacher.loss
-        if smoothing is not None:
-            return partial(nn.functional.cross_entropy, label_smoothing=smoothing)
-        if imbalance is None:
-            return self.task.loss
-        return imbalance.loss(counts_of(shard.table, len(self.data_info["classes"])))
-
-    def chances(self, shard: Shard) -> NDArray[np.float64] | None:
-        """The probability of each example in training draws, [n]; None where every epoch takes all."""
-        imbalance = Imbalance.of(self.job)
-        return None if imbalance is None else imbalance.chances(shard.table)
 
     def evaluate_model(self, model: Model, shard: Shard) -> MetricValues:
         """Metrics and loss of any model of this kind on a shard, without cached features and states."""
@@ -432,27 +330,10 @@ class Learner:
             metric._update_count = 1
         return computed(metrics) | {"loss": defined(states["loss.sum"] / states["loss.count"])}
 
-    def split(self, shard: Shard) -> tuple[Shard, Shard]:
-        """(training part, validation part) of a client's shard, by the task's `split` or by hashes."""
-        helped = helps_clients(self.job)
-        if self.task.has_own_split:
-            fraction = self.job.data.validation_fraction
-            train, validation = self.task.split(shard, self.job.seed, fraction, helped=helped)
-            return shard.select(train), shard.select(validation)
-        marks = validation_marks(shard.keys, self.job.seed)
-        measured = kept_back(marks, self.job.data, helped=helped)
-        train = training_rows(marks, measured, shard, self.job.data.shots)
-        return shard.select(train), shard.select(np.flatnonzero(measured).tolist())
-
-    @cached_property
-    def width(self) -> int:
-        """The width of the backbone's features; the backbone is loaded for it only if nothing else tells."""
-        views = (self._plain, *self._views) if self.uses_features else ()
-        for view in views:
-            if (cached := view.cache.kept_width) is not None:
-                return cached
-        width = known_width(self.backbone)
-        return width if width is not None else self.encoder.width
+    @property
+    def _width(self) -> int:
+        """The width of what the head reads; features in the cache tell it without the backbone."""
+        return self.features.width if self.uses_features else self.encoder.width
 
     def _fresh_head(self, width: int, *purpose: int) -> nn.Module:
         """A new head of the task, with the job's hidden layer if any; `purpose` varies the random draw."""
@@ -464,7 +345,7 @@ class Learner:
 
     @cached_property
     def _head(self) -> nn.Module:
-        return self._fresh_head(self.width)
+        return self._fresh_head(self._width)
 
     def _through_head(self, tensors: Tensors, features: torch.Tensor) -> torch.Tensor:
         head_tensors = {name.removeprefix("head."): t for name, t in tensors.items()}

@@ -272,8 +272,10 @@ def _inject_lora(model: Model, tune: TuneSection, seed: int, left_out: set[int])
         raise ConfigError(
             f"tune.targets: no layer is called {list(tune.targets or ())}, expected some of {known}"
         )
-    rank = tune.default_rank
-    config = LoraConfig(r=rank, lora_alpha=tune.alpha or 2 * rank, target_modules=wanted, lora_dropout=0.0)  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=tune.default_rank, lora_alpha=tune.lora_alpha, use_rslora=tune.rslora, target_modules=wanted,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+    )  # fmt: skip
     with global_stream(seed, "init", "lora"), warnings.catch_warnings():
         # It tells of each Conv1D that it takes the weight the other way round, as it has to.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")

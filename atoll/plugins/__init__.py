@@ -11,9 +11,10 @@ The decorator runs when its module is imported; a file that `--plugin` names is 
 read. An installed package also lists its extensions as entry points, in the groups of `GROUPS`. They are
 looked up at the first name that is not known yet, and a package is imported at the first use.
 
-Every decorator takes the `name` that jobs use, a `summary` of one line for `atoll list` (by default the
-docstring's first line), and, where the job has a table of options for it, the pydantic model `options` that
-checks them (by default a class `Options` inside a decorated class). It returns the decorated thing unchanged.
+Every decorator takes the `name` that jobs use and a `summary` of one line for `atoll list` (by default the
+docstring's first line). Where the job has a table of options for it, `options` is the pydantic model that
+checks them (by default a class `Options` inside a decorated class); a task has that class and no `options`.
+A decorator returns the decorated thing unchanged.
 """
 
 from __future__ import annotations
@@ -60,15 +61,15 @@ def strategy(
     return registering("strategy", name, summary, options)
 
 
-def task(name: str, *, summary: str = "", options: type[BaseModel] | None = None) -> Callable[[Thing], Thing]:
+def task(name: str, *, summary: str = "") -> Callable[[Thing], Thing]:
     """Register a task: a class derived from `atoll.tasks.ModuleTask` or `Task`, created as `Class()`.
 
-    Its options are checked by the class itself (`Options` of a `ModuleTask`), not by `options`.
+    The class checks its options itself, a `ModuleTask` by its class `Options`.
 
     Raises:
         ConfigError: the name is taken.
     """
-    return registering("task", name, summary, options)
+    return registering("task", name, summary)
 
 
 def partition(
@@ -137,17 +138,23 @@ def backbone(
 
 
 def augmentation(
-    name: str, *, summary: str = "", of: Literal["images", "texts"] = "images"
+    name: str,
+    *,
+    summary: str = "",
+    of: Literal["images", "texts"] = "images",
+    options: type[BaseModel] | None = None,
 ) -> Callable[[Thing], Thing]:
     """Register an augmentation: a function that varies an input at random, named in `train.augment`.
 
-    It is called as `function(example, generator)`. With `of="images"` it takes and returns an RGB
-    `PIL.Image`, of the same size; with `of="texts"` a string, which must not become empty. `generator` is a
-    `torch.Generator` on the CPU: draw from it and from nothing else, and remember nothing between examples.
+    It is called as `function(example, generator)`, with a third argument where it has an options model: the
+    options are the table under its name in the job's `train.augment_options`. With `of="images"` it takes and
+    returns an RGB `PIL.Image`, of the same size; with `of="texts"` a string, which must not become empty.
+    `generator` is a `torch.Generator` on the CPU: draw from it and from nothing else, and remember nothing
+    between examples.
 
     Raises:
         ConfigError: the name is taken, or `of` is something else.
     """
     if of not in ("images", "texts"):
         raise ConfigError(f"augmentation {name!r}: of: expected 'images' or 'texts', found {of!r}")
-    return registering("augmentation", name, summary, of=of)
+    return registering("augmentation", name, summary, options, of=of)

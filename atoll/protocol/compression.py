@@ -1,4 +1,4 @@
-"""Compresses updates: to half precision, to 8 or 4 bits a number, or to the largest numbers.
+"""Compresses updates: to half precision, to 8, 4 or 1 bits a number, or to the largest numbers.
 
 An update is one vector: its tensors concatenated in the order of their names. With `int8`
 and `int4` every block of 256 numbers shares a scale, its largest magnitude over the highest level
@@ -9,16 +9,22 @@ rate of uncompressed updates for every C with |C(x) - x|² <= (1 - d) |x|² for 
 stochastic rounding is not. Without feedback, numbers are rounded up or down at random, so that the
 message is unbiased (Alistarh et al. 2017, QSGD).
 
+`sign` sends the sign of every number in a bit, and for each tensor x of d numbers one scale, |x|_1 / d. What
+arrives is C(x) = |x|_1 / d sign(x), with |C(x) - x|² = |x|² - |x|_1² / d: the d above is |x|_1² / (d |x|²)
+(EF-signSGD, Karimireddy et al. 2019, algorithm 1). Zero has the bit of the positive numbers;
+without feedback a coin decides, so that zeros of several clients don't add up.
+
 Every function works on vectors of several clients, [clients, numbers], and gives each client the bits
 that it would get alone. Sizes depend on the job and on the model, never on values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import torch
 
 from atoll.job.federation import Scheme
@@ -29,17 +35,23 @@ BLOCK = 256
 """How many numbers share a scale."""
 LEVELS = {"int8": 127, "int4": 7}
 """The highest level of each scheme; the lowest is its negative."""
+DRAWN = (*LEVELS, "sign")
+"""Schemes that draw a number for each number that they send, where errors are not fed back."""
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """A block with a smaller scale is sent as zeros; the error is below 2e-36."""
 
 
 @dataclass(frozen=True)
 class Compression:
-    """The compression of vectors of `numbers` numbers; `top-k` sends the part `share` of them."""
+    """The compression of vectors of `numbers` numbers; `top-k` sends the part `share` of them.
+
+    `sizes` are the numbers of each tensor in the order of names; empty for vectors that are a single tensor.
+    """
 
     scheme: Scheme
     numbers: int
     share: float = 0.01
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, job: Job, model: Tensors) -> Compression | None:
@@ -47,12 +59,18 @@ class Compression:
         federation = job.federation
         if federation.compression is None:
             return None
-        return cls(federation.compression, numbers_of(model), federation.compression_top_k)
+        sizes = tuple(model[name].numel() for name in sorted(model))
+        return cls(federation.compression, numbers_of(model), federation.compression_top_k, sizes)
 
     @property
     def kept(self) -> int:
         """How many numbers `top-k` sends: at least one, where there are any."""
         return min(self.numbers, max(1, ceil(self.share * self.numbers - 1e-9)))
+
+    @property
+    def parts(self) -> Sequence[int]:
+        """How many numbers share a scale of `sign`, one tensor after the other."""
+        return self.sizes or (self.numbers,)
 
     @property
     def form(self) -> dict[str, tuple[int, torch.dtype]]:
@@ -68,6 +86,9 @@ class Compression:
             case "top-k":
                 places = torch.int32 if self.numbers < 2**31 else torch.int64
                 return {"indices": (self.kept, places), "values": (self.kept, torch.float32)}
+            case "sign":
+                bits = (ceil(self.numbers / 8), torch.uint8)
+                return {"scales": (len(self.parts), torch.float32), "values": bits}
 
     @property
     def bytes(self) -> int:
@@ -106,8 +127,8 @@ def apart(vectors: torch.Tensor, model: Tensors) -> Tensors:
 def compress(vectors: torch.Tensor, how: Compression, uniform: torch.Tensor | None = None) -> Tensors:
     """Vectors [clients, numbers] as compressed messages: the tensors of `how.form`, each [clients, …].
 
-    With `uniform`, numbers in [0, 1) in float64 of the same shape, levels are rounded stochastically. A
-    vector with a number that isn't finite becomes a message that `unsound` detects.
+    With `uniform`, numbers in [0, 1) in float64 of the same shape, levels are rounded stochastically, and
+    zeros get a sign. A vector with a number that isn't finite becomes a message that `unsound` detects.
     """
     sound = torch.isfinite(vectors).all(dim=1, keepdim=True)
     finite = torch.where(sound, vectors, torch.zeros((), dtype=vectors.dtype))
@@ -129,6 +150,9 @@ def _packed(vectors: torch.Tensor, how: Compression, uniform: torch.Tensor | Non
         case "int8" | "int4":
             levels, scales = quantised(vectors, LEVELS[how.scheme], uniform)
             return {"scales": scales, "values": levels if how.scheme == "int8" else in_nibbles(levels)}
+        case "sign":
+            up = vectors >= 0 if uniform is None else (vectors > 0) | ((vectors == 0) & (uniform < 0.5))
+            return {"scales": mean_sizes(vectors, how.parts), "values": in_bits(up)}
 
 
 def decompress(packed: Tensors, how: Compression) -> torch.Tensor:
@@ -144,6 +168,10 @@ def decompress(packed: Tensors, how: Compression) -> torch.Tensor:
             vectors = dequantised(values, packed["scales"])
         case "int4":
             vectors = dequantised(of_nibbles(values, how.numbers), packed["scales"])
+        case "sign":
+            counts = torch.tensor(how.parts)
+            sizes = packed["scales"].repeat_interleave(counts, dim=1, output_size=how.numbers)
+            vectors = torch.where(of_bits(values, how.numbers), sizes, -sizes)
     for mask in unsound(packed, how).values():
         vectors = vectors.masked_fill(mask.unsqueeze(1), torch.nan)
     return vectors
@@ -153,7 +181,7 @@ def unsound(packed: Tensors, how: Compression) -> dict[str, torch.Tensor]:
     """Faults of the values in messages of the right form, each with the clients that have it, [clients]."""
     values = packed["values"]
     faults: dict[str, torch.Tensor] = {}
-    if how.scheme in LEVELS:
+    if "scales" in packed:
         scales = packed["scales"]
         bad = ~(torch.isfinite(scales) & (scales >= 0))
         faults["scales are not all finite and at least 0"] = bad.any(dim=1)
@@ -174,6 +202,10 @@ def unsound(packed: Tensors, how: Compression) -> dict[str, torch.Tensor]:
             faults[f"indices are not all from 0 to {how.numbers - 1}"] = outside
             faults["indices do not rise"] = (places[:, 1:] <= places[:, :-1]).any(dim=1)
             faults["values are not all finite"] = ~torch.isfinite(values).all(dim=1)
+        case "sign":
+            if how.numbers % 8:
+                beyond = values[:, -1] >> (how.numbers % 8)
+                faults[f"values have more than {how.numbers} bits"] = beyond != 0
     return faults
 
 
@@ -253,3 +285,41 @@ def of_nibbles(packed: torch.Tensor, numbers: int) -> torch.Tensor:
     """The levels that `in_nibbles` packed, int8 [clients, numbers]."""
     nibbles = torch.stack([packed & 15, packed >> 4], dim=2).reshape(len(packed), -1)
     return nibbles[:, :numbers].to(torch.int8) - ZERO
+
+
+COLUMNS = 1 << 16
+"""How many numbers of each vector are added up at a time."""
+
+
+def mean_sizes(vectors: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:
+    """The mean magnitude of each part of the vectors, [clients, parts] in float32.
+
+    Sums are in float64, by halves: single additions, whose bits depend on no other client and no thread.
+    """
+    means = torch.zeros((len(vectors), len(parts)), dtype=torch.float64)
+    for place, part in enumerate(torch.split(vectors, list(parts), dim=1)):
+        for block in torch.split(part, COLUMNS, dim=1):
+            means[:, place] += _sums(block)
+    return means.div_(torch.tensor(parts).clamp(min=1)).to(torch.float32)
+
+
+def _sums(block: torch.Tensor) -> torch.Tensor:
+    """The sum of each row's magnitudes, [clients] in float64."""
+    sizes = block.abs().to(torch.float64)
+    while sizes.shape[1] > 1:
+        half = (sizes.shape[1] + 1) // 2
+        folded = sizes[:, :half].clone()
+        folded[:, : sizes.shape[1] - half] += sizes[:, half:]
+        sizes = folded
+    return sizes.sum(dim=1)
+
+
+def in_bits(flags: torch.Tensor) -> torch.Tensor:
+    """Flags packed in eights, the first in a byte's lowest bit, uint8 [clients, an eighth as many]."""
+    return torch.from_numpy(np.packbits(flags.numpy(), axis=1, bitorder="little"))
+
+
+def of_bits(packed: torch.Tensor, numbers: int) -> torch.Tensor:
+    """The flags that `in_bits` packed, bool [clients, numbers]."""
+    bits = np.unpackbits(packed.contiguous().numpy(), axis=1, count=numbers, bitorder="little")
+    return torch.from_numpy(bits).to(torch.bool)

@@ -28,6 +28,9 @@ HELLO_CHARACTERS = 2**23
 LOCAL_STEPS = "local_steps"
 """In a plan, a request that clients send the state of this name: the summed weight of local gradients."""
 
+ASSIGNED_STEPS = "assigned_steps"
+"""In a plan, the number of local steps that the server gives the clients of a request."""
+
 RECEIVED_LOSS = "received_loss"
 """A state of updates for fair strategies: the mean loss of the received model on the training examples."""
 

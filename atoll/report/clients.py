@@ -95,14 +95,14 @@ def _summary(ranked: list[Client], undefined: int, without: int, metric: str) ->
     """A sentence on the median and the worst client, and one on those that measured nothing."""
     values = sorted(c[metric] for _, c in ranked)
     word = metric_words(metric)
-    said = (
+    sentence = (
         f"On their own validation examples, at least half of the clients see a final {word} of"
         f" {metric_value(metric, quantile(values, 0.5))} or better;"
         f" the worst, {ranked[0][0]}, sees {metric_value(metric, ranked[0][1][metric])}."
     )
     if undefined:
-        said += f" At {pluralize(undefined, 'client')} it is undefined."
-    return said + (f" {pluralize(without, 'client')} had no validation examples." if without else "")
+        sentence += f" At {pluralize(undefined, 'client')} it is undefined."
+    return sentence + (f" {pluralize(without, 'client')} had no validation examples." if without else "")
 
 
 def _plots(ranked: list[Client], metric: str) -> tuple[Markup, ...]:
@@ -121,10 +121,10 @@ def _quantiles(ranked: list[Client], metric: str) -> tuple[tuple[str, str], ...]
     """(name, value) of the metric's quantiles over clients."""
     values = sorted(float(c[metric]) for _, c in ranked)
     shares = {"lowest": 0.0, "10 % quantile": 0.1, "median": 0.5, "90 % quantile": 0.9, "highest": 1.0}
-    found = {name: quantile(values, share) for name, share in shares.items()}
-    found["mean of the worst tenth"] = worst_tenth(values, metric)
-    found["standard deviation"] = pstdev(values)
-    return tuple((name, metric_value(metric, value)) for name, value in found.items())
+    by_name = {name: quantile(values, share) for name, share in shares.items()}
+    by_name["mean of the worst tenth"] = worst_tenth(values, metric)
+    by_name["standard deviation"] = pstdev(values)
+    return tuple((name, metric_value(metric, value)) for name, value in by_name.items())
 
 
 def worst_tenth(values: Sequence[float], metric: str) -> float:

@@ -21,15 +21,15 @@ class ContributionsSection:
     last: tuple[tuple[str, str, str], ...]
 
 
-def contributions_section(found: Contributions | None) -> ContributionsSection | None:
+def contributions_section(contributions: Contributions | None) -> ContributionsSection | None:
     """The clients by what they contributed; None where the job doesn't ask for it."""
-    if found is None:
+    if contributions is None:
         return None
-    ranked = sorted(found["clients"].items(), key=_rank)
+    ranked = sorted(contributions["clients"].items(), key=_rank)
     rows = [(name, f"{one['rounds']:,}", _value(one)) for name, one in ranked]
     more = len(rows) - BEST - WORST
     return ContributionsSection(
-        reading=_reading(found),
+        reading=_reading(contributions),
         shown=tuple(rows[:BEST] if more > 0 else rows),
         left_out=f"{pluralize(more, 'client')} between" if more > 0 else "",
         last=tuple(rows[-WORST:]) if more > 0 else (),
@@ -49,11 +49,11 @@ def _value(one: ClientContribution) -> str:
     return f"{one['value']:+.4f}{missing}"
 
 
-def _reading(found: Contributions) -> str:
+def _reading(contributions: Contributions) -> str:
     how = {
         "leave-one-out": "the model of all of a round's updates minus the one without the client's",
         "shapley": "Shapley's value of the client's update among those of its round",
-    }[found["method"]]
-    word = metric_words(found["metric"])
-    sign = ", which counts negatively, for less is better" if found["lower_is_better"] else ""
+    }[contributions["method"]]
+    word = metric_words(contributions["metric"])
+    sign = ", which counts negatively, for less is better" if contributions["lower_is_better"] else ""
     return f"What each client added to the {word} on the server's test set{sign}, summed over rounds: {how}."

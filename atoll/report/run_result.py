@@ -72,6 +72,8 @@ class RoundExtras(TypedDict, total=False):
     """What is trained, where that changes during the run."""
     aggregation_error: AggregationError
     staleness: Staleness
+    assigned_steps: dict[str, int]
+    """How many local steps the server gave each client."""
     clusters: list[list[str]]
     """Which clients chose each cluster's model."""
     charged_rounds: int
@@ -348,10 +350,10 @@ class RunResult:
     def of_job(cls, run: Path, job_hash: str) -> Self | None:
         """The result in a run directory, or None where there is none or it is another job's."""
         try:
-            found = cls.read(run)
+            result = cls.read(run)
         except ConfigError:
             return None
-        return found if found.job_hash == job_hash else None
+        return result if result.job_hash == job_hash else None
 
     def write(self, run: Path) -> None:
         """Write `result.json` atomically; its presence marks the run as complete.

@@ -37,7 +37,8 @@ STRATEGY_NAMES = {
     "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi",
     "reptile": "Reptile", "diloco": "DiLoCo", "fednova": "FedNova", "fedexp": "FedExP",
     "scaffold": "SCAFFOLD", "feddyn": "FedDyn", "per-fedavg": "Per-FedAvg",
-    "pfedme": "pFedMe", "moon": "MOON", "ifca": "IFCA",
+    "pfedme": "pFedMe", "moon": "MOON", "ifca": "IFCA", "signsgd": "signSGD",
+    "fedbuff": "FedBuff", "fedasync": "FedAsync", "fedcompass": "FedCompass",
     "qffl": "q-FedAvg", "afl": "Agnostic federated learning",
     "krum": "Krum", "multi-krum": "Multi-Krum", "bulyan": "Bulyan",
 }  # fmt: skip
@@ -226,8 +227,8 @@ CHOSEN = {
 
 def how_chosen(job: Job | None) -> str:
     """A sentence on how clients were chosen, with a space before it; nothing where chances were even."""
-    told = "" if job is None else CHOSEN[job.federation.selection]
-    return f" {told}" if told else ""
+    sentence = "" if job is None else CHOSEN[job.federation.selection]
+    return f" {sentence}" if sentence else ""
 
 
 def who_was_hostile(job: Job | None) -> str:
@@ -235,10 +236,12 @@ def who_was_hostile(job: Job | None) -> str:
     if job is None or job.attack.kind is None:
         return ""
     count, kind = job.attack.clients, job.attack.kind
-    told = f" {count:,} of the clients {'was' if count == 1 else 'were'} hostile, as the job asks ({kind})"
+    sentence = (
+        f" {count:,} of the clients {'was' if count == 1 else 'were'} hostile, as the job asks ({kind})"
+    )
     if kind in POISONS_LABELS:
-        told += ", and measured the model on the labels that they had changed"
-    return told + "."
+        sentence += ", and measured the model on the labels that they had changed"
+    return sentence + "."
 
 
 def strategy_words(name: str) -> str:
@@ -254,15 +257,15 @@ def _trainable(result: RunResult) -> str:
 
 def what_it_cost(result: RunResult) -> str:
     """A sentence on traffic and time, and one on what compression saved."""
-    told = (
+    sentence = (
         f"In all, {size(result.bytes_up)} travelled up to the server and {size(result.bytes_down)} down"
         f" to the clients, and the run took {duration(result.seconds)}."
     )
     compression = result.compression
     if compression is None:
-        return told
+        return sentence
     smaller = f"{compression['times_smaller']:.1f} times smaller"
-    return f"{told} Updates were compressed by {compression['scheme']}: uploads were {smaller}."
+    return f"{sentence} Updates were compressed by {compression['scheme']}: uploads were {smaller}."
 
 
 def simulated_facts(result: RunResult) -> list[tuple[str, str]]:
@@ -299,15 +302,15 @@ def what_was_private(privacy: RunPrivacy) -> str:
     """The privacy claim with all that it rests on, or that there is none."""
     if privacy["unit"] == "none":
         return "Privacy: this run made no privacy claim; no noise was added to what the clients sent."
-    told = " ".join(_claim(unit, of) for unit, of in privacy["units"].items())
+    claims = " ".join(_claim(unit, of) for unit, of in privacy["units"].items())
     if privacy.get("audit"):
-        told += f" Audit: {what_the_audit_found(privacy['audit'])}"
+        claims += f" Audit: {what_the_audit_found(privacy['audit'])}"
     if privacy["seeded_noise"]:
         return (
             "Privacy: none, for the noise was seeded, as a simulation may, and anybody can repeat it. Had it"
-            f" been real: {told}"
+            f" been real: {claims}"
         )
-    return f"Privacy: {told}"
+    return f"Privacy: {claims}"
 
 
 def _claim(unit: str, of: PrivacyClaim) -> str:
@@ -316,8 +319,10 @@ def _claim(unit: str, of: PrivacyClaim) -> str:
     spent = "no finite epsilon" if epsilon is None else f"epsilon {epsilon:.3g}"
     at = "" if delta is None else f" at delta {delta:.2g}"
     if of.get("teacher"):
-        own = _short(of["without_teacher"].get("epsilon"))
-        at += f" (its own {own} and the teacher's {_short(of['teacher'].get('epsilon'))}, added up)"
+        without_teacher = _short(of["without_teacher"].get("epsilon"))
+        at += (
+            f" (its own {without_teacher} and the teacher's {_short(of['teacher'].get('epsilon'))}, added up)"
+        )
     beside = "" if loose is None else f" ({loose:.3g} by RDP)"
     noise, releases = finite(of.get("noise_multiplier")), finite(of.get("releases"))
     much = "unknown noise" if noise is None else f"noise multiplier {noise:.4g}"
@@ -350,43 +355,43 @@ def comparison_sentence(compared: Comparison) -> str:
         if metric is not None and metric in compared.rows.get("federated", {}):
             return f"The federated model's {metric_words(metric)} is undefined on these examples."
         return NOT_MEASURED if not compared.rows else "The federated model was not measured."
-    said = {row: metric_value(metric, compared.value(row, metric)) for row in compared.rows}
+    values = {row: metric_value(metric, compared.value(row, metric)) for row in compared.rows}
     word, share = metric_words(metric), compared.gap_closed
     if share is not None:
-        return _gap_sentence(share, word, said)
+        return _gap_sentence(share, word, values)
     rows = compared.rows if compared.on_test_set else {}
     if "local_only" in rows and "pooled" in rows:
         return (
-            f"Clients alone ({said['local_only']}) and pooled data ({said['pooled']}) leave no gap in {word}"
-            f" that federation could close; it reached {said['federated']}."
+            f"Clients alone ({values['local_only']}) and pooled data ({values['pooled']}) leave no gap"
+            f" in {word} that federation could close; it reached {values['federated']}."
         )
     if "local_only" in rows:
         return (
-            f"Federation reached {said['federated']} {word};"
-            f" a client alone reaches {said['local_only']} on average."
+            f"Federation reached {values['federated']} {word};"
+            f" a client alone reaches {values['local_only']} on average."
         )
     if "pooled" in rows:
-        return f"Federation reached {said['federated']} {word}, pooled data {said['pooled']}."
+        return f"Federation reached {values['federated']} {word}, pooled data {values['pooled']}."
     if "zero_shot" in rows:
-        return f"Training took {word} from {said['zero_shot']} to {said['federated']}."
-    return f"Federation reached {said['federated']} {word}; there is no baseline to compare it with."
+        return f"Training took {word} from {values['zero_shot']} to {values['federated']}."
+    return f"Federation reached {values['federated']} {word}; there is no baseline to compare it with."
 
 
-def _gap_sentence(share: float, word: str, said: dict[str, str]) -> str:
+def _gap_sentence(share: float, word: str, values: dict[str, str]) -> str:
     if share < 0:
         return (
-            f"Federation did worse than clients alone: {said['federated']} {word}"
-            f" against {said['local_only']} on average."
+            f"Federation did worse than clients alone: {values['federated']} {word}"
+            f" against {values['local_only']} on average."
         )
     if share >= 1:
         return (
-            f"Federation did as well as pooled data or better: {said['federated']} {word}"
-            f" against {said['pooled']} with all data in one place"
-            f" and {said['local_only']} for a client alone."
+            f"Federation did as well as pooled data or better: {values['federated']} {word}"
+            f" against {values['pooled']} with all data in one place"
+            f" and {values['local_only']} for a client alone."
         )
     return (
         f"Federation closed {whole_percent(share)} of the gap in {word} between clients alone"
-        f" ({said['local_only']}) and pooled data ({said['pooled']})."
+        f" ({values['local_only']}) and pooled data ({values['pooled']})."
     )
 
 

@@ -14,7 +14,7 @@ def folder_of(package: str) -> Path:
     Raises:
         ModuleNotFoundError: it isn't installed.
     """
-    found = find_spec(package)
-    if found is None or found.origin is None:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    return Path(found.origin).parent
+    return Path(spec.origin).parent

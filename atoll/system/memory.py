@@ -95,25 +95,25 @@ def tree(root: int, parents: dict[int, int]) -> set[int]:
     children: dict[int, list[int]] = {}
     for process, parent in parents.items():
         children.setdefault(parent, []).append(process)
-    found, waiting = {root}, [root]
+    members, waiting = {root}, [root]
     while waiting:
-        fresh = set(children.get(waiting.pop(), ())) - found
-        found |= fresh
+        fresh = set(children.get(waiting.pop(), ())) - members
+        members |= fresh
         waiting += fresh
-    return found
+    return members
 
 
 def parents() -> dict[int, int]:
     """Each process's parent, of those that run now."""
-    found = {}
+    parent_of = {}
     for folder in PROC.glob("[0-9]*"):
         try:
             # The name, in parentheses, may have spaces and parentheses itself.
             fields = (folder / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
         except OSError:  # it has ended
             continue
-        found[int(folder.name)] = int(fields[1])
-    return found
+        parent_of[int(folder.name)] = int(fields[1])
+    return parent_of
 
 
 def held_bytes(process: int, *, files: bool = True) -> int:

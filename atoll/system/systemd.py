@@ -35,8 +35,8 @@ WantedBy=multi-user.target
 
 def unit(arguments: Sequence[str | Path], description: str) -> str:
     """A unit that runs `atoll` with these arguments as the present user; paths are made absolute."""
-    words = [str(one.resolve()) if isinstance(one, Path) else one for one in arguments]
-    command = " ".join(map(quoted, [*_atoll(), *words]))
+    parts = [str(one.resolve()) if isinstance(one, Path) else one for one in arguments]
+    command = " ".join(map(quoted, [*_atoll(), *parts]))
     return UNIT.format(description=_plain(description), command=command, user=getpass.getuser())
 
 

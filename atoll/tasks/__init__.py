@@ -204,7 +204,9 @@ def check_metric_options(job: Job) -> None:
         checked_options(METRICS[name].loaded(), options, f"evaluate.metrics.{name}")
 
 
-def with_brought_metrics(own: MetricCollection, job: Job, data_info: Mapping[str, Any]) -> MetricCollection:
+def with_brought_metrics(
+    metrics: MetricCollection, job: Job, data_info: Mapping[str, Any]
+) -> MetricCollection:
     """A task's own metrics, and behind them those that `evaluate.metrics` names.
 
     Raises:
@@ -212,10 +214,10 @@ def with_brought_metrics(own: MetricCollection, job: Job, data_info: Mapping[str
     """
     check_metrics(job)
     for name, options in job.evaluate.metrics.items():
-        if name in own:
+        if name in metrics:
             raise ConfigError(f"evaluate.metrics.{name}: {job.task.name} measures it itself, expected none")
-        own.add_metrics({name: _brought_metric(METRICS[name].loaded(), options, data_info)})
-    return own
+        metrics.add_metrics({name: _brought_metric(METRICS[name].loaded(), options, data_info)})
+    return metrics
 
 
 def _brought_metric(extension: Extension, options: Mapping[str, Any], data_info: Mapping[str, Any]) -> Metric:

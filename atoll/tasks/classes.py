@@ -11,7 +11,8 @@ from torch import nn
 from atoll.data.dataset import Dataset
 from atoll.data.labels import value_name
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Options
+from atoll.job.job import DataSection
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.task import Task
 from atoll.tasks.told import MOST_CLASSES, PINNED, ToldField

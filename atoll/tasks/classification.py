@@ -30,7 +30,8 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.data.writers import write_images, write_texts
 from atoll.errors import ConfigError
-from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.job.job import BackboneSection, DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import Labelled
 
@@ -92,13 +93,13 @@ class Classification(Labelled):
     def input_suffixes(self) -> tuple[str, ...]:
         return IMAGE_SUFFIXES if self.column == "image" else (".txt",)
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """The bytes of an image file; a text file's text, or the text itself.
 
         Raises:
             DataError: it can't be read, or isn't of this task.
         """
-        return read_image_input(given, self.depth) if self.column == "image" else read_text_input(given)
+        return read_image_input(text, self.depth) if self.column == "image" else read_text_input(text)
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         return self.load_encoder(backbone, section, seed)

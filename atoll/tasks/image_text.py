@@ -31,8 +31,8 @@ from atoll.data.parsers import text_cell
 from atoll.data.schema import Schema, SchemaField, picture_field
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError, WeightsError
-from atoll.job.job import BackboneSection, Job, Options
-from atoll.job.section import Section
+from atoll.job.job import BackboneSection, Job
+from atoll.job.section import Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import Labelled
 from atoll.tasks.schema_task import SchemaTask
@@ -74,15 +74,15 @@ class PairEncoder(Encoder):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[batch, width of both]."""
-        words = {name: t for name, t in batch.items() if name != "pixel_values"}
+        text_batch = {name: t for name, t in batch.items() if name != "pixel_values"}
         image, text = self._parts
-        found = (image({"pixel_values": batch["pixel_values"]}), text(words))
-        return torch.cat([nn.functional.layer_norm(f, f.shape[1:]) for f in found], dim=1)
+        states = (image({"pixel_values": batch["pixel_values"]}), text(text_batch))
+        return torch.cat([nn.functional.layer_norm(f, f.shape[1:]) for f in states], dim=1)
 
     def preprocess(self, inputs: Sequence[Pair]) -> list[Batch]:
         image, text = self._parts
-        pixels, words = image.preprocess([i for i, _ in inputs]), text.preprocess([t for _, t in inputs])
-        return [{"pixels": p} | _named(w) for p, w in zip(pixels, words, strict=True)]
+        pixels, tokens = image.preprocess([i for i, _ in inputs]), text.preprocess([t for _, t in inputs])
+        return [{"pixels": p} | _named(w) for p, w in zip(pixels, tokens, strict=True)]
 
     def collate(self, ready: Sequence[Batch]) -> Batch:
         image, text = self._parts
@@ -92,11 +92,11 @@ class PairEncoder(Encoder):
         self, inputs: Sequence[Pair], size: int, variation: Variation | None = None
     ) -> Iterator[FixedBatch]:
         """As the texts' encoder forms them: by length."""
-        for rows, words in self._parts[1].fixed_batches([text for _, text in inputs], size):
-            yield rows, partial(self._filled, [inputs[row][0] for row in rows], words, size)
+        for rows, text_batch in self._parts[1].fixed_batches([text for _, text in inputs], size):
+            yield rows, partial(self._filled, [inputs[row][0] for row in rows], text_batch, size)
 
-    def _filled(self, images: Sequence[bytes], words: Callable[[], Batch], size: int) -> Batch:
-        image, batch = self._parts[0], words()
+    def _filled(self, images: Sequence[bytes], texts: Callable[[], Batch], size: int) -> Batch:
+        image, batch = self._parts[0], texts()
         pixels = image.preprocess(images)
         return image.collate(pixels + pixels[-1:] * (size - len(pixels))) | batch
 
@@ -105,11 +105,11 @@ WORDS = "words"
 """What a pair calls its text, as a text's encoder keeps it; before a dot, each tensor of several."""
 
 
-def _named(words: Preprocessed) -> Batch:
+def _named(preprocessed: Preprocessed) -> Batch:
     """A text, as its encoder keeps it, under names of its own."""
-    if isinstance(words, torch.Tensor):
-        return {WORDS: words}
-    return {f"{WORDS}.{name}": tensor for name, tensor in words.items()}
+    if isinstance(preprocessed, torch.Tensor):
+        return {WORDS: preprocessed}
+    return {f"{WORDS}.{name}": tensor for name, tensor in preprocessed.items()}
 
 
 def _words(pair: Batch) -> Preprocessed:
@@ -179,16 +179,16 @@ class ImageText(SchemaTask, Labelled):
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         return load_pair_encoder(backbone, section, seed)
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, line: str) -> Any:
         """An image file, two colons, and its text.
 
         Raises:
             DataError: it isn't both.
         """
-        path, colons, text = given.partition("::")
+        path, colons, text = line.partition("::")
         if not colons or not text.strip():
             raise DataError(
-                f"input {given!r}: expected an image and its text, such as photo.jpg::'what it is'"
+                f"input {line!r}: expected an image and its text, such as photo.jpg::'what it is'"
             )
         return read_image_input(path, self.depth), text
 

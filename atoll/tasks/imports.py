@@ -22,13 +22,13 @@ def imports_of(job: Job) -> tuple[str, ...]:
 
     A list that misses one costs time only: the process that needs it imports it then.
     """
-    found = list(LEARNING)
+    modules = list(LEARNING)
     if job.backbone.name.startswith("torchvision:"):
-        found += IMAGES
+        modules += IMAGES
     elif not job.backbone.name.startswith(("atoll:", "raw:", "task:", "plugin:")):
-        found += [*TEXT, *TOKENS]
+        modules += [*TEXT, *TOKENS]
     if job.privacy.unit in ("example", "both"):
-        found += PRIVATE
+        modules += PRIVATE
     if any(stage.tune.method == "lora" for stage in job.stages):
-        found += ADAPTERS
-    return tuple(found)
+        modules += ADAPTERS
+    return tuple(modules)

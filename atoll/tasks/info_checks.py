@@ -61,8 +61,8 @@ def _check_field(field: ToldField, value: Any) -> None:
         case "anything":
             return
     if not fits:
-        found = f"{len(value)} of them" if isinstance(value, list) else type(value).__name__
-        raise DataError(f"the greeting's {field.name}: expected {expected}, found {found}")
+        count = f"{len(value)} of them" if isinstance(value, list) else type(value).__name__
+        raise DataError(f"the greeting's {field.name}: expected {expected}, found {count}")
 
 
 def _are_texts(value: Any, at_most: int) -> bool:

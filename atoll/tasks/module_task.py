@@ -28,7 +28,7 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError, WeightsError
 from atoll.job.extension_options import validated
 from atoll.job.job import DataSection, Job
-from atoll.job.job import Options as Given
+from atoll.job.section import Options as Given
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.tasks.classes import Labelled, named, names_told, rows_named
@@ -147,11 +147,11 @@ class ModuleTask(SchemaTask, Labelled):
         bound.options = self._options_of(job.task.options)
         return bound
 
-    def _options_of(self, given: Given) -> Any:
+    def _options_of(self, options: Given) -> Any:
         if self.Options is None:
-            refuse_options(given, "task.options", self.name)
+            refuse_options(options, "task.options", self.name)
             return None
-        return validated(self.Options, given, "task.options")
+        return validated(self.Options, options, "task.options")
 
     def check(self, job: Job) -> None:
         self._options_of(job.task.options)
@@ -199,18 +199,18 @@ class ModuleTask(SchemaTask, Labelled):
             targets = torch.stack([self.target(row, data_info) for row in rows])
         return Shard(inputs, targets, tuple(keys[row] for row in order))
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """A row as JSON, such as `{"height": 1.8}`.
 
         Raises:
             DataError: it is not a JSON object, or a cell is bad; columns may be left out.
         """
         try:
-            row = json.loads(given)
+            row = json.loads(text)
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise DataError(f'{given[:40]!r}: expected a row as JSON, such as {{"column": 1}}')
+            raise DataError(f'{text[:40]!r}: expected a row as JSON, such as {{"column": 1}}')
         return {name: c.read(row[name], name) for name, c in self.columns.items() if name in row}
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from atoll.data.classification import Findings, Table
 from atoll.data.dataset import Dataset
 from atoll.data.schema import Schema
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.tasks.task import Task
 
 if TYPE_CHECKING:

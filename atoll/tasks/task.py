@@ -13,7 +13,8 @@ from torch import nn
 from atoll.backbones.encoder import Batch, Encoder, Model
 from atoll.data.dataset import Dataset
 from atoll.data.shard import Shard
-from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.job.job import BackboneSection, DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.told import ToldField
 
@@ -209,7 +210,7 @@ class Task(Protocol):
         """
         return ()
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """One argument of `atoll predict`, a text or a path, as an element of `Shard.inputs`.
 
         Raises:
@@ -217,7 +218,7 @@ class Task(Protocol):
         """
         ...
 
-    def parse_inputs(self, given: str) -> dict[str, Any]:
+    def parse_inputs(self, text: str) -> dict[str, Any]:
         """The inputs in one argument of `atoll predict`, by name, each as `parse_input` returns it.
 
         A file may hold several inputs, such as series or patients. A single input has the empty name.
@@ -225,7 +226,7 @@ class Task(Protocol):
         Raises:
             DataError: an input cannot be read.
         """
-        return {"": self.parse_input(given)}
+        return {"": self.parse_input(text)}
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         """The backbone, with its weights loaded, as an encoder of this task's inputs to [batch, width].
@@ -308,11 +309,11 @@ class Task(Protocol):
         return self.format_predictions(model.predict(batch), data_info)
 
     def files(
-        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+        self, answer: Mapping[str, Any], source: Any, data_info: DataInfo, *, overlay: bool
     ) -> dict[str, bytes]:
         """The files that `atoll predict --out` writes for an answer: their bytes, by how the names end.
 
-        `given` is the input as `parse_input` returns it. With `overlay` there is also a picture of the input
+        `source` is the input as `parse_input` returns it. With `overlay` there is also a picture of the input
         with the answer drawn on it, for tasks that can draw one.
         """
         return {}

@@ -210,8 +210,8 @@ class Executor:
         if digest in self.accepted:
             return
         theirs = bundle_hashes(fab)
-        own = {name: value for name, value in theirs.items() if not is_of_extension(name)}
-        different = differing(self.hashes, own)
+        of_atoll = {name: value for name, value in theirs.items() if not is_of_extension(name)}
+        different = differing(self.hashes, of_atoll)
         if different:
             raise CodeDiffers(
                 f"site {self.node_config['name']}: the run's code is not the code installed here; "
@@ -230,9 +230,13 @@ def answer_tasks() -> None:
     # Imported here because the SuperNode, whose entry is in this file too, does without torch.
     from atoll.client.app import app
 
-    given = json.loads(sys.argv[1])
+    arguments = json.loads(sys.argv[1])
     executor = Executor(
-        given["address"], Path(given["secret"]).read_bytes(), app, installed_hashes(), given["node_config"]
+        arguments["address"],
+        Path(arguments["secret"]).read_bytes(),
+        app,
+        installed_hashes(),
+        arguments["node_config"],
     )
     with stop_on_signals(executor.stop, working=lambda: executor.working):
         executor.stay()
@@ -240,9 +244,9 @@ def answer_tasks() -> None:
 
 def _log_failure(run_id: int, error: Exception) -> None:
     """Say where it failed; what it said only if it is our own line, for others may quote examples."""
-    said = str(error) if isinstance(error, JobError) else "its text is in the log at level DEBUG"
+    text = str(error) if isinstance(error, JobError) else "its text is in the log at level DEBUG"
     where = "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()
-    logger.error("a task of run %d failed: %s: %s\n%s", run_id, type(error).__name__, said, where)
+    logger.error("a task of run %d failed: %s: %s\n%s", run_id, type(error).__name__, text, where)
     logger.debug("the failure in full", exc_info=error)
 
 
@@ -256,12 +260,12 @@ def bundle_hashes(fab: bytes) -> dict[str, str]:
         with zipfile.ZipFile(io.BytesIO(fab)) as archive:
             if archive.getinfo(HASHES).file_size > LARGEST_HASHES:
                 raise CodeDiffers(f"the run's bundle has more than {LARGEST_HASHES} bytes of hashes")
-            found = json.loads(archive.read(HASHES))
+            hashes = json.loads(archive.read(HASHES))
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise CodeDiffers(f"the run's bundle doesn't say which code the server has: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(hashes, dict):
         raise CodeDiffers("the run's bundle doesn't say which code the server has")
-    return {str(name): str(value) for name, value in found.items()}
+    return {str(name): str(value) for name, value in hashes.items()}
 
 
 class _Client(RuntimeHttpClient):

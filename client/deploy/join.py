@@ -208,20 +208,20 @@ class _Site:
             self.connected = False
             self.tell(f"the process that trains ended ({_ending(how)}); connecting again with another")
             return
-        words = self.supernode.last_words()
-        logger.debug("last words of the supernode:\n%s", words)
+        last_lines = self.supernode.last_words()
+        logger.debug("last words of the supernode:\n%s", last_lines)
         self.connected = False
-        if CONNECTED in words:
+        if CONNECTED in last_lines:
             self.refused_since, self.pause = None, SHORTEST_PAUSE
-        if "Exit Code: 305" not in words:
+        if "Exit Code: 305" not in last_lines:
             self.tell("the connection to the server ended; connecting again")
             return
         self.refused_since = self.refused_since or time.monotonic()
         if time.monotonic() - self.refused_since > REFUSED_SECONDS:
             raise JobError(f"the server at {self.kit.address} does not know the key of site {self.kit.name}")
-        said = re.search(r"connection to the SuperLink\.\n(.*)", words)
+        match = re.search(r"connection to the SuperLink\.\n(.*)", last_lines)
         self._tell_change(
-            f"refused by the server ({said.group(1) if said else 'no reason given'}): this site's last "
+            f"refused by the server ({match.group(1) if match else 'no reason given'}): this site's last "
             "connection has not timed out yet (up to a minute), it is connected from elsewhere, "
             "or the server does not know its key"
         )

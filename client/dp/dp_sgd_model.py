@@ -63,7 +63,7 @@ def train_privately(
     noise = _Noise(private, client, parameters)
     with (
         repeatable(job.train.device),
-        per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as gradients,
+        per_example_gradients(model, learner.objective.loss(shard), hooks=hooks) as gradients,
     ):
         for number, rows in enumerate(drawn):
             examples = PrivateExamples(learner, shard, numbers, (round, client, number))
@@ -143,7 +143,7 @@ def hooks_suffice_for(learner: Learner, shard: Shard) -> bool:
     if not _in_use or _in_use[0][0] is not learner:
         rows = [0, min(1, len(shard) - 1)]
         batch, targets = on_device(learner, learner.batch(shard, rows), shard.targets_of(rows))
-        loss = learner.training_loss(shard)
+        loss = learner.objective.loss(shard)
         refuse_mixing_layers(learner, batch)
         with global_stream(learner.job.seed, "dropout"):
             hooks = hooks_suffice(learner.model, loss, batch, targets)
@@ -167,7 +167,7 @@ def model_sums(
         examples = PrivateExamples(learner, shard, numbers, (round, client, 0))
         with (
             repeatable(learner.job.train.device),
-            per_example_gradients(model, learner.training_loss(shard), hooks=hooks) as gradients,
+            per_example_gradients(model, learner.objective.loss(shard), hooks=hooks) as gradients,
         ):
             total = clipped_sum(gradients, examples, rows, private)
         yield client, total

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.encoder import Variation
 from atoll.client.training.batches import GOLDEN, random_numbers, uniform_numbers
 from atoll.errors import ConfigError
@@ -80,7 +81,11 @@ def example_variation(numbers: Numbers, job: Job, step: Step) -> Variation | Non
     if not job.train.augment:
         return None
     seeds = example_seeds(numbers, job.seed, "augment", *step)
-    return Variation(job.train.augment, lambda place: torch.Generator().manual_seed(int(seeds[place]) >> 1))
+    return Variation(
+        job.train.augment,
+        lambda place: torch.Generator().manual_seed(int(seeds[place]) >> 1),
+        brought_augmentations(job),
+    )
 
 
 @contextmanager

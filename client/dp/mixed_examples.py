@@ -58,7 +58,7 @@ def _look(learner: Learner, shard: Shard, *, hooks: bool) -> None:
     probe = _Probe.of(learner, shard)
     with (
         repeatable(learner.job.train.device),
-        per_example_gradients(learner.model, learner.training_loss(shard), hooks=hooks) as gradients,
+        per_example_gradients(learner.model, learner.objective.loss(shard), hooks=hooks) as gradients,
     ):
         first = probe.seen(gradients, BATCHES[0])
         _compare(learner, first, probe.seen(gradients, BATCHES[0]), "drawn again from the same seeds")
@@ -91,7 +91,7 @@ class _Probe:
         outcomes = dict(batch_gradients(self.learner, gradients, batch, targets, numbers, step))
         with torch.no_grad(), example_draws(numbers, self.learner.job.seed, step):
             there, aims = on_device(self.learner, batch, targets)
-            outputs, loss = self.learner.model(there), self.learner.training_loss(self.shard)
+            outputs, loss = self.learner.model(there), self.learner.objective.loss(self.shard)
             each = [loss(outputs[i : i + 1], aims[i : i + 1]) for i in range(len(members))]
         outcomes["loss"] = torch.stack(each)
         places = {member: place for place, member in enumerate(members) if member < MEMBERS // 2}

@@ -1,4 +1,4 @@
-"""The losses of `atoll.learning.class_imbalance` in closed form, for the heads of many clients at once.
+"""The losses against class imbalance in closed form, for the heads of many clients at once.
 
 With p the likelihood of an example's class, cross-entropy's derivative in the outputs is e = q - 1[class],
 q being the softmax. Weights multiply it; an adjustment moves the outputs before it; the derivative of
@@ -14,7 +14,7 @@ import torch
 from atoll.client.heads.distillation import head_loss
 from atoll.client.heads.layers import Loss, identity
 from atoll.job.job import Job
-from atoll.learning.class_imbalance import Imbalance
+from atoll.learning.objective.class_imbalance import Imbalance
 
 _LINE = 64
 _CERTAIN = 1e-6

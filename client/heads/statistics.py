@@ -31,7 +31,7 @@ def statistics(
     assert kind is not None
     hidden = _hidden_layer(learner)
     for name, shard in shards.items():
-        inputs = random_features(learner.features(shard), hidden)
+        inputs = random_features(learner.features.plain(shard), hidden)
         sums = STATISTICS[kind](inputs, shard.table, classes)
         yield Measurement(name, round, len(shard), sums)
 
@@ -58,7 +58,7 @@ def _sums_of_bounded(learner: Learner, shard: Shard, hidden: Tensors) -> Tensors
     """The exact sums over a shard, with the inputs of the head's last layer clipped to the job's norm."""
     tune, classes = learner.job.tune, len(learner.data_info["classes"])
     assert tune.head_init is not None and tune.feature_norm is not None
-    inputs = random_features(learner.features(shard), hidden)
+    inputs = random_features(learner.features.plain(shard), hidden)
     return bounded_sums(tune.head_init, inputs, shard.table, classes, tune.feature_norm)
 
 

@@ -34,8 +34,8 @@ from atoll.client.training.optimizers import clip_stacked, is_plain, make_optimi
 from atoll.client.training.per_fedavg import adapted_heads, inner_batches
 from atoll.client.training.pfedme import Gradients, MoreauSteps, envelope_gradients
 from atoll.job.job import Job
-from atoll.learning.class_imbalance import Imbalance, counts_of
 from atoll.learning.determinism import is_gpu
+from atoll.learning.objective.class_imbalance import Imbalance, counts_of
 from atoll.protocol.stacked_updates import StackedUpdates, joined
 from atoll.protocol.tensors import Tensors
 

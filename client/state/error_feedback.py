@@ -14,7 +14,7 @@ import torch
 from atoll.client.state.store import ClientStateStore
 from atoll.errors import DataError
 from atoll.job.job import Job
-from atoll.protocol.compression import LEVELS, Compression, compress, decompress, flat
+from atoll.protocol.compression import DRAWN, Compression, compress, decompress, flat
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import stream
 from atoll.protocol.requests import ModelRequest
@@ -68,8 +68,8 @@ def _compressed(
 
 
 def _coins(clients: Sequence[str], how: Compression, job: Job, round: int) -> torch.Tensor | None:
-    """Each client's uniform numbers for stochastic rounding; None where nothing is rounded at random."""
-    if how.scheme not in LEVELS:
+    """Each client's uniform numbers for what is rounded, or gets a sign, at random; None where nothing is."""
+    if how.scheme not in DRAWN:
         return None
     drawn = [
         torch.rand(how.numbers, generator=stream(job.seed, "rounding", round, client), dtype=torch.float64)

@@ -45,7 +45,7 @@ def adapt_locally(learner: Learner, request: ModelRequest, client: str, shard: S
     # In an order of its own, that of the round which would be next.
     round = request.round + 1
     if learner.trains_on_features:
-        examples = FeatureTable.of(learner.training_features(shard), shard.table, job.train.device)
+        examples = FeatureTable.of(learner.features.for_training(shard), shard.table, job.train.device)
         local = HeadTrainingConfig(longer, head_loss(job, learner.task.head_loss), round, pull, steps=steps)
         work = ClientRows(client, np.arange(len(shard)))
         update = train_heads(request.tensors, examples, [work], local)[0]

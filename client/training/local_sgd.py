@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.encoder import Batch, Model, Variation
 from atoll.client.training.activation_checkpointing import activation_checkpointing
 from atoll.client.training.apfl import SharedBeside
@@ -26,7 +27,8 @@ from atoll.errors import ConfigError
 from atoll.job.job import Job
 from atoll.learning import trainable
 from atoll.learning.determinism import repeatable
-from atoll.learning.learner import Learner, TrainingLoss
+from atoll.learning.learner import Learner
+from atoll.learning.objective.local_objective import TrainingLoss
 from atoll.protocol.messages import Update
 from atoll.protocol.random_streams import global_stream, stream
 from atoll.protocol.tensors import Tensors
@@ -80,7 +82,7 @@ def train_model(
     optimizer = optimizer_of(model, job, rates)
     added = trainable.to_parameters(parameters, correction) if correction is not None else {}
     terms = _Terms(start, mu, added, job.train.clip_norm, only)
-    summed, loss_of, scaler = 0.0, learner.training_loss(shard), scaler_of(job.train)
+    summed, loss_of, scaler = 0.0, learner.objective.loss(shard), scaler_of(job.train)
 
     def backward(number: int) -> Iterator[float]:
         optimizer.zero_grad()
@@ -112,7 +114,7 @@ def _schedule(
     learner: Learner, shard: Shard, job: Job, client: str, round: int, steps: int | None
 ) -> tuple[list[list[int]], StepRates]:
     """(the rows of each local step's batch, at most `steps` of them; the steps' learning rates)."""
-    schedule = batches(len(shard), job, round, client, learner.chances(shard))[:steps]
+    schedule = batches(len(shard), job, round, client, learner.objective.chances(shard))[:steps]
     return schedule, StepRates.of(job, round, [len(schedule)], "cpu")
 
 
@@ -139,7 +141,7 @@ def _train_by_seeds(
     start = trainable.to_parameters(parameters, tensors)
     trainable.load_values(model, tensors)
     schedule, rates = _schedule(learner, shard, job, client, round, steps)
-    training_loss = learner.training_loss(shard)
+    training_loss = learner.objective.loss(shard)
 
     def loss_of(step: int) -> BatchLoss:
         varied = variation(job, round, client, step)
@@ -280,7 +282,7 @@ def variation(job: Job, round: int, client: str, number: int) -> Variation | Non
     if not job.train.augment:
         return None
     draw = stream(job.seed, "augment", round, client, number)
-    return Variation(job.train.augment, lambda place: draw)
+    return Variation(job.train.augment, lambda place: draw, brought_augmentations(job))
 
 
 def _take_step(

@@ -1,14 +1,22 @@
-"""Counts the local steps of a client's update, for strategies that ask for it (`local_steps` in the plan)."""
+"""Local steps in a strategy's plan: how many the server gives its clients, and counting them for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from atoll.job.job import Job
 from atoll.job.train import TrainSection
-from atoll.protocol.messages import LOCAL_STEPS, Update
+from atoll.protocol.messages import ASSIGNED_STEPS, LOCAL_STEPS, Update
 from atoll.protocol.stacked_updates import with_state
+
+
+def with_assigned_steps(job: Job, plan: Mapping[str, float]) -> Job:
+    """The job with as many local steps as the plan gives the clients; the same job where it gives none."""
+    if ASSIGNED_STEPS not in plan:
+        return job
+    return job.model_copy(update={"train": job.train.with_steps(int(plan[ASSIGNED_STEPS]))})
 
 
 def examples_seen(counts: Sequence[int], train: TrainSection) -> torch.Tensor:

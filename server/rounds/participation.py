@@ -10,7 +10,10 @@ from atoll.report.run_result import RoundExtras, RoundLine
 
 @dataclass(frozen=True)
 class CohortRequest:
-    """A round's request to its cohort: `goal` updates are wanted; bytes are those to and from each client."""
+    """A round's request to its cohort: `goal` updates are wanted; bytes are those to and from each client.
+
+    `steps` is each client's number of local steps; None: what the job says.
+    """
 
     round: int
     attempt: int
@@ -18,6 +21,7 @@ class CohortRequest:
     goal: int
     bytes_down: int
     bytes_up: int
+    steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from atoll.job.privacy import expected_cohort, unless_secret
 from atoll.protocol.messages import CHARGED_ROUNDS, CLUSTER, Update
@@ -45,6 +45,7 @@ def log_line(
         **tuning_schedule.log_fields(run),
         **_aggregation_error(state.strategy_state),
         **_staleness(gathered.staleness),
+        **_assigned_steps(gathered.assigned_steps),
         **_clusters(gathered.updates, clusters_of(run.setup.job)),
     }
     charged = int(states[CHARGED_ROUNDS].max()) if CHARGED_ROUNDS in states else gathered.charged_rounds
@@ -69,6 +70,11 @@ def _aggregation_error(state: State) -> RoundExtras:
 def _staleness(merges: Sequence[int]) -> RoundExtras:
     """How late the round's updates were, in merges; empty in synchronous rounds."""
     return {"staleness": {"mean": sum(merges) / len(merges), "max": max(merges)}} if merges else {}
+
+
+def _assigned_steps(steps: Mapping[str, int]) -> RoundExtras:
+    """How many local steps the server gave each of the round's clients; empty where the job says how many."""
+    return {"assigned_steps": dict(steps)} if steps else {}
 
 
 def _clusters(updates: Sequence[Update], count: int) -> RoundExtras:

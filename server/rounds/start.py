@@ -11,6 +11,7 @@ from atoll.errors import ConfigError
 from atoll.job.closed_form import is_closed_form_round
 from atoll.job.federation import is_asynchronous
 from atoll.job.job import Job
+from atoll.learning.compatibility import required_info
 from atoll.learning.learner import Learner
 from atoll.learning.lora_base import merging_lora
 from atoll.protocol.tensors import Tensors
@@ -25,6 +26,7 @@ from atoll.server.rounds.aggregation import (
     weight_transforms,
 )
 from atoll.server.rounds.asynchronous.flights import Flights
+from atoll.server.rounds.asynchronous.grouped_round import grouped_round
 from atoll.server.rounds.asynchronous.round import asynchronous_round
 from atoll.server.rounds.central_dp import CentralDp, NoProtection
 from atoll.server.rounds.compact_log import CompactLog
@@ -43,7 +45,7 @@ from atoll.server.run.directory import RunDirectory
 from atoll.server.selection.rules import kept, selection_rule, taken_back
 from atoll.server.transport import SharesLearner, Transport
 from atoll.strategies import Strategy, build_strategy
-from atoll.strategies.options import clusters_of
+from atoll.strategies.options import clusters_of, fedcompass_options
 from atoll.strategies.personal.ifca import stacked_models
 from atoll.tasks import task_named
 
@@ -124,7 +126,7 @@ def learner_of(job: Job, carrier: Transport, roster: ClientRoster) -> Learner:
     """The learner of the run's first stage; clients in this process share it."""
     task = task_named(job.task.name)
     learner = Learner.of(job.stages[0], task, task.merge_info(roster.data_info))
-    learner.data_info = learner.data_info | learner.required_info
+    learner.data_info = learner.data_info | required_info(learner)
     if isinstance(carrier, SharesLearner):
         carrier.share(learner)
     return learner
@@ -132,6 +134,9 @@ def learner_of(job: Job, carrier: Transport, roster: ClientRoster) -> Learner:
 
 def later_round_kind(job: Job, carrier: Transport, strategy: Strategy, clock: AvailabilityModel) -> RoundKind:
     """The kind of all rounds, except for a first round in closed form."""
+    options = fedcompass_options(job)
+    if options is not None:
+        return grouped_round(job, carrier, strategy, clock, options)
     if is_asynchronous(job):
         return asynchronous_round(job, carrier, strategy, clock)
     return synchronous_round(job)

@@ -60,6 +60,8 @@ class ValidatedUpdates:
     charged_rounds: int = 0
     staleness: Sequence[int] = ()
     """For each update, how many merges happened since its client started; empty in synchronous rounds."""
+    assigned_steps: Mapping[str, int] = field(default_factory=dict)
+    """By client, how many local steps the server gave it; empty where the job says how many."""
 
     @property
     def num_valid(self) -> int:

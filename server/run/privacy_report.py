@@ -7,7 +7,7 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from atoll.learning.distillation import claim_of_teacher
+from atoll.learning.objective.distillation import claim_of_teacher
 from atoll.privacy.accounting import Composition, epsilon, epsilon_rdp
 from atoll.privacy.banded import sensitivity_of
 from atoll.privacy.dp_plan import DpPlan, dp_plan_of

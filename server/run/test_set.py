@@ -12,6 +12,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.diagnostics import Counts
 from atoll.data.shard import Shard
 from atoll.datasets.brought import brought_source
+from atoll.datasets.hub import hub_source
 from atoll.datasets.registry import ALL_SOURCES, load_source
 from atoll.job.job import Job
 from atoll.learning.learner import Learner, ranked
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_source(job: Job) -> Table:
-    """The data of the job's source: a built-in one, an extension's, or a path in the task's format.
+    """The data of the job's source: a built-in one, an extension's, one of the Hub, or a path.
 
     Raises:
         ConfigError, DataError: the source is missing or does not fit the task.
@@ -32,10 +33,17 @@ def read_source(job: Job) -> Table:
     if Path(job.data.source).is_absolute():
         return task_named(job.task.name).read(Path(job.data.source), job.data, job.task.options)
     check_source(job)
+    if job.data.is_on_hub:
+        return hub_source(job, partial(_read_at, job))
     if not ALL_SOURCES.has(job.data.source):
         return brought_source(job, partial(_read_at, job))
     splits = load_source(job.data.source, offline=job.backbone.offline)
     return task_named(job.task.name).from_builtin(splits, job)
+
+
+def can_be_read_here(job: Job) -> bool:
+    """Whether the job's source is known by its name, or is a path at which something lies."""
+    return job.data.is_on_hub or job.data.source in ALL_SOURCES or Path(job.data.source).exists()
 
 
 def _read_at(job: Job, path: Path) -> Table:
@@ -92,7 +100,7 @@ def server_test_set(job: Job) -> TestSet:
         if job.data.test is not None:
             table = learner.task.read(Path(job.data.test), job.data, job.task.options)
             return learner.task.shard(table.train, learner.data_info)
-        if job.data.source not in ALL_SOURCES and not Path(job.data.source).exists():
+        if not can_be_read_here(job):
             logger.info("no test data at the server: the model is measured at the clients")
             return None
         _, test = hold_out(read_source(job), job)

@@ -89,17 +89,17 @@ class AttackedTransport:
         return honest[0]  # mimic: the same honest client, whose data then weighs too much
 
     def _own(self, update: Update) -> torch.Tensor:
-        attack, own = self.job.attack, flat(update.delta)
+        attack, honest = self.job.attack, flat(update.delta)
         match attack.kind:
             case "sign-flip":
-                return sign_flip(own, attack.factor)
+                return sign_flip(honest, attack.factor)
             case "gaussian":
                 return gaussian(
-                    own, attack.factor, stream(self.job.seed, "attack", update.round, update.client)
+                    honest, attack.factor, stream(self.job.seed, "attack", update.round, update.client)
                 )
             case "free-rider":
-                return torch.zeros_like(own)
-        return attack.factor * own  # what was learnt from poisoned labels, boosted
+                return torch.zeros_like(honest)
+        return attack.factor * honest  # what was learnt from poisoned labels, boosted
 
 
 def attacked(transport: Transport, job: Job, names: Sequence[str]) -> Transport:
@@ -115,6 +115,6 @@ def attacked(transport: Transport, job: Job, names: Sequence[str]) -> Transport:
 def described(attack: AttackSection, hostile: Sequence[str], clients: int) -> str:
     """What a run's first lines say of its hostile clients."""
     scale = f", scale {attack.factor:g}" if attack.factor != 1 else ""
-    told = ", ".join(hostile[:5]) + (", …" if len(hostile) > 5 else "")
-    own = "; what they measure is measured on changed labels" if attack.kind in POISONS_LABELS else ""
-    return f"{len(hostile)} of {clients} clients are hostile ({attack.kind}{scale}): {told}{own}"
+    names = ", ".join(hostile[:5]) + (", …" if len(hostile) > 5 else "")
+    labels_note = "; what they measure is measured on changed labels" if attack.kind in POISONS_LABELS else ""
+    return f"{len(hostile)} of {clients} clients are hostile ({attack.kind}{scale}): {names}{labels_note}"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 
-def sign_flip(own: torch.Tensor, scale: float) -> torch.Tensor:
+def sign_flip(update: torch.Tensor, scale: float) -> torch.Tensor:
     """Minus `scale` times the client's own honest row [numbers] (Li et al. 2019, RSA)."""
-    return -scale * own
+    return -scale * update
 
 
 def inner_product(honest: torch.Tensor, scale: float) -> torch.Tensor:

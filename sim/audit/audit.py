@@ -89,15 +89,15 @@ def audited(
         played += 1
         watch(played, plays)
 
-    found = {}
+    findings = {}
     for unit in units:
         canaries = canaries_for(replay, population, unit, how)
         runs = [_run(replay, population, canaries, progress) for _ in range(1 + how.shadows)]
-        found[unit] = judged(replay, unit, claims.get(unit), canaries, runs, how)
+        findings[unit] = judged(replay, unit, claims.get(unit), canaries, runs, how)
     return {
         "confidence": how.confidence,
-        "units": found,
-        "contradicted": any(each["contradicted"] for each in found.values()),
+        "units": findings,
+        "contradicted": any(each["contradicted"] for each in findings.values()),
     }
 
 
@@ -210,13 +210,13 @@ def attack_at_the_end(
         on_event(AuditAdvanced(done, total))
 
     try:
-        found = audited(
+        findings = audited(
             job, result.privacy, Audit(usual=CANARIES_AT_THE_END), population=population, watch=played
         )
     except ConfigError as error:
         logger.warning("no audit: %s", error)
         return result
-    result = replace(result, privacy={**result.privacy, "audit": found})
+    result = replace(result, privacy={**result.privacy, "audit": findings})
     result.write(out)
     write_report(out, result)
     return result

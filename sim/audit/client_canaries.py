@@ -102,11 +102,11 @@ class CanaryClients:
         The noise's deviation is in proportion to the norm, also where that adapts, so that in this unit
         every round says as much: the sum over rounds is the matched filter.
         """
-        found = np.zeros(self.count)
+        scores = np.zeros(self.count)
         for update in seen.released:
             parts: Vector = dct(flat(update.delta).numpy() * self._signs, norm="ortho")[self._rows]
-            found += parts / seen.clipping_norm
-        return found
+            scores += parts / seen.clipping_norm
+        return scores
 
     def integers(self, places: NDArray[np.int64], request: UnmaskedSumRequest) -> NDArray[np.uint64]:
         """The canaries' contributions to a secure sum, clipped and rounded as a client's, without noise."""

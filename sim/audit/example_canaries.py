@@ -146,7 +146,7 @@ class CanaryFeatures:
         What the other canaries do to the update on average is taken off first. Those with the same
         features and another label would else pull the head back to where their gradients cancel.
         """
-        found = np.zeros(self.count)
+        scores = np.zeros(self.count)
         first = Layers.of(seen.load_before).layers[0]
         errors = self._errors(seen.load_before)[:, : first.outputs]
         for update in seen.updates:
@@ -154,8 +154,8 @@ class CanaryFeatures:
             moved = update.delta[first.weight].to(torch.float32)
             present = torch.from_numpy(inside)[rows]
             along = self._along(errors[rows], self.features[rows], moved, present)
-            found[rows.numpy()] = -along.to(torch.float64).numpy()
-        return found
+            scores[rows.numpy()] = -along.to(torch.float64).numpy()
+        return scores
 
     def _along(
         self, errors: torch.Tensor, features: torch.Tensor, moved: torch.Tensor, present: torch.Tensor
@@ -163,8 +163,8 @@ class CanaryFeatures:
         """The move along each canary's gradient, less the expected part of the others that are present."""
         length = self._expected_length
         all_present = length * (errors[present].T @ features[present])
-        own = length * present * errors.square().sum(1) * features.square().sum(1)
-        return ((errors @ (moved + all_present)) * features).sum(1) - own
+        score = length * present * errors.square().sum(1) * features.square().sum(1)
+        return ((errors @ (moved + all_present)) * features).sum(1) - score
 
     @cached_property
     def _expected_length(self) -> float:
@@ -213,11 +213,11 @@ class FeatureIndex(PopulationIndex):
         return self._longer(examples), [self._with_canaries(work, first) for work in client_rows]
 
     def _with_canaries(self, work: ClientRows, first: int) -> ClientRows:
-        own = self._own(work.client)
-        rows = np.concatenate([work.rows, first + own])
+        canaries = self._own(work.client)
+        rows = np.concatenate([work.rows, first + canaries])
         if work.numbers is None:
             return ClientRows(work.client, rows)
-        drawn_by = example_numbers([int(place).to_bytes(32, "little") for place in own])
+        drawn_by = example_numbers([int(place).to_bytes(32, "little") for place in canaries])
         return ClientRows(work.client, rows, np.concatenate([work.numbers, drawn_by]))
 
     def _own(self, client: str) -> NDArray[np.int64]:
@@ -246,7 +246,7 @@ def free_directions(population: Population, learner: Learner) -> torch.Tensor:
     features = _some_features(population, learner).to(torch.float64)
     squares, vectors = torch.linalg.eigh(features.T @ features)  # the smallest eigenvalues come first
     empty = int((squares <= NO_SHARE * squares.sum()).sum())
-    free: torch.Tensor = vectors[:, : max(empty, learner.width - learner.width // 2)]
+    free: torch.Tensor = vectors[:, : max(empty, learner.features.width - learner.features.width // 2)]
     return free.T.to(torch.float32).contiguous()
 
 
@@ -254,7 +254,7 @@ def _some_features(population: Population, learner: Learner) -> torch.Tensor:
     whole = population.whole(learner)
     generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "features"))
     rows = generator.permutation(len(whole))[:SAMPLED]
-    return learner.training_features(whole.select(sorted(rows.tolist())))[0]
+    return learner.features.for_training(whole.select(sorted(rows.tolist())))[0]
 
 
 def _length(population: Population, learner: Learner) -> float:

@@ -58,20 +58,20 @@ class Boxes:
 
     @classmethod
     def of(cls, seed: int) -> Boxes:
-        space, found = 10**DIGITS, []
+        space, boxes = 10**DIGITS, []
         for box in range(PLANTED + OTHERS):
             draw = stream(seed, "exposure", box)
-            own = int(torch.randint(space, (), generator=draw))
+            secret = int(torch.randint(space, (), generator=draw))
             others = some_places(space - 1, RANKED - 1, draw)
-            found.append((own, *(other + (other >= own) for other in others)))
-        return cls(tuple(found))
+            boxes.append((secret, *(other + (other >= secret) for other in others)))
+        return cls(tuple(boxes))
 
-    def rows(self, form: Sequence[str], boxes: Sequence[int], *, own: bool) -> list[dict[str, Any]]:
+    def rows(self, form: Sequence[str], boxes: Sequence[int], *, is_own: bool) -> list[dict[str, Any]]:
         """Rows of a data set of that form: the secrets of these boxes in order, or their own alone."""
         return [
             row_of(form, box + 1, f"{secret:0{DIGITS}d}")
             for box in boxes
-            for secret in self.secrets[box][: 1 if own else None]
+            for secret in self.secrets[box][: 1 if is_own else None]
         ]
 
 
@@ -121,10 +121,10 @@ class PlantedIndex(PopulationIndex):
         )
 
     def splits(self, clients: Sequence[int]) -> list[tuple[Rows, Rows]]:
-        own = np.arange(len(self.full_population))[-len(self.planted.texts) :]
+        planted_rows = np.arange(len(self.full_population))[-len(self.planted.texts) :]
         holder = number_of(self.planted.client)
-        found = zip(clients, super().splits(clients), strict=True)
-        return [(np.append(t, own) if client == holder else t, v) for client, (t, v) in found]
+        splits = zip(clients, super().splits(clients), strict=True)
+        return [(np.append(t, planted_rows) if client == holder else t, v) for client, (t, v) in splits]
 
 
 def exposed(
@@ -147,13 +147,13 @@ def exposed(
     learner = fresh_learner(job, population)
     boxes, form = Boxes.of(job.seed), form_of(population.train)
     ranked = partial(
-        exposures, learner, told_in(learner, boxes.rows(form, range(len(boxes.secrets)), own=False))
+        exposures, learner, told_in(learner, boxes.rows(form, range(len(boxes.secrets)), is_own=False))
     )
-    found: dict[str, Any] = {"before": ranked(learner.initial())}
-    planted = [row for row in boxes.rows(form, range(PLANTED), own=True) for _ in range(times)]
+    findings: dict[str, Any] = {"before": ranked(learner.initial())}
+    planted = [row for row in boxes.rows(form, range(PLANTED), is_own=True) for _ in range(times)]
     texts = PlantedTexts(population, told_in(learner, planted), owners(job)[0])
     for number, (when, played) in enumerate(jobs.items()):
-        found[when] = ranked(_trained(played, population, texts, len(jobs), number, watch))
+        findings[when] = ranked(_trained(played, population, texts, len(jobs), number, watch))
     return {
         "format": SAYS.format(box="BOX", secret="SECRET"),
         "secrets": 10**DIGITS,
@@ -163,7 +163,7 @@ def exposed(
         "times": times,
         "client": texts.client,
         "unprotected": None,
-    } | found
+    } | findings
 
 
 def told_in(learner: Learner, rows: Sequence[dict[str, Any]]) -> Shard:
@@ -210,13 +210,13 @@ def exposures(learner: Learner, ranked: Shard, tensors: Tensors) -> dict[str, li
 
 def surprises(learner: Learner, shard: Shard, tensors: Tensors) -> Vector:
     """-log of the probability of each example's learnt tokens together, [examples]."""
-    model, found = learner.filled(tensors), []
+    model, losses = learner.filled(tensors), []
     with torch.inference_mode():
         for start in range(0, len(shard), WHOLE_BATCH):
             rows = range(start, min(start + WHOLE_BATCH, len(shard)))
             surprise = model(learner.on_device(learner.collate(shard, rows))).to(torch.float64).cpu()
-            found.append((surprise * has_target(surprise, shard.targets_of(rows))).sum(1))
-    return torch.cat(found).numpy()
+            losses.append((surprise * has_target(surprise, shard.targets_of(rows))).sum(1))
+    return torch.cat(losses).numpy()
 
 
 def exposure(surprise: Vector) -> float:

@@ -57,16 +57,16 @@ class Probe:
         """
         weight = Layers.of(self.head).layers[0].weight
         bias = weight.removesuffix("weight") + "bias"
-        found: list[float] = []
+        similarities: list[float] = []
         along: list[float] = []
         for rows, moved in zip(groups, self._moved(groups, is_protected), strict=True):
             towards = torch.topk(moved[bias], len(rows)).indices.tolist()
             labels = self.targets[torch.from_numpy(rows)].tolist()
-            found += [float(label in towards) for label in labels]
+            similarities += [float(label in towards) for label in labels]
             guessed = towards if len(rows) == 1 else labels
             pairs = zip(guessed, self.features[torch.from_numpy(rows)], strict=True)
             along += [_cosine(moved[weight][label], x) for label, x in pairs]
-        return {"label": float(np.mean(found)), "cosine": float(np.mean(along))}
+        return {"label": float(np.mean(similarities)), "cosine": float(np.mean(along))}
 
     def _moved(self, groups: Sequence[NDArray[np.int64]], is_protected: bool) -> list[Tensors]:
         """How the head moves in one step of each group, as the attacker sees it."""
@@ -143,7 +143,7 @@ def _probe(job: Job, population: Population, learner: Learner, head: Tensors) ->
     whole = population.whole(learner)
     rows = np.random.default_rng(stream_seed(job.seed, "audit", "probe")).permutation(len(whole))
     shard = whole.select(rows[: TOGETHER * ALONE].tolist())
-    features = learner.training_features(shard)[0]
+    features = learner.features.for_training(shard)[0]
     return Probe(job, head, FeatureTable.of(features, shard.table), features, shard.table)
 
 
@@ -152,13 +152,13 @@ def _batches(targets: torch.Tensor, classes: int, seed: int) -> list[NDArray[np.
     size = min(TOGETHER, classes - 1)
     by_class = [np.flatnonzero(targets.numpy() == c).tolist() for c in range(classes)]
     generator = np.random.default_rng(stream_seed(seed, "audit", "batches"))
-    found: list[NDArray[np.int64]] = []
-    while size > 1 and len(found) < ALONE // TOGETHER:
+    batches: list[NDArray[np.int64]] = []
+    while size > 1 and len(batches) < ALONE // TOGETHER:
         left = [c for c in generator.permutation(classes).tolist() if by_class[c]]
         if len(left) < size:
             break
-        found.append(np.array([by_class[c].pop() for c in left[:size]]))
-    return found
+        batches.append(np.array([by_class[c].pop() for c in left[:size]]))
+    return batches
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:

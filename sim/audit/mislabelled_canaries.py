@@ -91,8 +91,8 @@ class Mislabelled:
         loss = LOSSES[self.learner.task.head_loss]
         outputs = self.learner.outputs(model, self._shard).clone().unsqueeze(0)
         _, number = loss.grad(outputs, self.targets.unsqueeze(0))
-        found: Vector = loss.value(number)[0].to(torch.float64).numpy()
-        return found
+        losses: Vector = loss.value(number)[0].to(torch.float64).numpy()
+        return losses
 
     @cached_property
     def _shard(self) -> Shard:
@@ -106,9 +106,9 @@ def candidates(population: Population, learner: Learner) -> NDArray[np.int64]:
     everybody = [train for train, _ in index.splits(range(learner.job.federation.clients))]
     rows, times = np.unique(np.concatenate(everybody), return_counts=True)
     single = set(rows[times == 1].tolist())
-    found = [row for part in parts for row in part[MIN_ORDINARY_EXAMPLES:].tolist() if row in single]
+    places = [row for part in parts for row in part[MIN_ORDINARY_EXAMPLES:].tolist() if row in single]
     generator = np.random.default_rng(stream_seed(learner.job.seed, "audit", "candidates"))
-    return generator.permutation(np.array(found, dtype=np.int64))
+    return generator.permutation(np.array(places, dtype=np.int64))
 
 
 @dataclass(frozen=True)

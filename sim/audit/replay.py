@@ -173,7 +173,7 @@ def rounds_replayed(
 def _without_test_set(population: Population) -> Callable[[Learner], None]:
     def test_set(learner: Learner) -> None:
         if learner.trains_on_features:
-            learner.keep_features(population.whole(learner), training=True)
+            learner.features.keep(population.whole(learner), training=True)
 
     return test_set
 

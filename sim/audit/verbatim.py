@@ -85,14 +85,14 @@ def _of(name: str, passages: Sequence[Passage], came: Sequence[bool]) -> int:
 
 def passages_of(index: PopulationIndex, names: Sequence[str]) -> list[Passage]:
     """The first long enough stretch of each training example, of every client in turn."""
-    found = []
+    passages = []
     for name in names:
         [(rows, _)] = index.splits([number_of(name)])
         for row in rows.tolist():
             begins = first_stretch(index.full_population.inputs[row]["places"].tolist())
             if begins is not None:
-                found.append(Passage(name, row, begins))
-    return found
+                passages.append(Passage(name, row, begins))
+    return passages
 
 
 def first_stretch(places: Sequence[int]) -> int | None:

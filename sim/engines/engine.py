@@ -17,6 +17,7 @@ from atoll.client.training.vmap import CLIENTS_PER_VMAP
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.learning.determinism import shared_gpus
 from atoll.learning.learner import Learner
 from atoll.report.run_result import RunResult
 from atoll.server.events import EventCallback
@@ -144,13 +145,15 @@ def default_workers(job: Job, engine: str) -> int:
     """The number of workers by default: 1 for heads, and on other engines than inline.
 
     Where clients train whole models on processors, it is the number of cores over the job's threads, but at
-    most the number of clients in a round, and one per 4 GiB of memory.
+    most the number of clients in a round, and one per 4 GiB of memory. On GPUs it is their number, unless the
+    job names one of them.
     """
-    one_by_one = engine == "inline" and not all(trains_on_features(stage) for stage in job.stages)
-    if not one_by_one or torch.device(job.train.device).type != "cpu":
+    if engine != "inline" or all(trains_on_features(stage) for stage in job.stages):
         return 1
     federation = job.federation
     cohort = federation.cohort or math.ceil(federation.clients * (federation.cohort_rate or 1))
+    if torch.device(job.train.device).type != "cpu":
+        return min(shared_gpus(job.train.device), cohort)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(processes_for([job]), cohort, memory >> 32))
 
@@ -199,14 +202,14 @@ def cached_test_set(population: Population, progress: Progress | None) -> Callab
         learner.progress, job = progress, learner.job
         measured = job.data.keeps_back or not job.train.augment
         if learner.uses_features and measured:
-            learner.keep_features(population.whole(learner), training=False)
+            learner.features.keep(population.whole(learner), training=False)
         if learner.trains_on_features:
-            learner.keep_features(population.whole(learner), training=True)
+            learner.features.keep(population.whole(learner), training=True)
         test = population.test_shard(learner)
         if test is not None:
             learner.keep_states(test)
         if test is not None and learner.uses_features:
-            learner.keep_features(test, training=False)
+            learner.features.keep(test, training=False)
         return test
 
     return test_set

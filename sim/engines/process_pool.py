@@ -21,6 +21,7 @@ from atoll.client.state.store import ClientStateStore
 from atoll.job.job import Job
 from atoll.job.privacy import unless_secret
 from atoll.kit.roster import FederationRoster
+from atoll.learning.determinism import use_shared_gpu
 from atoll.protocol.messages import Reply, Update, decode_reply, encode_reply
 from atoll.protocol.requests import ModelRequest, Request, decode_request, encode_request
 from atoll.protocol.tensors import Tensors
@@ -144,7 +145,7 @@ class PooledTransport:
     def _pool(self, worker: int) -> ProcessPoolExecutor:
         if worker not in self._pools:
             import_first("atoll.sim.engines.process_pool", *imports_of(self.population.job))
-            self._pools[worker] = worker_pool(1, open_site, self.population.job.canonical, self.out)
+            self._pools[worker] = worker_pool(1, open_site, self.population.job.canonical, self.out, worker)
         return self._pools[worker]
 
     def close(self) -> None:
@@ -194,9 +195,11 @@ def processes_for(jobs: Iterable[Job]) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(job.train.threads for job in jobs))
 
 
-def open_site(text: str, out: Path | None) -> None:
-    """In a new worker process: read the source and wait for work."""
-    population = Population.of(Job.from_json(text))
+def open_site(text: str, out: Path | None, worker: int) -> None:
+    """In a new worker process: read the source and wait for work; of several GPUs use its own."""
+    job = Job.from_json(text)
+    use_shared_gpu(job.train.device, worker)
+    population = Population.of(job)
     ledgers, memory = (None, ClientStateStore()) if out is None else books_in(out)
     _site.append(SimulatedSite(population, ledgers=ledgers, memory=memory, population=population))
 

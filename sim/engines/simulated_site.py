@@ -22,10 +22,11 @@ from atoll.client.dp.example_draws import Numbers, example_numbers
 from atoll.client.heads.feature_table import ClientRows, FeatureTable
 from atoll.client.heads.train import HeadTrainingConfig, train_heads
 from atoll.client.site import Site
+from atoll.client.training.local_steps import with_assigned_steps
 from atoll.client.training.vmap import vmap_training
 from atoll.data.shard import Shard
-from atoll.learning.few_shot import training_rows
 from atoll.learning.learner import Learner
+from atoll.learning.split import training_rows
 from atoll.protocol.messages import Reply
 from atoll.protocol.requests import Request, TrainingRequest
 from atoll.protocol.stacked_updates import StackedUpdates, joined
@@ -60,16 +61,16 @@ class PopulationIndex:
         """Features of all training examples as one table; None where it would exceed `TABLE_BYTES`."""
         whole, learner = self.full_population, self.learner
         held = len(whole) * (learner.job.train.cached_views or 1)
-        if held * learner.width * 4 > TABLE_BYTES:
+        if held * learner.features.width * 4 > TABLE_BYTES:
             return None
         return FeatureTable.of(
-            learner.training_features(whole), self.training_view.table, learner.job.train.device
+            learner.features.for_training(whole), self.training_view.table, learner.job.train.device
         )
 
     @cached_property
     def training_view(self) -> Shard:
         """All training examples with the targets that training uses."""
-        return self.learner.with_soft_labels(self.full_population)
+        return self.learner.objective.with_soft_labels(self.full_population)
 
     @cached_property
     def _validation_marks(self) -> Marks:
@@ -111,7 +112,7 @@ class PopulationIndex:
         used, places = np.unique(np.concatenate(parts), return_inverse=True)
         cohort = self.training_view.select(used.tolist())
         device = self.learner.job.train.device
-        examples = FeatureTable.of(self.learner.training_features(cohort), cohort.table, device)
+        examples = FeatureTable.of(self.learner.features.for_training(cohort), cohort.table, device)
         ends = np.cumsum([len(part) for part in parts])[:-1]
         shares = np.split(places, ends)
         return examples, [ClientRows(*work) for work in zip(names, shares, numbers, strict=True)]
@@ -200,6 +201,5 @@ class IndexedClients:
 def vmapped(work: LocalWork, request: TrainingRequest) -> StackedUpdates:
     """The clients' updates of whole models, trained together by torch.func."""
     shards = {name: work.data.train(name) for name in work.data.names}
-    return vmap_training(
-        work.learner, request.tensors, shards, work.learner.job, round=request.round, plan=request.plan
-    )
+    job = with_assigned_steps(work.learner.job, request.plan)
+    return vmap_training(work.learner, request.tensors, shards, job, round=request.round, plan=request.plan)

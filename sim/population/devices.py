@@ -152,15 +152,25 @@ class VirtualClock:
         number = stream_seed(self.job.seed, "available", call.round, call.attempt)
         drawn = uniform_numbers(numbers.astype(np.uint64) ^ np.uint64(number), 1)[:, 0]
         is_there = drawn < self._of("availability", kinds)
-        seconds = self.seconds(kinds, self.sizes[numbers], call.bytes_down, call.bytes_up)
+        seconds = self.seconds(kinds, self.sizes[numbers], call.bytes_down, call.bytes_up, call.steps)
         return np.where(is_there, seconds, math.inf)
 
     def seconds(
-        self, kinds: NDArray[np.int64], sizes: NDArray[np.int64], bytes_down: int, bytes_up: int
+        self,
+        kinds: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        bytes_down: int,
+        bytes_up: int,
+        steps: int | None = None,
     ) -> Numbers:
-        """When each answers, in seconds after the call; what it is expected to keep back isn't trained on."""
+        """When each answers, in seconds after the call; what it is expected to keep back isn't trained on.
+
+        Each takes so many local `steps`, or those that the job says.
+        """
         trained = expected_training_examples(sizes, self.job.data)
-        work = self.job.train.expected_examples_seen(trained) / self._of("examples_per_second", kinds)
+        work = self.job.train.with_steps(steps).expected_examples_seen(trained) / self._of(
+            "examples_per_second", kinds
+        )
         received = 8 * bytes_down / 1e6 / self._of("download_mbps", kinds)
         sent = received + 8 * bytes_up / 1e6 / self._of("upload_mbps", kinds)
         total: Numbers = 2 * self._of("latency_seconds", kinds) + work + sent

@@ -151,16 +151,16 @@ def advise(
         ConfigError, DataError: none fits, or the data is wrong.
     """
     population = Population.of(job)
-    found, reasons = [], []
+    ranking, reasons = [], []
     for name in names:
         try:
-            found.append(_advice(with_backbone(job, name), population, head, progress(name)))
+            ranking.append(_advice(with_backbone(job, name), population, head, progress(name)))
         except InputError as error:
             reasons.append(str(error))
             left_out(name, str(error))
-    if not found:
+    if not ranking:
         raise ConfigError(f"no backbone fits {job.task.name}: {reasons[0]}")
-    return sorted(found, key=lambda advice: -advice.logme)
+    return sorted(ranking, key=lambda advice: -advice.logme)
 
 
 def _advice(job: Job, population: Population, head: int, progress: Progress | None) -> RankedBackbone:
@@ -169,7 +169,7 @@ def _advice(job: Job, population: Population, head: int, progress: Progress | No
     encoder = learner.encoder
     sample, whole = sampled(population, learner, head), population.whole(learner)
     train, kept = whole.select(sample.train.tolist()), whole.select(sample.kept.tolist())
-    features, other = learner.features(train).numpy(), learner.features(kept).numpy()
+    features, other = learner.features.plain(train).numpy(), learner.features.plain(kept).numpy()
     labels, true = train.table.numpy(), kept.table.numpy()
     timed = take_many(train.inputs, range(min(TIMED, len(train))))
     started = time.monotonic()

@@ -79,8 +79,8 @@ class Range:
             ConfigError: it has another form, or low isn't below high.
         """
         wanted = "expected key=low..high, or key=low..high,log, such as train.lr=0.001..1,log"
-        key, equals, given = text.partition("=")
-        span, comma, scale = given.partition(",")
+        key, equals, bounds = text.partition("=")
+        span, comma, scale = bounds.partition(",")
         ends = [end.strip() for end in span.split("..")]
         is_log = scale.strip() == "log"
         if not equals or not key.strip() or len(ends) != 2 or (comma and not is_log):

@@ -28,8 +28,8 @@ def logme(features: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
     table = np.asarray(features, dtype=np.float64)
     left, values, _ = np.linalg.svd(table, full_matrices=False)
     known = np.unique(labels)
-    found = [_evidence(left, values, (labels == c).astype(np.float64), table.shape[1]) for c in known]
-    return float(np.mean(found)) / len(table)
+    evidence = [_evidence(left, values, (labels == c).astype(np.float64), table.shape[1]) for c in known]
+    return float(np.mean(evidence)) / len(table)
 
 
 def _evidence(

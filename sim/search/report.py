@@ -124,5 +124,5 @@ def _draw(axes: Axes, search: Search, tried: Sequence[TrialResult]) -> None:
 
 def _values(tried: Sequence[TrialResult]) -> Mapping[int, float]:
     """The values of whole trials by their numbers, from 1 on."""
-    found: dict[int, Any] = {one.index + 1: one.outcome.value for one in tried if one.outcome}
-    return {place: value for place, value in found.items() if value is not None}
+    by_number: dict[int, Any] = {one.index + 1: one.outcome.value for one in tried if one.outcome}
+    return {place: value for place, value in by_number.items() if value is not None}

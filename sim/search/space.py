@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 from atoll.errors import ConfigError
+from atoll.job.federation import ASYNCHRONOUS
 from atoll.job.job import Job
 from atoll.job.section import Needs, default_of, needs_of
 from atoll.job.toml import apply_override
@@ -44,20 +45,20 @@ class Space:
             ConfigError: one of them has another form, is there twice, or may not vary.
         """
         lists = Grid.of(vary, 1).keys if vary else {}
-        found: list[Choice | Range] = [Choice(key, texts) for key, texts in lists.items()]
+        keys: list[Choice | Range] = [Choice(key, texts) for key, texts in lists.items()]
         for text in ranges:
             new = Range.of(text)
-            if any(new.key == other.key for other in found):
+            if any(new.key == other.key for other in keys):
                 raise ConfigError(f"--range {new.key}: found twice, expected one --vary or --range for it")
-            found.append(new)
-        for one in found:
+            keys.append(new)
+        for one in keys:
             for fixed in FIXED:
                 if one.key == fixed or one.key.startswith(f"{fixed}."):
                     raise ConfigError(
                         f"{one.key}: may not vary in a search, expected a key that leaves the clients' data"
                         " and what they measure as they are, such as train.lr"
                     )
-        return cls(tuple(sorted(found, key=lambda one: _depth(one.key))))
+        return cls(tuple(sorted(keys, key=lambda one: _depth(one.key))))
 
     @property
     def as_options(self) -> list[str]:
@@ -90,20 +91,20 @@ class Space:
             return
         seen = set()
         for values in product(*lists):
-            given = dict(zip((one.key for one in self.keys), values, strict=True))
-            texts = self.draw(base, lambda one, given=given: given[one.key])
+            combination = dict(zip((one.key for one in self.keys), values, strict=True))
+            texts = self.draw(base, lambda one, combination=combination: combination[one.key])
             if (mark := json.dumps(texts, sort_keys=True)) not in seen:
                 seen.add(mark)
                 yield texts
 
     def own_keys(self, base: Base) -> Texts | None:
         """The job's own values as a choice of the space; None where one is none of its values."""
-        own = job_of(base, {}).model_dump(mode="json")
-        texts = self.draw(base, lambda one: _at(own, one.key))
-        found = {one.key: one.param(texts[one.key]) for one in self.keys if one.key in texts}
-        if any(param is None for param in found.values()):
+        table = job_of(base, {}).model_dump(mode="json")
+        texts = self.draw(base, lambda one: _at(table, one.key))
+        params = {one.key: one.param(texts[one.key]) for one in self.keys if one.key in texts}
+        if any(param is None for param in params.values()):
             return None
-        return {one.key: one.text(found[one.key]) for one in self.keys if one.key in texts}
+        return {one.key: one.text(params[one.key]) for one in self.keys if one.key in texts}
 
     def check(self, base: Base) -> None:
         """Look at every value before anything runs, alone and beside the others' values.
@@ -125,14 +126,14 @@ class Space:
         beside += [{o.key: end} for o in self.keys if o.key != one.key for end in o.ends]
         complaint: ConfigError | None = None
         for others in beside:
-            given = {**others, one.key: text}
+            texts = {**others, one.key: text}
             table = copy.deepcopy(base.table)
-            for key, value in given.items():
+            for key, value in texts.items():
                 apply_override(table, f"{key}={value}", option="--vary")
             if not has_meaning(one.key, table):
                 continue
             try:
-                job = checked_job(base, given)
+                job = checked_job(base, texts)
             except ConfigError as error:
                 complaint = complaint or error
                 continue
@@ -194,10 +195,10 @@ def has_meaning(key: str, table: Mapping[str, Any]) -> bool:
 
 def _is_met(need: Needs, table: Mapping[str, Any]) -> bool:
     default = default_of(Job, need.key)
-    found: Any = table
+    value: Any = table
     for part in need.key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return need.is_met(default if found is None else found, found is not None and found != default)
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return need.is_met(default if value is None else value, value is not None and value != default)
 
 
 def job_of(base: Base, texts: Texts) -> Job:
@@ -212,8 +213,8 @@ def job_of(base: Base, texts: Texts) -> Job:
     for key, text in texts.items():
         apply_override(table, f"{key}={text}", option="--vary")
     changed = {key for key in texts if _at(base.table, key) != _at(table, key)}
-    own = (f"{name}.{key}" for name, inner in base.table.items() if isinstance(inner, dict) for key in inner)
-    for key in sorted(own, key=_depth):
+    keys = (f"{name}.{key}" for name, inner in base.table.items() if isinstance(inner, dict) for key in inner)
+    for key in sorted(keys, key=_depth):
         above = changed.intersection(governing_keys(key))
         if key in texts or not above:
             continue
@@ -279,13 +280,14 @@ def default_space(job: Job) -> Space:
     else:
         epochs = "train.epochs=1,2"
         ranges = ["train.lr=0.001..0.3,log" if is_sgd else "train.lr=0.00003..0.01,log"]
-    vary += [epochs] if job.train.steps is None else []
+    vary += [epochs] if job.train.steps is None and not job.strategy.gives_steps else []
     if method == "lora":
         vary.append("tune.rank=4,8,16")
     if method == "last-k":
         vary.append("tune.layers=1,2")
     trusts_all = job.strategy.name not in HOSTILE_OPTIONS and trusted_client(job) is None
-    if STRATEGIES.has(job.strategy.name) and trusts_all:
+    alone = job.strategy.name in (*ASYNCHRONOUS, "signsgd")  # others don't go with what they need
+    if STRATEGIES.has(job.strategy.name) and trusts_all and not alone:
         vary.append("strategy.name=fedavg,fedavgm,fedadam")
     if job.train.weight_decay == 0 and not is_sgd:
         vary.append("train.weight_decay=0.0,0.01")

@@ -134,8 +134,8 @@ class Search:
         for trial in self.study.get_trials(deepcopy=False):
             if not trial.state.is_finished() and OUTCOME in trial.user_attrs:  # the kill came in between
                 self._told(trial.number, Outcome.from_json(trial.user_attrs[OUTCOME]))
-        found = {trial.user_attrs[PLACE]: trial for trial in self.study.get_trials(deepcopy=False)}
-        return [self._tried(found[place]) for place in sorted(found)]
+        by_place = {trial.user_attrs[PLACE]: trial for trial in self.study.get_trials(deepcopy=False)}
+        return [self._tried(by_place[place]) for place in sorted(by_place)]
 
     def _tried(self, trial: FrozenTrial) -> TrialResult:
         texts = {
@@ -239,19 +239,19 @@ class Search:
         """The trials as the sampler sees them: those that may still run have no value yet."""
         from optuna.trial import TrialState, create_trial
 
-        found, trials = [], self.study.get_trials(deepcopy=False)
+        known, trials = [], self.study.get_trials(deepcopy=False)
         for one in tried:
             frozen = trials[one.number]
             if one.index <= len(tried) - self.at_once:
                 if frozen.state != TrialState.FAIL:
-                    found.append(frozen)
+                    known.append(frozen)
                 continue
-            found.append(
+            known.append(
                 create_trial(
                     state=TrialState.RUNNING, params=frozen.params, distributions=frozen.distributions
                 )
             )
-        return found
+        return known
 
     def curves_before(self, place: int, tried: Sequence[TrialResult]) -> list[Mapping[int, float]]:
         """The curves of whole trials that one at this place is compared with."""
@@ -287,10 +287,10 @@ class Search:
             return {}
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=stream_seed(self.seed, "fanova") % 2**32)
         try:
-            found = optuna.importance.get_param_importances(self.study, evaluator=evaluator)
+            importances = optuna.importance.get_param_importances(self.study, evaluator=evaluator)
         except RuntimeError:  # fANOVA's trees found no variance to explain
             return {}
-        return {key: float(share) for key, share in found.items()}
+        return {key: float(share) for key, share in importances.items()}
 
 
 @dataclass(frozen=True)

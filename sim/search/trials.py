@@ -114,7 +114,7 @@ def play_trial(text: str) -> str:
     curves = [{int(step): value for step, value in curve.items()} for curve in work["curves"]]
     outs = [Path(out) for out in work["outs"]]
     judge, started = Pruner.of(jobs[0], outs[0], work["metric"], curves), time.monotonic()
-    found: list[MetricValues] = []
+    measured: list[MetricValues] = []
     outcome = Outcome()
     try:
         # Every seed's run is on the first seed's clients: dealt anew, what is held out as test set for one
@@ -122,8 +122,8 @@ def play_trial(text: str) -> str:
         clients = _bench.population(jobs[0])
         for job, out in zip(jobs, outs, strict=True):
             on_event = judge.on_event if job is jobs[0] else ignore_events
-            found.append(validation_metrics(job, out, without_test_set(job, clients), on_event))
-        outcome = judged(found, work["metric"])
+            measured.append(validation_metrics(job, out, without_test_set(job, clients), on_event))
+        outcome = judged(measured, work["metric"])
     except Stopped as stopped:
         outcome = Outcome(stopped=stopped.round)
     except JobError as error:
@@ -136,27 +136,27 @@ def play_trial(text: str) -> str:
 
 def validation_metrics(job: Job, out: Path, population: Population, on_event: EventCallback) -> MetricValues:
     """Play a run, or go on with one that was begun; its final model's metrics over all clients' splits."""
-    found: MetricValues = {}
+    metrics: MetricValues = {}
 
     def measure(run: Run) -> tuple[Baselines, list[str]]:
         state = run.state
         is_known = not state.stopping.best and state.round % job.evaluate.every == 0 and state.log
-        found.update(state.log[-1]["metrics"] if is_known else federated_evaluation(run))
+        metrics.update(state.log[-1]["metrics"] if is_known else federated_evaluation(run))
         return {}, []
 
     begun = (out / "job.toml").is_file()
     simulate(
         job, out, on_event=on_event, resume=begun, population=population, baselines=measure, report=False
     )  # fmt: skip
-    return found
+    return metrics
 
 
-def judged(found: Sequence[Mapping[str, float | None]], metric: str) -> Outcome:
+def judged(measured: Sequence[Mapping[str, float | None]], metric: str) -> Outcome:
     """The mean over a trial's seeds; refused where there is nothing that can be compared."""
-    if not all(metric in one for one in found):
+    if not all(metric in one for one in measured):
         return Outcome(refused="no client keeps anything back to measure on")
-    by_name = {name: [value for one in found if (value := one[name]) is not None] for name in found[0]}
-    metrics = {name: fmean(values) for name, values in by_name.items() if len(values) == len(found)}
+    by_name = {name: [value for one in measured if (value := one[name]) is not None] for name in measured[0]}
+    metrics = {name: fmean(values) for name, values in by_name.items() if len(values) == len(measured)}
     if metric not in metrics:
         return Outcome(refused=f"its {metric} is undefined")
     return Outcome(value=metrics[metric], metrics=metrics)

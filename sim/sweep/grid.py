@@ -63,8 +63,8 @@ class Grid:
         for text in vary:
             key, equals, values = text.partition("=")
             key = key.strip()
-            found = split_values(values)
-            if not equals or not key or not all(found):
+            values_of_key = split_values(values)
+            if not equals or not key or not all(values_of_key):
                 raise ConfigError(f"--vary {text}: expected key=value,value,..., such as train.lr=0.1,0.3")
             if key == "seed":
                 raise ConfigError("--vary seed: expected --seeds N; every combination runs with N seeds")
@@ -72,9 +72,9 @@ class Grid:
                 raise ConfigError(f"--vary {key}: expected --folds K; every combination runs with K folds")
             if key in keys:
                 raise ConfigError(f"--vary {key}: found twice, expected all its values in one --vary")
-            if len({format_value(as_value(v)) for v in found}) < len(found):
+            if len({format_value(as_value(v)) for v in values_of_key}) < len(values_of_key):
                 raise ConfigError(f"--vary {text}: a value is there twice, expected different ones")
-            keys[key] = tuple(found)
+            keys[key] = tuple(values_of_key)
         if not keys and folds is None:
             raise ConfigError(
                 "--vary: missing, expected what the runs differ in, such as"
@@ -197,8 +197,8 @@ class Planned:
 
     @property
     def folder(self) -> str:
-        given = {key.rpartition(".")[2]: v for key, v in self.values.items() if v is not None}
-        parts = [f"{key}-{format_value(value)}" for key, value in given.items()]
+        set_values = {key.rpartition(".")[2]: v for key, v in self.values.items() if v is not None}
+        parts = [f"{key}-{format_value(value)}" for key, value in set_values.items()]
         readable = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part) for part in parts)
         fold = "" if self.job.data.folds is None else f"_fold-{self.job.data.fold}"
         return f"{readable[:80]}_seed-{self.job.seed}{fold}_{self.job.hash[:HASH]}".lstrip("_")

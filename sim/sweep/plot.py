@@ -84,11 +84,11 @@ def draw(axes: Axes, rows: Sequence[Row]) -> None:
         _line(axes, group, key, places, number, name)
     if key == EPSILON:
         _without_privacy(axes, [row for row in rows if not row.is_private], others)
-    for name, words in REFERENCES.items():
-        found = reference(rows, name)
-        if found is not None:
+    for name, label in REFERENCES.items():
+        scores_found = reference(rows, name)
+        if scores_found is not None:
             colour, dashes = LEVELS[name]
-            axes.axhline(found.mean, color=colour, linestyle=dashes, linewidth=1.3, label=words)
+            axes.axhline(scores_found.mean, color=colour, linestyle=dashes, linewidth=1.3, label=label)
     metric = headline_of(rows) or ""
     axes.set_ylabel(metric_words(metric) + (" (lower is better)" if lower_is_better(metric) else ""))
     axes.set_xlabel("epsilon (more privacy to the left)" if key == EPSILON else key)
@@ -100,9 +100,9 @@ def _places(axes: Axes, key: str, rows: Sequence[Row]) -> dict[str, float]:
     values = {format_value(row.values[key]): row.values[key] for row in rows}
     numbers = [float(v) for v in values.values() if _is_number(v)]
     if len(numbers) < len(values):
-        places = {words: float(place) for place, words in enumerate(values)}
+        places = {value_text: float(place) for place, value_text in enumerate(values)}
     else:
-        places = {words: float(value) for words, value in values.items()}
+        places = {value_text: float(value) for value_text, value in values.items()}
         if min(numbers) > 0 and (key == EPSILON or max(numbers) >= 10 * min(numbers)):
             axes.set_xscale("log")
     shown = places if len(places) <= 12 else {}
@@ -117,15 +117,15 @@ def _line(
 ) -> None:
     """The means of one combination of the other keys, and the band of their 95 % intervals."""
     by_value = grouped(rows, lambda row: (format_value(row.values[key]),))
-    found = {places[str(words)]: Estimate.of(scores(g)) for (words,), g in by_value.items() if scores(g)}
-    xs = sorted(found)
+    by_place = {places[str(value)]: Estimate.of(scores(g)) for (value,), g in by_value.items() if scores(g)}
+    xs = sorted(by_place)
     colour = COLOURS[number % len(COLOURS)]
     axes.plot(
-        xs, [found[x].mean for x in xs], color=colour, marker=MARKERS[number % len(MARKERS)],
+        xs, [by_place[x].mean for x in xs], color=colour, marker=MARKERS[number % len(MARKERS)],
         linewidth=2.2, markersize=6, label=name,
     )  # fmt: skip
-    low = [found[x].mean - (found[x].half or 0.0) for x in xs]
-    high = [found[x].mean + (found[x].half or 0.0) for x in xs]
+    low = [by_place[x].mean - (by_place[x].half or 0.0) for x in xs]
+    high = [by_place[x].mean + (by_place[x].half or 0.0) for x in xs]
     axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
@@ -134,8 +134,14 @@ def _without_privacy(axes: Axes, rows: Sequence[Row], others: Sequence[str]) -> 
     for group in grouped(rows, lambda row: values_of(row, others)).values():
         if not scores(group):
             continue
-        found = Estimate.of(scores(group))
-        told = [f"{o} {format_value(v)}" for o in others if (v := group[0].values[o]) is not None]
-        axes.axhline(found.mean, color=INK, linewidth=1.5, label=", ".join(["no privacy", *told]))
-        if found.half is not None:
-            axes.axhspan(found.mean - found.half, found.mean + found.half, color=INK, alpha=0.08, linewidth=0)
+        estimate = Estimate.of(scores(group))
+        texts = [f"{o} {format_value(v)}" for o in others if (v := group[0].values[o]) is not None]
+        axes.axhline(estimate.mean, color=INK, linewidth=1.5, label=", ".join(["no privacy", *texts]))
+        if estimate.half is not None:
+            axes.axhspan(
+                estimate.mean - estimate.half,
+                estimate.mean + estimate.half,
+                color=INK,
+                alpha=0.08,
+                linewidth=0,
+            )

@@ -61,10 +61,10 @@ def write_sweep(folder: Path, rows: Sequence[Row], name: str, *, missing: int) -
 def words_of(rows: Sequence[Row], chosen: Sequence[Pick], missing: int) -> list[str]:
     """The sentence, the references, what picking costs, and what is to be kept in mind."""
     lines = [sentence(rows)]
-    for name, words in REFERENCES.items():
-        found = reference(rows, name)
-        if found is not None:
-            lines.append(f"For comparison, {words}: {value_words(found)}.")
+    for name, label in REFERENCES.items():
+        by_key = reference(rows, name)
+        if by_key is not None:
+            lines.append(f"For comparison, {label}: {value_words(by_key)}.")
     lines += _remarks_on_seeds(rows)
     lines += [selection_words(pick) for pick in chosen]
     private = [row for row in rows if row.is_private]
@@ -85,7 +85,7 @@ def _remarks_on_seeds(rows: Sequence[Row]) -> list[str]:
     if rows[0].job.data.folds is not None:
         return []
     groups = [(combination_words(group[0].values), scores(group)) for group in combinations(rows)]
-    return [line for name, found in groups if (line := remark_on(name or "all runs", found))]
+    return [line for name, group_rows in groups if (line := remark_on(name or "all runs", group_rows))]
 
 
 def _page(rows: Sequence[Row], name: str, lines: Sequence[str], *, has_picture: bool) -> str:
@@ -93,29 +93,29 @@ def _page(rows: Sequence[Row], name: str, lines: Sequence[str], *, has_picture: 
     keys = list(rows[0].values)
     repeats = "seeds" if rows[0].job.data.folds is None else "folds and seeds"
     head = [*keys, repeats, f"{metric}, mean ± standard deviation", "epsilon spent"]
-    told = [
+    cells = [
         [*(format_value(value) for value in line.values.values()), str(line.seeds), line.score, line.epsilon]
         for line in table(rows)
     ]
     parts = [f"# {name}: a sweep", *lines[:1], "![The frontier](frontier.png)" if has_picture else ""]
-    parts += [markdown_table(head, told), *lines[1:], _loss_table(rows)]
+    parts += [markdown_table(head, cells), *lines[1:], _loss_table(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _loss_table(rows: Sequence[Row]) -> str:
     """What each private combination loses against the same without privacy, seed by seed."""
-    found = losses(rows)
-    if not found:
+    all_losses = losses(rows)
+    if not all_losses:
         return ""
-    unit = "points" if scale_of(found[0].metric) == 100 else metric_words(found[0].metric)
+    unit = "points" if scale_of(all_losses[0].metric) == 100 else metric_words(all_losses[0].metric)
     digits = 1 if unit == "points" else 3
-    told = []
-    for loss in found:
+    lines = []
+    for loss in all_losses:
         half = finite(loss.points.half)
         spread = "" if half is None else f" ± {half:.{digits}f}"
-        told.append([combination_words(loss.values), f"{loss.points.mean:.{digits}f}{spread}"])
+        lines.append([combination_words(loss.values), f"{loss.points.mean:.{digits}f}{spread}"])
     title = "Lost to privacy, with the 95 % interval of the mean over paired seeds:"
-    return f"{title}\n\n{markdown_table(['run', unit], told)}"
+    return f"{title}\n\n{markdown_table(['run', unit], lines)}"
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

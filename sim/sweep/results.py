@@ -132,13 +132,13 @@ def reference(rows: Sequence[Row], name: str) -> Estimate | None:
 
     A baseline knows of no promise, but of hyper-parameters: where they vary, the best mean counts.
     """
-    found: dict[Key, dict[int, float]] = {}
+    by_key: dict[Key, dict[int, float]] = {}
     for row in rows:
         value = finite(row.baselines.get(name, {}).get(row.primary_metric or ""))
         if value is not None:
             group = values_of(row, [key for key in row.values if not key.startswith("privacy.")])
-            found.setdefault(group, {}).setdefault(row.job.seed, value)
-    estimates = [Estimate.of(list(by_seed.values())) for by_seed in found.values()]
+            by_key.setdefault(group, {}).setdefault(row.job.seed, value)
+    estimates = [Estimate.of(list(by_seed.values())) for by_seed in by_key.values()]
     sign = -1 if lower_is_better(headline_of(rows) or "") else 1
     return max(estimates, key=lambda estimate: sign * estimate.mean, default=None)
 
@@ -165,14 +165,14 @@ def losses(rows: Sequence[Row]) -> list[Loss]:
         return []
     plain = {(values_of(row, others), row.job.seed): row.score for row in rows if not row.is_private}
     sign = -1 if lower_is_better(metric) else 1
-    found = []
+    losses_found = []
     for group in combinations([row for row in rows if row.is_private]):
         pairs = [(plain.get((values_of(row, others), row.job.seed)), row.score) for row in group]
         differences = [sign * (a - b) * scale_of(metric) for a, b in pairs if a is not None and b is not None]
         if differences:
             mean = fmean(scores(group))
-            found.append(Loss(group[0].values, metric, Estimate.of(differences), mean))
-    return found
+            losses_found.append(Loss(group[0].values, metric, Estimate.of(differences), mean))
+    return losses_found
 
 
 def scale_of(metric: str) -> float:
@@ -186,27 +186,27 @@ def sentence(rows: Sequence[Row]) -> str:
         return "No run was measured: the job holds no test data out."
     if EPSILON not in rows[0].values:
         return _best_sentence(rows)
-    found = losses(rows)
-    if not found:
+    all_losses = losses(rows)
+    if not all_losses:
         return (
             "There is no run without privacy to compare with:"
             f" add inf to --vary {EPSILON}, and the loss is told seed by seed."
         )
-    nearest = min((loss.epsilon for loss in found), key=lambda epsilon: abs(math.log(epsilon)))
-    told = [_loss_words(loss) for loss in _best_of_each([f for f in found if f.epsilon == nearest])]
-    seeds = found[0].points.count
+    nearest = min((loss.epsilon for loss in all_losses), key=lambda epsilon: abs(math.log(epsilon)))
+    sentences = [_loss_words(loss) for loss in _best_of_each([f for f in all_losses if f.epsilon == nearest])]
+    seeds = all_losses[0].points.count
     over = f"95 % interval over {seeds} seeds" if seeds > 1 else "one seed, so that there is no interval"
-    return f"At epsilon {nearest:g} {'; '.join(told)} ({over})."
+    return f"At epsilon {nearest:g} {'; '.join(sentences)} ({over})."
 
 
-def _best_of_each(found: Sequence[Loss]) -> list[Loss]:
+def _best_of_each(all_losses: Sequence[Loss]) -> list[Loss]:
     """Of those that differ in nothing but hyper-parameters, the one with the best metric."""
     chosen: dict[Key, Loss] = {}
-    for loss in sorted(found, key=lambda f: f.score, reverse=not lower_is_better(found[0].metric)):
+    for loss in sorted(all_losses, key=lambda f: f.score, reverse=not lower_is_better(all_losses[0].metric)):
         chosen.setdefault(
             tuple(format_value(v) for k, v in loss.values.items() if k.startswith("privacy.")), loss
         )
-    return [loss for loss in found if loss in chosen.values()]
+    return [loss for loss in all_losses if loss in chosen.values()]
 
 
 def _loss_words(loss: Loss) -> str:
@@ -228,11 +228,11 @@ def _best_sentence(rows: Sequence[Row]) -> str:
     metric = headline_of(rows)
     assert metric is not None
     group = best(combinations(rows))
-    found = Estimate.of(scores(group))
-    words = ", ".join(f"{k} {format_value(v)}" for k, v in group[0].values.items() if v is not None)
-    if not words:
-        return f"The {metric_words(metric)} is {value_words(found)} over {found.count} folds and seeds."
-    return f"The best {metric_words(metric)}, {value_words(found)}, has {words}."
+    estimate = Estimate.of(scores(group))
+    values = ", ".join(f"{k} {format_value(v)}" for k, v in group[0].values.items() if v is not None)
+    if not values:
+        return f"The {metric_words(metric)} is {value_words(estimate)} over {estimate.count} folds and seeds."
+    return f"The best {metric_words(metric)}, {value_words(estimate)}, has {values}."
 
 
 def best(groups: Sequence[Sequence[Row]]) -> Sequence[Row]:
@@ -267,8 +267,8 @@ def table(rows: Sequence[Row]) -> list[Line]:
     """Each combination with the mean and deviation of its metric, and the epsilon that was really spent."""
     lines = []
     for group in combinations(rows):
-        found = scores(group)
-        score = value_words(Estimate.of(found)) if found else "not measured"
+        scores_found = scores(group)
+        score = value_words(Estimate.of(scores_found)) if scores_found else "not measured"
         lines.append(Line(group[0].values, len(group), score, _spent_words(group)))
     return lines
 
@@ -296,9 +296,9 @@ def as_csv(rows: Sequence[Row]) -> str:
         if row.is_private and promised[0] is None:
             promised[0] = math.inf
         measured = [row.metrics.get(name) for name in metrics]
-        given = [None if (v := row.values[key]) is None else format_value(v) for key in keys]
+        cells = [None if (v := row.values[key]) is None else format_value(v) for key in keys]
         numbers = [row.job.seed, row.job.data.fold][: len(repeats)]
         writer.writerow(
-            [*given, *numbers, *measured, *promised, row.model_sha256, f"{row.seconds:.3f}", row.path]
+            [*cells, *numbers, *measured, *promised, row.model_sha256, f"{row.seconds:.3f}", row.path]
         )
     return text.getvalue()

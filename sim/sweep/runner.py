@@ -115,9 +115,9 @@ class WorkerCache:
         return self.baselines[key]
 
 
-def _make_room(kept: dict[str, Any]) -> None:
-    while len(kept) >= POPULATIONS_KEPT:
-        kept.pop(next(iter(kept)))
+def _make_room(populations: dict[str, Any]) -> None:
+    while len(populations) >= POPULATIONS_KEPT:
+        populations.pop(next(iter(populations)))
 
 
 _worker_cache = WorkerCache()

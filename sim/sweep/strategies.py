@@ -62,9 +62,13 @@ def runs_of(base: Base, names: Sequence[str], seeds: int, check: Callable[[Job],
     """
     by_name: list[list[Planned]] = []
     for name in names:
-        own = base.table.get("strategy")
-        kept = own if isinstance(own, dict) and own.get("name", "fedavg") == name else {}
-        varied = replace(base, table={**base.table, "strategy": {**kept, "name": name}})
+        base_strategy = base.table.get("strategy")
+        options = (
+            base_strategy
+            if isinstance(base_strategy, dict) and base_strategy.get("name", "fedavg") == name
+            else {}
+        )
+        varied = replace(base, table={**base.table, "strategy": {**options, "name": name}})
         try:
             runs = planned(varied, Grid({}, seeds))
             check(runs[0].job)
@@ -94,8 +98,8 @@ class Compared:
         """A line of the table."""
         count = str(self.score.count) if self.score else "0"
         sizes = (f"{self.bytes_up / 1e6:.3g}", f"{self.bytes_down / 1e6:.3g}")
-        words = metric_words(self.metric)
-        return (self.strategy, count, words, interval(self.score), interval(self.worst), *sizes)
+        name = metric_words(self.metric)
+        return (self.strategy, count, name, interval(self.score), interval(self.worst), *sizes)
 
 
 def interval(estimate: Estimate | None) -> str:
@@ -112,15 +116,15 @@ def interval(estimate: Estimate | None) -> str:
 def compared(results: Results) -> list[Compared]:
     """A line for every strategy that has a complete run, in the order in which they were asked for."""
     metric = headline_of([Row.of(run, result, "") for run, result in results]) or ""
-    found: dict[str, list[tuple[Planned, RunResult]]] = {}
+    by_strategy: dict[str, list[tuple[Planned, RunResult]]] = {}
     for run, result in results:
-        found.setdefault(run.values[KEY], []).append((run, result))
-    return [_line(name, metric, group) for name, group in found.items()]
+        by_strategy.setdefault(run.values[KEY], []).append((run, result))
+    return [_line(name, metric, group) for name, group in by_strategy.items()]
 
 
 def _line(name: str, metric: str, group: Sequence[tuple[Planned, RunResult]]) -> Compared:
-    found = [Row.of(run, result, "").metrics.get(metric) for run, result in group]
-    scores = [score for score in found if score is not None]
+    finals = [Row.of(run, result, "").metrics.get(metric) for run, result in group]
+    scores = [score for score in finals if score is not None]
     curves: dict[int, list[float]] = {}
     for _, result in group:
         for line in result.rounds:
@@ -202,9 +206,9 @@ def draw(axes: Axes, lines: Sequence[Compared]) -> None:
     for number, line in enumerate(lines):
         colour, xs = COLOURS[number % len(COLOURS)], list(line.curve)
         dashes = ("-", "--", ":")[number // len(COLOURS) % 3]
-        found = list(line.curve.values())
-        axes.plot(xs, [f.mean for f in found], dashes, color=colour, linewidth=2.2, label=line.strategy)
-        low, high = ([f.mean + sign * (f.half or 0.0) for f in found] for sign in (-1, 1))
+        curve = list(line.curve.values())
+        axes.plot(xs, [f.mean for f in curve], dashes, color=colour, linewidth=2.2, label=line.strategy)
+        low, high = ([f.mean + sign * (f.half or 0.0) for f in curve] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
     metric = lines[0].metric
     axes.set_ylabel(metric_words(metric) + (" (lower is better)" if lower_is_better(metric) else ""))

@@ -19,7 +19,7 @@ import torch
 
 from atoll.protocol.messages import Update
 from atoll.protocol.tensors import Tensors
-from atoll.strategies.asynchronous.late import WeighsLate
+from atoll.strategies.asynchronous.late import WeighsLate, scaled
 from atoll.strategies.fedavg import FedAvg
 from atoll.strategies.mean import evenly
 from atoll.strategies.strategy import Plan, State
@@ -44,8 +44,7 @@ class FedBuff(WeighsLate):
 
     def late(self, delta: Tensors, drift: Mapping[str, torch.Tensor], staleness: int) -> Tensors:
         """s(tau) times the delta; the client's start has no influence."""
-        weight = self.weight(staleness)
-        return {name: (weight * d.to(torch.float64)).to(d.dtype) for name, d in delta.items()}
+        return scaled(delta, self.weight(staleness))
 
     def merge(self, model: Tensors, updates: Sequence[Update], state: State) -> tuple[Tensors, State]:
         return self._step.merge(model, evenly(updates), state)

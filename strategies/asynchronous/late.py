@@ -70,6 +70,11 @@ def staleness_weight(weighing: Weighing, staleness: int, a: float, b: float) -> 
             return 1.0 if staleness <= b else 1.0 / (a * (staleness - b) + 1.0)
 
 
+def scaled(delta: Tensors, weight: float) -> Tensors:
+    """The delta times a weight, multiplied in float64; each tensor keeps its dtype."""
+    return {name: (weight * d.to(torch.float64)).to(d.dtype) for name, d in delta.items()}
+
+
 @dataclass(frozen=True)
 class WeighsLate:
     """The common part of strategies that weight late updates: the function s, with its a and b."""

@@ -179,7 +179,7 @@ def canaries_of(kind: str, clients: int, client: str) -> tuple[bytes, ...]:
     info = task.merge_info([{"classes": CLASSES, "pinned": True}])
     learner = Learner.of(job, task, info)
     rows = dataset_of(kind, clients, client)
-    features = learner.training_features(task.shard(rows, info))
+    features = learner.features.for_training(task.shard(rows, info))
     return (features[0, 0].contiguous().numpy().tobytes(), features[0, 1].contiguous().numpy().tobytes())
 
 

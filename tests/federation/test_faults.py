@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -79,13 +80,24 @@ def test_a_site_that_leaves_is_set_aside_by_name_and_the_rounds_close_without_it
 
 
 @pytest.mark.matrix
-def test_by_arrival_nobody_waits_for_a_site_that_is_slow(ring: Ring) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "cohort"),
+    [
+        ({"name": "fedbuff"}, 1),
+        ({"name": "fedcompass", "options": {"min_steps": 2, "max_steps": 6}}, None),
+    ],
+    ids=["fedbuff", "fedcompass"],
+)
+def test_by_arrival_nobody_waits_for_a_site_that_is_slow(
+    ring: Ring, strategy: dict[str, Any], cohort: int | None
+) -> None:
     """The slow one is done only after the last round; its update came from the first model, unread."""
-    federation, out = ring.whole(), ring.federation.folder / "arriving"
+    name = f"arriving-{strategy['name']}"
+    federation, out = ring.whole(), ring.federation.folder / name
     unmeasured = {"validation_fraction": 0}
-    asynchronous = {"cohort": 1, "concurrency": 3, "order": "arrival", "rounds": 4}
-    setting = job("arriving", federation=asynchronous, strategy={"name": "fedbuff"}, data=unmeasured)
-    held = ring.hold("arriving", 1)
+    asynchronous = {"cohort": cohort, "concurrency": 3, "order": "arrival", "rounds": 4}
+    setting = job(name, federation=asynchronous, strategy=strategy, data=unmeasured)
+    held = ring.hold(name, 1)
     submitted = federation.submit(setting, out)
     wait_until(lambda: len(rounds_of(out)) == 4, "four rounds")
     held.unlink()

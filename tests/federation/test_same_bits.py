@@ -72,6 +72,13 @@ def jobs(folder: Path) -> dict[str, Job]:
     buffered = {"clients": CLIENTS, "cohort": 1, "concurrency": 2, "rounds": 4}
     late = common | image | {"name": "fedbuff", "strategy": {"name": "fedbuff"}, "federation": buffered}  # type: ignore[operator]
     made["fedbuff"] = Job.parse(late, origin="test")
+    grouped = {"clients": CLIENTS, "concurrency": CLIENTS, "rounds": 6}
+    steps = {"name": "fedcompass", "options": {"min_steps": 2, "max_steps": 8}}
+    late |= {"name": "fedcompass", "strategy": steps, "federation": grouped}
+    made["fedcompass"] = Job.parse(late, origin="test")
+    signs = {"clients": CLIENTS, "rounds": 2, "compression": "sign", "error_feedback": False}
+    votes = common | image | {"name": "signsgd", "strategy": {"name": "signsgd"}, "federation": signs}  # type: ignore[operator]
+    made["signsgd"] = Job.parse(votes, origin="test")
     filtered = {"federation": {"clients": CLIENTS, "cohort": 2, "rounds": 4, "quorum": 1.0}}
     made["flanders"] = Job.parse(
         image | filtered | {"seed": 21, "name": "flanders", "strategy": {"name": "flanders"}}, origin="test"
@@ -246,6 +253,8 @@ def test_texts_at_real_sites_that_keep_send_sums_or_fold_factors_give_the_bits_o
                 "power-of-choice",
                 "oort",
                 "fedbuff",
+                "fedcompass",
+                "signsgd",
             ],
             [0, 1, 2],
         ),

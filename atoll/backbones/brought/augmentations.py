@@ -25,13 +25,13 @@ def augmented_image(
         ConfigError: one raises an error, or returns something else.
     """
     for extension in augmentations:
-        found, size = _applied(extension, image, draw), image.size
-        if not isinstance(found, Image.Image):
-            raise _wrong(extension, "a PIL image", type(found).__name__)
-        if (found.mode, found.size) != ("RGB", size):
-            given = f"{found.mode}, {found.width} x {found.height}"
-            raise _wrong(extension, f"an image as it was given, RGB, {size[0]} x {size[1]}", given)
-        image = found
+        image_out, size = _applied(extension, image, draw), image.size
+        if not isinstance(image_out, Image.Image):
+            raise _wrong(extension, "a PIL image", type(image_out).__name__)
+        if (image_out.mode, image_out.size) != ("RGB", size):
+            mode_and_size = f"{image_out.mode}, {image_out.width} x {image_out.height}"
+            raise _wrong(extension, f"an image as it was given, RGB, {size[0]} x {size[1]}", mode_and_size)
+        image = image_out
     return image
 
 
@@ -42,10 +42,10 @@ def augmented_text(text: str, augmentations: Sequence[Extension], draw: torch.Ge
         ConfigError: one raises an error, or returns something else.
     """
     for extension in augmentations:
-        found = _applied(extension, text, draw)
-        if not isinstance(found, str) or not found.strip():
-            raise _wrong(extension, "a text that isn't empty", repr(found)[:40])
-        text = found
+        changed = _applied(extension, text, draw)
+        if not isinstance(changed, str) or not changed.strip():
+            raise _wrong(extension, "a text that isn't empty", repr(changed)[:40])
+        text = changed
     return text
 
 
@@ -78,15 +78,15 @@ def _tried(extension: Extension, number: int) -> bytes:
 
 
 def _applied(extension: Extension, example: Any, draw: torch.Generator) -> Any:
-    found: list[Any] = []
-    failure = failure_of(lambda: found.append(extension.thing(example, draw)))  # type: ignore[misc]
+    results: list[Any] = []
+    failure = failure_of(lambda: results.append(extension.thing(example, draw)))  # type: ignore[misc]
     if failure is not None:
         raise ConfigError(f"{_called(extension)} raised {in_one_line(failure)}") from failure
-    return found[0]
+    return results[0]
 
 
-def _wrong(extension: Extension, expected: str, found: str) -> ConfigError:
-    return ConfigError(f"{_called(extension)}: expected {expected}, found {found}")
+def _wrong(extension: Extension, expected: str, actual: str) -> ConfigError:
+    return ConfigError(f"{_called(extension)}: expected {expected}, found {actual}")
 
 
 def _called(extension: Extension) -> str:

@@ -10,7 +10,6 @@ from torch import nn
 from atoll.backbones.brought.augmentations import augmented_text
 from atoll.backbones.brought.loading import check_rows, loaded_as
 from atoll.backbones.brought.modules import ImageBackbone, TextBackbone
-from atoll.backbones.brought.names import brought_augmentations
 from atoll.backbones.dense_vision import calibrate_batch_norm, varied_noise
 from atoll.backbones.encoder import Batch, Encoder, FixedShapeEncoder, Preprocessed, Variation
 from atoll.backbones.resolve import Backbone
@@ -90,14 +89,14 @@ class PreparedTexts(FixedShapeEncoder):
         Raises:
             ConfigError: it raises an error, or returns something else.
         """
-        found: list[Preprocessed] = []
+        preprocessed: list[Preprocessed] = []
         for text in inputs:
-            failure = failure_of(lambda text=text: found.append(self.model.prepare(text)))  # type: ignore[misc]
+            failure = failure_of(lambda text=text: preprocessed.append(self.model.prepare(text)))  # type: ignore[misc]
             if failure is not None:
                 raise ConfigError(
                     f"backbone.name: {self._name}.prepare raised {in_one_line(failure)}"
                 ) from failure
-        return [self._named(one) for one in found]
+        return [self._named(one) for one in preprocessed]
 
     def _named(self, prepared: Preprocessed) -> Batch:
         named = {INPUT: prepared} if isinstance(prepared, torch.Tensor) else prepared
@@ -127,7 +126,7 @@ class PreparedTexts(FixedShapeEncoder):
 
     def prepared(self, inputs: Sequence[str], places: Sequence[int], variation: Variation | None) -> Batch:
         if variation is not None:
-            own = brought_augmentations(variation.names)
             pairs = zip(inputs, places, strict=True)
-            inputs = [augmented_text(text, own, variation.stream(place)) for text, place in pairs]
+            drawn = ((text, variation.stream(place)) for text, place in pairs)
+            inputs = [augmented_text(text, variation.brought, draw) for text, draw in drawn]
         return self.collate(self.preprocess(inputs))

@@ -53,9 +53,9 @@ def found_as(section: BackboneSection, seed: int, file: Path | None) -> Brought:
         origin, file = _own_weights(extension)
     else:
         origin = f"file {file}"
-    given = options_for(extension, section.options)
-    network = built(extension, given, seed, file)
-    parts = json.dumps(["norms calibrated", name, code, given], sort_keys=True)
+    options = options_for(extension, section.options)
+    network = built(extension, options, seed, file)
+    parts = json.dumps(["norms calibrated", name, code, options], sort_keys=True)
     digest = hashlib.sha256(parts.encode())
     for tensor_name, tensor in sorted({**dict(network.named_buffers()), **network.state_dict()}.items()):
         digest.update(f"\0{tensor_name} {tensor.dtype} {list(tensor.shape)}\0".encode())
@@ -75,22 +75,22 @@ def extension_of(name: str) -> Extension:
 
 def _own_weights(extension: Extension) -> tuple[str, Path | None]:
     """(where they come from, their file if the class doesn't load them itself)."""
-    own = getattr(extension.thing, "pretrained", False)
-    if own is True:
+    pretrained = getattr(extension.thing, "pretrained", False)
+    if pretrained is True:
         return extension.origin, None
-    if not own:
+    if not pretrained:
         raise WeightsError(
             f"backbone.weights: {_called(extension)} brings no weights, expected"
             ' "random" or a file (its class says `pretrained` where it does)'
         )
-    path = Path(inspect.getfile(extension.thing)).parent / str(own)  # type: ignore[arg-type]
+    path = Path(inspect.getfile(extension.thing)).parent / str(pretrained)  # type: ignore[arg-type]
     if not path.is_file():
         raise WeightsError(f"backbone.weights: {_called(extension)} has no file {path}, which it names")
     return f"{extension.origin}, file {path.name}", path
 
 
 def built(
-    extension: Extension, given: Mapping[str, Any], seed: int, file: Path | None
+    extension: Extension, brought_options: Mapping[str, Any], seed: int, file: Path | None
 ) -> ImageBackbone | TextBackbone:
     """The module in eval mode with its weights, of which nothing but its form has been looked at.
 
@@ -98,7 +98,7 @@ def built(
         ConfigError: it raises an error as it is made, or isn't what a backbone is.
         WeightsError: the file doesn't fit it.
     """
-    options = checked_options(extension, given, "backbone.options")
+    options = checked_options(extension, brought_options, "backbone.options")
     made: list[Any] = []
     with global_stream(seed, "init", "backbone"):
         failure = failure_of(lambda: made.append(extension.thing(*options)))  # type: ignore[misc]
@@ -141,7 +141,7 @@ def _check_form(extension: Extension, network: ImageBackbone | TextBackbone) -> 
 
 
 def loaded_as(
-    kind: Kind, name: str, given: Mapping[str, Any], seed: int, file: Path | None
+    kind: Kind, name: str, options: Mapping[str, Any], seed: int, file: Path | None
 ) -> ImageBackbone | TextBackbone:
     """The backbone `plugin:NAME` with its weights.
 
@@ -149,17 +149,17 @@ def loaded_as(
         ConfigError: it isn't one of that kind, or can't be built.
     """
     extension = extension_of(name)
-    network = built(extension, options_for(extension, given), seed, file)
+    network = built(extension, options_for(extension, options), seed, file)
     if not isinstance(network, kind):
-        found = next(reads for one, reads in READS.items() if isinstance(network, one))
+        reader = next(reads for one, reads in READS.items() if isinstance(network, one))
         raise WeightsError(
-            f"backbone.name: {name} reads {found}, expected a backbone that reads {READS[kind]}"
+            f"backbone.name: {name} reads {reader}, expected a backbone that reads {READS[kind]}"
         )
     return network
 
 
-def _wrong(extension: Extension, expected: str, found: str) -> ConfigError:
-    return ConfigError(f"backbone.name: {_called(extension)}: expected {expected}, found {found}")
+def _wrong(extension: Extension, expected: str, actual: str) -> ConfigError:
+    return ConfigError(f"backbone.name: {_called(extension)}: expected {expected}, found {actual}")
 
 
 def _called(extension: Extension) -> str:
@@ -204,14 +204,14 @@ def check_rows(name: str, network: nn.Module, batch: Mapping[str, torch.Tensor],
 def _features(
     extension: Extension, network: nn.Module, batch: Mapping[str, torch.Tensor], number: int
 ) -> torch.Tensor:
-    found: list[torch.Tensor] = []
+    features: list[torch.Tensor] = []
     with torch.no_grad(), global_stream(number, "probe"):
-        failure = failure_of(lambda: found.append(network(dict(batch))))
+        failure = failure_of(lambda: features.append(network(dict(batch))))
     if failure is not None:
         raise ConfigError(
             f"backbone.name: {_called(extension)} raised {in_one_line(failure)}, given {_forms(batch)}"
         ) from failure
-    return found[0]
+    return features[0]
 
 
 def _forms(batch: Mapping[str, torch.Tensor]) -> str:

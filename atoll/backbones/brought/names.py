@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from atoll.errors import ConfigError, did_you_mean
+from atoll.job.extension_options import checked_options
 from atoll.job.job import BackboneSection, Job
 from atoll.kit.extensions import hashes_of
 from atoll.plugins import BACKBONE_PREFIX, BUILT_IN, Extension, Registry
@@ -60,10 +61,22 @@ def is_brought(section: BackboneSection) -> bool:
     return section.name.startswith(BACKBONE_PREFIX)
 
 
-def brought_augmentations(names: Sequence[str]) -> list[Extension]:
-    """Those of the names that extensions bring, in the same order."""
-    found = [AUGMENTATIONS[name].extension for name in names if not AUGMENTATIONS.has(name)]
-    return [extension.loaded() for extension in found if extension is not None]
+def brought_augmentations(job: Job) -> tuple[Extension, ...]:
+    """Those of the job's augmentations that extensions bring, in its order, each called with its options.
+
+    Raises:
+        ConfigError: options aren't those that its model declares.
+    """
+    extensions = (AUGMENTATIONS[name].extension for name in job.train.augment if not AUGMENTATIONS.has(name))
+    return tuple(_with_options(extension.loaded(), job) for extension in extensions if extension is not None)
+
+
+def _with_options(extension: Extension, job: Job) -> Extension:
+    """The augmentation as a function of an example and a generator alone."""
+    name, augment = extension.name, extension.thing
+    assert augment is not None
+    options = checked_options(extension, job.train.augment_options.get(name), f"train.augment_options.{name}")
+    return replace(extension, thing=lambda example, draw: augment(example, draw, *options))
 
 
 def check_brought_backbone(name: str) -> None:
@@ -76,10 +89,10 @@ def check_brought_backbone(name: str) -> None:
     raise ConfigError(f"backbone.name: unknown backbone {name!r}, {hint}")
 
 
-def options_for(extension: Extension, given: Mapping[str, Any]) -> dict[str, Any]:
+def options_for(extension: Extension, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `backbone.options` that are the extension's: `text` may name a second backbone instead."""
-    own = set(extension.options.model_fields) if extension.options is not None else set()
-    return {key: value for key, value in given.items() if key != "text" or key in own}
+    known = set(extension.options.model_fields) if extension.options is not None else set()
+    return {key: value for key, value in options.items() if key != "text" or key in known}
 
 
 def identity(extension: Extension, key: str) -> str:
@@ -117,5 +130,6 @@ def augmentations_kept_under(job: Job) -> dict[str, Any]:
     Raises:
         ConfigError: as `identity`.
     """
-    found = [kept_under(one, "train.cached_views") for one in brought_augmentations(job.train.augment)]
-    return {"augmentation_code": found} if found else {}
+    keys = [kept_under(one, "train.cached_views") for one in brought_augmentations(job)]
+    options = {"augment_options": job.train.augment_options} if job.train.augment_options else {}
+    return {"augmentation_code": keys, **options} if keys else {}

@@ -41,10 +41,10 @@ class _Reader:
         self._file = io.BytesIO(path.read_bytes())
 
     def bytes(self, count: int) -> bytes:
-        found = self._file.read(count)
-        if len(found) != count:
-            raise WeightsError(f"{self._path}: ends too early, expected {count - len(found)} bytes more")
-        return found
+        data = self._file.read(count)
+        if len(data) != count:
+            raise WeightsError(f"{self._path}: ends too early, expected {count - len(data)} bytes more")
+        return data
 
     def numbers(self, layout: str) -> tuple[int, ...]:
         return struct.unpack(f"<{layout}", self.bytes(struct.calcsize(f"<{layout}")))
@@ -111,27 +111,27 @@ def whisper_encoder(stored: Tensors) -> Tensors:
 
     Stored are query, key and value as one; a key has no bias, so zeros stand in its place.
     """
-    found = {
+    weights = {
         f"{part}.{kind}": stored[f"encoder/{part}/{kind}"]
         for part in ("conv1", "conv2")
         for kind in ("weight", "bias")
     }
-    found["embed_positions.weight"] = stored["encoder/position_encodings/encodings"]
+    weights["embed_positions.weight"] = stored["encoder/position_encodings/encodings"]
     for kind in ("gamma", "beta"):
-        found[f"layer_norm.{_VALUES[kind]}"] = stored[f"encoder/layer_norm/{kind}"]
+        weights[f"layer_norm.{_VALUES[kind]}"] = stored[f"encoder/layer_norm/{kind}"]
     for number in range(_layers(stored)):
         layer = f"encoder/layer_{number}"
         for theirs, ours in _LAYER_PARTS.items():
             for kind in ("gamma", "beta") if "norm" in theirs else ("weight", "bias"):
-                found[f"layers.{number}.{ours}.{_VALUES[kind]}"] = stored[f"{layer}/{theirs}/{kind}"]
+                weights[f"layers.{number}.{ours}.{_VALUES[kind]}"] = stored[f"{layer}/{theirs}/{kind}"]
         for kind in ("weight", "bias"):
             together = stored[f"{layer}/self_attention/linear_0/{kind}"]
             for letter, part in zip("qkv", together.chunk(3), strict=True):
                 if (letter, kind) != ("k", "bias"):
-                    found[f"layers.{number}.self_attn.{letter}_proj.{kind}"] = part
-    if any(not tensor.is_floating_point() for tensor in found.values()):
+                    weights[f"layers.{number}.self_attn.{letter}_proj.{kind}"] = part
+    if any(not tensor.is_floating_point() for tensor in weights.values()):
         raise ValueError("its values are whole numbers with a scale, expected float16 or float32")
-    return {f"encoder.{name}": tensor.to(torch.float32).contiguous() for name, tensor in found.items()}
+    return {f"encoder.{name}": tensor.to(torch.float32).contiguous() for name, tensor in weights.items()}
 
 
 def _layers(stored: Tensors) -> int:

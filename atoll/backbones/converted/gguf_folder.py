@@ -71,14 +71,14 @@ def write_folder(file: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
-    said = {name: field.contents() for name, field in reader.fields.items()}
-    if said["general.architecture"] != "llama":
-        raise ValueError(f"a network of kind {said['general.architecture']}, expected llama")
-    tensors = _tensors(reader, said)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    if metadata["general.architecture"] != "llama":
+        raise ValueError(f"a network of kind {metadata['general.architecture']}, expected llama")
+    tensors = _tensors(reader, metadata)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = _config(said, is_tied="lm_head.weight" not in tensors)
+    config = _config(metadata, is_tied="lm_head.weight" not in tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
-    _tokenizer(said).save_pretrained(folder)
+    _tokenizer(metadata).save_pretrained(folder)
 
 
 def tensors_in(file: Path) -> Tensors:
@@ -89,22 +89,22 @@ def tensors_in(file: Path) -> Tensors:
     return _tensors(reader, {name: field.contents() for name, field in reader.fields.items()})
 
 
-def _tensors(reader: Any, said: dict[str, Any]) -> Tensors:
+def _tensors(reader: Any, metadata: dict[str, Any]) -> Tensors:
     """All tensors in float32 under transformers' names."""
     from gguf import dequantize
 
     heads = {
-        "attn_q": said["llama.attention.head_count"],
-        "attn_k": said["llama.attention.head_count_kv"],
+        "attn_q": metadata["llama.attention.head_count"],
+        "attn_k": metadata["llama.attention.head_count_kv"],
     }
-    found: Tensors = {}
+    tensors: Tensors = {}
     for stored in reader.tensors:
         values = np.array(dequantize(stored.data, stored.tensor_type), np.float32)
         part = stored.name.split(".")[-2]
         if part in heads:
             values = _rows_in_halves(values, heads[part])
-        found[_name(stored.name)] = torch.from_numpy(values)
-    return found
+        tensors[_name(stored.name)] = torch.from_numpy(values)
+    return tensors
 
 
 def _name(theirs: str) -> str:
@@ -137,37 +137,37 @@ def _rows_in_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float
     return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(weight.shape))
 
 
-def _config(said: dict[str, Any], *, is_tied: bool) -> dict[str, object]:
+def _config(metadata: dict[str, Any], *, is_tied: bool) -> dict[str, object]:
     """What transformers must know of the network."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": said["llama.embedding_length"],
-        "intermediate_size": said["llama.feed_forward_length"],
-        "num_hidden_layers": said["llama.block_count"],
-        "num_attention_heads": said["llama.attention.head_count"],
-        "num_key_value_heads": said["llama.attention.head_count_kv"],
-        "max_position_embeddings": said["llama.context_length"],
-        "rms_norm_eps": said["llama.attention.layer_norm_rms_epsilon"],
-        "rope_theta": said["llama.rope.freq_base"],
-        "vocab_size": len(said["tokenizer.ggml.tokens"]),
+        "hidden_size": metadata["llama.embedding_length"],
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_attention_heads": metadata["llama.attention.head_count"],
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
+        "max_position_embeddings": metadata["llama.context_length"],
+        "rms_norm_eps": metadata["llama.attention.layer_norm_rms_epsilon"],
+        "rope_theta": metadata["llama.rope.freq_base"],
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": is_tied,
-        "bos_token_id": said["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": said["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": said["tokenizer.ggml.padding_token_id"],
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
         "dtype": "float32",
     }
 
 
-def _tokenizer(said: dict[str, Any]) -> Any:
+def _tokenizer(metadata: dict[str, Any]) -> Any:
     """Byte pairs (GPT-2's) after each digit has been set apart, with the model's own template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    if said["tokenizer.ggml.pre"] != _SPLITS_DIGITS:
-        raise ValueError(f"a tokenizer of kind {said['tokenizer.ggml.pre']}, expected {_SPLITS_DIGITS}")
-    tokens, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
-    merges = [tuple(line.split(" ")) for line in said["tokenizer.ggml.merges"]]
+    if metadata["tokenizer.ggml.pre"] != _SPLITS_DIGITS:
+        raise ValueError(f"a tokenizer of kind {metadata['tokenizer.ggml.pre']}, expected {_SPLITS_DIGITS}")
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(line.split(" ")) for line in metadata["tokenizer.ggml.merges"]]
     pieces = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
     pieces.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -178,12 +178,12 @@ def _tokenizer(said: dict[str, Any]) -> Any:
     made: Any = PreTrainedTokenizerFast
     return made(
         tokenizer_object=pieces,
-        bos_token=tokens[said["tokenizer.ggml.bos_token_id"]],
-        eos_token=tokens[said["tokenizer.ggml.eos_token_id"]],
-        pad_token=tokens[said["tokenizer.ggml.padding_token_id"]],
-        unk_token=tokens[said["tokenizer.ggml.unknown_token_id"]],
-        chat_template=said["tokenizer.chat_template"],
-        model_max_length=said["llama.context_length"],
+        bos_token=tokens[metadata["tokenizer.ggml.bos_token_id"]],
+        eos_token=tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        pad_token=tokens[metadata["tokenizer.ggml.padding_token_id"]],
+        unk_token=tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+        chat_template=metadata["tokenizer.chat_template"],
+        model_max_length=metadata["llama.context_length"],
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )

@@ -38,8 +38,8 @@ def morlet(period: int, scale: int, angle: int) -> torch.Tensor:
     wave = envelope * torch.exp(0.75j * math.pi / 2**scale * u)
     shape = (copies, period, copies, period)
     wave, gauss = (values.reshape(shape).sum((0, 2)) for values in (wave, envelope))
-    found: torch.Tensor = wave - wave.sum() / gauss.sum() * gauss
-    return found.mul_(slant / (2 * math.pi * deviation**2))
+    wavelet: torch.Tensor = wave - wave.sum() / gauss.sum() * gauss
+    return wavelet.mul_(slant / (2 * math.pi * deviation**2))
 
 
 def _copies(period: int) -> int:

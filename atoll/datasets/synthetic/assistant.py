@@ -23,14 +23,14 @@ def generated_assistant(seed: int = 0, count: int = 720) -> dict[str, pa.Table]:
         DataError: espeak-ng isn't installed, or fails.
     """
     rng = np.random.default_rng(stream_seed(seed, "generated-assistant"))
-    said: dict[tuple[str, ...], Command] = {}
-    while len(said) < count:
+    commands: dict[tuple[str, ...], Command] = {}
+    while len(commands) < count:
         before = _POLITE[rng.integers(len(_POLITE))]
         made = command(rng, list(INTENTS)[rng.integers(len(INTENTS))], before=before)
-        said.setdefault(made.words, made)
+        commands.setdefault(made.words, made)
     speakers = [int(speaker) for speaker in rng.integers(0, _SPEAKERS, count)]
     more = {
-        "intent": [made.intent for made in said.values()],
-        "slots": [" ".join(made.tags) for made in said.values()],
+        "intent": [made.intent for made in commands.values()],
+        "slots": [" ".join(made.tags) for made in commands.values()],
     }
-    return cut(recordings([" ".join(words) for words in said], speakers, VOICES, more))
+    return cut(recordings([" ".join(words) for words in commands], speakers, VOICES, more))

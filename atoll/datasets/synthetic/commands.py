@@ -63,13 +63,13 @@ def generated_commands(seed: int = 0, count: int = 2000) -> dict[str, pa.Table]:
     tastes = rng.dirichlet(np.full(len(names), _TASTE), _SPEAKERS)
     manners = [(rng.choice(_BEFORE, 3), rng.choice(_AFTER, 3)) for _ in range(_SPEAKERS)]
     rows: dict[str, list[str]] = {"text": [], "intent": [], "slots": [], "speaker": []}
-    said: set[tuple[str, ...]] = set()
-    while len(said) < count:
+    seen: set[tuple[str, ...]] = set()
+    while len(seen) < count:
         speaker = int(rng.integers(_SPEAKERS))
-        before, after = (str(rng.choice(own)) for own in manners[speaker])
+        before, after = (str(rng.choice(manner)) for manner in manners[speaker])
         made = command(rng, str(rng.choice(names, p=tastes[speaker])), before=before, after=after)
-        if made.words not in said:
-            said.add(made.words)
+        if made.words not in seen:
+            seen.add(made.words)
             values = (" ".join(made.words), made.intent, " ".join(made.tags), f"speaker-{speaker:02d}")
             for column, value in zip(rows, values, strict=True):
                 rows[column].append(value)
@@ -84,14 +84,14 @@ def command(rng: np.random.Generator, intent: str, *, before: str = "", after: s
     for part in (before + forms[rng.integers(len(forms))] + after).split():
         slot = part[1:-1] if part.startswith("{") else None
         values = SLOTS[slot] if slot else (part,)
-        said = values[rng.integers(len(values))].split()
-        words += said
-        tags += [f"{'I' if place else 'B'}-{slot}" if slot else "O" for place in range(len(said))]
+        value = values[rng.integers(len(values))].split()
+        words += value
+        tags += [f"{'I' if place else 'B'}-{slot}" if slot else "O" for place in range(len(value))]
     return Command(tuple(words), tuple(tags), intent)
 
 
 def command_words() -> set[str]:
     """Every word that a command may have."""
-    said = " ".join((*(form for forms in INTENTS.values() for form in forms), *_BEFORE, *_AFTER))
+    text = " ".join((*(form for forms in INTENTS.values() for form in forms), *_BEFORE, *_AFTER))
     values = " ".join(value for values in SLOTS.values() for value in values)
-    return {word for word in f"{said} {values}".split() if not word.startswith("{")}
+    return {word for word in f"{text} {values}".split() if not word.startswith("{")}

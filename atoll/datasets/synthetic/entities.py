@@ -48,20 +48,20 @@ def generated_entities(seed: int = 0, count: int = 2400) -> dict[str, pa.Table]:
     rng = np.random.default_rng(stream_seed(seed, "generated-entities"))
     stems = [f"{start}{end}".title() for start in _STARTS for end in _ENDS]
     tastes = rng.dirichlet(np.full(len(_FORMS), _TASTE), _PAPERS)
-    own = [[stems[place] for place in rng.permutation(len(stems))[:60]] for _ in range(_PAPERS)]
-    found: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}
-    while len(found) < count:
+    stems_of = [[stems[place] for place in rng.permutation(len(stems))[:60]] for _ in range(_PAPERS)]
+    sentences: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}
+    while len(sentences) < count:
         paper = int(rng.integers(_PAPERS))
         form = _FORMS[rng.choice(len(_FORMS), p=tastes[paper])] + _AFTER[rng.integers(len(_AFTER))]
-        words, tags = _sentence(rng, form, own[paper])
-        found.setdefault(words, (tags, f"paper-{paper:02d}"))
+        words, tags = _sentence(rng, form, stems_of[paper])
+        sentences.setdefault(words, (tags, f"paper-{paper:02d}"))
     kind = pa.list_(pa.string())
     return cut(
         pa.table(
             {
-                "tokens": pa.array([list(words) for words in found], kind),
-                "tags": pa.array([list(tags) for tags, _ in found.values()], kind),
-                "paper": pa.array([paper for _, paper in found.values()], pa.string()),
+                "tokens": pa.array([list(words) for words in sentences], kind),
+                "tags": pa.array([list(tags) for tags, _ in sentences.values()], kind),
+                "paper": pa.array([paper for _, paper in sentences.values()], pa.string()),
             }
         )
     )

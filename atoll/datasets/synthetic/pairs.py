@@ -30,15 +30,15 @@ def generated_pairs(seed: int = 0, count: int = 4000) -> dict[str, pa.Table]:
     """
     rng = np.random.default_rng(stream_seed(seed, "generated-pairs"))
     tastes = rng.dirichlet(np.full(len(_PLACES), _TASTE), _OFFICES)
-    found: dict[str, tuple[str, str]] = {}
-    while len(found) < count:
+    pairs: dict[str, tuple[str, str]] = {}
+    while len(pairs) < count:
         office = int(rng.integers(_OFFICES))
         source, target = _pair(rng, str(rng.choice(list(_PLACES), p=tastes[office])))
-        found.setdefault(source, (target, f"office-{office}"))
+        pairs.setdefault(source, (target, f"office-{office}"))
     columns = {
-        "source": list(found),
-        "target": [target for target, _ in found.values()],
-        "office": [office for _, office in found.values()],
+        "source": list(pairs),
+        "target": [target for target, _ in pairs.values()],
+        "office": [office for _, office in pairs.values()],
     }
     return cut(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}))
 
@@ -52,6 +52,6 @@ def _pair(rng: np.random.Generator, place: str) -> tuple[str, str]:
     what = f"many {colour} {thing}s" if are_many else f"the {colour} {thing}"
     where = f" in the {place}" if has_place else ""
     source = f"{person} {verb} {'not ' if is_denied else ''}{what}{where}"
-    said = [_PLACES[place] + _HERE] if has_place else []
-    said += [_PEOPLE[person], _THINGS[thing] + (_MANY if are_many else ""), _COLOURS[colour]]
-    return source, " ".join([*said, *([_NOT] if is_denied else []), _VERBS[verb]])
+    place_words = [_PLACES[place] + _HERE] if has_place else []
+    place_words += [_PEOPLE[person], _THINGS[thing] + (_MANY if are_many else ""), _COLOURS[colour]]
+    return source, " ".join([*place_words, *([_NOT] if is_denied else []), _VERBS[verb]])

@@ -25,17 +25,17 @@ def generated_preferences(seed: int = 0, count: int = 600) -> dict[str, pa.Table
     """
     rng = np.random.default_rng(stream_seed(seed, "generated-preferences"))
     tastes = rng.dirichlet(np.full(len(_THINGS), _TASTE), _READERS)
-    found: dict[tuple[str, str, str], str] = {}
-    while len(found) < count:
+    pairs: dict[tuple[str, str, str], str] = {}
+    while len(pairs) < count:
         reader = int(rng.integers(_READERS))
         thing, place = str(rng.choice(_THINGS, p=tastes[reader])), str(rng.choice(_PLACES))
         asked, polite, curt = (str(rng.choice(forms)) for forms in (_ASKED, _POLITE, _CURT))
         row = (asked.format(thing=thing), polite.format(place=place), curt.format(place=place))
-        found.setdefault(row, f"reader-{reader}")
+        pairs.setdefault(row, f"reader-{reader}")
     columns = {
-        "prompt": [prompt for prompt, _, _ in found],
-        "chosen": [chosen for _, chosen, _ in found],
-        "rejected": [rejected for _, _, rejected in found],
-        "reader": list(found.values()),
+        "prompt": [prompt for prompt, _, _ in pairs],
+        "chosen": [chosen for _, chosen, _ in pairs],
+        "rejected": [rejected for _, _, rejected in pairs],
+        "reader": list(pairs.values()),
     }
     return cut(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}))

@@ -57,8 +57,8 @@ def generated_choices(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
     rng = np.random.default_rng(stream_seed(seed, "generated-choices"))
     kinds = tuple(_KINDS_OF_THINGS)
     taught = rng.dirichlet(np.full(len(kinds), _SYLLABUS), _SCHOOLS)
-    found: dict[tuple[str, tuple[str, ...]], tuple[int, str]] = {}
-    while len(found) < count:
+    questions: dict[tuple[str, tuple[str, ...]], tuple[int, str]] = {}
+    while len(questions) < count:
         school = int(rng.integers(_SCHOOLS))
         right = int(rng.choice(len(kinds), p=taught[school]))
         others = [kind for kind in rng.permutation(len(kinds)) if kind != right][: rng.integers(2, 5)]
@@ -66,14 +66,14 @@ def generated_choices(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
         order = [*others[:place], right, *others[place:]]
         things = tuple(_one(rng, _KINDS_OF_THINGS[kinds[kind]]) for kind in order)
         question = _one(rng, _WHICH).format(kind=kinds[right])
-        found.setdefault((question, things), (place, f"school-{school}"))
+        questions.setdefault((question, things), (place, f"school-{school}"))
     return cut(
         pa.table(
             {
-                "question": pa.array([question for question, _ in found], pa.string()),
-                "choices": pa.array([list(things) for _, things in found], pa.list_(pa.string())),
-                "answer": pa.array([place for place, _ in found.values()], pa.int64()),
-                "school": pa.array([school for _, school in found.values()], pa.string()),
+                "question": pa.array([question for question, _ in questions], pa.string()),
+                "choices": pa.array([list(things) for _, things in questions], pa.list_(pa.string())),
+                "answer": pa.array([place for place, _ in questions.values()], pa.int64()),
+                "school": pa.array([school for _, school in questions.values()], pa.string()),
             }
         ),
         test=0.1,
@@ -82,9 +82,9 @@ def generated_choices(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
 
 def question_words() -> set[str]:
     """Every word of the questions, their contexts and answers, but for numbers."""
-    said = "what is plus minus how many has who have more colour where the and in The"
+    text = "what is plus minus how many has who have more colour where the and in The"
     listed = (*_NAMES, *_THINGS, *_COLOURS, *_OBJECTS, *_PLACES)
-    return {*said.split(), *listed, "question", "context"}
+    return {*text.split(), *listed, "question", "context"}
 
 
 def _asked(
@@ -94,9 +94,9 @@ def _asked(
     asked: dict[Asked, str] = {}
     while len(asked) < count:
         kind = kinds[len(asked) % len(kinds)]
-        found = _KINDS[kind](rng)
-        if found not in others:
-            asked.setdefault(found, kind)
+        question = _KINDS[kind](rng)
+        if question not in others:
+            asked.setdefault(question, kind)
     return asked
 
 

@@ -35,8 +35,8 @@ def generated_reviews(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
     for number in range(count):
         thing, verdict = THINGS[number % 3], tuple(VERDICTS)[number // 3 % 2]
         sayings = VERDICTS[verdict]
-        said = sayings[rng.integers(len(sayings))].format(_IT[rng.integers(len(_IT))])
-        rows["text"].append(said[0].upper() + said[1:])
+        sentence = sayings[rng.integers(len(sayings))].format(_IT[rng.integers(len(_IT))])
+        rows["text"].append(sentence[0].upper() + sentence[1:])
         rows["label"].append(f"{thing} {verdict}")
         rows["shop"].append(f"shop-{rng.integers(10)}")
         images.append(_photo(thing, rng))

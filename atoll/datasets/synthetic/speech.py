@@ -108,11 +108,11 @@ def wav(samples: NDArray[np.int16]) -> bytes:
 
 def _sentences(rng: np.random.Generator, count: int) -> list[Sentence]:
     """Different sentences."""
-    found: dict[Sentence, None] = {}
+    sentences: dict[Sentence, None] = {}
     makers = (_digits, _command, _colours, _command)
-    while len(found) < count:
-        found[makers[len(found) % len(makers)](rng)] = None
-    return list(found)
+    while len(sentences) < count:
+        sentences[makers[len(sentences) % len(makers)](rng)] = None
+    return list(sentences)
 
 
 def _digits(rng: np.random.Generator) -> Sentence:

@@ -37,11 +37,11 @@ def generated_street(seed: int = 0, count: int = 600) -> dict[str, pa.Table]:
     images, labels, boxes, classes, masks = [], [], [], [], []
     for _ in range(count):
         label = WEATHER[rng.integers(len(WEATHER))]
-        pixels, found, mask = _scene(label, rng)
+        pixels, regions, mask = _scene(label, rng)
         images.append(rgb_png(as_bytes(pixels)))
         labels.append(label)
-        boxes.append([box_of(region) for _, region in found])
-        classes.append([name for name, _ in found])
+        boxes.append([box_of(region) for _, region in regions])
+        classes.append([name for name, _ in regions])
         masks.append(grey_png(mask))
     return cut(
         pa.table(
@@ -61,20 +61,20 @@ def _scene(weather: str, rng: np.random.Generator) -> tuple[Pixels, list[tuple[s
     pixels, road = _road(rng)
     mask = road.astype(np.uint8) * MASK_CLASSES.index("road")
     taken = np.zeros((SIDE, SIDE), dtype=np.bool_)
-    found: list[tuple[str, Region]] = []
+    regions: list[tuple[str, Region]] = []
     wanted = rng.integers(1, 5)
     for _ in range(_TRIES):
         name = OBJECTS[rng.integers(len(OBJECTS))]
         parts = _OBJECTS[name](rng)
         region = np.logical_or.reduce([part for part, _ in parts])
-        if len(found) < wanted and not (taken & region).any():
+        if len(regions) < wanted and not (taken & region).any():
             for part, colour in parts:
                 pixels[part] = colour
             x1, y1, x2, y2 = box_of(region)
             taken |= rectangle((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1 + 4, y2 - y1 + 4)
-            found.append((name, region))
+            regions.append((name, region))
             mask[region] = MASK_CLASSES.index(name)
-    return _WEATHER[weather](pixels, rng) + rng.normal(0, 6, pixels.shape), found, mask
+    return _WEATHER[weather](pixels, rng) + rng.normal(0, 6, pixels.shape), regions, mask
 
 
 def _road(rng: np.random.Generator) -> tuple[Pixels, Region]:

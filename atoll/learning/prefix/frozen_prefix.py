@@ -75,10 +75,10 @@ class FrozenPrefix:
             with torch.inference_mode():
                 self._run(ids[None].to(_device(self.network)))
         except _Reached:
-            found: torch.Tensor = self._local.captured[0]
+            captured: torch.Tensor = self._local.captured[0]
         finally:
             self._local.captures = False
-        return found.to("cpu", torch.float32)
+        return captured.to("cpu", torch.float32)
 
     def states_of_each(
         self, sequences: Sequence[torch.Tensor], *, threads: int, done: Callable[[int], None]
@@ -88,7 +88,7 @@ class FrozenPrefix:
         Raises:
             DataError: a state isn't finite.
         """
-        found: list[torch.Tensor] = []
+        computed: list[torch.Tensor] = []
         workers = workers_on(_device(self.network).type, threads)
         # Per-example gradients may have left another way to compute attention, of other bits.
         with _modes_kept(self.network), attention(self.network, self._attention):
@@ -96,9 +96,9 @@ class FrozenPrefix:
             for states in side_by_side(self.states, sequences, workers=workers, threads=threads):
                 if not torch.isfinite(states).all():
                     raise DataError("an example has states in the frozen blocks that are not finite")
-                found.append(states)
-                done(len(found))
-        return found
+                computed.append(states)
+                done(len(computed))
+        return computed
 
     def _blocks_in_order(self, head: nn.Module) -> list[nn.Module]:
         """The network's blocks, and its head where that is inside, in the order in which they run."""
@@ -108,7 +108,7 @@ class FrozenPrefix:
         )
         called: list[nn.Module] = []
 
-        def note(block: nn.Module, given: Any) -> None:
+        def note(block: nn.Module, inputs: Any) -> None:
             if block not in called:
                 called.append(block)
 
@@ -154,17 +154,17 @@ class FrozenPrefix:
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
                 return False  # It takes something else from the frozen blocks, which isn't there.
 
-    def _run(self, given: torch.Tensor) -> Any:
+    def _run(self, tokens_or_states: torch.Tensor) -> Any:
         """The network on whole sequences of tokens [n, tokens], or of states [n, tokens, width]."""
-        mask = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
+        mask = torch.ones(tokens_or_states.shape[:2], dtype=torch.int64, device=tokens_or_states.device)
         takes_cache = "use_cache" in inspect.signature(self.network.forward).parameters
         return self.network(
-            input_ids=given, attention_mask=mask, **({"use_cache": False} if takes_cache else {})
+            input_ids=tokens_or_states, attention_mask=mask, **({"use_cache": False} if takes_cache else {})
         )
 
-    def _begin(self, network: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+    def _begin(self, network: nn.Module, args: Any, named: dict[str, Any]) -> Any:
         """Where states are given, let the frozen blocks pass, and the rest begin with them."""
-        states = given.get("input_ids")
+        states = named.get("input_ids")
         if states is None or not states.is_floating_point():
             return None
         self._local.states = states
@@ -176,26 +176,26 @@ class FrozenPrefix:
             self._replaced.append((block, vars(block).get("forward")))
             block.forward = passed
         ids = torch.zeros(states.shape[:-1], dtype=torch.int64, device=states.device)
-        return args, given | {"input_ids": ids}
+        return args, named | {"input_ids": ids}
 
     def _end(self, network: nn.Module, args: Any, output: Any) -> None:
         self._local.states = None
-        for block, own in self._replaced:
+        for block, forward in self._replaced:
             del block.forward
-            if own is not None:
-                block.forward = own
+            if forward is not None:
+                block.forward = forward
         self._replaced.clear()
 
-    def _enter(self, block: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Before the first tuned block: note the states, or put those that are given in their place."""
         if getattr(self._local, "captures", False):
-            self._local.captured = args[0] if args else given["hidden_states"]
+            self._local.captured = args[0] if args else named["hidden_states"]
             raise _Reached
         states = getattr(self._local, "states", None)
         if states is None:
             return None
         self._local.states = None  # A network may call a block again, with what came of it.
-        return ((states, *args[1:]), given) if args else (args, given | {"hidden_states": states})
+        return ((states, *args[1:]), named) if args else (args, named | {"hidden_states": states})
 
 
 @contextmanager

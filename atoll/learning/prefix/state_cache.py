@@ -41,7 +41,11 @@ class StateCache:
     def missing(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Those of the sequences whose states are not all kept, in the order given, each once."""
         keys = [piece_keys(sequence) for sequence in sequences]
-        distinct = {own[0]: place for place, own in reversed(list(enumerate(keys))) if own}
+        distinct = {
+            piece_keys_of[0]: place
+            for place, piece_keys_of in reversed(list(enumerate(keys)))
+            if piece_keys_of
+        }
         places = sorted(distinct.values())
         flat = [key for place in places for key in keys[place]]
         absent = {flat[place] for place in self.cache.missing(flat)} if flat else set()
@@ -56,10 +60,10 @@ class StateCache:
         count, length = ids.shape
         rows = -(-length // PIECE)
         keys = [piece_keys(row[is_real.bool()]) for row, is_real in zip(ids, mask, strict=True)]
-        kept = self.cache.take([key for own in keys for key in own]).view(self.dtype)
-        places = [n * rows + piece for n, own in enumerate(keys) for piece in range(len(own))]
-        table = torch.zeros((count * rows, kept.shape[1]), dtype=torch.float32)
-        table[torch.tensor(places)] = kept.to(torch.float32)
+        pieces = self.cache.take([key for row_keys in keys for key in row_keys]).view(self.dtype)
+        places = [n * rows + piece for n, row_keys in enumerate(keys) for piece in range(len(row_keys))]
+        table = torch.zeros((count * rows, pieces.shape[1]), dtype=torch.float32)
+        table[torch.tensor(places)] = pieces.to(torch.float32)
         return table.view(count, rows * PIECE, -1)[:, :length].contiguous()
 
     def _pieces(self, states: torch.Tensor) -> torch.Tensor:
@@ -74,9 +78,9 @@ def piece_keys(sequence: torch.Tensor) -> list[bytes]:
     whole = hashlib.sha256(sequence.to(torch.int64).contiguous().cpu().numpy().tobytes())
     keys = []
     for number in range(-(-len(sequence) // PIECE)):
-        own = whole.copy()
-        own.update(b"/" + number.to_bytes(4, "big"))
-        keys.append(own.digest())
+        digest = whole.copy()
+        digest.update(b"/" + number.to_bytes(4, "big"))
+        keys.append(digest.digest())
     return keys
 
 

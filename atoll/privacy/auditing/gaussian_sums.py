@@ -93,7 +93,7 @@ def separation(scores: Vector, inside: Membership) -> Separation:
     return Separation(t, len(into), len(out))
 
 
-def chance(found: Separation, family: Family, noise_multiplier: float) -> float:
+def chance(separated: Separation, family: Family, noise_multiplier: float) -> float:
     """How likely the family's member with that noise has scores so far apart, or farther.
 
     Let those inside be in a release k times together, over n canaries and T releases: then t has the
@@ -101,9 +101,9 @@ def chance(found: Separation, family: Family, noise_multiplier: float) -> float:
     the scores of those inside vary more, the pooled deviation is larger and t smaller: the chance is
     an upper bound, exact without sampling.
     """
-    unit = found.t_per_deviation / (found.inside * math.sqrt(family.releases) * noise_multiplier)
-    times = _times_in_a_release(found.inside * family.releases, family.sampling_rate)
-    tails = nct.sf(found.t, found.degrees_of_freedom, unit * np.array(list(times)))
+    unit = separated.t_per_deviation / (separated.inside * math.sqrt(family.releases) * noise_multiplier)
+    times = _times_in_a_release(separated.inside * family.releases, family.sampling_rate)
+    tails = nct.sf(separated.t, separated.degrees_of_freedom, unit * np.array(list(times)))
     return float(min(1.0, NEGLIGIBLE + np.dot(tails, list(times.values()))))
 
 
@@ -147,13 +147,13 @@ def lower_bound_by_sums(
     Raises:
         ValueError: fewer than two canaries are in, or fewer than two out.
     """
-    found, doubt, most = separation(scores, inside), 1 - confidence, family.most_noise
-    if found.t <= 0 or chance(found, family, most) >= doubt:
-        return SumsFinding(0.0, None, found.deviations, confidence)
+    separated, doubt, most = separation(scores, inside), 1 - confidence, family.most_noise
+    if separated.t <= 0 or chance(separated, family, most) >= doubt:
+        return SumsFinding(0.0, None, separated.deviations, confidence)
     # The noise at which the distance is what it is on average: it can't be refuted by it.
-    usual = math.sqrt(family.releases) * family.sampling_rate / found.deviations
+    usual = math.sqrt(family.releases) * family.sampling_rate / separated.deviations
     least = max(min(usual / 2, most), LEAST_NOISE)
     noise = least_noise_refuted(
-        lambda value: chance(found, family, value) < doubt, least, most, precision=1.001
+        lambda value: chance(separated, family, value) < doubt, least, most, precision=1.001
     )
-    return SumsFinding(min(family.epsilon(noise, delta), LARGEST), noise, found.deviations, confidence)
+    return SumsFinding(min(family.epsilon(noise, delta), LARGEST), noise, separated.deviations, confidence)

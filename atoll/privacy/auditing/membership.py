@@ -35,9 +35,9 @@ def log_ratios(scores: Vector, shadows: NDArray[np.float64], inside: NDArray[np.
 def _fit(shadows: NDArray[np.float64], chosen: NDArray[np.bool_]) -> tuple[Vector, float]:
     """(each canary's mean over the chosen runs, the deviation around it that all canaries share)."""
     count = chosen.sum(axis=0)
-    kept = np.where(chosen, shadows, 0.0)
-    overall = float(kept.sum() / max(count.sum(), 1))
-    means = np.where(count > 0, kept.sum(axis=0) / np.maximum(count, 1), overall)
+    values = np.where(chosen, shadows, 0.0)
+    overall = float(values.sum() / max(count.sum(), 1))
+    means = np.where(count > 0, values.sum(axis=0) / np.maximum(count, 1), overall)
     squares = np.where(chosen, (shadows - means) ** 2, 0.0).sum()
     freedom = max(int(np.maximum(count - 1, 0).sum()), 1)  # a mean of n values takes one of them away
     spread = math.sqrt(float(squares) / freedom)
@@ -75,12 +75,12 @@ def epsilon_of_rates(scores: Vector, inside: Membership, *, delta: float, confid
     """
     values = sorted({sign * t for t in THRESHOLDS for sign in (1, -1)})
     doubt = (1 - confidence) / (4 * len(values))  # two sides of each threshold, two rates each
-    found = 0.0
+    largest = 0.0
     for value in values:
         accused = scores > value
-        found = max(found, _refuted(accused[inside], accused[~inside], delta, doubt))
-        found = max(found, _refuted(~accused[~inside], ~accused[inside], delta, doubt))
-    return found
+        largest = max(largest, _refuted(accused[inside], accused[~inside], delta, doubt))
+        largest = max(largest, _refuted(~accused[~inside], ~accused[inside], delta, doubt))
+    return largest
 
 
 def _refuted(rightly: Membership, wrongly: Membership, delta: float, doubt: float) -> float:

@@ -70,8 +70,8 @@ def _open(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     for whole in (_coco_splits, open_yolo, open_voc):
         if (parts := whole(path, diagnostics)) is not None:
             return parts
-    if (found := _reader(path)) is not None:
-        return {"train": found(path, diagnostics)}
+    if (reader := _reader(path)) is not None:
+        return {"train": reader(path, diagnostics)}
     splits = {split: _reader(path / split) for split in SPLITS if (path / split).is_dir()}
     if splits.get("train") is None:
         return None
@@ -89,15 +89,15 @@ def _coco_splits(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None
     """COCO's own folders: annotations/instances_train2017.json with the images in train2017/, and so on."""
     folder = path / "annotations"
     names = sorted(file.name for file in folder.glob("*.json")) if folder.is_dir() else []
-    named = [found for name in names if (found := _OF_SPLIT.fullmatch(name))]
+    named = [match for name in names if (match := _OF_SPLIT.fullmatch(name))]
     if not named:
         return None
     files: dict[str, Path] = {}
-    for found in named:
-        if found[1] in files:
-            both = f"{shown(files[found[1]].name)} and {shown(found[0])}"
-            raise DataError(f"{shown(folder)}: {both}, expected one file for {found[1]}")
-        files[found[1]] = folder / found[0]
+    for match in named:
+        if match[1] in files:
+            both = f"{shown(files[match[1]].name)} and {shown(match[0])}"
+            raise DataError(f"{shown(folder)}: {both}, expected one file for {match[1]}")
+        files[match[1]] = folder / match[0]
     test = test_part(files, path, diagnostics)
     parts = {"train": files.get("train"), "test": test}
     rows = {split: _coco(file, path, diagnostics) for split, file in parts.items() if file is not None}
@@ -154,10 +154,10 @@ def _coco(file: Path, base: Path, diagnostics: Diagnostics) -> Rows:
         except DataError as problem:
             diagnostics.error(problem)
     diagnostics.counts.append(_counted(len(annotations), sum(map(len, boxes.values()))))
-    own = _OF_SPLIT.fullmatch(file.name)
-    beside = () if own is None else (f"{own[1]}{own[2]}", f"images/{own[1]}{own[2]}", own[1])
-    found = {image: image_of(base, Path(name), beside) for image, name in images.items()}
-    return rows_of(base, [(found[image], boxes[image], classes[image]) for image in images])
+    split = _OF_SPLIT.fullmatch(file.name)
+    beside = () if split is None else (f"{split[1]}{split[2]}", f"images/{split[1]}{split[2]}", split[1])
+    paths = {image: image_of(base, Path(name), beside) for image, name in images.items()}
+    return rows_of(base, [(paths[image], boxes[image], classes[image]) for image in images])
 
 
 def _counted(annotations: int, boxes: int) -> Counts:

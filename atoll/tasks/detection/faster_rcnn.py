@@ -88,11 +88,11 @@ def bodied_detector(
 
 def _layers(body: Backbone, section: BackboneSection, seed: int) -> nn.Sequential:
     """The classifier's layers one after another, with its weights where they were found."""
-    own = stream_seed(seed, "init", "body")
+    body_seed = stream_seed(seed, "init", "body")
     if body.weights is None:  # its norms are settled together with the detector's
-        trunk = torchvision_trunk(body.name, own)[0].eval()
+        trunk = torchvision_trunk(body.name, body_seed)[0].eval()
     else:
-        trunk = load_vision_encoder(body, section, own).model
+        trunk = load_vision_encoder(body, section, body_seed).model
     features = getattr(trunk, "features", None)
     row = features if isinstance(features, nn.Module) else trunk
     return nn.Sequential(OrderedDict(row.named_children()))
@@ -101,7 +101,7 @@ def _layers(body: Backbone, section: BackboneSection, seed: int) -> nn.Sequentia
 @torch.no_grad()
 def _levels(layers: nn.Sequential) -> list[tuple[str, int]]:
     """(name, channels) of the last layer at each of the strides, where there is one."""
-    found: dict[int, tuple[str, int]] = {}
+    levels: dict[int, tuple[str, int]] = {}
     values = torch.zeros(1, 3, _PROBE, _PROBE)
     for name, layer in layers.named_children():
         try:
@@ -109,5 +109,5 @@ def _levels(layers: nn.Sequential) -> list[tuple[str, int]]:
         except (RuntimeError, ValueError, AssertionError):  # what follows the features is of another kind
             break
         if values.dim() == 4 and values.shape[2] == values.shape[3]:
-            found[round(math.log2(_PROBE / values.shape[2]))] = (name, values.shape[1])
-    return [found[halvings] for halvings in HALVINGS if halvings in found]
+            levels[round(math.log2(_PROBE / values.shape[2]))] = (name, values.shape[1])
+    return [levels[halvings] for halvings in HALVINGS if halvings in levels]

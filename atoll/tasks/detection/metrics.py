@@ -81,8 +81,8 @@ class BoxAveragePrecision(Metric):
         for c in {*labels.tolist(), *truth[:, 4].astype(int).tolist()}:
             if not 0 <= c < len(self.truths):
                 raise ValueError(f"class {c}, expected 0 to {len(self.truths) - 1}")
-            own = np.flatnonzero(labels == c)
-            best = own[np.argsort(-scores[own], kind="stable")][:_MOST_DETECTIONS]
+            of_class = np.flatnonzero(labels == c)
+            best = of_class[np.argsort(-scores[of_class], kind="stable")][:_MOST_DETECTIONS]
             real = truth[truth[:, 4] == c, :4]
             at = torch.from_numpy(np.rint(scores[best] * self.bins).astype(np.int64)).to(self.detected.device)
             hits = torch.from_numpy(greedy_matches(boxes[best], real, self.thresholds)).to(self.matched)
@@ -97,12 +97,12 @@ def average_precision(matched: NDArray[np.int64], detected: NDArray[np.int64], t
     >>> average_precision(np.array([0, 1]), np.array([1, 1]), 1)
     1.0
     """
-    found = np.cumsum(matched[::-1])
+    true_positives = np.cumsum(matched[::-1])
     shown = np.cumsum(detected[::-1])
-    found, shown = found[shown > 0], shown[shown > 0]
+    true_positives, shown = true_positives[shown > 0], shown[shown > 0]
     # The best precision at this recall or a higher one.
-    precision = np.maximum.accumulate((found / shown)[::-1])[::-1]
-    place = np.searchsorted(found / truths, _RECALLS, side="left")
+    precision = np.maximum.accumulate((true_positives / shown)[::-1])[::-1]
+    place = np.searchsorted(true_positives / truths, _RECALLS, side="left")
     reached = place < len(precision)
     return float(precision[place[reached]].sum() / len(_RECALLS))
 

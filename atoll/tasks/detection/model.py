@@ -70,14 +70,14 @@ class Detector(Model):
     def predict(self, batch: Batch) -> list[Found]:
         """Boxes, scores and classes (from 0) of each picture."""
         network: Any = self.backbone.model
-        found = network(list(batch["pixel_values"]))
+        detections = network(list(batch["pixel_values"]))
         return [
             {
                 "boxes": one["boxes"].float().cpu(),
                 "scores": one["scores"].float().clamp(0, 1).cpu(),
                 "labels": one["labels"].cpu() - 1,
             }
-            for one in found
+            for one in detections
         ]
 
 
@@ -107,13 +107,13 @@ def load_detector(backbone: Backbone, job: Job, classes: Sequence[str]) -> Detec
     )
     check_size(network.backbone, job, backbone)
     head = "roi_heads.box_predictor" if hasattr(network, "roi_heads") else "head"
-    kept: frozenset[str] = frozenset()
+    loaded: frozenset[str] = frozenset()
     if backbone.weights is None and (backbone.also is None or backbone.also.weights is None):
         calibrate_batch_norm(network, size, job.seed, run=_everything, pictures=noise_pictures(job, size))
     elif backbone.weights is not None:
-        kept = fill_all_but_classes(network, head, backbone)
+        loaded = fill_all_but_classes(network, head, backbone)
     encoder = PictureEncoder(network, size, (0.0,) * 3, (1.0,) * 3)
-    return Detector(encoder, network.get_submodule(head), kept)
+    return Detector(encoder, network.get_submodule(head), loaded)
 
 
 def _made(backbone: Backbone, job: Job, size: int, classes: int) -> nn.Module:

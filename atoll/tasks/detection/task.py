@@ -26,8 +26,8 @@ from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Count, Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Count, Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told
 from atoll.tasks.detection.data import BOXES
@@ -75,8 +75,8 @@ class Detection(SchemaTask):
     def configured(self, job: Job, backbone: Backbone) -> Detection:
         options = options_of(job.task.options, DetectionOptions)
         size = size_of(job, backbone)
-        words = size_in_words(job, size)
-        bound = replace(self, size=size, inputs_in_words=words, max_boxes=options.max_boxes)
+        size_text = size_in_words(job, size)
+        bound = replace(self, size=size, inputs_in_words=size_text, max_boxes=options.max_boxes)
         return replace(bound, depth=Depth.of(job.data))
 
     def check(self, job: Job) -> None:
@@ -107,8 +107,8 @@ class Detection(SchemaTask):
         """
         classes = dataset["classes"][:]
         present, most = {name for names in classes for name in names}, max(map(len, classes), default=0)
-        given = options_of(options, DetectionOptions).max_boxes
-        return named(present, data, "classes", "class") | {"most": given or most}
+        max_boxes = options_of(options, DetectionOptions).max_boxes
+        return named(present, data, "classes", "class") | {"most": max_boxes or most}
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
         """The pictures whose boxes are all of the job's classes."""
@@ -149,9 +149,9 @@ class Detection(SchemaTask):
     def input_suffixes(self) -> tuple[str, ...]:
         return IMAGE_SUFFIXES
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """The bytes of an image file."""
-        return read_image_input(given, self.depth)
+        return read_image_input(text, self.depth)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         return load_detector(backbone, job, data_info["classes"])
@@ -175,7 +175,7 @@ class Detection(SchemaTask):
         """Boxes with a score of at least a half, as parts of the picture's width and height."""
         rows = []
         for one in predictions:
-            found = [
+            boxes = [
                 {
                     "class": data_info["classes"][int(label)],
                     "score": round(float(score), 4),
@@ -184,27 +184,27 @@ class Detection(SchemaTask):
                 for box, score, label in zip(one["boxes"], one["scores"], one["labels"], strict=True)
                 if score >= SHOWN_SCORE
             ]
-            label = ", ".join(str(box["class"]) for box in found) or "nothing"
-            rows.append({"label": label, "boxes": found})
+            label = ", ".join(str(box["class"]) for box in boxes) or "nothing"
+            rows.append({"label": label, "boxes": boxes})
         return rows
 
     def answers(
         self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
     ) -> list[dict[str, Any]]:
         """As `format_predictions`, with the picture's `size` [width, height] and each box in its `pixels`."""
-        found = super().answers(model, batch, inputs, data_info)
-        for answer, data in zip(found, inputs, strict=True):
+        answers = super().answers(model, batch, inputs, data_info)
+        for answer, data in zip(answers, inputs, strict=True):
             size = decode_image(data, "image", verify=False).size
             answer["size"] = list(size)
             for one in answer["boxes"]:
                 one["pixels"] = [round(p * s, 1) for p, s in zip(one["box"], size * 2, strict=True)]
-        return found
+        return answers
 
     def files(
-        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+        self, answer: Mapping[str, Any], source: Any, data_info: DataInfo, *, overlay: bool
     ) -> dict[str, bytes]:
         """The picture with its boxes, their classes and scores drawn on it."""
-        picture = decode_image(given, "image", verify=False)
+        picture = decode_image(source, "image", verify=False)
         return {"boxes.png": boxes_over(picture, answer["boxes"], data_info["classes"])}
 
 

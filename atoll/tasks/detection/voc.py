@@ -54,7 +54,7 @@ def open_voc(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     diagnostics.rows_read += len(rest)
     if rest:
         diagnostics.leave_out("in no list of ImageSets/Main that is used", len(rest))
-    return {split: _read(own, base, diagnostics) for split, own in names.items()}
+    return {split: _read(names_of_split, base, diagnostics) for split, names_of_split in names.items()}
 
 
 def _year(path: Path) -> Path | None:
@@ -62,25 +62,25 @@ def _year(path: Path) -> Path | None:
     if (path / "Annotations").is_dir():
         return path
     outer = path / "VOCdevkit" if (path / "VOCdevkit").is_dir() else path
-    found = sorted(folder.parent for folder in outer.glob("VOC*/Annotations") if folder.is_dir())
-    if len(found) > 1:
-        years = ", ".join(shown(folder.name) for folder in found)
+    folders = sorted(folder.parent for folder in outer.glob("VOC*/Annotations") if folder.is_dir())
+    if len(folders) > 1:
+        years = ", ".join(shown(folder.name) for folder in folders)
         raise DataError(f"{shown(outer)}: {years}, expected one of them as the data")
-    return found[0] if found else None
+    return folders[0] if folders else None
 
 
 def _listed(file: Path, base: Path, diagnostics: Diagnostics) -> list[str]:
     """The images that a list names, each in a line of its own, perhaps with a number behind it."""
-    found = []
+    listed = []
     for number, line in enumerate(annotation_lines(checked_file(file, base)), start=1):
         name = line.split()[0] if line else ""
         if name and (base / "Annotations" / f"{name}.xml").exists():
-            found.append(name)
+            listed.append(name)
         elif name:
             diagnostics.error(
                 DataError(f"{shown(file)} line {number}: no Annotations/{shown(name)}.xml, expected one")
             )
-    return found
+    return listed
 
 
 def _read(names: list[str], base: Path, diagnostics: Diagnostics) -> Rows:

@@ -37,45 +37,51 @@ def open_yolo(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     file = next((path / name for name in ("data.yaml", "data.yml") if (path / name).exists()), None)
     if file is None:
         return None
-    told = _told(checked_file(file, path))
-    names = _names(told, file)
-    parts = {split: told[split] for split in ("train", "val", "test") if told.get(split)}
+    settings = _told(checked_file(file, path))
+    names = _names(settings, file)
+    parts = {split: settings[split] for split in ("train", "val", "test") if settings.get(split)}
     test = test_part(parts, path, diagnostics)
     if "train" not in parts:
         raise DataError(f"{shown(file)}: no train, expected the folder of its images")
     used = {"train": parts["train"]} | ({} if test is None else {"test": test})
-    base = path / str(told.get("path") or "")
+    base = path / str(settings.get("path") or "")
     base = base if base.is_dir() and base.resolve().is_relative_to(path.resolve()) else path
-    return {split: _split(given, file, base, names, diagnostics) for split, given in used.items()}
+    return {split: _split(folders, file, base, names, diagnostics) for split, folders in used.items()}
 
 
 def _told(file: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        told = yaml.safe_load(annotation_bytes(file))
+        settings = yaml.safe_load(annotation_bytes(file))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         why = " ".join(str(error).split())
         raise DataError(f"{shown(file)}: not valid YAML: {why}, expected names, train and val") from None
-    if not isinstance(told, dict):
-        raise DataError(f"{shown(file)}: {type(told).__name__}, expected names, train and val")
-    return told
+    if not isinstance(settings, dict):
+        raise DataError(f"{shown(file)}: {type(settings).__name__}, expected names, train and val")
+    return settings
 
 
-def _names(told: dict[str, Any], file: Path) -> dict[int, str]:
-    given = told.get("names")
-    pairs = enumerate(given) if isinstance(given, list) else given.items() if isinstance(given, dict) else ()
+def _names(settings: dict[str, Any], file: Path) -> dict[int, str]:
+    entries = settings.get("names")
+    pairs = (
+        enumerate(entries)
+        if isinstance(entries, list)
+        else entries.items()
+        if isinstance(entries, dict)
+        else ()
+    )
     names = {number: class_name(name, f"{shown(file)} names") for number, name in pairs}
     if not names or not all(isinstance(number, int) for number in names):
         raise DataError(
-            f"{shown(file)}: names {shown(str(given))}, expected a list of classes, or each by its number"
+            f"{shown(file)}: names {shown(str(entries))}, expected a list of classes, or each by its number"
         )
     return names
 
 
-def _split(given: Any, file: Path, base: Path, names: dict[int, str], diagnostics: Diagnostics) -> Rows:
+def _split(folders: Any, file: Path, base: Path, names: dict[int, str], diagnostics: Diagnostics) -> Rows:
     rows: list[Annotated] = []
-    for name in given if isinstance(given, list) else [given]:
+    for name in folders if isinstance(folders, list) else [folders]:
         folder = _folder(str(name), file, base)
         for image in listing(folder, file.parent, diagnostics):
             if image.suffix.lower() not in IMAGE_SUFFIXES:

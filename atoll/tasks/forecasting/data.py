@@ -134,7 +134,7 @@ def windows_of(
     made = sum(map(len, rows.values()))
     lost = {"across the start of the test part": across} if across else {}
     diagnostics.counts.append(Counts("windows", made + across, made, lost))
-    return {split: _as_table(found) for split, found in rows.items() if found}
+    return {split: _as_table(windows) for split, windows in rows.items() if windows}
 
 
 def _count_steps(used: NDArray[np.bool_], options: ForecastOptions, diagnostics: Diagnostics) -> None:
@@ -228,10 +228,10 @@ def last_windows(
         for r in dated(options, time_format).roles
     ]
     diagnostics = Diagnostics()
-    found = Schema(tuple(roles)).gather(path, DataSection(source=str(path)), diagnostics)
+    table = Schema(tuple(roles)).gather(path, DataSection(source=str(path)), diagnostics)
     diagnostics.close()
-    series = _apart(found["train"], options, str(path))
-    if "series" not in found["train"].column_names:
+    series = _apart(table["train"], options, str(path))
+    if "series" not in table["train"].column_names:
         return {"": _last_window(series[0], options, str(path))}
     return {one.name: _last_window(one, options, f"{path}: series {one.name!r}") for one in series}
 

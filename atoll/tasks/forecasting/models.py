@@ -135,14 +135,16 @@ def _by_steps(name: str) -> Any:
 
 def _network(backbone: Backbone, job: Job, options: ForecastOptions, columns: int) -> tuple[nn.Module, int]:
     if backbone.kind == "hf":
-        found = load_transformer(backbone, job.seed)
-        length, channels = (getattr(found.config, n, None) for n in ("context_length", "num_input_channels"))
+        transformer = load_transformer(backbone, job.seed)
+        length, channels = (
+            getattr(transformer.config, n, None) for n in ("context_length", "num_input_channels")
+        )
         if (length, channels) != (options.history, columns):
             raise WeightsError(
                 f"backbone.name: {job.backbone.name} reads {length} steps of {channels} columns,"
                 f" the job has {options.history} of {columns}"
             )
-        return found, int(found.config.d_model)
+        return transformer, int(transformer.config.d_model)
     if backbone.kind != "atoll" or backbone.name not in RECURRENT:
         names = ", ".join(f"atoll:{name}" for name in RECURRENT)
         raise WeightsError(

@@ -25,7 +25,8 @@ from atoll.data.schema import whole
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.tables import SUFFIXES
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.forecasting.data import WINDOWS, ForecastOptions, dated, last_windows, windows_of
@@ -92,10 +93,10 @@ class Forecasting(Task):
         return WINDOWS.findings_of(source, splits, diagnostics)
 
     def _gathered(
-        self, source: Path, data: DataSection, given: Options, diagnostics: Diagnostics
+        self, source: Path, data: DataSection, table: Options, diagnostics: Diagnostics
     ) -> dict[str, pa.Table]:
         """Windows, as they are there or cut out of dated rows."""
-        options = options_of(given, ForecastOptions)
+        options = options_of(table, ForecastOptions)
         if WINDOWS.has(source, "history", "future"):
             return WINDOWS.gather(source, data, diagnostics)
         steps = dated(options, data.time_format).gather(source, data, diagnostics)
@@ -151,28 +152,28 @@ class Forecasting(Task):
         A client that is `helped`, and has all series on one side, measures on the last part of the time.
         """
         names = [_span_and_series(group)[2].encode() for group in shard.groups]
-        kept = by_fraction(validation_marks(names, seed), fraction, helped=fraction >= 1)
-        if helped and fraction and (kept.all() or not kept.any()):
+        is_validation = by_fraction(validation_marks(names, seed), fraction, helped=fraction >= 1)
+        if helped and fraction and (is_validation.all() or not is_validation.any()):
             return _last_part_of_the_time(shard, fraction)
-        return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
+        return np.flatnonzero(~is_validation).tolist(), np.flatnonzero(is_validation).tolist()
 
     def input_suffixes(self) -> tuple[str, ...]:
         return SUFFIXES
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """A file of dated rows: its last window, and what is known of the steps to come (rows without value).
 
         Raises:
             DataError: it is too short, or unfit, or holds several series.
         """
-        windows = self.parse_inputs(given)
+        windows = self.parse_inputs(text)
         if len(windows) > 1:
-            raise DataError(f"{given}: several series, expected one")
+            raise DataError(f"{text}: several series, expected one")
         return next(iter(windows.values()))
 
-    def parse_inputs(self, given: str) -> dict[str, Any]:
+    def parse_inputs(self, text: str) -> dict[str, Any]:
         """The last window of every series of a file of dated rows, by the series' names."""
-        windows = last_windows(Path(given), self.options, self.time_format)
+        windows = last_windows(Path(text), self.options, self.time_format)
         return {"": next(iter(windows.values()))} if len(windows) == 1 else dict(windows)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
@@ -213,9 +214,9 @@ class Forecasting(Task):
         history = torch.tensor([window["history"] for window in shard.inputs], dtype=torch.float64)
         ahead = torch.arange(horizon)
         seasonal = history[:, history.shape[1] - season + ahead % season]
-        found = {"naive": history[:, -1:].expand(-1, horizon), "seasonal_naive": seasonal}
+        forecasts = {"naive": history[:, -1:].expand(-1, horizon), "seasonal_naive": seasonal}
         count = len(self.options.quantiles)
-        return {name: values.unsqueeze(2).expand(-1, -1, count) for name, values in found.items()}
+        return {name: values.unsqueeze(2).expand(-1, -1, count) for name, values in forecasts.items()}
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """The middle forecast of every step, and all quantiles."""
@@ -232,14 +233,14 @@ class Forecasting(Task):
         self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
     ) -> list[dict[str, Any]]:
         """As `format_predictions`, with the `dates` of the steps, where they are known."""
-        found = super().answers(model, batch, inputs, data_info)
-        return [answer | {"dates": window["ahead"]} for answer, window in zip(found, inputs, strict=True)]
+        answers = super().answers(model, batch, inputs, data_info)
+        return [answer | {"dates": window["ahead"]} for answer, window in zip(answers, inputs, strict=True)]
 
     def files(
-        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+        self, answer: Mapping[str, Any], source: Any, data_info: DataInfo, *, overlay: bool
     ) -> dict[str, bytes]:
         """A table of the forecast, and a plot of it behind the history."""
-        return {"forecast.csv": forecast_csv(answer), "forecast.png": forecast_plot(answer, given)}
+        return {"forecast.csv": forecast_csv(answer), "forecast.png": forecast_plot(answer, source)}
 
 
 def _span_and_series(group: str) -> tuple[str, str, str]:

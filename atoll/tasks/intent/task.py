@@ -30,8 +30,8 @@ from atoll.data.shard import Shard, canonical_order
 from atoll.data.tables import Rows
 from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Positive, Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told, rows_named
 from atoll.tasks.intent.audio_model import load_spoken_model
@@ -88,16 +88,18 @@ class _Sentences(Schema):
         table = _without(super().canonical(rows, data, diagnostics), "audio")
         if "slots" not in table.column_names:
             return table
-        kept = []
+        places = []
         texts, slots = (table.column(name).to_pylist() for name in ("text", "slots"))
         for place, (text, tags) in enumerate(zip(texts, slots, strict=True)):
             words, count = len(text.split()), len(tags.split())
             if count in (0, words):
-                kept.append(place)
+                places.append(place)
             else:
-                told = f"{shown(repr(text[:40]))}: {count} slot tags for {words} words, expected one a word"
-                diagnostics.error(DataError(f"{shown(rows.folder)}: {told}"))
-        return table.take(pa.array(kept, pa.int64()))
+                message = (
+                    f"{shown(repr(text[:40]))}: {count} slot tags for {words} words, expected one a word"
+                )
+                diagnostics.error(DataError(f"{shown(rows.folder)}: {message}"))
+        return table.take(pa.array(places, pa.int64()))
 
 
 def _without(table: pa.Table, *names: str) -> pa.Table:
@@ -171,13 +173,13 @@ class Intent(SchemaTask):
             return EITHER.adopted(
                 {split: _without(table, "text", "slots") for split, table in splits.items()}
             )
-        words = {split: _without(table, "audio") for split, table in splits.items()}
+        texts = {split: _without(table, "audio") for split, table in splits.items()}
         return SENTENCES.adopted(
             {
                 split: table.rename_columns(
                     ["text" if name == "transcript" else name for name in table.column_names]
                 )
-                for split, table in words.items()
+                for split, table in texts.items()
             }
         )
 
@@ -189,8 +191,8 @@ class Intent(SchemaTask):
         """
         present = set(dataset["intent"])
         slots = dataset["slots"][:] if "slots" in dataset.column_names else []
-        given = options_of(options, IntentOptions).tags
-        tags = {tag for row in slots for tag in row.split()} if given is None else set(given)
+        job_tags = options_of(options, IntentOptions).tags
+        tags = {tag for row in slots for tag in row.split()} if job_tags is None else set(job_tags)
         return named(present, data, "intents", "intent") | {"tags": sorted(tags | {OUTSIDE})}
 
     def fits(self, dataset: Dataset, data: DataSection, options: Options) -> Sequence[int]:
@@ -211,25 +213,27 @@ class Intent(SchemaTask):
         words = [[]] * len(order) if heard else [text.split() for text in dataset["text"][:]]
         slots = dataset["slots"][:] if "slots" in dataset.column_names else [""] * len(words)
         intents, tags = ({name: n for n, name in enumerate(data_info[key])} for key in ("intents", "tags"))
-        given = dataset["intent"][:]
+        intent_names = dataset["intent"][:]
         targets = torch.full((len(order), 1 + max(map(len, words), default=0)), IGNORE_INDEX)
         for row, place in zip(targets, order, strict=True):
-            if given[place] not in intents:
-                raise DataError(f"intent {given[place]!r} is not one of the run's {data_info['intents']}")
-            found = [tags.get(tag, IGNORE_INDEX) for tag in slots[place].split()]
-            row[0] = intents[given[place]]
-            row[1 : 1 + len(found)] = torch.tensor(found, dtype=torch.int64)
+            if intent_names[place] not in intents:
+                raise DataError(
+                    f"intent {intent_names[place]!r} is not one of the run's {data_info['intents']}"
+                )
+            tag_places = [tags.get(tag, IGNORE_INDEX) for tag in slots[place].split()]
+            row[0] = intents[intent_names[place]]
+            row[1 : 1 + len(tag_places)] = torch.tensor(tag_places, dtype=torch.int64)
         inputs = audio_inputs(dataset, order) if heard else LazyRows(words.__getitem__, tuple(order))
         return Shard(inputs, targets, tuple(keys[place] for place in order))
 
     def input_suffixes(self) -> tuple[str, ...]:
         return AUDIO_SUFFIXES if self.options.is_heard else (".txt",)
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """The bytes of a recording, or the words of a text file or of the text itself."""
         if self.options.is_heard:
-            return read_audio_input(given, self.options.max_seconds)
-        return read_text_input(given).split()
+            return read_audio_input(text, self.options.max_seconds)
+        return read_text_input(text).split()
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         if self.options.is_heard:
@@ -248,16 +252,16 @@ class Intent(SchemaTask):
 
         from atoll.tasks.intent.metrics import CommandSlotF1, IntentAccuracy
 
-        found: dict[str, Metric | MetricCollection] = {"intent_accuracy": IntentAccuracy()}
+        metrics: dict[str, Metric | MetricCollection] = {"intent_accuracy": IntentAccuracy()}
         if not self.options.is_heard:
-            found["slot_f1"] = CommandSlotF1(data_info["tags"])
-        return MetricCollection(found, compute_groups=False)
+            metrics["slot_f1"] = CommandSlotF1(data_info["tags"])
+        return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """The best intent and tags as numbers; a batch is as long as its own longest sentence."""
         best = [scores.argmax(1).cpu() for scores in predictions]
-        found = nn.utils.rnn.pad_sequence(best, batch_first=True)
-        return found, targets[:, : found.shape[1]]
+        padded = nn.utils.rnn.pad_sequence(best, batch_first=True)
+        return padded, targets[:, : padded.shape[1]]
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """The intent, its probability, and, unless it was heard, a tag for each word."""
@@ -265,11 +269,11 @@ class Intent(SchemaTask):
         for scores in (one.cpu() for one in predictions):
             chances = torch.softmax(scores[0, : len(data_info["intents"])], dim=0)
             best = int(chances.argmax())
-            said = {"label": data_info["intents"][best], "probability": round(float(chances[best]), 4)}
+            intent = {"label": data_info["intents"][best], "probability": round(float(chances[best]), 4)}
             if not self.options.is_heard:
                 tags = [data_info["tags"][int(number)] for number in scores[1:].argmax(1)]
-                said["slots"] = " ".join(tags)
-            rows.append(said)
+                intent["slots"] = " ".join(tags)
+            rows.append(intent)
         return rows
 
 

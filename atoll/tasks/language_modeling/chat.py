@@ -61,8 +61,8 @@ class Chat:
         """
         turns = turns_cell(list(messages), "messages")
         if not turns or turns[-1]["role"] != USER:
-            found = turns[-1]["role"] if turns else "nothing"
-            raise DataError(f"messages: the last one is of {found}, expected one of the {USER}")
+            last_role = turns[-1]["role"] if turns else "nothing"
+            raise DataError(f"messages: the last one is of {last_role}, expected one of the {USER}")
         seen, prompt = self._fitting(turns, how.max_new_tokens)
         if left_out := len(turns) - len(seen):
             logger.warning(

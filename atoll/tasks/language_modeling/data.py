@@ -48,16 +48,16 @@ def turns_cell(cell: Any, where: str) -> Messages:
     return [_message(one, f"{where}: message {number}") for number, one in enumerate(turns, start=1)]
 
 
-def _message(given: Any, where: str) -> dict[str, str]:
-    if not isinstance(given, dict) or not {"role", "content"} <= given.keys():
-        found = sorted(map(str, given)) if isinstance(given, dict) else type(given).__name__
-        raise DataError(f"{where}: {shown(str(found))}, expected role and content")
-    content = given["content"]
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        form = sorted(map(str, message)) if isinstance(message, dict) else type(message).__name__
+        raise DataError(f"{where}: {shown(str(form))}, expected role and content")
+    content = message["content"]
     if not isinstance(content, str):
         raise DataError(f"{where}: its content is {type(content).__name__}, expected text")
     if content.strip():  # an answer may be empty
         text_cell(content, where)
-    return {"role": text_cell(given["role"], f"{where}: role"), "content": content}
+    return {"role": text_cell(message["role"], f"{where}: role"), "content": content}
 
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -83,8 +83,8 @@ class Conversations(Schema):
         for name in others:
             diagnostics.warning(f"column {name!r} is not read: {' and '.join(form)} are", rows.name)
         roles = tuple(replace(_ROLES[name], required=True) for name in form)
-        own = replace(rows, table=rows.table.drop_columns(others)) if others else rows
-        return Schema(roles).canonical(own, data, diagnostics)
+        needed = replace(rows, table=rows.table.drop_columns(others)) if others else rows
+        return Schema(roles).canonical(needed, data, diagnostics)
 
 
 CONVERSATIONS = Conversations(tuple(_ROLES.values()))

@@ -86,8 +86,8 @@ def _config(network: nn.Module, tokenizer: Any, how: Decoding) -> GenerationConf
 
 def _end_tokens(network: Any, tokenizer: Any) -> list[int]:
     """The tokens that end what is written: the tokenizer's, and those that the network's folder names."""
-    said = getattr(network.generation_config, "eos_token_id", None) or network.config.eos_token_id
-    named = said if isinstance(said, list) else [said]
+    declared = getattr(network.generation_config, "eos_token_id", None) or network.config.eos_token_id
+    named = declared if isinstance(declared, list) else [declared]
     return sorted({token for token in [tokenizer.eos_token_id, *named] if token is not None})
 
 

@@ -49,13 +49,13 @@ def packed(batch: Batch) -> Batch | None:
         return None
     tokens, positions = (torch.zeros((len(rows), width), dtype=torch.int64) for _ in range(2))
     first = torch.zeros(len(ids), dtype=torch.int64)
-    given = ids.cpu()
+    ids_on_cpu = ids.cpu()
     for number, row in enumerate(rows):
         begins = accumulate((lengths[example] for example in row), initial=0)
         for example, begin in zip(row, begins, strict=False):
-            own = slice(begin, begin + lengths[example])
-            tokens[number, own] = given[example, : lengths[example]]
-            positions[number, own] = torch.arange(lengths[example])
+            within = slice(begin, begin + lengths[example])
+            tokens[number, within] = ids_on_cpu[example, : lengths[example]]
+            positions[number, within] = torch.arange(lengths[example])
             first[example] = number * width + begin
     places = (batch["places"] + first.to(ids.device)[:, None]).clamp_max(len(rows) * width - 1)
     return {"input_ids": tokens.to(ids.device), "position_ids": positions.to(ids.device), "places": places}

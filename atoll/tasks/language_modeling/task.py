@@ -25,7 +25,8 @@ from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.causal import CausalModel, causal_tokenizer, load_causal, prepared
 from atoll.tasks.language_modeling.data import ASSISTANT, CONVERSATIONS, Messages, form_of
@@ -118,14 +119,14 @@ class LanguageModeling(SchemaTask):
     ) -> Sequence[str]:
         bound = self.of_options(options, backbone)
         table = self.read(source, data, options)
-        found = [one for part in (table.train, table.test) if part is not None for one in bound.tokens(part)]
-        cut = sum(one.is_cut for one in found)
-        silent = sum(not any(one.learnt) for one in found)
+        tokens = [one for part in (table.train, table.test) if part is not None for one in bound.tokens(part)]
+        cut = sum(one.is_cut for one in tokens)
+        silent = sum(not any(one.learnt) for one in tokens)
         most = f"task.options.max_tokens = {bound.options.max_tokens}"
         return (
-            f"{sum(len(one.ids) for one in found)} tokens,"
-            f" of which {sum(sum(one.learnt) for one in found)} are learnt",
-            f"{cut} of {len(found)} examples are longer than {most} and are cut;"
+            f"{sum(len(one.ids) for one in tokens)} tokens,"
+            f" of which {sum(sum(one.learnt) for one in tokens)} are learnt",
+            f"{cut} of {len(tokens)} examples are longer than {most} and are cut;"
             f" of {silent} nothing is learnt",
             *bound.left_out(table),
         )
@@ -213,13 +214,13 @@ class LanguageModeling(SchemaTask):
     def input_suffixes(self) -> tuple[str, ...]:
         return (".txt",)
 
-    def parse_input(self, given: str) -> Batch:
+    def parse_input(self, text: str) -> Batch:
         """A prompt as tokens: as the template asks for an answer to it, or, without one, as it stands.
 
         Raises:
             DataError: it can't be read, is empty, or the template doesn't take it.
         """
-        ids = self.prompt_tokens(read_text_input(given), "the prompt")
+        ids = self.prompt_tokens(read_text_input(text), "the prompt")
         return prepared(Tokens(tuple(ids), (False,) * len(ids), 0))
 
     def prompt_tokens(self, text: str, where: str) -> list[int]:
@@ -264,32 +265,32 @@ class LanguageModeling(SchemaTask):
             TokenAccuracy,
         )
 
-        own: dict[str, Metric | MetricCollection] = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "byte_perplexity": BytePerplexity(),
             "bits_per_byte": BitsPerByte(),
             "perplexity": Perplexity(),
             "token_accuracy": TokenAccuracy(),
         }
-        return MetricCollection(own, compute_groups=False)
+        return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """(surprise, whether it was the likeliest, whether there is a target, bytes of each example)."""
-        told = predictions.cpu()
-        return told[:, :, 0], told[:, :, 1], has_target(told, targets), targets[:, -1]
+        sums = predictions.cpu()
+        return sums[:, :, 0], sums[:, :, 1], has_target(sums, targets), targets[:, -1]
 
     def samples(self, model: Model, shard: Shard) -> list[Sample]:
         assert isinstance(model, CausalModel)
         device = next(model.parameters()).device
-        found: list[Sample] = []
+        all_samples: list[Sample] = []
         for held in shard.inputs:
-            if len(found) == self.options.samples:
+            if len(all_samples) == self.options.samples:
                 break
             prompt, reference = self.asked_and_said(held)
             if len(prompt) > 1:
                 asks = prompt[None].to(device)
                 (written,) = model.written({"input_ids": asks, "attention_mask": torch.ones_like(asks)})
-                found.append(Sample(self._decoded(prompt), written, reference))
-        return found
+                all_samples.append(Sample(self._decoded(prompt), written, reference))
+        return all_samples
 
     def asked_and_said(self, held: Batch) -> tuple[torch.Tensor, str]:
         """(the tokens [prompt] before what is learnt first, the text that is learnt there)."""

@@ -83,20 +83,22 @@ class Template:
 
     def _turn(self, messages: Messages, place: int, whole: str, where: str) -> Span:
         begin = self._begin(messages[:place], whole, where)
-        alone, said = self._text(messages[: place + 1], where), messages[place]["content"].strip()
+        alone, content = self._text(messages[: place + 1], where), messages[place]["content"].strip()
         end = _shared(alone, whole)
-        if end < begin or (said in alone[begin:] and said not in whole[begin:end]):
+        if end < begin or (content in alone[begin:] and content not in whole[begin:end]):
             raise _rewrites(where)
         return begin, self._without_blanks_behind_the_end(whole, begin, end)
 
     def _begin(self, before: Messages, whole: str, where: str) -> int:
         """Where what the assistant says begins, behind all that the template says itself."""
-        one, other = (self._text([*before, {"role": ASSISTANT, "content": said}], where) for said in "01")
+        one, other = (
+            self._text([*before, {"role": ASSISTANT, "content": content}], where) for content in "01"
+        )
         heads = [one[: _shared(one, other)], self._prompt(before)]
-        found = [len(head) for head in heads if whole.startswith(head)]
-        if not found:
+        lengths = [len(head) for head in heads if whole.startswith(head)]
+        if not lengths:
             raise _rewrites(where)
-        return max(found)
+        return max(lengths)
 
     def _prompt(self, before: Messages) -> str:
         """The text that asks for an answer; empty where the template has none for these messages."""
@@ -107,9 +109,9 @@ class Template:
 
     def _without_blanks_behind_the_end(self, whole: str, begin: int, end: int) -> int:
         """Where a turn has its own end token, what the template puts behind it is nobody's answer."""
-        said = whole[begin:end]
-        bare = said.rstrip()
-        return begin + len(bare) if bare != said and bare.endswith(self._special) else end
+        content = whole[begin:end]
+        bare = content.rstrip()
+        return begin + len(bare) if bare != content and bare.endswith(self._special) else end
 
     def _text(self, messages: Messages, where: str) -> str:
         try:
@@ -175,10 +177,10 @@ class Coder:
         learnt = [_overlaps(span, rendered.learnt) for span in spans]
         if not rendered.is_templated and self._end is not None:
             learnt[-1] = True
-        kept = slice(None, self._most)
+        within = slice(None, self._most)
         learnt[:1] = [False]
-        size = self._bytes(rendered, ids[kept], spans[kept], learnt[kept])
-        return Tokens(tuple(ids[kept]), tuple(learnt[kept]), size, is_cut=len(ids) > self._most)
+        size = self._bytes(rendered, ids[within], spans[within], learnt[within])
+        return Tokens(tuple(ids[within]), tuple(learnt[within]), size, is_cut=len(ids) > self._most)
 
     def writes(self, rendered: Rendered, span: Span) -> tuple[bool, ...]:
         """For each of the `tokens`, whether it writes a character of the span."""

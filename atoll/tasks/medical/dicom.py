@@ -122,13 +122,13 @@ def _colour(header: Any, pixels: np.ndarray, where: str) -> np.ndarray:
     return pixels
 
 
-def read_scan_input(given: str, depth: Depth | None = None) -> bytes:
+def read_scan_input(text: str, depth: Depth | None = None) -> bytes:
     """The picture in a file that someone names, as the job wants it seen."""
-    path = Path(given)
+    path = Path(text)
     if path.is_dir():
-        raise DataError(f"{shown(given)}: a folder, expected an image file")
+        raise DataError(f"{shown(text)}: a folder, expected an image file")
     with opened(path) as file:
-        return seen_scan(file.read(MAX_IMAGE_BYTES + 1), shown(given), depth, Diagnostics())
+        return seen_scan(file.read(MAX_IMAGE_BYTES + 1), shown(text), depth, Diagnostics())
 
 
 def _class_folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:

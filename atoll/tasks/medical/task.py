@@ -20,7 +20,7 @@ from atoll.data.dataset import Dataset
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.writers import write_images
-from atoll.job.job import Options
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.validation_split import by_fraction, validation_marks
 from atoll.tasks.classification import Classification
@@ -60,15 +60,15 @@ class Medical(SchemaTask, Classification):
     ) -> tuple[list[int], list[int]]:
         """Whole patients: a hash of a patient's name says on which side all of its examples are."""
         owners = [name.encode() for name in shard.groups] or shard.keys
-        kept = by_fraction(validation_marks(owners, seed), fraction, helped=helped)
-        return np.flatnonzero(~kept).tolist(), np.flatnonzero(kept).tolist()
+        is_validation = by_fraction(validation_marks(owners, seed), fraction, helped=helped)
+        return np.flatnonzero(~is_validation).tolist(), np.flatnonzero(is_validation).tolist()
 
     def input_suffixes(self) -> tuple[str, ...]:
         return (*super().input_suffixes(), ".dcm")
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """An image file's picture, DICOM too."""
-        return read_scan_input(given, self.depth)
+        return read_scan_input(text, self.depth)
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         from torchmetrics import MetricCollection

@@ -50,17 +50,17 @@ def choices_cell(cell: Any, where: str) -> Choices:
     Raises:
         DataError: it is something else, one is empty, or there are not 2 to 26.
     """
-    found = _parsed(cell, where)
+    parsed = _parsed(cell, where)
     labels: Sequence[Any] | None = None
-    if isinstance(found, dict) and {"text", "label"} <= found.keys():
-        found, labels = found["text"], found["label"]
-    elif isinstance(found, list) and found and all(isinstance(one, dict) for one in found):
-        if not all({"text", "label"} <= one.keys() for one in found):
-            raise DataError(f"{where}: choices of {sorted(found[0])}, expected text and label in each")
-        found, labels = [one["text"] for one in found], [one["label"] for one in found]
-    if not isinstance(found, list):
-        raise DataError(f"{where}: the choices are {type(found).__name__}, expected a list of texts")
-    return checked_choices(found, where, labels)
+    if isinstance(parsed, dict) and {"text", "label"} <= parsed.keys():
+        parsed, labels = parsed["text"], parsed["label"]
+    elif isinstance(parsed, list) and parsed and all(isinstance(one, dict) for one in parsed):
+        if not all({"text", "label"} <= one.keys() for one in parsed):
+            raise DataError(f"{where}: choices of {sorted(parsed[0])}, expected text and label in each")
+        parsed, labels = [one["text"] for one in parsed], [one["label"] for one in parsed]
+    if not isinstance(parsed, list):
+        raise DataError(f"{where}: the choices are {type(parsed).__name__}, expected a list of texts")
+    return checked_choices(parsed, where, labels)
 
 
 def _parsed(cell: Any, where: str) -> Any:
@@ -80,8 +80,10 @@ def checked_choices(texts: Sequence[Any], where: str, labels: Sequence[Any] | No
         raise DataError(f"{where}: {len(texts)} choices, expected 2 to {len(LETTERS)}")
     if labels is not None and len(labels) != len(texts):
         raise DataError(f"{where}: {len(labels)} labels of {len(texts)} choices, expected one for each")
-    found = tuple(answer_cell(text, f"{where}: choice {LETTERS[place]}") for place, text in enumerate(texts))
-    return Choices(found, None if labels is None else tuple(str(label).strip() for label in labels))
+    texts_out = tuple(
+        answer_cell(text, f"{where}: choice {LETTERS[place]}") for place, text in enumerate(texts)
+    )
+    return Choices(texts_out, None if labels is None else tuple(str(label).strip() for label in labels))
 
 
 def answer_place(cell: Any, choices: Choices, reading: Reading, where: str) -> int:
@@ -102,8 +104,8 @@ def answer_place(cell: Any, choices: Choices, reading: Reading, where: str) -> i
     if isinstance(cell, int) and not isinstance(cell, bool):
         return _in_range(cell, choices, where)
     if not isinstance(cell, str) or not cell.strip():
-        found = "nothing" if cell is None or cell == "" else shown(str(cell))
-        raise DataError(f"{where}: the answer is {found}, expected a choice, its letter or its number")
+        shown_cell = "nothing" if cell is None or cell == "" else shown(str(cell))
+        raise DataError(f"{where}: the answer is {shown_cell}, expected a choice, its letter or its number")
     text = cell.strip()
     if choices.labels is not None:
         named = [place for place, label in enumerate(choices.labels) if label == text]
@@ -179,26 +181,30 @@ class Questions(Schema):
         question, answer = (str(self._column(rows, self.roles[place], data)) for place in (0, 2))
         columns = _choice_columns(rows, data)
         cells = [values_of(rows, name).to_pylist() for name in (question, answer, *columns)]
-        kept, found = [], []
-        for place, (asked, said, *chosen) in enumerate(zip(*cells, strict=True)):
+        places, rows_out = [], []
+        for place, (asked, right, *chosen) in enumerate(zip(*cells, strict=True)):
             where = rows.where(place)
             try:
-                found.append(self._row(asked, said, chosen, len(columns) > 1, where))
+                rows_out.append(self._row(asked, right, chosen, len(columns) > 1, where))
             except DataError as problem:
-                told = str(problem)
-                diagnostics.error(problem if told.startswith(where) else DataError(f"{where}: {told}"))
+                message = str(problem)
+                diagnostics.error(problem if message.startswith(where) else DataError(f"{where}: {message}"))
                 continue
-            kept.append(place)
-        own = {
-            role.name: pa.chunked_array([pa.array([row[number] for row in found], role.kind)])
+            places.append(place)
+        table_columns = {
+            role.name: pa.chunked_array([pa.array([row[number] for row in rows_out], role.kind)])
             for number, role in enumerate(self.roles)
         }
         others = other_columns(rows, (question, answer, *columns), "", diagnostics)
-        rest = {name: c.take(pa.array(kept, pa.int64())) for name, c in others.items() if name not in own}
-        return pa.table(own | rest)
+        rest = {
+            name: c.take(pa.array(places, pa.int64()))
+            for name, c in others.items()
+            if name not in table_columns
+        }
+        return pa.table(table_columns | rest)
 
     def _row(
-        self, asked: Any, said: Any, cells: Sequence[Any], are_columns: bool, where: str
+        self, asked: Any, answer: Any, cells: Sequence[Any], are_columns: bool, where: str
     ) -> tuple[str, list[str], int]:
         """(question, texts of the choices, place of the right one)."""
         question = optional_text_cell(asked, where)
@@ -207,7 +213,7 @@ class Questions(Schema):
             if are_columns
             else choices_cell(cells[0], where)
         )
-        place = answer_place(said, choices, self.answers, where)
+        place = answer_place(answer, choices, self.answers, where)
         right = choices.texts[place]
         if choices.texts.count(right) > 1:
             raise DataError(f"{where}: the right choice {shown(right)!r} is there twice, expected once")
@@ -256,9 +262,9 @@ def _choice_columns(rows: Rows, data: DataSection) -> list[str]:
         return [
             str(role_column(rows, "choices", part.strip(), ())) for part in chosen.split(",") if part.strip()
         ]
-    found = role_column(rows, "choices", chosen, ("choices", *_CHOICES), required=False)
-    if found is not None:
-        return [found]
+    column = role_column(rows, "choices", chosen, ("choices", *_CHOICES), required=False)
+    if column is not None:
+        return [column]
     apart = _numbered(names) or _lettered(names)
     if not apart:
         raise DataError(
@@ -270,11 +276,11 @@ def _choice_columns(rows: Rows, data: DataSection) -> list[str]:
 
 def _numbered(names: Sequence[str]) -> list[str]:
     """Columns such as ending0, ending1, …, in the order of their numbers, without a gap; else none."""
-    found: dict[str, dict[int, str]] = {}
+    groups: dict[str, dict[int, str]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name.strip().lower()):
-            found.setdefault(match[1], {})[int(match[2])] = name
-    for numbered in found.values():
+            groups.setdefault(match[1], {})[int(match[2])] = name
+    for numbered in groups.values():
         first = min(numbered)
         if len(numbered) > 1 and sorted(numbered) == list(range(first, first + len(numbered))):
             return [numbered[number] for number in sorted(numbered)]

@@ -17,9 +17,9 @@ class LikelihoodAccuracy(Mean):
     higher_is_better = True
 
     def update(
-        self, likelihood: torch.Tensor, size: torch.Tensor, said: torch.Tensor, fits: torch.Tensor
+        self, likelihood: torch.Tensor, size: torch.Tensor, generated: torch.Tensor, fits: torch.Tensor
     ) -> None:
-        """Count questions: `size` [n, choices] in bytes, `said` and `fits` [n]."""
+        """Count questions: `size` [n, choices] in bytes, `generated` and `fits` [n]."""
         self.score += (_is_first_alone(likelihood) & fits).sum()
         self.total += len(fits)
 
@@ -30,7 +30,7 @@ class ByteLikelihoodAccuracy(Mean):
     higher_is_better = True
 
     def update(
-        self, likelihood: torch.Tensor, size: torch.Tensor, said: torch.Tensor, fits: torch.Tensor
+        self, likelihood: torch.Tensor, size: torch.Tensor, generated: torch.Tensor, fits: torch.Tensor
     ) -> None:
         """Count questions."""
         self.score += (_is_first_alone(likelihood / size.clamp_min(1)) & fits).sum()
@@ -43,10 +43,10 @@ class GeneratedAccuracy(Mean):
     higher_is_better = True
 
     def update(
-        self, likelihood: torch.Tensor, size: torch.Tensor, said: torch.Tensor, fits: torch.Tensor
+        self, likelihood: torch.Tensor, size: torch.Tensor, generated: torch.Tensor, fits: torch.Tensor
     ) -> None:
-        """Count questions: `said` is the place of the choice that was written."""
-        self.score += ((said == 0) & fits).sum()
+        """Count questions: `generated` is the place of the choice that was written."""
+        self.score += ((generated == 0) & fits).sum()
         self.total += len(fits)
 
 
@@ -56,10 +56,10 @@ class UnparsableRate(Mean):
     higher_is_better = False
 
     def update(
-        self, likelihood: torch.Tensor, size: torch.Tensor, said: torch.Tensor, fits: torch.Tensor
+        self, likelihood: torch.Tensor, size: torch.Tensor, generated: torch.Tensor, fits: torch.Tensor
     ) -> None:
-        """Count questions: `said` is below 0 where no choice was written."""
-        self.score += ((said < 0) | ~fits).sum()
+        """Count questions: `generated` is below 0 where no choice was written."""
+        self.score += ((generated < 0) | ~fits).sum()
         self.total += len(fits)
 
 

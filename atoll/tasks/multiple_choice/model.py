@@ -48,10 +48,10 @@ def prepared_question(
 
 def _side(choice: Choice) -> Batch:
     """A choice as shards hold it."""
-    own = prepared(choice.tokens)
-    places = own["places"] + 1
-    return own | {
-        _WANTED: own["input_ids"][places],
+    tensors = prepared(choice.tokens)
+    places = tensors["places"] + 1
+    return tensors | {
+        _WANTED: tensors["input_ids"][places],
         _SCORED: torch.tensor(choice.scored, dtype=torch.int64)[places],
         _TEXT: torch.tensor(list(choice.text.encode()), dtype=torch.int64),
     }
@@ -119,46 +119,46 @@ class ChoiceModel(CausalModel):
 
     def _told(self, batch: Batch) -> tuple[list[dict[str, Any]], torch.Tensor]:
         likelihood, surprise = self._likelihood(batch)
-        found = []
+        answers = []
         for row, texts in enumerate(_texts(batch)):
-            told: dict[str, Any] = {"texts": texts, "fits": bool(batch[_FITS][row])}
+            answer: dict[str, Any] = {"texts": texts, "fits": bool(batch[_FITS][row])}
             if texts:
-                told["likelihood"] = likelihood[row, : len(texts)].cpu()
-                told["order"] = batch[_ORDER][row, : len(texts)].tolist()
+                answer["likelihood"] = likelihood[row, : len(texts)].cpu()
+                answer["order"] = batch[_ORDER][row, : len(texts)].tolist()
             if self._options.generated or not texts:
-                told |= self._words(batch[_PROMPT][row], told)
-            found.append(told)
-        return found, surprise
+                answer |= self._words(batch[_PROMPT][row], answer)
+            answers.append(answer)
+        return answers, surprise
 
     def _likelihood(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(log p of each choice's text, float64 [batch, choices]; surprise of the first one's tokens)."""
         count, most = batch[_ORDER].shape
         surprise = torch.zeros(batch["places"].shape, device=batch["places"].device)
         for number in range(most):
-            own = _of_choice(batch, number)
-            rows = own["attention_mask"].any(1)
+            choice = _of_choice(batch, number)
+            rows = choice["attention_mask"].any(1)
             if rows.any():
-                own = {name: t[rows] for name, t in own.items()}
-                surprise[rows, number] = super().forward(own)
+                choice = {name: t[rows] for name, t in choice.items()}
+                surprise[rows, number] = super().forward(choice)
         scored = surprise.to(torch.float64) * batch[_SCORED]
         return -scored.sum(2).view(count, most), surprise[:, 0]
 
-    def _words(self, prompt: torch.Tensor, told: dict[str, Any]) -> dict[str, Any]:
+    def _words(self, prompt: torch.Tensor, answer: dict[str, Any]) -> dict[str, Any]:
         """What the model writes, and the place in the batch of the choice that it stands for."""
-        if not told["fits"]:
+        if not answer["fits"]:
             return {"written": "", "said": -1}
         written = self._written(prompt[prompt > 0] - 1)
-        if not told["texts"]:
+        if not answer["texts"]:
             return {"written": written}
-        in_order = dict(zip(told["order"], told["texts"], strict=True))
+        in_order = dict(zip(answer["order"], answer["texts"], strict=True))
         place = parsed(written, [in_order[n] for n in sorted(in_order)], by_letter=self._options.listed)
-        return {"written": written, "said": -1 if place is None else told["order"].index(place)}
+        return {"written": written, "said": -1 if place is None else answer["order"].index(place)}
 
 
 def _of_choice(batch: Batch, number: int) -> Batch:
     """That choice of every question, as a language model takes it, with its own tokens as targets."""
-    own = {name: batch[name][:, number] for name in ("input_ids", "attention_mask", "places")}
-    return own | {TARGETS: batch[_WANTED][:, number]}
+    tensors = {name: batch[name][:, number] for name in ("input_ids", "attention_mask", "places")}
+    return tensors | {TARGETS: batch[_WANTED][:, number]}
 
 
 def _texts(batch: Batch) -> Iterator[list[str]]:

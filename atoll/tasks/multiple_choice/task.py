@@ -26,7 +26,8 @@ from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.errors import DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.data import ASSISTANT
 from atoll.tasks.language_modeling.options import LanguageOptions
@@ -148,31 +149,31 @@ class MultipleChoice(LanguageModeling):
             return rendered, rendered.learnt[0]
         rendered = self.conversation([*asked(prompt), {"role": ASSISTANT, "content": text}], where)
         ((begin, end),) = rendered.learnt
-        found = rendered.text.find(text, begin, end)
-        if found < 0:
+        place = rendered.text.find(text, begin, end)
+        if place < 0:
             raise DataError(
                 f"{where}: the chat template writes a choice in another way, expected it as it is"
             )
-        return rendered, (found, found + len(text))
+        return rendered, (place, place + len(text))
 
-    def parse_input(self, given: str) -> Batch:
+    def parse_input(self, line: str) -> Batch:
         """A question alone, or a JSON object with `question` and `choices`.
 
         Raises:
             DataError: it can't be read, is empty, has no sound choices, or the template doesn't take it.
         """
-        text = read_text_input(given)
+        text = read_text_input(line)
         if not text.lstrip().startswith("{"):
             return prepared_question(self.prompt_tokens(text, "the prompt"), (), (), fits=True)
         where = "the question"
         try:
-            found = json.loads(text)
+            parsed_text = json.loads(text)
         except ValueError as error:
             raise DataError(f"{where}: no JSON: {error}; expected question and choices") from None
-        if not {"question", "choices"} <= found.keys():
-            raise DataError(f"{where}: {', '.join(found) or 'nothing'}, expected question and choices")
-        asked_of = optional_text_cell(found["question"], where)
-        question = self._question(asked_of, choices_cell(found["choices"], where).texts, where)
+        if not {"question", "choices"} <= parsed_text.keys():
+            raise DataError(f"{where}: {', '.join(parsed_text) or 'nothing'}, expected question and choices")
+        asked_of = optional_text_cell(parsed_text["question"], where)
+        question = self._question(asked_of, choices_cell(parsed_text["choices"], where).texts, where)
         order = range(len(question.choices))
         return prepared_question(question.prompt, question.choices, order, fits=question.fits)
 
@@ -184,42 +185,42 @@ class MultipleChoice(LanguageModeling):
 
         from atoll.tasks.multiple_choice import metrics
 
-        own: dict[str, Metric | MetricCollection] = {
+        by_name: dict[str, Metric | MetricCollection] = {
             "accuracy": metrics.LikelihoodAccuracy(),
             "accuracy_per_byte": metrics.ByteLikelihoodAccuracy(),
         }
         if self.options.generated:
-            own |= {
+            by_name |= {
                 "accuracy_generated": metrics.GeneratedAccuracy(),
                 "unparsable_rate": metrics.UnparsableRate(),
             }
-        return MetricCollection(own, compute_groups=False)
+        return MetricCollection(by_name, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """(log-likelihoods and bytes of choices [n, choices], what was said [n], whether all fits [n])."""
-        most = max(len(told["texts"]) for told in predictions)
+        most = max(len(answer["texts"]) for answer in predictions)
         likelihood = torch.full((len(predictions), most), -torch.inf, dtype=torch.float64)
         size = torch.ones((len(predictions), most), dtype=torch.int64)
-        for row, told in enumerate(predictions):
-            likelihood[row, : len(told["texts"])] = told["likelihood"]
-            size[row, : len(told["texts"])] = torch.tensor([len(text.encode()) for text in told["texts"]])
-        said = torch.tensor([told.get("said", -1) for told in predictions])
-        return likelihood, size, said, torch.tensor([told["fits"] for told in predictions])
+        for row, answer in enumerate(predictions):
+            likelihood[row, : len(answer["texts"])] = answer["likelihood"]
+            size[row, : len(answer["texts"])] = torch.tensor([len(text.encode()) for text in answer["texts"]])
+        generated = torch.tensor([answer.get("said", -1) for answer in predictions])
+        return likelihood, size, generated, torch.tensor([answer["fits"] for answer in predictions])
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
-        return [_in_words(told) for told in predictions]
+        return [_in_words(answer) for answer in predictions]
 
 
-def _in_words(told: Mapping[str, Any]) -> dict[str, Any]:
+def _in_words(answer: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of a question: the likeliest choice, each one's log-likelihood, and what was written."""
-    written = {"written": told["written"]} if "written" in told else {}
-    if not told["texts"]:
-        return {"label": told["written"]}
-    if not told["fits"]:
+    written = {"written": answer["written"]} if "written" in answer else {}
+    if not answer["texts"]:
+        return {"label": answer["written"]}
+    if not answer["fits"]:
         return {"label": "", "fits": False}
-    likelihood = dict(zip(told["texts"], told["likelihood"].tolist(), strict=True))
-    said = told.get("said", -1)
-    chosen = {"said": told["texts"][said] if said >= 0 else None} if written else {}
+    likelihood = dict(zip(answer["texts"], answer["likelihood"].tolist(), strict=True))
+    generated = answer.get("said", -1)
+    chosen = {"said": answer["texts"][generated] if generated >= 0 else None} if written else {}
     return (
         {"label": max(likelihood, key=likelihood.__getitem__), "log_likelihood": likelihood}
         | written

@@ -48,10 +48,10 @@ def _holds_messages(rows: Rows, column: str) -> bool:
     if not isinstance(first, str):
         return isinstance(first, list)
     try:
-        found = json.loads(first)
+        value = json.loads(first)
     except ValueError:
         return False
-    return isinstance(found, list) and all(isinstance(one, dict) and "role" in one for one in found)
+    return isinstance(value, list) and all(isinstance(one, dict) and "role" in one for one in value)
 
 
 def _prefer_nothing(dataset: Dataset) -> str | None:

@@ -58,8 +58,8 @@ class PairModel(CausalModel):
         self._start = {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
 
     def remember_unmerged(self, name: str, layer: nn.Module) -> None:
-        own = {part for part in self._start if part.startswith(f"{name}.")}
-        self._start = {part: tensor for part, tensor in self._start.items() if part not in own}
+        parts = {part for part in self._start if part.startswith(f"{name}.")}
+        self._start = {part: tensor for part, tensor in self._start.items() if part not in parts}
         self._start[f"{name}.weight"] = layer.get_parameter("weight").detach().clone()
 
     def forward(self, batch: Batch, is_reference: bool = False) -> torch.Tensor:
@@ -72,8 +72,8 @@ class PairModel(CausalModel):
         """log p of each completion before the first round, [batch, 2]; no gradient and no dropout."""
         start = {name: t.to(batch["input_ids"].device) for name, t in self._start.items()}
         with torch.no_grad(), _measuring(self):
-            said: torch.Tensor = functional_call(self, start, (batch, True))
-        return said
+            likelihoods: torch.Tensor = functional_call(self, start, (batch, True))
+        return likelihoods
 
     def predict(self, batch: Batch) -> Any:
         """The two log ratios of each pair; of prompts, what the model writes on."""

@@ -23,7 +23,8 @@ from atoll.data.classification import Table
 from atoll.data.dataset import Dataset
 from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.language_modeling.data import ASSISTANT, Messages
 from atoll.tasks.language_modeling.options import LanguageOptions
@@ -69,14 +70,14 @@ class Preference(LanguageModeling):
         self, source: Path, data: DataSection, options: Options, backbone: Backbone
     ) -> Sequence[str]:
         bound, table = self.of_options(options, backbone), self.read(source, data, options)
-        found = [pair for part in (table.train, table.test) if part is not None for pair in bound.pairs(part)]
-        cut = sum(any(side.is_cut for side in pair) for pair in found)
+        pairs = [pair for part in (table.train, table.test) if part is not None for pair in bound.pairs(part)]
+        cut = sum(any(side.is_cut for side in pair) for pair in pairs)
         most = f"task.options.max_tokens = {bound.options.max_tokens}"
         return (
-            f"{sum(len(side.ids) for pair in found for side in pair)} tokens,"
-            f" of which {sum(sum(side.learnt) for pair in found for side in pair)} are learnt",
-            f"{cut} of {len(found)} pairs are longer than {most} and are cut;"
-            f" of {sum(not _says_something(pair) for pair in found)} nothing is learnt",
+            f"{sum(len(side.ids) for pair in pairs for side in pair)} tokens,"
+            f" of which {sum(sum(side.learnt) for pair in pairs for side in pair)} are learnt",
+            f"{cut} of {len(pairs)} pairs are longer than {most} and are cut;"
+            f" of {sum(not _says_something(pair) for pair in pairs)} nothing is learnt",
         )
 
     def shard(self, dataset: Dataset, data_info: DataInfo, keys: Sequence[bytes] | None = None) -> Shard:
@@ -94,25 +95,26 @@ class Preference(LanguageModeling):
 
     def _pair(self, prompt: Any, chosen: Any, rejected: Any, where: str) -> Pair:
         if isinstance(chosen, str):
-            sides = [self._completed(prompt, said, where) for said in (chosen, rejected)]
+            sides = [self._completed(prompt, answer, where) for answer in (chosen, rejected)]
         else:
             before, shared = prompt or [], _shared(chosen, rejected)
             sides = [
-                self._answered([*before, *said[:shared]], said[shared:], where) for said in (chosen, rejected)
+                self._answered([*before, *answer[:shared]], answer[shared:], where)
+                for answer in (chosen, rejected)
             ]
         first, second = (self.coder.tokens(side) for side in sides)
         return first, second
 
-    def _completed(self, prompt: str | None, said: str, where: str) -> Rendered:
+    def _completed(self, prompt: str | None, answer: str, where: str) -> Rendered:
         if prompt is None:
-            return whole(said)
+            return whole(answer)
         if self.template is None:
-            return joined(prompt, said)
-        return self._answered(asked(prompt), [{"role": ASSISTANT, "content": said}], where)
+            return joined(prompt, answer)
+        return self._answered(asked(prompt), [{"role": ASSISTANT, "content": answer}], where)
 
-    def _answered(self, before: Messages, said: Messages, where: str) -> Rendered:
+    def _answered(self, before: Messages, messages: Messages, where: str) -> Rendered:
         """A conversation, of which what the assistant says after `before` is learnt."""
-        rendered = self.conversation([*before, *said], where)
+        rendered = self.conversation([*before, *messages], where)
         known = sum(message["role"] == ASSISTANT for message in before)
         return Rendered(rendered.text, rendered.learnt[known:], rendered.is_templated)
 
@@ -137,11 +139,11 @@ class Preference(LanguageModeling):
 
         from atoll.tasks.preference.metrics import PreferenceAccuracy, RewardMargin
 
-        own: dict[str, Metric | MetricCollection] = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": PreferenceAccuracy(),
             "reward_margin": RewardMargin(),
         }
-        return MetricCollection(own, compute_groups=False)
+        return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """(rewards [n, 2], whether there is something to tell by [n])."""

@@ -86,36 +86,41 @@ def histories_of(
     users: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         users.setdefault(row["user"], []).append(row)
-    kept = {user: events for user, events in users.items() if len(events) >= MIN_INTERACTIONS}
-    if not kept:
+    histories = {user: events for user, events in users.items() if len(events) >= MIN_INTERACTIONS}
+    if not histories:
         longest = max(map(len, users.values()), default=0)
         raise DataError(
             f"{origin}: at most {longest} rows a user, expected a user with {MIN_INTERACTIONS} or more"
         )
-    _count(users, kept, length + (2 if hold_out else 1), diagnostics)
+    _count(users, histories, length + (2 if hold_out else 1), diagnostics)
     rest = [name for name in table.column_names if name not in ("user", "item", "time", "item_text")]
-    constant = [name for name in rest if all(len({e[name] for e in events}) == 1 for events in kept.values())]
+    constant = [
+        name for name in rest if all(len({e[name] for e in events}) == 1 for events in histories.values())
+    ]
     has_texts = "item_text" in table.column_names
     seen = {"train": slice(-length - 2, -1), "test": slice(-length - 1, None)}
     if not hold_out:
         seen = {"train": slice(-length - 1, None)}
-    return {split: _rows(kept, part, constant, has_texts) for split, part in seen.items()}
+    return {split: _rows(histories, part, constant, has_texts) for split, part in seen.items()}
 
 
 def _count(
-    users: Mapping[str, Sequence[Any]], kept: Mapping[str, Sequence[Any]], most: int, diagnostics: Diagnostics
+    users: Mapping[str, Sequence[Any]],
+    histories: Mapping[str, Sequence[Any]],
+    most: int,
+    diagnostics: Diagnostics,
 ) -> None:
     """Count the rows, of which a user's last `most` are used, and the users."""
     few, used = (
         f"with fewer than {MIN_INTERACTIONS} rows",
-        sum(min(len(rows), most) for rows in kept.values()),
+        sum(min(len(rows), most) for rows in histories.values()),
     )
-    whole = sum(map(len, kept.values()))
+    whole = sum(map(len, histories.values()))
     diagnostics.leave_out(f"of users {few}", sum(map(len, users.values())) - whole)
     diagnostics.leave_out(f"before the last {most} of their user", whole - used)
     diagnostics.use_rows(used)
-    lost = {few: len(users) - len(kept)} if len(kept) < len(users) else {}
-    diagnostics.counts.append(Counts("users", len(users), len(kept), lost))
+    lost = {few: len(users) - len(histories)} if len(histories) < len(users) else {}
+    diagnostics.counts.append(Counts("users", len(users), len(histories), lost))
 
 
 def _rows(

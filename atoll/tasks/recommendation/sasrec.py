@@ -77,8 +77,8 @@ class Block(nn.Module):
         batch, length, width = states.shape
         parts = self.asked(self.before(states)).reshape(batch, length, 3, self._heads, -1)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
-        found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
-        states = states + self.dropout(self.told(found.transpose(1, 2).reshape(batch, length, width)))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        states = states + self.dropout(self.told(attended.transpose(1, 2).reshape(batch, length, width)))
         inner = nn.functional.gelu(self.inner(self.between(states)))
         changed: torch.Tensor = states + self.dropout(self.outer(inner))
         return changed
@@ -191,5 +191,5 @@ def _text_features(name: str, job: Job, texts: Sequence[str]) -> torch.Tensor:
     section = BackboneSection(name=name, offline=job.backbone.offline, max_tokens=32)
     encoder = load_text_encoder(resolve(section, job.seed), section, job.seed)
     # An empty text has no words to look at: a dot stands for it.
-    found = extract(encoder, [text or "." for text in texts], threads=job.train.threads, device="cpu")
-    return torch.cat([nn.functional.normalize(found, dim=1), torch.zeros(1, found.shape[1])])
+    features = extract(encoder, [text or "." for text in texts], threads=job.train.threads, device="cpu")
+    return torch.cat([nn.functional.normalize(features, dim=1), torch.zeros(1, features.shape[1])])

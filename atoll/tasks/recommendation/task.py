@@ -23,7 +23,8 @@ from atoll.data.lazy import LazyRows
 from atoll.data.schema import whole
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import names_told, pinned_names
 from atoll.tasks.losses import surprise
@@ -93,10 +94,10 @@ class Recommendation(Task):
         return HISTORIES.findings_of(source, self._gathered(source, data, options, diagnostics), diagnostics)
 
     def _gathered(
-        self, source: Path, data: DataSection, given: Options, diagnostics: Diagnostics
+        self, source: Path, data: DataSection, table: Options, diagnostics: Diagnostics
     ) -> dict[str, pa.Table]:
         """Histories, as they are there or made of events; the last item of each is held out for the test."""
-        length = options_of(given, RecommendOptions).length
+        length = options_of(table, RecommendOptions).length
         if HISTORIES.has(source, "user", "items"):
             return HISTORIES.gather(source, data, diagnostics)
         rows = events(data.time_format).gather(source, data, diagnostics)
@@ -127,14 +128,14 @@ class Recommendation(Task):
         """The items and their texts: those the job gives, or else those of the data, sorted."""
         rows = dataset[:]
         texts: dict[str, str] = {}
-        for items, said in zip(rows["items"], rows.get("texts") or [()] * len(dataset), strict=True):
+        for items, item_texts in zip(rows["items"], rows.get("texts") or [()] * len(dataset), strict=True):
             for place, item in enumerate(items):
-                texts.setdefault(item, said[place] if said else "")
+                texts.setdefault(item, item_texts[place] if item_texts else "")
         if data.classes is None:
             names = sorted(texts)
             return {"items": names, "texts": [texts[name] for name in names]}
-        pinned, given = pinned_names(data), options_of(options, RecommendOptions).texts
-        known = [texts.get(name, "") for name in pinned] if given is None else list(given)
+        pinned, texts_given = pinned_names(data), options_of(options, RecommendOptions).texts
+        known = [texts.get(name, "") for name in pinned] if texts_given is None else list(texts_given)
         return {"items": pinned, "texts": known, "pinned": True}
 
     def merge_info(self, data_info: Sequence[DataInfo]) -> DataInfo:
@@ -169,11 +170,11 @@ class Recommendation(Task):
         rows = list(range(len(shard)))
         return rows, rows if fraction else []
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """Items of a history, oldest first, with commas between them."""
-        items = [item.strip() for item in given.split(",") if item.strip()]
+        items = [item.strip() for item in text.split(",") if item.strip()]
         if not items:
-            raise DataError(f"input {given!r}: expected items with commas between them, oldest first")
+            raise DataError(f"input {text!r}: expected items with commas between them, oldest first")
         return items
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
@@ -202,8 +203,8 @@ class Recommendation(Task):
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """The rank of what came next among all items; half of its equals stand before it."""
         last = targets[:, -1].to(predictions.device)
-        own = predictions.gather(1, last.clamp_min(0).unsqueeze(1))
-        better, equal = (predictions > own).sum(1), (predictions == own).sum(1) - 1
+        target_scores = predictions.gather(1, last.clamp_min(0).unsqueeze(1))
+        better, equal = (predictions > target_scores).sum(1), (predictions == target_scores).sum(1) - 1
         ranks = better + torch.div(equal, 2, rounding_mode="floor")
         return (torch.where(last == UNKNOWN, predictions.shape[1], ranks).cpu(),)
 

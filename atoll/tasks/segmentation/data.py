@@ -58,12 +58,12 @@ def _folders(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     """`images/` and `masks/`, also under train/ and test/."""
     if _has_both(path):
         return {"train": _paired(path, path, diagnostics)}
-    found = [split for split in SPLITS if _has_both(path / split)]
-    if "train" not in found:
+    splits = [split for split in SPLITS if _has_both(path / split)]
+    if "train" not in splits:
         return None
     return {
         split: _paired(path, path / split, diagnostics if split in USED_SPLITS else Diagnostics())
-        for split in found
+        for split in splits
     }
 
 
@@ -81,8 +81,8 @@ def _paired(root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
         )
     stems = sorted(set(images) & set(masks))
     columns = {
-        name: pa.array([str(found[stem].absolute()) for stem in stems], pa.string())
-        for name, found in (("image", images), ("mask", masks))
+        name: pa.array([str(files[stem].absolute()) for stem in stems], pa.string())
+        for name, files in (("image", images), ("mask", masks))
     }
     return Rows(
         shown(root), pa.table(columns), lambda row: shown(images[stems[row]]), root, is_canonical=True
@@ -90,27 +90,27 @@ def _paired(root: Path, base: Path, diagnostics: Diagnostics) -> Rows:
 
 
 def _by_stem(folder: Path, root: Path, diagnostics: Diagnostics) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    by_stem: dict[str, Path] = {}
     for path in listing(folder, root, diagnostics):
         try:
             checked_file(path, root)
-            if path.stem in found:
+            if path.stem in by_stem:
                 raise DataError(f"{shown(path)}: a second file called {shown(path.stem)}, expected one")
-            found[path.stem] = path
+            by_stem[path.stem] = path
         except DataError as problem:
             diagnostics.error(problem)
-    return found
+    return by_stem
 
 
 def _one_class_alone(dataset: Dataset) -> str | None:
     """Masks of one class, which teach nothing: most often white on black, where 255 means the object."""
-    found: set[int] = set()
+    classes: set[int] = set()
     for cell in dataset.cells("mask"):
-        found.update(np.unique(read_mask(file_bytes(cell, "mask"), "mask")).tolist())
-        if len(found - {IGNORED}) > 1:
+        classes.update(np.unique(read_mask(file_bytes(cell, "mask"), "mask")).tolist())
+        if len(classes - {IGNORED}) > 1:
             return None
-    known = ", ".join(map(str, found - {IGNORED})) or "none"
-    if IGNORED not in found:
+    known = ", ".join(map(str, classes - {IGNORED})) or "none"
+    if IGNORED not in classes:
         return f"the only class in all masks is {known}"
     return (
         f"the only class in all masks is {known}, for {IGNORED} stands for pixels that are ignored;"

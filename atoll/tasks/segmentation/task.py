@@ -36,8 +36,8 @@ from atoll.data.lazy import LazyColumn, LazyRows
 from atoll.data.schema import Schema, file_bytes
 from atoll.data.shard import Lazy, Shard, canonical_order
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.random_streams import global_stream
 from atoll.tasks.drawing import hex_colour, mask_over, mask_png
@@ -65,11 +65,11 @@ class Segmenter(Model):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Scores of every class at every pixel, [batch, classes, s, s]; SegFormer's are at every fourth."""
         pixels = batch["pixel_values"]
-        said = self.backbone.model(pixels)
-        if "out" in said:
-            scores: torch.Tensor = said["out"]
+        logits = self.backbone.model(pixels)
+        if "out" in logits:
+            scores: torch.Tensor = logits["out"]
             return scores
-        return nn.functional.interpolate(said["logits"], pixels.shape[2:], mode="bilinear")
+        return nn.functional.interpolate(logits["logits"], pixels.shape[2:], mode="bilinear")
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """The most likely class at every pixel, [batch, s, s]."""
@@ -171,9 +171,9 @@ class Segmentation(SchemaTask):
     def input_suffixes(self) -> tuple[str, ...]:
         return IMAGE_SUFFIXES
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """The bytes of an image file."""
-        return read_image_input(given, self.depth)
+        return read_image_input(text, self.depth)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         """The network in eval mode, with a last layer for these classes, and no auxiliary one.
@@ -190,13 +190,13 @@ class Segmentation(SchemaTask):
             )
         with global_stream(job.seed, "init", "backbone"):
             network = _made(backbone, job, len(data_info["classes"])).eval()
-        kept: frozenset[str] = frozenset()
+        loaded: frozenset[str] = frozenset()
         if backbone.weights is None:
             calibrate_batch_norm(network, size, job.seed, pictures=noise_pictures(job, size))
         else:
-            kept = fill_all_but_classes(network, "classifier", backbone)
+            loaded = fill_all_but_classes(network, "classifier", backbone)
         head = network.get_submodule("classifier")
-        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head, kept)
+        return Segmenter(PictureEncoder(network, size, IMAGENET_MEAN, IMAGENET_STD), head, loaded)
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy: the mean over an example's labelled pixels, then over examples."""
@@ -242,7 +242,7 @@ class Segmentation(SchemaTask):
         Both are [height, width], of uint8 and float32; `colours` are those of the mask's file. The scores
         are resized before the highest is taken, so that edges aren't those of the network's square.
         """
-        found = []
+        answers = []
         for scores, data in zip(model(batch).float().cpu(), inputs, strict=True):
             with_size = decode_image(data, "image", verify=False)
             size = (with_size.height, with_size.width)
@@ -250,18 +250,18 @@ class Segmentation(SchemaTask):
             highest, mask = resized.softmax(0).max(0)
             (answer,) = self.format_predictions([mask], data_info)
             answer["colours"] = {name: hex_colour(number) for number, name in enumerate(data_info["classes"])}
-            found.append(answer | {"mask": mask.to(torch.uint8).numpy(), "scores": highest.numpy()})
-        return found
+            answers.append(answer | {"mask": mask.to(torch.uint8).numpy(), "scores": highest.numpy()})
+        return answers
 
     def files(
-        self, answer: Mapping[str, Any], given: Any, data_info: DataInfo, *, overlay: bool
+        self, answer: Mapping[str, Any], source: Any, data_info: DataInfo, *, overlay: bool
     ) -> dict[str, bytes]:
         """The mask as a PNG of class indices with a palette, and it over the picture."""
-        found = {"mask.png": mask_png(answer["mask"])}
+        files = {"mask.png": mask_png(answer["mask"])}
         if overlay:
-            picture = decode_image(given, "image", verify=False)
-            found["overlay.png"] = mask_over(picture, answer["mask"], data_info["classes"])
-        return found
+            picture = decode_image(source, "image", verify=False)
+            files["overlay.png"] = mask_over(picture, answer["mask"], data_info["classes"])
+        return files
 
 
 def _image(cell: Mapping[str, Any]) -> bytes:

@@ -66,11 +66,11 @@ def load_recogniser(backbone: Backbone, job: Job, letters: CtcVocabulary, max_se
         WeightsError: it doesn't hear, or its weights don't fit.
     """
     encoder = load_sound_encoder(backbone, job, max_seconds, letters.size)
-    head, kept = encoder.letters, frozenset[str]()
+    head, loaded = encoder.letters, frozenset[str]()
     if head is None:
         with global_stream(job.seed, "init", "head"):
             head = nn.Linear(encoder.width, letters.size)
     else:
         place = next(name for name, module in encoder.model.named_modules() if module is head)
-        kept = pretrained_names(encoder.model, place, backbone)
-    return Recogniser(encoder, head, letters, kept)
+        loaded = pretrained_names(encoder.model, place, backbone)
+    return Recogniser(encoder, head, letters, loaded)

@@ -37,8 +37,8 @@ from atoll.data.parsers import text_cell
 from atoll.data.schema import FILE, Schema, SchemaField, file_bytes
 from atoll.data.shard import Shard, canonical_order
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Positive, Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.schema_task import SchemaTask
 from atoll.tasks.speech.ctc_model import load_recogniser, real_counts
@@ -86,14 +86,14 @@ def audio_inputs(dataset: Dataset, order: Sequence[int]) -> LazyRows:
     return LazyRows(LazyColumn(dataset, "audio", lambda cell: file_bytes(cell, "audio")), tuple(order))
 
 
-def read_audio_input(given: str, max_seconds: float) -> bytes:
+def read_audio_input(text: str, max_seconds: float) -> bytes:
     """The bytes of a WAV or FLAC file.
 
     Raises:
         DataError: it can't be read, or is too long.
     """
-    data = file_bytes({"bytes": None, "path": given}, "audio")
-    checked_sound(data, shown(given), max_seconds)
+    data = file_bytes({"bytes": None, "path": text}, "audio")
+    checked_sound(data, shown(text), max_seconds)
     return data
 
 
@@ -143,10 +143,10 @@ class SpeechRecognition(SchemaTask):
         """What of the transcripts that network can't write."""
         letters = letters_of(backbone, options_of(options, SpeechOptions).letters)
         table = self.read(source, data, options)
-        found = [
+        transcripts = [
             text for part in (table.train, table.test) if part is not None for text in part["transcript"]
         ]
-        lost = letters.unwritten([normalize_transcript(text) for text in found])
+        lost = letters.unwritten([normalize_transcript(text) for text in transcripts])
         return (lost,) if lost else ()
 
     def local_info(self, dataset: Dataset, data: DataSection, options: Options) -> DataInfo:
@@ -168,9 +168,9 @@ class SpeechRecognition(SchemaTask):
     def input_suffixes(self) -> tuple[str, ...]:
         return AUDIO_SUFFIXES
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """The bytes of a WAV or FLAC file."""
-        return read_audio_input(given, self.options.max_seconds)
+        return read_audio_input(text, self.options.max_seconds)
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         options = options_of(job.task.options, SpeechOptions)

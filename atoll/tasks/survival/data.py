@@ -49,10 +49,10 @@ class SurvivalOptions(Section):
             missing = "means" if self.means is None else "deviations"
             raise ValueError(f"{missing}: missing, expected both means and deviations, or neither")
         for key in ("means", "deviations"):
-            given = getattr(self, key)
-            if given is not None and len(given) != len(names):
+            is_set = getattr(self, key)
+            if is_set is not None and len(is_set) != len(names):
                 raise ValueError(
-                    f"{key}: {len(given)} numbers for {len(names)} features, expected one for each of"
+                    f"{key}: {len(is_set)} numbers for {len(names)} features, expected one for each of"
                     " task.options.features"
                 )
         return self
@@ -93,8 +93,8 @@ def event_cell(cell: Any, where: str) -> bool:
     try:
         value = number_cell(cell, "")
     except DataError:
-        found = "nothing" if cell is None or cell == "" else repr(shown(str(cell)))
-        raise DataError(f"{where}: event: {found}, {expected}") from None
+        text = "nothing" if cell is None or cell == "" else repr(shown(str(cell)))
+        raise DataError(f"{where}: event: {text}, {expected}") from None
     if value not in (0, 1):
         raise DataError(f"{where}: event: {value:g}, {expected}")
     return value == 1
@@ -153,8 +153,8 @@ def gathered(
     readers = [SchemaField(FEATURE + name, feature_cell(name), pa.float64()) for name in names]
     exact = {FEATURE + name: name for name in names}
     named = data.model_copy(update={"columns": {**data.columns, **exact}})
-    found = Schema((TIME, EVENT, *readers)).gather(source, named, diagnostics)
-    return {split: in_one_cell(table, names, FEATURE) for split, table in found.items()}
+    read = Schema((TIME, EVENT, *readers)).gather(source, named, diagnostics)
+    return {split: in_one_cell(table, names, FEATURE) for split, table in read.items()}
 
 
 def rows_to_score(path: Path, features: Sequence[str] | None) -> dict[str, dict[str, float]]:
@@ -218,12 +218,12 @@ def numeric_columns(rows: Rows, data: DataSection) -> list[str]:
     taken = {role_column(rows, role, chosen_name(data, role), names) for role, names in usual.items()}
     taken.add(getattr(data.partition, "by", None))
     rest = [name for name in rows.table.column_names if name not in taken]
-    found = sorted(name for name in rest if _holds_numbers(values_of(rows, name)))
-    if not found:
+    numeric = sorted(name for name in rest if _holds_numbers(values_of(rows, name)))
+    if not numeric:
         raise DataError(
             f"{rows.name}: columns {rows.table.column_names}, expected some of numbers as features"
         )
-    return found
+    return numeric
 
 
 def _holds_numbers(column: pa.ChunkedArray) -> bool:

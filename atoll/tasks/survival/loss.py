@@ -19,9 +19,9 @@ def cox_loss(scores: torch.Tensor, times: torch.Tensor, events: torch.Tensor) ->
     """
     total = scores.new_zeros(())
     for start in range(0, len(scores), ROWS):
-        own = slice(start, start + ROWS)
-        at_risk = times.unsqueeze(0) >= times[own].unsqueeze(1)
+        rows = slice(start, start + ROWS)
+        at_risk = times.unsqueeze(0) >= times[rows].unsqueeze(1)
         everyone = scores.unsqueeze(0).expand(at_risk.shape)
         sums = torch.logsumexp(everyone.masked_fill(~at_risk, -torch.inf), dim=1)
-        total = total + (events[own].to(scores.dtype) * (sums - scores[own])).sum()
+        total = total + (events[rows].to(scores.dtype) * (sums - scores[rows])).sum()
     return total / max(len(scores), 1)

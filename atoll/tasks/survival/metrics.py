@@ -31,8 +31,8 @@ class ConcordanceIndex(Mean):
         first = torch.nonzero(events)[:, 0]
         for start in range(0, len(first), ROWS):
             some = first[start : start + ROWS]
-            own = times[some].unsqueeze(1)
-            later = (times > own) | ((times == own) & ~events)
+            own_times = times[some].unsqueeze(1)
+            later = (times > own_times) | ((times == own_times) & ~events)
             above = (scores[some].unsqueeze(1) > scores) & later
             equal = (scores[some].unsqueeze(1) == scores) & later
             self.score += above.sum().to(self.score) + equal.sum().to(self.score) / 2

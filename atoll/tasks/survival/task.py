@@ -24,7 +24,8 @@ from atoll.data.lazy import LazyRows
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.tables import SUFFIXES
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.survival.data import (
     EVENT,
@@ -92,13 +93,13 @@ class Survival(Task):
 
     def read(self, source: Path, data: DataSection, options: Options) -> Table:
         diagnostics = Diagnostics()
-        found = gathered(source, data, options_of(options, SurvivalOptions), diagnostics)
-        return patients([]).table_of(source, found, diagnostics)
+        table = gathered(source, data, options_of(options, SurvivalOptions), diagnostics)
+        return patients([]).table_of(source, table, diagnostics)
 
     def inspect(self, source: Path, data: DataSection, options: Options) -> Findings:
         diagnostics = Diagnostics()
-        found = gathered(source, data, options_of(options, SurvivalOptions), diagnostics)
-        return patients([]).findings_of(source, found, diagnostics)
+        table = gathered(source, data, options_of(options, SurvivalOptions), diagnostics)
+        return patients([]).findings_of(source, table, diagnostics)
 
     def from_builtin(self, splits: Mapping[str, pa.Table], job: Job) -> Table:
         import pyarrow as pa
@@ -142,24 +143,24 @@ class Survival(Task):
     def input_suffixes(self) -> tuple[str, ...]:
         return SUFFIXES
 
-    def parse_inputs(self, given: str) -> dict[str, Any]:
+    def parse_inputs(self, text: str) -> dict[str, Any]:
         """One patient as JSON; or all of a table, by the rows' places in it."""
-        if not given.lower().endswith(SUFFIXES):
-            return {"": self.parse_input(given)}
-        return rows_to_score(Path(given), self.options.features)
+        if not text.lower().endswith(SUFFIXES):
+            return {"": self.parse_input(text)}
+        return rows_to_score(Path(text), self.options.features)
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """A patient's features as JSON, such as `{"age": 61, "grade": 2}`, beside which others may be.
 
         Raises:
             DataError: it is something else.
         """
         try:
-            row = json.loads(given)
+            row = json.loads(text)
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise DataError(f'input {given[:40]!r}: expected features as JSON, such as {{"age": 61}}')
+            raise DataError(f'input {text[:40]!r}: expected features as JSON, such as {{"age": 61}}')
         names = [name for name in self.options.features or row if name in row]
         return {name: feature_cell(name)(row[name], "input") for name in names}
 

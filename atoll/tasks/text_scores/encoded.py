@@ -59,13 +59,13 @@ class TextFeatures(SchemaTask):
     def input_suffixes(self) -> tuple[str, ...]:
         return (".txt",)
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """A text file's text, or the text itself.
 
         Raises:
             DataError: it can't be read, or is empty.
         """
-        return read_text_input(given)
+        return read_text_input(text)
 
     def encoder(self, backbone: Backbone, section: BackboneSection, seed: int) -> Encoder:
         return load_text_encoder(backbone, section, seed)

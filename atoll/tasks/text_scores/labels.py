@@ -20,7 +20,8 @@ from atoll.data.diagnostics import shown
 from atoll.data.parsers import name_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import DataSection, Job, Options
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told, pinned_names
 from atoll.tasks.text_scores.encoded import TEXT, TextFeatures
@@ -101,14 +102,14 @@ class TextLabels(TextFeatures):
 
     def targets(self, dataset: Dataset, order: Sequence[int], data_info: DataInfo) -> torch.Tensor:
         place = {label: number for number, label in enumerate(data_info["labels"])}
-        targets, given = torch.zeros(len(order), len(place)), dataset["labels"][:]
+        targets, label_lists = torch.zeros(len(order), len(place)), dataset["labels"][:]
         for target, row in zip(targets, order, strict=True):
-            if unknown := [label for label in given[row] if label not in place]:
+            if unknown := [label for label in label_lists[row] if label not in place]:
                 raise DataError(
                     f"label {unknown[0]!r} is not one of the run's {data_info['labels']}; data.classes can"
                     " name them all"
                 )
-            target[[place[label] for label in given[row]]] = 1.0
+            target[[place[label] for label in label_lists[row]]] = 1.0
         return targets
 
     def head(self, width: int, data_info: DataInfo) -> nn.Module:
@@ -123,10 +124,10 @@ class TextLabels(TextFeatures):
         from atoll.tasks.text_scores.metrics import BinnedMap, MacroF1, SubsetAccuracy
 
         count = len(data_info["labels"])
-        own: Any = {
+        metrics: Any = {
             "macro_f1": MacroF1(count), "subset_accuracy": SubsetAccuracy(), "map": BinnedMap(count),
         }  # fmt: skip
-        return MetricCollection(own, compute_groups=False)
+        return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """The probability of each label, and whether it is there."""
@@ -137,8 +138,8 @@ class TextLabels(TextFeatures):
         rows: list[dict[str, Any]] = []
         for row in torch.sigmoid(predictions).tolist():
             chances = {name: round(p, 4) for name, p in zip(data_info["labels"], row, strict=True)}
-            found = [name for name, p in zip(data_info["labels"], row, strict=True) if p > 0.5]
-            rows.append({"label": ", ".join(found) or "none", "labels": found, "all": chances})
+            labels = [name for name, p in zip(data_info["labels"], row, strict=True) if p > 0.5]
+            rows.append({"label": ", ".join(labels) or "none", "labels": labels, "all": chances})
         return rows
 
 

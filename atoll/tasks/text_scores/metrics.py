@@ -40,9 +40,9 @@ class MacroF1(Metric):
 
     def update(self, probabilities: torch.Tensor, targets: torch.Tensor) -> None:
         """Count what is said and what is there: both [n, labels]."""
-        said, there = probabilities > 0.5, targets > 0
-        self.matched += (said & there).sum(0)
-        self.counted += said.sum(0) + there.sum(0)
+        predicted, there = probabilities > 0.5, targets > 0
+        self.matched += (predicted & there).sum(0)
+        self.counted += predicted.sum(0) + there.sum(0)
 
     def compute(self) -> torch.Tensor:
         real = self.counted > 0
@@ -118,16 +118,16 @@ class BinnedSpearman(Metric):
 
     def update(self, predictions: torch.Tensor, targets: torch.Tensor) -> None:
         """Count pairs of standardised numbers, [n]."""
-        said, true = (_bin(values) for values in (predictions, targets))
-        found = torch.bincount(said * BINS + true, minlength=BINS * BINS)
-        self.counts += found.reshape(BINS, BINS).to(self.counts)
+        predicted, true = (_bin(values) for values in (predictions, targets))
+        counts = torch.bincount(predicted * BINS + true, minlength=BINS * BINS)
+        self.counts += counts.reshape(BINS, BINS).to(self.counts)
 
     def compute(self) -> torch.Tensor:
         counts = self.counts.to(torch.float64)
-        said, true = (_ranks(counts.sum(axis)) for axis in (1, 0))
+        predicted, true = (_ranks(counts.sum(axis)) for axis in (1, 0))
         rows, columns = counts.sum(1), counts.sum(0)
-        one, other, both = rows @ said, columns @ true, said @ counts @ true
-        squares = (rows @ said.square(), columns @ true.square())
+        one, other, both = rows @ predicted, columns @ true, predicted @ counts @ true
+        squares = (rows @ predicted.square(), columns @ true.square())
         number = counts.sum()
         return correlation(
             torch.stack([number, one, other, one, squares[0], both, other, both, squares[1]]).reshape(3, 3)
@@ -148,6 +148,6 @@ def correlation(sums: torch.Tensor) -> torch.Tensor:
     """Pearson's correlation of two rows of numbers, from the sums of products of (1, one, other), [3, 3]."""
     number = sums[0, 0]
     spread = sums[1:, 1:] * number - torch.outer(sums[0, 1:], sums[0, 1:])
-    own = spread.diagonal()
-    varies = (own > 1e-12 * number * sums.diagonal()[1:]).all()  # less is what rounding leaves
-    return torch.where(varies, spread[0, 1] / own.clamp_min(0).sqrt().prod(), torch.nan)
+    variances = spread.diagonal()
+    varies = (variances > 1e-12 * number * sums.diagonal()[1:]).all()  # less is what rounding leaves
+    return torch.where(varies, spread[0, 1] / variances.clamp_min(0).sqrt().prod(), torch.nan)

@@ -21,8 +21,8 @@ from atoll.data.dataset import Dataset
 from atoll.data.parsers import number_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.errors import ConfigError
-from atoll.job.job import DataSection, Job, Options
-from atoll.job.section import Positive, Section
+from atoll.job.job import DataSection, Job
+from atoll.job.section import Options, Positive, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.text_scores.encoded import TEXT, TextFeatures
 from atoll.tasks.told import ToldField
@@ -118,10 +118,10 @@ class TextRegression(TextFeatures):
 
         from atoll.tasks.text_scores.metrics import BinnedSpearman, Pearson, ScaledError
 
-        own: Any = {
+        metrics: Any = {
             "mae": ScaledError(self.scale(data_info)[1]), "pearson": Pearson(), "spearman": BinnedSpearman(),
         }  # fmt: skip
-        return MetricCollection(own, compute_groups=False)
+        return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """Standardised numbers, [n]."""

@@ -43,10 +43,10 @@ def token_f1(prediction: str, reference: str) -> float:
     >>> token_f1("the red house", "house")  # precision 1/2, recall 1
     0.6666666666666666
     """
-    found, wanted = normalised(prediction).split(), normalised(reference).split()
-    if not found or not wanted:
-        return float(found == wanted)
-    return 2 * (Counter(found) & Counter(wanted)).total() / (len(found) + len(wanted))
+    predicted, wanted = normalised(prediction).split(), normalised(reference).split()
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    return 2 * (Counter(predicted) & Counter(wanted)).total() / (len(predicted) + len(wanted))
 
 
 def rouge_l(prediction: str, reference: str) -> float:
@@ -57,10 +57,10 @@ def rouge_l(prediction: str, reference: str) -> float:
     >>> rouge_l("the cat sat", "the black cat sat down")  # 3 words of 3, and of 5
     0.75
     """
-    found, wanted = _WORD.findall(prediction.lower()), _WORD.findall(reference.lower())
-    if not found or not wanted:
-        return float(found == wanted)
-    return 2 * _longest_common(found, wanted) / (len(found) + len(wanted))
+    predicted, wanted = _WORD.findall(prediction.lower()), _WORD.findall(reference.lower())
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    return 2 * _longest_common(predicted, wanted) / (len(predicted) + len(wanted))
 
 
 def _longest_common(one: Sequence[str], other: Sequence[str]) -> int:
@@ -147,9 +147,9 @@ class ChrF(Metric):
         for pair in zip(predictions, references, strict=True):
             for length in range(1, CHARACTERS + 1):
                 ours, theirs = (_ngrams("".join(text.split()), length) for text in pair)
-                found = ours.total() if theirs else 0  # as sacrebleu: there is nothing that could be met
-                told = torch.tensor([found, theirs.total(), (ours & theirs).total()])
-                self.counts[:, length - 1] += told.to(self.counts)
+                count = ours.total() if theirs else 0  # as sacrebleu: there is nothing that could be met
+                counts = torch.tensor([count, theirs.total(), (ours & theirs).total()])
+                self.counts[:, length - 1] += counts.to(self.counts)
 
     def compute(self) -> torch.Tensor:
         ours, theirs, both = self.counts.to(torch.float64)

@@ -15,8 +15,8 @@ from atoll.data.dataset import Dataset
 from atoll.data.parsers import answer_cell, optional_text_cell, text_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.data.texts import read_text_input
-from atoll.job.job import Job, Options
-from atoll.job.section import Section
+from atoll.job.job import Job
+from atoll.job.section import Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.text_to_text.sequence_task import SequenceTask, measured
 
@@ -67,13 +67,13 @@ class QuestionAnswering(SequenceTask):
         contexts = dataset["context"][:] if "context" in dataset.column_names else [""] * len(dataset)
         return lambda row: prompt(questions[row], contexts[row])
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, line: str) -> Any:
         """A question, or a whole prompt `question: … context: …`; a text file's, or the text itself.
 
         Raises:
             DataError: it can't be read, or is empty.
         """
-        text = read_text_input(given)
+        text = read_text_input(line)
         return text if text.startswith("question: ") else prompt(text, "")
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:

@@ -71,8 +71,10 @@ class Answerer(Model):
         network: Any = self.backbone.model
         config = network.config
         answer = batch[TARGETS][:, : self._most]
-        said = torch.where(answer < 0, config.pad_token_id, answer).clamp_max(config.vocab_size - 1)
-        before = torch.cat([torch.full_like(said[:, :1], config.decoder_start_token_id), said[:, :-1]], dim=1)
+        tokens = torch.where(answer < 0, config.pad_token_id, answer).clamp_max(config.vocab_size - 1)
+        before = torch.cat(
+            [torch.full_like(tokens[:, :1], config.decoder_start_token_id), tokens[:, :-1]], dim=1
+        )
         scores: torch.Tensor = network(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -18,7 +18,8 @@ from atoll.backbones.resolve import Backbone
 from atoll.data.dataset import Dataset
 from atoll.data.lazy import LazyRows
 from atoll.data.shard import Shard, canonical_order
-from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.job.job import BackboneSection, DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.losses import surprise
 from atoll.tasks.schema_task import SchemaTask
@@ -131,8 +132,8 @@ class SequenceTask(SchemaTask):
         return [{"label": text} for text in predictions]
 
 
-def measured(own: dict[str, Any]) -> MetricCollection:
+def measured(metrics: dict[str, Any]) -> MetricCollection:
     """Metrics of texts, each with states of its own."""
     from torchmetrics import MetricCollection
 
-    return MetricCollection(own, compute_groups=False)
+    return MetricCollection(metrics, compute_groups=False)

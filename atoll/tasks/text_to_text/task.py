@@ -16,8 +16,8 @@ from atoll.data.dataset import Dataset
 from atoll.data.parsers import answer_cell, text_cell
 from atoll.data.schema import Schema, SchemaField
 from atoll.data.texts import read_text_input
-from atoll.job.job import Job, Options
-from atoll.job.section import Section
+from atoll.job.job import Job
+from atoll.job.section import Options, Section
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.text_to_text.questions import prompt
 from atoll.tasks.text_to_text.sequence_task import SequenceTask, measured
@@ -78,13 +78,13 @@ class TextToText(SequenceTask):
         sources, prefix = dataset["source"][:], self.options.prefix
         return lambda row: f"{prefix}{sources[row]}"
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """A source, before which the prefix is put; a text file's, or the text itself.
 
         Raises:
             DataError: it can't be read, or is empty.
         """
-        return f"{self.options.prefix}{read_text_input(given)}"
+        return f"{self.options.prefix}{read_text_input(text)}"
 
     def metrics(self, data_info: DataInfo) -> MetricCollection:
         from atoll.tasks.text_to_text.metrics import MEASURES, ChrF

@@ -61,15 +61,15 @@ class _Sentence:
 
 
 def _sentences(path: Path, diagnostics: Diagnostics) -> Rows:
-    found = [one for one in _read(path, diagnostics) if one.words]
+    sentences = [one for one in _read(path, diagnostics) if one.words]
     kind = pa.list_(pa.string())
     columns = {
-        "tokens": pa.array([one.words for one in found], kind),
-        "tags": pa.array([one.tags for one in found], kind),
+        "tokens": pa.array([one.words for one in sentences], kind),
+        "tags": pa.array([one.tags for one in sentences], kind),
     }
 
     def where(row: int) -> str:
-        return f"{shown(path)} line {found[row].line}"
+        return f"{shown(path)} line {sentences[row].line}"
 
     return Rows(shown(path), pa.table(columns), where, path.parent, is_canonical=True)
 

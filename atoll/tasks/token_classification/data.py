@@ -64,13 +64,13 @@ def tags_cell(cell: Any, where: str, names: Sequence[str] = ()) -> list[str]:
     return [_tag(tag, where, names) for tag in tags]
 
 
-def _tag(given: Any, where: str, names: Sequence[str]) -> str:
-    if isinstance(given, int) and not isinstance(given, bool):
-        if not 0 <= given < len(names):
+def _tag(tag: Any, where: str, names: Sequence[str]) -> str:
+    if isinstance(tag, int) and not isinstance(tag, bool):
+        if not 0 <= tag < len(names):
             known = f"0 to {len(names) - 1}" if names else "names of tags, or data.classes in their order"
-            raise DataError(f"{where}: tag {given}, expected {known}")
-        return names[given]
-    name = name_cell(given, f"{where}: a tag")
+            raise DataError(f"{where}: tag {tag}, expected {known}")
+        return names[tag]
+    name = name_cell(tag, f"{where}: a tag")
     mark, dash, rest = name.partition("-")
     if name != OUTSIDE and dash and (not rest or (len(mark) == 1 and mark not in MARKS)):
         raise DataError(

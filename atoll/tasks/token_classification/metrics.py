@@ -83,9 +83,9 @@ class EntityMetric(Metric):
         """
         if predictions.ndim == 3:
             predictions = predictions.argmax(dim=2)
-        for found, wanted in zip(predictions, targets, strict=True):
+        for predicted, wanted in zip(predictions, targets, strict=True):
             real = wanted != IGNORED
-            ours, theirs = (set(spans(self._named(ids[real]))) for ids in (found, wanted))
+            ours, theirs = (set(spans(self._named(ids[real]))) for ids in (predicted, wanted))
             self.matched += len(ours & theirs)
             self.predicted += len(ours)
             self.expected += len(theirs)

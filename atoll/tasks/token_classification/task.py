@@ -25,7 +25,8 @@ from atoll.data.schema import Schema
 from atoll.data.shard import Shard, canonical_order
 from atoll.data.texts import read_text_input
 from atoll.errors import ConfigError, DataError
-from atoll.job.job import BackboneSection, DataSection, Job, Options
+from atoll.job.job import BackboneSection, DataSection, Job
+from atoll.job.section import Options
 from atoll.protocol.messages import DataInfo
 from atoll.tasks.classes import agreed, named, names_told, pinned_names
 from atoll.tasks.losses import surprise
@@ -75,9 +76,11 @@ class TokenClassification(SchemaTask):
     ) -> Sequence[str]:
         bound = replace(self, backbone=backbone, section=BackboneSection(name=backbone.name))
         table = self.read(source, data, options)
-        found = [words for part in (table.train, table.test) if part is not None for words in part["tokens"]]
-        unread = bound.unread(found)
-        return (unread,) if unread else (f"the network reads all {sum(map(len, found))} words",)
+        sentences = [
+            words for part in (table.train, table.test) if part is not None for words in part["tokens"]
+        ]
+        unread = bound.unread(sentences)
+        return (unread,) if unread else (f"the network reads all {sum(map(len, sentences))} words",)
 
     def unread(self, sentences: Sequence[Sequence[str]]) -> str:
         """How many words the network doesn't read, in words; nothing where it reads all."""
@@ -137,13 +140,13 @@ class TokenClassification(SchemaTask):
     def input_suffixes(self) -> tuple[str, ...]:
         return (".txt",)
 
-    def parse_input(self, given: str) -> Any:
+    def parse_input(self, text: str) -> Any:
         """The words of a text file or of the text itself: between spaces, or a JSON list.
 
         Raises:
             DataError: it can't be read, or is empty.
         """
-        return words_cell(read_text_input(given), f"input {given[:40]!r}")
+        return words_cell(read_text_input(text), f"input {text[:40]!r}")
 
     def network(self, backbone: Backbone, job: Job, data_info: DataInfo) -> Model:
         return load_tag_model(backbone, job, len(data_info["tags"]))
@@ -163,20 +166,20 @@ class TokenClassification(SchemaTask):
         )
 
         tags = data_info["tags"]
-        own: dict[str, Metric | MetricCollection] = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "entity_f1": EntityF1(tags),
             "entity_precision": EntityPrecision(tags),
             "entity_recall": EntityRecall(tags),
             "token_accuracy": TagAccuracy(),
         }
-        return MetricCollection(own, compute_groups=False)
+        return MetricCollection(metrics, compute_groups=False)
 
     def metric_inputs(self, predictions: Any, targets: torch.Tensor) -> tuple[Any, ...]:
         """The best tags as numbers; a batch is as long as its own longest sentence."""
-        found = nn.utils.rnn.pad_sequence(
+        padded = nn.utils.rnn.pad_sequence(
             [_best(scores) for scores in predictions], batch_first=True, padding_value=UNREAD
         )
-        return found, targets[:, : found.shape[1]]
+        return padded, targets[:, : padded.shape[1]]
 
     def format_predictions(self, predictions: Any, data_info: DataInfo) -> list[dict[str, Any]]:
         """A tag for each word, null where it wasn't read, and the places of the entities."""
@@ -186,8 +189,8 @@ class TokenClassification(SchemaTask):
         self, model: Model, batch: Batch, inputs: Sequence[Any], data_info: DataInfo
     ) -> list[dict[str, Any]]:
         """As `format_predictions`, with the words themselves; `label` names the entities."""
-        said = self.format_predictions(model.predict(batch), data_info)
-        return [_with_words(answer, words) for answer, words in zip(said, inputs, strict=True)]
+        answers = self.format_predictions(model.predict(batch), data_info)
+        return [_with_words(answer, words) for answer, words in zip(answers, inputs, strict=True)]
 
 
 def _best(scores: torch.Tensor) -> torch.Tensor:
@@ -201,8 +204,8 @@ def _named(tags: torch.Tensor, data_info: DataInfo) -> list[str | None]:
 
 
 def _answer(tags: list[str | None]) -> dict[str, Any]:
-    found = spans([tag or OUTSIDE for tag in tags])
-    entities = [{"name": name, "first": first, "last": last} for name, first, last in found]
+    entity_spans = spans([tag or OUTSIDE for tag in tags])
+    entities = [{"name": name, "first": first, "last": last} for name, first, last in entity_spans]
     return {"label": " ".join(tag or "?" for tag in tags), "tags": tags, "entities": entities}
 
 

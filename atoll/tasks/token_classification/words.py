@@ -88,13 +88,13 @@ class WordPieces:
             max_length=self.max_tokens,
             padding=False,
         )
-        found = []
+        sentences = []
         for number, words in enumerate(inputs):
             of_piece = coded.word_ids(number)
             first = [of_piece.index(word) if word in of_piece else CUT_OFF for word in range(len(words))]
             ids = torch.tensor(coded["input_ids"][number], dtype=torch.int64)
-            found.append({"ids": ids, "first": torch.tensor(first, dtype=torch.int64)})
-        return found
+            sentences.append({"ids": ids, "first": torch.tensor(first, dtype=torch.int64)})
+        return sentences
 
 
 def _tells_words_by_spaces(tokenizer: Any) -> bool:
@@ -131,8 +131,8 @@ class WordEncoder(Encoder):
     def forward(self, batch: Batch) -> torch.Tensor:
         """States of all pieces, [batch, pieces, width]."""
         states = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        found: torch.Tensor = states if isinstance(states, torch.Tensor) else states.last_hidden_state
-        return found
+        hidden: torch.Tensor = states if isinstance(states, torch.Tensor) else states.last_hidden_state
+        return hidden
 
 
 def load_word_encoder(backbone: Backbone, job: Job) -> WordEncoder:
@@ -186,9 +186,10 @@ def word_tokenizer(backbone: Backbone) -> Any:
         WeightsError: the network isn't an encoder of texts, or its tokenizer can't tell that.
     """
     if backbone.kind != "hf" or backbone.folder is None:
-        given = f"{backbone.kind}:{backbone.name}"
+        backbone_name = f"{backbone.kind}:{backbone.name}"
         raise WeightsError(
-            f"backbone.name: {given} does not read words, expected atoll:{SMALL_TEXT}, hf:NAME or a folder"
+            f"backbone.name: {backbone_name} does not read words,"
+            f" expected atoll:{SMALL_TEXT}, hf:NAME or a folder"
         )
     tokenizer = load_tokenizer(backbone.folder)
     if not tokenizer.is_fast:

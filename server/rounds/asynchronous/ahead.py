@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -84,6 +84,11 @@ class AskedAhead:
         while len(self.done) < count and self.waiting:
             self._wait()
         return sorted(list(self.done)[:count])
+
+    def until(self, enough: Callable[[Collection[str]], bool]) -> None:
+        """Look again and again, until what is asked of the clients that are done is true."""
+        while not enough(self.done.keys()):
+            self._wait()
 
     def take(self, clients: Sequence[str]) -> list[Reply]:
         """What those clients sent, and forget it; waits until they are done."""

@@ -8,6 +8,8 @@ at a time, and so is in a buffer once at most.
 Simulated clients train when they are due, from the model that they started from, which is kept until then:
 the numbers are the same, and a run that is killed loses nothing of those at work. Real sites are asked when
 they start (`ahead`), and again when a server that was killed goes on.
+
+`grouped_round` has FedCompass's rounds, which merge others than the first K.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from atoll.job.job import Job
-from atoll.protocol.messages import Reply, Update
+from atoll.protocol.messages import ASSIGNED_STEPS, Reply, Update
 from atoll.protocol.random_streams import stream
 from atoll.protocol.requests import TrainRequest
 from atoll.protocol.stacked_updates import StackedUpdates
 from atoll.server.rounds.aggregation import PlainRound, merge_updates, reply_transforms
 from atoll.server.rounds.asynchronous.ahead import AskedAhead, AsksAhead
-from atoll.server.rounds.asynchronous.flights import HalfNormalTimes, WorkTimes
+from atoll.server.rounds.asynchronous.flights import HalfNormalTimes, Task, WorkTimes
 from atoll.server.rounds.cohort import some
 from atoll.server.rounds.participation import AvailabilityModel, CohortRequest
 from atoll.server.rounds.run_state import Run
@@ -44,10 +46,8 @@ class AsynchronousRound(PlainRound):
     def sample(self, run: Run, round: int) -> list[str]:
         """Fill the free places, and name the clients that are done first."""
         federation, flights = run.setup.job.federation, run.state.flights
-        assert federation.concurrency is not None and federation.cohort is not None
-        free = federation.concurrency - len(flights.by_client)
-        idle = [name for name in run.setup.population if name not in flights.by_client]
-        starters = some(idle, free, stream(run.setup.job.seed, "cohort", round)) if free else []
+        assert federation.cohort is not None
+        starters = self.starters(run, round)
         down, up = self.bytes_per_client(run)
         arrivals = self.times.arrivals(CohortRequest(round, 1, starters, len(starters), down, up))
         flights.begin(round - 1, run.state.tensors, dict(zip(starters, arrivals, strict=True)))
@@ -58,11 +58,19 @@ class AsynchronousRound(PlainRound):
             flights.called = flights.due(federation.cohort)
         return flights.called
 
+    def starters(self, run: Run, round: int) -> list[str]:
+        """The idle clients that take the free places, sorted."""
+        federation, flights = run.setup.job.federation, run.state.flights
+        assert federation.concurrency is not None
+        free = federation.concurrency - len(flights.by_client)
+        idle = [name for name in run.setup.population if name not in flights.by_client]
+        return some(idle, free, stream(run.setup.job.seed, "cohort", round)) if free else []
+
     def gather_updates(self, run: Run, names: Sequence[str], round: int, attempt: int) -> ValidatedUpdates:
         flights, updates, set_aside = run.state.flights, list[Update](), dict[str, str]()
         staleness = dict[str, int]()
-        for start, members in flights.by_start(names).items():
-            found = self._from_start(run, start, members, attempt)
+        for task, members in flights.by_task(names).items():
+            start, found = task[0], self._of_task(run, task, members, attempt)
             drift = Drift(flights.models[start], run.state.tensors)
             updates += self._as_they_count(run, found.updates, drift, round - 1 - start, round)
             set_aside |= found.set_aside
@@ -77,19 +85,20 @@ class AsynchronousRound(PlainRound):
         if self.ahead is None:
             return
         flights = run.state.flights
-        for start, members in flights.by_start(sorted(flights.by_client)).items():
+        for task, members in flights.by_task(sorted(flights.by_client)).items():
             waiting = [client for client in members if not self.ahead.has_asked(client)]
             if waiting:
-                self.ahead.ask(_request(run, start), waiting, run.kept)
+                self.ahead.ask(_request(run, task), waiting, run.kept)
 
-    def _from_start(self, run: Run, start: int, members: Sequence[str], attempt: int) -> ValidatedUpdates:
+    def _of_task(self, run: Run, task: Task, members: Sequence[str], attempt: int) -> ValidatedUpdates:
         """What clients send that started after so many merges: they train as if the round had been theirs."""
+        start, _ = task
         model = run.state.flights.models[start]
         replies: Iterable[Reply]
         if self.ahead is not None and attempt == 1:
             replies = self.ahead.take(members)
         else:
-            replies = run.send(_request(run, start), members)
+            replies = run.send(_request(run, task), members)
         for transform in self.reply_transforms:
             replies = run.on_disk(transform(replies, model))
         return self.validate(replies, members, model, start + 1)
@@ -114,10 +123,13 @@ class AsynchronousRound(PlainRound):
         run.state.flights.land()
 
 
-def _request(run: Run, start: int) -> TrainRequest:
-    """To train from the model after so many merges."""
+def _request(run: Run, task: Task) -> TrainRequest:
+    """To train from the model after so many merges, for so many local steps where the task says it."""
+    start, steps = task
     round = start + 1
     plan = dict(run.setup.strategy.plan(run.state.strategy_state, round))
+    if steps:
+        plan[ASSIGNED_STEPS] = float(steps)
     return TrainRequest(**run.request_origin(round), tensors=run.state.flights.models[start], plan=plan)
 
 

@@ -76,7 +76,7 @@ def _series(name: str, sky: Floats, rng: np.random.Generator) -> pa.Table:
 
 def _smooth(noise: Floats, memory: float) -> Floats:
     """Noise of which each day keeps a part of the day before; its variance stays as it was."""
-    kept = noise.copy()
+    smoothed = noise.copy()
     for day in range(1, len(noise)):
-        kept[day] = memory * kept[day - 1] + np.sqrt(1 - memory**2) * noise[day]
-    return kept
+        smoothed[day] = memory * smoothed[day - 1] + np.sqrt(1 - memory**2) * noise[day]
+    return smoothed

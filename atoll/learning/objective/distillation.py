@@ -18,6 +18,7 @@ from torch import nn
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.learning.compatibility import check_agreed
 from atoll.learning.learner import Learner
 from atoll.protocol.messages import DataInfo
 from atoll.protocol.tensors import Tensors, from_bytes
@@ -91,7 +92,7 @@ def teacher_of(job: Job) -> Teacher | None:
         }
     )
     learner = Learner.of(teacher_job, task_named(teacher_job.task.name), dict(saved["facts"]))
-    learner.check_fingerprint()
+    check_agreed(learner)
     tensors = from_bytes((run / "model" / "model.safetensors").read_bytes())
     return Teacher(learner, tensors, job.train.temperature, job.train.distillation_weight, _fingerprint(run))
 

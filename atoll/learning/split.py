@@ -1,4 +1,4 @@
-"""`data.shots`: few examples of each class, chosen by their content alone."""
+"""Which of a client's examples are trained on and which are measured, each decided by its content alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ from numpy.typing import NDArray
 from atoll.data.shard import Shard
 from atoll.errors import ConfigError
 from atoll.job.job import Job
+from atoll.protocol.validation_split import helps_clients, kept_back, validation_marks
 from atoll.tasks.task import Task
+
+
+def split_shard(job: Job, task: Task, shard: Shard) -> tuple[Shard, Shard]:
+    """(training part, validation part) of a client's shard, by the task's `split` or by hashes.
+
+    With `data.shots` the training part has so many examples of each class.
+    """
+    helped = helps_clients(job)
+    if task.has_own_split:
+        train, validation = task.split(shard, job.seed, job.data.validation_fraction, helped=helped)
+        return shard.select(train), shard.select(validation)
+    marks = validation_marks(shard.keys, job.seed)
+    measured = kept_back(marks, job.data, helped=helped)
+    train = training_rows(marks, measured, shard, job.data.shots)
+    return shard.select(train), shard.select(np.flatnonzero(measured).tolist())
 
 
 def first_per_class(rows: Sequence[int], shard: Shard, shots: int) -> list[int]:

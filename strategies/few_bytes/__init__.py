@@ -1,0 +1,1 @@
+"""Strategies whose clients send a bit or two for each number of the model."""
