@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from atoll.protocol.updates_on_disk import LEAST_BYTES
 from atoll.server.deploy.supervision import process_file
 from atoll.server.events import ClientsFound, Event, FinalEvaluationBegun, RoundEnded, RunResumed
 from atoll.server.job_checks import validate_for_deployment
-from atoll.server.received import Replies, greetings
+from atoll.server.received import MOST_UNSIGNED, Came, Replies, UnsignedMessages, greetings
 from atoll.server.roster import ClientRoster
 from atoll.server.rounds.central_dp import LedgerLocation
 from atoll.server.run.run_job import disk_errors_in_words, run_job
@@ -55,8 +56,6 @@ LOOK_SECONDS = 1.0
 """How often to look whether a node connected anew while its answer is awaited."""
 MARK = "atoll: "
 """Stands before our lines in a log that is Flower's too."""
-
-
 ARRIVAL_SECONDS = 0.02
 """How long to wait before asking again for an array that is on its way; Flower waits 1 s, then 2 s, …"""
 REJOIN_SECONDS = 120.0
@@ -72,6 +71,8 @@ A site answers the same request with the same reply and does not train twice.
 """
 RESEND_PART = 0.25
 """Part of the time for a round after which it is sent again, where that is sooner."""
+AGAIN_SECONDS = 1.0
+"""After this time a node is asked again whose answer was lost on its way, or not signed by its site."""
 NO_NODE = -1
 SHOWN_STRANGERS = 5
 """Names of one message that are logged."""
@@ -100,6 +101,8 @@ class FlowerTransport:
     greeted: dict[int, list[Hello]] = field(default_factory=dict)
     gone: dict[int, float] = field(default_factory=dict)
     left_out: set[tuple[int, str]] = field(default_factory=set)
+    unsigned: Counter[int] = field(default_factory=Counter)
+    """How many greetings came of each node in which nothing was signed by its site."""
     job: Job | None = None
 
     def discover_clients(self, job: Job) -> ClientRoster:
@@ -137,15 +140,20 @@ class FlowerTransport:
             node: packed({"job": job.canonical, NONCE: exchange.nonce}, bodies_of({}))
             for node, exchange in asked.items()
         }
-        for node, reply in _waited_for(self._converse(letters, "query", timeout, patience=0)):
+        for node, reply in _waited_for(self._converse(letters, "query", timeout, patience=0, again=set())):
             if reply == GONE:
                 continue  # it is greeted when it is back
+            check = None if isinstance(reply, str) else self._check(node, asked[node])
             if isinstance(reply, str):
-                self.greeted[node] = [Hello(sites[node], {}, 0, refusal=reply)]
+                hellos = [Hello(sites[node], {}, 0, refusal=reply)]
             else:
-                self.greeted[node] = greetings(reply, sites[node], job, self._check(node, asked[node]))
+                hellos = greetings(reply, sites[node], job, check)
             if self.audit is not None:
-                self.audit.greeted(sites[node], self.greeted[node])
+                self.audit.greeted(sites[node], hellos)
+            is_signed = check is None or bool(check.accepted)
+            self.unsigned[node] += not is_signed
+            if is_signed or self.unsigned[node] == MOST_UNSIGNED:
+                self.greeted[node] = hellos
 
     def _by_client(self) -> list[Hello]:
         """All that were greeted, by name, each from its site in the roster or the site of that name."""
@@ -183,7 +191,7 @@ class FlowerTransport:
         """The same without waiting: None whenever nothing more has come yet."""
         answers: dict[str, dict[str, Any]] = {}
 
-        def noted(arrived: tuple[Reply, tuple[int, str] | None] | None) -> Reply | None:
+        def noted(arrived: Came | None) -> Reply | None:
             if arrived is None:
                 return None
             reply, came = arrived
@@ -196,9 +204,7 @@ class FlowerTransport:
             if self.audit is not None:
                 self.audit.answered(request, answers)
 
-    def _exchange(
-        self, request: Request, names: Sequence[str], timeout: float
-    ) -> Iterator[tuple[Reply, tuple[int, str] | None] | None]:
+    def _exchange(self, request: Request, names: Sequence[str], timeout: float) -> Iterator[Came | None]:
         """Each reply, with the length and the SHA-256 of what came; None while there is none."""
         head, shared = encode_request(request)
         common, hosts = bodies_of({"tensors": shared}), self._hosts(names)
@@ -215,17 +221,32 @@ class FlowerTransport:
             to = {self._site(node): (hosts[node], body) for node, body in bodies.items()}
             self.audit.asked(request, head, to)
         kind = "evaluate" if isinstance(request, EvaluateRequest) else "train"
-        one_by_one = len(shared) >= LEAST_BYTES
-        for answer in self._converse(letters, kind, timeout, REJOIN_SECONDS, one_by_one=one_by_one):
+        one_by_one, unsigned = len(shared) >= LEAST_BYTES, UnsignedMessages()
+        for answer in self._converse(
+            letters, kind, timeout, REJOIN_SECONDS, again=unsigned.again, one_by_one=one_by_one
+        ):
             if answer is None:
                 yield None
                 continue
             node, reply = answer
             if isinstance(reply, str):
+                unsigned.refused.pop(node, None)
                 yield from ((Failure(name, reply), None) for name in hosts[node])
                 continue
-            yield from self._read(reply, node, hosts[node], self._check(node, asked[node]))
+            check = self._check(node, asked[node])
+            yield from unsigned.believed(node, self._read(reply, node, hosts[node], check), check)
+            if node in unsigned.again:
+                self._tell_unsigned(request, unsigned.refused[node])
             del answer, reply  # they may be large, and the next one may be long in coming
+        for refused in unsigned.refused.values():
+            yield from refused
+
+    def _tell_unsigned(self, request: Request, refused: Sequence[Came]) -> None:
+        for reply, came in refused:
+            if isinstance(reply, Failure):
+                logger.warning("%s: %s; its site is asked again", self._told(reply.client), reply.reason)
+            if self.audit is not None:
+                self.audit.refused(request, {reply.client: answer_of(reply, came)})
 
     def _check(self, node: int, exchange: Exchange) -> SignatureCheck | None:
         """What a node's answer is held against; nothing where answers aren't signed."""
@@ -235,7 +256,7 @@ class FlowerTransport:
 
     def _read(
         self, reply: RecordDict, node: int, asked: Sequence[str], check: SignatureCheck | None
-    ) -> Iterator[tuple[Reply, tuple[int, str] | None]]:
+    ) -> Iterator[Came]:
         """The replies in one message of that node for the clients that it was asked for."""
         sizes = {hello.client: hello.num_examples for hello in self.greeted.get(node, ())}
         replies = Replies(reply, asked, sizes, check=check)
@@ -256,13 +277,15 @@ class FlowerTransport:
         timeout: float,
         patience: float,
         *,
+        again: set[int],
         one_by_one: bool = False,
     ) -> Iterator[tuple[int, RecordDict | str] | None]:
         """(node, what it replied, or why it did not) as replies come; nothing of one that is too late.
 
         Whenever it has looked at all that came it yields None, and whoever reads on should sleep before.
-        A node whose connection is gone has `patience` seconds to come back and is then asked again. Replies
-        that may be large are fetched `one_by_one`, so that no two nodes' are in memory.
+        A node whose connection is gone has `patience` seconds to come back and is then asked again; so is one
+        that whoever reads puts into `again`. Replies that may be large are fetched `one_by_one`, so that no
+        two nodes' are in memory.
         """
         start = time.monotonic()
         soon = HELLO_AGAIN_SECONDS if kind == "query" else timeout * RESEND_PART
@@ -280,6 +303,8 @@ class FlowerTransport:
                 due[node], pauses[node] = time.monotonic() + pauses[node], 2 * pauses[node]
             for messages in [[message] for message in sent] if one_by_one else [list(sent)]:
                 yield from self._pulled(messages, sent, due, patience)
+            while again:
+                due[again.pop()] = time.monotonic() + AGAIN_SECONDS
             for node in [n for n in due if self._is_gone(n, patience)]:
                 del due[node]
                 yield node, GONE
@@ -295,7 +320,7 @@ class FlowerTransport:
             if node not in due:
                 continue  # answered already, or the same reply comes twice
             if reply.has_error() and reply.error.code in LOST:
-                due[node] = time.monotonic() + 1.0
+                due[node] = time.monotonic() + AGAIN_SECONDS
             elif reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
                 due[node] = math.inf
                 self._miss(node, patience)

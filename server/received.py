@@ -5,6 +5,7 @@ Whatever is wrong with a message sets its own clients aside with a reason, and t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,11 @@ from atoll.tasks.info_checks import check_info
 
 MOST_CLIENTS = 10_000
 """That one site may host."""
+MOST_UNSIGNED = 3
+"""Messages in the place of one answer that its site has not signed, before its clients are set aside."""
+
+Came = tuple[Reply, tuple[int, str] | None]
+"""A reply, with the length and the SHA-256 of what came of its client."""
 
 
 def greetings(content: Content, site: str, job: Job, check: SignatureCheck | None = None) -> list[Hello]:
@@ -133,6 +139,39 @@ class Replies:
         if greeted and isinstance(reply, Update | Measurement) and reply.num_examples > greeted:
             return Failure(name, f"{reply.num_examples} examples in its reply, {greeted} in its greeting")
         return reply
+
+
+@dataclass
+class UnsignedMessages:
+    """Messages of one exchange in which nothing is signed by its site, as when somebody else sent them.
+
+    The node is asked again: its site's own answer may be still to come, or have been taken away.
+    """
+
+    again: set[int] = field(default_factory=set)
+    """Nodes that are to be asked again; whoever does so empties it."""
+    refused: dict[int, list[Came]] = field(default_factory=dict)
+    """The reasons, by node, until there is an answer that its site has signed."""
+    count: Counter[int] = field(default_factory=Counter)
+
+    def believed(self, node: int, read: Iterator[Came], check: SignatureCheck | None) -> Iterator[Came]:
+        """What is read of a node's message, as far as it counts.
+
+        Of one in which nothing is signed that is nothing, but for the last of `MOST_UNSIGNED`.
+        """
+        refused: list[Came] = []
+        for one in read:
+            if check is None or check.accepted or not isinstance(one[0], Failure):
+                yield one
+            else:
+                refused.append(one)
+        self.count[node] += 1
+        if check is None or check.accepted or self.count[node] == MOST_UNSIGNED:
+            self.refused.pop(node, None)
+            yield from refused
+        else:
+            self.refused[node] = refused
+            self.again.add(node)
 
 
 def _unreadable(error: DataError) -> str:

@@ -66,6 +66,10 @@ class RunAuditLog(ServerAuditLog):
         }
         self._of_request(request, "asked", to=unless_secret(self.job, to, SECRET))
 
+    def refused(self, request: Request, answers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write down what no site has signed in the place of its answer, for which it is asked again."""
+        self._of_request(request, "refused", of=unless_secret(self.job, answers, SECRET))
+
     def answered(self, request: Request, answers: Mapping[str, Mapping[str, Any]]) -> None:
         """Write down what came of whom, and whose message was refused for what, as `answer_of` tells it."""
         self._of_request(request, "received", of=unless_secret(self.job, answers, SECRET))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from atoll.kit.kit import ServerKit
+from atoll.server.deploy import reverse_proxy
 from atoll.server.deploy.connection_limits import (
     AN_ADDRESS,
     HEAD_SECONDS,
@@ -22,7 +23,7 @@ from atoll.server.deploy.connection_limits import (
     ConnectionLimits,
     descriptors,
 )
-from atoll.server.deploy.reverse_proxy import HEAD_LIMIT, ReverseProxy, listen
+from atoll.server.deploy.reverse_proxy import BODY_LIMIT, HEAD_LIMIT, ReverseProxy, listen
 from tests.clock import TurnedClock
 from tests.federation.places import provisioned, unused_port
 from tests.processes import WATCHDOG_SECONDS, wait_until
@@ -151,6 +152,15 @@ def test_where_a_site_was_heard_more_is_let_in_and_strangers_leave_half_to_sites
     limits.answered(("6.6.6.6", 9), by_a_site=False)
     assert "6.6.6.6" not in limits.known
     assert limits.admits("5.5.5.5")  # four of the ten are a site's now
+
+
+def test_a_body_beyond_the_limit_is_not_kept(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BODY_LIMIT == 32 * 2**20
+    monkeypatch.setattr(reverse_proxy, "BODY_LIMIT", 1000)
+    for length, answered in ((1000, b"HTTP/1.1 503"), (1001, b"HTTP/1.1 413")):
+        connected = door.tls()
+        connected.sendall(REQUEST.replace(b"Length: 2", b"Length: %d" % length) + b"x" * length)
+        assert connected.recv(12) == answered
 
 
 def test_a_head_of_any_length_is_not_read_to_its_end(door: Door) -> None:

@@ -8,13 +8,20 @@ from typing import Any, cast
 import httpx
 import pytest
 from flwr.app import Context, Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import (
+    HEARTBEAT_BASE_MULTIPLIER,
+    HEARTBEAT_CALL_TIMEOUT,
+    HEARTBEAT_RANDOM_RANGE,
+    ErrorCode,
+)
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from atoll.client.deploy import executor as rooms
 from atoll.client.deploy.executor import Executor
 from atoll.kit.code_hashes import installed_hashes
+from atoll.server.deploy.heard import SILENT_SECONDS
 from tests.memory_grid import in_a_server_app
+from tests.processes import python
 
 FAULTS = [
     httpx.ConnectError("refused"),
@@ -80,3 +87,40 @@ def test_what_an_app_raises_is_told_by_its_kind_alone() -> None:
         reply = site._answer(message, context, 1, b"")
     assert reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert reply.error.reason == "ValueError; the site's log has the rest"
+
+
+SUPERNODE = """
+import threading, time
+from atoll.client.deploy import executor
+
+def flower_supernode():
+    threading.Thread(target=time.sleep, args=(600,)).start()  # Flower's HTTP server, which goes on
+    {part}
+
+executor.flower_supernode = flower_supernode
+executor.supernode()
+"""
+ENDS = {
+    "its connection": ("pass", "the SuperNode's connection has ended"),
+    "its heartbeats": (
+        "threading.Thread(target=lambda: 1 / 0).start(); time.sleep(600)",
+        "a thread of the SuperNode ended: ZeroDivisionError: division by zero",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ENDS)
+@pytest.mark.processes
+def test_a_supernode_ends_with_any_of_its_parts_so_that_it_is_started_again(part: str) -> None:
+    """Left alone it would live on, and its site would be deaf for good."""
+    code, said = ENDS[part]
+    process = python(SUPERNODE.format(part=code))
+    assert process.communicate()[1].splitlines()[-1] == said
+    assert process.returncode == 1
+
+
+def test_heartbeats_come_before_a_site_that_trains_counts_as_silent() -> None:
+    longest = (rooms.HEARTBEAT_SECONDS - HEARTBEAT_CALL_TIMEOUT) * (
+        HEARTBEAT_BASE_MULTIPLIER + max(HEARTBEAT_RANDOM_RANGE)
+    )
+    assert 0 < longest < SILENT_SECONDS / 2

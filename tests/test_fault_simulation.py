@@ -81,6 +81,62 @@ def test_what_was_found_once_stays_mended(name: str) -> None:
     assert outcome.happened.total() == len(scenario.faults)
 
 
+EVERYBODY = "client-0000, client-0001, client-0002"
+ROWS: dict[int, tuple[Fault, ...]] = {
+    1: (at("killed at a write", 0, 3), at("killed at a sync", 0, 3), at("killed at a rename", 0, 2)),
+    2: (at("server killed", 0, 8), at("server loses power", 0, 20)),
+    4: (
+        at("site killed before its work", 1, 2), at("site killed after its work", 2, 3),
+        at("site loses power", 3, 4),
+    ),
+    7: tuple(at("site killed before its work", site, 3) for site in (1, 2, 3)),
+    10: (at("site cut off", 1, 2, 0.07), at("site cut off", 2, 3, 0.4)),
+    11: (at("reply dropped", 1, 2), at("request dropped", 2, 3)),
+    12: (at("push broken off", 0, 2), at("reply dropped", 2, 3)),
+    13: (
+        at("request dropped", 1, 2), at("reply dropped", 2, 2), at("request dropped", 3, 3),
+        at("reply dropped", 1, 4),
+    ),
+    14: tuple(
+        at(kind, site, number, 0.02)
+        for kind in ("request delayed", "reply delayed") for site in (1, 2, 3) for number in (2, 3, 4)
+    ),
+    17: (at("reply twice", 1, 2, 0.2), at("reply twice", 2, 3, 0.9), at("request twice", 3, 2)),
+    20: (at("disk full", 0, 4, 0.3),),
+    22: (at("write fails", 0, 3), at("sync fails", 0, 3), at("rename fails", 0, 2)),
+    31: (at("server killed", 0, 20), at("checkpoint damaged", 0, 2, 0.9)),
+}  # fmt: skip
+"""Rows of docs/faults.md after which nobody may be missing, and the bits are the undisturbed run's."""
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_run_recovers_from_this_row_with_everybody_in_every_round(row: int) -> None:
+    outcome = play(Scenario(1, "fedavg", 3, 3, refusing=0, again=False, faults=ROWS[row]))
+    assert not outcome.violations, str(outcome)
+    assert outcome.happened.total() == len(ROWS[row]) and outcome.ended[-1] == "done"
+    merged = [line.partition("merged round ")[2] for line in outcome.trace if "merged round " in line]
+    assert {line.partition(" of ")[2] for line in merged} == {EVERYBODY}
+    assert [int(line[0]) for line in merged][-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("job", "fault"),
+    [
+        ("fedavg", at("reply after its deadline", 2, 2, 0.1)),  # row 6
+        ("fedavg", at("reply corrupted", 2, 2, 0.5)),  # row 18
+        ("scaffold", at("disk full", 2, 4, 0.5)),  # row 24
+    ],
+    ids=str,
+)
+def test_what_befalls_one_site_costs_it_a_round_at_most(job: str, fault: Fault) -> None:
+    outcome = play(Scenario(1, job, 3, 3, refusing=0, again=False, faults=(fault,)))
+    assert not outcome.violations, str(outcome)
+    assert outcome.happened == {fault.kind: 1} and outcome.ended[-1] == "done"
+    merged = [line.partition(" of ")[2] for line in outcome.trace if "merged round " in line]
+    assert len(merged) == 3 and merged.count(EVERYBODY) >= 2
+    assert set(merged) <= {EVERYBODY, "client-0000, client-0002"}
+
+
 IN_PLACE, BEFORE, AFTER = 0.2, 0.6, 0.9
 """Amounts with which a forged reply takes the honest one's place, comes before it, or after it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from base64 import b64encode
 from dataclasses import replace
@@ -17,9 +18,11 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from atoll.cli.main import run as command_line
 from atoll.kit.kit import ServerKit
+from atoll.server.deploy.connection_limits import SAY_AGAIN_SECONDS
 from atoll.server.deploy.heard import KEY_HEADER, SILENT_SECONDS, LastHeard, key_of_file
 from atoll.server.deploy.serve import _Server
 from atoll.server.deploy.status import Federation, answering
+from atoll.system.audit_file import FILE
 from tests.clock import TurnedClock
 from tests.federation.places import provisioned
 
@@ -98,6 +101,37 @@ def test_the_server_names_it_once_and_says_when_it_is_back(
     nodes[0].online = False  # Flower has noticed too
     server._look_around()
     assert said == ["north is silent: nothing was heard of it for 8 s", "north is gone (1 of 2)"]
+
+
+def test_a_site_that_is_connected_twice_is_told_and_logged_once_a_minute(
+    kit: ServerKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("atoll.server.deploy.serve.import_first", lambda *modules: None)
+    server = _Server(kit, 20_001, said.append, threading.Event(), SimpleNamespace(), "here")  # type: ignore[arg-type]
+    clock = TurnedClock()
+    server.clock = clock.monotonic
+    last = server.last_heard
+    stranger = ec.generate_private_key(ec.SECP384R1()).public_key()
+    last.refused(b64encode(public_key_to_bytes(stranger)).decode("ascii"), "10.0.0.1")
+    for header in (None, "not base64!", header_of(kit, "north"), header_of(kit, "north")):
+        last.refused(header, "10.0.0.2")
+    server._tell_refused(), server._tell_refused()
+    last.refused(header_of(kit, "north"), "10.0.0.2")
+    server._tell_refused()
+    assert len(said) == 1 and said[0].startswith("north asked from 10.0.0.2 to connect while it is connected")
+    clock.now += SAY_AGAIN_SECONDS
+    last.refused(header_of(kit, "north"), "10.0.0.2")
+    server._tell_refused()
+    assert len(said) == 2
+    lines = [json.loads(line) for line in (kit.state / FILE).read_text().splitlines()[1:]]
+    assert [(line["asked"], line["decision"], line["site"], line["from"]) for line in lines] == [
+        ("connection", "refused", "north", "10.0.0.2")
+    ] * 2
+    (kit.state / FILE).write_text("{}\n")
+    last.refused(header_of(kit, "south"), "10.0.0.2")
+    server._tell_refused()
+    assert said[-1].startswith("not in the server's log: ")
 
 
 def test_status_says_so(kit: ServerKit, capsys: pytest.CaptureFixture[str]) -> None:

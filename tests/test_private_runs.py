@@ -10,7 +10,7 @@ import torch
 
 from atoll.client.dp.ledgers import PrivacyLedgers
 from atoll.client.site import Site
-from atoll.errors import ConfigError
+from atoll.errors import ConfigError, InconsistentUpdates
 from atoll.job.job import Job
 from atoll.kit.kit import Budget
 from atoll.privacy.accounting import Release, epsilon
@@ -129,6 +129,15 @@ def _toml(setting: Job) -> str:
     from atoll.server.run.directory import job_toml
 
     return job_toml(setting)
+
+
+def test_a_round_below_its_quorum_releases_nothing_and_is_not_charged(tmp_path: Path) -> None:
+    population = Population.of(job(CLIENT, federation={"cohort": 6, "quorum": 0.8}))
+    carrier, out = Hostile.of(population), tmp_path / "run"
+    with pytest.raises(InconsistentUpdates, match=r"round 1: 4 of 6 usable updates, needed 5"):
+        run_job(population.job, carrier, out, cached_test_set(population, None), report=False)
+    assert not Ledger.open(out / "ledger.jsonl", population.job.hash).entries
+    assert not (out / "checkpoints").exists()
 
 
 def test_an_example_level_run_charges_each_client_for_its_own_steps(tmp_path: Path) -> None:

@@ -100,6 +100,11 @@ def with_raw_body(blob: bytes) -> Any:
     return lambda reply: packed(unpacked(reply)[0], bodies_of(dict.fromkeys(unpacked(reply)[1], blob)))
 
 
+def with_header(header: str, data: bytes = b"") -> Any:
+    """Safetensors with that header."""
+    return with_raw_body(len(header).to_bytes(8, "little") + header.encode() + data)
+
+
 def filled(value: float) -> Any:
     """All numbers replaced that can be: counts are whole."""
     return with_body(
@@ -141,8 +146,28 @@ ANY_REPLY: dict[str, Callable[[RecordDict], RecordDict]] = {
     "a tensor more": with_body(lambda tensors: tensors | {"states/x": torch.zeros(1)}),
     "another shape": with_body(lambda tensors: {n: t.reshape(-1)[:1] for n, t in tensors.items()}),
     "whole numbers": with_body(lambda tensors: {n: t.to(torch.int32) for n, t in tensors.items()}),
+    "one number each": with_body(lambda tensors: {n: t.reshape(-1)[0] for n, t in tensors.items()}),
+    "half as precise": with_body(lambda tensors: {n: t.half() for n, t in tensors.items()}),
     "nothing that is a number": filled(torch.nan),
     "infinite": filled(torch.inf),
+    "4 TB claimed and no byte of it": with_header(
+        '{"delta/w": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}'
+    ),
+    "dimensions below zero": with_header(
+        '{"delta/w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4)
+    ),
+    "objects": with_header('{"delta/w": {"dtype": "O", "shape": [1], "data_offsets": [0, 8]}}', bytes(8)),
+    "a name twice": with_header(
+        '{"delta/w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+        ' "delta/w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        bytes(8),
+    ),
+    "4 MB more": with_body(lambda tensors: tensors | {"states/x": torch.zeros(1_000_000)}),
+    "2,000 tensors more": with_body(
+        lambda tensors: tensors | {f"states/x{number}": torch.zeros(()) for number in range(2_000)}
+    ),
+    "examples that are no number": lambda reply: with_head(reply, num_examples=torch.nan),
+    "a million million examples": lambda reply: with_head(reply, num_examples=10**12),
 }  # fmt: skip
 
 
@@ -172,6 +197,17 @@ def test_a_malformed_measurement_sets_its_client_aside_and_no_other(
         assert said in caplog.text, way
     assert result.rounds[0]["metrics"].keys() == crowd.alone.rounds[0]["metrics"].keys()
     assert all(value is not None for value in result.rounds[0]["metrics"].values())
+
+
+def test_an_update_of_an_enormous_norm_sets_its_client_aside(few: Crowd, tmp_path: Path) -> None:
+    enormous = with_body(
+        lambda tensors: {
+            name: torch.full_like(t, 1e30) if name.startswith("delta/") else t for name, t in tensors.items()
+        }
+    )
+    result = few.run("train", {"1e30": enormous}, tmp_path / "run")
+    assert result.model_sha256 == few.alone.model_sha256
+    assert "norm is" in result.rounds[0]["set_aside"][HOSTILE]
 
 
 def greeting(**fields: Any) -> Callable[[RecordDict], RecordDict]:

@@ -20,6 +20,7 @@ from atoll.job.job import Job
 from atoll.protocol.requests import TrainRequest
 from atoll.report.run_result import RunResult
 from atoll.server.audit_log import ServerAuditLog
+from atoll.server.received import MOST_UNSIGNED
 from atoll.server.run_audit import SECRET, RunAuditLog
 from atoll.system.audit_file import FILE, verify
 from tests.federation.places import provisioned
@@ -31,7 +32,7 @@ FORGER = "client-0002"
 
 @dataclass(frozen=True)
 class Played:
-    """A run in whose first round a site sends what it hasn't signed; logs of the server and of a site."""
+    """A run in whose first round a site sends what it hasn't signed, and in the second does so once."""
 
     job: Job
     server: Path
@@ -45,12 +46,13 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     folder = tmp_path_factory.mktemp("server-audit")
     job = small_job(federation={"clients": 3, "rounds": 2, "quorum": 0.5})
     grid = MemoryGrid.of(job, folder, signed=True)
-    forged: list[str] = []
+    forged: list[object] = []
 
     def change(kind: str, site: str, reply: RecordDict) -> RecordDict:
-        if (kind, site) == ("train", FORGER) and not forged:
-            forged.append(site)
-            reply.config_records["head"]["seal/nonce"] = "another"
+        if (kind, site) == ("train", FORGER):
+            forged.append(reply.config_records["head"]["seal/round"])
+            if forged[-1] == 1 or forged.count(2) == 1:
+                reply.config_records["head"]["seal/nonce"] = "another"
         return reply
 
     grid.change = change
@@ -104,6 +106,18 @@ def test_a_forged_reply_is_written_with_the_rule_that_refused_it(played: Played)
     assert came["of"][FORGER]["refused"] == "its message answers another request of this round"
     assert len(came["of"][FORGER]["sha256"]) == 64
     assert ended["set_aside"] == {FORGER: "its message answers another request of this round"}
+
+
+def test_a_site_is_asked_again_for_what_it_has_not_signed_and_each_such_message_has_its_line(
+    played: Played,
+) -> None:
+    lines = lines_of(played.server)
+    refused = of(lines, "train", "refused")
+    assert [line["round"] for line in refused] == [1] * (MOST_UNSIGNED - 1) + [2]
+    assert {line["of"][FORGER]["refused"] for line in refused} == {
+        "its message answers another request of this round"
+    }
+    assert of(lines, "train", "received")[1]["of"][FORGER]["what"] == "Update"
     assert of(lines, "round", "ended")[1]["set_aside"] == {}
 
 
@@ -118,7 +132,9 @@ def test_the_logs_of_server_and_site_have_the_same_hashes(played: Played) -> Non
 
 def test_a_round_has_three_lines_for_its_updates_and_waits_for_the_disk_once(played: Played) -> None:
     lines = lines_of(played.server)
-    trained = [line for line in lines if line.get("asked") in ("train", "round")]
+    trained = [
+        line for line in lines if line.get("asked") in ("train", "round") and line["decision"] != "refused"
+    ]
     assert len(trained) == 3 * played.job.federation.rounds
     # The clients found, each round, and the run's end; its beginning came before the count.
     assert played.syncs == 1 + played.job.federation.rounds + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import getpass
 import shlex
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def test_a_unit_runs_the_command_with_absolute_paths(
     expected = ["serve", str(kits["server"].resolve()), "--health", "127.0.0.1:5"]
     assert shlex.split(table["ExecStart"])[-4:] == expected
     assert (table["Restart"], table["RestartPreventExitStatus"]) == ("always", "2")
+    assert (table["User"], table["NoNewPrivileges"]) == (getpass.getuser(), "yes")
     assert run(["join", str(site), "--data", "a", "--data", "b c", "--systemd"]) == 0
     words = shlex.split(service(capsys.readouterr().out)["ExecStart"])
     data = [word for name in ("a", "b c") for word in ("--data", str(tmp_path.resolve() / name))]

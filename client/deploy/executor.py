@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from flwr.proto.runtime_pb2 import (
     PullAppMessagesResponse,
     SendTaskHeartbeatRequest,
 )
+from flwr.supercore import heartbeat
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError, pull_objects
@@ -65,6 +67,11 @@ SHARE = 0.2
 """A pause's part of the time that was waited already."""
 ARRIVAL_SECONDS = 0.02
 """How long to wait before asking again for what is on its way; Flower waits 1 to 10 s."""
+HEARTBEAT_SECONDS = 9
+"""A SuperNode takes off 5 s, waits 0.7 to 0.9 times the rest, and sends a heartbeat; Flower has 30 s.
+
+While its site's clients train it is all that the server hears: it must come before a site counts as silent.
+"""
 
 
 @dataclass
@@ -341,7 +348,26 @@ class _PacedTime:
 
 
 def supernode() -> None:
-    """Flower's SuperNode, asking often while a run is going on; the entry of a child process."""
+    """Flower's SuperNode, asking often while a run is going on; the entry of a child process.
+
+    Where one of its parts ends, the whole process does, and is started again. Flower 1.41 stays without a
+    connection when one is cut in its TLS handshake, for the thread of its HTTP server goes on; and without
+    heartbeats when the SuperLink answers one with an error, for their thread ends.
+    """
     vars(start_client_internal)["time"] = _PacedTime()
+    vars(heartbeat)["HEARTBEAT_DEFAULT_INTERVAL"] = HEARTBEAT_SECONDS
     pull_objects.__kwdefaults__ = {**(pull_objects.__kwdefaults__ or {}), "initial_backoff": ARRIVAL_SECONDS}
+    threading.excepthook = _end_with_thread
     flower_supernode()
+    _end("the SuperNode's connection has ended")
+
+
+def _end_with_thread(failed: threading.ExceptHookArgs) -> None:
+    _end(f"a thread of the SuperNode ended: {failed.exc_type.__name__}: {failed.exc_value}")
+
+
+def _end(why: str) -> None:
+    """End this process, whichever of its threads are alive."""
+    sys.stderr.write(f"{why}\n")
+    sys.stderr.flush()
+    os._exit(1)

@@ -48,6 +48,8 @@ SHORTEST_PAUSE = 1.0
 LONGEST_PAUSE = 10.0
 REFUSED_SECONDS = 240.0
 """A vanished connection of the same site is forgotten by the server after a minute; then it's the key."""
+UNTIMELY = (9, 10)
+"""OpenSSL's codes of a certificate that isn't valid yet, or no longer: its server may get another one."""
 CLOCK_SECONDS = 120.0
 """Flower refuses signatures that are 300 s old or more."""
 
@@ -104,6 +106,8 @@ class _Site:
     connected: bool = False
     pause: float = SHORTEST_PAUSE
     refused_since: float | None = None
+    told: str = ""
+    """What was in the way when that was told last."""
 
     def __post_init__(self) -> None:
         address = f"127.0.0.1:{free_port()}"
@@ -150,7 +154,7 @@ class _Site:
 
     def _tell_connected(self) -> None:
         if not self.connected and any(CONNECTED in line for line in list(self.supernode.tail)):
-            self.connected = True
+            self.connected, self.told = True, ""
             self.tell(f"{self.kit.name} is connected to the server at {self.kit.address}")
 
     def _connect(self) -> None:
@@ -165,8 +169,14 @@ class _Site:
                 self.supernode.start()
                 self.executor.start()
                 return
-            self.tell(f"waiting for the server at {self.kit.address}: {obstacle}")
+            self._tell_change(f"waiting for the server at {self.kit.address}: {obstacle}")
             self._wait()
+
+    def _tell_change(self, obstacle: str) -> None:
+        """Tell what is in the way, unless it was told last."""
+        if obstacle != self.told:
+            self.tell(obstacle)
+        self.told = obstacle
 
     def _wait(self) -> None:
         self.stop.wait(self.pause)
@@ -177,6 +187,11 @@ class _Site:
         try:
             skew = server_clock_skew(self.kit)
         except ssl.SSLCertVerificationError as error:
+            if error.verify_code in UNTIMELY:
+                return (
+                    f"{error.verify_message}; its operator makes another by atoll provision --renew, or one"
+                    " of the two clocks is wrong"
+                )
             raise JobError(
                 f"the server at {self.kit.address} is not the one of this kit: {error.verify_message}"
             ) from error
@@ -205,7 +220,7 @@ class _Site:
         if time.monotonic() - self.refused_since > REFUSED_SECONDS:
             raise JobError(f"the server at {self.kit.address} does not know the key of site {self.kit.name}")
         match = re.search(r"connection to the SuperLink\.\n(.*)", last_lines)
-        self.tell(
+        self._tell_change(
             f"refused by the server ({match.group(1) if match else 'no reason given'}): this site's last "
             "connection has not timed out yet (up to a minute), it is connected from elsewhere, "
             "or the server does not know its key"

@@ -1,7 +1,7 @@
 """When each site was last heard: a dead one is named within seconds, long before Flower counts it as offline.
 
-A site's SuperNode asks for work every second or oftener, also while its clients train. Flower counts it as
-offline only when its heartbeats have been missing for a minute.
+A site's SuperNode asks for work every second or oftener; while its clients train it sends a heartbeat every
+three or four seconds. Flower counts it as offline only when these have been missing for a minute.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class LastHeard:
 
     clock: Callable[[], float] = time.monotonic
     _moments: dict[bytes, float] = field(default_factory=dict)
+    _refused: set[tuple[bytes, str]] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def heard(self, header: str | None) -> None:
@@ -58,6 +59,19 @@ class LastHeard:
         if key is not None:
             with self._lock:
                 self._moments[key] = self.clock()
+
+    def refused(self, header: str | None, address: str) -> None:
+        """Who signs with that key asked from an address to connect, and was refused: it is connected."""
+        key = None if header is None else key_of_header(header)
+        if key is not None:
+            with self._lock:
+                self._refused.add((key, address))
+
+    def take_refused(self) -> list[tuple[bytes, str]]:
+        """(key, address) of those refused since this was asked for."""
+        with self._lock:
+            refused, self._refused = sorted(self._refused), set()
+        return refused
 
     def silent(self, keys: Mapping[str, bytes], sites: Iterable[str]) -> dict[str, float]:
         """Those of the sites that were heard before and are silent now, with the seconds since."""

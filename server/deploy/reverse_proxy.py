@@ -51,6 +51,8 @@ HEAD_LIMIT = 64 * 1024
 """Bytes of a request's head."""
 FROM_A_SITE = 200
 """The SuperLink answers so only who has proven to be a site by its key."""
+ACTIVATE, IS_ACTIVE = b"/v1/fleet/activate-node", 412
+"""Where a site asks to connect, and how the SuperLink answers one, by its key, that is connected."""
 
 
 def listen(address: Address) -> socket.socket:
@@ -132,6 +134,8 @@ class ReverseProxy:
             is_from_site = response.status_code == FROM_A_SITE
             if is_from_site:
                 self.last_heard.heard(request.headers.get(KEY_HEADER))
+            elif (scope.get("raw_path"), response.status_code) == (ACTIVATE, IS_ACTIVE):
+                self.last_heard.refused(request.headers.get(KEY_HEADER), key[0])
             await response(scope, receive, send)
         finally:
             self.limits.answered(key, by_a_site=is_from_site)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -10,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from atoll.errors import ConfigError, JobError
+from atoll.errors import ConfigError, DataError, JobError
 from atoll.kit.credentials import check_server
 from atoll.kit.kit import ServerKit
-from atoll.server.deploy.connection_limits import ConnectionLimits
+from atoll.server.deploy.connection_limits import SAY_AGAIN_SECONDS, ConnectionLimits
 from atoll.server.deploy.flower_control import FlowerControlClient, Unreachable
 from atoll.server.deploy.health import Health, address_from, answered
 from atoll.server.deploy.heard import LastHeard, key_of_file
@@ -21,6 +22,7 @@ from atoll.server.deploy.reverse_proxy import ReverseProxy, listen
 from atoll.server.deploy.status import Federation, Run, answering, lock_path
 from atoll.server.deploy.superlink import TOKEN_FILE, new_token, token_path
 from atoll.server.deploy.supervision import RunSupervisor
+from atoll.system.audit_file import AuditFile
 from atoll.system.child_process import Child, environment, free_port
 from atoll.system.fork_server import import_first
 from atoll.system.lock import only_one
@@ -120,6 +122,8 @@ class _Server:
     keys: dict[str, bytes] = field(default_factory=dict)
     """Each site's public key."""
     silent: set[str] = field(default_factory=set)
+    refused: dict[tuple[str, str], float] = field(default_factory=dict)
+    """When it was last told of a site and an address that a connection from there was refused."""
     clock: Callable[[], float] = time.monotonic
     looked_at_certificates: float = field(init=False)
 
@@ -255,6 +259,7 @@ class _Server:
             self.online.add(name)
             self.tell(f"{name} is connected ({len(self.online)} of {len(self.kit.sites)})")
         self._tell_silent()
+        self._tell_refused()
 
     def _tell_silent(self) -> None:
         """Name the sites of which nothing was heard for a while, though they aren't offline yet."""
@@ -264,6 +269,24 @@ class _Server:
         for name in sorted((self.silent - silent.keys()) & self.online):
             self.tell(f"{name} is heard again")
         self.silent = set(silent)
+
+    def _tell_refused(self) -> None:
+        """Name the sites that asked to connect while they are connected, once a minute for each address."""
+        sites = {key: site for site, key in self.keys.items()}
+        for key, address in self.last_heard.take_refused():
+            site, now = sites.get(key, ""), self.clock()
+            if not site or now < self.refused.get((site, address), -math.inf) + SAY_AGAIN_SECONDS:
+                continue
+            self.refused[site, address] = now
+            self.tell(
+                f"{site} asked from {address} to connect while it is connected: refused; it was cut off less"
+                " than a minute ago, or its kit is used twice"
+            )
+            fields = {"asked": "connection", "decision": "refused", "site": site, "from": address}
+            try:
+                AuditFile.open(self.kit.state).write(fields)
+            except (DataError, OSError) as error:
+                self.tell(f"not in the server's log: {error}")
 
     def _look_at_runs(self) -> None:
         """Tell `health` how runs stand; those whose process died are started again.

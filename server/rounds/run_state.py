@@ -14,10 +14,10 @@ from atoll.protocol.messages import Reply, Update
 from atoll.protocol.requests import Request, RequestOrigin
 from atoll.protocol.tensors import Tensors
 from atoll.protocol.updates_on_disk import AnyReply, all_kept_on_disk, kept_on_disk
-from atoll.report.run_result import RoundLine
 from atoll.server.events import EventCallback
 from atoll.server.rounds.asynchronous.flights import Flights
 from atoll.server.rounds.central_dp import CentralDp, NoProtection, run_key
+from atoll.server.rounds.compact_log import CompactLog
 from atoll.server.rounds.early_stopping import StoppingRule
 from atoll.server.rounds.participation import AvailabilityModel
 from atoll.server.rounds.validation import ValidatedUpdates
@@ -162,7 +162,7 @@ class RunState:
     round: int = 0
     stage: int = 0
     stage_start_round: int = 0
-    log: list[RoundLine] = field(default_factory=list)
+    log: CompactLog = field(default_factory=CompactLog)
     bytes_down: int = 0
     bytes_up: int = 0
     ended_early: str = ""

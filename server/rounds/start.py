@@ -29,6 +29,7 @@ from atoll.server.rounds.asynchronous.flights import Flights
 from atoll.server.rounds.asynchronous.grouped_round import grouped_round
 from atoll.server.rounds.asynchronous.round import asynchronous_round
 from atoll.server.rounds.central_dp import CentralDp, NoProtection
+from atoll.server.rounds.compact_log import CompactLog
 from atoll.server.rounds.participation import AvailabilityModel, always_available
 from atoll.server.rounds.run_state import (
     RoundKind,
@@ -197,5 +198,5 @@ def _continue_from(run: Run, checkpoint: Checkpoint) -> None:
     rest = state.flights.resume(run.setup.protection.resume(others))
     state.strategy_state = tuning_schedule.resume(run, rest)
     state.bytes_up, state.bytes_down = checkpoint.bytes_up, checkpoint.bytes_down
-    state.log = run.setup.directory.truncate_log(checkpoint.round)
+    state.log = CompactLog.of(run.setup.directory.truncate_log(checkpoint.round))
     run.setup.on_event(RunResumed(state.round))

@@ -60,7 +60,7 @@ def write_result(
         bytes_up=bytes_up,
         bytes_down=bytes_down,
         peak_rss_mb=memory.mb(),
-        rounds=state.log,
+        rounds=[*state.log],
         final={"server": final_server(run), "clients": clients},
         personal=personal,
         baselines=_references(run) | {name: dict(metrics) for name, metrics in baselines.items()},

@@ -350,6 +350,15 @@ def _answered(original: Any) -> Any:
     return answered
 
 
+def _refused(original: Any) -> Any:
+    def refused(log: Any, request: Any, answers: Any) -> None:
+        world = Current.get()
+        world.seen.logged |= {(world.life, client, one["refused"]) for client, one in answers.items()}
+        original(log, request, answers)
+
+    return refused
+
+
 def _silence_of_the_dead(told: Callable[[Any], Any]) -> Callable[[Any], None]:
     """A hook for exceptions that nobody can catch: of what a killed life left open it says nothing."""
 
@@ -396,6 +405,7 @@ EARS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (received.Replies, "__iter__", _replies),
     (RunAuditLog, "greeted", _greeted),
     (RunAuditLog, "answered", _answered),
+    (RunAuditLog, "refused", _refused),
     (aggregation, "merge_updates", _merge_updates),
     (aggregation, "train_request", _train_request),
     (checkpoint, "save", _save),

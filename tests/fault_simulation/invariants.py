@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tests.fault_simulation.faults import Scenario
+from tests.fault_simulation.faults import FORGERIES, Scenario
 from tests.fault_simulation.observed import Merged, Observed
 
 Invariant = Callable[[Scenario, Observed, str], Iterator[str]]
@@ -15,8 +15,9 @@ RECOVERABLE = {
     "site killed after its work", "site loses power", "server killed", "server loses power",
     "push broken off", "killed at a write", "killed at a sync", "killed at a rename",
     "power lost at a write", "power lost at a sync", "power lost at a rename", "checkpoint damaged",
+    *FORGERIES,
 }  # fmt: skip
-"""Faults after which every client comes back in time."""
+"""Faults after which every client comes back in time, or is asked again."""
 
 MOST = {
     "replies kept": 1,
@@ -138,7 +139,7 @@ def exact_sums(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator
 
 
 def recovers(scenario: Scenario, seen: Observed, undisturbed: str) -> Iterator[str]:
-    """A message or two that are lost or repeated, a process that dies: nobody is set aside for that."""
+    """One or two messages lost, repeated or forged, a process that dies: nobody is set aside for that."""
     faults = [fault for fault in scenario.faults if not fault.comes_too_late]
     if seen.result is None or len(faults) > 2 or not {fault.kind for fault in faults} <= RECOVERABLE:
         return

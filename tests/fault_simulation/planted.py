@@ -294,6 +294,7 @@ PLANTED: dict[str, Plant] = {
         signed_replies, "signed_content", signed_without_its_number
     ),
     "any site's key will do for a client": wrapped(SignatureCheck, "_signature_fault", key_of_any_site),
+    "a site is not asked again for what it has not signed": replaced(received, "MOST_UNSIGNED", 1),
     "greetings are not checked": wrapped(
         server_app,
         "greetings",

@@ -13,7 +13,7 @@ import pytest
 from atoll.server.deploy.status import status
 from atoll.system.audit_file import FILE, verify
 from tests.federation.conftest import CLIENTS, Ring, job
-from tests.federation.places import result_of, rounds_of
+from tests.federation.places import command_lines, result_of, rounds_of
 from tests.processes import wait_until
 
 pytestmark = [pytest.mark.federation, pytest.mark.timeout(600)]
@@ -106,6 +106,27 @@ def test_by_arrival_nobody_waits_for_a_site_that_is_slow(
     assert {name for line in rounds for name in line["cohort"]} == set(CLIENTS[1:])
     assert [line["set_aside"] for line in rounds] == [{}] * 4
     assert any(line["staleness"]["max"] for line in rounds)
+
+
+@pytest.mark.matrix
+def test_a_site_that_stood_still_is_in_the_rounds_after_it(ring: Ring) -> None:  # row 6
+    """Its processes are stopped for longer than a round may take, and then go on."""
+    setting = job("still", federation={"rounds": 3, "round_timeout": 20, "quorum": 0.5})
+    federation, out = ring.whole(), ring.federation.folder / "still"
+    held = ring.hold("still", 1)
+    submitted = federation.submit(setting, out)
+    ring.alone().says(f"held: {held.name}")
+    stopped = [pid for pid, line in command_lines() if str(federation.kits["client-0000"]) in line]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    held.unlink()
+    wait_until(lambda: len(rounds_of(out)) >= 1, "a round without it")
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    assert submitted.ends() == 0, submitted.text()
+    rounds = result_of(out)["rounds"]
+    assert rounds[0]["set_aside"] == {"client-0000": "no reply before the deadline"}
+    assert rounds[-1]["set_aside"] == {} and len(rounds) == 3
 
 
 def test_data_that_changes_in_a_run_is_refused_until_the_next_run(ring: Ring) -> None:  # rows 8, 40

@@ -20,6 +20,7 @@ from atoll.server.deploy.serve import runtime_path, serve
 from atoll.server.deploy.status import status
 from atoll.server.deploy.submit import follow, logs, stop
 from atoll.server.deploy.superlink import HEADER, token_path
+from atoll.system.audit_file import FILE
 from atoll.system.child_process import free_port
 from tests.federation.conftest import CLIENTS, SECRET, Ring, job, weights_home
 from tests.federation.places import provisioned, result_of, rounds_of
@@ -241,7 +242,12 @@ def test_a_copy_of_a_kit_is_refused_while_its_site_is_connected(ring: Ring) -> N
     )
     second = ring.federation.join("copied", ring.shards / "client-0000", kit=copy)
     second.says("it is connected from elsewhere")
+    ring.federation.running["server"].says(
+        "client-0000 asked from 127.0.0.1 to connect while it is connected"
+    )
     assert second.end() == 0
+    lines = [json.loads(line) for line in (ring.federation.server / "state" / FILE).read_text().splitlines()]
+    assert {"asked": "connection", "decision": "refused", "site": "client-0000"}.items() <= lines[-1].items()
     assert "client-0000" in ring.federation.online()
 
 
@@ -266,4 +272,5 @@ def test_sigterm_leaves_no_process_behind_and_the_servers_log_holds_no_data(ring
     assert ended == {"client-0000": 0, "pair": 0, "server": 0}
     wait_until(lambda: not federation.processes(), f"the end of {federation.processes()}")
     logged = "".join(path.read_text(errors="replace") for path in federation.folder.glob("*-server.log"))
+    assert ("this server runs as root" in logged) == (os.geteuid() == 0)
     assert "ready on" in logged and SECRET not in logged and str(ring.shards) not in logged
