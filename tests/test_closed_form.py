@@ -172,7 +172,7 @@ def test_the_ridge_head_of_any_partition_solves_the_pooled_equations(partition: 
     """By what clients send and the server adds up, beside NumPy on all examples in one place."""
     setting, (features, targets) = formed("ridge"), examples(400)
     learner: Any = SimpleNamespace(
-        job=setting, data_info={"classes": list("abcd")}, features=lambda s: s.rows
+        job=setting, data_info={"classes": list("abcd")}, features=SimpleNamespace(plain=lambda s: s.rows)
     )
     rows = {f"client-{n}": Dealt(features[r], targets[r]) for n, r in enumerate(dealt(partition, targets))}
     replies = client_statistics.statistics(learner, 1, cast(Any, rows))

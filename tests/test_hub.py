@@ -9,10 +9,10 @@ import socket
 import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any, ClassVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import pytest
@@ -33,9 +33,13 @@ FILES = {
     for split, count in (("train", 60), ("test", 20), ("validation", 10))
 }
 REPO = {f"data/{split}.jsonl": data for split, data in FILES.items()}
-SEVERAL = "---\nconfigs:\n" + "".join(
-    f"- config_name: {name}\n  data_files:\n  - split: train\n    path: data/{name}.jsonl\n"
-    for name in ("train", "validation")
+SEVERAL = (
+    "---\nconfigs:\n"
+    + "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: data/{name}.jsonl\n"
+        for name in ("train", "validation")
+    )
+    + "---\n"
 )
 REPOS = {"people/reviews": REPO, "people/several": REPO | {"README.md": SEVERAL.encode()}}
 JOB = """
@@ -70,7 +74,8 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(404, b"{}", X_Error_Code=code, X_Error_Message=code)
 
     def handle_one(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        address = urlsplit(self.path)
+        path, query = unquote(address.path), parse_qs(address.query)
         Hub.asked.append(path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         called = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/([a-z-]+)/([^/]+)(?:/(.*))?)?", path)
@@ -90,19 +95,25 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(
                 200, files[rest], "application/octet-stream", ETag=f'"{etag}"', X_Repo_Commit=COMMIT
             )
-        if what == "tree":
-            wanted = [name for name in files if not rest or name.startswith(f"{rest}/")]
-        else:  # paths-info
-            asked = [name.rstrip("/") for name in json.loads(body or b"{}").get("paths", [])]
-            wanted = [name for name in files if name in asked]
-        return self.answer(200, json.dumps([*map(entry, [called[1]] * len(wanted), wanted)]).encode())
+        paths = below(files, rest) if what == "tree" else parse_qs(body.decode()).get("paths", [])
+        if what == "tree" and query.get("recursive") != ["true"]:
+            paths = [path for path in paths if path.count("/") == (rest.count("/") + 1 if rest else 0)]
+        return self.answer(200, json.dumps([entry(files, path) for path in paths if path]).encode())
 
     do_GET = do_HEAD = do_POST = handle_one
 
 
-def entry(repo: str, name: str) -> dict[str, Any]:
-    data = REPOS[repo][name]
-    return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+def below(files: dict[str, bytes], folder: str) -> list[str]:
+    """All files and folders in a folder of a repository, at any depth."""
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents} - {"."}
+    return sorted(path for path in {*files, *folders} if not folder or path.startswith(f"{folder}/"))
+
+
+def entry(files: dict[str, bytes], path: str) -> dict[str, Any]:
+    oid = hashlib.sha1(path.encode()).hexdigest()
+    if path not in files:
+        return {"type": "directory", "path": path, "oid": oid}
+    return {"type": "file", "path": path, "size": len(files[path]), "oid": oid}
 
 
 @pytest.fixture(scope="module")

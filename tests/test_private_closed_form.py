@@ -63,7 +63,9 @@ def job(unit: str = "example", kind: str = "ridge", *, privacy: Any = None, **ta
 def learner_of(setting: Job, width: int = 7) -> Any:
     """Stands in for a learner whose features are the shard's own."""
     facts = {"classes": [str(k) for k in range(CLASSES)]}
-    return SimpleNamespace(job=setting, data_info=facts, features=lambda shard: shard.rows)
+    return SimpleNamespace(
+        job=setting, data_info=facts, features=SimpleNamespace(plain=lambda shard: shard.rows)
+    )
 
 
 class Held:

@@ -72,7 +72,10 @@ def pooled(x: np.ndarray, classes: np.ndarray, count: int, ridge: float) -> tupl
 def learner_of(setting: Job, model: Tensors, classes: Sequence[str]) -> Any:
     """Stands in for a learner whose features are the shard's own."""
     return SimpleNamespace(
-        job=setting, data_info={"classes": list(classes)}, features=lambda s: s.rows, initial=lambda: model
+        job=setting,
+        data_info={"classes": list(classes)},
+        features=SimpleNamespace(plain=lambda s: s.rows),
+        initial=lambda: model,
     )
 
 
