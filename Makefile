@@ -40,8 +40,9 @@ fuzz: $(STAMP)
 
 # Federations under faults that a seed decides; see docs/fault-simulation.md.
 SEEDS ?= 10000
+FIRST ?= 0
 simulate-faults: $(STAMP)
-	$(BIN)/python -m tests.fault_simulation --seeds $(SEEDS)
+	$(BIN)/python -m tests.fault_simulation --seeds $(SEEDS) --from $(FIRST)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
