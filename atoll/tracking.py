@@ -13,11 +13,11 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from atoll.errors import ConfigError
+from atoll.system.installed import is_installed
 
 if TYPE_CHECKING:
     from atoll.job.job import Job
@@ -162,7 +162,7 @@ def check_trackers(names: Sequence[str], option: str = "--track") -> None:
     for name in names:
         if name not in TRACKERS:
             raise ConfigError(f"{option}: expected one of {', '.join(TRACKERS)}, found {name!r}")
-        if not _is_installed(PACKAGES[name]):
+        if not is_installed(PACKAGES[name]):
             raise ConfigError(
                 f"{option} {name}: the package {PACKAGES[name]} is not installed; pip install 'atoll[track]'"
             )
@@ -223,20 +223,14 @@ def _tell(name: str, error: Exception) -> None:
     )
 
 
-def _is_installed(package: str) -> bool:
-    """Whether a package can be imported; a folder of its name, such as W&B's own `wandb/`, is none."""
-    spec = find_spec(package)
-    return spec is not None and spec.origin is not None
-
-
 def lost() -> tuple[type[Exception], ...]:
     """What a tracker may fail with."""
     errors: tuple[type[Exception], ...] = LOST
-    if _is_installed("mlflow"):
+    if is_installed("mlflow"):
         from mlflow.exceptions import MlflowException
 
         errors += (MlflowException,)
-    if _is_installed("wandb"):
+    if is_installed("wandb"):
         from wandb.errors import Error
 
         errors += (Error,)

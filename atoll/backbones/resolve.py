@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -272,7 +271,9 @@ def _resolve_hf(section: BackboneSection, name: str, seed: int) -> Backbone:
         folder = _from_package(package, inside, section.offline, tried)
         if folder is not None:
             return _hf_backbone(section, name, folder, f"package {package}", seed)
-    if section.offline or os.environ.get("HF_HUB_OFFLINE") == "1":
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if section.offline or HF_HUB_OFFLINE:
         raise WeightsError(_not_found(section.name, tried, "offline", "save_pretrained"))
     return _hf_backbone(section, name, _hub_download(section.name, name, tried), "download", seed)
 

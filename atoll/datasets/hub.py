@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +66,9 @@ def hub_source(job: Job, read: Callable[[Path], Table]) -> Table:
 
 def _fetch(dataset: HubDataset, job: Job, staging: Path) -> None:
     """Write the data set as `save_to_disk` does to `staging`/data, and its commit beside it."""
-    if job.backbone.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if job.backbone.offline or HF_HUB_OFFLINE:
         forbidden = "backbone.offline" if job.backbone.offline else "HF_HUB_OFFLINE"
         raise ConfigError(
             f"data.source: {job.data.source} is not in the cache ({dataset.folder}), and {forbidden} forbids"

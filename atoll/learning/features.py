@@ -111,18 +111,28 @@ class Features:
         if not len(shard):
             return torch.empty((len(views), 0, self.width))
         self._keep(views, shard)
-        return kept_features(views, shard)
+        out = torch.empty((len(views), len(shard), views[0].cache.width))
+        for view, part in zip(views, out, strict=True):
+            view.cache.take(shard.keys, part)
+        return out
 
     def _keep(self, views: Sequence[View], shard: Shard) -> None:
-        train = self.job.train
-        keep_features(
-            views,
-            shard,
-            lambda: self.encoder,
-            threads=train.threads,
-            device=train.device,
-            progress=self.progress,
-        )
+        train, missing = self.job.train, [view.cache.missing(shard.keys) for view in views]
+        total, done = sum(map(len, missing)), 0
+        for view, absent in zip(views, missing, strict=True):
+            for start in range(0, len(absent), CHUNK):
+                rows = absent[start : start + CHUNK]
+                keys = [shard.keys[row] for row in rows]
+                features = extract(
+                    self.encoder,
+                    take_many(shard.inputs, rows),
+                    threads=train.threads,
+                    device=train.device,
+                    progress=partial(_told_from, self.progress, done, total),
+                    variation=None if view.variation is None else view.variation(keys),
+                )
+                view.cache.put(keys, features)
+                done += len(rows)
 
 
 def varied_views(job: Job, backbone: Backbone) -> list[View]:
@@ -203,42 +213,6 @@ def _preparation_print(backbone: Backbone) -> str:
     if backbone.also is not None:
         digest.update(_preparation_print(backbone.also).encode())
     return digest.hexdigest()
-
-
-def keep_features(
-    views: Sequence[View],
-    shard: Shard,
-    encoder: Callable[[], Encoder],
-    *,
-    threads: int,
-    device: str,
-    progress: Progress | None = None,
-) -> None:
-    """Compute the features of a shard that are missing in the cache; `encoder` is called only if some are."""
-    missing = [view.cache.missing(shard.keys) for view in views]
-    total, done = sum(map(len, missing)), 0
-    for view, absent in zip(views, missing, strict=True):
-        for start in range(0, len(absent), CHUNK):
-            rows = absent[start : start + CHUNK]
-            keys = [shard.keys[row] for row in rows]
-            features = extract(
-                encoder(),
-                take_many(shard.inputs, rows),
-                threads=threads,
-                device=device,
-                progress=None if progress is None else partial(_told_from, progress, done, total),
-                variation=None if view.variation is None else view.variation(keys),
-            )
-            view.cache.put(keys, features)
-            done += len(rows)
-
-
-def kept_features(views: Sequence[View], shard: Shard) -> torch.Tensor:
-    """A shard's features [views, n, width] from the cache, which must have all of them."""
-    out = torch.empty((len(views), len(shard), views[0].cache.width))
-    for view, part in zip(views, out, strict=True):
-        view.cache.take(shard.keys, part)
-    return out
 
 
 def _told_from(progress: Progress, start: int, total: int, done: int, part: int) -> None:

@@ -7,6 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder that only has its name is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 @cache
 def folder_of(package: str) -> Path:
     """Where a package that we depend on lies; it isn't imported.

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from atoll.report.comparison import lower_is_better
 from atoll.sim.search.space import Space, Texts, checked_job, values_of
 from atoll.sim.sweep.grid import Base, Values
 from atoll.system.durable_files import is_begun, replace_synced
+from atoll.system.installed import is_installed
 from atoll.tasks import check_task, headline_of
 
 if TYPE_CHECKING:
@@ -350,5 +350,5 @@ def quiet_optuna() -> Any:
 
 def check_optuna() -> None:
     """Raises ConfigError unless Optuna is installed, which only a search needs."""
-    if find_spec("optuna") is None:
+    if not is_installed("optuna"):
         raise ConfigError("the package optuna is not installed; pip install 'atoll[tune]'")

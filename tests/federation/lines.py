@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from atoll.kit.kit import Address
 
@@ -104,13 +105,21 @@ class Line:
 @contextmanager
 def lined(server: Address) -> Iterator[Line]:
     """A line in front of a running server, for the time of the block."""
-    line, loop = Line(server), asyncio.new_event_loop()
-    listening = loop.run_until_complete(line.listen())
-    thread = threading.Thread(target=loop.run_forever, name="line", daemon=True)
+    line = Line(server)
+    with on_a_thread(line.listen()):
+        yield line
+
+
+@contextmanager
+def on_a_thread(listening: Coroutine[Any, Any, asyncio.Server]) -> Iterator[None]:
+    """A server of asyncio that answers on a thread of its own, for the time of the block."""
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(listening)
+    thread = threading.Thread(target=loop.run_forever, name="server", daemon=True)
     thread.start()
     try:
-        yield line
+        yield
     finally:
-        loop.call_soon_threadsafe(listening.close)
+        loop.call_soon_threadsafe(server.close)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=5)

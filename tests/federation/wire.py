@@ -6,7 +6,6 @@ import asyncio
 import json
 import ssl
 import struct
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from safetensors.torch import load
 
 from atoll.kit.kit import ServerKit
 from atoll.protocol.tensors import Tensors
+from tests.federation.lines import on_a_thread
 
 WINDOW = 16
 """Bytes in a row that are searched for: four float32 or two int64 numbers."""
@@ -73,16 +73,9 @@ class Tap:
 @contextmanager
 def tapped(kit: ServerKit, folder: Path) -> Iterator[Tap]:
     """A tap in front of a running server, for the time of the block."""
-    tap, loop = Tap(kit, folder), asyncio.new_event_loop()
-    server = loop.run_until_complete(tap.listen())
-    thread = threading.Thread(target=loop.run_forever, name="tap", daemon=True)
-    thread.start()
-    try:
+    tap = Tap(kit, folder)
+    with on_a_thread(tap.listen()):
         yield tap
-    finally:
-        loop.call_soon_threadsafe(server.close)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=5)
 
 
 def said(folder: Path, way: str = "*") -> bytes:

@@ -57,15 +57,20 @@ def read_webdataset(path: Path, diagnostics: Diagnostics) -> Rows:
     Raises:
         DataError: it is damaged, holds something else than files, or an example in two places.
     """
+    samples: list[_Sample] = []
+
+    def where(row: int) -> str:
+        return f"{shown(path)} {shown(samples[row].key)}"
+
     with opened(path) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                samples = _samples(tar, path, diagnostics)
+                samples += _samples(tar, path, diagnostics)
                 _check_end(file, tar, path)
-                table = _table(tar, samples, path)
+                table = _table(tar, samples, path, where)
         except (tarfile.TarError, EOFError) as error:
             raise DataError(f"{shown(path)}: damaged ({error}), expected a tar file") from None
-    return Rows(shown(path), table, lambda row: f"{shown(path)} {shown(samples[row].key)}", path.parent)
+    return Rows(shown(path), table, where, path.parent)
 
 
 def _samples(tar: tarfile.TarFile, path: Path, diagnostics: Diagnostics) -> list[_Sample]:
@@ -151,10 +156,9 @@ def _bytes_of(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> byte
     return data
 
 
-def _table(tar: tarfile.TarFile, samples: Sequence[_Sample], path: Path) -> pa.Table:
-    def where(row: int) -> str:
-        return f"{shown(path)} {shown(samples[row].key)}"
-
+def _table(
+    tar: tarfile.TarFile, samples: Sequence[_Sample], path: Path, where: Callable[[int], str]
+) -> pa.Table:
     of_files = list(dict.fromkeys(column for sample in samples for column in sample.files))
     of_values = list(dict.fromkeys(column for sample in samples for column in sample.values))
     if both := set(of_files) & set(of_values):
