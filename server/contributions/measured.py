@@ -85,13 +85,13 @@ def run_contributions(run: Run) -> Contributions | None:
     rounds = [line["contributions"] for line in run.state.log]
     everybody = setup.population if len(setup.population) <= MOST_CLIENTS else ()
     names = sorted({*everybody, *(name for values in rounds for name in values)})
-    values = {name: [found[name] for found in rounds if name in found] for name in names}
+    values = {name: [of_round[name] for of_round in rounds if name in of_round] for name in names}
     metric = run.state.learner.task.primary_metric
     return {
         "method": method,
         "metric": metric,
         "lower_is_better": lower_is_better(metric),
-        "clients": {name: _summed(found) for name, found in values.items()},
+        "clients": {name: _summed(of_client) for name, of_client in values.items()},
     }
 
 

@@ -38,14 +38,14 @@ def exact(players: int, value: Game) -> list[float]:
     >>> exact(2, {(): 0.0, (0, 1): 5.0, (0,): 3.0, (1,): 4.0}.__getitem__)
     [2.0, 3.0]
     """
-    found = [0.0] * players
+    values = [0.0] * players
     for i in range(players):
         others = [j for j in range(players) if j != i]
         for size in range(players):
             part = 1 / (players * math.comb(players - 1, size))
             for coalition in combinations(others, size):
-                found[i] += part * (value(tuple(sorted((*coalition, i)))) - value(coalition))
-    return found
+                values[i] += part * (value(tuple(sorted((*coalition, i)))) - value(coalition))
+    return values
 
 
 def orders(players: int, count: int, generator: torch.Generator) -> Iterator[list[int]]:

@@ -183,8 +183,8 @@ class FlowerControlClient:
 
     def _listed(self, run_id: int) -> ProtoRun:
         with _one_line(self._address):
-            found: ProtoRun = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
-        return found
+            listed: ProtoRun = self._client.ListRuns(ListRunsRequest(run_id=run_id)).run_dict[run_id]
+        return listed
 
     def stop(self, run_id: int) -> bool:
         """Whether the run was stopped by this call."""

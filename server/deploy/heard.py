@@ -77,9 +77,9 @@ class LastHeard:
         """Those of the sites that were heard before and are silent now, with the seconds since."""
         with self._lock:
             moments = dict(self._moments)
-        now, found = self.clock(), {}
+        now, seconds = self.clock(), {}
         for site in sites:
             moment = moments.get(keys.get(site, b""))
             if moment is not None and now - moment >= SILENT_SECONDS:
-                found[site] = now - moment
-        return found
+                seconds[site] = now - moment
+        return seconds

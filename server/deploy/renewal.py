@@ -65,10 +65,10 @@ def _state_of(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
 
 def _stat(file: Path) -> tuple[int, ...]:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return ()
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def follow_certificates() -> None:

@@ -160,8 +160,8 @@ class ReverseProxy:
             logger.warning("the SuperLink does not answer: %s", type(error).__name__)
             return PlainTextResponse("the server is starting again\n", 503)
         drop = HOP_BY_HOP | {"content-length", "content-encoding"}
-        kept = {k: v for k, v in answer.headers.items() if k not in drop}
-        return Response(answer.content, answer.status_code, headers=kept)
+        passed_on = {k: v for k, v in answer.headers.items() if k not in drop}
+        return Response(answer.content, answer.status_code, headers=passed_on)
 
 
 async def _body(request: Request) -> bytes | None:

@@ -82,8 +82,8 @@ class TokenMiddleware:
     def _may(self, scope: Scope) -> bool:
         if scope["type"] != "http":
             return False
-        given = [value for name, value in scope["headers"] if name == HEADER.encode()]
-        if any(hmac.compare_digest(value, self.token) for value in given):
+        tokens = [value for name, value in scope["headers"] if name == HEADER.encode()]
+        if any(hmac.compare_digest(value, self.token) for value in tokens):
             return True
         path = scope["path"]
         return ".." not in path and path.startswith(WITHOUT_TOKEN)

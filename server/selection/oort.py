@@ -73,8 +73,8 @@ def utilities(known: Explored, options: OortSection, round: int, preferred: floa
     statistical = np.minimum(known.utilities, bound) / bound if bound > 0 else np.zeros(len(known.places))
     uncertainty = np.sqrt(0.1 * math.log(round) / known.last_rounds)
     slower = np.minimum(preferred / known.seconds, 1.0)
-    found: Numbers = (statistical + uncertainty) * slower**options.penalty
-    return found
+    total: Numbers = (statistical + uncertainty) * slower**options.penalty
+    return total
 
 
 def exploited(
@@ -127,16 +127,16 @@ class Oort:
         """Examples a virtual second of each client, [clients]."""
         even = torch.rand(len(self.names), generator=stream(self.seed, "speed"), dtype=torch.float64)
         drawn: Numbers = 1 + (self.options.speed_spread - 1) * even.numpy()
-        given = self.options.speeds or {}
-        for name in given.keys() & self._places.keys():
-            drawn[self._places[name]] = given[name]
+        speeds = self.options.speeds or {}
+        for name in speeds.keys() & self._places.keys():
+            drawn[self._places[name]] = speeds[name]
         return drawn
 
     @cached_property
     def seconds(self) -> Numbers:
         """t of each client, [clients], of one with no examples as of one example."""
-        found: Numbers = self.train.expected_examples_seen(np.maximum(self.sizes, 1)) / self.speeds
-        return found
+        seconds: Numbers = self.train.expected_examples_seen(np.maximum(self.sizes, 1)) / self.speeds
+        return seconds
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -152,8 +152,8 @@ class Oort:
         names = [name.removeprefix(UTILITY) for name in state if name.startswith(UTILITY)]
         here = sorted((self._places[name], name) for name in names if name in self._places)
         places = np.array([place for place, _ in here], dtype=np.int64)
-        told = {kind: np.array([float(state[kind + name]) for _, name in here]) for kind in (UTILITY, LAST)}
-        return Explored(places, told[UTILITY], told[LAST], self.seconds[places])
+        known = {kind: np.array([float(state[kind + name]) for _, name in here]) for kind in (UTILITY, LAST)}
+        return Explored(places, known[UTILITY], known[LAST], self.seconds[places])
 
     def cohort(self, state: State, round: int) -> list[str]:
         """As in the seam."""
@@ -176,10 +176,10 @@ class Oort:
         """As in the seam: the utilities of the round's clients, and whether the pacer relaxes T."""
         losses = mean_losses(updates) if updates else {}
         examples = dict(zip(losses, example_counts(updates), strict=True))
-        found = {name: examples[name] * max(loss, 0.0) for name, loss in losses.items()}
-        fresh: State = {UTILITY + name: value for name, value in found.items()}
-        fresh |= {LAST + name: float(round) for name in found}
-        fresh[TOTAL + str(round)] = sum(found.values())
+        gains = {name: examples[name] * max(loss, 0.0) for name, loss in losses.items()}
+        fresh: State = {UTILITY + name: value for name, value in gains.items()}
+        fresh |= {LAST + name: float(round) for name in gains}
+        fresh[TOTAL + str(round)] = sum(gains.values())
         window = self.options.window
         after = {name: value for name, value in (state | fresh).items() if not _is_old(name, round, window)}
         totals = {

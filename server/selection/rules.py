@@ -62,5 +62,5 @@ def kept(state: State) -> State:
 
 def taken_back(saved: State) -> tuple[State, State]:
     """(the rule's state, what is left for others) of a checkpoint's."""
-    own = {name.removeprefix(PREFIX): value for name, value in saved.items() if name.startswith(PREFIX)}
-    return own, {name: value for name, value in saved.items() if not name.startswith(PREFIX)}
+    own_state = {name.removeprefix(PREFIX): value for name, value in saved.items() if name.startswith(PREFIX)}
+    return own_state, {name: value for name, value in saved.items() if not name.startswith(PREFIX)}

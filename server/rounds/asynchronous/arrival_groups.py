@@ -86,7 +86,7 @@ class ArrivalGroups:
     def _steps_of_new_group(
         self, now: float, speed: float, at_work: AtWork, options: FedCompassOptions
     ) -> int:
-        found = []
+        steps_by_group = []
         for number, group in self.groups.items():
             if now < group.latest:
                 fastest = min(
@@ -94,8 +94,8 @@ class ArrivalGroups:
                     for client, flight in at_work.items()
                     if flight.group == number
                 )
-                found.append(_steps(group.latest + options.max_steps * fastest - now, speed))
-        few_enough = [steps for steps in found if steps <= options.max_steps]
+                steps_by_group.append(_steps(group.latest + options.max_steps * fastest - now, speed))
+        few_enough = [steps for steps in steps_by_group if steps <= options.max_steps]
         return max(options.min_steps, *few_enough) if few_enough else options.max_steps
 
     def open(self, number: int, group: Group | None) -> None:

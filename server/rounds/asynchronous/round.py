@@ -70,11 +70,11 @@ class AsynchronousRound(PlainRound):
         flights, updates, set_aside = run.state.flights, list[Update](), dict[str, str]()
         staleness = dict[str, int]()
         for task, members in flights.by_task(names).items():
-            start, found = task[0], self._of_task(run, task, members, attempt)
+            start, gathered = task[0], self._of_task(run, task, members, attempt)
             drift = Drift(flights.models[start], run.state.tensors)
-            updates += self._as_they_count(run, found.updates, drift, round - 1 - start, round)
-            set_aside |= found.set_aside
-            staleness |= dict.fromkeys((update.client for update in found.updates), round - 1 - start)
+            updates += self._as_they_count(run, gathered.updates, drift, round - 1 - start, round)
+            set_aside |= gathered.set_aside
+            staleness |= dict.fromkeys((update.client for update in gathered.updates), round - 1 - start)
         updates.sort(key=lambda update: update.client)
         return ValidatedUpdates(
             updates, dict(sorted(set_aside.items())), staleness=[staleness[u.client] for u in updates]
