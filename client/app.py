@@ -74,7 +74,7 @@ def register(app: ClientApp, site_of: SiteOf) -> None:
     @app.query()
     def hello(message: Message, context: Context) -> Message:
         texts, _ = unpacked(message.content)
-        job = Job.from_json(_given(texts, "job"))
+        job = Job.from_json(_part(texts, "job"))
         site = site_of(job, context)
         hellos = site.hello(job)
         tell_operator(job, hellos)
@@ -101,7 +101,7 @@ def work(message: Message, context: Context, site_of: SiteOf) -> Message:
     before; those that failed try again.
     """
     texts, bodies = unpacked(message.content)
-    head, names, body = _given(texts, "request"), _given(texts, "names"), _given(bodies, "tensors")
+    head, names, body = _part(texts, "request"), _part(texts, "names"), _part(bodies, "tensors")
     asked = hashlib.sha256(b"\0".join((head.encode(), names.encode(), body))).hexdigest()
     clients = _names(names)
     answered = _answered.get(asked, {})
@@ -190,7 +190,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _given(contents: Mapping[str, Content], key: str) -> Content:
+def _part(contents: Mapping[str, Content], key: str) -> Content:
     try:
         return contents[key]
     except KeyError:

@@ -119,14 +119,14 @@ class Verdict:
 
     rule: str
     key: str
-    found: str
+    job_value: str
     allowed: str
     holds: bool
 
     @property
     def in_words(self) -> str:
         """`max_rounds: expected at most 100, found federation.rounds = 500`."""
-        return f"{self.rule}: expected {self.allowed}, found {self.key} = {self.found}"
+        return f"{self.rule}: expected {self.allowed}, found {self.key} = {self.job_value}"
 
 
 def _one_of(rule: str, key: str, find: Callable[[Job], str]) -> Callable[[Policy, Job], Iterator[Verdict]]:

@@ -244,7 +244,7 @@ class FlowerTransport:
     def _tell_unsigned(self, request: Request, refused: Sequence[Came]) -> None:
         for reply, came in refused:
             if isinstance(reply, Failure):
-                logger.warning("%s: %s; its site is asked again", self._told(reply.client), reply.reason)
+                logger.warning("%s: %s; its site is asked again", self._shown(reply.client), reply.reason)
             if self.audit is not None:
                 self.audit.refused(request, {reply.client: answer_of(reply, came)})
 
@@ -262,7 +262,7 @@ class FlowerTransport:
         replies = Replies(reply, asked, sizes, check=check)
         yield from ((one, replies.came.get(one.client)) for one in replies)
         for name in replies.strangers[:SHOWN_STRANGERS]:
-            logger.warning("a reply for %s, which its site was not asked for: dropped", self._told(name))
+            logger.warning("a reply for %s, which its site was not asked for: dropped", self._shown(name))
 
     def _hosts(self, names: Sequence[str]) -> dict[int, list[str]]:
         hosts: dict[int, list[str]] = {}
@@ -333,10 +333,10 @@ class FlowerTransport:
             self.gone[node] = time.monotonic()
             names = ", ".join(name for name, home in self.nodes.items() if home == node)
             if patience:
-                who = self._told(names or f"node {node}")
+                who = self._shown(names or f"node {node}")
                 logger.warning("%s: connection lost, waiting up to %.0f s", who, patience)
 
-    def _told(self, name: str) -> str:
+    def _shown(self, name: str) -> str:
         """What may be said of who was asked: of a secret cohort's members nothing."""
         return name if self.job is None else unless_secret(self.job, name, "a client")
 

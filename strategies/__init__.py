@@ -399,7 +399,7 @@ def check_strategy(section: StrategySection) -> None:
         return
     STRATEGIES.check(section.name, "strategy.name", " (or flwr:NAME)")
     entry = STRATEGIES[section.name]
-    for key in _given(section):
+    for key in _given_keys(section):
         if key not in entry.accepted_keys:
             known = ", ".join(entry.accepted_keys)
             raise ConfigError(f"strategy.{key}: {section.name} does not use it, expected only {known}")
@@ -455,9 +455,9 @@ def build_strategy(
     if section.name.startswith("flwr:"):
         from atoll.strategies.flower import FlowerStrategy
 
-        return FlowerStrategy.named(section.name.removeprefix("flwr:"), _given(section))
+        return FlowerStrategy.named(section.name.removeprefix("flwr:"), _given_keys(section))
     entry = STRATEGIES[section.name]
-    keys = {key: value for key, value in _given(section).items() if key not in SCHEDULE_KEYS}
+    keys = {key: value for key, value in _given_keys(section).items() if key not in SCHEDULE_KEYS}
     options = _options(entry, section)
     if options is not None:
         keys["options"] = options
@@ -480,5 +480,5 @@ def _scheduled(strategy: Strategy, section: StrategySection, federation: Federat
     return Scheduled(strategy, LrSchedule(section, federation.rounds))
 
 
-def _given(section: StrategySection) -> dict[str, Any]:
+def _given_keys(section: StrategySection) -> dict[str, Any]:
     return {k: v for k, v in section.model_dump().items() if k != "name" and v is not None}

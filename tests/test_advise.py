@@ -78,22 +78,22 @@ def test_the_sample_is_what_clients_train_on_and_keep_back_and_never_the_test_se
     population, learner = learner_of(job)
     whole, held_out = population.whole(learner), set(task_named(job.task.name).keys(population.test))
     everything = sampled(population, learner, 10_000)
-    parts = [{whole.keys[row] for row in rows} for rows in (everything.train, everything.kept)]
+    parts = [{whole.keys[row] for row in rows} for rows in (everything.train, everything.held_out)]
     assert len(parts[0] | parts[1]) == len(whole) and not parts[0] & parts[1]
     assert not (parts[0] | parts[1]) & held_out
     # Each example is kept back with a probability of a fifth: four deviations around it.
-    assert len(everything.kept) == pytest.approx(len(whole) / 5, abs=4 * (len(whole) * 0.2 * 0.8) ** 0.5)
+    assert len(everything.held_out) == pytest.approx(len(whole) / 5, abs=4 * (len(whole) * 0.2 * 0.8) ** 0.5)
     few = sampled(population, learner, 50)
-    assert len(few.train) == len(few.kept) == 50 and set(few.train) <= set(everything.train)
+    assert len(few.train) == len(few.held_out) == 50 and set(few.train) <= set(everything.train)
     again: Sample = sampled(population, learner, 50)
-    assert (few.train == again.train).all() and (few.kept == again.kept).all()
+    assert (few.train == again.train).all() and (few.held_out == again.held_out).all()
 
 
 def test_clients_that_share_examples_keep_back_none_that_another_trains_on() -> None:
     job = job_of(base_of(data={"partition": {"kind": "resampled", "examples": 40}}), {})
     population, learner = learner_of(job)
     sample = sampled(population, learner, 10_000)
-    assert len(sample.kept) and not set(sample.train) & set(sample.kept)
+    assert len(sample.held_out) and not set(sample.train) & set(sample.held_out)
 
 
 def test_candidates_are_the_jobs_own_first_and_only_those_whose_weights_are_here() -> None:

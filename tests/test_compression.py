@@ -112,10 +112,10 @@ def test_top_k_keeps_exactly_the_k_largest_and_of_equal_ones_those_in_front(
 ) -> None:
     x = vector([float(v) for v in values])
     how = Compression("top-k", len(values), share)
-    assert how.kept == max(1, math.ceil(share * len(values) - 1e-9))
+    assert how.num_sent == max(1, math.ceil(share * len(values) - 1e-9))
     # the slow obvious way: Python's sort is stable
-    best = sorted(range(len(values)), key=lambda i: -abs(values[i]))[: how.kept]
-    assert largest(x, how.kept).tolist() == [sorted(best)]
+    best = sorted(range(len(values)), key=lambda i: -abs(values[i]))[: how.num_sent]
+    assert largest(x, how.num_sent).tolist() == [sorted(best)]
     whole = decompress(compress(x, how), how)
     expected = [v if i in best else 0.0 for i, v in enumerate(x[0].tolist())]
     assert whole.tolist() == [expected]

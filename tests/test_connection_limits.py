@@ -38,7 +38,7 @@ class Door:
     kit: ServerKit
     limits: ConnectionLimits
     clock: TurnedClock
-    said: list[str]
+    lines: list[str]
     opened: list[socket.socket] = field(default_factory=list)
 
     def tcp(self) -> socket.socket:
@@ -64,11 +64,11 @@ class Door:
 @pytest.fixture
 def door(tmp_path: Path) -> Iterator[Door]:
     kit = ServerKit.load(provisioned(tmp_path, ("north",), unused_port())["server"])
-    clock, said = TurnedClock(), list[str]()
-    limits = ConnectionLimits(said.append, clock.monotonic, most=16, an_address=6)
+    clock, lines = TurnedClock(), list[str]()
+    limits = ConnectionLimits(lines.append, clock.monotonic, most=16, an_address=6)
     gate = ReverseProxy(kit, listen(kit.address), f"127.0.0.1:{unused_port()}", limits)
     gate.start()
-    made = Door(kit, limits, clock, said)
+    made = Door(kit, limits, clock, lines)
     yield made
     for connected in made.opened:
         connected.close()
@@ -132,7 +132,7 @@ def test_an_address_holds_so_many_connections_and_that_is_told_once_a_minute(doo
     door.holds(6)
     assert ends(door.tcp()) == b"" and ends(door.tcp()) == b""
     line = "127.0.0.1 holds 6 connections: no more is let in from there"
-    assert door.said == [line]
+    assert door.lines == [line]
     door.clock.now += SAY_AGAIN_SECONDS
     wait_until(lambda: not door.limits.open, "the end of all, which said nothing")
     late = door.tls()
@@ -141,12 +141,12 @@ def test_an_address_holds_so_many_connections_and_that_is_told_once_a_minute(doo
 
 
 def test_where_a_site_was_heard_more_is_let_in_and_strangers_leave_half_to_sites() -> None:
-    said = list[str]()
-    limits = ConnectionLimits(said.append, lambda: 0.0, most=20, an_address=4)
+    lines = list[str]()
+    limits = ConnectionLimits(lines.append, lambda: 0.0, most=20, an_address=4)
     limits.held.update({"1.1.1.1": 4, "2.2.2.2": 4, "3.3.3.3": 1})
     assert not limits.admits("1.1.1.1") and limits.admits("3.3.3.3")
     limits.held["4.4.4.4"] += 1
-    assert not limits.admits("5.5.5.5") and "addresses of no known site hold 10 connections" in said[-1]
+    assert not limits.admits("5.5.5.5") and "addresses of no known site hold 10 connections" in lines[-1]
     limits.answered(("1.1.1.1", 9), by_a_site=True)
     assert limits.admits("1.1.1.1")
     limits.answered(("6.6.6.6", 9), by_a_site=False)

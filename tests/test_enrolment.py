@@ -109,7 +109,7 @@ def test_sites_are_added_and_removed_without_touching_the_others(tmp_path: Path)
     changes = update(
         written(tmp_path, EAST), tmp_path / "kits", [enroll(tmp_path / "own", "east", ["ward-1", "ward-2"])]
     )
-    assert ([kit.name for kit in changes.new], changes.kept, changes.removed) == (
+    assert ([kit.name for kit in changes.new], changes.unchanged, changes.removed) == (
         ["east"],
         ["north", "south_2.b"],
         [],
@@ -124,7 +124,7 @@ def test_sites_are_added_and_removed_without_touching_the_others(tmp_path: Path)
     assert ServerKit.load(server).sites == ("north", "south_2.b", "east")
 
     changes = update(written(tmp_path, NORTH_ALONE), tmp_path / "kits")
-    assert (changes.new, changes.kept, changes.removed) == ([], ["north"], ["south_2.b", "east"])
+    assert (changes.new, changes.unchanged, changes.removed) == ([], ["north"], ["south_2.b", "east"])
     assert ServerKit.load(server).sites == ("north",) and [p.name for p in (server / "nodes").iterdir()] == [
         "north.pub"
     ]

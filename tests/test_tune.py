@@ -241,7 +241,7 @@ def test_the_first_trials_are_far_from_each_other(tmp_path: Path) -> None:
     """Drawn independently, five trials would miss one of three rates in a third of all searches."""
     for seed in range(4):
         space, base = Space.of(GRID, []), base_of()
-        search = Search(tmp_path / "none", base, space, seed, 1, 1, space.own_keys(base))
+        search = Search(tmp_path / "none", base, space, seed, 1, 1, space.settings_of(base))
         search.__dict__["study"] = optuna.create_study(direction="maximize")
         tried: list[TrialResult] = []
         for _ in range(STARTUP):

@@ -95,7 +95,7 @@ class Backbone:
     weights: Path | None
     fingerprint: str
     also: Backbone | None = None
-    given: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     """Of an extension's: its options."""
 
 
@@ -109,7 +109,7 @@ def resolve(section: BackboneSection, seed: int) -> Backbone:
     is_bodied = (backbone.kind, backbone.name) == ("atoll", BODIED)
     key = "body" if is_bodied else "text"
     second = section.options.get(key)
-    if key in backbone.given:  # an extension's own
+    if key in backbone.options:  # an extension's own
         return backbone
     if not isinstance(second, str) or (
         backbone.kind == "atoll" and not is_bodied and backbone.name != SCATTERING

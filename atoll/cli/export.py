@@ -102,7 +102,8 @@ def export(
 
             write_card(learner, read_result(run), after.metrics, staging)
         (staging / "export.json").write_text(
-            json.dumps(told(learner, run, format, before, after, len(examples)), indent=2) + "\n", "utf-8"
+            json.dumps(export_info(learner, run, format, before, after, len(examples)), indent=2) + "\n",
+            "utf-8",
         )
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
@@ -287,7 +288,7 @@ def check_drop(metric: str, format: str, before: Measured, after: Measured, most
         )
 
 
-def told(
+def export_info(
     learner: Learner, run: Path, format: str, before: Measured, after: Measured, examples: int
 ) -> dict[str, Any]:
     """What stands in export.json."""

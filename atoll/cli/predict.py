@@ -120,7 +120,7 @@ def answers_of(
     sources = _sources(inputs, learner.task.input_suffixes())
     places = _places(sources, out_dir) if write else {}
     for source, series, raw, answer in _answered(learner, tensors, sources):
-        named = {"input": source.given} | ({"series": series} if series else {}) | answer
+        named = {"input": source.name} | ({"series": series} if series else {}) | answer
         if write:
             files = learner.task.files(answer, raw, learner.data_info, overlay=overlay)
             place = places[source]
@@ -136,7 +136,7 @@ def answers_of(
 class _Source:
     """An input, as it is named in answers, and what its files' place is below `--out`."""
 
-    given: str
+    name: str
     below: Path
 
 
@@ -168,7 +168,7 @@ def _answered(
     asked = (
         (source, name, raw)
         for source in sources
-        for name, raw in learner.task.parse_inputs(source.given).items()
+        for name, raw in learner.task.parse_inputs(source.name).items()
     )
     while some := list(islice(asked, AT_ONCE)):
         answers = learner.answers(tensors, [raw for _, _, raw in some])
@@ -178,13 +178,13 @@ def _answered(
 
 def _places(sources: Sequence[_Source], out_dir: Path | None) -> dict[_Source, Path]:
     """Where every input's files are to be, with its own name, to which theirs is added."""
-    places = {s: Path(s.given) if out_dir is None else out_dir / s.below for s in dict.fromkeys(sources)}
+    places = {s: Path(s.name) if out_dir is None else out_dir / s.below for s in dict.fromkeys(sources)}
     taken: dict[Path, _Source] = {}
     for source, place in places.items():
         other = taken.setdefault(place, source)
         if other is not source and place.name:
             raise ConfigError(
-                f"--out: {other.given} and {source.given} would have files of one name,"
+                f"--out: {other.name} and {source.name} would have files of one name,"
                 " expected other names, or the folder that holds both"
             )
     return places

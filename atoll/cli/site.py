@@ -113,8 +113,8 @@ def provision(
 def _tell_changes(changes: Any, out_dir: Path) -> None:
     for kit in changes.new:
         echo(f"new      {kit}: give it to its site")
-    if changes.kept:
-        echo(f"kept     {', '.join(changes.kept)}")
+    if changes.unchanged:
+        echo(f"kept     {', '.join(changes.unchanged)}")
     if changes.removed:
         echo(f"removed  {', '.join(changes.removed)}: the server lets them in no longer")
     if changes.has_new_certificate:
@@ -235,7 +235,7 @@ def check_policy(kit: Kit, job: JobFile, overrides: Overrides = None) -> None:
     table = Table("rule", "job", "found", "expected", "verdict")
     verdicts = policy.verdicts(loaded)
     for verdict in verdicts:
-        texts = (verdict.rule, verdict.key, verdict.found, verdict.allowed)
+        texts = (verdict.rule, verdict.key, verdict.job_value, verdict.allowed)
         table.add_row(*map(sanitize, texts), "allowed" if verdict.holds else "[red]refused[/]")
     out().print(table)
     if policy.hours is not None:

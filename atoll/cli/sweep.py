@@ -187,7 +187,7 @@ def _run_all(
 
     complete = done
 
-    def told(run: Planned, failure: str | None) -> None:
+    def run_ended(run: Planned, failure: str | None) -> None:
         nonlocal done, complete
         stop_if_asked()
         done, complete = done + 1, complete + (failure is None)
@@ -199,7 +199,7 @@ def _run_all(
         with RunPool(count, ("atoll.sim.sweep.runner", *imports_of(runs[0].job))) as crew:
             crew.start()
             precompute_features([run.job for run, _ in waiting], progress_of(shown))
-            return crew.play(waiting, told)
+            return crew.play(waiting, run_ended)
     except KeyboardInterrupt:
         where = shlex.quote(str(folder.path))
         raise Interrupted(
@@ -246,7 +246,7 @@ def tell(folder: SweepFolder, runs: Sequence[Planned], name: str, failures: dict
     written = write_sweep(folder.path, rows, name, missing=len(runs) - len(rows))
     out().print()
     out().print(shown_table(rows, name))
-    for line in written.said:
+    for line in written.lines:
         out().print(sanitize(line), highlight=False, soft_wrap=True)
     _tell_files(written.files)
 

@@ -102,7 +102,7 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
     if done >= trials and done == len(tried):
         return tried
 
-    def told(one: TrialResult, so_far: Sequence[TrialResult]) -> None:
+    def trial_ended(one: TrialResult, so_far: Sequence[TrialResult]) -> None:
         stop_if_asked()
         shown.say(_line(search, one, so_far))
         ended = sum(other.outcome is not None for other in so_far)
@@ -116,7 +116,7 @@ def _search(search: Search, trials: int, workers: int, *, is_default: bool) -> l
                 progress_of(shown),
                 lambda job: without_test_set(job, Population.of(job)),
             )
-            return play_trials(search, crew, trials, told)
+            return play_trials(search, crew, trials, trial_ended)
     except KeyboardInterrupt:
         ended = sum(one.outcome is not None for one in search.trials())
         where = shlex.quote(str(search.path))

@@ -43,7 +43,7 @@ def brought_source(job: Job, read: Callable[[Path], Read]) -> Read:
                 f"{_called(extension)} returned {path}, where nothing is; expected a folder or file"
             )
         return read(path)
-    folder = _kept(extension, _tables(extension, returned))
+    folder = _cached_folder(extension, _tables(extension, returned))
     try:
         return read(folder)
     except DataError as error:
@@ -94,7 +94,7 @@ def _table(extension: Extension, part: str, rows: Any) -> pa.Table:
         raise ConfigError(f"{_called(extension)}: {part} is no table: {first}") from None
 
 
-def _kept(extension: Extension, tables: Mapping[str, pa.Table]) -> Path:
+def _cached_folder(extension: Extension, tables: Mapping[str, pa.Table]) -> Path:
     """The folder in the cache in which these tables are Parquet files."""
     digest = hashlib.sha256()
     for part, table in sorted(tables.items()):

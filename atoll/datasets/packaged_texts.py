@@ -87,7 +87,7 @@ def chitchat(offline: bool = False, progress: Progress | None = None) -> dict[st
 
 def _replies(conversations: dict[str, Any]) -> Iterator[dict[str, str]]:
     for name, conversation in conversations.items():
-        turns = [(turn[0]["sender"], _said(turn)) for turn in conversation["messages"]]
+        turns = [(turn[0]["sender"], _turn_text(turn)) for turn in conversation["messages"]]
         for (_, question), (sender, answer) in pairwise(turns):
             if question and answer:
                 yield {"question": question, "answer": answer, "sender": sender, "conversation": name}
@@ -124,7 +124,7 @@ def chats(offline: bool = False, progress: Progress | None = None) -> dict[str, 
 
 def _pieces(turns: list[list[dict[str, str]]]) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """(who is the assistant, the messages of a piece), for each person of each piece."""
-    messages = [(turn[0]["sender"], text) for turn in turns if (text := _said(turn))]
+    messages = [(turn[0]["sender"], text) for turn in turns if (text := _turn_text(turn))]
     for start in range(0, len(messages), TURNS):
         piece = messages[start : start + TURNS]
         for sender in dict.fromkeys(who for who, _ in piece):
@@ -134,5 +134,5 @@ def _pieces(turns: list[list[dict[str, str]]]) -> Iterator[tuple[str, list[dict[
             )
 
 
-def _said(turn: list[dict[str, str]]) -> str:
+def _turn_text(turn: list[dict[str, str]]) -> str:
     return " ".join(text for message in turn if (text := message["text"].strip()))

@@ -63,7 +63,7 @@ class Compression:
         return cls(federation.compression, numbers_of(model), federation.compression_top_k, sizes)
 
     @property
-    def kept(self) -> int:
+    def num_sent(self) -> int:
         """How many numbers `top-k` sends: at least one, where there are any."""
         return min(self.numbers, max(1, ceil(self.share * self.numbers - 1e-9)))
 
@@ -85,7 +85,7 @@ class Compression:
                 return {"scales": (blocks, torch.float32), "values": (ceil(self.numbers / 2), torch.uint8)}
             case "top-k":
                 places = torch.int32 if self.numbers < 2**31 else torch.int64
-                return {"indices": (self.kept, places), "values": (self.kept, torch.float32)}
+                return {"indices": (self.num_sent, places), "values": (self.num_sent, torch.float32)}
             case "sign":
                 bits = (ceil(self.numbers / 8), torch.uint8)
                 return {"scales": (len(self.parts), torch.float32), "values": bits}
@@ -144,7 +144,7 @@ def _packed(vectors: torch.Tensor, how: Compression, uniform: torch.Tensor | Non
             most = torch.finfo(torch.float16).max
             return {"values": vectors.clamp(-most, most).to(torch.float16)}
         case "top-k":
-            places = largest(vectors, how.kept)
+            places = largest(vectors, how.num_sent)
             values = vectors.gather(1, places)
             return {"indices": places.to(how.form["indices"][1]), "values": values}
         case "int8" | "int4":

@@ -106,7 +106,7 @@ class _Site:
     connected: bool = False
     pause: float = SHORTEST_PAUSE
     refused_since: float | None = None
-    told: str = ""
+    last_obstacle: str = ""
     """What was in the way when that was told last."""
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ class _Site:
 
     def _tell_connected(self) -> None:
         if not self.connected and any(CONNECTED in line for line in list(self.supernode.tail)):
-            self.connected, self.told = True, ""
+            self.connected, self.last_obstacle = True, ""
             self.tell(f"{self.kit.name} is connected to the server at {self.kit.address}")
 
     def _connect(self) -> None:
@@ -174,9 +174,9 @@ class _Site:
 
     def _tell_change(self, obstacle: str) -> None:
         """Tell what is in the way, unless it was told last."""
-        if obstacle != self.told:
+        if obstacle != self.last_obstacle:
             self.tell(obstacle)
-        self.told = obstacle
+        self.last_obstacle = obstacle
 
     def _wait(self) -> None:
         self.stop.wait(self.pause)

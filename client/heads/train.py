@@ -393,7 +393,7 @@ def _gradients_by(
 ) -> Gradients:
     """Gradients of stacked heads by a batch [clients, batch, width] whose examples count by `share`."""
 
-    def found(stack: Stack) -> tuple[Stack, torch.Tensor]:
+    def gradients_at(stack: Stack) -> tuple[Stack, torch.Tensor]:
         values = layers.forward(stack, inputs)
         error, losses = loss.grad(values[-1], targets)
         each = layers.output_gradients(stack, values, error)
@@ -401,7 +401,7 @@ def _gradients_by(
         gradients(values, [e.mul_(share.unsqueeze(2)) for e in each], out=out)
         return out, losses
 
-    return found
+    return gradients_at
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def train_corrected(
     memory: ClientStateStore,
 ) -> Iterable[Update]:
     """The clients' updates; their new states are stored before the updates are returned."""
-    client_states = {client: _own(request, client, memory) for client in clients}
+    client_states = {client: _stored_state(request, client, memory) for client in clients}
     sent = request.strategy_tensors
     gradients: dict[str, Tensors] = {}
     if method.takes_full_gradients:
@@ -107,7 +107,7 @@ def train_corrected(
     return (answered for update in updates for answered in finished([update]))
 
 
-def _own(request: TrainRequest, client: str, memory: ClientStateStore) -> Tensors:
+def _stored_state(request: TrainRequest, client: str, memory: ClientStateStore) -> Tensors:
     """The client's stored state, in the model's shapes; zeros where there is none.
 
     Raises:

@@ -52,7 +52,7 @@ class ConnectionLimits:
     held: Counter[str] = field(default_factory=Counter)
     known: set[str] = field(default_factory=set)
     """Addresses from which a site has been heard."""
-    said: dict[str, float] = field(default_factory=dict)
+    last_warned: dict[str, float] = field(default_factory=dict)
 
     def admits(self, address: str) -> bool:
         """Whether one more connection from there may be opened; if not, that is told, once a minute."""
@@ -78,9 +78,11 @@ class ConnectionLimits:
 
     def _say(self, about: str, line: str) -> None:
         now = self.clock()
-        if now - self.said.get(about, -SAY_AGAIN_SECONDS) >= SAY_AGAIN_SECONDS:
-            self.said = {one: at for one, at in self.said.items() if now - at < SAY_AGAIN_SECONDS}
-            self.said[about] = now
+        if now - self.last_warned.get(about, -SAY_AGAIN_SECONDS) >= SAY_AGAIN_SECONDS:
+            self.last_warned = {
+                one: at for one, at in self.last_warned.items() if now - at < SAY_AGAIN_SECONDS
+            }
+            self.last_warned[about] = now
             self.tell(line)
 
     def opened(self, connection: Connection) -> None:

@@ -22,7 +22,7 @@ class Changes:
     """What became of a federation's kits: folders of kits and answers that are new, and names of sites."""
 
     new: list[Path] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     has_new_roster: bool = False
     has_new_certificate: bool = False
@@ -72,7 +72,7 @@ def update(sites_file: Path, out: Path, requests: Sequence[Path] = (), *, renew:
         for name in names:
             if name in before.sites and name not in asked:
                 keys[name] = before.node_key(name).read_bytes()
-                changes.kept.append(name)
+                changes.unchanged.append(name)
             else:
                 _set_aside(out / name)
                 keys[name] = _write_site(out / name, name, sites, authority, asked.get(name))

@@ -319,14 +319,14 @@ class _Server:
         return Federation(
             online=online,
             offline=tuple(sorted(node.name for node in nodes if not node.online)),
-            runs=tuple(map(self._told, runs)),
+            runs=tuple(map(self._with_next_run, runs)),
             going_on=self.health.going_on,
             trouble=self.health.trouble,
             health=self.health_address,
             silent=self.last_heard.silent(self.keys, online),
         )
 
-    def _told(self, run: Run) -> Run:
+    def _with_next_run(self, run: Run) -> Run:
         """The run with what became of it, where its process died."""
         following = self.supervisor.record.continued.get(run.run_id)
         return run if following is None else replace(run, details=f"goes on as run {following}")

@@ -220,6 +220,6 @@ class Run:
         """The replies as they arrive, with the tensors of large ones in files in the run's directory."""
         return all_kept_on_disk(replies, self.setup.directory.updates)
 
-    def kept(self, reply: AnyReply) -> AnyReply:
+    def reply_on_disk(self, reply: AnyReply) -> AnyReply:
         """The reply; if it is large, its tensors are in files in the run's directory."""
         return kept_on_disk(reply, self.setup.directory.updates)

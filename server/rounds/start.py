@@ -42,7 +42,7 @@ from atoll.server.rounds.run_state import (
 )
 from atoll.server.run.checkpoint import Checkpoint, CheckpointManager
 from atoll.server.run.directory import RunDirectory
-from atoll.server.selection.rules import kept, selection_rule, taken_back
+from atoll.server.selection.rules import selection_from_checkpoint, selection_rule, selection_to_checkpoint
 from atoll.server.transport import SharesLearner, Transport
 from atoll.strategies import Strategy, build_strategy
 from atoll.strategies.options import clusters_of, fedcompass_options
@@ -169,7 +169,7 @@ def checkpoint_of(run: Run) -> Checkpoint:
         | tuning_schedule.state_of(run)
         | run.setup.protection.state
         | state.flights.saved()
-        | kept(state.selection),
+        | selection_to_checkpoint(state.selection),
         bytes_up=state.bytes_up,
         bytes_down=state.bytes_down,
         data_info=state.learner.data_info,
@@ -194,7 +194,7 @@ def _continue_from(run: Run, checkpoint: Checkpoint) -> None:
         )
         raise ConfigError(f"cannot resume: changed since the checkpoint: {', '.join(changed)}")
     state.round, state.tensors = checkpoint.round, checkpoint.tensors
-    state.selection, others = taken_back(checkpoint.state)
+    state.selection, others = selection_from_checkpoint(checkpoint.state)
     rest = state.flights.resume(run.setup.protection.resume(others))
     state.strategy_state = tuning_schedule.resume(run, rest)
     state.bytes_up, state.bytes_down = checkpoint.bytes_up, checkpoint.bytes_down

@@ -194,14 +194,14 @@ def job_toml(job: Job) -> str:
 
 
 def _without_none(table: dict[str, Any]) -> dict[str, Any]:
-    return {key: _said(value) for key, value in table.items() if value is not None}
+    return {key: _without_none_in(value) for key, value in table.items() if value is not None}
 
 
-def _said(value: Any) -> Any:
+def _without_none_in(value: Any) -> Any:
     """A value without keys whose value is None, which TOML cannot express."""
     if isinstance(value, dict):
         return _without_none(value)
-    return [_said(one) for one in value] if isinstance(value, list) else value
+    return [_without_none_in(one) for one in value] if isinstance(value, list) else value
 
 
 def _check_same_job(path: Path, job: Job) -> None:

@@ -55,12 +55,12 @@ def _check_speeds(options: OortSection, roster: ClientRoster) -> None:
         )
 
 
-def kept(state: State) -> State:
+def selection_to_checkpoint(state: State) -> State:
     """A rule's state as checkpoints hold it, beside others'."""
     return {PREFIX + name: value for name, value in state.items()}
 
 
-def taken_back(saved: State) -> tuple[State, State]:
+def selection_from_checkpoint(saved: State) -> tuple[State, State]:
     """(the rule's state, what is left for others) of a checkpoint's."""
     own_state = {name.removeprefix(PREFIX): value for name, value in saved.items() if name.startswith(PREFIX)}
     return own_state, {name: value for name, value in saved.items() if not name.startswith(PREFIX)}

@@ -66,7 +66,7 @@ class AttackedTransport:
         agreed = self._agreed(honest or [flat(update.delta) for update in updates])
         for reply in replies:
             if isinstance(reply, Update) and reply.client in self.hostile:
-                sent = self._own(reply) if agreed is None else agreed
+                sent = self._delta_of(reply) if agreed is None else agreed
                 delta = unflatten(sent, reply.delta)
                 reply = replace(
                     reply, delta={name: tensor.to(reply.delta[name]) for name, tensor in delta.items()}
@@ -88,7 +88,7 @@ class AttackedTransport:
                 return min_max(honest)
         return honest[0]  # mimic: the same honest client, whose data then weighs too much
 
-    def _own(self, update: Update) -> torch.Tensor:
+    def _delta_of(self, update: Update) -> torch.Tensor:
         attack, honest = self.job.attack, flat(update.delta)
         match attack.kind:
             case "sign-flip":

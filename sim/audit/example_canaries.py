@@ -213,14 +213,14 @@ class FeatureIndex(PopulationIndex):
         return self._longer(examples), [self._with_canaries(work, first) for work in client_rows]
 
     def _with_canaries(self, work: ClientRows, first: int) -> ClientRows:
-        canaries = self._own(work.client)
+        canaries = self._canaries_of(work.client)
         rows = np.concatenate([work.rows, first + canaries])
         if work.numbers is None:
             return ClientRows(work.client, rows)
         drawn_by = example_numbers([int(place).to_bytes(32, "little") for place in canaries])
         return ClientRows(work.client, rows, np.concatenate([work.numbers, drawn_by]))
 
-    def _own(self, client: str) -> NDArray[np.int64]:
+    def _canaries_of(self, client: str) -> NDArray[np.int64]:
         return np.flatnonzero(self.inside & (self.canaries.owner == client))
 
     def _longer(self, examples: FeatureTable) -> FeatureTable:

@@ -124,7 +124,7 @@ def probed(job: Job, population: Population) -> dict[str, Any] | None:
     alone = [np.array([row]) for row in range(len(probe.targets))][:ALONE]
     together = _batches(probe.targets, len(learner.data_info["classes"]), job.seed)
 
-    def told(is_protected: bool) -> dict[str, Any]:
+    def attack_results(is_protected: bool) -> dict[str, Any]:
         batch = probe.attack_result(together, is_protected=is_protected) if together else None
         one = probe.attack_result(alone, is_protected=is_protected)
         return {"one": one, "batch": batch}
@@ -133,8 +133,8 @@ def probed(job: Job, population: Population) -> dict[str, Any] | None:
     return {
         "batch_size": size,
         "chance": {"one": 1 / classes, "batch": size / classes},
-        "unprotected": told(False),
-        "protected": told(True) if job.privacy.units else None,
+        "unprotected": attack_results(False),
+        "protected": attack_results(True) if job.privacy.units else None,
     }
 
 

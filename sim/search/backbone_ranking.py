@@ -57,7 +57,7 @@ class Sample:
     """The examples that every backbone is judged on, as rows of all training examples."""
 
     train: NDArray[np.int64]
-    kept: NDArray[np.int64]
+    held_out: NDArray[np.int64]
 
 
 def check_advisable(job: Job) -> None:
@@ -124,12 +124,12 @@ def sampled(population: Population, learner: Learner, head: int) -> Sample:
         client_names(job.federation.clients), job.evaluate.clients, stream(job.seed, "panel")
     )  # fmt: skip
     splits = PopulationIndex(population, learner).splits([number_of(name) for name in panel])
-    train, kept = (np.unique(np.concatenate([part[side] for part in splits])) for side in (0, 1))
+    train, held_out = (np.unique(np.concatenate([part[side] for part in splits])) for side in (0, 1))
     # Where clients draw their own, one may train on what another keeps back.
-    kept = np.setdiff1d(kept, train)
-    if not len(kept) or not len(train):
+    held_out = np.setdiff1d(held_out, train)
+    if not len(held_out) or not len(train):
         raise ConfigError("data.validation_fraction: clients keep nothing back to judge by; expected more")
-    return Sample(_some_of(train, head, job, "train"), _some_of(kept, head, job, "kept"))
+    return Sample(_some_of(train, head, job, "train"), _some_of(held_out, head, job, "kept"))
 
 
 def _some_of(rows: NDArray[np.int64], count: int, job: Job, purpose: str) -> NDArray[np.int64]:
@@ -168,9 +168,9 @@ def _advice(job: Job, population: Population, head: int, progress: Progress | No
     learner = Learner.of(job, task, task.merge_info(population.roster(job).data_info), progress)
     encoder = learner.encoder
     sample, whole = sampled(population, learner, head), population.whole(learner)
-    train, kept = whole.select(sample.train.tolist()), whole.select(sample.kept.tolist())
-    features, other = learner.features.plain(train).numpy(), learner.features.plain(kept).numpy()
-    labels, true = train.table.numpy(), kept.table.numpy()
+    train, held_out = whole.select(sample.train.tolist()), whole.select(sample.held_out.tolist())
+    features, other = learner.features.plain(train).numpy(), learner.features.plain(held_out).numpy()
+    labels, true = train.table.numpy(), held_out.table.numpy()
     timed = take_many(train.inputs, range(min(TIMED, len(train))))
     started = time.monotonic()
     extract(encoder, timed, threads=job.train.threads, device=job.train.device)

@@ -97,7 +97,7 @@ class Space:
                 seen.add(mark)
                 yield texts
 
-    def own_keys(self, base: Base) -> Texts | None:
+    def settings_of(self, base: Base) -> Texts | None:
         """The job's own values as a choice of the space; None where one is none of its values."""
         table = job_of(base, {}).model_dump(mode="json")
         texts = self.draw(base, lambda one: _at(table, one.key))

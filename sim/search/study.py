@@ -101,7 +101,7 @@ class Search:
     seed: int
     seeds: int
     at_once: int
-    own: Texts | None
+    first_settings: Texts | None
 
     @cached_property
     def metric(self) -> str:
@@ -133,7 +133,7 @@ class Search:
         """All trials in the order of their places; of one that was tried twice the last time."""
         for trial in self.study.get_trials(deepcopy=False):
             if not trial.state.is_finished() and OUTCOME in trial.user_attrs:  # the kill came in between
-                self._told(trial.number, Outcome.from_json(trial.user_attrs[OUTCOME]))
+                self._recorded(trial.number, Outcome.from_json(trial.user_attrs[OUTCOME]))
         by_place = {trial.user_attrs[PLACE]: trial for trial in self.study.get_trials(deepcopy=False)}
         return [self._tried(by_place[place]) for place in sorted(by_place)]
 
@@ -180,9 +180,9 @@ class Search:
             if step not in frozen.intermediate_values:
                 trial.report(value, step)
         trial.set_user_attr(OUTCOME, json.dumps(vars(outcome)))
-        return self._told(tried.number, outcome)
+        return self._recorded(tried.number, outcome)
 
-    def _told(self, number: int, outcome: Outcome) -> TrialResult:
+    def _recorded(self, number: int, outcome: Outcome) -> TrialResult:
         from optuna.trial import TrialState
 
         if outcome.failed is not None:
@@ -196,8 +196,8 @@ class Search:
     def _proposed(self, tried: Sequence[TrialResult]) -> Texts | None:
         """Settings that make a job nobody has tried: the job's own first, then the sampler's."""
         known = {one.job.hash for one in tried}
-        if not tried and self.own is not None:
-            return self.own
+        if not tried and self.first_settings is not None:
+            return self.first_settings
         invalid: list[str] = []
         if 0 < len(tried) < STARTUP:
             drawn = [self._sampled(tried, -1 - draw) for draw in range(SPREAD)]
@@ -319,7 +319,7 @@ class SearchFolder:
             at_once = self._same(about)
         else:
             replace_synced(self.about, json.dumps(about | {"at_once": at_once}, indent=2).encode())
-        return Search(self.path, base, space, seed, seeds, at_once, space.own_keys(base))
+        return Search(self.path, base, space, seed, seeds, at_once, space.settings_of(base))
 
     def _table(self, base: Base, space: Space, seed: int, seeds: int) -> dict[str, Any]:
         table = json.loads(json.dumps(base.table, default=str))

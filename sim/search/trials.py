@@ -163,11 +163,11 @@ def judged(measured: Sequence[Mapping[str, float | None]], metric: str) -> Outco
 
 
 def play_trials(
-    search: Search, crew: RunPool, count: int, told: Callable[[TrialResult, Sequence[TrialResult]], None]
+    search: Search, crew: RunPool, count: int, on_end: Callable[[TrialResult, Sequence[TrialResult]], None]
 ) -> list[TrialResult]:
     """Try until `count` trials have ended, or nothing is left to try; those that were begun first.
 
-    `told` hears of each trial that ends, and of all trials so far.
+    `on_end` hears of each trial that ends, and of all trials so far.
     """
     tried = search.trials()
     again = deque(one.index for one in tried if one.outcome is None or one.outcome.failed is not None)
@@ -197,7 +197,7 @@ def play_trials(
         place = running.pop(piece.name)
         outcome = Outcome(failed=died) if result is None else Outcome.from_json(result)
         tried[place] = search.end(tried[place], outcome)
-        told(tried[place], tried)
+        on_end(tried[place], tried)
 
     crew.work(draw, ended)
     return tried

@@ -39,7 +39,7 @@ PROTECTS_NOBODY = "The noise of these runs was seeded, for research: they protec
 class Written:
     """What is said at the end, and which files there are."""
 
-    said: tuple[str, ...]
+    lines: tuple[str, ...]
     files: Mapping[str, Path]
 
 

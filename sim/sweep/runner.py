@@ -170,9 +170,9 @@ class RunPool:
     def play(
         self,
         runs: Sequence[tuple[Planned, Path]],
-        told: Callable[[Planned, str | None], None],
+        on_end: Callable[[Planned, str | None], None],
     ) -> dict[str, str]:
-        """Play the runs; `told` hears of each that ends. Returns what went wrong, by the run's name."""
+        """Play the runs; `on_end` hears of each that ends. Returns what went wrong, by the run's name."""
         failures: dict[str, str] = {}
         planned = {run.job.hash: run for run, _ in runs}
         waiting = deque(WorkItem(run.job.hash, play_run, (run.job.canonical, str(out))) for run, out in runs)
@@ -181,7 +181,7 @@ class RunPool:
             run, failure = planned[piece.name], died or failure
             if failure is not None:
                 failures[run.description] = failure
-            told(run, failure)
+            on_end(run, failure)
 
         self.work(lambda: waiting.popleft() if waiting else None, ended)
         return failures

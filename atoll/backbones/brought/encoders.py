@@ -32,7 +32,7 @@ def brought_image_encoder(backbone: Backbone, section: BackboneSection, seed: in
         ConfigError, WeightsError: it can't be built, or isn't what such a module is.
     """
     name = f"{BACKBONE_PREFIX}{backbone.name}"
-    network = loaded_as(ImageBackbone, name, backbone.given, seed, backbone.weights)
+    network = loaded_as(ImageBackbone, name, backbone.options, seed, backbone.weights)
     assert isinstance(network, ImageBackbone)
     size = section.image_size or network.image_size
     encoder = VisionEncoder(
@@ -59,7 +59,7 @@ def brought_text_encoder(backbone: Backbone, section: BackboneSection, seed: int
                 f"backbone.{key}: {name} prepares texts itself, expected none,"
                 f" found {getattr(section, key)!r}"
             )
-    network = loaded_as(TextBackbone, name, backbone.given, seed, backbone.weights)
+    network = loaded_as(TextBackbone, name, backbone.options, seed, backbone.weights)
     assert isinstance(network, TextBackbone)
     encoder = PreparedTexts(network, name)
     check_rows(name, encoder, encoder.collate(encoder.preprocess(PROBES)), network.width)

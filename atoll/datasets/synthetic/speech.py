@@ -116,11 +116,11 @@ def _sentences(rng: np.random.Generator, count: int) -> list[Sentence]:
 
 
 def _digits(rng: np.random.Generator) -> Sentence:
-    return _said(rng.choice(_DIGITS, rng.integers(2, 5)), "digits")
+    return _sentence(rng.choice(_DIGITS, rng.integers(2, 5)), "digits")
 
 
 def _colours(rng: np.random.Generator) -> Sentence:
-    return _said(rng.choice(_COLOURS, rng.integers(2, 5)), "colours")
+    return _sentence(rng.choice(_COLOURS, rng.integers(2, 5)), "colours")
 
 
 def _command(rng: np.random.Generator) -> Sentence:
@@ -128,7 +128,7 @@ def _command(rng: np.random.Generator) -> Sentence:
     return Sentence(" ".join(made.words), made.intent, " ".join(made.tags))
 
 
-def _said(words: Iterable[str], intent: str) -> Sentence:
+def _sentence(words: Iterable[str], intent: str) -> Sentence:
     words = [str(word) for word in words]
     return Sentence(" ".join(words), intent, " ".join("O" for _ in words))
 

@@ -37,7 +37,7 @@ def open_yolo(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     file = next((path / name for name in ("data.yaml", "data.yml") if (path / name).exists()), None)
     if file is None:
         return None
-    settings = _told(checked_file(file, path))
+    settings = _yolo_settings(checked_file(file, path))
     names = _names(settings, file)
     parts = {split: settings[split] for split in ("train", "val", "test") if settings.get(split)}
     test = test_part(parts, path, diagnostics)
@@ -49,7 +49,7 @@ def open_yolo(path: Path, diagnostics: Diagnostics) -> dict[str, Rows] | None:
     return {split: _split(folders, file, base, names, diagnostics) for split, folders in used.items()}
 
 
-def _told(file: Path) -> dict[str, Any]:
+def _yolo_settings(file: Path) -> dict[str, Any]:
     import yaml
 
     try:

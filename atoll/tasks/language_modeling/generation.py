@@ -102,7 +102,7 @@ class _Teller:
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self._tokenizer, self._on_text = tokenizer, on_text
         self._ids: list[int] | None = None
-        self._told = ""
+        self._sent_text = ""
 
     def put(self, tokens: torch.Tensor) -> None:
         if self._ids is None:
@@ -116,6 +116,6 @@ class _Teller:
 
     def _tell(self, text: str) -> None:
         """Tell what is new, unless what was told is still to be written in another way."""
-        if len(text) > len(self._told) and text.startswith(self._told):
-            self._on_text(text[len(self._told) :])
-            self._told = text
+        if len(text) > len(self._sent_text) and text.startswith(self._sent_text):
+            self._on_text(text[len(self._sent_text) :])
+            self._sent_text = text

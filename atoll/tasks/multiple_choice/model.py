@@ -106,7 +106,7 @@ class ChoiceModel(CausalModel):
 
     def measure(self, batch: Batch) -> tuple[Any, torch.Tensor]:
         """(what is told of each question, the surprise of its right choice)."""
-        return self._told(batch)
+        return self._answers(batch)
 
     def predict(self, batch: Batch) -> list[dict[str, Any]]:
         """What is told of each question.
@@ -115,9 +115,9 @@ class ChoiceModel(CausalModel):
         places, `texts` what they are; `written` is what the model writes, `said` for which choice it stands
         (-1 for none). A question without choices has `written` alone, and one that doesn't fit nothing.
         """
-        return self._told(batch)[0]
+        return self._answers(batch)[0]
 
-    def _told(self, batch: Batch) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    def _answers(self, batch: Batch) -> tuple[list[dict[str, Any]], torch.Tensor]:
         likelihood, surprise = self._likelihood(batch)
         answers = []
         for row, texts in enumerate(_texts(batch)):

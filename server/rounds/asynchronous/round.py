@@ -88,7 +88,7 @@ class AsynchronousRound(PlainRound):
         for task, members in flights.by_task(sorted(flights.by_client)).items():
             waiting = [client for client in members if not self.ahead.has_asked(client)]
             if waiting:
-                self.ahead.ask(_request(run, task), waiting, run.kept)
+                self.ahead.ask(_request(run, task), waiting, run.reply_on_disk)
 
     def _of_task(self, run: Run, task: Task, members: Sequence[str], attempt: int) -> ValidatedUpdates:
         """What clients send that started after so many merges: they train as if the round had been theirs."""
@@ -114,7 +114,9 @@ class AsynchronousRound(PlainRound):
             delta = self.late.late(updates.delta, drift, staleness)
             return list(replace(updates, delta=delta, round=round))
         return [
-            run.kept(replace(update, delta=self.late.late(update.delta, drift, staleness), round=round))
+            run.reply_on_disk(
+                replace(update, delta=self.late.late(update.delta, drift, staleness), round=round)
+            )
             for update in updates
         ]
 
